@@ -1,0 +1,22 @@
+"""triflash: exact, fused attention for PyTorch in Triton, with any bias and its gradient.
+
+Importing it starts no GPU and compiles nothing; Triton itself is imported with the first call that needs it.
+"""
+
+from . import ops as _ops  # registers torch.ops.triflash
+from .errors import UnsupportedError
+from .launch import record_launches
+from .plan.select import backend
+from .triton_flash_attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "UnsupportedError",
+    "__version__",
+    "backend",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "record_launches",
+]

@@ -1,0 +1,130 @@
+"""Every check of user arguments, and the one table of shapes that drives them. Called by the public faces; bad input ends here.
+
+Nothing is computed, allocated or launched before these return. Messages read ``name: wanted …, got …; hint``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import bad_type, bad_value
+
+__all__ = ["canonical_bias", "check_bias", "check_bool", "check_scale", "check_tensors", "same_device_and_dtype"]
+
+INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+BIAS_DTYPES = (*INPUT_DTYPES[:3], torch.bool)
+
+
+def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, str]) -> dict[str, int]:
+    """Check every tensor against its line of named dims and return the dims' sizes.
+
+    ``shapes`` maps an argument to its dims, such as ``{"q": "B M H D", "k": "B N H D"}``. A name takes the size it meets first and must
+    have it everywhere; a number must match exactly; ``_`` takes any size.
+    """
+    sizes: dict[str, int] = {}
+    for name, line in shapes.items():
+        tensor, dims = tensors[name], line.split()
+        if not isinstance(tensor, Tensor):
+            raise bad_type(name, "a tensor", type(tensor).__name__)
+        if tensor.layout != torch.strided:
+            raise bad_type(name, "a dense (strided) tensor", tensor.layout)
+        if tensor.dim() != len(dims):
+            raise bad_value(name, f"{len(dims)} dims ({', '.join(dims)})", f"{tensor.dim()} dims {tuple(tensor.shape)}")
+        for dim, size in zip(dims, tensor.shape, strict=True):
+            wanted = int(dim) if dim.isdigit() else sizes.get(dim, size)
+            if size != wanted:
+                named = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dims)
+                raise bad_value(name, f"shape ({named})", tuple(tensor.shape), _shape_hint(name, dim, shapes))
+            if dim != "_" and not dim.isdigit():
+                sizes[dim] = size
+    if sizes.get("D") == 0:
+        raise bad_value(next(iter(shapes)), "a head dim of at least 1", 0)
+    return sizes
+
+
+_DIM_WORDS = {"B": "the batch", "H": "the number of heads", "D": "the head dim", "M": "the query length", "N": "the key length"}
+
+
+def _shape_hint(name: str, dim: str, shapes: Mapping[str, str]) -> str:
+    if dim.isdigit():
+        return f"that dim of {name} holds its {dim} parts"
+    others = [other for other, line in shapes.items() if other != name and dim in line.split()]
+    word = _DIM_WORDS.get(dim, dim)
+    return f"{' and '.join([*others[:1], name])} must share {word}"
+
+
+def same_device_and_dtype(tensors: Mapping[str, Tensor]) -> None:
+    """Check that all tensors share the first one's device and its (floating-point) dtype."""
+    (first_name, first), *others = tensors.items()
+    if first.dtype not in INPUT_DTYPES:
+        raise bad_type(first_name, "float16, bfloat16 or float32 (float64 on backend 'tiled')", first.dtype)
+    for name, tensor in others:
+        if tensor.dtype != first.dtype:
+            raise bad_type(name, f"{first_name}'s dtype {first.dtype}", tensor.dtype, f"cast with {name}.to({first_name}.dtype)")
+        if tensor.device != first.device:
+            raise bad_value(name, f"{first_name}'s device {first.device}", tensor.device)
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Check a true-or-false option; strings and numbers are refused, so that ``causal="False"`` cannot mean True."""
+    if not isinstance(value, bool):
+        raise bad_type(name, "True or False", repr(value))
+    return value
+
+
+def check_scale(name: str, value: Any, head_dim: int) -> float:
+    """Check the softmax scale; None means ``1 / sqrt(head_dim)``, and 0.0 means 0.0."""
+    if value is None:
+        return float(head_dim) ** -0.5
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise bad_type(name, "a number or None", type(value).__name__, "pass float(scale)" if isinstance(value, Tensor) else "")
+    scale = float(value)
+    if not math.isfinite(scale):
+        raise bad_value(name, "a finite number", scale)
+    return scale
+
+
+def check_bias(bias: Any, q: Tensor, full: tuple[int, int, int, int]) -> None:
+    """Check that a bias, unless it is None, broadcasts to ``full = (B, H, M, N)`` and sits where q does."""
+    if bias is None:
+        return
+    if not isinstance(bias, Tensor):
+        raise bad_type("bias", "a tensor or None", type(bias).__name__)
+    wanted = f"2 to 4 dims that broadcast to (B={full[0]}, H={full[1]}, M={full[2]}, N={full[3]})"
+    if not 2 <= bias.dim() <= 4:
+        raise bad_value("bias", wanted, f"{bias.dim()} dims {tuple(bias.shape)}")
+    for own, size in zip(reversed(bias.shape), reversed(full), strict=False):
+        if own not in (1, size):
+            raise bad_value("bias", wanted, tuple(bias.shape), _bias_hint(tuple(bias.shape), full))
+    if bias.dtype not in BIAS_DTYPES and not (bias.dtype == q.dtype == torch.float64):
+        raise bad_type("bias", "float16, bfloat16, float32 or bool (True = visible)", bias.dtype)
+    if bias.device != q.device:
+        raise bad_value("bias", f"q's device {q.device}", bias.device)
+    if bias.layout != torch.strided:
+        raise bad_type("bias", "a dense (strided) tensor", bias.layout)
+
+
+def canonical_bias(bias: Tensor | None) -> Tensor | None:
+    """A checked bias as the operators' 5 dims ``(B|1, 1, H|1, M|1, N|1)``.
+
+    A view, so that the gradient of what the caller passed has the caller's own shape.
+    """
+    if bias is None:
+        return None
+    while bias.dim() < 4:
+        bias = bias.unsqueeze(0)
+    return bias.unsqueeze(1)
+
+
+def _bias_hint(shape: tuple[int, ...], full: tuple[int, int, int, int]) -> str:
+    if len(shape) == 3 and shape[0] == full[0] != full[1]:
+        return "a 3-dim bias is (H, M, N); for one per batch entry pass bias[:, None]"
+    if len(shape) == 2 and shape == (full[0], full[3]):
+        return "for one row of keys per batch entry pass bias[:, None, None, :]"
+    return "each dim must be 1 or the full size"

@@ -1,0 +1,154 @@
+"""The torch.library operators: schemas, fakes and autograd. The only module that knows autograd; called by the public faces.
+
+``triflash::forward``   (q, k, v, bias, …) -> (out, lse), differentiable
+``triflash::backward``  (dout, dlse, q, k, v, bias, out, lse, …, needs) -> (dq, dk, dv, dbias), empty where not needed
+``triflash::backward_`` the same, filling the tensors it is given
+
+They take canonical tensors (see ``spec.spec_of``) and run for every device: the plan picks the kernels. The requested backend travels as
+an argument, so that the backward pass, which may run on another thread after the ``with backend(...)`` block has ended, uses the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launch import run_backward, run_forward
+from .plan.device import facts_of
+from .plan.select import plan_backward, plan_forward
+from .spec import Needs, spec_of
+
+__all__ = ["attention_backward", "attention_backward_", "attention_forward"]
+
+_OPTIONS = "SymInt batch_inner, SymInt? lo, SymInt? hi, float scale, str precision, str backend"
+_SAVED = "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse"
+
+_library = torch.library.Library("triflash", "DEF")
+_library.define(f"forward(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor)")
+_library.define(f"backward({_SAVED}, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    f"backward_({_SAVED}, {_OPTIONS}, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias) -> ()"
+)
+
+
+def _allocate_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _dim = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(batch, queries, heads, v.shape[3]), q.new_empty(batch, heads, queries, dtype=lse_dtype)
+
+
+def _allocate_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = rest[-1]
+    wanted = [x if need else None for x, need in zip((q, k, v, bias), needs, strict=True)]
+    dq, dk, dv, dbias = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
+    return dq, dk, dv, dbias
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    batch_inner: int,
+    lo: int | None,
+    hi: int | None,
+    scale: float,
+    precision: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    spec = spec_of(q, k, v, bias, batch_inner, lo, hi, scale, precision)
+    plan = plan_forward(spec, facts_of(q.device), backend)
+    out, lse = _allocate_forward(q, k, v, bias)
+    run_forward(plan, spec, q, k, v, bias, out, lse)
+    return out, lse
+
+
+def _backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    batch_inner: int,
+    lo: int | None,
+    hi: int | None,
+    scale: float,
+    precision: str,
+    backend: str,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = _allocate_backward(dout, dlse, q, k, v, bias, needs)
+    given = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    _backward_(dout, dlse, q, k, v, bias, out, lse, batch_inner, lo, hi, scale, precision, backend, *given)
+    return grads
+
+
+def _backward_(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    batch_inner: int,
+    lo: int | None,
+    hi: int | None,
+    scale: float,
+    precision: str,
+    backend: str,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    spec = spec_of(q, k, v, bias, batch_inner, lo, hi, scale, precision)
+    needs = Needs(dq is not None, dk is not None, dv is not None, dbias is not None)
+    plan = plan_backward(spec, needs, facts_of(q.device), backend)
+    run_backward(plan, spec, dout, dlse, q, k, v, bias, out, lse, dq, dk, dv, dbias)
+
+
+def _fake_backward_(*_: Any) -> None:
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, bias, *options = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, bias, out, lse)
+    ctx.options = tuple(options)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    q, k, v, bias, out, lse = ctx.saved_tensors
+    needs = [bool(need) for need in ctx.needs_input_grad[:4]]
+    nothing = (None,) * 10
+    if (dout is None and dlse is None) or not any(needs):
+        return nothing
+    if dout is None:
+        dout = torch.zeros_like(out)
+    grads = attention_backward(dout, dlse, q, k, v, bias, out, lse, *ctx.options, needs)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True)) + nothing[4:]
+
+
+for _name, _fn, _fake in (
+    ("forward", _forward, _allocate_forward),
+    ("backward", _backward, _allocate_backward),
+    ("backward_", _backward_, _fake_backward_),
+):
+    _library.impl(_name, _fn, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"triflash::{_name}", _fake, lib=_library)
+torch.library.register_autograd("triflash::forward", _autograd_backward, setup_context=_setup_context, lib=_library)
+
+attention_forward = torch.ops.triflash.forward.default
+attention_backward = torch.ops.triflash.backward.default
+attention_backward_ = torch.ops.triflash.backward_.default

@@ -1,0 +1,1 @@
+"""Planning: what will run, decided from plain numbers. Imports neither triton nor anything that starts kernels."""

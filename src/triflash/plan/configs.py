@@ -1,0 +1,98 @@
+"""Tile configurations: what a row may hold, how much shared memory it takes, and the analytic default where nothing was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..errors import bad_value
+from .device import DeviceFacts
+
+__all__ = ["MAX_HEAD_DIM", "Problem", "TileConfig", "default_config", "padded", "shared_memory"]
+
+MAX_HEAD_DIM = 256  # of the Triton kernels: the widest tile row whose accumulators fit the register file
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """One launch configuration: ``block_m`` queries by ``block_n`` keys per tile, warps of a program, depth of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("block_m", (16, 32, 64, 128, 256)), ("block_n", (16, 32, 64, 128, 256)), ("num_warps", (1, 2, 4, 8, 16))):
+            if getattr(self, name) not in allowed:
+                raise bad_value(name, f"one of {allowed}", getattr(self, name))
+        if self.num_stages < 1:
+            raise bad_value("num_stages", "at least 1", self.num_stages)
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a configuration is chosen by: the part of a spec on which registers and shared memory depend."""
+
+    kernel: str
+    head_dim: int  # the larger of D and Dv, padded to a power of two
+    itemsize: int  # bytes of an element of q, k, v
+    bias: bool
+
+
+def padded(head_dim: int) -> int:
+    """The power of two, at least 16, that a tile row of ``head_dim`` elements occupies."""
+    size = 16
+    while size < head_dim:
+        size *= 2
+    return size
+
+
+def shared_memory(problem: Problem, config: TileConfig) -> int:
+    """An upper estimate, in bytes, of what one program of the kernel keeps in shared memory."""
+    m, n = config.block_m, config.block_n
+    row = problem.head_dim * problem.itemsize
+    score_tile = m * n * problem.itemsize
+    bias_tile = m * n * 4 if problem.bias else 0
+    own, streamed, exchange = {
+        "forward": (m * row, 2 * n * row, score_tile),
+        "dkdv": (2 * n * row, 2 * m * row, score_tile),
+        "dq": (2 * m * row, 2 * n * row, score_tile),
+        "dbias": (0, 2 * (m + n) * row, 0),
+        "delta": (0, 0, 0),
+        "dbias_sum": (0, 0, 0),
+    }[problem.kernel]
+    return own + streamed * max(1, config.num_stages) + exchange + bias_tile
+
+
+def _candidates(problem: Problem) -> list[TileConfig]:
+    """Configurations from most to least demanding; the first that fits a device is its default."""
+    wide = problem.head_dim >= 256
+    if problem.itemsize > 2:  # float32 products: registers run out first
+        warps = 8 if wide else 4
+        return [TileConfig(m, n, warps, s) for m, n, s in ((64, 32, 2), (32, 32, 2), (32, 32, 1), (32, 16, 1), (16, 16, 1))]
+    if problem.kernel == "forward":
+        shapes = [(128, 64, 8 if problem.head_dim >= 128 else 4, 3), (128, 64, 8 if problem.head_dim >= 128 else 4, 2)]
+    elif problem.kernel == "dkdv":
+        shapes = [(64, 128, 8, 2)] if not wide else [(32, 64, 8, 2)]
+    elif problem.kernel == "dq":
+        shapes = [(128, 64, 8, 2)] if not wide else [(64, 64, 8, 2)]
+    else:
+        shapes = [(128, 64, 8, 2), (64, 64, 4, 2)]
+    shapes += [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)]
+    return [TileConfig(*shape) for shape in shapes]
+
+
+def default_config(problem: Problem, device: DeviceFacts) -> TileConfig:
+    """The configuration for a device and problem that nobody measured: the first candidate that fits the device's shared memory."""
+    if problem.kernel in ("delta", "dbias_sum"):
+        return TileConfig(64, 16, 4, 1)
+    if device.arch == "interpreter":
+        return TileConfig(32, 16, 4, 1)
+    candidates = _candidates(problem)
+    for config in candidates:
+        if shared_memory(problem, config) <= device.shared_memory:
+            return config
+    return candidates[-1]

@@ -1,0 +1,72 @@
+"""Facts about a device that a plan may depend on. The only module that asks about hardware; called by ``ops.py`` and tests."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["KNOWN_DEVICES", "DeviceFacts", "facts_of", "triton_problem"]
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What planning needs to know, as plain numbers, so that a plan for any GPU can be made on any machine.
+
+    arch: ``cpu``, ``interpreter`` (Triton's, on the CPU), ``sm80`` … or ``gfx942`` ….
+    processors: multiprocessors or compute units that a grid should fill.
+    shared_memory: bytes of shared memory that one program may use.
+    """
+
+    arch: str
+    processors: int
+    shared_memory: int
+
+
+KNOWN_DEVICES = {
+    facts.arch: facts
+    for facts in (
+        DeviceFacts("cpu", 1, 0),
+        DeviceFacts("interpreter", 4, 1 << 20),
+        DeviceFacts("sm80", 108, 166_912),
+        DeviceFacts("sm86", 84, 101_376),
+        DeviceFacts("sm89", 128, 101_376),
+        DeviceFacts("sm90", 132, 232_448),
+        DeviceFacts("sm100", 148, 232_448),
+        DeviceFacts("sm120", 170, 101_376),
+        DeviceFacts("gfx942", 304, 65_536),
+        DeviceFacts("gfx950", 256, 163_840),
+    )
+}
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter is on (``TRITON_INTERPRET=1``, which must be set before triflash's kernels are imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+@functools.cache
+def triton_problem() -> str | None:
+    """Why Triton cannot be used here at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return None
+
+
+@functools.cache
+def facts_of(device: torch.device) -> DeviceFacts:
+    """Facts about the device that a tensor lives on. For CPU tensors: ``interpreter`` if Triton's interpreter is on, else ``cpu``."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip:
+            arch = properties.gcnArchName.split(":")[0]
+        else:
+            arch = f"sm{properties.major}{properties.minor}"
+        limit = getattr(properties, "shared_memory_per_block_optin", 0)
+        if not limit:
+            limit = KNOWN_DEVICES[arch].shared_memory if arch in KNOWN_DEVICES else 65_536
+        return DeviceFacts(arch, properties.multi_processor_count, limit)
+    return KNOWN_DEVICES["interpreter" if interpreting() else "cpu"]

@@ -1,0 +1,205 @@
+"""Spec and device facts in, plan out: which backend runs, which kernels, with which tiles and grids. Pure, cached, no tensors."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..errors import bad_type, bad_value, unsupported
+from ..spec import AttentionSpec, Needs
+from . import override, tables
+from .configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded
+from .device import DeviceFacts, triton_problem
+
+__all__ = ["BACKENDS", "Plan", "Step", "backend", "plan_backward", "plan_forward", "requested_backend", "why_not"]
+
+BACKENDS = ("auto", "tiled", "triton", "oracle")
+_ENVIRONMENT = "TRIFLASH_BACKEND"
+
+
+class _Requested(threading.local):
+    """The innermost ``with backend(...)`` of this thread. A thread-local, not a context variable, because torch.compile can guard it."""
+
+    name: str | None = None
+
+
+_requested = _Requested()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every triflash call of this thread within the block on the named backend.
+
+    Args:
+        name: ``"auto"`` (the default: Triton kernels on a GPU, ``tiled`` on a CPU), ``"tiled"`` (PyTorch, any device, also float64),
+            ``"triton"`` (portable Triton kernels; on CPU tensors only with ``TRITON_INTERPRET=1``), or ``"oracle"`` (dense float64
+            reference, for debugging).
+
+    A named backend never falls back: what it cannot do raises :class:`triflash.UnsupportedError`. The choice is made in the forward
+    pass; the backward pass of that call uses the same one, wherever it runs. The environment variable ``TRIFLASH_BACKEND`` sets the
+    choice for calls outside any block.
+
+    Raises:
+        ValueError, TypeError: ``name`` is not one of the above.
+    """
+    check_backend("backend", name)
+    before = _requested.name
+    _requested.name = name
+    try:
+        yield
+    finally:
+        _requested.name = before
+
+
+def check_backend(argument: str, name: object) -> None:
+    """Raise unless ``name`` is a backend's name."""
+    if not isinstance(name, str):
+        raise bad_type(argument, f"a string, one of {', '.join(BACKENDS)}", type(name).__name__)
+    if name not in BACKENDS:
+        raise bad_value(argument, f"one of {', '.join(BACKENDS)}", repr(name))
+
+
+def requested_backend() -> str:
+    """What the caller asked for: the innermost ``with backend(...)``, else ``TRIFLASH_BACKEND``, else ``auto``."""
+    name = _requested.name
+    if name is None:
+        name = os.environ.get(_ENVIRONMENT) or "auto"
+        check_backend(_ENVIRONMENT, name)
+    return name
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel of a plan: its name, its tile configuration, how many programs it starts, and into how many parts a reduction is split."""
+
+    kernel: str
+    config: TileConfig | None = None
+    programs: int = 1
+    splits: int = 1
+
+    def __str__(self) -> str:
+        return self.kernel if self.config is None else f"{self.kernel} {self.config}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run: a backend and its kernels in order."""
+
+    backend: str
+    steps: tuple[Step, ...]
+
+    def step(self, kernel: str) -> Step | None:
+        """The step of that kernel, or None if the plan has none."""
+        return next((step for step in self.steps if step.kernel == kernel), None)
+
+
+def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
+    """None if the backend can compute the spec on the device, else (what it cannot do, the nearest thing that works)."""
+    if name != "triton":
+        return None
+    if problem := triton_problem():
+        return f"anything: {problem}", "install triton (Linux) or use backend('tiled')"
+    if device.arch == "cpu":
+        return "CPU tensors", "move them to a GPU, set TRITON_INTERPRET=1 before importing triflash, or use backend('tiled')"
+    if spec.dtype == "fp64":
+        return "float64", "use backend('tiled'), or float32 with torch.set_float32_matmul_precision('highest')"
+    if spec.bias is not None and spec.bias.dtype == "fp64":
+        return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
+    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
+        return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
+    if device.arch == "interpreter" and "bf16" in (spec.dtype, spec.bias.dtype if spec.bias else ""):
+        return "bfloat16 in Triton's interpreter", "the interpreter multiplies bfloat16 wrongly: use float16 or float32 there"
+    return None
+
+
+def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts) -> str:
+    if requested == "auto":
+        if device.arch in ("cpu", "interpreter"):
+            return "tiled"
+        return "tiled" if why_not("triton", spec, device) else "triton"
+    if reason := why_not(requested, spec, device):
+        raise unsupported(reason[0], requested, reason[1])
+    return requested
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, by_hand: tuple[tuple[str, TileConfig], ...]) -> TileConfig:
+    if kernel in dict(by_hand):
+        return dict(by_hand)[kernel]
+    problem = Problem(kernel, padded(max(spec.head_dim, spec.value_dim)), 4 if spec.dtype == "fp32" else 2, spec.bias is not None)
+    row = tables.lookup(device.arch, problem)
+    return row.config if row else default_config(problem, device)
+
+
+def plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str = "auto") -> Plan:
+    """The plan of a forward pass. Raises :class:`UnsupportedError` where a backend asked for by name cannot do it."""
+    return _plan_forward(spec, device, requested, override.active())
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, by_hand: tuple[tuple[str, TileConfig], ...]) -> Plan:
+    name = _choose(requested, spec, device)
+    if name != "triton":
+        return Plan(name, (Step("forward"),))
+    config = _config("forward", spec, device, by_hand)
+    programs = _ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
+    return Plan(name, (Step("forward", config, programs),) if programs else ())
+
+
+def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str = "auto") -> Plan:
+    """The plan of a backward pass: only the kernels that the gradients asked for need."""
+    return _plan_backward(spec, needs, device, requested, override.active())
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_backward(
+    spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str, by_hand: tuple[tuple[str, TileConfig], ...]
+) -> Plan:
+    name = _choose(requested, spec, device)
+    if name != "triton":
+        return Plan(name, (Step("backward"),))
+    if spec.is_empty:
+        return Plan(name, ())
+    batch_heads = spec.batch * spec.heads
+    steps = []
+    if needs.dq or needs.dk or needs.dbias:
+        config = _config("delta", spec, device, by_hand)
+        steps.append(Step("delta", config, _ceil_div(spec.queries, config.block_m) * batch_heads))
+    if needs.dk or needs.dv:
+        config = _config("dkdv", spec, device, by_hand)
+        steps.append(Step("dkdv", config, _ceil_div(spec.keys, config.block_n) * batch_heads))
+    if needs.dq:
+        config = _config("dq", spec, device, by_hand)
+        steps.append(Step("dq", config, _ceil_div(spec.queries, config.block_m) * batch_heads))
+    if needs.dbias:
+        steps += _dbias_steps(spec, device, _config("dbias", spec, device, by_hand))
+    return Plan(name, tuple(steps))
+
+
+def _dbias_steps(spec: AttentionSpec, device: DeviceFacts, config: TileConfig) -> list[Step]:
+    """One program per tile of the bias's own shape; where those are too few to fill the chip, the loop over broadcast dims is split."""
+    assert spec.bias is not None
+    outer, inner, head, query, key = spec.bias.varies
+    tiles_m, tiles_n = _ceil_div(spec.queries, config.block_m), _ceil_div(spec.keys, config.block_n)
+    sizes = ((spec.batch_outer, outer), (spec.batch_inner, inner), (spec.heads, head), (tiles_m, query), (tiles_n, key))
+    own = looped = 1
+    for size, varies in sizes:
+        if varies:
+            own *= size
+        else:
+            looped *= size
+    splits = max(1, min(looped, _ceil_div(2 * device.processors, own)))
+    steps = [Step("dbias", config, own * splits, splits)]
+    if splits > 1:
+        elements = 1
+        for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys), spec.bias.varies, strict=True):
+            elements *= size if varies else 1
+        steps.append(Step("dbias_sum", TileConfig(64, 16, 4, 1), _ceil_div(elements, 1024), splits))
+    return steps

@@ -1,0 +1,146 @@
+"""One attention problem as plain numbers: no tensors, hashable, canonical. Built by ``ops.py``; read by ``plan/`` and ``launch/``.
+
+Options are folded here, once. Causal attention (later: windows, lengths) becomes a *band* ``lo <= j - i <= hi`` of visible
+key-minus-query offsets, so kernels know two optional integers instead of a list of features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import bad_type, bad_value
+
+__all__ = ["DTYPE_NAMES", "AttentionSpec", "BiasSpec", "Needs", "causal_band", "resolve_precision", "spec_of"]
+
+DTYPE_NAMES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bool: "bool",
+}
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+
+@dataclass(frozen=True)
+class BiasSpec:
+    """What a kernel must know about a bias: its dtype and along which of (outer batch, inner batch, head, query, key) it varies."""
+
+    dtype: str
+    varies: tuple[bool, bool, bool, bool, bool]
+
+    @property
+    def is_mask(self) -> bool:
+        """A boolean bias is a mask: True means visible."""
+        return self.dtype == "bool"
+
+    def __str__(self) -> str:
+        """The shorthand of the docs: a letter where the bias varies, 1 where it broadcasts, such as ``1hqk``."""
+        outer, inner, head, query, key = self.varies
+        batch = {(False, False): "1", (True, True): "b", (True, False): "b1", (False, True): "1b"}[outer, inner]
+        return batch + "".join(letter if on else "1" for letter, on in zip("hqk", (head, query, key), strict=True))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients a backward pass is asked for."""
+
+    dq: bool
+    dk: bool
+    dv: bool
+    dbias: bool
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Sizes and options of one attention problem.
+
+    ``batch_outer * batch_inner`` is the batch of q, k and v; a bias may broadcast over each of the two levels separately.
+    ``lo`` and ``hi`` bound the visible offsets ``lo <= j - i <= hi`` of key j and query i; None leaves that side open.
+    """
+
+    dtype: str
+    batch_outer: int
+    batch_inner: int
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    value_dim: int
+    bias: BiasSpec | None
+    lo: int | None
+    hi: int | None
+    scale: float
+    precision: str
+
+    @property
+    def batch(self) -> int:
+        return self.batch_outer * self.batch_inner
+
+    @property
+    def is_empty(self) -> bool:
+        """No score to compute at all: outputs are empty, or every query sees no key."""
+        return 0 in (self.batch, self.heads, self.queries, self.keys)
+
+
+def causal_band(causal: bool) -> tuple[int | None, int | None]:
+    """``(lo, hi)`` of the seed's causal option: top-left aligned, key j is visible to query i when ``i >= j``."""
+    return (None, 0) if causal else (None, None)
+
+
+def resolve_precision(precision: str) -> str:
+    """The precision of float32 products: ``""`` follows ``torch.get_float32_matmul_precision()``, anything else is checked and kept."""
+    if not precision:
+        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    if precision not in PRECISIONS:
+        raise bad_value("precision", f"one of {', '.join(PRECISIONS)}", repr(precision))
+    return precision
+
+
+def spec_of(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    batch_inner: int,
+    lo: int | None,
+    hi: int | None,
+    scale: float,
+    precision: str,
+) -> AttentionSpec:
+    """The spec of canonical tensors: q (B, M, H, D), k (B, N, H, D), v (B, N, H, Dv), bias (B0|1, B1|1, H|1, M|1, N|1) with B1 = batch_inner.
+
+    The public faces have checked their arguments already, with better words; these few comparisons guard the kernels from whoever
+    calls the operators directly.
+    """
+    B, M, H, D = q.shape
+    N, Dv = k.shape[1], v.shape[3]
+    if k.shape != (B, N, H, D) or v.shape != (B, N, H, Dv):
+        raise bad_value("k, v", f"shapes ({B}, N, {H}, {D}) and ({B}, N, {H}, Dv)", f"{tuple(k.shape)} and {tuple(v.shape)}")
+    if batch_inner < 1 or B % batch_inner:
+        raise bad_value("batch_inner", f"a positive divisor of the batch {B}", batch_inner)
+    if not (q.dtype == k.dtype == v.dtype):
+        raise bad_type("k, v", f"q's dtype {q.dtype}", f"{k.dtype} and {v.dtype}")
+    if not (q.device == k.device == v.device) or (bias is not None and bias.device != q.device):
+        raise bad_value("k, v, bias", f"q's device {q.device}", [str(t.device) for t in (k, v, bias) if t is not None])
+    bias_spec = None
+    if bias is not None:
+        full = (B // batch_inner, batch_inner, H, M, N)
+        if bias.dim() != 5 or any(own not in (1, size) for own, size in zip(bias.shape, full, strict=True)):
+            raise bad_value("bias", f"5 dims that broadcast to {full}", tuple(bias.shape))
+        # A size-1 problem dim counts as varying: there is nothing to reduce over.
+        varies = tuple(own == size for own, size in zip(bias.shape, full, strict=True))
+        bias_spec = BiasSpec(_dtype_name("bias", bias), varies)  # type: ignore[arg-type]
+    precision = resolve_precision(precision) if q.dtype == torch.float32 else "ieee"
+    return AttentionSpec(
+        _dtype_name("q", q), B // batch_inner, batch_inner, M, N, H, D, Dv, bias_spec, lo, hi, float(scale), precision
+    )
+
+
+def _dtype_name(name: str, tensor: torch.Tensor) -> str:
+    try:
+        return DTYPE_NAMES[tensor.dtype]
+    except KeyError:
+        raise bad_type(name, f"one of {', '.join(DTYPE_NAMES.values())}", tensor.dtype) from None
