@@ -18,6 +18,7 @@ from .device import DeviceFacts, triton_problem
 __all__ = ["BACKENDS", "Plan", "Step", "backend", "plan_backward", "plan_forward", "requested_backend", "why_not"]
 
 BACKENDS = ("auto", "tiled", "triton", "oracle")
+SUM_BLOCK = 1024  # elements of dbias that one program of dbias_sum adds up
 _ENVIRONMENT = "TRIFLASH_BACKEND"
 
 
@@ -74,11 +75,16 @@ def requested_backend() -> str:
 
 @dataclass(frozen=True)
 class Step:
-    """One kernel of a plan: its name, its tile configuration, how many programs it starts, and into how many parts a reduction is split."""
+    """One kernel of a plan.
+
+    kernel, config: its name and tile configuration (None: it has none). programs: how many it starts.
+    order: which index of the grid varies fastest (see ``kernels/triton/prims.locate``). splits: parts that a reduction is cut into.
+    """
 
     kernel: str
     config: TileConfig | None = None
     programs: int = 1
+    order: str = "tile"
     splits: int = 1
 
     def __str__(self) -> str:
@@ -138,6 +144,17 @@ def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, by_hand: tupl
     return row.config if row else default_config(problem, device)
 
 
+def _order(spec: AttentionSpec) -> str:
+    """Which index of the grid varies fastest: tiles that share a bias block run back to back, else those that share keys."""
+    if spec.bias is not None:
+        outer, inner, head, _, _ = spec.bias.varies
+        if spec.batch > 1 and not (outer and inner):
+            return "batch"
+        if spec.heads > 1 and not head:
+            return "head"
+    return "tile" if spec.hi is None and spec.lo is None else "heavy"
+
+
 def plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str = "auto") -> Plan:
     """The plan of a forward pass. Raises :class:`UnsupportedError` where a backend asked for by name cannot do it."""
     return _plan_forward(spec, device, requested, override.active())
@@ -150,7 +167,7 @@ def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, by_h
         return Plan(name, (Step("forward"),))
     config = _config("forward", spec, device, by_hand)
     programs = _ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
-    return Plan(name, (Step("forward", config, programs),) if programs else ())
+    return Plan(name, (Step("forward", config, programs, _order(spec)),) if programs else ())
 
 
 def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str = "auto") -> Plan:
@@ -174,10 +191,10 @@ def _plan_backward(
         steps.append(Step("delta", config, _ceil_div(spec.queries, config.block_m) * batch_heads))
     if needs.dk or needs.dv:
         config = _config("dkdv", spec, device, by_hand)
-        steps.append(Step("dkdv", config, _ceil_div(spec.keys, config.block_n) * batch_heads))
+        steps.append(Step("dkdv", config, _ceil_div(spec.keys, config.block_n) * batch_heads, _order(spec)))
     if needs.dq:
         config = _config("dq", spec, device, by_hand)
-        steps.append(Step("dq", config, _ceil_div(spec.queries, config.block_m) * batch_heads))
+        steps.append(Step("dq", config, _ceil_div(spec.queries, config.block_m) * batch_heads, _order(spec)))
     if needs.dbias:
         steps += _dbias_steps(spec, device, _config("dbias", spec, device, by_hand))
     return Plan(name, tuple(steps))
@@ -196,10 +213,10 @@ def _dbias_steps(spec: AttentionSpec, device: DeviceFacts, config: TileConfig) -
         else:
             looped *= size
     splits = max(1, min(looped, _ceil_div(2 * device.processors, own)))
-    steps = [Step("dbias", config, own * splits, splits)]
+    steps = [Step("dbias", config, own * splits, splits=splits)]
     if splits > 1:
         elements = 1
         for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys), spec.bias.varies, strict=True):
             elements *= size if varies else 1
-        steps.append(Step("dbias_sum", TileConfig(64, 16, 4, 1), _ceil_div(elements, 1024), splits))
+        steps.append(Step("dbias_sum", TileConfig(64, 16, 4, 1), _ceil_div(elements, SUM_BLOCK), splits=splits))
     return steps

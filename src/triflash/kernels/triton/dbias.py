@@ -1,0 +1,159 @@
+"""The kernels that give the gradient of a bias, in the bias's own shape."""
+
+import triton
+import triton.language as tl
+
+from .prims import LOG2E, add_bias, bias_tile, in_band, load_lse_log2, load_rows, load_vector, offset, segments
+
+
+@triton.jit
+def dbias(
+    q, k, v, bias, dout, lse, delta_in, dbias_out,
+    q_strides, k_strides, v_strides, bias_strides, dout_strides, lse_strides, dbias_strides,
+    heads, batch_outer, batch_inner, M, N, lo, hi, scale, splits,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    VARIES_B0: tl.constexpr, VARIES_B1: tl.constexpr, VARIES_H: tl.constexpr, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program owns one tile of the bias's own shape and loops over the dims that the bias broadcasts, recomputing s and dp:
+
+        dbias = sum over broadcast dims of ds,   ds = p * (dout vᵀ - delta)
+
+    A dim of queries or keys that broadcasts is looped over tile by tile and reduced at the end. The loop is cut into ``splits`` equal
+    parts, the part being the slowest index of the grid; part t writes to ``dbias_out + t * dbias_strides[0]``. Strides as in
+    ``forward``, those of dbias_out (part, outer batch, inner batch, head, row, column).
+    """
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = tl.cdiv(N, BN)
+    tn = 0
+    tm = 0
+    own_head = 0
+    own_b1 = 0
+    own_b0 = 0
+    if VARIES_N:
+        tn = pid % tiles_n
+        pid = pid // tiles_n
+    if VARIES_M:
+        tm = pid % tiles_m
+        pid = pid // tiles_m
+    if VARIES_H:
+        own_head = pid % heads
+        pid = pid // heads
+    if VARIES_B1:
+        own_b1 = pid % batch_inner
+        pid = pid // batch_inner
+    if VARIES_B0:
+        own_b0 = pid % batch_outer
+        pid = pid // batch_outer
+    part = pid
+
+    # Tiles to loop over along a broadcast axis: only those that the own tile of the other axis sees.
+    begin_m = 0
+    count_m = 1
+    begin_n = 0
+    count_n = 1
+    if VARIES_M:
+        begin, _a, _b, end = segments(tm * BM, min(tm * BM + BM, M) - 1, N, lo, hi, BN)
+        if VARIES_N:
+            count_n = tl.where((tn * BN + BN > begin) & (tn * BN < end), 1, 0)
+        else:
+            begin_n = begin // BN
+            count_n = tl.cdiv(end, BN) - begin_n
+    elif VARIES_N:
+        low = -hi if hi is not None else None  # the band as keys see queries
+        high = -lo if lo is not None else None
+        begin, _a, _b, end = segments(tn * BN, min(tn * BN + BN, N) - 1, M, low, high, BM)
+        begin_m = begin // BM
+        count_m = tl.cdiv(end, BM) - begin_m
+    else:
+        count_m = tiles_m
+        count_n = tiles_n
+    rounds = count_m * count_n
+    if not VARIES_H:
+        rounds = rounds * heads
+    if not VARIES_B1:
+        rounds = rounds * batch_inner
+    if not VARIES_B0:
+        rounds = rounds * batch_outer
+    first = tl.cast(tl.cast(rounds, tl.int64) * part // splits, tl.int32)
+    last = tl.cast(tl.cast(rounds, tl.int64) * (part + 1) // splits, tl.int32)
+
+    i = tl.arange(0, BM)[:, None]
+    j = tl.arange(0, BN)[None, :]
+    acc = tl.zeros([BM, BN], tl.float32)
+    scale_log2 = scale * LOG2E
+    FIXED: tl.constexpr = VARIES_M and VARIES_N  # the same tile of scores every round: mask once, after the loop
+    for r in tl.range(first, last):
+        head = own_head
+        b1 = own_b1
+        b0 = own_b0
+        rest = r
+        if not VARIES_N:
+            tn = begin_n + rest % count_n
+            rest = rest // count_n
+        if not VARIES_M:
+            tm = begin_m + rest % count_m
+            rest = rest // count_m
+        if not VARIES_B1:
+            b1 = rest % batch_inner
+            rest = rest // batch_inner
+        if not VARIES_B0:
+            b0 = rest % batch_outer
+            rest = rest // batch_outer
+        if not VARIES_H:
+            head = rest
+        m0 = tm * BM
+        n0 = tn * BN
+        b = b0 * batch_inner + b1
+        q_at = q + offset(b, q_strides[0]) + offset(head, q_strides[2])
+        k_at = k + offset(b, k_strides[0]) + offset(head, k_strides[2])
+        v_at = v + offset(b, v_strides[0]) + offset(head, v_strides[2])
+        do_at = dout + offset(b, dout_strides[0]) + offset(head, dout_strides[2])
+        q_tile = load_rows(q_at, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)
+        k_tile = load_rows(k_at, k_strides[1], n0, N, BN, D, BD, not EVEN_N, WIDE)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2  # [BM, BN]
+        bias_at = bias + offset(b0, bias_strides[0]) + offset(b1, bias_strides[1]) + offset(head, bias_strides[2])
+        tile = bias_tile(
+            bias_at, bias_strides[3], bias_strides[4], m0, n0, i, j, M, N, VARIES_M, VARIES_N, not EVEN_M, not EVEN_N, WIDE
+        )
+        s = add_bias(s, tile, False)
+        lse_log2 = load_lse_log2(lse + offset(b, lse_strides[0]) + offset(head, lse_strides[1]), m0, M, BM, not EVEN_M)
+        p = tl.exp2(s - lse_log2[:, None])
+        do_tile = load_rows(do_at, dout_strides[1], m0, M, BM, DV, BDV, not EVEN_M, WIDE)
+        v_tile = load_rows(v_at, v_strides[1], n0, N, BN, DV, BDV, not EVEN_N, WIDE)
+        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BN]
+        row = load_vector(delta_in + offset(b * heads + head, M), m0, M, BM, not EVEN_M)
+        ds = p * (dp - row[:, None])
+        if not FIXED:
+            ds = tl.where(in_band(m0 + i, n0 + j, N, lo, hi), ds, 0.0)
+        acc += ds
+
+    at = dbias_out + offset(part, dbias_strides[0])
+    at += offset(own_b0, dbias_strides[1]) + offset(own_b1, dbias_strides[2]) + offset(own_head, dbias_strides[3])
+    if FIXED:
+        acc = tl.where(in_band(tm * BM + i, tn * BN + j, N, lo, hi), acc, 0.0)
+        at += offset(tm * BM, dbias_strides[4]) + offset(tn * BN, dbias_strides[5])
+        local = i * tl.cast(dbias_strides[4], tl.int64) + j * tl.cast(dbias_strides[5], tl.int64)
+        tl.store(at + local, acc.to(dbias_out.dtype.element_ty), mask=(tm * BM + i < M) & (tn * BN + j < N))
+    elif VARIES_N:
+        cols = tn * BN + tl.arange(0, BN)
+        column = tl.sum(acc, 0)
+        tl.store(at + offset(cols, dbias_strides[5]), column.to(dbias_out.dtype.element_ty), mask=cols < N)
+    elif VARIES_M:
+        rows = tm * BM + tl.arange(0, BM)
+        column = tl.sum(acc, 1)
+        tl.store(at + offset(rows, dbias_strides[4]), column.to(dbias_out.dtype.element_ty), mask=rows < M)
+    else:
+        tl.store(at, tl.sum(tl.sum(acc, 1), 0).to(dbias_out.dtype.element_ty))
+
+
+@triton.jit
+def dbias_sum(parts, total, elements, splits, BLOCK: tl.constexpr):
+    """One program owns BLOCK elements of dbias and adds their ``splits`` partial sums in order, in float32."""
+    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < elements
+    acc = tl.zeros([BLOCK], tl.float32)
+    for part in range(splits):
+        acc += tl.load(parts + offset(part, elements) + at, mask=inside, other=0.0)
+    tl.store(total + at, acc.to(total.dtype.element_ty), mask=inside)

@@ -1,0 +1,181 @@
+"""What all portable kernels share: which tiles a tile sees, which program does what, and how a tile is loaded and scored.
+
+Conventions: ``i`` is a query, ``j`` a key. A tile's first row and column are scalars, positions inside it are small tensors, so that
+offsets stay 32-bit inside a tile while every tile's base address is 64-bit. ``None`` stands for an absent feature and compiles its
+branch away. Scores are in base 2: ``s_log2 = log2(e) * (scale * q kᵀ + bias)``.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def segments(first, last, length, lo, hi, BLOCK: tl.constexpr):
+    """Blocks of the other axis (``length`` long) that rows ``first … last`` see, where row r sees column c if ``lo <= c - r <= hi``.
+
+    Returns ``begin <= a <= b <= end``: blocks of ``[begin, a)`` and ``[b, end)`` are partly visible and need the mask, those of
+    ``[a, b)`` are visible to every row. Blocks start at multiples of BLOCK; ``end`` is not rounded up. Without ``lo``, ``begin == a``.
+    Plain integer arithmetic, never dividing a negative number, so that it also runs (and is tested) as Python.
+    """
+    begin = 0
+    full_begin = 0
+    if lo is not None:
+        begin = max(first + lo, 0) // BLOCK * BLOCK
+        full_begin = (max(last + lo, 0) + BLOCK - 1) // BLOCK * BLOCK
+    end = length
+    full_end = length // BLOCK * BLOCK
+    if hi is not None:
+        end = max(min(last + hi + 1, length), 0)
+        full_end = max(min(first + hi + 1, length), 0) // BLOCK * BLOCK
+    begin = min(begin, end)
+    a = min(max(full_begin, begin), end)
+    return begin, a, max(full_end, a), end
+
+
+@triton.jit
+def locate(tiles, heads, batch, ORDER: tl.constexpr, REVERSED: tl.constexpr):
+    """(tile, head, batch) of this program.
+
+    ORDER names what varies fastest: "tile" keeps the keys of one head in cache, "batch" and "head" let tiles that share a broadcast
+    bias block run back to back, "heavy" makes the tile slowest, so that the longest rows of a triangle start first. REVERSED counts
+    tiles from the last.
+    """
+    pid = tl.program_id(0)
+    if ORDER == "tile":
+        tile = pid % tiles
+        head = pid // tiles % heads
+        b = pid // tiles // heads
+    elif ORDER == "batch":
+        b = pid % batch
+        tile = pid // batch % tiles
+        head = pid // batch // tiles
+    elif ORDER == "head":
+        head = pid % heads
+        tile = pid // heads % tiles
+        b = pid // heads // tiles
+    else:
+        head = pid % heads
+        b = pid // heads % batch
+        tile = pid // heads // batch
+    if REVERSED:
+        tile = tiles - 1 - tile
+    return tile, head, b
+
+
+@triton.jit
+def offset(index, stride):
+    """``index * stride`` in 64 bits, for the address of a tile."""
+    return tl.cast(index, tl.int64) * stride
+
+
+@triton.jit
+def stride_in_tile(stride, WIDE: tl.constexpr):
+    """The stride as used inside a tile: 32-bit unless a tile spans more than 2^31 elements."""
+    if WIDE:
+        return tl.cast(stride, tl.int64)
+    else:
+        return stride
+
+
+@triton.jit
+def load_rows(base, row_stride, start, length, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr):
+    """Rows ``start … start + BLOCK`` of a ``(length, DIM)`` matrix as ``[BLOCK, BLOCK_DIM]``, zero outside it."""
+    r = tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, BLOCK_DIM)[None, :]
+    pointers = base + offset(start, row_stride) + (r * stride_in_tile(row_stride, WIDE) + d)
+    if MASKED:
+        if DIM == BLOCK_DIM:
+            return tl.load(pointers, mask=start + r < length, other=0.0)
+        else:
+            return tl.load(pointers, mask=(start + r < length) & (d < DIM), other=0.0)
+    else:
+        if DIM == BLOCK_DIM:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=d < DIM, other=0.0)
+
+
+@triton.jit
+def store_rows(base, row_stride, start, length, x, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr):
+    """Write ``x [BLOCK, BLOCK_DIM]`` to rows ``start …`` of a ``(length, DIM)`` matrix, in the matrix's dtype; nothing outside it."""
+    r = tl.arange(0, BLOCK)[:, None]
+    d = tl.arange(0, BLOCK_DIM)[None, :]
+    pointers = base + offset(start, row_stride) + (r * stride_in_tile(row_stride, WIDE) + d)
+    x = x.to(base.dtype.element_ty)
+    if MASKED:
+        if DIM == BLOCK_DIM:
+            tl.store(pointers, x, mask=start + r < length)
+        else:
+            tl.store(pointers, x, mask=(start + r < length) & (d < DIM))
+    else:
+        if DIM == BLOCK_DIM:
+            tl.store(pointers, x)
+        else:
+            tl.store(pointers, x, mask=d < DIM)
+
+
+@triton.jit
+def bias_tile(base, row_stride, col_stride, m0, n0, i, j, M, N, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
+    """The bias of the tile at ``(m0, n0)``, size 1 along dims that it broadcasts. ``i``, ``j`` are positions in the tile, shaped to broadcast.
+
+    They are ``[BM, 1], [1, BN]`` for a tile of scores and ``[1, BM], [BN, 1]`` for a transposed one.
+    """
+    pointers = base
+    if VARIES_M:
+        pointers = pointers + offset(m0, row_stride) + i * stride_in_tile(row_stride, WIDE)
+    if VARIES_N:
+        pointers = pointers + offset(n0, col_stride) + j * stride_in_tile(col_stride, WIDE)
+    if VARIES_M and MASK_M:
+        if VARIES_N and MASK_N:
+            return tl.load(pointers, mask=(m0 + i < M) & (n0 + j < N), other=0)
+        else:
+            return tl.load(pointers, mask=m0 + i < M, other=0)
+    else:
+        if VARIES_N and MASK_N:
+            return tl.load(pointers, mask=n0 + j < N, other=0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def add_bias(s_log2, bias, IS_MASK: tl.constexpr):
+    """Add a bias to scores in base 2; a boolean one (bytes, nonzero = visible) hides instead."""
+    if IS_MASK:
+        return tl.where(bias != 0, s_log2, float("-inf"))
+    else:
+        return s_log2 + bias.to(tl.float32) * LOG2E
+
+
+@triton.jit
+def in_band(i, j, N, lo, hi):
+    """Whether key j exists and query i sees it."""
+    seen = j < N
+    if lo is not None:
+        seen = seen & (j - i >= lo)
+    if hi is not None:
+        seen = seen & (j - i <= hi)
+    return seen
+
+
+@triton.jit
+def load_lse_log2(base, start, length, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """lse of ``BLOCK`` queries in base 2. A query that saw no key, or does not exist, gets +inf, so that ``2^(s - lse)`` is 0, never NaN."""
+    r = tl.arange(0, BLOCK)
+    if MASKED:
+        lse = tl.load(base + start + r, mask=start + r < length, other=float("-inf"))
+    else:
+        lse = tl.load(base + start + r)
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def load_vector(base, start, length, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """``BLOCK`` elements of a contiguous float32 vector, zero outside it."""
+    r = tl.arange(0, BLOCK)
+    if MASKED:
+        return tl.load(base + start + r, mask=start + r < length, other=0.0)
+    else:
+        return tl.load(base + start + r)

@@ -1,0 +1,69 @@
+"""Compile a kernel launch for a GPU that is not here, and read what the compiler made of it. Used by tests and tuning.
+
+Works without any GPU or driver, but not under Triton's interpreter: the kernels must have been imported with ``TRITON_INTERPRET`` off.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from .triton import Call
+
+__all__ = ["Resources", "compile_for", "resources"]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a compiled kernel takes: registers a thread, spilled 4-byte words a thread, bytes of shared memory."""
+
+    registers: int
+    spills: int
+    shared_memory: int
+
+
+def target_of(arch: str) -> GPUTarget:
+    """Triton's target for ``sm80`` … or ``gfx942`` …."""
+    return GPUTarget("cuda", int(arch[2:]), 32) if arch.startswith("sm") else GPUTarget("hip", arch, 64)
+
+
+def compile_for(call: Call, arch: str) -> Any:
+    """Triton's compiled kernel of a launch, exactly as the launch itself would compile it on that architecture.
+
+    The tensors among the arguments may be meta tensors.
+    """
+    target = target_of(arch)
+    backend = make_backend(target)
+    kernel = call.kernel
+    options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages, "debug": False}
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*call.args, **call.constants, **options)
+    packed, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
+    source = ASTSource(kernel, signature, constexprs, attrs)
+    return triton.compile(source, target=target, options=packed.__dict__)
+
+
+def resources(compiled: Any) -> Resources:
+    """Registers, spills and shared memory of a compiled kernel, from its binary (NVIDIA) or its assembly (AMD)."""
+    shared = compiled.metadata.shared
+    if "amdgcn" in compiled.asm:
+        found = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", compiled.asm["amdgcn"])}
+        return Resources(found["vgpr_count"], found["vgpr_spill_count"], shared)
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr)
+    if match is None:
+        raise RuntimeError(f"no resource usage in cuobjdump's output: {usage.stdout}{usage.stderr}")
+    return Resources(int(match[1]), int(match[2]) // 4, shared)

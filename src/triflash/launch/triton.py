@@ -1,0 +1,224 @@
+"""Arguments and launches of the portable Triton kernels. Imports triton, so it is itself imported only when a plan needs it.
+
+``*_calls`` turn a plan and tensors into :class:`Call` values and touch no device: the ahead-of-time tests compile the very same calls
+for GPUs that are not here, from meta tensors. ``forward`` and ``backward`` start them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.triton import backward as backward_kernels
+from ..kernels.triton import dbias as dbias_kernels
+from ..kernels.triton import forward as forward_kernels
+from ..plan.configs import TileConfig, padded
+from ..plan.select import SUM_BLOCK, Plan, Step
+from ..spec import AttentionSpec
+
+__all__ = ["Call", "backward", "backward_calls", "forward", "forward_calls"]
+
+_WIDE_STRIDE = 2**22  # from this stride on, an offset inside a tile of up to 256 rows and columns might not fit 31 bits
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel launch: the kernel, its arguments in order, its compile-time constants, and its grid."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    config: TileConfig
+    programs: int
+
+    def start(self) -> None:
+        """Launch it on the current device."""
+        self.kernel[(self.programs,)](
+            *self.args, **self.constants, num_warps=self.config.num_warps, num_stages=self.config.num_stages
+        )
+
+
+def forward(plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:
+    """Fill out and lse. Every tensor is canonical (``spec.spec_of``); out and lse are contiguous."""
+    _start(q.device, forward_calls(plan, spec, *map(_rows, (q, k, v)), bias, out, lse))
+
+
+def backward(
+    plan: Plan,
+    spec: AttentionSpec,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    """Fill those of dq, dk, dv, dbias that are given, of any strides."""
+    given = (dq, dk, dv, dbias)
+    if spec.is_empty:
+        for grad in given:
+            if grad is not None:
+                grad.zero_()
+        return
+    q, k, v, out, dout = map(_rows, (q, k, v, out, dout))
+    lse = lse if lse.stride(2) == 1 or lse.shape[2] == 1 else lse.contiguous()
+    # Kernels write rows whose last dim is contiguous; a gradient laid out otherwise is filled by way of a copy.
+    written = [None if grad is None else _rows(grad) for grad in given]
+    _start(q.device, backward_calls(plan, spec, dout, dlse, q, k, v, bias, out, lse, *written))
+    for grad, filled in zip(given, written, strict=True):
+        if grad is not None and filled is not None and filled is not grad:
+            grad.copy_(filled)
+
+
+def forward_calls(
+    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor
+) -> list[Call]:
+    """The launches of a forward pass."""
+    calls = []
+    for step in plan.steps:
+        args = (
+            *(q, k, v, _bytes(bias), out, lse),
+            *(_strides(q), _strides(k), _strides(v), _bias_strides(bias), _strides(out), lse.stride()[:2]),
+            *_sizes(spec),
+            *(spec.lo, spec.hi, spec.scale),
+        )
+        constants = _constants(spec, step, (q, k, v, out, bias))
+        constants |= {"IS_MASK": _is_mask(spec), "POSITIVE_SCALE": spec.scale > 0, "ORDER": step.order}
+        calls.append(Call(forward_kernels.forward, args, constants, _config(step), step.programs))
+    return calls
+
+
+def backward_calls(
+    plan: Plan,
+    spec: AttentionSpec,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dbias: Tensor | None,
+) -> list[Call]:
+    """The launches of a backward pass; allocates the scratch between them (delta, and partial sums of a split dbias)."""
+    inputs = (q, k, v, _bytes(bias), dout, lse)
+    strides = (_strides(q), _strides(k), _strides(v), _bias_strides(bias), _strides(dout), lse.stride()[:2])
+    loaded = (q, k, v, dout, bias)
+    delta = parts = None
+    calls = []
+    for step in plan.steps:
+        config = _config(step)
+        if step.kernel == "delta":
+            delta = lse.new_empty(lse.shape)
+            args: tuple[Any, ...] = (out, dout, dlse, delta, _strides(out), _strides(dout), None if dlse is None else dlse.stride())
+            constants = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": _wide((out, dout))}
+            calls.append(Call(backward_kernels.delta, (*args, spec.heads, spec.queries), constants, config, step.programs))
+        elif step.kernel == "dkdv":
+            args = (*inputs, delta, dk, dv, *strides, _strides(dk), _strides(dv), *_sizes(spec), spec.lo, spec.hi, spec.scale)
+            constants = _constants(spec, step, (*loaded, dk, dv)) | {"IS_MASK": _is_mask(spec), "ORDER": step.order}
+            calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
+        elif step.kernel == "dq":
+            args = (*inputs, delta, dq, *strides, _strides(dq), *_sizes(spec), spec.lo, spec.hi, spec.scale)
+            constants = _constants(spec, step, (*loaded, dq)) | {"IS_MASK": _is_mask(spec), "ORDER": step.order}
+            calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
+        elif step.kernel == "dbias":
+            assert dbias is not None and spec.bias is not None
+            target, part_stride = dbias, 0
+            if step.splits > 1:
+                parts = dbias.new_empty((step.splits, *dbias.shape), dtype=torch.float32)
+                target, part_stride = parts[0], parts.stride(0)
+            sizes = (spec.heads, spec.batch_outer, spec.batch_inner, spec.queries, spec.keys)
+            args = (*inputs, delta, parts if step.splits > 1 else dbias, *strides, (part_stride, *_bias_strides(target)))  # type: ignore[misc]
+            args += (*sizes, spec.lo, spec.hi, spec.scale, step.splits)
+            outer, inner, head, _, _ = spec.bias.varies
+            constants = _constants(spec, step, loaded)
+            constants |= {"VARIES_B0": outer, "VARIES_B1": inner, "VARIES_H": head}
+            calls.append(Call(dbias_kernels.dbias, args, constants, config, step.programs))
+        elif step.kernel == "dbias_sum":
+            assert dbias is not None
+            args = (parts, dbias, dbias.numel(), step.splits)
+            calls.append(Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, config, step.programs))
+    return calls
+
+
+def _start(device: torch.device, calls: Iterable[Call]) -> None:
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _start(torch.device("cpu"), calls)
+        return
+    for call in calls:
+        call.start()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself if its last dim is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _bytes(bias: Tensor | None) -> Tensor | None:
+    """A boolean mask as bytes: Triton has no loads of single bits."""
+    return bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias
+
+
+def _config(step: Step) -> TileConfig:
+    assert step.config is not None, f"{step.kernel} was planned without a tile configuration"
+    return step.config
+
+
+def _strides(x: Tensor | None) -> tuple[int, int, int] | None:
+    """(batch, row, head) strides of a (B, L, H, D) tensor."""
+    return None if x is None else x.stride()[:3]  # type: ignore[return-value]
+
+
+def _bias_strides(bias: Tensor | None) -> tuple[int, ...] | None:
+    """Strides of a canonical bias, 0 along dims that it broadcasts."""
+    return None if bias is None else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+
+
+def _sizes(spec: AttentionSpec) -> tuple[int, int, int, int, int]:
+    return spec.batch, spec.heads, spec.batch_inner, spec.queries, spec.keys
+
+
+def _is_mask(spec: AttentionSpec) -> bool:
+    return spec.bias is not None and spec.bias.is_mask
+
+
+def _wide(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether offsets inside a tile need 64 bits: some stride (of the batch or head too, to keep this cheap) is huge."""
+    return any(max(x.stride(), default=0) >= _WIDE_STRIDE and max(_strides_in_tile(x)) >= _WIDE_STRIDE for x in tensors if x is not None)
+
+
+def _strides_in_tile(x: Tensor) -> tuple[int, ...]:
+    return x.stride()[3:] if x.dim() == 5 else (x.stride(1),)
+
+
+def _constants(spec: AttentionSpec, step: Step, tensors: Iterable[Tensor | None]) -> dict[str, Any]:
+    config = _config(step)
+    return {
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "D": spec.head_dim,
+        "DV": spec.value_dim,
+        "BD": padded(spec.head_dim),
+        "BDV": padded(spec.value_dim),
+        "VARIES_M": spec.bias is not None and spec.bias.varies[3],
+        "VARIES_N": spec.bias is not None and spec.bias.varies[4],
+        "EVEN_M": spec.queries % config.block_m == 0,
+        "EVEN_N": spec.keys % config.block_n == 0,
+        "PRECISION": spec.precision,
+        "WIDE": _wide(tensors),
+    }
