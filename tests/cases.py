@@ -1,0 +1,340 @@
+"""A test case is data. ``Case`` says what to compute; ``run_case`` computes it on a backend, judges every result by the tolerance rule, and
+asserts that exactly the kernels ran that were asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from tolerance import (
+    FLOAT32_ULPS,
+    GRADIENT_FACTOR,
+    OUTPUT_FACTOR,
+    STORED_FACTOR,
+    Judgement,
+    assert_close,
+    closed_backward,
+    rounding_backward,
+    unit_roundoff,
+)
+from torch import Tensor
+
+import triflash
+from triflash import oracle, tiled
+from triflash.plan.configs import TileConfig
+from triflash.plan.override import override_configs
+
+HAVE_TRITON = importlib.util.find_spec("triton") is not None
+triton_only = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
+BACKENDS = ["tiled", pytest.param("triton", marks=triton_only)]
+KERNELS = ("forward", "delta", "dkdv", "dq", "dbias")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem, its inputs' memory layouts, and what is asked of it.
+
+    bias: a letter where it varies and 1 where it broadcasts, aligned to the right of ``bhqk``, as in ``1h1k`` or ``qk``; five letters
+        (``b1hqk``, ``1ihqk``) are over (outer batch, inner batch, head, query, key). None is no bias.
+    grads: any of the letters q, k, v, b. dlse: the log-sum-exp gets a cotangent as well.
+    tiles: queries and keys of a tile; None takes the default of the plan (and, on the tiled backend, its own choice).
+    """
+
+    name: str
+    B: int = 1
+    M: int = 33
+    N: int = 40
+    H: int = 2
+    D: int = 16
+    Dv: int | None = None
+    dtype: torch.dtype = torch.float16
+    bias: str | None = None
+    bias_dtype: torch.dtype | None = None
+    bias_layout: str = "plain"
+    bias_values: str = "normal"
+    causal: bool = False
+    lo: int | None = None
+    hi: int | None = None
+    scale: float | None = None
+    batch_inner: int = 1
+    grads: str = "qkvb"
+    dlse: bool = False
+    layout: str = "plain"
+    dout_layout: str = "plain"
+    magnitude: float = 1.0
+    tiles: tuple[int, int] | None = (32, 32)
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return self.name.replace(" ", "-")
+
+    @property
+    def is_raw(self) -> bool:
+        """Beyond what the seed's functions express: goes through ``torch.ops.triflash`` directly."""
+        special = self.lo is not None or self.hi is not None or self.batch_inner > 1 or self.dlse
+        return special or self.Dv not in (None, self.D) or len(self.bias or "") == 5
+
+    @property
+    def band(self) -> tuple[int | None, int | None]:
+        return (self.lo, 0 if self.causal else self.hi)
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.D**-0.5 if self.scale is None else self.scale
+
+
+@dataclass
+class Inputs:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    dout: Tensor
+    dlse: Tensor | None
+
+    def wanted(self) -> dict[str, Tensor]:
+        return {n: x for n, x in (("q", self.q), ("k", self.k), ("v", self.v), ("b", self.bias)) if x is not None and x.requires_grad}
+
+
+def with_layout(shape: tuple[int, ...], layout: str, make: Any) -> Tensor:
+    """A tensor of ``shape`` in a memory layout: ``make(shape)`` gives the values."""
+    rank = len(shape)
+    if layout == "plain":
+        return make(shape)
+    if layout == "transposed":  # the last two dims (bias), or sequence and heads (q, k, v), swapped in memory
+        a, b = (rank - 2, rank - 1) if rank != 4 else (1, 2)
+        swapped = list(shape)
+        swapped[a], swapped[b] = swapped[b], swapped[a]
+        return make(tuple(swapped)).transpose(a, b)
+    if layout == "keys_first":
+        return make((*shape[:-2], shape[-1], shape[-2])).transpose(-1, -2)
+    if layout == "sliced":  # a window of something larger, at an odd offset, rows not a multiple of 16 bytes apart
+        return make(tuple(size + 3 for size in shape))[tuple(slice(1, 1 + size) for size in shape)]
+    if layout == "step":  # every other element of the last dim
+        return make((*shape[:-1], 2 * shape[-1]))[..., ::2]
+    if layout == "expanded":  # one batch entry and head, repeated without memory
+        return make((1, *shape[1:])).expand(shape) if rank != 4 else make((1, shape[1], 1, shape[3])).expand(shape)
+    if layout == "packed":  # one of three in the middle of a packed tensor
+        return make((*shape[:2], 3, *shape[2:]))[:, :, 1]
+    raise ValueError(layout)
+
+
+def bias_shape(case: Case) -> tuple[int, ...]:
+    assert case.bias is not None
+    full = {"b": case.B // case.batch_inner, "i": case.batch_inner, "h": case.H, "q": case.M, "k": case.N}
+    return tuple(1 if letter == "1" else full[letter] for letter in case.bias)
+
+
+def build(case: Case, device: torch.device) -> Inputs:
+    """The inputs of a case: seeded, laid out, marked for gradients."""
+    generator = torch.Generator().manual_seed(case.seed)
+    dtype = case.dtype
+
+    def normal(shape: tuple[int, ...], dtype: torch.dtype = dtype, size: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float32) * size).to(dtype).to(device)
+
+    Dv = case.D if case.Dv is None else case.Dv
+    q = with_layout((case.B, case.M, case.H, case.D), case.layout, lambda shape: normal(shape, size=case.magnitude))
+    k = with_layout((case.B, case.N, case.H, case.D), case.layout, lambda shape: normal(shape, size=case.magnitude))
+    v = with_layout((case.B, case.N, case.H, Dv), case.layout, normal)
+    dout = with_layout((case.B, case.M, case.H, Dv), case.dout_layout, normal)
+    dlse = normal((case.B, case.H, case.M), torch.float64 if dtype == torch.float64 else torch.float32) if case.dlse else None
+    bias = None
+    if case.bias is not None:
+        bias_dtype = case.bias_dtype or dtype
+
+        def values(shape: tuple[int, ...]) -> Tensor:
+            if bias_dtype == torch.bool:
+                bias = torch.rand(shape, generator=generator) < {"normal": 0.6, "rows": 0.6, "all": -1.0}[case.bias_values]
+                hidden: Any = False
+            else:
+                bias = torch.randn(shape, generator=generator) * (1e4 if case.bias_values == "huge" else 1.0)
+                hidden = -torch.inf
+                if case.bias_values == "inf":
+                    bias[torch.rand(shape, generator=generator) < 0.4] = hidden
+                if case.bias_values == "all":
+                    bias.fill_(hidden)
+            if case.bias_values == "rows":  # the first query, the last, and one in three see nothing
+                bias[..., ::3, :] = hidden
+                bias[..., -1, :] = hidden
+            return bias.to(bias_dtype).to(device)
+
+        if case.bias_layout == "expanded":
+            full = Case("", B=case.B, M=case.M, N=case.N, H=case.H, bias="bhqk"[-len(case.bias) :])
+            bias = values(bias_shape(case)).expand(bias_shape(full))
+        elif case.bias_layout == "transposed":
+            bias = with_layout(bias_shape(case), "keys_first", values)
+        else:
+            bias = with_layout(bias_shape(case), case.bias_layout, values)
+    leaves = [None if x is None else x.detach() for x in (q, k, v, bias)]
+    for letter, leaf in zip("qkvb", leaves, strict=True):
+        if leaf is not None and letter in case.grads and leaf.is_floating_point():
+            leaf.requires_grad_()
+    return Inputs(*leaves, dout, dlse)  # type: ignore[arg-type]
+
+
+def five_dims(bias: Tensor | None) -> Tensor | None:
+    """A bias as the operators take it: (outer, inner, head, query, key)."""
+    if bias is None or bias.dim() == 5:
+        return bias
+    return bias[(None,) * (4 - bias.dim())].unsqueeze(1)
+
+
+def attend(case: Case, inputs: Inputs, backend: str) -> tuple[Tensor, Tensor | None]:
+    """out and, from the raw operator, lse."""
+    q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
+    if case.is_raw:
+        lo, hi = case.band
+        return torch.ops.triflash.forward(q, k, v, five_dims(bias), case.batch_inner, lo, hi, case.softmax_scale, "", backend)
+    with triflash.backend(backend):
+        return triflash.flash_attn_func(q, k, v, bias, case.causal, case.scale), None
+
+
+def judge(case: Case, inputs: Inputs) -> dict[str, Judgement]:
+    """What every result of the case is held against."""
+    lo, hi = case.band
+    options: dict[str, Any] = dict(batch_inner=case.batch_inner, lo=lo, hi=hi, scale=case.softmax_scale)
+    wanted = inputs.wanted()
+
+    def dense(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        leaves = {n: x.detach().clone().requires_grad_() for n, x in wanted.items()}
+        pick = [leaves.get(n, x) for n, x in zip("qkvb", (inputs.q, inputs.k, inputs.v, inputs.bias), strict=True)]
+        out, lse = oracle.attention(*pick, **options, dtype=dtype)  # type: ignore[arg-type]
+        if not leaves:
+            return out, lse, {}
+        outputs, cotangents = [out], [inputs.dout.to(dtype)]
+        if inputs.dlse is not None:
+            outputs, cotangents = [out, lse], [*cotangents, inputs.dlse.to(dtype)]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True)
+        return out.detach(), lse.detach(), dict(zip(leaves, grads, strict=True))
+
+    # In float64 the gradients are taken with float64 leaves, so that they are not rounded to the inputs' dtype on their way out.
+    exact_inputs = Inputs(*(x.detach().double() if x is not None and x.is_floating_point() else x for x in vars(inputs).values()))  # type: ignore[arg-type]
+    out, lse, grads = _exact(exact_inputs, wanted, options)
+    plain_out, _, plain_grads = dense(case.dtype)
+    lse_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        plain_lse = oracle.attention(inputs.q, inputs.k, inputs.v, inputs.bias, **options, dtype=lse_dtype)[1]
+
+    # Slack: see tolerance.py.
+    x = exact_inputs
+    s = torch.einsum("bmhd,bnhd->bhmn", x.q, x.k) * case.softmax_scale
+    bias5 = five_dims(x.bias)
+    if bias5 is not None:
+        mask = torch.where(bias5, 0.0, -torch.inf) if bias5.dtype == torch.bool else bias5
+        s = (s.unflatten(0, (-1, case.batch_inner)) + mask).flatten(0, 1) if s.numel() else s
+    s = s.masked_fill(~oracle.visible(case.M, case.N, lo, hi, s.device), -torch.inf)
+    p = torch.exp(s - lse.masked_fill(lse == -torch.inf, torch.inf)[..., None])
+    stored = out.to(case.dtype).double()
+    exact, shifted = (closed_backward(x.q, x.k, x.v, p, o, x.dout, x.dlse, case.softmax_scale) for o in (out, stored))
+    rounding = rounding_backward(x.q, x.k, x.v, s, p, out, x.dout, x.dlse, case.softmax_scale)
+    ulps = FLOAT32_ULPS * unit_roundoff(lse_dtype)
+    size = s.masked_fill(s == -torch.inf, 0.0).abs()  # what float32 arithmetic rounds at
+    top = size.amax(-1) if case.N else size.new_zeros(size.shape[:-1])
+
+    def slack(letter: str) -> Tensor:
+        def of(g: Any) -> Tensor:
+            return reduce_to_bias(g.ds, case, bias5).reshape(wanted["b"].shape) if letter == "b" else getattr(g, "d" + letter)
+
+        return ulps * of(rounding) + STORED_FACTOR * (of(shifted) - of(exact)).abs()
+
+    out_slack = ulps * torch.einsum("bhmn,bnhd->bmhd", p * (1 + size), x.v.abs())
+    judgements = {
+        "out": Judgement(out, plain_out, OUTPUT_FACTOR, case.dtype, out_slack),
+        "lse": Judgement(lse, plain_lse, OUTPUT_FACTOR, lse_dtype, ulps * (1 + top)),
+    }
+    for letter in wanted:
+        judgements["d" + letter] = Judgement(grads[letter], plain_grads[letter], GRADIENT_FACTOR, case.dtype, slack(letter))
+    return judgements
+
+
+def _exact(x: Inputs, wanted: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The oracle in float64 and, by autograd, the gradients that are wanted."""
+    leaves = {n: t.requires_grad_() for n, t in zip("qkvb", (x.q, x.k, x.v, x.bias), strict=True) if n in wanted}
+    out, lse = oracle.attention(x.q, x.k, x.v, x.bias, **options)
+    grads: tuple[Tensor, ...] = ()
+    if leaves:
+        outputs, cotangents = ([out], [x.dout]) if x.dlse is None else ([out, lse], [x.dout, x.dlse])
+        grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True)
+    for t in leaves.values():
+        t.requires_grad_(False)
+    return out.detach(), lse.detach(), dict(zip(leaves, grads, strict=True))
+
+
+def reduce_to_bias(ds: Tensor, case: Case, bias5: Tensor | None) -> Tensor:
+    """The gradient of the scores summed over the dims that the bias broadcasts."""
+    assert bias5 is not None
+    return ds.unflatten(0, (-1, case.batch_inner)).sum_to_size(bias5.shape) if ds.numel() else torch.zeros_like(bias5)
+
+
+@contextlib.contextmanager
+def small_tiles(tiles: tuple[int, int] | None) -> Iterator[None]:
+    """Run every kernel, and the tiled backend, with these tiles, so that boundaries are reached at small sizes."""
+    if tiles is None:
+        yield
+        return
+    config = TileConfig(*tiles, num_warps=4, num_stages=1)
+    with override_configs(**dict.fromkeys(KERNELS, config)), mock.patch.object(tiled, "tile_size", lambda _: tiles[1]):
+        yield
+
+
+def kernels(ran: list[str]) -> list[str]:
+    """The kernels' names of a record of launches."""
+    return [line.split()[1] for line in ran]
+
+
+def expected_kernels(case: Case, backend: str) -> list[str]:
+    """What must run, in order, and nothing else; a ``dbias_sum`` may follow ``dbias``."""
+    wanted = [n for n in case.grads if n in "qkv" or (n == "b" and case.bias is not None and case.bias_dtype != torch.bool)]
+    if backend != "triton":
+        return ["forward", "backward"] if wanted else ["forward"]
+    if 0 in (case.B, case.H, case.M):
+        return []
+    if case.N == 0:
+        return ["forward"]
+    steps = ["forward"]
+    steps += ["delta"] if set(wanted) & set("qkb") else []
+    steps += ["dkdv"] if set(wanted) & set("kv") else []
+    return steps + [name for letter, name in (("q", "dq"), ("b", "dbias")) if letter in wanted]
+
+
+def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
+    on_interpreter = device.type == "cpu"
+    dtypes = (case.dtype, case.bias_dtype if case.bias else None)
+    return backend == "triton" and (torch.float64 in dtypes or (on_interpreter and torch.bfloat16 in dtypes))
+
+
+def run_case(case: Case, backend: str, device: torch.device) -> None:
+    """Compute the case on the backend and judge all of it."""
+    inputs = build(case, device)
+    if is_unsupported(case, backend, device):
+        with triflash.record_launches() as ran, pytest.raises(triflash.UnsupportedError):
+            attend(case, inputs, backend)
+        assert ran == []
+        return
+    before = {n: x.detach().clone() for n, x in vars(inputs).items() if x is not None}
+    with small_tiles(case.tiles), triflash.record_launches() as ran:
+        out, lse = attend(case, inputs, backend)
+        wanted = inputs.wanted()
+        outputs, cotangents = ([out], [inputs.dout]) if inputs.dlse is None else ([out, lse], [inputs.dout, inputs.dlse])
+        grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents) if wanted else ()
+
+    assert all(line.startswith(f"{backend}: ") for line in ran), ran
+    assert [name for name in kernels(ran) if name != "dbias_sum"] == expected_kernels(case, backend)
+    for name, old in before.items():
+        assert torch.equal(getattr(inputs, name), old), f"{name} was modified"
+    judgements = judge(case, inputs)
+    assert out.dtype == case.dtype
+    assert_close("out", out.detach(), judgements["out"])
+    if lse is not None:
+        assert lse.dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
+        assert_close("lse", lse.detach(), judgements["lse"])
+    for (letter, x), grad in zip(wanted.items(), grads, strict=True):
+        assert grad.dtype == x.dtype and grad.shape == x.shape
+        assert_close("d" + letter, grad, judgements["d" + letter])

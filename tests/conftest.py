@@ -1,0 +1,63 @@
+"""Shared by every test: which Triton runs (interpreter or GPU), the device, seeds, and allocations that start out as NaN."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Deterministic mode (see `poisoned_allocations`) wants this from cuBLAS; it must be set before CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+torch.set_num_threads(1)  # the tensors are tiny, and several workers share the processors
+
+AHEAD_OF_TIME = Path(__file__).parent / "aot"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Turn Triton's interpreter on where there is no GPU, before anything imports Triton.
+
+    ``pytest tests/aot`` compiles kernels for GPUs that are not there and so needs the real Triton: it gets no interpreter.
+    """
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped elsewhere")
+    config.addinivalue_line("markers", "unpoisoned: allocations are left alone (tests of compilation)")
+    chosen = [Path(arg.split("::")[0]).resolve() for arg in config.args]
+    only_aot = bool(chosen) and all(path.is_relative_to(AHEAD_OF_TIME) for path in chosen)
+    if not only_aot and not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tensors of a test live: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every ``torch.empty`` and its relatives return NaN (integers: their maximum), so that an element nobody writes is seen.
+
+    ``test_tolerance.py`` asserts that this is so. PyTorch ties the filling to its deterministic mode.
+    """
+    wanted = request.node.get_closest_marker("unpoisoned") is None
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,171 @@
+"""Hand-picked edges: each of these shapes, layouts or values has broken somebody's attention. One body runs them on every backend."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import BACKENDS, Case, run_case
+
+ON_GPU = torch.cuda.is_available()
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+LENGTHS = [
+    Case("1x1", M=1, N=1, H=1, B=1, D=1, bias="bhqk"),
+    Case("1x1 causal", M=1, N=1, causal=True),
+    Case("one query", M=1, N=70, bias="1h1k"),
+    Case("one key", M=70, N=1, bias="bhqk"),
+    Case("one query causal", M=1, N=70, causal=True),
+    Case("many more queries", M=130, N=3, bias="1hqk", causal=True),
+    Case("many more keys", M=3, N=130, bias="1hqk"),
+    Case("many more keys causal", M=3, N=130, bias="1hqk", causal=True),
+    Case("no queries", M=0, N=9, bias="1h1k"),
+    Case("no keys", M=9, N=0, bias="1hq1"),
+    Case("neither", M=0, N=0, bias="qk"),
+    Case("no keys causal", M=9, N=0, causal=True),
+    Case("empty batch", B=0, bias="1hqk"),
+    Case("no heads", H=0, bias="qk"),
+    Case("no keys, lse", M=9, N=0, dlse=True),
+    Case("tile exactly", M=32, N=32, bias="bhqk"),
+    Case("default tiles", M=50, N=40, bias="1h1k", tiles=None),
+]
+# Lengths of every residue modulo a tile, the tile being as small as the hardware allows on a CPU and the real one on a GPU.
+RESIDUES = [
+    Case(f"residues {m} {n}{' causal' * causal}", M=m, N=n, H=1, bias="1hqk", tiles=(64, 64), causal=causal)
+    for (m, n), causal in itertools.product([(128, 65), (129, 128), (63, 127), (64, 129), (65, 63), (127, 64)], [False, True])
+] + [
+    Case(f"small tile residues {m} {n}", M=m, N=n, H=1, D=8, bias="hqk", tiles=(16, 16), causal=causal)
+    for m, n, causal in [(32, 33, True), (33, 47, False), (47, 48, True), (31, 17, True), (49, 16, False)]
+]
+HEAD_DIMS = [Case(f"head dim {d}", M=35, N=37, H=1, D=d, bias="1hqk") for d in (1, 2, 8, 17, 40, 64, 72, 80, 88, 96, 128, 160, 192, 256)]
+HEAD_DIMS += [Case(f"head dims {d} {dv}", M=35, N=37, H=1, D=d, Dv=dv, bias="1hqk") for d, dv in ((8, 72), (64, 1), (40, 128), (192, 128))]
+DTYPES = [
+    Case(f"{str(dtype)[6:]} causal={causal}", M=65, N=50, H=2, D=24, dtype=dtype, bias="bh1k", causal=causal)
+    for dtype, causal in itertools.product([F16, BF16, F32, F64], [False, True])
+] + [
+    Case(f"{str(dtype)[6:]} with {str(bias_dtype)[6:]} bias", D=24, dtype=dtype, bias="1hqk", bias_dtype=bias_dtype)
+    for dtype, bias_dtype in itertools.product([F16, BF16, F32], [F16, BF16, F32])
+]
+LAYOUTS = [
+    Case(f"q, k, v {layout}, dout {dout}", B=2, M=33, N=40, H=2, D=24, bias="1h1k", layout=layout, dout_layout=dout)
+    for layout, dout in [("transposed", "plain"), ("sliced", "transposed"), ("step", "step"), ("expanded", "expanded"), ("packed", "sliced")]
+]
+BIAS_LAYOUTS = [
+    Case(f"bias {shape} {layout}", B=2, M=33, N=40, H=2, bias=shape, bias_layout=layout)
+    for shape, layout in [
+        *itertools.product(["bhqk", "1hqk"], ["transposed", "sliced", "step"]),
+        *itertools.product(["1h1k", "b11k", "11q1", "1111", "qk", "h1k"], ["expanded"]),
+        ("bh1k", "step"),
+        ("bhq1", "sliced"),
+    ]
+]
+BIAS_SHAPES = [
+    Case(f"bias {shape}", B=2, M=33, N=37, H=3, D=8, bias=shape)
+    for shape in ["".join(x) for x in itertools.product("b1", "h1", "q1", "k1")] + ["hqk", "h1k", "1q1", "111", "qk", "1k", "q1", "11"]
+]
+BATCH_LEVELS = [
+    Case(f"bias {shape} over {outer}x{inner}", B=outer * inner, M=20, N=33, D=8, bias=shape, batch_inner=inner, causal=causal)
+    for outer, inner, shape, causal in [
+        (2, 3, "b1hqk", False), (2, 3, "1ihqk", True), (3, 2, "bi11k", False), (2, 2, "11hq1", True), (2, 2, "b1h1k", False), (1, 3, "1i1q1", False)
+    ]
+]  # fmt: skip
+VALUES = [
+    Case("-inf entries", M=40, N=50, bias="bhqk", bias_values="inf"),
+    Case("-inf rows", M=40, N=50, bias="bhqk", bias_values="rows"),
+    Case("-inf rows causal", M=70, N=50, bias="1hqk", bias_values="rows", causal=True, tiles=(16, 16), H=1),
+    Case("-inf rows, lse", M=40, N=50, bias="bhqk", bias_values="rows", dlse=True),
+    Case("-inf everywhere", bias="bhqk", bias_values="all"),
+    Case("-inf everywhere, broadcast", bias="1h1k", bias_values="all", dlse=True),
+    Case("-inf keys", bias="b11k", bias_values="inf", B=3),
+    Case("-inf everywhere float32", bias="11q1", bias_values="all", dtype=F32),
+    Case("mask", M=40, N=50, bias="bhqk", bias_dtype=torch.bool),
+    Case("mask over keys", B=2, bias="b11k", bias_dtype=torch.bool, causal=True),
+    Case("mask 2-D", bias="qk", bias_dtype=torch.bool, bias_layout="transposed"),
+    Case("mask expanded", bias="1hq1", bias_dtype=torch.bool, bias_layout="expanded"),
+    Case("mask that hides rows", M=40, N=50, bias="bhqk", bias_values="rows", bias_dtype=torch.bool, dlse=True),
+    Case("mask that hides all", bias="11qk", bias_values="all", bias_dtype=torch.bool),
+    Case("huge bias", bias="hqk", bias_values="huge", dtype=F32),
+    Case("huge bias float16", bias="h1k", bias_values="huge", bias_dtype=F32, dtype=F16),
+    Case("huge scores", M=40, N=50, D=64, magnitude=35.0, scale=1.0, dtype=F32),
+    Case("huge scores float16", M=40, N=50, D=64, magnitude=30.0, scale=1.0),
+    Case("scale 0", bias="1hqk", scale=0.0),
+    Case("scale 0, no bias", scale=0.0, causal=True),
+    Case("negative scale", bias="1hqk", scale=-0.5),
+    Case("negative scale, no bias", scale=-0.5, M=50, N=70, tiles=(16, 16), H=1),
+    Case("large scale", scale=3.0, N=50),
+]
+BANDS = [
+    Case(f"band {lo} {hi} at {m}x{n}", M=m, N=n, H=1, D=8, lo=lo, hi=hi, bias=bias, tiles=(16, 16), dlse=dlse)
+    for lo, hi, m, n, bias, dlse in [
+        (-3, 5, 40, 40, "1hqk", False),
+        (0, 0, 33, 40, None, True),
+        (-20, -10, 50, 35, "1h1k", False),
+        (10, 20, 35, 60, "11q1", True),
+        (None, 30, 20, 70, "1111", False),
+        (2, None, 50, 33, "bhqk", False),
+        (-40, None, 50, 33, None, False),
+        (None, -45, 50, 33, "1h1k", True),
+        (5, -5, 30, 30, "1hqk", True),
+        (60, 70, 30, 40, "1hq1", False),
+    ]
+]
+LSE = [Case(f"lse cotangent, gradient of {g}", M=40, N=37, bias="1hqk", dlse=True, grads=g, dtype=d) for g, d in (("qkvb", F16), ("q", F32), ("b", F16))]
+MANY = [
+    Case("65 537 heads", B=1, H=65537, M=2, N=3, D=2, bias="11qk", tiles=None),
+    Case("batch of 65 537", B=65537, H=1, M=2, N=3, D=2, bias="b11k", tiles=None),
+]
+
+EVERYTHING = [*LENGTHS, *RESIDUES, *HEAD_DIMS, *DTYPES, *LAYOUTS, *BIAS_LAYOUTS, *BIAS_SHAPES, *BATCH_LEVELS, *VALUES, *BANDS, *LSE]
+GRAD_SUBSETS = ["".join(letters) for n in range(5) for letters in itertools.combinations("qkvb", n)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", EVERYTHING, ids=str)
+def test_edge(case: Case, backend: str, device: torch.device) -> None:
+    run_case(case, backend, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("grads", GRAD_SUBSETS, ids=lambda g: g or "none")
+def test_only_the_gradients_that_are_asked_for_are_computed(grads: str, backend: str, device: torch.device) -> None:
+    """Every subset; ``run_case`` asserts which kernels ran, such as delta and dbias alone for a bias-only gradient."""
+    run_case(Case(f"gradients of {grads}", B=2, M=20, N=33, bias="1hqk", grads=grads), backend, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frozen_bias_costs_no_dbias(backend: str, device: torch.device) -> None:
+    run_case(Case("frozen bias", M=20, bias="1hqk", grads="qkv"), backend, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", EVERYTHING, ids=str)
+def test_edge_with_the_devices_own_tiles(case: Case, dtype: torch.dtype, backend: str, device: torch.device) -> None:
+    """The same cases with the configurations that users get, in every dtype that the device has."""
+    if case.dtype != F16:
+        pytest.skip("its own dtype has been tested already")
+    if dtype == BF16 and case.bias_values == "huge" or case.magnitude > 1:
+        pytest.skip("scores of 1e4 say nothing in this dtype")
+    run_case(replace(case, tiles=None, dtype=dtype), backend, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("bias", [None, "bhqk", "1h1k", "qk", "b11k"])
+@pytest.mark.parametrize("dim", [16, 32, 64, 96, 128, 192, 256])
+def test_configurations_of_the_device(dim: int, bias: str | None, dtype: torch.dtype, causal: bool, device: torch.device) -> None:
+    """Every launch configuration of this device at lengths beyond its tiles: compilers have been wrong at single tile shapes."""
+    for m, n in ((384, 384), (257, 449), (449, 191)):
+        run_case(Case(f"{m}x{n}", B=2, M=m, N=n, H=2, D=dim, dtype=dtype, bias=bias, causal=causal, tiles=None), "triton", device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", MANY, ids=str)
+def test_more_programs_than_a_grid_axis_takes(case: Case, backend: str, device: torch.device) -> None:
+    if backend == "triton" and not ON_GPU:
+        pytest.skip("65 537 programs take minutes in Triton's interpreter")
+    run_case(case, backend, device)

@@ -1,0 +1,116 @@
+"""The judge: when is a result close enough to the float64 reference? Used by ``cases.py``; tested by ``test_tolerance.py``.
+
+The rule is the FlashAttention projects': no further from the float64 reference than a small multiple of what the same formula in plain
+PyTorch is in the same dtype, and close in relative norm as well. Two effects have nothing to do with the quality of a kernel, so both
+limits are raised by them:
+
+- *Rounding* of float32 arithmetic and of the final store. Where plain PyTorch happens to be exact (one query and one key: softmax is 1 and
+  ds is 0) any rounding at all would be infinitely worse. Its size is the formula evaluated on absolute values, times a few float32 ulps.
+- *The stored output.* The backward pass of every flash attention forms ``delta = rowsum(out * dout)`` from the output as it was stored.
+  The effect of rounding ``out`` to its dtype is computed exactly, in float64, rather than allowed for by a constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RELATIVE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-10}
+OUTPUT_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
+FLOAT32_ULPS = 4.0
+STORED_FACTOR = 2.0  # a kernel's own stored output differs from the rounded reference by about as much again
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one result is held against."""
+
+    reference: Tensor  # float64
+    plain: Tensor  # the same formula in plain PyTorch
+    factor: float
+    dtype: torch.dtype  # of the arithmetic's inputs: sets the limit on the relative norm
+    slack: Tensor | float = 0.0  # per element: rounding and stored-output effects, as the module's docstring says
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2
+
+
+def assert_close(name: str, got: Tensor, judgement: Judgement) -> None:
+    """Raise AssertionError with both errors, their limits and the worst coordinate unless ``got`` is as close as the rule wants it."""
+    problem = disagreement(got, judgement)
+    assert problem is None, f"{name}: {problem}"
+
+
+def disagreement(got: Tensor, judgement: Judgement) -> str | None:
+    """What is wrong with ``got``, or None."""
+    reference, plain = judgement.reference.detach(), judgement.plain.detach()
+    if got.shape != reference.shape:
+        return f"shape {tuple(got.shape)}, wanted {tuple(reference.shape)}"
+    if got.numel() == 0:
+        return None
+    infinite = reference.isinf()
+    error = torch.where(infinite, (got.double() != reference).double(), (got.double() - reference).abs())
+    plain_error = torch.where(infinite, 0.0, (plain.double() - reference).abs())
+    if not plain_error.isfinite().all():
+        return "the plain yardstick itself is not finite: choose inputs that it survives"
+    size = torch.where(infinite, 0.0, reference)
+    slack = judgement.slack + unit_roundoff(got.dtype) * size.abs()
+    largest_slack = slack.max().item()
+    worst_at = tuple(int(i) for i in torch.unravel_index(error.nan_to_num(torch.inf).argmax(), error.shape))
+    worst = f"worst at {worst_at}: got {got[worst_at].item():.9g}, wanted {reference[worst_at].item():.9g}"
+    if not error.isfinite().all():
+        return f"{int((~error.isfinite()).sum())} of {error.numel()} elements are not finite; {worst}"
+    limit = judgement.factor * plain_error.max().item() + largest_slack
+    if error.max().item() > limit:
+        parts = f"plain {plain_error.max().item():.3e}, slack {largest_slack:.3e}"
+        return f"largest error {error.max().item():.3e} exceeds {limit:.3e} ({parts}); {worst}"
+    if size.norm() < plain_error.norm():
+        return None  # the reference is zero but for cancellation (a bias of one column only shifts its rows): no relative norm of nothing
+    limit = RELATIVE[judgement.dtype] * size.norm().item() + slack.norm().item()
+    if error.norm().item() > limit:
+        return f"norm of the error {error.norm().item():.3e} exceeds {limit:.3e}; {worst}"
+    return None
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """dq, dk, dv and ds (the gradient of the scores, ``[B, H, M, N]``) by the closed formula, in float64."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    ds: Tensor
+
+
+def closed_backward(q: Tensor, k: Tensor, v: Tensor, p: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None, scale: float) -> Gradients:
+    """``ds = p (dout vᵀ - rowsum(out dout) + dlse)`` and what follows, without autograd, for any ``out``."""
+    delta = torch.einsum("bmhd,bmhd->bhm", out, dout)
+    if dlse is not None:
+        delta = delta - dlse
+    ds = p * (torch.einsum("bmhd,bnhd->bhmn", dout, v) - delta[..., None])
+    return _spread(q, k, p, dout, ds, scale)
+
+
+def rounding_backward(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor, p: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None, scale: float
+) -> Gradients:
+    """The same on absolute values: multiply by a unit roundoff to bound what rounding can do. ``s`` enters as the error of ``exp(s)``."""
+    q, k, v, out, dout = (x.abs() for x in (q, k, v, out, dout))
+    p = p * (1 + s.nan_to_num(posinf=0.0, neginf=0.0).abs())
+    delta = torch.einsum("bmhd,bmhd->bhm", out, dout)
+    if dlse is not None:
+        delta = delta + dlse.abs()
+    ds = p * (torch.einsum("bmhd,bnhd->bhmn", dout, v) + delta[..., None])
+    return _spread(q, k, p, dout, ds, abs(scale))
+
+
+def _spread(q: Tensor, k: Tensor, p: Tensor, dout: Tensor, ds: Tensor, scale: float) -> Gradients:
+    return Gradients(
+        dq=scale * torch.einsum("bhmn,bnhd->bmhd", ds, k),
+        dk=scale * torch.einsum("bhmn,bmhd->bnhd", ds, q),
+        dv=torch.einsum("bhmn,bmhd->bnhd", p, dout),
+        ds=ds,
+    )
