@@ -6,9 +6,9 @@ checkpoint, ``{"result": …}`` at the end, or ``{"error": …}``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import resource
 import sys
 import time
 from collections import Counter
@@ -129,10 +129,8 @@ class Memory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
-        except OSError:
-            pass
         self.before = self._resident("VmRSS")
 
     def peak(self) -> int:
@@ -145,6 +143,8 @@ class Memory:
         try:
             lines = Path("/proc/self/status").read_text().splitlines()
         except OSError:
+            import resource  # macOS has no /proc, Windows neither this
+
             size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             return size if sys.platform == "darwin" else size * 1024
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -1,0 +1,59 @@
+# make demo   trains the demo model             make test         lint, types, and every test that needs no GPU
+# make lint   ruff and mypy only                make test-newest  compiles the kernels with the newest Triton
+# make clean  removes what these made           make test-gpu     the tests on this machine's own python and GPU
+#
+# Everything but test-gpu sets itself up in .venv. PYTHON=... picks the interpreter, PIP_ARGS=... adds options to pip install.
+
+PYTHON ?= python3
+PIP_ARGS ?=
+WORKERS ?= 2
+PY := .venv/bin/python
+
+# Without a GPU: PyTorch's small CPU build, and everything pinned. With one: the PyTorch and Triton that belong together.
+GPU := $(shell command -v nvidia-smi rocm-smi 2>/dev/null)
+ifeq ($(GPU),)
+WHEELS := --find-links https://download.pytorch.org/whl/cpu/torch/
+UNPINNED := ^$$
+else
+UNPINNED := ^(torch|triton)==
+endif
+
+.PHONY: demo test test-newest test-gpu lint clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.demo
+	$(PY) -m triflash demo $(ARGS)
+
+lint: .venv/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check --quiet .
+	$(PY) -m mypy
+
+test: lint
+	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(WORKERS) tests --ignore=tests/aot
+	$(PY) -m pytest -q -n $(WORKERS) tests/aot
+
+test-newest: .venv/.dev .triton-newest/.installed
+	PYTHONPATH=.triton-newest $(PY) -c 'import triton; print("Triton", triton.__version__)'
+	PYTHONPATH=.triton-newest $(PY) -m pytest -q -n $(WORKERS) tests/aot
+
+test-gpu:
+	PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m pytest -q tests $(ARGS)
+
+clean:
+	rm -rf .venv .triton-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info demo-out
+	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per set of extras; a change of pins or of the package's metadata installs again.
+.venv/.constraints: constraints.txt Makefile
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	grep -vE '$(UNPINNED)' constraints.txt > $@
+
+.venv/.%: .venv/.constraints pyproject.toml
+	$(PY) -m pip install --quiet --disable-pip-version-check $(WHEELS) $(PIP_ARGS) --constraint .venv/.constraints --editable '.[$*]'
+	touch $@
+
+.triton-newest/.installed: Makefile
+	rm -rf .triton-newest
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --target .triton-newest --no-deps triton
+	touch $@

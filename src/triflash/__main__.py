@@ -1,0 +1,52 @@
+"""The command line: ``triflash`` or ``python -m triflash``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from . import __version__
+from .demo.options import Options, add_arguments
+from .plan.select import BACKENDS
+
+__all__ = ["main"]
+
+_BAD_USE, _INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 fine, 1 the command failed, 2 it was used wrongly."""
+    parser = argparse.ArgumentParser(prog="triflash", description="Exact fused attention with any bias and its gradient.")
+    parser.add_argument("--version", action="version", version=f"triflash {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    words = "train a small transformer with a learned position bias by triflash and by dense PyTorch attention, and compare"
+    demo = commands.add_parser("demo", help=words, description=words)
+    add_arguments(demo, BACKENDS)
+    given = parser.parse_args(argv)
+    return _demo(demo, given)
+
+
+def _demo(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
+    try:
+        from .demo import run, text
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("rich", "matplotlib", "numpy"):
+            raise
+        print(f"triflash demo needs {error.name}: pip install 'triflash[demo]'", file=sys.stderr)
+        return _BAD_USE
+    try:
+        options = Options.of(given, torch.cuda.is_available())
+        text.load(text.read(given.text), options.seq_len)
+        return run.run(options)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
