@@ -18,6 +18,10 @@ torch.set_num_threads(1)  # the tensors are tiny, and several workers share the 
 AHEAD_OF_TIME = Path(__file__).parent / "aot"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", help="run the I-th of N equal parts: several processes share a GPU without pytest-xdist")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Turn Triton's interpreter on where there is no GPU, before anything imports Triton.
 
@@ -31,7 +35,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if shard := config.getoption("--shard", None):
+        part, parts = map(int, shard.split("/"))
+        items[:] = items[part - 1 :: parts]
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

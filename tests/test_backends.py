@@ -1,0 +1,166 @@
+"""Choosing a backend: by block, by environment, by argument; what a named one cannot do raises and says what does work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from cases import triton_only
+
+import triflash
+from triflash import UnsupportedError, backend, flash_attn_func, record_launches
+
+ON_GPU = torch.cuda.is_available()
+
+
+def ran_on(**kwargs: object) -> list[str]:
+    q = torch.randn(1, 4, 1, 8, device="cuda" if ON_GPU else "cpu", **kwargs)  # type: ignore[call-overload]
+    with record_launches() as ran:
+        flash_attn_func(q, q, q)
+    return [line.split(":")[0] for line in ran]
+
+
+AUTOMATIC = "triton" if ON_GPU else "tiled"
+
+
+def test_blocks_nest_and_end() -> None:
+    assert ran_on() == [AUTOMATIC]
+    with backend("oracle"):
+        assert ran_on() == ["oracle"]
+        with backend("tiled"):
+            assert ran_on() == ["tiled"]
+            with backend("auto"):
+                assert ran_on() == [AUTOMATIC]
+        assert ran_on() == ["oracle"]
+        with pytest.raises(RuntimeError, match="inside"), backend("tiled"):
+            raise RuntimeError("inside")
+        assert ran_on() == ["oracle"]
+    assert ran_on() == [AUTOMATIC]
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIFLASH_BACKEND", "oracle")
+    assert ran_on() == ["oracle"]
+    with backend("tiled"):
+        assert ran_on() == ["tiled"]
+    monkeypatch.setenv("TRIFLASH_BACKEND", "")
+    assert ran_on() == [AUTOMATIC]
+
+
+def test_environment_with_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIFLASH_BACKEND", "cudnn")
+    with pytest.raises(ValueError, match=r"^TRIFLASH_BACKEND: wanted one of auto, tiled, triton, oracle, got 'cudnn'"):
+        ran_on()
+
+
+@pytest.mark.parametrize("name, exception, got", [("flash", ValueError, "'flash'"), ("Tiled", ValueError, "'Tiled'"), ("", ValueError, "''"), (None, TypeError, "NoneType"), (3, TypeError, "int")])  # fmt: skip
+def test_unknown_names(name: object, exception: type[Exception], got: str) -> None:
+    with pytest.raises(exception, match=rf"^backend: wanted .*one of auto, tiled, triton, oracle, got {got}"), backend(name):  # type: ignore[arg-type]
+        pytest.fail("entered the block")
+
+
+def test_the_choice_is_the_threads_own() -> None:
+    seen: dict[str, list[str]] = {}
+    barrier = threading.Barrier(2, timeout=60)
+
+    def work(name: str) -> None:
+        with backend(name):
+            barrier.wait()  # both are inside their blocks
+            q = torch.randn(1, 3, 1, 4)
+            seen[name] = [triflash.plan.select.requested_backend()]  # type: ignore[attr-defined]
+            flash_attn_func(q, q, q)
+            barrier.wait()
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in ("tiled", "oracle")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"tiled": ["tiled"], "oracle": ["oracle"]}
+    assert ran_on() == [AUTOMATIC]
+
+
+def test_backward_stays_on_the_backend_of_its_forward() -> None:
+    """Also after the block has ended, and inside a block that names another."""
+    for name in ("tiled", "oracle"):
+        q = torch.randn(1, 4, 1, 8, requires_grad=True)
+        with backend(name):
+            out = flash_attn_func(q, q, q)
+        with record_launches() as ran, backend("auto"):
+            out.sum().backward()
+        assert ran == [f"{name}: backward"]
+
+
+@triton_only
+def test_backward_stays_on_triton(device: torch.device) -> None:
+    q = torch.randn(1, 4, 1, 8, device=device, requires_grad=True)
+    with backend("triton"):
+        out = flash_attn_func(q, q, q)
+    with record_launches() as ran, backend("tiled"):
+        out.sum().backward()
+    assert ran and all(line.startswith("triton: ") for line in ran)
+
+
+def test_records_nest_and_say_the_configuration(device: torch.device) -> None:
+    q = torch.randn(1, 4, 1, 8, device=device)
+    with record_launches() as outer:
+        with backend("tiled"), record_launches() as inner:
+            flash_attn_func(q, q, q)
+        with backend("oracle"):
+            flash_attn_func(q, q, q)
+    assert inner == ["tiled: forward"]
+    assert outer == ["tiled: forward", "oracle: forward"]
+
+
+def refusal(dtype: torch.dtype, dim: int, device: torch.device, bias_dtype: torch.dtype | None = None) -> str:
+    q = torch.randn(1, 4, 1, dim, device=device).to(dtype)
+    bias = None if bias_dtype is None else torch.zeros(4, 4, device=device, dtype=bias_dtype)
+    with record_launches() as ran, backend("triton"), pytest.raises(UnsupportedError) as caught:
+        flash_attn_func(q, q, q, bias)
+    assert isinstance(caught.value, NotImplementedError) and ran == []
+    assert "backend 'triton'" in str(caught.value)
+    return str(caught.value)
+
+
+@triton_only
+def test_what_triton_refuses(device: torch.device) -> None:
+    """By name: an error that says the feature and the nearest thing that works. By automatic choice: that thing."""
+    message = refusal(torch.float64, 8, device)
+    assert message.startswith("float64: not supported") and "backend('tiled')" in message and "set_float32_matmul_precision" in message
+    message = refusal(torch.float16, 257, device)
+    assert message.startswith("head dim 257: not supported") and "256" in message and "backend('tiled')" in message
+    if not ON_GPU:
+        for bias_dtype, dtype in ((None, torch.bfloat16), (torch.bfloat16, torch.float32)):
+            message = refusal(dtype, 8, device, bias_dtype)
+            assert message.startswith("bfloat16 in Triton's interpreter: not supported") and "float16 or float32" in message
+    assert ran_on(dtype=torch.float64) == ["tiled"]
+
+
+def test_automatic_choice_takes_any_head_dim(device: torch.device) -> None:
+    q = torch.randn(1, 3, 1, 300, device=device)
+    with record_launches() as ran:
+        out = flash_attn_func(q, q, q)
+    assert ran == ["tiled: forward"] and out.isfinite().all()
+
+
+@triton_only
+def test_triton_on_cpu_tensors_needs_the_interpreter() -> None:
+    program = """
+import torch, triflash
+q = torch.randn(1, 4, 1, 8)
+try:
+    with triflash.backend("triton"), triflash.record_launches() as ran:
+        triflash.flash_attn_func(q, q, q)
+except triflash.UnsupportedError as error:
+    assert ran == []
+    print(error)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("CPU tensors: not supported by backend 'triton'; ")
+    assert "TRITON_INTERPRET=1" in run.stdout and "backend('tiled')" in run.stdout
