@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .launch import run_backward, run_forward
 from .plan.device import facts_of
@@ -128,6 +129,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable  # a second derivative raises instead of being silently wrong
 def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, bias, out, lse = ctx.saved_tensors
     needs = [bool(need) for need in ctx.needs_input_grad[:4]]

@@ -72,8 +72,9 @@ def backward(
         return
     q, k, v, out, dout = map(_rows, (q, k, v, out, dout))
     lse = lse if lse.stride(2) == 1 or lse.shape[2] == 1 else lse.contiguous()
-    # Kernels write rows whose last dim is contiguous; a gradient laid out otherwise is filled by way of a copy.
-    written = [None if grad is None else _rows(grad) for grad in given]
+    # Kernels write rows whose last dim is contiguous, and a contiguous dbias; what is laid out otherwise is filled by way of a copy.
+    written = [None if grad is None else _rows(grad) for grad in given[:3]]
+    written.append(None if dbias is None else dbias.contiguous())
     _start(q.device, backward_calls(plan, spec, dout, dlse, q, k, v, bias, out, lse, *written))
     for grad, filled in zip(given, written, strict=True):
         if grad is not None and filled is not None and filled is not grad:

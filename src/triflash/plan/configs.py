@@ -40,6 +40,7 @@ class Problem:
     head_dim: int  # the larger of D and Dv, padded to a power of two
     itemsize: int  # bytes of an element of q, k, v
     bias: bool
+    banded: bool  # causal: some tiles are partly visible, and a second, masked copy of the loop takes registers
 
 
 def padded(head_dim: int) -> int:

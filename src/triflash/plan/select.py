@@ -136,10 +136,17 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def problem_of(kernel: str, spec: AttentionSpec) -> Problem:
+    """The part of a spec by which a kernel's configuration is chosen."""
+    banded = spec.lo is not None or spec.hi is not None
+    head_dim = padded(max(spec.head_dim, spec.value_dim))
+    return Problem(kernel, head_dim, 4 if spec.dtype == "fp32" else 2, spec.bias is not None, banded)
+
+
 def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, by_hand: tuple[tuple[str, TileConfig], ...]) -> TileConfig:
     if kernel in dict(by_hand):
         return dict(by_hand)[kernel]
-    problem = Problem(kernel, padded(max(spec.head_dim, spec.value_dim)), 4 if spec.dtype == "fp32" else 2, spec.bias is not None)
+    problem = problem_of(kernel, spec)
     row = tables.lookup(device.arch, problem)
     return row.config if row else default_config(problem, device)
 

@@ -51,10 +51,11 @@ def _walk_queries(
     IS_MASK: tl.constexpr, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr, EVEN_N: tl.constexpr,
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold the queries of ``[begin, end)`` into (dk, dv) of one key tile, on transposed tiles ``[BN, BM]``."""
+    """Fold the query blocks ``[begin, end)`` into (dk, dv) of one key tile, on transposed tiles ``[BN, BM]``."""
     i = tl.arange(0, BM)[None, :]
     j = tl.arange(0, BN)[:, None]
-    for m0 in tl.range(begin, end, BM):
+    for block in tl.range(begin, end):
+        m0 = block * BM
         q_tile = load_rows(q, q_row, m0, M, BM, D, BD, MASKED, WIDE)  # [BM, BD]
         lse_log2 = load_lse_log2(lse, m0, M, BM, MASKED)
         st = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * scale_log2  # [BN, BM]
@@ -148,10 +149,11 @@ def _walk_keys(
     IS_MASK: tl.constexpr, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr, EVEN_M: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys of ``[begin, end)`` into dq of one query tile."""
+    """Fold the key blocks ``[begin, end)`` into dq of one query tile."""
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
-    for n0 in tl.range(begin, end, BN):
+    for block in tl.range(begin, end):
+        n0 = block * BN
         k_tile = load_rows(k, k_row, n0, N, BN, D, BD, MASKED, WIDE)  # [BN, BD]
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2  # [BM, BN]
         if bias is not None:

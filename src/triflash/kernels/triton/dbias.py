@@ -56,16 +56,16 @@ def dbias(
     if VARIES_M:
         begin, _a, _b, end = segments(tm * BM, min(tm * BM + BM, M) - 1, N, lo, hi, BN)
         if VARIES_N:
-            count_n = tl.where((tn * BN + BN > begin) & (tn * BN < end), 1, 0)
+            count_n = tl.where((tn >= begin) & (tn < end), 1, 0)
         else:
-            begin_n = begin // BN
-            count_n = tl.cdiv(end, BN) - begin_n
+            begin_n = begin
+            count_n = end - begin
     elif VARIES_N:
         low = -hi if hi is not None else None  # the band as keys see queries
         high = -lo if lo is not None else None
         begin, _a, _b, end = segments(tn * BN, min(tn * BN + BN, N) - 1, M, low, high, BM)
-        begin_m = begin // BM
-        count_m = tl.cdiv(end, BM) - begin_m
+        begin_m = begin
+        count_m = end - begin
     else:
         count_m = tiles_m
         count_n = tiles_n
@@ -84,6 +84,12 @@ def dbias(
     acc = tl.zeros([BM, BN], tl.float32)
     scale_log2 = scale * LOG2E
     FIXED: tl.constexpr = VARIES_M and VARIES_N  # the same tile of scores every round: mask once, after the loop
+    own_bias = 0.0
+    if FIXED:
+        own_at = bias + offset(own_b0, bias_strides[0]) + offset(own_b1, bias_strides[1]) + offset(own_head, bias_strides[2])
+        own_bias = bias_tile(
+            own_at, bias_strides[3], bias_strides[4], tm * BM, tn * BN, i, j, M, N, True, True, not EVEN_M, not EVEN_N, WIDE
+        )
     for r in tl.range(first, last):
         head = own_head
         b1 = own_b1
@@ -113,11 +119,14 @@ def dbias(
         q_tile = load_rows(q_at, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)
         k_tile = load_rows(k_at, k_strides[1], n0, N, BN, D, BD, not EVEN_N, WIDE)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2  # [BM, BN]
-        bias_at = bias + offset(b0, bias_strides[0]) + offset(b1, bias_strides[1]) + offset(head, bias_strides[2])
-        tile = bias_tile(
-            bias_at, bias_strides[3], bias_strides[4], m0, n0, i, j, M, N, VARIES_M, VARIES_N, not EVEN_M, not EVEN_N, WIDE
-        )
-        s = add_bias(s, tile, False)
+        if FIXED:
+            s = add_bias(s, own_bias, False)
+        else:
+            bias_at = bias + offset(b0, bias_strides[0]) + offset(b1, bias_strides[1]) + offset(head, bias_strides[2])
+            tile = bias_tile(
+                bias_at, bias_strides[3], bias_strides[4], m0, n0, i, j, M, N, VARIES_M, VARIES_N, not EVEN_M, not EVEN_N, WIDE
+            )
+            s = add_bias(s, tile, False)
         lse_log2 = load_lse_log2(lse + offset(b, lse_strides[0]) + offset(head, lse_strides[1]), m0, M, BM, not EVEN_M)
         p = tl.exp2(s - lse_log2[:, None])
         do_tile = load_rows(do_at, dout_strides[1], m0, M, BM, DV, BDV, not EVEN_M, WIDE)

@@ -13,10 +13,11 @@ def _walk(
     IS_MASK: tl.constexpr, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr, EVEN_M: tl.constexpr,
     POSITIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys of ``[begin, end)`` into the running (acc, l, m); ``MASKED`` where some query does not see some key."""
+    """Fold the key blocks ``[begin, end)`` into the running (acc, l, m); ``MASKED`` where some query does not see some key."""
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
-    for n0 in tl.range(begin, end, BN):
+    for block in tl.range(begin, end):
+        n0 = block * BN
         k_tile = load_rows(k, k_row, n0, N, BN, D, BD, MASKED, WIDE)
         s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
         # Scaling after the maximum saves a product per score; with a bias, or a scale that is not positive, it must come first.

@@ -16,20 +16,22 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 def segments(first, last, length, lo, hi, BLOCK: tl.constexpr):
     """Blocks of the other axis (``length`` long) that rows ``first … last`` see, where row r sees column c if ``lo <= c - r <= hi``.
 
-    Returns ``begin <= a <= b <= end``: blocks of ``[begin, a)`` and ``[b, end)`` are partly visible and need the mask, those of
-    ``[a, b)`` are visible to every row. Blocks start at multiples of BLOCK; ``end`` is not rounded up. Without ``lo``, ``begin == a``.
-    Plain integer arithmetic, never dividing a negative number, so that it also runs (and is tested) as Python.
+    Returns block indices ``begin <= a <= b <= end``: blocks of ``[begin, a)`` and ``[b, end)`` are partly visible and need the mask,
+    those of ``[a, b)`` are whole and visible to every row. Without ``lo``, ``begin == a``. In blocks, not elements, because a product
+    with BLOCK tells the compiler how offsets are aligned. Plain integer arithmetic that never divides a negative number, so that it
+    also runs (and is tested) as Python.
     """
     begin = 0
     full_begin = 0
     if lo is not None:
-        begin = max(first + lo, 0) // BLOCK * BLOCK
-        full_begin = (max(last + lo, 0) + BLOCK - 1) // BLOCK * BLOCK
+        begin = max(first + lo, 0) // BLOCK
+        full_begin = (max(last + lo, 0) + BLOCK - 1) // BLOCK
     end = length
-    full_end = length // BLOCK * BLOCK
+    full_end = length // BLOCK
     if hi is not None:
         end = max(min(last + hi + 1, length), 0)
-        full_end = max(min(first + hi + 1, length), 0) // BLOCK * BLOCK
+        full_end = max(min(first + hi + 1, length), 0) // BLOCK
+    end = (end + BLOCK - 1) // BLOCK
     begin = min(begin, end)
     a = min(max(full_begin, begin), end)
     return begin, a, max(full_end, a), end
