@@ -11,12 +11,9 @@ PY := .venv/bin/python
 
 # Without a GPU: PyTorch's small CPU build, and everything pinned. With one: the PyTorch and Triton that belong together.
 GPU := $(shell command -v nvidia-smi rocm-smi 2>/dev/null)
-ifeq ($(GPU),)
-WHEELS := --find-links https://download.pytorch.org/whl/cpu/torch/
-UNPINNED := ^$$
-else
-UNPINNED := ^(torch|triton)==
-endif
+CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
+UNPINNED := $(if $(GPU),^(torch|triton)==,^$$)
+INSTALL = -m pip install --disable-pip-version-check $(PIP_ARGS)
 
 .PHONY: demo test test-newest test-gpu lint clean
 .DELETE_ON_ERROR:
@@ -42,18 +39,20 @@ test-gpu:
 
 clean:
 	rm -rf .venv .triton-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info demo-out
-	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per set of extras; a change of pins or of the package's metadata installs again.
 .venv/.constraints: constraints.txt Makefile
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	grep -vE '$(UNPINNED)' constraints.txt > $@
+	grep -vE '$(UNPINNED)' constraints.txt > .venv/pins.txt
+	$(if $(GPU),,$(PY) $(INSTALL) -qq --retries 1 --no-deps --find-links $(CPU_WHEELS) "$$(grep '^torch==' constraints.txt)")
+	touch $@
 
 .venv/.%: .venv/.constraints pyproject.toml
-	$(PY) -m pip install --quiet --disable-pip-version-check $(WHEELS) $(PIP_ARGS) --constraint .venv/.constraints --editable '.[$*]'
+	$(PY) $(INSTALL) --quiet --constraint .venv/pins.txt --editable '.[$*]'
 	touch $@
 
 .triton-newest/.installed: Makefile
 	rm -rf .triton-newest
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --target .triton-newest --no-deps triton
+	$(PYTHON) $(INSTALL) --quiet --target .triton-newest --no-deps triton
 	touch $@

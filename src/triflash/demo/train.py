@@ -6,7 +6,6 @@ checkpoint, ``{"result": …}`` at the end, or ``{"error": …}``.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
@@ -21,6 +20,7 @@ from torch import Tensor
 import triflash
 
 from . import text
+from .memory import Memory
 from .model import ATTENTIONS, Decoder, relative_buckets
 from .options import Options
 
@@ -119,35 +119,6 @@ def sample(model: Decoder, length: int, seed: int) -> str:
         logits = model(tokens.to(model.buckets.device))[0, len(window) - 1].cpu()
         data.append(int(torch.multinomial(torch.softmax(logits / 0.6, -1), 1, generator=generator)))
     return bytes(data).decode(errors="replace")
-
-
-class Memory:
-    """The peak of memory from here on: what PyTorch allocated on a GPU, on a CPU how far the process grew beyond its size now."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            return
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
-        self.before = self._resident("VmRSS")
-
-    def peak(self) -> int:
-        """Bytes."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return self._resident("VmHWM") - self.before
-
-    def _resident(self, field: str) -> int:
-        try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-        except OSError:
-            import resource  # macOS has no /proc, Windows neither this
-
-            size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            return size if sys.platform == "darwin" else size * 1024
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def clock(device: torch.device) -> float:
