@@ -206,3 +206,45 @@ def test_raw_operators(row: Row) -> None:
     assert_refuses(lambda: torch.ops.triflash.backward(*saved, *arguments.values(), [True] * 3 + [False]), exception, name, parts)
     assert_refuses(lambda: torch.ops.triflash.backward_(*saved, *arguments.values(), dq, None, None, None), exception, name, parts)
     assert (dq == 7.0).all()
+
+
+RAW_BACKWARD: list[Row] = [
+    ("dout too short", {"dout": rand(B, M - 1, H, D)}, ValueError, "dout", ["(2, 5, 3, 8)"]),
+    ("dout of another dtype", {"dout": rand(B, M, H, D).half()}, TypeError, "dout", ["torch.float16"]),
+    ("dlse too short", {"dlse": rand(B, H, M - 1)}, ValueError, "dlse", ["(2, 3, 5)"]),
+    ("out of another head dim", {"out": rand(B, M, H, D - 1)}, ValueError, "out", ["(2, 6, 3, 7)"]),
+    ("lse too short", {"lse": rand(B, H, M - 1)}, ValueError, "lse", ["(2, 3, 5)"]),
+    ("lse in half precision", {"lse": rand(B, H, M).half()}, TypeError, "lse", ["torch.float16"]),
+]
+RAW_OUTPUTS: list[Row] = [
+    ("dq too short", {"dq": torch.full((B, M - 1, H, D), 7.0)}, ValueError, "dq", ["(2, 5, 3, 8)"]),
+    ("dk of other heads", {"dk": torch.full((B, N, H + 1, D), 7.0)}, ValueError, "dk", ["(2, 7, 4, 8)"]),
+    ("dv of another dtype", {"dv": torch.full((B, N, H, D), 7.0).half()}, TypeError, "dv", ["torch.float16"]),
+    ("dbias of the full shape", {"dbias": torch.full((B, 1, H, M, N), 7.0)}, ValueError, "dbias", ["(2, 1, 3, 6, 7)"]),
+]
+
+
+@pytest.mark.parametrize("row", RAW_BACKWARD + RAW_OUTPUTS, ids=ids(RAW_BACKWARD + RAW_OUTPUTS))
+def test_raw_backward(row: Row) -> None:
+    """A kernel would read or write past the end of these."""
+    _, wrong, exception, name, parts = row
+    bias = rand(1, 1, H, M, N)
+    inputs = {"dout": rand(B, M, H, D), "dlse": None, **qkv(), "bias": bias, "out": rand(B, M, H, D), "lse": rand(B, H, M)}
+    outputs = {n: torch.full_like(x, 7.0) for n, x in (("dq", inputs["q"]), ("dk", inputs["k"]), ("dv", inputs["v"]), ("dbias", bias))}
+    inputs |= {n: x for n, x in wrong.items() if n in inputs}
+    outputs |= {n: x for n, x in wrong.items() if n in outputs}
+    assert_refuses(lambda: torch.ops.triflash.backward_(*inputs.values(), *RAW.values(), *outputs.values()), exception, name, parts)
+    assert all((x == 7.0).all() for x in outputs.values())
+    if name in inputs:
+        assert_refuses(lambda: torch.ops.triflash.backward(*inputs.values(), *RAW.values(), [True] * 4), exception, name, parts)
+
+
+def test_raw_gradient_of_an_absent_bias() -> None:
+    """There is none: an error, or an empty tensor, but no assertion inside the planner."""
+    inputs = {"dout": rand(B, M, H, D), "dlse": None, **qkv(), "bias": None, "out": rand(B, M, H, D), "lse": rand(B, H, M)}
+    try:
+        dbias = torch.ops.triflash.backward(*inputs.values(), *RAW.values(), [True] * 4)[3]
+    except ValueError as error:
+        assert "bias" in str(error)
+    else:
+        assert dbias.numel() == 0

@@ -1,0 +1,246 @@
+"""The torch.library operators: opcheck, torch.compile forward and backward, and use from several threads."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import BACKENDS, HAVE_TRITON, kernels
+from torch import Tensor
+
+import triflash
+from triflash import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, ops
+
+pytestmark = pytest.mark.unpoisoned
+COMPILERS = ["aot_eager"]
+if shutil.which("g++") or shutil.which("clang++") or torch.cuda.is_available():
+    COMPILERS.append("inductor")
+
+OPTIONS = (1, None, 0, 0.3, "", "tiled")
+
+
+def tensors(device: torch.device, B: int = 1, M: int = 12, N: int = 12, H: int = 2, D: int = 8, grad: bool = True) -> list[Tensor]:
+    shapes = ((B, M, H, D), (B, N, H, D), (B, N, H, D), (1, H, M, N))
+    return [torch.randn(shape, device=device, requires_grad=grad) for shape in shapes]
+
+
+def five(bias: Tensor) -> Tensor:
+    return bias.detach()[:, None].requires_grad_(bias.requires_grad)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_opcheck_forward(dtype: torch.dtype, grad: bool, with_bias: bool, device: torch.device) -> None:
+    q, k, v, bias = (x.detach().to(dtype).requires_grad_(grad) for x in tensors(device))
+    torch.library.opcheck(ops.attention_forward, (q, k, v, five(bias) if with_bias else None, *OPTIONS))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "mask", "empty", "two batch levels"])
+def test_opcheck_forward_of_unusual_inputs(layout: str, device: torch.device) -> None:
+    q, k, v, bias = tensors(device)
+    options = OPTIONS
+    bias5: Tensor = five(bias)
+    if layout == "transposed":
+        q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
+    if layout == "mask":
+        bias5 = bias5.detach() > 0
+    if layout == "empty":
+        q, bias5 = q.detach()[:, :0].requires_grad_(), bias5.detach()[:, :, :, :0].requires_grad_()
+    if layout == "two batch levels":
+        q, k, v = (x.detach().expand(6, -1, -1, -1).clone().requires_grad_() for x in (q, k, v))
+        options = (3, *OPTIONS[1:])
+    torch.library.opcheck(ops.attention_forward, (q, k, v, bias5, *options))
+
+
+def saved(device: torch.device) -> tuple[tuple[Any, ...], list[Tensor]]:
+    q, k, v, bias = tensors(device, grad=False)
+    out, lse = ops.attention_forward(q, k, v, five(bias), *OPTIONS)
+    return (torch.randn_like(out), torch.randn_like(lse), q, k, v, five(bias), out, lse), [q, k, v, five(bias)]
+
+
+@pytest.mark.parametrize("needs", [[True] * 4, [False, True, False, True], [True, False, False, False]], ids=str)
+def test_opcheck_backward(needs: list[bool], device: torch.device) -> None:
+    arguments, _ = saved(device)
+    torch.library.opcheck(ops.attention_backward, (*arguments, *OPTIONS, needs))
+    torch.library.opcheck(ops.attention_backward, (arguments[0], None, *arguments[2:], *OPTIONS, needs))
+
+
+@pytest.mark.parametrize("needs", [[True] * 4, [False, True, False, True]], ids=str)
+def test_opcheck_backward_in_place(needs: list[bool], device: torch.device) -> None:
+    arguments, inputs = saved(device)
+    outputs = [torch.zeros_like(x) if need else None for x, need in zip(inputs, needs, strict=True)]
+    torch.library.opcheck(ops.attention_backward_, (*arguments, *OPTIONS, *outputs))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place_backward_equals_the_other_and_writes_any_strides(backend: str, device: torch.device) -> None:
+    """dbias included, also where its reduction is split into parts."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(4, 20, 2, 8, device=device) for _ in range(3))
+    bias = torch.randn(1, 1, 2, 20, 20, device=device)
+    options = (*OPTIONS[:-1], backend)
+    out, lse = ops.attention_forward(q, k, v, bias, *options)
+    arguments = (torch.randn_like(out), None, q, k, v, bias, out, lse)
+    with triflash.record_launches() as ran:
+        wanted = ops.attention_backward(*arguments, *options, [True] * 4)
+    assert ("dbias_sum" in kernels(ran)) == (backend == "triton")
+    given = [torch.full_like(x.transpose(-1, -2).contiguous(), float("nan")).transpose(-1, -2) for x in (q, k, v, bias)]
+    ops.attention_backward_(*arguments, *options, *given)
+    swapped = [torch.full_like(x.transpose(1, 2).contiguous(), float("nan")).transpose(1, 2) for x in (q, k, v)]
+    swapped.append(torch.full((1, 1, 20, 2, 20), float("nan"), device=device).transpose(2, 3))
+    ops.attention_backward_(*arguments, *options, *swapped)
+    for name, a, b, c in zip(("dq", "dk", "dv", "dbias"), wanted, given, swapped, strict=True):
+        assert torch.equal(a, b), f"{name}, last dim strided"
+        assert torch.equal(a, c), f"{name}, heads and rows swapped"
+
+
+def functional(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return flash_attn_func(q * 2, k, v, bias + 1, causal=True).sin()
+
+
+def packed_kv(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return flash_attn_kvpacked_func(q, torch.stack([k, v], 2), bias, softmax_scale=0.2)
+
+
+def packed_qkv(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return flash_attn_qkvpacked_func(torch.stack([q, k, v], 2), bias)
+
+
+def results(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
+    out = function(*inputs)
+    return [out.detach(), *torch.autograd.grad(out, inputs, torch.ones_like(out))]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("function", [functional, packed_kv, packed_qkv], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_equals_eager(backend: str, function: Callable[..., Tensor], compiler: str, device: torch.device) -> None:
+    """``fullgraph=True``: one graph, forward and backward, and the kernels really run in it."""
+    torch._dynamo.reset()
+    inputs = tensors(device)
+    with triflash.backend(backend):
+        wanted = results(function, inputs)
+        compiled = torch.compile(function, backend=compiler, fullgraph=True)
+        results(compiled, inputs)
+        with triflash.record_launches() as ran:
+            got = results(compiled, inputs)
+    assert ran and all(line.startswith(f"{backend}: ") for line in ran)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS[:1])
+def test_compiled_with_dynamic_shapes(compiler: str, device: torch.device) -> None:
+    """Several lengths, one graph with symbolic sizes, right for all of them."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    compiled = torch.compile(functional, backend=counter, fullgraph=True, dynamic=True)
+    for B, M, N in ((2, 12, 14), (3, 7, 19), (5, 33, 6)):
+        inputs = tensors(device, B=B, M=M, N=N)
+        for a, b in zip(results(compiled, inputs), results(functional, inputs), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+def test_compiled_code_follows_the_backend(device: torch.device) -> None:
+    """Leaving or changing the block is seen by compiled code, which would otherwise keep what it was traced with."""
+    torch._dynamo.reset()
+    q = torch.randn(1, 6, 2, 8, device=device)
+    compiled = torch.compile(lambda q: flash_attn_func(q, q, q), backend="aot_eager", fullgraph=True)
+    for name in ("tiled", "oracle", "tiled"):
+        with triflash.backend(name), triflash.record_launches() as ran:
+            compiled(q)
+        assert ran == [f"{name}: forward"]
+
+
+def test_compiled_function_may_choose_the_backend(device: torch.device) -> None:
+    torch._dynamo.reset()
+
+    def function(q: Tensor) -> Tensor:
+        with triflash.backend("oracle"):
+            return flash_attn_func(q, q, q)
+
+    q = torch.randn(1, 6, 2, 8, device=device)
+    with triflash.record_launches() as ran:
+        torch.compile(function, backend="aot_eager")(q)
+    assert ran == ["oracle: forward"]
+
+
+def test_compiled_bad_input_still_raises(device: torch.device) -> None:
+    torch._dynamo.reset()
+    q, k, v, _ = tensors(device, grad=False)
+    compiled = torch.compile(lambda q, k, v: flash_attn_func(q, k, v), backend="aot_eager")
+    with pytest.raises(Exception, match="k: wanted shape"):
+        compiled(q, k[..., :4], v)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS[:1])
+def test_compiled_with_frozen_inputs_and_a_mask(compiler: str, device: torch.device) -> None:
+    torch._dynamo.reset()
+    q, k, v, bias = tensors(device)
+    mask = bias.detach() > 0
+    compiled = torch.compile(lambda q, k, v: flash_attn_func(q, k, v, mask), backend=compiler, fullgraph=True)
+    (got,) = torch.autograd.grad(compiled(q, k.detach(), v.detach()).sum(), q)
+    (wanted,) = torch.autograd.grad(flash_attn_func(q, k.detach(), v.detach(), mask).sum(), q)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_lse_alone_is_differentiable(device: torch.device) -> None:
+    q, k, v, _ = tensors(device)
+    _, lse = ops.attention_forward(q, k, v, None, *OPTIONS)
+    with triflash.record_launches() as ran:
+        dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v))
+    assert ran == ["tiled: backward"]
+    assert dq.abs().sum() > 0 and dk.abs().sum() > 0 and (dv == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_threads(backend: str, device: torch.device) -> None:
+    """Many threads at once, forward and backward: everyone gets what a single one gets."""
+    inputs = tensors(device)
+    with triflash.backend(backend):
+        wanted = results(functional, inputs)
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(3):
+                with triflash.backend(backend):
+                    got = results(functional, [x.detach().clone().requires_grad_() for x in inputs])
+                for a, b in zip(got, wanted, strict=True):
+                    assert torch.equal(a, b)
+        except BaseException as error:  # noqa: BLE001 - handed to the main thread
+            errors.append(error)
+
+    if backend == "triton" and device.type == "cpu":
+        pytest.skip("Triton's interpreter is not made for threads")
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+
+
+@pytest.mark.skipif(not HAVE_TRITON or sys.platform != "linux", reason="needs Triton")
+@pytest.mark.gpu
+def test_cuda_graph(device: torch.device) -> None:
+    """Forward and backward can be captured and replayed: nothing in them waits for the device."""
+    q, k, v, bias = tensors(device, M=64, N=64)
+    results(functional, [q, k, v, bias])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(functional, [q, k, v, bias])
+    with torch.no_grad():
+        q.copy_(torch.randn_like(q))
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(captured, results(functional, [q, k, v, bias]), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,193 @@
+"""Planning is arithmetic on plain numbers: it runs on any machine for any device, and these tests need no GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from triflash import UnsupportedError
+from triflash.plan import tables
+from triflash.plan.configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, shared_memory
+from triflash.plan.device import KNOWN_DEVICES, DeviceFacts, facts_of
+from triflash.plan.override import active, override_configs
+from triflash.plan.select import Plan, Step, plan_backward, plan_forward, why_not
+from triflash.spec import AttentionSpec, BiasSpec, Needs, causal_band, resolve_precision, spec_of
+
+GPU = KNOWN_DEVICES["sm90"]
+KERNELS = ("forward", "delta", "dkdv", "dq", "dbias")
+ALL = Needs(True, True, True, True)
+
+
+def spec(bias: str | None = None, dtype: str = "fp16", **sizes: int) -> AttentionSpec:
+    """A spec; ``bias`` in the docs' shorthand, five letters over (outer, inner, head, query, key)."""
+    plain = dict(batch_outer=2, batch_inner=1, queries=300, keys=200, heads=4, head_dim=64, value_dim=64) | sizes
+    bias_spec = BiasSpec("fp32", tuple(letter != "1" for letter in bias)) if bias else None  # type: ignore[arg-type]
+    return AttentionSpec(dtype, **plain, bias=bias_spec, lo=None, hi=None, scale=0.1, precision="ieee")
+
+
+def names(plan: Plan) -> list[str]:
+    return [step.kernel for step in plan.steps]
+
+
+def test_plans_are_pure_hashable_and_cached() -> None:
+    first, again = (plan_forward(spec("b1hqk"), GPU, "triton") for _ in range(2))
+    assert first is again and hash(first) == hash(again)
+    assert hash(spec("b1hqk")) == hash(spec("b1hqk")) and spec("b1hqk") != spec("b1h1k")
+    assert plan_backward(spec("b1hqk"), ALL, GPU) is plan_backward(spec("b1hqk"), ALL, GPU)
+    for value in (first, first.steps[0], spec(), GPU, ALL, TileConfig(16, 16, 4, 1)):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(value, dataclasses.fields(value)[0].name, None)
+
+
+@pytest.mark.parametrize("dq, dk, dv, dbias", list(itertools.product([False, True], repeat=4)))
+def test_only_the_kernels_that_the_gradients_need(dq: bool, dk: bool, dv: bool, dbias: bool) -> None:
+    plan = plan_backward(spec("b1hqk", batch_outer=64, heads=64), Needs(dq, dk, dv, dbias), GPU, "triton")
+    wanted = {"delta": dq or dk or dbias, "dkdv": dk or dv, "dq": dq, "dbias": dbias}
+    assert names(plan) == [kernel for kernel, needed in wanted.items() if needed]
+    for backend in ("tiled", "oracle"):
+        assert plan_backward(spec("b1hqk"), Needs(dq, dk, dv, dbias), GPU, backend).steps == (Step("backward"),)
+
+
+@pytest.mark.parametrize("sizes", [{"queries": 0}, {"keys": 0}, {"heads": 0}, {"batch_outer": 0}], ids=str)
+def test_empty_problems(sizes: dict[str, int]) -> None:
+    """No backward kernels; a forward one only where there are queries (they see nothing, and must say so)."""
+    assert spec(**sizes).is_empty and not spec().is_empty
+    assert plan_backward(spec("11hqk", **sizes), ALL, GPU, "triton").steps == ()
+    assert names(plan_forward(spec(**sizes), GPU, "triton")) == (["forward"] if "keys" in sizes else [])
+
+
+@pytest.mark.parametrize("arch", [arch for arch in KNOWN_DEVICES if arch != "cpu"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_default_fits_the_device(kernel: str, arch: str) -> None:
+    device = KNOWN_DEVICES[arch]
+    flags = [field.name for field in dataclasses.fields(Problem)][3:]
+    for head_dim, itemsize, *values in itertools.product((16, 32, 64, 128, 256), (2, 4), *[(False, True)] * len(flags)):
+        problem = Problem(kernel, head_dim, itemsize, **dict(zip(flags, values, strict=True)))
+        config = default_config(problem, device)
+        assert shared_memory(problem, config) <= device.shared_memory, (problem, config)
+
+
+def test_every_measured_row_is_valid_and_fits() -> None:
+    seen = set()
+    for row in tables.ROWS:
+        assert row.arch in KNOWN_DEVICES and row.problem.kernel in KERNELS and row.spills >= 0
+        assert row.problem.head_dim == padded(row.problem.head_dim) <= MAX_HEAD_DIM
+        assert shared_memory(row.problem, row.config) <= KNOWN_DEVICES[row.arch].shared_memory, row
+        assert (row.arch, row.problem) not in seen, f"two rows for {row.problem}"
+        seen.add((row.arch, row.problem))
+        assert tables.lookup(row.arch, row.problem) == row
+        assert tables.lookup("sm00", row.problem) is None
+
+
+def test_padded() -> None:
+    assert [padded(d) for d in (1, 16, 17, 32, 33, 40, 64, 72, 96, 128, 129, 256)] == [16, 16, 32, 32, 64, 64, 64, 128, 128, 128, 256, 256]
+
+
+@pytest.mark.parametrize("wrong", [{"block_m": 24}, {"block_n": 8}, {"num_warps": 3}, {"num_stages": 0}], ids=str)
+def test_a_config_checks_itself(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: wanted"):
+        TileConfig(**{"block_m": 16, "block_n": 16, "num_warps": 4, "num_stages": 1} | wrong)
+
+
+def test_programs_cover_the_problem() -> None:
+    config = TileConfig(64, 32, 4, 1)
+    with override_configs(**dict.fromkeys(KERNELS, config)):
+        forward = plan_forward(spec(), GPU, "triton")
+        backward = plan_backward(spec("b1hqk"), ALL, GPU, "triton")
+    assert forward.steps[0].programs == 5 * 2 * 4  # ceil(300 / 64) tiles of queries, times batch, times heads
+    assert {s.kernel: s.programs for s in backward.steps if s.kernel in ("delta", "dq", "dkdv")} == {"delta": 40, "dq": 40, "dkdv": 7 * 8}
+    own, splits = 5 * 7 * 8, backward.step("dbias")
+    assert splits is not None and splits.programs == own * splits.splits
+
+
+@pytest.mark.parametrize("bias", ["".join(x) for x in itertools.product("b1", "i1", "h1", "q1", "k1")])
+def test_dbias_splits(bias: str) -> None:
+    """The broadcast loop is split only where tiles are few, never into more parts than it has rounds, and then the parts are summed."""
+    config = TileConfig(64, 64, 4, 1)
+    for heads, processors in itertools.product((1, 5, 500), (1, 100, 10_000)):
+        problem = spec(bias, batch_outer=3, batch_inner=2, queries=130, keys=70, heads=heads)
+        with override_configs(dbias=config):
+            plan = plan_backward(problem, Needs(False, False, False, True), DeviceFacts("sm90", processors, 1 << 18), "triton")
+        step = plan.step("dbias")
+        assert step is not None and step.config == config
+        sizes = dict(zip(range(5), (3, 2, heads, 3, 2), strict=True))
+        own = looped = 1
+        for at, size in sizes.items():
+            if bias[at] == "1":
+                looped *= size
+            else:
+                own *= size
+        assert 1 <= step.splits <= looped
+        assert step.programs == own * step.splits
+        assert own < 2 * processors or step.splits == 1
+        assert (plan.step("dbias_sum") is not None) == (step.splits > 1)
+        if step.splits > 1:
+            assert plan.step("dbias_sum").splits == step.splits  # type: ignore[union-attr]
+
+
+def test_override() -> None:
+    config = TileConfig(16, 256, 8, 2)
+    before = plan_forward(spec(), GPU, "triton")
+    assert active() == ()
+    with override_configs(forward=config):
+        assert plan_forward(spec(), GPU, "triton").steps[0].config == config
+        with override_configs(dq=TileConfig(32, 32, 1, 1)):
+            assert dict(active()) == {"forward": config, "dq": TileConfig(32, 32, 1, 1)}
+        assert "dq" not in dict(active())
+        assert plan_backward(spec(), ALL, GPU, "tiled").steps == (Step("backward"),)
+    assert active() == () and plan_forward(spec(), GPU, "triton") is before
+    assert str(before.steps[0]).startswith("forward ")
+    assert str(Step("forward", config)) == "forward 16x256 w8 s2" and str(Step("backward")) == "backward"
+
+
+def test_automatic_choice() -> None:
+    for arch, backend in (("cpu", "tiled"), ("interpreter", "tiled"), ("sm80", "triton"), ("gfx942", "triton")):
+        assert plan_forward(spec(), KNOWN_DEVICES[arch]).backend == backend
+        assert plan_backward(spec("11hqk"), ALL, KNOWN_DEVICES[arch]).backend == backend
+    assert plan_forward(spec(dtype="fp64"), GPU).backend == "tiled"
+    assert plan_forward(spec(head_dim=300), GPU).backend == "tiled"
+
+
+@pytest.mark.parametrize("problem, arch, feature", [
+    (spec(), "cpu", "CPU tensors"),
+    (spec(dtype="fp64"), "sm90", "float64"),
+    (spec(head_dim=257), "sm90", "head dim 257"),
+    (spec(value_dim=512), "sm90", "head dim 512"),
+    (spec(dtype="bf16"), "interpreter", "bfloat16 in Triton's interpreter"),
+], ids=["cpu", "float64", "head dim", "value dim", "bfloat16"])  # fmt: skip
+def test_a_named_backend_never_falls_back(problem: AttentionSpec, arch: str, feature: str) -> None:
+    for plan in (lambda: plan_forward(problem, KNOWN_DEVICES[arch], "triton"), lambda: plan_backward(problem, ALL, KNOWN_DEVICES[arch], "triton")):
+        with pytest.raises(UnsupportedError, match=rf"^{feature}: not supported by backend 'triton'; .+"):
+            plan()
+    assert why_not("tiled", problem, KNOWN_DEVICES[arch]) is None
+    assert why_not("oracle", problem, KNOWN_DEVICES[arch]) is None
+
+
+def test_spec_of_tensors() -> None:
+    q, k, v = torch.zeros(6, 5, 2, 8), torch.zeros(6, 7, 2, 8), torch.zeros(6, 7, 2, 3)
+    got = spec_of(q, k, v, torch.zeros(3, 1, 1, 5, 7, dtype=torch.bool), 2, -1, 4, 0.5, "tf32")
+    assert (got.batch_outer, got.batch_inner, got.batch, got.queries, got.keys, got.heads, got.head_dim, got.value_dim) == (3, 2, 6, 5, 7, 2, 8, 3)
+    assert got.bias == BiasSpec("bool", (True, False, False, True, True)) and got.bias.is_mask and str(got.bias) == "b11qk"
+    assert (got.lo, got.hi, got.scale, got.precision, got.dtype) == (-1, 4, 0.5, "tf32", "fp32")
+    assert spec_of(q.half(), k.half(), v.half(), None, 1, None, None, 1, "tf32").precision == "ieee"
+    assert str(BiasSpec("fp32", (True, True, True, False, True))) == "bh1k"
+
+
+def test_precision_follows_pytorch() -> None:
+    before = torch.get_float32_matmul_precision()
+    try:
+        for setting, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert resolve_precision("") == wanted
+            assert resolve_precision("tf32x3") == "tf32x3"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_small_facts() -> None:
+    assert causal_band(True) == (None, 0) and causal_band(False) == (None, None)
+    assert facts_of(torch.device("cpu")).arch in ("cpu", "interpreter")
+    assert all(arch == facts.arch for arch, facts in KNOWN_DEVICES.items())

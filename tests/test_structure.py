@@ -1,0 +1,177 @@
+"""The rules of the house, checked: imports point one way, autograd lives in two places, and importing starts nothing."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import triflash
+
+ROOT = Path(triflash.__file__).parent
+MODULES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(ROOT.rglob("*.py"))}
+OUTSIDE_THE_RULES = ("triflash.demo", "triflash.__main__")  # applications: they may use anything that is public
+
+# Who may import what: the longest prefix decides; a rule lists allowed prefixes.
+RULES: dict[str, list[str]] = {
+    "triflash.kernels": [],
+    "triflash.kernels.triton": ["triton", "triflash.kernels.triton"],
+    "triflash.tiled": ["torch"],
+    "triflash.oracle": ["torch"],
+    "triflash.errors": [],
+    "triflash.spec": ["torch", "triflash.errors"],
+    "triflash.checks": ["torch", "triflash.errors"],
+    "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.errors"],
+    "triflash.plan.device": ["torch"],
+    "triflash.launch": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.tiled", "triflash.oracle", "triflash.errors"],
+    "triflash.launch.triton": ["torch", "triton", "triflash.kernels.triton", "triflash.plan", "triflash.spec", "triflash.errors"],
+    "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
+    "triflash.ops": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
+    "triflash.triton_flash_attention": [
+        "torch", "triflash.checks", "triflash.errors", "triflash.ops", "triflash.plan.select", "triflash.spec",
+    ],
+}  # fmt: skip
+THIRD_PARTY = ("torch", "triton", "numpy", "triflash")
+
+
+def imports(name: str, everywhere: bool = True) -> set[str]:
+    """What a module imports, as absolute names; with ``everywhere`` inside functions too, else only when it is imported itself."""
+    path = MODULES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else (n for n in tree.body)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            # "from . import x" and "from ..plan import x" import the modules x, if that is what they are
+            found |= {f"{module}.{a.name}" if f"{module}.{a.name}" in MODULES else module for a in node.names}
+    return found
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if not any(within(name, p) for p in OUTSIDE_THE_RULES) and name != "triflash"])
+def test_arrows_point_downward(name: str) -> None:
+    matching = [prefix for prefix in RULES if within(name, prefix)]
+    assert matching, f"{name} has no rule: say in RULES what it may import"
+    allowed = RULES[max(matching, key=len)]
+    for target in imports(name):
+        if target.split(".")[0] in THIRD_PARTY:
+            assert any(within(target, prefix) for prefix in allowed), f"{name} imports {target}"
+        else:
+            assert target.split(".")[0] in sys.stdlib_module_names, f"{name} imports {target}"
+
+
+def test_only_launch_imports_kernels() -> None:
+    importers = {name for name in MODULES if any(within(t, "triflash.kernels") for t in imports(name)) and not within(name, "triflash.kernels")}
+    assert importers <= {name for name in MODULES if within(name, "triflash.launch")}
+
+
+def test_only_kernels_and_their_launchers_import_triton() -> None:
+    importers = {name for name in MODULES if any(within(t, "triton") for t in imports(name))}
+    assert all(within(name, "triflash.kernels") or within(name, "triflash.launch") for name in importers), importers
+
+
+def test_importing_the_package_reaches_no_triton() -> None:
+    """Follow the imports that happen at import time."""
+    seen: set[str] = set()
+    queue = ["triflash"]
+    while queue:
+        name = queue.pop()
+        if name in seen or name not in MODULES:
+            continue
+        seen.add(name)
+        for target in imports(name, everywhere=False):
+            assert not within(target, "triton"), f"{name} imports {target}"
+            parts = target.split(".")
+            queue += [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
+    assert "triflash.ops" in seen and "triflash.launch.triton" not in seen
+
+
+def test_autograd_lives_in_two_places() -> None:
+    for name, path in MODULES.items():
+        text = path.read_text()
+        if any(within(name, p) for p in OUTSIDE_THE_RULES):
+            continue
+        assert "register_autograd" not in text or name == "triflash.ops", name
+        assert "autograd.Function" not in text or name == "triflash.triton_flash_attention", name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_file_opens_with_what_it_is(name: str) -> None:
+    text = MODULES[name].read_text()
+    if text:
+        docstring = ast.get_docstring(ast.parse(text))
+        assert docstring and docstring[0].isupper(), f"{name} wants a first line that says what it holds"
+        assert text.count("\n") <= 550, f"{name} is probably two files"
+
+
+def test_no_asserts_on_user_input() -> None:
+    for name in ("triflash.checks", "triflash.triton_flash_attention", "triflash.errors"):
+        assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(MODULES[name].read_text()))), name
+
+
+def run_python(program: str, **environment: str) -> str:
+    path = os.pathsep.join(p for p in sys.path if p)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **environment}, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_importing_starts_nothing() -> None:
+    """No Triton, no CUDA context; nor does a call on the CPU need them."""
+    program = """
+import sys, torch
+before = "triton" in sys.modules
+import triflash, triflash.triton_flash_attention
+print("triton" in sys.modules and not before, torch.cuda.is_initialized())
+q = torch.randn(1, 3, 1, 4, requires_grad=True)
+triflash.flash_attn_func(q, q, q).sum().backward()
+print("triflash.launch.triton" in sys.modules, torch.cuda.is_initialized())
+"""
+    assert run_python(program, TRITON_INTERPRET="0").split() == ["False"] * 4
+
+
+def test_without_triton() -> None:
+    """Where Triton is not installed the tiled backend runs, and naming Triton's says why it cannot."""
+    program = """
+import importlib.util, sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError("No module named 'triton'", name="triton")
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] == "triton" else find_spec(name, package)
+sys.meta_path.insert(0, Blocker())
+import torch, triflash
+q = torch.randn(1, 3, 1, 4, requires_grad=True)
+with triflash.record_launches() as ran:
+    triflash.flash_attn_func(q, q, q).sum().backward()
+print(ran)
+try:
+    with triflash.backend("triton"):
+        triflash.flash_attn_func(q, q, q)
+except triflash.UnsupportedError as error:
+    print(error)
+"""
+    ran, message = run_python(program).splitlines()
+    assert ran == "['tiled: forward', 'tiled: backward']"
+    assert "Triton is not installed" in message and "install triton" in message and "backend('tiled')" in message
+
+
+def test_version_and_type_information() -> None:
+    assert triflash.__version__.count(".") >= 1
+    assert (ROOT / "py.typed").exists()
+    assert all(hasattr(triflash, name) for name in triflash.__all__)
