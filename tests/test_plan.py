@@ -70,12 +70,12 @@ def test_every_default_fits_the_device(kernel: str, arch: str) -> None:
         assert shared_memory(problem, config) <= device.shared_memory, (problem, config)
 
 
-def test_every_measured_row_is_valid_and_fits() -> None:
+def test_every_measured_row_is_valid() -> None:
+    """That it fits its device is measured, by compiling it ahead of time, and not left to the estimate."""
     seen = set()
     for row in tables.ROWS:
         assert row.arch in KNOWN_DEVICES and row.problem.kernel in KERNELS and row.spills >= 0
         assert row.problem.head_dim == padded(row.problem.head_dim) <= MAX_HEAD_DIM
-        assert shared_memory(row.problem, row.config) <= KNOWN_DEVICES[row.arch].shared_memory, row
         assert (row.arch, row.problem) not in seen, f"two rows for {row.problem}"
         seen.add((row.arch, row.problem))
         assert tables.lookup(row.arch, row.problem) == row
