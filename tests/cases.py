@@ -12,6 +12,9 @@ from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
+
+import triflash
 from tolerance import (
     FLOAT32_ULPS,
     GRADIENT_FACTOR,
@@ -23,9 +26,6 @@ from tolerance import (
     rounding_backward,
     unit_roundoff,
 )
-from torch import Tensor
-
-import triflash
 from triflash import oracle, tiled
 from triflash.plan.configs import TileConfig
 from triflash.plan.override import override_configs

@@ -9,9 +9,9 @@ import threading
 
 import pytest
 import torch
-from cases import triton_only
 
 import triflash
+from cases import triton_only
 from triflash import UnsupportedError, backend, flash_attn_func, record_launches
 
 ON_GPU = torch.cuda.is_available()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from cases import BACKENDS, Case, run_case
 
 ON_GPU = torch.cuda.is_available()
@@ -50,7 +51,13 @@ DTYPES = [
 ]
 LAYOUTS = [
     Case(f"q, k, v {layout}, dout {dout}", B=2, M=33, N=40, H=2, D=24, bias="1h1k", layout=layout, dout_layout=dout)
-    for layout, dout in [("transposed", "plain"), ("sliced", "transposed"), ("step", "step"), ("expanded", "expanded"), ("packed", "sliced")]
+    for layout, dout in [
+        ("transposed", "plain"),
+        ("sliced", "transposed"),
+        ("step", "step"),
+        ("expanded", "expanded"),
+        ("packed", "sliced"),
+    ]
 ]
 BIAS_LAYOUTS = [
     Case(f"bias {shape} {layout}", B=2, M=33, N=40, H=2, bias=shape, bias_layout=layout)
@@ -111,7 +118,10 @@ BANDS = [
         (60, 70, 30, 40, "1hq1", False),
     ]
 ]
-LSE = [Case(f"lse cotangent, gradient of {g}", M=40, N=37, bias="1hqk", dlse=True, grads=g, dtype=d) for g, d in (("qkvb", F16), ("q", F32), ("b", F16))]
+LSE = [
+    Case(f"lse cotangent, gradient of {g}", M=40, N=37, bias="1hqk", dlse=True, grads=g, dtype=d)
+    for g, d in (("qkvb", F16), ("q", F32), ("b", F16))
+]
 MANY = [
     Case("65 537 heads", B=1, H=65537, M=2, N=3, D=2, bias="11qk", tiles=None),
     Case("batch of 65 537", B=65537, H=1, M=2, N=3, D=2, bias="b11k", tiles=None),
@@ -152,8 +162,12 @@ def test_edge_with_the_devices_own_tiles(case: Case, device: torch.device) -> No
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(512, 384, False), (257, 449, True)], ids=["even", "uneven-causal"])
 @pytest.mark.parametrize("bias", [None, "1hqk"])
-@pytest.mark.parametrize("dtype, dim", [*((BF16, d) for d in (16, 32, 64, 96, 128, 192, 256)), (F16, 64), (F16, 128), (F32, 64), (F32, 128)])
-def test_configurations_of_the_device(dtype: torch.dtype, dim: int, bias: str | None, shape: tuple[int, int, bool], device: torch.device) -> None:
+@pytest.mark.parametrize(
+    "dtype, dim", [*((BF16, d) for d in (16, 32, 64, 96, 128, 192, 256)), (F16, 64), (F16, 128), (F32, 64), (F32, 128)]
+)
+def test_configurations_of_the_device(
+    dtype: torch.dtype, dim: int, bias: str | None, shape: tuple[int, int, bool], device: torch.device
+) -> None:
     """Every launch configuration of this device at lengths beyond its tiles: compilers have been wrong at single tile shapes."""
     M, N, causal = shape
     run_case(Case("configuration", B=2, M=M, N=N, D=dim, dtype=dtype, bias=bias, causal=causal, tiles=None), "triton", device)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, HAVE_TRITON, kernels
 from torch import Tensor
 
 import triflash
+from cases import BACKENDS, HAVE_TRITON, kernels
 from triflash import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, ops
 
 pytestmark = pytest.mark.unpoisoned
@@ -175,7 +175,7 @@ def test_compiled_function_may_choose_the_backend(device: torch.device) -> None:
 def test_compiled_bad_input_still_raises(device: torch.device) -> None:
     torch._dynamo.reset()
     q, k, v, _ = tensors(device, grad=False)
-    compiled = torch.compile(lambda q, k, v: flash_attn_func(q, k, v), backend="aot_eager")
+    compiled = torch.compile(flash_attn_func, backend="aot_eager")
     with pytest.raises(Exception, match="k: wanted shape"):
         compiled(q, k[..., :4], v)
 

@@ -76,7 +76,9 @@ def test_oracle_is_a_backend() -> None:
         out = triflash.flash_attn_func(q, q, q, bias, True)
     out.backward(torch.ones_like(out))
     assert ran == ["oracle: forward"] and out.dtype == torch.bfloat16
-    wanted = scaled_dot_product_attention(*(q.double().transpose(1, 2) for _ in "qkv"), bias.double().masked_fill(~oracle.visible(5, 5, None, 0), -math.inf))
+    wanted = scaled_dot_product_attention(
+        *(q.double().transpose(1, 2) for _ in "qkv"), bias.double().masked_fill(~oracle.visible(5, 5, None, 0), -math.inf)
+    )
     torch.testing.assert_close(out, wanted.transpose(1, 2).to(out.dtype))
     exact = torch.autograd.grad(wanted.sum(), (q, bias))
     assert q.grad is not None and bias.grad is not None

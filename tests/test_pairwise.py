@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from cases import BACKENDS, Case, run_case
 from pairwise import pairs_of, pairwise
 
@@ -36,7 +37,9 @@ ROWS = pairwise(AXES, seed=2026)
 def case_of(number: int, row: dict[str, Any]) -> Case:
     (M, N), (outer, inner), (D, Dv), (lo, hi) = row["lengths"], row["batch"], row["dims"], row["band"]
     plain = {name: row[name] for name in AXES if name not in ("lengths", "heads", "batch", "dims", "band")}
-    return Case(f"pairwise {number}", B=outer * inner, M=M, N=N, H=row["heads"], D=D, Dv=Dv, lo=lo, hi=hi, batch_inner=inner, seed=number, **plain)
+    return Case(
+        f"pairwise {number}", B=outer * inner, M=M, N=N, H=row["heads"], D=D, Dv=Dv, lo=lo, hi=hi, batch_inner=inner, seed=number, **plain
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

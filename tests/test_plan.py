@@ -159,7 +159,10 @@ def test_automatic_choice() -> None:
     (spec(dtype="bf16"), "interpreter", "bfloat16 in Triton's interpreter"),
 ], ids=["cpu", "float64", "head dim", "value dim", "bfloat16"])  # fmt: skip
 def test_a_named_backend_never_falls_back(problem: AttentionSpec, arch: str, feature: str) -> None:
-    for plan in (lambda: plan_forward(problem, KNOWN_DEVICES[arch], "triton"), lambda: plan_backward(problem, ALL, KNOWN_DEVICES[arch], "triton")):
+    for plan in (
+        lambda: plan_forward(problem, KNOWN_DEVICES[arch], "triton"),
+        lambda: plan_backward(problem, ALL, KNOWN_DEVICES[arch], "triton"),
+    ):
         with pytest.raises(UnsupportedError, match=rf"^{feature}: not supported by backend 'triton'; .+"):
             plan()
     assert why_not("tiled", problem, KNOWN_DEVICES[arch]) is None
@@ -169,7 +172,16 @@ def test_a_named_backend_never_falls_back(problem: AttentionSpec, arch: str, fea
 def test_spec_of_tensors() -> None:
     q, k, v = torch.zeros(6, 5, 2, 8), torch.zeros(6, 7, 2, 8), torch.zeros(6, 7, 2, 3)
     got = spec_of(q, k, v, torch.zeros(3, 1, 1, 5, 7, dtype=torch.bool), 2, -1, 4, 0.5, "tf32")
-    assert (got.batch_outer, got.batch_inner, got.batch, got.queries, got.keys, got.heads, got.head_dim, got.value_dim) == (3, 2, 6, 5, 7, 2, 8, 3)
+    assert (got.batch_outer, got.batch_inner, got.batch, got.queries, got.keys, got.heads, got.head_dim, got.value_dim) == (
+        3,
+        2,
+        6,
+        5,
+        7,
+        2,
+        8,
+        3,
+    )
     assert got.bias == BiasSpec("bool", (True, False, False, True, True)) and got.bias.is_mask and str(got.bias) == "b11qk"
     assert (got.lo, got.hi, got.scale, got.precision, got.dtype) == (-1, 4, 0.5, "tf32", "fp32")
     assert spec_of(q.half(), k.half(), v.half(), None, 1, None, None, 1, "tf32").precision == "ieee"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from cases import triton_only
 
+from cases import triton_only
 from triflash.tiled import _slices, _visible_slices
 
 BOUNDS = (None, -9, -4, -1, 0, 1, 3, 8)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import BACKENDS, Case, attend, build, kernels, small_tiles
 
 import triflash
+from cases import BACKENDS, Case, attend, build, kernels, small_tiles
 
 ON_GPU = torch.cuda.is_available()
 CASES = [

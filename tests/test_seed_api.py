@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKENDS, kernels, small_tiles
 from torch import Tensor
 
 import triflash
+from cases import BACKENDS, kernels, small_tiles
 from triflash import oracle
 from triflash import triton_flash_attention as seed
 
@@ -71,9 +71,7 @@ def test_every_way_to_call_gives_the_same_bits(causal: bool, backend: str, devic
     pair = packed[:, :, 1:]
     with triflash.backend(backend):
         out, dq, dk, dv, dbias = gradients(lambda *x: seed.flash_attn_func(*x, *options), q, k, v)
-        keyword = gradients(
-            lambda q, k, v, bias: seed.flash_attn_func(softmax_scale=0.3, causal=causal, bias=bias, v=v, k=k, q=q), q, k, v
-        )
+        keyword = gradients(lambda q, k, v, bias: seed.flash_attn_func(softmax_scale=0.3, causal=causal, bias=bias, v=v, k=k, q=q), q, k, v)
         applied = gradients(lambda *x: seed.FlashAttnFunc.apply(*x, *options), q, k, v)
         for other in (keyword, applied):
             assert all(torch.equal(a, b) for a, b in zip(other, (out, dq, dk, dv, dbias), strict=True))
@@ -197,7 +195,13 @@ def test_backward_takes_any_lse_with_enough_rows(device: torch.device) -> None:
     q, k, v, bias, dout = (x.detach() for x in tensors(device))
     o, lse, scale = seed._flash_attn_forward(q, k, v, bias)
     results = []
-    for given in (lse, lse[..., :20], lse[..., :20].contiguous(), torch.cat([lse, lse], -1), lse.transpose(1, 2).contiguous().transpose(1, 2)):
+    for given in (
+        lse,
+        lse[..., :20],
+        lse[..., :20].contiguous(),
+        torch.cat([lse, lse], -1),
+        lse.transpose(1, 2).contiguous().transpose(1, 2),
+    ):
         grads = [torch.empty_like(x) for x in (q, k, v)]
         seed._flash_attn_backward(dout, q, k, v, o, given, *grads, bias, False, scale)
         results.append(grads)
@@ -210,7 +214,7 @@ def test_gradients_are_contiguous_and_inputs_keep_their_values(device: torch.dev
     q, k, v = (x.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in (q, k, v))
     before = [x.detach().clone() for x in (q, k, v, bias, dout)]
     grads = torch.autograd.grad(seed.flash_attn_func(q, k, v, bias), (q, k, v, bias), dout)
-    assert [g.shape for g in grads] == [x.shape for x in (q, k, v, bias)]
+    assert all(g.is_contiguous() and g.shape == x.shape for g, x in zip(grads, (q, k, v, bias), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, (q, k, v, bias, dout), strict=True))
 
 

@@ -13,7 +13,9 @@ import pytest
 import triflash
 
 ROOT = Path(triflash.__file__).parent
-MODULES = {".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(ROOT.rglob("*.py"))}
+MODULES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(ROOT.rglob("*.py"))
+}
 OUTSIDE_THE_RULES = ("triflash.demo", "triflash.__main__")  # applications: they may use anything that is public
 
 # Who may import what: the longest prefix decides; a rule lists allowed prefixes.
@@ -73,7 +75,9 @@ def test_arrows_point_downward(name: str) -> None:
 
 
 def test_only_launch_imports_kernels() -> None:
-    importers = {name for name in MODULES if any(within(t, "triflash.kernels") for t in imports(name)) and not within(name, "triflash.kernels")}
+    importers = {
+        name for name in MODULES if any(within(t, "triflash.kernels") for t in imports(name)) and not within(name, "triflash.kernels")
+    }
     assert importers <= {name for name in MODULES if within(name, "triflash.launch")}
 
 
