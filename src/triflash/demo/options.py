@@ -11,7 +11,7 @@ __all__ = ["TOLERANCE", "Options", "add_arguments"]
 TOLERANCE = {"fp32": 0.02, "bf16": 0.05, "fp16": 0.05}  # nats per byte by which the two trainings' losses may differ at a checkpoint
 
 # Sized so that a laptop's two cores finish both trainings well within three minutes, and that a GPU has something to do.
-_CPU = {"steps": 240, "seq_len": 512, "batch": 6, "layers": 2, "heads": 4, "dim": 128, "dtype": "fp32"}
+_CPU = {"steps": 200, "seq_len": 512, "batch": 6, "layers": 2, "heads": 4, "dim": 128, "dtype": "fp32"}
 _GPU = {"steps": 400, "seq_len": 2048, "batch": 4, "layers": 4, "heads": 8, "dim": 512, "dtype": "bf16"}
 
 
