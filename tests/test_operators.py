@@ -141,7 +141,7 @@ def test_compiled_with_dynamic_shapes(compiler: str, device: torch.device) -> No
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
     compiled = torch.compile(functional, backend=counter, fullgraph=True, dynamic=True)
-    for B, M, N in ((2, 12, 14), (3, 7, 19), (5, 33, 6)):
+    for B, M, N in ((3, 12, 14), (4, 7, 19), (5, 33, 6)):  # no two sizes of the first call are equal: dynamo would tie them
         inputs = tensors(device, B=B, M=M, N=N)
         for a, b in zip(results(compiled, inputs), results(functional, inputs), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -50,20 +50,20 @@ def test_kernel_segments(block: int, lo: int | None) -> None:
         rows = range(first, first + count)
         begin, full_begin, full_end, end = segments(rows.start, rows.stop - 1, length, lo, hi, block)
         problem = (rows, length, lo, hi, (begin, full_begin, full_end, end))
-        assert 0 <= begin <= full_begin <= full_end and end <= length, problem
+        assert 0 <= begin <= full_begin <= full_end and end * block < length + block, problem
         # The loops of a kernel: masked, unmasked, masked; the first is compiled only with lo, the last only with hi or an uneven length.
-        head = list(range(begin, full_begin, block))
-        body = list(range(full_begin, full_end, block))
-        tail = list(range(full_end, end, block))
+        head = range(begin, full_begin)
+        body = range(full_begin, full_end)
+        tail = range(full_end, end)
         assert not head or lo is not None, problem
         assert not tail or hi is not None or length % block, problem
-        starts = head + body + tail
-        assert starts == sorted(set(starts)) and all(start % block == 0 for start in starts), problem
-        covered = {c for start in starts for c in range(start, start + block)}
+        blocks = [*head, *body, *tail]
+        assert blocks == sorted(set(blocks)), problem
+        covered = {c for at in blocks for c in range(at * block, (at + 1) * block)}
         wanted = set().union(*(sees(r, length, lo, hi) for r in rows))
         assert wanted <= covered, problem
-        for start in body:
-            whole = set(range(start, start + block))
+        for at in body:
+            whole = set(range(at * block, (at + 1) * block))
             assert all(whole <= sees(r, length, lo, hi) for r in rows), problem
 
 
@@ -77,6 +77,6 @@ def test_kernel_segments_leave_little_to_the_mask() -> None:
             continue
         rows = range(first, first + 4)
         begin, full_begin, full_end, end = prims.segments.fn(rows.start, rows.stop - 1, length, lo, hi, 4)
-        for start in [*range(begin, full_begin, 4), *range(full_end, end, 4)]:
-            whole = set(range(start, start + 4))
-            assert not all(whole <= sees(r, length, lo, hi) for r in rows), (rows, length, lo, hi, start)
+        for at in [*range(begin, full_begin), *range(full_end, end)]:
+            whole = set(range(at * 4, at * 4 + 4))
+            assert not all(whole <= sees(r, length, lo, hi) for r in rows), (rows, length, lo, hi, at)
