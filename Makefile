@@ -52,7 +52,7 @@ clean:
 	$(PY) $(INSTALL) --quiet --constraint .venv/pins.txt --editable '.[$*]'
 	touch $@
 
-.triton-newest/.installed: Makefile
+.triton-newest/.installed: Makefile | .venv/.constraints
 	rm -rf .triton-newest
-	$(PYTHON) $(INSTALL) --quiet --target .triton-newest --no-deps triton
+	$(PY) $(INSTALL) --quiet --target .triton-newest --no-deps triton
 	touch $@
