@@ -67,7 +67,7 @@ def test_every_default_fits_the_device(kernel: str, arch: str) -> None:
     for head_dim, itemsize, *values in itertools.product((16, 32, 64, 128, 256), (2, 4), *[(False, True)] * len(flags)):
         problem = Problem(kernel, head_dim, itemsize, **dict(zip(flags, values, strict=True)))
         config = default_config(problem, device)
-        assert shared_memory(problem, config) <= device.shared_memory, (problem, config)
+        assert shared_memory(problem, config, device) <= device.shared_memory, (problem, config)
 
 
 def test_every_measured_row_is_valid() -> None:

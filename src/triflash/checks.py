@@ -96,12 +96,11 @@ def check_bias(bias: Any, q: Tensor, full: tuple[int, int, int, int]) -> None:
         return
     if not isinstance(bias, Tensor):
         raise bad_type("bias", "a tensor or None", type(bias).__name__)
-    wanted = f"2 to 4 dims that broadcast to (B={full[0]}, H={full[1]}, M={full[2]}, N={full[3]})"
     if not 2 <= bias.dim() <= 4:
-        raise bad_value("bias", wanted, f"{bias.dim()} dims {tuple(bias.shape)}")
+        raise bad_value("bias", _bias_wanted(full), f"{bias.dim()} dims {tuple(bias.shape)}")
     for own, size in zip(reversed(bias.shape), reversed(full), strict=False):
         if own != 1 and own != size:  # noqa: PLR1714 - dynamo cannot look a symbolic size up in a tuple
-            raise bad_value("bias", wanted, tuple(bias.shape), _bias_hint(tuple(bias.shape), full))
+            raise bad_value("bias", _bias_wanted(full), tuple(bias.shape), _bias_hint(tuple(bias.shape), full))
     if bias.dtype not in BIAS_DTYPES and not (bias.dtype == q.dtype == torch.float64):
         raise bad_type("bias", "float16, bfloat16, float32 or bool (True = visible)", bias.dtype)
     if bias.device != q.device:
@@ -120,6 +119,11 @@ def canonical_bias(bias: Tensor | None) -> Tensor | None:
     while bias.dim() < 4:
         bias = bias.unsqueeze(0)
     return bias.unsqueeze(1)
+
+
+def _bias_wanted(full: tuple[int, int, int, int]) -> str:
+    # Worded only when it is needed: formatting a symbolic size would make torch.compile specialise on it.
+    return f"2 to 4 dims that broadcast to (B={full[0]}, H={full[1]}, M={full[2]}, N={full[3]})"
 
 
 def _bias_hint(shape: tuple[int, ...], full: tuple[int, int, int, int]) -> str:

@@ -51,12 +51,15 @@ def padded(head_dim: int) -> int:
     return size
 
 
-def shared_memory(problem: Problem, config: TileConfig) -> int:
-    """An upper estimate, in bytes, of what one program of the kernel keeps in shared memory."""
+def shared_memory(problem: Problem, config: TileConfig, device: DeviceFacts) -> int:
+    """An upper estimate, in bytes, of what one program of the kernel keeps in shared memory on a device.
+
+    Streamed tiles take a buffer a pipeline stage (AMD: one less, with what is in flight and the program's own tiles in registers).
+    Score and bias tiles pass through it to change layout.
+    """
     m, n = config.block_m, config.block_n
     row = problem.head_dim * problem.itemsize
     score_tile = m * n * problem.itemsize
-    bias_tile = m * n * 4 if problem.bias else 0
     own, streamed, exchange = {
         "forward": (m * row, 2 * n * row, score_tile),
         "dkdv": (2 * n * row, 2 * m * row, score_tile),
@@ -65,25 +68,55 @@ def shared_memory(problem: Problem, config: TileConfig) -> int:
         "delta": (0, 0, 0),
         "dbias_sum": (0, 0, 0),
     }[problem.kernel]
-    return own + streamed * max(1, config.num_stages) + exchange + bias_tile
+    amd = device.arch.startswith("gfx")
+    if amd:
+        own = 0
+    buffers = (max(1, 2 * config.num_stages - 2) if amd else 2 * config.num_stages) / 2  # AMD, one stage: the two tiles take turns
+    bias = m * n * 4 * (1 + buffers) if problem.bias else 0  # as wide as float32, once for its change of layout
+    return int(own + streamed * buffers + max(exchange, score_tile if problem.bias else 0) + bias)
 
 
-def _candidates(problem: Problem) -> list[TileConfig]:
-    """Configurations from most to least demanding; the first that fits a device is its default."""
-    wide = problem.head_dim >= 256
-    if problem.itemsize > 2:  # float32 products: registers run out first
-        warps = 8 if wide else 4
-        return [TileConfig(m, n, warps, s) for m, n, s in ((64, 32, 2), (32, 32, 2), (32, 32, 1), (32, 16, 1), (16, 16, 1))]
-    if problem.kernel == "forward":
-        shapes = [(128, 64, 8 if problem.head_dim >= 128 else 4, 3), (128, 64, 8 if problem.head_dim >= 128 else 4, 2)]
-    elif problem.kernel == "dkdv":
-        shapes = [(64, 128, 8, 2)] if not wide else [(32, 64, 8, 2)]
-    elif problem.kernel == "dq":
-        shapes = [(128, 64, 8, 2)] if not wide else [(64, 64, 8, 2)]
-    else:
-        shapes = [(128, 64, 8, 2), (64, 64, 4, 2)]
-    shapes += [(64, 64, 4, 2), (64, 64, 4, 1), (64, 32, 4, 2), (64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)]
-    return [TileConfig(*shape) for shape in shapes]
+def _candidates(problem: Problem, amd: bool) -> list[TileConfig]:
+    """Configurations from most to least demanding; the first that fits a device is its default.
+
+    Chosen from what compiles with few or no spills for sm80, sm86, sm90, sm100 and gfx942 (``tests/aot``); not measured.
+    """
+    width = 64 if problem.head_dim <= 64 else min(problem.head_dim, MAX_HEAD_DIM)
+    if amd:  # half the registers a thread with 8 warps: 4 warps on small tiles
+        small = [(32, 32, 4, 1)] if problem.kernel == "forward" else [(16, 16, 4, 1)]
+        shapes = {
+            "forward": {64: [(64, 64, 4, 2)] if problem.bias else [(128, 64, 4, 2)], 128: [(64, 64, 4, 1), (64, 32, 4, 2)]},
+            "dkdv": {64: [(64, 64, 4, 1)], 128: [(64, 32, 4, 1)]},
+            "dq": {64: [(64, 64, 4, 2), (64, 64, 4, 1)], 128: [(64, 32, 4, 1)]},
+            "dbias": {64: [(64, 64, 4, 1)], 128: [(64, 32, 4, 1)]},
+        }[problem.kernel].get(width, small)
+        if problem.itemsize > 2:
+            shapes = [(32, 32, 4, 1)] if width == 64 else []
+        return [TileConfig(*shape) for shape in [*shapes, (16, 16, 4, 1)]]
+    if problem.itemsize > 2:  # float32 products keep whole operand rows in registers, so tiles are small
+        shapes = {
+            "forward": {64: [(32, 32, 4, 2)], 128: [(32, 16, 4, 1)], 256: [(32, 16, 8, 1)]},
+            "dkdv": {64: [(16, 32, 4, 1)], 128: [(16, 32, 8, 1)], 256: [(16, 16, 8, 1)]},
+            "dq": {64: [(32, 32, 4, 2)], 128: [(32, 16, 8, 1)], 256: [(16, 16, 8, 1)]},
+            "dbias": {64: [(32, 32, 4, 2)], 128: [(32, 32, 8, 1)], 256: [(32, 16, 8, 1)]},
+        }[problem.kernel][width]
+        return [TileConfig(*shape) for shape in [*shapes, (16, 16, 8, 1)]]
+    few_registers = [(64, 64, 8, 2)] if problem.bias else [(64, 128, 8, 2), (64, 64, 8, 2)]
+    shapes = {
+        "forward": {
+            64: [(128, 64, 4, 3), (128, 64, 4, 2)],
+            128: [(128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2)],
+            256: [(128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 1)],
+        },
+        "dkdv": {64: [(64, 128, 8, 2), (64, 64, 4, 2)], 128: [*few_registers, (32, 64, 4, 2)], 256: [(32, 64, 8, 2), (32, 32, 4, 1)]},
+        "dq": {
+            64: [(128, 64, 8, 2), (64, 64, 4, 2)],
+            128: [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)],
+            256: [(64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)],
+        },
+        "dbias": {64: [(128, 64, 8, 2), (64, 64, 4, 2)], 128: [(128, 64, 8, 2), (64, 64, 4, 2)], 256: [(32, 64, 4, 1), (32, 32, 4, 1)]},
+    }[problem.kernel][width]
+    return [TileConfig(*shape) for shape in [*shapes, (64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)]]
 
 
 def default_config(problem: Problem, device: DeviceFacts) -> TileConfig:
@@ -92,8 +125,8 @@ def default_config(problem: Problem, device: DeviceFacts) -> TileConfig:
         return TileConfig(64, 16, 4, 1)
     if device.arch == "interpreter":
         return TileConfig(32, 16, 4, 1)
-    candidates = _candidates(problem)
+    candidates = _candidates(problem, device.arch.startswith("gfx"))
     for config in candidates:
-        if shared_memory(problem, config) <= device.shared_memory:
+        if shared_memory(problem, config, device) <= device.shared_memory:
             return config
     return candidates[-1]

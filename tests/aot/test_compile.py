@@ -1,0 +1,111 @@
+"""Every configuration that a plan can choose compiles for its architecture, without a GPU, within its shared memory and spill limits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triflash.launch import ahead
+from triflash.launch.triton import Call, backward_calls, forward_calls
+from triflash.plan import tables
+from triflash.plan.device import KNOWN_DEVICES
+from triflash.plan.select import Plan, plan_backward, plan_forward, problem_of
+from triflash.spec import Needs, spec_of
+
+ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "gfx942")
+DEFAULT_SPILLS = 64  # words a thread that an unmeasured configuration may spill; a measured row declares its own
+LENGTH = 2032  # a multiple of 16, so that loads are wide, but of no tile, so that every masked loop is compiled
+
+
+class Target(NamedTuple):
+    """One compilation: which kernel of which problem for which architecture."""
+
+    arch: str
+    kernel: str
+    head_dim: int
+    dtype: torch.dtype
+    bias: bool
+    causal: bool
+
+    def __str__(self) -> str:
+        flags = ("-bias" if self.bias else "") + ("-causal" if self.causal else "")
+        return f"{self.arch}-{self.kernel}-d{self.head_dim}-{str(self.dtype)[6:]}{flags}"
+
+
+def targets() -> Iterator[Target]:
+    for arch in ARCHITECTURES:
+        for head_dim in (32, 64, 128, 256):
+            for bias in (False, True):
+                # A causal kernel holds both copies of the loop; where measured rows tell full from causal, both are compiled.
+                for causal in (False, True) if arch == "sm90" else (True,):
+                    for kernel in ("forward", "dkdv", "dq", *(["dbias"] if bias else [])):
+                        yield Target(arch, kernel, head_dim, torch.bfloat16, bias, causal)
+        for head_dim in (64, 256):
+            for kernel in ("forward", "dkdv", "dq", "dbias"):
+                yield Target(arch, kernel, head_dim, torch.float32, True, True)
+        yield Target(arch, "delta", 128, torch.bfloat16, False, False)
+        yield Target(arch, "dbias_sum", 64, torch.bfloat16, True, False)
+    yield Target("sm90", "forward", 80, torch.float16, True, True)  # a head dim that is padded
+    yield Target("sm90", "dkdv", 80, torch.float16, True, True)
+
+
+def calls(target: Target, batch: int = 2, heads: int = 16) -> tuple[Plan, list[Call]]:
+    """The launches of a forward and a backward pass on meta tensors, and the plan that they carry out."""
+
+    def make(*shape: int, dtype: torch.dtype = target.dtype) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    q = make(batch, LENGTH, heads, target.head_dim)
+    lse = make(batch, heads, LENGTH, dtype=torch.float32)
+    shape = (1, 1, 1, 1, LENGTH) if target.kernel == "dbias_sum" else (1, 1, heads, LENGTH, LENGTH)
+    bias = make(*shape) if target.bias else None
+    spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
+    facts = KNOWN_DEVICES[target.arch]
+    forward = plan_forward(spec, facts, "triton")
+    backward = plan_backward(spec, Needs(True, True, True, target.bias), facts, "triton")
+    made = forward_calls(forward, spec, q, q, q, bias, q, lse)
+    made += backward_calls(backward, spec, q, None, q, q, q, bias, q, lse, q, q, q, bias)
+    return Plan("triton", forward.steps + backward.steps), made
+
+
+def declared_spills(target: Target) -> int:
+    q = torch.empty(1, LENGTH, 1, target.head_dim, device="meta", dtype=target.dtype)
+    bias = q.new_empty(1, 1, 1, LENGTH, LENGTH) if target.bias else None
+    spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
+    row = tables.lookup(target.arch, problem_of(target.kernel, spec))
+    return row.spills if row else DEFAULT_SPILLS
+
+
+@pytest.mark.parametrize("target", list(targets()), ids=str)
+def test_compiles_within_limits(target: Target) -> None:
+    plan, made = calls(target)
+    call = next(call for step, call in zip(plan.steps, made, strict=True) if step.kernel == target.kernel)
+    used = ahead.resources(ahead.compile_for(call, target.arch))
+    assert used.shared_memory <= KNOWN_DEVICES[target.arch].shared_memory, f"{call.config}: {used}"
+    if triton.__version__.startswith("3.6"):  # what the rows declare was read off this version's compiler
+        assert used.spills <= declared_spills(target), f"{call.config}: {used}"
+
+
+def test_every_measured_row_is_compiled() -> None:
+    """A row that no target reaches would never be checked."""
+    reached = set()
+    for target in targets():
+        q = torch.empty(1, LENGTH, 1, target.head_dim, device="meta", dtype=target.dtype)
+        bias = q.new_empty(1, 1, 1, LENGTH, LENGTH) if target.bias else None
+        spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
+        reached.add((target.arch, problem_of(target.kernel, spec)))
+    assert {(row.arch, row.problem) for row in tables.ROWS} <= reached
+
+
+@pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "dbias"])
+def test_matrix_units_are_used_on_hopper(kernel: str) -> None:
+    """bf16 products run on the warpgroup matrix units; a silent fall to the older path would cost half the speed."""
+    target = Target("sm90", kernel, 128, torch.bfloat16, True, False)
+    plan, made = calls(target)
+    call = next(call for step, call in zip(plan.steps, made, strict=True) if step.kernel == kernel)
+    assert "wgmma.mma_async" in ahead.compile_for(call, "sm90").asm["ptx"]
