@@ -29,10 +29,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped elsewhere")
     config.addinivalue_line("markers", "unpoisoned: allocations are left alone (tests of compilation)")
-    chosen = [Path(arg.split("::")[0]).resolve() for arg in config.args]
-    only_aot = bool(chosen) and all(path.is_relative_to(AHEAD_OF_TIME) for path in chosen)
-    if not only_aot and not torch.cuda.is_available():
+    if not only_ahead_of_time(config) and not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def only_ahead_of_time(config: pytest.Config) -> bool:
+    chosen = [Path(arg.split("::")[0]).resolve() for arg in config.args]
+    return bool(chosen) and all(path.is_relative_to(AHEAD_OF_TIME) for path in chosen)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """``pytest tests`` leaves ``tests/aot`` out: one process cannot have Triton both interpreted and compiled."""
+    return True if collection_path == AHEAD_OF_TIME and not only_ahead_of_time(config) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
