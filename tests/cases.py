@@ -140,9 +140,10 @@ def build(case: Case, device: torch.device) -> Inputs:
         return (torch.randn(shape, generator=generator, dtype=torch.float32) * size).to(dtype).to(device)
 
     Dv = case.D if case.Dv is None else case.Dv
-    q = with_layout((case.B, case.M, case.H, case.D), case.layout, lambda shape: normal(shape, size=case.magnitude))
-    k = with_layout((case.B, case.N, case.H, case.D), case.layout, lambda shape: normal(shape, size=case.magnitude))
-    v = with_layout((case.B, case.N, case.H, Dv), case.layout, normal)
+    layouts = ("transposed", "sliced", "packed") if case.layout == "mixed" else (case.layout,) * 3  # mixed: no two tensors share a stride
+    q = with_layout((case.B, case.M, case.H, case.D), layouts[0], lambda shape: normal(shape, size=case.magnitude))
+    k = with_layout((case.B, case.N, case.H, case.D), layouts[1], lambda shape: normal(shape, size=case.magnitude))
+    v = with_layout((case.B, case.N, case.H, Dv), layouts[2], normal)
     dout = with_layout((case.B, case.M, case.H, Dv), case.dout_layout, normal)
     dlse = normal((case.B, case.H, case.M), torch.float64 if dtype == torch.float64 else torch.float32) if case.dlse else None
     bias = None

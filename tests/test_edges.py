@@ -41,7 +41,9 @@ RESIDUES = [
     for m, n, causal in [(32, 33, True), (33, 47, False), (47, 48, True), (31, 17, True), (49, 16, False)]
 ]
 HEAD_DIMS = [Case(f"head dim {d}", M=35, N=37, H=1, D=d, bias="1hqk") for d in (1, 2, 8, 17, 40, 64, 72, 80, 88, 96, 128, 160, 192, 256)]
-HEAD_DIMS += [Case(f"head dims {d} {dv}", M=35, N=37, H=1, D=d, Dv=dv, bias="1hqk") for d, dv in ((8, 72), (64, 1), (40, 128), (192, 128))]
+HEAD_DIMS += [
+    Case(f"head dims {d} {dv}", B=2, M=35, N=37, H=2, D=d, Dv=dv, bias="1hqk") for d, dv in ((8, 72), (64, 1), (40, 128), (192, 128))
+]
 DTYPES = [
     Case(f"{str(dtype)[6:]} causal={causal}", M=65, N=50, H=2, D=24, dtype=dtype, bias="bh1k", causal=causal)
     for dtype, causal in itertools.product([F16, BF16, F32, F64], [False, True])
@@ -57,6 +59,8 @@ LAYOUTS = [
         ("step", "step"),
         ("expanded", "expanded"),
         ("packed", "sliced"),
+        ("mixed", "plain"),
+        ("mixed", "transposed"),
     ]
 ]
 BIAS_LAYOUTS = [

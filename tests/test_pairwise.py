@@ -27,7 +27,7 @@ AXES: dict[str, list[Any]] = {
     "scale": [None, -0.4, 1.5],
     "grads": ["qkvb", "b", "qv", "kb"],
     "dlse": [False, True],
-    "layout": ["plain", "transposed", "sliced", "step", "packed"],
+    "layout": ["plain", "transposed", "sliced", "step", "mixed"],
     "dout_layout": ["plain", "expanded", "transposed"],
     "tiles": [(16, 16), (32, 16), (16, 32)],
 }
