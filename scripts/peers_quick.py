@@ -1,8 +1,8 @@
-"""Forward and backward times of triflash beside SDPA's backends and FlexAttention, as full autograd calls. Precursor of `triflash bench`."""
+"""Forward and backward times of triflash beside SDPA's backends and FlexAttention, as full autograd calls."""
 
+import argparse
 import itertools
 import json
-import sys
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,11 +14,13 @@ import triflash
 flex = torch.compile(flex_attention, dynamic=False)
 
 
-def shapes(bias):
-    if bias is None:
-        yield from itertools.product((64, 128, 256), (512, 2048, 8192), (False, True))
+def shapes(kind, args):
+    """(head dim, length, causal): the grid without a bias, one length with."""
+    dims, lengths = [int(x) for x in args.dims.split(",")], [int(x) for x in args.lengths.split(",")]
+    if kind is None:
+        yield from itertools.product(dims, lengths, (False, True))
     else:
-        yield from itertools.product((64, 128), (2048,), (False, True))
+        yield from itertools.product([d for d in dims if d < 256], (2048,), (False, True))
 
 
 def providers(bias, want_db, causal):
@@ -31,13 +33,19 @@ def providers(bias, want_db, causal):
                 hidden = torch.ones(q.shape[1], k.shape[1], device=q.device, dtype=torch.bool).triu(1)
                 mask, is_causal = b.masked_fill(hidden, -torch.inf), False
             with sdpa_kernel([backend]):
-                o = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, is_causal=is_causal)
+                o = torch.nn.functional.scaled_dot_product_attention(
+                    *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, is_causal=is_causal
+                )
             return o.transpose(1, 2)
 
         return run
 
     def flexed(q, k, v, b):
-        mod = None if b is None else (lambda s, bi, h, i, j: s + b[0 if b.shape[0] == 1 else bi, 0 if b.shape[1] == 1 else h, i if b.shape[2] > 1 else 0, j])
+        mod = (
+            None
+            if b is None
+            else (lambda s, bi, h, i, j: s + b[0 if b.shape[0] == 1 else bi, 0 if b.shape[1] == 1 else h, i if b.shape[2] > 1 else 0, j])
+        )
         block = create_block_mask_cached(q.shape[1], k.shape[1]) if causal else None
         return flex(*(x.transpose(1, 2) for x in (q, k, v)), score_mod=mod, block_mask=block).transpose(1, 2)
 
@@ -72,20 +80,34 @@ def measure(run, q, k, v, b, dout, flops):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out")
+    parser.add_argument("--providers", default="triflash,fa2,flex,cudnn,efficient")
+    parser.add_argument("--biases", default="none,1h1k,1hqk,bhqk,11qk")
+    parser.add_argument("--dims", default="64,128,256")
+    parser.add_argument("--lengths", default="512,2048,8192")
+    args = parser.parse_args()
+    chosen = args.providers.split(",")
     rows = []
-    sets = [(None, False)] + [(kind, db) for kind in ("1h1k", "1hqk", "bhqk", "11qk") for db in (False, True)]
+    sets = [
+        (None if kind == "none" else kind, db) for kind in args.biases.split(",") for db in ((False,) if kind == "none" else (False, True))
+    ]
     for kind, db in sets:
-        for d, s, causal in shapes(kind):
+        for d, s, causal in shapes(kind, args):
             h, b = (2048 // d, 16384 // s) if kind is None else (16, 4)
             q, k, v = (torch.randn(b, s, h, d, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
             dout = torch.randn_like(q)
             bias = None
             if kind:
-                bias = torch.randn(*(n if c in "bhqk" else 1 for c, n in zip(kind, (b, h, s, s), strict=True)), device="cuda", dtype=torch.bfloat16)
+                bias = torch.randn(
+                    *(n if c in "bhqk" else 1 for c, n in zip(kind, (b, h, s, s), strict=True)), device="cuda", dtype=torch.bfloat16
+                )
                 bias.requires_grad_(db)
             flops = 4 * b * h * s * s * d / (2 if causal else 1)
             line = f"d{d} s{s} {'causal' if causal else 'full  '} {kind or '-'}{'+db' if db else ''}:"
             for name, run in providers(kind, db, causal):
+                if name not in chosen:
+                    continue
                 try:
                     result = measure(run, q, k, v, bias, dout, flops)
                     rows.append({"d": d, "s": s, "causal": causal, "bias": kind, "db": db, "provider": name, "result": result})
@@ -94,7 +116,7 @@ def main():
                     line += f"  {name} -"
                     rows.append({"d": d, "s": s, "causal": causal, "bias": kind, "db": db, "provider": name, "error": str(error)[:200]})
             print(line, flush=True)
-    json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, open(sys.argv[1], "w"))
+    json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, open(args.out, "w"))
 
 
 if __name__ == "__main__":

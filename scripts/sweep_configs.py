@@ -30,7 +30,9 @@ GRID = {
     + [(256, n, 8, s) for n in (32, 64) for s in (2, 3)],
     "dkdv": [(m, n, w, s) for n in (64, 128) for m in (32, 64, 128) for w in (4, 8) for s in (2, 3)],
     "dq": [(m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (2, 3)],
-    "dbias": [(m, n, w, s) for m, n in ((64, 64), (128, 64), (64, 128), (128, 128), (256, 64), (64, 256)) for w in (4, 8) for s in (1, 2, 3, 4)],
+    "dbias": [
+        (m, n, w, s) for m, n in ((64, 64), (128, 64), (64, 128), (128, 128), (256, 64), (64, 256)) for w in (4, 8) for s in (1, 2, 3, 4)
+    ],
 }
 
 
@@ -48,7 +50,12 @@ def the_call(kernel, config, d, biased, causal, seqlen, data, outputs):
     spec = spec_of(q, k, v, bias, 1, None, 0 if causal else None, d**-0.5, "")
     arch = f"sm{''.join(map(str, torch.cuda.get_device_capability()))}" if outputs is not None else "sm90"
     facts = KNOWN_DEVICES[arch]
-    out, lse, delta, grads = outputs or (torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], seqlen, dtype=torch.float32), None, (q, k, v, bias))
+    out, lse, delta, grads = outputs or (
+        torch.empty_like(q),
+        q.new_empty(q.shape[0], q.shape[2], seqlen, dtype=torch.float32),
+        None,
+        (q, k, v, bias),
+    )
     with override_configs(**{kernel: TileConfig(*config)}):
         if kernel == "forward":
             return forward_calls(plan_forward(spec, facts, "triton"), spec, q, k, v, bias, out, lse)[0]
@@ -72,7 +79,9 @@ def build(case):
 
 def reference(q, k, v, dout, bias, causal):
     """out, lse, dq, dk, dv, dbias in float32, one batch entry at a time."""
-    grads = [torch.zeros_like(x, dtype=torch.float32) for x in (q, q, k, v)] + [None if bias is None else torch.zeros_like(bias, dtype=torch.float32)]
+    grads = [torch.zeros_like(x, dtype=torch.float32) for x in (q, q, k, v)] + [
+        None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+    ]
     out, dq, dk, dv, dbias = grads
     for b in range(q.shape[0]):
         leaves = [x[b].float().transpose(0, 1).requires_grad_() for x in (q, k, v)]
@@ -120,7 +129,7 @@ def main():
             continue
         data = tensors(d, biased, args.seqlen, "cuda")
         right = reference(*data, causal)
-        q, k, v, dout, bias = data
+        q, k, v, _, bias = data
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[0], q.shape[2], args.seqlen, dtype=torch.float32)
         grads = tuple(None if x is None else torch.empty_like(x) for x in (q, k, v, bias))
@@ -154,7 +163,10 @@ def main():
         wrong = [(r["config"], r["error"]) for r in group if not r["ms"]]
         flops = {"forward": 2, "dkdv": 4, "dq": 3, "dbias": 2}[kernel] * 2 * 16384 * args.seqlen * 2048 / (2 if causal else 1)
         shown = "  ".join(f"{'x'.join(map(str, r['config']))}:{flops / r['ms'] * 1e-9:.0f}({r['built'][1]})" for r in best)
-        print(f"{kernel:8s} d{d:<3d} {'bias' if biased else '    '} {'causal' if causal else 'full  '} {shown}" + (f"  WRONG {wrong[:3]}" if wrong else ""))
+        print(
+            f"{kernel:8s} d{d:<3d} {'bias' if biased else '    '} {'causal' if causal else 'full  '} {shown}"
+            + (f"  WRONG {wrong[:3]}" if wrong else "")
+        )
 
 
 if __name__ == "__main__":

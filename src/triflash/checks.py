@@ -99,7 +99,7 @@ def check_bias(bias: Any, q: Tensor, full: tuple[int, int, int, int]) -> None:
     if not 2 <= bias.dim() <= 4:
         raise bad_value("bias", _bias_wanted(full), f"{bias.dim()} dims {tuple(bias.shape)}")
     for own, size in zip(reversed(bias.shape), reversed(full), strict=False):
-        if own != 1 and own != size:  # noqa: PLR1714 - dynamo cannot look a symbolic size up in a tuple
+        if own != 1 and own != size:
             raise bad_value("bias", _bias_wanted(full), tuple(bias.shape), _bias_hint(tuple(bias.shape), full))
     if bias.dtype not in BIAS_DTYPES and not (bias.dtype == q.dtype == torch.float64):
         raise bad_type("bias", "float16, bfloat16, float32 or bool (True = visible)", bias.dtype)

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .errors import UnsupportedError, bad_value
 from .launch import run_backward, run_forward
 from .plan.device import facts_of
 from .plan.select import plan_backward, plan_forward
-from .spec import Needs, spec_of
+from .spec import Needs, check_gradients, check_saved, spec_of
 
-__all__ = ["attention_backward", "attention_backward_", "attention_forward"]
+__all__ = ["attention_backward", "attention_backward_", "attention_forward", "differentiable_once"]
 
 _OPTIONS = "SymInt batch_inner, SymInt? lo, SymInt? hi, float scale, str precision, str backend"
 _SAVED = "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse"
@@ -29,9 +29,7 @@ _SAVED = "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias,
 _library = torch.library.Library("triflash", "DEF")
 _library.define(f"forward(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor)")
 _library.define(f"backward({_SAVED}, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)")
-_library.define(
-    f"backward_({_SAVED}, {_OPTIONS}, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias) -> ()"
-)
+_library.define(f"backward_({_SAVED}, {_OPTIONS}, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias) -> ()")
 
 
 def _allocate_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
@@ -85,6 +83,8 @@ def _backward(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if needs[3] and (bias is None or bias.dtype == torch.bool):
+        raise bad_value("needs", "False for a bias that is absent or a mask", list(needs))
     grads = _allocate_backward(dout, dlse, q, k, v, bias, needs)
     given = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     _backward_(dout, dlse, q, k, v, bias, out, lse, batch_inner, lo, hi, scale, precision, backend, *given)
@@ -112,6 +112,8 @@ def _backward_(
     dbias: Tensor | None,
 ) -> None:
     spec = spec_of(q, k, v, bias, batch_inner, lo, hi, scale, precision)
+    check_saved(q, v, dout, dlse, out, lse)
+    check_gradients({"q": q, "k": k, "v": v, "bias": bias}, {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias})
     needs = Needs(dq is not None, dk is not None, dv is not None, dbias is not None)
     plan = plan_backward(spec, needs, facts_of(q.device), backend)
     run_backward(plan, spec, dout, dlse, q, k, v, bias, out, lse, dq, dk, dv, dbias)
@@ -129,7 +131,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-@once_differentiable  # a second derivative raises instead of being silently wrong
 def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, bias, out, lse = ctx.saved_tensors
     needs = [bool(need) for need in ctx.needs_input_grad[:4]]
@@ -138,8 +139,33 @@ def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tu
         return nothing
     if dout is None:
         dout = torch.zeros_like(out)
-    grads = attention_backward(dout, dlse, q, k, v, bias, out, lse, *ctx.options, needs)
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True)) + nothing[4:]
+    with torch.no_grad():
+        grads = attention_backward(dout, dlse, q, k, v, bias, out, lse, *ctx.options, needs)
+    wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    return differentiable_once(wanted, (dout, dlse, q, k, v, bias)) + nothing[4:]
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Passes gradients through, tied to what they depend on, so that differentiating them again raises instead of counting as zero."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *gradients_and_inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else grad.view_as(grad) for grad in gradients_and_inputs[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedError(
+            "second derivative of attention (create_graph=True): no backend has one; triflash.oracle.attention can be "
+            "differentiated any number of times"
+        )
+
+
+def differentiable_once(grads: list[Tensor | None], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients as a backward pass returns them. With ``create_graph=True`` (gradients on) they depend on ``inputs``, visibly."""
+    if not torch.is_grad_enabled():
+        return tuple(grads)
+    tied: tuple[Tensor | None, ...] = _NoSecondDerivative.apply(len(grads), *grads, *inputs)
+    return tied
 
 
 for _name, _fn, _fake in (

@@ -12,7 +12,17 @@ import torch
 
 from .errors import bad_type, bad_value
 
-__all__ = ["DTYPE_NAMES", "AttentionSpec", "BiasSpec", "Needs", "causal_band", "resolve_precision", "spec_of"]
+__all__ = [
+    "DTYPE_NAMES",
+    "AttentionSpec",
+    "BiasSpec",
+    "Needs",
+    "causal_band",
+    "check_gradients",
+    "check_saved",
+    "resolve_precision",
+    "spec_of",
+]
 
 DTYPE_NAMES = {
     torch.float16: "fp16",
@@ -110,7 +120,7 @@ def spec_of(
     scale: float,
     precision: str,
 ) -> AttentionSpec:
-    """The spec of canonical tensors: q (B, M, H, D), k (B, N, H, D), v (B, N, H, Dv), bias (B0|1, B1|1, H|1, M|1, N|1) with B1 = batch_inner.
+    """The spec of canonical tensors: q (B, M, H, D), k (B, N, H, D), v (B, N, H, Dv), bias (B0|1, B1|1, H|1, M|1, N|1); B1 = batch_inner.
 
     The public faces have checked their arguments already, with better words; these few comparisons guard the kernels from whoever
     calls the operators directly.
@@ -134,9 +144,45 @@ def spec_of(
         varies = tuple(own == size for own, size in zip(bias.shape, full, strict=True))
         bias_spec = BiasSpec(_dtype_name("bias", bias), varies)  # type: ignore[arg-type]
     precision = resolve_precision(precision) if q.dtype == torch.float32 else "ieee"
-    return AttentionSpec(
-        _dtype_name("q", q), B // batch_inner, batch_inner, M, N, H, D, Dv, bias_spec, lo, hi, float(scale), precision
-    )
+    return AttentionSpec(_dtype_name("q", q), B // batch_inner, batch_inner, M, N, H, D, Dv, bias_spec, lo, hi, float(scale), precision)
+
+
+def check_saved(
+    q: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """What a backward pass is given besides its inputs: dout and out (B, M, H, Dv) like q, lse and dlse (B, H, M)."""
+    B, M, H, _ = q.shape
+    for name, tensor, shape in (
+        ("dout", dout, (B, M, H, v.shape[3])),
+        ("out", out, (B, M, H, v.shape[3])),
+        ("lse", lse, (B, H, M)),
+        ("dlse", dlse, (B, H, M)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise bad_value(name, f"shape {shape}", tuple(tensor.shape))
+        if tensor.device != q.device:
+            raise bad_value(name, f"q's device {q.device}", tensor.device)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    for name, tensor, dtype in (("dout", dout, q.dtype), ("out", out, q.dtype), ("lse", lse, lse_dtype)):
+        if tensor.dtype != dtype:
+            raise bad_type(name, str(dtype), tensor.dtype)
+
+
+def check_gradients(inputs: dict[str, torch.Tensor | None], gradients: dict[str, torch.Tensor | None]) -> None:
+    """Tensors for gradients to be written to: each the shape, dtype and device of its input; any strides."""
+    for (name, x), (grad_name, grad) in zip(inputs.items(), gradients.items(), strict=True):
+        if grad is None:
+            continue
+        if x is None or x.dtype == torch.bool:
+            raise bad_value(
+                grad_name, "None", "a tensor", f"there is no {name} to differentiate by" if x is None else "a mask has no gradient"
+            )
+        if grad.dtype != x.dtype:
+            raise bad_type(grad_name, f"{name}'s dtype {x.dtype}", grad.dtype)
+        if grad.shape != x.shape or grad.device != x.device:
+            raise bad_value(grad_name, f"{name}'s shape {tuple(x.shape)} on {x.device}", f"{tuple(grad.shape)} on {grad.device}")
 
 
 def _dtype_name(name: str, tensor: torch.Tensor) -> str:

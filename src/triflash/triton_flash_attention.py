@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .checks import canonical_bias, check_bias, check_bool, check_scale, check_tensors, same_device_and_dtype
 from .errors import bad_type, bad_value
-from .ops import attention_backward_, attention_forward
+from .ops import attention_backward_, attention_forward, differentiable_once
 from .plan.select import requested_backend
 from .spec import causal_band
 
@@ -91,16 +90,12 @@ def flash_attn_kvpacked_func(
     return FlashAttnKVPackedFunc.apply(q, kv, bias, causal, softmax_scale)
 
 
-def flash_attn_qkvpacked_func(
-    qkv: Tensor, bias: Tensor | None = None, causal: bool = False, softmax_scale: float | None = None
-) -> Tensor:
+def flash_attn_qkvpacked_func(qkv: Tensor, bias: Tensor | None = None, causal: bool = False, softmax_scale: float | None = None) -> Tensor:
     """:func:`flash_attn_func` with all three in one tensor ``qkv (batch, seqlen, 3, nheads, headdim)``; so is their gradient."""
     return FlashAttnQKVPackedFunc.apply(qkv, bias, causal, softmax_scale)
 
 
-def _forward(
-    ctx: Any, inputs: tuple[Tensor, ...], bias: Tensor | None, causal: bool, softmax_scale: float | None
-) -> Tensor:
+def _forward(ctx: Any, inputs: tuple[Tensor, ...], bias: Tensor | None, causal: bool, softmax_scale: float | None) -> Tensor:
     """Forward of the autograd classes: ``inputs`` are q, k, v however they are packed."""
     q, k, v = _unpack(*inputs)
     canonical, options = _arguments(q, k, v, bias, causal, softmax_scale)
@@ -113,7 +108,7 @@ def _forward(
 def _unpack(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(q, k, v) from q, k, v, or from q and kv, or from qkv; views."""
     if len(inputs) == 3:
-        return inputs  # type: ignore[return-value]
+        return inputs
     *q, packed = inputs
     return (*q, *packed.unbind(2))  # type: ignore[return-value]
 
@@ -124,22 +119,24 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v = _unpack(*inputs)
     canonical = canonical_bias(bias)
     wanted = ctx.needs_input_grad
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) if need else None for x, need in zip(inputs, wanted)]  # noqa: B905
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) if need else None for x, need in zip(inputs, wanted, strict=False)]
     parts: list[Tensor | None] = []
     for grad, count in zip(grads, {3: (1, 1, 1), 2: (1, 2), 1: (3,)}[len(inputs)], strict=True):
         parts += [None] * count if grad is None else [grad] if count == 1 else grad.unbind(2)
     dbias = None
     if canonical is not None and wanted[len(inputs)]:
         dbias = torch.empty_like(canonical, memory_format=torch.contiguous_format)
-    attention_backward_(dout, None, q, k, v, canonical, out, lse, *ctx.options, *parts, dbias)
-    return (*grads, None if dbias is None else dbias.view(bias.shape), None, None)
+    with torch.no_grad():
+        attention_backward_(dout, None, q, k, v, canonical, out, lse, *ctx.options, *parts, dbias)
+    grads.append(None if dbias is None else dbias.view(bias.shape))
+    return (*differentiable_once(grads, (dout, *inputs, bias)), None, None)
 
 
 class FlashAttnFunc(torch.autograd.Function):
     """The seed's autograd function: ``FlashAttnFunc.apply(q, k, v, bias, causal, softmax_scale)``, as :func:`flash_attn_func`."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         k: Tensor,
@@ -152,8 +149,7 @@ class FlashAttnFunc(torch.autograd.Function):
         return _forward(ctx, (q, k, v), bias, causal, softmax_scale)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, do)
 
 
@@ -161,7 +157,7 @@ class FlashAttnKVPackedFunc(torch.autograd.Function):
     """The seed's autograd function: ``FlashAttnKVPackedFunc.apply(q, kv, bias, causal, softmax_scale)``."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         q: Tensor,
         kv: Tensor,
@@ -173,8 +169,7 @@ class FlashAttnKVPackedFunc(torch.autograd.Function):
         return _forward(ctx, (q, kv), bias, causal, softmax_scale)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, do)
 
 
@@ -182,15 +177,12 @@ class FlashAttnQKVPackedFunc(torch.autograd.Function):
     """The seed's autograd function: ``FlashAttnQKVPackedFunc.apply(qkv, bias, causal, softmax_scale)``."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, qkv: Tensor, bias: Tensor | None = None, causal: bool = False, softmax_scale: float | None = None
-    ) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor | None = None, causal: bool = False, softmax_scale: float | None = None) -> Tensor:
         check_tensors({"qkv": qkv}, {"qkv": "B M 3 H D"})
         return _forward(ctx, (qkv,), bias, causal, softmax_scale)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         return _backward(ctx, do)
 
 

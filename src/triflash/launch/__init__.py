@@ -40,9 +40,7 @@ def _record(plan: Plan) -> None:
         recorder.extend(f"{plan.backend}: {step}" for step in plan.steps)
 
 
-def run_forward(
-    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor
-) -> None:
+def run_forward(plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """Fill ``out (B, M, H, Dv)`` and ``lse (B, H, M)``."""
     if _recorders:
         _record(plan)
@@ -87,16 +85,25 @@ def run_backward(
     options = dict(batch_inner=spec.batch_inner, lo=spec.lo, hi=spec.hi, scale=spec.scale)
     if plan.backend == "tiled":
         tiled.backward(
-            dout, dlse, q, k, v, bias, out, lse, dq=dq, dk=dk, dv=dv, dbias=dbias, **options  # type: ignore[arg-type]
+            dout,
+            dlse,
+            q,
+            k,
+            v,
+            bias,
+            out,
+            lse,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            dbias=dbias,
+            **options,  # type: ignore[arg-type]
         )
         return
     grads_out = (dq, dk, dv, dbias)
     with torch.enable_grad():
         # One leaf per argument, by position: q, k and v may be the very same tensor.
-        inputs = [
-            x if x is None or dx is None else x.detach().requires_grad_()
-            for x, dx in zip((q, k, v, bias), grads_out, strict=True)
-        ]
+        inputs = [x if x is None or dx is None else x.detach().requires_grad_() for x, dx in zip((q, k, v, bias), grads_out, strict=True)]
         outputs = oracle.attention(*inputs, **options)  # type: ignore[arg-type]
     cotangents = (dout.to(outputs[0].dtype), torch.zeros_like(outputs[1]) if dlse is None else dlse.to(outputs[1].dtype))
     wanted = [(x, dx) for x, dx in zip(inputs, grads_out, strict=True) if x is not None and dx is not None]

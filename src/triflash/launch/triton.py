@@ -37,9 +37,7 @@ class Call:
 
     def start(self) -> None:
         """Launch it on the current device."""
-        self.kernel[(self.programs,)](
-            *self.args, **self.constants, num_warps=self.config.num_warps, num_stages=self.config.num_stages
-        )
+        self.kernel[(self.programs,)](*self.args, **self.constants, num_warps=self.config.num_warps, num_stages=self.config.num_stages)
 
 
 def forward(plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:

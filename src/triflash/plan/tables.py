@@ -22,7 +22,9 @@ class Row:
     spills: int = 0
 
 
-def _measured(arch: str, kernel: str, head_dim: int, bias: bool, full: str, banded: str, spills: tuple[int, int] = (0, 0)) -> tuple[Row, Row]:
+def _measured(
+    arch: str, kernel: str, head_dim: int, bias: bool, full: str, banded: str, spills: tuple[int, int] = (0, 0)
+) -> tuple[Row, Row]:
     """Two 16-bit rows, for full and for causal attention, of configurations written as ``BMxBN wWARPS sSTAGES``."""
 
     def config(text: str) -> TileConfig:

@@ -83,7 +83,17 @@ def stride_in_tile(stride, WIDE: tl.constexpr):
 
 
 @triton.jit
-def load_rows(base, row_stride, start, length, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr):
+def load_rows(
+    base,
+    row_stride,
+    start,
+    length,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Rows ``start … start + BLOCK`` of a ``(length, DIM)`` matrix as ``[BLOCK, BLOCK_DIM]``, zero outside it."""
     r = tl.arange(0, BLOCK)[:, None]
     d = tl.arange(0, BLOCK_DIM)[None, :]
@@ -101,7 +111,18 @@ def load_rows(base, row_stride, start, length, BLOCK: tl.constexpr, DIM: tl.cons
 
 
 @triton.jit
-def store_rows(base, row_stride, start, length, x, BLOCK: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr):
+def store_rows(
+    base,
+    row_stride,
+    start,
+    length,
+    x,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """Write ``x [BLOCK, BLOCK_DIM]`` to rows ``start …`` of a ``(length, DIM)`` matrix, in the matrix's dtype; nothing outside it."""
     r = tl.arange(0, BLOCK)[:, None]
     d = tl.arange(0, BLOCK_DIM)[None, :]
@@ -120,10 +141,26 @@ def store_rows(base, row_stride, start, length, x, BLOCK: tl.constexpr, DIM: tl.
 
 
 @triton.jit
-def bias_tile(base, row_stride, col_stride, m0, n0, i, j, M, N, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
-    """The bias of the tile at ``(m0, n0)``, size 1 along dims that it broadcasts. ``i``, ``j`` are positions in the tile, shaped to broadcast.
+def bias_tile(
+    base,
+    row_stride,
+    col_stride,
+    m0,
+    n0,
+    i,
+    j,
+    M,
+    N,
+    VARIES_M: tl.constexpr,
+    VARIES_N: tl.constexpr,
+    MASK_M: tl.constexpr,
+    MASK_N: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The bias of the tile at ``(m0, n0)``, size 1 along dims that it broadcasts.
 
-    They are ``[BM, 1], [1, BN]`` for a tile of scores and ``[1, BM], [BN, 1]`` for a transposed one.
+    ``i``, ``j`` are positions in the tile, shaped to broadcast: ``[BM, 1], [1, BN]`` for a tile of scores, ``[1, BM], [BN, 1]`` for a
+    transposed one.
     """
     pointers = base
     if VARIES_M:
@@ -164,7 +201,7 @@ def in_band(i, j, N, lo, hi):
 
 @triton.jit
 def load_lse_log2(base, start, length, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """lse of ``BLOCK`` queries in base 2. A query that saw no key, or does not exist, gets +inf, so that ``2^(s - lse)`` is 0, never NaN."""
+    """lse of ``BLOCK`` queries in base 2. A query that saw no key, or does not exist, gets +inf: ``2^(s - lse)`` is 0, never NaN."""
     r = tl.arange(0, BLOCK)
     if MASKED:
         lse = tl.load(base + start + r, mask=start + r < length, other=float("-inf"))
