@@ -2,7 +2,8 @@
 
     python3 scripts/sweep_configs.py OUT.json [--dims 64,128] [--kernels forward,dkdv,dq,dbias] [--seqlen 2048]
 
-Kernels are compiled first, on all cores; configurations that spill more than --spills words or exceed shared memory are not timed.
+The environment variables HEADS and BATCH replace the default of 16,384 tokens and heads * d = 2048. Kernels are
+compiled first, on all cores; configurations that spill more than --spills words or exceed shared memory are not timed.
 A configuration whose result differs from a float32 reference counts as WRONG. The table at the end lists the best few per case.
 """
 
@@ -37,7 +38,7 @@ GRID = {
 
 
 def tensors(d, biased, seqlen, device):
-    heads, batch = 2048 // d, 16384 // seqlen
+    heads, batch = int(os.environ.get("HEADS", 2048 // d)), int(os.environ.get("BATCH", 16384 // seqlen))
     generator = None if device == "meta" else torch.Generator(device).manual_seed(0)
     make = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16, generator=generator)  # noqa: E731
     q, k, v, dout = (make(batch, seqlen, heads, d) for _ in range(4))
@@ -161,7 +162,8 @@ def main():
         group = list(group)
         best = sorted((r for r in group if r["ms"]), key=lambda r: r["ms"])[:6]
         wrong = [(r["config"], r["error"]) for r in group if not r["ms"]]
-        flops = {"forward": 2, "dkdv": 4, "dq": 3, "dbias": 2}[kernel] * 2 * 16384 * args.seqlen * 2048 / (2 if causal else 1)
+        flops = {"forward": 2, "dkdv": 4, "dq": 3, "dbias": 2}[kernel] * 2 * args.seqlen**2 * d / (2 if causal else 1)
+        flops *= int(os.environ.get("HEADS", 2048 // d)) * int(os.environ.get("BATCH", 16384 // args.seqlen))
         shown = "  ".join(f"{'x'.join(map(str, r['config']))}:{flops / r['ms'] * 1e-9:.0f}({r['built'][1]})" for r in best)
         print(
             f"{kernel:8s} d{d:<3d} {'bias' if biased else '    '} {'causal' if causal else 'full  '} {shown}"

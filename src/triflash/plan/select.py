@@ -23,9 +23,13 @@ _ENVIRONMENT = "TRIFLASH_BACKEND"
 
 
 class _Requested(threading.local):
-    """The innermost ``with backend(...)`` of this thread. A thread-local, not a context variable, because torch.compile can guard it."""
+    """The innermost ``with backend(...)`` of this thread. A thread-local, not a context variable, because torch.compile can guard it.
 
-    name: str | None = None
+    Set in ``__init__``, which runs once a thread: torch.compile would read a class attribute instead of the thread's own value.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
 
 
 _requested = _Requested()
