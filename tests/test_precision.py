@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import triton_only
 
+from cases import triton_only
 from triflash import flash_attn_func, ops, oracle
 
 # Relative norm of the error. Triton's interpreter computes all of them in IEEE float32; on a GPU the bounds are tight enough to tell them apart.
