@@ -15,7 +15,9 @@ def once(d, causal, kind, db, batch=4, heads=16, s=2048, ragged=0):
     s -= ragged
     q, k, v = (torch.randn(batch, s, heads, d, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     sizes = dict(zip("bhqk", (batch, heads, s, s), strict=True))
-    bias = None if kind is None else torch.randn([sizes.get(c, 1) for c in kind], device="cuda", dtype=torch.bfloat16, requires_grad=db)
+    bias = None
+    if kind is not None:
+        bias = torch.randn([sizes.get(c, 1) for c in kind], device="cuda", dtype=torch.bfloat16, requires_grad=db)
     dout = torch.randn_like(q)
     leaves = [x for x in (q, k, v, bias) if x is not None and x.requires_grad]
 
@@ -45,10 +47,9 @@ def once(d, causal, kind, db, batch=4, heads=16, s=2048, ragged=0):
         step()
     host = (time.perf_counter() - start) / 20 * 1e6
     torch.cuda.synchronize()
-    print(
-        f"d{d} s{s} b{batch} h{heads} {'causal' if causal else 'full'} {kind or '-'}{'+db' if db else ''}: first {first:.1f}s host {host:.0f}us | "
-        + "; ".join(line[:6])
-    )
+    mask = "causal" if causal else "full"
+    name = f"d{d} s{s} b{batch} h{heads} {mask} {kind or '-'}{'+db' if db else ''}"
+    print(f"{name}: first {first:.1f}s host {host:.0f}us | " + "; ".join(line[:6]))
 
 
 for d in (64, 128):

@@ -290,8 +290,21 @@ def kernels(ran: list[str]) -> list[str]:
     return [line.split()[1] for line in ran]
 
 
-def expected_kernels(case: Case, backend: str) -> list[str]:
-    """What must run, in order, and nothing else; a ``dbias_sum`` may follow ``dbias``."""
+def dbias_kernel(case: Case, shape: tuple[int, ...]) -> str:
+    """Which kernel the gradient of a bias of this shape comes from: the pass for dq has every ds of a bias of full shape, the pass for dk
+    and dv the sums over queries of one that varies over keys only; any other has its own."""
+    full = (case.B // case.batch_inner, case.batch_inner, case.H, case.M, case.N)
+    if len(shape) < 5:
+        batch, *rest = (1,) * (4 - len(shape)) + shape
+        shape = (batch, 1, *rest)
+    varies = [own == size for own, size in zip(shape, full, strict=True)]
+    if all(varies):
+        return "dq"
+    return "dkdv" if varies[4] and not varies[3] else "dbias"
+
+
+def expected_kernels(case: Case, backend: str, bias: Tensor | None) -> list[str]:
+    """What must run, in order, and nothing else; a ``dbias_sum`` may follow."""
     wanted = [n for n in case.grads if n in "qkv" or (n == "b" and case.bias is not None and case.bias_dtype != torch.bool)]
     if backend != "triton":
         return ["forward", "backward"] if wanted else ["forward"]
@@ -301,8 +314,10 @@ def expected_kernels(case: Case, backend: str) -> list[str]:
         return ["forward"]
     steps = ["forward"]
     steps += ["delta"] if set(wanted) & set("qkb") else []
-    steps += ["dkdv"] if set(wanted) & set("kv") else []
-    return steps + [name for letter, name in (("q", "dq"), ("b", "dbias")) if letter in wanted]
+    source = dbias_kernel(case, tuple(bias.shape)) if "b" in wanted and bias is not None else None
+    steps += ["dkdv"] if set(wanted) & set("kv") or source == "dkdv" else []
+    steps += ["dq"] if "q" in wanted or source == "dq" else []
+    return steps + (["dbias"] if source == "dbias" else [])
 
 
 def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
@@ -327,7 +342,7 @@ def run_case(case: Case, backend: str, device: torch.device) -> None:
         grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents) if wanted else ()
 
     assert all(line.startswith(f"{backend}: ") for line in ran), ran
-    assert [name for name in kernels(ran) if name != "dbias_sum"] == expected_kernels(case, backend)
+    assert [name for name in kernels(ran) if name != "dbias_sum"] == expected_kernels(case, backend, inputs.bias)
     for name, old in before.items():
         assert torch.equal(getattr(inputs, name), old), f"{name} was modified"
     judgements = judge(case, inputs)

@@ -44,9 +44,14 @@ def test_plans_are_pure_hashable_and_cached() -> None:
 
 @pytest.mark.parametrize("dq, dk, dv, dbias", list(itertools.product([False, True], repeat=4)))
 def test_only_the_kernels_that_the_gradients_need(dq: bool, dk: bool, dv: bool, dbias: bool) -> None:
-    plan = plan_backward(spec("b1hqk", batch_outer=64, heads=64), Needs(dq, dk, dv, dbias), GPU, "triton")
-    wanted = {"delta": dq or dk or dbias, "dkdv": dk or dv, "dq": dq, "dbias": dbias}
-    assert names(plan) == [kernel for kernel, needed in wanted.items() if needed]
+    """The gradient of a bias comes from the pass that has it anyway, where there is one, and from a kernel of its own elsewhere."""
+    for bias, source in (("bihqk", "dq"), ("11h1k", "dkdv"), ("bih1k", "dkdv"), ("b1hqk", "dbias"), ("11hq1", "dbias")):
+        plan = plan_backward(spec(bias, batch_outer=8, batch_inner=8, heads=64), Needs(dq, dk, dv, dbias), GPU, "triton")
+        extra = source if dbias else None
+        wanted = {"delta": dq or dk or dbias, "dkdv": dk or dv or extra == "dkdv", "dq": dq or extra == "dq", "dbias": extra == "dbias"}
+        assert [name for name in names(plan) if name != "dbias_sum"] == [kernel for kernel, needed in wanted.items() if needed]
+        given = [name for step in plan.steps if step.kernel not in ("delta", "dbias_sum") for name in step.gives]
+        assert sorted(given) == sorted(name for name, need in (("dq", dq), ("dk", dk), ("dv", dv), ("dbias", dbias)) if need)
     for backend in ("tiled", "oracle"):
         assert plan_backward(spec("b1hqk"), Needs(dq, dk, dv, dbias), GPU, backend).steps == (Step("backward"),)
 
@@ -96,14 +101,27 @@ def test_programs_cover_the_problem() -> None:
     config = TileConfig(64, 32, 4, 1)
     with override_configs(**dict.fromkeys(KERNELS, config)):
         forward = plan_forward(spec(), GPU, "triton")
-        backward = plan_backward(spec("b1hqk"), ALL, GPU, "triton")
+        backward = plan_backward(spec("b11qk"), ALL, GPU, "triton")
     assert forward.steps[0].programs == 5 * 2 * 4  # ceil(300 / 64) tiles of queries, times batch, times heads
     assert {s.kernel: s.programs for s in backward.steps if s.kernel in ("delta", "dq", "dkdv")} == {"delta": 40, "dq": 40, "dkdv": 7 * 8}
-    own, splits = 5 * 7 * 8, backward.step("dbias")
+    own, splits = 5 * 7 * 2, backward.step("dbias")
     assert splits is not None and splits.programs == own * splits.splits
 
 
-@pytest.mark.parametrize("bias", ["".join(x) for x in itertools.product("b1", "i1", "h1", "q1", "k1")])
+PATTERNS = ["".join(x) for x in itertools.product("b1", "i1", "h1", "q1", "k1")]
+
+
+@pytest.mark.parametrize("bias", [x for x in PATTERNS if x.endswith("1k") and x[:3] != "bih"])
+def test_partial_rows_of_dbias(bias: str) -> None:
+    """One row of partial sums per (batch, head) pair that the bias is broadcast over, summed afterwards."""
+    plan = plan_backward(spec(bias, batch_outer=3, batch_inner=2, heads=5), Needs(False, False, False, True), GPU, "triton")
+    rows = 1
+    for letter, size in zip(bias, (3, 2, 5), strict=False):
+        rows *= size if letter == "1" else 1
+    assert plan.step("dkdv").splits == plan.step("dbias_sum").splits == rows  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("bias", [x for x in PATTERNS if not x.endswith("1k") and x != "bihqk"])
 def test_dbias_splits(bias: str) -> None:
     """The broadcast loop is split only where tiles are few, never into more parts than it has rounds, and then the parts are summed."""
     config = TileConfig(64, 64, 4, 1)

@@ -29,29 +29,37 @@ class Target(NamedTuple):
     kernel: str
     head_dim: int
     dtype: torch.dtype
-    bias: bool
+    bias: str  # a letter where it varies, over (batch, head, query, key); empty: none
     causal: bool
 
     def __str__(self) -> str:
-        flags = ("-bias" if self.bias else "") + ("-causal" if self.causal else "")
+        flags = f"-{self.bias}" * bool(self.bias) + ("-causal" if self.causal else "")
         return f"{self.arch}-{self.kernel}-d{self.head_dim}-{str(self.dtype)[6:]}{flags}"
 
 
 def targets() -> Iterator[Target]:
     for arch in ARCHITECTURES:
         for head_dim in (32, 64, 128, 256):
-            for bias in (False, True):
+            for bias in ("", "1hqk"):
                 # A causal kernel holds both copies of the loop; where measured rows tell full from causal, both are compiled.
                 for causal in (False, True) if arch == "sm90" else (True,):
                     for kernel in ("forward", "dkdv", "dq", *(["dbias"] if bias else [])):
                         yield Target(arch, kernel, head_dim, torch.bfloat16, bias, causal)
         for head_dim in (64, 256):
             for kernel in ("forward", "dkdv", "dq", "dbias"):
-                yield Target(arch, kernel, head_dim, torch.float32, True, True)
-        yield Target(arch, "delta", 128, torch.bfloat16, False, False)
-        yield Target(arch, "dbias_sum", 64, torch.bfloat16, True, False)
-    yield Target("sm90", "forward", 80, torch.float16, True, True)  # a head dim that is padded
-    yield Target("sm90", "dkdv", 80, torch.float16, True, True)
+                yield Target(arch, kernel, head_dim, torch.float32, "1hqk", True)
+        yield Target(arch, "delta", 128, torch.bfloat16, "", False)
+        yield Target(arch, "dbias_sum", 64, torch.bfloat16, "1h1k", False)
+        for head_dim in (64, 128):  # the passes that write the gradient of a bias on their way
+            yield Target(arch, "dkdv", head_dim, torch.bfloat16, "1h1k", True)
+            yield Target(arch, "dq", head_dim, torch.bfloat16, "bhqk", True)
+    yield Target("sm90", "forward", 80, torch.float16, "1hqk", True)  # a head dim that is padded
+    yield Target("sm90", "dkdv", 80, torch.float16, "1hqk", True)
+
+
+def bias_shape(target: Target, batch: int, heads: int) -> tuple[int, ...]:
+    b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, (batch, heads, LENGTH, LENGTH), strict=True))
+    return (b, 1, *rest)
 
 
 def calls(target: Target, batch: int = 2, heads: int = 16) -> tuple[Plan, list[Call]]:
@@ -62,12 +70,11 @@ def calls(target: Target, batch: int = 2, heads: int = 16) -> tuple[Plan, list[C
 
     q = make(batch, LENGTH, heads, target.head_dim)
     lse = make(batch, heads, LENGTH, dtype=torch.float32)
-    shape = (1, 1, 1, 1, LENGTH) if target.kernel == "dbias_sum" else (1, 1, heads, LENGTH, LENGTH)
-    bias = make(*shape) if target.bias else None
+    bias = make(*bias_shape(target, batch, heads)) if target.bias else None
     spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
     facts = KNOWN_DEVICES[target.arch]
     forward = plan_forward(spec, facts, "triton")
-    backward = plan_backward(spec, Needs(True, True, True, target.bias), facts, "triton")
+    backward = plan_backward(spec, Needs(True, True, True, bias is not None), facts, "triton")
     made = forward_calls(forward, spec, q, q, q, bias, q, lse)
     made += backward_calls(backward, spec, q, None, q, q, q, bias, q, lse, q, q, q, bias)
     return Plan("triton", forward.steps + backward.steps), made
@@ -75,7 +82,7 @@ def calls(target: Target, batch: int = 2, heads: int = 16) -> tuple[Plan, list[C
 
 def declared_spills(target: Target) -> int:
     q = torch.empty(1, LENGTH, 1, target.head_dim, device="meta", dtype=target.dtype)
-    bias = q.new_empty(1, 1, 1, LENGTH, LENGTH) if target.bias else None
+    bias = q.new_empty(bias_shape(target, 1, 1)) if target.bias else None
     spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
     row = tables.lookup(target.arch, problem_of(target.kernel, spec))
     return row.spills if row else DEFAULT_SPILLS
@@ -96,7 +103,7 @@ def test_every_measured_row_is_compiled() -> None:
     reached = set()
     for target in targets():
         q = torch.empty(1, LENGTH, 1, target.head_dim, device="meta", dtype=target.dtype)
-        bias = q.new_empty(1, 1, 1, LENGTH, LENGTH) if target.bias else None
+        bias = q.new_empty(bias_shape(target, 1, 1)) if target.bias else None
         spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
         reached.add((target.arch, problem_of(target.kernel, spec)))
     assert {(row.arch, row.problem) for row in tables.ROWS} <= reached
@@ -105,7 +112,7 @@ def test_every_measured_row_is_compiled() -> None:
 @pytest.mark.parametrize("kernel", ["forward", "dkdv", "dq", "dbias"])
 def test_matrix_units_are_used_on_hopper(kernel: str) -> None:
     """bf16 products run on the warpgroup matrix units; a silent fall to the older path would cost half the speed."""
-    target = Target("sm90", kernel, 128, torch.bfloat16, True, False)
+    target = Target("sm90", kernel, 128, torch.bfloat16, "1hqk", False)
     plan, made = calls(target)
     call = next(call for step, call in zip(plan.steps, made, strict=True) if step.kernel == kernel)
     assert "wgmma.mma_async" in ahead.compile_for(call, "sm90").asm["ptx"]

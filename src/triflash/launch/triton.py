@@ -42,7 +42,7 @@ class Call:
 
 def forward(plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """Fill out and lse. Every tensor is canonical (``spec.spec_of``); out and lse are contiguous."""
-    _start(q.device, forward_calls(plan, spec, *map(_rows, (q, k, v)), bias, out, lse))
+    _start(q.device, forward_calls(plan, spec, *map(_rows, (q, k, v)), _vectorisable(bias), out, lse))
 
 
 def backward(
@@ -73,7 +73,7 @@ def backward(
     # Kernels write rows whose last dim is contiguous, and a contiguous dbias; what is laid out otherwise is filled by way of a copy.
     written = [None if grad is None else _rows(grad) for grad in given[:3]]
     written.append(None if dbias is None else dbias.contiguous())
-    _start(q.device, backward_calls(plan, spec, dout, dlse, q, k, v, bias, out, lse, *written))
+    _start(q.device, backward_calls(plan, spec, dout, dlse, q, k, v, _vectorisable(bias), out, lse, *written))
     for grad, filled in zip(given, written, strict=True):
         if grad is not None and filled is not None and filled is not grad:
             grad.copy_(filled)
@@ -127,21 +127,24 @@ def backward_calls(
             constants = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": _wide((out, dout))}
             calls.append(Call(backward_kernels.delta, (*args, spec.heads, spec.queries), constants, config, step.programs))
         elif step.kernel == "dkdv":
-            args = (*inputs, delta, dk, dv, *strides, _strides(dk), _strides(dv), *_sizes(spec), spec.lo, spec.hi, spec.scale)
+            parts = _partial_sums(step, dbias)
+            target_strides = _row_strides(spec, parts) if parts is not None else None
+            outputs = (delta, dk, dv, parts, *strides, _strides(dk), _strides(dv), target_strides)
+            args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale)
             constants = _constants(spec, step, (*loaded, dk, dv)) | {"IS_MASK": _is_mask(spec), "ORDER": step.order}
             calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
         elif step.kernel == "dq":
-            args = (*inputs, delta, dq, *strides, _strides(dq), *_sizes(spec), spec.lo, spec.hi, spec.scale)
+            target = dbias if "dbias" in step.gives else None
+            outputs = (delta, dq, target, *strides, _strides(dq), _bias_strides(target))
+            args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale)
             constants = _constants(spec, step, (*loaded, dq)) | {"IS_MASK": _is_mask(spec), "ORDER": step.order}
             calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
         elif step.kernel == "dbias":
             assert dbias is not None and spec.bias is not None
-            target, part_stride = dbias, 0
-            if step.splits > 1:
-                parts = dbias.new_empty((step.splits, *dbias.shape), dtype=torch.float32)
-                target, part_stride = parts[0], parts.stride(0)
+            parts = _partial_sums(step, dbias)
+            assert parts is not None
             sizes = (spec.heads, spec.batch_outer, spec.batch_inner, spec.queries, spec.keys)
-            args = (*inputs, delta, parts if step.splits > 1 else dbias, *strides, (part_stride, *_bias_strides(target)))  # type: ignore[misc]
+            args = (*inputs, delta, parts, *strides, (parts.stride(0), *_bias_strides(parts[0])))  # type: ignore[misc]
             args += (*sizes, spec.lo, spec.hi, spec.scale, step.splits)
             outer, inner, head, _, _ = spec.bias.varies
             constants = _constants(spec, step, loaded)
@@ -152,6 +155,26 @@ def backward_calls(
             args = (parts, dbias, dbias.numel(), step.splits)
             calls.append(Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, config, step.programs))
     return calls
+
+
+def _partial_sums(step: Step, dbias: Tensor | None) -> Tensor | None:
+    """Where a kernel writes dbias: ``(splits, *dbias.shape)``, scratch if there are several parts, else dbias itself."""
+    if "dbias" not in step.gives:
+        return None
+    assert dbias is not None
+    return dbias.new_empty((step.splits, *dbias.shape), dtype=torch.float32) if step.splits > 1 else dbias.unsqueeze(0)
+
+
+def _row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int]:
+    """Strides of ``parts (splits, B0|1, B1|1, H|1, 1, N)`` by (outer batch, inner batch, head, key): a broadcast dim counts parts."""
+    strides, part = [0, 0, 0], parts.stride(0)
+    for dim, size in ((2, spec.heads), (1, spec.batch_inner), (0, spec.batch_outer)):
+        if parts.shape[1 + dim] == size:
+            strides[dim] = parts.stride(1 + dim) if size > 1 else 0
+        else:
+            strides[dim] = part
+            part *= size
+    return strides[0], strides[1], strides[2], parts.stride(5) if parts.shape[5] > 1 else 0
 
 
 def _start(device: torch.device, calls: Iterable[Call]) -> None:
@@ -166,6 +189,24 @@ def _start(device: torch.device, calls: Iterable[Call]) -> None:
 def _rows(x: Tensor) -> Tensor:
     """x itself if its last dim is contiguous, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _vectorisable(bias: Tensor | None) -> Tensor | None:
+    """The bias itself if its rows (or columns) can be loaded 16 bytes at a time, else a copy of it with padded rows.
+
+    Without this, an odd row length makes every load of a score's bias a scalar one, and the kernels up to six times slower. The copy has
+    the size of what the bias stores (expanded dims are not materialised) and lives as long as the launches.
+    """
+    if bias is None or bias.shape[3] == 1 or bias.shape[4] == 1 or not bias.is_cuda:
+        return bias
+    row, col = bias.stride()[3:]
+    wide = 16  # what Triton can prove about a stride: a multiple of 16 elements, or nothing
+    if (col == 1 and row % wide == 0) or (row == 1 and col % wide == 0):
+        return bias
+    stored = bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride())]
+    padded_row = -(-stored.shape[4] // wide) * wide
+    copy = bias.new_empty((*stored.shape[:4], padded_row))[..., : stored.shape[4]]
+    return copy.copy_(stored).expand(bias.shape)
 
 
 def _bytes(bias: Tensor | None) -> Tensor | None:

@@ -83,6 +83,7 @@ class Step:
 
     kernel, config: its name and tile configuration (None: it has none). programs: how many it starts.
     order: which index of the grid varies fastest (see ``kernels/triton/prims.locate``). splits: parts that a reduction is cut into.
+    gives: the gradients that it computes.
     """
 
     kernel: str
@@ -90,6 +91,7 @@ class Step:
     programs: int = 1
     order: str = "tile"
     splits: int = 1
+    gives: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.kernel if self.config is None else f"{self.kernel} {self.config}"
@@ -197,18 +199,57 @@ def _plan_backward(
         return Plan(name, ())
     batch_heads = spec.batch * spec.heads
     steps = []
+    source = _dbias_source(spec) if needs.dbias else None
     if needs.dq or needs.dk or needs.dbias:
         config = _config("delta", spec, device, by_hand)
         steps.append(Step("delta", config, _ceil_div(spec.queries, config.block_m) * batch_heads))
-    if needs.dk or needs.dv:
-        config = _config("dkdv", spec, device, by_hand)
-        steps.append(Step("dkdv", config, _ceil_div(spec.keys, config.block_n) * batch_heads, _order(spec)))
-    if needs.dq:
-        config = _config("dq", spec, device, by_hand)
-        steps.append(Step("dq", config, _ceil_div(spec.queries, config.block_m) * batch_heads, _order(spec)))
-    if needs.dbias:
+    for kernel, length, own, gives in (
+        ("dkdv", spec.keys, "block_n", (("dk", needs.dk), ("dv", needs.dv), ("dbias", source == "dkdv"))),
+        ("dq", spec.queries, "block_m", (("dq", needs.dq), ("dbias", source == "dq"))),
+    ):
+        wanted = tuple(name for name, need in gives if need)
+        if wanted:
+            config = _config(kernel, spec, device, by_hand)
+            programs = _ceil_div(length, getattr(config, own)) * batch_heads
+            splits = _broadcast_rows(spec) if kernel == source == "dkdv" else 1
+            steps.append(Step(kernel, config, programs, _order(spec), splits, wanted))
+    if source == "dkdv":
+        steps += _sum_steps(spec, _broadcast_rows(spec))
+    elif source == "dbias":
         steps += _dbias_steps(spec, device, _config("dbias", spec, device, by_hand))
     return Plan(name, tuple(steps))
+
+
+def _dbias_source(spec: AttentionSpec) -> str:
+    """Which kernel gives the gradient of the bias: a pass that has it anyway, or one of its own.
+
+    The pass for dq meets every ds of a full-shape bias exactly once. The pass for dk and dv meets all queries of a key, which is what
+    a bias that varies over keys alone sums over; what is left is one row of partial sums per batch entry and head.
+    """
+    assert spec.bias is not None
+    *_, query, key = spec.bias.varies
+    if all(spec.bias.varies):
+        return "dq"
+    return "dkdv" if key and not query else "dbias"
+
+
+def _broadcast_rows(spec: AttentionSpec) -> int:
+    """Over how many (batch, head) pairs a bias is broadcast."""
+    assert spec.bias is not None
+    rows = 1
+    for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads), spec.bias.varies[:3], strict=True):
+        rows *= 1 if varies else size
+    return rows
+
+
+def _sum_steps(spec: AttentionSpec, splits: int) -> list[Step]:
+    """Adding up ``splits`` partial sums of dbias, in a fixed order, if there are several."""
+    assert spec.bias is not None
+    elements = 1
+    for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys), spec.bias.varies, strict=True):
+        elements *= size if varies else 1
+    config = TileConfig(64, 16, 4, 1)
+    return [Step("dbias_sum", config, _ceil_div(elements, SUM_BLOCK), splits=splits, gives=("dbias",))] if splits > 1 else []
 
 
 def _dbias_steps(spec: AttentionSpec, device: DeviceFacts, config: TileConfig) -> list[Step]:
@@ -224,10 +265,4 @@ def _dbias_steps(spec: AttentionSpec, device: DeviceFacts, config: TileConfig) -
         else:
             looped *= size
     splits = max(1, min(looped, _ceil_div(2 * device.processors, own)))
-    steps = [Step("dbias", config, own * splits, splits=splits)]
-    if splits > 1:
-        elements = 1
-        for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys), spec.bias.varies, strict=True):
-            elements *= size if varies else 1
-        steps.append(Step("dbias_sum", TileConfig(64, 16, 4, 1), _ceil_div(elements, SUM_BLOCK), splits=splits))
-    return steps
+    return [Step("dbias", config, own * splits, splits=splits, gives=("dbias",)), *_sum_steps(spec, splits)]

@@ -1,9 +1,12 @@
-"""The kernels that give the gradient of a bias, in the bias's own shape."""
+"""The kernels that give the gradient of a bias that broadcasts, in the bias's own shape.
+
+A bias of full shape, and one that varies over keys only, get theirs from the passes of ``backward.py``.
+"""
 
 import triton
 import triton.language as tl
 
-from .prims import LOG2E, add_bias, bias_tile, in_band, load_lse_log2, load_rows, load_vector, offset, segments
+from .prims import LOG2E, add_bias, bias_tile, in_band, load_lse_log2, load_rows, load_vector, offset, segments, store_tile
 
 
 @triton.jit
@@ -142,9 +145,7 @@ def dbias(
     at += offset(own_b0, dbias_strides[1]) + offset(own_b1, dbias_strides[2]) + offset(own_head, dbias_strides[3])
     if FIXED:
         acc = tl.where(in_band(tm * BM + i, tn * BN + j, N, lo, hi), acc, 0.0)
-        at += offset(tm * BM, dbias_strides[4]) + offset(tn * BN, dbias_strides[5])
-        local = i * tl.cast(dbias_strides[4], tl.int64) + j * tl.cast(dbias_strides[5], tl.int64)
-        tl.store(at + local, acc.to(dbias_out.dtype.element_ty), mask=(tm * BM + i < M) & (tn * BN + j < N))
+        store_tile(at, dbias_strides[4], dbias_strides[5], tm * BM, tn * BN, i, j, M, N, acc, not EVEN_M, not EVEN_N)
     elif VARIES_N:
         cols = tn * BN + tl.arange(0, BN)
         column = tl.sum(acc, 0)

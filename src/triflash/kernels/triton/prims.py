@@ -180,6 +180,22 @@ def bias_tile(
 
 
 @triton.jit
+def store_tile(base, row_stride, col_stride, m0, n0, i, j, M, N, x, MASK_M: tl.constexpr, MASK_N: tl.constexpr):
+    """Write ``x [BM, BN]`` to the tile at ``(m0, n0)`` of an ``(M, N)`` matrix of any strides, in its dtype. ``i [BM, 1], j [1, BN]``."""
+    pointers = base + offset(m0, row_stride) + offset(n0, col_stride)
+    pointers += i * tl.cast(row_stride, tl.int64) + j * tl.cast(col_stride, tl.int64)
+    x = x.to(base.dtype.element_ty)
+    if MASK_M and MASK_N:
+        tl.store(pointers, x, mask=(m0 + i < M) & (n0 + j < N))
+    elif MASK_M:
+        tl.store(pointers, x, mask=m0 + i < M)
+    elif MASK_N:
+        tl.store(pointers, x, mask=n0 + j < N)
+    else:
+        tl.store(pointers, x)
+
+
+@triton.jit
 def add_bias(s_log2, bias, IS_MASK: tl.constexpr):
     """Add a bias to scores in base 2; a boolean one (bytes, nonzero = visible) hides instead."""
     if IS_MASK:
