@@ -1,5 +1,7 @@
 """Wall time of one eager forward and backward step on a problem so small that only the host's work counts, beside SDPA's."""
 
+import cProfile
+import pstats
 import time
 
 import torch
@@ -32,6 +34,10 @@ def main():
         forward = wall(lambda function=function: function().detach())
         step = wall(lambda function=function: torch.autograd.grad(function(), (q, k, v), dout))
         print(f"{name}: forward {forward:.0f} us, forward and backward {step:.0f} us")
+    with cProfile.Profile() as profile, torch.no_grad():
+        for _ in range(300):
+            functions["triflash"]()
+    pstats.Stats(profile).sort_stats("tottime").print_stats(12)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import pathlib
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -14,13 +15,25 @@ import triflash
 flex = torch.compile(flex_attention, dynamic=False)
 
 
-def shapes(kind, args):
+def shapes(kind):
     """(head dim, length, causal): the grid without a bias, one length with."""
-    dims, lengths = [int(x) for x in args.dims.split(",")], [int(x) for x in args.lengths.split(",")]
     if kind is None:
-        yield from itertools.product(dims, lengths, (False, True))
-    else:
-        yield from itertools.product([d for d in dims if d < 256], (2048,), (False, True))
+        return itertools.product((64, 128, 256), (512, 2048, 8192), (False, True))
+    return itertools.product((64, 128), (2048,), (False, True))
+
+
+_hidden, _folded = {}, {}
+
+
+def folded(bias, m, n):
+    """The bias with the causal mask in it, as SDPA wants it; made once where no gradient has to pass through."""
+    if (m, n) not in _hidden:
+        _hidden[m, n] = torch.ones(m, n, device=bias.device, dtype=torch.bool).triu(1)
+    if bias.requires_grad:
+        return bias.masked_fill(_hidden[m, n], -torch.inf)
+    if _folded.get("of") is not bias:
+        _folded.update(of=bias, mask=bias.masked_fill(_hidden[m, n], -torch.inf))
+    return _folded["mask"]
 
 
 def providers(bias, want_db, causal):
@@ -30,8 +43,7 @@ def providers(bias, want_db, causal):
         def run(q, k, v, b):
             mask, is_causal = b, causal
             if b is not None and causal:
-                hidden = torch.ones(q.shape[1], k.shape[1], device=q.device, dtype=torch.bool).triu(1)
-                mask, is_causal = b.masked_fill(hidden, -torch.inf), False
+                mask, is_causal = folded(b, q.shape[1], k.shape[1]), False
             with sdpa_kernel([backend]):
                 o = torch.nn.functional.scaled_dot_product_attention(
                     *(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, is_causal=is_causal
@@ -68,10 +80,15 @@ def create_block_mask_cached(m, n):
     return _masks[m, n]
 
 
-def measure(run, q, k, v, b, dout, flops):
+def measure(run, q, k, v, b, dout, flops, warm):
+    """(forward ms, backward ms, forward TFLOP/s, backward TFLOP/s); None after the first step if only warming caches."""
     leaves = [x for x in (q, k, v, b) if x is not None and x.requires_grad]
     o = run(q, k, v, b)
     torch.autograd.grad(o, leaves, dout)
+    if warm:
+        with torch.no_grad():
+            run(q, k, v, b)
+        return None
     with torch.no_grad():
         fwd = do_bench(lambda: run(q, k, v, b), warmup=10, rep=40, return_mode="median")
     o = run(q, k, v, b)
@@ -79,44 +96,67 @@ def measure(run, q, k, v, b, dout, flops):
     return fwd, bwd, flops / fwd * 1e-9, 2.5 * flops / bwd * 1e-9
 
 
+def table(rows):
+    """The rows as markdown: forward / backward TFLOP/s of every provider, and triflash's ratios to the fastest of the others."""
+    cells = {}
+    for row in rows:
+        cells.setdefault((row["d"], row["s"], row["causal"], row["bias"], row["db"]), {})[row["provider"]] = row.get("result")
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    lines = ["| case | " + " | ".join(names) + " | ratio to best other |", "| --- " * (len(names) + 2) + "|"]
+    for (d, s, causal, bias, db), found in cells.items():
+        case = f"d{d} s{s} {'causal' if causal else 'full'}" + (f" {bias}" if bias else "") + (" +db" if db else "")
+        shown = [f"{found[n][2]:.0f} / {found[n][3]:.0f}" if found.get(n) else "-" for n in names]
+        others = [found[n] for n in names[1:] if found.get(n)]
+        ours = found.get(names[0])
+        ratios = [f"{min(o[i] for o in others) / ours[i]:.2f}" if others and ours else "-" for i in (0, 1)]
+        lines.append(f"| {case} | " + " | ".join(shown) + f" | {' / '.join(ratios)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out")
-    parser.add_argument("--providers", default="triflash,fa2,flex,cudnn,efficient")
+    parser.add_argument("out", help="JSON file; a markdown table goes beside it")
     parser.add_argument("--biases", default="none,1h1k,1hqk,bhqk,11qk")
-    parser.add_argument("--dims", default="64,128,256")
-    parser.add_argument("--lengths", default="512,2048,8192")
+    parser.add_argument("--flex", default="none,1hqk", help="bias kinds for which FlexAttention, which compiles for long, is timed")
+    parser.add_argument("--warm", metavar="I/N", help="only compile the I-th of N parts of the cells, timing nothing")
     args = parser.parse_args()
-    chosen = args.providers.split(",")
     rows = []
-    sets = [
-        (None if kind == "none" else kind, db) for kind in args.biases.split(",") for db in ((False,) if kind == "none" else (False, True))
+    cells = [
+        (None if kind == "none" else kind, db, *shape)
+        for kind in args.biases.split(",")
+        for db in ((False,) if kind == "none" else (False, True))
+        for shape in shapes(None if kind == "none" else kind)
     ]
-    for kind, db in sets:
-        for d, s, causal in shapes(kind, args):
-            h, b = (2048 // d, 16384 // s) if kind is None else (16, 4)
-            q, k, v = (torch.randn(b, s, h, d, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
-            dout = torch.randn_like(q)
-            bias = None
-            if kind:
-                bias = torch.randn(
-                    *(n if c in "bhqk" else 1 for c, n in zip(kind, (b, h, s, s), strict=True)), device="cuda", dtype=torch.bfloat16
-                )
-                bias.requires_grad_(db)
-            flops = 4 * b * h * s * s * d / (2 if causal else 1)
-            line = f"d{d} s{s} {'causal' if causal else 'full  '} {kind or '-'}{'+db' if db else ''}:"
-            for name, run in providers(kind, db, causal):
-                if name not in chosen:
-                    continue
+    if args.warm:
+        part, parts = map(int, args.warm.split("/"))
+        cells = cells[part - 1 :: parts]
+    for kind, db, d, s, causal in cells:
+        h, b = (2048 // d, 16384 // s) if kind is None else (16, 4)
+        q, k, v = (torch.randn(b, s, h, d, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+        dout = torch.randn_like(q)
+        bias = None
+        if kind:
+            sizes = dict(zip("bhqk", (b, h, s, s), strict=True))
+            bias = torch.randn([sizes.get(c, 1) for c in kind], device="cuda", dtype=torch.bfloat16).requires_grad_(db)
+        flops = 4 * b * h * s * s * d / (2 if causal else 1)
+        torch._dynamo.reset()  # FlexAttention is compiled per shape, which would soon reach the limit of recompilations
+        for name, run in providers(bias, db, causal):
+            row = {"d": d, "s": s, "causal": causal, "bias": kind, "db": db, "provider": name}
+            if name == "flex" and ((kind or "none") not in args.flex.split(",") or s == 512 or d == 256):
+                row["error"] = "not timed"
+            else:
                 try:
-                    result = measure(run, q, k, v, bias, dout, flops)
-                    rows.append({"d": d, "s": s, "causal": causal, "bias": kind, "db": db, "provider": name, "result": result})
-                    line += f"  {name} {result[2]:.0f}/{result[3]:.0f}"
+                    row["result"] = measure(run, q, k, v, bias, dout, flops, args.warm)
                 except Exception as error:
-                    line += f"  {name} -"
-                    rows.append({"d": d, "s": s, "causal": causal, "bias": kind, "db": db, "provider": name, "error": str(error)[:200]})
-            print(line, flush=True)
-    json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}, open(args.out, "w"))
+                    row["error"] = f"{type(error).__name__}: {str(error)[:200]}"
+            rows.append(row)
+        print(
+            kind, db, d, s, causal, [[round(x) for x in row["result"][2:]] if row.get("result") else None for row in rows[-5:]], flush=True
+        )
+    if args.warm:
+        return
+    pathlib.Path(args.out).write_text(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": rows}))
+    pathlib.Path(args.out).with_suffix(".md").write_text(table(rows))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def test_huge_strides(far: Far, backend: str, device: torch.device) -> None:
 
     wanted = results(inputs)
     got = results({**inputs, far.argument: spread(inputs[far.argument], far.strides)})
-    tolerance = 0.0 if backend == "triton" else 2e-3  # PyTorch's products may choose another algorithm for other strides
+    # PyTorch's products may choose another algorithm for other strides, and Triton another order of a row's sum for another bias layout.
+    tolerance = 0.0 if backend == "triton" and far.argument != "bias" else 2e-3
     for name, a, b in zip(("out", "lse", "dq", "dk", "dv", "dbias"), got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 

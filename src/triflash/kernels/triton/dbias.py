@@ -90,8 +90,25 @@ def dbias(
     own_bias = 0.0
     if FIXED:
         own_at = bias + offset(own_b0, bias_strides[0]) + offset(own_b1, bias_strides[1]) + offset(own_head, bias_strides[2])
+        BANDED: tl.constexpr = lo is not None or hi is not None
+        rows = M
+        if BANDED:
+            rows = tl.where(first < last, M, 0)  # a tile that nobody sees only writes zeros: spare it the load of its bias
         own_bias = bias_tile(
-            own_at, bias_strides[3], bias_strides[4], tm * BM, tn * BN, i, j, M, N, True, True, not EVEN_M, not EVEN_N, WIDE
+            own_at,
+            bias_strides[3],
+            bias_strides[4],
+            tm * BM,
+            tn * BN,
+            i,
+            j,
+            rows,
+            N,
+            True,
+            True,
+            BANDED or not EVEN_M,
+            not EVEN_N,
+            WIDE,
         )
     for r in tl.range(first, last):
         head = own_head
