@@ -6,6 +6,7 @@ for GPUs that are not here, from meta tensors. ``forward`` and ``backward`` star
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -91,8 +92,8 @@ def forward_calls(
             *_sizes(spec),
             *(spec.lo, spec.hi, spec.scale),
         )
-        constants = _constants(spec, step, (q, k, v, out, bias))
-        constants |= {"IS_MASK": _is_mask(spec), "POSITIVE_SCALE": spec.scale > 0, "ORDER": step.order}
+        constants = _constants(spec, _config(step), _wide((q, k, v, out, bias)))
+        constants = constants | {"IS_MASK": _is_mask(spec), "POSITIVE_SCALE": spec.scale > 0, "ORDER": step.order}
         calls.append(Call(forward_kernels.forward, args, constants, _config(step), step.programs))
     return calls
 
@@ -116,7 +117,7 @@ def backward_calls(
     """The launches of a backward pass; allocates the scratch between them (delta, and partial sums of a split dbias)."""
     inputs = (q, k, v, _bytes(bias), dout, lse)
     strides = (_strides(q), _strides(k), _strides(v), _bias_strides(bias), _strides(dout), lse.stride()[:2])
-    loaded = (q, k, v, dout, bias)
+    wide = _wide((q, k, v, out, dout, bias, dq, dk, dv))
     delta = parts = None
     calls = []
     for step in plan.steps:
@@ -124,20 +125,20 @@ def backward_calls(
         if step.kernel == "delta":
             delta = lse.new_empty(lse.shape)
             args: tuple[Any, ...] = (out, dout, dlse, delta, _strides(out), _strides(dout), None if dlse is None else dlse.stride())
-            constants = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": _wide((out, dout))}
+            constants = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
             calls.append(Call(backward_kernels.delta, (*args, spec.heads, spec.queries), constants, config, step.programs))
         elif step.kernel == "dkdv":
             parts = _partial_sums(step, dbias)
             target_strides = _row_strides(spec, parts) if parts is not None else None
             outputs = (delta, dk, dv, parts, *strides, _strides(dk), _strides(dv), target_strides)
             args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale)
-            constants = _constants(spec, step, (*loaded, dk, dv)) | {"IS_MASK": _is_mask(spec), "ORDER": step.order}
+            constants = _constants(spec, config, wide) | {"IS_MASK": _is_mask(spec), "ORDER": step.order}
             calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
         elif step.kernel == "dq":
             target = dbias if "dbias" in step.gives else None
             outputs = (delta, dq, target, *strides, _strides(dq), _bias_strides(target))
             args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale)
-            constants = _constants(spec, step, (*loaded, dq)) | {"IS_MASK": _is_mask(spec), "ORDER": step.order}
+            constants = _constants(spec, config, wide) | {"IS_MASK": _is_mask(spec), "ORDER": step.order}
             calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
         elif step.kernel == "dbias":
             assert dbias is not None and spec.bias is not None
@@ -147,8 +148,7 @@ def backward_calls(
             args = (*inputs, delta, parts, *strides, (parts.stride(0), *_bias_strides(parts[0])))  # type: ignore[misc]
             args += (*sizes, spec.lo, spec.hi, spec.scale, step.splits)
             outer, inner, head, _, _ = spec.bias.varies
-            constants = _constants(spec, step, loaded)
-            constants |= {"VARIES_B0": outer, "VARIES_B1": inner, "VARIES_H": head}
+            constants = _constants(spec, config, wide) | {"VARIES_B0": outer, "VARIES_B1": inner, "VARIES_H": head}
             calls.append(Call(dbias_kernels.dbias, args, constants, config, step.programs))
         elif step.kernel == "dbias_sum":
             assert dbias is not None
@@ -238,16 +238,18 @@ def _is_mask(spec: AttentionSpec) -> bool:
 
 
 def _wide(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether offsets inside a tile need 64 bits: some stride (of the batch or head too, to keep this cheap) is huge."""
-    return any(max(x.stride(), default=0) >= _WIDE_STRIDE and max(_strides_in_tile(x)) >= _WIDE_STRIDE for x in tensors if x is not None)
+    """Whether offsets inside a tile need 64 bits: the stride of a row (of a bias: of a row or a column) is huge."""
+    for x in tensors:
+        if x is not None:
+            strides = x.stride()
+            if max(strides[3:] if len(strides) == 5 else strides[1:2]) >= _WIDE_STRIDE:
+                return True
+    return False
 
 
-def _strides_in_tile(x: Tensor) -> tuple[int, ...]:
-    return x.stride()[3:] if x.dim() == 5 else (x.stride(1),)
-
-
-def _constants(spec: AttentionSpec, step: Step, tensors: Iterable[Tensor | None]) -> dict[str, Any]:
-    config = _config(step)
+@functools.lru_cache(maxsize=4096)
+def _constants(spec: AttentionSpec, config: TileConfig, wide: bool) -> dict[str, Any]:
+    """The compile-time constants that the kernels share. Cached: add to it with ``|``, never ``|=``."""
     return {
         "BM": config.block_m,
         "BN": config.block_n,
@@ -260,5 +262,5 @@ def _constants(spec: AttentionSpec, step: Step, tensors: Iterable[Tensor | None]
         "EVEN_M": spec.queries % config.block_m == 0,
         "EVEN_N": spec.keys % config.block_n == 0,
         "PRECISION": spec.precision,
-        "WIDE": _wide(tensors),
+        "WIDE": wide,
     }
