@@ -77,14 +77,19 @@ def test_a_gpu_that_is_not_there(monkeypatch, capsys):
 def test_disagreement_and_nan_are_failures():
     options = demo_options.Options(2, 8, 1, 1, 1, 8, 0, "cpu", "fp32", "auto", "out", None)
 
-    def run(*losses):
-        return {"losses": list(losses), "checkpoints": [{"train": 1.0, "val": 1.0}], "first_bias_gradient": [[1.0]]}
+    def run(val, losses=(5.0, 4.0), gradient=1.0):
+        return {"losses": list(losses), "checkpoints": [{"train": 1.0, "val": val}], "first_bias_gradient": [[gradient]]}
 
-    assert report.compare(options, {"triflash": run(5.0, 4.0), "dense": run(5.0, 4.01)})["agree"]
-    assert not report.compare(options, {"triflash": run(5.0, 4.0), "dense": run(5.0, 4.03)})["agree"]
-    broken = report.compare(options, {"triflash": run(5.0, math.nan), "dense": run(5.0, 4.0)})
-    assert not broken["agree"]
-    assert math.isnan(broken["largest"])
+    def compare(ours):
+        return report.compare(options, {"triflash": ours, "dense": run(3.0)})
+
+    assert compare(run(3.01))["agree"]
+    assert compare(run(3.0, losses=(5.0, 4.03)))["agree"]  # single batches are reported, not judged
+    assert not compare(run(3.03))["agree"]
+    assert not compare(run(3.0, gradient=1.01))["agree"]
+    for broken in (run(math.nan), run(3.0, losses=(5.0, math.nan)), run(3.0, gradient=math.nan)):
+        assert not compare(broken)["agree"]
+    assert math.isnan(compare(run(math.nan))["largest"])
 
 
 def test_a_failed_training_is_told(tmp_path, capsys, monkeypatch):

@@ -27,7 +27,7 @@ from .options import Options
 __all__ = ["main"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PEAK_RATE, _EVAL_BATCHES = 3e-3, 4
+_PEAK_RATE, _EVAL_BATCHES = 0.4, 4  # the peak rate is this over the width: 3e-3 at 128
 _BIAS_RATE = 5e-2  # a head that attends to one distance needs a bias of several units, and has some hundred steps to get there
 _PROMPT, _SAMPLED = b"The ", 160
 
@@ -39,7 +39,7 @@ def main(name: str, options: Options) -> None:
     torch.manual_seed(options.seed)
     model = Decoder(options.seq_len, options.layers, options.heads, options.dim, ATTENTIONS[name], dtype).to(device)
     bias, rest = model.relative_bias.weight, [p for n, p in model.named_parameters() if n != "relative_bias.weight"]
-    groups = [{"params": rest, "peak": _PEAK_RATE}, {"params": [bias], "peak": _BIAS_RATE, "weight_decay": 0.0}]
+    groups = [{"params": rest, "peak": _PEAK_RATE / options.dim}, {"params": [bias], "peak": _BIAS_RATE, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
     batches = torch.Generator().manual_seed(options.seed)
 
