@@ -6,12 +6,14 @@ import json
 import pathlib
 
 import torch
+import torch._functorch.config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from triton.testing import do_bench
 
 import triflash
 
+torch._functorch.config.donated_buffer = False  # FlexAttention's backward is timed with retain_graph=True
 flex = torch.compile(flex_attention, dynamic=False)
 
 
