@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,12 +179,10 @@ def _row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int
 
 
 def _start(device: torch.device, calls: Iterable[Call]) -> None:
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _start(torch.device("cpu"), calls)
-        return
-    for call in calls:
-        call.start()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()  # Triton launches on the current device
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        for call in calls:
+            call.start()
 
 
 def _rows(x: Tensor) -> Tensor:
