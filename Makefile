@@ -27,7 +27,7 @@ lint: .venv/.dev
 	$(PY) -m mypy
 
 test: lint
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(WORKERS) tests --ignore=tests/aot
+	CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(WORKERS) tests --ignore=tests/aot
 	$(PY) -m pytest -q -n $(WORKERS) tests/aot
 
 test-newest: .venv/.dev .triton-newest/.installed

@@ -159,6 +159,9 @@ def build(case: Case, device: torch.device) -> Inputs:
                 hidden = -torch.inf
                 if case.bias_values == "inf":
                     bias[torch.rand(shape, generator=generator) < 0.4] = hidden
+                if case.bias_values == "least":  # what many models write for "hidden": a third of the entries, and a whole row
+                    bias = bias.masked_fill(torch.rand(shape, generator=generator) < 0.3, torch.finfo(torch.float32).min)
+                    bias[..., 0, :] = torch.finfo(torch.float32).min
                 if case.bias_values == "all":
                     bias.fill_(hidden)
             if case.bias_values == "rows":  # the first query, the last, and one in three see nothing

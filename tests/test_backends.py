@@ -164,3 +164,20 @@ except triflash.UnsupportedError as error:
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("CPU tensors: not supported by backend 'triton'; ")
     assert "TRITON_INTERPRET=1" in run.stdout and "backend('tiled')" in run.stdout
+
+
+@pytest.mark.parametrize("name", ["tiled", "oracle", pytest.param("triton", marks=triton_only)])
+def test_autocast_does_not_reach_the_arithmetic(name: str) -> None:
+    """Sums and exponentials are float32 whatever the caller's autocast says: the same bits with and without."""
+    device = "cuda" if ON_GPU else "cpu"
+    q, k, v = (torch.randn(1, 40, 2, 16, device=device, requires_grad=True) for _ in range(3))
+
+    def results() -> list[torch.Tensor]:
+        out = flash_attn_func(q, k, v, causal=True)
+        return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
+
+    with backend(name):
+        wanted = results()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            got = results()
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))

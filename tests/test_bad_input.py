@@ -221,6 +221,9 @@ RAW_WRONG: list[Row] = [
     ("bias of 4 dims", {"bias": rand(1, 1, M, N)}, ValueError, "bias", ["5 dims", "got (1, 1, 6, 7)"]),
     ("bias too long", {"bias": rand(1, 1, 1, M, N + 1)}, ValueError, "bias", ["broadcast to (2, 1, 3, 6, 7)", "got (1, 1, 1, 6, 8)"]),
     ("bias of integers", {"bias": torch.ones(1, 1, 1, M, N, dtype=torch.int8)}, TypeError, "bias", ["bool", "got torch.int8"]),
+    ("q of 3 dims", {"q": rand(B, M, D)}, ValueError, "q, k, v", ["4 dims each", "got 3, 4 and 4"]),
+    ("scale NaN", {"scale": float("nan")}, ValueError, "scale", ["finite", "got nan"]),
+    ("backend", {"backend": "cuda"}, ValueError, "backend", ["auto, tiled, triton, oracle", "got 'cuda'"]),
     ("precision", {"precision": "fp8"}, ValueError, "precision", ["ieee, tf32, tf32x3", "got 'fp8'"]),
 ]  # fmt: skip
 
@@ -268,6 +271,25 @@ def test_raw_backward(row: Row) -> None:
     assert all((x == 7.0).all() for x in outputs.values())
     if name in inputs:
         assert_refuses(lambda: torch.ops.triflash.backward(*inputs.values(), *RAW.values(), [True] * 4), exception, name, parts)
+
+
+@pytest.mark.parametrize("first, second", [("dq", "q"), ("dk", "v"), ("dv", "do"), ("dq", "o")], ids=str)
+def test_gradients_into_memory_that_is_read(first: str, second: str) -> None:
+    """Kernels write gradients while others still read; shared memory would give wrong numbers, silently."""
+    tensors = {**{n: rand(B, M, H, D) for n in ("do", "q", "k", "v", "o")}, "lse": rand(B, H, 128)}
+    outputs = {n: torch.zeros(B, M, H, D) for n in ("dq", "dk", "dv")} | {first: tensors[second]}
+    before = tensors[second].clone()
+    names = {"do": "dout", "o": "out"}
+    parts = ["memory of its own", names.get(second, second)]
+    assert_refuses(lambda: _flash_attn_backward(**tensors, **outputs), ValueError, first, parts)
+    assert torch.equal(tensors[second], before)
+
+
+def test_two_gradients_into_one_tensor() -> None:
+    shared = torch.zeros(B, M, H, D)
+    tensors = {**{n: rand(B, M, H, D) for n in ("do", "q", "k", "v", "o")}, "lse": rand(B, H, 128)}
+    call = lambda: _flash_attn_backward(**tensors, dq=shared, dk=shared, dv=torch.zeros_like(shared))  # noqa: E731
+    assert_refuses(call, ValueError, "dk", ["memory of its own", "that of dq"])
 
 
 def test_raw_gradient_of_an_absent_bias() -> None:

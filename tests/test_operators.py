@@ -135,6 +135,22 @@ def test_compiled_equals_eager(backend: str, function: Callable[..., Tensor], co
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dynamic", [True, None], ids=str)
+def test_compiled_with_a_computed_scale(dynamic: bool | None, device: torch.device) -> None:
+    """A scale from a symbolic size, and one that changes from call to call and so becomes symbolic."""
+    torch._dynamo.reset()
+    q = torch.randn(2, 12, 3, 8, device=device)
+    sized = torch.compile(
+        lambda q: flash_attn_func(q, q, q, softmax_scale=q.shape[-1] ** -0.25), backend="aot_eager", fullgraph=True, dynamic=dynamic
+    )
+    torch.testing.assert_close(sized(q), flash_attn_func(q, q, q, softmax_scale=8**-0.25))
+    scaled = torch.compile(
+        lambda q, scale: flash_attn_func(q, q, q, softmax_scale=scale), backend="aot_eager", fullgraph=True, dynamic=dynamic
+    )
+    for scale in (0.1, 0.2, 0.3):
+        torch.testing.assert_close(scaled(q, scale), flash_attn_func(q, q, q, softmax_scale=scale))
+
+
 @pytest.mark.parametrize("compiler", COMPILERS[:1])
 def test_compiled_with_dynamic_shapes(compiler: str, device: torch.device) -> None:
     """Several lengths, one graph with symbolic sizes, right for all of them."""

@@ -221,3 +221,32 @@ def test_small_facts() -> None:
     assert causal_band(True) == (None, 0) and causal_band(False) == (None, None)
     assert facts_of(torch.device("cpu")).arch in ("cpu", "interpreter")
     assert all(arch == facts.arch for arch, facts in KNOWN_DEVICES.items())
+
+
+def test_automatic_choice_on_a_gpu_that_triton_does_not_know() -> None:
+    old = DeviceFacts("sm75", 40, 65_536)
+    assert plan_forward(spec(), old).backend == "tiled"
+    with pytest.raises(UnsupportedError, match="sm75: not supported by backend 'triton'; .*sm80"):
+        plan_forward(spec(), old, "triton")
+
+
+def test_a_device_that_holds_no_tile_is_refused() -> None:
+    tiny = DeviceFacts("sm80", 40, 1024)
+    with pytest.raises(UnsupportedError, match="shared memory"):
+        plan_forward(spec(), tiny, "triton")
+
+
+@pytest.mark.parametrize("bias", ["b1hqk", "bihqk", "11h1k"])
+def test_a_float32_bias_gets_buffers_that_fit(bias: str) -> None:
+    """Measured rows hold a 16-bit bias; the same tiles with a float32 one take more, and must still fit."""
+    for head_dim in (32, 64, 128, 256):
+        plan = plan_backward(spec(bias, dtype="bf16", head_dim=head_dim, value_dim=head_dim), ALL, GPU, "triton")
+        for step in plan.steps:
+            if step.kernel in ("dkdv", "dq", "dbias"):
+                config = step.config
+                assert config is not None
+                row = 2 * head_dim
+                m, n = config.block_m * row, config.block_n * row
+                own, streamed = {"dkdv": (2 * n, 2 * m), "dq": (2 * m, 2 * n), "dbias": (0, 2 * (m + n))}[step.kernel]
+                used = own + config.num_stages * (streamed + config.block_m * config.block_n * 4)
+                assert used <= GPU.shared_memory or config.num_stages == 1, (step.kernel, head_dim, used)

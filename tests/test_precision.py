@@ -7,6 +7,7 @@ import torch
 
 from cases import triton_only
 from triflash import flash_attn_func, ops, oracle
+from triflash.spec import resolve_precision
 
 # Relative norm of the error. Triton's interpreter computes all of them in IEEE float32; on a GPU the bounds are tight enough to tell them apart.
 LIMITS = {"ieee": 2e-6, "tf32x3": 2e-5, "tf32": 4e-3}
@@ -44,3 +45,20 @@ def test_precision_follows_pytorchs_setting(device: torch.device) -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     assert errors["high"] > 20 * errors["highest"], errors
+
+
+def test_every_way_to_set_pytorchs_precision_is_read() -> None:
+    """The old switch and the new attribute, which refuse to be mixed, and whose getters raise where they disagree."""
+    before = torch.get_float32_matmul_precision()
+    q = torch.randn(1, 5, 1, 8)
+    try:
+        for setting, wanted in (("highest", "ieee"), ("high", "tf32")):
+            torch.set_float32_matmul_precision(setting)
+            assert resolve_precision("") == wanted
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            for setting in ("tf32", "ieee"):
+                torch.backends.cuda.matmul.fp32_precision = setting
+                assert resolve_precision("") == setting
+                flash_attn_func(q, q, q)
+    finally:
+        torch.set_float32_matmul_precision(before)

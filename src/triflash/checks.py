@@ -5,7 +5,7 @@ Nothing is computed, allocated or launched before these return. Messages read ``
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -16,6 +16,8 @@ from torch import Tensor
 from .errors import bad_type, bad_value
 
 __all__ = ["canonical_bias", "check_bias", "check_bool", "check_scale", "check_tensors", "same_device_and_dtype"]
+
+_LARGEST = sys.float_info.max
 
 INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BIAS_DTYPES = (*INPUT_DTYPES[:3], torch.bool)
@@ -84,10 +86,10 @@ def check_scale(name: str, value: Any, head_dim: int) -> float:
         return float(head_dim) ** -0.5
     if isinstance(value, bool) or not isinstance(value, Real):
         raise bad_type(name, "a number or None", type(value).__name__, "pass float(scale)" if isinstance(value, Tensor) else "")
-    scale = float(value)
-    if not math.isfinite(scale):
-        raise bad_value(name, "a finite number", scale)
-    return scale
+    # Comparisons, because torch.compile traces them with a symbolic scale, but not math.isfinite; NaN fails them as well.
+    if not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
+        raise bad_value(name, "a finite number", value)
+    return float(value)
 
 
 def check_bias(bias: Any, q: Tensor, full: tuple[int, int, int, int]) -> None:

@@ -113,7 +113,7 @@ def _backward_(
 ) -> None:
     spec = spec_of(q, k, v, bias, batch_inner, lo, hi, scale, precision)
     check_saved(q, v, dout, dlse, out, lse)
-    check_gradients({"q": q, "k": k, "v": v, "bias": bias}, {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias})
+    check_gradients({"q": q, "k": k, "v": v, "bias": bias}, {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias}, {"dout": dout, "out": out})
     needs = Needs(dq is not None, dk is not None, dv is not None, dbias is not None)
     plan = plan_backward(spec, needs, facts_of(q.device), backend)
     run_backward(plan, spec, dout, dlse, q, k, v, bias, out, lse, dq, dk, dv, dbias)

@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "visible"]
+__all__ = ["LEAST_BIAS", "attention", "visible"]
+
+# A bias below this counts as -inf, so that the least finite number, which some models write for "hidden", hides. The Triton kernels work in
+# base 2, where such a bias overflows to -inf by itself: this is the float32 range divided by log2(e).
+LEAST_BIAS = -torch.finfo(torch.float32).max / 1.4426950408889634
 
 
 def visible(queries: int, keys: int, lo: int | None, hi: int | None, device: torch.device | None = None) -> Tensor:
@@ -39,7 +43,7 @@ def attention(
     Args:
         q, k, v: ``(B, M, H, D)``, ``(B, N, H, D)``, ``(B, N, H, Dv)``.
         bias: ``(B0|1, B1|1, H|1, M|1, N|1)`` with ``B1 = batch_inner`` and ``B0 B1 = B``, or up to 4 dims that broadcast to
-            ``(B, H, M, N)``; added unscaled. A bool bias is a mask, True = visible.
+            ``(B, H, M, N)``; added unscaled; below -2.35e38 it counts as -inf. A bool bias is a mask, True = visible.
         lo, hi: key j is visible to query i when ``lo <= j - i <= hi``; None leaves a side open.
         scale: default ``1 / sqrt(D)``.
         dtype: what everything is computed in; float64 makes this the reference, the inputs' own dtype the "plain PyTorch" yardstick.
@@ -55,7 +59,11 @@ def attention(
     if bias is not None:
         if bias.dim() == 5:
             bias = bias.expand(batch // batch_inner, batch_inner, H, M, N).reshape(batch, H, M, N)
-        s = s.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else s + bias.to(dtype)
+        s = (
+            s.masked_fill(~bias, -torch.inf)
+            if bias.dtype == torch.bool
+            else s + bias.to(dtype).masked_fill(bias.double() < LEAST_BIAS, -torch.inf)
+        )
     s = s.masked_fill(~visible(M, N, lo, hi, q.device), -torch.inf)
 
     # Rows that see no key: the maximum is -inf and the sum 0; both are replaced before they can make a NaN.

@@ -6,6 +6,7 @@ key-minus-query offsets, so kernels know two optional integers instead of a list
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -101,9 +102,12 @@ def causal_band(causal: bool) -> tuple[int | None, int | None]:
 
 
 def resolve_precision(precision: str) -> str:
-    """The precision of float32 products: ``""`` follows ``torch.get_float32_matmul_precision()``, anything else is checked and kept."""
+    """The precision of float32 products: ``""`` follows PyTorch's setting for matrix products, anything else is checked and kept."""
     if not precision:
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # PyTorch 2.9 and up; the older switches set it too
+        if setting is None:
+            setting = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return "tf32" if setting == "tf32" else "ieee"
     if precision not in PRECISIONS:
         raise bad_value("precision", f"one of {', '.join(PRECISIONS)}", repr(precision))
     return precision
@@ -125,6 +129,10 @@ def spec_of(
     The public faces have checked their arguments already, with better words; these few comparisons guard the kernels from whoever
     calls the operators directly.
     """
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise bad_value("q, k, v", "4 dims each", f"{q.dim()}, {k.dim()} and {v.dim()}")
+    if not -math.inf < scale < math.inf:
+        raise bad_value("scale", "a finite number", scale)
     B, M, H, D = q.shape
     N, Dv = k.shape[1], v.shape[3]
     if k.shape != (B, N, H, D) or v.shape != (B, N, H, Dv):
@@ -170,8 +178,10 @@ def check_saved(
             raise bad_type(name, str(dtype), tensor.dtype)
 
 
-def check_gradients(inputs: dict[str, torch.Tensor | None], gradients: dict[str, torch.Tensor | None]) -> None:
-    """Tensors for gradients to be written to: each the shape, dtype and device of its input; any strides."""
+def check_gradients(
+    inputs: dict[str, torch.Tensor | None], gradients: dict[str, torch.Tensor | None], saved: dict[str, torch.Tensor]
+) -> None:
+    """Tensors for gradients to be written to: each the shape, dtype and device of its input; any strides, but memory of its own."""
     for (name, x), (grad_name, grad) in zip(inputs.items(), gradients.items(), strict=True):
         if grad is None:
             continue
@@ -183,6 +193,15 @@ def check_gradients(inputs: dict[str, torch.Tensor | None], gradients: dict[str,
             raise bad_type(grad_name, f"{name}'s dtype {x.dtype}", grad.dtype)
         if grad.shape != x.shape or grad.device != x.device:
             raise bad_value(grad_name, f"{name}'s shape {tuple(x.shape)} on {x.device}", f"{tuple(grad.shape)} on {grad.device}")
+        if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
+            raise bad_value(grad_name, "memory of its own for every element", "an expanded tensor (a stride of 0)")
+    taken: dict[int, str] = {}
+    for name, tensor in (*inputs.items(), *saved.items(), *gradients.items()):
+        if tensor is None or not tensor.numel():
+            continue
+        if name in gradients and taken.get(tensor.data_ptr(), name) != name:
+            raise bad_value(name, "memory of its own", f"that of {taken[tensor.data_ptr()]}", "kernels write it while they read the others")
+        taken[tensor.data_ptr()] = name
 
 
 def _dtype_name(name: str, tensor: torch.Tensor) -> str:

@@ -1,8 +1,8 @@
 """The CPU backend: flash attention in plain PyTorch, one tile of scores at a time. Torch only; called by ``launch/``.
 
 It runs on any device and in float64, and it is the executable specification of the Triton kernels: the same recurrences, tile by tile,
-for all heads of a batch at once. Memory beyond inputs and outputs is O(M + N) per head (backward: one accumulator each for dq, dk, dv
-and dbias where their own dtype is narrower than the arithmetic).
+for all heads of a batch at once. Memory beyond inputs and outputs is O(M + N) per head (backward: a float32 accumulator each for dq
+and dbias where they are narrower).
 
 Method: FlashAttention (Dao et al. 2022), FlashAttention-2 (Dao 2023).
 """
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+_LEAST_BIAS = -torch.finfo(torch.float32).max / 1.4426950408889634  # below it a bias counts as -inf: see oracle.py
 
 __all__ = ["backward", "forward", "tile_size"]
 
@@ -100,8 +102,7 @@ def backward(
     math = _arithmetic(q)
     tile = tile or tile_size(batch * H)
     need_ds = dq is not None or dk is not None or dbias is not None
-    dq_sum = None if dq is None else torch.zeros_like(dq, dtype=math)
-    dbias_sum = None if dbias is None else torch.zeros_like(dbias, dtype=math)
+    dq_sum, dbias_sum = (None if x is None else x.zero_() if x.dtype == math else torch.zeros_like(x, dtype=math) for x in (dq, dbias))
     delta = torch.zeros_like(lse)
     for rows in _slices(0, M, tile):
         delta[:, :, rows] = (_heads_first(out, rows, math) * _heads_first(dout, rows, math)).sum(-1)
@@ -135,7 +136,7 @@ def backward(
             dv[:, cols] = dv_tile.transpose(1, 2)
     if dq is not None and dq_sum is not None:
         dq.copy_(dq_sum.mul_(scale))
-    if dbias is not None and dbias_sum is not None:
+    if dbias is not None and dbias_sum is not None and dbias_sum is not dbias:
         dbias.copy_(dbias_sum)
 
 
@@ -190,7 +191,8 @@ def _scores(
         if bias.dtype == torch.bool:
             split.masked_fill_(~part, -torch.inf)
         else:
-            split += part
+            part = part.to(s.dtype)
+            split += part.masked_fill(part < _LEAST_BIAS, -torch.inf)
     crosses_hi = hi is not None and cols.stop - 1 - rows.start > hi
     crosses_lo = lo is not None and cols.start - (rows.stop - 1) < lo
     if crosses_hi or crosses_lo:

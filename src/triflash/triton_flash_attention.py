@@ -20,7 +20,7 @@ from .checks import canonical_bias, check_bias, check_bool, check_scale, check_t
 from .errors import bad_type, bad_value
 from .ops import attention_backward_, attention_forward, differentiable_once
 from .plan.select import requested_backend
-from .spec import causal_band
+from .spec import causal_band, resolve_precision
 
 __all__ = [
     "FlashAttnFunc",
@@ -46,7 +46,9 @@ def _arguments(
     lo, hi = causal_band(check_bool("causal", causal))
     scale = check_scale("softmax_scale", softmax_scale, sizes["D"])
     check_bias(bias, q, (sizes["B"], sizes["H"], sizes["M"], sizes["N"]))
-    return canonical_bias(bias), (1, lo, hi, scale, "", requested_backend())
+    # Resolved here, so that a backward pass multiplies as its forward pass did. torch.compile cannot trace the setting: "" is read later.
+    precision = resolve_precision("") if q.dtype == torch.float32 and not torch.compiler.is_compiling() else ""
+    return canonical_bias(bias), (1, lo, hi, scale, precision, requested_backend())
 
 
 def flash_attn_func(
@@ -77,7 +79,9 @@ def flash_attn_func(
         ValueError, TypeError: a wrong shape, dtype, device or option; the message names the argument.
         UnsupportedError: the backend that was asked for by name cannot do this combination.
 
-    Memory beyond inputs and outputs is O(seqlen_q + seqlen_k). Results are bitwise reproducible, gradients included.
+    Memory beyond inputs and outputs is O(seqlen_q + seqlen_k), but for copies of inputs whose layout kernels cannot read: a last dim that
+    is not contiguous, or a bias whose rows are not a multiple of 16 elements apart. Results are bitwise reproducible, gradients included.
+    Autocast does not change the inputs' dtypes: cast them yourself. Not differentiable twice, nor by ``torch.func``.
     """
     if not torch.compiler.is_compiling():  # the same operators, with less of a host's time than their registered autograd takes
         return FlashAttnFunc.apply(q, k, v, bias, causal, softmax_scale)
@@ -198,8 +202,9 @@ def _flash_attn_forward(
     """The seed's forward without autograd. Arguments as :func:`flash_attn_func`.
 
     Returns:
-        o ``(batch, seqlen_q, nheads, headdim)``; lse ``(batch, nheads, ceil(seqlen_q / 128) * 128)``, float32, natural log of the sum of
-        exponentials of each query's scores, -inf for a query that sees no key and for the padded rows; and the scale that was used.
+        o ``(batch, seqlen_q, nheads, headdim)``; lse ``(batch, nheads, ceil(seqlen_q / 128) * 128)``, float32 (float64 for float64
+        inputs), natural log of the sum of exponentials of each query's scores, -inf for a query that sees no key and for the padded
+        rows; and the scale that was used.
     """
     canonical, options = _arguments(q, k, v, bias, causal, softmax_scale)
     with torch.no_grad():
@@ -235,9 +240,6 @@ def _flash_attn_backward(
     rows, cols = _QKV["q"], _QKV["k"]
     check_tensors(given, {**_QKV, "do": rows, "o": rows, "dq": rows, "dk": cols, "dv": cols})
     same_device_and_dtype(given)
-    for name, grad in (("dq", dq), ("dk", dk), ("dv", dv)):
-        if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
-            raise bad_value(name, "memory of its own for every element", "an expanded tensor (a stride of 0)")
     check_tensors({"q": q, "lse": lse}, {"q": "B M H D", "lse": "B H _"})
     if lse.shape[2] < q.shape[1]:
         raise bad_value("lse", f"at least {q.shape[1]} rows", f"{lse.shape[2]} rows", "pass the lse that _flash_attn_forward returned")

@@ -19,6 +19,7 @@ from triflash.spec import Needs, spec_of
 
 ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "gfx942")
 DEFAULT_SPILLS = 64  # words a thread that an unmeasured configuration may spill; a measured row declares its own
+WIDE_BIAS_SPILLS = 128  # the same for a measured row, which declares what it spills with a 16-bit bias, under a float32 one
 LENGTH = 2032  # a multiple of 16, so that loads are wide, but of no tile, so that every masked loop is compiled
 
 
@@ -31,9 +32,10 @@ class Target(NamedTuple):
     dtype: torch.dtype
     bias: str  # a letter where it varies, over (batch, head, query, key); empty: none
     causal: bool
+    bias_dtype: torch.dtype | None = None  # None: q's
 
     def __str__(self) -> str:
-        flags = f"-{self.bias}" * bool(self.bias) + ("-causal" if self.causal else "")
+        flags = f"-{self.bias}" * bool(self.bias) + ("-fp32bias" if self.bias_dtype else "") + ("-causal" if self.causal else "")
         return f"{self.arch}-{self.kernel}-d{self.head_dim}-{str(self.dtype)[6:]}{flags}"
 
 
@@ -54,6 +56,12 @@ def targets() -> Iterator[Target]:
             for causal in (False, True) if arch == "sm90" else (True,):
                 yield Target(arch, "dkdv", head_dim, torch.bfloat16, "1h1k", causal)
                 yield Target(arch, "dq", head_dim, torch.bfloat16, "bhqk", causal)
+    for kernel, kind in (("forward", "1hqk"), ("dkdv", "1hqk"), ("dkdv", "1h1k"), ("dq", "1hqk"), ("dq", "bhqk"), ("dbias", "1hqk")):
+        for head_dim in (32, 64, 128, 256):
+            for causal in (False, True):
+                yield Target("sm90", kernel, head_dim, torch.bfloat16, kind, causal, torch.float32)
+                if kind in ("1h1k", "bhqk") and head_dim in (32, 256):
+                    yield Target("sm90", kernel, head_dim, torch.bfloat16, kind, causal)
     yield Target("sm90", "forward", 80, torch.float16, "1hqk", True)  # a head dim that is padded
     yield Target("sm90", "dkdv", 80, torch.float16, "1hqk", True)
 
@@ -71,7 +79,7 @@ def calls(target: Target, batch: int = 2, heads: int = 16) -> tuple[Plan, list[C
 
     q = make(batch, LENGTH, heads, target.head_dim)
     lse = make(batch, heads, LENGTH, dtype=torch.float32)
-    bias = make(*bias_shape(target, batch, heads)) if target.bias else None
+    bias = make(*bias_shape(target, batch, heads), dtype=target.bias_dtype or target.dtype) if target.bias else None
     spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
     facts = KNOWN_DEVICES[target.arch]
     forward = plan_forward(spec, facts, "triton")
@@ -86,6 +94,8 @@ def declared_spills(target: Target) -> int:
     bias = q.new_empty(bias_shape(target, 1, 1)) if target.bias else None
     spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
     row = tables.lookup(target.arch, problem_of(target.kernel, spec))
+    if target.bias_dtype is not None:
+        return WIDE_BIAS_SPILLS
     return row.spills if row else DEFAULT_SPILLS
 
 

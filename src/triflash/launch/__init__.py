@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,20 +43,21 @@ def _record(plan: Plan) -> None:
 
 def run_forward(plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """Fill ``out (B, M, H, Dv)`` and ``lse (B, H, M)``."""
-    if _recorders:
-        _record(plan)
+    options: dict[str, Any] = {"batch_inner": spec.batch_inner, "lo": spec.lo, "hi": spec.hi, "scale": spec.scale}
     if plan.backend == "triton":
         from . import triton
 
         triton.forward(plan, spec, q, k, v, bias, out, lse)
-        return
-    options = dict(batch_inner=spec.batch_inner, lo=spec.lo, hi=spec.hi, scale=spec.scale)
-    if plan.backend == "tiled":
-        tiled.forward(q, k, v, bias, out=out, lse=lse, **options)  # type: ignore[arg-type]
+    elif plan.backend == "tiled":
+        with _without_autocast(q):
+            tiled.forward(q, k, v, bias, out=out, lse=lse, **options)
     else:
-        dense_out, dense_lse = oracle.attention(q, k, v, bias, **options)  # type: ignore[arg-type]
+        with _without_autocast(q):
+            dense_out, dense_lse = oracle.attention(q, k, v, bias, **options)
         out.copy_(dense_out)
         lse.copy_(dense_lse)
+    if _recorders:
+        _record(plan)
 
 
 def run_backward(
@@ -75,38 +77,42 @@ def run_backward(
     dbias: Tensor | None,
 ) -> None:
     """Fill those of dq, dk, dv, dbias that are given."""
-    if _recorders:
-        _record(plan)
+    options: dict[str, Any] = {"batch_inner": spec.batch_inner, "lo": spec.lo, "hi": spec.hi, "scale": spec.scale}
     if plan.backend == "triton":
         from . import triton
 
         triton.backward(plan, spec, dout, dlse, q, k, v, bias, out, lse, dq, dk, dv, dbias)
-        return
-    options = dict(batch_inner=spec.batch_inner, lo=spec.lo, hi=spec.hi, scale=spec.scale)
-    if plan.backend == "tiled":
-        tiled.backward(
-            dout,
-            dlse,
-            q,
-            k,
-            v,
-            bias,
-            out,
-            lse,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            dbias=dbias,
-            **options,  # type: ignore[arg-type]
-        )
-        return
-    grads_out = (dq, dk, dv, dbias)
+    elif plan.backend == "tiled":
+        with _without_autocast(q):
+            tiled.backward(dout, dlse, q, k, v, bias, out, lse, dq=dq, dk=dk, dv=dv, dbias=dbias, **options)
+    else:
+        with _without_autocast(q):
+            _oracle_backward(dout, dlse, (q, k, v, bias), (dq, dk, dv, dbias), options)
+    if _recorders:
+        _record(plan)
+
+
+def _without_autocast(q: Tensor) -> torch.autocast:
+    """The kernels' arithmetic is float32 whatever the caller's autocast says; so is that of the backends in PyTorch."""
+    return torch.autocast(q.device.type, enabled=False)
+
+
+def _oracle_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    gradients: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+) -> None:
+    """The gradients of the dense reference by autograd, of which only those asked for are computed."""
     with torch.enable_grad():
         # One leaf per argument, by position: q, k and v may be the very same tensor.
-        inputs = [x if x is None or dx is None else x.detach().requires_grad_() for x, dx in zip((q, k, v, bias), grads_out, strict=True)]
-        outputs = oracle.attention(*inputs, **options)  # type: ignore[arg-type]
+        inputs: list[Any] = [
+            x if x is None or dx is None else x.detach().requires_grad_() for x, dx in zip(tensors, gradients, strict=True)
+        ]
+        outputs = oracle.attention(*inputs, **options)
     cotangents = (dout.to(outputs[0].dtype), torch.zeros_like(outputs[1]) if dlse is None else dlse.to(outputs[1].dtype))
-    wanted = [(x, dx) for x, dx in zip(inputs, grads_out, strict=True) if x is not None and dx is not None]
+    wanted = [(x, dx) for x, dx in zip(inputs, gradients, strict=True) if x is not None and dx is not None]
     grads = torch.autograd.grad(outputs, [x for x, _ in wanted], cotangents, allow_unused=True)
     for (_, dx), grad in zip(wanted, grads, strict=True):
         dx.zero_() if grad is None else dx.copy_(grad)

@@ -24,6 +24,7 @@ from ..spec import AttentionSpec
 
 __all__ = ["Call", "backward", "backward_calls", "forward", "forward_calls"]
 
+_SMALLEST_SCALE = 2.0**-126  # the least normal float32: what is smaller may reach a kernel as 0
 _WIDE_STRIDE = 2**22  # from this stride on, an offset inside a tile of up to 256 rows and columns might not fit 31 bits
 
 
@@ -44,7 +45,7 @@ class Call:
 
 def forward(plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:
     """Fill out and lse. Every tensor is canonical (``spec.spec_of``); out and lse are contiguous."""
-    _start(q.device, forward_calls(plan, spec, *map(_rows, (q, k, v)), _vectorisable(bias), out, lse))
+    _start(q.device, forward_calls(plan, spec, _rows(q), _rows(k), _rows(v), _vectorisable(bias), out, lse))
 
 
 def backward(
@@ -94,7 +95,7 @@ def forward_calls(
             *(spec.lo, spec.hi, spec.scale),
         )
         constants = _constants(spec, _config(step), _wide((q, k, v, out, bias)))
-        constants = constants | {"IS_MASK": _is_mask(spec), "POSITIVE_SCALE": spec.scale > 0, "ORDER": step.order}
+        constants = constants | {"IS_MASK": _is_mask(spec), "POSITIVE_SCALE": spec.scale >= _SMALLEST_SCALE, "ORDER": step.order}
         calls.append(Call(forward_kernels.forward, args, constants, _config(step), step.programs))
     return calls
 
@@ -120,6 +121,7 @@ def backward_calls(
     strides = (_strides(q), _strides(k), _strides(v), _bias_strides(bias), _strides(dout), lse.stride()[:2])
     wide = _wide((q, k, v, out, dout, bias, dq, dk, dv))
     delta = parts = None
+    outputs: tuple[Any, ...]
     calls = []
     for step in plan.steps:
         config = _config(step)
@@ -194,13 +196,13 @@ def _vectorisable(bias: Tensor | None) -> Tensor | None:
     """The bias itself if its rows (or columns) can be loaded 16 bytes at a time, else a copy of it with padded rows.
 
     Without this, an odd row length makes every load of a score's bias a scalar one, and the kernels up to six times slower. The copy has
-    the size of what the bias stores (expanded dims are not materialised) and lives as long as the launches.
+    the size of the bias (expanded dims are not materialised) and lives as long as the launches.
     """
     if bias is None or bias.shape[3] == 1 or bias.shape[4] == 1 or not bias.is_cuda:
         return bias
     row, col = bias.stride()[3:]
     wide = 16  # what Triton can prove about a stride: a multiple of 16 elements, or nothing
-    if (col == 1 and row % wide == 0) or (row == 1 and col % wide == 0):
+    if bias.data_ptr() % 16 == 0 and ((col == 1 and row % wide == 0) or (row == 1 and col % wide == 0)):
         return bias
     stored = bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride())]
     padded_row = -(-stored.shape[4] // wide) * wide

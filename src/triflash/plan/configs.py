@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..errors import bad_value
+from ..errors import bad_value, unsupported
 from .device import DeviceFacts
 
-__all__ = ["MAX_HEAD_DIM", "Problem", "TileConfig", "default_config", "padded", "shared_memory"]
+__all__ = ["MAX_HEAD_DIM", "Problem", "TileConfig", "default_config", "padded", "shared_memory", "with_wide_bias"]
 
+_ROW_KERNELS = ("delta", "dbias_sum")  # no tiles of scores, no shared memory
 MAX_HEAD_DIM = 256  # of the Triton kernels: the widest tile row whose accumulators fit the register file
 
 
@@ -57,6 +58,8 @@ def shared_memory(problem: Problem, config: TileConfig, device: DeviceFacts) -> 
     Streamed tiles take a buffer a pipeline stage (AMD: one less, with what is in flight and the program's own tiles in registers).
     Score and bias tiles pass through it to change layout.
     """
+    if problem.kernel in _ROW_KERNELS:
+        return 0
     m, n = config.block_m, config.block_n
     row = problem.head_dim * problem.itemsize
     score_tile = m * n * problem.itemsize
@@ -65,8 +68,6 @@ def shared_memory(problem: Problem, config: TileConfig, device: DeviceFacts) -> 
         "dkdv": (2 * n * row, 2 * m * row, score_tile),
         "dq": (2 * m * row, 2 * n * row, score_tile),
         "dbias": (0, 2 * (m + n) * row, 0),
-        "delta": (0, 0, 0),
-        "dbias_sum": (0, 0, 0),
     }[problem.kernel]
     amd = device.arch.startswith("gfx")
     if amd:
@@ -74,6 +75,16 @@ def shared_memory(problem: Problem, config: TileConfig, device: DeviceFacts) -> 
     buffers = (max(1, 2 * config.num_stages - 2) if amd else 2 * config.num_stages) / 2  # AMD, one stage: the two tiles take turns
     bias = m * n * 4 * (1 + buffers) if problem.bias else 0  # as wide as float32, once for its change of layout
     return int(own + streamed * buffers + max(exchange, score_tile if problem.bias else 0) + bias)
+
+
+def with_wide_bias(problem: Problem, config: TileConfig, device: DeviceFacts) -> TileConfig:
+    """A measured configuration, made to fit a float32 bias: rows were measured with a 16-bit one, whose buffers are half the size."""
+    m, n, row = config.block_m, config.block_n, problem.head_dim * problem.itemsize
+    own, streamed = {"forward": (m, 2 * n), "dkdv": (2 * n, 2 * m), "dq": (2 * m, 2 * n), "dbias": (0, 2 * (m + n))}[problem.kernel]
+    stages = config.num_stages
+    while stages > 1 and own * row + stages * (streamed * row + m * n * 4) > device.shared_memory:
+        stages -= 1
+    return replace(config, num_stages=stages)
 
 
 def _candidates(problem: Problem, amd: bool) -> list[TileConfig]:
@@ -120,8 +131,11 @@ def _candidates(problem: Problem, amd: bool) -> list[TileConfig]:
 
 
 def default_config(problem: Problem, device: DeviceFacts) -> TileConfig:
-    """The configuration for a device and problem that nobody measured: the first candidate that fits the device's shared memory."""
-    if problem.kernel in ("delta", "dbias_sum"):
+    """The configuration for a device and problem that nobody measured: the first candidate that fits the device's shared memory.
+
+    Raises :class:`UnsupportedError` if none does.
+    """
+    if problem.kernel in _ROW_KERNELS:
         return TileConfig(64, 16, 4, 1)
     if device.arch == "interpreter":
         return TileConfig(32, 16, 4, 1)
@@ -129,4 +143,8 @@ def default_config(problem: Problem, device: DeviceFacts) -> TileConfig:
     for config in candidates:
         if shared_memory(problem, config, device) <= device.shared_memory:
             return config
-    return candidates[-1]
+    raise unsupported(
+        f"{problem.kernel} at head dim {problem.head_dim} with {problem.itemsize}-byte elements on {device.arch}",
+        "triton",
+        f"its {device.shared_memory} bytes of shared memory do not hold the smallest tile: use a 16-bit dtype or backend('tiled')",
+    )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
 
 import torch
+
+OLDEST_TRITON = (3, 6)
 
 __all__ = ["KNOWN_DEVICES", "DeviceFacts", "facts_of", "triton_problem"]
 
@@ -53,12 +56,26 @@ def triton_problem() -> str | None:
     """Why Triton cannot be used here at all, or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    version = importlib.metadata.version("triton") if _has_metadata("triton") else ""
+    if version and tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {version} is older than {'.'.join(map(str, OLDEST_TRITON))}"
     return None
+
+
+def _has_metadata(package: str) -> bool:
+    """PyTorch's nightly and ROCm builds ship Triton under other names; then its version is not looked at."""
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 @functools.cache
 def facts_of(device: torch.device) -> DeviceFacts:
-    """Facts about the device that a tensor lives on. For CPU tensors: ``interpreter`` if Triton's interpreter is on, else ``cpu``."""
+    """Facts about the device that a tensor lives on: ``interpreter`` wherever Triton's interpreter is on, for that is where kernels run."""
+    if interpreting():
+        return KNOWN_DEVICES["interpreter"]
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip:
@@ -69,4 +86,4 @@ def facts_of(device: torch.device) -> DeviceFacts:
         if not limit:
             limit = KNOWN_DEVICES[arch].shared_memory if arch in KNOWN_DEVICES else 65_536
         return DeviceFacts(arch, properties.multi_processor_count, limit)
-    return KNOWN_DEVICES["interpreter" if interpreting() else "cpu"]
+    return KNOWN_DEVICES["cpu"]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..errors import bad_value
 from .configs import TileConfig
+
+KERNELS = ("forward", "delta", "dkdv", "dq", "dbias")
 
 __all__ = ["active", "override_configs"]
 
-# Process-wide on purpose: the backward of a CUDA graph of autograd nodes runs on a thread of its own.
+# Process-wide on purpose: autograd runs the backward pass of GPU tensors on threads of its own.
 _active: dict[str, TileConfig] = {}
 
 
@@ -17,6 +20,9 @@ _active: dict[str, TileConfig] = {}
 def override_configs(**configs: TileConfig) -> Iterator[None]:
     """Within the block, kernels named as keywords (``forward=…, dkdv=…, dq=…, dbias=…``) run with the given :class:`TileConfig`."""
     global _active
+    for name in configs:
+        if name not in KERNELS:
+            raise bad_value(name, f"one of {', '.join(KERNELS)}", "a configuration for an unknown kernel")
     before = _active
     _active = {**before, **configs}
     try:

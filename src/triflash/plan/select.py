@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..errors import bad_type, bad_value, unsupported
 from ..spec import AttentionSpec, Needs
 from . import override, tables
-from .configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded
+from .configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_wide_bias
 from .device import DeviceFacts, triton_problem
 
 __all__ = ["BACKENDS", "Plan", "Step", "backend", "plan_backward", "plan_forward", "requested_backend", "why_not"]
@@ -116,7 +116,12 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, s
     if problem := triton_problem():
         return f"anything: {problem}", "install triton (Linux) or use backend('tiled')"
     if device.arch == "cpu":
-        return "CPU tensors", "move them to a GPU, set TRITON_INTERPRET=1 before importing triflash, or use backend('tiled')"
+        return (
+            "CPU tensors",
+            "move them to a GPU, set TRITON_INTERPRET=1 before importing triflash, or use backend('tiled')",
+        )
+    if device.arch.startswith("sm") and int(device.arch[2:]) < 80:
+        return f"{device.arch}", "Triton needs sm80 (Ampere) or later: use backend('tiled')"
     if spec.dtype == "fp64":
         return "float64", "use backend('tiled'), or float32 with torch.set_float32_matmul_precision('highest')"
     if spec.bias is not None and spec.bias.dtype == "fp64":
@@ -129,6 +134,7 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, s
 
 
 def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts) -> str:
+    check_backend("backend", requested)
     if requested == "auto":
         if device.arch in ("cpu", "interpreter"):
             return "tiled"
@@ -154,7 +160,10 @@ def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, by_hand: tupl
         return dict(by_hand)[kernel]
     problem = problem_of(kernel, spec)
     row = tables.lookup(device.arch, problem)
-    return row.config if row else default_config(problem, device)
+    if row is None:
+        return default_config(problem, device)
+    wide = spec.bias is not None and spec.bias.dtype == "fp32"
+    return with_wide_bias(problem, row.config, device) if wide and kernel != "delta" else row.config
 
 
 def _order(spec: AttentionSpec) -> str:
@@ -264,5 +273,7 @@ def _dbias_steps(spec: AttentionSpec, device: DeviceFacts, config: TileConfig) -
             own *= size
         else:
             looped *= size
+    if looped >= 2**31:
+        raise unsupported(f"the gradient of a bias broadcast over {looped} tiles", "triton", "sum a larger bias's gradient, or use 'tiled'")
     splits = max(1, min(looped, _ceil_div(2 * device.processors, own)))
     return [Step("dbias", config, own * splits, splits=splits, gives=("dbias",)), *_sum_steps(spec, splits)]
