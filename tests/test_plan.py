@@ -234,6 +234,11 @@ def test_a_device_that_holds_no_tile_is_refused() -> None:
     tiny = DeviceFacts("sm80", 40, 1024)
     with pytest.raises(UnsupportedError, match="shared memory"):
         plan_forward(spec(), tiny, "triton")
+    with pytest.raises(UnsupportedError, match="shared memory"):
+        plan_backward(spec(), Needs(True, True, True, False), tiny, "triton")
+    assert (
+        plan_forward(spec(), tiny).backend == plan_backward(spec(), Needs(True, True, True, False), tiny).backend == "tiled"
+    )  # the automatic choice takes the next
 
 
 @pytest.mark.parametrize("bias", ["b1hqk", "bihqk", "11h1k"])

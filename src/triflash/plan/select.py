@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from ..errors import bad_type, bad_value, unsupported
+from ..errors import UnsupportedError, bad_type, bad_value, unsupported
 from ..spec import AttentionSpec, Needs
 from . import override, tables
 from .configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_wide_bias
@@ -116,10 +116,7 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, s
     if problem := triton_problem():
         return f"anything: {problem}", "install triton (Linux) or use backend('tiled')"
     if device.arch == "cpu":
-        return (
-            "CPU tensors",
-            "move them to a GPU, set TRITON_INTERPRET=1 before importing triflash, or use backend('tiled')",
-        )
+        return "CPU tensors", "move them to a GPU, set TRITON_INTERPRET=1 before importing triflash, or use backend('tiled')"
     if device.arch.startswith("sm") and int(device.arch[2:]) < 80:
         return f"{device.arch}", "Triton needs sm80 (Ampere) or later: use backend('tiled')"
     if spec.dtype == "fp64":
@@ -142,6 +139,16 @@ def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts) -> str:
     if reason := why_not(requested, spec, device):
         raise unsupported(reason[0], requested, reason[1])
     return requested
+
+
+def _or_tiled(requested: str, plan: Callable[[str], Plan]) -> Plan:
+    """The plan, or for the automatic choice that of ``tiled`` where no tile of a kernel fits the device after all."""
+    try:
+        return plan(requested)
+    except UnsupportedError:
+        if requested != "auto":
+            raise
+        return plan("tiled")
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -179,7 +186,7 @@ def _order(spec: AttentionSpec) -> str:
 
 def plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str = "auto") -> Plan:
     """The plan of a forward pass. Raises :class:`UnsupportedError` where a backend asked for by name cannot do it."""
-    return _plan_forward(spec, device, requested, override.active())
+    return _or_tiled(requested, lambda name: _plan_forward(spec, device, name, override.active()))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -194,7 +201,7 @@ def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, by_h
 
 def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str = "auto") -> Plan:
     """The plan of a backward pass: only the kernels that the gradients asked for need."""
-    return _plan_backward(spec, needs, device, requested, override.active())
+    return _or_tiled(requested, lambda name: _plan_backward(spec, needs, device, name, override.active()))
 
 
 @functools.lru_cache(maxsize=4096)
