@@ -57,11 +57,12 @@ def the_call(kernel, config, d, biased, causal, seqlen, data, outputs):
         None,
         (q, k, v, bias),
     )
+    rest = None if bias is None else torch.zeros_like(lse)
     with override_configs(**{kernel: TileConfig(*config)}):
         if kernel == "forward":
-            return forward_calls(plan_forward(spec, facts, "triton"), spec, q, k, v, bias, out, lse)[0]
+            return forward_calls(plan_forward(spec, facts, "triton"), spec, q, k, v, bias, out, lse, rest)[0]
         plan = plan_backward(spec, Needs(True, True, True, biased), facts, "triton")
-        calls = backward_calls(plan, spec, dout, None, q, k, v, bias, out, lse, *grads)
+        calls = backward_calls(plan, spec, dout, None, q, k, v, bias, out, lse, rest, *grads)
         at = [step.kernel for step in plan.steps].index(kernel)
         if delta is not None:
             calls[0].start()

@@ -82,10 +82,11 @@ def calls(target: Target, batch: int = 2, heads: int = 16) -> tuple[Plan, list[C
     bias = make(*bias_shape(target, batch, heads), dtype=target.bias_dtype or target.dtype) if target.bias else None
     spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
     facts = KNOWN_DEVICES[target.arch]
+    rest = torch.empty_like(lse) if bias is not None else None
     forward = plan_forward(spec, facts, "triton")
     backward = plan_backward(spec, Needs(True, True, True, bias is not None), facts, "triton")
-    made = forward_calls(forward, spec, q, q, q, bias, q, lse)
-    made += backward_calls(backward, spec, q, None, q, q, q, bias, q, lse, q, q, q, bias)
+    made = forward_calls(forward, spec, q, q, q, bias, q, lse, rest)
+    made += backward_calls(backward, spec, q, None, q, q, q, bias, q, lse, rest, q, q, q, bias)
     return Plan("triton", forward.steps + backward.steps), made
 
 
