@@ -15,9 +15,10 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from .triton import Call
+from .calls import Call
 
 __all__ = ["Resources", "compile_for", "resources"]
 
@@ -48,7 +49,8 @@ def compile_for(call: Call, arch: str) -> Any:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*call.args, **call.constants, **options)
     packed, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
-    source = ASTSource(kernel, signature, constexprs, attrs)
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(kernel, signature, constexprs, attrs)
     return triton.compile(source, target=target, options=packed.__dict__)
 
 

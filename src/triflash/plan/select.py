@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 from ..errors import UnsupportedError, bad_type, bad_value, unsupported
 from ..spec import AttentionSpec, Needs
-from . import override, tables
+from . import hopper, override, tables
 from .configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_wide_bias
 from .device import DeviceFacts, triton_problem
+from .hopper import HopperConfig
 
 __all__ = ["BACKENDS", "Plan", "Step", "backend", "plan_backward", "plan_forward", "requested_backend", "why_not"]
 
-BACKENDS = ("auto", "tiled", "triton", "oracle")
+BACKENDS = ("auto", "tiled", "triton", "hopper", "oracle")
 SUM_BLOCK = 1024  # elements of dbias that one program of dbias_sum adds up
 _ENVIRONMENT = "TRIFLASH_BACKEND"
 
@@ -41,8 +42,8 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"auto"`` (the default: Triton kernels on a GPU, ``tiled`` on a CPU), ``"tiled"`` (PyTorch, any device, also float64),
-            ``"triton"`` (portable Triton kernels; on CPU tensors only with ``TRITON_INTERPRET=1``), or ``"oracle"`` (dense float64
-            reference, for debugging).
+            ``"triton"`` (portable Triton kernels; on CPU tensors only with ``TRITON_INTERPRET=1``), ``"hopper"`` (forward pass alone, on
+            an NVIDIA H100, H200 or H20), or ``"oracle"`` (dense float64 reference, for debugging).
 
     A named backend never falls back: what it cannot do raises :class:`triflash.UnsupportedError`. The choice is made in the forward
     pass; the backward pass of that call uses the same one, wherever it runs. The environment variable ``TRIFLASH_BACKEND`` sets the
@@ -87,7 +88,7 @@ class Step:
     """
 
     kernel: str
-    config: TileConfig | None = None
+    config: TileConfig | HopperConfig | None = None
     programs: int = 1
     order: str = "tile"
     splits: int = 1
@@ -111,10 +112,12 @@ class Plan:
 
 def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     """None if the backend can compute the spec on the device, else (what it cannot do, the nearest thing that works)."""
-    if name != "triton":
+    if name not in ("triton", "hopper"):
         return None
     if problem := triton_problem():
         return f"anything: {problem}", "install triton (Linux) or use backend('tiled')"
+    if name == "hopper":
+        return _why_not_hopper(spec, device)
     if device.arch == "cpu":
         return "CPU tensors", "move them to a GPU, set TRITON_INTERPRET=1 before importing triflash, or use backend('tiled')"
     if device.arch.startswith("sm") and int(device.arch[2:]) < 80:
@@ -130,12 +133,32 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, s
     return None
 
 
-def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts) -> str:
+def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
+    if device.arch != "sm90":
+        return f"{device.arch}", "its kernels are made for sm90 (H100, H200, H20): use backend('triton')"
+    if spec.dtype not in ("fp16", "bf16"):
+        return f"{spec.dtype}", "its products are 16-bit ones: use backend('triton')"
+    if spec.bias is not None and spec.bias.dtype == "fp64":
+        return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
+    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
+        return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
+    if spec.is_empty:
+        return "empty tensors", "use backend('triton')"
+    if hopper.forward_config(spec, device.shared_memory) is None:
+        return f"head dims {spec.head_dim} and {spec.value_dim} with such a bias", "no tile fits in shared memory: use backend('triton')"
+    return None
+
+
+def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, backward: bool = False) -> str:
     check_backend("backend", requested)
     if requested == "auto":
         if device.arch in ("cpu", "interpreter"):
             return "tiled"
+        if not backward and hopper.preferred(spec) and not why_not("hopper", spec, device):
+            return "hopper"
         return "tiled" if why_not("triton", spec, device) else "triton"
+    if requested == "hopper" and backward:
+        raise unsupported("the backward pass", "hopper", "choose 'auto' or 'triton' for the whole step: their backward pass takes it from there")
     if reason := why_not(requested, spec, device):
         raise unsupported(reason[0], requested, reason[1])
     return requested
@@ -163,8 +186,9 @@ def problem_of(kernel: str, spec: AttentionSpec) -> Problem:
 
 
 def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, by_hand: tuple[tuple[str, TileConfig], ...]) -> TileConfig:
-    if kernel in dict(by_hand):
-        return dict(by_hand)[kernel]
+    chosen = dict(by_hand).get(kernel)
+    if isinstance(chosen, TileConfig):
+        return chosen
     problem = problem_of(kernel, spec)
     row = tables.lookup(device.arch, problem)
     if row is None:
@@ -192,11 +216,23 @@ def plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str = "aut
 @functools.lru_cache(maxsize=4096)
 def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, by_hand: tuple[tuple[str, TileConfig], ...]) -> Plan:
     name = _choose(requested, spec, device)
+    if name == "hopper":
+        return _plan_hopper_forward(spec, device, by_hand)
     if name != "triton":
         return Plan(name, (Step("forward"),))
     config = _config("forward", spec, device, by_hand)
     programs = _ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
     return Plan(name, (Step("forward", config, programs, _order(spec)),) if programs else ())
+
+
+def _plan_hopper_forward(spec: AttentionSpec, device: DeviceFacts, by_hand: tuple[tuple[str, TileConfig], ...]) -> Plan:
+    by_name = dict(by_hand)
+    config = by_name["forward"] if isinstance(by_name.get("forward"), HopperConfig) else hopper.forward_config(spec, device.shared_memory)
+    assert isinstance(config, HopperConfig)
+    _, tiles = hopper.whole_tiles(spec, config)
+    programs = min(tiles, device.processors) if config.persistent else tiles
+    order = _order(spec)
+    return Plan("hopper", (Step("forward", config, programs, "batch" if order == "batch" else "head"),))
 
 
 def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str = "auto") -> Plan:
@@ -208,7 +244,7 @@ def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reques
 def _plan_backward(
     spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str, by_hand: tuple[tuple[str, TileConfig], ...]
 ) -> Plan:
-    name = _choose(requested, spec, device)
+    name = _choose(requested, spec, device, backward=True)
     if name != "triton":
         return Plan(name, (Step("backward"),))
     if spec.is_empty:
