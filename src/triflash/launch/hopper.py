@@ -58,7 +58,7 @@ def forward_calls(
             descriptor(q, (1, ROWS, 1, head)),
             descriptor(k, (1, block_n, 1, head)),
             descriptor(v, (1, block_n, 1, value)),
-            descriptor(out, (1, ROWS, 1, value)),
+            *((descriptor(out, (1, ROWS, 1, value)), None, None) if config.own_out else (None, out, out.stride()[:3])),
             *(bias_desc, pointer, lse, rest, None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
             *(spec.batch, spec.heads, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
             *(tiles_m, tiles, forward_section(spec)),
@@ -66,7 +66,9 @@ def forward_calls(
         constants: dict[str, Any] = {
             "BN": block_n,
             "WGS": config.consumers,
-            "STAGES": config.num_stages,
+            "Q_STAGES": config.q_stages,
+            "K_STAGES": config.num_stages,
+            "V_STAGES": config.v_stages or config.num_stages,
             "BIAS_STAGES": config.bias_stages,
             "BATCH_FASTEST": step.order == "batch",
             "IS_MASK": spec.bias is not None and spec.bias.is_mask,
@@ -74,7 +76,7 @@ def forward_calls(
             "POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE,
             "EVEN_N": spec.keys % block_n == 0,
             "TURNS": config.turns,
-            "OWN_OUT": config.own_out,
+            "DV": spec.value_dim,
             "REGISTERS": config.registers,
         }
         calls.append(Call(forward_kernels.forward, args, constants, config, step.programs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..errors import bad_value
 from ..spec import AttentionSpec
@@ -30,6 +30,8 @@ class HopperConfig:
     turns: bool = False
     own_out: bool = True
     persistent: bool = True
+    q_stages: int = 1
+    v_stages: int = 0
 
     def __post_init__(self) -> None:
         for name, allowed in (("consumers", (1, 2, 3)), ("block_n", (16, 32, 64, 128, 256)), ("bias_stages", (1, 2, 3, 4))):
@@ -53,7 +55,7 @@ class HopperConfig:
 
     def __str__(self) -> str:
         flags = " turns" * self.turns + " own-out" * self.own_out + " persistent" * self.persistent
-        return f"{self.block_m}x{self.block_n} s{self.num_stages} b{self.bias_stages}{flags}"
+        return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.v_stages or self.num_stages} b{self.bias_stages} q{self.q_stages}{flags}"
 
 
 def bias_bytes(spec: AttentionSpec, config: HopperConfig) -> int:
@@ -67,10 +69,10 @@ def bias_bytes(spec: AttentionSpec, config: HopperConfig) -> int:
 def shared_memory(spec: AttentionSpec, config: HopperConfig) -> int:
     """Bytes of shared memory of one program of the forward kernel."""
     head, value = padded(spec.head_dim) * 2, padded(spec.value_dim) * 2
-    queries = config.block_m * (max(head, value) if not config.own_out else head + value)
-    keys = config.num_stages * config.block_n * (head + value)
+    queries = config.block_m * (config.q_stages * head + config.own_out * value)
+    keys = config.block_n * (config.num_stages * head + (config.v_stages or config.num_stages) * value)
     bias = config.bias_stages * config.consumers * bias_bytes(spec, config)
-    barriers = 8 * (3 * config.consumers + 4 * config.num_stages + 2 * config.bias_stages * config.consumers)
+    barriers = 8 * ((2 * config.q_stages + 1) * config.consumers + 4 * config.num_stages + 2 * config.bias_stages * config.consumers)
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
 
@@ -87,9 +89,7 @@ def forward_config(spec: AttentionSpec, limit: int) -> HopperConfig | None:
     """The configuration for a spec within ``limit`` bytes of shared memory; None if no candidate fits."""
     head = padded(max(spec.head_dim, spec.value_dim))
     bias = spec.bias is not None and spec.bias.varies[4]
-    same = padded(spec.head_dim) == padded(spec.value_dim)  # else the output does not fit in q's buffer
     for config in _candidates(head, bias, spec.lo is not None or spec.hi is not None):
-        config = config if same else replace(config, own_out=True)
         if shared_memory(spec, config) <= limit:
             return config
     return None
