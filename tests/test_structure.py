@@ -22,6 +22,7 @@ OUTSIDE_THE_RULES = ("triflash.demo", "triflash.__main__")  # applications: they
 RULES: dict[str, list[str]] = {
     "triflash.kernels": [],
     "triflash.kernels.triton": ["triton", "triflash.kernels.triton"],
+    "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.prims"],
     "triflash.tiled": ["torch"],
     "triflash.oracle": ["torch"],
     "triflash.errors": [],
@@ -30,7 +31,12 @@ RULES: dict[str, list[str]] = {
     "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.plan.device": ["torch"],
     "triflash.launch": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.tiled", "triflash.oracle", "triflash.errors"],
-    "triflash.launch.triton": ["torch", "triton", "triflash.kernels.triton", "triflash.plan", "triflash.spec", "triflash.errors"],
+    "triflash.launch.triton": [
+        "torch", "triton", "triflash.kernels.triton", "triflash.launch.calls", "triflash.plan", "triflash.spec", "triflash.errors",
+    ],
+    "triflash.launch.hopper": [
+        "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.plan", "triflash.spec", "triflash.errors",
+    ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.ops": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.triton_flash_attention": [
@@ -99,7 +105,7 @@ def test_importing_the_package_reaches_no_triton() -> None:
             assert not within(target, "triton"), f"{name} imports {target}"
             parts = target.split(".")
             queue += [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
-    assert "triflash.ops" in seen and "triflash.launch.triton" not in seen
+    assert "triflash.ops" in seen and not {"triflash.launch.triton", "triflash.launch.hopper"} & seen
 
 
 def test_autograd_lives_in_two_places() -> None:
@@ -143,7 +149,7 @@ import triflash, triflash.triton_flash_attention
 print("triton" in sys.modules and not before, torch.cuda.is_initialized())
 q = torch.randn(1, 3, 1, 4, requires_grad=True)
 triflash.flash_attn_func(q, q, q).sum().backward()
-print("triflash.launch.triton" in sys.modules, torch.cuda.is_initialized())
+print(any(f"triflash.launch.{name}" in sys.modules for name in ("triton", "hopper")), torch.cuda.is_initialized())
 """
     assert run_python(program, TRITON_INTERPRET="0").split() == ["False"] * 4
 
