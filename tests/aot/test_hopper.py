@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -64,8 +63,8 @@ class Target:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
-        parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), str(self.config or "").replace(" ", "-"))
-        return "-".join(part for part in parts if part)
+        parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), str(self.config or ""))
+        return "-".join(part.replace(" ", "-") for part in parts if part)
 
 
 CAUSAL, WINDOW = (None, 0), (-500, 100)
