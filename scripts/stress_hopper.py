@@ -5,9 +5,10 @@
     python3 scripts/stress_hopper.py --only 3:17             one problem of --random again, here, by the name that a report gave it
     python3 scripts/stress_hopper.py --sanitize memcheck     a few tiny problems under compute-sanitizer (racecheck, synccheck, initcheck)
 
-A process that gets nowhere for --patience seconds is killed, and the problem it was at is reported as a hang; the others go on. Problems come
-in families that share what a kernel is compiled for, because compiling is what takes the time; lengths are drawn freely. A result is judged
-against ``oracle.py`` in float64 by what rounding can do: out within 2.5 unit roundoffs of sum(p |v|), lse and rest within 1e-4 (1 + |lse|).
+A process that gets nowhere for --patience seconds is killed, and the problem it was at is reported as a hang; the others go on. Problems
+come in families that share what a kernel is compiled for, because compiling is what takes the time; lengths are drawn freely. A result is
+judged against ``oracle.py`` in float64 by what rounding can do: out within 2.5 unit roundoffs of sum(p |v|), lse and rest within
+1e-4 (1 + |lse|).
 The exit status is 1 if anything was wrong, different or stuck.
 """
 
@@ -18,6 +19,7 @@ import os
 import random
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -343,17 +345,16 @@ def run_tiny() -> int:
 
 
 def sanitize(tool: str) -> int:
-    """Become compute-sanitizer, running the tiny problems; if it is not there, say what would have been run."""
-    program = shutil.which("compute-sanitizer") or next(
-        (path for path in ("/usr/local/cuda/bin/compute-sanitizer",) if os.access(path, os.X_OK)), None
-    )
+    """Run the tiny problems under compute-sanitizer; if it is not there, say what would have been run."""
+    usual = "/usr/local/cuda/bin/compute-sanitizer"
+    program = shutil.which("compute-sanitizer") or (usual if os.access(usual, os.X_OK) else None)
     command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, os.path.abspath(__file__), "--tiny"]
     print("PYTORCH_NO_CUDA_MEMORY_CACHING=1", shlex.join(command), flush=True)
     if program is None:
         print("compute-sanitizer is not installed here", file=sys.stderr)
         return 2
-    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # every tensor an allocation of its own, or the tool sees no bounds
-    os.execv(program, command)
+    # Every tensor an allocation of its own, or the tool sees no bounds.
+    return subprocess.run(command, check=False, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}).returncode
 
 
 def main() -> int:

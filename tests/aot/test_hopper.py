@@ -42,7 +42,8 @@ MORE_SPILLS = {
     "d192-bf16-window-2032": 160,
     # A float32 bias leaves no room for a buffer of the output, and the addresses of 64 x 128 padded columns take registers.
     "d96-fp16-bhqk-fp32-window-2047": 112,
-    # Three consumers have 128 registers each, and this bias is one more vector over the queries.
+    # Three consumers have 128 registers each, and a mask for the last keys or one more vector over the queries is too much for that.
+    "d64-fp16-full-2047": 32,
     "d64-bf16-1hq1-full-2032": 32,
 }
 
@@ -72,6 +73,7 @@ TARGETS = [
     # The sizes that matter most, causal and not, at lengths with and without a rest.
     *(Target((d, d), band=band, length=length) for d in (64, 128, 256) for band, length in (((None, None), EVEN), (CAUSAL, UNEVEN))),
     Target((128, 128), F16),
+    Target((64, 64), F16, length=ODD),
     # Other head dims, padded ones among them, and a value dim of its own.
     Target((16, 16), F16, length=EVEN),
     Target((32, 32), band=CAUSAL),
