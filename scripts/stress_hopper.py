@@ -301,24 +301,24 @@ SMALL = [
 TOGETHER = 500  # launches between two looks at the result
 
 
-def run_repeats(count: int) -> int:
+def run_repeats(count: int, device: str = "cuda") -> int:
     """Launch each of a few problems ``count`` times into memory full of NaN; returns how many launches gave other bits than the first."""
     bad = 0
     for problem in SMALL:
-        tensors = problem.tensors(torch.device("cuda"))
+        tensors = problem.tensors(torch.device(device))
         first = solve(problem, tensors)
         ratio, at = judge(problem, tensors, first)
         results = results_of(problem, tensors[0], tensors[2], tensors[3])
         start = starter(problem, tensors, results)
         began, done, differing = time.monotonic(), 0, 0
         while done < count:
-            different = torch.zeros((), dtype=torch.int64, device="cuda")
+            different = torch.zeros((), dtype=torch.int64, device=device)
             for _ in range(min(TOGETHER, count - done)):
                 for x in results:
                     if x is not None:
                         x.fill_(torch.nan)
                 start()
-                other = torch.zeros((), dtype=torch.bool, device="cuda")
+                other = torch.zeros((), dtype=torch.bool, device=device)
                 for x, y in zip(results, first, strict=True):
                     if x is not None and y is not None:
                         kind = torch.int16 if x.element_size() == 2 else torch.int32
@@ -333,11 +333,11 @@ def run_repeats(count: int) -> int:
     return bad
 
 
-def run_tiny() -> int:
+def run_tiny(device: str = "cuda") -> int:
     """A few problems of few tiles, for a tool that makes everything a hundred times slower."""
     bad = 0
     for problem in (replace(problem, outer=1, H=2, M=130, N=100, processors=2) for problem in SMALL):
-        tensors = problem.tensors(torch.device("cuda"))
+        tensors = problem.tensors(torch.device(device))
         ratio, at = judge(problem, tensors, solve(problem, tensors))
         bad += ratio > 1
         print(f"{ratio:.2f} of what is allowed, {problem} at {at}", flush=True)
