@@ -34,6 +34,7 @@ class Call:
 
 
 def start(device: torch.device, calls: Iterable[Call]) -> None:
+    """Launch them in order on that device."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()  # Triton launches on the current device
     with torch.cuda.device(device) if elsewhere else nullcontext():
         for call in calls:

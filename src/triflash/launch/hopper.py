@@ -15,7 +15,7 @@ from torch import Tensor
 from ..kernels.hopper import forward as forward_kernels
 from ..kernels.hopper.compat import TensorDescriptor, gl
 from ..plan.configs import padded
-from ..plan.hopper import ROWS, HopperConfig, forward_section, whole_tiles
+from ..plan.hopper import ROWS, HopperConfig, schedule, whole_tiles
 from ..plan.select import Plan
 from ..spec import AttentionSpec
 from .calls import SMALLEST_SCALE, Call, bias_strides, start
@@ -58,15 +58,14 @@ def forward_calls(
             descriptor(q, (1, ROWS, 1, head)),
             descriptor(k, (1, block_n, 1, head)),
             descriptor(v, (1, block_n, 1, value)),
-            *((descriptor(out, (1, ROWS, 1, value)), None, None) if config.own_out else (None, out, out.stride()[:3])),
+            descriptor(out, (1, ROWS, 1, value)),
             *(bias_desc, pointer, lse, rest, None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
             *(spec.batch, spec.heads, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
-            *(tiles_m, tiles, forward_section(spec)),
+            *(tiles_m, tiles, *schedule(spec, config, step.programs)),
         )
         constants: dict[str, Any] = {
             "BN": block_n,
             "WGS": config.consumers,
-            "Q_STAGES": config.q_stages,
             "K_STAGES": config.num_stages,
             "V_STAGES": config.v_stages or config.num_stages,
             "BIAS_STAGES": config.bias_stages,
@@ -76,7 +75,7 @@ def forward_calls(
             "POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE,
             "EVEN_N": spec.keys % block_n == 0,
             "TURNS": config.turns,
-            "DV": spec.value_dim,
+            "OWN_OUT": config.own_out,
             "REGISTERS": config.registers,
         }
         calls.append(Call(forward_kernels.forward, args, constants, config, step.programs))

@@ -197,7 +197,7 @@ def _bytes(bias: Tensor | None) -> Tensor | None:
 
 
 def _config(step: Step) -> TileConfig:
-    assert step.config is not None, f"{step.kernel} was planned without a tile configuration"
+    assert isinstance(step.config, TileConfig), f"{step.kernel} was planned with {step.config} for a tile configuration"
     return step.config
 
 

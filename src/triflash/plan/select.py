@@ -158,7 +158,9 @@ def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, backward: 
             return "hopper"
         return "tiled" if why_not("triton", spec, device) else "triton"
     if requested == "hopper" and backward:
-        raise unsupported("the backward pass", "hopper", "choose 'auto' or 'triton' for the whole step: their backward pass takes it from there")
+        raise unsupported(
+            "the backward pass", "hopper", "choose 'auto' or 'triton' for the whole step: their backward pass takes it from there"
+        )
     if reason := why_not(requested, spec, device):
         raise unsupported(reason[0], requested, reason[1])
     return requested
@@ -225,10 +227,10 @@ def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, by_h
     return Plan(name, (Step("forward", config, programs, _order(spec)),) if programs else ())
 
 
-def _plan_hopper_forward(spec: AttentionSpec, device: DeviceFacts, by_hand: tuple[tuple[str, TileConfig], ...]) -> Plan:
-    by_name = dict(by_hand)
-    config = by_name["forward"] if isinstance(by_name.get("forward"), HopperConfig) else hopper.forward_config(spec, device.shared_memory)
-    assert isinstance(config, HopperConfig)
+def _plan_hopper_forward(spec: AttentionSpec, device: DeviceFacts, by_hand: tuple[tuple[str, TileConfig | HopperConfig], ...]) -> Plan:
+    chosen: TileConfig | HopperConfig | None = dict(by_hand).get("forward")
+    config = chosen if isinstance(chosen, HopperConfig) else hopper.forward_config(spec, device.shared_memory, device.processors)
+    assert config is not None  # see why_not
     _, tiles = hopper.whole_tiles(spec, config)
     programs = min(tiles, device.processors) if config.persistent else tiles
     order = _order(spec)
