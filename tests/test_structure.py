@@ -27,6 +27,7 @@ RULES: dict[str, list[str]] = {
     "triflash.errors": [],
     "triflash.spec": ["torch", "triflash.errors"],
     "triflash.checks": ["torch", "triflash.errors"],
+    "triflash.shorthand": ["torch", "triflash.errors", "triflash.spec"],
     "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.plan.device": ["torch"],
     "triflash.launch": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.tiled", "triflash.oracle", "triflash.errors"],
