@@ -6,6 +6,7 @@ Importing it starts no GPU and compiles nothing; Triton itself is imported with 
 from . import ops as _ops  # registers torch.ops.triflash
 from .errors import UnsupportedError
 from .launch import record_launches
+from .plan.overlay import tuned
 from .plan.select import backend
 from .triton_flash_attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 
@@ -19,4 +20,5 @@ __all__ = [
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "record_launches",
+    "tuned",
 ]

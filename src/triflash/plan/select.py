@@ -8,14 +8,27 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import UnsupportedError, bad_type, bad_value, unsupported
 from ..spec import AttentionSpec, Needs
-from . import override, tables
+from . import overlay, override, tables
 from .configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_wide_bias
 from .device import DeviceFacts, triton_problem
 
-__all__ = ["BACKENDS", "Plan", "Step", "backend", "plan_backward", "plan_forward", "requested_backend", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "Choices",
+    "Plan",
+    "Step",
+    "backend",
+    "config_of",
+    "current_choices",
+    "plan_backward",
+    "plan_forward",
+    "requested_backend",
+    "why_not",
+]
 
 BACKENDS = ("auto", "tiled", "triton", "oracle")
 SUM_BLOCK = 1024  # elements of dbias that one program of dbias_sum adds up
@@ -162,15 +175,41 @@ def problem_of(kernel: str, spec: AttentionSpec) -> Problem:
     return Problem(kernel, head_dim, 4 if spec.dtype == "fp32" else 2, spec.bias is not None, banded)
 
 
-def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, by_hand: tuple[tuple[str, TileConfig], ...]) -> TileConfig:
-    if kernel in dict(by_hand):
-        return dict(by_hand)[kernel]
+class Choices(NamedTuple):
+    """What the caller chose of configurations, as part of the key of plan caches: single kernels by hand, or a tuned file."""
+
+    by_hand: tuple[tuple[str, TileConfig], ...]
+    tuned: overlay.Overlay | None
+
+
+def current_choices() -> Choices:
+    """The choices in force where a pass starts."""
+    return Choices(override.active(), overlay.active())
+
+
+def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> tuple[TileConfig, str]:
+    """A kernel's configuration and where it comes from: by hand, else a tuned file, else a measured row, else the analytic default."""
+    by_hand = dict(choices.by_hand)
+    if kernel in by_hand:
+        return by_hand[kernel], "chosen by hand (override_configs)"
     problem = problem_of(kernel, spec)
-    row = tables.lookup(device.arch, problem)
-    if row is None:
-        return default_config(problem, device)
-    wide = spec.bias is not None and spec.bias.dtype == "fp32"
-    return with_wide_bias(problem, row.config, device) if wide and kernel != "delta" else row.config
+    if choices.tuned is not None and (config := choices.tuned.lookup(problem, device)):
+        source = f"tuned, {choices.tuned.path}"
+    elif row := tables.lookup(device.arch, problem):
+        config, source = row.config, f"measured on {tables.MEASURED_ON.get(device.arch, device.arch)} (row of plan/tables.py)"
+    elif kernel == "delta":
+        return default_config(problem, device), "fixed: it has no tiles of scores"
+    else:
+        return default_config(problem, device), "analytic default: the first candidate that fits, not measured"
+    if spec.bias is not None and spec.bias.dtype == "fp32" and kernel != "delta":
+        narrower = with_wide_bias(problem, config, device)
+        if narrower != config:
+            return narrower, f"{source}, with fewer stages than {config} to hold a float32 bias"
+    return config, source
+
+
+def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> TileConfig:
+    return config_of(kernel, spec, device, choices)[0]
 
 
 def _order(spec: AttentionSpec) -> str:
@@ -186,28 +225,26 @@ def _order(spec: AttentionSpec) -> str:
 
 def plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str = "auto") -> Plan:
     """The plan of a forward pass. Raises :class:`UnsupportedError` where a backend asked for by name cannot do it."""
-    return _or_tiled(requested, lambda name: _plan_forward(spec, device, name, override.active()))
+    return _or_tiled(requested, lambda name: _plan_forward(spec, device, name, current_choices()))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, by_hand: tuple[tuple[str, TileConfig], ...]) -> Plan:
+def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
     name = _choose(requested, spec, device)
     if name != "triton":
         return Plan(name, (Step("forward"),))
-    config = _config("forward", spec, device, by_hand)
+    config = _config("forward", spec, device, choices)
     programs = _ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
     return Plan(name, (Step("forward", config, programs, _order(spec)),) if programs else ())
 
 
 def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str = "auto") -> Plan:
     """The plan of a backward pass: only the kernels that the gradients asked for need."""
-    return _or_tiled(requested, lambda name: _plan_backward(spec, needs, device, name, override.active()))
+    return _or_tiled(requested, lambda name: _plan_backward(spec, needs, device, name, current_choices()))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_backward(
-    spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str, by_hand: tuple[tuple[str, TileConfig], ...]
-) -> Plan:
+def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
     name = _choose(requested, spec, device)
     if name != "triton":
         return Plan(name, (Step("backward"),))
@@ -217,7 +254,7 @@ def _plan_backward(
     steps = []
     source = _dbias_source(spec) if needs.dbias else None
     if needs.dq or needs.dk or needs.dbias:
-        config = _config("delta", spec, device, by_hand)
+        config = _config("delta", spec, device, choices)
         steps.append(Step("delta", config, _ceil_div(spec.queries, config.block_m) * batch_heads))
     for kernel, length, own, gives in (
         ("dkdv", spec.keys, "block_n", (("dk", needs.dk), ("dv", needs.dv), ("dbias", source == "dkdv"))),
@@ -225,14 +262,14 @@ def _plan_backward(
     ):
         wanted = tuple(name for name, need in gives if need)
         if wanted:
-            config = _config(kernel, spec, device, by_hand)
+            config = _config(kernel, spec, device, choices)
             programs = _ceil_div(length, getattr(config, own)) * batch_heads
             splits = _broadcast_rows(spec) if kernel == source == "dkdv" else 1
             steps.append(Step(kernel, config, programs, _order(spec), splits, wanted))
     if source == "dkdv":
         steps += _sum_steps(spec, _broadcast_rows(spec))
     elif source == "dbias":
-        steps += _dbias_steps(spec, device, _config("dbias", spec, device, by_hand))
+        steps += _dbias_steps(spec, device, _config("dbias", spec, device, choices))
     return Plan(name, tuple(steps))
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from .configs import Problem, TileConfig
 
-__all__ = ["ROWS", "Row", "lookup"]
+__all__ = ["MEASURED_ON", "ROWS", "Row", "lookup"]
+
+MEASURED_ON = {"sm90": "H200"}  # the GPU that stood for an architecture
 
 
 @dataclass(frozen=True)
