@@ -27,6 +27,11 @@ RULES: dict[str, list[str]] = {
     "triflash.errors": [],
     "triflash.spec": ["torch", "triflash.errors"],
     "triflash.checks": ["torch", "triflash.errors"],
+    "triflash.explanation": ["triflash.plan", "triflash.spec", "triflash.launch.ahead"],
+    "triflash.explainer": [
+        "torch", "triflash.errors", "triflash.explanation", "triflash.launch", "triflash.plan", "triflash.spec",
+        "triflash.triton_flash_attention",
+    ],
     "triflash.shorthand": ["torch", "triflash.errors", "triflash.spec"],
     "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.plan.device": ["torch"],

@@ -12,14 +12,19 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from .triton import Call
+from ..plan import layout
+from ..plan.select import Plan
+from ..spec import AttentionSpec, Needs
+from .triton import Call, backward_calls, forward_calls
 
-__all__ = ["Resources", "compile_for", "resources"]
+__all__ = ["Resources", "calls_of", "compile_for", "resources"]
 
 
 @dataclass(frozen=True)
@@ -67,3 +72,37 @@ def resources(compiled: Any) -> Resources:
     if match is None:
         raise RuntimeError(f"no resource usage in cuobjdump's output: {usage.stdout}{usage.stderr}")
     return Resources(int(match[1]), int(match[2]) // 4, shared)
+
+
+def calls_of(plan: Plan, spec: AttentionSpec, needs: Needs, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> list[Call]:
+    """The launches of a forward or a backward plan for inputs of these shapes and strides, on meta tensors: allocates nothing.
+
+    An input that a launch would copy first enters as that copy.
+    """
+    q, k, v = (_meta_rows(x) for x in (q, k, v))
+    bias = None if bias is None else _meta_bias(bias)
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    if any(step.kernel == "forward" for step in plan.steps):
+        return forward_calls(plan, spec, q, k, v, bias, out, lse)
+    wanted = zip((q, k, v, bias), (needs.dq, needs.dk, needs.dv, needs.dbias), strict=True)
+    grads = [torch.empty(x.shape, dtype=x.dtype, device="meta") if need and x is not None else None for x, need in wanted]
+    return backward_calls(plan, spec, out, None, q, k, v, bias, out, lse, *grads)
+
+
+def _meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _meta_rows(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="meta") if layout.copies_rows(x.shape, x.stride()) else _meta(x)
+
+
+def _meta_bias(bias: Tensor) -> Tensor:
+    """What ``launch.triton`` passes on for a bias: the bias, or its copy with padded rows."""
+    address = int(bias.storage_offset()) * bias.element_size() if bias.device.type == "meta" else bias.data_ptr()
+    if not layout.copies_bias(bias.shape, bias.stride(), address):
+        return _meta(bias)
+    stored = tuple(1 if stride == 0 else size for size, stride in zip(bias.shape, bias.stride(), strict=True))
+    row = -(-stored[4] // layout.BIAS_STRIDE) * layout.BIAS_STRIDE
+    return torch.empty((*stored[:4], row), dtype=bias.dtype, device="meta")[..., : stored[4]].expand(bias.shape)
