@@ -1,0 +1,324 @@
+"""Are a provider's output and gradients right? The tolerance rule against float64, on all of a small problem and on parts of a large one.
+
+Of a problem with more than ``limit`` scores these parts are judged, each by the same rule, its yardstick taken from the same part:
+
+- a few *blocks of queries*, both ends of the sequence among them, of **every** batch entry and head: out, dq, and the gradient of a
+  bias that varies over queries, summed over everything that it is broadcast over;
+- *whole heads*, the last of the last batch entry first, as many as ``limit`` allows: out, dq, dk, dv at every position;
+- the gradient of a bias that does not vary over queries: the last index along each batch and head dim that it varies over, summed over
+  all the rest, every key.
+
+And every element of every result must be finite where the reference can only be. What is left: a wrong dk or dv, finite, in a head that was
+not drawn. Everything is computed in boxes of at most ``BOX`` scores, so memory stays below a gigabyte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import oracle
+from . import formula
+from .formula import Options
+from .tolerance import (
+    FLOAT32_ULPS,
+    GRADIENT_FACTOR,
+    OUTPUT_FACTOR,
+    STORED_FACTOR,
+    Judgement,
+    closed_backward,
+    disagreement,
+    rounding_backward,
+    unit_roundoff,
+)
+
+__all__ = ["GRADIENTS", "Part", "Problem", "reference", "verdict"]
+
+GRADIENTS = ("dq", "dk", "dv", "dbias")
+LIMIT = {"cuda": 2**29, "cpu": 2**22}  # scores computed in float64: some 0.3 s on an H100, a second on two processor cores
+BOX = 2**22
+BLOCK = 8  # queries of a block
+
+Index = tuple[slice | Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention problem: tensors as :class:`triflash.bench.formula.Options` names them, dout like the output, bias five-dim or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    dout: Tensor
+    options: Options
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of one result and what it is held against."""
+
+    name: str
+    index: Index
+    judgement: Judgement
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Batch entries, query heads and queries whose scores are looked at, and the results that they complete."""
+
+    batch: range
+    heads: range
+    rows: tuple[int, ...]
+    gives: tuple[str, ...]
+
+
+def reference(problem: Problem, wanted: Sequence[str] = ("out", *GRADIENTS), limit: int | None = None) -> list[Part]:
+    """What the results ``wanted`` (of out, dq, dk, dv, dbias) of the problem are held against; reused for every provider.
+
+    Args:
+        problem: its inputs; not modified.
+        wanted: names of the results to judge. ``dbias`` needs a bias that is not a mask.
+        limit: scores up to which all of the results are judged, by default 2^29 on a GPU and 2^22 on a CPU.
+    """
+    limit = LIMIT.get(problem.q.device.type, LIMIT["cpu"]) if limit is None else limit
+    with torch.no_grad():
+        parts = []
+        for region in _regions(problem, wanted, limit):
+            parts += _compute(problem, region)
+    return parts
+
+
+def verdict(parts: Sequence[Part], results: Mapping[str, Tensor]) -> str | None:
+    """The first thing wrong with the results, as ``dk: largest error …``, or None. Results that no part is about are looked at for NaN."""
+    for name, got in results.items():
+        if not torch.isfinite(got).all():
+            return f"{name}: {int((~torch.isfinite(got)).sum())} of {got.numel()} elements are not finite"
+    for part in parts:
+        if part.name in results:
+            problem = disagreement(results[part.name].detach()[part.index], part.judgement)
+            if problem is not None:
+                return f"{part.name}: {problem}"
+    return None
+
+
+def _regions(problem: Problem, wanted: Sequence[str], limit: int) -> Iterator[_Region]:
+    B, M, Hq, _ = problem.q.shape
+    N, Hk = problem.k.shape[1:3]
+    all_rows = tuple(range(M))
+    if B * Hq * M * N <= limit:
+        yield _Region(range(B), range(Hq), all_rows, tuple(wanted))
+        return
+    bias = problem.bias if "dbias" in wanted else None
+    of_rows = bias is not None and bias.shape[3] == M
+    rows = _sampled_rows(M, limit // (4 * B * Hq * N))
+    yield _Region(range(B), range(Hq), rows, tuple(n for n in wanted if n in ("out", "dq") or (n == "dbias" and of_rows)))
+    group = Hq // Hk
+    pairs = list(dict.fromkeys([(B - 1, Hk - 1), (0, 0), (B // 2, Hk // 2)]))
+    for b, h in pairs[: max(1, limit // (group * M * N))]:
+        yield _Region(range(b, b + 1), range(h * group, (h + 1) * group), all_rows, tuple(n for n in wanted if n != "dbias"))
+    if bias is not None and not of_rows:
+        inner = problem.options.batch_inner
+        entries = range(B)
+        if bias.shape[0] > 1:
+            entries = entries[-inner:]
+        if bias.shape[1] > 1:
+            entries = entries[inner - 1 :: inner]
+        yield _Region(entries, range(Hq)[-1:] if bias.shape[2] > 1 else range(Hq), all_rows, ("dbias",))
+
+
+def _sampled_rows(M: int, most: int) -> tuple[int, ...]:
+    """Blocks of queries: both ends, one across the middle, one at an odd place; of the latter two as many as fit."""
+    starts = [M - BLOCK, 0, M // 2 - BLOCK // 2, (5 * M) // 7]
+    rows: set[int] = set()
+    for start in starts[: max(2, most // BLOCK)]:
+        rows |= {i for i in range(start, start + BLOCK) if 0 <= i < M}
+    return tuple(sorted(rows))
+
+
+def _boxes(region: _Region, keys: int) -> Iterator[tuple[range, range]]:
+    """The region in pieces of at most BOX scores, as (batch entries, neighbouring queries)."""
+    runs: list[range] = []
+    for row in region.rows:
+        if runs and runs[-1].stop == row:
+            runs[-1] = range(runs[-1].start, row + 1)
+        else:
+            runs.append(range(row, row + 1))
+    for run in runs:
+        rows = max(1, min(len(run), BOX // (len(region.heads) * keys)))
+        entries = max(1, BOX // (len(region.heads) * keys * rows))
+        for at in range(0, len(run), rows):
+            for first in range(0, len(region.batch), entries):
+                yield region.batch[first : first + entries], run[at : at + rows]
+
+
+class _Sum:
+    """One result of a region under construction, as the sum of its boxes: the reference, the yardstick and the two slacks."""
+
+    def __init__(self, name: str, tensor: Tensor, index: Index) -> None:
+        self.name, self.tensor, self.index = name, tensor, index
+        shape = tensor[index].shape
+        precise = torch.float64 if tensor.dtype == torch.float64 else torch.float32  # a yardstick is rounded once, at the end
+        self.exact, self.shift, self.rounding = (tensor.new_zeros(shape, dtype=torch.float64) for _ in range(3))
+        self.plain = tensor.new_zeros(shape, dtype=precise)
+
+    def part(self, dtype: torch.dtype) -> Part:
+        """What was summed, as the rule takes it."""
+        ulps = FLOAT32_ULPS * unit_roundoff(torch.float64 if dtype == torch.float64 else torch.float32)
+        slack = ulps * self.rounding + STORED_FACTOR * self.shift.abs()
+        factor = OUTPUT_FACTOR if self.name == "out" else GRADIENT_FACTOR
+        return Part(self.name, self.index, Judgement(self.exact, self.plain.to(self.tensor.dtype), factor, dtype, slack))
+
+
+def _compute(problem: Problem, region: _Region) -> list[Part]:
+    """The parts that a region completes."""
+    device, inner = problem.q.device, problem.options.batch_inner
+    group = problem.q.shape[2] // problem.k.shape[2]
+    batch, heads = _slice(region.batch), _slice(region.heads)
+    rows: Index = (batch, torch.tensor(region.rows, device=device), heads)
+    kv_heads = range(region.heads.start // group, region.heads[-1] // group + 1)
+    keys: Index = (batch, slice(None), _slice(kv_heads))
+    places: dict[str, tuple[Tensor | None, Index]] = {
+        "out": (problem.dout, rows),
+        "dq": (problem.q, rows),
+        "dk": (problem.k, keys),
+        "dv": (problem.v, keys),
+        "dbias": (problem.bias, ()),
+    }
+    if "dbias" in region.gives:
+        places["dbias"] = (problem.bias, _bias_index(problem, region))
+    sums = [_Sum(name, tensor, index) for name, (tensor, index) in places.items() if name in region.gives and tensor is not None]
+
+    for entries, queries in _boxes(region, problem.k.shape[1]):
+        box = _Box(problem, entries, region.heads, queries, backward=region.gives != ("out",))
+        mine = slice(region.batch.index(entries[0]), region.batch.index(entries[-1]) + 1)
+        first = region.rows.index(queries.start)
+        own_rows = slice(first, first + len(queries))
+        to_kv = torch.tensor([h // group - kv_heads.start for h in region.heads], device=device)
+        for total in sums:
+            for kind in ("exact", "plain", "shift", "rounding"):
+                into: Tensor = getattr(total, kind)
+                value = box.value(kind, total.name)
+                if value is None:
+                    continue
+                value = value.to(into.dtype)
+                if total.name in ("out", "dq"):
+                    into[mine, own_rows] = value
+                elif total.name in ("dk", "dv"):
+                    into[mine, box.keys].index_add_(2, to_kv, value)
+                else:
+                    assert problem.bias is not None
+                    outer = [(b - region.batch.start) // inner if problem.bias.shape[0] > 1 else 0 for b in entries]
+                    within = [b % inner if problem.bias.shape[1] > 1 and into.shape[1] > 1 else 0 for b in entries]
+                    at = torch.tensor([o * into.shape[1] + i for o, i in zip(outer, within, strict=True)], device=device)
+                    own = own_rows if problem.bias.shape[3] > 1 else slice(None)
+                    columns = box.keys if problem.bias.shape[4] > 1 else slice(None)
+                    into.flatten(0, 1)[:, :, own, columns].index_add_(0, at, value)
+    return [total.part(problem.q.dtype) for total in sums]
+
+
+def _slice(numbers: range) -> slice:
+    return slice(numbers.start, numbers.stop, numbers.step)
+
+
+def _bias_index(problem: Problem, region: _Region) -> Index:
+    """Which part of the bias's gradient a region completes."""
+    bias, inner = problem.bias, problem.options.batch_inner
+    assert bias is not None
+    everything = slice(None)
+    outer = slice(region.batch.start // inner, None) if bias.shape[0] > 1 else everything
+    within = slice(region.batch.start % inner, None) if bias.shape[1] > 1 and region.batch.step > 1 else everything
+    if bias.shape[1] > 1 and inner > 1 and len(region.batch) == 1:  # one entry: its step says nothing
+        within = slice(region.batch.start % inner, region.batch.start % inner + 1)
+    heads = _slice(region.heads) if bias.shape[2] > 1 else everything
+    rows = torch.tensor(region.rows, device=bias.device) if bias.shape[3] > 1 else everything
+    return (outer, within, heads, rows, everything)
+
+
+class _Box:
+    """Some neighbouring queries of some batch entries and heads, and the keys that their band lets them see."""
+
+    def __init__(self, problem: Problem, entries: range, heads: range, queries: range, backward: bool) -> None:
+        options, N = problem.options, problem.k.shape[1]
+        group = problem.q.shape[2] // problem.k.shape[2]
+        first = 0 if options.lo is None else min(max(0, queries.start + options.lo), N - 1)
+        last = N if options.hi is None else max(min(N, queries.stop + options.hi), first + 1)
+        self.keys = slice(first, last)
+        moved = queries.start - first
+        self.options = Options(
+            scale=options.scale,
+            lo=None if options.lo is None else options.lo + moved,
+            hi=None if options.hi is None else options.hi + moved,
+            softcap=options.softcap,
+            sinks=None if options.sinks is None else options.sinks[_slice(heads)],
+        )
+        batch, rows = _slice(entries), _slice(queries)
+        kv_heads = torch.tensor([h // group for h in heads], device=problem.k.device)
+        self.q, self.dout = (x[batch, rows, _slice(heads)] for x in (problem.q, problem.dout))
+        self.k, self.v = (x[batch, self.keys].index_select(2, kv_heads) for x in (problem.k, problem.v))
+        self.bias = None if problem.bias is None else self._part_of(problem.bias, options.batch_inner, entries, heads, rows)
+        self._exact(backward)
+        self.plain = self._plain(backward)
+
+    def _part_of(self, bias: Tensor, inner: int, entries: range, heads: range, rows: slice) -> Tensor:
+        """``(entries, heads|1, queries|1, keys|1)``."""
+        everything = slice(None)
+        bias = bias[
+            :,
+            :,
+            _slice(heads) if bias.shape[2] > 1 else everything,
+            rows if bias.shape[3] > 1 else everything,
+            self.keys if bias.shape[4] > 1 else everything,
+        ]
+        outer = [b // inner if bias.shape[0] > 1 else 0 for b in entries]
+        within = [b % inner if bias.shape[1] > 1 else 0 for b in entries]
+        return bias[outer, within]
+
+    def _exact(self, backward: bool) -> None:
+        """The reference in float64 and the slacks: see ``tolerance``."""
+        q, k, v, dout = (x.double() for x in (self.q, self.k, self.v, self.dout))
+        s, slope = formula.scores(q, k, self.bias, self.options)
+        p = formula.probabilities(s, self.options.sinks)
+        out = torch.einsum("bhmn,bnhd->bmhd", p, v)
+        size = s.masked_fill(s == -torch.inf, 0.0).abs()
+        self.exact, self.shift = {"out": out}, {}
+        self.rounding = {"out": torch.einsum("bhmn,bnhd->bmhd", p * (1 + size), v.abs())}
+        if not backward:
+            return
+        stored = out.to(self.q.dtype).double()
+        exact, shifted = (closed_backward(q, k, v, p, o, dout, None, self.options.scale, slope) for o in (out, stored))
+        rounding = rounding_backward(q, k, v, s, p, out, dout, None, self.options.scale, slope)
+        for name in ("dq", "dk", "dv", "ds"):
+            reduced = "dbias" if name == "ds" else name
+            a, b, c = (self._reduced(getattr(x, name), name) for x in (exact, shifted, rounding))
+            self.exact[reduced], self.shift[reduced], self.rounding[reduced] = a, b - a, c
+
+    def _reduced(self, x: Tensor, name: str) -> Tensor:
+        return x.sum_to_size(self.bias.shape) if name == "ds" and self.bias is not None else x
+
+    def _plain(self, backward: bool) -> dict[str, Tensor]:
+        """The yardstick: the oracle's formula, or its extension, in the inputs' dtype, by autograd."""
+        named = {"dq": self.q, "dk": self.k, "dv": self.v}
+        if self.bias is not None and self.bias.dtype != torch.bool:
+            named["dbias"] = self.bias
+        with torch.enable_grad():
+            leaves = {name: x.detach().clone().requires_grad_(backward) for name, x in named.items()}
+            q, k, v, bias = leaves["dq"], leaves["dk"], leaves["dv"], leaves.get("dbias", self.bias)
+            options = self.options
+            if options.softcap is None and options.sinks is None:
+                out, _ = oracle.attention(q, k, v, bias, lo=options.lo, hi=options.hi, scale=options.scale, dtype=q.dtype)
+            else:
+                five = None if bias is None else bias[:, None]
+                out = formula.attention(q, k, v, five, options)
+        if not backward:
+            return {"out": out}
+        grads = torch.autograd.grad(out, list(leaves.values()), self.dout)
+        return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    def value(self, kind: str, name: str) -> Tensor | None:
+        """One result in one of its four kinds; None stands for zeros."""
+        found: dict[str, Tensor] = getattr(self, kind)
+        return found.get(name)
