@@ -85,8 +85,10 @@ def _state(backend: str, facts: DeviceFacts) -> str:
     dtype = "fp32" if facts.arch in ("cpu", "interpreter") else "bf16"
     plain = AttentionSpec(dtype, 1, 1, 128, 128, 1, 64, 64, None, None, None, 0.125, "ieee")
     reason = why_not(backend, plain, facts)
-    return f"runs{' in the interpreter' if facts.arch == 'interpreter' and backend == 'triton' else ''}" if reason is None else (
-        f"cannot do {reason[0]}; {reason[1]}"
+    return (
+        f"runs{' in the interpreter' if facts.arch == 'interpreter' and backend == 'triton' else ''}"
+        if reason is None
+        else (f"cannot do {reason[0]}; {reason[1]}")
     )
 
 

@@ -1,4 +1,4 @@
-"""Compile a kernel launch for a GPU that is not here, and read what the compiler made of it. Used by tests and tuning.
+"""Compile a kernel launch for a GPU that is not here, and read what the compiler made of it. Used by tests, ``explain`` and ``tune``.
 
 Works without any GPU or driver, but not under Triton's interpreter: the kernels must have been imported with ``TRITON_INTERPRET`` off.
 """
@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from ..plan.select import Plan
 from ..spec import AttentionSpec, Needs
 from .triton import Call, backward_calls, forward_calls
 
-__all__ = ["Resources", "calls_of", "compile_for", "resources"]
+__all__ = ["Resources", "calls_of", "compile_for", "pass_calls", "resources"]
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,28 @@ def calls_of(plan: Plan, spec: AttentionSpec, needs: Needs, q: Tensor, k: Tensor
     bias = None if bias is None else _meta_bias(bias)
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    if any(step.kernel == "forward" for step in plan.steps):
-        return forward_calls(plan, spec, q, k, v, bias, out, lse)
     wanted = zip((q, k, v, bias), (needs.dq, needs.dk, needs.dv, needs.dbias), strict=True)
     grads = [torch.empty(x.shape, dtype=x.dtype, device="meta") if need and x is not None else None for x, need in wanted]
-    return backward_calls(plan, spec, out, None, q, k, v, bias, out, lse, *grads)
+    return pass_calls(plan, spec, q, k, v, bias, out, lse, out, grads)
+
+
+def pass_calls(
+    plan: Plan,
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    grads: Sequence[Tensor | None],
+) -> list[Call]:
+    """The launches of a plan: of a forward pass they write out and lse, of a backward pass those of ``grads`` (dq, dk, dv, dbias) given."""
+    if any(step.kernel == "forward" for step in plan.steps):
+        return forward_calls(plan, spec, q, k, v, bias, out, lse)
+    dq, dk, dv, dbias = grads
+    return backward_calls(plan, spec, dout, None, q, k, v, bias, out, lse, dq, dk, dv, dbias)
 
 
 def _meta(x: Tensor) -> Tensor:
