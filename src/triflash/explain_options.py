@@ -13,7 +13,7 @@ from .errors import bad_value
 from .explainer import explain
 from .explanation import Explanation
 from .plan.device import KNOWN_DEVICES
-from .plan.overlay import tuned
+from .plan.overlay import load, tuned
 from .plan.select import BACKENDS
 
 __all__ = ["add_arguments", "explanation"]
@@ -55,7 +55,9 @@ def explanation(given: argparse.Namespace) -> Explanation:
     bias = None
     if given.bias is not None:
         bias = empty(*shorthand.bias_shape(given.bias, given.b, given.h, given.s, keys), dtype=given.bias_dtype or given.dtype)
-    with tuned(given.tuned) if given.tuned is not None else nullcontext():
+    if given.tuned is not None:
+        load(given.tuned, "--tuned")
+    with nullcontext() if given.tuned is None else tuned(given.tuned):
         return explain(
             q,
             k,

@@ -18,7 +18,7 @@ from .errors import UnsupportedError, bad_type, bad_value
 from .explanation import Copy, ExplainedStep, Explanation, Pass
 from .plan import layout
 from .plan.configs import shared_memory
-from .plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, triton_problem, triton_version
+from .plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
 from .plan.override import KERNELS
 from .plan.select import BACKENDS, Plan, Step, backend, config_of, current_choices, plan_backward, plan_forward, problem_of, why_not
 from .spec import AttentionSpec, Needs, spec_of
@@ -53,9 +53,9 @@ def explain(
         q, k, v, bias, causal, softmax_scale: as for :func:`triflash.flash_attn_func`, with the same checks. Meta tensors will do.
         grads: which of ``"q", "k", "v", "bias"`` a backward pass gives gradients for; default those that require one.
         backend: as in ``with triflash.backend(backend)``.
-        device: what to explain it for: a known kind of device (``"sm80"``, ``"sm86"``, ``"sm90"``, ``"sm100"``, ``"gfx942"``, ``"cpu"``,
-            …), a ``torch.device`` that is here, or :class:`~triflash.plan.device.DeviceFacts`. Default: where the tensors are; for meta
-            tensors this machine's GPU, if it has one, else its CPU.
+        device: what to explain it for: a kind of device (``"sm80"``, ``"sm86"``, ``"sm90"``, ``"sm100"``, ``"gfx942"``, ``"cpu"``, …;
+            if this machine has one, that one), a ``torch.device`` of this machine, or :class:`~triflash.plan.device.DeviceFacts`.
+            Default: where the tensors are; for meta tensors this machine's GPU, if it has one, else its CPU.
         compile: also compile the Triton kernels ahead of time for that device, which takes some seconds and needs no GPU, and report
             their registers, spills and shared memory.
 
@@ -94,7 +94,7 @@ def explain(
         memory=tuple(_memory(plans, spec, needs)),
         deterministic=deterministic,
         determinism=determinism,
-        notes=tuple(_notes(facts)),
+        notes=tuple(_notes(facts, plans, compile)),
     )
 
 
@@ -119,7 +119,8 @@ def _facts(device: str | torch.device | DeviceFacts | None, tensors: torch.devic
     if isinstance(device, DeviceFacts):
         return device, device in (facts_of(own) for own in _own_devices())
     if isinstance(device, str) and device in KNOWN_DEVICES:
-        return KNOWN_DEVICES[device], device == "cpu" or device == facts_of(torch.device("cpu")).arch
+        own = next((facts_of(own) for own in _own_devices() if facts_of(own).arch == device), None)
+        return own or KNOWN_DEVICES[device], own is not None or device == "cpu"
     if device is None:
         device = _own_devices()[-1] if tensors.type == "meta" else tensors
     wanted = f"one of {', '.join(KNOWN_DEVICES)}, or a device of this machine"
@@ -238,9 +239,11 @@ def _determinism(plans: list[Plan]) -> tuple[bool, str]:
     return True, "; ".join(dict.fromkeys(reasons))
 
 
-def _notes(device: DeviceFacts) -> Iterable[str]:
+def _notes(device: DeviceFacts, plans: list[Plan], compiled: bool) -> Iterable[str]:
     if problem := triton_problem():
         yield f"{problem}: this is what runs without it, on any device"
+    if compiled and all(plan.backend != "triton" for plan in plans):
+        yield f"nothing was compiled: only kernels of backend triton can be, and {plans[0].backend} runs"
     choices = current_choices()
     if choices.tuned is not None and device.arch not in ("cpu", "interpreter"):
         yield f"tuned configurations are read from {choices.tuned.path} (they hold for one GPU, Triton {triton_version() or 'unknown'})"
@@ -252,8 +255,8 @@ def _with_resources(
     """The passes with what the compiler makes of their Triton kernels."""
     if problem := triton_problem():
         raise bad_value("compile", "False", "True", problem)
-    if facts_of(torch.device("cpu")).arch == "interpreter":
-        raise bad_value("compile", "False", "True", "Triton's interpreter is on: unset TRITON_INTERPRET")
+    if interpreting() or device.arch == "interpreter":
+        raise bad_value("compile", "False", "True", "Triton's interpreter does not compile: unset TRITON_INTERPRET, or name a GPU's device")
     from .launch import ahead
 
     compiled = []

@@ -59,9 +59,9 @@ class Built:
         if self.resources is None:
             return self.error
         if self.resources.shared_memory > device.shared_memory:
-            return f"takes {self.resources.shared_memory} bytes of shared memory, {device.shared_memory} are there"
+            return f"{self.resources.shared_memory} bytes of shared memory, of {device.shared_memory}"
         if spills is not None and self.resources.spills > spills:
-            return f"spills {self.resources.spills} words a thread"
+            return f"{self.resources.spills} spilled words a thread"
         return None
 
 
@@ -76,7 +76,7 @@ def candidates(problem: Problem, device: DeviceFacts, default: TileConfig) -> li
         shapes = [*_SMALL, *(shape for shape in shapes if problem.itemsize == 2)]
     found = [default, *(TileConfig(*shape) for shape in shapes)]
     if problem.itemsize > 2 and problem.bias:
-        found = [config for config in found if with_wide_bias(problem, config, device) == config]
+        found = [config for config in found if config == default or with_wide_bias(problem, config, device) == config]
     return list(dict.fromkeys(found))
 
 

@@ -58,9 +58,10 @@ def progress(console: Console) -> Progress:
 
 def show(console: Console, results: Iterable[Result], tried: Sequence[Tried]) -> None:
     """The table of default and best, and every configuration that gave a wrong result."""
-    table = Table(title="Time of each kernel: the default configuration, and the best that was found", title_justify="left")
+    table = Table(title="The default configuration of each kernel, and the best that was found", title_justify="left")
     for heading in ("kernel", "problem", "default", "µs", "TFLOP/s", "best", "µs", "TFLOP/s", "faster", "ran of"):
-        table.add_column(heading, justify="left" if heading in ("kernel", "problem", "default", "best") else "right")
+        words = heading in ("kernel", "problem", "default", "best")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "problem")
     for each in results:
         same = each.best == each.default
         times = [(_micro(ms), _speed(each.kernel, each.case, ms)) for ms in (each.default_ms, each.best_ms)]
@@ -76,15 +77,17 @@ def show(console: Console, results: Iterable[Result], tried: Sequence[Tried]) ->
 
 
 def show_built(console: Console, tried: Sequence[Tried], refused: dict[Tried, str | None]) -> None:
-    """The table of a run that only compiles."""
-    table = Table(title="What the compiler makes of each configuration", title_justify="left")
-    for heading in ("kernel", "problem", "configuration", "registers", "spills", "shared memory", "verdict"):
-        table.add_column(heading, justify="right" if heading in ("registers", "spills", "shared memory") else "left")
-    for item in tried:
-        used = item.built.resources
-        numbers = ("", "", "") if used is None else (str(used.registers), str(used.spills), str(used.shared_memory))
-        table.add_row(item.kernel, str(item.case), str(item.config), *numbers, refused[item] or "feasible")
-    console.print(table)
+    """A table for each kernel of each case, of a run that only compiles."""
+    for kernel, case in dict.fromkeys((item.kernel, item.case) for item in tried):
+        table = Table(title=f"{kernel}: {case}", title_justify="left")
+        for heading in ("configuration", "registers", "spills", "shared memory", "verdict"):
+            table.add_column(heading, justify="left" if heading in ("configuration", "verdict") else "right", no_wrap=True)
+        for item in tried:
+            if (item.kernel, item.case) == (kernel, case):
+                used = item.built.resources
+                numbers = ("", "", "") if used is None else (str(used.registers), str(used.spills), str(used.shared_memory))
+                table.add_row(str(item.config), *numbers, refused[item] or "feasible")
+        console.print(table)
 
 
 def write_log(path: Path, about: dict[str, Any], tried: Sequence[Tried]) -> None:
