@@ -207,7 +207,7 @@ def test_the_fastest_is_written_and_plans_use_it(tmp_path: Path) -> None:
     assert best(tmp_path / "t.json") == dict.fromkeys(overlay.TUNABLE, TileConfig(128, 64, 8, 2))
     assert "128x64 w8 s2" in text and "TRIFLASH_TUNED=" in text and "b4 h16 s2048 d64 bf16 1hqk +db causal" in text
     with triflash.tuned(tmp_path / "t.json"):
-        plans = plan_forward(CASE.spec(), GPU), plan_backward(CASE.spec(), Needs(True, True, True, True), GPU)
+        plans = plan_forward(CASE.spec(), GPU, "triton"), plan_backward(CASE.spec(), Needs(True, True, True, True), GPU, "triton")
     chosen = {step.kernel: step.config for plan in plans for step in plan.steps if step.kernel in overlay.TUNABLE}
     assert chosen == dict.fromkeys(overlay.TUNABLE, TileConfig(128, 64, 8, 2))
     (entry, *_) = overlay.load(tmp_path / "t.json").entries
@@ -369,6 +369,19 @@ def test_right_configurations_are_timed_and_wrong_ones_told(kernel: str, bias: s
     assert "not finite" in found[lazy].problem and "largest error" in found[late].problem
     assert found[raising].problem == "WRONG: RuntimeError: out of resources"
     assert all(math.isnan(found[config].median) for config in (lazy, late, raising))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter; test_on_a_gpu does it there")
+def test_the_whole_in_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing compiled, but kernels, judge, timer and file are the real ones."""
+    monkeypatch.setattr(listing, "_LARGE", {kernel: [] for kernel in overlay.TUNABLE})
+    monkeypatch.setattr(listing, "_SMALL", [(16, 32, 4, 1)])
+    facts, _ = bench_device()
+    console = Console(file=io.StringIO(), width=200)
+    chosen = options(tmp_path, dataclasses.replace(TINY, heads=1, queries=16, keys=16), kernels=("forward", "dbias"), budget=1e-6)
+    assert run.tune(chosen, facts, Compiler(), Bench, console) == 0
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert set(best(tmp_path / "t.json")) == {"forward", "dbias"} and text.count("2 of 2") == 2 and "WRONG" not in text
 
 
 @pytest.mark.gpu

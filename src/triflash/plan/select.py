@@ -182,9 +182,13 @@ class Choices(NamedTuple):
     tuned: overlay.Overlay | None
 
 
+_NO_CHOICES = Choices((), None)
+
+
 def current_choices() -> Choices:
     """The choices in force where a pass starts."""
-    return Choices(override.active(), overlay.active())
+    by_hand, tuned = override.active(), overlay.active()
+    return Choices(by_hand, tuned) if by_hand or tuned is not None else _NO_CHOICES
 
 
 def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> tuple[TileConfig, str]:
