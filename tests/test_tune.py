@@ -331,7 +331,7 @@ def test_a_wrong_default_is_told_and_nothing_is_written_for_it(tmp_path: Path) -
 
 # -------------------------------------------------------------------------------------------------- judging and timing, for real
 
-TINY = Case(2, 40, 48, 2, 16, torch.float16, "1hqk", True, True)
+TINY = Case(2, 20, 24, 2, 16, torch.float16, "1hqk", True, True)
 
 
 def bench_device() -> tuple[Any, torch.device]:
