@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from . import __version__
+from .bench.options import add_arguments as add_bench_arguments
 from .demo.options import Options, add_arguments
 from .plan.select import BACKENDS
 
@@ -25,7 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = "train a small transformer with a learned position bias by triflash and by dense PyTorch attention, and compare"
     demo = commands.add_parser("demo", help=words, description=words)
     add_arguments(demo, BACKENDS)
+    words = "measure speed and memory beside other implementations, on named workloads or shapes of your own, and check the results"
+    bench = commands.add_parser("bench", help=words, description=words)
+    add_bench_arguments(bench)
     given = parser.parse_args(argv)
+    if given.command == "bench":
+        return _bench(bench, given, list(sys.argv[1:] if argv is None else argv))
     return _demo(demo, given)
 
 
@@ -41,6 +47,32 @@ def _demo(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
         options = Options.of(given, torch.cuda.is_available())
         text.load(text.read(given.text), options.seq_len)
         return run.run(options)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _bench(parser: argparse.ArgumentParser, given: argparse.Namespace, words: list[str]) -> int:
+    from .bench.options import Options, listing
+
+    if given.list:
+        print(listing())
+        return 0
+    try:
+        from .bench import run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("rich", "matplotlib", "numpy"):
+            raise
+        print(f"triflash bench needs {error.name}: pip install 'triflash[bench]'", file=sys.stderr)
+        return _BAD_USE
+    try:
+        if given.bench_command == "compare":
+            return run.compare(given.before, given.after, given.effect, given.alpha, given.all)
+        if given.bench_command == "plot":
+            return run.plot(given.run, given.plot_out)
+        return run.run(Options.of(given, torch.cuda.is_available(), words))
     except (ValueError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

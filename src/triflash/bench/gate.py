@@ -62,6 +62,7 @@ class Part:
     """A part of one result and what it is held against."""
 
     name: str
+    shape: tuple[int, ...]  # of the whole result
     index: Index
     judgement: Judgement
 
@@ -99,7 +100,10 @@ def verdict(parts: Sequence[Part], results: Mapping[str, Tensor]) -> str | None:
             return f"{name}: {int((~torch.isfinite(got)).sum())} of {got.numel()} elements are not finite"
     for part in parts:
         if part.name in results:
-            problem = disagreement(results[part.name].detach()[part.index], part.judgement)
+            got = results[part.name].detach()
+            if got.shape != part.shape:
+                return f"{part.name}: shape {tuple(got.shape)}, wanted {part.shape}"
+            problem = disagreement(got[part.index], part.judgement)
             if problem is not None:
                 return f"{part.name}: {problem}"
     return None
@@ -170,7 +174,9 @@ class _Sum:
         ulps = FLOAT32_ULPS * unit_roundoff(torch.float64 if dtype == torch.float64 else torch.float32)
         slack = ulps * self.rounding + STORED_FACTOR * self.shift.abs()
         factor = OUTPUT_FACTOR if self.name == "out" else GRADIENT_FACTOR
-        return Part(self.name, self.index, Judgement(self.exact, self.plain.to(self.tensor.dtype), factor, dtype, slack))
+        return Part(
+            self.name, tuple(self.tensor.shape), self.index, Judgement(self.exact, self.plain.to(self.tensor.dtype), factor, dtype, slack)
+        )
 
 
 def _compute(problem: Problem, region: _Region) -> list[Part]:
