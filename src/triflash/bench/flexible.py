@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -26,10 +27,9 @@ def _compiled() -> Any:
 
 
 def forget() -> None:
-    """Drop compiled code: every cell compiles anew, and would soon reach the limit of recompilations."""
-    import torch._dynamo
-
-    torch._dynamo.reset()
+    """Drop compiled code, if there is any: every cell compiles anew, and would soon reach the limit of recompilations."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 def attend(workload: Workload, problem: Problem, compiled: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
@@ -45,18 +45,27 @@ def attend(workload: Workload, problem: Problem, compiled: bool) -> Callable[[Te
     if w.kv_heads != w.heads:
         more["enable_gqa"] = True
     if sinks is not None:
-        more["return_lse"] = True
+        more |= _wants_lse()
 
     def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         found = flex(q, k, v, score_mod=_score_mod(bias, w.batch_inner, w.softcap), **more)
         if sinks is None:
             return found.transpose(1, 2)
-        out, lse = found
+        out, lse = found[0], getattr(found[1], "lse", found[1])
         weight = torch.sigmoid(lse - sinks[:, None])  # what the sink leaves to the keys: e^lse / (e^lse + e^sink)
         return (out * weight[..., None].to(out.dtype)).transpose(1, 2)
 
     return run
+
+
+def _wants_lse() -> dict[str, Any]:
+    """The argument that asks for the log-sum-exp: PyTorch 2.9 renamed it."""
+    try:
+        from torch.nn.attention.flex_attention import AuxRequest
+    except ImportError:
+        return {"return_lse": True}
+    return {"return_aux": AuxRequest(lse=True)}
 
 
 def _band(lo: int | None, hi: int | None) -> Callable[..., Tensor]:

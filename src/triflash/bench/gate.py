@@ -8,8 +8,9 @@ Of a problem with more than ``limit`` scores these parts are judged, each by the
 - the gradient of a bias that does not vary over queries: the last index along each batch and head dim that it varies over, summed over
   all the rest, every key.
 
-And every element of every result must be finite where the reference can only be. What is left: a wrong dk or dv, finite, in a head that was
-not drawn. Everything is computed in boxes of at most ``BOX`` scores, so memory stays below a gigabyte.
+And every element of every result must be finite. What this leaves unseen is a dk or dv that is wrong, but finite, in a head that was not
+drawn. Scores are computed in boxes of at most ``BOX``, which take less than a gigabyte; what is kept takes some 20 bytes for each element
+that is judged.
 """
 
 from __future__ import annotations

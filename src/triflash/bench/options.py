@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,7 +74,7 @@ class Options:
             budget=given.budget,
             min_samples=given.min_samples,
             seed=given.seed,
-            prepare=given.prepare,
+            prepare=min(8, (os.cpu_count() or 2) // 2) if given.prepare is None else given.prepare,
             part=given.prepare_part,
             out=given.out,
             note=given.note,
@@ -152,6 +153,12 @@ def _positive(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 512 or 2k") from None
 
 
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
+    return int(text)
+
+
 def _seconds(text: str) -> float:
     try:
         value = float(text)
@@ -200,7 +207,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--min-samples", type=_positive, default=10, metavar="N", help="samples even if the budget is spent (default 10)")
     add("--seed", type=int, default=0, metavar="N", help="of the random inputs (default 0)")
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    add("--prepare", type=int, default=0, metavar="N", help="first compile everything in N processes, so that the run itself only measures")
+    add("--prepare", type=_count, metavar="N", help="on a GPU, first compile everything in N processes (default half the cores, up to 8)")
     add("--prepare-part", type=_part, help=argparse.SUPPRESS)
     add("--note", default="", metavar="TEXT", help="kept with the results")
     add("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="where tables, samples and plots go (./bench-out)")

@@ -24,18 +24,28 @@ _MARKERS = "osD^vPX*"
 
 
 def draw(run: Run, folder: Path) -> list[Path]:
-    """Write the PNG files and return their paths: one of lines for each pass, dtype and bias with several lengths, and the heat map."""
+    """Write the PNG files and return their paths.
+
+    For each pass a picture of lines for every dtype and bias that was measured at several lengths, one of bars for all other workloads;
+    and the heat map.
+    """
     written = []
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in run.cells:
         if not cell.workload["about"]:  # of the grid, not a model's
             groups.setdefault((cell.dtype, cell.bias), []).append(cell)
+    lines = {group: cells for group, cells in groups.items() if len({cell.workload["keys"] for cell in cells}) > 1}
+    drawn = {cell.key for cells in lines.values() for cell in cells}
+    bars = [cell for cell in run.cells if cell.key not in drawn]
     for which in run.passes:
         if which == "step":
             continue
-        for (dtype, bias), cells in groups.items():
+        safe = which.replace("+", "-")
+        for (dtype, bias), cells in lines.items():
             figure = _lines(run, which, dtype, bias, cells)
-            written.append(_write(figure, folder / f"speed-{which.replace('+', '-')}-{bias.replace('+', '-')}-{dtype}.png"))
+            written.append(_write(figure, folder / f"speed-{safe}-{bias.replace('+', '-')}-{dtype}.png"))
+        if bars:
+            written.append(_write(_bars(run, which, bars), folder / f"speed-{safe}.png"))
     heat = _heat(run)
     if heat is not None:
         written.append(_write(heat, folder / "ratio.png"))
@@ -53,7 +63,7 @@ def _style(run: Run, provider: str) -> dict[str, Any]:
 
 def _lines(run: Run, which: str, dtype: str, bias: str, cells: list[Cell]) -> Figure:
     """A row of panels for each mask, a column for each head dim."""
-    unit, factor = ("TFLOP/s", 1e12) if run.machine["device"] == "cuda" else ("GFLOP/s", 1e9)
+    unit, factor = _unit(run)
     dims = sorted({(c.workload["head_dim"], c.workload["value_dim"]) for c in cells})
     masks = [mask for mask in ("full", "causal", "window") if any(c.mask == mask for c in cells)]
     figure = Figure(figsize=(1.6 + 4.2 * len(dims), 1.6 + 3.1 * len(masks)), layout="constrained")
@@ -93,8 +103,47 @@ def _lines(run: Run, which: str, dtype: str, bias: str, cells: list[Cell]) -> Fi
                 panel.set_xlabel("keys")
     figure.suptitle(f"{which}, {dtype}, bias {bias}: {run.machine['name']}", fontsize=12)
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
     return figure
+
+
+def _bars(run: Run, which: str, cells: list[Cell]) -> Figure:
+    """A group of bars for each workload, one for each provider that computed it."""
+    unit, factor = _unit(run)
+    bars = [
+        [(p, run.rate(c, row)) for p in run.providers if (row := run.row(c, p, which)) is not None and row.status == "ok"] for c in cells
+    ]
+    figure = Figure(figsize=(9.5, 1.6 + 0.19 * sum(max(1, len(own)) + 1 for own in bars)), layout="constrained")
+    panel = figure.subplots()
+    at, ticks = 0.0, []
+    handles: dict[str, Any] = {}
+    for own in bars:
+        ticks.append(at + max(0, len(own) - 1) / 2)
+        for provider, rate in own:
+            handles[provider] = panel.barh(at, (rate or 0.0) / factor, height=0.9, color=_style(run, provider)["color"])
+            at += 1
+        at += 1 if own else 2
+    for name, ceiling in run.ceilings.items():
+        if name != "copy":
+            low, high = min(ceiling["p10"], 0.99 * ceiling["p50"]) / factor, max(ceiling["p90"], 1.01 * ceiling["p50"]) / factor
+            handles[f"matrix product, {name.split()[1]}"] = panel.axvspan(low, high, color="#bbbbbb", alpha=0.6, zorder=0)
+    panel.set_yticks(ticks, _labels(run, cells), fontsize=8)
+    panel.invert_yaxis()
+    panel.set_xlabel(unit)
+    panel.grid(axis="x", alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{which}: {run.machine['name']}", fontsize=12)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, max(1, len(handles))), frameon=False)
+    return figure
+
+
+def _unit(run: Run) -> tuple[str, float]:
+    return ("TFLOP/s", 1e12) if run.machine["device"] == "cuda" else ("GFLOP/s", 1e9)
+
+
+def _labels(run: Run, cells: list[Cell]) -> list[str]:
+    several = len({cell.dtype for cell in run.cells}) > 1
+    return [cell.name + (f" {cell.dtype}" if several else "") for cell in cells]
 
 
 def _heat(run: Run) -> Figure | None:
@@ -102,8 +151,7 @@ def _heat(run: Run) -> Figure | None:
     ratios = [[best_peer_ratio(run, cell, which) for which in run.passes] for cell in run.cells]
     if not any(ratio is not None for line in ratios for ratio in line):
         return None
-    several = len({cell.dtype for cell in run.cells}) > 1
-    labels = [cell.name + (f" {cell.dtype}" if several else "") for cell in run.cells]
+    labels = _labels(run, run.cells)
     logs = [[math.nan if ratio is None else math.log2(ratio) for ratio in line] for line in ratios]
     known = [abs(x) for line in logs for x in line if not math.isnan(x)]
     reach = min(2.0, max(0.3, *known)) if known else 1.0

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import triflash
-from triflash import ops, oracle
+from triflash import ops
 from triflash.plan.select import BACKENDS
 
 from . import flexible, formula
@@ -50,11 +50,11 @@ class Provider(ABC):
 class Triflash(Provider):
     """A backend of triflash; ``auto`` is its own choice."""
 
-    is_ours = compiles = True
+    is_ours = True
 
     def __init__(self, backend: str) -> None:
         super().__init__("triflash" if backend == "auto" else f"triflash-{backend}")
-        self.backend = backend
+        self.backend, self.compiles = backend, backend != "tiled"
 
     def why_not(self, workload: Workload, device: torch.device) -> str | None:
         """What has no argument yet."""
@@ -102,16 +102,13 @@ class Sdpa(Provider):
     def attend(self, workload: Workload, problem: Problem) -> Attend:
         """A mask that asks for no gradient is folded with the band here, once; a bias that does is folded inside the call."""
         w, options = workload, problem.options
-        M, N, batch = w.queries, w.keys, w.batch
         causal = w.is_causal and w.bias is None
-        hidden = None
-        if w.is_banded and not causal:
-            hidden = ~oracle.visible(M, N, w.lo, w.hi, problem.q.device)
+        hidden = None if causal else formula.hidden(w.queries, w.keys, options, problem.q.device)
 
         def mask_of(bias: Tensor | None) -> Tensor | None:
             if bias is None:
                 return None if hidden is None else ~hidden
-            bias = formula.dense_bias(bias, batch, options.batch_inner)
+            bias = formula.dense_bias(bias, w.batch, options.batch_inner)
             return bias if hidden is None else bias.masked_fill(hidden, -torch.inf)
 
         folded = None if w.dbias else mask_of(problem.bias)
@@ -196,7 +193,8 @@ class Dense(Provider):
     def attend(self, workload: Workload, problem: Problem) -> Attend:
         """See :mod:`triflash.bench.formula`."""
         precise = torch.promote_types(problem.q.dtype, torch.float32)
-        return lambda q, k, v, bias: formula.attention(q, k, v, bias, problem.options, precise)
+        hidden = formula.hidden(workload.queries, workload.keys, problem.options, problem.q.device)
+        return lambda q, k, v, bias: formula.attention(q, k, v, bias, problem.options, precise, hidden)
 
 
 PROVIDERS: dict[str, Provider] = {

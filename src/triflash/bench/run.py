@@ -36,17 +36,11 @@ def run(options: Options) -> int:
     settings = Settings(options.passes, device, options.budget, options.min_samples, options.seed)
     if options.part is not None:
         return _prepare_part(options, settings)
-    console = Console()
+    console = _console()
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.prepare:
+    if options.prepare and device.type == "cuda":
         _prepare(options, settings, console)
-    kept = {
-        "words": list(options.words),
-        "note": options.note,
-        "budget": options.budget,
-        "seed": options.seed,
-        "passes": list(options.passes),
-    }
+    kept = {name: getattr(options, name) for name in ("words", "note", "budget", "min_samples", "seed", "passes")}
     found = Run(machine.facts(device), kept)
     lost = ""
     started = time.monotonic()
@@ -79,7 +73,7 @@ def run(options: Options) -> int:
 def compare(before: Path, after: Path, effect: float, alpha: float, everything: bool) -> int:
     """``triflash bench compare``; effect in percent. Raises ValueError or OSError for files that are no runs."""
     a, b = Run.load(before), Run.load(after)
-    comparison.show(a, b, comparison.compare(a, b, effect / 100, alpha), Console(), everything)
+    comparison.show(a, b, comparison.compare(a, b, effect / 100, alpha), _console(), everything)
     return FINE
 
 
@@ -88,11 +82,16 @@ def plot(path: Path, folder: Path | None) -> int:
     found = Run.load(path)
     folder = path.parent if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = _console()
     report.show(found, console)
     written = [*report.save(found, folder), *plots.draw(found, folder)]
     console.print("\nWritten: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True, markup=False)
     return FINE
+
+
+def _console() -> Console:
+    """As wide as the terminal; in a file there is no reason to fold a table."""
+    return Console() if sys.stdout.isatty() else Console(width=180)
 
 
 @contextlib.contextmanager
