@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help=words, description=words)
     add_arguments(demo, BACKENDS)
     words = "measure speed and memory beside other implementations, on named workloads or shapes of your own, and check the results"
-    bench = commands.add_parser("bench", help=words, description=words)
+    bench = commands.add_parser("bench", help=words, description=words, allow_abbrev=False)
     add_bench_arguments(bench)
     given = parser.parse_args(argv)
     if given.command == "bench":

@@ -9,9 +9,8 @@ Bytes count each tensor of the pass once: what any implementation must read and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-
-import numpy as np
 
 __all__ = ["PASSES", "attention_bytes", "attention_flops", "visible_pairs"]
 
@@ -20,10 +19,12 @@ PASSES = ("fwd", "bwd", "fwd+bwd", "step")
 
 def visible_pairs(queries: int, keys: int, lo: int | None = None, hi: int | None = None) -> int:
     """How many pairs of query i and key j have ``lo <= j - i <= hi``; None leaves a side open."""
-    i = np.arange(queries, dtype=np.int64)
-    first = np.zeros_like(i) if lo is None else np.maximum(i + lo, 0)
-    last = np.full_like(i, keys - 1) if hi is None else np.minimum(i + hi, keys - 1)
-    return int(np.maximum(last - first + 1, 0).sum())
+    pairs = 0
+    for i in range(queries):
+        first = 0 if lo is None else max(i + lo, 0)
+        last = keys - 1 if hi is None else min(i + hi, keys - 1)
+        pairs += max(last - first + 1, 0)
+    return pairs
 
 
 def attention_flops(pairs: int, head_dim: int, value_dim: int, which: str) -> int:
@@ -42,9 +43,8 @@ def attention_bytes(
     dq, dk, dv and, with ``dbias``, the bias's gradient are written.
     """
     (B, M, Hq, _), Dv = q, v[3]
-    count = {name: int(np.prod(shape, dtype=np.int64)) for name, shape in (("q", q), ("k", k), ("v", v)) if shape is not None}
-    inputs = sum(count.values())
-    biases = 0 if bias is None else int(np.prod(bias, dtype=np.int64))
+    inputs = math.prod(q) + math.prod(k) + math.prod(v)
+    biases = 0 if bias is None else math.prod(bias)
     out = B * M * Hq * Dv
     forward = (inputs + biases + out) * itemsize
     backward = (inputs + biases + 2 * out + inputs + (biases if dbias else 0)) * itemsize + 4 * B * Hq * M

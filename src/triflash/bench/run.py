@@ -40,7 +40,8 @@ def run(options: Options) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.prepare and device.type == "cuda":
         _prepare(options, settings, console)
-    kept = {name: getattr(options, name) for name in ("words", "note", "budget", "min_samples", "seed", "passes")}
+    kept = {name: getattr(options, name) for name in ("note", "budget", "min_samples", "seed", "passes")}
+    kept["words"] = _without_out(options.words)
     found = Run(machine.facts(device), kept)
     lost = ""
     started = time.monotonic()
@@ -92,6 +93,12 @@ def plot(path: Path, folder: Path | None) -> int:
 def _console() -> Console:
     """As wide as the terminal; in a file there is no reason to fold a table."""
     return Console() if sys.stdout.isatty() else Console(width=180)
+
+
+def _without_out(words: tuple[str, ...]) -> list[str]:
+    """The command line for the record: where its files went is nobody's business."""
+    kept = [word for at, word in enumerate(words) if word != "--out" and (at == 0 or words[at - 1] != "--out")]
+    return [word for word in kept if not word.startswith("--out=")]
 
 
 @contextlib.contextmanager

@@ -119,7 +119,7 @@ class Workload:
         return attention_bytes(*self.shapes, self.bias_shape, DTYPES[self.dtype].itemsize, self.dbias, which)
 
     def build(self, device: torch.device, seed: int = 0) -> Problem:
-        """Random tensors: standard normal q, k, v and output gradient, and the bias that ``bias_values`` says. None asks for a gradient."""
+        """Random tensors: q, k, v and the output's gradient, standard normal (q such that scores are), and the bias."""
         generator = torch.Generator(device=device).manual_seed(seed)
         dtype = DTYPES[self.dtype]
 
@@ -127,6 +127,8 @@ class Workload:
             return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
         q, k, v = (normal(*shape) for shape in self.shapes)
+        if self.scale is not None:  # a model without a scale has it in its weights: scores of the usual size
+            q = q * (self.head_dim**-0.5 / self.scale)
         dout = normal(self.batch, self.queries, self.heads, self.value_dim)
         shape = self.bias_shape
         bias = None
