@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import oracle
 
-__all__ = ["Options", "attention", "dense_bias", "grouped", "probabilities", "scores"]
+__all__ = ["Options", "attention", "dense_bias", "grouped", "hidden", "probabilities", "scores"]
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,17 @@ def dense_bias(bias: Tensor, batch: int, batch_inner: int) -> Tensor:
     return bias.expand(batch // batch_inner, batch_inner, -1, -1, -1).flatten(0, 1)
 
 
-def scores(q: Tensor, k: Tensor, bias: Tensor | None, options: Options) -> tuple[Tensor, Tensor | None]:
+def hidden(queries: int, keys: int, options: Options, device: torch.device) -> Tensor | None:
+    """``(M, N)`` bool, True where the band hides a key; None without a band."""
+    if options.lo is None and options.hi is None:
+        return None
+    return ~oracle.visible(queries, keys, options.lo, options.hi, device)
+
+
+def scores(q: Tensor, k: Tensor, bias: Tensor | None, options: Options, banned: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """``(B, Hq, M, N)`` scores in q's dtype, -inf where hidden, and the derivative of the soft cap (None without one).
 
-    ``bias`` is ``(B|1, Hq|1, M|1, N|1)``, k has as many heads as q.
+    ``bias`` is ``(B|1, Hq|1, M|1, N|1)``, k has as many heads as q; ``banned`` is what :func:`hidden` gives, where it is at hand already.
     """
     s = torch.einsum("bmhd,bnhd->bhmn", q, k) * options.scale
     slope = None
@@ -63,8 +70,10 @@ def scores(q: Tensor, k: Tensor, bias: Tensor | None, options: Options) -> tuple
             s = s.masked_fill(~bias, -torch.inf)
         else:
             s = s + bias.to(s.dtype).masked_fill(bias.double() < oracle.LEAST_BIAS, -torch.inf)
-    if options.lo is not None or options.hi is not None:
-        s = s.masked_fill(~oracle.visible(s.shape[2], s.shape[3], options.lo, options.hi, s.device), -torch.inf)
+    if banned is None:
+        banned = hidden(s.shape[2], s.shape[3], options, s.device)
+    if banned is not None:
+        s = s.masked_fill(banned, -torch.inf)
     return s, slope
 
 
@@ -82,13 +91,21 @@ def probabilities(s: Tensor, sinks: Tensor | None) -> Tensor:
     return e / total.masked_fill(total == 0, 1.0)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Options, softmax_dtype: torch.dtype | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    softmax_dtype: torch.dtype | None = None,
+    banned: Tensor | None = None,
+) -> Tensor:
     """``softmax(softcap(scale q kᵀ) + bias) v``, ``(B, M, Hq, Dv)``; scores in q's dtype, softmax in ``softmax_dtype`` (default q's).
 
-    Every score is a tensor of ``(B, Hq, M, N)``, several times over. A soft cap and a bias are computed in ``softmax_dtype``.
+    Every score is an element of ``(B, Hq, M, N)``, several times over. ``banned`` is as for :func:`scores`.
     """
     heads = q.shape[2]
     bias = None if bias is None else dense_bias(bias, q.shape[0], options.batch_inner)
-    s, _ = scores(q, grouped(k, heads), bias, options)
+    s, _ = scores(q, grouped(k, heads), bias, options, banned)
     p = probabilities(s if softmax_dtype is None else s.to(softmax_dtype), options.sinks)
     return torch.einsum("bhmn,bnhd->bmhd", p.to(q.dtype), grouped(v, heads))

@@ -8,8 +8,9 @@ Of a problem with more than ``limit`` scores these parts are judged, each by the
 - the gradient of a bias that does not vary over queries: the last index along each batch and head dim that it varies over, summed over
   all the rest, every key.
 
-And every element of every result must be finite where the reference can only be. What is left: a wrong dk or dv, finite, in a head that was
-not drawn. Everything is computed in boxes of at most ``BOX`` scores, so memory stays below a gigabyte.
+And every element of every result must be finite. What this leaves unseen is a dk or dv that is wrong, but finite, in a head that was not
+drawn. Scores are computed in boxes of at most ``BOX``, which take less than a gigabyte; what is kept takes some 20 bytes for each element
+that is judged.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class Part:
     """A part of one result and what it is held against."""
 
     name: str
+    shape: tuple[int, ...]  # of the whole result
     index: Index
     judgement: Judgement
 
@@ -99,7 +101,10 @@ def verdict(parts: Sequence[Part], results: Mapping[str, Tensor]) -> str | None:
             return f"{name}: {int((~torch.isfinite(got)).sum())} of {got.numel()} elements are not finite"
     for part in parts:
         if part.name in results:
-            problem = disagreement(results[part.name].detach()[part.index], part.judgement)
+            got = results[part.name].detach()
+            if got.shape != part.shape:
+                return f"{part.name}: shape {tuple(got.shape)}, wanted {part.shape}"
+            problem = disagreement(got[part.index], part.judgement)
             if problem is not None:
                 return f"{part.name}: {problem}"
     return None
@@ -170,7 +175,9 @@ class _Sum:
         ulps = FLOAT32_ULPS * unit_roundoff(torch.float64 if dtype == torch.float64 else torch.float32)
         slack = ulps * self.rounding + STORED_FACTOR * self.shift.abs()
         factor = OUTPUT_FACTOR if self.name == "out" else GRADIENT_FACTOR
-        return Part(self.name, self.index, Judgement(self.exact, self.plain.to(self.tensor.dtype), factor, dtype, slack))
+        return Part(
+            self.name, tuple(self.tensor.shape), self.index, Judgement(self.exact, self.plain.to(self.tensor.dtype), factor, dtype, slack)
+        )
 
 
 def _compute(problem: Problem, region: _Region) -> list[Part]:
