@@ -5,7 +5,6 @@ Starts nothing on a device, works for GPUs that are not here, and does without T
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,6 +19,7 @@ from .plan import layout
 from .plan.configs import shared_memory
 from .plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
 from .plan.override import KERNELS
+from .plan.scratch import scratch
 from .plan.select import BACKENDS, Plan, Step, backend, config_of, current_choices, plan_backward, plan_forward, problem_of, why_not
 from .spec import AttentionSpec, Needs, spec_of
 from .triton_flash_attention import _arguments
@@ -91,7 +91,7 @@ def explain(
         forward=passes[0],
         backward=passes[1] if len(passes) > 1 else None,
         copies=copies,
-        memory=tuple(_memory(plans, spec, needs)),
+        memory=tuple(scratch(plans, spec, needs)),
         deterministic=deterministic,
         determinism=determinism,
         notes=tuple(_notes(facts, plans, compile)),
@@ -198,32 +198,6 @@ def _copies(plans: list[Plan], spec: AttentionSpec, device: DeviceFacts, tensors
             reason = f"its rows are not a multiple of {layout.BIAS_STRIDE} elements apart, or do not start at 16 bytes"
             copies.append(Copy("bias", elements * bias.element_size(), reason))
     return tuple(copies)
-
-
-def _memory(plans: list[Plan], spec: AttentionSpec, needs: Needs) -> Iterable[tuple[str, int]]:
-    """Scratch beyond inputs, outputs and gradients, as ``launch/`` and the backends allocate it."""
-    rows = spec.batch * spec.heads * spec.queries
-    width = 8 if spec.dtype == "fp64" else 4
-    yield "lse" if len(plans) == 1 else "lse (until the backward pass)", rows * width
-    if len(plans) > 1:
-        backward = plans[1]
-        if backward.backend == "tiled" or any(step.kernel == "delta" for step in backward.steps):
-            yield "delta", rows * width
-        for step in backward.steps:
-            if "dbias" in step.gives and step.splits > 1 and step.kernel != "dbias_sum":
-                yield "partial sums of dbias", step.splits * _bias_elements(spec) * 4
-        if backward.backend == "tiled" and needs.dq and spec.dtype in ("fp16", "bf16"):
-            yield "float32 sum of dq", rows * spec.head_dim * 4
-        if backward.backend == "tiled" and needs.dbias and spec.bias is not None and spec.bias.dtype in ("fp16", "bf16"):
-            yield "float32 sum of dbias", _bias_elements(spec) * 4
-    if any(plan.backend == "oracle" for plan in plans):
-        yield "every score in float64, several times", rows * spec.keys * 8
-
-
-def _bias_elements(spec: AttentionSpec) -> int:
-    assert spec.bias is not None
-    sizes = (spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys)
-    return math.prod(size for size, varies in zip(sizes, spec.bias.varies, strict=True) if varies)
 
 
 def _determinism(plans: list[Plan]) -> tuple[bool, str]:

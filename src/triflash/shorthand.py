@@ -44,8 +44,8 @@ def dtype(text: str) -> torch.dtype:
 
 
 def causal(text: str) -> tuple[bool, ...]:
-    """``yes``, ``no`` or ``both`` as the values to run: ``(True,)``, ``(False,)`` or ``(False, True)``."""
-    values = {"no": (False,), "yes": (True,), "both": (False, True)}
+    """``yes``, ``no`` or ``both`` as the values to run: ``(True,)``, ``(False,)`` or ``(False, True)``; also ``causal`` and ``full``."""
+    values = {"no": (False,), "full": (False,), "yes": (True,), "causal": (True,), "both": (False, True)}
     if text.strip().lower() not in values:
         raise bad_value("causal", "yes, no or both", repr(text))
     return values[text.strip().lower()]
