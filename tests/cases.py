@@ -195,7 +195,7 @@ def attend(case: Case, inputs: Inputs, backend: str) -> tuple[Tensor, Tensor | N
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
     if case.is_raw:
         lo, hi = case.band
-        return torch.ops.triflash.forward(q, k, v, five_dims(bias), case.batch_inner, lo, hi, case.softmax_scale, "", backend)
+        return torch.ops.triflash.forward(q, k, v, five_dims(bias), case.batch_inner, lo, hi, case.softmax_scale, "", backend)[:2]
     with triflash.backend(backend):
         return triflash.flash_attn_func(q, k, v, bias, case.causal, case.scale), None
 

@@ -236,7 +236,7 @@ def test_raw_operators(row: Row) -> None:
     assert_refuses(lambda: torch.ops.triflash.forward(*arguments.values()), exception, name, parts)
     tensors = [arguments.pop(n) for n in ("q", "k", "v", "bias")]
     dq = torch.full((B, M, H, D), 7.0)
-    saved = (rand(B, M, H, D), None, *tensors, rand(B, M, H, D), rand(B, H, M))
+    saved = (rand(B, M, H, D), None, *tensors, rand(B, M, H, D), rand(B, H, M), None)
     assert_refuses(lambda: torch.ops.triflash.backward(*saved, *arguments.values(), [True] * 3 + [False]), exception, name, parts)
     assert_refuses(lambda: torch.ops.triflash.backward_(*saved, *arguments.values(), dq, None, None, None), exception, name, parts)
     assert (dq == 7.0).all()
@@ -248,6 +248,8 @@ RAW_BACKWARD: list[Row] = [
     ("dlse too short", {"dlse": rand(B, H, M - 1)}, ValueError, "dlse", ["(2, 3, 5)"]),
     ("out of another head dim", {"out": rand(B, M, H, D - 1)}, ValueError, "out", ["(2, 6, 3, 7)"]),
     ("lse too short", {"lse": rand(B, H, M - 1)}, ValueError, "lse", ["(2, 3, 5)"]),
+    ("rest too short", {"rest": rand(B, H, M - 1)}, ValueError, "rest", ["(2, 3, 5)"]),
+    ("rest in half precision", {"rest": rand(B, H, M).half()}, TypeError, "rest", ["torch.float16"]),
     ("lse in half precision", {"lse": rand(B, H, M).half()}, TypeError, "lse", ["torch.float16"]),
 ]
 RAW_OUTPUTS: list[Row] = [
@@ -263,7 +265,7 @@ def test_raw_backward(row: Row) -> None:
     """A kernel would read or write past the end of these."""
     _, wrong, exception, name, parts = row
     bias = rand(1, 1, H, M, N)
-    inputs = {"dout": rand(B, M, H, D), "dlse": None, **qkv(), "bias": bias, "out": rand(B, M, H, D), "lse": rand(B, H, M)}
+    inputs = {"dout": rand(B, M, H, D), "dlse": None, **qkv(), "bias": bias, "out": rand(B, M, H, D), "lse": rand(B, H, M), "rest": None}
     outputs = {n: torch.full_like(x, 7.0) for n, x in (("dq", inputs["q"]), ("dk", inputs["k"]), ("dv", inputs["v"]), ("dbias", bias))}
     inputs |= {n: x for n, x in wrong.items() if n in inputs}
     outputs |= {n: x for n, x in wrong.items() if n in outputs}
@@ -294,7 +296,7 @@ def test_two_gradients_into_one_tensor() -> None:
 
 def test_raw_gradient_of_an_absent_bias() -> None:
     """There is none: an error, or an empty tensor, but no assertion inside the planner."""
-    inputs = {"dout": rand(B, M, H, D), "dlse": None, **qkv(), "bias": None, "out": rand(B, M, H, D), "lse": rand(B, H, M)}
+    inputs = {"dout": rand(B, M, H, D), "dlse": None, **qkv(), "bias": None, "out": rand(B, M, H, D), "lse": rand(B, H, M), "rest": None}
     try:
         dbias = torch.ops.triflash.backward(*inputs.values(), *RAW.values(), [True] * 4)[3]
     except ValueError as error:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import HAVE_TRITON, triton_only, with_layout
+from cases import HAVE_TRITON, five_dims, triton_only, with_layout
 from test_bad_input import OPTIONS, TENSORS, assert_refuses, ids, qkv
 from test_structure import run_python
 from triflash import UnsupportedError, explain, flash_attn_func
@@ -258,6 +258,7 @@ def test_scratch_is_what_a_launch_allocates(bias: str | None, device: torch.devi
     explained = explain(*arguments, backend="triton")
     with triflash.backend("triton"):
         out = flash_attn_func(*arguments)
+    _, lse, rest = torch.ops.triflash.forward(*arguments[:3], five_dims(arguments[3]), 1, None, None, 1.0, "", "triton")
     allocated: list[int] = []
     new_empty = Tensor.new_empty
 
@@ -275,7 +276,8 @@ def test_scratch_is_what_a_launch_allocates(bias: str | None, device: torch.devi
     with mock.patch.object(launch, "backward_calls", watched):
         out.sum().backward()
     memory = dict(explained.memory)
-    assert memory.pop("lse (until the backward pass)") == B * H * M * 4
+    assert memory.pop("lse (until the backward pass)") == lse.nbytes == B * H * M * 4
+    assert memory.pop("rest of lse", 0) == rest.nbytes
     assert sorted(memory.values()) == sorted(allocated)
 
 

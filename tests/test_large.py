@@ -72,8 +72,8 @@ def test_huge_strides(far: Far, backend: str, device: torch.device) -> None:
     def results(x: dict[str, Tensor]) -> list[Tensor]:
         tensors = (x["q"], x["k"], x["v"], x["bias"])
         with small_tiles((32, 32)):
-            out, lse = ops.attention_forward(*tensors, *options)
-            return [out, lse, *ops.attention_backward(x["dout"], None, *tensors, out, lse, *options, [True] * 4)]
+            out, lse, rest = ops.attention_forward(*tensors, *options)
+            return [out, lse, *ops.attention_backward(x["dout"], None, *tensors, out, lse, rest, *options, [True] * 4)]
 
     wanted = results(inputs)
     got = results({**inputs, far.argument: spread(inputs[far.argument], far.strides)})
@@ -89,17 +89,17 @@ def test_gradients_into_huge_strides(name: str, device: torch.device) -> None:
     q, k, v, dout = (torch.randn(B, length, H, D, device=device).to(F16) for length in (M, N, N, M))
     options = (1, None, None, 0.3, "", "triton")
     with small_tiles((32, 32)):
-        out, lse = ops.attention_forward(q, k, v, None, *options)
+        out, lse, rest = ops.attention_forward(q, k, v, None, *options)
         wanted = dict(
             zip(
                 ("dq", "dk", "dv"),
-                ops.attention_backward(dout, None, q, k, v, None, out, lse, *options, [True] * 3 + [False]),
+                ops.attention_backward(dout, None, q, k, v, None, out, lse, rest, *options, [True] * 3 + [False]),
                 strict=False,
             )
         )
         given = {n: torch.zeros_like(x) for n, x in wanted.items() if n in ("dq", "dk", "dv")}
         given[name] = spread(given[name], (32, 2**27 + 64, 16, 1))
-        ops.attention_backward_(dout, None, q, k, v, None, out, lse, *options, *given.values(), None)
+        ops.attention_backward_(dout, None, q, k, v, None, out, lse, rest, *options, *given.values(), None)
     for n, x in given.items():
         assert torch.equal(x, wanted[n]), n
 

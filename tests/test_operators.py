@@ -60,8 +60,8 @@ def test_opcheck_forward_of_unusual_inputs(layout: str, device: torch.device) ->
 
 def saved(device: torch.device) -> tuple[tuple[Any, ...], list[Tensor]]:
     q, k, v, bias = tensors(device, grad=False)
-    out, lse = ops.attention_forward(q, k, v, five(bias), *OPTIONS)
-    return (torch.randn_like(out), torch.randn_like(lse), q, k, v, five(bias), out, lse), [q, k, v, five(bias)]
+    out, lse, rest = ops.attention_forward(q, k, v, five(bias), *OPTIONS)
+    return (torch.randn_like(out), torch.randn_like(lse), q, k, v, five(bias), out, lse, rest), [q, k, v, five(bias)]
 
 
 @pytest.mark.parametrize("needs", [[True] * 4, [False, True, False, True], [True, False, False, False]], ids=str)
@@ -85,8 +85,8 @@ def test_in_place_backward_equals_the_other_and_writes_any_strides(backend: str,
     q, k, v = (torch.randn(4, 20, 2, 8, device=device) for _ in range(3))
     bias = torch.randn(1, 1, 2, 20, 20, device=device)
     options = (*OPTIONS[:-1], backend)
-    out, lse = ops.attention_forward(q, k, v, bias, *options)
-    arguments = (torch.randn_like(out), None, q, k, v, bias, out, lse)
+    out, lse, rest = ops.attention_forward(q, k, v, bias, *options)
+    arguments = (torch.randn_like(out), None, q, k, v, bias, out, lse, rest)
     with triflash.record_launches() as ran:
         wanted = ops.attention_backward(*arguments, *options, [True] * 4)
     assert ("dbias_sum" in kernels(ran)) == (backend == "triton")
@@ -209,7 +209,7 @@ def test_compiled_with_frozen_inputs_and_a_mask(compiler: str, device: torch.dev
 
 def test_lse_alone_is_differentiable(device: torch.device) -> None:
     q, k, v, _ = tensors(device)
-    _, lse = ops.attention_forward(q, k, v, None, *OPTIONS)
+    _, lse, _ = ops.attention_forward(q, k, v, None, *OPTIONS)
     with triflash.record_launches() as ran:
         dq, dk, dv = torch.autograd.grad(lse.sum(), (q, k, v))
     assert ran == ["tiled: backward"]

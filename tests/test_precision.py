@@ -19,8 +19,8 @@ def test_precision_of_products(precision: str, device: torch.device) -> None:
     q, k, v, dout = (torch.randn(2, 70, 2, 64, device=device) for _ in range(4))
     bias = torch.randn(1, 1, 2, 70, 70, device=device)
     options = (1, None, 0, 0.125, precision, "triton")
-    out, lse = ops.attention_forward(q, k, v, bias, *options)
-    grads = ops.attention_backward(dout, None, q, k, v, bias, out, lse, *options, [True] * 4)
+    out, lse, rest = ops.attention_forward(q, k, v, bias, *options)
+    grads = ops.attention_backward(dout, None, q, k, v, bias, out, lse, rest, *options, [True] * 4)
     exact = [x.double().requires_grad_() for x in (q, k, v, bias)]
     wanted, _ = oracle.attention(*exact, hi=0)
     wanted_grads = torch.autograd.grad(wanted, exact, dout.double())

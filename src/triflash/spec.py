@@ -156,14 +156,21 @@ def spec_of(
 
 
 def check_saved(
-    q: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor
+    q: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rest: torch.Tensor | None,
 ) -> None:
-    """What a backward pass is given besides its inputs: dout and out (B, M, H, Dv) like q, lse and dlse (B, H, M)."""
+    """What a backward pass is given besides its inputs: dout and out (B, M, H, Dv) like q, lse, rest and dlse (B, H, M)."""
     B, M, H, _ = q.shape
     for name, tensor, shape in (
         ("dout", dout, (B, M, H, v.shape[3])),
         ("out", out, (B, M, H, v.shape[3])),
         ("lse", lse, (B, H, M)),
+        ("rest", rest, (B, H, M)),
         ("dlse", dlse, (B, H, M)),
     ):
         if tensor is None:
@@ -173,8 +180,9 @@ def check_saved(
         if tensor.device != q.device:
             raise bad_value(name, f"q's device {q.device}", tensor.device)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for name, tensor, dtype in (("dout", dout, q.dtype), ("out", out, q.dtype), ("lse", lse, lse_dtype)):
-        if tensor.dtype != dtype:
+    dtypes = (("dout", dout, q.dtype), ("out", out, q.dtype), ("lse", lse, lse_dtype), ("rest", rest, torch.float32))
+    for name, tensor, dtype in dtypes:
+        if tensor is not None and tensor.dtype != dtype:
             raise bad_type(name, str(dtype), tensor.dtype)
 
 

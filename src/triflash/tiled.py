@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_LEAST_BIAS = -torch.finfo(torch.float32).max / 1.4426950408889634  # below it a bias counts as -inf: see oracle.py
+_LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
+_LEAST_BIAS = -torch.finfo(torch.float32).max / _LOG2E  # below it a bias counts as -inf: see oracle.py
 
 __all__ = ["backward", "forward", "tile_size"]
 
@@ -41,12 +42,14 @@ def forward(
     scale: float,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor | None = None,
     tile: int | None = None,
 ) -> None:
-    """Fill ``out (B, M, H, Dv)`` and ``lse (B, H, M)``. Arguments as in :func:`triflash.oracle.attention`, bias canonical (5 dims).
+    """Fill ``out (B, M, H, Dv)``, ``lse (B, H, M)`` and, if given, ``rest (B, H, M)``: what a float32 lse lost of a huge one.
+    Arguments as in :func:`triflash.oracle.attention`, bias canonical (5 dims).
 
     Owns ``tile`` query rows of every head at a time and walks the key tiles that they can see:
-    ``m' = max(m, rowmax s); l' = l e^(m-m') + rowsum e^(s-m'); acc' = acc e^(m-m') + e^(s-m') v``.
+    ``m' = max(m, rowmax s); l' = l 2^(m-m') + rowsum 2^(s-m'); acc' = acc 2^(m-m') + 2^(s-m') v``, scores in base 2.
     """
     batch, M, H, _ = q.shape
     N = k.shape[1]
@@ -60,16 +63,19 @@ def forward(
         for cols in _visible_slices(rows, N, lo, hi, tile):
             s = _scores(q_tile, _heads_first(k, cols, math), bias, batch_inner, rows, cols, lo, hi, scale)  # [B, H, BM, BN]
             m_new = torch.maximum(m, s.amax(-1, keepdim=True))
-            m_safe = m_new.masked_fill(m_new == -torch.inf, 0.0)  # a row that has seen nothing yet: exp(-inf - 0) = 0, never NaN
-            p = torch.exp(s.sub_(m_safe))
-            shrink = torch.exp(m - m_safe)
+            m_safe = m_new.masked_fill(m_new == -torch.inf, 0.0)  # a row that has seen nothing yet: 2^(-inf - 0) = 0, never NaN
+            p = torch.exp2(s.sub_(m_safe))
+            shrink = torch.exp2(m - m_safe)
             l = l * shrink + p.sum(-1, keepdim=True)
             acc = acc * shrink + p @ _heads_first(v, cols, math)
             m = m_new
         unseen = l == 0
         l = l.masked_fill(unseen, 1.0)
         out[:, rows] = (acc / l).transpose(1, 2)
-        lse[:, :, rows] = (m + l.log()).masked_fill(unseen, -torch.inf).squeeze(-1)
+        row_lse = ((m + l.log2()) * _LN2).masked_fill(unseen, -torch.inf)
+        lse[:, :, rows] = row_lse.squeeze(-1)
+        if rest is not None:
+            rest[:, :, rows] = ((m - row_lse * _LOG2E) + l.log2()).masked_fill(unseen, 0.0).squeeze(-1)
 
 
 def backward(
@@ -81,6 +87,7 @@ def backward(
     bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor | None = None,
     *,
     batch_inner: int,
     lo: int | None,
@@ -94,7 +101,7 @@ def backward(
 ) -> None:
     """Fill those of ``dq, dk, dv, dbias`` that are given; what is None is not computed. dbias has the canonical bias's own shape.
 
-    With ``p = e^(s - lse)`` and ``delta = rowsum(out * dout) - dlse``:
+    With ``p = 2^(s - lse - rest)`` in base 2 and ``delta = rowsum(out * dout) - dlse``:
     ``dv = pᵀ dout``, ``ds = p * (dout vᵀ - delta)``, ``dk = scale dsᵀ q``, ``dq = scale ds k``, ``dbias = ds`` summed over broadcast dims.
     """
     batch, M, H, _ = q.shape
@@ -108,8 +115,8 @@ def backward(
         delta[:, :, rows] = (_heads_first(out, rows, math) * _heads_first(dout, rows, math)).sum(-1)
     if dlse is not None:
         delta -= dlse
-    # p is exp(s - lse): a row that saw no key gets +inf here, so that its p is 0 and its gradients vanish.
-    lse_safe = lse.masked_fill(lse == -torch.inf, torch.inf)
+    # p is 2^(s - lse): a row that saw no key gets +inf here, so that its p is 0 and its gradients vanish.
+    lse_log2 = (lse * _LOG2E).masked_fill(lse == -torch.inf, torch.inf)
 
     for cols in _slices(0, N, tile):
         k_tile, v_tile = _heads_first(k, cols, math), _heads_first(v, cols, math)
@@ -117,7 +124,10 @@ def backward(
         for rows in _visible_slices(cols, M, _negated(hi), _negated(lo), tile):
             q_tile, do_tile = _heads_first(q, rows, math), _heads_first(dout, rows, math)
             s = _scores(q_tile, k_tile, bias, batch_inner, rows, cols, lo, hi, scale)
-            p = torch.exp(s.sub_(lse_safe[:, :, rows, None]))  # [B, H, BM, BN]
+            s.sub_(lse_log2[:, :, rows, None])
+            if rest is not None:
+                s.sub_(rest[:, :, rows, None])
+            p = torch.exp2(s.clamp_(max=0.0))  # [B, H, BM, BN]; at most 1 also where a huge lse was rounded and its rest not kept
             if dv is not None:
                 dv_tile += p.transpose(2, 3) @ do_tile
             if not need_ds:
@@ -183,8 +193,8 @@ def _scores(
     hi: int | None,
     scale: float,
 ) -> Tensor:
-    """Scaled, biased, masked scores of one tile: ``[B, H, BM, BN]``."""
-    s = (q @ k.transpose(2, 3)).mul_(scale)
+    """Scaled, biased, masked scores of one tile in base 2: ``[B, H, BM, BN]``."""
+    s = (q @ k.transpose(2, 3)).mul_(scale * _LOG2E)
     if bias is not None:
         split = s.unflatten(0, (s.shape[0] // batch_inner, batch_inner))
         part = _bias_tile(bias, rows, cols)
@@ -192,7 +202,7 @@ def _scores(
             split.masked_fill_(~part, -torch.inf)
         else:
             part = part.to(s.dtype)
-            split += part.masked_fill(part < _LEAST_BIAS, -torch.inf)
+            split.add_(part.masked_fill(part < _LEAST_BIAS, -torch.inf), alpha=_LOG2E)
     crosses_hi = hi is not None and cols.stop - 1 - rows.start > hi
     crosses_lo = lo is not None and cols.start - (rows.stop - 1) < lo
     if crosses_hi or crosses_lo:

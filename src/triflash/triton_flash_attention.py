@@ -105,8 +105,8 @@ def _forward(ctx: Any, inputs: tuple[Tensor, ...], bias: Tensor | None, causal: 
     """Forward of the autograd classes: ``inputs`` are q, k, v however they are packed."""
     q, k, v = _unpack(*inputs)
     canonical, options = _arguments(q, k, v, bias, causal, softmax_scale)
-    out, lse = attention_forward(q, k, v, canonical, *options)
-    ctx.save_for_backward(*inputs, bias, out, lse)
+    out, lse, rest = attention_forward(q, k, v, canonical, *options)
+    ctx.save_for_backward(*inputs, bias, out, lse, rest)
     ctx.options = options
     return out
 
@@ -121,7 +121,7 @@ def _unpack(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     """Backward of the autograd classes: a packed input gets a packed gradient, written in place by the kernels."""
-    *inputs, bias, out, lse = ctx.saved_tensors
+    *inputs, bias, out, lse, rest = ctx.saved_tensors
     q, k, v = _unpack(*inputs)
     canonical = canonical_bias(bias)
     wanted = ctx.needs_input_grad
@@ -133,7 +133,7 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     if canonical is not None and wanted[len(inputs)]:
         dbias = torch.empty_like(canonical, memory_format=torch.contiguous_format)
     with torch.no_grad():
-        attention_backward_(dout, None, q, k, v, canonical, out, lse, *ctx.options, *parts, dbias)
+        attention_backward_(dout, None, q, k, v, canonical, out, lse, rest, *ctx.options, *parts, dbias)
     grads.append(None if dbias is None else dbias.view(bias.shape))
     return (*differentiable_once(grads, (dout, *inputs, bias)), None, None)
 
@@ -208,7 +208,7 @@ def _flash_attn_forward(
     """
     canonical, options = _arguments(q, k, v, bias, causal, softmax_scale)
     with torch.no_grad():
-        out, lse = attention_forward(q, k, v, canonical, *options)
+        out, lse, _ = attention_forward(q, k, v, canonical, *options)
         lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % LSE_ROW_MULTIPLE), value=-torch.inf)
     return out, lse, options[3]
 
@@ -249,4 +249,4 @@ def _flash_attn_backward(
     if lse.device != q.device:
         raise bad_value("lse", f"q's device {q.device}", lse.device)
     with torch.no_grad():
-        attention_backward_(do, None, q, k, v, canonical, o, lse[:, :, : q.shape[1]], *options, dq, dk, dv, None)
+        attention_backward_(do, None, q, k, v, canonical, o, lse[:, :, : q.shape[1]], None, *options, dq, dk, dv, None)

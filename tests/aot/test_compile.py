@@ -19,7 +19,7 @@ from triflash.spec import Needs, spec_of
 
 ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "gfx942")
 DEFAULT_SPILLS = 64  # words a thread that an unmeasured configuration may spill; a measured row declares its own
-WIDE_BIAS_SPILLS = 128  # the same for a measured row, which declares what it spills with a 16-bit bias, under a float32 one
+WIDE_BIAS_SPILLS = 160  # the same for a measured row, which declares what it spills with a 16-bit bias, under a float32 one
 LENGTH = 2032  # a multiple of 16, so that loads are wide, but of no tile, so that every masked loop is compiled
 
 
@@ -82,10 +82,11 @@ def calls(target: Target, batch: int = 2, heads: int = 16) -> tuple[Plan, list[C
     bias = make(*bias_shape(target, batch, heads), dtype=target.bias_dtype or target.dtype) if target.bias else None
     spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
     facts = KNOWN_DEVICES[target.arch]
+    rest = torch.empty_like(lse) if bias is not None else None
     forward = plan_forward(spec, facts, "triton")
     backward = plan_backward(spec, Needs(True, True, True, bias is not None), facts, "triton")
-    made = forward_calls(forward, spec, q, q, q, bias, q, lse)
-    made += backward_calls(backward, spec, q, None, q, q, q, bias, q, lse, q, q, q, bias)
+    made = forward_calls(forward, spec, q, q, q, bias, q, lse, rest)
+    made += backward_calls(backward, spec, q, None, q, q, q, bias, q, lse, rest, q, q, q, bias)
     return Plan("triton", forward.steps + backward.steps), made
 
 

@@ -41,21 +41,25 @@ def _record(plan: Plan) -> None:
         recorder.extend(f"{plan.backend}: {step}" for step in plan.steps)
 
 
-def run_forward(plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:
-    """Fill ``out (B, M, H, Dv)`` and ``lse (B, H, M)``."""
+def run_forward(
+    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
+) -> None:
+    """Fill ``out (B, M, H, Dv)``, ``lse (B, H, M)`` and, if given, ``rest (B, H, M)``."""
     options: dict[str, Any] = {"batch_inner": spec.batch_inner, "lo": spec.lo, "hi": spec.hi, "scale": spec.scale}
     if plan.backend == "triton":
         from . import triton
 
-        triton.forward(plan, spec, q, k, v, bias, out, lse)
+        triton.forward(plan, spec, q, k, v, bias, out, lse, rest)
     elif plan.backend == "tiled":
         with _without_autocast(q):
-            tiled.forward(q, k, v, bias, out=out, lse=lse, **options)
+            tiled.forward(q, k, v, bias, out=out, lse=lse, rest=rest, **options)
     else:
         with _without_autocast(q):
             dense_out, dense_lse = oracle.attention(q, k, v, bias, **options)
         out.copy_(dense_out)
         lse.copy_(dense_lse)
+        if rest is not None:
+            rest.zero_()  # its own backward pass differentiates the forward pass and reads no lse
     if _recorders:
         _record(plan)
 
@@ -71,6 +75,7 @@ def run_backward(
     bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor | None,
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
@@ -81,10 +86,10 @@ def run_backward(
     if plan.backend == "triton":
         from . import triton
 
-        triton.backward(plan, spec, dout, dlse, q, k, v, bias, out, lse, dq, dk, dv, dbias)
+        triton.backward(plan, spec, dout, dlse, q, k, v, bias, out, lse, rest, dq, dk, dv, dbias)
     elif plan.backend == "tiled":
         with _without_autocast(q):
-            tiled.backward(dout, dlse, q, k, v, bias, out, lse, dq=dq, dk=dk, dv=dv, dbias=dbias, **options)
+            tiled.backward(dout, dlse, q, k, v, bias, out, lse, rest, dq=dq, dk=dk, dv=dv, dbias=dbias, **options)
     else:
         with _without_autocast(q):
             _oracle_backward(dout, dlse, (q, k, v, bias), (dq, dk, dv, dbias), options)

@@ -21,6 +21,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from ..plan import layout
+from ..plan.scratch import keeps_rest
 from ..plan.select import Plan
 from ..spec import AttentionSpec, Needs
 from .triton import Call, backward_calls, forward_calls
@@ -86,7 +87,8 @@ def calls_of(plan: Plan, spec: AttentionSpec, needs: Needs, q: Tensor, k: Tensor
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
     wanted = zip((q, k, v, bias), (needs.dq, needs.dk, needs.dv, needs.dbias), strict=True)
     grads = [torch.empty(x.shape, dtype=x.dtype, device="meta") if need and x is not None else None for x, need in wanted]
-    return pass_calls(plan, spec, q, k, v, bias, out, lse, out, grads)
+    rest = lse.new_empty(lse.shape) if keeps_rest(spec) else None
+    return pass_calls(plan, spec, q, k, v, bias, out, lse, rest, out, grads)
 
 
 def pass_calls(
@@ -98,14 +100,15 @@ def pass_calls(
     bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor | None,
     dout: Tensor,
     grads: Sequence[Tensor | None],
 ) -> list[Call]:
-    """The launches of a plan: of a forward pass they write out and lse, of a backward pass those of ``grads`` (dq, dk, dv, dbias) given."""
+    """The launches of a plan: a forward pass writes out, lse and rest, a backward pass those of ``grads`` (dq, dk, dv, dbias) given."""
     if any(step.kernel == "forward" for step in plan.steps):
-        return forward_calls(plan, spec, q, k, v, bias, out, lse)
+        return forward_calls(plan, spec, q, k, v, bias, out, lse, rest)
     dq, dk, dv, dbias = grads
-    return backward_calls(plan, spec, dout, None, q, k, v, bias, out, lse, dq, dk, dv, dbias)
+    return backward_calls(plan, spec, dout, None, q, k, v, bias, out, lse, rest, dq, dk, dv, dbias)
 
 
 def _meta(x: Tensor) -> Tensor:

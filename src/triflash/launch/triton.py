@@ -43,9 +43,11 @@ class Call:
         self.kernel[(self.programs,)](*self.args, **self.constants, num_warps=self.config.num_warps, num_stages=self.config.num_stages)
 
 
-def forward(plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor) -> None:
-    """Fill out and lse. Every tensor is canonical (``spec.spec_of``); out and lse are contiguous."""
-    _start(q.device, forward_calls(plan, spec, _rows(q), _rows(k), _rows(v), _vectorisable(bias), out, lse))
+def forward(
+    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
+) -> None:
+    """Fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); the outputs are contiguous."""
+    _start(q.device, forward_calls(plan, spec, _rows(q), _rows(k), _rows(v), _vectorisable(bias), out, lse, rest))
 
 
 def backward(
@@ -59,6 +61,7 @@ def backward(
     bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor | None,
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
@@ -73,23 +76,24 @@ def backward(
         return
     q, k, v, out, dout = map(_rows, (q, k, v, out, dout))
     lse = lse if lse.stride(2) == 1 or lse.shape[2] == 1 else lse.contiguous()
+    rest = None if rest is None else rest.contiguous()
     # Kernels write rows whose last dim is contiguous, and a contiguous dbias; what is laid out otherwise is filled by way of a copy.
     written = [None if grad is None else _rows(grad) for grad in given[:3]]
     written.append(None if dbias is None else dbias.contiguous())
-    _start(q.device, backward_calls(plan, spec, dout, dlse, q, k, v, _vectorisable(bias), out, lse, *written))
+    _start(q.device, backward_calls(plan, spec, dout, dlse, q, k, v, _vectorisable(bias), out, lse, rest, *written))
     for grad, filled in zip(given, written, strict=True):
         if grad is not None and filled is not None and filled is not grad:
             grad.copy_(filled)
 
 
 def forward_calls(
-    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor
+    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
 ) -> list[Call]:
     """The launches of a forward pass."""
     calls = []
     for step in plan.steps:
         args = (
-            *(q, k, v, _bytes(bias), out, lse),
+            *(q, k, v, _bytes(bias), out, lse, rest),
             *(_strides(q), _strides(k), _strides(v), _bias_strides(bias), _strides(out), lse.stride()[:2]),
             *_sizes(spec),
             *(spec.lo, spec.hi, spec.scale),
@@ -111,13 +115,14 @@ def backward_calls(
     bias: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rest: Tensor | None,
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
     dbias: Tensor | None,
 ) -> list[Call]:
     """The launches of a backward pass; allocates the scratch between them (delta, and partial sums of a split dbias)."""
-    inputs = (q, k, v, _bytes(bias), dout, lse)
+    inputs = (q, k, v, _bytes(bias), dout, lse, rest)
     strides = (_strides(q), _strides(k), _strides(v), _bias_strides(bias), _strides(dout), lse.stride()[:2])
     wide = _wide((q, k, v, out, dout, bias, dq, dk, dv))
     delta = parts = None

@@ -14,6 +14,7 @@ from ..bench.gate import Problem, reference, verdict
 from ..bench.timing import Samples, measure_interleaved
 from ..plan.configs import TileConfig
 from ..plan.device import DeviceFacts
+from ..plan.scratch import keeps_rest
 from ..spec import causal_band
 from .cases import Case, launches, plan_of
 
@@ -45,8 +46,8 @@ class Bench:
 
         self.x = case.tensors(normal)
         self.spec = case.spec()
-        self.out, self.lse = self._forward_outputs()
-        for call in self._calls("forward", case.default("forward", facts), self.out, self.lse, {}):
+        self.saved = self._forward_outputs()
+        for call in self._calls("forward", case.default("forward", facts), self.saved, {}):
             call.start()
         lo, hi = causal_band(case.causal)
         options = Options(scale=self.spec.scale, lo=lo, hi=hi)
@@ -93,9 +94,9 @@ class Bench:
         step = plan.step(kernel)
         assert step is not None
         if kernel == "forward":
-            calls, results = self._calls(kernel, config, *self.scratch, {}), {"out": self.scratch[0]}
+            calls, results = self._calls(kernel, config, self.scratch, {}), {"out": self.scratch[0]}
         else:
-            calls = self._calls(kernel, config, self.out, self.lse, self.grads)
+            calls = self._calls(kernel, config, self.saved, self.grads)
             results = {name: self.grads[name] for name in step.gives}
             calls[[s.kernel for s in plan.steps].index("delta")].start()
         own = launches(plan, kernel, calls)
@@ -106,14 +107,17 @@ class Bench:
 
         return run, results
 
-    def _forward_outputs(self) -> tuple[Tensor, Tensor]:
+    def _forward_outputs(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """out, lse and rest, as ``launch`` takes them."""
         case = self.case
         lse = self.x.q.new_empty((case.batch, case.heads, case.queries), dtype=torch.float32)
-        return torch.empty_like(self.x.dout), lse
+        return torch.empty_like(self.x.dout), lse, torch.empty_like(lse) if keeps_rest(self.spec) else None
 
-    def _calls(self, kernel: str, config: TileConfig, out: Tensor, lse: Tensor, grads: Mapping[str, Tensor]) -> list[Any]:
+    def _calls(
+        self, kernel: str, config: TileConfig, outputs: tuple[Tensor, Tensor, Tensor | None], grads: Mapping[str, Tensor]
+    ) -> list[Any]:
         from ..launch import ahead
 
         x, plan = self.x, plan_of(self.case, kernel, self.facts, config)
         given = tuple(grads.get(name) for name in ("dq", "dk", "dv", "dbias"))
-        return ahead.pass_calls(plan, self.spec, x.q, x.k, x.v, x.bias, out, lse, x.dout, given)
+        return ahead.pass_calls(plan, self.spec, x.q, x.k, x.v, x.bias, *outputs, x.dout, given)

@@ -21,6 +21,7 @@ from .prims import (
     load_vector,
     locate,
     offset,
+    probabilities,
     segments,
     store_rows,
     store_tile,
@@ -49,7 +50,7 @@ def delta(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, db, k, v, q, dout, lse, delta_in, bias, q_row, dout_row, bias_row, bias_col, n0, begin, end, M, N, lo, hi, scale_log2,
+    dk, dv, db, k, v, q, dout, lse, rest, delta_in, bias, q_row, dout_row, bias_row, bias_col, n0, begin, end, M, N, lo, hi, scale_log2,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     IS_MASK: tl.constexpr, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr, EVEN_N: tl.constexpr,
     NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DB: tl.constexpr,
@@ -68,7 +69,11 @@ def _walk_queries(
             st = add_bias(st, b, IS_MASK)
         if MASKED:
             st = tl.where(in_band(m0 + i, n0 + j, N, lo, hi), st, float("-inf"))
-        pt = tl.exp2(st - lse_log2[None, :])
+        CLAMPED: tl.constexpr = bias is not None and not IS_MASK
+        if rest is not None:
+            pt = probabilities(st, lse_log2[None, :], load_vector(rest, m0, M, BM, MASKED)[None, :], True, CLAMPED)
+        else:
+            pt = probabilities(st, lse_log2[None, :], 0.0, False, CLAMPED)
         do_tile = load_rows(dout, dout_row, m0, M, BM, DV, BDV, MASKED, WIDE)  # [BM, BDV]
         if NEED_DV:
             dv = tl.dot(pt.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
@@ -85,7 +90,7 @@ def _walk_queries(
 
 @triton.jit
 def dkdv(
-    q, k, v, bias, dout, lse, delta_in, dk_out, dv_out, dbias_out,
+    q, k, v, bias, dout, lse, rest, delta_in, dk_out, dv_out, dbias_out,
     q_strides, k_strides, v_strides, bias_strides, dout_strides, lse_strides, dk_strides, dv_strides, dbias_strides,
     batch, heads, batch_inner, M, N, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
@@ -109,6 +114,8 @@ def dkdv(
     NEED_DB: tl.constexpr = dbias_out is not None
     if NEED_DK or NEED_DB:
         delta_in += offset(b * heads + head, M)
+    if rest is not None:
+        rest += offset(b * heads + head, M)
     if bias is not None:
         bias += offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1]) + offset(head, bias_strides[2])
         bias_row = bias_strides[3]
@@ -129,18 +136,18 @@ def dkdv(
     begin, full_begin, full_end, end = segments(n0, min(n0 + BN, N) - 1, M, low, high, BM)
     if hi is not None:
         dk, dv, db = _walk_queries(
-            dk, dv, db, k_tile, v_tile, q, dout, lse, delta_in, bias, q_strides[1], dout_strides[1], bias_row, bias_col,
+            dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, bias, q_strides[1], dout_strides[1], bias_row, bias_col,
             n0, begin, full_begin, M, N, lo, hi, scale_log2, BM, BN, D, DV, BD, BDV, IS_MASK, VARIES_M, VARIES_N, EVEN_N,
             NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True,
         )  # fmt: skip
     dk, dv, db = _walk_queries(
-        dk, dv, db, k_tile, v_tile, q, dout, lse, delta_in, bias, q_strides[1], dout_strides[1], bias_row, bias_col,
+        dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, bias, q_strides[1], dout_strides[1], bias_row, bias_col,
         n0, full_begin, full_end, M, N, lo, hi, scale_log2, BM, BN, D, DV, BD, BDV, IS_MASK, VARIES_M, VARIES_N, EVEN_N,
         NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, False,
     )  # fmt: skip
     if lo is not None or not EVEN_M:
         dk, dv, db = _walk_queries(
-            dk, dv, db, k_tile, v_tile, q, dout, lse, delta_in, bias, q_strides[1], dout_strides[1], bias_row, bias_col,
+            dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, bias, q_strides[1], dout_strides[1], bias_row, bias_col,
             n0, full_end, end, M, N, lo, hi, scale_log2, BM, BN, D, DV, BD, BDV, IS_MASK, VARIES_M, VARIES_N, EVEN_N,
             NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True,
         )  # fmt: skip
@@ -159,11 +166,11 @@ def dkdv(
 
 @triton.jit
 def _walk_keys(
-    dq, q, dout, lse_log2, row, k, v, bias, dbias, k_row, v_row, bias_row, bias_col, dbias_row, dbias_col,
+    dq, q, dout, lse_log2, rest, row, k, v, bias, dbias, k_row, v_row, bias_row, bias_col, dbias_row, dbias_col,
     m0, begin, end, M, N, lo, hi, scale_log2,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     IS_MASK: tl.constexpr, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr, EVEN_M: tl.constexpr,
-    NEED_DQ: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    HAS_REST: tl.constexpr, NEED_DQ: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold the key blocks ``[begin, end)`` into dq of one query tile, and write their ds if ``dbias`` is given."""
     i = tl.arange(0, BM)[:, None]
@@ -177,7 +184,7 @@ def _walk_keys(
             s = add_bias(s, b, IS_MASK)
         if MASKED:
             s = tl.where(in_band(m0 + i, n0 + j, N, lo, hi), s, float("-inf"))
-        p = tl.exp2(s - lse_log2[:, None])
+        p = probabilities(s, lse_log2[:, None], rest[:, None], HAS_REST, bias is not None and not IS_MASK)
         v_tile = load_rows(v, v_row, n0, N, BN, DV, BDV, MASKED, WIDE)  # [BN, BDV]
         dp = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BN]
         ds = p * (dp - row[:, None])
@@ -190,7 +197,7 @@ def _walk_keys(
 
 @triton.jit
 def dq(
-    q, k, v, bias, dout, lse, delta_in, dq_out, dbias_out,
+    q, k, v, bias, dout, lse, rest, delta_in, dq_out, dbias_out,
     q_strides, k_strides, v_strides, bias_strides, dout_strides, lse_strides, dq_strides, dbias_strides,
     batch, heads, batch_inner, M, N, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
@@ -232,28 +239,32 @@ def dq(
     q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)  # [BM, BD]
     do_tile = load_rows(dout, dout_strides[1], m0, M, BM, DV, BDV, not EVEN_M, WIDE)  # [BM, BDV]
     lse_log2 = load_lse_log2(lse, m0, M, BM, not EVEN_M)
+    HAS_REST: tl.constexpr = rest is not None
+    rest_row = lse_log2
+    if HAS_REST:
+        rest_row = load_vector(rest + offset(b * heads + head, M), m0, M, BM, not EVEN_M)
     row = load_vector(delta_in, m0, M, BM, not EVEN_M)
     acc = tl.zeros([BM, BD], tl.float32)
     scale_log2 = scale * LOG2E
     begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, N, lo, hi, BN)
     if lo is not None:
         acc = _walk_keys(
-            acc, q_tile, do_tile, lse_log2, row, k, v, bias, dbias_out, k_strides[1], v_strides[1], bias_row, bias_col,
+            acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, bias, dbias_out, k_strides[1], v_strides[1], bias_row, bias_col,
             dbias_row, dbias_col, m0, begin, full_begin, M, N, lo, hi, scale_log2, BM, BN, D, DV, BD, BDV, IS_MASK, VARIES_M,
             VARIES_N, EVEN_M,
-            NEED_DQ, PRECISION, WIDE, True,
+            HAS_REST, NEED_DQ, PRECISION, WIDE, True,
         )  # fmt: skip
     acc = _walk_keys(
-        acc, q_tile, do_tile, lse_log2, row, k, v, bias, dbias_out, k_strides[1], v_strides[1], bias_row, bias_col,
+        acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, bias, dbias_out, k_strides[1], v_strides[1], bias_row, bias_col,
         dbias_row, dbias_col, m0, full_begin, full_end, M, N, lo, hi, scale_log2, BM, BN, D, DV, BD, BDV, IS_MASK, VARIES_M,
         VARIES_N, EVEN_M,
-        NEED_DQ, PRECISION, WIDE, False,
+        HAS_REST, NEED_DQ, PRECISION, WIDE, False,
     )  # fmt: skip
     if hi is not None or not EVEN_N:
         acc = _walk_keys(
-            acc, q_tile, do_tile, lse_log2, row, k, v, bias, dbias_out, k_strides[1], v_strides[1], bias_row, bias_col,
+            acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, bias, dbias_out, k_strides[1], v_strides[1], bias_row, bias_col,
             dbias_row, dbias_col, m0, full_end, end, M, N, lo, hi, scale_log2, BM, BN, D, DV, BD, BDV, IS_MASK, VARIES_M, VARIES_N, EVEN_M,
-            NEED_DQ, PRECISION, WIDE, True,
+            HAS_REST, NEED_DQ, PRECISION, WIDE, True,
         )  # fmt: skip
     if NEED_DQ:
         store_rows(dq_out, dq_strides[1], m0, M, acc * scale, BM, D, BD, not EVEN_M, WIDE)

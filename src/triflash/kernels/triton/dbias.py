@@ -6,12 +6,12 @@ A bias of full shape, and one that varies over keys only, get theirs from the pa
 import triton
 import triton.language as tl
 
-from .prims import LOG2E, add_bias, bias_tile, in_band, load_lse_log2, load_rows, load_vector, offset, segments, store_tile
+from .prims import LOG2E, add_bias, bias_tile, in_band, load_lse_log2, load_rows, load_vector, offset, probabilities, segments, store_tile
 
 
 @triton.jit
 def dbias(
-    q, k, v, bias, dout, lse, delta_in, dbias_out,
+    q, k, v, bias, dout, lse, rest_in, delta_in, dbias_out,
     q_strides, k_strides, v_strides, bias_strides, dout_strides, lse_strides, dbias_strides,
     heads, batch_outer, batch_inner, M, N, lo, hi, scale, splits,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
@@ -148,7 +148,11 @@ def dbias(
             )
             s = add_bias(s, tile, False)
         lse_log2 = load_lse_log2(lse + offset(b, lse_strides[0]) + offset(head, lse_strides[1]), m0, M, BM, not EVEN_M)
-        p = tl.exp2(s - lse_log2[:, None])
+        if rest_in is not None:
+            lost = load_vector(rest_in + offset(b * heads + head, M), m0, M, BM, not EVEN_M)
+            p = probabilities(s, lse_log2[:, None], lost[:, None], True, True)
+        else:
+            p = probabilities(s, lse_log2[:, None], 0.0, False, True)
         do_tile = load_rows(do_at, dout_strides[1], m0, M, BM, DV, BDV, not EVEN_M, WIDE)
         v_tile = load_rows(v_at, v_strides[1], n0, N, BN, DV, BDV, not EVEN_N, WIDE)
         dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BN]

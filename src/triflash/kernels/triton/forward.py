@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .prims import LN2, LOG2E, add_bias, bias_tile, in_band, load_rows, locate, offset, segments, store_rows
+from .prims import LN2, LOG2E, add_bias, bias_tile, in_band, load_rows, locate, lse_rest, offset, segments, store_rows
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def _walk(
 
 @triton.jit
 def forward(
-    q, k, v, bias, out, lse, q_strides, k_strides, v_strides, bias_strides, out_strides, lse_strides,
+    q, k, v, bias, out, lse, rest, q_strides, k_strides, v_strides, bias_strides, out_strides, lse_strides,
     batch, heads, batch_inner, M, N, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     IS_MASK: tl.constexpr, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
@@ -62,10 +62,10 @@ def forward(
 
     m, l, acc: running row maximum, row sum and unnormalised output, in base 2:
         m' = max(m, rowmax s);  l' = l 2^(m - m') + rowsum 2^(s - m');  acc' = acc 2^(m - m') + 2^(s - m') v
-    and at the end out = acc / l, lse = (m + log2 l) ln 2.
+    and at the end out = acc / l, lse = (m + log2 l) ln 2, rest = what that float32 does not hold (``prims.lse_rest``).
 
-    Strides are (batch, row, head), of the bias (outer batch, inner batch, head, row, column), of lse (batch, head). None: no bias, no
-    such bound. EVEN_M, EVEN_N: the length is a whole number of tiles.
+    Strides are (batch, row, head), of the bias (outer batch, inner batch, head, row, column), of lse (batch, head); rest is
+    contiguous. None: no bias, no such bound, not wanted. EVEN_M, EVEN_N: the length is a whole number of tiles.
     """
     tile, head, b = locate(tl.cdiv(M, BM), heads, batch, ORDER, hi is not None)
     m0 = tile * BM
@@ -110,3 +110,5 @@ def forward(
     row_lse = tl.where(unseen, float("-inf"), (m + tl.log2(l)) * LN2)
     rows = m0 + tl.arange(0, BM)
     tl.store(lse + rows, row_lse, mask=rows < M)
+    if rest is not None:
+        tl.store(rest + offset(b * heads + head, M) + rows, lse_rest(m, l, row_lse), mask=rows < M)

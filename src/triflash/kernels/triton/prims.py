@@ -201,7 +201,8 @@ def add_bias(s_log2, bias, IS_MASK: tl.constexpr):
     if IS_MASK:
         return tl.where(bias != 0, s_log2, float("-inf"))
     else:
-        return s_log2 + bias.to(tl.float32) * LOG2E
+        # An explicit fma, so that forward and backward passes round a huge score alike: see `probabilities`.
+        return tl.fma(bias.to(tl.float32), LOG2E, s_log2)
 
 
 @triton.jit
@@ -224,6 +225,27 @@ def load_lse_log2(base, start, length, BLOCK: tl.constexpr, MASKED: tl.constexpr
     else:
         lse = tl.load(base + start + r)
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def lse_rest(m, l, lse):
+    """What is lost of ``m + log2 l`` when it is stored as ``lse`` and read again by ``load_lse_log2``; 0 for a row that saw no key.
+
+    Nothing to speak of, unless the maximum m is so huge (a finite bias of -1e9 on all keys) that a float32 has no room for log2 l.
+    """
+    again = tl.where(lse == float("-inf"), 0.0, lse * LOG2E)  # the select keeps the product from melting into the difference below
+    return tl.where(lse == float("-inf"), 0.0, (m - again) + tl.log2(l))
+
+
+@triton.jit
+def probabilities(s_log2, lse_log2, rest, HAS_REST: tl.constexpr, CLAMPED: tl.constexpr):
+    """``2^(s - lse)``. ``rest`` is what lse lost (``lse_rest``); where a bias can be huge and nobody kept it, p is at least kept to 1."""
+    x = s_log2 - lse_log2
+    if HAS_REST:
+        x = x - rest
+    elif CLAMPED:
+        x = tl.minimum(x, 0.0)
+    return tl.exp2(x)
 
 
 @triton.jit
