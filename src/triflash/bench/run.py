@@ -54,7 +54,7 @@ def run(options: Options) -> int:
                 rows = measure(workload, providers, settings, tell)
                 found.cells.append(Cell.of(workload, options.passes))
                 found.rows += rows
-                report.save(found, options.out)
+                report.save_samples(found, options.out)
         found.complete = True
     except DeviceLostError as error:
         lost = str(error)
