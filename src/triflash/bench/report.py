@@ -126,7 +126,9 @@ def _markdown(run: Run) -> str:
     lines = [f"# Attention on {machine['name']}, {machine['date'][:10]}", "", ", ".join(facts) + commit + "."]
     clocks = machine.get("clocks_before")
     lines += ["Before the run: " + ", ".join(f"{k} {v}" for k, v in clocks.items()) + "."] if clocks else []
-    lines += [f"`triflash {' '.join(run.options['words'])}`", run.options["note"], "" if run.complete else "**Not complete: interrupted.**"]
+    lines += [f"`triflash {' '.join(run.options['words'])}`"]
+    lines += [run.options["note"]] if run.options["note"] else []
+    lines += ["", *([] if run.complete else ["**Not complete: interrupted.**", ""])]
     for name, ceiling in run.ceilings.items():
         rate = ceiling.get("flops_per_second")
         lines.append(f"- {name}: " + (f"{rate / 1e12:.3g} TFLOP/s" if rate else f"{ceiling['bytes_per_second'] / 1e9:.4g} GB/s"))
