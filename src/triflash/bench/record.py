@@ -80,9 +80,14 @@ class Run:
     rows: list[Row] = field(default_factory=list)
     complete: bool = False
 
+    def __post_init__(self) -> None:
+        self._found: dict[tuple[str, str, str], Row] = {}
+
     def row(self, cell: Cell, provider: str, which: str) -> Row | None:
         """The row of a provider and pass, if there is one."""
-        return next((r for r in self.rows if (r.cell, r.provider, r.which) == (cell.key, provider, which)), None)
+        if len(self._found) != len(self.rows):
+            self._found = {(row.cell, row.provider, row.which): row for row in self.rows}
+        return self._found.get((cell.key, provider, which))
 
     @property
     def providers(self) -> list[str]:

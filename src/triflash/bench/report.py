@@ -15,7 +15,7 @@ from rich.table import Table
 from .record import Cell, Row, Run, write_whole
 from .timing import quantiles
 
-__all__ = ["best_peer_ratio", "save", "show"]
+__all__ = ["best_peer_ratio", "save", "save_samples", "show"]
 
 
 @dataclass
@@ -55,11 +55,16 @@ def save(run: Run, folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
+def save_samples(run: Run, folder: Path) -> None:
+    """Write ``bench.json`` alone: all that the rest can be made from, after each workload."""
+    write_whole(folder / "bench.json", run.dump())
+
+
 def best_peer_ratio(run: Run, cell: Cell, which: str) -> float | None:
     """Time of the fastest peer over that of triflash (its own choice, else its fastest backend); None if either is missing."""
-    rows = [row for row in run.rows if (row.cell, row.which, row.status) == (cell.key, which, "ok")]
-    peers = [row.median_ms for row in rows if not row.provider.startswith("triflash")]
-    ours = {row.provider: row.median_ms for row in rows if row.provider.startswith("triflash")}
+    found = {name: row.median_ms for name in run.providers if (row := run.row(cell, name, which)) is not None and row.status == "ok"}
+    peers = [ms for name, ms in found.items() if not name.startswith("triflash")]
+    ours = {name: ms for name, ms in found.items() if name.startswith("triflash")}
     if not peers or not ours:
         return None
     return min(peers) / ours.get("triflash", min(ours.values()))
@@ -121,7 +126,9 @@ def _markdown(run: Run) -> str:
     lines = [f"# Attention on {machine['name']}, {machine['date'][:10]}", "", ", ".join(facts) + commit + "."]
     clocks = machine.get("clocks_before")
     lines += ["Before the run: " + ", ".join(f"{k} {v}" for k, v in clocks.items()) + "."] if clocks else []
-    lines += [f"`triflash {' '.join(run.options['words'])}`", run.options["note"], "" if run.complete else "**Not complete: interrupted.**"]
+    lines += [f"`triflash {' '.join(run.options['words'])}`"]
+    lines += [run.options["note"]] if run.options["note"] else []
+    lines += ["", *([] if run.complete else ["**Not complete: interrupted.**", ""])]
     for name, ceiling in run.ceilings.items():
         rate = ceiling.get("flops_per_second")
         lines.append(f"- {name}: " + (f"{rate / 1e12:.3g} TFLOP/s" if rate else f"{ceiling['bytes_per_second'] / 1e9:.4g} GB/s"))

@@ -31,8 +31,8 @@ def run(options: Options) -> int:
     """Measure, show and save. Returns 0, or 1 if triflash was wrong somewhere or the device was lost. Raises OSError if ``out`` fails."""
     device = torch.device(options.device)
     if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-        device = torch.device("cuda", torch.cuda.current_device())
     settings = Settings(options.passes, device, options.budget, options.min_samples, options.seed)
     if options.part is not None:
         return _prepare_part(options, settings)
@@ -54,7 +54,7 @@ def run(options: Options) -> int:
                 rows = measure(workload, providers, settings, tell)
                 found.cells.append(Cell.of(workload, options.passes))
                 found.rows += rows
-                report.save(found, options.out)
+                report.save_samples(found, options.out)
         found.complete = True
     except DeviceLostError as error:
         lost = str(error)
