@@ -29,6 +29,7 @@ OUTSIDE_THE_RULES = (
 RULES: dict[str, list[str]] = {
     "triflash.kernels": [],
     "triflash.kernels.triton": ["triton", "triflash.kernels.triton"],
+    "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.prims"],
     "triflash.tiled": ["torch"],
     "triflash.oracle": ["torch"],
     "triflash.errors": [],
@@ -43,7 +44,13 @@ RULES: dict[str, list[str]] = {
     "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.plan.device": ["torch"],
     "triflash.launch": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.tiled", "triflash.oracle", "triflash.errors"],
-    "triflash.launch.triton": ["torch", "triton", "triflash.kernels.triton", "triflash.plan", "triflash.spec", "triflash.errors"],
+    "triflash.launch.triton": [
+        "torch", "triton", "triflash.kernels.triton", "triflash.launch.calls", "triflash.plan", "triflash.spec", "triflash.errors",
+    ],
+    "triflash.launch.calls": ["torch", "triflash.plan"],
+    "triflash.launch.hopper": [
+        "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.plan", "triflash.spec", "triflash.errors",
+    ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.ops": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.triton_flash_attention": [

@@ -50,6 +50,10 @@ def run_forward(
         from . import triton
 
         triton.forward(plan, spec, q, k, v, bias, out, lse, rest)
+    elif plan.backend == "hopper":
+        from . import hopper
+
+        hopper.forward(plan, spec, q, k, v, bias, out, lse, rest)
     elif plan.backend == "tiled":
         with _without_autocast(q):
             tiled.forward(q, k, v, bias, out=out, lse=lse, rest=rest, **options)

@@ -18,13 +18,15 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
 from ..plan import layout
 from ..plan.scratch import keeps_rest
 from ..plan.select import Plan
 from ..spec import AttentionSpec, Needs
-from .triton import Call, backward_calls, forward_calls
+from .calls import Call
+from .triton import backward_calls, forward_calls
 
 __all__ = ["Resources", "calls_of", "compile_for", "pass_calls", "resources"]
 
@@ -55,7 +57,8 @@ def compile_for(call: Call, arch: str) -> Any:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*call.args, **call.constants, **options)
     packed, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
-    source = ASTSource(kernel, signature, constexprs, attrs)
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(kernel, signature, constexprs, attrs)
     return triton.compile(source, target=target, options=packed.__dict__)
 
 

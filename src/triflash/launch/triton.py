@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,33 +19,18 @@ from ..kernels.triton import forward as forward_kernels
 from ..plan.configs import TileConfig, padded
 from ..plan.select import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec
+from .calls import SMALLEST_SCALE, Call, bias_strides, start
 
-__all__ = ["Call", "backward", "backward_calls", "forward", "forward_calls"]
+__all__ = ["backward", "backward_calls", "forward", "forward_calls"]
 
-_SMALLEST_SCALE = 2.0**-126  # the least normal float32: what is smaller may reach a kernel as 0
 _WIDE_STRIDE = 2**22  # from this stride on, an offset inside a tile of up to 256 rows and columns might not fit 31 bits
-
-
-@dataclass(frozen=True)
-class Call:
-    """One kernel launch: the kernel, its arguments in order, its compile-time constants, and its grid."""
-
-    kernel: Any
-    args: tuple[Any, ...]
-    constants: dict[str, Any]
-    config: TileConfig
-    programs: int
-
-    def start(self) -> None:
-        """Launch it on the current device."""
-        self.kernel[(self.programs,)](*self.args, **self.constants, num_warps=self.config.num_warps, num_stages=self.config.num_stages)
 
 
 def forward(
     plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
 ) -> None:
     """Fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); the outputs are contiguous."""
-    _start(q.device, forward_calls(plan, spec, _rows(q), _rows(k), _rows(v), _vectorisable(bias), out, lse, rest))
+    start(q.device, forward_calls(plan, spec, _rows(q), _rows(k), _rows(v), _vectorisable(bias), out, lse, rest))
 
 
 def backward(
@@ -80,7 +63,7 @@ def backward(
     # Kernels write rows whose last dim is contiguous, and a contiguous dbias; what is laid out otherwise is filled by way of a copy.
     written = [None if grad is None else _rows(grad) for grad in given[:3]]
     written.append(None if dbias is None else dbias.contiguous())
-    _start(q.device, backward_calls(plan, spec, dout, dlse, q, k, v, _vectorisable(bias), out, lse, rest, *written))
+    start(q.device, backward_calls(plan, spec, dout, dlse, q, k, v, _vectorisable(bias), out, lse, rest, *written))
     for grad, filled in zip(given, written, strict=True):
         if grad is not None and filled is not None and filled is not grad:
             grad.copy_(filled)
@@ -94,12 +77,12 @@ def forward_calls(
     for step in plan.steps:
         args = (
             *(q, k, v, _bytes(bias), out, lse, rest),
-            *(_strides(q), _strides(k), _strides(v), _bias_strides(bias), _strides(out), lse.stride()[:2]),
+            *(_strides(q), _strides(k), _strides(v), bias_strides(bias), _strides(out), lse.stride()[:2]),
             *_sizes(spec),
             *(spec.lo, spec.hi, spec.scale),
         )
         constants = _constants(spec, _config(step), _wide((q, k, v, out, bias)))
-        constants = constants | {"IS_MASK": _is_mask(spec), "POSITIVE_SCALE": spec.scale >= _SMALLEST_SCALE, "ORDER": step.order}
+        constants = constants | {"IS_MASK": _is_mask(spec), "POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": step.order}
         calls.append(Call(forward_kernels.forward, args, constants, _config(step), step.programs))
     return calls
 
@@ -123,7 +106,7 @@ def backward_calls(
 ) -> list[Call]:
     """The launches of a backward pass; allocates the scratch between them (delta, and partial sums of a split dbias)."""
     inputs = (q, k, v, _bytes(bias), dout, lse, rest)
-    strides = (_strides(q), _strides(k), _strides(v), _bias_strides(bias), _strides(dout), lse.stride()[:2])
+    strides = (_strides(q), _strides(k), _strides(v), bias_strides(bias), _strides(dout), lse.stride()[:2])
     wide = _wide((q, k, v, out, dout, bias, dq, dk, dv))
     delta = parts = None
     outputs: tuple[Any, ...]
@@ -144,7 +127,7 @@ def backward_calls(
             calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
         elif step.kernel == "dq":
             target = dbias if "dbias" in step.gives else None
-            outputs = (delta, dq, target, *strides, _strides(dq), _bias_strides(target))
+            outputs = (delta, dq, target, *strides, _strides(dq), bias_strides(target))
             args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale)
             constants = _constants(spec, config, wide) | {"IS_MASK": _is_mask(spec), "ORDER": step.order}
             calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
@@ -153,7 +136,7 @@ def backward_calls(
             parts = _partial_sums(step, dbias)
             assert parts is not None
             sizes = (spec.heads, spec.batch_outer, spec.batch_inner, spec.queries, spec.keys)
-            args = (*inputs, delta, parts, *strides, (parts.stride(0), *_bias_strides(parts[0])))  # type: ignore[misc]
+            args = (*inputs, delta, parts, *strides, (parts.stride(0), *bias_strides(parts[0])))  # type: ignore[misc]
             args += (*sizes, spec.lo, spec.hi, spec.scale, step.splits)
             outer, inner, head, _, _ = spec.bias.varies
             constants = _constants(spec, config, wide) | {"VARIES_B0": outer, "VARIES_B1": inner, "VARIES_H": head}
@@ -185,13 +168,6 @@ def _row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int
     return strides[0], strides[1], strides[2], parts.stride(5) if parts.shape[5] > 1 else 0
 
 
-def _start(device: torch.device, calls: Iterable[Call]) -> None:
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()  # Triton launches on the current device
-    with torch.cuda.device(device) if elsewhere else nullcontext():
-        for call in calls:
-            call.start()
-
-
 def _rows(x: Tensor) -> Tensor:
     """x itself if its last dim is contiguous, else a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
@@ -221,18 +197,13 @@ def _bytes(bias: Tensor | None) -> Tensor | None:
 
 
 def _config(step: Step) -> TileConfig:
-    assert step.config is not None, f"{step.kernel} was planned without a tile configuration"
+    assert isinstance(step.config, TileConfig), f"{step.kernel} was planned without a tile configuration"
     return step.config
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int] | None:
     """(batch, row, head) strides of a (B, L, H, D) tensor."""
     return None if x is None else x.stride()[:3]  # type: ignore[return-value]
-
-
-def _bias_strides(bias: Tensor | None) -> tuple[int, ...] | None:
-    """Strides of a canonical bias, 0 along dims that it broadcasts."""
-    return None if bias is None else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
 
 
 def _sizes(spec: AttentionSpec) -> tuple[int, int, int, int, int]:

@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from ..errors import UnsupportedError, bad_type, bad_value, unsupported
 from ..spec import AttentionSpec, Needs
-from . import overlay, override, tables
+from . import hopper, overlay, override, tables
 from .configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_wide_bias
 from .device import DeviceFacts, triton_problem
+from .hopper import HopperConfig
 
 __all__ = [
     "BACKENDS",
@@ -30,7 +31,7 @@ __all__ = [
     "why_not",
 ]
 
-BACKENDS = ("auto", "tiled", "triton", "oracle")
+BACKENDS = ("auto", "tiled", "triton", "hopper", "oracle")
 SUM_BLOCK = 1024  # elements of dbias that one program of dbias_sum adds up
 _ENVIRONMENT = "TRIFLASH_BACKEND"
 
@@ -54,8 +55,8 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"auto"`` (the default: Triton kernels on a GPU, ``tiled`` on a CPU), ``"tiled"`` (PyTorch, any device, also float64),
-            ``"triton"`` (portable Triton kernels; on CPU tensors only with ``TRITON_INTERPRET=1``), or ``"oracle"`` (dense float64
-            reference, for debugging).
+            ``"triton"`` (portable Triton kernels; on CPU tensors only with ``TRITON_INTERPRET=1``), ``"hopper"`` (forward pass alone, on
+            an NVIDIA H100, H200 or H20), or ``"oracle"`` (dense float64 reference, for debugging).
 
     A named backend never falls back: what it cannot do raises :class:`triflash.UnsupportedError`. The choice is made in the forward
     pass; the backward pass of that call uses the same one, wherever it runs. The environment variable ``TRIFLASH_BACKEND`` sets the
@@ -100,7 +101,7 @@ class Step:
     """
 
     kernel: str
-    config: TileConfig | None = None
+    config: TileConfig | HopperConfig | None = None
     programs: int = 1
     order: str = "tile"
     splits: int = 1
@@ -124,10 +125,12 @@ class Plan:
 
 def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     """None if the backend can compute the spec on the device, else (what it cannot do, the nearest thing that works)."""
-    if name != "triton":
+    if name not in ("triton", "hopper"):
         return None
     if problem := triton_problem():
         return f"anything: {problem}", "install triton (Linux) or use backend('tiled')"
+    if name == "hopper":
+        return _why_not_hopper(spec, device)
     if device.arch == "cpu":
         return "CPU tensors", "move them to a GPU, set TRITON_INTERPRET=1 before importing triflash, or use backend('tiled')"
     if device.arch.startswith("sm") and int(device.arch[2:]) < 80:
@@ -143,12 +146,34 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, s
     return None
 
 
-def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts) -> str:
+def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
+    if device.arch != "sm90":
+        return f"{device.arch}", "its kernels are made for sm90 (H100, H200, H20): use backend('triton')"
+    if spec.dtype not in ("fp16", "bf16"):
+        return f"{spec.dtype}", "its products are 16-bit ones: use backend('triton')"
+    if spec.bias is not None and spec.bias.dtype == "fp64":
+        return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
+    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
+        return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
+    if spec.is_empty:
+        return "empty tensors", "use backend('triton')"
+    if hopper.forward_config(spec, device.shared_memory) is None:
+        return f"head dims {spec.head_dim} and {spec.value_dim} with such a bias", "no tile fits in shared memory: use backend('triton')"
+    return None
+
+
+def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, backward: bool = False) -> str:
     check_backend("backend", requested)
     if requested == "auto":
         if device.arch in ("cpu", "interpreter"):
             return "tiled"
+        if not backward and hopper.preferred(spec) and not why_not("hopper", spec, device):
+            return "hopper"
         return "tiled" if why_not("triton", spec, device) else "triton"
+    if requested == "hopper" and backward:
+        raise unsupported(
+            "the backward pass", "hopper", "choose 'auto' or 'triton' for the whole step: their backward pass takes it from there"
+        )
     if reason := why_not(requested, spec, device):
         raise unsupported(reason[0], requested, reason[1])
     return requested
@@ -178,7 +203,7 @@ def problem_of(kernel: str, spec: AttentionSpec) -> Problem:
 class Choices(NamedTuple):
     """What the caller chose of configurations, as part of the key of plan caches: single kernels by hand, or a tuned file."""
 
-    by_hand: tuple[tuple[str, TileConfig], ...]
+    by_hand: tuple[tuple[str, TileConfig | HopperConfig], ...]
     tuned: overlay.Overlay | None
 
 
@@ -193,9 +218,9 @@ def current_choices() -> Choices:
 
 def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> tuple[TileConfig, str]:
     """A kernel's configuration and where it comes from: by hand, else a tuned file, else a measured row, else the analytic default."""
-    by_hand = dict(choices.by_hand)
-    if kernel in by_hand:
-        return by_hand[kernel], "chosen by hand (override_configs)"
+    chosen = dict(choices.by_hand).get(kernel)
+    if isinstance(chosen, TileConfig):
+        return chosen, "chosen by hand (override_configs)"
     problem = problem_of(kernel, spec)
     if choices.tuned is not None and (config := choices.tuned.lookup(problem, device)):
         source = f"tuned, {choices.tuned.path}"
@@ -235,11 +260,23 @@ def plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str = "aut
 @functools.lru_cache(maxsize=4096)
 def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
     name = _choose(requested, spec, device)
+    if name == "hopper":
+        return _plan_hopper_forward(spec, device, choices.by_hand)
     if name != "triton":
         return Plan(name, (Step("forward"),))
     config = _config("forward", spec, device, choices)
     programs = _ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
     return Plan(name, (Step("forward", config, programs, _order(spec)),) if programs else ())
+
+
+def _plan_hopper_forward(spec: AttentionSpec, device: DeviceFacts, by_hand: tuple[tuple[str, TileConfig | HopperConfig], ...]) -> Plan:
+    by_name = dict(by_hand)
+    config = by_name["forward"] if isinstance(by_name.get("forward"), HopperConfig) else hopper.forward_config(spec, device.shared_memory)
+    assert isinstance(config, HopperConfig)
+    _, tiles = hopper.whole_tiles(spec, config)
+    programs = min(tiles, device.processors) if config.persistent else tiles
+    order = _order(spec)
+    return Plan("hopper", (Step("forward", config, programs, "batch" if order == "batch" else "head"),))
 
 
 def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str = "auto") -> Plan:
@@ -249,7 +286,7 @@ def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reques
 
 @functools.lru_cache(maxsize=4096)
 def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
-    name = _choose(requested, spec, device)
+    name = _choose(requested, spec, device, backward=True)
     if name != "triton":
         return Plan(name, (Step("backward"),))
     if spec.is_empty:

@@ -19,7 +19,7 @@ from ..shorthand import bias_shape
 from ..spec import DTYPE_NAMES, AttentionSpec, Needs, causal_band, spec_of
 
 if TYPE_CHECKING:
-    from ..launch.triton import Call
+    from ..launch.calls import Call
 
 __all__ = ["Case", "Tensors", "launches", "meta", "plan_of"]
 
@@ -91,7 +91,7 @@ class Case:
     def default(self, kernel: str, device: DeviceFacts) -> TileConfig:
         """The configuration that runs without a tuned file."""
         step = plan_of(self, kernel, device).step(kernel)
-        assert step is not None and step.config is not None
+        assert step is not None and isinstance(step.config, TileConfig)
         return step.config
 
 

@@ -1,0 +1,482 @@
+"""The forward kernel for Hopper.
+
+A program is one producer warp and WGS consumer warpgroups. The producer fetches tiles of q, k, v and of the bias by TMA into shared memory, as
+far ahead as there are buffers; each consumer owns 64 queries and folds key blocks into its registers. They meet at barriers in shared memory:
+for every buffer one that says "full" and one that says "empty". A program works through several tiles (a persistent grid), so that the loads
+of one tile run under the arithmetic of the one before.
+
+Within a consumer the products of two neighbouring blocks overlap: q kᵀ of block j is issued together with p v of block j - 1, and the softmax of
+block j runs while the latter is still under way (FlashAttention-3, Shah et al. 2024). With TURNS, consumers issue their products in turn, so
+that the softmax of one runs under the products of another.
+
+Blocks are visited from the last that a tile sees to its first. Recurrence and conventions as in ``kernels/triton/forward.py``.
+"""
+
+from ..triton.prims import LN2, LOG2E, offset, segments
+from .compat import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    optional,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.constexpr_function
+def barrier_at(name, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES):
+    """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
+    sizes = {
+        "q_full": WGS * Q_STAGES, "q_empty": WGS * Q_STAGES, "k_full": K_STAGES, "k_empty": K_STAGES, "v_full": V_STAGES, "v_empty": V_STAGES,
+        "turn": WGS, "bias_full": WGS * BIAS_STAGES, "bias_empty": WGS * BIAS_STAGES, "count": 0,
+    }  # fmt: skip
+    names = list(sizes)
+    return sum(sizes[n] for n in names[: names.index(name)])
+
+
+@gluon.constexpr_function
+def accumulator(columns):
+    """How a warpgroup holds the result of a product: 64 rows, 16 a warp."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def stacked(count, shape):
+    """The shape of ``count`` blocks."""
+    return [count, *shape]
+
+
+@gluon.jit
+def locate(index, tiles_m, batch, heads, section, BATCH_FASTEST: gl.constexpr, REVERSED: gl.constexpr):
+    """(query tile, head, batch) of a tile's index.
+
+    Pairs of batch and head are cut into sections whose keys and values fit in the L2 cache. Within a section all pairs do one query tile
+    before any does the next, and with REVERSED the last query tiles, which see most keys under a causal mask, come first. BATCH_FASTEST:
+    neighbours differ in the batch, not the head, and so share a bias that broadcasts over the batch.
+    """
+    first = index // (section * tiles_m) * section
+    rest = index % (section * tiles_m)
+    size = min(section, batch * heads - first)
+    tile = rest // size
+    pair = first + rest % size
+    if REVERSED:
+        tile = tiles_m - 1 - tile
+    if BATCH_FASTEST:
+        head = pair // batch
+        b = pair % batch
+    else:
+        head = pair % heads
+        b = pair // heads
+    return tile, head, b
+
+
+@gluon.jit
+def share(tiles):
+    """How many tiles this program works through: the grid deals them out in waves."""
+    programs = gl.num_programs(0)
+    waves = tiles // programs
+    return waves + (_place(waves) < tiles % programs).to(gl.int32)
+
+
+@gluon.jit
+def dealt(wave):
+    """The index of this program's tile of a wave. Every other wave is dealt from the other end: tiles get lighter, and loads should not."""
+    return wave * gl.num_programs(0) + _place(wave)
+
+
+@gluon.jit
+def _place(wave):
+    return gl.where(wave % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+
+
+@gluon.jit
+def visible_blocks(m0, rows, M, N, lo, hi, BN: gl.constexpr):
+    """``segments`` of the queries ``m0 … m0 + rows``, but never empty: queries that see no key get one block to hide altogether."""
+    begin, full_begin, full_end, end = segments(m0, min(m0 + rows, M) - 1, N, lo, hi, BN)
+    return begin, full_begin, full_end, max(end, begin + 1)
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, bias_desc, q_s, k_s, v_s, bias_s, bars,
+    batch, heads, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr,
+    VARIES_M: gl.constexpr,
+):  # fmt: skip
+    """The producer: every load of the program, in the order in which the consumers need them."""
+    Q_FULL: gl.constexpr = barrier_at("q_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_FULL: gl.constexpr = barrier_at("k_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_FULL: gl.constexpr = barrier_at("v_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
+    for wave in range(share(tiles)):
+        tile, head, b = locate(dealt(wave), tiles_m, batch, heads, section, BATCH_FASTEST, hi is not None)
+        m0 = tile * (BM * WGS)
+        begin, _a, _b, end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
+        for j in range(end - begin):
+            n0 = (end - 1 - j) * BN
+            at = done + j
+            stage = at % K_STAGES
+            mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)
+            mbarrier.expect(bars.index(K_FULL + stage), k_desc.block_type.nbytes)
+            tma_load(k_desc, [b, n0, head, 0], bars.index(K_FULL + stage), k_s.index(stage))
+            if j == 0:
+                for w in gl.static_range(WGS):
+                    slot = wave % Q_STAGES * WGS + w
+                    mbarrier.wait(bars.index(Q_EMPTY + slot), ((wave // Q_STAGES) & 1) ^ 1)
+                    mbarrier.expect(bars.index(Q_FULL + slot), q_desc.block_type.nbytes)
+                    tma_load(q_desc, [b, m0 + w * BM, head, 0], bars.index(Q_FULL + slot), q_s.index(slot))
+            if bias_desc is not None:
+                bias_phase = (at // BIAS_STAGES) & 1
+                for w in gl.static_range(WGS):
+                    slot = at % BIAS_STAGES * WGS + w
+                    mbarrier.wait(bars.index(BIAS_EMPTY + slot), bias_phase ^ 1)
+                    mbarrier.expect(bars.index(BIAS_FULL + slot), bias_desc.block_type.nbytes)
+                    row = 0
+                    if VARIES_M:
+                        row = m0 + w * BM
+                    tma_load(
+                        bias_desc,
+                        [b // batch_inner * bias_on[0], b % batch_inner * bias_on[1], head * bias_on[2], row, n0],
+                        bars.index(BIAS_FULL + slot),
+                        bias_s.index(slot),
+                    )
+            stage = at % V_STAGES
+            mbarrier.wait(bars.index(V_EMPTY + stage), ((at // V_STAGES) & 1) ^ 1)
+            mbarrier.expect(bars.index(V_FULL + stage), v_desc.block_type.nbytes)
+            tma_load(v_desc, [b, n0, head, 0], bars.index(V_FULL + stage), v_s.index(stage))
+        done += end - begin
+
+
+@gluon.jit
+def _softmax(
+    s, m, bias_s, bars, row_bias, at, m0, block, full_begin, full_end, N, lo, hi, scale_log2,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr,
+):  # fmt: skip
+    """From the product of one block to ``(p, new maximum, what sums so far shrink by)``, for 64 queries.
+
+    Blocks outside ``[full_begin, full_end)`` are partly visible. That is asked at run time rather than in loops of their own: several copies
+    of the loop for each consumer overflow the instruction cache.
+    """
+    S: gl.constexpr = accumulator(BN)
+    COLS: gl.constexpr = gl.SliceLayout(0, S)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIASED: gl.constexpr = (bias_s is not None) or ROW_BIASED
+    LATE_SCALE: gl.constexpr = POSITIVE_SCALE and not BIASED
+    if not LATE_SCALE:
+        s = s * scale_log2
+    if bias_s is not None:
+        slot = at % BIAS_STAGES * WGS + WG
+        mbarrier.wait(bars.index(BIAS_FULL + slot), (at // BIAS_STAGES) & 1)
+        if VARIES_M:
+            bias = bias_s.index(slot).reshape([BM, BN]).load(S)
+        else:
+            bias = gl.expand_dims(bias_s.index(slot).reshape([BN]).load(COLS), 0)
+        mbarrier.arrive(bars.index(BIAS_EMPTY + slot))
+        if IS_MASK:
+            s = gl.where(bias != 0, s, float("-inf"))
+        else:
+            bias, s = gl.broadcast(bias.to(gl.float32), s)
+            s = gl.fma(bias, gl.full([BM, BN], LOG2E, gl.float32, S), s)
+    if ROW_BIASED:
+        row, s = gl.broadcast(gl.expand_dims(row_bias, 1), s)
+        if IS_MASK:
+            s = gl.where(row != 0, s, float("-inf"))
+        else:
+            s = gl.fma(row, gl.full([BM, BN], LOG2E, gl.float32, S), s)
+    if MASKED:
+        if (block >= full_end) | (block < full_begin):
+            j = block * BN + gl.arange(0, BN, COLS)
+            i = m0 + gl.arange(0, BM, gl.SliceLayout(1, S))
+            seen = gl.expand_dims(j < N, 0)
+            away = gl.expand_dims(j, 0) - gl.expand_dims(i, 1)
+            if lo is not None:
+                seen = seen & (away >= lo)
+            if hi is not None:
+                seen = seen & (away <= hi)
+            seen, s = gl.broadcast(seen, s)
+            s = gl.where(seen, s, float("-inf"))
+    top = gl.max(s, 1)
+    if LATE_SCALE:
+        top = top * scale_log2
+    m_new = gl.maximum(m, top)
+    m_safe = m_new
+    if MASKED or BIASED:
+        m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: 2^(-inf - 0) = 0, never NaN
+    if LATE_SCALE:
+        p = gl.exp2(s * scale_log2 - gl.expand_dims(m_safe, 1))
+    else:
+        p = gl.exp2(s - gl.expand_dims(m_safe, 1))
+    return p, m_new, gl.exp2(m - m_safe)
+
+
+@gluon.jit
+def _tile_of(wave, bias, bias_strides, tiles_m, batch, heads, batch_inner, section, M, N, lo, hi, WG: gl.constexpr, BM: gl.constexpr,
+             BN: gl.constexpr, WGS: gl.constexpr, BATCH_FASTEST: gl.constexpr):  # fmt: skip
+    """Where the tile of a wave lies, which blocks it sees, and its bias where that has no dim of keys: one number per query."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
+    tile, head, b = locate(dealt(wave), tiles_m, batch, heads, section, BATCH_FASTEST, hi is not None)
+    m0 = tile * (BM * WGS)
+    begin, full_begin, full_end, end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
+    m0 += WG * BM
+    row_bias = gl.zeros([BM], gl.float32, ROWS)
+    if bias is not None:
+        i = m0 + gl.arange(0, BM, ROWS)
+        at = bias + offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1]) + offset(head, bias_strides[2])
+        row_bias = gl.load(at + i.to(gl.int64) * bias_strides[3], mask=i < M, other=0).to(gl.float32)
+    return m0, head, b, begin, full_begin, full_end, end, row_bias
+
+
+@gluon.jit
+def _finish(
+    o, l, m, out_desc, out, out_strides, lse, rest, out_s, m0, head, b, heads, M,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BDV: gl.constexpr, DV: gl.constexpr, DT: gl.constexpr,
+):  # fmt: skip
+    """Divide by the sum and write out, lse and rest of 64 queries."""
+    O: gl.constexpr = accumulator(BDV)
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
+    unseen = l == 0.0
+    l = gl.where(unseen, 1.0, l)
+    o = (o * gl.expand_dims(gl.convert_layout(1.0 / l, gl.SliceLayout(1, O)), 1)).to(DT)
+    if out_s is not None:
+        tma_store_wait(0)  # the tile before must have left the buffer
+        out_s.index(WG).reshape([BM, BDV]).store(o)
+        fence_async_shared()
+        tma_store(out_desc, [b, m0, head, 0], out_s.index(WG))
+    else:
+        rows = m0 + gl.arange(0, BM, gl.SliceLayout(1, O))
+        cols = gl.arange(0, BDV, gl.SliceLayout(0, O))
+        at = out + offset(b, out_strides[0]) + offset(head, out_strides[2]) + offset(m0, out_strides[1])
+        at += gl.expand_dims(rows - m0, 1) * out_strides[1] + gl.expand_dims(cols, 0)
+        inside = gl.expand_dims(rows < M, 1)
+        if DV != BDV:
+            inside = inside & gl.expand_dims(cols < DV, 0)
+        gl.store(at, o, mask=inside)
+    i = m0 + gl.arange(0, BM, ROWS)
+    row_lse = gl.where(unseen, float("-inf"), (m + gl.log2(l)) * LN2)
+    at_row = offset(b * heads + head, M) + i
+    gl.store(lse + at_row, row_lse, mask=i < M)
+    if rest is not None:  # see lse_rest of the portable kernels
+        again = gl.where(unseen, 0.0, row_lse * LOG2E)
+        gl.store(rest + at_row, gl.where(unseen, 0.0, (m - again) + gl.log2(l)), mask=i < M)
+
+
+@gluon.jit
+def _consume(
+    out_desc, out, out_strides, bias, lse, rest, q_s, k_s, v_s, out_s, bias_s, bars,
+    bias_strides, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
+    EVEN_N: gl.constexpr, TURNS: gl.constexpr, DV: gl.constexpr,
+):  # fmt: skip
+    """One consumer: 64 queries of every tile of the program, all their blocks in one loop.
+
+    A step issues q kᵀ of its block and p v of the block before, which may belong to the tile before: then that tile is finished under way.
+    """
+    BD: gl.constexpr = q_s.shape[4]
+    BDV: gl.constexpr = v_s.shape[4]
+    S: gl.constexpr = accumulator(BN)
+    O: gl.constexpr = accumulator(BDV)
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    Q_FULL: gl.constexpr = barrier_at("q_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_FULL: gl.constexpr = barrier_at("k_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_FULL: gl.constexpr = barrier_at("v_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    TURN: gl.constexpr = barrier_at("turn", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    BANDED: gl.constexpr = (lo is not None) or (hi is not None)
+    MASKED: gl.constexpr = BANDED or (not EVEN_N)
+    DT: gl.constexpr = q_s.dtype
+    nothing = gl.zeros([BM, BN], gl.float32, S)
+    waves = share(tiles)
+
+    m0, head, b, begin, full_begin, full_end, end, row_bias = _tile_of(
+        0, bias, bias_strides, tiles_m, batch, heads, batch_inner, section, M, N, lo, hi, WG, BM, BN, WGS, BATCH_FASTEST
+    )
+    m = gl.full([BM], float("-inf"), gl.float32, ROWS)
+    mbarrier.wait(bars.index(Q_FULL + WG), 0)
+    mbarrier.wait(bars.index(K_FULL), 0)
+    if TURNS:
+        mbarrier.wait(bars.index(TURN + WG), 0)
+    s_pending = warpgroup_mma(
+        q_s.index(WG).reshape([BM, BD]), k_s.index(0).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True
+    )
+    if TURNS:
+        mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+    s = warpgroup_mma_wait(0, [s_pending])
+    mbarrier.arrive(bars.index(K_EMPTY))
+    block = end - 1
+    if block == begin:
+        mbarrier.arrive(bars.index(Q_EMPTY + WG))
+    p32, m, _shrink = _softmax(
+        s, m, bias_s, bars, row_bias, 0, m0, block, full_begin, full_end, N, lo, hi, scale_log2,
+        WG, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, bias is not None,
+    )  # fmt: skip
+    l = gl.sum(p32, 1)
+    p = gl.convert_layout(p32.to(DT), P)
+    o = gl.zeros([BM, BDV], gl.float32, O)
+    wave = 0
+    at = 1  # blocks so far: buffers and phases count across tiles
+    while (block > begin) | (wave + 1 < waves):
+        first = block == begin
+        old_m0 = m0
+        old_head = head
+        old_b = b
+        old_l = l
+        old_m = m
+        block -= 1
+        if first:  # this step's block is the first of the next tile
+            wave += 1
+            m0, head, b, begin, full_begin, full_end, end, row_bias = _tile_of(
+                wave, bias, bias_strides, tiles_m, batch, heads, batch_inner, section, M, N, lo, hi, WG, BM, BN, WGS, BATCH_FASTEST
+            )
+            block = end - 1
+            m = gl.full([BM], float("-inf"), gl.float32, ROWS)
+            l = gl.zeros([BM], gl.float32, ROWS)
+            mbarrier.wait(bars.index(Q_FULL + wave % Q_STAGES * WGS + WG), (wave // Q_STAGES) & 1)
+        q_slot = wave % Q_STAGES * WGS + WG
+        stage = at % K_STAGES
+        before = (at - 1) % V_STAGES
+        mbarrier.wait(bars.index(K_FULL + stage), (at // K_STAGES) & 1)
+        if TURNS:
+            mbarrier.wait(bars.index(TURN + WG), at & 1)
+        s_pending = warpgroup_mma(
+            q_s.index(q_slot).reshape([BM, BD]), k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True
+        )
+        mbarrier.wait(bars.index(V_FULL + before), ((at - 1) // V_STAGES) & 1)
+        o_pending = warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)
+        if TURNS:
+            mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+        s = warpgroup_mma_wait(1, [s_pending])
+        mbarrier.arrive(bars.index(K_EMPTY + stage))
+        if block == begin:
+            mbarrier.arrive(bars.index(Q_EMPTY + q_slot))
+        p32, m, shrink = _softmax(
+            s, m, bias_s, bars, row_bias, at, m0, block, full_begin, full_end, N, lo, hi, scale_log2,
+            WG, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, bias is not None,
+        )  # fmt: skip
+        l = l * shrink + gl.sum(p32, 1)
+        o = warpgroup_mma_wait(0, [o_pending])
+        mbarrier.arrive(bars.index(V_EMPTY + before))
+        p = gl.convert_layout(p32.to(DT), P)
+        if first:
+            _finish(
+                o, old_l, old_m, out_desc, out, out_strides, lse, rest, out_s, old_m0, old_head, old_b, heads, M, WG, BM, BN, BDV, DV, DT
+            )
+            o = gl.zeros([BM, BDV], gl.float32, O)
+        else:
+            o = o * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, O)), 1)
+        at += 1
+
+    before = (at - 1) % V_STAGES
+    mbarrier.wait(bars.index(V_FULL + before), ((at - 1) // V_STAGES) & 1)
+    o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)])
+    mbarrier.arrive(bars.index(V_EMPTY + before))
+    _finish(o, l, m, out_desc, out, out_strides, lse, rest, out_s, m0, head, b, heads, M, WG, BM, BN, BDV, DV, DT)
+    if out_s is not None:
+        tma_store_wait(0)
+
+
+@gluon.jit
+def forward(
+    q_desc, k_desc, v_desc, out_desc, out, out_strides, bias_desc, bias, lse, rest, bias_strides, bias_on,
+    batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section,
+    BN: gl.constexpr, WGS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr,
+    IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
+    DV: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``locate`` says.
+
+    Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims, whose
+    broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and strides
+    (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). None: absent.
+
+    With a descriptor of out, tiles of it leave through shared memory by TMA; with a pointer and strides, from registers.
+    """
+    BM: gl.constexpr = 64
+    DT: gl.constexpr = q_desc.dtype
+    q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES * WGS, q_desc.block_shape), q_desc.layout)
+    k_s = gl.allocate_shared_memory(DT, stacked(K_STAGES, k_desc.block_shape), k_desc.layout)
+    v_s = gl.allocate_shared_memory(DT, stacked(V_STAGES, v_desc.block_shape), v_desc.layout)
+    if out_desc is not None:
+        out_s = gl.allocate_shared_memory(DT, stacked(WGS, out_desc.block_shape), out_desc.layout)
+    else:
+        out_s = None
+    if bias_desc is not None:
+        bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIAS_STAGES * WGS, bias_desc.block_shape), bias_desc.layout)
+    else:
+        bias_s = None
+    COUNT: gl.constexpr = barrier_at("count", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_FULL: gl.constexpr = barrier_at("v_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    TURN: gl.constexpr = barrier_at("turn", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(COUNT):
+        if (n >= K_EMPTY and n < V_FULL) or (n >= V_EMPTY and n < TURN):
+            mbarrier.init(bars.index(n), count=WGS)  # every consumer reads every key block
+        else:
+            mbarrier.init(bars.index(n), count=1)
+    fence_async_shared()
+    if TURNS:
+        mbarrier.arrive(bars.index(TURN))
+    scale_log2 = scale * LOG2E
+
+    # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
+    if WGS == 1:
+        gl.warp_specialize([
+            (_consume, (optional(out_desc), optional(out), optional(out_strides), optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s),
+                        optional(bias_s), bars,
+                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2, tiles_m, tiles, section,
+                        0, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M,
+                        POSITIVE_SCALE, EVEN_N, TURNS, DV)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads, batch_inner, M, N,
+                        optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+        ], [1], [24])  # fmt: skip
+    elif WGS == 2:
+        gl.warp_specialize([
+            (_consume, (optional(out_desc), optional(out), optional(out_strides), optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s),
+                        optional(bias_s), bars,
+                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2, tiles_m, tiles, section,
+                        0, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M,
+                        POSITIVE_SCALE, EVEN_N, TURNS, DV)),
+            (_consume, (optional(out_desc), optional(out), optional(out_strides), optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s),
+                        optional(bias_s), bars,
+                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2, tiles_m, tiles, section,
+                        1, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M,
+                        POSITIVE_SCALE, EVEN_N, TURNS, DV)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads, batch_inner, M, N,
+                        optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume, (optional(out_desc), optional(out), optional(out_strides), optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s),
+                        optional(bias_s), bars,
+                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2, tiles_m, tiles, section,
+                        0, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M,
+                        POSITIVE_SCALE, EVEN_N, TURNS, DV)),
+            (_consume, (optional(out_desc), optional(out), optional(out_strides), optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s),
+                        optional(bias_s), bars,
+                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2, tiles_m, tiles, section,
+                        1, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M,
+                        POSITIVE_SCALE, EVEN_N, TURNS, DV)),
+            (_consume, (optional(out_desc), optional(out), optional(out_strides), optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s),
+                        optional(bias_s), bars,
+                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2, tiles_m, tiles, section,
+                        2, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M,
+                        POSITIVE_SCALE, EVEN_N, TURNS, DV)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads, batch_inner, M, N,
+                        optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

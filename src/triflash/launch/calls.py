@@ -1,0 +1,46 @@
+"""A kernel launch as a value, and what the kernel families' launchers share. Needs torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan.configs import TileConfig
+from ..plan.hopper import HopperConfig
+
+__all__ = ["SMALLEST_SCALE", "Call", "bias_strides", "start"]
+
+SMALLEST_SCALE = 2.0**-126  # the least normal float32: what is smaller may reach a kernel as 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One kernel launch: the kernel, its arguments in order, its compile-time constants, and its grid."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    config: TileConfig | HopperConfig
+    programs: int
+
+    def start(self) -> None:
+        """Launch it on the current device."""
+        self.kernel[(self.programs,)](*self.args, **self.constants, num_warps=self.config.num_warps, num_stages=self.config.num_stages)
+
+
+def start(device: torch.device, calls: Iterable[Call]) -> None:
+    """Launch calls in order on a device."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()  # Triton launches on the current device
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        for call in calls:
+            call.start()
+
+
+def bias_strides(bias: Tensor | None) -> tuple[int, ...] | None:
+    """Strides of a canonical bias, 0 along dims that it broadcasts."""
+    return None if bias is None else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))

@@ -1,0 +1,120 @@
+"""Arguments and launches of the Hopper kernels. Imports triton, so it is itself imported only when a plan needs it.
+
+What TMA can address: a contiguous last dim, an address and strides that are multiples of 16 bytes. Tensors that are laid out otherwise are
+copied to rows that are padded to that; their copies live as long as the launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.hopper import forward as forward_kernels
+from ..kernels.hopper.compat import TensorDescriptor, gl
+from ..plan.configs import padded
+from ..plan.hopper import ROWS, HopperConfig, forward_section, whole_tiles
+from ..plan.select import Plan
+from ..spec import AttentionSpec
+from .calls import SMALLEST_SCALE, Call, bias_strides, start
+
+__all__ = ["forward", "forward_calls"]
+
+_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
+_ALIGNMENT = 16  # bytes
+
+
+def forward(
+    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
+) -> None:
+    """Fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); lse and rest are contiguous."""
+    target = out if addressable(out) else _padded_rows(out)
+    start(q.device, forward_calls(plan, spec, _ready(q), _ready(k), _ready(v), _ready_bias(spec, bias), target, lse, rest))
+    if target is not out:
+        out.copy_(target)
+
+
+def forward_calls(
+    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
+) -> list[Call]:
+    """The launches of a forward pass; all tensors are addressable."""
+    calls = []
+    for step in plan.steps:
+        config = step.config
+        assert isinstance(config, HopperConfig)
+        head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
+        tiled = spec.bias is not None and spec.bias.varies[4]
+        bias_desc = None
+        bias_on: tuple[int, ...] | None = None
+        if bias is not None and tiled:
+            bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+            bias_desc = descriptor(bias, (1, 1, 1, ROWS if spec.bias.varies[3] else 1, block_n))  # type: ignore[union-attr]
+            bias_on = tuple(int(size > 1) for size in bias.shape[:3])
+        pointer = None if tiled or bias is None else bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+        tiles_m, tiles = whole_tiles(spec, config)
+        args = (
+            descriptor(q, (1, ROWS, 1, head)),
+            descriptor(k, (1, block_n, 1, head)),
+            descriptor(v, (1, block_n, 1, value)),
+            *((descriptor(out, (1, ROWS, 1, value)), None, None) if config.own_out else (None, out, out.stride()[:3])),
+            *(bias_desc, pointer, lse, rest, None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
+            *(spec.batch, spec.heads, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
+            *(tiles_m, tiles, forward_section(spec)),
+        )
+        constants: dict[str, Any] = {
+            "BN": block_n,
+            "WGS": config.consumers,
+            "Q_STAGES": config.q_stages,
+            "K_STAGES": config.num_stages,
+            "V_STAGES": config.v_stages or config.num_stages,
+            "BIAS_STAGES": config.bias_stages,
+            "BATCH_FASTEST": step.order == "batch",
+            "IS_MASK": spec.bias is not None and spec.bias.is_mask,
+            "VARIES_M": spec.bias is not None and spec.bias.varies[3],
+            "POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE,
+            "EVEN_N": spec.keys % block_n == 0,
+            "TURNS": config.turns,
+            "DV": spec.value_dim,
+            "REGISTERS": config.registers,
+        }
+        calls.append(Call(forward_kernels.forward, args, constants, config, step.programs))
+    return calls
+
+
+def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
+    """A TMA descriptor of an addressable tensor, in blocks of that shape."""
+    unit = _ALIGNMENT // x.element_size()
+    strides = [unit if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block), layout)
+
+
+def addressable(x: Tensor) -> bool:
+    """Whether TMA can address the tensor as it lies."""
+    if x.data_ptr() % _ALIGNMENT or (x.stride(-1) != 1 and x.shape[-1] > 1):
+        return False
+    size = x.element_size()
+    return all(n == 1 or (0 < s * size < 2**40 and s * size % _ALIGNMENT == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+
+
+def _padded_rows(x: Tensor) -> Tensor:
+    """An uninitialised tensor of x's shape whose rows begin at multiples of 16 bytes."""
+    unit = _ALIGNMENT // x.element_size()
+    row = -(-x.shape[-1] // unit) * unit
+    return x.new_empty((*x.shape[:-1], row))[..., : x.shape[-1]]
+
+
+def _ready(x: Tensor) -> Tensor:
+    """x itself, or a copy that TMA can address."""
+    return x if addressable(x) else _padded_rows(x).copy_(x)
+
+
+def _ready_bias(spec: AttentionSpec, bias: Tensor | None) -> Tensor | None:
+    """The bias without what ``expand`` repeats, ready for TMA if it has a dim of keys."""
+    if bias is None or not (spec.bias and spec.bias.varies[4]):
+        return bias
+    # An expanded outer dim is read at its only element. An expanded dim of queries or keys is what a tile is made of: it is written out.
+    stored = bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride()[:3])]
+    return _ready(stored)
