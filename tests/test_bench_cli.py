@@ -227,13 +227,13 @@ def test_what_was_measured_is_kept(error: BaseException, status: int, tmp_path: 
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (["--d", "64,none"], "--d none: wanted a positive number such as 512 or 2k"),
-        (["--s", "0"], "--s 0: wanted a positive number"),
-        (["--b", "-1"], "not a positive number"),
-        (["--tokens", "1k", "--s", "300"], "--tokens 1024: wanted a multiple of every s, got s 300"),
+        (["--d", "64,none"], "argument --d: size: wanted a positive whole number such as 512, 4k or 1.5k (k = 1024), got 'none'"),
+        (["--s", "0"], "argument --s: size: wanted a positive whole number"),
+        (["--b", "-1"], "argument --b: size: wanted a positive whole number"),
+        (["--tokens", "1k", "--s", "300"], "--tokens: wanted a multiple of every --s, got 1024; --s 300 does not divide it"),
         (["--tokens", "1k", "--b", "2"], "--tokens, --b: give one of them"),
-        (["--hd", "100", "--d", "64"], "--hd 100: wanted a multiple of every d, got d 64"),
-        (["--bias", "hqkb"], "--bias: bias 'hqkb': wanted bhqk"),
+        (["--hd", "100", "--d", "64"], "--hd: wanted a multiple of every --d, got 100; --d 64 does not divide it"),
+        (["--bias", "hqkb"], "argument --bias: bias: wanted none, or dims such as 1hqk"),
         (["--providers", "sdpa,fa5"], "--providers fa5: wanted some of triflash"),
         (["--dtype", "fp8"], "--dtype fp8: wanted some of bf16, fp16, fp32"),
         (["--pass", "sideways"], "--pass sideways: wanted some of fwd, bwd"),
@@ -282,7 +282,7 @@ def test_compiling_ahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().out
     assert f"Compiling {len(chosen.workloads)} times in 1 processes" in said and "Compiled in" in said and "stopped" not in said
     run._prepare(dataclasses.replace(chosen, words=("bench", "--d", "none")), settings, Console(width=200))
-    assert "A compiling process stopped with status 2: triflash bench: error: --d none: wanted" in capsys.readouterr().out
+    assert "A compiling process stopped with status 2: triflash bench: error: argument --d: size: wanted" in capsys.readouterr().out
 
 
 def test_tokens_and_hd(tmp_path: Path) -> None:

@@ -70,5 +70,5 @@ def test_a_tuned_file_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_missing_helpers_are_not_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No git, no nvidia-smi: fewer words, no traceback."""
     monkeypatch.setenv("PATH", "")
-    assert environment._commit() == "" and environment._driver().startswith("unknown")
+    assert environment.commit() == (None, None) and environment._driver().startswith("unknown")
     assert environment.text().startswith("triflash")

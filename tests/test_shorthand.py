@@ -23,6 +23,19 @@ def test_size_refuses(text: str) -> None:
         shorthand.size(text)
 
 
+def test_pair() -> None:
+    assert shorthand.pair("128") == (128, 128) and shorthand.pair("192x128") == (192, 128) and shorthand.pair("1kx2k") == (1024, 2048)
+    for wrong in ("x", "64x", "x64", "1x2x3", "64x0"):
+        with pytest.raises(ValueError, match="^size: wanted"):
+            shorthand.pair(wrong)
+
+
+def test_quotient() -> None:
+    assert shorthand.quotient("--tokens", 4096, "--s", 1024) == 4
+    with pytest.raises(ValueError, match="^--tokens: wanted a multiple of every --s, got 4096; --s 1000 does not divide it$"):
+        shorthand.quotient("--tokens", 4096, "--s", 1000)
+
+
 def test_dtype() -> None:
     for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("FP32", torch.float32), ("fp64", torch.float64)):
         assert shorthand.dtype(name) == dtype

@@ -17,12 +17,12 @@ from .plan.device import DeviceFacts, facts_of, triton_version
 from .plan.select import BACKENDS, why_not
 from .spec import AttentionSpec
 
-__all__ = ["collect", "text"]
+__all__ = ["collect", "commit", "output", "text", "version"]
 
 _PACKAGE = Path(__file__).parent
 _PREFIXES = ("TRIFLASH_", "TRITON_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "PYTORCH_", "TORCH_", "CUBLAS_")
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
-_WAIT = 10  # seconds that a helper program may take
+_WAIT = 20  # seconds that a helper program may take
 
 
 def text() -> str:
@@ -36,15 +36,17 @@ def collect() -> Iterator[tuple[str, str]]:
     """(label, value) pairs."""
     from . import __version__
 
-    yield "triflash", __version__ + _commit()
+    hash_, changed = commit()
+    at = f" (commit {hash_[:12]}{', with changes' if changed else ''})" if hash_ else ""
+    yield "triflash", __version__ + at
     yield "kernel source", overlay.kernel_source()
     yield "python", f"{platform.python_implementation()} {platform.python_version()}"
     yield "system", f"{platform.system()} {platform.release()}, {platform.machine()}, {' '.join(platform.libc_ver()) or 'libc unknown'}"
     yield "torch", torch.__version__
     yield "triton", triton_version() or "not installed"
     for package in ("numpy", "transformers", "flash-attn", "flash-attn-4"):
-        if version := _version(package):
-            yield package, version
+        if found := version(package):
+            yield package, found
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}" if torch.version.hip else "CPU only"
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     yield "torch built for", built + (f", cuDNN {cudnn}" if cudnn else "")
@@ -53,7 +55,8 @@ def collect() -> Iterator[tuple[str, str]]:
     yield from _settings()
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The version of an installed package; empty if there is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -93,7 +96,7 @@ def _state(backend: str, facts: DeviceFacts) -> str:
 
 
 def _driver() -> str:
-    lines = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")
+    lines = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")
     return next((line.strip() for line in lines if line.strip()), "unknown (nvidia-smi did not say)")
 
 
@@ -113,16 +116,19 @@ def _settings() -> Iterator[tuple[str, str]]:
             yield "tuned file", "missing or not a file that triflash tune wrote"
 
 
-def _commit() -> str:
-    """The git commit, where the package runs from a checkout of its own, and whether files were changed since."""
-    if not _output("git", "-C", str(_PACKAGE), "ls-files", "--error-unmatch", "__init__.py").strip():
-        return ""  # installed, perhaps inside somebody else's checkout
-    commit = _output("git", "-C", str(_PACKAGE), "rev-parse", "--short=12", "HEAD").strip()
-    dirty = bool(_output("git", "-C", str(_PACKAGE), "status", "--porcelain", "--untracked-files=no").strip())
-    return f" (commit {commit}{', with changes' if dirty else ''})" if commit else ""
+def commit() -> tuple[str, bool] | tuple[None, None]:
+    """The git commit of the checkout that the package runs from, and whether the package's files differ from it.
+
+    Nothing where it is installed, perhaps inside somebody else's checkout, or where git is missing.
+    """
+    here = ("git", "-C", str(_PACKAGE))
+    if not output(*here, "ls-files", "--error-unmatch", "__init__.py").strip():
+        return None, None
+    found = output(*here, "rev-parse", "HEAD").strip()
+    return (found, bool(output(*here, "status", "--porcelain", "--", ".").strip())) if found else (None, None)
 
 
-def _output(*command: str) -> str:
+def output(*command: str) -> str:
     """What a program prints, or nothing if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=_WAIT, check=True).stdout

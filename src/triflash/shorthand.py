@@ -15,7 +15,7 @@ import torch
 from .errors import bad_value
 from .spec import DTYPE_NAMES
 
-__all__ = ["bias_pattern", "bias_shape", "causal", "dtype", "items", "option", "size"]
+__all__ = ["bias_pattern", "bias_shape", "causal", "dtype", "items", "option", "pair", "quotient", "size"]
 
 T = TypeVar("T")
 
@@ -32,6 +32,19 @@ def size(text: str) -> int:
     if value < 1 or value != int(value):
         raise bad_value("size", "a positive whole number such as 512, 4k or 1.5k (k = 1024)", repr(text))
     return int(value)
+
+
+def pair(text: str) -> tuple[int, int]:
+    """A size for both, or one for each: ``128`` is ``(128, 128)``, ``192x128`` is ``(192, 128)``."""
+    first, by, second = text.partition("x")
+    return size(first), size(second if by else first)
+
+
+def quotient(option: str, total: int, name: str, size: int) -> int:
+    """``total / size``, where ``option`` gives ``total``, which must be a multiple of every size of the option ``name``."""
+    if total % size:
+        raise bad_value(option, f"a multiple of every {name}", total, f"{name} {size} does not divide it")
+    return total // size
 
 
 def dtype(text: str) -> torch.dtype:

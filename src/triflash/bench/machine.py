@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import shutil
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 
 import triflash
 
+from .. import environment
 from .timing import Samples, measure_interleaved, quantiles
 from .workloads import DTYPES
 
@@ -26,6 +25,7 @@ _QUERY = ("clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "power.draw
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Device, versions, commit, date; on a GPU also what :func:`clocks` says."""
+    commit, changed = environment.commit()
     found: dict[str, Any] = {
         "device": device.type,
         "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
@@ -33,13 +33,14 @@ def facts(device: torch.device) -> dict[str, Any]:
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": environment.version("triton") or None,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
-        "flash-attn-4": _version("flash-attn-4"),
+        "flash-attn-4": environment.version("flash-attn-4") or None,
         "triflash": triflash.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        **_commit(),
+        "commit": commit,
+        "dirty": changed,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -62,7 +63,7 @@ def clocks(device: torch.device) -> dict[str, str] | None:
         chosen = f"--id=GPU-{uuid}"
     except AttributeError:
         pass
-    said = _run(["nvidia-smi", chosen, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader"])
+    said = environment.output("nvidia-smi", chosen, f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader")
     values = [value.strip() for value in said.splitlines()[0].split(",")] if said else []
     return dict(zip(_QUERY, values, strict=True)) if len(values) == len(_QUERY) else None
 
@@ -96,34 +97,9 @@ def _ceiling(samples: Samples, work: int, unit: str) -> dict[str, Any]:
     return {unit: found["p50"], **found, "samples_ms": samples.ms}
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> dict[str, Any]:
-    """The commit that the package is run from, and whether its files were changed; None where it is installed."""
-    root = Path(triflash.__file__).parent
-    top = _run(["git", "-C", str(root), "rev-parse", "--show-toplevel"])
-    if not top or Path(top.strip()) != root.parent.parent:
-        return {"commit": None, "dirty": None}
-    commit = _run(["git", "-C", str(root), "rev-parse", "HEAD"])
-    changed = _run(["git", "-C", str(root), "status", "--porcelain", "--", str(root)])
-    return {"commit": commit.strip() if commit else None, "dirty": None if changed is None else bool(changed.strip())}
-
-
-def _run(command: list[str]) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None

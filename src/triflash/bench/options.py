@@ -7,14 +7,16 @@ import itertools
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from .. import shorthand
 from .flops import PASSES
 from .providers import PROVIDERS, provider
 from .workloads import DTYPES, NAMED, Workload, named, short
 
 __all__ = ["Options", "add_arguments", "listing"]
 
-_SHAPE_DEFAULTS = {
+_SHAPE_DEFAULTS: dict[str, dict[str, Any]] = {
     "cuda": {"d": "64,128", "s": "2k,8k", "b": 4, "h": 16, "causal": "both", "bias": "none,1hqk", "dbias": "off"},
     "cpu": {"d": "64", "s": "512,1k", "b": 1, "h": 4, "causal": "both", "bias": "none,1hqk", "dbias": "on"},
 }
@@ -23,7 +25,9 @@ _DEFAULTS = {
     "cpu": {"dtype": "fp32", "pass": "fwd,bwd", "providers": "triflash,sdpa,dense"},
 }
 _ON = {"off": (False,), "on": (True,), "both": (False, True)}
-_CAUSAL = {"full": (False,), "causal": (True,), "both": (False, True)}
+_pairs = shorthand.option(shorthand.items(shorthand.pair))
+_biases = shorthand.option(shorthand.items(shorthand.bias_pattern))
+_size, _causal = shorthand.option(shorthand.size), shorthand.option(shorthand.causal)
 
 
 @dataclass(frozen=True)
@@ -88,28 +92,18 @@ def _grid(given: argparse.Namespace, kind: str) -> list[Workload]:
         raise ValueError("--tokens, --b: give one of them")
     if given.hd and given.h:
         raise ValueError("--hd, --h: give one of them")
-    chosen = {name: default if getattr(given, name) is None else getattr(given, name) for name, default in _SHAPE_DEFAULTS[kind].items()}
+    defaults = _SHAPE_DEFAULTS[kind]
+    parsed = {"d": _pairs, "s": _pairs, "causal": _causal, "bias": _biases}
+    chosen: dict[str, Any] = {n: getattr(given, n) or parsed.get(n, lambda default: default)(defaults[n]) for n in defaults}
     found = []
-    for bias, (d, dv), (m, n), causal in itertools.product(
-        _list(str(chosen["bias"])),
-        [_pair("--d", text) for text in _list(str(chosen["d"]))],
-        [_pair("--s", text) for text in _list(str(chosen["s"]))],
-        _CAUSAL[str(chosen["causal"])],
-    ):
-        b = _quotient("--tokens", given.tokens, "s", m) if given.tokens else int(str(chosen["b"]))
-        h = _quotient("--hd", given.hd, "d", d) if given.hd else int(str(chosen["h"]))
-        for dbias in _ON[str(chosen["dbias"])] if bias != "none" else (False,):
+    for bias, (d, dv), (m, n), causal in itertools.product(chosen["bias"], chosen["d"], chosen["s"], chosen["causal"]):
+        b = shorthand.quotient("--tokens", given.tokens, "--s", m) if given.tokens else chosen["b"]
+        h = shorthand.quotient("--hd", given.hd, "--d", d) if given.hd else chosen["h"]
+        for dbias in _ON[chosen["dbias"]] if bias else (False,):
             words = [f"d{d}" + (f"x{dv}" if dv != d else ""), f"s{short(m)}" + (f"x{short(n)}" if n != m else "")]
             words += ["causal" if causal else "full"]
-            words += [bias + ("+db" if dbias else "")] if bias != "none" else []
-            workload = Workload(
-                " ".join(words), b, h, m, n, d, value_dim=dv, hi=0 if causal else None, bias=None if bias == "none" else bias, dbias=dbias
-            )
-            try:
-                _ = workload.bias_shape
-            except ValueError as error:
-                raise ValueError(f"--bias: {error}") from None
-            found.append(workload)
+            words += [bias + ("+db" if dbias else "")] if bias else []
+            found.append(Workload(" ".join(words), b, h, m, n, d, value_dim=dv, hi=0 if causal else None, bias=bias, dbias=dbias))
     return list(dict.fromkeys(found))
 
 
@@ -123,34 +117,6 @@ def _choices(option: str, text: str, known: tuple[str, ...]) -> list[str]:
         if word not in known:
             raise ValueError(f"{option} {word}: wanted some of {', '.join(known)}")
     return words
-
-
-def _size(option: str, text: str) -> int:
-    """A positive number; k is 1024."""
-    digits, factor = (text[:-1], 1024) if text.endswith(("k", "K")) else (text, 1)
-    if not digits.isdigit() or int(digits) == 0:
-        raise ValueError(f"{option} {text}: wanted a positive number such as 512 or 2k")
-    return int(digits) * factor
-
-
-def _pair(option: str, text: str) -> tuple[int, int]:
-    """``128`` twice, or ``192x128``."""
-    first, by, second = text.partition("x")
-    one = _size(option, first)
-    return one, _size(option, second) if by else one
-
-
-def _quotient(option: str, total: int, name: str, size: int) -> int:
-    if total % size:
-        raise ValueError(f"{option} {total}: wanted a multiple of every {name}, got {name} {size}")
-    return total // size
-
-
-def _positive(text: str) -> int:
-    try:
-        return _size("", text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 512 or 2k") from None
 
 
 def _count(text: str) -> int:
@@ -191,20 +157,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workload", metavar="NAMES", help="named workloads, comma-separated; a family such as gemma2, or all; --list shows them")
     add("--tiny", action="store_true", help="shrink the named workloads to try something out; says nothing about the models' speed")
-    add("--d", metavar="SIZES", help=words("head dims; 192x128 is q, k by v", "d"))
-    add("--s", metavar="SIZES", help=words("lengths; 1kx2k is queries by keys", "s"))
-    add("--b", type=_positive, metavar="N", help=words("batch", "b"))
-    add("--h", type=_positive, metavar="N", help=words("heads", "h"))
-    add("--tokens", type=_positive, metavar="N", help="instead of --b: batch times length")
-    add("--hd", type=_positive, metavar="N", help="instead of --h: heads times head dim")
-    add("--causal", choices=tuple(_CAUSAL), help=words("top-left aligned", "causal"))
-    add("--bias", metavar="KINDS", help=words("none, or bhqk with any letter replaced by 1", "bias"))
+    add("--d", type=_pairs, metavar="SIZES", help=words("head dims; 192x128 is q, k by v", "d"))
+    add("--s", type=_pairs, metavar="SIZES", help=words("lengths; 1kx2k is queries by keys", "s"))
+    add("--b", type=_size, metavar="N", help=words("batch", "b"))
+    add("--h", type=_size, metavar="N", help=words("heads", "h"))
+    add("--tokens", type=_size, metavar="N", help="instead of --b: batch times length")
+    add("--hd", type=_size, metavar="N", help="instead of --h: heads times head dim")
+    add("--causal", type=_causal, metavar="WHICH", help=words("top-left aligned: yes, no or both", "causal"))
+    add("--bias", type=_biases, metavar="KINDS", help=words("none, or bhqk with any letter replaced by 1", "bias"))
     add("--dbias", choices=tuple(_ON), help=words("whether a bias asks for its gradient", "dbias"))
     add("--dtype", metavar="NAMES", help=words(f"of {', '.join(DTYPES)}", "dtype"))
     add("--pass", metavar="NAMES", help=words(f"of {', '.join(PASSES)}; step is the host's time of an eager fwd+bwd", "pass"))
     add("--providers", metavar="NAMES", help=words("see --list, or all", "providers"))
     add("--budget", type=_seconds, default=0.25, metavar="S", help="seconds of samples for each provider and pass (default 0.25)")
-    add("--min-samples", type=_positive, default=10, metavar="N", help="samples even if the budget is spent (default 10)")
+    add("--min-samples", type=_size, default=10, metavar="N", help="samples even if the budget is spent (default 10)")
     add("--seed", type=int, default=0, metavar="N", help="of the random inputs (default 0)")
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--prepare", type=_count, metavar="N", help="on a GPU, first compile everything in N processes (default half the cores, up to 8)")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..shorthand import bias_shape
 from .flops import attention_bytes, attention_flops, visible_pairs
 from .formula import Options
 from .gate import Problem
@@ -15,7 +16,6 @@ from .gate import Problem
 __all__ = ["DTYPES", "NAMED", "Workload", "named", "short"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_LETTERS = {4: "bhqk", 5: "bihqk"}
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class Workload:
         """The bias's five sizes: outer batch, inner batch, head, query, key."""
         if self.bias is None:
             return None
-        if len(self.bias) not in _LETTERS or any(a not in (b, "1") for a, b in zip(self.bias, _LETTERS[len(self.bias)], strict=True)):
-            raise ValueError(f"bias {self.bias!r}: wanted bhqk or bihqk with any of the letters replaced by 1")
-        five = self.bias if len(self.bias) == 5 else self.bias[0] + "1" + self.bias[1:]
-        full = (self.batch // self.batch_inner, self.batch_inner, self.heads, self.queries, self.keys)
-        return tuple(1 if letter == "1" else size for letter, size in zip(five, full, strict=True))
+        five = self.bias
+        if len(five) < 5:
+            four = five.rjust(4, "1")
+            five = ("bi" if four[0] == "b" else "11") + four[1:]
+        return bias_shape(five, self.batch, self.heads, self.queries, self.keys, self.batch_inner)
 
     @property
     def lengths(self) -> list[int] | None:

@@ -71,19 +71,11 @@ class Options:
 
 
 def _batch(given: argparse.Namespace, s: int) -> int:
-    if given.tokens is None:
-        return int(given.b)
-    if given.tokens % s:
-        raise ValueError(f"--tokens {given.tokens}: must be a multiple of --s {s}")
-    return int(given.tokens // s)
+    return int(given.b) if given.tokens is None else shorthand.quotient("--tokens", given.tokens, "--s", s)
 
 
 def _heads(given: argparse.Namespace, d: int) -> int:
-    if given.hd is None:
-        return int(given.h)
-    if given.hd % d:
-        raise ValueError(f"--hd {given.hd}: must be a multiple of --d {d}")
-    return int(given.hd // d)
+    return int(given.h) if given.hd is None else shorthand.quotient("--hd", given.hd, "--d", d)
 
 
 def _number(text: str) -> float:
