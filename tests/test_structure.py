@@ -35,9 +35,10 @@ RULES: dict[str, list[str]] = {
     "triflash.errors": [],
     "triflash.spec": ["torch", "triflash.errors"],
     "triflash.checks": ["torch", "triflash.errors"],
+    "triflash.copies": ["torch", "triflash.explanation", "triflash.launch.calls", "triflash.plan", "triflash.spec"],
     "triflash.explanation": ["triflash.plan", "triflash.spec", "triflash.launch.ahead"],
     "triflash.explainer": [
-        "torch", "triflash.errors", "triflash.explanation", "triflash.launch", "triflash.plan", "triflash.spec",
+        "torch", "triflash.copies", "triflash.errors", "triflash.explanation", "triflash.launch", "triflash.plan", "triflash.spec",
         "triflash.triton_flash_attention",
     ],
     "triflash.shorthand": ["torch", "triflash.errors", "triflash.spec"],

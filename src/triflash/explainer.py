@@ -13,14 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .copies import copies_of
 from .errors import UnsupportedError, bad_type, bad_value
-from .explanation import Copy, ExplainedStep, Explanation, Pass
-from .plan import layout
+from .explanation import ExplainedStep, Explanation, Pass
+from .plan import hopper
 from .plan.configs import shared_memory
 from .plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
+from .plan.hopper import HopperConfig
 from .plan.override import KERNELS
 from .plan.scratch import scratch
-from .plan.select import BACKENDS, Plan, Step, backend, config_of, current_choices, plan_backward, plan_forward, problem_of, why_not
+from .plan.select import (
+    BACKENDS,
+    Plan,
+    Step,
+    backend,
+    config_of,
+    current_choices,
+    hopper_config_of,
+    plan_backward,
+    plan_forward,
+    problem_of,
+    why_not,
+)
 from .spec import AttentionSpec, Needs, spec_of
 from .triton_flash_attention import _arguments
 
@@ -56,7 +70,7 @@ def explain(
         device: what to explain it for: a kind of device (``"sm80"``, ``"sm86"``, ``"sm90"``, ``"sm100"``, ``"gfx942"``, ``"cpu"``, …;
             if this machine has one, that one), a ``torch.device`` of this machine, or :class:`~triflash.plan.device.DeviceFacts`.
             Default: where the tensors are; for meta tensors this machine's GPU, if it has one, else its CPU.
-        compile: also compile the Triton kernels ahead of time for that device, which takes some seconds and needs no GPU, and report
+        compile: also compile the kernels ahead of time for that device, which takes some seconds and needs no GPU, and report
             their registers, spills and shared memory.
 
     Returns:
@@ -77,7 +91,7 @@ def explain(
     if any(vars(needs).values()):
         plans.append(plan_backward(spec, needs, facts, requested))
     passes = [Pass(plan.backend, tuple(_explained(plan, step, spec, facts) for step in plan.steps)) for plan in plans]
-    copies = _copies(plans, spec, facts, (q, k, v, canonical))
+    copies = copies_of(plans, spec, facts, (q, k, v, canonical))
     if compile:
         passes = _with_resources(passes, plans, spec, needs, facts, (q, k, v, canonical))
     deterministic, determinism = _determinism(plans)
@@ -94,6 +108,7 @@ def explain(
         memory=tuple(scratch(plans, spec, needs)),
         deterministic=deterministic,
         determinism=determinism,
+        changed=_changed(plans, spec, needs, facts),
         notes=tuple(_notes(facts, plans, compile)),
     )
 
@@ -144,7 +159,10 @@ def _explained(plan: Plan, step: Step, spec: AttentionSpec, device: DeviceFacts)
         return ExplainedStep(step)
     source = "fixed: it has no tiles of scores" if step.kernel not in KERNELS else f"the choice of backend {plan.backend}"
     estimate = None
-    if plan.backend == "triton" and step.kernel in KERNELS:
+    if isinstance(step.config, HopperConfig):
+        source = hopper_config_of(spec, device, current_choices())[1]
+        estimate = hopper.shared_memory(spec, step.config)
+    elif plan.backend == "triton" and step.kernel in KERNELS:
         config, found = config_of(step.kernel, spec, device, current_choices())
         source = found if config == step.config else source
         estimate = shared_memory(problem_of(step.kernel, spec), config, device)
@@ -165,7 +183,7 @@ def _cannot(name: str, spec: AttentionSpec, needs: Needs, device: DeviceFacts, b
         return f"cannot do {reason[0]}; {reason[1]}"
     try:
         plan_forward(spec, device, name)
-        if backward:
+        if backward and name != "hopper":  # whose forward pass the automatic choice combines with the backward pass of triton
             plan_backward(spec, needs, device, name)
     except UnsupportedError as error:
         return str(error)
@@ -173,31 +191,27 @@ def _cannot(name: str, spec: AttentionSpec, needs: Needs, device: DeviceFacts, b
 
 
 def _not_preferred(name: str, chosen: str, device: DeviceFacts, requested: str) -> str:
+    could = "could run the forward pass" if name == "hopper" else "could run it"
     if requested != "auto":
-        return f"could run it, but {chosen} was asked for by name"
+        return f"{could}, but {chosen} was asked for by name"
     if name == "oracle":
-        return "could run it, for debugging: it holds every score in memory, and is taken only when asked for by name"
+        return f"{could}, for debugging: it holds every score in memory, and is taken only when asked for by name"
     kind = "a CPU" if device.arch in ("cpu", "interpreter") else "a GPU"
-    return f"could run it, slower here: the automatic choice prefers {chosen} on {kind}"
+    return f"{could}, slower here: the automatic choice prefers {chosen} on {kind}"
 
 
-def _copies(plans: list[Plan], spec: AttentionSpec, device: DeviceFacts, tensors: _Tensors) -> tuple[Copy, ...]:
-    """Inputs that the launches copy (``plan/layout.py``). Backends in PyTorch read any layout."""
-    if all(plan.backend in _IN_PYTORCH or not plan.steps for plan in plans):
-        return ()
-    *rows, bias = tensors
-    copies = [
-        Copy(name, x.numel() * x.element_size(), "its last dim is not contiguous")
-        for name, x in zip(_INPUTS, rows, strict=False)
-        if x is not None and layout.copies_rows(x.shape, x.stride())
-    ]
-    if bias is not None and device.arch not in ("cpu", "interpreter"):
-        address = bias.data_ptr() if bias.device.type != "meta" else int(bias.storage_offset()) * bias.element_size()
-        if layout.copies_bias(bias.shape, bias.stride(), address):
-            elements = layout.copied_bias_elements(bias.shape, bias.stride())
-            reason = f"its rows are not a multiple of {layout.BIAS_STRIDE} elements apart, or do not start at 16 bytes"
-            copies.append(Copy("bias", elements * bias.element_size(), reason))
-    return tuple(copies)
+def _changed(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> str:
+    """Why the backward pass has another backend than the forward pass, or nothing if it has not."""
+    if len({plan.backend for plan in plans}) == 1:
+        return ""
+    first, second = (plan.backend for plan in plans)
+    if first == "hopper":
+        return f"hopper has none, and its results are what {second} goes on from"
+    try:
+        plan_backward(spec, needs, device, first)
+    except UnsupportedError as error:
+        return str(error)
+    return f"{first} was not chosen"
 
 
 def _determinism(plans: list[Plan]) -> tuple[bool, str]:
@@ -216,8 +230,8 @@ def _determinism(plans: list[Plan]) -> tuple[bool, str]:
 def _notes(device: DeviceFacts, plans: list[Plan], compiled: bool) -> Iterable[str]:
     if problem := triton_problem():
         yield f"{problem}: this is what runs without it, on any device"
-    if compiled and all(plan.backend != "triton" for plan in plans):
-        yield f"nothing was compiled: only kernels of backend triton can be, and {plans[0].backend} runs"
+    if compiled and all(plan.backend in _IN_PYTORCH for plan in plans):
+        yield f"nothing was compiled: only kernels of backends triton and hopper can be, and {plans[0].backend} runs"
     choices = current_choices()
     if choices.tuned is not None and device.arch not in ("cpu", "interpreter"):
         yield f"tuned configurations are read from {choices.tuned.path} (they hold for one GPU, Triton {triton_version() or 'unknown'})"
@@ -226,7 +240,7 @@ def _notes(device: DeviceFacts, plans: list[Plan], compiled: bool) -> Iterable[s
 def _with_resources(
     passes: list[Pass], plans: list[Plan], spec: AttentionSpec, needs: Needs, device: DeviceFacts, tensors: _Tensors
 ) -> list[Pass]:
-    """The passes with what the compiler makes of their Triton kernels."""
+    """The passes with what the compiler makes of their kernels."""
     if problem := triton_problem():
         raise bad_value("compile", "False", "True", problem)
     if interpreting() or device.arch == "interpreter":
@@ -235,7 +249,7 @@ def _with_resources(
 
     compiled = []
     for each, plan in zip(passes, plans, strict=True):
-        if plan.backend != "triton":
+        if plan.backend in _IN_PYTORCH:
             compiled.append(each)
             continue
         calls = ahead.calls_of(plan, spec, needs, *tensors)

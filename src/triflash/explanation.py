@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Copy", "ExplainedStep", "Explanation", "Pass", "human"]
 
+_HOPPER_ORDERS = {
+    "head": "batches and heads in groups whose keys and values fit in the L2 cache",
+    "batch": "batch entries that share a bias block side by side, in groups whose keys and values fit in the L2 cache",
+}
 _ORDERS = {
     "tile": "tiles of one head back to back",
     "batch": "batch entries that share a bias block back to back",
@@ -46,11 +50,15 @@ class Pass:
 
 @dataclass(frozen=True)
 class Copy:
-    """An input that is copied before the kernels read it, because of how it lies in memory. ``nbytes`` live as long as a pass."""
+    """A tensor that is copied because kernels cannot read (of the output: write) it as it lies in memory.
+
+    ``nbytes`` live as long as a pass, in each of ``passes`` (``"forward"``, ``"backward"``).
+    """
 
     tensor: str
     nbytes: int
     reason: str
+    passes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,8 @@ class Explanation:
 
     spec: the problem. needs: the gradients asked for. device: what it is explained for; ``here``: whether that device is in this machine.
     requested: the backend asked for, ``auto`` if none. not_taken: the other backends, each with the reason. backward: None if no gradient
-    is needed. memory: scratch beyond inputs, outputs and gradients, ``(what, bytes)``, copies not included.
+    is needed. changed: why the backward pass has another backend than the forward pass; empty if it has not. memory: scratch beyond
+    inputs, outputs and gradients, ``(what, bytes)``, copies not included.
     """
 
     spec: AttentionSpec
@@ -74,6 +83,7 @@ class Explanation:
     memory: tuple[tuple[str, int], ...]
     deterministic: bool
     determinism: str
+    changed: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -90,17 +100,21 @@ class Explanation:
     def __str__(self) -> str:
         lines = [("problem", _problem(self.spec)), ("gradients", _gradients(self.needs)), ("device", _device(self.device, self.here))]
         how = "the automatic choice" if self.requested == "auto" else "asked for by name"
-        lines.append(("backend", f"{self.backend}, {how}"))
-        if self.backward is not None and self.backward.backend != self.backend:
-            lines.append(("", f"{self.backward.backend} for the backward pass"))
+        if self.requested == "auto" and self.backend == "hopper":
+            how += ", which prefers it where it can run"
+        if self.backward is not None and self.changed:
+            lines.append(("backend", f"{self.backend} for the forward pass, {how}"))
+            lines.append(("", f"{self.backward.backend} for the backward pass: {self.changed}"))
+        else:
+            lines.append(("backend", f"{self.backend}, {how}"))
         lines += [("not taken" if at == 0 else "", f"{name}: {reason}") for at, (name, reason) in enumerate(self.not_taken)]
         for name, each in (("forward", self.forward), ("backward", self.backward)):
             if each is not None:
-                text = [line for explained in each.steps for line in _step(explained, self.device)] or [
+                text = [line for explained in each.steps for line in _step(explained, each.backend, self.device)] or [
                     "nothing to run: there are no scores"
                 ]
                 lines += [(name if at == 0 else "", line) for at, line in enumerate(text)]
-        copies = [f"{copy.tensor}, {human(copy.nbytes)} a pass: {copy.reason}" for copy in self.copies] or ["none"]
+        copies = [f"{copy.tensor}, {human(copy.nbytes)} {_where(copy)}: {copy.reason}" for copy in self.copies] or ["none"]
         lines += [("copies" if at == 0 else "", line) for at, line in enumerate(copies)]
         lines.append(("scratch", ", ".join(f"{what} {human(size)}" for what, size in self.memory) or "none"))
         lines.append(("same bits", f"{'yes' if self.deterministic else 'no'}: {self.determinism}"))
@@ -160,14 +174,19 @@ def _device(device: DeviceFacts, here: bool) -> str:
     return f"{device.arch}{name}{facts}{away}"
 
 
-def _step(explained: ExplainedStep, device: DeviceFacts) -> list[str]:
+def _where(copy: Copy) -> str:
+    return "a pass" if len(copy.passes) > 1 else f"in the {copy.passes[0]} pass"
+
+
+def _step(explained: ExplainedStep, backend: str, device: DeviceFacts) -> list[str]:
     step = explained.step
     if step.config is None:
         return [f"{step.kernel} in PyTorch"]
     gives = f", gives {', '.join(step.gives)}" if step.gives else ""
     splits = f", {step.splits} partial sums" if step.splits > 1 else ""
     tiled = step.kernel in ("forward", "dkdv", "dq")
-    lines = [f"{step}: {step.programs} programs{f', {_ORDERS.get(step.order, step.order)}' if tiled else ''}{splits}{gives}"]
+    order = (_HOPPER_ORDERS if backend == "hopper" else _ORDERS)[step.order]
+    lines = [f"{step}: {step.programs} programs{f', {order}' if tiled else ''}{splits}{gives}"]
     lines.append(f"  configuration  {explained.source}")
     if explained.compiled is not None:
         used = explained.compiled

@@ -8,12 +8,7 @@ from collections.abc import Iterable, Sequence
 from ..spec import AttentionSpec, Needs
 from .select import Plan
 
-__all__ = ["keeps_rest", "scratch"]
-
-
-def keeps_rest(spec: AttentionSpec) -> bool:
-    """Whether a forward pass keeps what a float32 lse loses of a huge one: only a bias makes scores so huge."""
-    return spec.bias is not None and not spec.bias.is_mask and spec.dtype != "fp64"
+__all__ = ["scratch"]
 
 
 def scratch(plans: Sequence[Plan], spec: AttentionSpec, needs: Needs) -> Iterable[tuple[str, int]]:
@@ -21,7 +16,7 @@ def scratch(plans: Sequence[Plan], spec: AttentionSpec, needs: Needs) -> Iterabl
     rows = spec.batch * spec.heads * spec.queries
     width = 8 if spec.dtype == "fp64" else 4
     yield "lse" if len(plans) == 1 else "lse (until the backward pass)", rows * width
-    if keeps_rest(spec):
+    if spec.keeps_rest:
         yield "rest of lse", rows * 4
     if len(plans) > 1:
         backward = plans[1]

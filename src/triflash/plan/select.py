@@ -25,6 +25,7 @@ __all__ = [
     "backend",
     "config_of",
     "current_choices",
+    "hopper_config_of",
     "plan_backward",
     "plan_forward",
     "requested_backend",
@@ -261,7 +262,7 @@ def plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str = "aut
 def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
     name = _choose(requested, spec, device)
     if name == "hopper":
-        return _plan_hopper_forward(spec, device, choices.by_hand)
+        return _plan_hopper_forward(spec, device, choices)
     if name != "triton":
         return Plan(name, (Step("forward"),))
     config = _config("forward", spec, device, choices)
@@ -269,10 +270,18 @@ def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choi
     return Plan(name, (Step("forward", config, programs, _order(spec)),) if programs else ())
 
 
-def _plan_hopper_forward(spec: AttentionSpec, device: DeviceFacts, by_hand: tuple[tuple[str, TileConfig | HopperConfig], ...]) -> Plan:
-    by_name = dict(by_hand)
-    config = by_name["forward"] if isinstance(by_name.get("forward"), HopperConfig) else hopper.forward_config(spec, device.shared_memory)
-    assert isinstance(config, HopperConfig)
+def hopper_config_of(spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> tuple[HopperConfig, str]:
+    """The Hopper forward kernel's configuration, for a spec that it can do, and where it comes from."""
+    chosen = dict(choices.by_hand).get("forward")
+    if isinstance(chosen, HopperConfig):
+        return chosen, "chosen by hand (override_configs)"
+    config = hopper.forward_config(spec, device.shared_memory)
+    assert config is not None, "why_not refuses what fits no candidate"
+    return config, "candidate of plan/hopper.py, the first that fits"
+
+
+def _plan_hopper_forward(spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> Plan:
+    config, _ = hopper_config_of(spec, device, choices)
     _, tiles = hopper.whole_tiles(spec, config)
     programs = min(tiles, device.processors) if config.persistent else tiles
     order = _order(spec)

@@ -14,7 +14,6 @@ from ..bench.gate import Problem, reference, verdict
 from ..bench.timing import Samples, measure_interleaved
 from ..plan.configs import TileConfig
 from ..plan.device import DeviceFacts
-from ..plan.scratch import keeps_rest
 from ..spec import causal_band
 from .cases import Case, launches, plan_of
 
@@ -111,7 +110,7 @@ class Bench:
         """out, lse and rest, as ``launch`` takes them."""
         case = self.case
         lse = self.x.q.new_empty((case.batch, case.heads, case.queries), dtype=torch.float32)
-        return torch.empty_like(self.x.dout), lse, torch.empty_like(lse) if keeps_rest(self.spec) else None
+        return torch.empty_like(self.x.dout), lse, torch.empty_like(lse) if self.spec.keeps_rest else None
 
     def _calls(
         self, kernel: str, config: TileConfig, outputs: tuple[Tensor, Tensor, Tensor | None], grads: Mapping[str, Tensor]
