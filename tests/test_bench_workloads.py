@@ -49,6 +49,15 @@ def test_shapes() -> None:
     assert len({w.key for w in NAMED.values()}) == len(NAMED)
 
 
+def test_shapes_of_a_bias() -> None:
+    """``b`` alone is the whole batch, both of its levels."""
+    w = Workload("x", 6, 2, 5, 7, 8, batch_inner=3)
+    for bias, shape in (("bhqk", (2, 3, 2, 5, 7)), ("1ih1k", (1, 3, 2, 1, 7)), ("b1hqk", (2, 1, 2, 5, 7)), ("qk", (1, 1, 1, 5, 7))):
+        assert replace(w, bias=bias).bias_shape == shape
+    with pytest.raises(ValueError, match="^bias: wanted none, or dims such as 1hqk.*, got 'khqb'"):
+        _ = replace(w, bias="khqb").bias_shape
+
+
 def test_families_and_unknown_names() -> None:
     assert [w.name for w in named("gemma2-9b")] == ["gemma2-9b-local", "gemma2-9b-global"]
     assert [w.name for w in named("swin-b")] == ["swin-b"]

@@ -42,7 +42,7 @@ def test_forward_by_hopper_backward_by_triton() -> None:
     assert set(dict(explained.not_taken)) == {"tiled", "oracle"}
     text = str(explained)
     assert "hopper for the forward pass, the automatic choice, which prefers it where it can run" in text
-    assert "triton for the backward pass: hopper has none, and its results are what triton goes on from" in text
+    assert "triton for the backward pass: hopper has no backward kernels, and those of triton take what its forward pass saved" in text
 
 
 @pytest.mark.parametrize(

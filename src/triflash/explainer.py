@@ -206,12 +206,12 @@ def _changed(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: Devic
         return ""
     first, second = (plan.backend for plan in plans)
     if first == "hopper":
-        return f"hopper has none, and its results are what {second} goes on from"
+        return f"hopper has no backward kernels, and those of {second} take what its forward pass saved"
     try:
         plan_backward(spec, needs, device, first)
     except UnsupportedError as error:
         return str(error)
-    return f"{first} was not chosen"
+    return "the automatic choice is made for each pass, and prefers it where it can run"
 
 
 def _determinism(plans: list[Plan]) -> tuple[bool, str]:

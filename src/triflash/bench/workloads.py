@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..shorthand import bias_shape
+from ..shorthand import bias_pattern, bias_shape
 from .flops import attention_bytes, attention_flops, visible_pairs
 from .formula import Options
 from .gate import Problem
@@ -80,10 +80,10 @@ class Workload:
 
     @property
     def bias_shape(self) -> tuple[int, ...] | None:
-        """The bias's five sizes: outer batch, inner batch, head, query, key."""
-        if self.bias is None:
+        """The bias's five sizes: outer batch, inner batch, head, query, key. Raises ValueError where ``bias`` is no pattern."""
+        five = None if self.bias is None else bias_pattern(self.bias)
+        if five is None:
             return None
-        five = self.bias
         if len(five) < 5:
             four = five.rjust(4, "1")
             five = ("bi" if four[0] == "b" else "11") + four[1:]
