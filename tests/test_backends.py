@@ -53,13 +53,13 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_environment_with_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIFLASH_BACKEND", "cudnn")
-    with pytest.raises(ValueError, match=r"^TRIFLASH_BACKEND: wanted one of auto, tiled, triton, oracle, got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"^TRIFLASH_BACKEND: wanted one of auto, tiled, triton, hopper, oracle, got 'cudnn'"):
         ran_on()
 
 
 @pytest.mark.parametrize("name, exception, got", [("flash", ValueError, "'flash'"), ("Tiled", ValueError, "'Tiled'"), ("", ValueError, "''"), (None, TypeError, "NoneType"), (3, TypeError, "int")])  # fmt: skip
 def test_unknown_names(name: object, exception: type[Exception], got: str) -> None:
-    with pytest.raises(exception, match=rf"^backend: wanted .*one of auto, tiled, triton, oracle, got {got}"), backend(name):  # type: ignore[arg-type]
+    with pytest.raises(exception, match=rf"^backend: wanted .*one of auto, tiled, triton, hopper, oracle, got {got}"), backend(name):  # type: ignore[arg-type]
         pytest.fail("entered the block")
 
 

@@ -223,7 +223,7 @@ RAW_WRONG: list[Row] = [
     ("bias of integers", {"bias": torch.ones(1, 1, 1, M, N, dtype=torch.int8)}, TypeError, "bias", ["bool", "got torch.int8"]),
     ("q of 3 dims", {"q": rand(B, M, D)}, ValueError, "q, k, v", ["4 dims each", "got 3, 4 and 4"]),
     ("scale NaN", {"scale": float("nan")}, ValueError, "scale", ["finite", "got nan"]),
-    ("backend", {"backend": "cuda"}, ValueError, "backend", ["auto, tiled, triton, oracle", "got 'cuda'"]),
+    ("backend", {"backend": "cuda"}, ValueError, "backend", ["auto, tiled, triton, hopper, oracle", "got 'cuda'"]),
     ("precision", {"precision": "fp8"}, ValueError, "precision", ["ieee, tf32, tf32x3", "got 'fp8'"]),
 ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.hopper import forward as forward_kernels
 from ..kernels.hopper.compat import TensorDescriptor, gl
+from ..plan import layout
 from ..plan.configs import padded
 from ..plan.hopper import ROWS, HopperConfig, schedule, whole_tiles
 from ..plan.select import Plan
@@ -86,23 +87,18 @@ def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A TMA descriptor of an addressable tensor, in blocks of that shape."""
     unit = _ALIGNMENT // x.element_size()
     strides = [unit if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block), layout)
+    shared = gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block), shared)
 
 
 def addressable(x: Tensor) -> bool:
     """Whether TMA can address the tensor as it lies."""
-    if x.data_ptr() % _ALIGNMENT or (x.stride(-1) != 1 and x.shape[-1] > 1):
-        return False
-    size = x.element_size()
-    return all(n == 1 or (0 < s * size < 2**40 and s * size % _ALIGNMENT == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    return layout.tma_addressable(x.shape, x.stride(), x.element_size(), x.data_ptr())
 
 
 def _padded_rows(x: Tensor) -> Tensor:
     """An uninitialised tensor of x's shape whose rows begin at multiples of 16 bytes."""
-    unit = _ALIGNMENT // x.element_size()
-    row = -(-x.shape[-1] // unit) * unit
-    return x.new_empty((*x.shape[:-1], row))[..., : x.shape[-1]]
+    return x.new_empty(layout.tma_padded(x.shape, x.element_size()))[..., : x.shape[-1]]
 
 
 def _ready(x: Tensor) -> Tensor:
