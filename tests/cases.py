@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import triflash
-from triflash import oracle, tiled
+from triflash import ops, oracle, tiled
 from triflash.bench.tolerance import (
     FLOAT32_ULPS,
     GRADIENT_FACTOR,
@@ -27,12 +27,21 @@ from triflash.bench.tolerance import (
     rounding_backward,
     unit_roundoff,
 )
-from triflash.plan.configs import TileConfig
+from triflash.plan.configs import MAX_HEAD_DIM, TileConfig
+from triflash.plan.device import facts_of
+from triflash.plan.hopper import HopperConfig
 from triflash.plan.override import override_configs
+from triflash.plan.select import plan_forward
+from triflash.spec import spec_of
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 triton_only = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
+ON_HOPPER = torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() == (9, 0)
+hopper_only = pytest.mark.skipif(not ON_HOPPER, reason="needs an sm90 GPU")  # together with the marker gpu
 BACKENDS = ["tiled", pytest.param("triton", marks=triton_only)]
+FORWARD_ONLY = ("hopper",)  # their cases are run without gradients
+FORWARD_BACKENDS = [*BACKENDS, *(pytest.param(name, marks=triton_only) for name in FORWARD_ONLY)]
+FEW_PROCESSORS = 3  # what a persistent grid is made to believe in, so that a program gets several tiles of a small problem
 KERNELS = ("forward", "delta", "dkdv", "dq", "dbias")
 
 
@@ -191,9 +200,9 @@ def five_dims(bias: Tensor | None) -> Tensor | None:
 
 
 def attend(case: Case, inputs: Inputs, backend: str) -> tuple[Tensor, Tensor | None]:
-    """out and, from the raw operator, lse."""
+    """out and, from the raw operator, lse. A backend without gradients is judged by its lse as well, and so is always called raw."""
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
-    if case.is_raw:
+    if case.is_raw or backend in FORWARD_ONLY:
         lo, hi = case.band
         return torch.ops.triflash.forward(q, k, v, five_dims(bias), case.batch_inner, lo, hi, case.softmax_scale, "", backend)[:2]
     with triflash.backend(backend):
@@ -278,13 +287,27 @@ def reduce_to_bias(ds: Tensor, case: Case, bias5: Tensor | None) -> Tensor:
 
 
 @contextlib.contextmanager
-def small_tiles(tiles: tuple[int, int] | None) -> Iterator[None]:
-    """Run every kernel, and the tiled backend, with these tiles, so that boundaries are reached at small sizes."""
+def small_tiles(tiles: tuple[int, int] | None, backend: str = "") -> Iterator[None]:
+    """Run every kernel, and the tiled backend, with these tiles, so that boundaries are reached at small sizes.
+
+    Hopper's come as near as its hardware allows: 64 queries a consumer, of which there are two for wide tiles.
+    """
     if tiles is None:
         yield
         return
+    if backend == "hopper":
+        with override_configs(forward=HopperConfig(1 if tiles[0] <= 32 else 2, tiles[1], 2)), few_processors():
+            yield
+        return
     config = TileConfig(*tiles, num_warps=4, num_stages=1)
     with override_configs(**dict.fromkeys(KERNELS, config)), mock.patch.object(tiled, "tile_size", lambda _: tiles[1]):
+        yield
+
+
+@contextlib.contextmanager
+def few_processors(count: int = FEW_PROCESSORS) -> Iterator[None]:
+    """Plans are made for a device like this one with so many processors."""
+    with mock.patch.object(ops, "facts_of", lambda device: replace(facts_of(device), processors=count)):
         yield
 
 
@@ -323,14 +346,30 @@ def expected_kernels(case: Case, backend: str, bias: Tensor | None) -> list[str]
     return steps + (["dbias"] if source == "dbias" else [])
 
 
+def expected_launches(case: Case, backend: str, inputs: Inputs) -> list[str]:
+    """``expected_kernels`` as they are recorded. The automatic choice may take its forward pass from another backend than its backward pass."""
+    forward = backward = backend
+    if backend == "auto":
+        tensors = (inputs.q, inputs.k, inputs.v, five_dims(inputs.bias))
+        spec = spec_of(*tensors, case.batch_inner, *case.band, case.softmax_scale, "")
+        forward, backward = plan_forward(spec, facts_of(inputs.q.device)).backend, "triton"
+    return [f"{forward if name == 'forward' else backward}: {name}" for name in expected_kernels(case, backward, inputs.bias)]
+
+
 def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
     on_interpreter = device.type == "cpu"
     dtypes = (case.dtype, case.bias_dtype if case.bias else None)
+    if backend == "hopper":
+        can = ON_HOPPER and case.dtype in (torch.float16, torch.bfloat16) and torch.float64 not in dtypes
+        empty = 0 in (case.B, case.H, case.M, case.N)
+        return not can or empty or max(case.D, case.Dv or case.D) > MAX_HEAD_DIM
     return backend == "triton" and (torch.float64 in dtypes or (on_interpreter and torch.bfloat16 in dtypes))
 
 
 def run_case(case: Case, backend: str, device: torch.device) -> None:
     """Compute the case on the backend and judge all of it."""
+    if backend in FORWARD_ONLY:
+        case = replace(case, grads="", dlse=False)
     inputs = build(case, device)
     if is_unsupported(case, backend, device):
         with triflash.record_launches() as ran, pytest.raises(triflash.UnsupportedError):
@@ -338,14 +377,14 @@ def run_case(case: Case, backend: str, device: torch.device) -> None:
         assert ran == []
         return
     before = {n: x.detach().clone() for n, x in vars(inputs).items() if x is not None}
-    with small_tiles(case.tiles), triflash.record_launches() as ran:
+    with small_tiles(case.tiles, backend), triflash.record_launches() as ran:
         out, lse = attend(case, inputs, backend)
         wanted = inputs.wanted()
         outputs, cotangents = ([out], [inputs.dout]) if inputs.dlse is None else ([out, lse], [inputs.dout, inputs.dlse])
         grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents) if wanted else ()
 
-    assert all(line.startswith(f"{backend}: ") for line in ran), ran
-    assert [name for name in kernels(ran) if name != "dbias_sum"] == expected_kernels(case, backend, inputs.bias)
+    launched = [" ".join(line.split()[:2]) for line in ran]
+    assert [line for line in launched if line != "triton: dbias_sum"] == expected_launches(case, backend, inputs)
     for name, old in before.items():
         assert torch.equal(getattr(inputs, name), old), f"{name} was modified"
     judgements = judge(case, inputs)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import BACKENDS, small_tiles, triton_only
+from cases import BACKENDS, hopper_only, small_tiles, triton_only
 from triflash import ops, oracle
 
 pytestmark = pytest.mark.unpoisoned
@@ -83,6 +83,19 @@ def test_huge_strides(far: Far, backend: str, device: torch.device) -> None:
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.parametrize("far", [far for far in FARS if far.argument != "dout"], ids=str)
+def test_huge_strides_forward_on_hopper(far: Far, device: torch.device) -> None:
+    """Also of a bias: what its tiles cannot be fetched from is copied, values unchanged."""
+    shapes = {"q": (B, M, H, D), "k": (B, N, H, D), "v": (B, N, H, D), "bias": (1, 1, H, M, N)}
+    inputs = {name: torch.randn(shape, device=device).to(F16) for name, shape in shapes.items()}
+    spread_out = {**inputs, far.argument: spread(inputs[far.argument], far.strides)}
+    with small_tiles((32, 32), "hopper"):
+        wanted, got = (ops.attention_forward(*x.values(), 1, None, 3, 0.3, "", "hopper") for x in (inputs, spread_out))
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
 @triton_only
 @pytest.mark.parametrize("name", ["dq", "dk", "dv"])
 def test_gradients_into_huge_strides(name: str, device: torch.device) -> None:
@@ -110,14 +123,15 @@ def needs_gib(gib: float) -> None:
 
 
 @pytest.mark.gpu
-def test_more_than_2_31_elements(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", ["triton", pytest.param("auto", marks=hopper_only)])
+def test_more_than_2_31_elements(backend: str, device: torch.device) -> None:
     """q, k, v, out and their gradients of 2^31 + elements each: the last batch entries are as if they were alone."""
     needs_gib(60)
     shape = (2**17 + 3, 16, 16, 64)
     q = torch.randn(shape, device=device, dtype=F16)
     tail = q[-3:].clone().requires_grad_()
     q.requires_grad_()
-    with triflash.backend("triton"):
+    with triflash.backend(backend):
         out = triflash.flash_attn_func(q, q, q, None, True)
         alone = triflash.flash_attn_func(tail, tail, tail, None, True)
         assert torch.equal(out[-3:], alone)
@@ -128,13 +142,14 @@ def test_more_than_2_31_elements(device: torch.device) -> None:
 
 
 @pytest.mark.gpu
-def test_bias_of_more_than_2_31_elements(device: torch.device) -> None:
+@pytest.mark.parametrize("backend", ["triton", pytest.param("auto", marks=hopper_only)])
+def test_bias_of_more_than_2_31_elements(backend: str, device: torch.device) -> None:
     """A bias and its gradient of 46 400 x 46 400, in float16; the last rows against the oracle."""
     needs_gib(30)
     n, rows = 46_400, 40
     q, k, v, dout = (torch.randn(1, n, 1, 16, device=device, dtype=F16) for _ in range(4))
     bias = torch.randn(n, n, device=device, dtype=F16).requires_grad_()
-    with triflash.backend("triton"):
+    with triflash.backend(backend):
         out = triflash.flash_attn_func(q, k, v, bias)
         (dbias,) = torch.autograd.grad(out, bias, dout)
     last = bias[-rows:].detach().double().requires_grad_()

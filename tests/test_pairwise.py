@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cases import BACKENDS, Case, run_case
+from cases import FORWARD_BACKENDS, Case, run_case
 from pairwise import pairs_of, pairwise
 
 ON_GPU = torch.cuda.is_available()
@@ -42,7 +42,7 @@ def case_of(number: int, row: dict[str, Any]) -> Case:
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FORWARD_BACKENDS)
 @pytest.mark.parametrize("number", range(len(ROWS)))
 def test_pairwise(number: int, backend: str, device: torch.device) -> None:
     run_case(case_of(number, ROWS[number]), backend, device)

@@ -274,6 +274,10 @@ def hopper_config_of(spec: AttentionSpec, device: DeviceFacts, choices: Choices)
     """The Hopper forward kernel's configuration, for a spec that it can do, and where it comes from."""
     chosen = dict(choices.by_hand).get("forward")
     if isinstance(chosen, HopperConfig):
+        if not chosen.own_out and padded(spec.head_dim) != padded(spec.value_dim):
+            raise bad_value(
+                "own_out", f"True for head dims {spec.head_dim} and {spec.value_dim}", False, "an output tile does not fit q's buffer"
+            )
         return chosen, "chosen by hand (override_configs)"
     config = hopper.forward_config(spec, device.shared_memory, device.processors)
     assert config is not None, "why_not refuses what fits no candidate"

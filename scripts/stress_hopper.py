@@ -1,0 +1,393 @@
+"""Puts the Hopper forward kernel under stress on an sm90 GPU: for whoever changes its barriers, its schedule or its loads.
+
+    python3 scripts/stress_hopper.py --repeat 10000          the same launch again and again: the same bits, every time
+    python3 scripts/stress_hopper.py --random 2000           so many random problems in processes of their own, each judged and watched
+    python3 scripts/stress_hopper.py --only 3:17             one problem of --random again, here, by the name that a report gave it
+    python3 scripts/stress_hopper.py --sanitize memcheck     a few tiny problems under compute-sanitizer (racecheck, synccheck, initcheck)
+
+A process that gets nowhere for --patience seconds is killed, and the problem it was at is reported as a hang; the others go on. Problems
+come in families that share what a kernel is compiled for, because compiling is what takes the time; lengths are drawn freely. A result is
+judged against ``oracle.py`` in float64 by what rounding can do: out within 2.5 unit roundoffs of sum(p |v|), lse and rest within
+1e-4 (1 + |lse|).
+The exit status is 1 if anything was wrong, different or stuck.
+"""
+
+import argparse
+import math
+import multiprocessing
+import os
+import random
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+
+import torch
+from torch import Tensor
+
+from triflash import oracle
+from triflash.plan.device import KNOWN_DEVICES, facts_of
+from triflash.plan.hopper import HopperConfig, shared_memory
+from triflash.plan.override import override_configs
+from triflash.plan.select import plan_forward
+from triflash.spec import AttentionSpec, spec_of
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "bool": torch.bool}
+PER_FAMILY = 6  # two or three compilations each: what a process can do in a minute or so, for its share of 2000 problems
+REPLACEMENTS = 3  # processes that may follow one that hung or crashed
+STARTING = 240.0  # seconds that a process may take to import, to start CUDA and to compile its first kernel
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One forward pass; bias: five letters over (outer batch, inner batch, head, query, key), 1 where it broadcasts, or None."""
+
+    outer: int
+    inner: int
+    H: int
+    M: int
+    N: int
+    D: int
+    Dv: int
+    dtype: str = "bf16"
+    bias: str | None = None
+    bias_dtype: str = "bf16"
+    lo: int | None = None
+    hi: int | None = None
+    scale: float = 0.125
+    hidden: bool = False  # a fifth of the bias is -inf
+    processors: int = 132  # what the plan is told: with few, a program works through many tiles
+    config: HopperConfig | None = None
+    seed: int = 0
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v and bias."""
+        generator = torch.Generator(device).manual_seed(self.seed)
+
+        def normal(*shape: int, dtype: str = self.dtype) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype])
+
+        B = self.outer * self.inner
+        q, k, v = normal(B, self.M, self.H, self.D), normal(B, self.N, self.H, self.D), normal(B, self.N, self.H, self.Dv)
+        if self.bias is None:
+            return q, k, v, None
+        full = (self.outer, self.inner, self.H, self.M, self.N)
+        shape = [1 if letter == "1" else size for letter, size in zip(self.bias, full, strict=True)]
+        dropped = torch.rand(shape, generator=generator, device=device) < 0.2
+        if self.bias_dtype == "bool":
+            return q, k, v, ~dropped
+        bias = normal(*shape, dtype=self.bias_dtype)
+        return q, k, v, bias.masked_fill(dropped, -torch.inf) if self.hidden else bias
+
+    def spec(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> AttentionSpec:
+        return spec_of(q, k, v, bias, self.inner, self.lo, self.hi, self.scale, "")
+
+
+Results = tuple[Tensor, Tensor, Tensor | None]
+
+
+def results_of(problem: Problem, q: Tensor, v: Tensor, bias: Tensor | None) -> Results:
+    """out, lse and rest, full of NaN."""
+    lse = torch.full((q.shape[0], problem.H, problem.M), torch.nan, device=q.device)
+    rest = None if bias is None or bias.dtype == torch.bool else torch.full_like(lse, torch.nan)
+    return torch.full((*q.shape[:3], v.shape[3]), torch.nan, device=q.device, dtype=q.dtype), lse, rest
+
+
+def starter(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], results: Results) -> Callable[[], None]:
+    """What launches the kernel of a problem."""
+    from triflash.launch import hopper
+
+    spec = problem.spec(*tensors)
+    with override_configs(forward=problem.config) if problem.config else nullcontext():
+        plan = plan_forward(spec, replace(facts_of(tensors[0].device), processors=problem.processors), "hopper")
+    return lambda: hopper.forward(plan, spec, *tensors, *results)
+
+
+def solve(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Results:
+    """out, lse and rest by the Hopper kernel."""
+    results = results_of(problem, tensors[0], tensors[2], tensors[3])
+    starter(problem, tensors, results)()
+    return results
+
+
+def judge(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], results: Results) -> tuple[float, str]:
+    """The largest error as a part of what is allowed (up to 1 is right; NaN where it should not be counts as infinite), and where."""
+    q, k, v, bias = tensors
+    out, lse, rest = results
+    options = dict(batch_inner=problem.inner, lo=problem.lo, hi=problem.hi, scale=problem.scale)
+    wanted, wanted_lse = oracle.attention(q, k, v, bias, **options)
+    weight, _ = oracle.attention(q, k, v.abs(), bias, **options)
+    roundoff = torch.finfo(q.dtype).eps / 2
+    # A probability below the least subnormal of float16 is lost; so are 2^-25 of each of N of them at most.
+    slack = 1e-6 + problem.N * 2.0**-25 * v.abs().max().double()
+    worst, where = 0.0, ""
+    parts = [("out", out.double(), wanted, 2.5 * roundoff * weight + slack)]
+    lses = [("lse", lse.double())] + ([] if rest is None else [("lse + rest", lse.double() + rest.double() * math.log(2))])
+    parts += [(name, got, wanted_lse, 1e-4 * (1 + wanted_lse.abs())) for name, got in lses]
+    for name, got, right, limit in parts:
+        part = torch.where(got == right, 0.0, (got - right).abs() / limit).nan_to_num(torch.inf, torch.inf)  # -inf equals itself alone
+        at = part.argmax()
+        if part.flatten()[at] > worst or not where:
+            worst = part.flatten()[at].item()
+            index = tuple(int(i) for i in torch.unravel_index(at, part.shape))
+            where = f"{name}{list(index)}: got {got[index].item():.6g}, wanted {right[index].item():.6g}"
+    return worst, where
+
+
+# ---- random problems
+
+
+def random_config(chooser: random.Random, head: int, biased: bool) -> HopperConfig | None:
+    """None (the plan's own) half of the time, else anything that fits in shared memory."""
+    if chooser.random() < 0.5:
+        return None
+    while True:
+        config = HopperConfig(
+            consumers=chooser.choice((1, 2, 3) if head <= 64 else (1, 2)),
+            block_n=chooser.choice((32, 64, 128) if head <= 128 else (32, 64)),
+            num_stages=chooser.choice((1, 2, 3)),
+            bias_stages=chooser.choice((1, 2)),
+            turns=chooser.random() < 0.5,
+            own_out=chooser.random() < 0.5,
+            persistent=chooser.random() < 0.8,
+        )
+        widest = spec_of(*(torch.empty(1, 128, 1, head, device="meta", dtype=torch.bfloat16),) * 3, None, 1, None, None, 1.0, "")
+        bias = config.bias_stages * config.block_m * config.block_n * 4 if biased else 0
+        if shared_memory(widest, config) + bias + 4096 <= KNOWN_DEVICES["sm90"].shared_memory:
+            return config
+
+
+def drawn(seed: int, worker: int, count: int) -> Iterator[Problem]:
+    """The problems of one process, always the same."""
+    chooser = random.Random(1000 * seed + worker)
+    for number in range(count):
+        if number % PER_FAMILY == 0:
+            D, Dv = chooser.choice(
+                [(16, 16), (32, 32), (64, 64), (128, 128), (40, 40), (80, 80), (96, 96), (192, 128), (256, 256), (64, 24)]
+            )
+            outer, inner, H = chooser.choice([(1, 1, 1), (2, 1, 3), (2, 2, 2), (3, 1, 5), (1, 3, 4), (1, 1, 16)])
+            dtype = chooser.choice(["bf16", "fp16"])
+            letters = [None, None, None, "bihqk", "b1hqk", "1ihqk", "11hqk", "111qk", "11h1k", "b111k", "bih1k", "11hq1", "b11q1", "11111"]
+            bias = chooser.choice(letters)
+            config = random_config(chooser, 256 if max(D, Dv) > 128 else 128 if max(D, Dv) > 64 else 64, bias is not None)
+            family = dict(
+                outer=outer, inner=inner, H=H, D=D, Dv=Dv, dtype=dtype, bias=bias, config=config,
+                bias_dtype=chooser.choice([dtype, "fp32", "bool"]),
+                hidden=chooser.random() < 0.3,
+                scale=chooser.choice([D**-0.5, D**-0.5, D**-0.5, -0.2, 0.0]),
+            )  # fmt: skip
+            band = chooser.choice(["none", "none", "causal", "causal", "window", "left", "right"])
+            few = chooser.random() < 0.2  # one tile of queries
+            step_m, step_n = chooser.choice((1, 1, 16)), chooser.choice((1, 1, 16, 128))  # of multiples of 16 Triton makes other kernels
+        M = chooser.randint(2, 64) if few else chooser.randint(200, 900)
+        N = chooser.randint(2, 900)
+        M, N = (-(-size // step) * step if step > 1 else size | 1 for size, step in ((M, step_m), (N, step_n)))
+        middle, width = 2 * chooser.randint(-M // 2, N // 2) + 1, 2 * chooser.randint(1, 200)
+        lo, hi = {"none": (None, None), "causal": (None, 0), "left": (middle, None), "right": (None, middle)}.get(
+            band, (middle, middle + width)
+        )
+        yield Problem(**family, M=M, N=N, lo=lo, hi=hi, processors=chooser.choice((2, 5, 132)), seed=chooser.randint(0, 2**31))
+
+
+def work(worker: int, first: int, count: int, seed: int, device: str, solve: Callable[..., Results], report: Connection) -> None:
+    """One process: problems ``first … count`` of its own, saying what it does before it does it."""
+    where = torch.device(device)
+    torch.set_num_threads(1)
+    for index, problem in enumerate(drawn(seed, worker, count)):
+        if index < first:
+            continue
+        report.send(("start", index, str(problem)))
+        try:
+            tensors = problem.tensors(where)
+            worst, at = judge(problem, tensors, solve(problem, tensors))
+        except Exception as error:  # a CUDA error leaves nothing to go on with: the next problem gets a process of its own
+            report.send(("error", index, f"{type(error).__name__}: {str(error)[:400]}"))
+            return
+        report.send(("done", index, (worst, at)))
+    report.send(("end", count, None))
+
+
+@dataclass
+class Worker:
+    """What is known about a running process."""
+
+    number: int
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+    heard: float
+    count: int
+    problem: str = ""
+    index: int = -1
+    replaced: int = 0
+
+
+def run_random(total: int, processes: int, seed: int, patience: float, device: str = "cuda", solver: Callable[..., Results] = solve) -> int:
+    """Draw and judge ``total`` problems; returns how many went wrong."""
+    context = multiprocessing.get_context("spawn")
+    began = time.monotonic()
+
+    def start(number: int, first: int, count: int, replaced: int) -> Worker:
+        mine, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=work, args=(number, first, count, seed, device, solver, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        return Worker(number, process, mine, time.monotonic(), count, replaced=replaced)
+
+    shares = [total // processes + (number < total % processes) for number in range(processes)]
+    running = [start(number, 0, share, 0) for number, share in enumerate(shares) if share]
+    done, bad, worst, worst_at = 0, 0, 0.0, "nothing"
+    while running:
+        ready = wait([worker.connection for worker in running], timeout=1.0)
+        for worker in list(running):
+            outcome = None
+            if worker.connection in ready:
+                try:
+                    kind, worker.index, told = worker.connection.recv()
+                except EOFError:
+                    worker.process.join()
+                    outcome = f"CRASH, exit status {worker.process.exitcode}"
+                else:
+                    worker.heard = time.monotonic()
+                    if kind == "start":
+                        worker.problem = told
+                    elif kind == "error":
+                        outcome = f"ERROR {told}"
+                    elif kind == "done":
+                        done += 1
+                        name = f"{worker.number}:{worker.index} {worker.problem}"
+                        if told[0] > worst:
+                            worst, worst_at = told[0], f"{name} at {told[1]}"
+                        if told[0] > 1:
+                            bad += 1
+                            print(f"WRONG {told[0]:.3g} times what is allowed, {name} at {told[1]}", flush=True)
+                        if done % 200 == 0:
+                            print(f"{done} problems in {time.monotonic() - began:.0f} s, {bad} bad, worst {worst:.2f}", flush=True)
+                    else:
+                        worker.process.join()
+                        running.remove(worker)
+                        continue
+            elif time.monotonic() - worker.heard > (patience if worker.problem else max(patience, STARTING)):
+                worker.process.kill()
+                worker.process.join(10)
+                outcome = f"HANG, no progress for {patience:.0f} s"
+            if outcome is not None:
+                bad += 1
+                print(f"{outcome}: {worker.number}:{worker.index} {worker.problem or 'before its first problem'}", flush=True)
+                running.remove(worker)
+                if worker.replaced < REPLACEMENTS and worker.index + 1 < worker.count:
+                    running.append(start(worker.number, worker.index + 1, worker.count, worker.replaced + 1))
+    print(f"{done} of {total} problems in {time.monotonic() - began:.0f} s, {bad} bad; worst {worst:.2f} of what is allowed: {worst_at}")
+    return bad + (done < total and not bad)
+
+
+# ---- the same launch again and again
+
+SMALL = [
+    Problem(1, 1, 4, 300, 300, 64, 64, hi=0),
+    Problem(2, 1, 8, 260, 200, 64, 64, processors=7),
+    Problem(1, 1, 4, 500, 500, 128, 128, hi=0, processors=5),
+    Problem(2, 1, 4, 200, 333, 128, 128, bias="11hqk"),
+    Problem(2, 1, 4, 200, 333, 40, 40, dtype="fp16", bias="b111k", bias_dtype="fp32", hi=0),
+    Problem(1, 1, 3, 300, 200, 256, 256, bias="11hqk", bias_dtype="fp32", processors=3),
+    Problem(2, 1, 4, 300, 300, 64, 64, hi=0, config=HopperConfig(2, 64, 2, turns=True), processors=4),
+    Problem(1, 1, 3, 400, 300, 64, 64, bias="11hqk", config=HopperConfig(3, 64, 2, bias_stages=2, own_out=False), processors=2),
+]
+TOGETHER = 500  # launches between two looks at the result
+
+
+def run_repeats(count: int) -> int:
+    """Launch each of a few problems ``count`` times into memory full of NaN; returns how many launches gave other bits than the first."""
+    bad = 0
+    for problem in SMALL:
+        tensors = problem.tensors(torch.device("cuda"))
+        first = solve(problem, tensors)
+        ratio, at = judge(problem, tensors, first)
+        results = results_of(problem, tensors[0], tensors[2], tensors[3])
+        start = starter(problem, tensors, results)
+        began, done, differing = time.monotonic(), 0, 0
+        while done < count:
+            different = torch.zeros((), dtype=torch.int64, device="cuda")
+            for _ in range(min(TOGETHER, count - done)):
+                for x in results:
+                    if x is not None:
+                        x.fill_(torch.nan)
+                start()
+                other = torch.zeros((), dtype=torch.bool, device="cuda")
+                for x, y in zip(results, first, strict=True):
+                    if x is not None and y is not None:
+                        kind = torch.int16 if x.element_size() == 2 else torch.int32
+                        other = other | (x.view(kind) != y.view(kind)).any()
+                different += other
+            done += min(TOGETHER, count - done)
+            differing += int(different.item())
+        wrong = f", but WRONG: {ratio:.3g} times what is allowed at {at}" if ratio > 1 else ""
+        seconds = time.monotonic() - began
+        print(f"{done} launches in {seconds:.1f} s, {differing} differ from the first{wrong}: {problem}", flush=True)
+        bad += differing + (ratio > 1)
+    return bad
+
+
+def run_tiny() -> int:
+    """A few problems of few tiles, for a tool that makes everything a hundred times slower."""
+    bad = 0
+    for problem in (replace(problem, outer=1, H=2, M=130, N=100, processors=2) for problem in SMALL):
+        tensors = problem.tensors(torch.device("cuda"))
+        ratio, at = judge(problem, tensors, solve(problem, tensors))
+        bad += ratio > 1
+        print(f"{ratio:.2f} of what is allowed, {problem} at {at}", flush=True)
+    return bad
+
+
+def sanitize(tool: str) -> int:
+    """Run the tiny problems under compute-sanitizer; if it is not there, say what would have been run."""
+    usual = "/usr/local/cuda/bin/compute-sanitizer"
+    program = shutil.which("compute-sanitizer") or (usual if os.access(usual, os.X_OK) else None)
+    command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, os.path.abspath(__file__), "--tiny"]
+    print("PYTORCH_NO_CUDA_MEMORY_CACHING=1", shlex.join(command), flush=True)
+    if program is None:
+        print("compute-sanitizer is not installed here", file=sys.stderr)
+        return 2
+    # Every tensor an allocation of its own, or the tool sees no bounds.
+    return subprocess.run(command, check=False, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}).returncode
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--repeat", type=int, metavar="N", help="launches of each of a few small problems")
+    what.add_argument("--random", type=int, metavar="N", help="random problems, all processes together")
+    what.add_argument("--only", metavar="PROCESS:NUMBER", help="one problem of --random")
+    what.add_argument("--sanitize", choices=("memcheck", "racecheck", "synccheck", "initcheck"))
+    what.add_argument("--tiny", action="store_true", help="what --sanitize runs")
+    parser.add_argument("--processes", type=int, default=14)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--patience", type=float, default=60.0, metavar="SECONDS")
+    given = parser.parse_args()
+    if given.sanitize:
+        return sanitize(given.sanitize)
+    if not torch.cuda.is_available() or facts_of(torch.device("cuda")).arch != "sm90":
+        parser.error("needs an sm90 GPU (H100, H200, H20)")
+    if given.repeat is not None:
+        bad = run_repeats(given.repeat)
+    elif given.random is not None:
+        bad = run_random(given.random, given.processes, given.seed, given.patience)
+    elif given.only:
+        worker, number = map(int, given.only.split(":"))
+        *_, problem = drawn(given.seed, worker, number + 1)
+        print(problem, flush=True)
+        tensors = problem.tensors(torch.device("cuda"))
+        ratio, at = judge(problem, tensors, solve(problem, tensors))
+        print(f"{ratio:.3g} of what is allowed at {at}")
+        bad = int(ratio > 1)
+    else:
+        bad = run_tiny()
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

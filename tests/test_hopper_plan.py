@@ -1,0 +1,287 @@
+"""The Hopper backend as far as it is arithmetic: what is chosen when, what is refused, and that its schedule visits every tile once. No GPU."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from cases import triton_only
+from triflash import UnsupportedError, backend, flash_attn_func, record_launches
+from triflash.plan import hopper
+from triflash.plan.configs import TileConfig
+from triflash.plan.device import KNOWN_DEVICES
+from triflash.plan.hopper import HopperConfig
+from triflash.plan.override import override_configs
+from triflash.plan.select import Step, plan_backward, plan_forward, why_not
+from triflash.spec import AttentionSpec, BiasSpec, Needs
+
+SM90 = KNOWN_DEVICES["sm90"]
+NEEDS = Needs(True, True, True, False)
+
+
+def spec(bias: str | None = None, bias_dtype: str = "bf16", dtype: str = "bf16", **changes: Any) -> AttentionSpec:
+    """A spec; ``bias`` in the docs' shorthand, five letters over (outer, inner, head, query, key)."""
+    sizes = dict(batch_outer=2, batch_inner=1, queries=300, keys=300, heads=4, head_dim=64, value_dim=64, lo=None, hi=None)
+    bias_spec = BiasSpec(bias_dtype, tuple(letter != "1" for letter in bias)) if bias else None  # type: ignore[arg-type]
+    return AttentionSpec(dtype, **(sizes | changes), bias=bias_spec, scale=0.1, precision="ieee")  # type: ignore[arg-type]
+
+
+# ---- what is chosen
+
+
+@triton_only
+@pytest.mark.parametrize("problem", [
+    spec(), spec(dtype="fp16"), spec(hi=0), spec(lo=-5, hi=3), spec(head_dim=192, value_dim=128), spec(head_dim=256, value_dim=256),
+    spec("b1hqk"), spec("11h1k", "fp32"), spec("b11q1", "fp16"), spec("bihqk", "bool"), spec("11111", "fp32"),
+], ids=lambda problem: f"{problem.dtype} {problem.bias} {problem.lo} {problem.hi} {problem.head_dim}")  # fmt: skip
+def test_the_automatic_choice_on_sm90(problem: AttentionSpec) -> None:
+    """Forward on these kernels, backward on the portable ones, and the choice of a name is the same plan."""
+    plan = plan_forward(problem, SM90)
+    assert plan.backend == "hopper" and [step.kernel for step in plan.steps] == ["forward"]
+    assert plan == plan_forward(problem, SM90, "hopper") and isinstance(plan.steps[0].config, HopperConfig)
+    assert str(plan.steps[0]).startswith("forward ") and why_not("hopper", problem, SM90) is None
+    assert plan_backward(problem, NEEDS, SM90).backend == "triton"
+    assert plan_forward(problem, SM90, "triton").backend == "triton"
+
+
+REFUSED = [
+    ("sm80", spec(), "sm80", "triton"),
+    ("sm100", spec(), "sm100", "triton"),
+    ("gfx942", spec(), "gfx942", "triton"),
+    ("cpu", spec(), "cpu", "tiled"),
+    ("interpreter", spec(), "interpreter", "tiled"),
+    ("sm90", spec(dtype="fp32"), "fp32", "triton"),
+    ("sm90", spec(dtype="fp64"), "fp64", "tiled"),
+    ("sm90", spec("b1hqk", "fp64"), "a float64 bias", "tiled"),
+    ("sm90", spec(head_dim=257), "head dim 257", "tiled"),
+    ("sm90", spec(value_dim=300), "head dim 300", "tiled"),
+    ("sm90", spec(queries=0), "empty tensors", "triton"),
+    ("sm90", spec(keys=0), "empty tensors", "triton"),
+    ("sm90", spec(heads=0), "empty tensors", "triton"),
+    ("sm90", spec(batch_outer=0), "empty tensors", "triton"),
+]
+
+
+@triton_only
+@pytest.mark.parametrize("arch, problem, feature, instead", REFUSED, ids=[f"{row[0]} {row[2]}" for row in REFUSED])
+def test_what_it_refuses(arch: str, problem: AttentionSpec, feature: str, instead: str) -> None:
+    """By name an error that says the feature and the nearest thing that works; by automatic choice that thing."""
+    device = KNOWN_DEVICES[arch]
+    with pytest.raises(UnsupportedError, match=rf"^{feature}: not supported by backend 'hopper'; .+"):
+        plan_forward(problem, device, "hopper")
+    reason = why_not("hopper", problem, device)
+    assert reason is not None and reason[0] == feature and reason[1]
+    assert plan_forward(problem, device).backend == instead
+
+
+@triton_only
+def test_a_device_without_the_memory_is_refused() -> None:
+    small = replace(SM90, shared_memory=16_384)
+    with pytest.raises(UnsupportedError, match=r"^head dims 64 and 64 with such a bias: .*no tile fits"):
+        plan_forward(spec("b1hqk"), small, "hopper")
+    assert plan_forward(spec("b1hqk"), replace(SM90, shared_memory=65_536)).backend == "triton"  # which gets by with less
+
+
+@triton_only
+def test_its_backward_pass_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match=r"^the backward pass: not supported by backend 'hopper'; .*'auto' or 'triton'"):
+        plan_backward(spec(), NEEDS, SM90, "hopper")
+
+
+@triton_only
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_naming_it_without_a_gpu_raises() -> None:
+    q = torch.randn(1, 4, 1, 8, dtype=torch.float16)
+    with record_launches() as ran, backend("hopper"), pytest.raises(UnsupportedError, match=r"not supported by backend 'hopper'"):
+        flash_attn_func(q, q, q)
+    assert ran == []
+
+
+# ---- configurations
+
+DIMS = (1, 16, 17, 32, 64, 80, 96, 128, 192, 256)
+BIASES = [None, *itertools.product(("bihqk", "11hqk", "11h1k", "b11q1", "11111"), ("bf16", "fp16", "fp32", "bool"))]
+
+
+@pytest.mark.parametrize("bias", BIASES, ids=str)
+def test_every_configuration_fits(bias: tuple[str, str] | None) -> None:
+    for head, value, band in itertools.product(DIMS, DIMS, ((None, None), (None, 0), (-9, 4))):
+        problem = spec(*(bias or (None,)), head_dim=head, value_dim=value, lo=band[0], hi=band[1])
+        config = hopper.forward_config(problem, SM90.shared_memory)
+        assert config is not None, problem
+        assert hopper.shared_memory(problem, config) <= SM90.shared_memory, (problem, config)
+
+
+def test_shared_memory_counts_every_buffer() -> None:
+    """Against a sum written out: 2 consumers of 64 queries, 32 keys, dims 80 and 48 padded to 128 and 64."""
+    problem = spec("b1hqk", "fp32", head_dim=80, value_dim=48)
+    config = HopperConfig(2, 32, 3, bias_stages=2, v_stages=4)
+    q, k, v, out, bias = 2 * 64 * 128 * 2, 3 * 32 * 128 * 2, 4 * 32 * 64 * 2, 2 * 64 * 64 * 2, 2 * 2 * 64 * 32 * 4
+    used = hopper.shared_memory(problem, config)
+    assert q + k + v + out + bias < used < q + k + v + out + bias + 2048
+    assert used - hopper.shared_memory(problem, replace(config, own_out=False)) == out
+    assert hopper.bias_bytes(spec("b1h1k", "fp32"), config) == 32 * 4 and hopper.bias_bytes(spec("b1hqk", "bool"), config) == 64 * 32
+    assert hopper.bias_bytes(spec("b1hq1"), config) == hopper.bias_bytes(spec(), config) == 0
+
+
+@pytest.mark.parametrize("wrong", [
+    {"consumers": 0}, {"consumers": 4}, {"block_n": 8}, {"block_n": 96}, {"bias_stages": 0}, {"bias_stages": 5}, {"num_stages": 0},
+], ids=str)  # fmt: skip
+def test_a_config_checks_itself(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: wanted .+, got {next(iter(wrong.values()))}"):
+        HopperConfig(**{"consumers": 2, "block_n": 64, "num_stages": 2} | wrong)
+
+
+def test_block_and_text_of_a_config() -> None:
+    config = HopperConfig(3, 64, 2, own_out=False)
+    assert config.block_m == 192 and config.num_warps == 4 and str(config).startswith("192x64 ")
+    assert len({str(c) for c in (config, replace(config, turns=True), replace(config, own_out=True), replace(config, v_stages=3))}) == 4
+
+
+@triton_only
+def test_override_by_hand() -> None:
+    """A Hopper configuration reaches the Hopper forward pass alone, a portable one the portable one alone."""
+    mine, portable = HopperConfig(1, 32, 1), TileConfig(16, 16, 4, 1)
+    usual = {name: plan_forward(spec(), SM90, name) for name in ("hopper", "triton")}
+    with override_configs(forward=mine):
+        assert plan_forward(spec(), SM90, "hopper").steps[0].config == mine
+        assert plan_forward(spec(), SM90, "triton") == usual["triton"]
+    with override_configs(forward=portable):
+        assert plan_forward(spec(), SM90, "hopper") == usual["hopper"]
+        assert plan_forward(spec(), SM90, "triton").steps[0].config == portable
+
+
+@triton_only
+def test_programs_and_order() -> None:
+    config = HopperConfig(2, 64, 2)
+    for persistent, few in itertools.product((True, False), (True, False)):
+        device = replace(SM90, processors=7 if few else 10_000)
+        with override_configs(forward=replace(config, persistent=persistent)):
+            (step,) = plan_forward(spec(), device, "hopper").steps
+        tiles = 3 * 2 * 4  # ceil(300 / 128) tiles of queries, times batch, times heads
+        assert step == Step("forward", replace(config, persistent=persistent), 7 if persistent and few else tiles, "head")
+    assert plan_forward(spec("11hqk"), SM90, "hopper").steps[0].order == "batch"  # neighbours share the bias
+    assert plan_forward(spec("bihqk"), SM90, "hopper").steps[0].order == "head"
+    assert hopper.whole_tiles(spec(queries=1), config) == (1, 8)
+    assert hopper.whole_tiles(spec(queries=129), config) == (2, 16)
+
+
+# ---- the schedule, which is integer arithmetic of the kernel itself
+
+
+class Scalar(int):
+    """An integer as the kernel's language knows it: comparisons are numbers too, and convert."""
+
+    def __lt__(self, other: int) -> Scalar:  # type: ignore[override]
+        return Scalar(int(self) < int(other))
+
+    def to(self, _: Any) -> Scalar:
+        return self
+
+
+def visits(monkeypatch: pytest.MonkeyPatch, programs: int, tiles: int, *problem: Any) -> list[list[tuple[int, int, int]]]:
+    """(first query, head, batch) of the tiles that each program works through, by the kernel's own functions; tiles of 128 queries."""
+    from triflash.kernels.hopper import forward
+
+    def tiles_of(pid: int) -> list[tuple[int, int, int]]:
+        language = SimpleNamespace(
+            program_id=lambda _: Scalar(pid), num_programs=lambda _: programs, where=lambda c, a, b: Scalar(a if c else b), int32=None
+        )
+        snake, (*rest, batch_fastest, reversed_) = problem[4], problem
+        with monkeypatch.context() as patched:
+            patched.setattr(forward, "gl", language)
+            patched.setattr(forward, "_place", forward._place.fn)
+            waves = forward.share.fn(tiles, snake)
+            return [forward.locate.fn(wave, *rest, batch_fastest, 64, 2, reversed_) for wave in range(waves)]
+
+    return [tiles_of(pid) for pid in range(programs)]
+
+
+@triton_only
+@pytest.mark.parametrize("batch_fastest", [False, True], ids=["heads fastest", "batch fastest"])
+@pytest.mark.parametrize("reversed_", [False, True], ids=["full", "causal"])
+def test_every_tile_is_visited_once(batch_fastest: bool, reversed_: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every section and way of dealing. A grid is never larger than the number of tiles, so no program is without work."""
+    for tiles_m, batch, heads, programs in itertools.product((1, 2, 5), (1, 3), (1, 2, 5), (1, 2, 3, 7, 8)):
+        pairs, tiles = batch * heads, tiles_m * batch * heads
+        if programs > tiles:
+            continue
+        for section, snake, alternate in itertools.product({1, 2, pairs}, (0, 1), (0, 1)):
+            problem = (tiles_m, batch, heads, min(section, pairs), snake, alternate, batch_fastest, reversed_)
+            dealt = visits(monkeypatch, programs, tiles, *problem)
+            wanted = itertools.product(range(0, 128 * tiles_m, 128), range(heads), range(batch))
+            assert sorted(itertools.chain(*dealt)) == sorted(wanted), (programs, problem)
+            counts = [len(mine) for mine in dealt]
+            assert min(counts) >= 1 and max(counts) - min(counts) <= 1, (programs, problem)
+
+
+@triton_only
+def test_sections_are_worked_off_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a causal mask the longest tiles come first, in every other section last; the last section ends with the shortest."""
+    (order,) = visits(monkeypatch, 1, 12, 3, 1, 4, 2, 0, 1, False, True)
+    assert [(m0 // 128, head) for m0, head, _ in order] == [
+        (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3), (1, 2), (1, 3), (0, 2), (0, 3),
+    ]  # fmt: skip
+    (order,) = visits(monkeypatch, 1, 12, 3, 1, 4, 2, 0, 0, False, True)
+    assert [m0 // 128 for m0, _, _ in order] == [2, 2, 1, 1, 0, 0] * 2
+    (order,) = visits(monkeypatch, 1, 12, 3, 2, 2, 4, 0, 1, True, False)
+    assert [(head, b) for _, head, b in order[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]  # neighbours share a head, and its bias
+
+
+@triton_only
+def test_the_plans_own_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grid, sections and order of real plans, carried out: every (query tile, head, batch) once."""
+    problems = [
+        spec(queries=queries, heads=heads, batch_outer=batch, keys=keys, hi=hi, head_dim=256, value_dim=256)
+        for queries, heads, batch, keys, hi in itertools.product((1, 129, 700), (1, 5), (1, 6), (1, 30_000), (None, 0))
+    ] + [spec("11hqk", batch_outer=3, batch_inner=2, queries=500, head_dim=256, value_dim=256)]
+    for problem in problems:
+        (step,) = plan_forward(problem, replace(SM90, processors=13), "hopper").steps
+        assert isinstance(step.config, HopperConfig)
+        tiles_m, tiles = hopper.whole_tiles(problem, step.config)
+        section, snake, alternate = hopper.schedule(problem, step.config, step.programs)
+        assert 1 <= section <= problem.batch * problem.heads
+        if step.config.block_m != 128:
+            continue
+        arguments = (tiles_m, problem.batch, problem.heads, section, snake, alternate, step.order == "batch", problem.hi is not None)
+        visited = itertools.chain(*visits(monkeypatch, step.programs, tiles, *arguments))
+        wanted = itertools.product(range(0, 128 * tiles_m, 128), range(problem.heads), range(problem.batch))
+        assert sorted(visited) == sorted(wanted), problem
+        assert 128 * tiles_m >= problem.queries > 128 * (tiles_m - 1)
+
+
+@triton_only
+@pytest.mark.parametrize("length, pairs", [(512, 512), (2048, 128), (8192, 32), (16384, 16), (8192, 128), (4096, 40), (2048, 64)])
+def test_causal_work_is_dealt_evenly(length: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The busiest of 132 programs has at most 7 % more blocks than the mean: counted tile by tile, as the kernel deals them."""
+    problem = spec(queries=length, keys=length, heads=pairs, batch_outer=1, head_dim=128, value_dim=128, hi=0)
+    config = HopperConfig(2, 128, 2)
+    tiles_m, tiles = hopper.whole_tiles(problem, config)
+    dealt = visits(monkeypatch, 132, tiles, tiles_m, 1, pairs, *hopper.schedule(problem, config, 132), False, True)
+    load = [sum(m0 // 128 + 1 + hopper.TILE_COST for m0, _, _ in mine) for mine in dealt]
+    assert max(load) <= 1.07 * sum(load) / len(load)
+
+
+@triton_only
+def test_queries_that_see_nothing_get_a_block_to_hide() -> None:
+    """The kernel's loops have no empty case: ``visible_blocks`` is ``segments`` with at least one block, which lies inside the axis."""
+    from triflash.kernels.hopper import forward
+    from triflash.kernels.triton import prims
+
+    bounds = (None, -200, -70, -1, 0, 1, 40, 100, 300)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(forward, "segments", prims.segments.fn)
+        for m0, M, N, lo, hi in itertools.product((0, 128, 256), (257, 300), (1, 31, 32, 200), bounds, bounds):
+            begin, full_begin, full_end, end = forward.visible_blocks.fn(m0, 128, M, N, lo, hi, 32)
+            before = prims.segments.fn(m0, min(m0 + 128, M) - 1, N, lo, hi, 32)
+            problem = (m0, M, N, lo, hi, (begin, full_begin, full_end, end))
+            assert (begin, full_begin, full_end) == before[:3] and end == max(before[3], begin + 1), problem
+            hidden = before[0] == before[3]
+            assert begin < end and (not hidden or full_begin == full_end), problem  # the block that is there for form's sake is masked
+            if not hidden:
+                assert end == before[3] and end * 32 < N + 32, problem
