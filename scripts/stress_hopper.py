@@ -155,7 +155,6 @@ def random_config(chooser: random.Random, head: int, biased: bool) -> HopperConf
             turns=chooser.random() < 0.5,
             own_out=chooser.random() < 0.5,
             persistent=chooser.random() < 0.8,
-            q_stages=chooser.choice((1, 2)),
         )
         widest = spec_of(*(torch.empty(1, 128, 1, head, device="meta", dtype=torch.bfloat16),) * 3, None, 1, None, None, 1.0, "")
         bias = config.bias_stages * config.block_m * config.block_n * 4 if biased else 0
@@ -295,7 +294,7 @@ SMALL = [
     Problem(2, 1, 4, 200, 333, 128, 128, bias="11hqk"),
     Problem(2, 1, 4, 200, 333, 40, 40, dtype="fp16", bias="b111k", bias_dtype="fp32", hi=0),
     Problem(1, 1, 3, 300, 200, 256, 256, bias="11hqk", bias_dtype="fp32", processors=3),
-    Problem(2, 1, 4, 300, 300, 64, 64, hi=0, config=HopperConfig(2, 64, 2, turns=True, q_stages=2), processors=4),
+    Problem(2, 1, 4, 300, 300, 64, 64, hi=0, config=HopperConfig(2, 64, 2, turns=True), processors=4),
     Problem(1, 1, 3, 400, 300, 64, 64, bias="11hqk", config=HopperConfig(3, 64, 2, bias_stages=2, own_out=False), processors=2),
 ]
 TOGETHER = 500  # launches between two looks at the result

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import triflash
-from tolerance import (
+from triflash import ops, oracle, tiled
+from triflash.bench.tolerance import (
     FLOAT32_ULPS,
     GRADIENT_FACTOR,
     OUTPUT_FACTOR,
@@ -26,7 +27,6 @@ from tolerance import (
     rounding_backward,
     unit_roundoff,
 )
-from triflash import ops, oracle, tiled
 from triflash.plan.configs import MAX_HEAD_DIM, TileConfig
 from triflash.plan.device import facts_of
 from triflash.plan.hopper import HopperConfig
@@ -235,7 +235,7 @@ def judge(case: Case, inputs: Inputs) -> dict[str, Judgement]:
     with torch.no_grad():
         plain_lse = oracle.attention(inputs.q, inputs.k, inputs.v, inputs.bias, **options, dtype=lse_dtype)[1]
 
-    # Slack: see tolerance.py.
+    # Slack: see triflash/bench/tolerance.py.
     x = exact_inputs
     s = torch.einsum("bmhd,bnhd->bhmn", x.q, x.k) * case.softmax_scale
     bias5 = five_dims(x.bias)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import triflash
 from cases import Case, attend, build, few_processors, hopper_only, judge, run_case
-from tolerance import assert_close
 from triflash import ops, oracle
+from triflash.bench.tolerance import assert_close
 from triflash.plan.hopper import HopperConfig
 from triflash.plan.override import override_configs
 
@@ -28,11 +28,11 @@ CONFIGS = [
     HopperConfig(2, 64, 3, v_stages=2),
     HopperConfig(2, 64, 2, v_stages=4),
     HopperConfig(2, 64, 2, own_out=False),
-    HopperConfig(2, 64, 2, q_stages=2),
+    HopperConfig(2, 64, 2),
     HopperConfig(2, 64, 2, bias_stages=2),
     HopperConfig(1, 32, 2, turns=True),
     HopperConfig(2, 64, 2, turns=True),
-    HopperConfig(3, 64, 3, bias_stages=3, turns=True, own_out=False, q_stages=2),
+    HopperConfig(3, 64, 3, bias_stages=3, turns=True, own_out=False),
     HopperConfig(2, 64, 2, persistent=False),
 ]
 PROBLEMS = [
@@ -48,6 +48,8 @@ PROBLEMS = [
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
 def test_every_configuration(config: HopperConfig, case: Case, processors: int, device: torch.device) -> None:
     """With two programs for all tiles, buffers and barriers wrap around many times and from tile to tile; with many, each has one tile."""
+    if case.Dv is not None and not config.own_out:
+        pytest.skip("the output leaves through q's buffer, which has other rows")
     inputs = build(case, device)
     judgements = judge(case, inputs)
     with override_configs(forward=config), few_processors(processors), triflash.record_launches() as ran, torch.no_grad():
@@ -90,8 +92,8 @@ def test_head_dims_and_biases(dims: tuple[int, int], bias_dtype: torch.dtype | N
 
 @pytest.mark.parametrize("backend", ["hopper", "auto"])
 def test_the_public_function_is_the_operator(backend: str, device: torch.device) -> None:
-    q, k, v = (torch.randn(2, 150, 3, 64, device=device, dtype=BF16) for _ in range(3))
-    bias = torch.randn(3, 150, 150, device=device, dtype=BF16)
+    q, k, v = (torch.randn(2, 300, 3, 64, device=device, dtype=BF16) for _ in range(3))
+    bias = torch.randn(3, 300, 300, device=device, dtype=BF16)
     with triflash.backend(backend), triflash.record_launches() as ran:
         out = triflash.flash_attn_func(q, k, v, bias, True, 0.2)
     assert [line.split()[:2] for line in ran] == [["hopper:", "forward"]]
@@ -99,7 +101,7 @@ def test_the_public_function_is_the_operator(backend: str, device: torch.device)
 
 
 def test_a_training_step_takes_both_families(device: torch.device) -> None:
-    q, k, v = (torch.randn(2, 150, 3, 64, device=device, dtype=F16, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(2, 300, 3, 64, device=device, dtype=F16, requires_grad=True) for _ in range(3))
     with triflash.record_launches() as ran:
         triflash.flash_attn_func(q, k, v, None, True).sum().backward()
     assert [" ".join(line.split()[:2]) for line in ran] == ["hopper: forward", "triton: delta", "triton: dkdv", "triton: dq"]
@@ -127,8 +129,8 @@ def test_other_dtypes_are_refused_by_name(dtype: torch.dtype, device: torch.devi
 @pytest.mark.parametrize("shape", ["1111", "11q1", "1hqk", "1h1k"])
 def test_rows_whose_every_score_is_huge(shape: str, huge: float, causal: bool, device: torch.device) -> None:
     """What lse, a float32, loses of them is kept in ``rest``: lse + rest, and the gradients built on them, are the portable kernels'."""
-    q, k, v, dout = (torch.randn(2, length, 2, 32, device=device, dtype=BF16) for length in (100, 90, 90, 100))
-    bias = torch.zeros([size if letter != "1" else 1 for letter, size in zip(shape, (2, 2, 100, 90), strict=True)], device=device)
+    q, k, v, dout = (torch.randn(2, length, 2, 32, device=device, dtype=BF16) for length in (300, 270, 270, 300))
+    bias = torch.zeros([size if letter != "1" else 1 for letter, size in zip(shape, (2, 2, 300, 270), strict=True)], device=device)
     bias[..., : 3 if shape[2] == "q" else 1, :] = huge
     leaves = [x.requires_grad_() for x in (q, k, v, bias)]
     results: dict[str, list[Tensor]] = {}
@@ -232,8 +234,8 @@ def test_repeats(dim: int, bias: str | None, device: torch.device) -> None:
 @pytest.mark.unpoisoned
 def test_cuda_graph(device: torch.device) -> None:
     """Descriptors of tensors travel with the launch: a captured one replays on new values."""
-    q, k, v = (torch.randn(2, 150, 3, 64, device=device, dtype=BF16) for _ in range(3))
-    bias = torch.randn(3, 150, 150, device=device, dtype=BF16)
+    q, k, v = (torch.randn(2, 300, 3, 64, device=device, dtype=BF16) for _ in range(3))
+    bias = torch.randn(3, 300, 300, device=device, dtype=BF16)
     triflash.flash_attn_func(q, k, v, bias, True)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -16,7 +16,14 @@ ROOT = Path(triflash.__file__).parent
 MODULES = {
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(ROOT.rglob("*.py"))
 }
-OUTSIDE_THE_RULES = ("triflash.demo", "triflash.__main__")  # applications: they may use anything that is public
+OUTSIDE_THE_RULES = (
+    "triflash.bench",
+    "triflash.demo",
+    "triflash.environment",
+    "triflash.explain_options",
+    "triflash.tune",
+    "triflash.__main__",
+)  # applications: they may use anything that is public
 
 # Who may import what: the longest prefix decides; a rule lists allowed prefixes.
 RULES: dict[str, list[str]] = {
@@ -28,12 +35,20 @@ RULES: dict[str, list[str]] = {
     "triflash.errors": [],
     "triflash.spec": ["torch", "triflash.errors"],
     "triflash.checks": ["torch", "triflash.errors"],
+    "triflash.copies": ["torch", "triflash.explanation", "triflash.launch.calls", "triflash.plan", "triflash.spec"],
+    "triflash.explanation": ["triflash.plan", "triflash.spec", "triflash.launch.ahead"],
+    "triflash.explainer": [
+        "torch", "triflash.copies", "triflash.errors", "triflash.explanation", "triflash.launch", "triflash.plan", "triflash.spec",
+        "triflash.triton_flash_attention",
+    ],
+    "triflash.shorthand": ["torch", "triflash.errors", "triflash.spec"],
     "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.plan.device": ["torch"],
     "triflash.launch": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.tiled", "triflash.oracle", "triflash.errors"],
     "triflash.launch.triton": [
         "torch", "triton", "triflash.kernels.triton", "triflash.launch.calls", "triflash.plan", "triflash.spec", "triflash.errors",
     ],
+    "triflash.launch.calls": ["torch", "triflash.plan"],
     "triflash.launch.hopper": [
         "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.plan", "triflash.spec", "triflash.errors",
     ],

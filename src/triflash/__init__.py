@@ -5,7 +5,9 @@ Importing it starts no GPU and compiles nothing; Triton itself is imported with 
 
 from . import ops as _ops  # registers torch.ops.triflash
 from .errors import UnsupportedError
+from .explainer import explain
 from .launch import record_launches
+from .plan.overlay import tuned
 from .plan.select import backend
 from .triton_flash_attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 
@@ -15,8 +17,10 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "backend",
+    "explain",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "record_launches",
+    "tuned",
 ]

@@ -19,7 +19,7 @@ from .errors import UnsupportedError, bad_value
 from .launch import run_backward, run_forward
 from .plan.device import facts_of
 from .plan.select import plan_backward, plan_forward
-from .spec import Needs, check_gradients, check_saved, spec_of
+from .spec import Needs, check_gradients, check_saved, keeps_rest, spec_of
 
 __all__ = ["attention_backward", "attention_backward_", "attention_forward", "differentiable_once"]
 
@@ -36,9 +36,8 @@ def _allocate_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: 
     batch, queries, heads, _dim = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(batch, heads, queries, dtype=lse_dtype)
-    # Scores are huge only by a bias; float64 has room for the logarithm beside any that matters.
-    has_rest = bias is not None and bias.dtype != torch.bool and q.dtype != torch.float64
-    rest = q.new_empty(lse.shape if has_rest else 0, dtype=torch.float32)
+    kept = keeps_rest(q.dtype, None if bias is None else bias.dtype)
+    rest = q.new_empty(lse.shape if kept else 0, dtype=torch.float32)
     return q.new_empty(batch, queries, heads, v.shape[3]), lse, rest
 
 

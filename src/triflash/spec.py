@@ -21,6 +21,7 @@ __all__ = [
     "causal_band",
     "check_gradients",
     "check_saved",
+    "keeps_rest",
     "resolve_precision",
     "spec_of",
 ]
@@ -32,6 +33,7 @@ DTYPE_NAMES = {
     torch.float64: "fp64",
     torch.bool: "bool",
 }
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
@@ -94,6 +96,19 @@ class AttentionSpec:
     def is_empty(self) -> bool:
         """No score to compute at all: outputs are empty, or every query sees no key."""
         return 0 in (self.batch, self.heads, self.queries, self.keys)
+
+    @property
+    def keeps_rest(self) -> bool:
+        """Whether a forward pass keeps what a float32 lse lost of a huge one."""
+        return keeps_rest(_DTYPES[self.dtype], None if self.bias is None else _DTYPES[self.bias.dtype])
+
+
+def keeps_rest(dtype: torch.dtype, bias: torch.dtype | None) -> bool:
+    """Whether a forward pass of q, k, v and a bias (None: no bias) of these dtypes keeps what a float32 lse lost of a huge one.
+
+    Scores are huge only by a bias; float64 has room for the logarithm beside any that matters.
+    """
+    return bias is not None and bias != torch.bool and dtype != torch.float64
 
 
 def causal_band(causal: bool) -> tuple[int | None, int | None]:

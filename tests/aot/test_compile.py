@@ -11,7 +11,8 @@ import torch
 triton = pytest.importorskip("triton")
 
 from triflash.launch import ahead
-from triflash.launch.triton import Call, backward_calls, forward_calls
+from triflash.launch.calls import Call
+from triflash.launch.triton import backward_calls, forward_calls
 from triflash.plan import tables
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.select import Plan, plan_backward, plan_forward, problem_of

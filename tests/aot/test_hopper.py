@@ -106,7 +106,7 @@ TARGETS = [
     # What the plan does not choose (or not yet), and tests choose by hand.
     Target((64, 64), F16, bias="1hqk", band=CAUSAL, config=HopperConfig(1, 32, 2)),
     Target((64, 64), F16, bias="1hqk", band=WINDOW, config=HopperConfig(1, 16, 1)),
-    Target((128, 128), config=HopperConfig(2, 64, 3, 2, turns=True, own_out=False, q_stages=2, v_stages=2)),
+    Target((128, 128), config=HopperConfig(2, 64, 3, 2, turns=True, own_out=False, v_stages=2)),
     Target((64, 64), bias="1h1k", config=HopperConfig(3, 64, 2, 2, turns=True, persistent=False)),
 ]  # fmt: skip
 

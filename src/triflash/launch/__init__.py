@@ -122,6 +122,7 @@ def _oracle_backward(
         outputs = oracle.attention(*inputs, **options)
     cotangents = (dout.to(outputs[0].dtype), torch.zeros_like(outputs[1]) if dlse is None else dlse.to(outputs[1].dtype))
     wanted = [(x, dx) for x, dx in zip(inputs, gradients, strict=True) if x is not None and dx is not None]
-    grads = torch.autograd.grad(outputs, [x for x, _ in wanted], cotangents, allow_unused=True)
+    reached = [(y, dy) for y, dy in zip(outputs, cotangents, strict=True) if y.requires_grad]  # the lse does not depend on v
+    grads = torch.autograd.grad([y for y, _ in reached], [x for x, _ in wanted], [dy for _, dy in reached], allow_unused=True)
     for (_, dx), grad in zip(wanted, grads, strict=True):
         dx.zero_() if grad is None else dx.copy_(grad)

@@ -1,4 +1,4 @@
-"""Compile a kernel launch for a GPU that is not here, and read what the compiler made of it. Used by tests and tuning.
+"""Compile a kernel launch for a GPU that is not here, and read what the compiler made of it. Used by tests, ``explain`` and ``tune``.
 
 Works without any GPU or driver, but not under Triton's interpreter: the kernels must have been imported with ``TRITON_INTERPRET`` off.
 """
@@ -9,18 +9,26 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import create_function_from_signature
 
-from .calls import Call
+from ..plan import layout
+from ..plan.select import Plan
+from ..spec import AttentionSpec, Needs
+from . import hopper
+from .calls import Call, address_of
+from .triton import backward_calls, forward_calls
 
-__all__ = ["Resources", "compile_for", "resources"]
+__all__ = ["Resources", "calls_of", "compile_for", "pass_calls", "resources"]
 
 
 @dataclass(frozen=True)
@@ -69,3 +77,75 @@ def resources(compiled: Any) -> Resources:
     if match is None:
         raise RuntimeError(f"no resource usage in cuobjdump's output: {usage.stdout}{usage.stderr}")
     return Resources(int(match[1]), int(match[2]) // 4, shared)
+
+
+def calls_of(plan: Plan, spec: AttentionSpec, needs: Needs, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> list[Call]:
+    """The launches of a forward or a backward plan for inputs of these shapes and strides, on meta tensors: allocates nothing.
+
+    An input that a launch would copy first enters as that copy.
+    """
+    if plan.backend == "hopper":
+        q, k, v = (_tma_meta(x) for x in (q, k, v))
+        bias = None if bias is None else _tma_meta_bias(spec, bias)
+        out = _tma_meta(torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device="meta"))
+    else:
+        q, k, v = (_meta_rows(x) for x in (q, k, v))
+        bias = None if bias is None else _meta_bias(bias)
+        out = q.new_empty((*q.shape[:3], v.shape[3]))
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
+    wanted = zip((q, k, v, bias), (needs.dq, needs.dk, needs.dv, needs.dbias), strict=True)
+    grads = [torch.empty(x.shape, dtype=x.dtype, device="meta") if need and x is not None else None for x, need in wanted]
+    rest = lse.new_empty(lse.shape) if spec.keeps_rest else None
+    return pass_calls(plan, spec, q, k, v, bias, out, lse, rest, out, grads)
+
+
+def pass_calls(
+    plan: Plan,
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor | None,
+    dout: Tensor,
+    grads: Sequence[Tensor | None],
+) -> list[Call]:
+    """The launches of a plan: a forward pass writes out, lse and rest, a backward pass those of ``grads`` (dq, dk, dv, dbias) given."""
+    if plan.backend == "hopper":
+        return hopper.forward_calls(plan, spec, q, k, v, bias, out, lse, rest)
+    if any(step.kernel == "forward" for step in plan.steps):
+        return forward_calls(plan, spec, q, k, v, bias, out, lse, rest)
+    dq, dk, dv, dbias = grads
+    return backward_calls(plan, spec, dout, None, q, k, v, bias, out, lse, rest, dq, dk, dv, dbias)
+
+
+def _meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _meta_rows(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="meta") if layout.copies_rows(x.size(-1), x.stride(-1)) else _meta(x)
+
+
+def _meta_bias(bias: Tensor) -> Tensor:
+    """What ``launch.triton`` passes on for a bias: the bias, or its copy with padded rows."""
+    if not layout.copies_bias(bias.shape, bias.stride(), address_of(bias)):
+        return _meta(bias)
+    copy = torch.empty(layout.copied_bias_shape(bias.shape, bias.stride()), dtype=bias.dtype, device="meta")
+    return copy[..., : 1 if bias.stride(4) == 0 else bias.shape[4]].expand(bias.shape)
+
+
+def _tma_meta(x: Tensor) -> Tensor:
+    """What ``launch.hopper`` passes on for a tensor: the tensor, or its copy with padded rows."""
+    if layout.tma_addressable(x.shape, x.stride(), x.element_size(), address_of(x)):
+        return _meta(x)
+    return torch.empty(layout.tma_padded(x.shape, x.element_size()), dtype=x.dtype, device="meta")[..., : x.shape[-1]]
+
+
+def _tma_meta_bias(spec: AttentionSpec, bias: Tensor) -> Tensor:
+    """The same for a bias: of a dim that ``expand`` repeats, the one element that there is."""
+    if spec.bias is None or not spec.bias.varies[4]:
+        return _meta(bias)
+    return _tma_meta(bias.as_strided(layout.tma_bias_shape(bias.shape, bias.stride()), bias.stride(), bias.storage_offset()))

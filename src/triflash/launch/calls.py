@@ -13,7 +13,7 @@ from torch import Tensor
 from ..plan.configs import TileConfig
 from ..plan.hopper import HopperConfig
 
-__all__ = ["SMALLEST_SCALE", "Call", "bias_strides", "start"]
+__all__ = ["SMALLEST_SCALE", "Call", "address_of", "bias_strides", "start"]
 
 SMALLEST_SCALE = 2.0**-126  # the least normal float32: what is smaller may reach a kernel as 0
 
@@ -34,6 +34,7 @@ class Call:
 
 
 def start(device: torch.device, calls: Iterable[Call]) -> None:
+    """Launch them in order on that device."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()  # Triton launches on the current device
     with torch.cuda.device(device) if elsewhere else nullcontext():
         for call in calls:
@@ -43,3 +44,8 @@ def start(device: torch.device, calls: Iterable[Call]) -> None:
 def bias_strides(bias: Tensor | None) -> tuple[int, ...] | None:
     """Strides of a canonical bias, 0 along dims that it broadcasts."""
     return None if bias is None else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+
+
+def address_of(x: Tensor) -> int:
+    """Where a tensor starts; for a meta tensor, where it would, modulo what memory is aligned to."""
+    return int(x.storage_offset()) * x.element_size() if x.device.type == "meta" else x.data_ptr()

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ..kernels.hopper import forward as forward_kernels
 from ..kernels.hopper.compat import TensorDescriptor, gl
+from ..plan import layout
 from ..plan.configs import padded
-from ..plan.hopper import ROWS, HopperConfig, forward_section, whole_tiles
+from ..plan.hopper import ROWS, HopperConfig, schedule, whole_tiles
 from ..plan.select import Plan
 from ..spec import AttentionSpec
 from .calls import SMALLEST_SCALE, Call, bias_strides, start
@@ -58,15 +59,14 @@ def forward_calls(
             descriptor(q, (1, ROWS, 1, head)),
             descriptor(k, (1, block_n, 1, head)),
             descriptor(v, (1, block_n, 1, value)),
-            *((descriptor(out, (1, ROWS, 1, value)), None, None) if config.own_out else (None, out, out.stride()[:3])),
+            descriptor(out, (1, ROWS, 1, value)),
             *(bias_desc, pointer, lse, rest, None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
             *(spec.batch, spec.heads, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
-            *(tiles_m, tiles, forward_section(spec)),
+            *(tiles_m, tiles, *schedule(spec, config, step.programs)),
         )
         constants: dict[str, Any] = {
             "BN": block_n,
             "WGS": config.consumers,
-            "Q_STAGES": config.q_stages,
             "K_STAGES": config.num_stages,
             "V_STAGES": config.v_stages or config.num_stages,
             "BIAS_STAGES": config.bias_stages,
@@ -76,7 +76,7 @@ def forward_calls(
             "POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE,
             "EVEN_N": spec.keys % block_n == 0,
             "TURNS": config.turns,
-            "DV": spec.value_dim,
+            "OWN_OUT": config.own_out,
             "REGISTERS": config.registers,
         }
         calls.append(Call(forward_kernels.forward, args, constants, config, step.programs))
@@ -87,23 +87,18 @@ def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A TMA descriptor of an addressable tensor, in blocks of that shape."""
     unit = _ALIGNMENT // x.element_size()
     strides = [unit if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block), layout)
+    shared = gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[x.dtype])
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block), shared)
 
 
 def addressable(x: Tensor) -> bool:
     """Whether TMA can address the tensor as it lies."""
-    if x.data_ptr() % _ALIGNMENT or (x.stride(-1) != 1 and x.shape[-1] > 1):
-        return False
-    size = x.element_size()
-    return all(n == 1 or (0 < s * size < 2**40 and s * size % _ALIGNMENT == 0) for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    return layout.tma_addressable(x.shape, x.stride(), x.element_size(), x.data_ptr())
 
 
 def _padded_rows(x: Tensor) -> Tensor:
     """An uninitialised tensor of x's shape whose rows begin at multiples of 16 bytes."""
-    unit = _ALIGNMENT // x.element_size()
-    row = -(-x.shape[-1] // unit) * unit
-    return x.new_empty((*x.shape[:-1], row))[..., : x.shape[-1]]
+    return x.new_empty(layout.tma_padded(x.shape, x.element_size()))[..., : x.shape[-1]]
 
 
 def _ready(x: Tensor) -> Tensor:

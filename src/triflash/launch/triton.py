@@ -16,6 +16,7 @@ from torch import Tensor
 from ..kernels.triton import backward as backward_kernels
 from ..kernels.triton import dbias as dbias_kernels
 from ..kernels.triton import forward as forward_kernels
+from ..plan import layout
 from ..plan.configs import TileConfig, padded
 from ..plan.select import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec
@@ -170,25 +171,22 @@ def _row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int
 
 def _rows(x: Tensor) -> Tensor:
     """x itself if its last dim is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    return x.contiguous() if layout.copies_rows(x.size(-1), x.stride(-1)) else x
 
 
 def _vectorisable(bias: Tensor | None) -> Tensor | None:
-    """The bias itself if its rows (or columns) can be loaded 16 bytes at a time, else a copy of it with padded rows.
+    """The bias itself, or where ``layout.copies_bias`` says so a copy with padded rows.
 
-    Without this, an odd row length makes every load of a score's bias a scalar one, and the kernels up to six times slower. The copy has
-    the size of the bias (expanded dims are not materialised) and lives as long as the launches.
+    The copy has the size of the bias (expanded dims are not materialised) and lives as long as the launches.
     """
-    if bias is None or bias.shape[3] == 1 or bias.shape[4] == 1 or not bias.is_cuda:
+    if bias is None or not bias.is_cuda:
         return bias
-    row, col = bias.stride()[3:]
-    wide = 16  # what Triton can prove about a stride: a multiple of 16 elements, or nothing
-    if bias.data_ptr() % 16 == 0 and ((col == 1 and row % wide == 0) or (row == 1 and col % wide == 0)):
+    shape, strides = bias.shape, bias.stride()
+    if not layout.copies_bias(shape, strides, bias.data_ptr()):
         return bias
-    stored = bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride())]
-    padded_row = -(-stored.shape[4] // wide) * wide
-    copy = bias.new_empty((*stored.shape[:4], padded_row))[..., : stored.shape[4]]
-    return copy.copy_(stored).expand(bias.shape)
+    stored = bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
+    copy = bias.new_empty(layout.copied_bias_shape(shape, strides))[..., : stored.shape[4]]
+    return copy.copy_(stored).expand(shape)
 
 
 def _bytes(bias: Tensor | None) -> Tensor | None:
@@ -197,7 +195,7 @@ def _bytes(bias: Tensor | None) -> Tensor | None:
 
 
 def _config(step: Step) -> TileConfig:
-    assert step.config is not None, f"{step.kernel} was planned without a tile configuration"
+    assert isinstance(step.config, TileConfig), f"{step.kernel} was planned with {step.config} for a tile configuration"
     return step.config
 
 

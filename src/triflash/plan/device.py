@@ -12,7 +12,7 @@ import torch
 
 OLDEST_TRITON = (3, 6)
 
-__all__ = ["KNOWN_DEVICES", "DeviceFacts", "facts_of", "triton_problem"]
+__all__ = ["KNOWN_DEVICES", "DeviceFacts", "facts_of", "triton_problem", "triton_version"]
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ class DeviceFacts:
     arch: ``cpu``, ``interpreter`` (Triton's, on the CPU), ``sm80`` … or ``gfx942`` ….
     processors: multiprocessors or compute units that a grid should fill.
     shared_memory: bytes of shared memory that one program may use.
+    name: what its vendor calls a GPU that is here; empty elsewhere. Tuned configurations hold for one name.
     """
 
     arch: str
     processors: int
     shared_memory: int
+    name: str = ""
 
 
 KNOWN_DEVICES = {
@@ -62,6 +64,15 @@ def triton_problem() -> str | None:
     return None
 
 
+@functools.cache
+def triton_version() -> str:
+    """The version of the installed Triton; empty if there is none, or none that says."""
+    for package in ("triton", "pytorch-triton", "pytorch-triton-rocm"):
+        if _has_metadata(package):
+            return importlib.metadata.version(package)
+    return ""
+
+
 def _has_metadata(package: str) -> bool:
     """PyTorch's nightly and ROCm builds ship Triton under other names; then its version is not looked at."""
     try:
@@ -85,5 +96,5 @@ def facts_of(device: torch.device) -> DeviceFacts:
         limit = getattr(properties, "shared_memory_per_block_optin", 0)
         if not limit:
             limit = KNOWN_DEVICES[arch].shared_memory if arch in KNOWN_DEVICES else 65_536
-        return DeviceFacts(arch, properties.multi_processor_count, limit)
+        return DeviceFacts(arch, properties.multi_processor_count, limit, properties.name)
     return KNOWN_DEVICES["cpu"]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 from ..errors import bad_value
 from ..spec import AttentionSpec
 from .configs import padded
 
-__all__ = ["HopperConfig", "bias_bytes", "forward_config", "forward_section", "preferred", "shared_memory", "whole_tiles"]
+__all__ = ["HopperConfig", "bias_bytes", "forward_config", "preferred", "schedule", "shared_memory", "whole_tiles"]
 
 ROWS = 64  # queries of one consumer warpgroup: the M of a warpgroup product
+MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even
+TILE_COST = 1  # what a tile costs besides its blocks, in blocks
+SHORTEST = 256
 L2_SECTION = 24 * 2**20  # bytes of keys and values that tiles running at the same time may share: half of an H100's L2 cache
 
 
@@ -18,9 +22,10 @@ L2_SECTION = 24 * 2**20  # bytes of keys and values that tiles running at the sa
 class HopperConfig:
     """One launch configuration of the forward kernel.
 
-    consumers: warpgroups of 64 queries each. block_n: keys of a block. num_stages: buffers for key and for value blocks. bias_stages: buffers for
-    bias tiles, per consumer. turns: consumers issue their products in turn. own_out: the output has a buffer of its own. registers: a
-    thread of a consumer other than the first, which gets what is left.
+    consumers: warpgroups of 64 queries each. block_n: keys of a block. num_stages: buffers for key blocks, and for value blocks unless
+    v_stages says otherwise. bias_stages: buffers for bias tiles, per consumer. turns: consumers issue their products in turn. own_out: the
+    output has a buffer of its own. persistent: a grid of as many programs as there are processors. registers: of a thread of a consumer
+    other than the first, which gets what is left.
     """
 
     consumers: int
@@ -30,7 +35,6 @@ class HopperConfig:
     turns: bool = False
     own_out: bool = True
     persistent: bool = True
-    q_stages: int = 1
     v_stages: int = 0
 
     def __post_init__(self) -> None:
@@ -55,7 +59,7 @@ class HopperConfig:
 
     def __str__(self) -> str:
         flags = " turns" * self.turns + " own-out" * self.own_out + " persistent" * self.persistent
-        return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.v_stages or self.num_stages} b{self.bias_stages} q{self.q_stages}{flags}"
+        return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.v_stages or self.num_stages} b{self.bias_stages}{flags}"
 
 
 def bias_bytes(spec: AttentionSpec, config: HopperConfig) -> int:
@@ -69,41 +73,107 @@ def bias_bytes(spec: AttentionSpec, config: HopperConfig) -> int:
 def shared_memory(spec: AttentionSpec, config: HopperConfig) -> int:
     """Bytes of shared memory of one program of the forward kernel."""
     head, value = padded(spec.head_dim) * 2, padded(spec.value_dim) * 2
-    queries = config.block_m * (config.q_stages * head + config.own_out * value)
+    queries = config.block_m * (max(head, value) if not config.own_out else head + value)
     keys = config.block_n * (config.num_stages * head + (config.v_stages or config.num_stages) * value)
     bias = config.bias_stages * config.consumers * bias_bytes(spec, config)
-    barriers = 8 * ((2 * config.q_stages + 1) * config.consumers + 4 * config.num_stages + 2 * config.bias_stages * config.consumers)
+    barriers = 8 * (3 * config.consumers + 4 * config.num_stages + 2 * config.bias_stages * config.consumers)
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
 
-def _candidates(head: int, bias: bool, banded: bool) -> tuple[HopperConfig, ...]:
+def _candidates(head: int, bias: bool, banded: bool, keys: int) -> tuple[HopperConfig, ...]:
+    """From the fastest measured to the smallest; the first that fits is taken.
+
+    H200, Triton 3.6.0, bf16, 16,384 tokens, h*d = 2048, 2026-11 (docs/tuning.md). At d 64 three consumers hide more of the exponentials,
+    but their tiles of 192 queries waste more of a short triangle. Turns pay where the softmax is long beside the products.
+    """
     if head <= 64:
-        consumers = 2 if banded or bias else 3
-        return (HopperConfig(consumers, 128, 2), HopperConfig(2, 64, 2))
+        if bias:
+            return (HopperConfig(2, 128, 2, 2, turns=True), HopperConfig(2, 128, 2, 1, turns=True), HopperConfig(2, 64, 2, turns=True))
+        wide = not banded or keys >= 4096
+        return (HopperConfig(3 if wide else 2, 128, 2, turns=True), HopperConfig(2, 64, 2, turns=True))
     if head <= 128:
-        return (HopperConfig(2, 128, 2), HopperConfig(2, 128, 2, own_out=False), HopperConfig(2, 64, 2, own_out=False))
-    return (HopperConfig(2, 64, 2, own_out=False), HopperConfig(2, 32, 2, own_out=False), HopperConfig(1, 32, 2, own_out=False))
+        turns = bias or keys <= 1024
+        return (
+            HopperConfig(2, 128, 2, turns=turns),
+            HopperConfig(2, 128, 2, turns=turns, own_out=False),
+            HopperConfig(2, 64, 2, turns=turns),
+            HopperConfig(2, 64, 2, own_out=False),
+        )
+    return (
+        HopperConfig(2, 64, 2, own_out=False),
+        HopperConfig(2, 64, 2),  # head dims of q and v that differ: the output does not fit in q's buffer
+        HopperConfig(2, 32, 2, own_out=False),
+        HopperConfig(1, 32, 2),
+    )
 
 
-def forward_config(spec: AttentionSpec, limit: int) -> HopperConfig | None:
-    """The configuration for a spec within ``limit`` bytes of shared memory; None if no candidate fits."""
+@functools.lru_cache(maxsize=4096)
+def forward_config(spec: AttentionSpec, limit: int, processors: int = 0) -> HopperConfig | None:
+    """The configuration for a spec within ``limit`` bytes of shared memory; None if no candidate fits.
+
+    Where its tiles are too few for the ``processors``, tiles of 64 queries take their place.
+    """
     head = padded(max(spec.head_dim, spec.value_dim))
     bias = spec.bias is not None and spec.bias.varies[4]
-    for config in _candidates(head, bias, spec.lo is not None or spec.hi is not None):
-        if shared_memory(spec, config) <= limit:
+    for config in _candidates(head, bias, spec.lo is not None or spec.hi is not None, spec.keys):
+        if shared_memory(spec, config) <= limit and (config.own_out or padded(spec.head_dim) == padded(spec.value_dim)):
+            if 2 * whole_tiles(spec, config)[1] <= processors:
+                return replace(config, consumers=1, turns=False)
             return config
     return None
 
 
-def forward_section(spec: AttentionSpec) -> int:
-    """How many (batch, head) pairs run side by side: as many as keep their keys and values in the L2 cache."""
-    pair = spec.keys * (spec.head_dim + spec.value_dim) * 2
-    return max(1, min(spec.batch * spec.heads, L2_SECTION // max(1, pair)))
+@functools.lru_cache(maxsize=4096)
+def schedule(spec: AttentionSpec, config: HopperConfig, programs: int) -> tuple[int, int, int]:
+    """``(section, snake, alternate)``: how tiles are dealt to a grid of ``programs`` (see ``locate`` of the kernel).
+
+    A section is as many (batch, head) pairs as keep their keys and values in the L2 cache together. Under a causal mask tiles differ in
+    length, and of the ways to deal them that which gives the busiest program least work is taken.
+    """
+    pairs = spec.batch * spec.heads
+    fitting = max(1, L2_SECTION // max(1, spec.keys * (spec.head_dim + spec.value_dim) * 2))
+    tiles_m, tiles = whole_tiles(spec, config)
+    if spec.hi is None or tiles <= programs or tiles > MOST_SIMULATED:
+        return _equal(pairs, fitting), 0, 1
+    lengths = [_blocks(spec, config, tile) + TILE_COST for tile in range(tiles_m)]
+    ways = [(_equal(pairs, size), snake, 1) for size in (fitting, 2 * fitting, 4 * fitting) for snake in (1, 0)]
+    return min(dict.fromkeys(ways), key=lambda way: (round(_busiest(lengths, pairs, programs, *way), 2), way[0]))
+
+
+def _equal(pairs: int, most: int) -> int:
+    """Sections of at most so many pairs, about equally large."""
+    return -(-pairs // -(-pairs // most))
+
+
+def _blocks(spec: AttentionSpec, config: HopperConfig, tile: int) -> int:
+    """Key blocks that a query tile visits."""
+    first, last = tile * config.block_m, min((tile + 1) * config.block_m, spec.queries) - 1
+    end = spec.keys if spec.hi is None else max(0, min(last + spec.hi + 1, spec.keys))
+    begin = 0 if spec.lo is None else max(0, first + spec.lo)
+    return max(1, -(-end // config.block_n) - begin // config.block_n)
+
+
+def _busiest(lengths: list[int], pairs: int, programs: int, section: int, snake: int, alternate: int) -> float:
+    """The most blocks that a program gets, over the mean."""
+    load = [0.0] * programs
+    sections = -(-pairs // section)
+    at = 0
+    for number in range(sections):
+        size = min(section, pairs - number * section)
+        longest_first = not (sections - 1 - number) & alternate
+        for length in reversed(lengths) if longest_first else lengths:
+            for _ in range(size):
+                wave, place = divmod(at, programs)
+                load[programs - 1 - place if wave & snake else place] += length
+                at += 1
+    return max(load) * programs / sum(load)
 
 
 def preferred(spec: AttentionSpec) -> bool:
-    """Whether the automatic choice takes these kernels where they can run."""
-    return True
+    """Whether the automatic choice takes these kernels where they can run: not where TMA would want copies, nor for problems so small that
+    the descriptors, which the host makes for every launch, cost more than the kernel saves.
+    """
+    return spec.head_dim % 8 == 0 and spec.value_dim % 8 == 0 and spec.queries >= SHORTEST and spec.keys >= SHORTEST
 
 
 def whole_tiles(spec: AttentionSpec, config: HopperConfig) -> tuple[int, int]:

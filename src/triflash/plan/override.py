@@ -7,18 +7,22 @@ from contextlib import contextmanager
 
 from ..errors import bad_value
 from .configs import TileConfig
+from .hopper import HopperConfig
 
 KERNELS = ("forward", "delta", "dkdv", "dq", "dbias")
 
 __all__ = ["active", "override_configs"]
 
 # Process-wide on purpose: autograd runs the backward pass of GPU tensors on threads of its own.
-_active: dict[str, TileConfig] = {}
+_active: dict[str, TileConfig | HopperConfig] = {}
 
 
 @contextmanager
-def override_configs(**configs: TileConfig) -> Iterator[None]:
-    """Within the block, kernels named as keywords (``forward=…, dkdv=…, dq=…, dbias=…``) run with the given :class:`TileConfig`."""
+def override_configs(**configs: TileConfig | HopperConfig) -> Iterator[None]:
+    """Within the block, kernels named as keywords (``forward=…, dkdv=…, dq=…, dbias=…``) run with the given :class:`TileConfig`.
+
+    A :class:`HopperConfig` for ``forward`` is for backend ``hopper``; each backend passes over a configuration of the other's.
+    """
     global _active
     for name in configs:
         if name not in KERNELS:
@@ -31,6 +35,6 @@ def override_configs(**configs: TileConfig) -> Iterator[None]:
         _active = before
 
 
-def active() -> tuple[tuple[str, TileConfig], ...]:
+def active() -> tuple[tuple[str, TileConfig | HopperConfig], ...]:
     """The configurations chosen by hand, as a hashable key for plan caches."""
     return tuple(_active.items()) if _active else ()

@@ -8,15 +8,29 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import UnsupportedError, bad_type, bad_value, unsupported
 from ..spec import AttentionSpec, Needs
-from . import hopper, override, tables
+from . import hopper, overlay, override, tables
 from .configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_wide_bias
 from .device import DeviceFacts, triton_problem
 from .hopper import HopperConfig
 
-__all__ = ["BACKENDS", "Plan", "Step", "backend", "plan_backward", "plan_forward", "requested_backend", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "Choices",
+    "Plan",
+    "Step",
+    "backend",
+    "config_of",
+    "current_choices",
+    "hopper_config_of",
+    "plan_backward",
+    "plan_forward",
+    "requested_backend",
+    "why_not",
+]
 
 BACKENDS = ("auto", "tiled", "triton", "hopper", "oracle")
 SUM_BLOCK = 1024  # elements of dbias that one program of dbias_sum adds up
@@ -158,7 +172,9 @@ def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, backward: 
             return "hopper"
         return "tiled" if why_not("triton", spec, device) else "triton"
     if requested == "hopper" and backward:
-        raise unsupported("the backward pass", "hopper", "choose 'auto' or 'triton' for the whole step: their backward pass takes it from there")
+        raise unsupported(
+            "the backward pass", "hopper", "choose 'auto' or 'triton' for the whole step: their backward pass takes it from there"
+        )
     if reason := why_not(requested, spec, device):
         raise unsupported(reason[0], requested, reason[1])
     return requested
@@ -185,16 +201,45 @@ def problem_of(kernel: str, spec: AttentionSpec) -> Problem:
     return Problem(kernel, head_dim, 4 if spec.dtype == "fp32" else 2, spec.bias is not None, banded)
 
 
-def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, by_hand: tuple[tuple[str, TileConfig], ...]) -> TileConfig:
-    chosen = dict(by_hand).get(kernel)
+class Choices(NamedTuple):
+    """What the caller chose of configurations, as part of the key of plan caches: single kernels by hand, or a tuned file."""
+
+    by_hand: tuple[tuple[str, TileConfig | HopperConfig], ...]
+    tuned: overlay.Overlay | None
+
+
+_NO_CHOICES = Choices((), None)
+
+
+def current_choices() -> Choices:
+    """The choices in force where a pass starts."""
+    by_hand, tuned = override.active(), overlay.active()
+    return Choices(by_hand, tuned) if by_hand or tuned is not None else _NO_CHOICES
+
+
+def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> tuple[TileConfig, str]:
+    """A kernel's configuration and where it comes from: by hand, else a tuned file, else a measured row, else the analytic default."""
+    chosen = dict(choices.by_hand).get(kernel)
     if isinstance(chosen, TileConfig):
-        return chosen
+        return chosen, "chosen by hand (override_configs)"
     problem = problem_of(kernel, spec)
-    row = tables.lookup(device.arch, problem)
-    if row is None:
-        return default_config(problem, device)
-    wide = spec.bias is not None and spec.bias.dtype == "fp32"
-    return with_wide_bias(problem, row.config, device) if wide and kernel != "delta" else row.config
+    if choices.tuned is not None and (config := choices.tuned.lookup(problem, device)):
+        source = f"tuned, {choices.tuned.path}"
+    elif row := tables.lookup(device.arch, problem):
+        config, source = row.config, f"measured on {tables.MEASURED_ON.get(device.arch, device.arch)} (row of plan/tables.py)"
+    elif kernel == "delta":
+        return default_config(problem, device), "fixed: it has no tiles of scores"
+    else:
+        return default_config(problem, device), "analytic default: the first candidate that fits, not measured"
+    if spec.bias is not None and spec.bias.dtype == "fp32" and kernel != "delta":
+        narrower = with_wide_bias(problem, config, device)
+        if narrower != config:
+            return narrower, f"{source}, with fewer stages than {config} to hold a float32 bias"
+    return config, source
+
+
+def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> TileConfig:
+    return config_of(kernel, spec, device, choices)[0]
 
 
 def _order(spec: AttentionSpec) -> str:
@@ -210,25 +255,37 @@ def _order(spec: AttentionSpec) -> str:
 
 def plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str = "auto") -> Plan:
     """The plan of a forward pass. Raises :class:`UnsupportedError` where a backend asked for by name cannot do it."""
-    return _or_tiled(requested, lambda name: _plan_forward(spec, device, name, override.active()))
+    return _or_tiled(requested, lambda name: _plan_forward(spec, device, name, current_choices()))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, by_hand: tuple[tuple[str, TileConfig], ...]) -> Plan:
+def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
     name = _choose(requested, spec, device)
     if name == "hopper":
-        return _plan_hopper_forward(spec, device, by_hand)
+        return _plan_hopper_forward(spec, device, choices)
     if name != "triton":
         return Plan(name, (Step("forward"),))
-    config = _config("forward", spec, device, by_hand)
+    config = _config("forward", spec, device, choices)
     programs = _ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
     return Plan(name, (Step("forward", config, programs, _order(spec)),) if programs else ())
 
 
-def _plan_hopper_forward(spec: AttentionSpec, device: DeviceFacts, by_hand: tuple[tuple[str, TileConfig], ...]) -> Plan:
-    by_name = dict(by_hand)
-    config = by_name["forward"] if isinstance(by_name.get("forward"), HopperConfig) else hopper.forward_config(spec, device.shared_memory)
-    assert isinstance(config, HopperConfig)
+def hopper_config_of(spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> tuple[HopperConfig, str]:
+    """The Hopper forward kernel's configuration, for a spec that it can do, and where it comes from."""
+    chosen = dict(choices.by_hand).get("forward")
+    if isinstance(chosen, HopperConfig):
+        if not chosen.own_out and padded(spec.head_dim) != padded(spec.value_dim):
+            raise bad_value(
+                "own_out", f"True for head dims {spec.head_dim} and {spec.value_dim}", False, "an output tile does not fit q's buffer"
+            )
+        return chosen, "chosen by hand (override_configs)"
+    config = hopper.forward_config(spec, device.shared_memory, device.processors)
+    assert config is not None, "why_not refuses what fits no candidate"
+    return config, "plan/hopper.py, as measured on an H200"
+
+
+def _plan_hopper_forward(spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> Plan:
+    config, _ = hopper_config_of(spec, device, choices)
     _, tiles = hopper.whole_tiles(spec, config)
     programs = min(tiles, device.processors) if config.persistent else tiles
     order = _order(spec)
@@ -237,13 +294,11 @@ def _plan_hopper_forward(spec: AttentionSpec, device: DeviceFacts, by_hand: tupl
 
 def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str = "auto") -> Plan:
     """The plan of a backward pass: only the kernels that the gradients asked for need."""
-    return _or_tiled(requested, lambda name: _plan_backward(spec, needs, device, name, override.active()))
+    return _or_tiled(requested, lambda name: _plan_backward(spec, needs, device, name, current_choices()))
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_backward(
-    spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str, by_hand: tuple[tuple[str, TileConfig], ...]
-) -> Plan:
+def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
     name = _choose(requested, spec, device, backward=True)
     if name != "triton":
         return Plan(name, (Step("backward"),))
@@ -253,7 +308,7 @@ def _plan_backward(
     steps = []
     source = _dbias_source(spec) if needs.dbias else None
     if needs.dq or needs.dk or needs.dbias:
-        config = _config("delta", spec, device, by_hand)
+        config = _config("delta", spec, device, choices)
         steps.append(Step("delta", config, _ceil_div(spec.queries, config.block_m) * batch_heads))
     for kernel, length, own, gives in (
         ("dkdv", spec.keys, "block_n", (("dk", needs.dk), ("dv", needs.dv), ("dbias", source == "dkdv"))),
@@ -261,14 +316,14 @@ def _plan_backward(
     ):
         wanted = tuple(name for name, need in gives if need)
         if wanted:
-            config = _config(kernel, spec, device, by_hand)
+            config = _config(kernel, spec, device, choices)
             programs = _ceil_div(length, getattr(config, own)) * batch_heads
             splits = _broadcast_rows(spec) if kernel == source == "dkdv" else 1
             steps.append(Step(kernel, config, programs, _order(spec), splits, wanted))
     if source == "dkdv":
         steps += _sum_steps(spec, _broadcast_rows(spec))
     elif source == "dbias":
-        steps += _dbias_steps(spec, device, _config("dbias", spec, device, by_hand))
+        steps += _dbias_steps(spec, device, _config("dbias", spec, device, choices))
     return Plan(name, tuple(steps))
 
 

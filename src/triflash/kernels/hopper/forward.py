@@ -1,15 +1,17 @@
 """The forward kernel for Hopper.
 
-A program is one producer warp and WGS consumer warpgroups. The producer fetches tiles of q, k, v and of the bias by TMA into shared memory, as
-far ahead as there are buffers; each consumer owns 64 queries and folds key blocks into its registers. They meet at barriers in shared memory:
-for every buffer one that says "full" and one that says "empty". A program works through several tiles (a persistent grid), so that the loads
-of one tile run under the arithmetic of the one before.
+A program is one producer warp and WGS consumer warpgroups. The producer fetches tiles of q, k, v and of the bias by TMA into shared
+memory, as far ahead as there are buffers; each consumer owns 64 queries and folds key blocks into its registers. They meet at barriers in
+shared memory: for every buffer one that says "full" and one that says "empty". A program works through several tiles (a persistent grid),
+so that the loads of one tile run under the arithmetic of the one before.
 
-Within a consumer the products of two neighbouring blocks overlap: q kᵀ of block j is issued together with p v of block j - 1, and the softmax of
-block j runs while the latter is still under way (FlashAttention-3, Shah et al. 2024). With TURNS, consumers issue their products in turn, so
-that the softmax of one runs under the products of another.
+Within a consumer the products of two neighbouring blocks overlap: q kᵀ of block j is issued together with p v of block j - 1, and the
+softmax of block j runs while the latter is still under way (FlashAttention-3, Shah et al. 2024). With TURNS, consumers issue their products
+in turn, so that the softmax of one runs under the products of another.
 
-Blocks are visited from the last that a tile sees to its first. Recurrence and conventions as in ``kernels/triton/forward.py``.
+Blocks are visited from the last that a tile sees to its first. Recurrence and conventions as in ``kernels/triton/forward.py``. A variable
+that changes inside a loop is recomputed from loop-carried scalars where that is cheap: Triton 3.6 has been seen not to carry one that is
+reassigned only under a condition.
 """
 
 from ..triton.prims import LN2, LOG2E, offset, segments
@@ -28,10 +30,10 @@ from .compat import (
 
 
 @gluon.constexpr_function
-def barrier_at(name, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES):
+def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
     """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
     sizes = {
-        "q_full": WGS * Q_STAGES, "q_empty": WGS * Q_STAGES, "k_full": K_STAGES, "k_empty": K_STAGES, "v_full": V_STAGES, "v_empty": V_STAGES,
+        "q_full": WGS, "q_empty": WGS, "k_full": K_STAGES, "k_empty": K_STAGES, "v_full": V_STAGES, "v_empty": V_STAGES,
         "turn": WGS, "bias_full": WGS * BIAS_STAGES, "bias_empty": WGS * BIAS_STAGES, "count": 0,
     }  # fmt: skip
     names = list(sizes)
@@ -51,46 +53,47 @@ def stacked(count, shape):
 
 
 @gluon.jit
-def locate(index, tiles_m, batch, heads, section, BATCH_FASTEST: gl.constexpr, REVERSED: gl.constexpr):
-    """(query tile, head, batch) of a tile's index.
+def share(tiles, snake):
+    """How many tiles this program works through: the grid deals them out in waves."""
+    programs = gl.num_programs(0)
+    waves = tiles // programs
+    return waves + (_place(waves, snake) < tiles % programs).to(gl.int32)
 
-    Pairs of batch and head are cut into sections whose keys and values fit in the L2 cache. Within a section all pairs do one query tile
-    before any does the next, and with REVERSED the last query tiles, which see most keys under a causal mask, come first. BATCH_FASTEST:
+
+@gluon.jit
+def _place(wave, snake):
+    return gl.where((wave & snake) == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+
+
+@gluon.jit
+def locate(
+    wave, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST: gl.constexpr, BM: gl.constexpr, WGS: gl.constexpr,
+    REVERSED: gl.constexpr,
+):  # fmt: skip
+    """(first query, head, batch) of this program's tile of a wave.
+
+    Pairs of batch and head are cut into sections whose keys and values fit in the L2 cache; within a section all pairs do one query tile
+    before any does the next. Under a causal mask (REVERSED) later tiles are longer, and what every program gets must still add up to the
+    same: with ``alternate`` = 1 the sections go from the longest tiles to the shortest and back in turn, the last one ending with the
+    shortest; with ``snake`` = 1 every other wave is dealt to the programs from the other end. ``plan/hopper.py`` chooses. BATCH_FASTEST:
     neighbours differ in the batch, not the head, and so share a bias that broadcasts over the batch.
     """
-    first = index // (section * tiles_m) * section
-    rest = index % (section * tiles_m)
-    size = min(section, batch * heads - first)
+    index = wave * gl.num_programs(0) + _place(wave, snake)
+    number = index // (section * tiles_m)
+    rest = index - number * (section * tiles_m)
+    size = min(section, batch * heads - number * section)
     tile = rest // size
-    pair = first + rest % size
+    pair = number * section + rest % size
     if REVERSED:
-        tile = tiles_m - 1 - tile
+        remaining = (batch * heads + section - 1) // section - 1 - number
+        tile = gl.where((remaining & alternate) == 0, tiles_m - 1 - tile, tile)
     if BATCH_FASTEST:
         head = pair // batch
         b = pair % batch
     else:
         head = pair % heads
         b = pair // heads
-    return tile, head, b
-
-
-@gluon.jit
-def share(tiles):
-    """How many tiles this program works through: the grid deals them out in waves."""
-    programs = gl.num_programs(0)
-    waves = tiles // programs
-    return waves + (_place(waves) < tiles % programs).to(gl.int32)
-
-
-@gluon.jit
-def dealt(wave):
-    """The index of this program's tile of a wave. Every other wave is dealt from the other end: tiles get lighter, and loads should not."""
-    return wave * gl.num_programs(0) + _place(wave)
-
-
-@gluon.jit
-def _place(wave):
-    return gl.where(wave % 2 == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+    return tile * (BM * WGS), head, b
 
 
 @gluon.jit
@@ -103,23 +106,23 @@ def visible_blocks(m0, rows, M, N, lo, hi, BN: gl.constexpr):
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, bias_desc, q_s, k_s, v_s, bias_s, bars,
-    batch, heads, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section,
-    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr,
+    batch, heads, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake, alternate,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr,
     VARIES_M: gl.constexpr,
 ):  # fmt: skip
     """The producer: every load of the program, in the order in which the consumers need them."""
-    Q_FULL: gl.constexpr = barrier_at("q_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_FULL: gl.constexpr = barrier_at("k_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_FULL: gl.constexpr = barrier_at("v_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    Q_FULL: gl.constexpr = barrier_at("q_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_FULL: gl.constexpr = barrier_at("k_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
-    for wave in range(share(tiles)):
-        tile, head, b = locate(dealt(wave), tiles_m, batch, heads, section, BATCH_FASTEST, hi is not None)
-        m0 = tile * (BM * WGS)
+    for wave in range(share(tiles, snake)):
+        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST, BM, WGS, hi is not None)
         begin, _a, _b, end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
         for j in range(end - begin):
             n0 = (end - 1 - j) * BN
@@ -130,10 +133,9 @@ def _produce(
             tma_load(k_desc, [b, n0, head, 0], bars.index(K_FULL + stage), k_s.index(stage))
             if j == 0:
                 for w in gl.static_range(WGS):
-                    slot = wave % Q_STAGES * WGS + w
-                    mbarrier.wait(bars.index(Q_EMPTY + slot), ((wave // Q_STAGES) & 1) ^ 1)
-                    mbarrier.expect(bars.index(Q_FULL + slot), q_desc.block_type.nbytes)
-                    tma_load(q_desc, [b, m0 + w * BM, head, 0], bars.index(Q_FULL + slot), q_s.index(slot))
+                    mbarrier.wait(bars.index(Q_EMPTY + w), (wave & 1) ^ 1)
+                    mbarrier.expect(bars.index(Q_FULL + w), q_desc.block_type.nbytes)
+                    tma_load(q_desc, [b, m0 + w * BM, head, 0], bars.index(Q_FULL + w), q_s.index(w))
             if bias_desc is not None:
                 bias_phase = (at // BIAS_STAGES) & 1
                 for w in gl.static_range(WGS):
@@ -158,19 +160,16 @@ def _produce(
 
 @gluon.jit
 def _softmax(
-    s, m, bias_s, bars, row_bias, at, m0, block, full_begin, full_end, N, lo, hi, scale_log2,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    s, m, bias_s, bars, row_bias, at, m0, block, N, lo, hi, scale_log2,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr,
+    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr,
 ):  # fmt: skip
-    """From the product of one block to ``(p, new maximum, what sums so far shrink by)``, for 64 queries.
-
-    Blocks outside ``[full_begin, full_end)`` are partly visible. That is asked at run time rather than in loops of their own: several copies
-    of the loop for each consumer overflow the instruction cache.
-    """
+    """From the product of one block to ``(p, new maximum, what sums so far shrink by)``, for 64 queries."""
     S: gl.constexpr = accumulator(BN)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIASED: gl.constexpr = (bias_s is not None) or ROW_BIASED
     LATE_SCALE: gl.constexpr = POSITIVE_SCALE and not BIASED
     if not LATE_SCALE:
@@ -195,17 +194,16 @@ def _softmax(
         else:
             s = gl.fma(row, gl.full([BM, BN], LOG2E, gl.float32, S), s)
     if MASKED:
-        if (block >= full_end) | (block < full_begin):
-            j = block * BN + gl.arange(0, BN, COLS)
-            i = m0 + gl.arange(0, BM, gl.SliceLayout(1, S))
-            seen = gl.expand_dims(j < N, 0)
-            away = gl.expand_dims(j, 0) - gl.expand_dims(i, 1)
-            if lo is not None:
-                seen = seen & (away >= lo)
-            if hi is not None:
-                seen = seen & (away <= hi)
-            seen, s = gl.broadcast(seen, s)
-            s = gl.where(seen, s, float("-inf"))
+        j = gl.expand_dims(block * BN + gl.arange(0, BN, COLS), 0)
+        i = m0 + gl.arange(0, BM, gl.SliceLayout(1, S))
+        if hi is not None:  # one comparison a score: the last key that exists and that the query sees
+            seen = j <= gl.expand_dims(gl.minimum(i + hi, N - 1), 1)
+        else:
+            seen = j < N
+        if lo is not None:
+            seen = seen & (j >= gl.expand_dims(i + lo, 1))
+        seen, s = gl.broadcast(seen, s)
+        s = gl.where(seen, s, float("-inf"))
     top = gl.max(s, 1)
     if LATE_SCALE:
         top = top * scale_log2
@@ -221,47 +219,31 @@ def _softmax(
 
 
 @gluon.jit
-def _tile_of(wave, bias, bias_strides, tiles_m, batch, heads, batch_inner, section, M, N, lo, hi, WG: gl.constexpr, BM: gl.constexpr,
-             BN: gl.constexpr, WGS: gl.constexpr, BATCH_FASTEST: gl.constexpr):  # fmt: skip
-    """Where the tile of a wave lies, which blocks it sees, and its bias where that has no dim of keys: one number per query."""
+def _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM: gl.constexpr, BN: gl.constexpr):
+    """A bias that has no dim of keys: one number per query."""
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
-    tile, head, b = locate(dealt(wave), tiles_m, batch, heads, section, BATCH_FASTEST, hi is not None)
-    m0 = tile * (BM * WGS)
-    begin, full_begin, full_end, end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
-    m0 += WG * BM
-    row_bias = gl.zeros([BM], gl.float32, ROWS)
     if bias is not None:
         i = m0 + gl.arange(0, BM, ROWS)
         at = bias + offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1]) + offset(head, bias_strides[2])
-        row_bias = gl.load(at + i.to(gl.int64) * bias_strides[3], mask=i < M, other=0).to(gl.float32)
-    return m0, head, b, begin, full_begin, full_end, end, row_bias
+        return gl.load(at + i.to(gl.int64) * bias_strides[3], mask=i < M, other=0).to(gl.float32)
+    else:
+        return gl.zeros([BM], gl.float32, ROWS)
 
 
 @gluon.jit
 def _finish(
-    o, l, m, out_desc, out, out_strides, lse, rest, out_s, m0, head, b, heads, M,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BDV: gl.constexpr, DV: gl.constexpr, DT: gl.constexpr,
+    o, l, m, out_desc, lse, rest, target, m0, head, b, heads, M, BM: gl.constexpr, BN: gl.constexpr, BDV: gl.constexpr, DT: gl.constexpr,
 ):  # fmt: skip
-    """Divide by the sum and write out, lse and rest of 64 queries."""
+    """Divide by the sum and write out (by way of the shared buffer ``target``), lse and rest of 64 queries."""
     O: gl.constexpr = accumulator(BDV)
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
     o = (o * gl.expand_dims(gl.convert_layout(1.0 / l, gl.SliceLayout(1, O)), 1)).to(DT)
-    if out_s is not None:
-        tma_store_wait(0)  # the tile before must have left the buffer
-        out_s.index(WG).reshape([BM, BDV]).store(o)
-        fence_async_shared()
-        tma_store(out_desc, [b, m0, head, 0], out_s.index(WG))
-    else:
-        rows = m0 + gl.arange(0, BM, gl.SliceLayout(1, O))
-        cols = gl.arange(0, BDV, gl.SliceLayout(0, O))
-        at = out + offset(b, out_strides[0]) + offset(head, out_strides[2]) + offset(m0, out_strides[1])
-        at += gl.expand_dims(rows - m0, 1) * out_strides[1] + gl.expand_dims(cols, 0)
-        inside = gl.expand_dims(rows < M, 1)
-        if DV != BDV:
-            inside = inside & gl.expand_dims(cols < DV, 0)
-        gl.store(at, o, mask=inside)
+    tma_store_wait(0)  # what this buffer held before must have left it
+    target.reshape([BM, BDV]).store(o)
+    fence_async_shared()
+    tma_store(out_desc, [b, m0, head, 0], target)
     i = m0 + gl.arange(0, BM, ROWS)
     row_lse = gl.where(unseen, float("-inf"), (m + gl.log2(l)) * LN2)
     at_row = offset(b * heads + head, M) + i
@@ -272,16 +254,65 @@ def _finish(
 
 
 @gluon.jit
-def _consume(
-    out_desc, out, out_strides, bias, lse, rest, q_s, k_s, v_s, out_s, bias_s, bars,
-    bias_strides, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
-    EVEN_N: gl.constexpr, TURNS: gl.constexpr, DV: gl.constexpr,
+def _walk(
+    o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, done, m0, first, last, steps, end, N, lo, hi, scale_log2,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
+    TURNS: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr, Q_EARLY: gl.constexpr,
 ):  # fmt: skip
-    """One consumer: 64 queries of every tile of the program, all their blocks in one loop.
+    """Steps ``first … last`` of a tile's ``steps``: q kᵀ of a block, and p v of the block before under its softmax."""
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    BD: gl.constexpr = k_s.shape[4]
+    BDV: gl.constexpr = v_s.shape[4]
+    S: gl.constexpr = accumulator(BN)
+    O: gl.constexpr = accumulator(BDV)
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    K_FULL: gl.constexpr = barrier_at("k_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    nothing = gl.zeros([BM, BN], gl.float32, S)
+    for step in range(first, last):
+        at = done + step
+        stage = at % K_STAGES
+        before = (at - 1) % V_STAGES
+        mbarrier.wait(bars.index(K_FULL + stage), (at // K_STAGES) & 1)
+        if TURNS:
+            mbarrier.wait(bars.index(TURN + WG), at & 1)
+        s_pending = warpgroup_mma(q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        mbarrier.wait(bars.index(V_FULL + before), ((at - 1) // V_STAGES) & 1)
+        o_pending = warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)
+        if TURNS:
+            mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+        s = warpgroup_mma_wait(1, [s_pending])
+        mbarrier.arrive(bars.index(K_EMPTY + stage))
+        if Q_EARLY:
+            if step == steps - 1:  # no more products with this q: the next can be fetched while the softmax runs
+                mbarrier.arrive(bars.index(Q_EMPTY + WG))
+        p32, m, shrink = _softmax(
+            s, m, bias_s, bars, row_bias, at, m0, end - 1 - step, N, lo, hi, scale_log2,
+            WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED,
+        )  # fmt: skip
+        l = l * shrink + gl.sum(p32, 1)
+        o = warpgroup_mma_wait(0, [o_pending])
+        mbarrier.arrive(bars.index(V_EMPTY + before))
+        p = gl.convert_layout(p32.to(q.dtype), P)
+        o = o * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, O)), 1)
+    return o, l, m, p
 
-    A step issues q kᵀ of its block and p v of the block before, which may belong to the tile before: then that tile is finished under way.
+
+@gluon.jit
+def _consume(
+    out_desc, bias, lse, rest, q_s, k_s, v_s, out_s, bias_s, bars,
+    bias_strides, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake, alternate,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
+    V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
+    POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """One consumer: 64 queries of every tile of the program.
+
+    With a buffer for the output, the first step of a tile also issues the last p v of the tile before, which is finished under it.
     """
     BD: gl.constexpr = q_s.shape[4]
     BDV: gl.constexpr = v_s.shape[4]
@@ -289,128 +320,143 @@ def _consume(
     O: gl.constexpr = accumulator(BDV)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
-    Q_FULL: gl.constexpr = barrier_at("q_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_FULL: gl.constexpr = barrier_at("k_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_FULL: gl.constexpr = barrier_at("v_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    TURN: gl.constexpr = barrier_at("turn", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    BANDED: gl.constexpr = (lo is not None) or (hi is not None)
-    MASKED: gl.constexpr = BANDED or (not EVEN_N)
+    Q_FULL: gl.constexpr = barrier_at("q_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_FULL: gl.constexpr = barrier_at("k_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    MASKED: gl.constexpr = (lo is not None) or (hi is not None) or (not EVEN_N)
+    ROW_BIASED: gl.constexpr = bias is not None
+    OVERLAP: gl.constexpr = out_s is not None
     DT: gl.constexpr = q_s.dtype
     nothing = gl.zeros([BM, BN], gl.float32, S)
-    waves = share(tiles)
+    waves = share(tiles, snake)
+    done = 0  # blocks of earlier tiles
 
-    m0, head, b, begin, full_begin, full_end, end, row_bias = _tile_of(
-        0, bias, bias_strides, tiles_m, batch, heads, batch_inner, section, M, N, lo, hi, WG, BM, BN, WGS, BATCH_FASTEST
-    )
-    m = gl.full([BM], float("-inf"), gl.float32, ROWS)
+    m0, head, b = locate(0, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST, BM, WGS, hi is not None)
+    _begin, _full_begin, _full_end, first_end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
+    m0 += WG * BM
+    row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
     mbarrier.wait(bars.index(Q_FULL + WG), 0)
     mbarrier.wait(bars.index(K_FULL), 0)
     if TURNS:
         mbarrier.wait(bars.index(TURN + WG), 0)
-    s_pending = warpgroup_mma(
-        q_s.index(WG).reshape([BM, BD]), k_s.index(0).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True
-    )
+    q = q_s.index(WG).reshape([BM, BD])
+    s_pending = warpgroup_mma(q, k_s.index(0).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
     if TURNS:
         mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
     s = warpgroup_mma_wait(0, [s_pending])
     mbarrier.arrive(bars.index(K_EMPTY))
-    block = end - 1
-    if block == begin:
-        mbarrier.arrive(bars.index(Q_EMPTY + WG))
     p32, m, _shrink = _softmax(
-        s, m, bias_s, bars, row_bias, 0, m0, block, full_begin, full_end, N, lo, hi, scale_log2,
-        WG, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, bias is not None,
+        s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias, 0, m0, first_end - 1, N, lo, hi, scale_log2,
+        WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED,
     )  # fmt: skip
     l = gl.sum(p32, 1)
     p = gl.convert_layout(p32.to(DT), P)
     o = gl.zeros([BM, BDV], gl.float32, O)
-    wave = 0
-    at = 1  # blocks so far: buffers and phases count across tiles
-    while (block > begin) | (wave + 1 < waves):
-        first = block == begin
-        old_m0 = m0
-        old_head = head
-        old_b = b
-        old_l = l
-        old_m = m
-        block -= 1
-        if first:  # this step's block is the first of the next tile
-            wave += 1
-            m0, head, b, begin, full_begin, full_end, end, row_bias = _tile_of(
-                wave, bias, bias_strides, tiles_m, batch, heads, batch_inner, section, M, N, lo, hi, WG, BM, BN, WGS, BATCH_FASTEST
-            )
-            block = end - 1
-            m = gl.full([BM], float("-inf"), gl.float32, ROWS)
-            l = gl.zeros([BM], gl.float32, ROWS)
-            mbarrier.wait(bars.index(Q_FULL + wave % Q_STAGES * WGS + WG), (wave // Q_STAGES) & 1)
-        q_slot = wave % Q_STAGES * WGS + WG
-        stage = at % K_STAGES
-        before = (at - 1) % V_STAGES
-        mbarrier.wait(bars.index(K_FULL + stage), (at // K_STAGES) & 1)
-        if TURNS:
-            mbarrier.wait(bars.index(TURN + WG), at & 1)
-        s_pending = warpgroup_mma(
-            q_s.index(q_slot).reshape([BM, BD]), k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True
-        )
-        mbarrier.wait(bars.index(V_FULL + before), ((at - 1) // V_STAGES) & 1)
-        o_pending = warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)
-        if TURNS:
-            mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
-        s = warpgroup_mma_wait(1, [s_pending])
-        mbarrier.arrive(bars.index(K_EMPTY + stage))
-        if block == begin:
-            mbarrier.arrive(bars.index(Q_EMPTY + q_slot))
-        p32, m, shrink = _softmax(
-            s, m, bias_s, bars, row_bias, at, m0, block, full_begin, full_end, N, lo, hi, scale_log2,
-            WG, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, bias is not None,
+    for wave in range(waves):
+        # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
+        begin, full_begin, full_end, end = visible_blocks(m0 - WG * BM, BM * WGS, M, N, lo, hi, BN)
+        steps = end - begin
+        if OVERLAP:
+            if steps == 1:
+                mbarrier.arrive(bars.index(Q_EMPTY + WG))
+        if hi is not None:
+            o, l, m, p = _walk(
+                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, done, m0, 1, end - full_end, steps, end, N, lo, hi, scale_log2,
+                WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
+            )  # fmt: skip
+        whole = max(1, end - full_end)
+        o, l, m, p = _walk(
+            o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, done, m0, whole, end - full_begin, steps, end, N, lo, hi, scale_log2,
+            WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, False, ROW_BIASED, OVERLAP,
         )  # fmt: skip
-        l = l * shrink + gl.sum(p32, 1)
-        o = warpgroup_mma_wait(0, [o_pending])
-        mbarrier.arrive(bars.index(V_EMPTY + before))
-        p = gl.convert_layout(p32.to(DT), P)
-        if first:
-            _finish(
-                o, old_l, old_m, out_desc, out, out_strides, lse, rest, out_s, old_m0, old_head, old_b, heads, M, WG, BM, BN, BDV, DV, DT
-            )
+        if lo is not None:
+            left = max(1, end - full_begin)
+            o, l, m, p = _walk(
+                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, done, m0, left, steps, steps, end, N, lo, hi, scale_log2,
+                WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
+            )  # fmt: skip
+        done += steps
+        before = (done - 1) % V_STAGES
+        if not OVERLAP:  # the output leaves through q's buffer, so nothing of the next tile can begin before it has
+            mbarrier.wait(bars.index(V_FULL + before), ((done - 1) // V_STAGES) & 1)
+            o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)])
+            mbarrier.arrive(bars.index(V_EMPTY + before))
+            _finish(o, l, m, out_desc, lse, rest, q_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
+            tma_store_wait(0)
+            mbarrier.arrive(bars.index(Q_EMPTY + WG))
+        if wave + 1 < waves:  # the first block of the next tile, and under it the last product of this one
+            old_m0 = m0
+            old_head = head
+            old_b = b
+            m0, head, b = locate(wave + 1, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST, BM, WGS, hi is not None)
+            _begin, _full_begin, _full_end, next_end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
+            m0 += WG * BM
+            row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
+            stage = done % K_STAGES
+            mbarrier.wait(bars.index(Q_FULL + WG), (wave + 1) & 1)
+            mbarrier.wait(bars.index(K_FULL + stage), (done // K_STAGES) & 1)
+            if TURNS:
+                mbarrier.wait(bars.index(TURN + WG), done & 1)
+            s_pending = warpgroup_mma(q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            if OVERLAP:
+                mbarrier.wait(bars.index(V_FULL + before), ((done - 1) // V_STAGES) & 1)
+                o_pending = warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)
+            if TURNS:
+                mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+            if OVERLAP:
+                s = warpgroup_mma_wait(1, [s_pending])
+            else:
+                s = warpgroup_mma_wait(0, [s_pending])
+            mbarrier.arrive(bars.index(K_EMPTY + stage))
+            p32, new_m, _shrink = _softmax(
+                s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias, done, m0, next_end - 1, N, lo, hi, scale_log2,
+                WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED,
+            )  # fmt: skip
+            if OVERLAP:
+                o = warpgroup_mma_wait(0, [o_pending])
+                mbarrier.arrive(bars.index(V_EMPTY + before))
+            p = gl.convert_layout(p32.to(DT), P)
+            if OVERLAP:
+                _finish(o, l, m, out_desc, lse, rest, out_s.index(WG), old_m0, old_head, old_b, heads, M, BM, BN, BDV, DT)
+            m = new_m
+            l = gl.sum(p32, 1)
             o = gl.zeros([BM, BDV], gl.float32, O)
-        else:
-            o = o * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, O)), 1)
-        at += 1
-
-    before = (at - 1) % V_STAGES
-    mbarrier.wait(bars.index(V_FULL + before), ((at - 1) // V_STAGES) & 1)
-    o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)])
-    mbarrier.arrive(bars.index(V_EMPTY + before))
-    _finish(o, l, m, out_desc, out, out_strides, lse, rest, out_s, m0, head, b, heads, M, WG, BM, BN, BDV, DV, DT)
-    if out_s is not None:
+    if OVERLAP:
+        before = (done - 1) % V_STAGES
+        mbarrier.wait(bars.index(V_FULL + before), ((done - 1) // V_STAGES) & 1)
+        o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)])
+        mbarrier.arrive(bars.index(V_EMPTY + before))
+        _finish(o, l, m, out_desc, lse, rest, out_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
         tma_store_wait(0)
 
 
 @gluon.jit
 def forward(
-    q_desc, k_desc, v_desc, out_desc, out, out_strides, bias_desc, bias, lse, rest, bias_strides, bias_on,
-    batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section,
-    BN: gl.constexpr, WGS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lse, rest, bias_strides, bias_on,
+    batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake, alternate,
+    BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
-    DV: gl.constexpr, REGISTERS: gl.constexpr,
+    OWN_OUT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``locate`` says.
 
-    Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims, whose
-    broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and strides
-    (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). None: absent.
+    Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims,
+    whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and
+    strides (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). None: absent.
 
-    With a descriptor of out, tiles of it leave through shared memory by TMA; with a pointer and strides, from registers.
+    OWN_OUT: the output leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
     """
     BM: gl.constexpr = 64
     DT: gl.constexpr = q_desc.dtype
-    q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES * WGS, q_desc.block_shape), q_desc.layout)
+    q_s = gl.allocate_shared_memory(DT, stacked(WGS, q_desc.block_shape), q_desc.layout)
     k_s = gl.allocate_shared_memory(DT, stacked(K_STAGES, k_desc.block_shape), k_desc.layout)
     v_s = gl.allocate_shared_memory(DT, stacked(V_STAGES, v_desc.block_shape), v_desc.layout)
-    if out_desc is not None:
+    if OWN_OUT:
         out_s = gl.allocate_shared_memory(DT, stacked(WGS, out_desc.block_shape), out_desc.layout)
     else:
         out_s = None
@@ -418,11 +464,11 @@ def forward(
         bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIAS_STAGES * WGS, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
-    COUNT: gl.constexpr = barrier_at("count", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_FULL: gl.constexpr = barrier_at("v_full", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
-    TURN: gl.constexpr = barrier_at("turn", WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    COUNT: gl.constexpr = barrier_at("count", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(COUNT):
         if (n >= K_EMPTY and n < V_FULL) or (n >= V_EMPTY and n < TURN):
@@ -437,46 +483,43 @@ def forward(
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
         gl.warp_specialize([
-            (_consume, (optional(out_desc), optional(out), optional(out_strides), optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s),
-                        optional(bias_s), bars,
-                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2, tiles_m, tiles, section,
-                        0, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M,
-                        POSITIVE_SCALE, EVEN_N, TURNS, DV)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads, batch_inner, M, N,
-                        optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+            (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
+                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
+                        tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
+                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake, alternate,
+                        BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [1], [24])  # fmt: skip
     elif WGS == 2:
         gl.warp_specialize([
-            (_consume, (optional(out_desc), optional(out), optional(out_strides), optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s),
-                        optional(bias_s), bars,
-                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2, tiles_m, tiles, section,
-                        0, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M,
-                        POSITIVE_SCALE, EVEN_N, TURNS, DV)),
-            (_consume, (optional(out_desc), optional(out), optional(out_strides), optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s),
-                        optional(bias_s), bars,
-                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2, tiles_m, tiles, section,
-                        1, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M,
-                        POSITIVE_SCALE, EVEN_N, TURNS, DV)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads, batch_inner, M, N,
-                        optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+            (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
+                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
+                        tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
+            (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
+                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
+                        tiles_m, tiles, section, snake, alternate, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
+                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake, alternate,
+                        BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (optional(out_desc), optional(out), optional(out_strides), optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s),
-                        optional(bias_s), bars,
-                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2, tiles_m, tiles, section,
-                        0, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M,
-                        POSITIVE_SCALE, EVEN_N, TURNS, DV)),
-            (_consume, (optional(out_desc), optional(out), optional(out_strides), optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s),
-                        optional(bias_s), bars,
-                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2, tiles_m, tiles, section,
-                        1, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M,
-                        POSITIVE_SCALE, EVEN_N, TURNS, DV)),
-            (_consume, (optional(out_desc), optional(out), optional(out_strides), optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s),
-                        optional(bias_s), bars,
-                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2, tiles_m, tiles, section,
-                        2, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M,
-                        POSITIVE_SCALE, EVEN_N, TURNS, DV)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads, batch_inner, M, N,
-                        optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, BM, BN, WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+            (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
+                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
+                        tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
+            (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
+                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
+                        tiles_m, tiles, section, snake, alternate, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
+            (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
+                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
+                        tiles_m, tiles, section, snake, alternate, 2, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
+                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake, alternate,
+                        BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

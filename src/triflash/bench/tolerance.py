@@ -1,4 +1,4 @@
-"""The judge: when is a result close enough to the float64 reference? Used by ``cases.py``; tested by ``test_tolerance.py``.
+"""The judge: when is a result close enough to the float64 reference? The only statement of it: used by the tests and by the bench's gate.
 
 The rule is the FlashAttention projects': no further from the float64 reference than a small multiple of what the same formula in plain
 PyTorch is in the same dtype, and close in relative norm as well. Two effects have nothing to do with the quality of a kernel, so both
@@ -35,6 +35,7 @@ class Judgement:
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
+    """The largest relative error of rounding to the dtype."""
     return torch.finfo(dtype).eps / 2
 
 
@@ -85,17 +86,39 @@ class Gradients:
     ds: Tensor
 
 
-def closed_backward(q: Tensor, k: Tensor, v: Tensor, p: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None, scale: float) -> Gradients:
-    """``ds = p (dout vᵀ - rowsum(out dout) + dlse)`` and what follows, without autograd, for any ``out``."""
+def closed_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: Tensor,
+    out: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    scale: float,
+    slope: Tensor | None = None,
+) -> Gradients:
+    """``ds = p (dout vᵀ - rowsum(out dout) + dlse)`` and what follows, without autograd, for any ``out``.
+
+    ``slope`` is the derivative of a function that the scaled products went through before the bias was added (a soft cap); None is 1.
+    """
     delta = torch.einsum("bmhd,bmhd->bhm", out, dout)
     if dlse is not None:
         delta = delta - dlse
     ds = p * (torch.einsum("bmhd,bnhd->bhmn", dout, v) - delta[..., None])
-    return _spread(q, k, p, dout, ds, scale)
+    return _spread(q, k, p, dout, ds, scale, slope)
 
 
 def rounding_backward(
-    q: Tensor, k: Tensor, v: Tensor, s: Tensor, p: Tensor, out: Tensor, dout: Tensor, dlse: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s: Tensor,
+    p: Tensor,
+    out: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    scale: float,
+    slope: Tensor | None = None,
 ) -> Gradients:
     """The same on absolute values: multiply by a unit roundoff to bound what rounding can do. ``s`` enters as the error of ``exp(s)``."""
     q, k, v, out, dout = (x.abs() for x in (q, k, v, out, dout))
@@ -104,13 +127,14 @@ def rounding_backward(
     if dlse is not None:
         delta = delta + dlse.abs()
     ds = p * (torch.einsum("bmhd,bnhd->bhmn", dout, v) + delta[..., None])
-    return _spread(q, k, p, dout, ds, abs(scale))
+    return _spread(q, k, p, dout, ds, abs(scale), slope)
 
 
-def _spread(q: Tensor, k: Tensor, p: Tensor, dout: Tensor, ds: Tensor, scale: float) -> Gradients:
+def _spread(q: Tensor, k: Tensor, p: Tensor, dout: Tensor, ds: Tensor, scale: float, slope: Tensor | None) -> Gradients:
+    inner = ds if slope is None else ds * slope
     return Gradients(
-        dq=scale * torch.einsum("bhmn,bnhd->bmhd", ds, k),
-        dk=scale * torch.einsum("bhmn,bmhd->bnhd", ds, q),
+        dq=scale * torch.einsum("bhmn,bnhd->bmhd", inner, k),
+        dk=scale * torch.einsum("bhmn,bmhd->bnhd", inner, q),
         dv=torch.einsum("bhmn,bmhd->bnhd", p, dout),
         ds=ds,
     )

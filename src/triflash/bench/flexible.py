@@ -1,0 +1,103 @@
+"""FlexAttention as a provider: bias, soft cap, band, groups and sinks in the terms of its score and mask functions."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .gate import Problem
+from .workloads import Workload
+
+__all__ = ["attend", "forget"]
+
+
+@functools.cache
+def _compiled() -> Any:
+    """``torch.compile(flex_attention)``, for fixed shapes, with a backward pass that may run more than once."""
+    import torch._functorch.config
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._functorch.config.donated_buffer = False  # bwd is timed with retain_graph=True
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def forget() -> None:
+    """Drop compiled code, if there is any: every cell compiles anew, and would soon reach the limit of recompilations."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
+def attend(workload: Workload, problem: Problem, compiled: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """The function to be timed; the block mask is made here. ``compiled=False`` runs FlexAttention's own dense emulation (tests)."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    flex = _compiled() if compiled else flex_attention
+    w, sinks = workload, problem.options.sinks
+    block_mask = None
+    if w.is_banded:
+        block_mask = create_block_mask(_band(w.lo, w.hi), None, None, w.queries, w.keys, device=problem.q.device)
+    more: dict[str, Any] = {"block_mask": block_mask, "scale": w.softmax_scale}
+    if w.kv_heads != w.heads:
+        more["enable_gqa"] = True
+    if sinks is not None:
+        more |= _wants_lse()
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        found = flex(q, k, v, score_mod=_score_mod(bias, w.batch_inner, w.softcap), **more)
+        if sinks is None:
+            return found.transpose(1, 2)
+        out, lse = found[0], getattr(found[1], "lse", found[1])
+        weight = torch.sigmoid(lse - sinks[:, None])  # what the sink leaves to the keys: e^lse / (e^lse + e^sink)
+        return (out * weight[..., None].to(out.dtype)).transpose(1, 2)
+
+    return run
+
+
+def _wants_lse() -> dict[str, Any]:
+    """The argument that asks for the log-sum-exp: PyTorch 2.9 renamed it."""
+    try:
+        from torch.nn.attention.flex_attention import AuxRequest
+    except ImportError:
+        return {"return_lse": True}
+    return {"return_aux": AuxRequest(lse=True)}
+
+
+def _band(lo: int | None, hi: int | None) -> Callable[..., Tensor]:
+    if lo is None:
+        return lambda b, h, i, j: j - i <= hi
+    if hi is None:
+        return lambda b, h, i, j: j - i >= lo
+    return lambda b, h, i, j: (j - i >= lo) & (j - i <= hi)
+
+
+def _score_mod(bias: Tensor | None, inner: int, softcap: float | None) -> Callable[..., Tensor] | None:
+    """The bias is captured, and read where it varies; dims of size 1 are read at 0."""
+    if bias is None and softcap is None:
+        return None
+    x = None
+    if bias is not None:
+        outer_varies, inner_varies = bias.shape[0] > 1, bias.shape[1] > 1
+        head_varies, query_varies, key_varies = (size > 1 for size in bias.shape[2:])
+        if (outer_varies and inner_varies) or not (outer_varies or inner_varies):
+            x = bias.flatten(0, 1)  # one batch dim, or none
+        else:
+            x = bias[:, 0] if outer_varies else bias[0]
+
+    def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if softcap is not None:
+            s = softcap * torch.tanh(s / softcap)
+        if x is None:
+            return s
+        if outer_varies:
+            entry: Any = b if inner_varies else b // inner
+        else:
+            entry = b % inner if inner_varies else 0
+        return s + x[entry, h if head_varies else 0, i if query_varies else 0, j if key_varies else 0]
+
+    return score_mod

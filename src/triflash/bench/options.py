@@ -1,0 +1,205 @@
+"""The bench's command line and its defaults."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .. import shorthand
+from .flops import PASSES
+from .providers import PROVIDERS, provider
+from .workloads import DTYPES, NAMED, Workload, named, short
+
+__all__ = ["Options", "add_arguments", "listing"]
+
+_SHAPE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "cuda": {"d": "64,128", "s": "2k,8k", "b": 4, "h": 16, "causal": "both", "bias": "none,1hqk", "dbias": "off"},
+    "cpu": {"d": "64", "s": "512,1k", "b": 1, "h": 4, "causal": "both", "bias": "none,1hqk", "dbias": "on"},
+}
+_DEFAULTS = {
+    "cuda": {"dtype": "bf16", "pass": "fwd,bwd", "providers": "triflash,sdpa-flash,sdpa-cudnn,sdpa-efficient,flex,fa4"},
+    "cpu": {"dtype": "fp32", "pass": "fwd,bwd", "providers": "triflash,sdpa,dense"},
+}
+_ON = {"off": (False,), "on": (True,), "both": (False, True)}
+_pairs = shorthand.option(shorthand.items(shorthand.pair))
+_biases = shorthand.option(shorthand.items(shorthand.bias_pattern))
+_size, _causal = shorthand.option(shorthand.size), shorthand.option(shorthand.causal)
+
+
+@dataclass(frozen=True)
+class Options:
+    """A run, resolved. words: the command line, for the record. prepare: worker processes; part: this process is one of them, (i, n)."""
+
+    workloads: tuple[Workload, ...]
+    providers: tuple[str, ...]
+    passes: tuple[str, ...]
+    device: str
+    budget: float
+    min_samples: int
+    seed: int
+    prepare: int
+    part: tuple[int, int] | None
+    out: Path
+    note: str
+    words: tuple[str, ...]
+
+    @classmethod
+    def of(cls, given: argparse.Namespace, gpu: bool, words: list[str]) -> Options:
+        """Fill what the user left open with the device's defaults. Raises ValueError naming a bad option."""
+        device = given.device or ("cuda" if gpu else "cpu")
+        kind = device.split(":")[0]
+        if kind == "cuda" and not gpu:
+            raise ValueError(f"--device {device}: PyTorch sees no GPU here")
+        chosen = {name: getattr(given, name) or default for name, default in _DEFAULTS[kind].items()}
+        dtypes, passes = (_choices(f"--{n}", chosen[n], known) for n, known in (("dtype", tuple(DTYPES)), ("pass", PASSES)))
+        providers = list(PROVIDERS) if chosen["providers"] == "all" else _list(chosen["providers"])
+        for name in providers:
+            provider(name)
+        if given.workload:
+            used = [f"--{name}" for name in (*_SHAPE_DEFAULTS[kind], "tokens", "hd") if getattr(given, name) is not None]
+            if used:
+                raise ValueError(f"{', '.join(used)}: a named workload has its own shape; drop them, or drop --workload")
+            chosen_workloads = [w for name in _list(given.workload) for w in named(name)]
+            chosen_workloads = list(dict.fromkeys(w.shrunk() if given.tiny else w for w in chosen_workloads))
+        elif given.tiny:
+            raise ValueError("--tiny: is for named workloads; choose small --s yourself")
+        else:
+            chosen_workloads = _grid(given, kind)
+        workloads = tuple(replace(w, dtype=dtype) for dtype in dtypes for w in chosen_workloads)
+        return cls(
+            workloads=workloads,
+            providers=tuple(dict.fromkeys(providers)),
+            passes=tuple(dict.fromkeys(passes)),
+            device=device,
+            budget=given.budget,
+            min_samples=given.min_samples,
+            seed=given.seed,
+            prepare=min(8, (os.cpu_count() or 2) // 2) if given.prepare is None else given.prepare,
+            part=given.prepare_part,
+            out=given.out,
+            note=given.note,
+            words=tuple(words),
+        )
+
+
+def _grid(given: argparse.Namespace, kind: str) -> list[Workload]:
+    """The product of the shape options."""
+    if given.tokens and given.b:
+        raise ValueError("--tokens, --b: give one of them")
+    if given.hd and given.h:
+        raise ValueError("--hd, --h: give one of them")
+    defaults = _SHAPE_DEFAULTS[kind]
+    parsed = {"d": _pairs, "s": _pairs, "causal": _causal, "bias": _biases}
+    chosen: dict[str, Any] = {n: getattr(given, n) or parsed.get(n, lambda default: default)(defaults[n]) for n in defaults}
+    found = []
+    for bias, (d, dv), (m, n), causal in itertools.product(chosen["bias"], chosen["d"], chosen["s"], chosen["causal"]):
+        b = shorthand.quotient("--tokens", given.tokens, "--s", m) if given.tokens else chosen["b"]
+        h = shorthand.quotient("--hd", given.hd, "--d", d) if given.hd else chosen["h"]
+        for dbias in _ON[chosen["dbias"]] if bias else (False,):
+            words = [f"d{d}" + (f"x{dv}" if dv != d else ""), f"s{short(m)}" + (f"x{short(n)}" if n != m else "")]
+            words += ["causal" if causal else "full"]
+            words += [bias + ("+db" if dbias else "")] if bias else []
+            found.append(Workload(" ".join(words), b, h, m, n, d, value_dim=dv, hi=0 if causal else None, bias=bias, dbias=dbias))
+    return list(dict.fromkeys(found))
+
+
+def _list(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _choices(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    words = _list(text)
+    for word in words:
+        if word not in known:
+            raise ValueError(f"{option} {word}: wanted some of {', '.join(known)}")
+    return words
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def _device(text: str) -> str:
+    kind, colon, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not index.isdigit())):
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda or cuda:N")
+    return text
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    return int(part), int(parts)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``triflash bench`` and its commands ``compare`` and ``plot``."""
+    gpu, cpu = ({**_SHAPE_DEFAULTS[kind], **_DEFAULTS[kind]} for kind in ("cuda", "cpu"))
+
+    def words(text: str, name: str) -> str:
+        return f"{text} (default {gpu[name]}" + (f"; CPU {cpu[name]})" if cpu[name] != gpu[name] else ")")
+
+    add = parser.add_argument
+    add("--workload", metavar="NAMES", help="named workloads, comma-separated; a family such as gemma2, or all; --list shows them")
+    add("--tiny", action="store_true", help="shrink the named workloads to try something out; says nothing about the models' speed")
+    add("--d", type=_pairs, metavar="SIZES", help=words("head dims; 192x128 is q, k by v", "d"))
+    add("--s", type=_pairs, metavar="SIZES", help=words("lengths; 1kx2k is queries by keys", "s"))
+    add("--b", type=_size, metavar="N", help=words("batch", "b"))
+    add("--h", type=_size, metavar="N", help=words("heads", "h"))
+    add("--tokens", type=_size, metavar="N", help="instead of --b: batch times length")
+    add("--hd", type=_size, metavar="N", help="instead of --h: heads times head dim")
+    add("--causal", type=_causal, metavar="WHICH", help=words("top-left aligned: yes, no or both", "causal"))
+    add("--bias", type=_biases, metavar="KINDS", help=words("none, or bhqk with any letter replaced by 1", "bias"))
+    add("--dbias", choices=tuple(_ON), help=words("whether a bias asks for its gradient", "dbias"))
+    add("--dtype", metavar="NAMES", help=words(f"of {', '.join(DTYPES)}", "dtype"))
+    add("--pass", metavar="NAMES", help=words(f"of {', '.join(PASSES)}; step is the host's time of an eager fwd+bwd", "pass"))
+    add("--providers", metavar="NAMES", help=words("see --list, or all", "providers"))
+    add("--budget", type=_seconds, default=0.25, metavar="S", help="seconds of samples for each provider and pass (default 0.25)")
+    add("--min-samples", type=_size, default=10, metavar="N", help="samples even if the budget is spent (default 10)")
+    add("--seed", type=int, default=0, metavar="N", help="of the random inputs (default 0)")
+    add("--device", type=_device, metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add("--prepare", type=_count, metavar="N", help="on a GPU, first compile everything in N processes (default half the cores, up to 8)")
+    add("--prepare-part", type=_part, help=argparse.SUPPRESS)
+    add("--note", default="", metavar="TEXT", help="kept with the results")
+    add("--out", type=Path, default=Path("bench-out"), metavar="DIR", help="where tables, samples and plots go (./bench-out)")
+    add("--list", action="store_true", help="list the named workloads and the providers, and stop")
+    commands = parser.add_subparsers(dest="bench_command", metavar="command", required=False)
+    compare = commands.add_parser("compare", help="what moved between two runs", description="What moved between two runs, beyond noise.")
+    compare.add_argument("before", type=Path, help="bench.json of one run")
+    compare.add_argument("after", type=Path, help="bench.json of the other")
+    compare.add_argument("--effect", type=float, default=2.0, metavar="PERCENT", help="smallest change of the median to report (default 2)")
+    compare.add_argument(
+        "--alpha", type=float, default=0.01, metavar="P", help="chance of one false report in the whole table (default 0.01)"
+    )
+    compare.add_argument("--all", action="store_true", help="show also what did not move")
+    plot = commands.add_parser("plot", help="draw a run again", description="Write the tables and plots of a run again from its samples.")
+    plot.add_argument("run", type=Path, help="bench.json of a run")
+    plot.add_argument("--out", dest="plot_out", type=Path, metavar="DIR", help="where to (default: beside the file)")
+
+
+def listing() -> str:
+    """What ``--list`` prints."""
+    width = max(map(len, NAMED))
+    lines = ["Workloads:"]
+    for w in NAMED.values():
+        sizes = (
+            f"b {w.batch}, h {w.heads}" + (f" on {w.kv_heads}" if w.kv_heads != w.heads else "") + f", s {short(w.queries)}, d {w.head_dim}"
+        )
+        features = [w.mask if w.is_banded else "", f"bias {w.bias}" if w.bias else "", "with its gradient" if w.dbias else ""]
+        lines.append(f"  {w.name:<{width}}  {w.about} ({', '.join(x for x in (sizes, *features) if x)})")
+    return "\n".join([*lines, "Providers:", "  " + ", ".join(PROVIDERS)])

@@ -1,0 +1,185 @@
+"""The pictures of a run: speed over length, and a heat map of how triflash stands against the best peer."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from .record import Cell, Run, write_whole
+from .report import best_peer_ratio
+from .workloads import short
+
+__all__ = ["draw"]
+
+# Okabe and Ito's colours, which stay apart for colour-blind eyes; triflash takes the two strongest.
+_OURS = ("#d55e00", "#0072b2", "#000000", "#882255")
+_PEERS = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#999933", "#44aa99")
+_MARKERS = "osD^vPX*"
+
+
+def draw(run: Run, folder: Path) -> list[Path]:
+    """Write the PNG files and return their paths.
+
+    For each pass a picture of lines for every dtype and bias that was measured at several lengths, one of bars for all other workloads;
+    and the heat map.
+    """
+    written = []
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in run.cells:
+        if not cell.workload["about"]:  # of the grid, not a model's
+            groups.setdefault((cell.dtype, cell.bias), []).append(cell)
+    lines = {group: cells for group, cells in groups.items() if len({cell.workload["keys"] for cell in cells}) > 1}
+    drawn = {cell.key for cells in lines.values() for cell in cells}
+    bars = [cell for cell in run.cells if cell.key not in drawn]
+    for which in run.passes:
+        if which == "step":
+            continue
+        safe = which.replace("+", "-")
+        for (dtype, bias), cells in lines.items():
+            figure = _lines(run, which, dtype, bias, cells)
+            written.append(_write(figure, folder / f"speed-{safe}-{bias.replace('+', '-')}-{dtype}.png"))
+        if bars:
+            written.append(_write(_bars(run, which, bars), folder / f"speed-{safe}.png"))
+    heat = _heat(run)
+    if heat is not None:
+        written.append(_write(heat, folder / "ratio.png"))
+    return written
+
+
+def _style(run: Run, provider: str) -> dict[str, Any]:
+    ours = [name for name in run.providers if name.startswith("triflash")]
+    peers = [name for name in run.providers if name not in ours]
+    if provider in ours:
+        return {"color": _OURS[ours.index(provider) % len(_OURS)], "linewidth": 3.0, "marker": "o", "markersize": 7, "zorder": 5}
+    at = peers.index(provider)
+    return {"color": _PEERS[at % len(_PEERS)], "linewidth": 1.4, "marker": _MARKERS[(at + 1) % len(_MARKERS)], "markersize": 5}
+
+
+def _lines(run: Run, which: str, dtype: str, bias: str, cells: list[Cell]) -> Figure:
+    """A row of panels for each mask, a column for each head dim."""
+    unit, factor = _unit(run)
+    dims = sorted({(c.workload["head_dim"], c.workload["value_dim"]) for c in cells})
+    masks = [mask for mask in ("full", "causal", "window") if any(c.mask == mask for c in cells)]
+    figure = Figure(figsize=(1.6 + 4.2 * len(dims), 1.6 + 3.1 * len(masks)), layout="constrained")
+    axes = figure.subplots(len(masks), len(dims), sharex=True, sharey=True, squeeze=False)
+    ceiling = run.ceilings.get(f"matmul {dtype}")
+    handles: dict[str, Any] = {}
+    for across, (d, dv) in enumerate(dims):
+        for down, mask in enumerate(masks):
+            panel = axes[down][across]
+            own = [c for c in cells if (c.workload["head_dim"], c.workload["value_dim"], c.mask) == (d, dv, mask)]
+            own.sort(key=lambda c: c.workload["keys"])
+            for provider in run.providers:
+                points = []
+                for cell in own:
+                    row = run.row(cell, provider, which)
+                    rate = run.rate(cell, row) if row is not None else None
+                    if rate is not None:
+                        points.append((cell.workload["keys"], rate / factor))
+                if points:
+                    (handles[provider],) = panel.plot(*zip(*points, strict=True), label=provider, **_style(run, provider))
+            if ceiling:
+                low, high = ceiling["p10"] / factor, ceiling["p90"] / factor
+                middle = ceiling["p50"] / factor
+                low, high = min(low, 0.99 * middle), max(high, 1.01 * middle)
+                handles["matrix product"] = panel.axhspan(low, high, color="#bbbbbb", alpha=0.6, zorder=0, label="matrix product")
+            lengths = sorted({c.workload["keys"] for c in own})
+            panel.set_xscale("log", base=2)
+            panel.set_xticks(lengths, [short(n) for n in lengths])
+            panel.minorticks_off()
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.25)
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.set_title(f"d {d if d == dv else f'{d} x {dv}'}, {mask}", fontsize=11)
+            if across == 0:
+                panel.set_ylabel(unit)
+            if down == len(masks) - 1:
+                panel.set_xlabel("keys")
+    figure.suptitle(f"{which}, {dtype}, bias {bias}: {run.machine['name']}", fontsize=12)
+    if handles:
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, len(handles)), frameon=False)
+    return figure
+
+
+def _bars(run: Run, which: str, cells: list[Cell]) -> Figure:
+    """A group of bars for each workload, one for each provider that computed it."""
+    unit, factor = _unit(run)
+    bars = [
+        [(p, run.rate(c, row)) for p in run.providers if (row := run.row(c, p, which)) is not None and row.status == "ok"] for c in cells
+    ]
+    figure = Figure(figsize=(9.5, 1.6 + 0.19 * sum(max(1, len(own)) + 1 for own in bars)), layout="constrained")
+    panel = figure.subplots()
+    at, ticks = 0.0, []
+    handles: dict[str, Any] = {}
+    for own in bars:
+        ticks.append(at + max(0, len(own) - 1) / 2)
+        for provider, rate in own:
+            handles[provider] = panel.barh(at, (rate or 0.0) / factor, height=0.9, color=_style(run, provider)["color"])
+            at += 1
+        at += 1 if own else 2
+    for name, ceiling in run.ceilings.items():
+        if name != "copy":
+            low, high = min(ceiling["p10"], 0.99 * ceiling["p50"]) / factor, max(ceiling["p90"], 1.01 * ceiling["p50"]) / factor
+            handles[f"matrix product, {name.split()[1]}"] = panel.axvspan(low, high, color="#bbbbbb", alpha=0.6, zorder=0)
+    panel.set_yticks(ticks, _labels(run, cells), fontsize=8)
+    panel.invert_yaxis()
+    panel.set_xlabel(unit)
+    panel.grid(axis="x", alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{which}: {run.machine['name']}", fontsize=12)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, max(1, len(handles))), frameon=False)
+    return figure
+
+
+def _unit(run: Run) -> tuple[str, float]:
+    return ("TFLOP/s", 1e12) if run.machine["device"] == "cuda" else ("GFLOP/s", 1e9)
+
+
+def _labels(run: Run, cells: list[Cell]) -> list[str]:
+    several = len({cell.dtype for cell in run.cells}) > 1
+    return [cell.name + (f" {cell.dtype}" if several else "") for cell in cells]
+
+
+def _heat(run: Run) -> Figure | None:
+    """Rows are cells, columns passes; above 1 (blue) triflash is faster than the best peer. None if there is nothing to compare."""
+    ratios = [[best_peer_ratio(run, cell, which) for which in run.passes] for cell in run.cells]
+    if not any(ratio is not None for line in ratios for ratio in line):
+        return None
+    labels = _labels(run, run.cells)
+    logs = [[math.nan if ratio is None else math.log2(ratio) for ratio in line] for line in ratios]
+    known = [abs(x) for line in logs for x in line if not math.isnan(x)]
+    reach = min(2.0, max(0.3, *known)) if known else 1.0
+    width = 2.2 + 0.085 * max(map(len, labels)) + 0.8 * len(run.passes)
+    figure = Figure(figsize=(width, 1.5 + 0.27 * len(labels)), layout="constrained")
+    panel = figure.subplots()
+    image = panel.imshow(logs, cmap="RdBu", norm=TwoSlopeNorm(0.0, -reach, reach), aspect="auto")
+    panel.set_facecolor("#eeeeee")
+    for down, line in enumerate(ratios):
+        for across, ratio in enumerate(line):
+            if ratio is not None:
+                dark = abs(math.log2(ratio)) > 0.65 * reach
+                panel.text(across, down, f"{ratio:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    panel.set_xticks(range(len(run.passes)), run.passes)
+    panel.set_yticks(range(len(labels)), labels, fontsize=8)
+    panel.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    panel.set_title("time of the best peer / time of triflash", fontsize=11)
+    marks = [x for x in (-2.0, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0) if abs(x) <= reach]
+    bar = figure.colorbar(image, ax=panel, ticks=marks)
+    bar.ax.set_yticklabels([f"{2**x:.2f}" for x in marks])
+    figure.supxlabel(run.machine["name"], fontsize=8)
+    return figure
+
+
+def _write(figure: Figure, path: Path) -> Path:
+    """PNG, whole or not at all."""
+    FigureCanvasAgg(figure)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=130)
+    write_whole(path, data.getvalue())
+    return path

@@ -1,0 +1,174 @@
+"""A run as tables: on the terminal, in markdown, and as CSV with a summary and with every sample. The run itself is saved as JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .record import Cell, Row, Run, write_whole
+from .timing import quantiles
+
+__all__ = ["best_peer_ratio", "save", "save_samples", "show"]
+
+
+@dataclass
+class _Sheet:
+    """A table before it has a format; ``notes`` are the reasons that its cells number."""
+
+    title: str
+    headings: list[str]
+    lines: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> str:
+        if text not in self.notes:
+            self.notes.append(text)
+        return f"[{self.notes.index(text) + 1}]"
+
+
+def show(run: Run, console: Console) -> None:
+    """Print the tables."""
+    for sheet in _sheets(run):
+        table = Table(title="\n" + escape(sheet.title), title_justify="left")
+        for at, heading in enumerate(sheet.headings):
+            style = "bold" if heading.startswith("triflash") else None
+            table.add_column(escape(heading), justify="left" if at == 0 else "right", style=style, overflow="fold")
+        for line in sheet.lines:
+            table.add_row(*(f"[red]{escape(text)}[/red]" if text.startswith("WRONG") else escape(text) for text in line))
+        console.print(table)
+        for number, text in enumerate(sheet.notes, 1):
+            console.print(f"  [{number}] {text}", markup=False, highlight=False)
+
+
+def save(run: Run, folder: Path) -> list[Path]:
+    """Write ``bench.json``, ``bench.csv``, ``samples.csv`` and ``bench.md``, each whole or not at all; returns their paths."""
+    files = {"bench.json": run.dump(), "bench.csv": _summary(run), "samples.csv": _samples(run), "bench.md": _markdown(run)}
+    for name, text in files.items():
+        write_whole(folder / name, text)
+    return [folder / name for name in files]
+
+
+def save_samples(run: Run, folder: Path) -> None:
+    """Write ``bench.json`` alone: all that the rest can be made from, after each workload."""
+    write_whole(folder / "bench.json", run.dump())
+
+
+def best_peer_ratio(run: Run, cell: Cell, which: str) -> float | None:
+    """Time of the fastest peer over that of triflash (its own choice, else its fastest backend); None if either is missing."""
+    found = {name: row.median_ms for name in run.providers if (row := run.row(cell, name, which)) is not None and row.status == "ok"}
+    peers = [ms for name, ms in found.items() if not name.startswith("triflash")]
+    ours = {name: ms for name, ms in found.items() if name.startswith("triflash")}
+    if not peers or not ours:
+        return None
+    return min(peers) / ours.get("triflash", min(ours.values()))
+
+
+def _sheets(run: Run) -> Iterable[_Sheet]:
+    unit, factor = ("TFLOP/s", 1e12) if run.machine["device"] == "cuda" else ("GFLOP/s", 1e9)
+    for which in run.passes:
+        if which == "step":
+            yield _sheet(run, which, "step: host's time until the call returned / wall time until the device was done, µs", _host_cell)
+        else:
+            title = f"{which}: {unit} at the median, and % of the ceiling that binds (c: compute, m: memory)"
+            yield _sheet(run, which, title, lambda run, cell, row: _rate_cell(run, cell, row, factor))
+        if any(row.peak_bytes is not None for row in run.rows if row.which == which):
+            yield _sheet(run, which, f"{which}: peak memory beyond inputs and outputs, MiB", _memory_cell, ratio=False)
+
+
+def _sheet(run: Run, which: str, title: str, text: Callable[[Run, Cell, Row], str], ratio: bool = True) -> _Sheet:
+    several = len({cell.dtype for cell in run.cells}) > 1
+    sheet = _Sheet(title, ["case", *run.providers, *(["to best peer"] if ratio else [])])
+    for cell in run.cells:
+        line = [cell.name + (f" {cell.dtype}" if several else "")]
+        for provider in run.providers:
+            row = run.row(cell, provider, which)
+            if row is None:
+                line.append("")
+            elif row.status == "ok":
+                line.append(text(run, cell, row))
+            else:
+                line.append(("– " if row.status == "dash" else "WRONG ") + sheet.note(row.reason))
+        if ratio:
+            times = best_peer_ratio(run, cell, which)
+            line.append("" if times is None else f"{times:.2f}x")
+        sheet.lines.append(line)
+    return sheet
+
+
+def _rate_cell(run: Run, cell: Cell, row: Row, factor: float) -> str:
+    rate, shares = (run.rate(cell, row) or 0.0) / factor, run.of_ceiling(cell, row)
+    text = f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}"
+    if not shares:
+        return text
+    binds = "c" if shares["best"] == shares.get("matmul") else "m"
+    return f"{text} {100 * shares['best']:.0f}%{binds}"
+
+
+def _host_cell(run: Run, cell: Cell, row: Row) -> str:
+    return f"{1e3 * row.median_ms:.0f} / {1e3 * quantiles(row.wall_ms)['p50']:.0f}"
+
+
+def _memory_cell(run: Run, cell: Cell, row: Row) -> str:
+    return "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.1f}"
+
+
+def _markdown(run: Run) -> str:
+    machine = run.machine
+    facts = [f"{name} {machine[name]}" for name in ("torch", "triton", "cuda", "cudnn", "flash-attn-4", "triflash") if machine.get(name)]
+    commit = f", commit {machine['commit'][:10]}{' and changes' if machine['dirty'] else ''}" if machine.get("commit") else ""
+    lines = [f"# Attention on {machine['name']}, {machine['date'][:10]}", "", ", ".join(facts) + commit + "."]
+    clocks = machine.get("clocks_before")
+    lines += ["Before the run: " + ", ".join(f"{k} {v}" for k, v in clocks.items()) + "."] if clocks else []
+    lines += [f"`triflash {' '.join(run.options['words'])}`"]
+    lines += [run.options["note"]] if run.options["note"] else []
+    lines += ["", *([] if run.complete else ["**Not complete: interrupted.**", ""])]
+    for name, ceiling in run.ceilings.items():
+        rate = ceiling.get("flops_per_second")
+        lines.append(f"- {name}: " + (f"{rate / 1e12:.3g} TFLOP/s" if rate else f"{ceiling['bytes_per_second'] / 1e9:.4g} GB/s"))
+    for sheet in _sheets(run):
+        lines += ["", f"## {sheet.title[0].upper()}{sheet.title[1:]}", ""]
+        lines += ["| " + " | ".join(sheet.headings) + " |", "| --- " + "| ---: " * (len(sheet.headings) - 1) + "|"]
+        lines += ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in sheet.lines]
+        lines += ["", *(f"[{number}] {text}  " for number, text in enumerate(sheet.notes, 1))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _summary(run: Run) -> str:
+    sizes = [name for name in (run.cells[0].workload if run.cells else {}) if name not in ("name", "about")]
+    head = ["case", *sizes, "provider", "pass", "status", "reason", "samples", "p10_ms", "p25_ms", "median_ms", "p75_ms", "p90_ms"]
+    head += ["wall_median_ms", "flops", "bytes", "tflops_per_s", "gbytes_per_s", "of_matmul", "of_copy", "peak_bytes", "ran"]
+    cells = {cell.key: cell for cell in run.cells}
+    lines: list[list[object]] = [list(head)]
+    for row in run.rows:
+        cell = cells[row.cell]
+        found = list(quantiles(row.samples_ms).values()) if row.samples_ms else [""] * 5
+        rate, shares = run.rate(cell, row), run.of_ceiling(cell, row)
+        moved = 1e3 * cell.bytes[row.which] / row.median_ms / 1e9 if row.status == "ok" else ""
+        wall = quantiles(row.wall_ms)["p50"] if row.wall_ms else ""
+        line = [cell.name, *(cell.workload[name] for name in sizes), row.provider, row.which, row.status, row.reason, len(row.samples_ms)]
+        line += [*found, wall, cell.flops[row.which], cell.bytes[row.which], "" if rate is None else rate / 1e12, moved]
+        lines.append([*line, shares.get("matmul", ""), shares.get("copy", ""), row.peak_bytes, "; ".join(row.ran)])
+    return _csv(lines)
+
+
+def _samples(run: Run) -> str:
+    names = {cell.key: cell.name for cell in run.cells}
+    lines: list[list[object]] = [["case", "key", "provider", "pass", "sample", "ms", "wall_ms"]]
+    for row in run.rows:
+        walls: list[object] = [*row.wall_ms] or [""] * len(row.samples_ms)
+        for at, (ms, wall) in enumerate(zip(row.samples_ms, walls, strict=True)):
+            lines.append([names[row.cell], row.cell, row.provider, row.which, at, ms, wall])
+    return _csv(lines)
+
+
+def _csv(lines: list[list[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()

@@ -1,0 +1,169 @@
+"""``triflash bench``, strung together: compile ahead, measure every cell, save after each, show. Called by the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import compare as comparison
+from . import machine, plots, report
+from .measure import DeviceLostError, Settings, compile_only, measure
+from .options import Options
+from .providers import one_line, provider
+from .record import Cell, Run
+
+__all__ = ["compare", "plot", "run"]
+
+FINE, FAILED = 0, 1
+
+
+def run(options: Options) -> int:
+    """Measure, show and save. Returns 0, or 1 if triflash was wrong somewhere or the device was lost. Raises OSError if ``out`` fails."""
+    device = torch.device(options.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    settings = Settings(options.passes, device, options.budget, options.min_samples, options.seed)
+    if options.part is not None:
+        return _prepare_part(options, settings)
+    console = _console()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.prepare and device.type == "cuda":
+        _prepare(options, settings, console)
+    kept = {name: getattr(options, name) for name in ("note", "budget", "min_samples", "seed", "passes")}
+    kept["words"] = _without_out(options.words)
+    found = Run(machine.facts(device), kept)
+    lost = ""
+    started = time.monotonic()
+    try:
+        with _progress(console, len(options.workloads) * (len(options.providers) + len(options.passes)) + 1) as tell:
+            tell("ceilings")
+            found.ceilings = machine.ceilings(device, dict.fromkeys(w.dtype for w in options.workloads))
+            providers = [provider(name) for name in options.providers]
+            for workload in options.workloads:
+                rows = measure(workload, providers, settings, tell)
+                found.cells.append(Cell.of(workload, options.passes))
+                found.rows += rows
+                report.save_samples(found, options.out)
+        found.complete = True
+    except DeviceLostError as error:
+        lost = str(error)
+    finally:  # an interrupted run leaves what it has
+        found.machine["seconds"] = round(time.monotonic() - started, 1)
+        with contextlib.suppress(RuntimeError):  # of a device that was lost
+            found.machine["clocks_after"] = machine.clocks(device)
+        written = [*report.save(found, options.out), *plots.draw(found, options.out)]
+    report.show(found, console)
+    console.print("\nWritten: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True, markup=False)
+    if lost:
+        console.print(f"[red]Stopped:[/red] {lost}", highlight=False)
+    wrong = any(row.status == "WRONG" and row.provider.startswith("triflash") for row in found.rows)
+    return FAILED if lost or wrong else FINE
+
+
+def compare(before: Path, after: Path, effect: float, alpha: float, everything: bool) -> int:
+    """``triflash bench compare``; effect in percent. Raises ValueError or OSError for files that are no runs."""
+    a, b = Run.load(before), Run.load(after)
+    comparison.show(a, b, comparison.compare(a, b, effect / 100, alpha), _console(), everything)
+    return FINE
+
+
+def plot(path: Path, folder: Path | None) -> int:
+    """``triflash bench plot``: tables and pictures again from the samples. Raises ValueError or OSError."""
+    found = Run.load(path)
+    folder = path.parent if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    console = _console()
+    report.show(found, console)
+    written = [*report.save(found, folder), *plots.draw(found, folder)]
+    console.print("\nWritten: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True, markup=False)
+    return FINE
+
+
+def _console() -> Console:
+    """As wide as the terminal; in a file there is no reason to fold a table."""
+    return Console() if sys.stdout.isatty() else Console(width=180)
+
+
+def _without_out(words: tuple[str, ...]) -> list[str]:
+    """The command line for the record: where its files went is nobody's business."""
+    kept = [word for at, word in enumerate(words) if word != "--out" and (at == 0 or words[at - 1] != "--out")]
+    return [word for word in kept if not word.startswith("--out=")]
+
+
+@contextlib.contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        begun = [False]
+
+        def tell(what: str) -> None:
+            progress.update(task, description=what, advance=1 if begun[0] else 0)
+            begun[0] = True
+
+        yield tell
+
+
+def _prepare(options: Options, settings: Settings, console: Console) -> None:
+    """Start the workers and wait for them. What fails in one fails again, with its reason, in the run itself."""
+    work = _compilations(options, settings)
+    count = min(options.prepare, len(work))
+    if not count:
+        return
+    console.print(f"Compiling {len(work)} times in {count} processes …", highlight=False)
+    started = time.monotonic()
+    # Inductor's own pool of compilers would be one more pool in each worker.
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    errors = [tempfile.TemporaryFile("w+") for _ in range(count)]  # noqa: SIM115 (closed below)
+    workers = []
+    try:
+        for at in range(count):
+            command = [sys.executable, "-m", "triflash", *options.words, "--prepare-part", f"{at}/{count}"]
+            workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors[at]))
+        for at, worker in enumerate(workers):
+            if worker.wait():
+                errors[at].seek(0)
+                last = (errors[at].read().strip().splitlines() or ["no message"])[-1]
+                console.print(f"A compiling process stopped with status {worker.returncode}: {last}", markup=False, highlight=False)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        for file in errors:
+            file.close()
+    console.print(f"Compiled in {time.monotonic() - started:.0f} s.", highlight=False)
+
+
+def _compilations(options: Options, settings: Settings) -> list[tuple[int, str]]:
+    """(index of a workload, provider) of everything that has something to compile."""
+    return [
+        (at, name)
+        for name in options.providers
+        if provider(name).compiles
+        for at, workload in enumerate(options.workloads)
+        if provider(name).why_not(workload, settings.device) is None
+    ]
+
+
+def _prepare_part(options: Options, settings: Settings) -> int:
+    assert options.part is not None
+    part, parts = options.part
+    for at, name in _compilations(options, settings)[part::parts]:
+        try:
+            compile_only(options.workloads[at], provider(name), settings)
+        except Exception as error:  # noqa: BLE001 (the run itself will say so in its table)
+            sys.stderr.write(f"{options.workloads[at].name}, {name}: {one_line(error)}\n")
+        if settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return FINE

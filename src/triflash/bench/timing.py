@@ -1,0 +1,170 @@
+"""How long calls take: several of them measured in turns, so that whatever drifts hits all alike. Knows nothing of attention.
+
+On a GPU a sample is the time between two CUDA events around one call, with the L2 cache overwritten before the first. What is timed is the
+GPU: the host is given a head start (the GPU sleeps while the call's kernels are queued), so that a call whose launches take longer than
+its kernels is not charged for them. `wall=True` measures the opposite, the host. On a CPU a sample is the wall time of the call.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+__all__ = ["Samples", "measure_interleaved", "quantiles"]
+
+Call = Callable[[], Any]
+
+MIN_SAMPLES, MAX_SAMPLES, WARMUP = 10, 2000, 3
+QUEUED = 16  # samples queued on a GPU before waiting for them: enough to keep it busy, few enough to see errors soon
+LONGEST_SLEEP = 2e-3  # seconds of head start; a call that needs more of the host's time is bound by it anyway
+FASTEST_CLOCK = 2.5e9  # Hz; sleeping is counted in cycles, and too long a sleep costs only time
+FLUSH_AT_LEAST = 64 * 2**20
+
+
+@dataclass
+class Samples:
+    """Times of one call in milliseconds, in the order in which they were taken.
+
+    ms: time of the call; with ``wall`` the host's time until the call returned. wall_ms: with ``wall`` only, until the device was done.
+    error: what the call raised, after which it was left out; None if nothing.
+    """
+
+    ms: list[float] = field(default_factory=list)
+    wall_ms: list[float] = field(default_factory=list)
+    error: Exception | None = None
+
+    @property
+    def median(self) -> float:
+        """Milliseconds; NaN if there is no sample."""
+        return statistics.median(self.ms) if self.ms else float("nan")
+
+
+def quantiles(samples: list[float]) -> dict[str, float]:
+    """The 10, 25, 50, 75 and 90 % quantiles, interpolated, as ``{"p10": …}``; a single sample is all of them."""
+    ordered = sorted(samples)
+    found = {}
+    for percent in (10, 25, 50, 75, 90):
+        at = percent / 100 * (len(ordered) - 1)
+        low = int(at)
+        high = min(low + 1, len(ordered) - 1)
+        found[f"p{percent}"] = ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+    return found
+
+
+def measure_interleaved(
+    calls: Mapping[str, Call],
+    *,
+    device: torch.device,
+    budget: float = 0.3,
+    min_samples: int = MIN_SAMPLES,
+    max_samples: int = MAX_SAMPLES,
+    warmup: int = WARMUP,
+    flush: bool = True,
+    wall: bool = False,
+    after: Callable[[str], None] | None = None,
+) -> dict[str, Samples]:
+    """Measure every call, one sample of each in turn.
+
+    Args:
+        calls: name -> what to call, without arguments. What it returns is dropped.
+        device: where the work runs; decides the clock.
+        budget: seconds to spend on each call, its warm-up not counted. A call gets as many samples as fit, and no fewer than
+            ``min_samples`` nor more than ``max_samples``; the samples of a call that gets fewer are spread over the whole time.
+        warmup: calls before the first sample.
+        flush: overwrite the L2 cache before each sample (GPUs only).
+        wall: take the host's clock instead: ``ms`` until the call returned, ``wall_ms`` until the device had finished.
+        after: called with the name after each sample, for a progress bar.
+
+    Returns:
+        :class:`Samples` of every name. A call that raised has ``error`` set, and the samples that it got before; the others go on.
+        Raises nothing on the calls' behalf, but a device whose context is lost raises from here as well.
+    """
+    found = {name: Samples() for name in calls}
+    clock = _Clock(device, flush, wall)
+    wanted: dict[str, int] = {}
+    for name, call in calls.items():
+        try:
+            wanted[name] = clock.prepare(name, call, warmup, budget, min_samples, max_samples)
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is reported as this call's)
+            found[name].error = error
+    rounds = max(wanted.values(), default=0)
+    for turn in range(rounds):
+        for name, count in wanted.items():
+            if found[name].error is None and turn * count // rounds != (turn + 1) * count // rounds:
+                try:
+                    clock.sample(name, calls[name], found[name])
+                except Exception as error:  # noqa: BLE001
+                    found[name].error = error
+                if after is not None:
+                    after(name)
+    clock.collect()
+    return found
+
+
+class _Clock:
+    """Takes samples on one device."""
+
+    def __init__(self, device: torch.device, flush: bool, wall: bool) -> None:
+        self.device, self.on_gpu, self.wall = device, device.type == "cuda", wall
+        self.head_start: dict[str, int] = {}
+        self.pending: list[tuple[Samples, Any, Any]] = []
+        self.scratch: torch.Tensor | None = None
+        if self.on_gpu and flush and not wall:
+            l2 = torch.cuda.get_device_properties(device).L2_cache_size
+            self.scratch = torch.empty(max(FLUSH_AT_LEAST, 2 * l2), dtype=torch.int8, device=device)
+
+    def wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def prepare(self, name: str, call: Call, warmup: int, budget: float, fewest: int, most: int) -> int:
+        """Warm the call up and return how many samples of it fit the budget."""
+        for _ in range(max(1, warmup)):
+            call()
+        self.wait()
+        start = time.perf_counter()
+        call()
+        host = time.perf_counter() - start
+        self.wait()
+        seconds = time.perf_counter() - start
+        if not self.wall:
+            self.head_start[name] = int(min(1.5 * host, LONGEST_SLEEP) * FASTEST_CLOCK)
+            seconds += min(1.5 * host, LONGEST_SLEEP) if self.on_gpu else 0.0
+        return min(most, max(fewest, int(budget / max(seconds, 1e-6))))
+
+    def sample(self, name: str, call: Call, into: Samples) -> None:
+        if self.wall or not self.on_gpu:
+            self.wait()
+            start = time.perf_counter()
+            result = call()
+            host = time.perf_counter() - start
+            self.wait()
+            done = time.perf_counter() - start
+            del result  # freeing it is not the call's work
+            into.ms.append(1e3 * host)
+            if self.wall:
+                into.wall_ms.append(1e3 * done)
+            return
+        torch.cuda._sleep(self.head_start[name])
+        if self.scratch is not None:
+            self.scratch.zero_()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        self.pending.append((into, begin, end))
+        if len(self.pending) >= QUEUED:
+            self.collect()
+
+    def collect(self) -> None:
+        """Wait for the device and read the events."""
+        if self.pending:
+            self.wait()
+            for into, begin, end in self.pending:
+                into.ms.append(begin.elapsed_time(end))
+            self.pending.clear()

@@ -1,0 +1,259 @@
+"""Why a call runs what it runs: :func:`explain` asks for the very plan that would be carried out, and says what it found.
+
+Starts nothing on a device, works for GPUs that are not here, and does without Triton where that is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .copies import copies_of
+from .errors import UnsupportedError, bad_type, bad_value
+from .explanation import ExplainedStep, Explanation, Pass
+from .plan import hopper
+from .plan.configs import shared_memory
+from .plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
+from .plan.hopper import HopperConfig
+from .plan.override import KERNELS
+from .plan.scratch import scratch
+from .plan.select import (
+    BACKENDS,
+    Plan,
+    Step,
+    backend,
+    config_of,
+    current_choices,
+    hopper_config_of,
+    plan_backward,
+    plan_forward,
+    problem_of,
+    why_not,
+)
+from .spec import AttentionSpec, Needs, spec_of
+from .triton_flash_attention import _arguments
+
+__all__ = ["explain"]
+
+_INPUTS = ("q", "k", "v", "bias")
+_Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None]
+_IN_PYTORCH = ("tiled", "oracle")  # backends that launch no kernels of ours
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    *,
+    grads: Iterable[str] | None = None,
+    backend: str | None = None,
+    device: str | torch.device | DeviceFacts | None = None,
+    compile: bool = False,
+) -> Explanation:
+    """What ``flash_attn_func`` with these arguments would run, and why: ``print(triflash.explain(q, k, v, bias))``.
+
+    It is the plan that the call itself would carry out, under the same ``with triflash.backend(...)``, ``triflash.tuned(...)`` and
+    environment; no tensor is read, and nothing is allocated or launched.
+
+    Args:
+        q, k, v, bias, causal, softmax_scale: as for :func:`triflash.flash_attn_func`, with the same checks. Meta tensors will do.
+        grads: which of ``"q", "k", "v", "bias"`` a backward pass gives gradients for; default those that require one.
+        backend: as in ``with triflash.backend(backend)``.
+        device: what to explain it for: a kind of device (``"sm80"``, ``"sm86"``, ``"sm90"``, ``"sm100"``, ``"gfx942"``, ``"cpu"``, …;
+            if this machine has one, that one), a ``torch.device`` of this machine, or :class:`~triflash.plan.device.DeviceFacts`.
+            Default: where the tensors are; for meta tensors this machine's GPU, if it has one, else its CPU.
+        compile: also compile the kernels ahead of time for that device, which takes some seconds and needs no GPU, and report
+            their registers, spills and shared memory.
+
+    Returns:
+        :class:`~triflash.explanation.Explanation`, whose text is a report.
+
+    Raises:
+        ValueError, TypeError: what ``flash_attn_func`` would raise, or a wrong ``grads`` or ``device``, or ``compile`` where Triton cannot
+            compile (it is not installed, or ``TRITON_INTERPRET`` is on).
+        UnsupportedError: the backend asked for by name cannot do this.
+    """
+    with _requested(backend):
+        canonical, options = _arguments(q, k, v, bias, causal, softmax_scale)
+    requested = options[-1]
+    spec = spec_of(q, k, v, canonical, *options[:-1])
+    needs = _needs(grads, (q, k, v, bias))
+    facts, here = _facts(device, q.device)
+    plans = [plan_forward(spec, facts, requested)]
+    if any(vars(needs).values()):
+        plans.append(plan_backward(spec, needs, facts, requested))
+    passes = [Pass(plan.backend, tuple(_explained(plan, step, spec, facts) for step in plan.steps)) for plan in plans]
+    copies = copies_of(plans, spec, facts, (q, k, v, canonical))
+    if compile:
+        passes = _with_resources(passes, plans, spec, needs, facts, (q, k, v, canonical))
+    deterministic, determinism = _determinism(plans)
+    return Explanation(
+        spec=spec,
+        needs=needs,
+        device=facts,
+        here=here,
+        requested=requested,
+        not_taken=tuple(_not_taken(plans, spec, needs, facts, requested)),
+        forward=passes[0],
+        backward=passes[1] if len(passes) > 1 else None,
+        copies=copies,
+        memory=tuple(scratch(plans, spec, needs)),
+        deterministic=deterministic,
+        determinism=determinism,
+        changed=_changed(plans, spec, needs, facts),
+        notes=tuple(_notes(facts, plans, compile)),
+    )
+
+
+def _requested(name: str | None) -> Any:
+    return nullcontext() if name is None else backend(name)
+
+
+def _needs(grads: Iterable[str] | None, tensors: _Tensors) -> Needs:
+    if grads is None:
+        return Needs(*(x is not None and x.requires_grad for x in tensors))
+    names = tuple(grads) if not isinstance(grads, str) else (grads,)
+    for name in names:
+        if name not in _INPUTS:
+            raise bad_value("grads", f"some of {', '.join(_INPUTS)}", repr(name))
+    if "bias" in names and (tensors[3] is None or tensors[3].dtype == torch.bool):
+        raise bad_value("grads", "no bias", "bias", "there is none" if tensors[3] is None else "a mask has no gradient")
+    return Needs(*(name in names for name in _INPUTS))
+
+
+def _facts(device: str | torch.device | DeviceFacts | None, tensors: torch.device) -> tuple[DeviceFacts, bool]:
+    """Facts about the device to explain for, and whether it is in this machine."""
+    if isinstance(device, DeviceFacts):
+        return device, device in (facts_of(own) for own in _own_devices())
+    if isinstance(device, str) and device in KNOWN_DEVICES:
+        own = next((facts_of(own) for own in _own_devices() if facts_of(own).arch == device), None)
+        return own or KNOWN_DEVICES[device], own is not None or device == "cpu"
+    if device is None:
+        device = _own_devices()[-1] if tensors.type == "meta" else tensors
+    wanted = f"one of {', '.join(KNOWN_DEVICES)}, or a device of this machine"
+    if not isinstance(device, (str, torch.device)):
+        raise bad_type("device", wanted, type(device).__name__)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise bad_value("device", wanted, repr(device)) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise bad_value("device", wanted, repr(str(device)), f"PyTorch sees {torch.cuda.device_count()} GPUs here")
+    return facts_of(device), True
+
+
+def _own_devices() -> list[torch.device]:
+    return [torch.device("cpu"), *(torch.device("cuda", 0) for _ in range(min(1, torch.cuda.device_count())))]
+
+
+def _explained(plan: Plan, step: Step, spec: AttentionSpec, device: DeviceFacts) -> ExplainedStep:
+    if step.config is None:
+        return ExplainedStep(step)
+    source = "fixed: it has no tiles of scores" if step.kernel not in KERNELS else f"the choice of backend {plan.backend}"
+    estimate = None
+    if isinstance(step.config, HopperConfig):
+        source = hopper_config_of(spec, device, current_choices())[1]
+        estimate = hopper.shared_memory(spec, step.config)
+    elif plan.backend == "triton" and step.kernel in KERNELS:
+        config, found = config_of(step.kernel, spec, device, current_choices())
+        source = found if config == step.config else source
+        estimate = shared_memory(problem_of(step.kernel, spec), config, device)
+    return ExplainedStep(step, source, estimate)
+
+
+def _not_taken(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str) -> Iterable[tuple[str, str]]:
+    taken = {plan.backend for plan in plans}
+    for name in BACKENDS:
+        if name == "auto" or name in taken:
+            continue
+        yield name, _cannot(name, spec, needs, device, len(plans) > 1) or _not_preferred(name, plans[0].backend, device, requested)
+
+
+def _cannot(name: str, spec: AttentionSpec, needs: Needs, device: DeviceFacts, backward: bool) -> str | None:
+    """What keeps a backend from running this, or None: asked for by name, it says so itself."""
+    if reason := why_not(name, spec, device):
+        return f"cannot do {reason[0]}; {reason[1]}"
+    try:
+        plan_forward(spec, device, name)
+        if backward and name != "hopper":  # whose forward pass the automatic choice combines with the backward pass of triton
+            plan_backward(spec, needs, device, name)
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+def _not_preferred(name: str, chosen: str, device: DeviceFacts, requested: str) -> str:
+    could = "could run the forward pass" if name == "hopper" else "could run it"
+    if requested != "auto":
+        return f"{could}, but {chosen} was asked for by name"
+    if name == "oracle":
+        return f"{could}, for debugging: it holds every score in memory, and is taken only when asked for by name"
+    kind = "a CPU" if device.arch in ("cpu", "interpreter") else "a GPU"
+    return f"{could}, slower here: the automatic choice prefers {chosen} on {kind}"
+
+
+def _changed(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> str:
+    """Why the backward pass has another backend than the forward pass, or nothing if it has not."""
+    if len({plan.backend for plan in plans}) == 1:
+        return ""
+    first, second = (plan.backend for plan in plans)
+    if first == "hopper":
+        return f"hopper has no backward kernels, and those of {second} take what its forward pass saved"
+    try:
+        plan_backward(spec, needs, device, first)
+    except UnsupportedError as error:
+        return str(error)
+    return "the automatic choice is made for each pass, and prefers it where it can run"
+
+
+def _determinism(plans: list[Plan]) -> tuple[bool, str]:
+    """Every backend sums in an order that follows from sizes and device alone; how, depends on the kernels."""
+    reasons = []
+    for plan in plans:
+        if plan.backend in _IN_PYTORCH:
+            reasons.append("PyTorch's matrix products over tiles in a fixed order (on a GPU as far as cuBLAS repeats itself)")
+        else:
+            reasons.append("no atomics, each element is summed by one program in one order")
+        if last := plan.step("dbias_sum"):
+            reasons.append(f"the {last.splits} partial sums of dbias are added in the order of their numbers")
+    return True, "; ".join(dict.fromkeys(reasons))
+
+
+def _notes(device: DeviceFacts, plans: list[Plan], compiled: bool) -> Iterable[str]:
+    if problem := triton_problem():
+        yield f"{problem}: this is what runs without it, on any device"
+    if compiled and all(plan.backend in _IN_PYTORCH for plan in plans):
+        yield f"nothing was compiled: only kernels of backends triton and hopper can be, and {plans[0].backend} runs"
+    choices = current_choices()
+    if choices.tuned is not None and device.arch not in ("cpu", "interpreter"):
+        yield f"tuned configurations are read from {choices.tuned.path} (they hold for one GPU, Triton {triton_version() or 'unknown'})"
+
+
+def _with_resources(
+    passes: list[Pass], plans: list[Plan], spec: AttentionSpec, needs: Needs, device: DeviceFacts, tensors: _Tensors
+) -> list[Pass]:
+    """The passes with what the compiler makes of their kernels."""
+    if problem := triton_problem():
+        raise bad_value("compile", "False", "True", problem)
+    if interpreting() or device.arch == "interpreter":
+        raise bad_value("compile", "False", "True", "Triton's interpreter does not compile: unset TRITON_INTERPRET, or name a GPU's device")
+    from .launch import ahead
+
+    compiled = []
+    for each, plan in zip(passes, plans, strict=True):
+        if plan.backend in _IN_PYTORCH:
+            compiled.append(each)
+            continue
+        calls = ahead.calls_of(plan, spec, needs, *tensors)
+        used = [ahead.resources(ahead.compile_for(call, device.arch)) for call in calls]
+        steps = tuple(replace(step, compiled=found) for step, found in zip(each.steps, used, strict=True))
+        compiled.append(Pass(each.backend, steps))
+    return compiled

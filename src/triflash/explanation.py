@@ -1,0 +1,198 @@
+"""What :func:`triflash.explain` returns: plain values about one call, and their text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .plan.device import KNOWN_DEVICES, DeviceFacts
+from .plan.select import Step
+from .spec import AttentionSpec, BiasSpec, Needs
+
+if TYPE_CHECKING:
+    from .launch.ahead import Resources
+
+__all__ = ["Copy", "ExplainedStep", "Explanation", "Pass", "human"]
+
+_HOPPER_ORDERS = {
+    "head": "batches and heads in groups whose keys and values fit in the L2 cache",
+    "batch": "batch entries that share a bias block side by side, in groups whose keys and values fit in the L2 cache",
+}
+_ORDERS = {
+    "tile": "tiles of one head back to back",
+    "batch": "batch entries that share a bias block back to back",
+    "head": "heads that share a bias block back to back",
+    "heavy": "longest rows of the triangle first",
+}
+
+
+@dataclass(frozen=True)
+class ExplainedStep:
+    """One kernel: its step of the plan, where the configuration comes from, and what it takes.
+
+    source: empty if the kernel has no configuration. shared_memory: bytes a program takes at most, by the estimate that planning uses
+    (None: no estimate). compiled: registers, spills and shared memory of the compiled kernel, if that was asked for.
+    """
+
+    step: Step
+    source: str = ""
+    shared_memory: int | None = None
+    compiled: Resources | None = None
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward or a backward pass: the backend that runs it and its kernels in order (none for an empty problem)."""
+
+    backend: str
+    steps: tuple[ExplainedStep, ...]
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor that is copied because kernels cannot read (of the output: write) it as it lies in memory.
+
+    ``nbytes`` live as long as a pass, in each of ``passes`` (``"forward"``, ``"backward"``).
+    """
+
+    tensor: str
+    nbytes: int
+    reason: str
+    passes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one call would run, and why. ``str()`` of it is a report.
+
+    spec: the problem. needs: the gradients asked for. device: what it is explained for; ``here``: whether that device is in this machine.
+    requested: the backend asked for, ``auto`` if none. not_taken: the other backends, each with the reason. backward: None if no gradient
+    is needed. changed: why the backward pass has another backend than the forward pass; empty if it has not. memory: scratch beyond
+    inputs, outputs and gradients, ``(what, bytes)``, copies not included.
+    """
+
+    spec: AttentionSpec
+    needs: Needs
+    device: DeviceFacts
+    here: bool
+    requested: str
+    not_taken: tuple[tuple[str, str], ...]
+    forward: Pass
+    backward: Pass | None
+    copies: tuple[Copy, ...]
+    memory: tuple[tuple[str, int], ...]
+    deterministic: bool
+    determinism: str
+    changed: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def backend(self) -> str:
+        """The backend of the forward pass."""
+        return self.forward.backend
+
+    @property
+    def launches(self) -> list[str]:
+        """What :func:`triflash.record_launches` reports of a forward and a backward pass."""
+        passes = (self.forward,) if self.backward is None else (self.forward, self.backward)
+        return [f"{each.backend}: {explained.step}" for each in passes for explained in each.steps]
+
+    def __str__(self) -> str:
+        lines = [("problem", _problem(self.spec)), ("gradients", _gradients(self.needs)), ("device", _device(self.device, self.here))]
+        how = "the automatic choice" if self.requested == "auto" else "asked for by name"
+        if self.requested == "auto" and self.backend == "hopper":
+            how += ", which prefers it where it can run"
+        if self.backward is not None and self.changed:
+            lines.append(("backend", f"{self.backend} for the forward pass, {how}"))
+            lines.append(("", f"{self.backward.backend} for the backward pass: {self.changed}"))
+        else:
+            lines.append(("backend", f"{self.backend}, {how}"))
+        lines += [("not taken" if at == 0 else "", f"{name}: {reason}") for at, (name, reason) in enumerate(self.not_taken)]
+        for name, each in (("forward", self.forward), ("backward", self.backward)):
+            if each is not None:
+                text = [line for explained in each.steps for line in _step(explained, each.backend, self.device)] or [
+                    "nothing to run: there are no scores"
+                ]
+                lines += [(name if at == 0 else "", line) for at, line in enumerate(text)]
+        copies = [f"{copy.tensor}, {human(copy.nbytes)} {_where(copy)}: {copy.reason}" for copy in self.copies] or ["none"]
+        lines += [("copies" if at == 0 else "", line) for at, line in enumerate(copies)]
+        lines.append(("scratch", ", ".join(f"{what} {human(size)}" for what, size in self.memory) or "none"))
+        lines.append(("same bits", f"{'yes' if self.deterministic else 'no'}: {self.determinism}"))
+        lines += [("note", note) for note in self.notes]
+        return "\n".join(f"{label:<10} {text}" for label, text in lines)
+
+
+def human(nbytes: int) -> str:
+    """Bytes as people read them: ``512 B``, ``96.0 KiB``, ``1.5 GiB``."""
+    size, units = float(nbytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{nbytes} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _problem(spec: AttentionSpec) -> str:
+    batch = f"{spec.batch_outer}x{spec.batch_inner}" if spec.batch_inner > 1 else f"{spec.batch}"
+    dims = f"d {spec.head_dim}" + (f" (values {spec.value_dim})" if spec.value_dim != spec.head_dim else "")
+    bias = f"bias {_pattern(spec)} {spec.bias.dtype}" if spec.bias else "no bias"
+    band = f"keys from {_bound(spec.lo)} to {_bound(spec.hi)} of a query"
+    if spec.lo is None and spec.hi in (None, 0):
+        band = "every key visible" if spec.hi is None else "causal"
+    precision = f" ({spec.precision} products)" if spec.dtype == "fp32" else ""
+    lengths = f"{spec.queries} queries, {spec.keys} keys"
+    return f"batch {batch}, {lengths}, {spec.heads} heads, {dims}, {spec.dtype}{precision}, {bias}, {band}, scale {spec.scale:.4g}"
+
+
+def _pattern(spec: AttentionSpec) -> str:
+    """``1hqk`` and so on; the second level of the batch only where there is one."""
+    assert spec.bias is not None
+    text = str(BiasSpec(spec.bias.dtype, (*spec.bias.varies[:1], spec.batch_inner > 1 and spec.bias.varies[1], *spec.bias.varies[2:])))
+    if spec.batch_inner == 1 and spec.bias.varies[0]:
+        return text.replace("b1", "b", 1)
+    return text
+
+
+def _bound(offset: int | None) -> str:
+    return "the end" if offset is None else f"{offset:+d}"
+
+
+def _gradients(needs: Needs) -> str:
+    return ", ".join(name for name in ("dq", "dk", "dv", "dbias") if getattr(needs, name)) or "none"
+
+
+def _device(device: DeviceFacts, here: bool) -> str:
+    name = f" ({device.name})" if device.name else ""
+    if device.arch == "cpu":
+        facts = ""
+    elif device.arch == "interpreter":
+        facts = ": Triton's interpreter on the CPU"
+    else:
+        facts = f": {device.processors} processors, {human(device.shared_memory)} of shared memory a program"
+    away = (
+        "" if here else ", which is not here: typical facts" if device in KNOWN_DEVICES.values() else ", which is not here: facts as given"
+    )
+    return f"{device.arch}{name}{facts}{away}"
+
+
+def _where(copy: Copy) -> str:
+    return "a pass" if len(copy.passes) > 1 else f"in the {copy.passes[0]} pass"
+
+
+def _step(explained: ExplainedStep, backend: str, device: DeviceFacts) -> list[str]:
+    step = explained.step
+    if step.config is None:
+        return [f"{step.kernel} in PyTorch"]
+    gives = f", gives {', '.join(step.gives)}" if step.gives else ""
+    splits = f", {step.splits} partial sums" if step.splits > 1 else ""
+    tiled = step.kernel in ("forward", "dkdv", "dq")
+    order = (_HOPPER_ORDERS if backend == "hopper" else _ORDERS)[step.order]
+    lines = [f"{step}: {step.programs} programs{f', {order}' if tiled else ''}{splits}{gives}"]
+    lines.append(f"  configuration  {explained.source}")
+    if explained.compiled is not None:
+        used = explained.compiled
+        spilled = f"{used.spills} words spilled" if used.spills else "no spills"
+        lines.append(f"  compiled       {used.registers} registers a thread, {spilled}, {human(used.shared_memory)} of shared memory")
+    elif explained.shared_memory:
+        loose = ", a loose bound: compiling tells" if explained.shared_memory > device.shared_memory else ""
+        lines.append(f"  shared memory  estimated, at most {human(explained.shared_memory)}{loose}")
+    return lines

@@ -1,0 +1,107 @@
+"""Interleaving, budgets and failures of the clock; the GPU's side on a mocked CUDA."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from triflash.bench import timing
+from triflash.bench.timing import measure_interleaved, quantiles
+
+CPU = torch.device("cpu")
+
+
+def test_calls_take_turns_and_slow_ones_are_spread() -> None:
+    turns: list[str] = []
+    calls = {"quick": lambda: time.sleep(0.001), "slow": lambda: time.sleep(0.004)}
+    found = measure_interleaved(calls, device=CPU, budget=0.08, after=turns.append)
+    assert len(found["quick"].ms) > len(found["slow"].ms) >= 10
+    assert 1.0 <= found["quick"].median < 4.0 <= found["slow"].median
+    at = [i / len(turns) for i, name in enumerate(turns) if name == "slow"]
+    assert min(at) < 0.25 and max(at) > 0.75 and all(b - a < 0.25 for a, b in itertools.pairwise(at))
+
+
+def test_fewest_and_most_samples() -> None:
+    found = measure_interleaved({"a": lambda: time.sleep(0.002)}, device=CPU, budget=0.0, min_samples=4)
+    assert len(found["a"].ms) == 4
+    found = measure_interleaved({"a": lambda: None}, device=CPU, budget=1.0, max_samples=7)
+    assert len(found["a"].ms) == 7
+
+
+def test_a_failing_call_leaves_the_others_alone() -> None:
+    count = [0]
+
+    def breaks() -> None:
+        count[0] += 1
+        if count[0] > 8:
+            raise RuntimeError("later")
+
+    def never() -> None:
+        raise ValueError("at once")
+
+    found = measure_interleaved({"breaks": breaks, "never": never, "fine": lambda: None}, device=CPU, max_samples=20)
+    assert str(found["breaks"].error) == "later" and len(found["breaks"].ms) == 4  # after three warm-up calls and a probe
+    assert str(found["never"].error) == "at once" and found["never"].ms == []
+    assert found["fine"].error is None and len(found["fine"].ms) == 20
+
+
+def test_the_host_and_the_wall() -> None:
+    found = measure_interleaved({"a": lambda: time.sleep(0.001)}, device=CPU, max_samples=5, wall=True)["a"]
+    assert len(found.wall_ms) == len(found.ms) == 5
+    assert all(wall >= host >= 1.0 for host, wall in zip(found.ms, found.wall_ms, strict=True))
+
+
+def test_quantiles() -> None:
+    assert quantiles([5.0]) == dict.fromkeys(("p10", "p25", "p50", "p75", "p90"), 5.0)
+    assert quantiles([float(x) for x in range(100, -1, -1)]) == {"p10": 10.0, "p25": 25.0, "p50": 50.0, "p75": 75.0, "p90": 90.0}
+
+
+class Event:
+    """Remembers when it was recorded, in the order of a stream."""
+
+    log: list[str]
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = len(self.log)
+        self.log.append("event")
+
+    def elapsed_time(self, other: Any) -> float:
+        assert self.log[self.at : other.at + 1] == ["event", "call", "event"], "events go around the call only"
+        return 2.0
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_on_a_gpu_events_go_around_the_call_after_sleep_and_flush(flush: bool) -> None:
+    log: list[str] = []
+    Event.log = log
+    sizes = []
+
+    class Scratch:
+        def zero_(self) -> None:
+            log.append("flush")
+
+    def empty(size: int, **_: Any) -> Scratch:
+        sizes.append(size)
+        return Scratch()
+
+    properties = mock.Mock(L2_cache_size=50 * 2**20)
+    with (
+        mock.patch.object(torch.cuda, "synchronize"),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda _: properties),
+        mock.patch.object(torch.cuda, "Event", Event),
+        mock.patch.object(torch.cuda, "_sleep", lambda cycles: log.append("sleep")),
+        mock.patch.object(timing.torch, "empty", empty),
+    ):
+        found = measure_interleaved({"a": lambda: log.append("call")}, device=torch.device("cuda"), max_samples=40, flush=flush)["a"]
+    assert found.error is None and found.ms == [2.0] * 40
+    assert sizes == ([100 * 2**20] if flush else [])
+    once = ["sleep", "flush", "event", "call", "event"] if flush else ["sleep", "event", "call", "event"]
+    assert log[4:] == once * 40

@@ -1,0 +1,390 @@
+"""An explanation is the plan itself: it names what runs, for tensors that are run, and what would, for devices that are not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import triflash
+from cases import HAVE_TRITON, five_dims, triton_only, with_layout
+from test_bad_input import OPTIONS, TENSORS, assert_refuses, ids, qkv
+from test_structure import run_python
+from triflash import UnsupportedError, explain, flash_attn_func
+from triflash.__main__ import main
+from triflash.explanation import Explanation, human
+from triflash.plan import overlay
+from triflash.plan.configs import TileConfig
+from triflash.plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, interpreting, triton_version
+from triflash.plan.override import override_configs
+from triflash.plan.select import BACKENDS, plan_backward, plan_forward, problem_of, why_not
+from triflash.shorthand import bias_shape
+from triflash.spec import Needs
+
+NAMES = ("q", "k", "v", "bias")
+B, M, N, H, D = 3, 33, 40, 2, 16
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("TRIFLASH_TUNED", raising=False)
+    monkeypatch.delenv("TRIFLASH_BACKEND", raising=False)
+    overlay._from_environment.cache_clear()
+    yield
+    overlay._from_environment.cache_clear()
+
+
+def tensors(bias: str | None, device: torch.device | str, dtype: torch.dtype = torch.float16, grads: tuple[str, ...] = NAMES) -> list[Any]:
+    """q, k, v and a bias, those in ``grads`` requiring a gradient."""
+    shapes = {"q": (B, M, H, D), "k": (B, N, H, D), "v": (B, N, H, D), "bias": bias_shape(bias, B, H, M, N) if bias else None}
+    return [
+        None if shape is None else torch.randn(shape, device=device).to(dtype).requires_grad_(name in grads)
+        for name, shape in shapes.items()
+    ]
+
+
+def ran(arguments: list[Any], causal: bool, backend: str) -> list[str]:
+    """What a forward and a backward pass of those tensors record."""
+    with triflash.record_launches() as seen:
+        with triflash.backend(backend):
+            out = flash_attn_func(*arguments, causal)
+        if out.requires_grad:
+            out.sum().backward()
+    return seen
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled", "oracle", pytest.param("triton", marks=triton_only)])
+@pytest.mark.parametrize("bias, causal, grads", [
+    (None, False, NAMES), (None, True, ("q",)), (None, True, ("v",)), (None, False, ()),
+    ("1hqk", True, NAMES), ("1hqk", False, ("bias",)), ("bhqk", False, NAMES), ("b11k", True, NAMES), ("hq1", False, ("k", "bias")),
+    ("qk", False, ("q", "k")),
+], ids=str)  # fmt: skip
+def test_it_names_what_runs(backend: str, bias: str | None, causal: bool, grads: tuple[str, ...], device: torch.device) -> None:
+    arguments = tensors(bias, device, grads=grads)
+    with triflash.backend(backend):
+        explained = explain(*arguments, causal)
+    assert explained.launches == ran(arguments, causal, backend)
+    assert explained.launches == explain(*arguments, causal, backend=backend).launches
+    assert explained.here and explained.device == facts_of(device) and explained.requested == backend
+    assert explained.deterministic
+    text = str(explained)
+    assert all(line.split(": ")[1] in text for line in explained.launches)
+    assert "every key visible" in text or causal
+
+
+def devices() -> list[str]:
+    return [arch for arch in KNOWN_DEVICES if arch not in ("cpu", "interpreter") and HAVE_TRITON] + ["cpu"]
+
+
+@pytest.mark.parametrize("arch", devices())
+def test_it_is_the_plan_for_devices_that_are_not_here(arch: str) -> None:
+    own = ["cpu", *([facts_of(torch.device("cuda", 0)).arch] if torch.cuda.is_available() else [])]
+    patterns = (None, "1hqk", "bhqk", "b11k", "11q1")
+    for bias, causal, dtype, d in itertools.product(patterns, (False, True), (torch.bfloat16, torch.float32), (64, 80, 256)):
+        q = torch.empty(2, 1000, 4, d, device="meta", dtype=dtype)
+        b = None if bias is None else torch.empty(bias_shape(bias, 2, 4, 1000, 1000), device="meta", dtype=dtype)
+        explained = explain(q, q, q, b, causal, grads=NAMES if bias else NAMES[:3], device=arch)
+        facts = explained.device
+        assert facts == KNOWN_DEVICES[arch] or (facts.arch == arch and explained.here)
+        forward = plan_forward(explained.spec, facts)
+        backward = plan_backward(explained.spec, Needs(True, True, True, bias is not None), facts)
+        assert explained.backend == forward.backend and explained.backward is not None
+        assert tuple(step.step for step in explained.forward.steps) == forward.steps
+        assert tuple(step.step for step in explained.backward.steps) == backward.steps
+        assert explained.backward.backend == backward.backend
+        assert explained.launches == [f"{plan.backend}: {step}" for plan in (forward, backward) for step in plan.steps]
+        assert explained.here == (arch in own)
+        others = dict(explained.not_taken)
+        assert set(others) == set(BACKENDS) - {"auto", forward.backend, backward.backend}
+        assert all(others.values()) and all(f"{name}: {reason}" in str(explained) for name, reason in others.items())
+        for step in (*explained.forward.steps, *explained.backward.steps):
+            assert (step.source == "") == (step.step.config is None)
+            if step.step.kernel in ("forward", "dkdv", "dq", "dbias") and forward.backend == "triton":
+                assert step.shared_memory
+
+
+@triton_only
+def test_why_the_others_were_not_taken() -> None:
+    q = torch.empty(2, 64, 4, 64, device="meta", dtype=torch.float16)
+    assert (
+        dict(explain(q, q, q, device="sm80").not_taken)["tiled"]
+        == "could run it, slower here: the automatic choice prefers triton on a GPU"
+    )
+    assert "for debugging" in dict(explain(q, q, q, device="sm80").not_taken)["oracle"]
+    assert dict(explain(q, q, q, device="sm80", backend="tiled").not_taken)["triton"] == "could run it, but tiled was asked for by name"
+    cannot = dict(explain(q.double(), q.double(), q.double(), device="sm80").not_taken)["triton"]
+    assert cannot.startswith("cannot do float64; use backend('tiled')")
+    assert dict(explain(q, q, q, device="cpu").not_taken)["triton"].startswith("cannot do CPU tensors")
+    tiny = DeviceFacts("sm80", 40, 1024)
+    explained = explain(q, q, q, device=tiny)
+    assert explained.backend == "tiled" and "1024 bytes of shared memory do not hold" in dict(explained.not_taken)["triton"]
+    on_the_interpreter = dict(explain(q, q, q, device="interpreter").not_taken)["triton"]
+    assert on_the_interpreter == "could run it, slower here: the automatic choice prefers tiled on a CPU"
+
+
+@triton_only
+def test_a_backend_asked_for_by_name_raises_as_the_call_does() -> None:
+    q = torch.empty(2, 64, 4, 300, device="meta", dtype=torch.float16)
+    with pytest.raises(UnsupportedError, match="head dim 300: not supported by backend 'triton'"):
+        explain(q, q, q, device="sm90", backend="triton")
+    assert why_not("triton", explain(q, q, q, device="sm90").spec, KNOWN_DEVICES["sm90"])
+
+
+@pytest.mark.parametrize("row", TENSORS + OPTIONS, ids=ids(TENSORS + OPTIONS))
+def test_bad_input_is_refused_as_by_the_call(row: Any) -> None:
+    _, wrong, exception, name, parts = row
+    arguments = {**qkv(), "bias": None, "causal": False, "softmax_scale": None, **wrong}
+    assert_refuses(lambda: explain(**arguments), exception, name, parts)
+
+
+@pytest.mark.parametrize("options, exception, words", [
+    ({"grads": ("q", "x")}, ValueError, "grads: wanted some of q, k, v, bias, got 'x'"),
+    ({"grads": "bias"}, ValueError, "grads: wanted no bias, got bias; there is none"),
+    ({"device": "sm1"}, ValueError, "device: wanted one of cpu, .*, or a device of this machine, got 'sm1'"),
+    ({"device": "cuda:99"}, ValueError, "device: wanted .*, got 'cuda:99'; PyTorch sees"),
+    ({"device": 3}, TypeError, "device: wanted .*, got int"),
+    ({"backend": "x"}, ValueError, "backend: wanted one of .*, got 'x'"),
+], ids=str)  # fmt: skip
+def test_bad_options(options: dict[str, Any], exception: type[Exception], words: str) -> None:
+    with pytest.raises(exception, match=f"^{words}"):
+        explain(*tensors(None, "cpu"), **options)
+
+
+def test_a_mask_has_no_gradient() -> None:
+    q, k, v, _ = tensors(None, "cpu")
+    with pytest.raises(ValueError, match="a mask has no gradient"):
+        explain(q, k, v, torch.ones(M, N, dtype=torch.bool), grads=["bias"])
+
+
+@triton_only
+def test_where_configurations_come_from(tmp_path: Path) -> None:
+    q = torch.empty(2, 1000, 4, 64, device="meta", dtype=torch.bfloat16)
+    here = dataclasses.replace(KNOWN_DEVICES["sm90"], name="NVIDIA H200")
+
+    def sources(device: Any) -> dict[str, str]:
+        explained = explain(q, q, q, grads="q", device=device, backend="triton")
+        assert explained.backward is not None
+        return {step.step.kernel: step.source for step in (*explained.forward.steps, *explained.backward.steps)}
+
+    assert sources("sm90")["forward"].startswith("measured on H200")
+    assert sources("sm80")["dq"].startswith("analytic default")
+    assert sources("sm80")["delta"].startswith("fixed")
+    problem = problem_of("dq", explain(q, q, q, device="sm90").spec)
+    config = TileConfig(32, 256, 8, 1)
+    entry = overlay.Entry(here.name, here.arch, triton_version(), overlay.kernel_source(), problem, config)
+    overlay.write(tmp_path / "t.json", [entry])
+    with triflash.tuned(tmp_path / "t.json"):
+        assert sources(here)["dq"] == f"tuned, {tmp_path / 't.json'}"
+        assert sources(here)["forward"].startswith("measured on H200")
+        assert "tuned configurations are read from" in str(explain(q, q, q, device=here))
+        with override_configs(dq=TileConfig(16, 16, 4, 1)):
+            explained = explain(q, q, q, grads="q", device=here, backend="triton")
+            assert sources(here)["dq"].startswith("chosen by hand") and explained.launches[-1] == "triton: dq 16x16 w4 s1"
+
+
+LAYOUTS = ("plain", "transposed", "sliced", "step", "expanded", "packed")
+
+
+@triton_only
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+def test_copies_of_rows_are_those_that_a_launch_makes(layout_name: str) -> None:
+    from triflash.launch import triton as launch
+
+    q = with_layout((B, M, H, D), layout_name, torch.zeros)
+    copied = launch._rows(q) is not q
+    assert copied == (layout_name == "step")
+    k = torch.zeros(B, N, H, D)
+    named = [copy.tensor for copy in explain(q, k, k, device="sm80").copies]
+    assert named == (["q"] if copied else [])
+    assert explain(q, k, k, device="sm80", backend="tiled").copies == ()
+
+
+class OnGPU:
+    """A tensor that says it is on a GPU, and counts the elements of the copy that a launch makes of it."""
+
+    is_cuda = True
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.shape, self.elements = x, x.shape, 0
+
+    def stride(self) -> tuple[int, ...]:
+        return self.x.stride()
+
+    def data_ptr(self) -> int:
+        return self.x.data_ptr()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.x[index]
+
+    def new_empty(self, shape: tuple[int, ...]) -> Tensor:
+        self.elements = torch.Size(shape).numel()
+        return self.x.new_empty(shape)
+
+
+@triton_only
+@pytest.mark.parametrize("columns", [32, 40, 48])
+@pytest.mark.parametrize("layout_name", [*LAYOUTS, "keys_first"])
+def test_copies_of_a_bias_are_those_that_a_launch_makes(layout_name: str, columns: int) -> None:
+    from triflash.launch import triton as launch
+
+    for rows, dtype in itertools.product((1, 32, 33), (torch.float16, torch.float32)):
+        for shape in ((H, rows, columns), (B, H, rows, columns), (H, rows, 1)):
+            bias = with_layout(shape, layout_name, lambda shape, dtype=dtype: torch.zeros(shape, dtype=dtype))  # type: ignore[misc]
+            if layout_name == "expanded":
+                bias = bias[..., :1].expand(shape)
+            canonical = bias[(None,) * (4 - bias.dim())].unsqueeze(1)
+            stand_in = OnGPU(canonical)
+            copied = launch._vectorisable(stand_in) is not stand_in  # type: ignore[arg-type]
+            q, k = torch.zeros(B, rows, H, D, dtype=dtype), torch.zeros(B, columns if shape[-1] > 1 else 5, H, D, dtype=dtype)
+            found = explain(q, k, k, bias, device="sm80").copies
+            assert [copy.nbytes for copy in found] == ([stand_in.elements * bias.element_size()] if copied else [])
+            assert explain(q, k, k, bias, device="interpreter", backend="triton").copies == () or dtype == torch.bfloat16
+
+
+@triton_only
+@pytest.mark.parametrize("bias", [None, "1hqk", "bhqk", "b11k", "11q1"])
+def test_scratch_is_what_a_launch_allocates(bias: str | None, device: torch.device) -> None:
+    from triflash.launch import triton as launch
+
+    arguments = tensors(bias, device, torch.float32)
+    explained = explain(*arguments, backend="triton")
+    with triflash.backend("triton"):
+        out = flash_attn_func(*arguments)
+    _, lse, rest = torch.ops.triflash.forward(*arguments[:3], five_dims(arguments[3]), 1, None, None, 1.0, "", "triton")
+    allocated: list[int] = []
+    new_empty = Tensor.new_empty
+
+    def recorded(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        made = new_empty(self, *size, **options)
+        allocated.append(made.numel() * made.element_size())
+        return made
+
+    backward_calls = launch.backward_calls
+
+    def watched(*given: Any) -> Any:
+        with mock.patch.object(Tensor, "new_empty", recorded):
+            return backward_calls(*given)
+
+    with mock.patch.object(launch, "backward_calls", watched):
+        out.sum().backward()
+    memory = dict(explained.memory)
+    assert memory.pop("lse (until the backward pass)") == lse.nbytes == B * H * M * 4
+    assert memory.pop("rest of lse", 0) == rest.nbytes
+    assert sorted(memory.values()) == sorted(allocated)
+
+
+def test_determinism_names_the_order_of_partial_sums() -> None:
+    q = torch.empty(4, 64, 4, 64, device="meta", dtype=torch.float16)
+    bias = torch.empty(1, 4, 1, 64, device="meta")
+    explained = explain(q, q, q, bias, grads=["bias"], device="sm80")
+    if HAVE_TRITON:
+        assert "the 4 partial sums of dbias are added in the order of their numbers" in explained.determinism
+        assert dict(explained.memory)["partial sums of dbias"] == 4 * 4 * 64 * 4
+    assert "PyTorch" in explain(q, q, q, device="cpu").determinism
+
+
+def test_gradients_follow_the_tensors_unless_told() -> None:
+    q, k, v, bias = tensors("1hqk", "cpu", grads=("k", "bias"))
+    assert explain(q, k, v, bias).needs == Needs(False, True, False, True)
+    assert explain(q, k, v, bias, grads=()).backward is None
+    assert explain(q, k, v, bias, grads=["v"]).needs == Needs(False, False, True, False)
+    assert "gradients  dk, dbias" in str(explain(q, k, v, bias))
+
+
+@triton_only
+def test_meta_tensors_are_explained_for_this_machine() -> None:
+    q = torch.empty(1, 8, 1, 16, device="meta", dtype=torch.float16)
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert explain(q, q, q).device == facts_of(torch.device(expected)) and explain(q, q, q).here
+    empty = torch.empty(1, 0, 1, 16, device="meta", dtype=torch.float16)
+    explained = explain(empty, q, q, grads="q", device="sm90", backend="triton")
+    assert explained.launches == [] and "nothing to run" in str(explained)
+
+
+def test_it_can_be_hashed_and_not_changed() -> None:
+    explained = explain(*tensors("1hqk", "cpu"))
+    assert isinstance(explained, Explanation) and hash(explained) == hash(explain(*tensors("1hqk", "cpu")))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        explained.deterministic = False  # type: ignore[misc]
+
+
+def test_compiling_needs_the_compiler() -> None:
+    if interpreting():
+        q = torch.empty(1, 8, 1, 16, device="meta", dtype=torch.float16)
+        with pytest.raises(ValueError, match="^compile: wanted False, got True; Triton's interpreter"):
+            explain(q, q, q, device="sm90", compile=True)
+
+
+def test_without_triton() -> None:
+    program = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.split(".")[0] == "triton" else find_spec(name, package)
+sys.modules["triton"] = None
+import torch, triflash
+q = torch.empty(1, 8, 1, 16, device="meta")
+print(triflash.explain(q, q, q, device="sm90"))
+try:
+    triflash.explain(q, q, q, device="sm90", compile=True)
+except ValueError as error:
+    print(error)
+"""
+    text = run_python(program)
+    assert "backend    tiled" in text and "note       Triton is not installed: this is what runs without it" in text
+    assert (
+        "triton: cannot do anything: Triton is not installed" in text and "compile: wanted False, got True; Triton is not installed" in text
+    )
+
+
+def test_human() -> None:
+    assert [human(n) for n in (0, 1023, 1024, 98304, 3 * 2**29, 5 * 2**50)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "96.0 KiB",
+        "1.5 GiB",
+        "5120.0 TiB",
+    ]
+
+
+LINE = ["explain", "--d", "128", "--s", "4k", "--dtype", "bf16", "--causal", "--bias", "1hqk", "--device", "sm90"]
+
+
+@triton_only
+def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(LINE) == 0
+    text = capsys.readouterr().out
+    for part in ("batch 4, 4096 queries, 4096 keys, 16 heads, d 128, bf16, bias 1hqk bf16, causal", "dq, dk, dv, dbias", "copies     none",
+                 "same bits  yes"):  # fmt: skip
+        assert part in text, part
+    q = torch.empty(4, 4096, 16, 128, device="meta", dtype=torch.bfloat16)
+    bias = q.new_empty(1, 16, 4096, 4096)
+    explained = explain(q, q, q, bias, True, grads=NAMES, device="sm90")
+    assert text == f"{explained}\n"
+    assert f"backend    {explained.backend}" in text and ", the automatic choice" in text
+    assert main(["explain", "--sk", "1k", "--grads", "qb", "--bias", "qk", "--bias-dtype", "fp32", "--device", "gfx942", "--b", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "2048 queries, 1024 keys" in text and "gradients  dq, dbias" in text and "gfx942" in text and "fp32" in text
+    assert main(["explain", "--device", "cpu", "--grads", "none"]) == 0
+    assert "tiled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line, status, words", [
+    ("--s 4kk", 2, "--s: size: wanted"), ("--bias hk", 2, "--bias: bias: wanted none, or dims"), ("--device sm1", 2, "device: wanted one of"),
+    ("--grads qx", 2, "--grads: wanted letters of qkvb, all or none, got 'qx'"), ("--grads b", 2, "there is none"),
+    ("--tuned /none.json", 2, "--tuned: wanted a file that triflash tune wrote"), ("--dtype fp7", 2, "--dtype: dtype: wanted one of fp16"),
+    pytest.param("--dtype fp64 --backend triton --device sm90", 1, "float64: not supported by backend 'triton'", marks=triton_only),
+], ids=str)  # fmt: skip
+def test_wrong_use_of_the_command_line(line: str, status: int, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        assert main(["explain", *line.split()]) == status
+    except SystemExit as stop:
+        assert stop.code == status
+    assert words in capsys.readouterr().err

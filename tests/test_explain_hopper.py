@@ -1,0 +1,169 @@
+"""Explaining the Hopper kernels on a machine without one: forward by ``hopper``, backward by ``triton``, and what is copied for TMA."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import triton_only, with_layout
+from triflash import explain
+from triflash.__main__ import main
+from triflash.plan import hopper, layout
+from triflash.plan.configs import TileConfig
+from triflash.plan.device import KNOWN_DEVICES
+from triflash.plan.hopper import HopperConfig
+from triflash.plan.override import override_configs
+from triflash.shorthand import bias_shape
+
+pytestmark = triton_only
+
+B, M, N, H = 3, 33, 40, 2
+LAYOUTS = ("plain", "transposed", "sliced", "step", "expanded", "packed")
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def test_forward_by_hopper_backward_by_triton() -> None:
+    q, bias = empty(2, 1000, 4, 64), empty(*bias_shape("1hqk", 2, 4, 1000, 1008))[..., :1000]
+    explained = explain(q, q, q, bias, True, grads=("q", "k", "v", "bias"), device="sm90")
+    assert explained.backward is not None
+    assert (explained.forward.backend, explained.backward.backend) == ("hopper", "triton")
+    (forward,) = explained.forward.steps
+    assert isinstance(forward.step.config, HopperConfig)
+    assert forward.source == "plan/hopper.py, as measured on an H200"
+    assert forward.shared_memory == hopper.shared_memory(explained.spec, forward.step.config) <= KNOWN_DEVICES["sm90"].shared_memory
+    assert explained.launches[0] == f"hopper: forward {forward.step.config}" and explained.launches[1].startswith("triton: delta")
+    assert set(dict(explained.not_taken)) == {"tiled", "oracle"}
+    text = str(explained)
+    assert "hopper for the forward pass, the automatic choice, which prefers it where it can run" in text
+    assert "triton for the backward pass: hopper has no backward kernels, and those of triton take what its forward pass saved" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ("--device sm90 --dtype fp32", "hopper: cannot do fp32; its products are 16-bit ones"),
+        ("--device sm80", "hopper: cannot do sm80; its kernels are made for sm90"),
+        ("--device cpu", "hopper: cannot do cpu; its kernels are made for sm90"),
+        ("--device sm90 --backend triton", "hopper: could run the forward pass, but triton was asked for by name"),
+        ("--device sm90 --backend hopper --grads none", "backend    hopper, asked for by name"),
+    ],
+)
+def test_why_not_hopper(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", *arguments.split()]) == 0
+    text = capsys.readouterr().out
+    assert words in text and "hopper for the forward pass" not in text
+
+
+def test_hopper_alone_has_no_backward_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--device", "sm90", "--backend", "hopper", "--grads", "q"]) == 1
+    assert "the backward pass: not supported by backend 'hopper'" in capsys.readouterr().err
+
+
+def test_each_backend_takes_its_own_kind_of_configuration() -> None:
+    q = empty(2, 1000, 4, 64)
+    for config, backend in ((HopperConfig(1, 64, 3), "hopper"), (TileConfig(16, 16, 4, 1), "triton")):
+        with override_configs(forward=config):
+            taken, other = (explain(q, q, q, device="sm90", backend=name).forward.steps[0] for name in ("hopper", "triton"))
+        if backend == "triton":
+            taken, other = other, taken
+        assert taken.step.config == config and taken.source == "chosen by hand (override_configs)"
+        assert type(other.step.config) is not type(config) and not other.source.startswith("chosen by hand")
+
+
+def hopper_copies(q: Tensor, k: Tensor, bias: Tensor | None, backend: str = "hopper") -> dict[str, int]:
+    found = explain(q, k, k, bias, device="sm90", backend=backend).copies
+    assert all(copy.passes == ("forward",) for copy in found)
+    return {copy.tensor: copy.nbytes for copy in found}
+
+
+def allocated(copy: Tensor) -> int:
+    return copy.untyped_storage().nbytes()
+
+
+@pytest.mark.parametrize("head_dim", [16, 20, 24])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_copies_for_tma_are_those_that_a_launch_makes(name: str, head_dim: int) -> None:
+    from triflash.launch import hopper as launch
+
+    q = with_layout((B, M, H, head_dim), name, lambda shape: torch.zeros(shape, dtype=torch.float16))
+    k = torch.zeros(B, N, H, head_dim, dtype=torch.float16)
+    out = torch.empty(B, M, H, head_dim, dtype=torch.float16)
+    wanted = {n: allocated(launch._ready(x)) for n, x in (("q", q), ("k", k), ("v", k)) if launch._ready(x) is not x}
+    if not launch.addressable(out):
+        wanted["out"] = allocated(launch._padded_rows(out))
+    assert hopper_copies(q, k, None) == wanted
+    assert ("out" in wanted) == ("k" in wanted) == (head_dim == 20) and ("q" in wanted) == (
+        head_dim == 20 or name in ("sliced", "step", "expanded")
+    )
+    assert layout.tma_addressable(q.shape, q.stride(), q.element_size(), q.data_ptr()) == launch.addressable(q)
+
+
+@pytest.mark.parametrize("columns", [40, 41])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bool], ids=str)
+@pytest.mark.parametrize("name", [*LAYOUTS, "keys_first"])
+def test_copies_of_a_bias_for_tma(name: str, dtype: torch.dtype, columns: int) -> None:
+    from triflash.launch import hopper as launch
+
+    q, k = (torch.zeros(B, length, H, 16, dtype=torch.float16) for length in (M, columns))
+    for shape in ((H, M, columns), (B, H, M, columns), (B, 1, 1, columns), (H, M, 1)):
+        bias = with_layout(shape, name, lambda shape: torch.zeros(shape, dtype=dtype))
+        canonical = bias[(None,) * (4 - bias.dim())].unsqueeze(1)
+        spec = explain(q, k, k, bias, device="sm90").spec
+        ready = launch._ready_bias(spec, canonical)
+        assert ready is not None
+        copied = shape[-1] > 1 and ready.data_ptr() != canonical.data_ptr()
+        assert hopper_copies(q, k, bias) == ({"bias": allocated(ready)} if copied else {})
+        if shape[-1] > 1:
+            assert tuple(ready.shape) == layout.tma_bias_shape(canonical.shape, canonical.stride())
+
+
+def test_a_pass_copies_by_the_rules_of_its_own_backend() -> None:
+    """Heads 20 elements apart suit the portable kernels but not TMA; every other element suits neither."""
+    q, k = empty(2, 256, 4, 20)[..., :16], empty(2, 256, 4, 32)[..., ::2]
+
+    def found(*tensors: Any) -> list[tuple[str, int, tuple[str, ...]]]:
+        explained = explain(*tensors, grads="q", device="sm90")
+        assert str(explained).count(" in the forward pass: ") == sum(copy.passes == ("forward",) for copy in explained.copies)
+        return [(copy.tensor, copy.nbytes, copy.passes) for copy in explained.copies]
+
+    plain = 2 * 256 * 4 * 16 * 2
+    assert found(q, q, q) == [(name, plain, ("forward",)) for name in ("q", "k", "v")]
+    assert found(q, k, q)[-1] == ("k", plain, ("backward",)) and len(found(q, k, q)) == 4
+    both = explain(q, k, q, grads="q", device="sm90", backend="triton").copies
+    assert [(copy.tensor, copy.nbytes, copy.passes) for copy in both] == [("k", plain, ("forward", "backward"))]
+
+
+def test_rules_of_layouts() -> None:
+    """By hand, for the strides and addresses that people meet."""
+    assert not layout.copies_rows(64, 1) and not layout.copies_rows(1, 7) and layout.copies_rows(64, 2) and layout.copies_rows(64, 0)
+    for row, column, address, copied in (
+        (2048, 1, 0, False),
+        (2047, 1, 0, True),
+        (1, 2048, 0, False),
+        (2048, 1, 2, True),
+        (0, 1, 0, False),
+    ):
+        assert layout.copies_bias((1, 1, 4, 2000, 2000), (0, 0, 2048 * 2048, row, column), address) == copied
+    assert not layout.copies_bias((1, 1, 4, 1, 2001), (0, 0, 2001, 2001, 1), 0)
+    assert layout.copied_bias_shape((2, 1, 4, 100, 33), (0, 0, 3300, 33, 1)) == (1, 1, 4, 100, 48)
+    for shape, strides, address, fits in (
+        ((2, 8, 64), (512, 64, 1), 0, True),
+        ((2, 8, 64), (512, 64, 1), 8, False),  # begins between two units
+        ((2, 8, 20), (160, 20, 1), 0, False),  # rows of 40 bytes
+        ((2, 8, 64), (0, 64, 1), 0, False),  # expanded
+        ((1, 8, 64), (0, 64, 1), 0, True),  # no second element to step to
+        ((2, 8, 64), (1024, 128, 2), 0, False),
+        ((2, 8, 64), (2**39, 64, 1), 0, False),  # 2**40 bytes apart
+    ):
+        assert layout.tma_addressable(shape, strides, 2, address) == fits
+    assert (
+        layout.tma_padded((3, 20), 2) == (3, 24) and layout.tma_padded((3, 20), 1) == (3, 32) and layout.tma_padded((3, 20), 4) == (3, 20)
+    )
+    assert math.prod(layout.tma_bias_shape((2, 3, 4, 5, 6), (0, 30, 0, 0, 1))) == 3 * 5 * 6
