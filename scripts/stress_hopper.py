@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from triflash import oracle
+from triflash.plan.configs import padded
 from triflash.plan.device import KNOWN_DEVICES, facts_of
 from triflash.plan.hopper import HopperConfig, shared_memory
 from triflash.plan.override import override_configs
@@ -38,7 +39,7 @@ from triflash.plan.select import plan_forward
 from triflash.spec import AttentionSpec, spec_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "bool": torch.bool}
-PER_FAMILY = 6  # two or three compilations each: what a process can do in a minute or so, for its share of 2000 problems
+PER_FAMILY = 8  # two or three compilations each: what a process can do in a minute or so, for its share of 2000 problems
 REPLACEMENTS = 3  # processes that may follow one that hung or crashed
 STARTING = 240.0  # seconds that a process may take to import, to start CUDA and to compile its first kernel
 
@@ -142,8 +143,8 @@ def judge(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None
 # ---- random problems
 
 
-def random_config(chooser: random.Random, head: int, biased: bool) -> HopperConfig | None:
-    """None (the plan's own) half of the time, else anything that fits in shared memory."""
+def random_config(chooser: random.Random, head: int, biased: bool, one_width: bool) -> HopperConfig | None:
+    """None (the plan's own) half of the time, else anything that fits in shared memory, and its output in q's buffer if it has none."""
     if chooser.random() < 0.5:
         return None
     while True:
@@ -153,7 +154,7 @@ def random_config(chooser: random.Random, head: int, biased: bool) -> HopperConf
             num_stages=chooser.choice((1, 2, 3)),
             bias_stages=chooser.choice((1, 2)),
             turns=chooser.random() < 0.5,
-            own_out=chooser.random() < 0.5,
+            own_out=chooser.random() < 0.5 or not one_width,
             persistent=chooser.random() < 0.8,
         )
         widest = spec_of(*(torch.empty(1, 128, 1, head, device="meta", dtype=torch.bfloat16),) * 3, None, 1, None, None, 1.0, "")
@@ -174,7 +175,8 @@ def drawn(seed: int, worker: int, count: int) -> Iterator[Problem]:
             dtype = chooser.choice(["bf16", "fp16"])
             letters = [None, None, None, "bihqk", "b1hqk", "1ihqk", "11hqk", "111qk", "11h1k", "b111k", "bih1k", "11hq1", "b11q1", "11111"]
             bias = chooser.choice(letters)
-            config = random_config(chooser, 256 if max(D, Dv) > 128 else 128 if max(D, Dv) > 64 else 64, bias is not None)
+            widest = 256 if max(D, Dv) > 128 else 128 if max(D, Dv) > 64 else 64
+            config = random_config(chooser, widest, bias is not None, padded(D) == padded(Dv))
             family = dict(
                 outer=outer, inner=inner, H=H, D=D, Dv=Dv, dtype=dtype, bias=bias, config=config,
                 bias_dtype=chooser.choice([dtype, "fp32", "bool"]),

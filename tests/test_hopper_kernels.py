@@ -28,7 +28,6 @@ CONFIGS = [
     HopperConfig(2, 64, 3, v_stages=2),
     HopperConfig(2, 64, 2, v_stages=4),
     HopperConfig(2, 64, 2, own_out=False),
-    HopperConfig(2, 64, 2),
     HopperConfig(2, 64, 2, bias_stages=2),
     HopperConfig(1, 32, 2, turns=True),
     HopperConfig(2, 64, 2, turns=True),

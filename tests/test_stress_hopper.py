@@ -14,9 +14,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import stress_hopper as stress
+from cases import triton_only
 from triflash import oracle
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.hopper import shared_memory
+from triflash.plan.override import override_configs
+from triflash.plan.select import plan_forward
 
 SEED, COUNT = 5, 6
 
@@ -79,7 +82,8 @@ def test_problems_are_the_same_every_time_and_differ_from_process_to_process() -
     assert first[:7] == list(stress.drawn(1, 0, 7))
 
 
-def test_every_drawn_configuration_fits() -> None:
+@triton_only
+def test_every_drawn_configuration_is_one_that_the_plan_takes() -> None:
     for worker in range(30):
         for problem in stress.drawn(0, worker, 60):
             if problem.config is not None:
@@ -91,7 +95,10 @@ def test_every_drawn_configuration_fits() -> None:
                     full = (problem.outer, problem.inner, problem.H, problem.M, problem.N)
                     shape = [1 if letter == "1" else size for letter, size in zip(problem.bias, full, strict=True)]
                     bias = torch.empty(shape, device="meta", dtype=stress.DTYPES[problem.bias_dtype])
-                assert shared_memory(problem.spec(q, k, v, bias), problem.config) <= KNOWN_DEVICES["sm90"].shared_memory, problem
+                spec = problem.spec(q, k, v, bias)
+                assert shared_memory(spec, problem.config) <= KNOWN_DEVICES["sm90"].shared_memory, problem
+                with override_configs(forward=problem.config):
+                    assert plan_forward(spec, KNOWN_DEVICES["sm90"], "hopper").steps[0].config == problem.config
 
 
 def test_the_judge_knows_wrong_from_right() -> None:
