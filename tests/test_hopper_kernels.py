@@ -250,7 +250,7 @@ def test_cuda_graph(device: torch.device) -> None:
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled_equals_eager(compiler: str, device: torch.device) -> None:
     torch._dynamo.reset()
-    q, k, v = (torch.randn(2, 70, 3, 64, device=device, dtype=BF16, requires_grad=True) for _ in range(3))
+    q, k, v = (torch.randn(2, 300, 3, 64, device=device, dtype=BF16, requires_grad=True) for _ in range(3))
 
     def step(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
         out = call(q, k, v, None, True)

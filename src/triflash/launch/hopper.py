@@ -16,7 +16,7 @@ from ..kernels.hopper import forward as forward_kernels
 from ..kernels.hopper.compat import TensorDescriptor, gl
 from ..plan import layout
 from ..plan.configs import padded
-from ..plan.hopper import ROWS, HopperConfig, schedule, whole_tiles
+from ..plan.hopper import ROWS, HopperConfig, bias_block, schedule, whole_tiles
 from ..plan.select import Plan
 from ..spec import AttentionSpec
 from .calls import SMALLEST_SCALE, Call, bias_strides, start
@@ -51,7 +51,7 @@ def forward_calls(
         bias_on: tuple[int, ...] | None = None
         if bias is not None and tiled:
             bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
-            bias_desc = descriptor(bias, (1, 1, 1, ROWS if spec.bias.varies[3] else 1, block_n))  # type: ignore[union-attr]
+            bias_desc = descriptor(bias, (1, 1, 1, *bias_block(spec, config)))
             bias_on = tuple(int(size > 1) for size in bias.shape[:3])
         pointer = None if tiled or bias is None else bias.view(torch.uint8) if bias.dtype == torch.bool else bias
         tiles_m, tiles = whole_tiles(spec, config)

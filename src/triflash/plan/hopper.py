@@ -9,7 +9,7 @@ from ..errors import bad_value
 from ..spec import AttentionSpec
 from .configs import padded
 
-__all__ = ["HopperConfig", "bias_bytes", "forward_config", "preferred", "schedule", "shared_memory", "whole_tiles"]
+__all__ = ["HopperConfig", "bias_block", "bias_bytes", "forward_config", "preferred", "schedule", "shared_memory", "whole_tiles"]
 
 ROWS = 64  # queries of one consumer warpgroup: the M of a warpgroup product
 MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even
@@ -62,12 +62,23 @@ class HopperConfig:
         return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.v_stages or self.num_stages} b{self.bias_stages}{flags}"
 
 
+def bias_block(spec: AttentionSpec, config: HopperConfig) -> tuple[int, int]:
+    """Rows and columns of one bias buffer: a tile, or a row of keys of at least 128 bytes, to which TMA wants buffers aligned."""
+    assert spec.bias is not None
+    return (ROWS, config.block_n) if spec.bias.varies[3] else (1, max(config.block_n, 128 // _bias_itemsize(spec)))
+
+
+def _bias_itemsize(spec: AttentionSpec) -> int:
+    assert spec.bias is not None
+    return {"bool": 1, "fp32": 4}.get(spec.bias.dtype, 2)
+
+
 def bias_bytes(spec: AttentionSpec, config: HopperConfig) -> int:
-    """Bytes of one bias buffer: a tile, a row of keys, or none where the bias has no dim of keys."""
+    """Bytes of one bias buffer; none where the bias has no dim of keys."""
     if spec.bias is None or not spec.bias.varies[4]:
         return 0
-    itemsize = {"bool": 1, "fp32": 4}.get(spec.bias.dtype, 2)
-    return (ROWS if spec.bias.varies[3] else 1) * config.block_n * itemsize
+    rows, columns = bias_block(spec, config)
+    return rows * columns * _bias_itemsize(spec)
 
 
 def shared_memory(spec: AttentionSpec, config: HopperConfig) -> int:

@@ -180,8 +180,8 @@ def _softmax(
         if VARIES_M:
             bias = bias_s.index(slot).reshape([BM, BN]).load(S)
         else:
-            bias = gl.expand_dims(bias_s.index(slot).reshape([BN]).load(COLS), 0)
-        mbarrier.arrive(bars.index(BIAS_EMPTY + slot))
+            WIDE: gl.constexpr = bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
+            bias = gl.expand_dims(bias_s.index(slot).reshape([WIDE]).slice(0, BN).load(COLS), 0)
         if IS_MASK:
             s = gl.where(bias != 0, s, float("-inf"))
         else:
@@ -205,6 +205,10 @@ def _softmax(
         seen, s = gl.broadcast(seen, s)
         s = gl.where(seen, s, float("-inf"))
     top = gl.max(s, 1)
+    if bias_s is not None:
+        # Released only now: a load from shared memory may still be queued behind the products when its thread passes a barrier, and the
+        # next tile could be written under it. The maximum needs every element, so here all of them have arrived.
+        mbarrier.arrive(bars.index(BIAS_EMPTY + at % BIAS_STAGES * WGS + WG))
     if LATE_SCALE:
         top = top * scale_log2
     m_new = gl.maximum(m, top)
