@@ -37,7 +37,6 @@ def spec(bias: str | None = None, bias_dtype: str = "bf16", dtype: str = "bf16",
 @triton_only
 @pytest.mark.parametrize("problem", [
     spec(), spec(dtype="fp16"), spec(hi=0), spec(lo=-5, hi=3), spec(head_dim=192, value_dim=128), spec(head_dim=256, value_dim=256),
-    spec("b1hqk"), spec("11h1k", "fp32"), spec("b11q1", "fp16"), spec("bihqk", "bool"), spec("11111", "fp32"),
 ], ids=lambda problem: f"{problem.dtype} {problem.bias} {problem.lo} {problem.hi} {problem.head_dim}")  # fmt: skip
 def test_the_automatic_choice_on_sm90(problem: AttentionSpec) -> None:
     """Forward on these kernels, backward on the portable ones, and the choice of a name is the same plan."""
@@ -47,6 +46,18 @@ def test_the_automatic_choice_on_sm90(problem: AttentionSpec) -> None:
     assert str(plan.steps[0]).startswith("forward ") and why_not("hopper", problem, SM90) is None
     assert plan_backward(problem, NEEDS, SM90).backend == "triton"
     assert plan_forward(problem, SM90, "triton").backend == "triton"
+
+
+@triton_only
+@pytest.mark.parametrize("bias", ["b1hqk", "11h1k", "b11q1", "11111"])
+def test_a_bias_is_taken_by_name_alone(bias: str) -> None:
+    """And by no name at head dims above 128."""
+    assert plan_forward(spec(bias), SM90).backend == "triton" and plan_forward(spec(bias), SM90, "hopper").backend == "hopper"
+    for dims in ((256, 256), (64, 192)):
+        wide = spec(bias, head_dim=dims[0], value_dim=dims[1])
+        assert plan_forward(wide, SM90).backend == "triton"
+        with pytest.raises(UnsupportedError, match="with a bias"):
+            plan_forward(wide, SM90, "hopper")
 
 
 REFUSED = [
@@ -239,7 +250,7 @@ def test_the_plans_own_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
     problems = [
         spec(queries=queries, heads=heads, batch_outer=batch, keys=keys, hi=hi, head_dim=256, value_dim=256)
         for queries, heads, batch, keys, hi in itertools.product((1, 129, 700), (1, 5), (1, 6), (1, 30_000), (None, 0))
-    ] + [spec("11hqk", batch_outer=3, batch_inner=2, queries=500, head_dim=256, value_dim=256)]
+    ] + [spec("11hqk", batch_outer=3, batch_inner=2, queries=500, head_dim=128, value_dim=128)]
     for problem in problems:
         (step,) = plan_forward(problem, replace(SM90, processors=13), "hopper").steps
         assert isinstance(step.config, HopperConfig)

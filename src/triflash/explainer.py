@@ -174,7 +174,7 @@ def _not_taken(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: Dev
     for name in BACKENDS:
         if name == "auto" or name in taken:
             continue
-        yield name, _cannot(name, spec, needs, device, len(plans) > 1) or _not_preferred(name, plans[0].backend, device, requested)
+        yield name, _cannot(name, spec, needs, device, len(plans) > 1) or _not_preferred(name, plans[0].backend, spec, device, requested)
 
 
 def _cannot(name: str, spec: AttentionSpec, needs: Needs, device: DeviceFacts, backward: bool) -> str | None:
@@ -190,12 +190,14 @@ def _cannot(name: str, spec: AttentionSpec, needs: Needs, device: DeviceFacts, b
     return None
 
 
-def _not_preferred(name: str, chosen: str, device: DeviceFacts, requested: str) -> str:
+def _not_preferred(name: str, chosen: str, spec: AttentionSpec, device: DeviceFacts, requested: str) -> str:
     could = "could run the forward pass" if name == "hopper" else "could run it"
     if requested != "auto":
         return f"{could}, but {chosen} was asked for by name"
     if name == "oracle":
         return f"{could}, for debugging: it holds every score in memory, and is taken only when asked for by name"
+    if name == "hopper" and (reservation := hopper.reservation(spec)):
+        return f"{could}, but {reservation}"
     kind = "a CPU" if device.arch in ("cpu", "interpreter") else "a GPU"
     return f"{could}, slower here: the automatic choice prefers {chosen} on {kind}"
 

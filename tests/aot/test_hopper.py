@@ -88,9 +88,6 @@ TARGETS = [
     Target((128, 128), F16, bias="bhqk", bias_dtype=F16),
     Target((64, 64), bias="bhqk", bias_dtype=BOOL),
     Target((80, 80), bias="11qk", bias_dtype=BOOL, band=WINDOW),
-    Target((256, 256), bias="1hqk", band=CAUSAL),
-    Target((256, 256), bias="1hqk", bias_dtype=F32),
-    Target((192, 128), bias="1hqk", length=EVEN),
     # A row of bias a block.
     Target((64, 64), bias="1h1k", band=CAUSAL),
     Target((128, 128), bias="1h1k", bias_dtype=F32),

@@ -87,7 +87,7 @@ def _score_mod(bias: Tensor | None, inner: int, softcap: float | None) -> Callab
         if (outer_varies and inner_varies) or not (outer_varies or inner_varies):
             x = bias.flatten(0, 1)  # one batch dim, or none
         else:
-            x = bias[:, 0] if outer_varies else bias[0]
+            x = bias.squeeze(1) if outer_varies else bias.squeeze(0)
 
     def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if softcap is not None:

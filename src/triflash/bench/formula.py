@@ -44,7 +44,7 @@ def grouped(x: Tensor, heads: int) -> Tensor:
 def dense_bias(bias: Tensor, batch: int, batch_inner: int) -> Tensor:
     """A five-dim bias as ``(B|1, Hq|1, M|1, N|1)``: a view, or a copy if it varies over one batch level of two."""
     if bias.shape[0] == bias.shape[1] == 1:
-        return bias[:, 0]
+        return bias.squeeze(1)  # a view whose backward is one too
     return bias.expand(batch // batch_inner, batch_inner, -1, -1, -1).flatten(0, 1)
 
 

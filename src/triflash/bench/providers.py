@@ -70,8 +70,9 @@ class Triflash(Provider):
         if w.lo is None and w.hi in (None, 0) and w.batch_inner == 1 and w.value_dim == w.head_dim:
 
             def public(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+                four = None if bias is None else bias.squeeze(1)  # indexing would make autograd fill a second tensor of the bias's size
                 with triflash.backend(name):
-                    return triflash.flash_attn_func(q, k, v, None if bias is None else bias[:, 0], w.is_causal, w.softmax_scale)
+                    return triflash.flash_attn_func(q, k, v, four, w.is_causal, w.softmax_scale)
 
             return public
 

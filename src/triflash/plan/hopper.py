@@ -9,12 +9,13 @@ from ..errors import bad_value
 from ..spec import AttentionSpec
 from .configs import padded
 
-__all__ = ["HopperConfig", "bias_block", "bias_bytes", "forward_config", "preferred", "schedule", "shared_memory", "whole_tiles"]
+__all__ = ["HopperConfig", "bias_block", "bias_bytes", "forward_config", "reservation", "schedule", "shared_memory", "whole_tiles"]
 
 ROWS = 64  # queries of one consumer warpgroup: the M of a warpgroup product
 MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even
 TILE_COST = 1  # what a tile costs besides its blocks, in blocks
 SHORTEST = 256
+MAX_BIASED_HEAD_DIM = 128  # above it, with a bias, bits differed between launches on a full chip (docs/tuning.md); the cause is not known
 L2_SECTION = 24 * 2**20  # bytes of keys and values that tiles running at the same time may share: half of an H100's L2 cache
 
 
@@ -180,11 +181,15 @@ def _busiest(lengths: list[int], pairs: int, programs: int, section: int, snake:
     return max(load) * programs / sum(load)
 
 
-def preferred(spec: AttentionSpec) -> bool:
-    """Whether the automatic choice takes these kernels where they can run: not where TMA would want copies, nor for problems so small that
-    the descriptors, which the host makes for every launch, cost more than the kernel saves.
-    """
-    return spec.head_dim % 8 == 0 and spec.value_dim % 8 == 0 and spec.queries >= SHORTEST and spec.keys >= SHORTEST
+def reservation(spec: AttentionSpec) -> str | None:
+    """Why the automatic choice does not take these kernels although they can run, or None if it does."""
+    if spec.bias is not None:
+        return f"kept for calls by name with a bias, until it is known what makes results differ beyond head dim {MAX_BIASED_HEAD_DIM}"
+    if spec.head_dim % 8 or spec.value_dim % 8:
+        return "would copy tensors whose rows are no multiple of 16 bytes"
+    if min(spec.queries, spec.keys) < SHORTEST:
+        return f"costs the host more than it saves the GPU below {SHORTEST} queries or keys"
+    return None
 
 
 def whole_tiles(spec: AttentionSpec, config: HopperConfig) -> tuple[int, int]:
