@@ -205,10 +205,6 @@ def _softmax(
         seen, s = gl.broadcast(seen, s)
         s = gl.where(seen, s, float("-inf"))
     top = gl.max(s, 1)
-    if bias_s is not None:
-        # Released only now: a load from shared memory may still be queued behind the products when its thread passes a barrier, and the
-        # next tile could be written under it. The maximum needs every element, so here all of them have arrived.
-        mbarrier.arrive(bars.index(BIAS_EMPTY + at % BIAS_STAGES * WGS + WG))
     if LATE_SCALE:
         top = top * scale_log2
     m_new = gl.maximum(m, top)
@@ -219,6 +215,12 @@ def _softmax(
         p = gl.exp2(s * scale_log2 - gl.expand_dims(m_safe, 1))
     else:
         p = gl.exp2(s - gl.expand_dims(m_safe, 1))
+    if bias_s is not None:
+        # The fence is not for show. A load from shared memory can wait long behind the operands of products, also after its thread has
+        # passed a barrier, and TMA, which writes by another way, would put the next tile under it. Down here all loads have long arrived,
+        # so that the fence waits for nothing.
+        fence_async_shared()
+        mbarrier.arrive(bars.index(BIAS_EMPTY + at % BIAS_STAGES * WGS + WG))
     return p, m_new, gl.exp2(m - m_safe)
 
 
