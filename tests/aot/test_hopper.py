@@ -165,6 +165,15 @@ def test_compiles_within_limits(target: Target) -> None:
         assert used.spills <= SPILLS, f"{call.config}: {used}"
 
 
+def test_other_sizes_are_the_same_kernel() -> None:
+    """A service that meets many batch sizes and lengths compiles once, not once for each combination of multiples of 16."""
+    compiled = [
+        ahead.compile_for(the_call(Target((64, 64), band=CAUSAL, length=length), batch, heads)[1], "sm90").hash
+        for length, batch, heads in ((2048, 2, 16), (2560, 1, 5), (1024, 16, 1))
+    ]
+    assert len(set(compiled)) == 1
+
+
 def unfenced_releases(code: str) -> int:
     """How often a barrier is told "empty" while loads from shared memory, and no fence after them, came before in the text.
 

@@ -440,7 +440,11 @@ def _consume(
         tma_store_wait(0)
 
 
-@gluon.jit
+# Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
+COUNTS = ["batch", "heads", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake", "alternate"]
+
+
+@gluon.jit(do_not_specialize=COUNTS)
 def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lse, rest, bias_strides, bias_on,
     batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake, alternate,
