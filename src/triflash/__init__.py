@@ -4,6 +4,7 @@ Importing it starts no GPU and compiles nothing; Triton itself is imported with 
 """
 
 from . import ops as _ops  # registers torch.ops.triflash
+from .attention import attention, merge_states
 from .errors import UnsupportedError
 from .explainer import explain
 from .launch import record_launches
@@ -16,11 +17,13 @@ __version__ = "0.1.0"
 __all__ = [
     "UnsupportedError",
     "__version__",
+    "attention",
     "backend",
     "explain",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "merge_states",
     "record_launches",
     "tuned",
 ]
