@@ -54,6 +54,9 @@ RULES: dict[str, list[str]] = {
     ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.ops": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
+    "triflash.attention": [
+        "torch", "triflash.checks", "triflash.spec", "triflash.ops", "triflash.errors", "triflash.plan",
+    ],
     "triflash.triton_flash_attention": [
         "torch", "triflash.checks", "triflash.errors", "triflash.ops", "triflash.plan.select", "triflash.spec",
     ],
