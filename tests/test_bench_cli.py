@@ -180,6 +180,13 @@ def rows(providers: list[Provider], passes: tuple[str, ...] = ("fwd", "bwd")) ->
     return {(row.provider, row.which): row for row in found}
 
 
+def test_more_samples_than_the_usual_most_where_asked_for() -> None:
+    workload = Workload("x", 1, 1, 4, 4, 8, dtype="fp32")
+    with mock.patch.object(measure, "MAX_SAMPLES", 3):
+        (row,) = measure.measure(workload, [PROVIDERS["dense"]], Settings(("fwd",), CPU, 1e-4, 5, 0), lambda _: None)
+    assert len(row.samples_ms) == 5
+
+
 def test_who_is_wrong_gets_no_time() -> None:
     found = rows([Wrong("output", False), Wrong("gradient", True), PROVIDERS["dense"]])
     for which in ("fwd", "bwd"):
@@ -246,6 +253,13 @@ def test_what_was_measured_is_kept(error: BaseException, status: int, tmp_path: 
         (["--out", __file__], "File exists"),
         (["compare", "there-is-none.json", "nor-here.json"], "there-is-none.json"),
         (["plot", __file__], "wanted a file of triflash bench, got something else"),
+        (["--providers", ","], "--providers: wanted at least one name, got none"),
+        (["--pass", " , "], "--pass: wanted at least one name, got none"),
+        (["--dtype", ","], "--dtype: wanted at least one name, got none"),
+        (["--workload", ","], "--workload: wanted at least one name, got none"),
+        (["--seed", "99999999999999999999"], "is not a whole number from 0 to 2^63 - 1"),
+        (["compare", "a.json", "b.json", "--effect", "nan"], "'nan' is not a number of percent from 0 up"),
+        (["compare", "a.json", "b.json", "--alpha", "7"], "'7' is not a probability between 0 and 1"),
     ],
 )
 def test_wrong_use(wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,6 +267,16 @@ def test_wrong_use(wrong: list[str], message: str, capsys: pytest.CaptureFixture
         main(["bench", *wrong])
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rest", [{}, {"cells": [{}], "rows": []}, {"cells": [], "rows": [], "machine": {}, "options": {}, "more": 1}])
+def test_a_file_of_which_parts_are_missing(rest: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({"schema": "triflash-bench/1", **rest}))
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "plot", str(path)])
+    assert stopped.value.code == 2
+    assert "wanted a whole file of triflash bench" in capsys.readouterr().err
 
 
 def test_no_gpu_here(capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,6 +147,7 @@ def test_bad_input_is_refused_as_by_the_call(row: Any) -> None:
 @pytest.mark.parametrize("options, exception, words", [
     ({"grads": ("q", "x")}, ValueError, "grads: wanted some of q, k, v, bias, got 'x'"),
     ({"grads": "bias"}, ValueError, "grads: wanted no bias, got bias; there is none"),
+    ({"device": "meta"}, ValueError, "device: wanted one of .*, got 'meta'; there is no device 'meta' here"),
     ({"device": "sm1"}, ValueError, "device: wanted one of cpu, .*, or a device of this machine, got 'sm1'"),
     ({"device": "cuda:99"}, ValueError, "device: wanted .*, got 'cuda:99'; PyTorch sees"),
     ({"device": 3}, TypeError, "device: wanted .*, got int"),
@@ -388,3 +389,10 @@ def test_wrong_use_of_the_command_line(line: str, status: int, words: str, capsy
     except SystemExit as stop:
         assert stop.code == status
     assert words in capsys.readouterr().err
+
+
+def test_sizes_beyond_64_bits_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["explain", "--s", "1m", "--b", "1m", "--h", "1m", "--device", "sm90"])
+    assert stopped.value.code == 2
+    assert "--b, --s, --h, --d: wanted sizes of tensors below 2^63 bytes" in capsys.readouterr().err

@@ -432,6 +432,7 @@ def test_options() -> None:
     ("--s 2kk", "--s: size: wanted"), ("--causal maybe", "--causal: causal: wanted yes, no or both"), ("--kernels forward,delta", "--kernels delta: wanted some of"),
     ("--s 2k --tokens 3k", "--tokens: wanted a multiple of every --s, got 3072; --s 2048 does not divide it"), ("--d 48 --hd 64", "--hd: wanted a multiple of every --d, got 64; --d 48 does not divide it"),
     ("--dtype fp64", "--dtype fp64"), ("--out /nowhere/at/all.json", "/nowhere/at/all.json: its folder does not exist"),
+    ("--d 512 --compile-only sm90", "--d 512: the Triton kernels take head dims up to 256"), ("--budget abc", "--budget: must be a number from 0 up"),
     ("--budget -1", "--budget: must be a number from 0 up"), ("--compile-only cpu", "--compile-only cpu: wanted one of sm80"),
 ], ids=str)  # fmt: skip
 def test_wrong_use(line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,7 +120,7 @@ def _tune(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
         return _BAD_USE
     try:
         return run.run(tune_options.Options.of(given))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, UnsupportedError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -48,7 +48,10 @@ def explanation(given: argparse.Namespace) -> Explanation:
     """The explanation asked for. Raises ValueError, TypeError or UnsupportedError as :func:`triflash.explain` does."""
 
     def empty(*shape: int, dtype: torch.dtype = given.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        try:
+            return torch.empty(shape, dtype=dtype, device="meta")
+        except RuntimeError:  # its bytes do not fit 64 bits
+            raise bad_value("--b, --s, --h, --d", "sizes of tensors below 2^63 bytes", f"a tensor of {shape}") from None
 
     keys = given.sk or given.s
     q, k = empty(given.b, given.s, given.h, given.d), empty(given.b, keys, given.h, given.d)

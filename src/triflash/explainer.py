@@ -145,9 +145,16 @@ def _facts(device: str | torch.device | DeviceFacts | None, tensors: torch.devic
         device = torch.device(device)
     except RuntimeError:
         raise bad_value("device", wanted, repr(device)) from None
+    if device.type not in ("cpu", "cuda") and (not torch.accelerator.is_available() or _accelerator() != device.type):
+        raise bad_value("device", wanted, repr(str(device)), f"there is no device {device.type!r} here")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise bad_value("device", wanted, repr(str(device)), f"PyTorch sees {torch.cuda.device_count()} GPUs here")
     return facts_of(device), True
+
+
+def _accelerator() -> str | None:
+    own = torch.accelerator.current_accelerator()
+    return None if own is None else own.type
 
 
 def _own_devices() -> list[torch.device]:

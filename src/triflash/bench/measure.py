@@ -18,7 +18,7 @@ from .gate import Part, Problem, reference, verdict
 from .memory import peak_bytes
 from .providers import Attend, Provider, one_line
 from .record import Row
-from .timing import measure_interleaved
+from .timing import MAX_SAMPLES, measure_interleaved
 from .workloads import Workload
 
 __all__ = ["DeviceLostError", "Settings", "compile_only", "measure"]
@@ -187,7 +187,12 @@ def _time(contest: _Contest, runners: dict[str, Attend], which: str, rows: list[
         except Exception as error:  # noqa: BLE001
             _fail(row, error, settings.device)
     found = measure_interleaved(
-        calls, device=settings.device, budget=settings.budget, min_samples=settings.min_samples, wall=which == "step"
+        calls,
+        device=settings.device,
+        budget=settings.budget,
+        min_samples=settings.min_samples,
+        max_samples=max(MAX_SAMPLES, settings.min_samples),
+        wall=which == "step",
     )
     for name, samples in found.items():
         row = by_name[name]

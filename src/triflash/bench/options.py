@@ -56,14 +56,14 @@ class Options:
             raise ValueError(f"--device {device}: PyTorch sees no GPU here")
         chosen = {name: getattr(given, name) or default for name, default in _DEFAULTS[kind].items()}
         dtypes, passes = (_choices(f"--{n}", chosen[n], known) for n, known in (("dtype", tuple(DTYPES)), ("pass", PASSES)))
-        providers = list(PROVIDERS) if chosen["providers"] == "all" else _list(chosen["providers"])
+        providers = list(PROVIDERS) if chosen["providers"] == "all" else _some("--providers", _list(chosen["providers"]))
         for name in providers:
             provider(name)
         if given.workload:
             used = [f"--{name}" for name in (*_SHAPE_DEFAULTS[kind], "tokens", "hd") if getattr(given, name) is not None]
             if used:
                 raise ValueError(f"{', '.join(used)}: a named workload has its own shape; drop them, or drop --workload")
-            chosen_workloads = [w for name in _list(given.workload) for w in named(name)]
+            chosen_workloads = [w for name in _some("--workload", _list(given.workload)) for w in named(name)]
             chosen_workloads = list(dict.fromkeys(w.shrunk() if given.tiny else w for w in chosen_workloads))
         elif given.tiny:
             raise ValueError("--tiny: is for named workloads; choose small --s yourself")
@@ -111,8 +111,14 @@ def _list(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+def _some(option: str, words: list[str]) -> list[str]:
+    if not words:
+        raise ValueError(f"{option}: wanted at least one name, got none")
+    return words
+
+
 def _choices(option: str, text: str, known: tuple[str, ...]) -> list[str]:
-    words = _list(text)
+    words = _some(option, _list(text))
     for word in words:
         if word not in known:
             raise ValueError(f"{option} {word}: wanted some of {', '.join(known)}")
@@ -132,6 +138,32 @@ def _seconds(text: str) -> float:
         value = -1.0
     if not 0 < value < 3600:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def _effect(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of percent from 0 up")
+    return value
+
+
+def _probability(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability between 0 and 1")
     return value
 
 
@@ -171,7 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--providers", metavar="NAMES", help=words("see --list, or all", "providers"))
     add("--budget", type=_seconds, default=0.25, metavar="S", help="seconds of samples for each provider and pass (default 0.25)")
     add("--min-samples", type=_size, default=10, metavar="N", help="samples even if the budget is spent (default 10)")
-    add("--seed", type=int, default=0, metavar="N", help="of the random inputs (default 0)")
+    add("--seed", type=_seed, default=0, metavar="N", help="of the random inputs (default 0)")
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--prepare", type=_count, metavar="N", help="on a GPU, first compile everything in N processes (default half the cores, up to 8)")
     add("--prepare-part", type=_part, help=argparse.SUPPRESS)
@@ -182,9 +214,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare = commands.add_parser("compare", help="what moved between two runs", description="What moved between two runs, beyond noise.")
     compare.add_argument("before", type=Path, help="bench.json of one run")
     compare.add_argument("after", type=Path, help="bench.json of the other")
-    compare.add_argument("--effect", type=float, default=2.0, metavar="PERCENT", help="smallest change of the median to report (default 2)")
     compare.add_argument(
-        "--alpha", type=float, default=0.01, metavar="P", help="chance of one false report in the whole table (default 0.01)"
+        "--effect", type=_effect, default=2.0, metavar="PERCENT", help="smallest change of the median to report (default 2)"
+    )
+    compare.add_argument(
+        "--alpha", type=_probability, default=0.01, metavar="P", help="chance of one false report in the whole table (default 0.01)"
     )
     compare.add_argument("--all", action="store_true", help="show also what did not move")
     plot = commands.add_parser("plot", help="draw a run again", description="Write the tables and plots of a run again from its samples.")

@@ -130,8 +130,11 @@ class Run:
             raise ValueError(f"{path}: wanted a file of triflash bench, got something else") from None
         if schema != SCHEMA:
             raise ValueError(f"{path}: wanted schema {SCHEMA}, got {schema}")
-        cells, rows = [Cell(**c) for c in found.pop("cells")], [Row(**r) for r in found.pop("rows")]
-        return cls(**found, cells=cells, rows=rows)
+        try:
+            cells, rows = [Cell(**c) for c in found.pop("cells")], [Row(**r) for r in found.pop("rows")]
+            return cls(**found, cells=cells, rows=rows)
+        except (KeyError, TypeError):
+            raise ValueError(f"{path}: wanted a whole file of triflash bench, got one whose parts are missing or unknown") from None
 
 
 def write_whole(path: Path, data: str | bytes) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import shorthand
+from ..plan.configs import MAX_HEAD_DIM
 from ..plan.device import KNOWN_DEVICES
 from ..plan.overlay import TUNABLE
 from .cases import Case
@@ -50,6 +51,9 @@ class Options:
                 raise ValueError(f"--kernels {name}: wanted some of {', '.join(TUNABLE)}")
         if given.dtype == torch.float64:
             raise ValueError("--dtype fp64: the Triton kernels do not take it")
+        for d in given.d:
+            if d > MAX_HEAD_DIM:
+                raise ValueError(f"--d {d}: the Triton kernels take head dims up to {MAX_HEAD_DIM}")
         for path in (given.out, given.log):
             if path is not None and not path.absolute().parent.is_dir():
                 raise ValueError(f"{path}: its folder does not exist")
@@ -79,7 +83,10 @@ def _heads(given: argparse.Namespace, d: int) -> int:
 
 
 def _number(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError("must be a number from 0 up")
     return value
