@@ -146,4 +146,4 @@ def test_missing_extras_are_named(missing, monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     assert main(["demo", *TINY]) == 2
-    assert "pip install 'triflash[demo]'" in capsys.readouterr().err
+    assert "pip install '.[demo]'" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -460,4 +461,24 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.delattr("triflash.tune.run", raising=False)
     monkeypatch.setitem(sys.modules, "rich", None)
     assert main(["tune"]) == 2
-    assert "pip install 'triflash[bench]'" in capsys.readouterr().err
+    assert "pip install '.[bench]'" in capsys.readouterr().err
+
+
+def test_a_forward_pass_is_judged_by_its_lse_too() -> None:
+    """A right output beside a wrong lse would make every gradient wrong."""
+    from triflash.tune.measure import Bench
+
+    bench = object.__new__(Bench)
+    lse = torch.tensor([[[0.5, -torch.inf, 1e9]]])
+    bench.saved = (torch.zeros(1), lse, torch.zeros_like(lse))
+    for got, rest, words in (
+        (lse, 0.0, None),
+        (lse + torch.tensor([5e-5, 0.0, 64.0]), 0.0, None),
+        (lse + torch.tensor([1e-2, 0.0, 0.0]), 0.0, "lse is off .* in 1 of 3 rows"),
+        (torch.tensor([[[0.5, 0.0, 1e9]]]), 0.0, "lse is off"),
+        (torch.full_like(lse, torch.nan), 0.0, "in 3 of 3 rows"),
+        (lse, torch.nan, "rest is off"),
+    ):
+        bench.scratch = (torch.zeros(1), got, torch.full_like(lse, rest))
+        problem = bench._lse_problem()
+        assert problem is None if words is None else problem is not None and re.search(words, problem), (got, problem)

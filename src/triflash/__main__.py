@@ -53,7 +53,7 @@ def _demo(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in ("rich", "matplotlib", "numpy"):
             raise
-        print(f"triflash demo needs {error.name}: pip install 'triflash[demo]'", file=sys.stderr)
+        print(f"triflash demo needs {error.name}: pip install '.[demo]' in a clone", file=sys.stderr)
         return _BAD_USE
     try:
         options = Options.of(given, torch.cuda.is_available())
@@ -77,7 +77,7 @@ def _bench(parser: argparse.ArgumentParser, given: argparse.Namespace, words: li
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in ("rich", "matplotlib", "numpy"):
             raise
-        print(f"triflash bench needs {error.name}: pip install 'triflash[bench]'", file=sys.stderr)
+        print(f"triflash bench needs {error.name}: pip install '.[bench]' in a clone", file=sys.stderr)
         return _BAD_USE
     try:
         if given.bench_command == "compare":
@@ -116,7 +116,7 @@ def _tune(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "rich":
             raise
-        print(f"triflash tune needs {error.name}: pip install 'triflash[bench]'", file=sys.stderr)
+        print(f"triflash tune needs {error.name}: pip install '.[bench]' in a clone", file=sys.stderr)
         return _BAD_USE
     try:
         return run.run(tune_options.Options.of(given))

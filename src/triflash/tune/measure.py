@@ -19,6 +19,8 @@ from .cases import Case, launches, plan_of
 
 __all__ = ["Bench", "Measured"]
 
+LSE_TOLERANCE = 1e-4
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -67,10 +69,12 @@ class Bench:
         for config in configs:
             try:
                 run, results = self._prepare(kernel, config)
-                for result in results.values():
+                for result in (*results.values(), *(x for x in self.scratch[1:] if x is not None)):
                     result.fill_(torch.nan)
                 run()
                 problem = verdict([part for part in self.parts if part.name in results], results)
+                if problem is None and kernel == "forward":
+                    problem = self._lse_problem()
             except Exception as error:  # noqa: BLE001 (what a launch raises concerns this configuration)
                 problem = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 if self.device.type == "cuda":
@@ -86,6 +90,17 @@ class Bench:
                 samples = timed[str(config)]
                 found[config] = Measured(tuple(samples.ms), "" if samples.error is None else f"failed: {samples.error}")
         return found
+
+    def _lse_problem(self) -> str | None:
+        """What is wrong with the lse and its rest of a forward pass, against those that the backward kernels were judged with."""
+        for name, got, wanted in zip(("lse", "rest"), self.scratch[1:], self.saved[1:], strict=True):
+            if got is None or wanted is None:
+                continue
+            limit = LSE_TOLERANCE * (1 + self.saved[1].abs())
+            wrong = ~((got == wanted) | ((got - wanted).abs() <= limit))  # NaN is wrong; equal infinities are not
+            if wrong.any():
+                return f"{name} is off by more than {LSE_TOLERANCE:g} (1 + |lse|) in {int(wrong.sum())} of {wrong.numel()} rows"
+        return None
 
     def _prepare(self, kernel: str, config: TileConfig) -> tuple[Callable[[], None], dict[str, Tensor]]:
         """What runs a kernel, and the results that it then holds."""
