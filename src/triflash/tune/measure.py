@@ -96,7 +96,7 @@ class Bench:
         for name, got, wanted in zip(("lse", "rest"), self.scratch[1:], self.saved[1:], strict=True):
             if got is None or wanted is None:
                 continue
-            limit = LSE_TOLERANCE * (1 + self.saved[1].abs())
+            limit = LSE_TOLERANCE * (1 + self.saved[1].abs().nan_to_num(posinf=0.0))
             wrong = ~((got == wanted) | ((got - wanted).abs() <= limit))  # NaN is wrong; equal infinities are not
             if wrong.any():
                 return f"{name} is off by more than {LSE_TOLERANCE:g} (1 + |lse|) in {int(wrong.sum())} of {wrong.numel()} rows"
