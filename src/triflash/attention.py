@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import BIAS_DTYPES, check_bool, check_scale, check_tensors, same_device_and_dtype
+from .checks import check_bias, check_bool, check_scale, check_tensors, same_device_and_dtype
 from .errors import bad_type, bad_value, unsupported
 from .ops import attention_forward
 from .plan.select import check_backend, requested_backend
@@ -183,9 +183,8 @@ def _bias_of(
     q: Tensor, bias: Tensor | None, mask: Tensor | None, key_lengths: Tensor | None, batch: tuple[int, ...], scores: tuple[int, ...]
 ) -> Tensor | None:
     """What is added to the scores, a bool mask included, checked; not yet of a canonical shape."""
-    for name, x in (("bias", bias), ("mask", mask)):
-        if x is not None:
-            _check_broadcast(name, x, q, scores)
+    check_bias(bias, q, scores)
+    check_bias(mask, q, scores, "mask")
     if mask is not None and mask.dtype != torch.bool:
         raise bad_type("mask", "a bool tensor, True = visible", mask.dtype, "a float one is a bias")
     if bias is not None and mask is not None:
@@ -204,22 +203,6 @@ def _bias_of(
             f"key_lengths and {other} together", "auto", "hide by the other: keys j with j >= key_lengths[..., None, None, None]"
         )
     return (torch.arange(scores[-1], device=q.device) < key_lengths[..., None])[..., None, None, :]
-
-
-def _check_broadcast(name: str, x: Any, q: Tensor, scores: tuple[int, ...]) -> None:
-    if not isinstance(x, Tensor):
-        raise bad_type(name, "a tensor or None", type(x).__name__)
-    wanted = f"2 to {len(scores)} dims that broadcast to (*batch, H, M, N) = {scores}"
-    if not 2 <= x.dim() <= len(scores):
-        raise bad_value(name, wanted, f"{x.dim()} dims {tuple(x.shape)}")
-    if any(own not in (1, size) for own, size in zip(reversed(x.shape), reversed(scores), strict=False)):
-        raise bad_value(name, wanted, tuple(x.shape), "each dim must be 1 or the full size, aligned to the right")
-    if x.dtype not in BIAS_DTYPES and not (x.dtype == q.dtype == torch.float64):
-        raise bad_type(name, "float16, bfloat16, float32 or bool (True = visible)", x.dtype)
-    if x.device != q.device:
-        raise bad_value(name, f"q's device {q.device}", x.device)
-    if x.layout != torch.strided:
-        raise bad_type(name, "a dense (strided) tensor", x.layout)
 
 
 def _two_levels(bias: Tensor | None, batch: tuple[int, ...], name: str) -> tuple[Tensor | None, int]:

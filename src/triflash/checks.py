@@ -92,23 +92,23 @@ def check_scale(name: str, value: Any, head_dim: int) -> float:
     return float(value)
 
 
-def check_bias(bias: Any, q: Tensor, full: tuple[int, int, int, int]) -> None:
-    """Check that a bias, unless it is None, broadcasts to ``full = (B, H, M, N)`` and sits where q does."""
+def check_bias(bias: Any, q: Tensor, full: tuple[int, ...], name: str = "bias") -> None:
+    """Check that a bias (or mask), unless it is None, broadcasts to ``full = (*batch, H, M, N)`` and sits where q does."""
     if bias is None:
         return
     if not isinstance(bias, Tensor):
-        raise bad_type("bias", "a tensor or None", type(bias).__name__)
-    if not 2 <= bias.dim() <= 4:
-        raise bad_value("bias", _bias_wanted(full), f"{bias.dim()} dims {tuple(bias.shape)}")
+        raise bad_type(name, "a tensor or None", type(bias).__name__)
+    if not 2 <= bias.dim() <= len(full):
+        raise bad_value(name, _bias_wanted(full), f"{bias.dim()} dims {tuple(bias.shape)}")
     for own, size in zip(reversed(bias.shape), reversed(full), strict=False):
         if own != 1 and own != size:
-            raise bad_value("bias", _bias_wanted(full), tuple(bias.shape), _bias_hint(tuple(bias.shape), full))
+            raise bad_value(name, _bias_wanted(full), tuple(bias.shape), _bias_hint(name, tuple(bias.shape), full))
     if bias.dtype not in BIAS_DTYPES and not (bias.dtype == q.dtype == torch.float64):
-        raise bad_type("bias", "float16, bfloat16, float32 or bool (True = visible)", bias.dtype)
+        raise bad_type(name, "float16, bfloat16, float32 or bool (True = visible)", bias.dtype)
     if bias.device != q.device:
-        raise bad_value("bias", f"q's device {q.device}", bias.device)
+        raise bad_value(name, f"q's device {q.device}", bias.device)
     if bias.layout != torch.strided:
-        raise bad_type("bias", "a dense (strided) tensor", bias.layout)
+        raise bad_type(name, "a dense (strided) tensor", bias.layout)
 
 
 def canonical_bias(bias: Tensor | None) -> Tensor | None:
@@ -123,14 +123,16 @@ def canonical_bias(bias: Tensor | None) -> Tensor | None:
     return bias.unsqueeze(1)
 
 
-def _bias_wanted(full: tuple[int, int, int, int]) -> str:
+def _bias_wanted(full: tuple[int, ...]) -> str:
     # Worded only when it is needed: formatting a symbolic size would make torch.compile specialise on it.
-    return f"2 to 4 dims that broadcast to (B={full[0]}, H={full[1]}, M={full[2]}, N={full[3]})"
+    *batch, H, M, N = full
+    names = [f"B={size}" if len(batch) == 1 else f"B{n}={size}" for n, size in enumerate(batch)]
+    return f"2 to {len(full)} dims that broadcast to ({', '.join(names)}, H={H}, M={M}, N={N})"
 
 
-def _bias_hint(shape: tuple[int, ...], full: tuple[int, int, int, int]) -> str:
-    if len(shape) == 3 and shape[0] == full[0] != full[1]:
-        return "a 3-dim bias is (H, M, N); for one per batch entry pass bias[:, None]"
-    if len(shape) == 2 and shape == (full[0], full[3]):
-        return "for one row of keys per batch entry pass bias[:, None, None, :]"
+def _bias_hint(name: str, shape: tuple[int, ...], full: tuple[int, ...]) -> str:
+    if len(full) == 4 and len(shape) == 3 and shape[0] == full[0] != full[1]:
+        return f"a 3-dim {name} is (H, M, N); for one per batch entry pass {name}[:, None]"
+    if len(full) == 4 and len(shape) == 2 and shape == (full[0], full[3]):
+        return f"for one row of keys per batch entry pass {name}[:, None, None, :]"
     return "each dim must be 1 or the full size"
