@@ -92,19 +92,19 @@ def shared_memory(spec: AttentionSpec, config: HopperConfig) -> int:
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
 
-def _candidates(head: int, bias: bool, banded: bool, keys: int) -> tuple[HopperConfig, ...]:
+def _candidates(head: int, bias: bool, bias_tiles: bool, banded: bool, keys: int) -> tuple[HopperConfig, ...]:
     """From the fastest measured to the smallest; the first that fits is taken.
 
     H200, Triton 3.6.0, bf16, 16,384 tokens, h*d = 2048, 2026-11 (docs/tuning.md). At d 64 three consumers hide more of the exponentials,
     but their tiles of 192 queries waste more of a short triangle. Turns pay where the softmax is long beside the products.
     """
     if head <= 64:
-        if bias:
+        if bias_tiles:
             return (HopperConfig(2, 128, 2, 2, turns=True), HopperConfig(2, 128, 2, 1, turns=True), HopperConfig(2, 64, 2, turns=True))
-        wide = not banded or keys >= 4096
+        wide = not bias and (not banded or keys >= 4096)  # registers of a third consumer leave no room for a bias
         return (HopperConfig(3 if wide else 2, 128, 2, turns=True), HopperConfig(2, 64, 2, turns=True))
     if head <= 128:
-        turns = bias or keys <= 1024
+        turns = bias_tiles or keys <= 1024
         return (
             HopperConfig(2, 128, 2, turns=turns),
             HopperConfig(2, 128, 2, turns=turns, own_out=False),
@@ -126,8 +126,8 @@ def forward_config(spec: AttentionSpec, limit: int, processors: int = 0) -> Hopp
     Where its tiles are too few for the ``processors``, tiles of 64 queries take their place.
     """
     head = padded(max(spec.head_dim, spec.value_dim))
-    bias = spec.bias is not None and spec.bias.varies[4]
-    for config in _candidates(head, bias, spec.lo is not None or spec.hi is not None, spec.keys):
+    bias_tiles = spec.bias is not None and spec.bias.varies[4]
+    for config in _candidates(head, spec.bias is not None, bias_tiles, spec.lo is not None or spec.hi is not None, spec.keys):
         if shared_memory(spec, config) <= limit and (config.own_out or padded(spec.head_dim) == padded(spec.value_dim)):
             if 2 * whole_tiles(spec, config)[1] <= processors:
                 return replace(config, consumers=1, turns=False)
