@@ -87,6 +87,14 @@ def test_who_sees_whom(window: Any, causal: Any, lengths: tuple[int, int], backe
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [(2**31 - 1, 2**31 - 1), (None, 2**31 - 1), (2**40, 0), (10**9, None)], ids=str)
+def test_windows_as_good_as_open(window: Any, backend: str, device: torch.device) -> None:
+    """The largest 32-bit number means "no limit" to some; added to a position it would wrap around."""
+    for causal in (False, True, "top_left"):
+        agree(inputs(1, device=device), backend, causal=causal, window=window)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", ["qk", "hqk", "b1qk", "1h1k", "b11k", "1hq1", "bhqk", "1111"])
 @pytest.mark.parametrize("kind", ["bias", "mask"])
 def test_bias_and_mask(kind: str, shape: str, backend: str, device: torch.device) -> None:

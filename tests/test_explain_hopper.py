@@ -35,7 +35,7 @@ def test_forward_by_hopper_backward_by_triton() -> None:
     assert (explained.forward.backend, explained.backward.backend) == ("hopper", "triton")
     (forward,) = explained.forward.steps
     assert isinstance(forward.step.config, HopperConfig)
-    assert forward.source == "plan/hopper.py, as measured on an H200"
+    assert forward.source == "a rule of plan/hopper.py, drawn from measurements on an H200"
     assert forward.shared_memory == hopper.shared_memory(explained.spec, forward.step.config) <= KNOWN_DEVICES["sm90"].shared_memory
     assert explained.launches[0] == f"hopper: forward {forward.step.config}" and explained.launches[1].startswith("triton: delta")
     assert set(dict(explained.not_taken)) == {"tiled", "oracle"}

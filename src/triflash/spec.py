@@ -166,6 +166,9 @@ def spec_of(
         # A size-1 problem dim counts as varying: there is nothing to reduce over.
         varies = tuple(own == size for own, size in zip(bias.shape, full, strict=True))
         bias_spec = BiasSpec(_dtype_name("bias", bias), varies)  # type: ignore[arg-type]
+    # Bounds that hide nothing are open; kernels add the others to 32-bit positions, so those are kept near the sizes.
+    lo = None if lo is None or lo <= 1 - M else min(lo, N)
+    hi = None if hi is None or hi >= N - 1 else max(hi, -M)
     precision = resolve_precision(precision) if q.dtype == torch.float32 else "ieee"
     return AttentionSpec(_dtype_name("q", q), B // batch_inner, batch_inner, M, N, H, D, Dv, bias_spec, lo, hi, float(scale), precision)
 

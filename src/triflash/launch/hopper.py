@@ -68,7 +68,7 @@ def forward_calls(
             "BN": block_n,
             "WGS": config.consumers,
             "K_STAGES": config.num_stages,
-            "V_STAGES": config.v_stages or config.num_stages,
+            "V_STAGES": config.value_stages,
             "BIAS_STAGES": config.bias_stages,
             "BATCH_FASTEST": step.order == "batch",
             "IS_MASK": spec.bias is not None and spec.bias.is_mask,

@@ -50,6 +50,10 @@ class HopperConfig:
         return ROWS * self.consumers
 
     @property
+    def value_stages(self) -> int:
+        return self.v_stages or self.num_stages
+
+    @property
     def num_warps(self) -> int:
         """Of the first consumer; the others and the producer are workers of a specialised kernel and bring their own."""
         return 4
@@ -60,7 +64,7 @@ class HopperConfig:
 
     def __str__(self) -> str:
         flags = " turns" * self.turns + " own-out" * self.own_out + " persistent" * self.persistent
-        return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.v_stages or self.num_stages} b{self.bias_stages}{flags}"
+        return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.value_stages} b{self.bias_stages}{flags}"
 
 
 def bias_block(spec: AttentionSpec, config: HopperConfig) -> tuple[int, int]:
@@ -86,9 +90,9 @@ def shared_memory(spec: AttentionSpec, config: HopperConfig) -> int:
     """Bytes of shared memory of one program of the forward kernel."""
     head, value = padded(spec.head_dim) * 2, padded(spec.value_dim) * 2
     queries = config.block_m * (max(head, value) if not config.own_out else head + value)
-    keys = config.block_n * (config.num_stages * head + (config.v_stages or config.num_stages) * value)
+    keys = config.block_n * (config.num_stages * head + config.value_stages * value)
     bias = config.bias_stages * config.consumers * bias_bytes(spec, config)
-    barriers = 8 * (3 * config.consumers + 4 * config.num_stages + 2 * config.bias_stages * config.consumers)
+    barriers = 8 * (3 * config.consumers + 2 * (config.num_stages + config.value_stages) + 2 * config.bias_stages * config.consumers)
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
 

@@ -284,7 +284,7 @@ def hopper_config_of(spec: AttentionSpec, device: DeviceFacts, choices: Choices)
         return chosen, "chosen by hand (override_configs)"
     config = hopper.forward_config(spec, device.shared_memory, device.processors)
     assert config is not None, "why_not refuses what fits no candidate"
-    return config, "plan/hopper.py, as measured on an H200"
+    return config, "a rule of plan/hopper.py, drawn from measurements on an H200"
 
 
 def _plan_hopper_forward(spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> Plan:

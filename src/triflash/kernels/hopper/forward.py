@@ -217,8 +217,8 @@ def _softmax(
         p = gl.exp2(s - gl.expand_dims(m_safe, 1))
     if bias_s is not None:
         # The fence is not for show. A load from shared memory can wait long behind the operands of products, also after its thread has
-        # passed a barrier, and TMA, which writes by another way, would put the next tile under it. Down here all loads have long arrived,
-        # so that the fence waits for nothing.
+        # passed a barrier, and TMA, which writes by another way, would put the next tile under it. Where this stands does not matter: the
+        # assembler moves fence and release up to the loads.
         fence_async_shared()
         mbarrier.arrive(bars.index(BIAS_EMPTY + at % BIAS_STAGES * WGS + WG))
     return p, m_new, gl.exp2(m - m_safe)
