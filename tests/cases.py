@@ -29,7 +29,7 @@ from triflash.bench.tolerance import (
 )
 from triflash.plan.configs import MAX_HEAD_DIM, TileConfig
 from triflash.plan.device import facts_of
-from triflash.plan.hopper import MAX_BIASED_HEAD_DIM, HopperConfig
+from triflash.plan.hopper import HopperConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_forward
 from triflash.spec import spec_of
@@ -362,7 +362,7 @@ def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
     if backend == "hopper":
         can = ON_HOPPER and case.dtype in (torch.float16, torch.bfloat16) and torch.float64 not in dtypes
         empty = 0 in (case.B, case.H, case.M, case.N)
-        return not can or empty or max(case.D, case.Dv or case.D) > (MAX_BIASED_HEAD_DIM if case.bias else MAX_HEAD_DIM)
+        return not can or empty or max(case.D, case.Dv or case.D) > MAX_HEAD_DIM
     return backend == "triton" and (torch.float64 in dtypes or (on_interpreter and torch.bfloat16 in dtypes))
 
 

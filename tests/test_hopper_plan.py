@@ -50,14 +50,9 @@ def test_the_automatic_choice_on_sm90(problem: AttentionSpec) -> None:
 
 @triton_only
 @pytest.mark.parametrize("bias", ["b1hqk", "11h1k", "b11q1", "11111"])
-def test_a_bias_is_taken_by_name_alone(bias: str) -> None:
-    """And by no name at head dims above 128."""
-    assert plan_forward(spec(bias), SM90).backend == "triton" and plan_forward(spec(bias), SM90, "hopper").backend == "hopper"
-    for dims in ((256, 256), (64, 192)):
-        wide = spec(bias, head_dim=dims[0], value_dim=dims[1])
-        assert plan_forward(wide, SM90).backend == "triton"
-        with pytest.raises(UnsupportedError, match="with a bias"):
-            plan_forward(wide, SM90, "hopper")
+def test_a_bias_is_taken(bias: str) -> None:
+    for dims in ((64, 64), (256, 256), (64, 192)):
+        assert plan_forward(spec(bias, head_dim=dims[0], value_dim=dims[1]), SM90).backend == "hopper"
 
 
 REFUSED = [

@@ -69,7 +69,8 @@ TARGETS = [
     Target((192, 192), band=WINDOW),
     Target((192, 128), band=CAUSAL, length=EVEN),
     # A tile of bias a block.
-    *(Target((d, d), bias="1hqk", band=band) for d in (64, 128) for band in ((None, None), CAUSAL)),
+    *(Target((d, d), bias="1hqk", band=band) for d in (64, 128, 256) for band in ((None, None), CAUSAL)),
+    Target((256, 256), bias="1hqk", bias_dtype=F32),
     Target((64, 64), bias="bhqk", bias_dtype=F32, band=CAUSAL),
     Target((128, 128), bias="1hqk", bias_dtype=F32, length=EVEN),
     Target((96, 96), F16, bias="bhqk", bias_dtype=F32, band=WINDOW, length=ODD),

@@ -15,7 +15,6 @@ ROWS = 64  # queries of one consumer warpgroup: the M of a warpgroup product
 MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even
 TILE_COST = 1  # what a tile costs besides its blocks, in blocks
 SHORTEST = 256
-MAX_BIASED_HEAD_DIM = 128  # above it, with a bias, bits differed between launches (docs/tuning.md); a mend awaits its run on a GPU
 L2_SECTION = 24 * 2**20  # bytes of keys and values that tiles running at the same time may share: half of an H100's L2 cache
 
 
@@ -187,8 +186,6 @@ def _busiest(lengths: list[int], pairs: int, programs: int, section: int, snake:
 
 def reservation(spec: AttentionSpec) -> str | None:
     """Why the automatic choice does not take these kernels although they can run, or None if it does."""
-    if spec.bias is not None:
-        return "kept for calls by name with a bias, until a race with its loads is seen to be mended"
     if spec.head_dim % 8 or spec.value_dim % 8:
         return "would copy tensors whose rows are no multiple of 16 bytes"
     if min(spec.queries, spec.keys) < SHORTEST:

@@ -158,9 +158,6 @@ def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str]
         return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
     if spec.is_empty:
         return "empty tensors", "use backend('triton')"
-    if spec.bias is not None and max(spec.head_dim, spec.value_dim) > hopper.MAX_BIASED_HEAD_DIM:
-        limit = f"up to {hopper.MAX_BIASED_HEAD_DIM} with a bias: beyond, its results were seen to differ from run to run"
-        return f"head dim {max(spec.head_dim, spec.value_dim)} with a bias", f"it takes {limit}; use backend('triton')"
     if hopper.forward_config(spec, device.shared_memory) is None:
         return f"head dims {spec.head_dim} and {spec.value_dim} with such a bias", "no tile fits in shared memory: use backend('triton')"
     return None
