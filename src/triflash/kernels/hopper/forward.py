@@ -27,6 +27,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .grid import accumulator, locate, share, stacked
 
 
 @gluon.constexpr_function
@@ -40,62 +41,6 @@ def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
     return sum(sizes[n] for n in names[: names.index(name)])
 
 
-@gluon.constexpr_function
-def accumulator(columns):
-    """How a warpgroup holds the result of a product: 64 rows, 16 a warp."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
-@gluon.constexpr_function
-def stacked(count, shape):
-    """The shape of ``count`` blocks."""
-    return [count, *shape]
-
-
-@gluon.jit
-def share(tiles, snake):
-    """How many tiles this program works through: the grid deals them out in waves."""
-    programs = gl.num_programs(0)
-    waves = tiles // programs
-    return waves + (_place(waves, snake) < tiles % programs).to(gl.int32)
-
-
-@gluon.jit
-def _place(wave, snake):
-    return gl.where((wave & snake) == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
-
-
-@gluon.jit
-def locate(
-    wave, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST: gl.constexpr, BM: gl.constexpr, WGS: gl.constexpr,
-    REVERSED: gl.constexpr,
-):  # fmt: skip
-    """(first query, head, batch) of this program's tile of a wave.
-
-    Pairs of batch and head are cut into sections whose keys and values fit in the L2 cache; within a section all pairs do one query tile
-    before any does the next. Under a causal mask (REVERSED) later tiles are longer, and what every program gets must still add up to the
-    same: with ``alternate`` = 1 the sections go from the longest tiles to the shortest and back in turn, the last one ending with the
-    shortest; with ``snake`` = 1 every other wave is dealt to the programs from the other end. ``plan/hopper.py`` chooses. BATCH_FASTEST:
-    neighbours differ in the batch, not the head, and so share a bias that broadcasts over the batch.
-    """
-    index = wave * gl.num_programs(0) + _place(wave, snake)
-    number = index // (section * tiles_m)
-    rest = index - number * (section * tiles_m)
-    size = min(section, batch * heads - number * section)
-    tile = rest // size
-    pair = number * section + rest % size
-    if REVERSED:
-        remaining = (batch * heads + section - 1) // section - 1 - number
-        tile = gl.where((remaining & alternate) == 0, tiles_m - 1 - tile, tile)
-    if BATCH_FASTEST:
-        head = pair // batch
-        b = pair % batch
-    else:
-        head = pair % heads
-        b = pair // heads
-    return tile * (BM * WGS), head, b
-
-
 @gluon.jit
 def visible_blocks(m0, rows, M, N, lo, hi, BN: gl.constexpr):
     """``segments`` of the queries ``m0 … m0 + rows``, but never empty: queries that see no key get one block to hide altogether."""
@@ -106,7 +51,7 @@ def visible_blocks(m0, rows, M, N, lo, hi, BN: gl.constexpr):
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, bias_desc, q_s, k_s, v_s, bias_s, bars,
-    batch, heads, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake, alternate,
+    batch, heads, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     VARIES_M: gl.constexpr,
@@ -120,9 +65,10 @@ def _produce(
     V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    LONGEST: gl.constexpr = "last" if hi is not None else "none"
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(share(tiles, snake)):
-        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST, BM, WGS, hi is not None)
+        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
         begin, _a, _b, end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
         for j in range(end - begin):
             n0 = (end - 1 - j) * BN
@@ -311,7 +257,7 @@ def _walk(
 @gluon.jit
 def _consume(
     out_desc, bias, lse, rest, q_s, k_s, v_s, out_s, bias_s, bars,
-    bias_strides, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake, alternate,
+    bias_strides, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
     POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
@@ -338,10 +284,11 @@ def _consume(
     OVERLAP: gl.constexpr = out_s is not None
     DT: gl.constexpr = q_s.dtype
     nothing = gl.zeros([BM, BN], gl.float32, S)
+    LONGEST: gl.constexpr = "last" if hi is not None else "none"
     waves = share(tiles, snake)
     done = 0  # blocks of earlier tiles
 
-    m0, head, b = locate(0, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST, BM, WGS, hi is not None)
+    m0, head, b = locate(0, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
     _begin, _full_begin, _full_end, first_end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
     m0 += WG * BM
     row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
@@ -398,7 +345,7 @@ def _consume(
             old_m0 = m0
             old_head = head
             old_b = b
-            m0, head, b = locate(wave + 1, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST, BM, WGS, hi is not None)
+            m0, head, b = locate(wave + 1, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
             _begin, _full_begin, _full_end, next_end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
             m0 += WG * BM
             row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
@@ -441,13 +388,13 @@ def _consume(
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch", "heads", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake", "alternate"]
+COUNTS = ["batch", "heads", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lse, rest, bias_strides, bias_on,
-    batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake, alternate,
+    batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
@@ -495,41 +442,41 @@ def forward(
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
                         optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake, alternate,
+                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
                         BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [1], [24])  # fmt: skip
     elif WGS == 2:
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
                         optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
                         optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, alternate, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake, alternate,
+                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
                         BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
                         optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
                         optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, alternate, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
                         optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, alternate, 2, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        tiles_m, tiles, section, snake, 2, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake, alternate,
+                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
                         BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

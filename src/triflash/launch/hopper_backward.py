@@ -1,0 +1,122 @@
+"""Arguments and launches of the backward kernels for Hopper. Imports triton, so it is itself imported only when a plan needs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.hopper import backward as keys_kernels
+from ..kernels.hopper import edges
+from ..plan.configs import TileConfig, padded
+from ..plan.hopper_backward import KEYS, KeysConfig, dims, keys_tiles, schedule, stats_kinds, stats_length
+from ..plan.select import Step
+from ..spec import AttentionSpec
+from .calls import Call
+from .hopper import descriptor
+
+__all__ = ["finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call"]
+
+EDGE = TileConfig(64, 16, 4, 1)  # rows of a program of prepare and finish, which have no tiles of scores
+
+
+def new_stats(spec: AttentionSpec, like: Tensor) -> Tensor:
+    """Room for the table of statistics, (batch and head, lse | delta | rest, query)."""
+    return like.new_empty(spec.batch * spec.heads, stats_kinds(spec), stats_length(spec), dtype=torch.float32)
+
+
+def new_dq_sum(spec: AttentionSpec, like: Tensor) -> Tensor:
+    """Room for the float32 sum of dq, (batch, head, query, dim); rows are whole multiples of 16 bytes."""
+    return like.new_empty(spec.batch, spec.heads, spec.queries, -(-spec.head_dim // 4) * 4, dtype=torch.float32)
+
+
+def prepare_call(
+    spec: AttentionSpec, out: Tensor, dout: Tensor, dlse: Tensor | None, lse: Tensor, rest: Tensor | None, stats: Tensor, dq_sum: Tensor | None
+) -> Call:
+    """Fills stats, and dq_sum with zeros."""
+    args = (
+        *(out, dout, dlse, lse, rest if stats.shape[1] == 3 else None, stats, dq_sum),
+        *(out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride(), lse.stride()),
+        *(spec.heads, spec.queries, stats.shape[2]),
+    )
+    row = 4 if dq_sum is None else dq_sum.shape[3]
+    constants = {
+        "BM": EDGE.block_m,
+        "DV": spec.value_dim,
+        "BDV": padded(spec.value_dim),
+        "ROW": row,
+        "BROW": padded(row),
+        "KINDS": stats.shape[1],
+        "WIDE": True,
+    }
+    return Call(edges.prepare, args, constants, EDGE, stats.shape[0] * stats.shape[2] // EDGE.block_m)
+
+
+def finish_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor) -> Call:
+    """dq from its float32 sum."""
+    args = (dq_sum, dq, dq.stride()[:3], spec.heads, spec.queries, spec.scale)
+    constants = {"BM": EDGE.block_m, "D": spec.head_dim, "BD": padded(spec.head_dim), "ROW": dq_sum.shape[3], "WIDE": True}
+    return Call(edges.finish, args, constants, EDGE, spec.batch * spec.heads * -(-spec.queries // EDGE.block_m))
+
+
+def keys_call(
+    spec: AttentionSpec,
+    step: Step,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    dout: Tensor,
+    stats: Tensor,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dq_sum: Tensor | None,
+    dbias: Tensor | None,
+    dbias_strides: tuple[int, int, int, int] | None,
+) -> Call:
+    """dk, dv, what dq sums up to, and the gradient of a bias that varies over keys alone: what is None is not computed."""
+    config = step.config
+    assert isinstance(config, KeysConfig)
+    head, value = dims(spec)
+    half, rows = KEYS // 2, config.block_m
+    bias_desc = bias_on = pointer = strides = None
+    if bias is not None:
+        assert spec.bias is not None and spec.bias.varies[4]
+        bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+        if spec.bias.varies[3]:
+            bias_desc = descriptor(bias, (1, 1, 1, rows, half))
+            bias_on = tuple(int(size > 1) for size in bias.shape[:3])
+        else:
+            pointer = bias
+            strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+    tiles_n, tiles = keys_tiles(spec)
+    longest = "first" if spec.hi is not None else "none" if spec.lo is None else "last"
+    args: tuple[Any, ...] = (
+        descriptor(q, (1, rows, 1, head)),
+        descriptor(k, (1, half, 1, head)),
+        descriptor(v, (1, half, 1, value)),
+        descriptor(dout, (1, rows, 1, value)),
+        descriptor(stats, (1, 1, rows)),
+        bias_desc,
+        None if dk is None else descriptor(dk, (1, half, 1, head)),
+        None if dv is None else descriptor(dv, (1, half, 1, value)),
+        None if dq_sum is None else descriptor(dq_sum, (1, 1, rows, head // 2)),
+        *(pointer, dbias, strides, dbias_strides, bias_on),
+        *(spec.batch, spec.heads, 1, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
+        *(tiles_n, tiles, *schedule(spec, config, step.programs)),
+    )
+    constants: dict[str, Any] = {
+        "BM": rows,
+        "BN": KEYS,
+        "Q_STAGES": config.q_stages,
+        "O_STAGES": config.o_stages,
+        "BIAS_STAGES": config.bias_stages,
+        "HAS_REST": stats.shape[1] == 3,
+        "IS_MASK": spec.bias is not None and spec.bias.is_mask,
+        "EVEN_N": spec.keys % KEYS == 0,
+        "EARLY": config.early,
+        "BATCH_FASTEST": step.order == "batch",
+        "LONGEST": longest,
+    }
+    return Call(keys_kernels.keys_backward, args, constants, config, step.programs)
