@@ -1,5 +1,5 @@
 """Arguments of the Hopper kernels ``dq`` and ``dbias``. Touches no device: tensors may be meta tensors. All must be addressable by TMA
-(``launch/hopper.addressable``), dbias of its own kernel excepted, which may have any strides.
+(``launch/hopper.addressable``), except what the kernel ``dbias`` writes, which may have any strides and is written faster if it is.
 
 ``stats`` is what both read of a query: a contiguous float32 tensor (B * H, 2 or 3, M up to a multiple of 128) of lse in base 2 (+inf where
 the query sees no key or does not exist), delta, and if the spec keeps it rest.
@@ -19,7 +19,7 @@ from ..plan.hopper import ROWS, bias_block, schedule, whole_tiles
 from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_tiles
 from ..spec import AttentionSpec
 from .calls import Call, bias_strides
-from .hopper import descriptor
+from .hopper import addressable, descriptor
 
 __all__ = ["STATISTICS_MULTIPLE", "dbias_call", "dq_call"]
 
@@ -84,10 +84,12 @@ def dbias_call(
     block_n, chunk = config.block_n, config.chunk
     rows, keys = (1, ROWS, 1, chunk), (1, block_n, 1, chunk)
     tiles_m, tiles_n, own = dbias_tiles(spec, config)
+    direct = splits == 1 and parts.dtype == bias.dtype and addressable(parts[0])
+    strides = None if direct else tuple(0 if size == 1 else stride for size, stride in zip(parts.shape, parts.stride(), strict=True))
     args = (
         *(descriptor(q, rows), descriptor(dout, rows), descriptor(k, keys), descriptor(v, keys)),
         descriptor(bias, (1, 1, 1, ROWS, block_n)),
-        *(parts, stats, tuple(0 if size == 1 else stride for size, stride in zip(parts.shape, parts.stride(), strict=True))),
+        *(descriptor(parts[0], (1, 1, 1, ROWS, block_n)) if direct else None, None if direct else parts, stats, strides),
         *(spec.batch_outer, spec.batch_inner, spec.heads, q.shape[2] // k.shape[2], spec.queries, spec.keys, spec.lo, spec.hi),
         *(spec.scale, splits, tiles_m, tiles_n, own * splits),
     )

@@ -12,12 +12,11 @@ from .configs import padded
 from .hopper import HopperConfig, bias_bytes, whole_tiles
 
 __all__ = [
-    "MAX_SLOTS_HEAD_DIM", "RowsConfig", "batch_fastest", "dbias_config", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_tiles",
+    "RowsConfig", "batch_fastest", "dbias_config", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_tiles",
     "dbias_works", "dq_config", "dq_programs", "dq_shared_memory",
 ]  # fmt: skip
 
 ROWS = 64  # queries of one consumer warpgroup
-MAX_SLOTS_HEAD_DIM = 256
 EMPTY_TILE_COST = 0.2  # of writing a tile of zeros, in rounds
 MOST_SIMULATED = 65536  # tiles; with more, any way of dealing them comes out even
 
@@ -57,23 +56,28 @@ def dq_shared_memory(spec: AttentionSpec, config: RowsConfig, dbias: bool) -> in
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
 
-def _dq_candidates(head: int, bias: bool, dbias: bool) -> tuple[RowsConfig, ...]:
-    """From the fastest to the smallest as reckoned, not measured; the first that fits is taken."""
-    stages = 2 if dbias else 1  # a buffer of the bias is busy for longer where its gradient leaves through it
+def _dq_candidates(head: int, bias: bool) -> tuple[RowsConfig, ...]:
+    """From the fastest to the smallest as reckoned, not measured; the first that fits is taken.
+
+    A key block is used for two steps when the last product lags behind, so there are three buffers for them. A bias tile's buffer is in use
+    for longer where its gradient leaves through it.
+    """
     if head <= 64:
-        wide = RowsConfig(2, 128, 2, stages) if not bias else RowsConfig(2, 64, 3, 2)
-        return (wide, RowsConfig(2, 64, 2, stages), RowsConfig(2, 64, 2, own_out=False))
+        if not bias:
+            return (RowsConfig(2, 128, 3, v_stages=2), RowsConfig(2, 64, 3, v_stages=2))
+        return (RowsConfig(2, 64, 3, 2, v_stages=2), RowsConfig(2, 64, 3, 1, v_stages=2))
     if head <= 128:
+        stages = 2 if bias else 1
         return (
-            RowsConfig(2, 64, 3, 2 if bias else 1, v_stages=2),
-            RowsConfig(2, 64, 2, 2 if bias else 1),
-            RowsConfig(2, 64, 2, stages, own_out=False),
+            RowsConfig(2, 64, 3, stages, v_stages=2),
+            RowsConfig(2, 64, 3, stages, v_stages=2, own_out=False),
+            RowsConfig(2, 64, 2, 1, own_out=False),
             RowsConfig(2, 32, 2, 1, own_out=False),
         )
     return (
-        RowsConfig(2, 64, 2, stages, v_stages=1, own_out=False),
-        RowsConfig(2, 32, 2, 2, own_out=False),
-        RowsConfig(1, 64, 2, 2, v_stages=1, own_out=False),
+        RowsConfig(2, 32, 3, 2 if bias else 1, v_stages=2, own_out=False),
+        RowsConfig(2, 32, 3, 1, v_stages=2, own_out=False),
+        RowsConfig(2, 32, 2, 1, v_stages=1, own_out=False),
         RowsConfig(1, 32, 2, 1, own_out=False),
     )
 
@@ -81,8 +85,7 @@ def _dq_candidates(head: int, bias: bool, dbias: bool) -> tuple[RowsConfig, ...]
 @functools.lru_cache(maxsize=4096)
 def dq_config(spec: AttentionSpec, limit: int, dbias: bool = False, processors: int = 0) -> RowsConfig | None:
     """The configuration of ``dq`` within ``limit`` bytes of shared memory, None if no candidate fits; few tiles are made of 64 queries."""
-    tiled = spec.bias is not None and spec.bias.varies[4]
-    for config in _dq_candidates(padded(max(spec.head_dim, spec.value_dim)), tiled, dbias):
+    for config in _dq_candidates(padded(max(spec.head_dim, spec.value_dim)), spec.bias is not None):
         if dq_shared_memory(spec, config, dbias) <= limit:
             return replace(config, consumers=1) if 2 * whole_tiles(spec, config)[1] <= processors else config
     return None
@@ -122,7 +125,7 @@ def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
 
     A wide tile matters most: what a round loads grows with the sum of its sides, what it multiplies with their product.
     """
-    chunk = min(64, padded(min(spec.head_dim, spec.value_dim)))
+    chunk = min(64, padded(max(spec.head_dim, spec.value_dim)))
     for consumers, block_n in ((2, 128), (2, 64), (1, 64), (1, 32)):
         for slots in range(8, _slots_needed(spec, chunk) - 1, -1):
             config = RowsConfig(consumers, block_n, slots, chunk=chunk)

@@ -6,13 +6,24 @@ A program owns tiles of 64 * WGS queries by BN keys of the bias's own shape, and
 one round a (batch, head) pair, recomputing s and dp; the sum stays in registers, and a tile's bias in shared memory. Both products of a
 round run over a head dim, and the producer feeds them like a matrix product: chunks of CHUNK columns of the two operands, (q, k) and then
 (dout, v), in a ring of SLOTS buffers that does not care for rounds or tiles. The softmax of one consumer runs under the products of the
-other and under its own dp.
+other and under its own dp. The sum leaves through the buffer of its tile's bias; a tile that nobody sees goes the same way, with no rounds.
 
 The loop is cut into ``splits`` parts, each of which is written on its own, as the portable kernel does (``kernels/triton/dbias.py``).
 """
 
 from ..triton.prims import LOG2E, offset, segments
-from .compat import fence_async_shared, gl, gluon, mbarrier, optional, tma_load, warpgroup_mma, warpgroup_mma_wait
+from .compat import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    optional,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from .forward import accumulator, stacked
 from .rows import add_bias, hide, probabilities, statistics, visible
 
@@ -114,7 +125,7 @@ def _produce(
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, SLOTS)
     CHUNK: gl.constexpr = right_s.shape[4]
     at = 0  # chunks so far
-    number = 0  # tiles so far that somebody sees
+    wave = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _part, b0, b1, own_head, m0, n0, first, last = _tile(
             index, batch_outer, batch_inner, heads, tiles_m, tiles_n, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H, BM * WGS, BN
@@ -126,17 +137,21 @@ def _produce(
                 _fetch(
                     q_desc, k_desc, left_s, right_s, bars, at + c, b, m0, head, n0, key_head, c * CHUNK, BM, WGS, SLOTS
                 )  # fmt: skip
-            if r == first:
-                for w in gl.static_range(WGS):
-                    mbarrier.wait(bars.index(BIAS_EMPTY + w), (number & 1) ^ 1)
-                    mbarrier.expect(bars.index(BIAS_FULL + w), bias_desc.block_type.nbytes)
-                    tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0], bars.index(BIAS_FULL + w), bias_s.index(w))
             for c in gl.static_range(DP_CHUNKS):
                 _fetch(
                     dout_desc, v_desc, left_s, right_s, bars, at + S_CHUNKS + c, b, m0, head, n0, key_head, c * CHUNK, BM, WGS, SLOTS
                 )  # fmt: skip
             at += S_CHUNKS + DP_CHUNKS
-        number += (last > first).to(gl.int32)
+            if r == first:  # behind a whole round, since its buffer is busy until the tile before has left it
+                for w in gl.static_range(WGS):
+                    mbarrier.wait(bars.index(BIAS_EMPTY + w), (wave & 1) ^ 1)
+                    mbarrier.expect(bars.index(BIAS_FULL + w), bias_desc.block_type.nbytes)
+                    tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0], bars.index(BIAS_FULL + w), bias_s.index(w))
+        if first == last:
+            for w in gl.static_range(WGS):
+                mbarrier.wait(bars.index(BIAS_EMPTY + w), (wave & 1) ^ 1)
+                mbarrier.arrive(bars.index(BIAS_FULL + w))
+        wave += 1
 
 
 @gluon.jit
@@ -155,7 +170,7 @@ def _multiply(acc, left_s, right_s, bars, at, WG: gl.constexpr, WGS: gl.constexp
 
 @gluon.jit
 def _consume(
-    dbias, stats, left_s, right_s, bias_s, bars,
+    dbias_desc, dbias, stats, left_s, right_s, bias_s, bars,
     dbias_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr,
     DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
@@ -172,7 +187,7 @@ def _consume(
     scale_log2 = scale * LOG2E
     nothing = gl.zeros([BM, BN], gl.float32, S)
     at = 0
-    number = 0
+    wave = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         part, b0, b1, own_head, m0, n0, first, last = _tile(
             index, batch_outer, batch_inner, heads, tiles_m, tiles_n, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H, BM * WGS, BN
@@ -195,12 +210,9 @@ def _consume(
             for c in gl.static_range(EARLY, S_CHUNKS):
                 mbarrier.arrive(bars.index(EMPTY + (at + c) % SLOTS))
 
-            mbarrier.wait(bars.index(BIAS_FULL + WG), number & 1)
+            mbarrier.wait(bars.index(BIAS_FULL + WG), wave & 1)
             bias = bias_s.index(WG).reshape([BM, BN]).load(S)
             p = probabilities(add_bias(s * scale_log2, bias, False), lse, rest, HAS_REST)
-            if r == last - 1:  # the next tile's bias may come; the fence as in the forward kernel
-                fence_async_shared()
-                mbarrier.arrive(bars.index(BIAS_EMPTY + WG))
 
             done = at + CHUNKS - 1
             mbarrier.wait(bars.index(FULL + done % SLOTS), (done // SLOTS) & 1)  # long since full: keeps ptxas from moving the wait up
@@ -209,21 +221,29 @@ def _consume(
                 mbarrier.arrive(bars.index(EMPTY + (at + c) % SLOTS))
             acc += p * (dp - gl.expand_dims(delta, 1))
             at += CHUNKS
-        number += (last > first).to(gl.int32)
 
         # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
         if lo is not None or hi is not None:
             acc = hide(acc, visible(m0, n0, N, lo, hi, BM, BN), 0.0)
-        base = dbias + offset(part, dbias_strides[0]) + offset(b0, dbias_strides[1]) + offset(b1, dbias_strides[2])
-        base += offset(own_head, dbias_strides[3]) + offset(m0, dbias_strides[4]) + offset(n0, dbias_strides[5])
-        i = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
-        j = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
-        pointers = base + i.to(gl.int64) * dbias_strides[4] + j.to(gl.int64) * dbias_strides[5]
-        x = acc.to(dbias.dtype.element_ty)
-        if EVEN:
-            gl.store(pointers, x)
+        mbarrier.wait(bars.index(BIAS_FULL + WG), wave & 1)  # the buffer is this tile's also if there was no round
+        if dbias_desc is not None:
+            bias_s.index(WG).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
+            fence_async_shared()
+            tma_store(dbias_desc, [b0, b1, own_head, m0, n0], bias_s.index(WG))
+            tma_store_wait(0)
         else:
-            gl.store(pointers, x, mask=(m0 + i < M) & (n0 + j < N))
+            base = dbias + offset(part, dbias_strides[0]) + offset(b0, dbias_strides[1]) + offset(b1, dbias_strides[2])
+            base += offset(own_head, dbias_strides[3]) + offset(m0, dbias_strides[4]) + offset(n0, dbias_strides[5])
+            i = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
+            j = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
+            pointers = base + i.to(gl.int64) * dbias_strides[4] + j.to(gl.int64) * dbias_strides[5]
+            if EVEN:
+                gl.store(pointers, acc.to(dbias.dtype.element_ty))
+            else:
+                gl.store(pointers, acc.to(dbias.dtype.element_ty), mask=(m0 + i < M) & (n0 + j < N))
+            fence_async_shared()  # behind the loads of the bias: see the forward kernel
+        mbarrier.arrive(bars.index(BIAS_EMPTY + WG))
+        wave += 1
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
@@ -232,7 +252,7 @@ COUNTS = ["batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_out, stats, dbias_strides,
+    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, stats, dbias_strides,
     batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles,
     D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
@@ -241,8 +261,8 @@ def dbias(
     """``tiles`` tiles, ``tiles_m`` by ``tiles_n`` a head of the bias, times ``splits``; keys fastest, then queries, the part slowest.
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
-    with blocks [1, 1, 1, 64, keys]. dbias_out is a pointer, with strides (part, outer batch, inner batch, head, query, key). stats: see
-    ``rows.py``. Query head h reads key head ``h // group``.
+    with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
+    (part, outer batch, inner batch, head, query, key). stats: see ``rows.py``. Query head h reads key head ``h // group``.
     """
     BM: gl.constexpr = 64
     BN: gl.constexpr = k_desc.block_shape[1]
@@ -266,8 +286,8 @@ def dbias(
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
         gl.warp_specialize([
-            (_consume, (dbias_out, stats, left_s, right_s, bias_s, bars, dbias_strides, batch_outer, batch_inner, heads, M, N,
-                        optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, 0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS,
+            (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides), batch_outer,
+                        batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, 0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS,
                         VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
                         group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, BM, BN, WGS, SLOTS, S_CHUNKS,
@@ -275,11 +295,11 @@ def dbias(
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (dbias_out, stats, left_s, right_s, bias_s, bars, dbias_strides, batch_outer, batch_inner, heads, M, N,
-                        optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, 0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS,
+            (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides), batch_outer,
+                        batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, 0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS,
                         VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
-            (_consume, (dbias_out, stats, left_s, right_s, bias_s, bars, dbias_strides, batch_outer, batch_inner, heads, M, N,
-                        optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, 1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS,
+            (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides), batch_outer,
+                        batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, 1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS,
                         VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
                         group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, BM, BN, WGS, SLOTS, S_CHUNKS,

@@ -166,6 +166,9 @@ def _step(
         dp = warpgroup_mma_wait(0, [dp_pending])
     mbarrier.arrive(bars.index(V_EMPTY + v_stage))
     ds32 = p * (dp - gl.expand_dims(delta, 1))
+    if AHEAD and not FIRST:  # before anything is rounded: the product under way reads the registers that the rounded ds will take
+        dq = warpgroup_mma_wait(0, [dq_pending])
+        mbarrier.arrive(bars.index(K_EMPTY + before))
     if dbias_desc is not None:
         own = at % BIAS_STAGES * WGS + WG
         bias_s.index(own).reshape([BM, BN]).store(ds32.to(dbias_desc.dtype))
@@ -179,11 +182,7 @@ def _step(
             if at > 0:
                 mbarrier.arrive(bars.index(BIAS_EMPTY + (at - 1) % BIAS_STAGES * WGS + WG))
     ds16 = gl.convert_layout(ds32.to(q.dtype), DS)
-    if AHEAD:
-        if not FIRST:
-            dq = warpgroup_mma_wait(0, [dq_pending])
-            mbarrier.arrive(bars.index(K_EMPTY + before))
-    else:
+    if not AHEAD:
         dq = warpgroup_mma_wait(0, [warpgroup_mma(ds16, k, dq, is_async=True)])
         mbarrier.arrive(bars.index(K_EMPTY + k_stage))
     return dq, ds16
