@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..kernels.hopper import backward as keys_kernels
 from ..kernels.hopper import edges
+from ..kernels.hopper import wide as wide_kernels
 from ..plan.configs import TileConfig, padded
-from ..plan.hopper_backward import KEYS, KeysConfig, dims, keys_tiles, schedule, stats_kinds, stats_length
+from ..plan.hopper_backward import KeysConfig, dims, keys_tiles, schedule, stats_kinds, stats_length
 from ..plan.select import Step
 from ..spec import AttentionSpec
 from .calls import Call
@@ -79,7 +80,7 @@ def keys_call(
     config = step.config
     assert isinstance(config, KeysConfig)
     head, value = dims(spec)
-    half, rows = KEYS // 2, config.block_m
+    half, rows = 64, config.block_m  # keys of a buffer, queries of a block
     bias_desc = bias_on = pointer = strides = None
     if bias is not None:
         assert spec.bias is not None and spec.bias.varies[4]
@@ -90,7 +91,7 @@ def keys_call(
         else:
             pointer = bias
             strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
-    tiles_n, tiles = keys_tiles(spec)
+    tiles_n, tiles = keys_tiles(spec, config)
     longest = "first" if spec.hi is not None else "none" if spec.lo is None else "last"
     args: tuple[Any, ...] = (
         descriptor(q, (1, rows, 1, head)),
@@ -101,22 +102,22 @@ def keys_call(
         bias_desc,
         None if dk is None else descriptor(dk, (1, half, 1, head)),
         None if dv is None else descriptor(dv, (1, half, 1, value)),
-        None if dq_sum is None else descriptor(dq_sum, (1, 1, rows, head // 2)),
+        *(() if config.wide else (None if dq_sum is None else descriptor(dq_sum, (1, 1, rows, head // 2)),)),
         *(pointer, dbias, strides, dbias_strides, bias_on),
         *(spec.batch, spec.heads, 1, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
         *(tiles_n, tiles, *schedule(spec, config, step.programs)),
     )
     constants: dict[str, Any] = {
         "BM": rows,
-        "BN": KEYS,
-        "Q_STAGES": config.q_stages,
-        "O_STAGES": config.o_stages,
-        "BIAS_STAGES": config.bias_stages,
+        "BN": config.block_n,
         "HAS_REST": stats.shape[1] == 3,
         "IS_MASK": spec.bias is not None and spec.bias.is_mask,
-        "EVEN_N": spec.keys % KEYS == 0,
-        "EARLY": config.early,
+        "EVEN_N": spec.keys % config.block_n == 0,
         "BATCH_FASTEST": step.order == "batch",
         "LONGEST": longest,
     }
+    if config.wide:
+        assert dq_sum is None
+        return Call(wide_kernels.wide_keys_backward, args, constants | {"STAGES": config.q_stages}, config, step.programs)
+    constants |= {"Q_STAGES": config.q_stages, "O_STAGES": config.o_stages, "BIAS_STAGES": config.bias_stages, "EARLY": config.early}
     return Call(keys_kernels.keys_backward, args, constants, config, step.programs)

@@ -11,8 +11,7 @@ from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, dealt, equal_sections
 
 __all__ = ["KeysConfig", "bias_slot_bytes", "dims", "keys_config", "keys_tiles", "schedule", "shared_memory", "stats_kinds", "stats_length"]
 
-KEYS = 128  # of a program's tile: 64 for each of two consumers
-MAX_HEAD_DIM = 128
+NARROW = 128  # head dims up to which one kernel gives dk, dv and dq; above it ("wide") it gives dk and dv, of half as many keys
 SMALLEST_DIM = 64  # narrower heads are padded, which costs no memory traffic
 
 
@@ -20,7 +19,8 @@ SMALLEST_DIM = 64  # narrower heads are padded, which costs no memory traffic
 class KeysConfig:
     """One configuration of the kernel that owns keys. block_m: queries of a block. Buffers for q, for dout and, per consumer, for the bias.
 
-    early: dq's products run under the softmax of the next block, not after it.
+    early: dq's products run under the softmax of the next block, not after it. wide: the kernel for head dims above 128, whose consumers
+    share tiles of 64 keys; the others own 64 each.
     """
 
     q_stages: int
@@ -28,6 +28,12 @@ class KeysConfig:
     bias_stages: int = 1
     block_m: int = 64
     early: bool = False
+    wide: bool = False
+
+    @property
+    def block_n(self) -> int:
+        """Keys of a program's tile."""
+        return 64 if self.wide else 128
 
     @property
     def num_warps(self) -> int:
@@ -39,12 +45,14 @@ class KeysConfig:
         return self.q_stages
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{KEYS} s{self.q_stages}/{self.o_stages} b{self.bias_stages}" + " early" * self.early
+        return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{' early' * self.early}{' wide' * self.wide}"
 
 
 def dims(spec: AttentionSpec) -> tuple[int, int]:
-    """Head dims of q and k, and of v, as the kernel pads them."""
-    return max(SMALLEST_DIM, padded(spec.head_dim)), max(SMALLEST_DIM, padded(spec.value_dim))
+    """Head dims of q and k, and of v, as the kernel pads them: above 128 alike."""
+    head, value = max(SMALLEST_DIM, padded(spec.head_dim)), max(SMALLEST_DIM, padded(spec.value_dim))
+    widest = max(head, value)
+    return (widest, widest) if widest > NARROW else (head, value)
 
 
 def stats_kinds(spec: AttentionSpec) -> int:
@@ -58,36 +66,47 @@ def stats_length(spec: AttentionSpec) -> int:
 
 
 def bias_slot_bytes(spec: AttentionSpec, config: KeysConfig) -> int:
-    """Bytes of one consumer's bias buffer; none where the bias does not vary over both queries and keys."""
+    """Bytes of one bias buffer, of which each consumer that scores has some; none where the bias does not vary over both queries and keys."""
     if spec.bias is None or not (spec.bias.varies[3] and spec.bias.varies[4]):
         return 0
-    return config.block_m * (KEYS // 2) * {"bool": 1, "fp32": 4}.get(spec.bias.dtype, 2)
+    return config.block_m * 64 * {"bool": 1, "fp32": 4}.get(spec.bias.dtype, 2)
 
 
 def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool) -> int:
     """Bytes of shared memory of one program."""
     head, value = dims(spec)
     stages = config.q_stages * (2 * head + 4 * (stats_kinds(spec) - 1)) + config.o_stages * (2 * value + 4)
-    total = KEYS * 2 * (head + value) + config.block_m * stages + 2 * config.bias_stages * bias_slot_bytes(spec, config)
-    if adds_dq:
-        total += 2 * config.block_m * KEYS * 2 + config.block_m * head * 4
+    scoring = 1 if config.wide else 2
+    total = config.block_n * 2 * (head + value) + config.block_m * stages + scoring * config.bias_stages * bias_slot_bytes(spec, config)
+    if config.wide:
+        total += 2 * config.block_m * config.block_n * 2
+    elif adds_dq:
+        total += 2 * config.block_m * config.block_n * 2 + config.block_m * head * 4
     return total + 8 * (10 + 2 * (config.q_stages + config.o_stages) + 4 * config.bias_stages) + 1024  # and what alignment may cost
+
+
+def _candidates(widest: int, bias_tiles: bool) -> tuple[KeysConfig, ...]:
+    """From the fastest measured to the smallest (docs/tuning.md)."""
+    if widest > NARROW:
+        return (KeysConfig(2, 2, wide=True), KeysConfig(1, 1, wide=True))
+    if widest <= SMALLEST_DIM:
+        first = (KeysConfig(2, 2, 2), KeysConfig(2, 2)) if bias_tiles else (KeysConfig(2, 2, early=True),)
+        return (*first, KeysConfig(1, 1))
+    return (KeysConfig(2, 2), KeysConfig(2, 1), KeysConfig(1, 1))
 
 
 @functools.lru_cache(maxsize=4096)
 def keys_config(spec: AttentionSpec, adds_dq: bool, limit: int) -> KeysConfig | None:
     """The first candidate that fits ``limit`` bytes of shared memory, or None."""
-    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
-        return None
-    for config in (KeysConfig(2, 2), KeysConfig(2, 1), KeysConfig(1, 1)):
+    for config in _candidates(max(dims(spec)), bias_slot_bytes(spec, KeysConfig(1, 1)) > 0):
         if shared_memory(spec, config, adds_dq) <= limit:
             return config
     return None
 
 
-def keys_tiles(spec: AttentionSpec) -> tuple[int, int]:
+def keys_tiles(spec: AttentionSpec, config: KeysConfig) -> tuple[int, int]:
     """(key tiles of a (batch, key head) pair, tiles of the whole problem)."""
-    tiles = -(-spec.keys // KEYS)
+    tiles = -(-spec.keys // config.block_n)
     return tiles, tiles * spec.batch * spec.heads
 
 
@@ -96,7 +115,7 @@ def schedule(spec: AttentionSpec, config: KeysConfig, programs: int) -> tuple[in
     """``(section, snake)`` as of the forward kernel; what tiles share here is the queries and their gradients."""
     pairs = spec.batch * spec.heads
     fitting = max(1, L2_SECTION // max(1, spec.queries * (3 * spec.head_dim + spec.value_dim) * 2))
-    tiles_n, tiles = keys_tiles(spec)
+    tiles_n, tiles = keys_tiles(spec, config)
     if (spec.hi is None and spec.lo is None) or tiles <= programs or tiles > MOST_SIMULATED:
         return equal_sections(pairs, fitting), 0
     lengths = [_blocks(spec, config, tile) + TILE_COST for tile in range(tiles_n)]
@@ -105,7 +124,7 @@ def schedule(spec: AttentionSpec, config: KeysConfig, programs: int) -> tuple[in
 
 def _blocks(spec: AttentionSpec, config: KeysConfig, tile: int) -> int:
     """Query blocks that a key tile visits."""
-    first, last = tile * KEYS, min((tile + 1) * KEYS, spec.keys) - 1
+    first, last = tile * config.block_n, min((tile + 1) * config.block_n, spec.keys) - 1
     begin = 0 if spec.hi is None else max(0, first - spec.hi)
     end = spec.queries if spec.lo is None else max(0, min(last - spec.lo + 1, spec.queries))
     return max(0, -(-end // config.block_m) - begin // config.block_m)

@@ -74,6 +74,43 @@ def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
 
 
 @gluon.jit
+def probabilities(
+    s, bias, key_bias, lse, rest, m0, n0, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr, IS_MASK: gl.constexpr,
+    KEY_BIASED: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s. bias: a tile of it; key_bias: a number a key; lse, rest:
+    a number a query, as a row. None: absent."""
+    S: gl.constexpr = accumulator(BM)
+    x = s * scale_log2
+    if bias is not None:
+        if IS_MASK:
+            x = gl.where(bias != 0, x, float("-inf"))
+        else:
+            x = gl.fma(bias.to(gl.float32), gl.full([KEYS, BM], LOG2E, gl.float32, S), x)
+    if KEY_BIASED:
+        row, x = gl.broadcast(gl.expand_dims(key_bias, 1), x)
+        if IS_MASK:
+            x = gl.where(row != 0, x, float("-inf"))
+        else:
+            x = gl.fma(row, gl.full([KEYS, BM], LOG2E, gl.float32, S), x)
+    x = x - lse
+    if rest is not None:
+        x = x - rest
+    p = gl.exp2(x)
+    if MASKED:
+        i = gl.expand_dims(m0 + gl.arange(0, BM, gl.SliceLayout(0, S)), 0)
+        j = gl.expand_dims(n0 + gl.arange(0, KEYS, gl.SliceLayout(1, S)), 1)
+        seen = j < N
+        if hi is not None:
+            seen = seen & (i >= j - hi)
+        if lo is not None:
+            seen = seen & (i <= j - lo)
+        seen, p = gl.broadcast(seen, p)
+        p = gl.where(seen, p, 0.0)
+    return p
+
+
+@gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, bars,
     batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_n, tiles, section, snake,
@@ -250,35 +287,17 @@ def _walk(
         if UNDER > 0:
             dq_pending = _dq_product(at - 1, go, ds_s, k_s, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES)
         s = warpgroup_mma_wait(UNDER + 1 if NEED_DS else 0, [s_pending])
-        x = s * scale_log2
+        bias = None
         if bias_s is not None:
             slot = at % BIAS_STAGES * 2 + WG
             mbarrier.wait(bars.index(BIAS_FULL + slot), (at // BIAS_STAGES) & 1)
             bias = bias_s.index(slot).reshape([BM, HALF]).permute((1, 0)).load(S)
-            if IS_MASK:
-                x = gl.where(bias != 0, x, float("-inf"))
-            else:
-                x = gl.fma(bias.to(gl.float32), gl.full([HALF, BM], LOG2E, gl.float32, S), x)
-        if KEY_BIASED:
-            row, x = gl.broadcast(gl.expand_dims(key_bias, 1), x)
-            if IS_MASK:
-                x = gl.where(row != 0, x, float("-inf"))
-            else:
-                x = gl.fma(row, gl.full([HALF, BM], LOG2E, gl.float32, S), x)
-        x = x - lse
+        rest = None
         if rest_s is not None:
-            x = x - gl.expand_dims(rest_s.index(q_stage).reshape([BM]).load(COLS), 0)
-        p = gl.exp2(x)
-        if MASKED:
-            i = gl.expand_dims(block * BM + gl.arange(0, BM, COLS), 0)
-            j = gl.expand_dims(n0 + WG * HALF + gl.arange(0, HALF, gl.SliceLayout(1, S)), 1)
-            seen = j < N
-            if hi is not None:
-                seen = seen & (i >= j - hi)
-            if lo is not None:
-                seen = seen & (i <= j - lo)
-            seen, p = gl.broadcast(seen, p)
-            p = gl.where(seen, p, 0.0)
+            rest = gl.expand_dims(rest_s.index(q_stage).reshape([BM]).load(COLS), 0)
+        p = probabilities(
+            s, bias, key_bias, lse, rest, block * BM, n0 + WG * HALF, N, lo, hi, scale_log2, HALF, BM, IS_MASK, KEY_BIASED, MASKED
+        )
         if NEED_DV:
             p16 = gl.convert_layout(p.to(DT), P)
         if NEED_DS:
