@@ -194,7 +194,7 @@ def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, .
             assert not _here.products and not _here.stores, "left without waiting"
             for land in _here.loads:
                 land()
-        except BaseException as failure:
+        except BaseException as failure:  # noqa: BLE001 - raised again by the thread that waits
             failures.append(failure)
 
     threads = [threading.Thread(target=run, args=partition, name=f"partition {n}") for n, partition in enumerate(partitions)]
@@ -221,7 +221,7 @@ def namespace(*modules: str) -> dict[str, Any]:
     gl = SimpleNamespace(
         constexpr=object, static_range=range, float32=torch.float32, int32=torch.int32, int64=torch.int64, arange=lambda a, b, _: torch.arange(a, b),
         zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype), full=lambda shape, x, dtype, _: torch.full(shape, x, dtype=dtype),
-        expand_dims=torch.unsqueeze, broadcast=lambda a, b: torch.broadcast_tensors(a, b), fma=lambda a, b, c: a * b + c, exp2=torch.exp2,
+        expand_dims=torch.unsqueeze, broadcast=torch.broadcast_tensors, fma=lambda a, b, c: a * b + c, exp2=torch.exp2,
         where=lambda c, a, b: torch.where(torch.as_tensor(c), a, b), minimum=lambda a, b: torch.minimum(a, torch.as_tensor(b)),
         convert_layout=lambda x, _: x, load=load, store=store, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
         program_id=lambda _: torch.tensor(_here.program[0]), num_programs=lambda _: torch.tensor(_here.program[1]),

@@ -163,9 +163,7 @@ def dbias_programs(spec: AttentionSpec, config: RowsConfig, splits: int, process
     if tiles <= processors or not _banded(spec) or tiles > MOST_SIMULATED:
         return min(tiles, processors)
     rounds = dbias_rounds(spec) / splits + EMPTY_TILE_COST
-    cost = [
-        rounds if _sees(spec, config, tm, tn) else EMPTY_TILE_COST for tm in range(tiles_m) for tn in range(tiles_n)
-    ]
+    cost = [rounds if _sees(spec, config, tm, tn) else EMPTY_TILE_COST for tm in range(tiles_m) for tn in range(tiles_n)]
     return min(range(processors, max(0, processors - 8), -1), key=lambda programs: round(_busiest(cost, tiles, programs), 2))
 
 

@@ -134,9 +134,7 @@ def _produce(
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
             key_head = head // group
             for c in gl.static_range(S_CHUNKS):
-                _fetch(
-                    q_desc, k_desc, left_s, right_s, bars, at + c, b, m0, head, n0, key_head, c * CHUNK, BM, WGS, SLOTS
-                )  # fmt: skip
+                _fetch(q_desc, k_desc, left_s, right_s, bars, at + c, b, m0, head, n0, key_head, c * CHUNK, BM, WGS, SLOTS)
             for c in gl.static_range(DP_CHUNKS):
                 _fetch(
                     dout_desc, v_desc, left_s, right_s, bars, at + S_CHUNKS + c, b, m0, head, n0, key_head, c * CHUNK, BM, WGS, SLOTS
@@ -286,21 +284,21 @@ def dbias(
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
         gl.warp_specialize([
-            (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides), batch_outer,
-                        batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, 0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
+            (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides),
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles,
+                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
                         group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, BM, BN, WGS, SLOTS, S_CHUNKS,
                         DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides), batch_outer,
-                        batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, 0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
-            (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides), batch_outer,
-                        batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, 1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
+            (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides),
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles,
+                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
+            (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides),
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles,
+                        1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
                         group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, BM, BN, WGS, SLOTS, S_CHUNKS,
                         DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),

@@ -98,7 +98,7 @@ def _produce(
         done += end - begin
         if zeros_s is not None:
             for w in gl.static_range(WGS):
-                for block in range(0, begin):
+                for block in range(begin):
                     tma_store(dbias_desc, [outer, inner, head, m0 + w * BM, block * BN], zeros_s)
                 for block in range(end, (N + BN - 1) // BN):
                     tma_store(dbias_desc, [outer, inner, head, m0 + w * BM, block * BN], zeros_s)
