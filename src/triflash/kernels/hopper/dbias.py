@@ -24,7 +24,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .forward import accumulator, stacked
+from .grid import accumulator, stacked
 from .rows import add_bias, hide, probabilities, statistics, visible
 
 

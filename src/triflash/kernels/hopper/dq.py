@@ -1,7 +1,7 @@
 """The backward kernel for Hopper that gives dq, and with it the gradient of a bias of full shape.
 
 Built like the forward kernel: a producer warp that loads by TMA, one or two consumers of 64 queries, a persistent grid whose tiles
-``forward.locate`` deals out. A consumer keeps q and dout of its queries in shared memory and walks the key blocks that they see, from the
+``grid.locate`` deals out. A consumer keeps q and dout of its queries in shared memory and walks the key blocks that they see, from the
 last to the first:
 
     s = scale q kᵀ (+ bias);   dp = dout vᵀ;   ds = 2^(s - lse) * (dp - delta);   dq += ds k
@@ -26,7 +26,8 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .forward import accumulator, locate, share, stacked, visible_blocks
+from .forward import visible_blocks
+from .grid import accumulator, locate, share, stacked
 from .rows import add_bias, column_of, hide, probabilities, statistics, visible
 
 
@@ -44,7 +45,7 @@ def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
 @gluon.jit
 def _produce(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, q_s, dout_s, k_s, v_s, bias_s, zeros_s, bars,
-    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake, alternate,
+    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, VARIES_M: gl.constexpr,
 ):  # fmt: skip
@@ -58,8 +59,9 @@ def _produce(
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
+    LONGEST: gl.constexpr = "last" if hi is not None else "none"
     for wave in range(share(tiles, snake)):
-        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST, BM, WGS, hi is not None)
+        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
         begin, _a, _b, end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
         outer = b // batch_inner
         inner = b % batch_inner
@@ -213,7 +215,7 @@ def _walk(
 @gluon.jit
 def _consume(
     dq_desc, dbias_desc, bias, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, bars,
-    bias_strides, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake, alternate,
+    bias_strides, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN_N: gl.constexpr, AHEAD: gl.constexpr,
@@ -236,8 +238,9 @@ def _consume(
     else:
         target = q_s.index(WG)
     done = 0  # blocks of earlier tiles
+    LONGEST: gl.constexpr = "last" if hi is not None else "none"
     for wave in range(share(tiles, snake)):
-        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST, BM, WGS, hi is not None)
+        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
         begin, full_begin, full_end, end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
         steps = end - begin
         m0 += WG * BM
@@ -291,18 +294,18 @@ def _consume(
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake", "alternate"]
+COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, stats, bias_strides, bias_on,
-    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake, alternate,
+    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr, EVEN_N: gl.constexpr,
     OWN_OUT: gl.constexpr, AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``forward.locate`` says.
+    """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``grid.locate`` says.
 
     Descriptors, bias and its strides as in the forward kernel; dbias_desc is over a bias of full shape, in blocks like the bias's. stats:
     see ``rows.py``. Query head h reads key head ``h // group``. None: absent.
@@ -343,25 +346,25 @@ def dq(
         gl.warp_specialize([
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), stats, q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s),
                         bars, optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale,
-                        tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), q_s, dout_s, k_s, v_s,
                         optional(bias_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), tiles_m, tiles, section, snake, alternate, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        optional(bias_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, VARIES_M)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), stats, q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s),
                         bars, optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale,
-                        tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD)),
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), stats, q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s),
                         bars, optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale,
-                        tiles_m, tiles, section, snake, alternate, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), q_s, dout_s, k_s, v_s,
                         optional(bias_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), tiles_m, tiles, section, snake, alternate, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        optional(bias_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, VARIES_M)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
