@@ -87,6 +87,7 @@ class AttentionSpec:
     hi: int | None
     scale: float
     precision: str
+    deterministic: bool = False
 
     @property
     def batch(self) -> int:

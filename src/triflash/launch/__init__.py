@@ -91,6 +91,10 @@ def run_backward(
         from . import triton
 
         triton.backward(plan, spec, dout, dlse, q, k, v, bias, out, lse, rest, dq, dk, dv, dbias)
+    elif plan.backend == "hopper":
+        from . import hopper_backward
+
+        hopper_backward.backward(plan, spec, dout, dlse, q, k, v, bias, out, lse, rest, dq, dk, dv, dbias)
     elif plan.backend == "tiled":
         with _without_autocast(q):
             tiled.backward(dout, dlse, q, k, v, bias, out, lse, rest, dq=dq, dk=dk, dv=dv, dbias=dbias, **options)

@@ -24,7 +24,7 @@ from triton.runtime.jit import create_function_from_signature
 from ..plan import layout
 from ..plan.select import Plan
 from ..spec import AttentionSpec, Needs
-from . import hopper
+from . import hopper, hopper_backward
 from .calls import Call, address_of
 from .triton import backward_calls, forward_calls
 
@@ -114,7 +114,10 @@ def pass_calls(
 ) -> list[Call]:
     """The launches of a plan: a forward pass writes out, lse and rest, a backward pass those of ``grads`` (dq, dk, dv, dbias) given."""
     if plan.backend == "hopper":
-        return hopper.forward_calls(plan, spec, q, k, v, bias, out, lse, rest)
+        if any(step.kernel == "forward" for step in plan.steps):
+            return hopper.forward_calls(plan, spec, q, k, v, bias, out, lse, rest)
+        dq, dk, dv, dbias = (None if x is None else _tma_meta(x) for x in grads)
+        return hopper_backward.backward_calls(plan, spec, dout, None, q, k, v, bias, out, lse, rest, dq, dk, dv, dbias)
     if any(step.kernel == "forward" for step in plan.steps):
         return forward_calls(plan, spec, q, k, v, bias, out, lse, rest)
     dq, dk, dv, dbias = grads

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..plan.configs import TileConfig
 from ..plan.hopper import HopperConfig
+from ..plan.hopper_backward import KeysConfig
 
 __all__ = ["SMALLEST_SCALE", "Call", "address_of", "bias_strides", "start"]
 
@@ -25,7 +26,7 @@ class Call:
     kernel: Any
     args: tuple[Any, ...]
     constants: dict[str, Any]
-    config: TileConfig | HopperConfig
+    config: TileConfig | HopperConfig | KeysConfig
     programs: int
 
     def start(self) -> None:

@@ -17,11 +17,11 @@ from ..kernels.hopper.compat import TensorDescriptor, gl
 from ..plan import layout
 from ..plan.configs import padded
 from ..plan.hopper import ROWS, HopperConfig, bias_block, schedule, whole_tiles
-from ..plan.select import Plan
+from ..plan.steps import Plan
 from ..spec import AttentionSpec
 from .calls import SMALLEST_SCALE, Call, bias_strides, start
 
-__all__ = ["forward", "forward_calls"]
+__all__ = ["addressable", "descriptor", "forward", "forward_calls", "padded_rows", "ready", "ready_bias"]
 
 _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
 _ALIGNMENT = 16  # bytes
@@ -31,8 +31,8 @@ def forward(
     plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
 ) -> None:
     """Fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); lse and rest are contiguous."""
-    target = out if addressable(out) else _padded_rows(out)
-    start(q.device, forward_calls(plan, spec, _ready(q), _ready(k), _ready(v), _ready_bias(spec, bias), target, lse, rest))
+    target = out if addressable(out) else padded_rows(out)
+    start(q.device, forward_calls(plan, spec, ready(q), ready(k), ready(v), ready_bias(spec, bias), target, lse, rest))
     if target is not out:
         out.copy_(target)
 
@@ -96,20 +96,20 @@ def addressable(x: Tensor) -> bool:
     return layout.tma_addressable(x.shape, x.stride(), x.element_size(), x.data_ptr())
 
 
-def _padded_rows(x: Tensor) -> Tensor:
+def padded_rows(x: Tensor) -> Tensor:
     """An uninitialised tensor of x's shape whose rows begin at multiples of 16 bytes."""
     return x.new_empty(layout.tma_padded(x.shape, x.element_size()))[..., : x.shape[-1]]
 
 
-def _ready(x: Tensor) -> Tensor:
+def ready(x: Tensor) -> Tensor:
     """x itself, or a copy that TMA can address."""
-    return x if addressable(x) else _padded_rows(x).copy_(x)
+    return x if addressable(x) else padded_rows(x).copy_(x)
 
 
-def _ready_bias(spec: AttentionSpec, bias: Tensor | None) -> Tensor | None:
+def ready_bias(spec: AttentionSpec, bias: Tensor | None) -> Tensor | None:
     """The bias without what ``expand`` repeats, ready for TMA if it has a dim of keys."""
     if bias is None or not (spec.bias and spec.bias.varies[4]):
         return bias
     # An expanded outer dim is read at its only element. An expanded dim of queries or keys is what a tile is made of: it is written out.
     stored = bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride()[:3])]
-    return _ready(stored)
+    return ready(stored)

@@ -10,16 +10,106 @@ from torch import Tensor
 from ..kernels.hopper import backward as keys_kernels
 from ..kernels.hopper import edges
 from ..kernels.hopper import wide as wide_kernels
-from ..plan.configs import TileConfig, padded
+from ..kernels.triton import dbias as dbias_kernels
+from ..plan.configs import padded
 from ..plan.hopper_backward import KeysConfig, dims, keys_tiles, schedule, stats_kinds, stats_length
-from ..plan.select import Step
+from ..plan.hopper_rows import RowsConfig
+from ..plan.hopper_steps import EDGE
+from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec
-from .calls import Call
-from .hopper import descriptor
+from . import hopper_rows
+from .calls import Call, start
+from .hopper import addressable, descriptor, padded_rows, ready, ready_bias
+from .triton import partial_sums, row_strides
 
-__all__ = ["finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call"]
+__all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call"]
 
-EDGE = TileConfig(64, 16, 4, 1)  # rows of a program of prepare and finish, which have no tiles of scores
+
+def backward(
+    plan: Plan,
+    spec: AttentionSpec,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dbias: Tensor | None,
+) -> None:
+    """Fill those of dq, dk, dv, dbias that are given, of any strides."""
+    given = (dq, dk, dv, dbias)
+    out = out if out.stride(3) == 1 or out.shape[3] == 1 else out.contiguous()
+    rest = None if rest is None else rest.contiguous()
+    # Kernels write what TMA can address, and a contiguous dbias; what is laid out otherwise is filled by way of a copy.
+    written = [None if grad is None else grad if addressable(grad) else padded_rows(grad) for grad in given[:3]]
+    if dbias is not None:
+        full = any(step.kernel == "dq" and "dbias" in step.gives for step in plan.steps)
+        fitting = dbias.contiguous() if not full else dbias if addressable(dbias) else padded_rows(dbias)
+        written.append(fitting)
+    else:
+        written.append(None)
+    q, k, v, dout = map(ready, (q, k, v, dout))
+    start(q.device, backward_calls(plan, spec, dout, dlse, q, k, v, ready_bias(spec, bias), out, lse, rest, *written))
+    for grad, filled in zip(given, written, strict=True):
+        if grad is not None and filled is not None and filled is not grad:
+            grad.copy_(filled)
+
+
+def backward_calls(
+    plan: Plan,
+    spec: AttentionSpec,
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rest: Tensor | None,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dbias: Tensor | None,
+) -> list[Call]:
+    """The launches of a backward pass; allocates the scratch between them. All tensors are addressable."""
+    stats = new_stats(spec, lse)
+    adding = any(step.kernel == "finish" for step in plan.steps)
+    dq_sum = new_dq_sum(spec, lse) if adding else None
+    parts = None
+    calls = []
+    for step in plan.steps:
+        if step.kernel == "prepare":
+            calls.append(prepare_call(spec, out, dout, dlse, lse, rest, stats, dq_sum))
+        elif step.kernel == "dkdv":
+            parts = partial_sums(step, dbias)
+            strides = row_strides(spec, parts) if parts is not None else None
+            wanted = (dk if "dk" in step.gives else None, dv if "dv" in step.gives else None)
+            calls.append(keys_call(spec, step, q, k, v, bias, dout, stats, *wanted, dq_sum, parts, strides))
+        elif step.kernel == "dq":
+            assert isinstance(step.config, RowsConfig)
+            target = dq if dq is not None else padded_rows(q)
+            full = dbias if "dbias" in step.gives else None
+            calls.append(hopper_rows.dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full))
+        elif step.kernel == "finish":
+            assert dq_sum is not None and dq is not None
+            calls.append(finish_call(spec, dq_sum, dq))
+        elif step.kernel == "dbias":
+            parts = partial_sums(step, dbias)
+            assert isinstance(step.config, RowsConfig) and bias is not None and parts is not None
+            operands = (q, k, v, bias, dout, stats, parts)
+            calls.append(hopper_rows.dbias_call(spec, step.config, step.programs, step.splits, *operands))
+        elif step.kernel == "dbias_sum":
+            assert dbias is not None and step.config is not None
+            args = (parts, dbias, dbias.numel(), step.splits)
+            calls.append(Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, step.config, step.programs))
+    return calls
 
 
 def new_stats(spec: AttentionSpec, like: Tensor) -> Tensor:
@@ -33,7 +123,14 @@ def new_dq_sum(spec: AttentionSpec, like: Tensor) -> Tensor:
 
 
 def prepare_call(
-    spec: AttentionSpec, out: Tensor, dout: Tensor, dlse: Tensor | None, lse: Tensor, rest: Tensor | None, stats: Tensor, dq_sum: Tensor | None
+    spec: AttentionSpec,
+    out: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    lse: Tensor,
+    rest: Tensor | None,
+    stats: Tensor,
+    dq_sum: Tensor | None,
 ) -> Call:
     """Fills stats, and dq_sum with zeros."""
     args = (

@@ -9,7 +9,18 @@ from ..errors import bad_value
 from ..spec import AttentionSpec
 from .configs import padded
 
-__all__ = ["HopperConfig", "bias_block", "bias_bytes", "dealt", "equal_sections", "forward_config", "reservation", "schedule", "shared_memory", "whole_tiles"]
+__all__ = [
+    "HopperConfig",
+    "bias_block",
+    "bias_bytes",
+    "dealt",
+    "equal_sections",
+    "forward_config",
+    "reservation",
+    "schedule",
+    "shared_memory",
+    "whole_tiles",
+]
 
 ROWS = 64  # queries of one consumer warpgroup: the M of a warpgroup product
 MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even

@@ -45,7 +45,8 @@ class KeysConfig:
         return self.q_stages
 
     def __str__(self) -> str:
-        return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{' early' * self.early}{' wide' * self.wide}"
+        flags = " early" * self.early + " wide" * self.wide
+        return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{flags}"
 
 
 def dims(spec: AttentionSpec) -> tuple[int, int]:
@@ -66,7 +67,9 @@ def stats_length(spec: AttentionSpec) -> int:
 
 
 def bias_slot_bytes(spec: AttentionSpec, config: KeysConfig) -> int:
-    """Bytes of one bias buffer, of which each consumer that scores has some; none where the bias does not vary over both queries and keys."""
+    """Bytes of one bias buffer, of which each consumer that scores has some; none where the bias does not vary over both queries and
+    keys.
+    """
     if spec.bias is None or not (spec.bias.varies[3] and spec.bias.varies[4]):
         return 0
     return config.block_m * 64 * {"bool": 1, "fp32": 4}.get(spec.bias.dtype, 2)

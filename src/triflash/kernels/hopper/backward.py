@@ -1,7 +1,7 @@
 """The backward kernel for Hopper that owns keys: dk, dv and, added up in global memory, dq.
 
-A program owns tiles of 128 keys of one key head, 64 for each of its two consumer warpgroups, and walks the queries that see them. With p and
-delta as in ``kernels/triton/backward.py``, a consumer computes its part of sᵀ and dpᵀ, keeps pᵀ and dsᵀ in registers as operands of
+A program owns tiles of 128 keys of one key head, 64 for each of its two consumer warpgroups, and walks the queries that see them. With p
+and delta as in ``kernels/triton/backward.py``, a consumer computes its part of sᵀ and dpᵀ, keeps pᵀ and dsᵀ in registers as operands of
 
     dv += pᵀ dout;   dk += scale dsᵀ q
 
@@ -9,8 +9,8 @@ and puts dsᵀ into shared memory, where the two parts meet as the operand of ``
 (FlashAttention-3, Shah et al. 2024). That sum runs over all key tiles, so dq leaves by TMA's float32 addition in memory, in no fixed order;
 where results must be the same bits on every run, ``dq.py`` computes it and this kernel runs without.
 
-A producer warp loads q, dout, lse, delta and bias tiles as far ahead as there are buffers; another warp starts the additions. Barriers as in
-``forward.py``.
+A producer warp loads q, dout, lse, delta and bias tiles as far ahead as there are buffers; another warp starts the additions. Barriers as
+in ``forward.py``.
 """
 
 from ..triton.prims import LOG2E, offset, segments
@@ -53,8 +53,9 @@ def _meet():
 
 @gluon.jit
 def visible_blocks(n0, M, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr):
-    """``segments`` of query blocks that see the keys ``n0 … n0 + BN``. Queries past the end hide themselves (their lse is +inf), keys past it do
-    not: of a tile that reaches over the end, no block counts as whole."""
+    """``segments`` of query blocks that see the keys ``n0 … n0 + BN``. Queries past the end hide themselves (their lse is +inf), keys past
+    it do not: of a tile that reaches over the end, no block counts as whole.
+    """
     low = -hi if hi is not None else None  # the band as keys see queries
     high = -lo if lo is not None else None
     begin, a, b, end = segments(n0, min(n0 + BN, N) - 1, (M + BM - 1) // BM * BM, low, high, BM)
@@ -64,8 +65,9 @@ def visible_blocks(n0, M, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr):
 
 @gluon.jit
 def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
-    """The query block of a tile's step. Whole blocks are visited in turn from a place that differs from tile to tile, else programs that work
-    on one head would all add to the same rows of dq at the same time."""
+    """The query block of a tile's step. Whole blocks are visited in turn from a place that differs from tile to tile, else programs that
+    work on one head would all add to the same rows of dq at the same time.
+    """
     block = begin + step % steps
     count = max(part - whole, 1)
     later = block + n0 // BM % count
@@ -78,8 +80,9 @@ def probabilities(
     s, bias, key_bias, lse, rest, m0, n0, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr, IS_MASK: gl.constexpr,
     KEY_BIASED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s. bias: a tile of it; key_bias: a number a key; lse, rest:
-    a number a query, as a row. None: absent."""
+    """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s. bias: a tile of it; key_bias: a number a key;
+    lse, rest: a number a query, as a row. None: absent.
+    """
     S: gl.constexpr = accumulator(BM)
     x = s * scale_log2
     if bias is not None:
@@ -241,8 +244,8 @@ def _walk(
     IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr, NEED_DK: gl.constexpr, NEED_DV: gl.constexpr, NEED_DB: gl.constexpr,
     EARLY: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Fold the query blocks ``first … last`` (in the order of ``turned``) into (dk, dv, db); the tile's first is number ``done`` of the program,
-    the t-th of a head ``base + t``.
+    """Fold the query blocks ``first … last`` (in the order of ``turned``) into (dk, dv, db); the tile's first is number ``done`` of the
+    program, the t-th of a head ``base + t``.
 
     dq of a block is computed in the step of the next one, so that the consumers need not wait for each other's ds: with EARLY under the
     softmax, which takes more registers, else after it. In the first step of a tile there is none yet; what is computed then is nothing that
@@ -430,15 +433,16 @@ def keys_backward(
     q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, dq_desc, bias, dbias, bias_strides, dbias_strides, bias_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
-    HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+    HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
     """Tiles of BN = 128 keys of a key head; ``tiles`` of them, ``tiles_n`` a (batch, key head) pair, dealt out as ``locate`` says.
 
-    Descriptors of q, k, v, dout (``o_desc``), dk and dv are over (batch, length, head, dim); that of the table ``stats`` over (batch and head,
-    LSE | DELTA | REST, query), written by ``prepare``; that of the float32 dq over (batch, head, query, dim). A bias tile comes by a descriptor
-    over its five dims, switched off by ``bias_on`` where it broadcasts; a bias that varies over keys alone as a pointer and strides, and its
-    gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). ``group`` query heads share a key head. None: absent,
-    or not wanted.
+    Descriptors of q, k, v, dout (``o_desc``), dk and dv are over (batch, length, head, dim); that of the table ``stats`` over (batch and
+    head, LSE | DELTA | REST, query), written by ``prepare``; that of the float32 dq over (batch, head, query, dim). A bias tile comes by a
+    descriptor over its five dims, switched off by ``bias_on`` where it broadcasts; a bias that varies over keys alone as a pointer and
+    strides, and its gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). ``group`` query heads share a key head.
+    None: absent, or not wanted.
     """
     DT: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES, q_desc.block_shape), q_desc.layout)

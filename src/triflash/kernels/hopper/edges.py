@@ -42,7 +42,9 @@ def prepare(
 
 
 @triton.jit
-def finish(dq_sum, dq, dq_strides, heads, M, scale, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROW: tl.constexpr, WIDE: tl.constexpr):
+def finish(
+    dq_sum, dq, dq_strides, heads, M, scale, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROW: tl.constexpr, WIDE: tl.constexpr
+):
     """One program owns BM queries of one head: ``dq = scale * dq_sum``, in dq's dtype."""
     tiles = tl.cdiv(M, BM)
     m0 = tl.program_id(0) % tiles * BM

@@ -35,8 +35,8 @@ def locate(
     """(first row, head, batch) of this program's tile of a wave; a (batch, head) pair has ``tiles`` tiles of TILE rows.
 
     Pairs of batch and head are cut into sections whose shared operands (keys and values, or queries) fit in the L2 cache; within a section
-    all pairs do one tile before any does the next. Under a causal mask tiles differ in length (LONGEST: "last" or "first", else "none"), and
-    what every program gets must still add up to the same: sections go from the longest tiles to the shortest and back in turn, the last
+    all pairs do one tile before any does the next. Under a causal mask tiles differ in length (LONGEST: "last" or "first", else "none"),
+    and what every program gets must still add up to the same: sections go from the longest tiles to the shortest and back in turn, the last
     one ending with the shortest; with ``snake`` = 1 every other wave is dealt to the programs from the other end. ``plan/hopper.py``
     chooses. BATCH_FASTEST: neighbours differ in the batch, not the head, and so share a bias that broadcasts over the batch.
     """

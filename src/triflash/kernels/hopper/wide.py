@@ -1,8 +1,9 @@
 """The backward kernel for Hopper that owns keys, for head dims above 128: dk and dv. dq comes from ``dq.py``.
 
-dk and dv of 64 keys with 256 dims fill a consumer's registers each, so the two consumers share the work another way than in ``backward.py``:
-one computes sᵀ, pᵀ and ``dv += pᵀ dout``, the other dpᵀ, dsᵀ and ``dk += scale dsᵀ q``. pᵀ goes from the first to the second through shared
-memory, in q's dtype, in which it is the operand of dv anyway. The second product of a block runs under the first of the next.
+dk and dv of 64 keys with 256 dims fill a consumer's registers each, so the two consumers share the work another way than in
+``backward.py``: one computes sᵀ, pᵀ and ``dv += pᵀ dout``, the other dpᵀ, dsᵀ and ``dk += scale dsᵀ q``. pᵀ goes from the first to the
+second through shared memory, in q's dtype, in which it is the operand of dv anyway. The second product of a block runs under the first of
+the next.
 """
 
 from ..triton.prims import LOG2E, offset
@@ -96,7 +97,9 @@ def _walk_values(
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr,
     NEED_DV: gl.constexpr, NEED_DS: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next. Numbers as in ``backward.py``."""
+    """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next. Numbers as in
+    ``backward.py``.
+    """
     Q_FULL: gl.constexpr = barrier_at("q_full", STAGES)
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
     O_FULL: gl.constexpr = barrier_at("o_full", STAGES)
@@ -133,9 +136,9 @@ def _walk_values(
         rest = None
         if rest_s is not None:
             rest = gl.expand_dims(rest_s.index(stage).reshape([BM]).load(COLS), 0)
-        p = probabilities(
-            s, bias, key_bias, lse, rest, block * BM, n0, N, lo, hi, scale_log2, BN, BM, IS_MASK, KEY_BIASED, MASKED
-        ).to(k_s.dtype)
+        p = probabilities(s, bias, key_bias, lse, rest, block * BM, n0, N, lo, hi, scale_log2, BN, BM, IS_MASK, KEY_BIASED, MASKED).to(
+            k_s.dtype
+        )
         if NEED_DS:
             mbarrier.wait(bars.index(P_EMPTY + (at & 1)), ((at >> 1) & 1) ^ 1)
             p_s.index(at & 1).permute((1, 0)).store(p)
