@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,12 +28,13 @@ from triflash.bench.tolerance import (
     rounding_backward,
     unit_roundoff,
 )
+from triflash.dropout import keep_mask
 from triflash.plan.configs import MAX_HEAD_DIM, TileConfig
 from triflash.plan.device import facts_of
 from triflash.plan.hopper import HopperConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_forward
-from triflash.spec import spec_of
+from triflash.spec import Operands, spec_of
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 triton_only = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
@@ -51,7 +53,9 @@ class Case:
 
     bias: a letter where it varies and 1 where it broadcasts, aligned to the right of ``bhqk``, as in ``1h1k`` or ``qk``; five letters
         (``b1hqk``, ``1ihqk``) are over (outer batch, inner batch, head, query, key). None is no bias.
-    grads: any of the letters q, k, v, b. dlse: the log-sum-exp gets a cotangent as well.
+    mask: the same for a boolean mask beside it. Hk: key heads, if not H. lengths: keys shown to the batch entries, repeated as needed.
+    alibi: ``h`` or ``bh``, what the slopes vary over. sink: whether there is one. softcap, dropout: 0 for none.
+    grads: any of the letters q, k, v, b, s (sink). dlse: the log-sum-exp gets a cotangent as well.
     tiles: queries and keys of a tile; None takes the default of the plan (and, on the tiled backend, its own choice).
     """
 
@@ -67,12 +71,20 @@ class Case:
     bias_dtype: torch.dtype | None = None
     bias_layout: str = "plain"
     bias_values: str = "normal"
+    Hk: int | None = None
+    mask: str | None = None
+    mask_layout: str = "plain"
+    lengths: tuple[int, ...] | None = None
+    alibi: str | None = None
+    sink: bool = False
+    softcap: float = 0.0
+    dropout: float = 0.0
     causal: bool = False
     lo: int | None = None
     hi: int | None = None
     scale: float | None = None
     batch_inner: int = 1
-    grads: str = "qkvb"
+    grads: str = "qkvbs"
     dlse: bool = False
     layout: str = "plain"
     dout_layout: str = "plain"
@@ -87,7 +99,17 @@ class Case:
     def is_raw(self) -> bool:
         """Beyond what the seed's functions express: goes through ``torch.ops.triflash`` directly."""
         special = self.lo is not None or self.hi is not None or self.batch_inner > 1 or self.dlse
-        return special or self.Dv not in (None, self.D) or len(self.bias or "") == 5
+        return special or self.has_features or self.Dv not in (None, self.D) or len(self.bias or "") == 5
+
+    @property
+    def has_features(self) -> bool:
+        """Beyond a band and one bias or mask."""
+        tensors = (self.mask, self.lengths, self.alibi)
+        return self.key_heads != self.H or any(x is not None for x in tensors) or self.sink or self.softcap > 0 or self.dropout > 0
+
+    @property
+    def key_heads(self) -> int:
+        return self.H if self.Hk is None else self.Hk
 
     @property
     def band(self) -> tuple[int | None, int | None]:
@@ -106,9 +128,26 @@ class Inputs:
     bias: Tensor | None
     dout: Tensor
     dlse: Tensor | None
+    mask: Tensor | None = None
+    key_lengths: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sink: Tensor | None = None
+    dropout_seed: Tensor | None = None
 
     def wanted(self) -> dict[str, Tensor]:
-        return {n: x for n, x in (("q", self.q), ("k", self.k), ("v", self.v), ("b", self.bias)) if x is not None and x.requires_grad}
+        named = (("q", self.q), ("k", self.k), ("v", self.v), ("b", self.bias), ("s", self.sink))
+        return {n: x for n, x in named if x is not None and x.requires_grad}
+
+    def operands(self) -> Operands:
+        """As the operators take them; a mask without a bias is one."""
+        bias, mask = five_dims(self.bias), five_dims(self.mask)
+        bias, mask = (mask, None) if bias is None else (bias, mask)
+        return Operands(self.q, self.k, self.v, bias, mask, self.key_lengths, self.alibi_slopes, self.sink, self.dropout_seed)
+
+    def replaced(self, leaves: dict[str, Tensor]) -> Operands:
+        """The operands with others for some of q, k, v, b, s."""
+        names = {"q": "q", "k": "k", "v": "v", "b": "bias", "s": "sink"}
+        return self.operands()._replace(**{names[n]: five_dims(x) if n == "b" else x for n, x in leaves.items()})
 
 
 def with_layout(shape: tuple[int, ...], layout: str, make: Any) -> Tensor:
@@ -134,10 +173,11 @@ def with_layout(shape: tuple[int, ...], layout: str, make: Any) -> Tensor:
     raise ValueError(layout)
 
 
-def bias_shape(case: Case) -> tuple[int, ...]:
-    assert case.bias is not None
+def bias_shape(case: Case, pattern: str | None = None) -> tuple[int, ...]:
+    pattern = pattern or case.bias
+    assert pattern is not None
     full = {"b": case.B // case.batch_inner, "i": case.batch_inner, "h": case.H, "q": case.M, "k": case.N}
-    return tuple(1 if letter == "1" else full[letter] for letter in case.bias)
+    return tuple(1 if letter == "1" else full[letter] for letter in pattern)
 
 
 def build(case: Case, device: torch.device) -> Inputs:
@@ -151,8 +191,8 @@ def build(case: Case, device: torch.device) -> Inputs:
     Dv = case.D if case.Dv is None else case.Dv
     layouts = ("transposed", "sliced", "packed") if case.layout == "mixed" else (case.layout,) * 3  # mixed: no two tensors share a stride
     q = with_layout((case.B, case.M, case.H, case.D), layouts[0], lambda shape: normal(shape, size=case.magnitude))
-    k = with_layout((case.B, case.N, case.H, case.D), layouts[1], lambda shape: normal(shape, size=case.magnitude))
-    v = with_layout((case.B, case.N, case.H, Dv), layouts[2], normal)
+    k = with_layout((case.B, case.N, case.key_heads, case.D), layouts[1], lambda shape: normal(shape, size=case.magnitude))
+    v = with_layout((case.B, case.N, case.key_heads, Dv), layouts[2], normal)
     dout = with_layout((case.B, case.M, case.H, Dv), case.dout_layout, normal)
     dlse = normal((case.B, case.H, case.M), torch.float64 if dtype == torch.float64 else torch.float32) if case.dlse else None
     bias = None
@@ -185,11 +225,27 @@ def build(case: Case, device: torch.device) -> Inputs:
             bias = with_layout(bias_shape(case), "keys_first", values)
         else:
             bias = with_layout(bias_shape(case), case.bias_layout, values)
-    leaves = [None if x is None else x.detach() for x in (q, k, v, bias)]
-    for letter, leaf in zip("qkvb", leaves, strict=True):
+    mask = None
+    if case.mask is not None:  # whole blocks of it show nothing
+        mask = with_layout(bias_shape(case, case.mask), case.mask_layout, lambda shape: torch.rand(shape, generator=generator) < 0.7)
+        mask = mask.clone() if case.mask_layout == "plain" else mask
+        if mask.shape[-1] > 32 and mask.shape[-2] != 1:
+            mask[..., :16, 16:32] = False
+        mask = mask.to(device)
+    lengths = slopes = seed = None
+    if case.lengths is not None:
+        lengths = torch.tensor(list(itertools.islice(itertools.cycle(case.lengths), case.B)), dtype=torch.int32, device=device)
+    if case.alibi is not None:
+        slopes = torch.rand((case.B if case.alibi == "bh" else 1, case.H), generator=generator).to(device)
+    sink = normal((case.H,)) if case.sink else None
+    if case.dropout:
+        seed = torch.tensor([case.seed, 1], device=device)
+    leaves = [None if x is None else x.detach() for x in (q, k, v, bias, sink)]
+    for letter, leaf in zip("qkvbs", leaves, strict=True):
         if leaf is not None and letter in case.grads and leaf.is_floating_point():
             leaf.requires_grad_()
-    return Inputs(*leaves, dout, dlse)  # type: ignore[arg-type]
+    *leaves, sink = leaves
+    return Inputs(*leaves, dout, dlse, mask, lengths, slopes, sink, seed)  # type: ignore[arg-type]
 
 
 def five_dims(bias: Tensor | None) -> Tensor | None:
@@ -204,7 +260,9 @@ def attend(case: Case, inputs: Inputs, backend: str) -> tuple[Tensor, Tensor | N
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
     if case.is_raw or backend in FORWARD_ONLY:
         lo, hi = case.band
-        return torch.ops.triflash.forward(q, k, v, five_dims(bias), case.batch_inner, lo, hi, case.softmax_scale, "", backend)[:2]
+        x = inputs.operands()
+        options = (case.batch_inner, lo, hi, case.softmax_scale, "", backend)
+        return torch.ops.triflash.forward(*x[:4], *options, *x[4:], case.softcap, case.dropout)[:2]
     with triflash.backend(backend):
         return triflash.flash_attn_func(q, k, v, bias, case.causal, case.scale), None
 
@@ -212,13 +270,13 @@ def attend(case: Case, inputs: Inputs, backend: str) -> tuple[Tensor, Tensor | N
 def judge(case: Case, inputs: Inputs) -> dict[str, Judgement]:
     """What every result of the case is held against."""
     lo, hi = case.band
-    options: dict[str, Any] = dict(batch_inner=case.batch_inner, lo=lo, hi=hi, scale=case.softmax_scale)
+    numbers = dict(softcap=case.softcap, dropout_p=case.dropout)
+    options: dict[str, Any] = dict(batch_inner=case.batch_inner, lo=lo, hi=hi, scale=case.softmax_scale, **numbers)
     wanted = inputs.wanted()
 
     def dense(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         leaves = {n: x.detach().clone().requires_grad_() for n, x in wanted.items()}
-        pick = [leaves.get(n, x) for n, x in zip("qkvb", (inputs.q, inputs.k, inputs.v, inputs.bias), strict=True)]
-        out, lse = oracle.attention(*pick, **options, dtype=dtype)  # type: ignore[arg-type]
+        out, lse = oracle.attention(**inputs.replaced(leaves)._asdict(), **options, dtype=dtype)
         if not leaves:
             return out, lse, {}
         outputs, cotangents = [out], [inputs.dout.to(dtype)]
@@ -228,36 +286,46 @@ def judge(case: Case, inputs: Inputs) -> dict[str, Judgement]:
         return out.detach(), lse.detach(), dict(zip(leaves, grads, strict=True))
 
     # In float64 the gradients are taken with float64 leaves, so that they are not rounded to the inputs' dtype on their way out.
-    exact_inputs = Inputs(*(x.detach().double() if x is not None and x.is_floating_point() else x for x in vars(inputs).values()))  # type: ignore[arg-type]
+    kept_as_is = ("alibi_slopes",)
+    exact_inputs = Inputs(
+        **{
+            n: x.detach().double() if x is not None and x.is_floating_point() and n not in kept_as_is else x
+            for n, x in vars(inputs).items()
+        }
+    )
     out, lse, grads = _exact(exact_inputs, wanted, options)
     plain_out, _, plain_grads = dense(case.dtype)
     lse_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        plain_lse = oracle.attention(inputs.q, inputs.k, inputs.v, inputs.bias, **options, dtype=lse_dtype)[1]
+        plain_lse = oracle.attention(**inputs.operands()._asdict(), **options, dtype=lse_dtype)[1]
 
     # Slack: see triflash/bench/tolerance.py.
     x = exact_inputs
-    s = torch.einsum("bmhd,bnhd->bhmn", x.q, x.k) * case.softmax_scale
-    bias5 = five_dims(x.bias)
-    if bias5 is not None:
-        mask = torch.where(bias5, 0.0, -torch.inf) if bias5.dtype == torch.bool else bias5
-        s = (s.unflatten(0, (-1, case.batch_inner)) + mask).flatten(0, 1) if s.numel() else s
-    s = s.masked_fill(~oracle.visible(case.M, case.N, lo, hi, s.device), -torch.inf)
+    s, slope, kept = _scores(case, x)
+    bias5, group = five_dims(x.bias), case.H // case.key_heads if case.key_heads else 1
+    k, v = (y.repeat_interleave(group, 2) for y in (x.k, x.v))
     p = torch.exp(s - lse.masked_fill(lse == -torch.inf, torch.inf)[..., None])
     stored = out.to(case.dtype).double()
-    exact, shifted = (closed_backward(x.q, x.k, x.v, p, o, x.dout, x.dlse, case.softmax_scale) for o in (out, stored))
-    rounding = rounding_backward(x.q, x.k, x.v, s, p, out, x.dout, x.dlse, case.softmax_scale)
+    exact, shifted = (closed_backward(x.q, k, v, p, o, x.dout, x.dlse, case.softmax_scale, slope, kept) for o in (out, stored))
+    rounding = rounding_backward(x.q, k, v, s, p, out, x.dout, x.dlse, case.softmax_scale, slope, kept)
     ulps = FLOAT32_ULPS * unit_roundoff(lse_dtype)
     size = s.masked_fill(s == -torch.inf, 0.0).abs()  # what float32 arithmetic rounds at
     top = size.amax(-1) if case.N else size.new_zeros(size.shape[:-1])
 
     def slack(letter: str) -> Tensor:
         def of(g: Any) -> Tensor:
-            return reduce_to_bias(g.ds, case, bias5).reshape(wanted["b"].shape) if letter == "b" else getattr(g, "d" + letter)
+            if letter == "s":
+                assert x.sink is not None
+                p_sink = torch.exp(x.sink[:, None] - lse).nan_to_num(0.0, 0.0)
+                return (p_sink * (1 + lse.nan_to_num(neginf=0.0).abs()) * g.delta).sum((0, 2))
+            if letter == "b":
+                return reduce_to_bias(g.ds, case, bias5).reshape(wanted["b"].shape)
+            own = getattr(g, "d" + letter)
+            return own if letter == "q" or group == 1 else own.unflatten(2, (-1, group)).sum(3)
 
         return ulps * of(rounding) + STORED_FACTOR * (of(shifted) - of(exact)).abs()
 
-    out_slack = ulps * torch.einsum("bhmn,bnhd->bmhd", p * (1 + size), x.v.abs())
+    out_slack = ulps * torch.einsum("bhmn,bnhd->bmhd", p * (1 + size) * (1 if kept is None else kept), v.abs())
     judgements = {
         "out": Judgement(out, plain_out, OUTPUT_FACTOR, case.dtype, out_slack),
         "lse": Judgement(lse, plain_lse, OUTPUT_FACTOR, lse_dtype, ulps * (1 + top)),
@@ -267,10 +335,34 @@ def judge(case: Case, inputs: Inputs) -> dict[str, Judgement]:
     return judgements
 
 
+def _scores(case: Case, x: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """In float64: the scores, the derivative of a soft cap, and what dropout multiplies probabilities by."""
+    group = case.H // case.key_heads if case.key_heads else 1
+    s = torch.einsum("bmhd,bnhd->bhmn", x.q, x.k.repeat_interleave(group, 2)) * case.softmax_scale
+    slope = kept = None
+    if case.softcap:
+        t = torch.tanh(s / case.softcap)
+        s, slope = case.softcap * t, 1 - t * t
+    for extra in (five_dims(x.bias), five_dims(x.mask)):
+        if extra is not None and s.numel():
+            extra = torch.where(extra, 0.0, -torch.inf) if extra.dtype == torch.bool else extra
+            s = (s.unflatten(0, (-1, case.batch_inner)) + extra).flatten(0, 1)
+    i, j = torch.arange(case.M, device=s.device)[:, None], torch.arange(case.N, device=s.device)
+    if x.alibi_slopes is not None:
+        s = s - x.alibi_slopes.double()[..., None, None] * (i + case.N - case.M - j).abs()
+    s = s.masked_fill(~oracle.visible(case.M, case.N, *case.band, s.device), -torch.inf)
+    if x.key_lengths is not None:
+        s = s.masked_fill(j >= x.key_lengths[:, None, None, None], -torch.inf)
+    if x.dropout_seed is not None:
+        kept = keep_mask(x.dropout_seed, case.dropout, case.B, case.H, slice(0, case.M), slice(0, case.N)) / (1 - case.dropout)
+    return s, slope, kept
+
+
 def _exact(x: Inputs, wanted: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The oracle in float64 and, by autograd, the gradients that are wanted."""
-    leaves = {n: t.requires_grad_() for n, t in zip("qkvb", (x.q, x.k, x.v, x.bias), strict=True) if n in wanted}
-    out, lse = oracle.attention(x.q, x.k, x.v, x.bias, **options)
+    named = zip("qkvbs", (x.q, x.k, x.v, x.bias, x.sink), strict=True)
+    leaves = {n: t.requires_grad_() for n, t in named if n in wanted and t is not None}
+    out, lse = oracle.attention(**x.replaced(leaves)._asdict(), **options)
     grads: tuple[Tensor, ...] = ()
     if leaves:
         outputs, cotangents = ([out], [x.dout]) if x.dlse is None else ([out, lse], [x.dout, x.dlse])
@@ -331,7 +423,8 @@ def dbias_kernel(case: Case, shape: tuple[int, ...]) -> str:
 
 def expected_kernels(case: Case, backend: str, bias: Tensor | None) -> list[str]:
     """What must run, in order, and nothing else; a ``dbias_sum`` may follow."""
-    wanted = [n for n in case.grads if n in "qkv" or (n == "b" and case.bias is not None and case.bias_dtype != torch.bool)]
+    there = {"b": case.bias is not None and case.bias_dtype != torch.bool, "s": case.sink}
+    wanted = [n for n in case.grads if there.get(n, True)]
     if backend != "triton":
         return ["forward", "backward"] if wanted else ["forward"]
     if 0 in (case.B, case.H, case.M):
@@ -339,7 +432,7 @@ def expected_kernels(case: Case, backend: str, bias: Tensor | None) -> list[str]
     if case.N == 0:
         return ["forward"]
     steps = ["forward"]
-    steps += ["delta"] if set(wanted) & set("qkb") else []
+    steps += ["delta"] if set(wanted) & set("qkbs") else []
     source = dbias_kernel(case, tuple(bias.shape)) if "b" in wanted and bias is not None else None
     steps += ["dkdv"] if set(wanted) & set("kv") or source == "dkdv" else []
     steps += ["dq"] if "q" in wanted or source == "dq" else []
@@ -350,8 +443,8 @@ def expected_launches(case: Case, backend: str, inputs: Inputs) -> list[str]:
     """``expected_kernels`` as they are recorded. The automatic choice may take its forward pass from another backend than its backward pass."""
     forward = backward = backend
     if backend == "auto":
-        tensors = (inputs.q, inputs.k, inputs.v, five_dims(inputs.bias))
-        spec = spec_of(*tensors, case.batch_inner, *case.band, case.softmax_scale, "")
+        x = inputs.operands()
+        spec = spec_of(*x[:4], case.batch_inner, *case.band, case.softmax_scale, "", *x[4:], case.softcap, case.dropout)
         forward, backward = plan_forward(spec, facts_of(inputs.q.device)).backend, "triton"
     return [f"{forward if name == 'forward' else backward}: {name}" for name in expected_kernels(case, backward, inputs.bias)]
 
@@ -362,7 +455,7 @@ def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
     if backend == "hopper":
         can = ON_HOPPER and case.dtype in (torch.float16, torch.bfloat16) and torch.float64 not in dtypes
         empty = 0 in (case.B, case.H, case.M, case.N)
-        return not can or empty or max(case.D, case.Dv or case.D) > MAX_HEAD_DIM
+        return not can or empty or case.has_features or max(case.D, case.Dv or case.D) > MAX_HEAD_DIM
     return backend == "triton" and (torch.float64 in dtypes or (on_interpreter and torch.bfloat16 in dtypes))
 
 

@@ -26,14 +26,23 @@ def plain(
     window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
     scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention as the docstring defines it, dense, in float64, without anything of triflash."""
     q, k, v = (x.double().transpose(-3, -2) for x in (q, k, v))
     M, N, D = q.shape[-2], k.shape[-2], q.shape[-1]
+    k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     s = q @ k.transpose(-1, -2) * (D**-0.5 if scale is None else scale)
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
     if bias is not None:
         s = s + bias.double()
     i, j = torch.arange(M, device=q.device)[:, None], torch.arange(N, device=q.device)[None, :]
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.double()[..., None, None] * (i + N - M - j).abs()
     centre = i if causal == "top_left" else i + N - M
     seen = torch.ones(M, N, dtype=torch.bool, device=q.device)
     if causal:
@@ -46,22 +55,28 @@ def plain(
     if key_lengths is not None:
         seen = seen & (j < key_lengths[..., None, None, None])
     s = s.masked_fill(~seen, -torch.inf)
-    lse = torch.logsumexp(s, -1)
+    lse = torch.logsumexp(s if sink is None else torch.cat([s, sink.double()[:, None, None].expand(*s.shape[:-1], 1)], -1), -1)
     p = torch.exp(s - lse.masked_fill(lse == -torch.inf, 0.0)[..., None])
+    if kept is not None:
+        p = p * kept
     return (p @ v).transpose(-3, -2), lse
 
 
-def inputs(*batch: int, M: int = 20, N: int = 27, H: int = 2, D: int = 16, Dv: int = 16, device: Any = None) -> list[Tensor]:
-    shapes = ((*batch, M, H, D), (*batch, N, H, D), (*batch, N, H, Dv))
+def inputs(
+    *batch: int, M: int = 20, N: int = 27, H: int = 2, Hk: int | None = None, D: int = 16, Dv: int = 16, device: Any = None
+) -> list[Tensor]:
+    Hk = H if Hk is None else Hk
+    shapes = ((*batch, M, H, D), (*batch, N, Hk, D), (*batch, N, Hk, Dv))
     return [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
 
 
-def agree(tensors: list[Tensor], backend: str, extra: Tensor | None = None, **options: Any) -> None:
-    """Outputs, lse and all gradients, lse's own cotangent included, against the definition."""
-    leaves = [*tensors, *([extra] if extra is not None and extra.is_floating_point() else [])]
-    named: dict[str, Any] = {} if extra is None else {"bias" if extra.is_floating_point() else "mask": extra}
-    got = attention(*tensors, **named, **options, return_lse=True, backend=backend)
-    wanted = plain(*tensors, **named, **options)
+def agree(tensors: list[Tensor], backend: str, extra: Tensor | None = None, kept: Tensor | None = None, **options: Any) -> None:
+    """Outputs, lse and all gradients, lse's own cotangent included, against the definition. ``kept``: what dropout multiplies by."""
+    if extra is not None:
+        options["bias" if extra.is_floating_point() else "mask"] = extra
+    leaves = [*tensors, *(x for x in (options.get("bias"), options.get("sink")) if x is not None and x.requires_grad)]
+    got = attention(*tensors, **options, return_lse=True, backend=backend)
+    wanted = plain(*tensors, **{name: x for name, x in options.items() if not name.startswith("dropout")}, kept=kept)
     seen = wanted[1] != -torch.inf
     assert got[0].shape == wanted[0].shape and got[1].shape == wanted[1].shape and got[1].dtype == F32
     assert torch.equal(got[1] != -torch.inf, seen)
@@ -199,8 +214,9 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("head dim of k", {"k": Q[..., :4]}, ValueError, "k: wanted shape"),
     ("batch of v", {"v": Q[:1]}, ValueError, "v: wanted shape"),
     ("dtype of k", {"k": Q.half()}, TypeError, "k: wanted q's dtype"),
-    ("grouped heads", {"k": Q[:, :, :2], "v": Q[:, :, :2]}, triflash.UnsupportedError, "4 query heads on 2 key heads.*repeat_interleave"),
-    ("three key heads", {"k": Q[:, :, :3], "v": Q[:, :, :3]}, ValueError, "k: wanted shape"),
+    ("three key heads", {"k": Q[:, :, :3], "v": Q[:, :, :3]}, ValueError, "k: wanted a number of heads that divides q's 4, got 3"),
+    ("no key heads", {"k": Q[:, :, :0], "v": Q[:, :, :0]}, ValueError, "k: wanted a number of heads that divides q's 4, got 0"),
+    ("heads of v", {"k": Q[:, :, :2], "v": Q[:, :, :1]}, ValueError, "v: wanted shape.*k and v must share the number of heads"),
     ("causal as a word", {"causal": "yes"}, TypeError, "causal: wanted True, False or 'top_left', got 'yes'"),
     ("causal as a number", {"causal": 1}, TypeError, "causal: wanted"),
     ("window no pair", {"window": 5}, TypeError, "window: wanted a pair"),
@@ -212,10 +228,27 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("mask too long", {"mask": torch.ones(6, 7, dtype=torch.bool)}, ValueError, "mask: wanted 2 to 4 dims that broadcast"),
     ("bias of 1 dim", {"bias": torch.zeros(6)}, ValueError, "bias: wanted 2 to 4 dims"),
     ("bias of integers", {"bias": torch.zeros(6, 6, dtype=torch.int32)}, TypeError, "bias: wanted float16"),
-    ("bias and mask", {"bias": torch.zeros(6, 6), "mask": torch.ones(6, 6) > 0}, triflash.UnsupportedError, "masked_fill"),
+    ("two masks", {"bias": torch.ones(6, 6) > 0, "mask": torch.ones(6, 6) > 0}, triflash.UnsupportedError, "mask=bias & mask"),
     ("lengths of floats", {"key_lengths": torch.ones(2)}, TypeError, "key_lengths: wanted a tensor of integers, got torch.float32"),
     ("lengths too many", {"key_lengths": torch.ones(3, dtype=torch.int32)}, ValueError, r"key_lengths: wanted one .* shape \(2,\)"),
-    ("lengths and bias", {"key_lengths": torch.ones(2, dtype=torch.int64), "bias": torch.zeros(6, 6)}, triflash.UnsupportedError, "together"),
+    ("soft cap below 0", {"softcap": -1.0}, ValueError, "softcap: wanted a positive number"),
+    ("soft cap infinite", {"softcap": float("inf")}, ValueError, "softcap: wanted a positive number"),
+    ("soft cap as a tensor", {"softcap": torch.tensor(2.0)}, TypeError, "softcap: wanted a positive number.*pass float"),
+    ("slopes of 3 heads", {"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes: wanted one for each head, shape \(4,\) or \(2, 4\)"),
+    ("slopes of integers", {"alibi_slopes": torch.ones(4, dtype=torch.int32)}, TypeError, "alibi_slopes: wanted a tensor of floats"),
+    ("slopes to learn", {"alibi_slopes": torch.ones(4, requires_grad=True)}, ValueError, "alibi_slopes: .* requires no gradient"),
+    ("slopes as a list", {"alibi_slopes": [1.0] * 4}, TypeError, "alibi_slopes: wanted a tensor of floats, or None, got list"),
+    ("sink of 2 heads", {"sink": torch.ones(2)}, ValueError, r"sink: wanted one for each query head, shape \(4,\), got \(2,\)"),
+    ("sink as a number", {"sink": 1.0}, TypeError, "sink: wanted a tensor of floats"),
+    ("dropout of 1", {"dropout_p": 1.0}, ValueError, "dropout_p: wanted a number from 0 up to but not including 1, got 1.0"),
+    ("dropout below 0", {"dropout_p": -0.1}, ValueError, "dropout_p: wanted"),
+    ("dropout NaN", {"dropout_p": float("nan")}, ValueError, "dropout_p: wanted"),
+    ("dropout as True", {"dropout_p": True}, TypeError, "dropout_p: wanted"),
+    ("seed of int32", {"dropout_seed": torch.ones(2, dtype=torch.int32)}, TypeError, "dropout_seed: wanted an int, or an int64 tensor"),
+    ("seed of 3", {"dropout_seed": torch.ones(3, dtype=torch.int64)}, ValueError, r"dropout_seed: wanted \(seed, offset\), shape \(2,\)"),
+    ("seed of a fraction", {"dropout_seed": 1.5}, TypeError, "dropout_seed: wanted an int"),
+    ("seed too large", {"dropout_seed": 2**63}, ValueError, "dropout_seed: wanted a number of 64 bits"),
+    ("deterministic as a word", {"deterministic": "yes"}, TypeError, "deterministic: wanted True or False"),
     ("scale NaN", {"scale": float("nan")}, ValueError, "scale: wanted a finite number"),
     ("return_lse", {"return_lse": 1}, TypeError, "return_lse: wanted True or False"),
     ("precision", {"precision": "fp8"}, ValueError, "precision: wanted one of"),

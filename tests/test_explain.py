@@ -267,13 +267,14 @@ def test_scratch_is_what_a_launch_allocates(bias: str | None, device: torch.devi
         allocated.append(made.numel() * made.element_size())
         return made
 
-    backward_calls = launch.backward_calls
+    def watched(function: Any) -> Any:
+        def call(*given: Any) -> Any:
+            with mock.patch.object(Tensor, "new_empty", recorded):
+                return function(*given)
 
-    def watched(*given: Any) -> Any:
-        with mock.patch.object(Tensor, "new_empty", recorded):
-            return backward_calls(*given)
+        return mock.patch.object(launch, function.__name__, call)
 
-    with mock.patch.object(launch, "backward_calls", watched):
+    with watched(launch.scratch), watched(launch.backward_calls):
         out.sum().backward()
     memory = dict(explained.memory)
     assert memory.pop("lse (until the backward pass)") == lse.nbytes == B * H * M * 4

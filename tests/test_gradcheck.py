@@ -77,10 +77,11 @@ def test_any_tile_size_gives_the_dense_result(tile: int, lo: int | None, hi: int
     wanted = torch.autograd.grad([wanted_out, wanted_lse], [q, k, v, bias], [dout, dlse])
     with torch.no_grad():
         out, lse = torch.empty_like(wanted_out), torch.empty_like(wanted_lse)
-        tiled.forward(q, k, v, bias, out=out, lse=lse, tile=tile, **options)  # type: ignore[arg-type]
+        scores = tiled.Scores(bias, **options)  # type: ignore[arg-type]
+        tiled.forward(q, k, v, scores, out=out, lse=lse, tile=tile)
         grads = [torch.empty_like(x) for x in (q, k, v, bias)]
         named = dict(zip(("dq", "dk", "dv", "dbias"), grads, strict=True))
-        tiled.backward(dout, dlse, q, k, v, bias, out, lse, tile=tile, **named, **options)  # type: ignore[arg-type]
+        tiled.backward(dout, tiled.delta_of(out, dout, dlse, tile), q, k, v, scores, lse, tile=tile, **named)
     for got, want in zip((out, lse, *grads), (wanted_out, wanted_lse, *wanted), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 

@@ -137,7 +137,7 @@ def test_rows_whose_every_score_is_huge(shape: str, huge: float, causal: bool, d
     for backend in ("triton", "hopper"):
         out, lse, rest = ops.attention_forward(q, k, v, bias[:, None], *options, backend)
         arguments = (dout, None, q, k, v, bias[:, None], out, lse, rest, *options, "triton", [True] * 4)
-        results[backend] = [out, *ops.attention_backward(*arguments)]
+        results[backend] = [out, *ops.attention_backward(*arguments)[:4]]
     for name, got, wanted in zip(("out", "dq", "dk", "dv", "dbias"), results["hopper"], results["triton"], strict=True):
         assert got.isfinite().all(), name
         assert (got.float() - wanted.float()).norm() < 1e-2 * wanted.float().norm() + 1e-3 * dout.float().norm(), name

@@ -254,7 +254,15 @@ def test_the_plans_own_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 1 <= section <= problem.batch * problem.heads
         if step.config.block_m != 128:
             continue
-        arguments = (tiles_m, problem.batch, problem.heads, section, snake, step.order == "batch", "last" if problem.hi is not None else "none")
+        arguments = (
+            tiles_m,
+            problem.batch,
+            problem.heads,
+            section,
+            snake,
+            step.order == "batch",
+            "last" if problem.hi is not None else "none",
+        )
         visited = itertools.chain(*visits(monkeypatch, step.programs, tiles, *arguments))
         wanted = itertools.product(range(0, 128 * tiles_m, 128), range(problem.heads), range(problem.batch))
         assert sorted(visited) == sorted(wanted), problem

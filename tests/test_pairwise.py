@@ -25,7 +25,14 @@ AXES: dict[str, list[Any]] = {
     "bias_values": ["normal", "rows"],
     "band": [(None, None), (None, 0), (-6, 9), (3, None), (None, -20)],
     "scale": [None, -0.4, 1.5],
-    "grads": ["qkvb", "b", "qv", "kb"],
+    "mask": [None, "bhqk", "b1hqk", "1i11k", "11q1"],
+    "key_heads": ["all", 1],
+    "lengths_shown": [None, (0, 17, 29), (16, 1)],
+    "alibi": [None, "h", "bh"],
+    "sink": [False, True],
+    "softcap": [0.0, 1.5],
+    "dropout": [0.0, 0.3],
+    "grads": ["qkvbs", "b", "qv", "kbs"],
     "dlse": [False, True],
     "layout": ["plain", "transposed", "sliced", "step", "mixed"],
     "dout_layout": ["plain", "expanded", "transposed"],
@@ -36,10 +43,13 @@ ROWS = pairwise(AXES, seed=2026)
 
 def case_of(number: int, row: dict[str, Any]) -> Case:
     (M, N), (outer, inner), (D, Dv), (lo, hi) = row["lengths"], row["batch"], row["dims"], row["band"]
-    plain = {name: row[name] for name in AXES if name not in ("lengths", "heads", "batch", "dims", "band")}
-    return Case(
-        f"pairwise {number}", B=outer * inner, M=M, N=N, H=row["heads"], D=D, Dv=Dv, lo=lo, hi=hi, batch_inner=inner, seed=number, **plain
-    )
+    own = ("lengths", "heads", "batch", "dims", "band", "mask", "key_heads", "lengths_shown")
+    plain = {name: row[name] for name in AXES if name not in own}
+    if row["bias_dtype"] == torch.bool and row["bias"] is not None:
+        row = {**row, "mask": None}  # one mask at a time
+    features = {"mask": row["mask"], "Hk": None if row["key_heads"] == "all" else 1, "lengths": row["lengths_shown"]}
+    sizes = dict(B=outer * inner, M=M, N=N, H=row["heads"], D=D, Dv=Dv, lo=lo, hi=hi, batch_inner=inner)
+    return Case(f"pairwise {number}", seed=number, **sizes, **features, **plain)
 
 
 @pytest.mark.parametrize("backend", FORWARD_BACKENDS)

@@ -24,7 +24,7 @@ def test_precision_of_products(precision: str, device: torch.device) -> None:
     exact = [x.double().requires_grad_() for x in (q, k, v, bias)]
     wanted, _ = oracle.attention(*exact, hi=0)
     wanted_grads = torch.autograd.grad(wanted, exact, dout.double())
-    for name, got, want in zip(("out", "dq", "dk", "dv", "dbias"), (out, *grads), (wanted, *wanted_grads), strict=True):
+    for name, got, want in zip(("out", "dq", "dk", "dv", "dbias"), (out, *grads[:4]), (wanted, *wanted_grads), strict=True):
         error = ((got - want).norm() / want.norm()).item()
         assert error < LIMITS[precision], f"{name}: {error:.2e}"
         if device.type == "cuda" and precision == "tf32":

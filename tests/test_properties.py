@@ -66,7 +66,7 @@ class Problem:
         with small_tiles((32, 16)):
             out, lse, rest = ops.attention_forward(*inputs, *self.options)
             grads = ops.attention_backward(x["dout"], dlse, *inputs, out, lse, rest, *self.options, [n in needs for n in "qkvb"])
-        return dict(zip("qkvb", grads, strict=True))
+        return dict(zip("qkvb", grads[:4], strict=True))
 
 
 def assert_close(got: Tensor, wanted: Tensor, **tolerance: float) -> None:

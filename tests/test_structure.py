@@ -30,8 +30,9 @@ RULES: dict[str, list[str]] = {
     "triflash.kernels": [],
     "triflash.kernels.triton": ["triton", "triflash.kernels.triton"],
     "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.prims"],
-    "triflash.tiled": ["torch"],
-    "triflash.oracle": ["torch"],
+    "triflash.dropout": ["torch"],
+    "triflash.tiled": ["torch", "triflash.dropout"],
+    "triflash.oracle": ["torch", "triflash.dropout"],
     "triflash.errors": [],
     "triflash.spec": ["torch", "triflash.errors"],
     "triflash.checks": ["torch", "triflash.errors"],
@@ -46,17 +47,16 @@ RULES: dict[str, list[str]] = {
     "triflash.plan.device": ["torch"],
     "triflash.launch": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.tiled", "triflash.oracle", "triflash.errors"],
     "triflash.launch.triton": [
-        "torch", "triton", "triflash.kernels.triton", "triflash.launch.calls", "triflash.plan", "triflash.spec", "triflash.errors",
+        "torch", "triton", "triflash.dropout", "triflash.kernels.triton", "triflash.launch.calls", "triflash.plan", "triflash.spec", "triflash.errors",
     ],
-    "triflash.launch.calls": ["torch", "triflash.plan"],
+    "triflash.launch.calls": ["torch", "triflash.plan", "triflash.spec"],
     "triflash.launch.hopper": [
         "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.plan", "triflash.spec", "triflash.errors",
     ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.ops": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
-    "triflash.attention": [
-        "torch", "triflash.checks", "triflash.spec", "triflash.ops", "triflash.errors", "triflash.plan",
-    ],
+    "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.plan.select", "triflash.spec"],
+    "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.errors", "triflash.ops"],
     "triflash.triton_flash_attention": [
         "torch", "triflash.checks", "triflash.errors", "triflash.ops", "triflash.plan.select", "triflash.spec",
     ],

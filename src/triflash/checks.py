@@ -15,7 +15,19 @@ from torch import Tensor
 
 from .errors import bad_type, bad_value
 
-__all__ = ["canonical_bias", "check_bias", "check_bool", "check_scale", "check_tensors", "same_device_and_dtype"]
+__all__ = [
+    "canonical_bias",
+    "check_bias",
+    "check_bool",
+    "check_number",
+    "check_scale",
+    "check_tensors",
+    "key_lengths_of",
+    "same_device_and_dtype",
+    "seed_of",
+    "sink_of",
+    "slopes_of",
+]
 
 _LARGEST = sys.float_info.max
 
@@ -50,7 +62,14 @@ def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, str]) -> dict
     return sizes
 
 
-_DIM_WORDS = {"B": "the batch", "H": "the number of heads", "D": "the head dim", "M": "the query length", "N": "the key length"}
+_DIM_WORDS = {
+    "B": "the batch",
+    "H": "the number of heads",
+    "Hk": "the number of heads",
+    "D": "the head dim",
+    "M": "the query length",
+    "N": "the key length",
+}
 
 
 def _shape_hint(name: str, dim: str, shapes: Mapping[str, str]) -> str:
@@ -90,6 +109,76 @@ def check_scale(name: str, value: Any, head_dim: int) -> float:
     if not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
         raise bad_value(name, "a finite number", value)
     return float(value)
+
+
+def check_number(name: str, value: Any, least: float, below: float, wanted: str) -> float:
+    """Check a number in ``[least, below)``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise bad_type(name, wanted, type(value).__name__, f"pass float({name})" if isinstance(value, Tensor) else "")
+    if not least <= value < below:  # type: ignore[operator]
+        raise bad_value(name, wanted, value)
+    return float(value)
+
+
+def key_lengths_of(lengths: Any, q: Tensor, batch: tuple[int, ...], keys: int) -> Tensor | None:
+    """Key lengths, unless they are None, as the operators take them: int32 ``(B,)``, from 0 to ``keys``."""
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise bad_type("key_lengths", "a tensor of integers", str(lengths.dtype) if isinstance(lengths, Tensor) else type(lengths).__name__)
+    if tuple(lengths.shape) != batch or lengths.device != q.device:
+        got = f"{tuple(lengths.shape)} on {lengths.device}"
+        raise bad_value("key_lengths", f"one for each batch entry, shape {batch} on {q.device}", got)
+    return lengths.clamp(0, keys).to(torch.int32).reshape(-1).contiguous()
+
+
+def slopes_of(slopes: Any, q: Tensor, batch: tuple[int, ...], heads: int) -> Tensor | None:
+    """ALiBi's slopes, unless they are None, as the operators take them: float32 ``(B|1, Hq)``."""
+    if slopes is None:
+        return None
+    _check_floats("alibi_slopes", slopes, q, ((heads,), (*batch, heads)), f"one for each head, shape ({heads},) or {(*batch, heads)}")
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise bad_value("alibi_slopes", "a tensor that requires no gradient", "one that does", "detach it, or learn a bias instead")
+    return slopes.detach().to(torch.float32).reshape(-1, heads) if heads else slopes.new_zeros(1, 0, dtype=torch.float32)
+
+
+def sink_of(sink: Any, q: Tensor, heads: int) -> None:
+    """Check that a sink, unless it is None, is one number for each query head."""
+    if sink is not None:
+        _check_floats("sink", sink, q, ((heads,),), f"one for each query head, shape ({heads},)")
+
+
+def seed_of(seed: Any, q: Tensor, p: float) -> Tensor | None:
+    """The (seed, offset) of dropout as an int64 tensor where q is; drawn from PyTorch's generator of that device if there is none.
+
+    None where ``p`` is 0, which drops nothing.
+    """
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise bad_type("dropout_seed", "an int, or an int64 tensor (seed, offset)", seed.dtype)
+        if tuple(seed.shape) != (2,) or seed.device != q.device:
+            raise bad_value("dropout_seed", f"(seed, offset), shape (2,) on {q.device}", f"{tuple(seed.shape)} on {seed.device}")
+        return seed.contiguous() if p else None
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise bad_type("dropout_seed", "an int, an int64 tensor (seed, offset), or None", type(seed).__name__)
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise bad_value("dropout_seed", "a number of 64 bits", seed)
+    if not p:
+        return None
+    if seed is None:
+        return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
+    made = torch.zeros(2, dtype=torch.int64, device=q.device)
+    made[:1].fill_(seed)  # no copy from the host, for which a captured graph could not wait
+    return made
+
+
+def _check_floats(name: str, x: Any, q: Tensor, shapes: tuple[tuple[int, ...], ...], wanted: str) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in INPUT_DTYPES:
+        raise bad_type(name, "a tensor of floats, or None", str(x.dtype) if isinstance(x, Tensor) else type(x).__name__)
+    if tuple(x.shape) not in shapes:
+        raise bad_value(name, wanted, tuple(x.shape))
+    if x.device != q.device:
+        raise bad_value(name, f"q's device {q.device}", x.device)
 
 
 def check_bias(bias: Any, q: Tensor, full: tuple[int, ...], name: str = "bias") -> None:

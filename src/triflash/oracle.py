@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dropout import keep_mask
+
 __all__ = ["LEAST_BIAS", "attention", "visible"]
 
 # A bias below this counts as -inf, so that the least finite number, which some models write for "hidden", hides. The Triton kernels work in
@@ -32,46 +34,79 @@ def attention(
     v: Tensor,
     bias: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
     batch_inner: int = 1,
     lo: int | None = None,
     hi: int | None = None,
     scale: float | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q kᵀ + bias) v`` and its log-sum-exp, every step in ``dtype``, differentiable by autograd.
 
     Args:
-        q, k, v: ``(B, M, H, D)``, ``(B, N, H, D)``, ``(B, N, H, Dv)``.
-        bias: ``(B0|1, B1|1, H|1, M|1, N|1)`` with ``B1 = batch_inner`` and ``B0 B1 = B``, or up to 4 dims that broadcast to
-            ``(B, H, M, N)``; added unscaled; below -2.35e38 it counts as -inf. A bool bias is a mask, True = visible.
+        q, k, v: ``(B, M, Hq, D)``, ``(B, N, Hk, D)``, ``(B, N, Hk, Dv)``; query head h reads key head ``h // (Hq // Hk)``.
+        bias: ``(B0|1, B1|1, Hq|1, M|1, N|1)`` with ``B1 = batch_inner`` and ``B0 B1 = B``, or up to 4 dims that broadcast to
+            ``(B, Hq, M, N)``; added unscaled; below -2.35e38 it counts as -inf. A bool bias is a mask, True = visible.
+        mask: bool, of such a shape, beside a bias.
+        key_lengths: integers ``(B,)``; keys from that number on are hidden.
+        alibi_slopes: ``(Hq,)`` or ``(B|1, Hq)``; ``slope * |i + N - M - j|`` is subtracted.
+        sink: ``(Hq,)``; a score that takes part in the softmax without a value.
+        dropout_seed: int64 ``(2,)``, seed and offset; probabilities are dropped with probability ``dropout_p``. See ``dropout.py``.
         lo, hi: key j is visible to query i when ``lo <= j - i <= hi``; None leaves a side open.
         scale: default ``1 / sqrt(D)``.
+        softcap: if positive, scaled products become ``softcap * tanh(· / softcap)`` before anything is added.
         dtype: what everything is computed in; float64 makes this the reference, the inputs' own dtype the "plain PyTorch" yardstick.
 
     Returns:
-        out ``(B, M, H, Dv)`` and lse ``(B, H, M)``, natural log, both in ``dtype``. A query that sees no key gets out 0, lse -inf and
-        gives zero gradient to everything.
+        out ``(B, M, Hq, Dv)`` and lse ``(B, Hq, M)``, natural log, sink included, both in ``dtype``. A query that sees no key gets out 0,
+        lse -inf (with a sink: the sink) and gives zero gradient to everything but the sink.
     """
     batch, M, H, D = q.shape
-    N = k.shape[1]
+    N, group = k.shape[1], H // k.shape[2] if k.shape[2] else 1
     scale = D**-0.5 if scale is None else scale
-    s = torch.einsum("bmhd,bnhd->bhmn", q.to(dtype), k.to(dtype)) * scale
-    if bias is not None:
-        if bias.dim() == 5:
-            bias = bias.expand(batch // batch_inner, batch_inner, H, M, N).reshape(batch, H, M, N)
+    k, v = (x.to(dtype).repeat_interleave(group, 2) for x in (k, v))
+    s = torch.einsum("bmhd,bnhd->bhmn", q.to(dtype), k) * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    for extra in (bias, mask):
+        if extra is None:
+            continue
+        if extra.dim() == 5:
+            extra = extra.expand(batch // batch_inner, batch_inner, H, M, N).reshape(batch, H, M, N)
         s = (
-            s.masked_fill(~bias, -torch.inf)
-            if bias.dtype == torch.bool
-            else s + bias.to(dtype).masked_fill(bias.double() < LEAST_BIAS, -torch.inf)
+            s.masked_fill(~extra, -torch.inf)
+            if extra.dtype == torch.bool
+            else s + extra.to(dtype).masked_fill(extra.double() < LEAST_BIAS, -torch.inf)
         )
+    i, j = torch.arange(M, device=q.device)[:, None], torch.arange(N, device=q.device)
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.to(dtype)[..., None, None] * (i + (N - M) - j).abs().to(dtype)
     s = s.masked_fill(~visible(M, N, lo, hi, q.device), -torch.inf)
+    if key_lengths is not None:
+        s = s.masked_fill(j >= key_lengths[:, None, None, None], -torch.inf)
 
     # Rows that see no key: the maximum is -inf and the sum 0; both are replaced before they can make a NaN.
     top = s.detach().amax(-1, keepdim=True) if N else s.new_full((batch, H, M, 1), -torch.inf)
-    e = torch.exp(s - top.masked_fill(top == -torch.inf, 0.0))
+    if sink is not None:
+        sink = sink.to(dtype)[:, None, None]
+        top = torch.maximum(top, sink.detach())
+    finite = top.masked_fill(top == -torch.inf, 0.0)
+    e = torch.exp(s - finite)
     total = e.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - finite)
     seen = total > 0
     safe = total.masked_fill(~seen, 1.0)
-    out = torch.einsum("bhmn,bnhd->bmhd", e / safe, v.to(dtype))
-    lse = (top + torch.log(safe)).masked_fill(~seen, -torch.inf).squeeze(-1)
+    p = e / safe
+    if dropout_p:
+        assert dropout_seed is not None
+        p = p * keep_mask(dropout_seed, dropout_p, batch, H, slice(0, M), slice(0, N)) / (1 - dropout_p)
+    out = torch.einsum("bhmn,bnhd->bmhd", p, v)
+    lse = (finite + torch.log(safe)).masked_fill(~seen, -torch.inf).squeeze(-1)
     return out, lse

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from .errors import bad_type, bad_value
 
@@ -17,7 +19,10 @@ __all__ = [
     "DTYPE_NAMES",
     "AttentionSpec",
     "BiasSpec",
+    "Gradients",
     "Needs",
+    "Operands",
+    "Saved",
     "causal_band",
     "check_gradients",
     "check_saved",
@@ -64,6 +69,43 @@ class Needs:
     dk: bool
     dv: bool
     dbias: bool
+    dsink: bool = False
+
+
+class Operands(NamedTuple):
+    """The tensors that attention is computed from, canonical (:func:`spec_of`). None: absent."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    key_lengths: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sink: Tensor | None = None
+    dropout_seed: Tensor | None = None
+
+
+class Saved(NamedTuple):
+    """What a forward pass fills and a backward pass reads: out ``(B, M, Hq, Dv)``, lse and, where it is kept, rest ``(B, Hq, M)``."""
+
+    out: Tensor
+    lse: Tensor
+    rest: Tensor | None
+
+
+class Gradients(NamedTuple):
+    """What a backward pass fills, each in the shape of its operand. None: not wanted."""
+
+    dq: Tensor | None
+    dk: Tensor | None
+    dv: Tensor | None
+    dbias: Tensor | None
+    dsink: Tensor | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(*(x is not None for x in self))
 
 
 @dataclass(frozen=True)
@@ -71,7 +113,10 @@ class AttentionSpec:
     """Sizes and options of one attention problem.
 
     ``batch_outer * batch_inner`` is the batch of q, k and v; a bias may broadcast over each of the two levels separately.
-    ``lo`` and ``hi`` bound the visible offsets ``lo <= j - i <= hi`` of key j and query i; None leaves that side open.
+    ``lo`` and ``hi`` bound the visible offsets ``lo <= j - i <= hi`` of key j and query i; None leaves that side open. ``heads`` are those
+    of the queries; ``groups`` of them read the same key head. A boolean mask without a bias is ``bias``, of dtype bool; ``mask`` is one
+    beside a bias. ``key_lengths``, ``alibi``, ``sink``: whether there are such. ``softcap`` and ``dropout`` (a probability): 0 for none.
+    ``deterministic``: the backward pass must give the same bits every time.
     """
 
     dtype: str
@@ -87,11 +132,36 @@ class AttentionSpec:
     hi: int | None
     scale: float
     precision: str
+    groups: int = 1
+    mask: BiasSpec | None = None
+    key_lengths: bool = False
+    alibi: bool = False
+    sink: bool = False
+    softcap: float = 0.0
+    dropout: float = 0.0
     deterministic: bool = False
 
     @property
     def batch(self) -> int:
         return self.batch_outer * self.batch_inner
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads // self.groups
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What there is beyond q, k, v, one bias or mask and a band, in words."""
+        named = {
+            f"{self.heads} query heads on {self.kv_heads} key heads": self.groups > 1,
+            "a mask beside a bias": self.mask is not None,
+            "key lengths": self.key_lengths,
+            "ALiBi slopes": self.alibi,
+            "a sink": self.sink,
+            "a soft cap": self.softcap > 0,
+            "dropout": self.dropout > 0,
+        }
+        return tuple(name for name, there in named.items() if there)
 
     @property
     def is_empty(self) -> bool:
@@ -101,15 +171,15 @@ class AttentionSpec:
     @property
     def keeps_rest(self) -> bool:
         """Whether a forward pass keeps what a float32 lse lost of a huge one."""
-        return keeps_rest(_DTYPES[self.dtype], None if self.bias is None else _DTYPES[self.bias.dtype])
+        return keeps_rest(_DTYPES[self.dtype], None if self.bias is None else _DTYPES[self.bias.dtype], self.alibi)
 
 
-def keeps_rest(dtype: torch.dtype, bias: torch.dtype | None) -> bool:
+def keeps_rest(dtype: torch.dtype, bias: torch.dtype | None, alibi: bool = False) -> bool:
     """Whether a forward pass of q, k, v and a bias (None: no bias) of these dtypes keeps what a float32 lse lost of a huge one.
 
-    Scores are huge only by a bias; float64 has room for the logarithm beside any that matters.
+    Scores are huge only by a bias, or far from ALiBi's diagonal; float64 has room for the logarithm beside any that matters.
     """
-    return bias is not None and bias != torch.bool and dtype != torch.float64
+    return (alibi or (bias is not None and bias != torch.bool)) and dtype != torch.float64
 
 
 def causal_band(causal: bool) -> tuple[int | None, int | None]:
@@ -130,17 +200,28 @@ def resolve_precision(precision: str) -> str:
 
 
 def spec_of(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    bias: torch.Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
     batch_inner: int,
     lo: int | None,
     hi: int | None,
     scale: float,
     precision: str,
+    mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_seed: Tensor | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
 ) -> AttentionSpec:
-    """The spec of canonical tensors: q (B, M, H, D), k (B, N, H, D), v (B, N, H, Dv), bias (B0|1, B1|1, H|1, M|1, N|1); B1 = batch_inner.
+    """The spec of canonical tensors.
+
+    q (B, M, Hq, D), k (B, N, Hk, D), v (B, N, Hk, Dv); bias and mask (B0|1, B1|1, Hq|1, M|1, N|1) with B1 = batch_inner, a mask without a
+    bias being the bias; key_lengths int32 (B,); alibi_slopes float32 (B|1, Hq); sink (Hq,); dropout_seed int64 (2,), contiguous.
 
     The public faces have checked their arguments already, with better words; these few comparisons guard the kernels from whoever
     calls the operators directly.
@@ -150,40 +231,95 @@ def spec_of(
     if not -math.inf < scale < math.inf:
         raise bad_value("scale", "a finite number", scale)
     B, M, H, D = q.shape
-    N, Dv = k.shape[1], v.shape[3]
-    if k.shape != (B, N, H, D) or v.shape != (B, N, H, Dv):
-        raise bad_value("k, v", f"shapes ({B}, N, {H}, {D}) and ({B}, N, {H}, Dv)", f"{tuple(k.shape)} and {tuple(v.shape)}")
+    N, kv_heads, Dv = k.shape[1], k.shape[2], v.shape[3]
+    if k.shape != (B, N, kv_heads, D) or v.shape != (B, N, kv_heads, Dv):
+        wanted = f"shapes ({B}, N, {kv_heads}, {D}) and ({B}, N, {kv_heads}, Dv)"
+        raise bad_value("k, v", wanted, f"{tuple(k.shape)} and {tuple(v.shape)}")
+    if kv_heads != H and (kv_heads == 0 or H % kv_heads):
+        raise bad_value("k, v", f"a number of heads that divides q's {H}", kv_heads)
     if batch_inner < 1 or B % batch_inner:
         raise bad_value("batch_inner", f"a positive divisor of the batch {B}", batch_inner)
     if not (q.dtype == k.dtype == v.dtype):
         raise bad_type("k, v", f"q's dtype {q.dtype}", f"{k.dtype} and {v.dtype}")
-    if not (q.device == k.device == v.device) or (bias is not None and bias.device != q.device):
-        raise bad_value("k, v, bias", f"q's device {q.device}", [str(t.device) for t in (k, v, bias) if t is not None])
-    bias_spec = None
-    if bias is not None:
-        full = (B // batch_inner, batch_inner, H, M, N)
-        if bias.dim() != 5 or any(own not in (1, size) for own, size in zip(bias.shape, full, strict=True)):
-            raise bad_value("bias", f"5 dims that broadcast to {full}", tuple(bias.shape))
-        # A size-1 problem dim counts as varying: there is nothing to reduce over.
-        varies = tuple(own == size for own, size in zip(bias.shape, full, strict=True))
-        bias_spec = BiasSpec(_dtype_name("bias", bias), varies)  # type: ignore[arg-type]
+    given = Operands(q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed)._asdict()
+    for name, x in given.items():
+        if x is not None and x.device != q.device:
+            raise bad_value(name, f"q's device {q.device}", x.device)
+    full = (B // batch_inner, batch_inner, H, M, N)
+    if mask is not None and (mask.dtype != torch.bool or bias is None or bias.dtype == torch.bool):
+        raise bad_type("mask", "a bool tensor beside a bias of numbers", f"{mask.dtype} beside {'none' if bias is None else bias.dtype}")
+    _check_extras(B, H, key_lengths, alibi_slopes, sink, dropout_seed, softcap, dropout_p)
     # Bounds that hide nothing are open; kernels add the others to 32-bit positions, so those are kept near the sizes.
     lo = None if lo is None or lo <= 1 - M else min(lo, N)
     hi = None if hi is None or hi >= N - 1 else max(hi, -M)
-    precision = resolve_precision(precision) if q.dtype == torch.float32 else "ieee"
-    return AttentionSpec(_dtype_name("q", q), B // batch_inner, batch_inner, M, N, H, D, Dv, bias_spec, lo, hi, float(scale), precision)
+    return AttentionSpec(
+        dtype=_dtype_name("q", q),
+        batch_outer=B // batch_inner,
+        batch_inner=batch_inner,
+        queries=M,
+        keys=N,
+        heads=H,
+        head_dim=D,
+        value_dim=Dv,
+        bias=_bias_spec("bias", bias, full),
+        lo=lo,
+        hi=hi,
+        scale=float(scale),
+        precision=resolve_precision(precision) if q.dtype == torch.float32 else "ieee",
+        groups=H // kv_heads if kv_heads else 1,
+        mask=_bias_spec("mask", mask, full),
+        key_lengths=key_lengths is not None,
+        alibi=alibi_slopes is not None,
+        sink=sink is not None,
+        softcap=float(softcap),
+        dropout=float(dropout_p),
+        deterministic=deterministic,
+    )
 
 
-def check_saved(
-    q: torch.Tensor,
-    v: torch.Tensor,
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    rest: torch.Tensor | None,
+def _bias_spec(name: str, bias: Tensor | None, full: tuple[int, ...]) -> BiasSpec | None:
+    if bias is None:
+        return None
+    if bias.dim() != 5 or any(own not in (1, size) for own, size in zip(bias.shape, full, strict=True)):
+        raise bad_value(name, f"5 dims that broadcast to {full}", tuple(bias.shape))
+    # A size-1 problem dim counts as varying: there is nothing to reduce over.
+    outer, inner, head, query, key = (own == size for own, size in zip(bias.shape, full, strict=True))
+    return BiasSpec(_dtype_name(name, bias), (outer, inner, head, query, key))
+
+
+def _check_extras(
+    batch: int,
+    heads: int,
+    key_lengths: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    dropout_seed: Tensor | None,
+    softcap: float,
+    dropout_p: float,
 ) -> None:
+    for name, x, dtypes, shapes in (
+        ("key_lengths", key_lengths, (torch.int32,), ((batch,),)),
+        ("alibi_slopes", alibi_slopes, (torch.float32,), ((1, heads), (batch, heads))),
+        ("sink", sink, tuple(dtype for dtype in DTYPE_NAMES if dtype.is_floating_point), ((heads,),)),
+        ("dropout_seed", dropout_seed, (torch.int64,), ((2,),)),
+    ):
+        if x is None:
+            continue
+        if x.dtype not in dtypes:
+            raise bad_type(name, " or ".join(map(str, dtypes)), x.dtype)
+        if tuple(x.shape) not in shapes:
+            raise bad_value(name, f"shape {' or '.join(map(str, shapes))}", tuple(x.shape))
+        if name in ("key_lengths", "dropout_seed") and not x.is_contiguous():
+            raise bad_value(name, "a contiguous tensor", f"strides {x.stride()}")
+    if not 0 <= softcap < math.inf:
+        raise bad_value("softcap", "a finite number, 0 for none", softcap)
+    if not 0 <= dropout_p < 1 or (dropout_p > 0) != (dropout_seed is not None):
+        raise bad_value("dropout_p", "a number in [0, 1), with a dropout_seed unless it is 0", dropout_p)
+
+
+def check_saved(q: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, saved: Saved) -> None:
     """What a backward pass is given besides its inputs: dout and out (B, M, H, Dv) like q, lse, rest and dlse (B, H, M)."""
+    out, lse, rest = saved
     B, M, H, _ = q.shape
     for name, tensor, shape in (
         ("dout", dout, (B, M, H, v.shape[3])),
@@ -205,9 +341,7 @@ def check_saved(
             raise bad_type(name, str(dtype), tensor.dtype)
 
 
-def check_gradients(
-    inputs: dict[str, torch.Tensor | None], gradients: dict[str, torch.Tensor | None], saved: dict[str, torch.Tensor]
-) -> None:
+def check_gradients(inputs: dict[str, Tensor | None], gradients: dict[str, Tensor | None], saved: dict[str, Tensor]) -> None:
     """Tensors for gradients to be written to: each the shape, dtype and device of its input; any strides, but memory of its own."""
     for (name, x), (grad_name, grad) in zip(inputs.items(), gradients.items(), strict=True):
         if grad is None:
@@ -231,7 +365,7 @@ def check_gradients(
         taken[tensor.data_ptr()] = name
 
 
-def _dtype_name(name: str, tensor: torch.Tensor) -> str:
+def _dtype_name(name: str, tensor: Tensor) -> str:
     try:
         return DTYPE_NAMES[tensor.dtype]
     except KeyError:

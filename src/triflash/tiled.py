@@ -10,14 +10,17 @@ Method: FlashAttention (Dao et al. 2022), FlashAttention-2 (Dao 2023).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .dropout import keep_mask
+
 _LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
 _LEAST_BIAS = -torch.finfo(torch.float32).max / _LOG2E  # below it a bias counts as -inf: see oracle.py
 
-__all__ = ["backward", "forward", "tile_size"]
+__all__ = ["Scores", "backward", "delta_of", "forward", "tile_size"]
 
 _TILE_BYTES = 16 * 2**20  # one tile of scores over all heads: large enough for efficient products, small enough to stay near the caches
 
@@ -30,69 +33,134 @@ def tile_size(batch_heads: int) -> int:
     return size
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What makes scores of products, and hides some: as the arguments of :func:`triflash.oracle.attention`, bias and mask with
+    5 dims.
+    """
+
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    key_lengths: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    dropout_seed: Tensor | None = None
+    batch_inner: int = 1
+    lo: int | None = None
+    hi: int | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+
+    def tile(self, products: Tensor, rows: slice, cols: slice, diagonal: int) -> tuple[Tensor, Tensor | None]:
+        """Of the products ``[B, H, BM, BN]`` of one tile: its scores in base 2, and their derivative by ``scale * products`` (None: 1).
+
+        ``diagonal`` is N - M, to which ALiBi is aligned.
+        """
+        slope = None
+        if self.softcap:
+            t = torch.tanh(products * (self.scale / self.softcap))
+            s, slope = t * (self.softcap * _LOG2E), 1 - t * t
+        else:
+            s = products.mul_(self.scale * _LOG2E)
+        split = s.unflatten(0, (s.shape[0] // self.batch_inner, self.batch_inner))
+        for extra in (self.bias, self.mask):
+            if extra is None:
+                continue
+            part = _part(extra, rows, cols)
+            if extra.dtype == torch.bool:
+                split.masked_fill_(~part, -torch.inf)
+            else:
+                part = part.to(s.dtype)
+                split.add_(part.masked_fill(part < _LEAST_BIAS, -torch.inf), alpha=_LOG2E)
+        j = torch.arange(cols.start, cols.stop, device=s.device)
+        crosses_hi = self.hi is not None and cols.stop - 1 - rows.start > self.hi
+        crosses_lo = self.lo is not None and cols.start - (rows.stop - 1) < self.lo
+        if crosses_hi or crosses_lo or self.alibi_slopes is not None:
+            offset = j - torch.arange(rows.start, rows.stop, device=s.device)[:, None]
+            if self.alibi_slopes is not None:
+                slopes = self.alibi_slopes.to(s.dtype)[..., None, None] * _LOG2E
+                s.sub_(slopes * (offset - diagonal).abs().to(s.dtype))
+            if self.hi is not None:
+                s.masked_fill_(offset > self.hi, -torch.inf)
+            if self.lo is not None:
+                s.masked_fill_(offset < self.lo, -torch.inf)
+        if self.key_lengths is not None:
+            s.masked_fill_(j >= self.key_lengths[:, None, None, None], -torch.inf)
+        return s, slope
+
+    def dropped(self, x: Tensor, rows: slice, cols: slice) -> Tensor:
+        """What dropout leaves of a tile, unscaled."""
+        if not self.dropout_p:
+            return x
+        assert self.dropout_seed is not None
+        return x * keep_mask(self.dropout_seed, self.dropout_p, x.shape[0], x.shape[1], rows, cols)
+
+    @property
+    def rescale(self) -> float:
+        """By what dropout multiplies the probabilities that it keeps."""
+        return 1.0 / (1.0 - self.dropout_p)
+
+
 def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    scores: Scores,
+    sink: Tensor | None = None,
     *,
-    batch_inner: int,
-    lo: int | None,
-    hi: int | None,
-    scale: float,
     out: Tensor,
     lse: Tensor,
     rest: Tensor | None = None,
     tile: int | None = None,
 ) -> None:
-    """Fill ``out (B, M, H, Dv)``, ``lse (B, H, M)`` and, if given, ``rest (B, H, M)``: what a float32 lse lost of a huge one.
-    Arguments as in :func:`triflash.oracle.attention`, bias canonical (5 dims).
+    """Fill ``out (B, M, Hq, Dv)``, ``lse (B, Hq, M)`` and, if given, ``rest (B, Hq, M)``: what a float32 lse lost of a huge one.
 
-    Owns ``tile`` query rows of every head at a time and walks the key tiles that they can see:
-    ``m' = max(m, rowmax s); l' = l 2^(m-m') + rowsum 2^(s-m'); acc' = acc 2^(m-m') + 2^(s-m') v``, scores in base 2.
+    q, k, v, sink as of :func:`triflash.oracle.attention`. Owns ``tile`` query rows of every head at a time and walks the key tiles that
+    they can see: ``m' = max(m, rowmax s); l' = l 2^(m-m') + rowsum 2^(s-m'); acc' = acc 2^(m-m') + 2^(s-m') v``, scores in base 2.
+    A sink is where m and l begin: ``m = sink, l = 1``.
     """
     batch, M, H, _ = q.shape
-    N = k.shape[1]
+    N, kv_heads = k.shape[1:3]
     math = _arithmetic(q)
     tile = tile or tile_size(batch * H)
     for rows in _slices(0, M, tile):
-        q_tile = _heads_first(q, rows, math)  # [B, H, BM, D]
-        m = torch.full((*q_tile.shape[:3], 1), -torch.inf, dtype=math, device=q.device)
+        q_tile = _by_key_head(_heads_first(q, rows, math), kv_heads)  # [B, Hk, G * BM, D]
+        m = torch.full((batch, H, rows.stop - rows.start, 1), -torch.inf, dtype=math, device=q.device)
         l = torch.zeros_like(m)
-        acc = q_tile.new_zeros(*q_tile.shape[:3], v.shape[3])
-        for cols in _visible_slices(rows, N, lo, hi, tile):
-            s = _scores(q_tile, _heads_first(k, cols, math), bias, batch_inner, rows, cols, lo, hi, scale)  # [B, H, BM, BN]
+        if sink is not None:
+            m, l = m.copy_(sink.to(math)[:, None, None] * _LOG2E), torch.ones_like(m)
+        acc = m.new_zeros(*m.shape[:3], v.shape[3])
+        for cols in _visible_slices(rows, N, scores.lo, scores.hi, tile):
+            products = _by_query_head(q_tile @ _heads_first(k, cols, math).transpose(2, 3), H)
+            s, _ = scores.tile(products, rows, cols, N - M)  # [B, H, BM, BN]
             m_new = torch.maximum(m, s.amax(-1, keepdim=True))
             m_safe = m_new.masked_fill(m_new == -torch.inf, 0.0)  # a row that has seen nothing yet: 2^(-inf - 0) = 0, never NaN
             p = torch.exp2(s.sub_(m_safe))
             shrink = torch.exp2(m - m_safe)
             l = l * shrink + p.sum(-1, keepdim=True)
-            acc = acc * shrink + p @ _heads_first(v, cols, math)
+            p = _by_key_head(scores.dropped(p, rows, cols), kv_heads)
+            acc = acc * shrink + _by_query_head(p @ _heads_first(v, cols, math), H)
             m = m_new
         unseen = l == 0
         l = l.masked_fill(unseen, 1.0)
-        out[:, rows] = (acc / l).transpose(1, 2)
+        out[:, rows] = (acc * scores.rescale / l).transpose(1, 2)
         row_lse = ((m + l.log2()) * _LN2).masked_fill(unseen, -torch.inf)
         lse[:, :, rows] = row_lse.squeeze(-1)
         if rest is not None:
-            rest[:, :, rows] = ((m - row_lse * _LOG2E) + l.log2()).masked_fill(unseen, 0.0).squeeze(-1)
+            lost = ((m - row_lse * _LOG2E) + l.log2()).masked_fill(row_lse == -torch.inf, 0.0)
+            rest[:, :, rows] = lost.squeeze(-1)
 
 
 def backward(
     dout: Tensor,
-    dlse: Tensor | None,
+    delta: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
+    scores: Scores,
     lse: Tensor,
     rest: Tensor | None = None,
     *,
-    batch_inner: int,
-    lo: int | None,
-    hi: int | None,
-    scale: float,
     dq: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
@@ -101,53 +169,60 @@ def backward(
 ) -> None:
     """Fill those of ``dq, dk, dv, dbias`` that are given; what is None is not computed. dbias has the canonical bias's own shape.
 
-    With ``p = 2^(s - lse - rest)`` in base 2 and ``delta = rowsum(out * dout) - dlse``:
+    With ``p = 2^(s - lse - rest)`` in base 2 and ``delta = rowsum(out * dout) - dlse`` (:func:`delta_of`):
     ``dv = pᵀ dout``, ``ds = p * (dout vᵀ - delta)``, ``dk = scale dsᵀ q``, ``dq = scale ds k``, ``dbias = ds`` summed over broadcast dims.
+    Dropout multiplies p of dv, and dout vᵀ, by what it keeps over 1 - p; a soft cap multiplies ds, but for dbias, by its derivative.
     """
     batch, M, H, _ = q.shape
-    N = k.shape[1]
+    N, kv_heads = k.shape[1:3]
     math = _arithmetic(q)
     tile = tile or tile_size(batch * H)
     need_ds = dq is not None or dk is not None or dbias is not None
     dq_sum, dbias_sum = (None if x is None else x.zero_() if x.dtype == math else torch.zeros_like(x, dtype=math) for x in (dq, dbias))
-    delta = torch.zeros_like(lse)
-    for rows in _slices(0, M, tile):
-        delta[:, :, rows] = (_heads_first(out, rows, math) * _heads_first(dout, rows, math)).sum(-1)
-    if dlse is not None:
-        delta -= dlse
     # p is 2^(s - lse): a row that saw no key gets +inf here, so that its p is 0 and its gradients vanish.
     lse_log2 = (lse * _LOG2E).masked_fill(lse == -torch.inf, torch.inf)
 
     for cols in _slices(0, N, tile):
         k_tile, v_tile = _heads_first(k, cols, math), _heads_first(v, cols, math)
         dk_tile, dv_tile = torch.zeros_like(k_tile), torch.zeros_like(v_tile)
-        for rows in _visible_slices(cols, M, _negated(hi), _negated(lo), tile):
-            q_tile, do_tile = _heads_first(q, rows, math), _heads_first(dout, rows, math)
-            s = _scores(q_tile, k_tile, bias, batch_inner, rows, cols, lo, hi, scale)
+        for rows in _visible_slices(cols, M, _negated(scores.hi), _negated(scores.lo), tile):
+            q_tile, do_tile = (_by_key_head(_heads_first(x, rows, math), kv_heads) for x in (q, dout))  # [B, Hk, G * BM, D]
+            s, slope = scores.tile(_by_query_head(q_tile @ k_tile.transpose(2, 3), H), rows, cols, N - M)
             s.sub_(lse_log2[:, :, rows, None])
             if rest is not None:
                 s.sub_(rest[:, :, rows, None])
             p = torch.exp2(s.clamp_(max=0.0))  # [B, H, BM, BN]; at most 1 also where a huge lse was rounded and its rest not kept
             if dv is not None:
-                dv_tile += p.transpose(2, 3) @ do_tile
+                dv_tile += _by_key_head(scores.dropped(p, rows, cols), kv_heads).transpose(2, 3) @ do_tile
             if not need_ds:
                 continue
-            ds = (do_tile @ v_tile.transpose(2, 3)).sub_(delta[:, :, rows, None]).mul_(p)
+            dp = scores.dropped(_by_query_head(do_tile @ v_tile.transpose(2, 3), H), rows, cols)
+            ds = dp.mul_(scores.rescale).sub_(delta[:, :, rows, None]).mul_(p)
+            if dbias_sum is not None:
+                part = _part(dbias_sum, rows, cols)
+                part += ds.unflatten(0, (batch // scores.batch_inner, scores.batch_inner)).sum_to_size(part.shape)
+            ds = _by_key_head(ds if slope is None else ds.mul_(slope), kv_heads)
             if dk is not None:
                 dk_tile += ds.transpose(2, 3) @ q_tile
             if dq_sum is not None:
-                dq_sum[:, rows] += (ds @ k_tile).transpose(1, 2)
-            if dbias_sum is not None:
-                part = _bias_tile(dbias_sum, rows, cols)
-                part += ds.unflatten(0, (batch // batch_inner, batch_inner)).sum_to_size(part.shape)
+                dq_sum[:, rows] += _by_query_head(ds @ k_tile, H).transpose(1, 2)
         if dk is not None:
-            dk[:, cols] = (dk_tile * scale).transpose(1, 2)
+            dk[:, cols] = (dk_tile * scores.scale).transpose(1, 2)
         if dv is not None:
-            dv[:, cols] = dv_tile.transpose(1, 2)
+            dv[:, cols] = (dv_tile * scores.rescale).transpose(1, 2)
     if dq is not None and dq_sum is not None:
-        dq.copy_(dq_sum.mul_(scale))
+        dq.copy_(dq_sum.mul_(scores.scale))
     if dbias is not None and dbias_sum is not None and dbias_sum is not dbias:
         dbias.copy_(dbias_sum)
+
+
+def delta_of(out: Tensor, dout: Tensor, dlse: Tensor | None, tile: int = 512) -> Tensor:
+    """``rowsum(out * dout) - dlse`` as ``(B, H, M)``, float32 or float64."""
+    math = _arithmetic(out)
+    delta = torch.zeros((out.shape[0], out.shape[2], out.shape[1]), dtype=math, device=out.device)
+    for rows in _slices(0, out.shape[1], tile):
+        delta[:, :, rows] = (_heads_first(out, rows, math) * _heads_first(dout, rows, math)).sum(-1)
+    return delta if dlse is None else delta.sub_(dlse)
 
 
 def _arithmetic(q: Tensor) -> torch.dtype:
@@ -157,6 +232,20 @@ def _arithmetic(q: Tensor) -> torch.dtype:
 def _heads_first(x: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
     """``(B, L, H, D)`` -> the rows of it as ``[B, H, rows, D]`` in ``dtype``."""
     return x[:, rows].transpose(1, 2).to(dtype)
+
+
+def _by_key_head(x: Tensor, kv_heads: int) -> Tensor:
+    """``[B, Hq, rows, cols]`` -> ``[B, Hk, G * rows, cols]``: the G query heads of a key head one below the other, so that a product with
+    the key head's tile, or a sum over queries, takes them all.
+    """
+    batch, heads, rows, cols = x.shape
+    return x if heads == kv_heads else x.reshape(batch, kv_heads, heads // kv_heads * rows, cols)
+
+
+def _by_query_head(x: Tensor, heads: int) -> Tensor:
+    """The inverse of :func:`_by_key_head`."""
+    batch, kv_heads, rows, cols = x.shape
+    return x if heads == kv_heads else x.reshape(batch, heads, rows * kv_heads // heads, cols)
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -175,41 +264,8 @@ def _visible_slices(own: slice, length: int, lo: int | None, hi: int | None, siz
     return _slices(first, last, size)
 
 
-def _bias_tile(bias: Tensor, rows: slice, cols: slice) -> Tensor:
-    """The part of a canonical 5-dim bias that a tile of scores needs, broadcast dims left at size 1."""
+def _part(bias: Tensor, rows: slice, cols: slice) -> Tensor:
+    """The part of a canonical 5-dim bias or mask that a tile of scores needs, broadcast dims left at size 1."""
     if bias.shape[3] > 1:
         bias = bias[:, :, :, rows]
     return bias[..., cols] if bias.shape[4] > 1 else bias
-
-
-def _scores(
-    q: Tensor,
-    k: Tensor,
-    bias: Tensor | None,
-    batch_inner: int,
-    rows: slice,
-    cols: slice,
-    lo: int | None,
-    hi: int | None,
-    scale: float,
-) -> Tensor:
-    """Scaled, biased, masked scores of one tile in base 2: ``[B, H, BM, BN]``."""
-    s = (q @ k.transpose(2, 3)).mul_(scale * _LOG2E)
-    if bias is not None:
-        split = s.unflatten(0, (s.shape[0] // batch_inner, batch_inner))
-        part = _bias_tile(bias, rows, cols)
-        if bias.dtype == torch.bool:
-            split.masked_fill_(~part, -torch.inf)
-        else:
-            part = part.to(s.dtype)
-            split.add_(part.masked_fill(part < _LEAST_BIAS, -torch.inf), alpha=_LOG2E)
-    crosses_hi = hi is not None and cols.stop - 1 - rows.start > hi
-    crosses_lo = lo is not None and cols.start - (rows.stop - 1) < lo
-    if crosses_hi or crosses_lo:
-        i = torch.arange(rows.start, rows.stop, device=s.device)[:, None]
-        offset = torch.arange(cols.start, cols.stop, device=s.device)[None, :] - i
-        if hi is not None:
-            s.masked_fill_(offset > hi, -torch.inf)
-        if lo is not None:
-            s.masked_fill_(offset < lo, -torch.inf)
-    return s

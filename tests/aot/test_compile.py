@@ -12,16 +12,21 @@ triton = pytest.importorskip("triton")
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
-from triflash.launch.triton import backward_calls, forward_calls
+from triflash.launch.triton import backward_calls, forward_calls, scratch
 from triflash.plan import tables
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.select import Plan, plan_backward, plan_forward, problem_of
-from triflash.spec import Needs, spec_of
+from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Saved, spec_of
 
 ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "gfx942")
 DEFAULT_SPILLS = 64  # words a thread that an unmeasured configuration may spill; a measured row declares its own
 WIDE_BIAS_SPILLS = 160  # the same for a measured row, which declares what it spills with a 16-bit bias, under a float32 one
+FEATURE_SPILLS = 64  # with one of FEATURES, or all
 LENGTH = 2032  # a multiple of 16, so that loads are wide, but of no tile, so that every masked loop is compiled
+
+
+FEATURES = ("groups", "mask", "lengths", "alibi", "sink", "softcap", "dropout")
+HEADS = 16
 
 
 class Target(NamedTuple):
@@ -34,9 +39,11 @@ class Target(NamedTuple):
     bias: str  # a letter where it varies, over (batch, head, query, key); empty: none
     causal: bool
     bias_dtype: torch.dtype | None = None  # None: q's
+    features: tuple[str, ...] = ()  # of FEATURES
 
     def __str__(self) -> str:
         flags = f"-{self.bias}" * bool(self.bias) + ("-fp32bias" if self.bias_dtype else "") + ("-causal" if self.causal else "")
+        flags += "".join(f"-{name}" for name in self.features)
         return f"{self.arch}-{self.kernel}-d{self.head_dim}-{str(self.dtype)[6:]}{flags}"
 
 
@@ -63,6 +70,13 @@ def targets() -> Iterator[Target]:
                 yield Target("sm90", kernel, head_dim, torch.bfloat16, kind, causal, torch.float32)
                 if kind in ("1h1k", "bhqk") and head_dim in (32, 256):
                     yield Target("sm90", kernel, head_dim, torch.bfloat16, kind, causal)
+    for arch in ("sm80", "sm90", "gfx942"):
+        for features, bias in (*(((name,), "") for name in FEATURES if name != "mask"), (("mask",), "1hqk"), (FEATURES, "1hqk")):
+            kernels = ("forward", "dkdv", "dq", *(["dbias"] if bias else []))
+            for kernel in kernels if features != ("sink",) else ("forward",):
+                yield Target(arch, kernel, 64, torch.bfloat16, bias, True, None, features)
+                if arch == "sm90" and len(features) == 1:
+                    yield Target(arch, kernel, 128, torch.bfloat16, bias, True, None, features)
     yield Target("sm90", "forward", 80, torch.float16, "1hqk", True)  # a head dim that is padded
     yield Target("sm90", "dkdv", 80, torch.float16, "1hqk", True)
 
@@ -72,30 +86,49 @@ def bias_shape(target: Target, batch: int, heads: int) -> tuple[int, ...]:
     return (b, 1, *rest)
 
 
-def calls(target: Target, batch: int = 2, heads: int = 16) -> tuple[Plan, list[Call]]:
-    """The launches of a forward and a backward pass on meta tensors, and the plan that they carry out."""
+def operands(target: Target, batch: int = 2, heads: int = HEADS) -> Operands:
+    """Meta tensors."""
 
     def make(*shape: int, dtype: torch.dtype = target.dtype) -> torch.Tensor:
         return torch.empty(shape, device="meta", dtype=dtype)
 
+    given = set(target.features)
     q = make(batch, LENGTH, heads, target.head_dim)
-    lse = make(batch, heads, LENGTH, dtype=torch.float32)
+    k = make(batch, LENGTH, heads // 4, target.head_dim) if "groups" in given else q
     bias = make(*bias_shape(target, batch, heads), dtype=target.bias_dtype or target.dtype) if target.bias else None
-    spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
+    return Operands(
+        *(q, k, k, bias),
+        mask=make(batch, 1, 1, LENGTH, LENGTH, dtype=torch.bool) if "mask" in given else None,
+        key_lengths=make(batch, dtype=torch.int32) if "lengths" in given else None,
+        alibi_slopes=make(1, heads, dtype=torch.float32) if "alibi" in given else None,
+        sink=make(heads) if "sink" in given else None,
+        dropout_seed=make(2, dtype=torch.int64) if "dropout" in given else None,
+    )
+
+
+def spec_for(target: Target, x: Operands) -> AttentionSpec:
+    numbers = (50.0 if "softcap" in target.features else 0.0, 0.1 if "dropout" in target.features else 0.0)
+    return spec_of(*x[:4], 1, None, 0 if target.causal else None, 0.125, "ieee", *x[4:], *numbers)
+
+
+def calls(target: Target) -> tuple[Plan, list[Call]]:
+    """The launches of a forward and a backward pass on meta tensors, and the plan that they carry out."""
+    x = operands(target)
+    spec = spec_for(target, x)
+    out, lse = torch.empty_like(x.q), x.q.new_empty(x.q.shape[0], HEADS, LENGTH, dtype=torch.float32)
     facts = KNOWN_DEVICES[target.arch]
-    rest = torch.empty_like(lse) if bias is not None else None
+    saved = Saved(out, lse, torch.empty_like(lse) if spec.keeps_rest else None)
     forward = plan_forward(spec, facts, "triton")
-    backward = plan_backward(spec, Needs(True, True, True, bias is not None), facts, "triton")
-    made = forward_calls(forward, spec, q, q, q, bias, q, lse, rest)
-    made += backward_calls(backward, spec, q, None, q, q, q, bias, q, lse, rest, q, q, q, bias)
+    backward = plan_backward(spec, Needs(True, True, True, x.bias is not None), facts, "triton")
+    made = forward_calls(forward, spec, x, saved)
+    made += backward_calls(backward, spec, x, saved, out, None, scratch(backward, saved), Gradients(x.q, x.k, x.v, x.bias))
     return Plan("triton", forward.steps + backward.steps), made
 
 
 def declared_spills(target: Target) -> int:
-    q = torch.empty(1, LENGTH, 1, target.head_dim, device="meta", dtype=target.dtype)
-    bias = q.new_empty(bias_shape(target, 1, 1)) if target.bias else None
-    spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
-    row = tables.lookup(target.arch, problem_of(target.kernel, spec))
+    row = tables.lookup(target.arch, problem_of(target.kernel, spec_for(target, operands(target, 1))))
+    if target.features:
+        return FEATURE_SPILLS
     if target.bias_dtype is not None:
         return WIDE_BIAS_SPILLS
     return row.spills if row else DEFAULT_SPILLS
@@ -115,10 +148,7 @@ def test_every_measured_row_is_compiled() -> None:
     """A row that no target reaches would never be checked."""
     reached = set()
     for target in targets():
-        q = torch.empty(1, LENGTH, 1, target.head_dim, device="meta", dtype=target.dtype)
-        bias = q.new_empty(bias_shape(target, 1, 1)) if target.bias else None
-        spec = spec_of(q, q, q, bias, 1, None, 0 if target.causal else None, 0.125, "ieee")
-        reached.add((target.arch, problem_of(target.kernel, spec)))
+        reached.add((target.arch, problem_of(target.kernel, spec_for(target, operands(target)))))
     assert {(row.arch, row.problem) for row in tables.ROWS} <= reached
 
 

@@ -78,12 +78,13 @@ def disagreement(got: Tensor, judgement: Judgement) -> str | None:
 
 @dataclass(frozen=True)
 class Gradients:
-    """dq, dk, dv and ds (the gradient of the scores, ``[B, H, M, N]``) by the closed formula, in float64."""
+    """By the closed formula, in float64: dq, dk, dv, ds (of the scores, ``[B, H, M, N]``) and delta (``[B, H, M]``)."""
 
     dq: Tensor
     dk: Tensor
     dv: Tensor
     ds: Tensor
+    delta: Tensor
 
 
 def closed_backward(
@@ -96,16 +97,19 @@ def closed_backward(
     dlse: Tensor | None,
     scale: float,
     slope: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Gradients:
     """``ds = p (dout vᵀ - rowsum(out dout) + dlse)`` and what follows, without autograd, for any ``out``.
 
     ``slope`` is the derivative of a function that the scaled products went through before the bias was added (a soft cap); None is 1.
+    ``kept`` is what dropout multiplied the probabilities by.
     """
     delta = torch.einsum("bmhd,bmhd->bhm", out, dout)
     if dlse is not None:
         delta = delta - dlse
-    ds = p * (torch.einsum("bmhd,bnhd->bhmn", dout, v) - delta[..., None])
-    return _spread(q, k, p, dout, ds, scale, slope)
+    dp = torch.einsum("bmhd,bnhd->bhmn", dout, v)
+    ds = p * ((dp if kept is None else dp * kept) - delta[..., None])
+    return _spread(q, k, p if kept is None else p * kept, dout, ds, scale, slope, delta)
 
 
 def rounding_backward(
@@ -119,6 +123,7 @@ def rounding_backward(
     dlse: Tensor | None,
     scale: float,
     slope: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> Gradients:
     """The same on absolute values: multiply by a unit roundoff to bound what rounding can do. ``s`` enters as the error of ``exp(s)``."""
     q, k, v, out, dout = (x.abs() for x in (q, k, v, out, dout))
@@ -126,15 +131,17 @@ def rounding_backward(
     delta = torch.einsum("bmhd,bmhd->bhm", out, dout)
     if dlse is not None:
         delta = delta + dlse.abs()
-    ds = p * (torch.einsum("bmhd,bnhd->bhmn", dout, v) + delta[..., None])
-    return _spread(q, k, p, dout, ds, abs(scale), slope)
+    dp = torch.einsum("bmhd,bnhd->bhmn", dout, v)
+    ds = p * ((dp if kept is None else dp * kept) + delta[..., None])
+    return _spread(q, k, p if kept is None else p * kept, dout, ds, abs(scale), slope, delta)
 
 
-def _spread(q: Tensor, k: Tensor, p: Tensor, dout: Tensor, ds: Tensor, scale: float, slope: Tensor | None) -> Gradients:
+def _spread(q: Tensor, k: Tensor, p: Tensor, dout: Tensor, ds: Tensor, scale: float, slope: Tensor | None, delta: Tensor) -> Gradients:
     inner = ds if slope is None else ds * slope
     return Gradients(
         dq=scale * torch.einsum("bhmn,bnhd->bmhd", inner, k),
         dk=scale * torch.einsum("bhmn,bmhd->bnhd", inner, q),
         dv=torch.einsum("bhmn,bmhd->bnhd", p, dout),
         ds=ds,
+        delta=delta,
     )

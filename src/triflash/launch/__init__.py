@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import oracle, tiled
 from ..plan.select import Plan
-from ..spec import AttentionSpec
+from ..spec import AttentionSpec, Gradients, Operands, Saved
+from .calls import sink_gradient
 
 __all__ = ["record_launches", "run_backward", "run_forward"]
 
@@ -41,68 +42,68 @@ def _record(plan: Plan) -> None:
         recorder.extend(f"{plan.backend}: {step}" for step in plan.steps)
 
 
-def run_forward(
-    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
-) -> None:
+def run_forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> None:
     """Fill ``out (B, M, H, Dv)``, ``lse (B, H, M)`` and, if given, ``rest (B, H, M)``."""
-    options: dict[str, Any] = {"batch_inner": spec.batch_inner, "lo": spec.lo, "hi": spec.hi, "scale": spec.scale}
     if plan.backend == "triton":
         from . import triton
 
-        triton.forward(plan, spec, q, k, v, bias, out, lse, rest)
+        triton.forward(plan, spec, x, saved)
     elif plan.backend == "hopper":
         from . import hopper
 
-        hopper.forward(plan, spec, q, k, v, bias, out, lse, rest)
+        hopper.forward(plan, spec, x.q, x.k, x.v, x.bias, *saved)
     elif plan.backend == "tiled":
-        with _without_autocast(q):
-            tiled.forward(q, k, v, bias, out=out, lse=lse, rest=rest, **options)
+        with _without_autocast(x.q):
+            tiled.forward(x.q, x.k, x.v, _scores(spec, x), x.sink, **saved._asdict())
     else:
-        with _without_autocast(q):
-            dense_out, dense_lse = oracle.attention(q, k, v, bias, **options)
-        out.copy_(dense_out)
-        lse.copy_(dense_lse)
-        if rest is not None:
-            rest.zero_()  # its own backward pass differentiates the forward pass and reads no lse
+        with _without_autocast(x.q):
+            dense_out, dense_lse = oracle.attention(**x._asdict(), **_options(spec))
+        saved.out.copy_(dense_out)
+        saved.lse.copy_(dense_lse)
+        if saved.rest is not None:
+            saved.rest.zero_()  # its own backward pass differentiates the forward pass and reads no lse
     if _recorders:
         _record(plan)
 
 
-def run_backward(
-    plan: Plan,
-    spec: AttentionSpec,
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    rest: Tensor | None,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    dbias: Tensor | None,
-) -> None:
-    """Fill those of dq, dk, dv, dbias that are given."""
-    options: dict[str, Any] = {"batch_inner": spec.batch_inner, "lo": spec.lo, "hi": spec.hi, "scale": spec.scale}
+def run_backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
+    """Fill those of dq, dk, dv, dbias, dsink that are given."""
     if plan.backend == "triton":
         from . import triton
 
-        triton.backward(plan, spec, dout, dlse, q, k, v, bias, out, lse, rest, dq, dk, dv, dbias)
+        triton.backward(plan, spec, x, saved, dout, dlse, grads)
     elif plan.backend == "hopper":
         from . import hopper_backward
 
-        hopper_backward.backward(plan, spec, dout, dlse, q, k, v, bias, out, lse, rest, dq, dk, dv, dbias)
+        hopper_backward.backward(plan, spec, x, saved, dout, dlse, grads)
     elif plan.backend == "tiled":
-        with _without_autocast(q):
-            tiled.backward(dout, dlse, q, k, v, bias, out, lse, rest, dq=dq, dk=dk, dv=dv, dbias=dbias, **options)
+        with _without_autocast(x.q):
+            delta = tiled.delta_of(saved.out, dout, dlse)
+            dq, dk, dv, dbias, _ = grads
+            tiled.backward(dout, delta, x.q, x.k, x.v, _scores(spec, x), saved.lse, saved.rest, dq=dq, dk=dk, dv=dv, dbias=dbias)
+            if grads.dsink is not None and x.sink is not None:
+                grads.dsink.copy_(sink_gradient(x.sink, saved, delta))
     else:
-        with _without_autocast(q):
-            _oracle_backward(dout, dlse, (q, k, v, bias), (dq, dk, dv, dbias), options)
+        with _without_autocast(x.q):
+            _oracle_backward(dout, dlse, x, grads, _options(spec))
     if _recorders:
         _record(plan)
+
+
+def _options(spec: AttentionSpec) -> dict[str, Any]:
+    """What is no tensor, as the backends in PyTorch name it."""
+    return {
+        "batch_inner": spec.batch_inner,
+        "lo": spec.lo,
+        "hi": spec.hi,
+        "scale": spec.scale,
+        "softcap": spec.softcap,
+        "dropout_p": spec.dropout,
+    }
+
+
+def _scores(spec: AttentionSpec, x: Operands) -> tiled.Scores:
+    return tiled.Scores(x.bias, x.mask, x.key_lengths, x.alibi_slopes, x.dropout_seed, **_options(spec))
 
 
 def _without_autocast(q: Tensor) -> torch.autocast:
@@ -110,23 +111,16 @@ def _without_autocast(q: Tensor) -> torch.autocast:
     return torch.autocast(q.device.type, enabled=False)
 
 
-def _oracle_backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    tensors: tuple[Tensor | None, ...],
-    gradients: tuple[Tensor | None, ...],
-    options: dict[str, Any],
-) -> None:
+def _oracle_backward(dout: Tensor, dlse: Tensor | None, x: Operands, given: Gradients, options: dict[str, Any]) -> None:
     """The gradients of the dense reference by autograd, of which only those asked for are computed."""
+    names = ("q", "k", "v", "bias", "sink")
     with torch.enable_grad():
         # One leaf per argument, by position: q, k and v may be the very same tensor.
-        inputs: list[Any] = [
-            x if x is None or dx is None else x.detach().requires_grad_() for x, dx in zip(tensors, gradients, strict=True)
-        ]
-        outputs = oracle.attention(*inputs, **options)
+        leaves = {name: getattr(x, name).detach().requires_grad_() for name, grad in zip(names, given, strict=True) if grad is not None}
+        outputs = oracle.attention(**x._replace(**leaves)._asdict(), **options)
     cotangents = (dout.to(outputs[0].dtype), torch.zeros_like(outputs[1]) if dlse is None else dlse.to(outputs[1].dtype))
-    wanted = [(x, dx) for x, dx in zip(inputs, gradients, strict=True) if x is not None and dx is not None]
     reached = [(y, dy) for y, dy in zip(outputs, cotangents, strict=True) if y.requires_grad]  # the lse does not depend on v
-    grads = torch.autograd.grad([y for y, _ in reached], [x for x, _ in wanted], [dy for _, dy in reached], allow_unused=True)
-    for (_, dx), grad in zip(wanted, grads, strict=True):
-        dx.zero_() if grad is None else dx.copy_(grad)
+    grads = torch.autograd.grad([y for y, _ in reached], list(leaves.values()), [dy for _, dy in reached], allow_unused=True)
+    for name, grad in zip(leaves, grads, strict=True):
+        target = getattr(given, "d" + name)
+        target.zero_() if grad is None else target.copy_(grad)

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +22,10 @@ from triton.runtime.jit import create_function_from_signature
 
 from ..plan import layout
 from ..plan.select import Plan
-from ..spec import AttentionSpec, Needs
+from ..spec import AttentionSpec, Gradients, Needs, Operands, Saved
 from . import hopper, hopper_backward
 from .calls import Call, address_of
-from .triton import backward_calls, forward_calls
+from .triton import backward_calls, forward_calls, scratch
 
 __all__ = ["Resources", "calls_of", "compile_for", "pass_calls", "resources"]
 
@@ -79,49 +78,38 @@ def resources(compiled: Any) -> Resources:
     return Resources(int(match[1]), int(match[2]) // 4, shared)
 
 
-def calls_of(plan: Plan, spec: AttentionSpec, needs: Needs, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> list[Call]:
-    """The launches of a forward or a backward plan for inputs of these shapes and strides, on meta tensors: allocates nothing.
+def calls_of(plan: Plan, spec: AttentionSpec, needs: Needs, *operands: Tensor | None) -> list[Call]:
+    """The launches of a forward or a backward plan for ``operands`` (:class:`~triflash.spec.Operands`) of these shapes and strides, on meta
+    tensors: allocates nothing.
 
     An input that a launch would copy first enters as that copy.
     """
+    x = Operands(*operands)  # type: ignore[arg-type]
     if plan.backend == "hopper":
-        q, k, v = (_tma_meta(x) for x in (q, k, v))
-        bias = None if bias is None else _tma_meta_bias(spec, bias)
-        out = _tma_meta(torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device="meta"))
+        x = x._replace(q=_tma_meta(x.q), k=_tma_meta(x.k), v=_tma_meta(x.v), bias=None if x.bias is None else _tma_meta_bias(spec, x.bias))
+        out = _tma_meta(torch.empty((*x.q.shape[:3], x.v.shape[3]), dtype=x.q.dtype, device="meta"))
     else:
-        q, k, v = (_meta_rows(x) for x in (q, k, v))
-        bias = None if bias is None else _meta_bias(bias)
-        out = q.new_empty((*q.shape[:3], v.shape[3]))
-    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
-    wanted = zip((q, k, v, bias), (needs.dq, needs.dk, needs.dv, needs.dbias), strict=True)
-    grads = [torch.empty(x.shape, dtype=x.dtype, device="meta") if need and x is not None else None for x, need in wanted]
-    rest = lse.new_empty(lse.shape) if spec.keeps_rest else None
-    return pass_calls(plan, spec, q, k, v, bias, out, lse, rest, out, grads)
+        bias, mask = (None if each is None else _meta_bias(each) for each in (x.bias, x.mask))
+        rest = (None if each is None else _meta(each) for each in x[5:])
+        x = Operands(_meta_rows(x.q), _meta_rows(x.k), _meta_rows(x.v), bias, mask, *rest)
+        out = x.q.new_empty((*x.q.shape[:3], x.v.shape[3]))
+    lse = x.q.new_empty((x.q.shape[0], x.q.shape[2], x.q.shape[1]), dtype=torch.float32)
+    wanted = zip((x.q, x.k, x.v, x.bias, x.sink), vars(needs).values(), strict=True)
+    grads = [torch.empty(y.shape, dtype=y.dtype, device="meta") if need and y is not None else None for y, need in wanted]
+    saved = Saved(out, lse, lse.new_empty(lse.shape) if spec.keeps_rest else None)
+    return pass_calls(plan, spec, x, saved, out, Gradients(*grads))
 
 
-def pass_calls(
-    plan: Plan,
-    spec: AttentionSpec,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    rest: Tensor | None,
-    dout: Tensor,
-    grads: Sequence[Tensor | None],
-) -> list[Call]:
-    """The launches of a plan: a forward pass writes out, lse and rest, a backward pass those of ``grads`` (dq, dk, dv, dbias) given."""
+def pass_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, grads: Gradients) -> list[Call]:
+    """The launches of a plan: a forward pass writes ``saved``, a backward pass those of ``grads`` that are given."""
     if plan.backend == "hopper":
         if any(step.kernel == "forward" for step in plan.steps):
-            return hopper.forward_calls(plan, spec, q, k, v, bias, out, lse, rest)
-        dq, dk, dv, dbias = (None if x is None else _tma_meta(x) for x in grads)
-        return hopper_backward.backward_calls(plan, spec, dout, None, q, k, v, bias, out, lse, rest, dq, dk, dv, dbias)
+            return hopper.forward_calls(plan, spec, x.q, x.k, x.v, x.bias, *saved)
+        targets = Gradients(*(None if grad is None else _tma_meta(grad) for grad in grads))
+        return hopper_backward.backward_calls(plan, spec, x, saved, dout, None, targets)
     if any(step.kernel == "forward" for step in plan.steps):
-        return forward_calls(plan, spec, q, k, v, bias, out, lse, rest)
-    dq, dk, dv, dbias = grads
-    return backward_calls(plan, spec, dout, None, q, k, v, bias, out, lse, rest, dq, dk, dv, dbias)
+        return forward_calls(plan, spec, x, saved)
+    return backward_calls(plan, spec, x, saved, dout, None, scratch(plan, saved), grads)
 
 
 def _meta(x: Tensor) -> Tensor:

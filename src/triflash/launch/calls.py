@@ -13,9 +13,11 @@ from torch import Tensor
 from ..plan.configs import TileConfig
 from ..plan.hopper import HopperConfig
 from ..plan.hopper_backward import KeysConfig
+from ..spec import Saved
 
-__all__ = ["SMALLEST_SCALE", "Call", "address_of", "bias_strides", "start"]
+__all__ = ["SMALLEST_SCALE", "Call", "address_of", "bias_strides", "sink_gradient", "start"]
 
+LN2 = 0.6931471805599453
 SMALLEST_SCALE = 2.0**-126  # the least normal float32: what is smaller may reach a kernel as 0
 
 
@@ -50,3 +52,14 @@ def bias_strides(bias: Tensor | None) -> tuple[int, ...] | None:
 def address_of(x: Tensor) -> int:
     """Where a tensor starts; for a meta tensor, where it would, modulo what memory is aligned to."""
     return int(x.storage_offset()) * x.element_size() if x.device.type == "meta" else x.data_ptr()
+
+
+def sink_gradient(sink: Tensor, saved: Saved, delta: Tensor) -> Tensor:
+    """``dsink (Hq,)``, summed in float32 in a fixed order, from ``delta = rowsum(out * dout) - dlse`` ``(B, Hq, M)``.
+
+    A sink is a key of probability ``p = exp(sink - lse)`` whose value is 0: its ds is ``p * (0 - delta)``, summed over queries and batch.
+    """
+    lse = saved.lse
+    s = sink.to(lse.dtype)[:, None] - lse
+    p = torch.exp(s if saved.rest is None else s - saved.rest * LN2)
+    return -p.masked_fill_(lse == -torch.inf, 0.0).mul_(delta).sum((0, 2))

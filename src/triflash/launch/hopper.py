@@ -61,7 +61,7 @@ def forward_calls(
             descriptor(v, (1, block_n, 1, value)),
             descriptor(out, (1, ROWS, 1, value)),
             *(bias_desc, pointer, lse, rest, None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
-            *(spec.batch, spec.heads, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
+            *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
             *(tiles_m, tiles, *schedule(spec, config, step.programs)),
         )
         constants: dict[str, Any] = {

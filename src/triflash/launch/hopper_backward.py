@@ -16,7 +16,7 @@ from ..plan.hopper_backward import KeysConfig, dims, keys_tiles, schedule, stats
 from ..plan.hopper_rows import RowsConfig
 from ..plan.hopper_steps import EDGE
 from ..plan.steps import SUM_BLOCK, Plan, Step
-from ..spec import AttentionSpec
+from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
 from .calls import Call, start
 from .hopper import addressable, descriptor, padded_rows, ready, ready_bias
@@ -25,63 +25,35 @@ from .triton import partial_sums, row_strides
 __all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call"]
 
 
-def backward(
-    plan: Plan,
-    spec: AttentionSpec,
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    rest: Tensor | None,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    dbias: Tensor | None,
-) -> None:
-    """Fill those of dq, dk, dv, dbias that are given, of any strides."""
-    given = (dq, dk, dv, dbias)
+def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
+    """Fill those of dq, dk, dv, dbias, dsink that are given, of any strides."""
+    out, lse, rest = saved
     out = out if out.stride(3) == 1 or out.shape[3] == 1 else out.contiguous()
-    rest = None if rest is None else rest.contiguous()
+    saved = Saved(out, lse, None if rest is None else rest.contiguous())
     # Kernels write what TMA can address, and a contiguous dbias; what is laid out otherwise is filled by way of a copy.
-    written = [None if grad is None else grad if addressable(grad) else padded_rows(grad) for grad in given[:3]]
-    if dbias is not None:
-        full = any(step.kernel == "dq" and "dbias" in step.gives for step in plan.steps)
-        fitting = dbias.contiguous() if not full else dbias if addressable(dbias) else padded_rows(dbias)
-        written.append(fitting)
-    else:
-        written.append(None)
-    q, k, v, dout = map(ready, (q, k, v, dout))
-    start(q.device, backward_calls(plan, spec, dout, dlse, q, k, v, ready_bias(spec, bias), out, lse, rest, *written))
-    for grad, filled in zip(given, written, strict=True):
+    dq, dk, dv = (None if grad is None else grad if addressable(grad) else padded_rows(grad) for grad in grads[:3])
+    dbias = grads.dbias
+    if dbias is not None and any(step.kernel == "dq" and "dbias" in step.gives for step in plan.steps):
+        dbias = dbias if addressable(dbias) else padded_rows(dbias)
+    elif dbias is not None:
+        dbias = dbias.contiguous()
+    written = Gradients(dq, dk, dv, dbias, grads.dsink)
+    x = x._replace(q=ready(x.q), k=ready(x.k), v=ready(x.v), bias=ready_bias(spec, x.bias))
+    start(x.q.device, backward_calls(plan, spec, x, saved, ready(dout), dlse, written))
+    for grad, filled in zip(grads, written, strict=True):
         if grad is not None and filled is not None and filled is not grad:
             grad.copy_(filled)
 
 
 def backward_calls(
-    plan: Plan,
-    spec: AttentionSpec,
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    rest: Tensor | None,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    dbias: Tensor | None,
+    plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients
 ) -> list[Call]:
     """The launches of a backward pass; allocates the scratch between them. All tensors are addressable."""
+    q, k, v, bias, *_ = x
+    out, lse, rest = saved
+    dq, dk, dv, dbias, _ = grads
     stats = new_stats(spec, lse)
-    adding = any(step.kernel == "finish" for step in plan.steps)
-    dq_sum = new_dq_sum(spec, lse) if adding else None
+    dq_sum = new_dq_sum(spec, lse) if plan.step("finish") else None
     parts = None
     calls = []
     for step in plan.steps:
@@ -201,7 +173,7 @@ def keys_call(
         None if dv is None else descriptor(dv, (1, half, 1, value)),
         *(() if config.wide else (None if dq_sum is None else descriptor(dq_sum, (1, 1, rows, head // 2)),)),
         *(pointer, dbias, strides, dbias_strides, bias_on),
-        *(spec.batch, spec.heads, 1, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
+        *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
         *(tiles_n, tiles, *schedule(spec, config, step.programs)),
     )
     constants: dict[str, Any] = {

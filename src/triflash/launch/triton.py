@@ -13,77 +13,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dropout import threshold
 from ..kernels.triton import backward as backward_kernels
 from ..kernels.triton import dbias as dbias_kernels
 from ..kernels.triton import forward as forward_kernels
+from ..kernels.triton.features import Features
 from ..plan import layout
 from ..plan.configs import TileConfig, padded
 from ..plan.steps import SUM_BLOCK, Plan, Step
-from ..spec import AttentionSpec
-from .calls import SMALLEST_SCALE, Call, bias_strides, start
+from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
+from .calls import SMALLEST_SCALE, Call, bias_strides, sink_gradient, start
 
-__all__ = ["backward", "backward_calls", "forward", "forward_calls", "partial_sums", "row_strides"]
+__all__ = ["backward", "backward_calls", "forward", "forward_calls", "partial_sums", "row_strides", "scratch"]
 
 _WIDE_STRIDE = 2**22  # from this stride on, an offset inside a tile of up to 256 rows and columns might not fit 31 bits
 
 
-def forward(
-    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
-) -> None:
+def forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> None:
     """Fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); the outputs are contiguous."""
-    start(q.device, forward_calls(plan, spec, _rows(q), _rows(k), _rows(v), _vectorisable(bias), out, lse, rest))
+    start(x.q.device, forward_calls(plan, spec, _ready(x), saved))
 
 
-def backward(
-    plan: Plan,
-    spec: AttentionSpec,
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    rest: Tensor | None,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    dbias: Tensor | None,
-) -> None:
-    """Fill those of dq, dk, dv, dbias that are given, of any strides."""
-    given = (dq, dk, dv, dbias)
+def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
+    """Fill those of dq, dk, dv, dbias, dsink that are given, of any strides."""
     if spec.is_empty:
-        for grad in given:
+        for grad in grads:
             if grad is not None:
                 grad.zero_()
+        _fill_dsink(x, saved, torch.zeros_like(saved.lse) if dlse is None else -dlse, grads)
         return
-    q, k, v, out, dout = map(_rows, (q, k, v, out, dout))
+    out, lse, rest = saved
     lse = lse if lse.stride(2) == 1 or lse.shape[2] == 1 else lse.contiguous()
-    rest = None if rest is None else rest.contiguous()
+    saved = Saved(_rows(out), lse, None if rest is None else rest.contiguous())
     # Kernels write rows whose last dim is contiguous, and a contiguous dbias; what is laid out otherwise is filled by way of a copy.
-    written = [None if grad is None else _rows(grad) for grad in given[:3]]
-    written.append(None if dbias is None else dbias.contiguous())
-    start(q.device, backward_calls(plan, spec, dout, dlse, q, k, v, _vectorisable(bias), out, lse, rest, *written))
-    for grad, filled in zip(given, written, strict=True):
+    dq, dk, dv = (None if grad is None else _rows(grad) for grad in grads[:3])
+    written = Gradients(dq, dk, dv, None if grads.dbias is None else grads.dbias.contiguous(), grads.dsink)
+    delta = scratch(plan, saved)
+    start(x.q.device, backward_calls(plan, spec, _ready(x), saved, _rows(dout), dlse, delta, written))
+    for grad, filled in zip(grads, written, strict=True):
         if grad is not None and filled is not None and filled is not grad:
             grad.copy_(filled)
+    _fill_dsink(x, saved, delta, grads)
 
 
-def forward_calls(
-    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
-) -> list[Call]:
+def scratch(plan: Plan, saved: Saved) -> Tensor | None:
+    """Where a backward plan puts delta, for the kernels after it."""
+    return saved.lse.new_empty(saved.lse.shape) if plan.step("delta") is not None else None
+
+
+def _fill_dsink(x: Operands, saved: Saved, delta: Tensor | None, grads: Gradients) -> None:
+    if grads.dsink is not None and x.sink is not None and delta is not None:
+        grads.dsink.copy_(sink_gradient(x.sink, saved, delta))
+
+
+def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches of a forward pass."""
+    q, k, v, bias, mask, *_ = x
+    out, lse, rest = saved
     calls = []
     for step in plan.steps:
         args = (
-            *(q, k, v, _bytes(bias), out, lse, rest),
-            *(_strides(q), _strides(k), _strides(v), bias_strides(bias), _strides(out), lse.stride()[:2]),
+            *(q, k, v, _features(spec, x), out, lse, rest),
+            *(_strides(q), _strides(k), _strides(v), _strides(out), lse.stride()[:2]),
             *_sizes(spec),
             *(spec.lo, spec.hi, spec.scale),
         )
-        constants = _constants(spec, _config(step), _wide((q, k, v, out, bias)))
-        constants = constants | {"IS_MASK": _is_mask(spec), "POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": step.order}
+        constants = _constants(spec, _config(step), _wide((q, k, v, out, bias, mask)))
+        constants = constants | {"POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": step.order}
         calls.append(Call(forward_kernels.forward, args, constants, _config(step), step.programs))
     return calls
 
@@ -91,62 +87,86 @@ def forward_calls(
 def backward_calls(
     plan: Plan,
     spec: AttentionSpec,
+    x: Operands,
+    saved: Saved,
     dout: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    rest: Tensor | None,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    dbias: Tensor | None,
+    delta: Tensor | None,
+    grads: Gradients,
 ) -> list[Call]:
-    """The launches of a backward pass; allocates the scratch between them (delta, and partial sums of a split dbias)."""
-    inputs = (q, k, v, _bytes(bias), dout, lse, rest)
-    strides = (_strides(q), _strides(k), _strides(v), bias_strides(bias), _strides(dout), lse.stride()[:2])
-    wide = _wide((q, k, v, out, dout, bias, dq, dk, dv))
-    delta = parts = None
+    """The launches of a backward pass, of which the first fills ``delta`` (:func:`scratch`); allocates partial sums of a split dbias."""
+    q, k, v, bias, mask, *_ = x
+    out, lse, rest = saved
+    dq, dk, dv, dbias, _ = grads
+    inputs = (q, k, v, _features(spec, x), dout, lse, rest, delta)
+    strides = (_strides(q), _strides(k), _strides(v), _strides(dout), lse.stride()[:2])
+    wide = _wide((q, k, v, out, dout, bias, mask, dq, dk, dv))
+    parts = None
     outputs: tuple[Any, ...]
     calls = []
     for step in plan.steps:
         config = _config(step)
         if step.kernel == "delta":
-            delta = lse.new_empty(lse.shape)
             args: tuple[Any, ...] = (out, dout, dlse, delta, _strides(out), _strides(dout), None if dlse is None else dlse.stride())
             constants = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
             calls.append(Call(backward_kernels.delta, (*args, spec.heads, spec.queries), constants, config, step.programs))
         elif step.kernel == "dkdv":
             parts = partial_sums(step, dbias)
             target_strides = row_strides(spec, parts) if parts is not None else None
-            outputs = (delta, dk, dv, parts, *strides, _strides(dk), _strides(dv), target_strides)
+            outputs = (dk, dv, parts, *strides, _strides(dk), _strides(dv), target_strides)
             args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale)
-            constants = _constants(spec, config, wide) | {"IS_MASK": _is_mask(spec), "ORDER": step.order}
+            constants = _constants(spec, config, wide) | {"ORDER": step.order}
             calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
         elif step.kernel == "dq":
             target = dbias if "dbias" in step.gives else None
-            outputs = (delta, dq, target, *strides, _strides(dq), bias_strides(target))
+            outputs = (dq, target, *strides, _strides(dq), bias_strides(target))
             args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale)
-            constants = _constants(spec, config, wide) | {"IS_MASK": _is_mask(spec), "ORDER": step.order}
+            constants = _constants(spec, config, wide) | {"ORDER": step.order}
             calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
         elif step.kernel == "dbias":
             assert dbias is not None and spec.bias is not None
             parts = partial_sums(step, dbias)
             assert parts is not None
-            sizes = (spec.heads, spec.batch_outer, spec.batch_inner, spec.queries, spec.keys)
-            args = (*inputs, delta, parts, *strides, (parts.stride(0), *bias_strides(parts[0])))  # type: ignore[misc]
+            sizes = (spec.heads, spec.groups, spec.batch_outer, spec.batch_inner, spec.queries, spec.keys)
+            args = (*inputs, parts, *strides, (parts.stride(0), *bias_strides(parts[0])))  # type: ignore[misc]
             args += (*sizes, spec.lo, spec.hi, spec.scale, step.splits)
-            outer, inner, head, _, _ = spec.bias.varies
-            constants = _constants(spec, config, wide) | {"VARIES_B0": outer, "VARIES_B1": inner, "VARIES_H": head}
-            calls.append(Call(dbias_kernels.dbias, args, constants, config, step.programs))
+            varies = dict(zip(("VARIES_B0", "VARIES_B1", "VARIES_H", "VARIES_M", "VARIES_N"), spec.bias.varies, strict=True))
+            calls.append(Call(dbias_kernels.dbias, args, _constants(spec, config, wide) | varies, config, step.programs))
         elif step.kernel == "dbias_sum":
             assert dbias is not None
             args = (parts, dbias, dbias.numel(), step.splits)
             calls.append(Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, config, step.programs))
     return calls
+
+
+def _features(spec: AttentionSpec, x: Operands) -> Features:
+    """Everything beyond q, k, v and a band, as the kernels take it."""
+    bias, bias_spec, mask, mask_spec = x.bias, spec.bias, x.mask, spec.mask
+    if bias_spec is not None and bias_spec.is_mask:
+        bias, bias_spec, mask, mask_spec = None, None, bias, bias_spec
+    slopes, sink = x.alibi_slopes, x.sink
+    dropped = {"seed": x.dropout_seed, "threshold": threshold(spec.dropout), "rescale": 1 / (1 - spec.dropout)} if spec.dropout else {}
+    return Features(
+        bias=bias,
+        bias_strides=_varying_strides(bias, bias_spec),
+        mask=None if mask is None else mask.view(torch.uint8),  # Triton has no loads of single bits
+        mask_strides=_varying_strides(mask, mask_spec),
+        lengths=x.key_lengths,
+        slopes=slopes,
+        slope_strides=None if slopes is None else (slopes.stride(0) if slopes.shape[0] == spec.batch > 1 else 0, slopes.stride(1)),
+        sink=sink,
+        sink_stride=None if sink is None else sink.stride(0),
+        softcap=spec.softcap or None,
+        **dropped,
+    )
+
+
+def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | None, ...] | None:
+    """Strides of a canonical bias or mask: 0 along batch and head dims, None along queries and keys, that it broadcasts."""
+    strides = bias_strides(bias)
+    if strides is None or spec is None:
+        return None
+    return (*strides[:3], *(stride if on else None for stride, on in zip(strides[3:], spec.varies[3:], strict=True)))
 
 
 def partial_sums(step: Step, dbias: Tensor | None) -> Tensor | None:
@@ -169,6 +189,11 @@ def row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int]
     return strides[0], strides[1], strides[2], parts.stride(5) if parts.shape[5] > 1 else 0
 
 
+def _ready(x: Operands) -> Operands:
+    """The operands with copies in place of those that the kernels cannot read as they lie."""
+    return x._replace(q=_rows(x.q), k=_rows(x.k), v=_rows(x.v), bias=_vectorisable(x.bias), mask=_vectorisable(x.mask))
+
+
 def _rows(x: Tensor) -> Tensor:
     """x itself if its last dim is contiguous, else a copy."""
     return x.contiguous() if layout.copies_rows(x.size(-1), x.stride(-1)) else x
@@ -189,11 +214,6 @@ def _vectorisable(bias: Tensor | None) -> Tensor | None:
     return copy.copy_(stored).expand(shape)
 
 
-def _bytes(bias: Tensor | None) -> Tensor | None:
-    """A boolean mask as bytes: Triton has no loads of single bits."""
-    return bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias
-
-
 def _config(step: Step) -> TileConfig:
     assert isinstance(step.config, TileConfig), f"{step.kernel} was planned with {step.config} for a tile configuration"
     return step.config
@@ -204,12 +224,8 @@ def _strides(x: Tensor | None) -> tuple[int, int, int] | None:
     return None if x is None else x.stride()[:3]  # type: ignore[return-value]
 
 
-def _sizes(spec: AttentionSpec) -> tuple[int, int, int, int, int]:
-    return spec.batch, spec.heads, spec.batch_inner, spec.queries, spec.keys
-
-
-def _is_mask(spec: AttentionSpec) -> bool:
-    return spec.bias is not None and spec.bias.is_mask
+def _sizes(spec: AttentionSpec) -> tuple[int, int, int, int, int, int]:
+    return spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys
 
 
 def _wide(tensors: Iterable[Tensor | None]) -> bool:
@@ -232,8 +248,6 @@ def _constants(spec: AttentionSpec, config: TileConfig, wide: bool) -> dict[str,
         "DV": spec.value_dim,
         "BD": padded(spec.head_dim),
         "BDV": padded(spec.value_dim),
-        "VARIES_M": spec.bias is not None and spec.bias.varies[3],
-        "VARIES_N": spec.bias is not None and spec.bias.varies[4],
         "EVEN_M": spec.queries % config.block_m == 0,
         "EVEN_N": spec.keys % config.block_n == 0,
         "PRECISION": spec.precision,

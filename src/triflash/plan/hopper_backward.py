@@ -110,18 +110,18 @@ def keys_config(spec: AttentionSpec, adds_dq: bool, limit: int) -> KeysConfig | 
 def keys_tiles(spec: AttentionSpec, config: KeysConfig) -> tuple[int, int]:
     """(key tiles of a (batch, key head) pair, tiles of the whole problem)."""
     tiles = -(-spec.keys // config.block_n)
-    return tiles, tiles * spec.batch * spec.heads
+    return tiles, tiles * spec.batch * spec.kv_heads
 
 
 @functools.lru_cache(maxsize=4096)
 def schedule(spec: AttentionSpec, config: KeysConfig, programs: int) -> tuple[int, int]:
     """``(section, snake)`` as of the forward kernel; what tiles share here is the queries and their gradients."""
-    pairs = spec.batch * spec.heads
-    fitting = max(1, L2_SECTION // max(1, spec.queries * (3 * spec.head_dim + spec.value_dim) * 2))
+    pairs = spec.batch * spec.kv_heads
+    fitting = max(1, L2_SECTION // max(1, spec.groups * spec.queries * (3 * spec.head_dim + spec.value_dim) * 2))
     tiles_n, tiles = keys_tiles(spec, config)
     if (spec.hi is None and spec.lo is None) or tiles <= programs or tiles > MOST_SIMULATED:
         return equal_sections(pairs, fitting), 0
-    lengths = [_blocks(spec, config, tile) + TILE_COST for tile in range(tiles_n)]
+    lengths = [spec.groups * _blocks(spec, config, tile) + TILE_COST for tile in range(tiles_n)]
     return dealt(lengths if spec.hi is not None else lengths[::-1], pairs, programs, fitting)
 
 

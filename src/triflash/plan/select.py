@@ -115,6 +115,8 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, s
 
 
 def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
+    if lacking := [name for name in spec.extras if "key heads" not in name]:
+        return ", ".join(lacking), "use backend('triton')"
     if device.arch != "sm90":
         return f"{device.arch}", "its kernels are made for sm90 (H100, H200, H20): use backend('triton')"
     if spec.dtype not in ("fp16", "bf16"):
@@ -272,20 +274,21 @@ def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reque
         return Plan(name, (Step("backward"),))
     if spec.is_empty:
         return Plan(name, ())
-    batch_heads = spec.batch * spec.heads
+    batch_heads, batch_key_heads = spec.batch * spec.heads, spec.batch * spec.kv_heads
     steps = []
     source = dbias_source(spec) if needs.dbias else None
-    if needs.dq or needs.dk or needs.dbias:
+    if needs.dq or needs.dk or needs.dbias or needs.dsink:
         config = _config("delta", spec, device, choices)
-        steps.append(Step("delta", config, ceil_div(spec.queries, config.block_m) * batch_heads))
-    for kernel, length, own, gives in (
-        ("dkdv", spec.keys, "block_n", (("dk", needs.dk), ("dv", needs.dv), ("dbias", source == "dkdv"))),
-        ("dq", spec.queries, "block_m", (("dq", needs.dq), ("dbias", source == "dq"))),
+        gives = ("dsink",) if needs.dsink else ()
+        steps.append(Step("delta", config, ceil_div(spec.queries, config.block_m) * batch_heads, gives=gives))
+    for kernel, length, own, heads, results in (
+        ("dkdv", spec.keys, "block_n", batch_key_heads, (("dk", needs.dk), ("dv", needs.dv), ("dbias", source == "dkdv"))),
+        ("dq", spec.queries, "block_m", batch_heads, (("dq", needs.dq), ("dbias", source == "dq"))),
     ):
-        wanted = tuple(name for name, need in gives if need)
+        wanted = tuple(name for name, need in results if need)
         if wanted:
             config = _config(kernel, spec, device, choices)
-            programs = ceil_div(length, getattr(config, own)) * batch_heads
+            programs = ceil_div(length, getattr(config, own)) * heads
             splits = broadcast_rows(spec) if kernel == source == "dkdv" else 1
             steps.append(Step(kernel, config, programs, _order(spec), splits, wanted))
     if source == "dkdv":

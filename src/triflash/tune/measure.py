@@ -14,7 +14,7 @@ from ..bench.gate import Problem, reference, verdict
 from ..bench.timing import Samples, measure_interleaved
 from ..plan.configs import TileConfig
 from ..plan.device import DeviceFacts
-from ..spec import causal_band
+from ..spec import Gradients, Operands, Saved, causal_band
 from .cases import Case, launches, plan_of
 
 __all__ = ["Bench", "Measured"]
@@ -133,5 +133,5 @@ class Bench:
         from ..launch import ahead
 
         x, plan = self.x, plan_of(self.case, kernel, self.facts, config)
-        given = tuple(grads.get(name) for name in ("dq", "dk", "dv", "dbias"))
-        return ahead.pass_calls(plan, self.spec, x.q, x.k, x.v, x.bias, *outputs, x.dout, given)
+        given = Gradients(*(grads.get(name) for name in ("dq", "dk", "dv", "dbias")))
+        return ahead.pass_calls(plan, self.spec, Operands(x.q, x.k, x.v, x.bias), Saved(*outputs), x.dout, given)

@@ -51,7 +51,7 @@ def visible_blocks(m0, rows, M, N, lo, hi, BN: gl.constexpr):
 @gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, bias_desc, q_s, k_s, v_s, bias_s, bars,
-    batch, heads, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake,
+    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     VARIES_M: gl.constexpr,
@@ -76,7 +76,7 @@ def _produce(
             stage = at % K_STAGES
             mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)
             mbarrier.expect(bars.index(K_FULL + stage), k_desc.block_type.nbytes)
-            tma_load(k_desc, [b, n0, head, 0], bars.index(K_FULL + stage), k_s.index(stage))
+            tma_load(k_desc, [b, n0, head // group, 0], bars.index(K_FULL + stage), k_s.index(stage))
             if j == 0:
                 for w in gl.static_range(WGS):
                     mbarrier.wait(bars.index(Q_EMPTY + w), (wave & 1) ^ 1)
@@ -100,7 +100,7 @@ def _produce(
             stage = at % V_STAGES
             mbarrier.wait(bars.index(V_EMPTY + stage), ((at // V_STAGES) & 1) ^ 1)
             mbarrier.expect(bars.index(V_FULL + stage), v_desc.block_type.nbytes)
-            tma_load(v_desc, [b, n0, head, 0], bars.index(V_FULL + stage), v_s.index(stage))
+            tma_load(v_desc, [b, n0, head // group, 0], bars.index(V_FULL + stage), v_s.index(stage))
         done += end - begin
 
 
@@ -388,13 +388,13 @@ def _consume(
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch", "heads", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake"]
+COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lse, rest, bias_strides, bias_on,
-    batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
@@ -404,7 +404,8 @@ def forward(
 
     Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims,
     whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and
-    strides (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). None: absent.
+    strides (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). ``group`` query heads share a
+    key head. None: absent.
 
     OWN_OUT: the output leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
     """
@@ -445,7 +446,7 @@ def forward(
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
+                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
                         BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [1], [24])  # fmt: skip
     elif WGS == 2:
@@ -459,7 +460,7 @@ def forward(
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
+                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
                         BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
@@ -477,6 +478,6 @@ def forward(
                         tiles_m, tiles, section, snake, 2, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
+                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
                         BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

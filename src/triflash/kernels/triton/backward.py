@@ -2,30 +2,19 @@
 
 With ``p = 2^(s - lse)`` and ``delta = rowsum(out * dout) - dlse``:
     dv = pᵀ dout;   ds = p * (dout vᵀ - delta);   dk = scale dsᵀ q;   dq = scale ds k
+where dropout multiplies p of dv, and dout vᵀ, by its keep-mask over 1 - p, and a soft cap multiplies ds by its derivative, but for dbias.
 Two passes, each of which owns its output tile, so nothing is added atomically and results are bitwise reproducible. The pass for dq has
 every tile of ds once, so it writes the gradient of a bias of full shape; the pass for dk and dv sums ds over all queries on its way, which
-is the gradient of a bias that varies over keys only. All other biases have a kernel of their own (``dbias.py``). sᵀ and dpᵀ come
+is the gradient of a bias that varies over keys only (query heads that share a key head are walked one after the other, so that dk and dv
+take no buffer per query head). All other biases have a kernel of their own (``dbias.py``). sᵀ and dpᵀ come
 straight from ``k qᵀ`` and ``v doutᵀ``: no tile is transposed in registers (Triton 3.4 to 3.7 has miscompiled that on Hopper).
 """
 
 import triton
 import triton.language as tl
 
-from .prims import (
-    LOG2E,
-    add_bias,
-    bias_tile,
-    in_band,
-    load_lse_log2,
-    load_rows,
-    load_vector,
-    locate,
-    offset,
-    probabilities,
-    segments,
-    store_rows,
-    store_tile,
-)
+from .features import at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, through_cap, visible_keys
+from .prims import in_band, load_lse_log2, load_rows, load_vector, locate, offset, probabilities, segments, store_rows, store_tile
 
 
 @triton.jit
@@ -49,11 +38,47 @@ def delta(
 
 
 @triton.jit
-def _walk_queries(
-    dk, dv, db, k, v, q, dout, lse, rest, delta_in, bias, q_row, dout_row, bias_row, bias_col, n0, begin, end, M, N, lo, hi, scale_log2,
+def _fold_queries(
+    dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, at, seen, q_row, dout_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    IS_MASK: tl.constexpr, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr, EVEN_N: tl.constexpr,
-    NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DB: tl.constexpr,
+    EVEN_N: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DB: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Fold one query block into (dk, dv, db) of one key tile. ``seen`` is its tile of the mask."""
+    q_tile = load_rows(q, q_row, m0, M, BM, D, BD, MASKED, WIDE)  # [BM, BD]
+    lse_log2 = load_lse_log2(lse, m0, M, BM, MASKED)
+    st = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)  # [BN, BM]
+    bias = bias_tile(f, at, m0, n0, i, j, M, N, MASKED, not EVEN_N, WIDE)
+    st, slope = scored(f, at, st, bias, seen, scale, m0, n0, i, j, M, N)
+    if MASKED:
+        st = tl.where(in_band(m0 + i, n0 + j, N, lo, hi), st, float("-inf"))
+    CLAMPED: tl.constexpr = f.bias is not None or f.slopes is not None
+    if rest is not None:
+        pt = probabilities(st, lse_log2[None, :], load_vector(rest, m0, M, BM, MASKED)[None, :], True, CLAMPED)
+    else:
+        pt = probabilities(st, lse_log2[None, :], 0.0, False, CLAMPED)
+    do_tile = load_rows(dout, dout_row, m0, M, BM, DV, BDV, MASKED, WIDE)  # [BM, BDV]
+    if NEED_DV:
+        kept = dropped(f, at, pt, m0, n0, BM, BN, True)
+        dv = tl.dot(kept.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
+    if NEED_DK or NEED_DB:
+        row = load_vector(delta_in, m0, M, BM, MASKED)
+        dpt = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)  # [BN, BM]
+        dpt = rescaled(f, dropped(f, at, dpt, m0, n0, BM, BN, True))
+        dst = pt * (dpt - row[None, :])
+        if NEED_DB:
+            db += tl.sum(dst, 1)
+        if NEED_DK:
+            dst = through_cap(f, dst, slope)
+            dk = tl.dot(dst.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv, db
+
+
+@triton.jit
+def _walk_queries(
+    dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, at, q_row, dout_row, n0, begin, end, M, N, shown, lo, hi, scale,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    EVEN_N: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DB: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold the query blocks ``[begin, end)`` into (dk, dv, db) of one key tile, on transposed tiles ``[BN, BM]``."""
@@ -61,159 +86,180 @@ def _walk_queries(
     j = tl.arange(0, BN)[:, None]
     for block in tl.range(begin, end):
         m0 = block * BM
-        q_tile = load_rows(q, q_row, m0, M, BM, D, BD, MASKED, WIDE)  # [BM, BD]
-        lse_log2 = load_lse_log2(lse, m0, M, BM, MASKED)
-        st = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION) * scale_log2  # [BN, BM]
-        if bias is not None:
-            b = bias_tile(bias, bias_row, bias_col, m0, n0, i, j, M, N, VARIES_M, VARIES_N, MASKED, not EVEN_N, WIDE)
-            st = add_bias(st, b, IS_MASK)
-        if MASKED:
-            st = tl.where(in_band(m0 + i, n0 + j, N, lo, hi), st, float("-inf"))
-        CLAMPED: tl.constexpr = bias is not None and not IS_MASK
-        if rest is not None:
-            pt = probabilities(st, lse_log2[None, :], load_vector(rest, m0, M, BM, MASKED)[None, :], True, CLAMPED)
+        seen = mask_tile(f, at, m0, n0, i, j, M, N, MASKED, not EVEN_N, WIDE)
+        if f.mask is not None:
+            if shows_anything(f, seen):
+                dk, dv, db = _fold_queries(
+                    dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, at, seen, q_row, dout_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
+                    BM, BN, D, DV, BD, BDV, EVEN_N, NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, MASKED,
+                )  # fmt: skip
         else:
-            pt = probabilities(st, lse_log2[None, :], 0.0, False, CLAMPED)
-        do_tile = load_rows(dout, dout_row, m0, M, BM, DV, BDV, MASKED, WIDE)  # [BM, BDV]
-        if NEED_DV:
-            dv = tl.dot(pt.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
-        if NEED_DK or NEED_DB:
-            row = load_vector(delta_in, m0, M, BM, MASKED)
-            dpt = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)  # [BN, BM]
-            dst = pt * (dpt - row[None, :])
-            if NEED_DB:
-                db += tl.sum(dst, 1)
-            if NEED_DK:
-                dk = tl.dot(dst.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+            dk, dv, db = _fold_queries(
+                dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, at, seen, q_row, dout_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
+                BM, BN, D, DV, BD, BDV, EVEN_N, NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, MASKED,
+            )  # fmt: skip
     return dk, dv, db
 
 
 @triton.jit
 def dkdv(
-    q, k, v, bias, dout, lse, rest, delta_in, dk_out, dv_out, dbias_out,
-    q_strides, k_strides, v_strides, bias_strides, dout_strides, lse_strides, dk_strides, dv_strides, dbias_strides,
-    batch, heads, batch_inner, M, N, lo, hi, scale,
+    q, k, v, f, dout, lse, rest, delta_in, dk_out, dv_out, dbias_out,
+    q_strides, k_strides, v_strides, dout_strides, lse_strides, dk_strides, dv_strides, dbias_strides,
+    batch, heads, groups, batch_inner, M, N, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    IS_MASK: tl.constexpr, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BN keys of one head and walks the queries that see them: dk += scale dsᵀ q, dv += pᵀ dout, db += colsum ds.
+    """One program owns BN keys of one key head and walks, for each of its query heads in turn, the queries that see them:
+
+        dk += scale dsᵀ q,  dv += pᵀ dout,  db = colsum ds  (of each query head)
 
     An output that is None is not computed. dbias_out holds a row of keys per (outer batch, inner batch, head), which are three of its
-    strides; the fourth is along keys. Other strides as in ``forward``.
+    strides; the fourth is along keys. Other strides, f and groups as in ``forward``.
     """
-    tile, head, b = locate(tl.cdiv(N, BN), heads, batch, ORDER, lo is not None)
+    tile, kv_head, b = locate(tl.cdiv(N, BN), heads // groups, batch, ORDER, lo is not None)
     n0 = tile * BN
-    q += offset(b, q_strides[0]) + offset(head, q_strides[2])
-    k += offset(b, k_strides[0]) + offset(head, k_strides[2])
-    v += offset(b, v_strides[0]) + offset(head, v_strides[2])
-    dout += offset(b, dout_strides[0]) + offset(head, dout_strides[2])
-    lse += offset(b, lse_strides[0]) + offset(head, lse_strides[1])
+    k += offset(b, k_strides[0]) + offset(kv_head, k_strides[2])
+    v += offset(b, v_strides[0]) + offset(kv_head, v_strides[2])
     NEED_DK: tl.constexpr = dk_out is not None
     NEED_DV: tl.constexpr = dv_out is not None
     NEED_DB: tl.constexpr = dbias_out is not None
-    if NEED_DK or NEED_DB:
-        delta_in += offset(b * heads + head, M)
-    if rest is not None:
-        rest += offset(b * heads + head, M)
-    if bias is not None:
-        bias += offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1]) + offset(head, bias_strides[2])
-        bias_row = bias_strides[3]
-        bias_col = bias_strides[4]
+    HIDES: tl.constexpr = f.lengths is not None
+    shown = visible_keys(f, b, N)
+    if HIDES:
+        queries = tl.where(n0 < shown, M, 0)  # nobody sees a tile that is hidden
     else:
-        bias_row = 0
-        bias_col = 0
+        queries = M
 
     # Keys past the end load as zeros and their rows are never stored; queries past the end have lse +inf, so their p is 0.
-    k_tile = load_rows(k, k_strides[1], n0, N, BN, D, BD, not EVEN_N, WIDE)  # [BN, BD]
-    v_tile = load_rows(v, v_strides[1], n0, N, BN, DV, BDV, not EVEN_N, WIDE)  # [BN, BDV]
+    k_tile = load_rows(k, k_strides[1], n0, shown, BN, D, BD, not EVEN_N or HIDES, WIDE)  # [BN, BD]
+    v_tile = load_rows(v, v_strides[1], n0, shown, BN, DV, BDV, not EVEN_N or HIDES, WIDE)  # [BN, BDV]
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
-    db = tl.zeros([BN], tl.float32)
-    scale_log2 = scale * LOG2E
+    cols = n0 + tl.arange(0, BN)
     low = -hi if hi is not None else None  # the band as keys see queries
     high = -lo if lo is not None else None
-    begin, full_begin, full_end, end = segments(n0, min(n0 + BN, N) - 1, M, low, high, BM)
-    if hi is not None:
+    begin, full_begin, full_end, end = segments(n0, min(n0 + BN, N) - 1, queries, low, high, BM)
+    for member in tl.range(0, groups):
+        head = kv_head * groups + member
+        q_at = q + offset(b, q_strides[0]) + offset(head, q_strides[2])
+        do_at = dout + offset(b, dout_strides[0]) + offset(head, dout_strides[2])
+        lse_at = lse + offset(b, lse_strides[0]) + offset(head, lse_strides[1])
+        delta_at = delta_in
+        rest_at = rest
+        if NEED_DK or NEED_DB:
+            delta_at = delta_in + offset(b * heads + head, M)
+        if rest is not None:
+            rest_at = rest + offset(b * heads + head, M)
+        at = at_head(f, b, head, heads, batch_inner)
+        db = tl.zeros([BN], tl.float32)
+        if hi is not None:
+            dk, dv, db = _walk_queries(
+                dk, dv, db, k_tile, v_tile, q_at, do_at, lse_at, rest_at, delta_at, f, at, q_strides[1], dout_strides[1],
+                n0, begin, full_begin, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N,
+                NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True,
+            )  # fmt: skip
         dk, dv, db = _walk_queries(
-            dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, bias, q_strides[1], dout_strides[1], bias_row, bias_col,
-            n0, begin, full_begin, M, N, lo, hi, scale_log2, BM, BN, D, DV, BD, BDV, IS_MASK, VARIES_M, VARIES_N, EVEN_N,
-            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True,
+            dk, dv, db, k_tile, v_tile, q_at, do_at, lse_at, rest_at, delta_at, f, at, q_strides[1], dout_strides[1],
+            n0, full_begin, full_end, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N,
+            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, False,
         )  # fmt: skip
-    dk, dv, db = _walk_queries(
-        dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, bias, q_strides[1], dout_strides[1], bias_row, bias_col,
-        n0, full_begin, full_end, M, N, lo, hi, scale_log2, BM, BN, D, DV, BD, BDV, IS_MASK, VARIES_M, VARIES_N, EVEN_N,
-        NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, False,
-    )  # fmt: skip
-    if lo is not None or not EVEN_M:
-        dk, dv, db = _walk_queries(
-            dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, bias, q_strides[1], dout_strides[1], bias_row, bias_col,
-            n0, full_end, end, M, N, lo, hi, scale_log2, BM, BN, D, DV, BD, BDV, IS_MASK, VARIES_M, VARIES_N, EVEN_N,
-            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True,
-        )  # fmt: skip
+        if lo is not None or not EVEN_M:
+            dk, dv, db = _walk_queries(
+                dk, dv, db, k_tile, v_tile, q_at, do_at, lse_at, rest_at, delta_at, f, at, q_strides[1], dout_strides[1],
+                n0, full_end, end, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N,
+                NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True,
+            )  # fmt: skip
+        if NEED_DB:
+            db_at = dbias_out + offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
+            db_at += offset(head, dbias_strides[2])
+            if HIDES:
+                db = tl.where(cols < shown, db, 0.0)
+            tl.store(db_at + offset(cols, dbias_strides[3]), db.to(dbias_out.dtype.element_ty), mask=cols < N)
+    if HIDES:  # hidden keys of a tile that shows others: their rows hold what nobody masked
+        dk = tl.where(cols[:, None] < shown, dk, 0.0)
+        dv = tl.where(cols[:, None] < shown, dv, 0.0)
     if NEED_DK:
-        dk_out += offset(b, dk_strides[0]) + offset(head, dk_strides[2])
+        dk_out += offset(b, dk_strides[0]) + offset(kv_head, dk_strides[2])
         store_rows(dk_out, dk_strides[1], n0, N, dk * scale, BN, D, BD, not EVEN_N, WIDE)
     if NEED_DV:
-        dv_out += offset(b, dv_strides[0]) + offset(head, dv_strides[2])
-        store_rows(dv_out, dv_strides[1], n0, N, dv, BN, DV, BDV, not EVEN_N, WIDE)
-    if NEED_DB:
-        dbias_out += offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
-        dbias_out += offset(head, dbias_strides[2])
-        cols = n0 + tl.arange(0, BN)
-        tl.store(dbias_out + offset(cols, dbias_strides[3]), db.to(dbias_out.dtype.element_ty), mask=cols < N)
+        dv_out += offset(b, dv_strides[0]) + offset(kv_head, dv_strides[2])
+        store_rows(dv_out, dv_strides[1], n0, N, rescaled(f, dv), BN, DV, BDV, not EVEN_N, WIDE)
+
+
+@triton.jit
+def _fold_keys(
+    dq, q, dout, lse_log2, rest, row, k, v, f, at, seen, dbias, dbias_row, dbias_col, k_row, v_row,
+    m0, n0, i, j, M, N, shown, lo, hi, scale,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    EVEN_M: tl.constexpr, HAS_REST: tl.constexpr, NEED_DQ: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Fold one key block into dq of one query tile, and write its ds if ``dbias`` is given. ``seen`` is its tile of the mask."""
+    k_tile = load_rows(k, k_row, n0, shown, BN, D, BD, MASKED, WIDE)  # [BN, BD]
+    s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
+    bias = bias_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, MASKED, WIDE)
+    s, slope = scored(f, at, s, bias, seen, scale, m0, n0, i, j, M, N)
+    if MASKED:
+        s = tl.where(in_band(m0 + i, n0 + j, shown, lo, hi), s, float("-inf"))
+    p = probabilities(s, lse_log2[:, None], rest[:, None], HAS_REST, f.bias is not None or f.slopes is not None)
+    v_tile = load_rows(v, v_row, n0, shown, BN, DV, BDV, MASKED, WIDE)  # [BN, BDV]
+    dp = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BN]
+    dp = rescaled(f, dropped(f, at, dp, m0, n0, BM, BN, False))
+    ds = p * (dp - row[:, None])
+    if dbias is not None:
+        store_tile(dbias, dbias_row, dbias_col, m0, n0, i, j, M, N, ds, not EVEN_M, MASKED)
+    if NEED_DQ:
+        ds = through_cap(f, ds, slope)
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+    return dq
 
 
 @triton.jit
 def _walk_keys(
-    dq, q, dout, lse_log2, rest, row, k, v, bias, dbias, k_row, v_row, bias_row, bias_col, dbias_row, dbias_col,
-    m0, begin, end, M, N, lo, hi, scale_log2,
+    dq, q, dout, lse_log2, rest, row, k, v, f, at, dbias, dbias_row, dbias_col, k_row, v_row,
+    m0, begin, end, M, N, shown, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    IS_MASK: tl.constexpr, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr, EVEN_M: tl.constexpr,
-    HAS_REST: tl.constexpr, NEED_DQ: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    EVEN_M: tl.constexpr, HAS_REST: tl.constexpr, NEED_DQ: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold the key blocks ``[begin, end)`` into dq of one query tile, and write their ds if ``dbias`` is given."""
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
     for block in tl.range(begin, end):
         n0 = block * BN
-        k_tile = load_rows(k, k_row, n0, N, BN, D, BD, MASKED, WIDE)  # [BN, BD]
-        s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION) * scale_log2  # [BM, BN]
-        if bias is not None:
-            b = bias_tile(bias, bias_row, bias_col, m0, n0, i, j, M, N, VARIES_M, VARIES_N, not EVEN_M, MASKED, WIDE)
-            s = add_bias(s, b, IS_MASK)
-        if MASKED:
-            s = tl.where(in_band(m0 + i, n0 + j, N, lo, hi), s, float("-inf"))
-        p = probabilities(s, lse_log2[:, None], rest[:, None], HAS_REST, bias is not None and not IS_MASK)
-        v_tile = load_rows(v, v_row, n0, N, BN, DV, BDV, MASKED, WIDE)  # [BN, BDV]
-        dp = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BN]
-        ds = p * (dp - row[:, None])
-        if dbias is not None:
-            store_tile(dbias, dbias_row, dbias_col, m0, n0, i, j, M, N, ds, not EVEN_M, MASKED)
-        if NEED_DQ:
-            dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+        seen = mask_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, MASKED, WIDE)
+        if f.mask is not None:
+            if shows_anything(f, seen):
+                dq = _fold_keys(
+                    dq, q, dout, lse_log2, rest, row, k, v, f, at, seen, dbias, dbias_row, dbias_col, k_row, v_row,
+                    m0, n0, i, j, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, HAS_REST, NEED_DQ, PRECISION, WIDE, MASKED,
+                )  # fmt: skip
+            elif dbias is not None:
+                store_tile(dbias, dbias_row, dbias_col, m0, n0, i, j, M, N, tl.zeros([BM, BN], tl.float32), not EVEN_M, MASKED)
+        else:
+            dq = _fold_keys(
+                dq, q, dout, lse_log2, rest, row, k, v, f, at, seen, dbias, dbias_row, dbias_col, k_row, v_row,
+                m0, n0, i, j, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, HAS_REST, NEED_DQ, PRECISION, WIDE, MASKED,
+            )  # fmt: skip
     return dq
 
 
 @triton.jit
 def dq(
-    q, k, v, bias, dout, lse, rest, delta_in, dq_out, dbias_out,
-    q_strides, k_strides, v_strides, bias_strides, dout_strides, lse_strides, dq_strides, dbias_strides,
-    batch, heads, batch_inner, M, N, lo, hi, scale,
+    q, k, v, f, dout, lse, rest, delta_in, dq_out, dbias_out,
+    q_strides, k_strides, v_strides, dout_strides, lse_strides, dq_strides, dbias_strides,
+    batch, heads, groups, batch_inner, M, N, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    IS_MASK: tl.constexpr, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """One program owns BM queries of one head and walks the keys that they see: dq += scale ds k, and dbias = ds.
 
-    An output that is None is not computed. dbias_out has the full shape, and zeros are written where nothing is visible. Strides as in
-    ``forward``, those of dbias_out like the bias's.
+    An output that is None is not computed. dbias_out has the full shape, and zeros are written where nothing is visible; its strides are
+    (outer batch, inner batch, head, row, column). Other strides, f and groups as in ``forward``.
     """
     tile, head, b = locate(tl.cdiv(M, BM), heads, batch, ORDER, hi is not None)
     m0 = tile * BM
     q += offset(b, q_strides[0]) + offset(head, q_strides[2])
-    k += offset(b, k_strides[0]) + offset(head, k_strides[2])
-    v += offset(b, v_strides[0]) + offset(head, v_strides[2])
+    k += offset(b, k_strides[0]) + offset(head // groups, k_strides[2])
+    v += offset(b, v_strides[0]) + offset(head // groups, v_strides[2])
     dout += offset(b, dout_strides[0]) + offset(head, dout_strides[2])
     NEED_DQ: tl.constexpr = dq_out is not None
     if NEED_DQ:
@@ -228,13 +274,8 @@ def dq(
         dbias_col = 0
     lse += offset(b, lse_strides[0]) + offset(head, lse_strides[1])
     delta_in += offset(b * heads + head, M)
-    if bias is not None:
-        bias += offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1]) + offset(head, bias_strides[2])
-        bias_row = bias_strides[3]
-        bias_col = bias_strides[4]
-    else:
-        bias_row = 0
-        bias_col = 0
+    at = at_head(f, b, head, heads, batch_inner)
+    shown = visible_keys(f, b, N)
 
     q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)  # [BM, BD]
     do_tile = load_rows(dout, dout_strides[1], m0, M, BM, DV, BDV, not EVEN_M, WIDE)  # [BM, BDV]
@@ -245,30 +286,27 @@ def dq(
         rest_row = load_vector(rest + offset(b * heads + head, M), m0, M, BM, not EVEN_M)
     row = load_vector(delta_in, m0, M, BM, not EVEN_M)
     acc = tl.zeros([BM, BD], tl.float32)
-    scale_log2 = scale * LOG2E
-    begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, N, lo, hi, BN)
+    begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, shown, lo, hi, BN)
     if lo is not None:
         acc = _walk_keys(
-            acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, bias, dbias_out, k_strides[1], v_strides[1], bias_row, bias_col,
-            dbias_row, dbias_col, m0, begin, full_begin, M, N, lo, hi, scale_log2, BM, BN, D, DV, BD, BDV, IS_MASK, VARIES_M,
-            VARIES_N, EVEN_M,
+            acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, f, at, dbias_out, dbias_row, dbias_col, k_strides[1], v_strides[1],
+            m0, begin, full_begin, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M,
             HAS_REST, NEED_DQ, PRECISION, WIDE, True,
         )  # fmt: skip
     acc = _walk_keys(
-        acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, bias, dbias_out, k_strides[1], v_strides[1], bias_row, bias_col,
-        dbias_row, dbias_col, m0, full_begin, full_end, M, N, lo, hi, scale_log2, BM, BN, D, DV, BD, BDV, IS_MASK, VARIES_M,
-        VARIES_N, EVEN_M,
+        acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, f, at, dbias_out, dbias_row, dbias_col, k_strides[1], v_strides[1],
+        m0, full_begin, full_end, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M,
         HAS_REST, NEED_DQ, PRECISION, WIDE, False,
     )  # fmt: skip
-    if hi is not None or not EVEN_N:
+    if hi is not None or not EVEN_N or f.lengths is not None:
         acc = _walk_keys(
-            acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, bias, dbias_out, k_strides[1], v_strides[1], bias_row, bias_col,
-            dbias_row, dbias_col, m0, full_end, end, M, N, lo, hi, scale_log2, BM, BN, D, DV, BD, BDV, IS_MASK, VARIES_M, VARIES_N, EVEN_M,
+            acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, f, at, dbias_out, dbias_row, dbias_col, k_strides[1], v_strides[1],
+            m0, full_end, end, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M,
             HAS_REST, NEED_DQ, PRECISION, WIDE, True,
         )  # fmt: skip
     if NEED_DQ:
         store_rows(dq_out, dq_strides[1], m0, M, acc * scale, BM, D, BD, not EVEN_M, WIDE)
-    if dbias_out is not None and (lo is not None or hi is not None):
+    if dbias_out is not None and (lo is not None or hi is not None or f.lengths is not None):
         i = tl.arange(0, BM)[:, None]
         j = tl.arange(0, BN)[None, :]
         nothing = tl.zeros([BM, BN], tl.float32)

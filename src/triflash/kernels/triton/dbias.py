@@ -6,14 +6,44 @@ A bias of full shape, and one that varies over keys only, get theirs from the pa
 import triton
 import triton.language as tl
 
-from .prims import LOG2E, add_bias, bias_tile, in_band, load_lse_log2, load_rows, load_vector, offset, probabilities, segments, store_tile
+from .features import at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, visible_keys
+from .prims import in_band, load_lse_log2, load_rows, load_vector, offset, probabilities, segments, store_tile
+
+
+@triton.jit
+def _ds(
+    q, k, v, f, at, bias, seen, dout, lse, rest, delta_in, q_row, k_row, v_row, dout_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
+    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    EVEN_M: tl.constexpr, MASK_N: tl.constexpr, FIXED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one tile of scores; FIXED leaves it to the caller to mask it by the band. ``seen`` is its tile of the mask."""
+    q_tile = load_rows(q, q_row, m0, M, BM, D, BD, not EVEN_M, WIDE)
+    k_tile = load_rows(k, k_row, n0, shown, BN, D, BD, MASK_N, WIDE)
+    s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
+    s, _ = scored(f, at, s, bias, seen, scale, m0, n0, i, j, M, N)
+    lse_log2 = load_lse_log2(lse, m0, M, BM, not EVEN_M)
+    if rest is not None:
+        p = probabilities(s, lse_log2[:, None], load_vector(rest, m0, M, BM, not EVEN_M)[:, None], True, True)
+    else:
+        p = probabilities(s, lse_log2[:, None], 0.0, False, True)
+    do_tile = load_rows(dout, dout_row, m0, M, BM, DV, BDV, not EVEN_M, WIDE)
+    v_tile = load_rows(v, v_row, n0, shown, BN, DV, BDV, MASK_N, WIDE)
+    dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BN]
+    dp = rescaled(f, dropped(f, at, dp, m0, n0, BM, BN, False))
+    row = load_vector(delta_in, m0, M, BM, not EVEN_M)
+    ds = p * (dp - row[:, None])
+    if not FIXED:
+        ds = tl.where(in_band(m0 + i, n0 + j, shown, lo, hi), ds, 0.0)
+    elif f.lengths is not None:
+        ds = tl.where(n0 + j < shown, ds, 0.0)
+    return ds
 
 
 @triton.jit
 def dbias(
-    q, k, v, bias, dout, lse, rest_in, delta_in, dbias_out,
-    q_strides, k_strides, v_strides, bias_strides, dout_strides, lse_strides, dbias_strides,
-    heads, batch_outer, batch_inner, M, N, lo, hi, scale, splits,
+    q, k, v, f, dout, lse, rest_in, delta_in, dbias_out,
+    q_strides, k_strides, v_strides, dout_strides, lse_strides, dbias_strides,
+    heads, groups, batch_outer, batch_inner, M, N, lo, hi, scale, splits,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     VARIES_B0: tl.constexpr, VARIES_B1: tl.constexpr, VARIES_H: tl.constexpr, VARIES_M: tl.constexpr, VARIES_N: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -23,8 +53,8 @@ def dbias(
         dbias = sum over broadcast dims of ds,   ds = p * (dout vᵀ - delta)
 
     A dim of queries or keys that broadcasts is looped over tile by tile and reduced at the end. The loop is cut into ``splits`` equal
-    parts, the part being the slowest index of the grid; part t writes to ``dbias_out + t * dbias_strides[0]``. Strides as in
-    ``forward``, those of dbias_out (part, outer batch, inner batch, head, row, column).
+    parts, the part being the slowest index of the grid; part t writes to ``dbias_out + t * dbias_strides[0]``. Strides, f and groups as in
+    ``forward``, strides of dbias_out (part, outer batch, inner batch, head, row, column).
     """
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BM)
@@ -85,31 +115,16 @@ def dbias(
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
     acc = tl.zeros([BM, BN], tl.float32)
-    scale_log2 = scale * LOG2E
     FIXED: tl.constexpr = VARIES_M and VARIES_N  # the same tile of scores every round: mask once, after the loop
     own_bias = 0.0
     if FIXED:
-        own_at = bias + offset(own_b0, bias_strides[0]) + offset(own_b1, bias_strides[1]) + offset(own_head, bias_strides[2])
+        own_at = at_head(f, own_b0 * batch_inner + own_b1, own_head, heads, batch_inner)
         BANDED: tl.constexpr = lo is not None or hi is not None
         rows = M
         if BANDED:
             rows = tl.where(first < last, M, 0)  # a tile that nobody sees only writes zeros: spare it the load of its bias
-        own_bias = bias_tile(
-            own_at,
-            bias_strides[3],
-            bias_strides[4],
-            tm * BM,
-            tn * BN,
-            i,
-            j,
-            rows,
-            N,
-            True,
-            True,
-            BANDED or not EVEN_M,
-            not EVEN_N,
-            WIDE,
-        )
+        own_bias = bias_tile(f, own_at, tm * BM, tn * BN, i, j, rows, N, BANDED or not EVEN_M, not EVEN_N, WIDE)
+    HIDES: tl.constexpr = f.lengths is not None
     for r in tl.range(first, last):
         head = own_head
         b1 = own_b1
@@ -132,51 +147,54 @@ def dbias(
         m0 = tm * BM
         n0 = tn * BN
         b = b0 * batch_inner + b1
+        at = at_head(f, b, head, heads, batch_inner)
+        shown = visible_keys(f, b, N)
         q_at = q + offset(b, q_strides[0]) + offset(head, q_strides[2])
-        k_at = k + offset(b, k_strides[0]) + offset(head, k_strides[2])
-        v_at = v + offset(b, v_strides[0]) + offset(head, v_strides[2])
+        k_at = k + offset(b, k_strides[0]) + offset(head // groups, k_strides[2])
+        v_at = v + offset(b, v_strides[0]) + offset(head // groups, v_strides[2])
         do_at = dout + offset(b, dout_strides[0]) + offset(head, dout_strides[2])
-        q_tile = load_rows(q_at, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)
-        k_tile = load_rows(k_at, k_strides[1], n0, N, BN, D, BD, not EVEN_N, WIDE)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2  # [BM, BN]
-        if FIXED:
-            s = add_bias(s, own_bias, False)
-        else:
-            bias_at = bias + offset(b0, bias_strides[0]) + offset(b1, bias_strides[1]) + offset(head, bias_strides[2])
-            tile = bias_tile(
-                bias_at, bias_strides[3], bias_strides[4], m0, n0, i, j, M, N, VARIES_M, VARIES_N, not EVEN_M, not EVEN_N, WIDE
-            )
-            s = add_bias(s, tile, False)
-        lse_log2 = load_lse_log2(lse + offset(b, lse_strides[0]) + offset(head, lse_strides[1]), m0, M, BM, not EVEN_M)
+        lse_at = lse + offset(b, lse_strides[0]) + offset(head, lse_strides[1])
+        delta_at = delta_in + offset(b * heads + head, M)
+        rest_at = rest_in
         if rest_in is not None:
-            lost = load_vector(rest_in + offset(b * heads + head, M), m0, M, BM, not EVEN_M)
-            p = probabilities(s, lse_log2[:, None], lost[:, None], True, True)
+            rest_at = rest_in + offset(b * heads + head, M)
+        if FIXED:
+            tile = own_bias
         else:
-            p = probabilities(s, lse_log2[:, None], 0.0, False, True)
-        do_tile = load_rows(do_at, dout_strides[1], m0, M, BM, DV, BDV, not EVEN_M, WIDE)
-        v_tile = load_rows(v_at, v_strides[1], n0, N, BN, DV, BDV, not EVEN_N, WIDE)
-        dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BN]
-        row = load_vector(delta_in + offset(b * heads + head, M), m0, M, BM, not EVEN_M)
-        ds = p * (dp - row[:, None])
-        if not FIXED:
-            ds = tl.where(in_band(m0 + i, n0 + j, N, lo, hi), ds, 0.0)
-        acc += ds
+            tile = bias_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, not EVEN_N or HIDES, WIDE)
+        seen = mask_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, not EVEN_N or HIDES, WIDE)
+        if f.mask is not None or HIDES:
+            shows = n0 < shown
+            if f.mask is not None:
+                shows = shows & shows_anything(f, seen)
+            if shows:
+                acc += _ds(
+                    q_at, k_at, v_at, f, at, tile, seen, do_at, lse_at, rest_at, delta_at,
+                    q_strides[1], k_strides[1], v_strides[1], dout_strides[1], m0, n0, i, j, M, N, shown, lo, hi, scale,
+                    BM, BN, D, DV, BD, BDV, EVEN_M, not EVEN_N or HIDES, FIXED, PRECISION, WIDE,
+                )  # fmt: skip
+        else:
+            acc += _ds(
+                q_at, k_at, v_at, f, at, tile, seen, do_at, lse_at, rest_at, delta_at,
+                q_strides[1], k_strides[1], v_strides[1], dout_strides[1], m0, n0, i, j, M, N, shown, lo, hi, scale,
+                BM, BN, D, DV, BD, BDV, EVEN_M, not EVEN_N or HIDES, FIXED, PRECISION, WIDE,
+            )  # fmt: skip
 
-    at = dbias_out + offset(part, dbias_strides[0])
-    at += offset(own_b0, dbias_strides[1]) + offset(own_b1, dbias_strides[2]) + offset(own_head, dbias_strides[3])
+    own = dbias_out + offset(part, dbias_strides[0])
+    own += offset(own_b0, dbias_strides[1]) + offset(own_b1, dbias_strides[2]) + offset(own_head, dbias_strides[3])
     if FIXED:
         acc = tl.where(in_band(tm * BM + i, tn * BN + j, N, lo, hi), acc, 0.0)
-        store_tile(at, dbias_strides[4], dbias_strides[5], tm * BM, tn * BN, i, j, M, N, acc, not EVEN_M, not EVEN_N)
+        store_tile(own, dbias_strides[4], dbias_strides[5], tm * BM, tn * BN, i, j, M, N, acc, not EVEN_M, not EVEN_N)
     elif VARIES_N:
         cols = tn * BN + tl.arange(0, BN)
         column = tl.sum(acc, 0)
-        tl.store(at + offset(cols, dbias_strides[5]), column.to(dbias_out.dtype.element_ty), mask=cols < N)
+        tl.store(own + offset(cols, dbias_strides[5]), column.to(dbias_out.dtype.element_ty), mask=cols < N)
     elif VARIES_M:
         rows = tm * BM + tl.arange(0, BM)
         column = tl.sum(acc, 1)
-        tl.store(at + offset(rows, dbias_strides[4]), column.to(dbias_out.dtype.element_ty), mask=rows < M)
+        tl.store(own + offset(rows, dbias_strides[4]), column.to(dbias_out.dtype.element_ty), mask=rows < M)
     else:
-        tl.store(at, tl.sum(tl.sum(acc, 1), 0).to(dbias_out.dtype.element_ty))
+        tl.store(own, tl.sum(tl.sum(acc, 1), 0).to(dbias_out.dtype.element_ty))
 
 
 @triton.jit

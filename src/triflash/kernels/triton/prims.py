@@ -141,45 +141,6 @@ def store_rows(
 
 
 @triton.jit
-def bias_tile(
-    base,
-    row_stride,
-    col_stride,
-    m0,
-    n0,
-    i,
-    j,
-    M,
-    N,
-    VARIES_M: tl.constexpr,
-    VARIES_N: tl.constexpr,
-    MASK_M: tl.constexpr,
-    MASK_N: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """The bias of the tile at ``(m0, n0)``, size 1 along dims that it broadcasts.
-
-    ``i``, ``j`` are positions in the tile, shaped to broadcast: ``[BM, 1], [1, BN]`` for a tile of scores, ``[1, BM], [BN, 1]`` for a
-    transposed one.
-    """
-    pointers = base
-    if VARIES_M:
-        pointers = pointers + offset(m0, row_stride) + i * stride_in_tile(row_stride, WIDE)
-    if VARIES_N:
-        pointers = pointers + offset(n0, col_stride) + j * stride_in_tile(col_stride, WIDE)
-    if VARIES_M and MASK_M:
-        if VARIES_N and MASK_N:
-            return tl.load(pointers, mask=(m0 + i < M) & (n0 + j < N), other=0)
-        else:
-            return tl.load(pointers, mask=m0 + i < M, other=0)
-    else:
-        if VARIES_N and MASK_N:
-            return tl.load(pointers, mask=n0 + j < N, other=0)
-        else:
-            return tl.load(pointers)
-
-
-@triton.jit
 def store_tile(base, row_stride, col_stride, m0, n0, i, j, M, N, x, MASK_M: tl.constexpr, MASK_N: tl.constexpr):
     """Write ``x [BM, BN]`` to the tile at ``(m0, n0)`` of an ``(M, N)`` matrix of any strides, in its dtype. ``i [BM, 1], j [1, BN]``."""
     pointers = base + offset(m0, row_stride) + offset(n0, col_stride)
@@ -196,13 +157,10 @@ def store_tile(base, row_stride, col_stride, m0, n0, i, j, M, N, x, MASK_M: tl.c
 
 
 @triton.jit
-def add_bias(s_log2, bias, IS_MASK: tl.constexpr):
-    """Add a bias to scores in base 2; a boolean one (bytes, nonzero = visible) hides instead."""
-    if IS_MASK:
-        return tl.where(bias != 0, s_log2, float("-inf"))
-    else:
-        # An explicit fma, so that forward and backward passes round a huge score alike: see `probabilities`.
-        return tl.fma(bias.to(tl.float32), LOG2E, s_log2)
+def add_bias(s_log2, bias):
+    """Add a bias to scores in base 2."""
+    # An explicit fma, so that forward and backward passes round a huge score alike: see `probabilities`.
+    return tl.fma(bias.to(tl.float32), LOG2E, s_log2)
 
 
 @triton.jit

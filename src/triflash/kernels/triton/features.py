@@ -1,0 +1,206 @@
+"""What turns products into scores and hides some of them, for every kernel alike; a score's derivative stands beside it.
+
+Scores are in base 2. ``None`` stands for an absent feature and compiles its branch away. A function that has nothing to return for one
+returns a number that nobody reads.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .prims import LOG2E, add_bias, offset, stride_in_tile
+
+ROUNDS: tl.constexpr = tl.constexpr(7)  # of Philox: as dropout.py
+
+
+class Features(NamedTuple):
+    """Everything beyond q, k, v and a band; a field is None where the feature is absent.
+
+    Strides of bias and mask are (outer batch, inner batch, head, row, column); row and column are None where all rows or columns share
+    one value. A mask is bytes, nonzero = visible. lengths: int32, keys that each batch entry shows. slopes: float32, by (batch, head).
+    sink: any float, by head. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 31-bit random number, below which a
+    probability is dropped; rescale: what the others are multiplied by.
+    """
+
+    bias: Any = None
+    bias_strides: Any = None
+    mask: Any = None
+    mask_strides: Any = None
+    lengths: Any = None
+    slopes: Any = None
+    slope_strides: Any = None
+    sink: Any = None
+    sink_stride: Any = None
+    softcap: Any = None
+    seed: Any = None
+    threshold: Any = None
+    rescale: Any = None
+
+
+@triton.jit
+def visible_keys(f, b, N):
+    """How many keys batch entry b shows, of N."""
+    if f.lengths is not None:
+        return tl.minimum(tl.maximum(tl.load(f.lengths + b), 0), N)
+    else:
+        return N
+
+
+@triton.jit
+def at_head(f, b, head, heads, batch_inner):
+    """What the features are for one query head of one batch entry, for the functions below.
+
+    (where its bias begins, where its mask begins, its slope in base 2, its stream of random numbers).
+    """
+    bias = 0
+    mask = 0
+    slope = 0.0
+    stream = (0, 0, 0, 0)
+    b0 = b // batch_inner
+    b1 = b % batch_inner
+    if f.bias is not None:
+        bias = f.bias + offset(b0, f.bias_strides[0]) + offset(b1, f.bias_strides[1]) + offset(head, f.bias_strides[2])
+    if f.mask is not None:
+        mask = f.mask + offset(b0, f.mask_strides[0]) + offset(b1, f.mask_strides[1]) + offset(head, f.mask_strides[2])
+    if f.slopes is not None:
+        slope = tl.load(f.slopes + offset(b, f.slope_strides[0]) + offset(head, f.slope_strides[1])) * LOG2E
+    if f.seed is not None:
+        seed = tl.load(f.seed)
+        start = tl.load(f.seed + 1)
+        key1 = ((seed >> 32) ^ (start >> 32)).to(tl.uint32)
+        stream = (seed.to(tl.uint32), key1, tl.cast(b * heads + head, tl.uint32), start.to(tl.uint32))
+    return bias, mask, slope, stream
+
+
+@triton.jit
+def bias_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
+    """The bias of the tile at ``(m0, n0)``, size 1 along dims that it broadcasts.
+
+    ``i``, ``j`` are positions in the tile, shaped to broadcast: ``[BM, 1], [1, BN]`` for a tile of scores, ``[1, BM], [BN, 1]`` for a
+    transposed one.
+    """
+    if f.bias is not None:
+        return _tile(at[0], f.bias_strides[3], f.bias_strides[4], m0, n0, i, j, M, N, MASK_M, MASK_N, WIDE)
+    else:
+        return 0.0
+
+
+@triton.jit
+def mask_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
+    """The mask of the tile at ``(m0, n0)``, nonzero = visible, as ``bias_tile``."""
+    if f.mask is not None:
+        return _tile(at[1], f.mask_strides[3], f.mask_strides[4], m0, n0, i, j, M, N, MASK_M, MASK_N, WIDE)
+    else:
+        return 1
+
+
+@triton.jit
+def _tile(base, row_stride, col_stride, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
+    pointers = base
+    VARIES_M: tl.constexpr = row_stride is not None
+    VARIES_N: tl.constexpr = col_stride is not None
+    if VARIES_M:
+        pointers = pointers + offset(m0, row_stride) + i * stride_in_tile(row_stride, WIDE)
+    if VARIES_N:
+        pointers = pointers + offset(n0, col_stride) + j * stride_in_tile(col_stride, WIDE)
+    if VARIES_M and MASK_M:
+        if VARIES_N and MASK_N:
+            return tl.load(pointers, mask=(m0 + i < M) & (n0 + j < N), other=0)
+        else:
+            return tl.load(pointers, mask=m0 + i < M, other=0)
+    else:
+        if VARIES_N and MASK_N:
+            return tl.load(pointers, mask=n0 + j < N, other=0)
+        else:
+            return tl.load(pointers)
+
+
+@triton.jit
+def shows_anything(f, mask):
+    """Whether a tile of the mask shows any key to any query: if not, the tile is not worth its products."""
+    if f.mask_strides[3] is not None or f.mask_strides[4] is not None:
+        return tl.max(mask.to(tl.int32)) > 0
+    else:
+        return mask != 0
+
+
+@triton.jit
+def tanh(x):
+    """To a few units in the last place, near 0 too: a soft cap multiplies its error. Cephes' tanhf; rational in exp beyond 0.625."""
+    z = x * x
+    p = ((((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1) * z
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp2(2.0 * LOG2E * size) + 1.0)
+    return tl.where(size < 0.625, p * x + x, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def scored(f, at, products, bias, mask, scale, m0, n0, i, j, M, N):
+    """Of a tile of products q kᵀ: the scores that its bias and mask leave, and (soft cap) their derivative by ``scale * products``.
+
+    N is the number of keys that there are, to which ALiBi's diagonal is aligned, not that of the keys that are visible.
+    """
+    slope = products
+    if f.softcap is not None:
+        t = tanh(products * (scale / f.softcap))
+        s = t * (f.softcap * LOG2E)
+        slope = 1.0 - t * t
+    else:
+        s = products * (scale * LOG2E)
+    # Explicit fused products, so that forward and backward passes round a huge score alike: see `prims.probabilities`.
+    if f.bias is not None:
+        s = add_bias(s, bias)
+    if f.slopes is not None:
+        distance = tl.abs((m0 + N - M - n0) + (i - j)).to(tl.float32)
+        s = tl.fma(distance, -at[2], s)
+    if f.mask is not None:
+        s = tl.where(mask != 0, s, float("-inf"))
+    return s, slope
+
+
+@triton.jit
+def through_cap(f, ds, slope):
+    """The gradient of ``scale * products`` from that of the scores."""
+    if f.softcap is not None:
+        return ds * slope
+    else:
+        return ds
+
+
+@triton.jit
+def dropped(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """What dropout leaves of a tile ``[BM, BN]`` (TRANSPOSED: ``[BN, BM]``), not rescaled.
+
+    The keep-mask is a function of (seed, offset, batch entry, head, query, key), the same as ``triflash.dropout.keep_mask``: Philox-4x32
+    with the counter (key // 4, query, batch entry and head, offset), of which key % 4 picks a word.
+    """
+    if f.seed is not None:
+        key0, key1, c2, c3 = at[3]
+        quads = n0 // 4 + tl.arange(0, BN // 4)
+        queries = m0 + tl.arange(0, BM)
+        if TRANSPOSED:
+            c0 = quads[:, None] + tl.zeros([BN // 4, BM], tl.int32)
+            c1 = queries[None, :] + tl.zeros([BN // 4, BM], tl.int32)
+        else:
+            c0 = quads[None, :] + tl.zeros([BM, BN // 4], tl.int32)
+            c1 = queries[:, None] + tl.zeros([BM, BN // 4], tl.int32)
+        nothing = tl.zeros_like(c0).to(tl.uint32)
+        w0, w1, w2, w3 = tl.philox_impl(c0.to(tl.uint32), c1.to(tl.uint32), nothing + c2, nothing + c3, key0, key1, ROUNDS)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last two dims count (word // 2, word % 2)
+        if TRANSPOSED:
+            words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), [BN, BM])
+        else:
+            words = tl.reshape(words, [BM, BN])
+        return tl.where((words >> 1).to(tl.int32) >= f.threshold, x, 0.0)
+    else:
+        return x
+
+
+@triton.jit
+def rescaled(f, x):
+    """``x`` times what dropout multiplies the probabilities by that it keeps."""
+    if f.seed is not None:
+        return x * f.rescale
+    else:
+        return x
