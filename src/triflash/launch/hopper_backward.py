@@ -59,7 +59,7 @@ def backward_calls(
     for step in plan.steps:
         if step.kernel == "prepare":
             calls.append(prepare_call(spec, out, dout, dlse, lse, rest, stats, dq_sum))
-        elif step.kernel == "dkdv":
+        elif step.kernel in ("dkdv", "dqdkdv"):
             parts = partial_sums(step, dbias)
             strides = row_strides(spec, parts) if parts is not None else None
             wanted = (dk if "dk" in step.gives else None, dv if "dv" in step.gives else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..spec import AttentionSpec, Needs
 from . import hopper_backward as keys
 from . import hopper_rows as rows
@@ -37,10 +39,11 @@ def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> 
     return None
 
 
-def adds_dq(spec: AttentionSpec, needs: Needs, limit: int) -> bool:
+def adds_dq(spec: AttentionSpec, needs: Needs, limit: int, always: bool = False) -> bool:
     """Whether dq is added up in global memory, in no fixed order, by the kernel that gives dk and dv.
 
-    Not where the same bits are asked for on every run, where a kernel that owns queries runs anyway, and where that is faster.
+    Not where the same bits are asked for on every run, where a kernel that owns queries runs anyway, and, unless ``always``, where that is
+    faster.
     """
     if spec.deterministic or not (needs.dq and (needs.dk or needs.dv)) or max(keys.dims(spec)) > keys.NARROW:
         return False
@@ -48,31 +51,39 @@ def adds_dq(spec: AttentionSpec, needs: Needs, limit: int) -> bool:
         return False
     seen = spec.keys if spec.lo is None and spec.hi is None else spec.keys // 2
     narrow = max(keys.dims(spec)) <= keys.SMALLEST_DIM
-    return (spec.keys if narrow else seen) > WORTH_ADDING and keys.keys_config(spec, True, limit) is not None
+    return (always or (spec.keys if narrow else seen) > WORTH_ADDING) and keys.keys_config(spec, True, limit) is not None
 
 
-def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> tuple[Step, ...]:
-    """The kernels of a backward pass, in order, for what ``why_not_backward`` allows."""
+def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
+    """The kernels of a backward pass, in order, for what ``why_not_backward`` allows; ``by_hand``: configurations chosen for single
+    kernels.
+    """
     limit, processors = device.shared_memory, device.processors
     source = dbias_source(spec) if needs.dbias else None
     order = "batch" if rows.batch_fastest(spec) else "head"
     pairs = spec.batch * spec.heads
-    adding = adds_dq(spec, needs, limit)
+    adding = adds_dq(spec, needs, limit, isinstance(by_hand.get("dqdkdv"), KeysConfig))
     steps = [Step("prepare", EDGE, pairs * keys.stats_length(spec) // EDGE.block_m)]
     given = (("dk", needs.dk), ("dv", needs.dv), ("dq", adding), ("dbias", source == "dkdv"))
     if gives := tuple(name for name, need in given if need):
-        config = keys.keys_config(spec, adding, limit)
+        kernel = "dqdkdv" if adding else "dkdv"
+        chosen = by_hand.get(kernel)
+        config = chosen if isinstance(chosen, KeysConfig) else keys.keys_config(spec, adding, limit)
         assert config is not None, "why_not_backward refuses what fits no candidate"
         programs = min(keys.keys_tiles(spec, config)[1], processors)
-        steps.append(Step("dkdv", config, programs, order, broadcast_rows(spec) if source == "dkdv" else 1, gives))
+        steps.append(Step(kernel, config, programs, order, broadcast_rows(spec) if source == "dkdv" else 1, gives))
     if (needs.dq and not adding) or source == "dq":
         gives = ("dq",) * needs.dq + ("dbias",) * (source == "dq")
-        steps.append(_rows_step("dq", rows.dq_config(spec, limit, source == "dq", processors), spec, processors, order, gives))
+        chosen = by_hand.get("dq")
+        config_q = chosen if isinstance(chosen, RowsConfig) else rows.dq_config(spec, limit, source == "dq", processors)
+        assert config_q is not None, "why_not_backward refuses what fits no candidate"
+        steps.append(Step("dq", config_q, rows.dq_programs(spec, config_q, processors), order, gives=gives))
     if adding:
         steps.append(Step("finish", EDGE, pairs * ceil_div(spec.queries, EDGE.block_m), gives=("dq",)))
     if source == "dbias":
-        config_b = rows.dbias_config(spec, limit)
-        assert config_b is not None
+        chosen = by_hand.get("dbias")
+        config_b = chosen if isinstance(chosen, RowsConfig) else rows.dbias_config(spec, limit)
+        assert config_b is not None, "why_not_backward refuses what fits no candidate"
         own, rounds = rows.dbias_tiles(spec, config_b)[2], rows.dbias_rounds(spec)
         splits = max(1, min(rounds, ceil_div(processors, own)))
         steps.append(Step("dbias", config_b, rows.dbias_programs(spec, config_b, splits, processors), order, splits, ("dbias",)))
@@ -80,11 +91,6 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> tu
     elif source == "dkdv":
         steps += sum_steps(spec, broadcast_rows(spec))
     return tuple(steps)
-
-
-def _rows_step(kernel: str, config: RowsConfig | None, spec: AttentionSpec, processors: int, order: str, gives: tuple[str, ...]) -> Step:
-    assert config is not None, "why_not_backward refuses what fits no candidate"
-    return Step(kernel, config, rows.dq_programs(spec, config, processors), order, gives=gives)
 
 
 def shared_memory(spec: AttentionSpec, step: Step) -> int | None:

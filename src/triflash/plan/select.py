@@ -172,7 +172,7 @@ def problem_of(kernel: str, spec: AttentionSpec) -> Problem:
 class Choices(NamedTuple):
     """What the caller chose of configurations, as part of the key of plan caches: single kernels by hand, or a tuned file."""
 
-    by_hand: tuple[tuple[str, TileConfig | HopperConfig], ...]
+    by_hand: tuple[tuple[str, override.Config], ...]
     tuned: overlay.Overlay | None
 
 
@@ -269,7 +269,7 @@ def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reques
 def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
     name = _choose(requested, spec, device, needs)
     if name == "hopper":
-        return Plan(name, hopper_steps.backward_steps(spec, needs, device))
+        return Plan(name, hopper_steps.backward_steps(spec, needs, device, dict(choices.by_hand)))
     if name != "triton":
         return Plan(name, (Step("backward"),))
     if spec.is_empty:
