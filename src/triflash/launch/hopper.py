@@ -6,6 +6,7 @@ copied to rows that are padded to that; their copies live as long as the launch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,8 +88,13 @@ def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A TMA descriptor of an addressable tensor, in blocks of that shape."""
     unit = _ALIGNMENT // x.element_size()
     strides = [unit if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    shared = gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block), shared)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block), _shared_layout(tuple(block), x.dtype))
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """How a block lies in shared memory. Cached: working it out takes longer than all else about a descriptor."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[dtype])
 
 
 def addressable(x: Tensor) -> bool:
