@@ -51,7 +51,7 @@ def run_forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> N
     elif plan.backend == "hopper":
         from . import hopper
 
-        hopper.forward(plan, spec, x.q, x.k, x.v, x.bias, *saved)
+        hopper.forward(plan, spec, x, saved)
     elif plan.backend == "tiled":
         with _without_autocast(x.q):
             tiled.forward(x.q, x.k, x.v, _scores(spec, x), x.sink, **saved._asdict())

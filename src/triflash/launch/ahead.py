@@ -104,9 +104,9 @@ def pass_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout:
     """The launches of a plan: a forward pass writes ``saved``, a backward pass those of ``grads`` that are given."""
     if plan.backend == "hopper":
         if any(step.kernel == "forward" for step in plan.steps):
-            return hopper.forward_calls(plan, spec, x.q, x.k, x.v, x.bias, *saved)
+            return hopper.forward_calls(plan, spec, x, saved)
         targets = Gradients(*(None if grad is None else _tma_meta(grad) for grad in grads))
-        return hopper_backward.backward_calls(plan, spec, x, saved, dout, None, targets)
+        return hopper_backward.backward_calls(plan, spec, x, saved, dout, None, hopper_backward.new_stats(spec, saved.lse), targets)
     if any(step.kernel == "forward" for step in plan.steps):
         return forward_calls(plan, spec, x, saved)
     return backward_calls(plan, spec, x, saved, dout, None, scratch(plan, saved), grads)

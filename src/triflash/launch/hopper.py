@@ -19,8 +19,8 @@ from ..plan import layout
 from ..plan.configs import padded
 from ..plan.hopper import ROWS, HopperConfig, bias_block, schedule, whole_tiles
 from ..plan.steps import Plan
-from ..spec import AttentionSpec
-from .calls import SMALLEST_SCALE, Call, bias_strides, start
+from ..spec import AttentionSpec, Operands, Saved
+from .calls import SMALLEST_SCALE, Call, bias_strides, slope_strides, start
 
 __all__ = ["addressable", "descriptor", "forward", "forward_calls", "padded_rows", "ready", "ready_bias"]
 
@@ -28,20 +28,19 @@ _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32:
 _ALIGNMENT = 16  # bytes
 
 
-def forward(
-    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
-) -> None:
+def forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> None:
     """Fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); lse and rest are contiguous."""
-    target = out if addressable(out) else padded_rows(out)
-    start(q.device, forward_calls(plan, spec, ready(q), ready(k), ready(v), ready_bias(spec, bias), target, lse, rest))
-    if target is not out:
-        out.copy_(target)
+    target = saved.out if addressable(saved.out) else padded_rows(saved.out)
+    x = x._replace(q=ready(x.q), k=ready(x.k), v=ready(x.v), bias=ready_bias(spec, x.bias))
+    start(x.q.device, forward_calls(plan, spec, x, saved._replace(out=target)))
+    if target is not saved.out:
+        saved.out.copy_(target)
 
 
-def forward_calls(
-    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
-) -> list[Call]:
+def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches of a forward pass; all tensors are addressable."""
+    q, k, v, bias, _, lengths, slopes, sink, _ = x
+    out, lse, rest = saved
     calls = []
     for step in plan.steps:
         config = step.config
@@ -61,7 +60,9 @@ def forward_calls(
             descriptor(k, (1, block_n, 1, head)),
             descriptor(v, (1, block_n, 1, value)),
             descriptor(out, (1, ROWS, 1, value)),
-            *(bias_desc, pointer, lse, rest, None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
+            *(bias_desc, pointer, lengths, slopes, sink, lse, rest),
+            *(None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
+            *(slope_strides(slopes), None if sink is None else sink.stride(0)),
             *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
             *(tiles_m, tiles, *schedule(spec, config, step.programs)),
         )
@@ -75,7 +76,7 @@ def forward_calls(
             "IS_MASK": spec.bias is not None and spec.bias.is_mask,
             "VARIES_M": spec.bias is not None and spec.bias.varies[3],
             "POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE,
-            "EVEN_N": spec.keys % block_n == 0,
+            "EVEN_N": spec.keys % block_n == 0 and not spec.key_lengths,
             "TURNS": config.turns,
             "OWN_OUT": config.own_out,
             "REGISTERS": config.registers,

@@ -18,11 +18,14 @@ from ..plan.hopper_steps import EDGE
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
-from .calls import Call, start
+from .calls import Call, sink_gradient, slope_strides, start
 from .hopper import addressable, descriptor, padded_rows, ready, ready_bias
 from .triton import partial_sums, row_strides
 
 __all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call"]
+
+
+DELTA = 1  # row of the table of statistics: see kernels/hopper/backward.py
 
 
 def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
@@ -39,20 +42,30 @@ def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: T
         dbias = dbias.contiguous()
     written = Gradients(dq, dk, dv, dbias, grads.dsink)
     x = x._replace(q=ready(x.q), k=ready(x.k), v=ready(x.v), bias=ready_bias(spec, x.bias))
-    start(x.q.device, backward_calls(plan, spec, x, saved, ready(dout), dlse, written))
+    stats = new_stats(spec, lse)
+    start(x.q.device, backward_calls(plan, spec, x, saved, ready(dout), dlse, stats, written))
     for grad, filled in zip(grads, written, strict=True):
         if grad is not None and filled is not None and filled is not grad:
             grad.copy_(filled)
+    if grads.dsink is not None and x.sink is not None:
+        delta = stats[:, DELTA, : spec.queries].unflatten(0, (spec.batch, spec.heads))
+        grads.dsink.copy_(sink_gradient(x.sink, saved, delta))
 
 
 def backward_calls(
-    plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients
+    plan: Plan,
+    spec: AttentionSpec,
+    x: Operands,
+    saved: Saved,
+    dout: Tensor,
+    dlse: Tensor | None,
+    stats: Tensor,
+    grads: Gradients,
 ) -> list[Call]:
-    """The launches of a backward pass; allocates the scratch between them. All tensors are addressable."""
+    """The launches of a backward pass, of which the first fills ``stats`` (:func:`new_stats`). All tensors are addressable."""
     q, k, v, bias, *_ = x
     out, lse, rest = saved
     dq, dk, dv, dbias, _ = grads
-    stats = new_stats(spec, lse)
     dq_sum = new_dq_sum(spec, lse) if plan.step("finish") else None
     parts = None
     calls = []
@@ -63,7 +76,7 @@ def backward_calls(
             parts = partial_sums(step, dbias)
             strides = row_strides(spec, parts) if parts is not None else None
             wanted = (dk if "dk" in step.gives else None, dv if "dv" in step.gives else None)
-            calls.append(keys_call(spec, step, q, k, v, bias, dout, stats, *wanted, dq_sum, parts, strides))
+            calls.append(keys_call(spec, step, x, dout, stats, *wanted, dq_sum, parts, strides))
         elif step.kernel == "dq":
             assert isinstance(step.config, RowsConfig)
             target = dq if dq is not None else padded_rows(q)
@@ -133,10 +146,7 @@ def finish_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor) -> Call:
 def keys_call(
     spec: AttentionSpec,
     step: Step,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
+    x: Operands,
     dout: Tensor,
     stats: Tensor,
     dk: Tensor | None,
@@ -146,6 +156,7 @@ def keys_call(
     dbias_strides: tuple[int, int, int, int] | None,
 ) -> Call:
     """dk, dv, what dq sums up to, and the gradient of a bias that varies over keys alone: what is None is not computed."""
+    q, k, v, bias, _, lengths, slopes, *_ = x
     config = step.config
     assert isinstance(config, KeysConfig)
     head, value = dims(spec)
@@ -172,7 +183,7 @@ def keys_call(
         None if dk is None else descriptor(dk, (1, half, 1, head)),
         None if dv is None else descriptor(dv, (1, half, 1, value)),
         *(() if config.wide else (None if dq_sum is None else descriptor(dq_sum, (1, 1, rows, head // 2)),)),
-        *(pointer, dbias, strides, dbias_strides, bias_on),
+        *(pointer, lengths, slopes, dbias, strides, dbias_strides, slope_strides(slopes), bias_on),
         *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
         *(tiles_n, tiles, *schedule(spec, config, step.programs)),
     )
@@ -181,7 +192,7 @@ def keys_call(
         "BN": config.block_n,
         "HAS_REST": stats.shape[1] == 3,
         "IS_MASK": spec.bias is not None and spec.bias.is_mask,
-        "EVEN_N": spec.keys % config.block_n == 0,
+        "EVEN_N": spec.keys % config.block_n == 0 and not spec.key_lengths,
         "BATCH_FASTEST": step.order == "batch",
         "LONGEST": longest,
     }

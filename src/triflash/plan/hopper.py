@@ -141,7 +141,7 @@ def forward_config(spec: AttentionSpec, limit: int, processors: int = 0) -> Hopp
     """
     head = padded(max(spec.head_dim, spec.value_dim))
     bias_tiles = spec.bias is not None and spec.bias.varies[4]
-    for config in _candidates(head, spec.bias is not None, bias_tiles, spec.lo is not None or spec.hi is not None, spec.keys):
+    for config in _candidates(head, spec.bias is not None or spec.alibi, bias_tiles, spec.lo is not None or spec.hi is not None, spec.keys):
         if shared_memory(spec, config) <= limit and (config.own_out or padded(spec.head_dim) == padded(spec.value_dim)):
             if 2 * whole_tiles(spec, config)[1] <= processors:
                 return replace(config, consumers=1, turns=False)

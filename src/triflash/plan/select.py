@@ -114,8 +114,11 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, s
     return None
 
 
+_ON_HOPPER = ("key lengths", "ALiBi slopes", "a sink")
+
+
 def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
-    if lacking := [name for name in spec.extras if "key heads" not in name]:
+    if lacking := [name for name in spec.extras if name not in _ON_HOPPER and "key heads" not in name]:
         return ", ".join(lacking), "use backend('triton')"
     if device.arch != "sm90":
         return f"{device.arch}", "its kernels are made for sm90 (H100, H200, H20): use backend('triton')"

@@ -27,6 +27,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .features import add_alibi, slope_of, visible_keys
 from .grid import accumulator, locate, share, stacked
 
 LSE = gl.constexpr(0)  # rows of the table of statistics
@@ -59,8 +60,9 @@ def visible_blocks(n0, M, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr):
     low = -hi if hi is not None else None  # the band as keys see queries
     high = -lo if lo is not None else None
     begin, a, b, end = segments(n0, min(n0 + BN, N) - 1, (M + BM - 1) // BM * BM, low, high, BM)
+    end = gl.where(n0 < N, end, begin)
     over = n0 + BN > N
-    return begin, gl.where(over, end, a), gl.where(over, end, b), end
+    return begin, gl.where(over, end, min(a, end)), gl.where(over, end, min(b, end)), end
 
 
 @gluon.jit
@@ -77,8 +79,8 @@ def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
 
 @gluon.jit
 def probabilities(
-    s, bias, key_bias, lse, rest, m0, n0, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr, IS_MASK: gl.constexpr,
-    KEY_BIASED: gl.constexpr, MASKED: gl.constexpr,
+    s, bias, key_bias, slope, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr,
+    IS_MASK: gl.constexpr, ALIBI: gl.constexpr, KEY_BIASED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s. bias: a tile of it; key_bias: a number a key;
     lse, rest: a number a query, as a row. None: absent.
@@ -96,13 +98,15 @@ def probabilities(
             x = gl.where(row != 0, x, float("-inf"))
         else:
             x = gl.fma(row, gl.full([KEYS, BM], LOG2E, gl.float32, S), x)
+    i = gl.expand_dims(m0 + gl.arange(0, BM, gl.SliceLayout(0, S)), 0)
+    j = gl.expand_dims(n0 + gl.arange(0, KEYS, gl.SliceLayout(1, S)), 1)
+    if ALIBI:
+        x = add_alibi(x, slope, i + ahead, j)
     x = x - lse
     if rest is not None:
         x = x - rest
     p = gl.exp2(x)
     if MASKED:
-        i = gl.expand_dims(m0 + gl.arange(0, BM, gl.SliceLayout(0, S)), 0)
-        j = gl.expand_dims(n0 + gl.arange(0, KEYS, gl.SliceLayout(1, S)), 1)
         seen = j < N
         if hi is not None:
             seen = seen & (i >= j - hi)
@@ -115,7 +119,7 @@ def probabilities(
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, bars,
+    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, lengths, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, bars,
     batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
@@ -135,7 +139,7 @@ def _produce(
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
-        begin, whole, part, end = visible_blocks(n0, M, N, lo, hi, BM, BN)
+        begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
         mbarrier.wait(bars.index(KV_EMPTY), (wave & 1) ^ 1)
         mbarrier.expect(bars.index(KV_FULL), 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
         for w in gl.static_range(2):
@@ -177,7 +181,7 @@ def _produce(
 
 @gluon.jit
 def _add_up(
-    dq_desc, dq_s, bars, batch, heads, group, M, N, lo, hi, tiles_n, tiles, section, snake,
+    dq_desc, lengths, dq_s, bars, batch, heads, group, M, N, lo, hi, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
@@ -189,7 +193,7 @@ def _add_up(
     done = 0
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
-        begin, whole, part, end = visible_blocks(n0, M, N, lo, hi, BM, BN)
+        begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
         steps = end - begin
         for step in range(steps * group):
             head = kv_head * group + step // steps
@@ -238,11 +242,12 @@ def _dq_hand_over(
 
 @gluon.jit
 def _walk(
-    dk, dv, db, k_s, v_s, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, done, base, first, last, n0, N, lo, hi,
+    dk, dv, db, k_s, v_s, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, first, last, n0, ahead,
+    N, lo, hi,
     scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, HALF: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr, NEED_DK: gl.constexpr, NEED_DV: gl.constexpr, NEED_DB: gl.constexpr,
-    EARLY: gl.constexpr, MASKED: gl.constexpr,
+    EARLY: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Fold the query blocks ``first … last`` (in the order of ``turned``) into (dk, dv, db); the tile's first is number ``done`` of the
     program, the t-th of a head ``base + t``.
@@ -299,7 +304,25 @@ def _walk(
         if rest_s is not None:
             rest = gl.expand_dims(rest_s.index(q_stage).reshape([BM]).load(COLS), 0)
         p = probabilities(
-            s, bias, key_bias, lse, rest, block * BM, n0 + WG * HALF, N, lo, hi, scale_log2, HALF, BM, IS_MASK, KEY_BIASED, MASKED
+            s,
+            bias,
+            key_bias,
+            slope,
+            lse,
+            rest,
+            block * BM,
+            n0 + WG * HALF,
+            ahead,
+            N,
+            lo,
+            hi,
+            scale_log2,
+            HALF,
+            BM,
+            IS_MASK,
+            ALIBI,
+            KEY_BIASED,
+            MASKED,
         )
         if NEED_DV:
             p16 = gl.convert_layout(p.to(DT), P)
@@ -346,8 +369,8 @@ def _walk(
 
 @gluon.jit
 def _consume(
-    dk_desc, dv_desc, dbias, bias, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars,
-    bias_strides, dbias_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
+    dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars,
+    bias_strides, dbias_strides, slope_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
@@ -363,13 +386,15 @@ def _consume(
     NEED_DV: gl.constexpr = dv_desc is not None
     NEED_DB: gl.constexpr = dbias is not None
     KEY_BIASED: gl.constexpr = bias is not None
+    ALIBI: gl.constexpr = slopes is not None
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
     kv_heads = heads // group
     scale_log2 = scale * LOG2E
     done = 0
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
-        begin, whole, part, end = visible_blocks(n0, M, N, lo, hi, BM, BN)
+        n_keys = visible_keys(lengths, b, N)
+        begin, whole, part, end = visible_blocks(n0, M, n_keys, lo, hi, BM, BN)
         steps = end - begin
         dk = gl.zeros([HALF, BD], gl.float32, accumulator(BD))
         dv = gl.zeros([HALF, BDV], gl.float32, accumulator(BDV))
@@ -377,6 +402,7 @@ def _consume(
         mbarrier.wait(bars.index(KV_FULL), wave & 1)
         for member in range(group):
             head = kv_head * group + member
+            slope = slope_of(slopes, slope_strides, b, head)
             key_bias = gl.zeros([HALF], gl.float32, ROWS)
             if KEY_BIASED:
                 row = bias + offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1])
@@ -386,20 +412,22 @@ def _consume(
             base = done + member * steps - begin
             if (hi is not None) or (not EVEN_N):
                 dk, dv, db = _walk(
-                    dk, dv, db, k_s, v_s, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, done, base, begin, whole,
-                    n0, N, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, IS_MASK, KEY_BIASED,
-                    NEED_DK, NEED_DV, NEED_DB, EARLY, True,
+                    dk, dv, db, k_s, v_s, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, begin,
+                    whole,
+                    n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, IS_MASK, KEY_BIASED,
+                    NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, True,
                 )  # fmt: skip
             dk, dv, db = _walk(
-                dk, dv, db, k_s, v_s, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, done, base, whole, part,
-                n0, N, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, IS_MASK, KEY_BIASED,
-                NEED_DK, NEED_DV, NEED_DB, EARLY, False,
+                dk, dv, db, k_s, v_s, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, whole, part,
+                n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, IS_MASK, KEY_BIASED,
+                NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, False,
             )  # fmt: skip
             if lo is not None:
                 dk, dv, db = _walk(
-                    dk, dv, db, k_s, v_s, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, done, base, part, end,
-                    n0, N, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, IS_MASK, KEY_BIASED,
-                    NEED_DK, NEED_DV, NEED_DB, EARLY, True,
+                    dk, dv, db, k_s, v_s, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, part,
+                    end,
+                    n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, IS_MASK, KEY_BIASED,
+                    NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, True,
                 )  # fmt: skip
             if NEED_DB:
                 target = dbias + offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
@@ -430,7 +458,9 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 
 @gluon.jit(do_not_specialize=COUNTS)
 def keys_backward(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, dq_desc, bias, dbias, bias_strides, dbias_strides, bias_on,
+    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, dq_desc, bias, lengths, slopes, dbias, bias_strides,
+    dbias_strides,
+    slope_strides, bias_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr,
@@ -483,36 +513,47 @@ def keys_backward(
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if dq_desc is not None:
         gl.warp_specialize([
-            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), q_s, k_s, v_s, o_s, lse_s, delta_s,
+            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
+                        k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), batch, heads, group, batch_inner, M, N, optional(lo), optional(hi), scale,
+                        optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
-            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), q_s, k_s, v_s, o_s, lse_s, delta_s,
+            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
+                        k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), batch, heads, group, batch_inner, M, N, optional(lo), optional(hi), scale,
+                        optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
-            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), q_s, k_s, v_s, o_s, lse_s, delta_s,
+            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
+                        delta_s,
                         optional(rest_s), optional(bias_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
                         optional(bias_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST,
                         LONGEST)),
-            (_add_up, (dq_desc, dq_s, bars, batch, heads, group, M, N, optional(lo), optional(hi), tiles_n, tiles, section, snake,
+            (_add_up, (dq_desc, optional(lengths), dq_s, bars, batch, heads, group, M, N, optional(lo), optional(hi), tiles_n, tiles,
+                       section, snake,
                        BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST, LONGEST)),
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), q_s, k_s, v_s, o_s, lse_s, delta_s,
+            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
+                        k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), batch, heads, group, batch_inner, M, N, optional(lo), optional(hi), scale,
+                        optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
-            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), q_s, k_s, v_s, o_s, lse_s, delta_s,
+            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
+                        k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), batch, heads, group, batch_inner, M, N, optional(lo), optional(hi), scale,
+                        optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
-            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), q_s, k_s, v_s, o_s, lse_s, delta_s,
+            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
+                        delta_s,
                         optional(rest_s), optional(bias_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
                         optional(bias_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST,
                         LONGEST)),

@@ -20,6 +20,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .features import slope_of, visible_keys
 from .grid import accumulator, locate, share, stacked
 
 
@@ -36,7 +37,7 @@ def barrier_at(name, STAGES):
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, bars,
+    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, lengths, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, bars,
     batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
@@ -54,7 +55,7 @@ def _produce(
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
-        begin, whole, part, end = visible_blocks(n0, M, N, lo, hi, BM, BN)
+        begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
         mbarrier.wait(bars.index(KV_EMPTY), (wave & 1) ^ 1)
         mbarrier.expect(bars.index(KV_FULL), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
         tma_load(k_desc, [b, n0, kv_head, 0], bars.index(KV_FULL), k_s)
@@ -93,9 +94,10 @@ def _produce(
 
 @gluon.jit
 def _walk_values(
-    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, done, base, first, last, n0, N, lo, hi, scale_log2,
+    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, first, last, n0, ahead, N, lo, hi,
+    scale_log2,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr,
-    NEED_DV: gl.constexpr, NEED_DS: gl.constexpr, MASKED: gl.constexpr,
+    NEED_DV: gl.constexpr, NEED_DS: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next. Numbers as in
     ``backward.py``.
@@ -136,9 +138,9 @@ def _walk_values(
         rest = None
         if rest_s is not None:
             rest = gl.expand_dims(rest_s.index(stage).reshape([BM]).load(COLS), 0)
-        p = probabilities(s, bias, key_bias, lse, rest, block * BM, n0, N, lo, hi, scale_log2, BN, BM, IS_MASK, KEY_BIASED, MASKED).to(
-            k_s.dtype
-        )
+        p = probabilities(
+            s, bias, key_bias, slope, lse, rest, block * BM, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI, KEY_BIASED, MASKED
+        ).to(k_s.dtype)
         if NEED_DS:
             mbarrier.wait(bars.index(P_EMPTY + (at & 1)), ((at >> 1) & 1) ^ 1)
             p_s.index(at & 1).permute((1, 0)).store(p)
@@ -157,8 +159,8 @@ def _walk_values(
 
 @gluon.jit
 def _values(
-    dv_desc, bias, q_s, k_s, o_s, lse_s, rest_s, bias_s, p_s, bars,
-    bias_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
+    dv_desc, bias, lengths, slopes, q_s, k_s, o_s, lse_s, rest_s, bias_s, p_s, bars,
+    bias_strides, slope_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
     IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, NEED_DS: gl.constexpr,
 ):  # fmt: skip
@@ -173,17 +175,20 @@ def _values(
     DT: gl.constexpr = k_s.dtype
     NEED_DV: gl.constexpr = dv_desc is not None
     KEY_BIASED: gl.constexpr = bias is not None
+    ALIBI: gl.constexpr = slopes is not None
     kv_heads = heads // group
     scale_log2 = scale * LOG2E
     done = 0
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
-        begin, whole, part, end = visible_blocks(n0, M, N, lo, hi, BM, BN)
+        begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
+        n_keys = visible_keys(lengths, b, N)
         steps = end - begin
         dv = gl.zeros([BN, W], gl.float32, accumulator(W))
         p16 = gl.zeros([BN, BM], DT, P)
         mbarrier.wait(bars.index(KV_FULL), wave & 1)
         for member in range(group):
+            slope = slope_of(slopes, slope_strides, b, kv_head * group + member)
             key_bias = gl.zeros([BN], gl.float32, ROWS)
             if KEY_BIASED:
                 j = n0 + gl.arange(0, BN, ROWS)
@@ -193,17 +198,20 @@ def _values(
             base = done + member * steps - begin
             if (hi is not None) or (not EVEN_N):
                 dv, p16 = _walk_values(
-                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, done, base, begin, whole, n0, N, lo, hi,
-                    scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, True,
+                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, begin, whole, n0, N - M,
+                    n_keys, lo, hi,
+                    scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
                 )  # fmt: skip
             dv, p16 = _walk_values(
-                dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, done, base, whole, part, n0, N, lo, hi,
-                scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, False,
+                dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, whole, part, n0, N - M, n_keys, lo,
+                hi,
+                scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, False,
             )  # fmt: skip
             if lo is not None:
                 dv, p16 = _walk_values(
-                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, done, base, part, end, n0, N, lo, hi,
-                    scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, True,
+                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, part, end, n0, N - M, n_keys,
+                    lo, hi,
+                    scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
                 )  # fmt: skip
         done += steps * group
         if NEED_DV:
@@ -269,7 +277,7 @@ def _walk_keys(
 
 @gluon.jit
 def _keys(
-    dk_desc, dbias, q_s, v_s, o_s, delta_s, p_s, bars,
+    dk_desc, dbias, lengths, q_s, v_s, o_s, delta_s, p_s, bars,
     dbias_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
@@ -288,7 +296,7 @@ def _keys(
     done = 0
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
-        begin, _whole, _part, end = visible_blocks(n0, M, N, lo, hi, BM, BN)
+        begin, _whole, _part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
         steps = end - begin
         dk = gl.zeros([BN, W], gl.float32, accumulator(W))
         ds16 = gl.zeros([BN, BM], DT, P)
@@ -323,7 +331,9 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 
 @gluon.jit(do_not_specialize=COUNTS)
 def wide_keys_backward(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, bias, dbias, bias_strides, dbias_strides, bias_on,
+    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, bias, lengths, slopes, dbias, bias_strides, dbias_strides,
+    slope_strides,
+    bias_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
@@ -367,22 +377,28 @@ def wide_keys_backward(
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if NEED_DS:
         gl.warp_specialize([
-            (_values, (optional(dv_desc), optional(bias), q_s, k_s, o_s, lse_s, optional(rest_s), optional(bias_s), p_s, bars,
-                       optional(bias_strides), batch, heads, group, batch_inner, M, N, optional(lo), optional(hi), scale,
+            (_values, (optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s, optional(rest_s),
+                       optional(bias_s), p_s, bars,
+                       optional(bias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                       optional(hi), scale,
                        tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, NEED_DS)),
-            (_keys, (optional(dk_desc), optional(dbias), q_s, v_s, o_s, delta_s, p_s, bars, optional(dbias_strides),
+            (_keys, (optional(dk_desc), optional(dbias), optional(lengths), q_s, v_s, o_s, delta_s, p_s, bars, optional(dbias_strides),
                      batch, heads, group, batch_inner, M, N, optional(lo), optional(hi), scale, tiles_n, tiles, section, snake,
                      BM, BN, STAGES, BATCH_FASTEST, LONGEST)),
-            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), q_s, k_s, v_s, o_s, lse_s, delta_s,
+            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
+                        delta_s,
                         optional(rest_s), optional(bias_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
                         optional(bias_on), tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_values, (optional(dv_desc), optional(bias), q_s, k_s, o_s, lse_s, optional(rest_s), optional(bias_s), p_s, bars,
-                       optional(bias_strides), batch, heads, group, batch_inner, M, N, optional(lo), optional(hi), scale,
+            (_values, (optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s, optional(rest_s),
+                       optional(bias_s), p_s, bars,
+                       optional(bias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                       optional(hi), scale,
                        tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, NEED_DS)),
-            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), q_s, k_s, v_s, o_s, lse_s, delta_s,
+            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
+                        delta_s,
                         optional(rest_s), optional(bias_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
                         optional(bias_on), tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST)),
         ], [1], [24])  # fmt: skip
