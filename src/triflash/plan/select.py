@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..errors import UnsupportedError, bad_type, bad_value, unsupported
 from ..spec import AttentionSpec, Needs
 from . import hopper, overlay, override, tables
-from .configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_wide_bias
+from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_features, with_wide_bias
 from .device import DeviceFacts, triton_problem
 from .hopper import HopperConfig
 
@@ -124,8 +124,8 @@ class Plan:
         return next((step for step in self.steps if step.kernel == kernel), None)
 
 
-def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
-    """None if the backend can compute the spec on the device, else (what it cannot do, the nearest thing that works)."""
+def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool = False) -> tuple[str, str] | None:
+    """None if the backend can compute the spec's forward (or backward) pass on the device, else (what it cannot, what does work)."""
     if name not in ("triton", "hopper"):
         return None
     if problem := triton_problem():
@@ -140,8 +140,10 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, s
         return "float64", "use backend('tiled'), or float32 with torch.set_float32_matmul_precision('highest')"
     if spec.bias is not None and spec.bias.dtype == "fp64":
         return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
-    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
-        return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
+    head_dim, limit = max(spec.head_dim, spec.value_dim), MAX_HEAD_DIM if backward else MAX_FORWARD_HEAD_DIM
+    if head_dim > limit:
+        which = "backward pass" if backward else "forward pass"
+        return f"the {which} of head dim {head_dim}", f"its limit is {limit}; backend('tiled') takes any"
     if device.arch == "interpreter" and "bf16" in (spec.dtype, spec.bias.dtype if spec.bias else ""):
         return "bfloat16 in Triton's interpreter", "the interpreter multiplies bfloat16 wrongly: use float16 or float32 there"
     return None
@@ -175,12 +177,12 @@ def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, backward: 
             return "tiled"
         if not backward and hopper.reservation(spec) is None and not why_not("hopper", spec, device):
             return "hopper"
-        return "tiled" if why_not("triton", spec, device) else "triton"
+        return "tiled" if why_not("triton", spec, device, backward) else "triton"
     if requested == "hopper" and backward:
         raise unsupported(
             "the backward pass", "hopper", "choose 'auto' or 'triton' for the whole step: their backward pass takes it from there"
         )
-    if reason := why_not(requested, spec, device):
+    if reason := why_not(requested, spec, device, backward):
         raise unsupported(reason[0], requested, reason[1])
     return requested
 
@@ -228,6 +230,16 @@ def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Ch
     if isinstance(chosen, TileConfig):
         return chosen, "chosen by hand (override_configs)"
     problem = problem_of(kernel, spec)
+    config, source = _measured_or_default(kernel, problem, spec, device, choices)
+    lighter = with_features(problem, config, _weight(spec)) if device.arch.startswith("sm") else config  # AMD's registers suffice
+    if lighter != config and kernel != "delta":
+        return lighter, f"{source}, with fewer scores a thread than {config} for what they go through"
+    return config, source
+
+
+def _measured_or_default(
+    kernel: str, problem: Problem, spec: AttentionSpec, device: DeviceFacts, choices: Choices
+) -> tuple[TileConfig, str]:
     if choices.tuned is not None and (config := choices.tuned.lookup(problem, device)):
         source = f"tuned, {choices.tuned.path}"
     elif row := tables.lookup(device.arch, problem):
@@ -241,6 +253,11 @@ def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Ch
         if narrower != config:
             return narrower, f"{source}, with fewer stages than {config} to hold a float32 bias"
     return config, source
+
+
+def _weight(spec: AttentionSpec) -> int:
+    """How much scores go through on their way, as :func:`with_features` counts it."""
+    return (spec.softcap > 0) + spec.alibi + (spec.mask is not None) + 2 * (spec.dropout > 0)
 
 
 def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> TileConfig:
@@ -337,13 +354,14 @@ def _dbias_source(spec: AttentionSpec) -> str:
     """Which kernel gives the gradient of the bias: a pass that has it anyway, or one of its own.
 
     The pass for dq meets every ds of a full-shape bias exactly once. The pass for dk and dv meets all queries of a key, which is what
-    a bias that varies over keys alone sums over; what is left is one row of partial sums per batch entry and head.
+    a bias that varies over keys alone sums over; what is left is one row of partial sums per batch entry and head. With grouped heads it
+    sums over several heads, which may have rows of their own.
     """
     assert spec.bias is not None
     *_, query, key = spec.bias.varies
     if all(spec.bias.varies):
         return "dq"
-    return "dkdv" if key and not query else "dbias"
+    return "dkdv" if key and not query and spec.groups == 1 else "dbias"
 
 
 def _broadcast_rows(spec: AttentionSpec) -> int:
