@@ -410,7 +410,7 @@ def kernels(ran: list[str]) -> list[str]:
 
 def dbias_kernel(case: Case, shape: tuple[int, ...]) -> str:
     """Which kernel the gradient of a bias of this shape comes from: the pass for dq has every ds of a bias of full shape, the pass for dk
-    and dv the sums over queries of one that varies over keys only; any other has its own."""
+    and dv the sums over queries of one that varies over keys only, if heads are not grouped; any other has its own."""
     full = (case.B // case.batch_inner, case.batch_inner, case.H, case.M, case.N)
     if len(shape) < 5:
         batch, *rest = (1,) * (4 - len(shape)) + shape
@@ -418,7 +418,7 @@ def dbias_kernel(case: Case, shape: tuple[int, ...]) -> str:
     varies = [own == size for own, size in zip(shape, full, strict=True)]
     if all(varies):
         return "dq"
-    return "dkdv" if varies[4] and not varies[3] else "dbias"
+    return "dkdv" if varies[4] and not varies[3] and case.key_heads == case.H else "dbias"
 
 
 def expected_kernels(case: Case, backend: str, bias: Tensor | None) -> list[str]:

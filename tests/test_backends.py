@@ -131,8 +131,8 @@ def test_what_triton_refuses(device: torch.device) -> None:
     """By name: an error that says the feature and the nearest thing that works. By automatic choice: that thing."""
     message = refusal(torch.float64, 8, device)
     assert message.startswith("float64: not supported") and "backend('tiled')" in message and "set_float32_matmul_precision" in message
-    message = refusal(torch.float16, 257, device)
-    assert message.startswith("head dim 257: not supported") and "256" in message and "backend('tiled')" in message
+    message = refusal(torch.float16, 513, device)
+    assert message.startswith("the forward pass of head dim 513: not supported") and "512" in message and "backend('tiled')" in message
     if not ON_GPU:
         for bias_dtype, dtype in ((None, torch.bfloat16), (torch.bfloat16, torch.float32)):
             message = refusal(dtype, 8, device, bias_dtype)
@@ -145,6 +145,19 @@ def test_automatic_choice_takes_any_head_dim(device: torch.device) -> None:
     with record_launches() as ran:
         out = flash_attn_func(q, q, q)
     assert ran == ["tiled: forward"] and out.isfinite().all()
+
+
+@triton_only
+def test_large_head_dims_go_forward_on_triton(device: torch.device) -> None:
+    """Up to 512; the backward pass of more than 256 raises by name, and by automatic choice is tiled's, which takes what triton saved."""
+    q, k, v = (torch.randn(1, 20, 2, 300, device=device, requires_grad=True) for _ in range(3))
+    with backend("triton"):
+        out = flash_attn_func(q, k, v, None, True)
+    with backend("oracle"):
+        wanted = flash_attn_func(q, k, v, None, True)
+    torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-4)
+    with pytest.raises(UnsupportedError, match="^the backward pass of head dim 300: not supported by backend 'triton'; its limit is 256"):
+        out.sum().backward()
 
 
 @triton_only

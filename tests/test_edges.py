@@ -131,12 +131,70 @@ LSE = [
     Case(f"lse cotangent, gradient of {g}", M=40, N=37, bias="1hqk", dlse=True, grads=g, dtype=d)
     for g, d in (("qkvb", F16), ("q", F32), ("b", F16))
 ]
+FEATURES = [
+    Case(f"{kind} heads {h} on {hk} at {m}x{n}", B=2, M=m, N=n, H=h, Hk=hk, bias=bias, causal=causal, tiles=(16, 16), dlse=True)
+    for kind, h, hk, m, n, bias, causal in [
+        ("grouped", 4, 2, 33, 47, None, True), ("grouped", 6, 2, 16, 33, "1hqk", False), ("grouped", 4, 1, 1, 50, "bh1k", False),
+        ("grouped", 3, 1, 50, 1, "bhqk", True), ("grouped", 5, 1, 31, 17, "b11k", True), ("as many", 3, 3, 17, 31, "11q1", False),
+    ]
+] + [
+    Case(f"key lengths {lengths} at {m}x{n}", B=3, M=m, N=n, H=2, lengths=lengths, bias=bias, causal=causal, tiles=(16, 16))
+    for lengths, m, n, bias, causal in [
+        ((0, 16, 40), 33, 40, None, False), ((0, 0, 0), 20, 33, "1h1k", False), ((1, 15, 17), 17, 33, "bhqk", True),
+        ((32, 31, 33), 50, 33, "1hqk", True), ((7, 40, 0), 1, 40, "b111", False),
+    ]
+] + [
+    Case(f"mask {mask} beside a bias {bias}", B=2, M=m, N=n, mask=mask, bias=bias, mask_layout=layout, tiles=(16, 16))
+    for mask, bias, m, n, layout in [
+        ("bhqk", "1hqk", 33, 50, "plain"), ("b11k", "bhqk", 17, 50, "plain"), ("11qk", "1h1k", 50, 49, "transposed"),
+        ("1hq1", "11q1", 33, 33, "plain"), ("bhqk", "b11k", 1, 40, "sliced"), ("11qk", "1111", 50, 33, "step"),
+    ]
+] + [
+    Case(f"ALiBi {alibi} at {m}x{n}", B=2, M=m, N=n, alibi=alibi, bias=bias, causal=causal, dtype=dtype, tiles=(16, 16))
+    for alibi, m, n, bias, causal, dtype in [
+        ("h", 33, 50, None, True, F16), ("bh", 50, 33, None, False, F16), ("h", 1, 70, "1h1k", False, F16), ("bh", 20, 17, "bhqk", True, F32),
+    ]
+] + [
+    Case(f"soft cap {softcap} at {m}x{n}", M=m, N=n, softcap=softcap, bias=bias, scale=scale, dtype=dtype, tiles=(16, 16))
+    for softcap, m, n, bias, scale, dtype in [
+        (50.0, 33, 50, None, None, F16), (0.7, 17, 33, "bhqk", 2.0, F16), (3.0, 50, 17, "1h1k", -1.0, F32), (1.0, 1, 40, "11q1", 3.0, F16),
+        (30.0, 33, 40, None, 0.0, F32),
+    ]
+] + [
+    Case(f"sink at {m}x{n}", B=2, M=m, N=n, sink=True, bias=bias, causal=causal, dlse=True, grads=grads, tiles=(16, 16))
+    for m, n, bias, causal, grads in [
+        (33, 50, None, True, "qkvs"), (50, 20, "1hqk", True, "qkvbs"), (17, 33, "1h1k", False, "s"), (1, 40, None, False, "bs"),
+    ]
+] + [
+    Case(f"dropout {p} at {m}x{n}", B=2, M=m, N=n, dropout=p, bias=bias, causal=causal, dtype=dtype, tiles=tiles)
+    for p, m, n, bias, causal, dtype, tiles in [
+        (0.1, 33, 50, None, True, F16, (16, 16)), (0.5, 50, 33, "bhqk", False, F32, (16, 32)), (0.9, 17, 47, "1h1k", False, F16, (32, 16)),
+        (0.3, 1, 40, "1hqk", False, F16, (16, 16)),
+    ]
+] + [
+    Case("everything without keys", N=0, Hk=1, alibi="h", sink=True, softcap=2.0, dropout=0.2, lengths=(0,), dlse=True),
+    Case("everything without queries", M=0, Hk=1, bias="1hqk", mask="11qk", alibi="h", sink=True, softcap=2.0, dropout=0.2),
+    Case("everything in an empty batch", B=0, Hk=1, bias="1hqk", alibi="h", sink=True, softcap=2.0, dropout=0.2, lengths=(1,)),
+]  # fmt: skip
 MANY = [
     Case("65 537 heads", B=1, H=65537, M=2, N=3, D=2, bias="11qk", tiles=None),
     Case("batch of 65 537", B=65537, H=1, M=2, N=3, D=2, bias="b11k", tiles=None),
 ]
 
-EVERYTHING = [*LENGTHS, *RESIDUES, *HEAD_DIMS, *DTYPES, *LAYOUTS, *BIAS_LAYOUTS, *BIAS_SHAPES, *BATCH_LEVELS, *VALUES, *BANDS, *LSE]
+EVERYTHING = [
+    *LENGTHS,
+    *RESIDUES,
+    *HEAD_DIMS,
+    *DTYPES,
+    *LAYOUTS,
+    *BIAS_LAYOUTS,
+    *BIAS_SHAPES,
+    *BATCH_LEVELS,
+    *VALUES,
+    *BANDS,
+    *LSE,
+    *FEATURES,
+]
 GRAD_SUBSETS = ["".join(letters) for n in range(5) for letters in itertools.combinations("qkvb", n)]
 
 

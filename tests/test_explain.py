@@ -131,8 +131,8 @@ def test_why_the_others_were_not_taken() -> None:
 
 @triton_only
 def test_a_backend_asked_for_by_name_raises_as_the_call_does() -> None:
-    q = torch.empty(2, 64, 4, 300, device="meta", dtype=torch.float16)
-    with pytest.raises(UnsupportedError, match="head dim 300: not supported by backend 'triton'"):
+    q = torch.empty(2, 64, 4, 520, device="meta", dtype=torch.float16)
+    with pytest.raises(UnsupportedError, match="head dim 520: not supported by backend 'triton'"):
         explain(q, q, q, device="sm90", backend="triton")
     assert why_not("triton", explain(q, q, q, device="sm90").spec, KNOWN_DEVICES["sm90"])
 

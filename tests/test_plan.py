@@ -19,6 +19,7 @@ from triflash.spec import AttentionSpec, BiasSpec, Needs, causal_band, resolve_p
 GPU = KNOWN_DEVICES["sm90"]
 KERNELS = ("forward", "delta", "dkdv", "dq", "dbias")
 ALL = Needs(True, True, True, True)
+NO_BIAS = Needs(True, True, True, False)
 
 
 def spec(bias: str | None = None, dtype: str = "fp16", **sizes: int) -> AttentionSpec:
@@ -166,14 +167,16 @@ def test_automatic_choice() -> None:
         assert plan_forward(spec(), KNOWN_DEVICES[arch]).backend == backend
         assert plan_backward(spec("11hqk"), ALL, KNOWN_DEVICES[arch]).backend == backend
     assert plan_forward(spec(dtype="fp64"), GPU).backend == "tiled"
-    assert plan_forward(spec(head_dim=300), GPU).backend == "tiled"
+    assert plan_forward(spec(head_dim=513), GPU).backend == "tiled"
+    assert plan_forward(spec(head_dim=300), GPU).backend == "triton"
+    assert plan_backward(spec(head_dim=300), NO_BIAS, GPU).backend == "tiled"
 
 
 @pytest.mark.parametrize("problem, arch, feature", [
     (spec(), "cpu", "CPU tensors"),
     (spec(dtype="fp64"), "sm90", "float64"),
-    (spec(head_dim=257), "sm90", "head dim 257"),
-    (spec(value_dim=512), "sm90", "head dim 512"),
+    (spec(head_dim=513), "sm90", "the (forward|backward) pass of head dim 513"),
+    (spec(value_dim=1024), "sm90", "the (forward|backward) pass of head dim 1024"),
     (spec(dtype="bf16"), "interpreter", "bfloat16 in Triton's interpreter"),
 ], ids=["cpu", "float64", "head dim", "value dim", "bfloat16"])  # fmt: skip
 def test_a_named_backend_never_falls_back(problem: AttentionSpec, arch: str, feature: str) -> None:

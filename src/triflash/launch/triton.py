@@ -115,7 +115,7 @@ def backward_calls(
             target_strides = row_strides(spec, parts) if parts is not None else None
             outputs = (dk, dv, parts, *strides, _strides(dk), _strides(dv), target_strides)
             args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale)
-            constants = _constants(spec, config, wide) | {"ORDER": step.order}
+            constants = _constants(spec, config, wide) | {"GROUPED": spec.groups > 1, "ORDER": step.order}
             calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
         elif step.kernel == "dq":
             target = dbias if "dbias" in step.gives else None
@@ -161,11 +161,11 @@ def _features(spec: AttentionSpec, x: Operands) -> Features:
     )
 
 
-def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | None, ...] | None:
-    """Strides of a canonical bias or mask: 0 along batch and head dims, None along queries and keys, that it broadcasts."""
+def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | None, ...]:
+    """Strides of a canonical bias or mask: 0 along batch and head dims, None along queries and keys, that it broadcasts; None if absent."""
     strides = bias_strides(bias)
     if strides is None or spec is None:
-        return None
+        return (None,) * 5
     return (*strides[:3], *(stride if on else None for stride, on in zip(strides[3:], spec.varies[3:], strict=True)))
 
 

@@ -7,10 +7,21 @@ from dataclasses import dataclass, replace
 from ..errors import bad_value, unsupported
 from .device import DeviceFacts
 
-__all__ = ["MAX_HEAD_DIM", "Problem", "TileConfig", "default_config", "padded", "shared_memory", "with_wide_bias"]
+__all__ = [
+    "MAX_FORWARD_HEAD_DIM",
+    "MAX_HEAD_DIM",
+    "Problem",
+    "TileConfig",
+    "default_config",
+    "padded",
+    "shared_memory",
+    "with_features",
+    "with_wide_bias",
+]
 
 _ROW_KERNELS = ("delta", "dbias_sum")  # no tiles of scores, no shared memory
-MAX_HEAD_DIM = 256  # of the Triton kernels: the widest tile row whose accumulators fit the register file
+MAX_HEAD_DIM = 256  # of the backward kernels: the widest tile row whose two accumulators fit the register file
+MAX_FORWARD_HEAD_DIM = 512  # of the portable forward kernel, which has one
 
 
 @dataclass(frozen=True)
@@ -87,12 +98,33 @@ def with_wide_bias(problem: Problem, config: TileConfig, device: DeviceFacts) ->
     return replace(config, num_stages=stages)
 
 
+def with_features(problem: Problem, config: TileConfig, weight: int) -> TileConfig:
+    """A configuration made to leave registers for what scores go through: fewer scores a thread than the rows were measured with.
+
+    weight: 1 for each of a soft cap, ALiBi and a mask beside a bias, 2 for dropout; one alone fits in as it is. By what the compiler
+    spills (``tests/aot``); not measured.
+    """
+    most = 32 if weight < 2 else 16 if weight < 4 else 8
+    least_m, most_warps = 32 if problem.kernel == "dkdv" else 64, 8
+    while weight >= 2 and config.block_m * config.block_n > most * 32 * config.num_warps:
+        if config.block_m > least_m and (problem.kernel == "dkdv" or config.num_warps >= most_warps):
+            config = replace(config, block_m=config.block_m // 2)
+        elif config.num_warps < most_warps:
+            config = replace(config, num_warps=config.num_warps * 2)
+        else:
+            break
+    return config
+
+
 def _candidates(problem: Problem, amd: bool) -> list[TileConfig]:
     """Configurations from most to least demanding; the first that fits a device is its default.
 
     Chosen from what compiles with few or no spills for sm80, sm86, sm90, sm100 and gfx942 (``tests/aot``); not measured.
     """
-    width = 64 if problem.head_dim <= 64 else min(problem.head_dim, MAX_HEAD_DIM)
+    width = 64 if problem.head_dim <= 64 else problem.head_dim
+    if width > MAX_HEAD_DIM:  # the forward kernel alone
+        shapes = [(16, 16, 8, 1)] if problem.itemsize > 2 or amd else [(64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)]
+        return [TileConfig(*shape) for shape in [*shapes, (16, 16, 4, 1)]]
     if amd:  # half the registers a thread with 8 warps: 4 warps on small tiles
         small = [(32, 32, 4, 1)] if problem.kernel == "forward" else [(16, 16, 4, 1)]
         shapes = {

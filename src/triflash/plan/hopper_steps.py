@@ -11,7 +11,7 @@ from .configs import TileConfig
 from .device import DeviceFacts
 from .hopper_backward import KeysConfig
 from .hopper_rows import RowsConfig
-from .steps import Step, broadcast_rows, ceil_div, dbias_source, sum_steps
+from .steps import Step, broadcast_rows, ceil_div, sum_steps
 
 __all__ = ["EDGE", "adds_dq", "backward_steps", "shared_memory", "why_not_backward"]
 
@@ -23,13 +23,13 @@ def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> 
     """None if the kernels can give these gradients, else (what they cannot do, the nearest thing that works)."""
     if spec.bias is not None and not spec.bias.varies[4]:
         return "the backward pass with a bias that does not vary over keys", "use backend('triton')"
-    if needs.dbias and dbias_source(spec) == "dbias" and not rows.dbias_works(spec):
+    if needs.dbias and _source(spec) == "dbias" and not rows.dbias_works(spec):
         return f"the gradient of a bias of shape {spec.bias}", "use backend('triton')"
     limit = device.shared_memory
     fits = keys.keys_config(spec, False, limit) is not None and rows.dq_config(spec, limit, False) is not None
-    if needs.dbias and dbias_source(spec) == "dq":
+    if needs.dbias and _source(spec) == "dq":
         fits = fits and rows.dq_config(spec, limit, True) is not None
-    elif needs.dbias and dbias_source(spec) == "dbias":
+    elif needs.dbias and _source(spec) == "dbias":
         fits = fits and rows.dbias_config(spec, limit) is not None
     if not fits:
         return (
@@ -37,6 +37,15 @@ def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> 
             "no tile fits: use backend('triton')",
         )
     return None
+
+
+def _source(spec: AttentionSpec) -> str:
+    """Which kernel gives the gradient of the bias, as ``steps.dbias_source``; the one for dk and dv keeps the heads of a group apart."""
+    assert spec.bias is not None
+    *_, query, key = spec.bias.varies
+    if all(spec.bias.varies):
+        return "dq"
+    return "dkdv" if key and not query else "dbias"
 
 
 def adds_dq(spec: AttentionSpec, needs: Needs, limit: int, always: bool = False) -> bool:
@@ -47,7 +56,7 @@ def adds_dq(spec: AttentionSpec, needs: Needs, limit: int, always: bool = False)
     """
     if spec.deterministic or not (needs.dq and (needs.dk or needs.dv)) or max(keys.dims(spec)) > keys.NARROW:
         return False
-    if needs.dbias and dbias_source(spec) == "dq":
+    if needs.dbias and _source(spec) == "dq":
         return False
     seen = spec.keys if spec.lo is None and spec.hi is None else spec.keys // 2
     narrow = max(keys.dims(spec)) <= keys.SMALLEST_DIM
@@ -59,7 +68,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     kernels.
     """
     limit, processors = device.shared_memory, device.processors
-    source = dbias_source(spec) if needs.dbias else None
+    source = _source(spec) if needs.dbias else None
     order = "batch" if rows.batch_fastest(spec) else "head"
     pairs = spec.batch * spec.heads
     adding = adds_dq(spec, needs, limit, isinstance(by_hand.get("dqdkdv"), KeysConfig))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ..errors import UnsupportedError, bad_type, bad_value, unsupported
 from ..spec import AttentionSpec, Needs
 from . import hopper, hopper_steps, overlay, override, tables
-from .configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_wide_bias
+from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_features, with_wide_bias
 from .device import DeviceFacts, triton_problem
 from .hopper import HopperConfig
 from .steps import Plan, Step, broadcast_rows, ceil_div, dbias_source, sum_steps
@@ -91,8 +91,8 @@ def requested_backend() -> str:
     return name
 
 
-def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
-    """None if the backend can compute the spec on the device, else (what it cannot do, the nearest thing that works)."""
+def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool = False) -> tuple[str, str] | None:
+    """None if the backend can compute the spec's forward (or backward) pass on the device, else (what it cannot, what does work)."""
     if name not in ("triton", "hopper"):
         return None
     if problem := triton_problem():
@@ -107,8 +107,10 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts) -> tuple[str, s
         return "float64", "use backend('tiled'), or float32 with torch.set_float32_matmul_precision('highest')"
     if spec.bias is not None and spec.bias.dtype == "fp64":
         return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
-    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
-        return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
+    head_dim, limit = max(spec.head_dim, spec.value_dim), MAX_HEAD_DIM if backward else MAX_FORWARD_HEAD_DIM
+    if head_dim > limit:
+        which = "backward pass" if backward else "forward pass"
+        return f"the {which} of head dim {head_dim}", f"its limit is {limit}; backend('tiled') takes any"
     if device.arch == "interpreter" and "bf16" in (spec.dtype, spec.bias.dtype if spec.bias else ""):
         return "bfloat16 in Triton's interpreter", "the interpreter multiplies bfloat16 wrongly: use float16 or float32 there"
     return None
@@ -137,7 +139,7 @@ def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str]
 
 def _why_not_pass(name: str, spec: AttentionSpec, device: DeviceFacts, needs: Needs | None) -> tuple[str, str] | None:
     """``why_not``, of a forward pass or, with needs, of a backward pass."""
-    if reason := why_not(name, spec, device):
+    if reason := why_not(name, spec, device, needs is not None):
         return reason
     return hopper_steps.why_not_backward(spec, needs, device) if name == "hopper" and needs is not None else None
 
@@ -149,7 +151,7 @@ def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, needs: Nee
             return "tiled"
         if hopper.reservation(spec) is None and not _why_not_pass("hopper", spec, device, needs):
             return "hopper"
-        return "tiled" if why_not("triton", spec, device) else "triton"
+        return "tiled" if why_not("triton", spec, device, needs is not None) else "triton"
     if reason := _why_not_pass(requested, spec, device, needs):
         raise unsupported(reason[0], requested, reason[1])
     return requested
@@ -194,6 +196,16 @@ def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Ch
     if isinstance(chosen, TileConfig):
         return chosen, "chosen by hand (override_configs)"
     problem = problem_of(kernel, spec)
+    config, source = _measured_or_default(kernel, problem, spec, device, choices)
+    lighter = with_features(problem, config, _weight(spec)) if device.arch.startswith("sm") else config  # AMD's registers suffice
+    if lighter != config and kernel != "delta":
+        return lighter, f"{source}, with fewer scores a thread than {config} for what they go through"
+    return config, source
+
+
+def _measured_or_default(
+    kernel: str, problem: Problem, spec: AttentionSpec, device: DeviceFacts, choices: Choices
+) -> tuple[TileConfig, str]:
     if choices.tuned is not None and (config := choices.tuned.lookup(problem, device)):
         source = f"tuned, {choices.tuned.path}"
     elif row := tables.lookup(device.arch, problem):
@@ -207,6 +219,11 @@ def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Ch
         if narrower != config:
             return narrower, f"{source}, with fewer stages than {config} to hold a float32 bias"
     return config, source
+
+
+def _weight(spec: AttentionSpec) -> int:
+    """How much scores go through on their way, as :func:`with_features` counts it."""
+    return (spec.softcap > 0) + spec.alibi + (spec.mask is not None) + 2 * (spec.dropout > 0)
 
 
 def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> TileConfig:

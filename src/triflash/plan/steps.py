@@ -55,13 +55,14 @@ def dbias_source(spec: AttentionSpec) -> str:
     """Which kernel gives the gradient of the bias: a pass that has it anyway, or one of its own.
 
     The pass for dq meets every ds of a full-shape bias exactly once. The pass for dk and dv meets all queries of a key, which is what
-    a bias that varies over keys alone sums over; what is left is one row of partial sums per batch entry and head.
+    a bias that varies over keys alone sums over; what is left is one row of partial sums per batch entry and head. With grouped heads the
+    portable one sums over several heads, which may have rows of their own.
     """
     assert spec.bias is not None
     *_, query, key = spec.bias.varies
     if all(spec.bias.varies):
         return "dq"
-    return "dkdv" if key and not query else "dbias"
+    return "dkdv" if key and not query and spec.groups == 1 else "dbias"
 
 
 def broadcast_rows(spec: AttentionSpec) -> int:

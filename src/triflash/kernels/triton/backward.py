@@ -5,8 +5,8 @@ With ``p = 2^(s - lse)`` and ``delta = rowsum(out * dout) - dlse``:
 where dropout multiplies p of dv, and dout vᵀ, by its keep-mask over 1 - p, and a soft cap multiplies ds by its derivative, but for dbias.
 Two passes, each of which owns its output tile, so nothing is added atomically and results are bitwise reproducible. The pass for dq has
 every tile of ds once, so it writes the gradient of a bias of full shape; the pass for dk and dv sums ds over all queries on its way, which
-is the gradient of a bias that varies over keys only (query heads that share a key head are walked one after the other, so that dk and dv
-take no buffer per query head). All other biases have a kernel of their own (``dbias.py``). sᵀ and dpᵀ come
+is the gradient of a bias that varies over keys only, unless query heads share a key head: those it walks one after the other, so that dk
+and dv take no buffer per query head. All other biases have a kernel of their own (``dbias.py``). sᵀ and dpᵀ come
 straight from ``k qᵀ`` and ``v doutᵀ``: no tile is transposed in registers (Triton 3.4 to 3.7 has miscompiled that on Hopper).
 """
 
@@ -39,7 +39,7 @@ def delta(
 
 @triton.jit
 def _fold_queries(
-    dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, at, seen, q_row, dout_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
+    dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, at, seen, q_row, dout_row, m0, n0, i, j, M, N, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN_N: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DB: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
@@ -76,27 +76,56 @@ def _fold_queries(
 
 @triton.jit
 def _walk_queries(
-    dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, at, q_row, dout_row, n0, begin, end, M, N, shown, lo, hi, scale,
+    dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
+    heads, groups, batch_inner, n0, begin, end, M, N, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_N: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DB: tl.constexpr,
+    EVEN_N: tl.constexpr, GROUPED: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DB: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold the query blocks ``[begin, end)`` into (dk, dv, db) of one key tile, on transposed tiles ``[BN, BM]``."""
+    """Fold the query blocks ``[begin, end)`` of each query head of the key head into (dk, dv, db), on transposed tiles ``[BN, BM]``."""
     i = tl.arange(0, BM)[None, :]
     j = tl.arange(0, BN)[:, None]
-    for block in tl.range(begin, end):
+    # One loop over heads and blocks, not one in the other: what the compiler hoists out of it need not outlive it, and it loads ahead
+    # across heads.
+    count = end - begin
+    first = begin
+    last = end
+    if GROUPED:
+        first = 0
+        last = count * groups
+    at = at_head(f, b, kv_head, heads, batch_inner)
+    # A branch keeps the compiler from loading ahead: it is worth that only for a mask that hides blocks, of queries and keys.
+    SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
+    for step in tl.range(first, last):
+        if GROUPED:
+            head = kv_head * groups + step // count
+            block = begin + step % count
+            here = at_head(f, b, head, heads, batch_inner)
+        else:
+            head = kv_head
+            block = step
+            here = at
         m0 = block * BM
-        seen = mask_tile(f, at, m0, n0, i, j, M, N, MASKED, not EVEN_N, WIDE)
-        if f.mask is not None:
-            if shows_anything(f, seen):
+        q_at = q + offset(head, q_strides[2])
+        do_at = dout + offset(head, dout_strides[2])
+        lse_at = lse + offset(head, lse_strides[1])
+        delta_at = delta_in
+        rest_at = rest
+        if NEED_DK or NEED_DB:
+            delta_at = delta_in + offset(b * heads + head, M)
+        if rest is not None:
+            rest_at = rest + offset(b * heads + head, M)
+        seen = mask_tile(f, here, m0, n0, i, j, M, N, MASKED, not EVEN_N, WIDE)
+        if SKIPS:
+            if shows_anything(seen):
                 dk, dv, db = _fold_queries(
-                    dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, at, seen, q_row, dout_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
-                    BM, BN, D, DV, BD, BDV, EVEN_N, NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, MASKED,
+                    dk, dv, db, k, v, q_at, do_at, lse_at, rest_at, delta_at, f, here, seen, q_strides[1], dout_strides[1],
+                    m0, n0, i, j, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, MASKED,
                 )  # fmt: skip
         else:
             dk, dv, db = _fold_queries(
-                dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, at, seen, q_row, dout_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
-                BM, BN, D, DV, BD, BDV, EVEN_N, NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, MASKED,
+                dk, dv, db, k, v, q_at, do_at, lse_at, rest_at, delta_at, f, here, seen, q_strides[1], dout_strides[1],
+                m0, n0, i, j, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, MASKED,
             )  # fmt: skip
     return dk, dv, db
 
@@ -107,83 +136,72 @@ def dkdv(
     q_strides, k_strides, v_strides, dout_strides, lse_strides, dk_strides, dv_strides, dbias_strides,
     batch, heads, groups, batch_inner, M, N, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BN keys of one key head and walks, for each of its query heads in turn, the queries that see them:
+    """One program owns BN keys of one key head and walks the queries of its ``groups`` query heads that see them:
 
-        dk += scale dsᵀ q,  dv += pᵀ dout,  db = colsum ds  (of each query head)
+        dk += scale dsᵀ q,  dv += pᵀ dout,  db += colsum ds
 
-    An output that is None is not computed. dbias_out holds a row of keys per (outer batch, inner batch, head), which are three of its
-    strides; the fourth is along keys. Other strides, f and groups as in ``forward``.
+    An output that is None is not computed; GROUPED says that groups is not 1, and then dbias_out is None. It holds a row of keys per
+    (outer batch, inner batch, head), which are three of its strides; the fourth is along keys. Other strides and f as in ``forward``.
     """
     tile, kv_head, b = locate(tl.cdiv(N, BN), heads // groups, batch, ORDER, lo is not None)
     n0 = tile * BN
+    q += offset(b, q_strides[0])
     k += offset(b, k_strides[0]) + offset(kv_head, k_strides[2])
     v += offset(b, v_strides[0]) + offset(kv_head, v_strides[2])
+    dout += offset(b, dout_strides[0])
+    lse += offset(b, lse_strides[0])
     NEED_DK: tl.constexpr = dk_out is not None
     NEED_DV: tl.constexpr = dv_out is not None
     NEED_DB: tl.constexpr = dbias_out is not None
     HIDES: tl.constexpr = f.lengths is not None
     shown = visible_keys(f, b, N)
+    queries = M
     if HIDES:
         queries = tl.where(n0 < shown, M, 0)  # nobody sees a tile that is hidden
-    else:
-        queries = M
 
     # Keys past the end load as zeros and their rows are never stored; queries past the end have lse +inf, so their p is 0.
     k_tile = load_rows(k, k_strides[1], n0, shown, BN, D, BD, not EVEN_N or HIDES, WIDE)  # [BN, BD]
     v_tile = load_rows(v, v_strides[1], n0, shown, BN, DV, BDV, not EVEN_N or HIDES, WIDE)  # [BN, BDV]
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
-    cols = n0 + tl.arange(0, BN)
+    db = tl.zeros([BN], tl.float32)
     low = -hi if hi is not None else None  # the band as keys see queries
     high = -lo if lo is not None else None
     begin, full_begin, full_end, end = segments(n0, min(n0 + BN, N) - 1, queries, low, high, BM)
-    for member in tl.range(0, groups):
-        head = kv_head * groups + member
-        q_at = q + offset(b, q_strides[0]) + offset(head, q_strides[2])
-        do_at = dout + offset(b, dout_strides[0]) + offset(head, dout_strides[2])
-        lse_at = lse + offset(b, lse_strides[0]) + offset(head, lse_strides[1])
-        delta_at = delta_in
-        rest_at = rest
-        if NEED_DK or NEED_DB:
-            delta_at = delta_in + offset(b * heads + head, M)
-        if rest is not None:
-            rest_at = rest + offset(b * heads + head, M)
-        at = at_head(f, b, head, heads, batch_inner)
-        db = tl.zeros([BN], tl.float32)
-        if hi is not None:
-            dk, dv, db = _walk_queries(
-                dk, dv, db, k_tile, v_tile, q_at, do_at, lse_at, rest_at, delta_at, f, at, q_strides[1], dout_strides[1],
-                n0, begin, full_begin, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N,
-                NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True,
-            )  # fmt: skip
+    if hi is not None:
         dk, dv, db = _walk_queries(
-            dk, dv, db, k_tile, v_tile, q_at, do_at, lse_at, rest_at, delta_at, f, at, q_strides[1], dout_strides[1],
-            n0, full_begin, full_end, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N,
-            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, False,
+            dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
+            heads, groups, batch_inner, n0, begin, full_begin, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, GROUPED,
+            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True,
         )  # fmt: skip
-        if lo is not None or not EVEN_M:
-            dk, dv, db = _walk_queries(
-                dk, dv, db, k_tile, v_tile, q_at, do_at, lse_at, rest_at, delta_at, f, at, q_strides[1], dout_strides[1],
-                n0, full_end, end, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N,
-                NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True,
-            )  # fmt: skip
-        if NEED_DB:
-            db_at = dbias_out + offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
-            db_at += offset(head, dbias_strides[2])
-            if HIDES:
-                db = tl.where(cols < shown, db, 0.0)
-            tl.store(db_at + offset(cols, dbias_strides[3]), db.to(dbias_out.dtype.element_ty), mask=cols < N)
+    dk, dv, db = _walk_queries(
+        dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
+        heads, groups, batch_inner, n0, full_begin, full_end, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, GROUPED,
+        NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, False,
+    )  # fmt: skip
+    if lo is not None or not EVEN_M:
+        dk, dv, db = _walk_queries(
+            dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
+            heads, groups, batch_inner, n0, full_end, end, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, GROUPED,
+            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True,
+        )  # fmt: skip
+    cols = n0 + tl.arange(0, BN)
     if HIDES:  # hidden keys of a tile that shows others: their rows hold what nobody masked
         dk = tl.where(cols[:, None] < shown, dk, 0.0)
         dv = tl.where(cols[:, None] < shown, dv, 0.0)
+        db = tl.where(cols < shown, db, 0.0)
     if NEED_DK:
         dk_out += offset(b, dk_strides[0]) + offset(kv_head, dk_strides[2])
         store_rows(dk_out, dk_strides[1], n0, N, dk * scale, BN, D, BD, not EVEN_N, WIDE)
     if NEED_DV:
         dv_out += offset(b, dv_strides[0]) + offset(kv_head, dv_strides[2])
         store_rows(dv_out, dv_strides[1], n0, N, rescaled(f, dv), BN, DV, BDV, not EVEN_N, WIDE)
+    if NEED_DB:
+        dbias_out += offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
+        dbias_out += offset(kv_head, dbias_strides[2])
+        tl.store(dbias_out + offset(cols, dbias_strides[3]), db.to(dbias_out.dtype.element_ty), mask=cols < N)
 
 
 @triton.jit
@@ -223,11 +241,13 @@ def _walk_keys(
     """Fold the key blocks ``[begin, end)`` into dq of one query tile, and write their ds if ``dbias`` is given."""
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
+    # A branch keeps the compiler from loading ahead: it is worth that only for a mask that hides blocks, of queries and keys.
+    SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
     for block in tl.range(begin, end):
         n0 = block * BN
         seen = mask_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, MASKED, WIDE)
-        if f.mask is not None:
-            if shows_anything(f, seen):
+        if SKIPS:
+            if shows_anything(seen):
                 dq = _fold_keys(
                     dq, q, dout, lse_log2, rest, row, k, v, f, at, seen, dbias, dbias_row, dbias_col, k_row, v_row,
                     m0, n0, i, j, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, HAS_REST, NEED_DQ, PRECISION, WIDE, MASKED,

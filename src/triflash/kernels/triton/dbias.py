@@ -125,6 +125,7 @@ def dbias(
             rows = tl.where(first < last, M, 0)  # a tile that nobody sees only writes zeros: spare it the load of its bias
         own_bias = bias_tile(f, own_at, tm * BM, tn * BN, i, j, rows, N, BANDED or not EVEN_M, not EVEN_N, WIDE)
     HIDES: tl.constexpr = f.lengths is not None
+    SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
     for r in tl.range(first, last):
         head = own_head
         b1 = own_b1
@@ -163,10 +164,10 @@ def dbias(
         else:
             tile = bias_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, not EVEN_N or HIDES, WIDE)
         seen = mask_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, not EVEN_N or HIDES, WIDE)
-        if f.mask is not None or HIDES:
+        if SKIPS or HIDES:
             shows = n0 < shown
-            if f.mask is not None:
-                shows = shows & shows_anything(f, seen)
+            if SKIPS:
+                shows = shows & shows_anything(seen)
             if shows:
                 acc += _ds(
                     q_at, k_at, v_at, f, at, tile, seen, do_at, lse_at, rest_at, delta_at,

@@ -18,15 +18,15 @@ class Features(NamedTuple):
     """Everything beyond q, k, v and a band; a field is None where the feature is absent.
 
     Strides of bias and mask are (outer batch, inner batch, head, row, column); row and column are None where all rows or columns share
-    one value. A mask is bytes, nonzero = visible. lengths: int32, keys that each batch entry shows. slopes: float32, by (batch, head).
-    sink: any float, by head. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 31-bit random number, below which a
-    probability is dropped; rescale: what the others are multiplied by.
+    one value, or there is none. A mask is bytes, nonzero = visible. lengths: int32, keys that each batch entry shows. slopes: float32, by
+    (batch, head). sink: any float, by head. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 31-bit random number,
+    below which a probability is dropped; rescale: what the others are multiplied by.
     """
 
     bias: Any = None
-    bias_strides: Any = None
+    bias_strides: Any = (None,) * 5
     mask: Any = None
-    mask_strides: Any = None
+    mask_strides: Any = (None,) * 5
     lengths: Any = None
     slopes: Any = None
     slope_strides: Any = None
@@ -117,12 +117,9 @@ def _tile(base, row_stride, col_stride, m0, n0, i, j, M, N, MASK_M: tl.constexpr
 
 
 @triton.jit
-def shows_anything(f, mask):
-    """Whether a tile of the mask shows any key to any query: if not, the tile is not worth its products."""
-    if f.mask_strides[3] is not None or f.mask_strides[4] is not None:
-        return tl.max(mask.to(tl.int32)) > 0
-    else:
-        return mask != 0
+def shows_anything(mask):
+    """Whether a tile of a mask that varies over queries and keys shows any key to any query: if not, it is not worth its products."""
+    return tl.max(mask.to(tl.int32)) > 0
 
 
 @triton.jit

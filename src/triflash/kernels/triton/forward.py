@@ -53,11 +53,13 @@ def _walk(
     """Fold the key blocks ``[begin, end)`` into the running (acc, l, m); ``MASKED`` where some query does not see some key."""
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
+    # A branch keeps the compiler from loading ahead: it is worth that only for a mask that hides blocks, of queries and keys.
+    SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
     for block in tl.range(begin, end):
         n0 = block * BN
         seen = mask_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, MASKED, WIDE)
-        if f.mask is not None:
-            if shows_anything(f, seen):
+        if SKIPS:
+            if shows_anything(seen):
                 acc, l, m = _fold(
                     acc, l, m, q, k, v, f, at, seen, k_row, v_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
                     BM, BN, D, DV, BD, BDV, EVEN_M, POSITIVE_SCALE, PRECISION, WIDE, MASKED,
