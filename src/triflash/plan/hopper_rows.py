@@ -77,7 +77,7 @@ def _dq_candidates(head: int, bias: bool) -> tuple[RowsConfig, ...]:
     return (
         RowsConfig(2, 32, 3, 2 if bias else 1, v_stages=2, own_out=False),
         RowsConfig(2, 32, 3, 1, v_stages=2, own_out=False),
-        RowsConfig(2, 32, 2, 1, v_stages=1, own_out=False),
+        RowsConfig(2, 32, 2, 1, own_out=False, ahead=False),
         RowsConfig(1, 32, 2, 1, own_out=False),
     )
 
