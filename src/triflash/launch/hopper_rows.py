@@ -16,7 +16,7 @@ from ..kernels.hopper import dbias as dbias_kernels
 from ..kernels.hopper import dq as dq_kernels
 from ..plan.configs import padded
 from ..plan.hopper import ROWS, bias_block, schedule, whole_tiles
-from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_tiles
+from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_shuffle, dbias_tiles, slots_needed
 from ..spec import AttentionSpec
 from .calls import Call, bias_strides
 from .hopper import addressable, descriptor
@@ -80,7 +80,7 @@ def dbias_call(
 
     One part may have the bias's dtype and be the gradient itself; several are float32, and ``dbias_sum`` adds them.
     """
-    assert spec.bias is not None
+    assert spec.bias is not None and config.num_stages >= slots_needed(spec, config.chunk), "fewer slots than a round needs: a deadlock"
     block_n, chunk = config.block_n, config.chunk
     rows, keys = (1, ROWS, 1, chunk), (1, block_n, 1, chunk)
     tiles_m, tiles_n, own = dbias_tiles(spec, config)
@@ -91,7 +91,7 @@ def dbias_call(
         descriptor(bias, (1, 1, 1, ROWS, block_n)),
         *(descriptor(parts[0], (1, 1, 1, ROWS, block_n)) if direct else None, None if direct else parts, stats, strides),
         *(spec.batch_outer, spec.batch_inner, spec.heads, q.shape[2] // k.shape[2], spec.queries, spec.keys, spec.lo, spec.hi),
-        *(spec.scale, splits, tiles_m, tiles_n, own * splits),
+        *(spec.scale, splits, tiles_m, tiles_n, own * splits, dbias_shuffle(spec, config, splits, programs)),
     )
     constants: dict[str, Any] = {
         "D": spec.head_dim,

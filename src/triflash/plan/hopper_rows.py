@@ -12,7 +12,7 @@ from .configs import padded
 from .hopper import HopperConfig, bias_bytes, whole_tiles
 
 __all__ = [
-    "RowsConfig", "batch_fastest", "dbias_config", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_tiles",
+    "RowsConfig", "batch_fastest", "dbias_config", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_shuffle", "dbias_tiles",
     "dbias_works", "dq_config", "dq_programs", "dq_shared_memory",
 ]  # fmt: skip
 
@@ -113,7 +113,7 @@ def dbias_shared_memory(spec: AttentionSpec, config: RowsConfig) -> int:
     return ring + config.consumers * bias_bytes(spec, config) + 8 * 2 * (config.num_stages + config.consumers) + 1024
 
 
-def _slots_needed(spec: AttentionSpec, chunk: int) -> int:
+def slots_needed(spec: AttentionSpec, chunk: int) -> int:
     """Chunks that must lie in the ring at the same time: all of a round, or the last of s and all of dp."""
     s, dp = -(-spec.head_dim // chunk), -(-spec.value_dim // chunk)
     return min(s + dp, 1 + dp)
@@ -127,7 +127,7 @@ def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
     """
     chunk = min(64, padded(max(spec.head_dim, spec.value_dim)))
     for consumers, block_n in ((2, 128), (2, 64), (1, 64), (1, 32)):
-        for slots in range(8, _slots_needed(spec, chunk) - 1, -1):
+        for slots in range(8, slots_needed(spec, chunk) - 1, -1):
             config = RowsConfig(consumers, block_n, slots, chunk=chunk)
             if dbias_shared_memory(spec, config) <= limit:
                 return config
@@ -155,24 +155,35 @@ def dbias_rounds(spec: AttentionSpec) -> int:
 def dbias_programs(spec: AttentionSpec, config: RowsConfig, splits: int, processors: int) -> int:
     """How many programs ``dbias`` starts: as many as there are processors, or a few less where that deals tiles out more evenly.
 
-    Under a band some tiles are empty. A grid whose size has a divisor in common with the tiles of a row gives some programs the same
+    Under a band some tiles are empty, and a grid whose size has a divisor in common with the tiles of a row gives some programs the same
     columns, all long or all short, in every wave.
     """
-    tiles_m, tiles_n, own = dbias_tiles(spec, config)
-    tiles = own * splits
+    tiles = dbias_tiles(spec, config)[2] * splits
     if tiles <= processors or not _banded(spec) or tiles > MOST_SIMULATED:
         return min(tiles, processors)
+    return min(range(processors, max(0, processors - 4), -1), key=lambda programs: _best_shuffle(spec, config, splits, programs)[0])
+
+
+def dbias_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs: int) -> int:
+    """In which steps the tiles of a head are taken (``_tile`` of the kernel): that which gives the busiest program least work."""
+    tiles = dbias_tiles(spec, config)[2] * splits
+    if tiles <= programs or not _banded(spec) or tiles > MOST_SIMULATED:
+        return 1
+    return _best_shuffle(spec, config, splits, programs)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _best_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs: int) -> tuple[float, int]:
+    """(the most work that a program gets, shuffle)."""
+    tiles_m, tiles_n, own = dbias_tiles(spec, config)
     rounds = dbias_rounds(spec) / splits + EMPTY_TILE_COST
     cost = [rounds if _sees(spec, config, tm, tn) else EMPTY_TILE_COST for tm in range(tiles_m) for tn in range(tiles_n)]
-    return min(range(processors, max(0, processors - 8), -1), key=lambda programs: round(_busiest(cost, tiles, programs), 2))
-
-
-def _busiest(cost: list[float], tiles: int, programs: int) -> float:
-    """The most work that a program gets."""
-    load = [0.0] * programs
-    for tile in range(tiles):
-        load[tile % programs] += cost[tile % len(cost)]
-    return max(load)
+    found = []
+    for shuffle in (1, 3, 5, 7, 11, 13, 17, 19):
+        if math.gcd(shuffle, len(cost)) == 1:
+            work = [cost[tile * shuffle % len(cost)] for tile in range(len(cost))] * (own * splits // len(cost))
+            found.append((round(max(sum(work[program::programs]) for program in range(programs)), 2), shuffle))
+    return min(found)
 
 
 def _sees(spec: AttentionSpec, config: RowsConfig, tm: int, tn: int) -> bool:

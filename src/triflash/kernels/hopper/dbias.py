@@ -44,14 +44,17 @@ def chunks_of(dim, CHUNK):
 
 @gluon.jit
 def _tile(
-    index, batch_outer, batch_inner, heads, tiles_m, tiles_n, M, N, lo, hi, splits,
+    index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
-    """(part, outer batch, inner batch, head, first query, first key, first round, last round) of a tile; no rounds where nobody sees it."""
-    tn = index % tiles_n
-    left = index // tiles_n
-    m0 = left % tiles_m * ROWS
-    left = left // tiles_m
+    """(part, outer batch, inner batch, head, first query, first key, first round, last round) of a tile; no rounds where nobody sees it.
+
+    The tiles of a head come in steps of ``shuffle``, which has no divisor in common with their number.
+    """
+    left = index // (tiles_m * tiles_n)
+    within = (index - left * (tiles_m * tiles_n)) * shuffle % (tiles_m * tiles_n)
+    tn = within % tiles_n
+    m0 = within // tiles_n * ROWS
     rounds = 1
     head = 0
     b1 = 0
@@ -116,7 +119,7 @@ def _fetch(
 @gluon.jit
 def _produce(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars,
-    batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles_n, tiles,
+    batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles_n, tiles, shuffle,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
 ):  # fmt: skip
@@ -128,8 +131,9 @@ def _produce(
     wave = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H, BM * WGS, BN
-        )
+            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            BM * WGS, BN,
+        )  # fmt: skip
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
             key_head = head // group
@@ -169,7 +173,7 @@ def _multiply(acc, left_s, right_s, bars, at, WG: gl.constexpr, WGS: gl.constexp
 @gluon.jit
 def _consume(
     dbias_desc, dbias, stats, left_s, right_s, bias_s, bars,
-    dbias_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles,
+    dbias_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr,
     DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN: gl.constexpr,
@@ -188,8 +192,9 @@ def _consume(
     wave = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H, BM * WGS, BN
-        )
+            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            BM * WGS, BN,
+        )  # fmt: skip
         m0 += WG * BM
         acc = gl.zeros([BM, BN], gl.float32, S)
         for r in range(first, last):
@@ -245,18 +250,18 @@ def _consume(
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", "splits", "tiles_m", "tiles_n", "tiles"]
+COUNTS = ["batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", "splits", "tiles_m", "tiles_n", "tiles", "shuffle"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, stats, dbias_strides,
-    batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles,
+    batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
     D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """``tiles`` tiles, ``tiles_m`` by ``tiles_n`` a head of the bias, times ``splits``; keys fastest, then queries, the part slowest.
+    """``tiles`` tiles, ``tiles_m`` by ``tiles_n`` a head of the bias, times ``splits``; within a head as ``_tile`` says, the part slowest.
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
@@ -285,21 +290,21 @@ def dbias(
     if WGS == 1:
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles,
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
                         0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
-                        group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, BM, BN, WGS, SLOTS, S_CHUNKS,
-                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
+                        group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, SLOTS,
+                        S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles,
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
                         0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
             (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles,
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
                         1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
-                        group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, BM, BN, WGS, SLOTS, S_CHUNKS,
-                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
+                        group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, SLOTS,
+                        S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
