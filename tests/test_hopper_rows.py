@@ -231,10 +231,13 @@ DQ_CONFIGS = [
     RowsConfig(2, 128, 2, 2, own_out=False, ahead=False),
     RowsConfig(1, 64, 2, 2, persistent=False),
     RowsConfig(2, 64, 3, 3, v_stages=2),
+    RowsConfig(2, 64, 3, 2, v_stages=2, turns=True),
+    RowsConfig(2, 64, 2, ahead=False, turns=True),
+    RowsConfig(1, 64, 2, turns=True),
 ]
 DBIAS_CONFIGS = [
     RowsConfig(1, 32, 3),
-    RowsConfig(2, 64, 2),
+    RowsConfig(2, 64, 2, turns=True),
     RowsConfig(1, 64, 4, chunk=32),
     RowsConfig(2, 128, 3),
     RowsConfig(2, 64, 5, chunk=16),

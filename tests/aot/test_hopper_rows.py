@@ -102,6 +102,9 @@ TARGETS = [
     dq(64, "bhqk", CAUSAL, True, config=RowsConfig(2, 128, 2, 2, ahead=False)),
     dq(128, "bhqk", WINDOW, True, config=RowsConfig(1, 32, 2, own_out=False)),
     dbias(128, "1hqk", config=RowsConfig(2, 128, 3, chunk=128)),
+    dbias(128, "1hqk", config=RowsConfig(2, 128, 6, turns=True)),
+    dq(64, "1hqk", CAUSAL, config=RowsConfig(2, 64, 3, 2, v_stages=2, turns=True)),
+    dq(128, config=RowsConfig(2, 64, 3, v_stages=2, turns=True)),
     dbias(128, "1hqk", CAUSAL, config=RowsConfig(1, 32, 4)),
 ]
 

@@ -31,6 +31,7 @@ def dq_call(
     stats: Tensor, dq: Tensor, dbias: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q."""
+    assert config.num_stages > config.ahead, "the last product lags behind the block that would take its only key buffer: a deadlock"
     head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
     tiled = spec.bias is not None and spec.bias.varies[4]
     bias_desc = dbias_desc = None
@@ -67,6 +68,7 @@ def dq_call(
         "EVEN_N": spec.keys % block_n == 0,
         "OWN_OUT": config.own_out,
         "AHEAD": config.ahead,
+        "TURNS": config.turns,
         "REGISTERS": config.registers,
     }
     return Call(dq_kernels.dq, args, constants, config, programs)
@@ -103,6 +105,7 @@ def dbias_call(
         "VARIES_H": spec.bias.varies[2],
         "HAS_REST": stats.shape[1] == 3,
         "EVEN": spec.queries % config.block_m == 0 and spec.keys % block_n == 0,
+        "TURNS": config.turns,
         "REGISTERS": config.registers,
     }
     return Call(dbias_kernels.dbias, args, constants, config, programs)

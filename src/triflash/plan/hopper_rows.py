@@ -27,7 +27,7 @@ class RowsConfig(HopperConfig):
 
     dq: as in the forward kernel; num_stages are buffers for key blocks, v_stages for value blocks, and ahead says that the last product of
     a block is issued behind the first two of the next, which takes registers and a second key buffer. dbias: num_stages are the slots of
-    the ring, each of ``chunk`` columns of both operands; the other fields do not matter.
+    the ring, each of ``chunk`` columns of both operands; of the other fields only turns matters.
     """
 
     ahead: bool = True
@@ -41,7 +41,7 @@ class RowsConfig(HopperConfig):
             raise bad_value("chunk", "16, 32, 64 or 128", self.chunk)
 
     def __str__(self) -> str:
-        flags = " ahead" * self.ahead + " own-out" * self.own_out + " persistent" * self.persistent
+        flags = " turns" * self.turns + " ahead" * self.ahead + " own-out" * self.own_out + " persistent" * self.persistent
         return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.value_stages} b{self.bias_stages} c{self.chunk}{flags}"
 
 
@@ -52,7 +52,7 @@ def dq_shared_memory(spec: AttentionSpec, config: RowsConfig, dbias: bool) -> in
     keys = config.block_n * (config.num_stages * head + config.value_stages * value)
     one = bias_bytes(spec, config)
     bias = config.bias_stages * config.consumers * one + one * (dbias and _banded(spec))
-    barriers = 8 * (2 * config.consumers * (1 + config.bias_stages) + 2 * (config.num_stages + config.value_stages))
+    barriers = 8 * (config.consumers * (3 + 2 * config.bias_stages) + 2 * (config.num_stages + config.value_stages))
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
 
@@ -110,7 +110,7 @@ def dbias_works(spec: AttentionSpec) -> bool:
 def dbias_shared_memory(spec: AttentionSpec, config: RowsConfig) -> int:
     """Bytes of shared memory of one program of ``dbias``."""
     ring = config.num_stages * (config.block_m + config.block_n) * config.chunk * 2
-    return ring + config.consumers * bias_bytes(spec, config) + 8 * 2 * (config.num_stages + config.consumers) + 1024
+    return ring + config.consumers * bias_bytes(spec, config) + 8 * (2 * config.num_stages + 3 * config.consumers) + 1024
 
 
 def slots_needed(spec: AttentionSpec, chunk: int) -> int:

@@ -6,7 +6,8 @@ A program owns tiles of 64 * WGS queries by BN keys of the bias's own shape, and
 one round a (batch, head) pair, recomputing s and dp; the sum stays in registers, and a tile's bias in shared memory. Both products of a
 round run over a head dim, and the producer feeds them like a matrix product: chunks of CHUNK columns of the two operands, (q, k) and then
 (dout, v), in a ring of SLOTS buffers that does not care for rounds or tiles. The softmax of one consumer runs under the products of the
-other and under its own dp. The sum leaves through the buffer of its tile's bias; a tile that nobody sees goes the same way, with no rounds.
+other and under its own dp; TURNS as in the forward kernel. The sum leaves through the buffer of its tile's bias; a tile that nobody sees
+goes the same way, with no rounds.
 
 The loop is cut into ``splits`` parts, each of which is written on its own, as the portable kernel does (``kernels/triton/dbias.py``).
 """
@@ -31,7 +32,7 @@ from .rows import add_bias, hide, probabilities, statistics, visible
 @gluon.constexpr_function
 def barrier_at(name, WGS, SLOTS):
     """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
-    sizes = {"full": SLOTS, "bias_full": WGS, "bias_empty": WGS, "empty": SLOTS, "count": 0}
+    sizes = {"full": SLOTS, "bias_full": WGS, "bias_empty": WGS, "turn": WGS, "empty": SLOTS, "count": 0}
     names = list(sizes)
     return sum(sizes[n] for n in names[: names.index(name)])
 
@@ -176,7 +177,7 @@ def _consume(
     dbias_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr,
     DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN: gl.constexpr,
+    EVEN: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 queries of every tile of the program."""
     S: gl.constexpr = accumulator(BN)
@@ -184,6 +185,7 @@ def _consume(
     EMPTY: gl.constexpr = barrier_at("empty", WGS, SLOTS)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, SLOTS)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, SLOTS)
+    TURN: gl.constexpr = barrier_at("turn", WGS, SLOTS)
     CHUNKS: gl.constexpr = S_CHUNKS + DP_CHUNKS
     EARLY: gl.constexpr = 0 if CHUNKS <= SLOTS else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
     scale_log2 = scale * LOG2E
@@ -200,6 +202,8 @@ def _consume(
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
             lse, delta, rest = statistics(stats, b * heads + head, m0, M, HAS_REST, BM, BN)
+            if TURNS:
+                mbarrier.wait(bars.index(TURN + WG), (at // CHUNKS) & 1)
             s_pending = _multiply(nothing, left_s, right_s, bars, at, WG, WGS, SLOTS, True)
             for c in gl.static_range(1, S_CHUNKS):
                 s_pending = _multiply(s_pending, left_s, right_s, bars, at + c, WG, WGS, SLOTS, False)
@@ -209,6 +213,8 @@ def _consume(
             dp_pending = _multiply(nothing, left_s, right_s, bars, at + S_CHUNKS, WG, WGS, SLOTS, True)
             for c in gl.static_range(1, DP_CHUNKS):
                 dp_pending = _multiply(dp_pending, left_s, right_s, bars, at + S_CHUNKS + c, WG, WGS, SLOTS, False)
+            if TURNS:
+                mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
             s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
             for c in gl.static_range(EARLY, S_CHUNKS):
                 mbarrier.arrive(bars.index(EMPTY + (at + c) % SLOTS))
@@ -259,7 +265,7 @@ def dbias(
     batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
     D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``tiles`` tiles, ``tiles_m`` by ``tiles_n`` a head of the bias, times ``splits``; within a head as ``_tile`` says, the part slowest.
 
@@ -285,13 +291,16 @@ def dbias(
         else:
             mbarrier.init(bars.index(n), count=1)
     fence_async_shared()
+    if TURNS:
+        mbarrier.arrive(bars.index(barrier_at("turn", WGS, SLOTS)))
 
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
-                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
+                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
+                        TURNS)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
                         group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, SLOTS,
                         S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
@@ -300,10 +309,12 @@ def dbias(
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
-                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
+                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
+                        TURNS)),
             (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
-                        1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
+                        1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
+                        TURNS)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
                         group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, SLOTS,
                         S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),

@@ -35,7 +35,7 @@ def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
     """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
     sizes = {
         "q_full": WGS, "q_empty": WGS, "bias_full": WGS * BIAS_STAGES, "bias_empty": WGS * BIAS_STAGES,
-        "k_full": K_STAGES, "v_full": V_STAGES, "k_empty": K_STAGES, "v_empty": V_STAGES, "count": 0,
+        "turn": WGS, "k_full": K_STAGES, "v_full": V_STAGES, "k_empty": K_STAGES, "v_empty": V_STAGES, "count": 0,
     }  # fmt: skip
     names = list(sizes)
     return sum(sizes[n] for n in names[: names.index(name)])
@@ -111,7 +111,7 @@ def _step(
     dq, ds, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, at, m0, n0, head, outer, inner, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
-    AHEAD: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    AHEAD: gl.constexpr, TURNS: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One key block: ``(dq, ds)`` with the block before in dq (AHEAD), or the block itself."""
     BD: gl.constexpr = k_s.shape[4]
@@ -124,6 +124,7 @@ def _step(
     V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     nothing = gl.zeros([BM, BN], gl.float32, S)
     k_stage = at % K_STAGES
     v_stage = at % V_STAGES
@@ -131,11 +132,16 @@ def _step(
     v_phase = (at // V_STAGES) & 1
     k = k_s.index(k_stage).reshape([BN, BD])
     mbarrier.wait(bars.index(K_FULL + k_stage), (at // K_STAGES) & 1)
+    if TURNS:
+        mbarrier.wait(bars.index(TURN + WG), at & 1)
     s_pending = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
     mbarrier.wait(bars.index(V_FULL + v_stage), v_phase)
     dp_pending = warpgroup_mma(dout, v_s.index(v_stage).reshape([BN, BDV]).permute((1, 0)), nothing, use_acc=False, is_async=True)
     if AHEAD and not FIRST:
         dq_pending = warpgroup_mma(ds, k_s.index(before).reshape([BN, BD]), dq, is_async=True)
+    if TURNS:
+        mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+    if AHEAD and not FIRST:
         s = warpgroup_mma_wait(2, [s_pending])
     else:
         s = warpgroup_mma_wait(1, [s_pending])
@@ -194,7 +200,7 @@ def _walk(
     m0, head, outer, inner, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
-    AHEAD: gl.constexpr, MASKED: gl.constexpr, Q_EARLY: gl.constexpr,
+    AHEAD: gl.constexpr, TURNS: gl.constexpr, MASKED: gl.constexpr, Q_EARLY: gl.constexpr,
 ):  # fmt: skip
     """Steps ``first … last`` of a tile's ``steps``."""
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
@@ -202,7 +208,7 @@ def _walk(
         dq, ds = _step(
             dq, ds, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, done + step, m0, (end - 1 - step) * BN,
             head, outer, inner, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
-            HAS_REST, AHEAD, False, MASKED,
+            HAS_REST, AHEAD, TURNS, False, MASKED,
         )  # fmt: skip
         if Q_EARLY:
             if step == steps - 1:  # no more products with this q and dout: the next can be fetched
@@ -216,7 +222,7 @@ def _consume(
     bias_strides, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake, alternate,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN_N: gl.constexpr, AHEAD: gl.constexpr,
+    EVEN_N: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 queries of every tile of the program."""
     BD: gl.constexpr = q_s.shape[4]
@@ -250,7 +256,7 @@ def _consume(
         dq, ds = _step(
             dq, dq, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, done, m0, (end - 1) * BN,
             head, outer, inner, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
-            HAS_REST, AHEAD, True, MASKED,
+            HAS_REST, AHEAD, TURNS, True, MASKED,
         )  # fmt: skip
         if Q_EARLY:
             if steps == 1:
@@ -260,20 +266,20 @@ def _consume(
             dq, ds = _walk(
                 dq, ds, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, done, 1, end - full_end, steps, end,
                 m0, head, outer, inner, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
-                COLUMN, HAS_REST, AHEAD, True, Q_EARLY,
+                COLUMN, HAS_REST, AHEAD, TURNS, True, Q_EARLY,
             )  # fmt: skip
         whole = max(1, end - full_end)
         dq, ds = _walk(
             dq, ds, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, done, whole, end - full_begin, steps, end,
             m0, head, outer, inner, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
-            COLUMN, HAS_REST, AHEAD, False, Q_EARLY,
+            COLUMN, HAS_REST, AHEAD, TURNS, False, Q_EARLY,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
             dq, ds = _walk(
                 dq, ds, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, done, left, steps, steps, end,
                 m0, head, outer, inner, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
-                COLUMN, HAS_REST, AHEAD, True, Q_EARLY,
+                COLUMN, HAS_REST, AHEAD, TURNS, True, Q_EARLY,
             )  # fmt: skip
         done += steps
         if AHEAD:
@@ -300,7 +306,7 @@ def dq(
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake, alternate,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr, EVEN_N: gl.constexpr,
-    OWN_OUT: gl.constexpr, AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
+    OWN_OUT: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``forward.locate`` says.
 
@@ -337,6 +343,8 @@ def dq(
         else:
             mbarrier.init(bars.index(n), count=1)
     fence_async_shared()
+    if TURNS:
+        mbarrier.arrive(bars.index(barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)))
 
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
@@ -344,7 +352,7 @@ def dq(
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), stats, q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s),
                         bars, optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale,
                         tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD)),
+                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), q_s, dout_s, k_s, v_s,
                         optional(bias_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
                         optional(bias_on), tiles_m, tiles, section, snake, alternate, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
@@ -355,11 +363,11 @@ def dq(
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), stats, q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s),
                         bars, optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale,
                         tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD)),
+                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), stats, q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s),
                         bars, optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale,
                         tiles_m, tiles, section, snake, alternate, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD)),
+                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), q_s, dout_s, k_s, v_s,
                         optional(bias_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
                         optional(bias_on), tiles_m, tiles, section, snake, alternate, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
