@@ -1,8 +1,9 @@
 """Runs a Gluon kernel's own source on the CPU, on tensors of PyTorch: no performance, no layouts, but its arithmetic and its protocol.
 
-Every partition is a thread. What is asynchronous on the GPU happens here as late as it may, or, where early is worse, at once or late by
-chance: a product runs when it is waited for, so a buffer that was released too early has other contents by then; a store reads its buffer
-when it is waited for; a load lands before or after the next few steps of its partition. Barriers count arrivals and bytes like mbarriers,
+Every partition is a thread. What is asynchronous on the GPU happens here at once or as late as it may, by
+chance: a product reads its buffers when it is issued, so one that has not arrived is seen, or when it is waited for, so one that was released
+too early has other contents by then; a store reads its buffer when it is waited for; a load lands before or after the next few steps of its
+partition. Barriers count arrivals and bytes like mbarriers,
 and a wait that nothing ends is a failure. What it cannot see is what a compiler does to the order of instructions (``aot/``).
 """
 
@@ -156,7 +157,7 @@ def tma_store_wait(pendings: int) -> None:
 
 
 class Product:
-    """A product under way."""
+    """A product under way: its operands in shared memory are read when it is issued, or when it is waited for."""
 
     def __init__(self, run: Callable[[], Tensor]) -> None:
         self.run, self.value = run, None
@@ -165,10 +166,13 @@ class Product:
 def warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
     assert is_async and (isinstance(a, Shared) or a.dtype == b.dtype)
 
+    left, right = a.x if isinstance(a, Shared) else a, b.x
+    if random.random() < 0.5:
+        left, right = left.clone(), right.clone()
+
     def run() -> Tensor:
-        left = a.x if isinstance(a, Shared) else a
         before = acc.value if isinstance(acc, Product) else acc
-        return left.float() @ b.x.float() + (before if use_acc else 0.0)
+        return left.float() @ right.float() + (before if use_acc else 0.0)
 
     product = Product(run)
     _here.products.append(product)
@@ -176,6 +180,8 @@ def warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: b
 
 
 def warpgroup_mma_wait(pendings: int, deps: Sequence[Any]) -> Any:
+    if random.random() < 0.1:
+        time.sleep(2e-4)  # whoever may go on, does
     while len(_here.products) > pendings:
         product = _here.products.pop(0)
         product.value = product.run()
@@ -216,6 +222,10 @@ def _layout(*_: object, **__: object) -> None:
     return None
 
 
+def source(module: str) -> str:
+    return (KERNELS / f"{module}.py").read_text()
+
+
 def namespace(*modules: str) -> dict[str, Any]:
     """The names of kernel modules, defined by their source on the stand-ins of this file."""
     gl = SimpleNamespace(
@@ -241,9 +251,8 @@ def namespace(*modules: str) -> dict[str, Any]:
     prims = (KERNELS.parent / "triton" / "prims.py").read_text()
     exec(re.search(r"def segments\(.*?(?=\n\n\n)", prims, re.S)[0].replace(": tl.constexpr", ""), names)  # type: ignore[index]
     for module in modules:
-        source = (KERNELS / f"{module}.py").read_text()
-        source = re.sub(r"^from \.+\S* import (\([^)]*\)|.*)$", "", source, flags=re.M)
-        exec(compile(source.replace("s.type.layout", "None"), f"{module}.py", "exec"), names)
+        text = re.sub(r"^from \.+\S* import (\([^)]*\)|.*)$", "", source(module), flags=re.M)
+        exec(compile(text.replace("s.type.layout", "None"), f"{module}.py", "exec"), names)
     return names
 
 

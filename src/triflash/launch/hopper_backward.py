@@ -81,14 +81,18 @@ def backward_calls(
             assert isinstance(step.config, RowsConfig)
             target = dq if dq is not None else padded_rows(q)
             full = dbias if "dbias" in step.gives else None
-            calls.append(hopper_rows.dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full))
+            calls.append(
+                hopper_rows.dq_call(
+                    spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full, x.key_lengths, x.alibi_slopes
+                )
+            )
         elif step.kernel == "finish":
             assert dq_sum is not None and dq is not None
             calls.append(finish_call(spec, dq_sum, dq))
         elif step.kernel == "dbias":
             parts = partial_sums(step, dbias)
             assert isinstance(step.config, RowsConfig) and bias is not None and parts is not None
-            operands = (q, k, v, bias, dout, stats, parts)
+            operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes)
             calls.append(hopper_rows.dbias_call(spec, step.config, step.programs, step.splits, *operands))
         elif step.kernel == "dbias_sum":
             assert dbias is not None and step.config is not None

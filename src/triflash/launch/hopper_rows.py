@@ -16,9 +16,9 @@ from ..kernels.hopper import dbias as dbias_kernels
 from ..kernels.hopper import dq as dq_kernels
 from ..plan.configs import padded
 from ..plan.hopper import ROWS, bias_block, schedule, whole_tiles
-from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_tiles
+from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_shuffle, dbias_tiles, slots_needed
 from ..spec import AttentionSpec
-from .calls import Call, bias_strides
+from .calls import Call, bias_strides, slope_strides
 from .hopper import addressable, descriptor
 
 __all__ = ["STATISTICS_MULTIPLE", "dbias_call", "dq_call"]
@@ -28,9 +28,10 @@ STATISTICS_MULTIPLE = 128  # queries
 
 def dq_call(
     spec: AttentionSpec, config: RowsConfig, programs: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dout: Tensor,
-    stats: Tensor, dq: Tensor, dbias: Tensor | None = None,
+    stats: Tensor, dq: Tensor, dbias: Tensor | None = None, lengths: Tensor | None = None, slopes: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q."""
+    assert config.num_stages > config.ahead, "the last product lags behind the block that would take its only key buffer: a deadlock"
     head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
     tiled = spec.bias is not None and spec.bias.varies[4]
     bias_desc = dbias_desc = None
@@ -50,7 +51,8 @@ def dq_call(
         descriptor(k, (1, block_n, 1, head)),
         descriptor(v, (1, block_n, 1, value)),
         descriptor(dq, (1, ROWS, 1, head)),
-        *(bias_desc, dbias_desc, pointer, stats, None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
+        *(bias_desc, dbias_desc, pointer, lengths, slopes, stats),
+        *(None if pointer is None else bias_strides(pointer)[:4], slope_strides(slopes), bias_on),  # type: ignore[index]
         *(spec.batch, spec.heads, q.shape[2] // k.shape[2], spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
         *(tiles_m, tiles, *schedule(spec, config, programs)),
     )
@@ -64,9 +66,10 @@ def dq_call(
         "IS_MASK": spec.bias is not None and spec.bias.is_mask,
         "VARIES_M": spec.bias is not None and spec.bias.varies[3],
         "HAS_REST": stats.shape[1] == 3,
-        "EVEN_N": spec.keys % block_n == 0,
+        "EVEN_N": spec.keys % block_n == 0 and lengths is None,
         "OWN_OUT": config.own_out,
         "AHEAD": config.ahead,
+        "TURNS": config.turns,
         "REGISTERS": config.registers,
     }
     return Call(dq_kernels.dq, args, constants, config, programs)
@@ -74,13 +77,13 @@ def dq_call(
 
 def dbias_call(
     spec: AttentionSpec, config: RowsConfig, programs: int, splits: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dout: Tensor,
-    stats: Tensor, parts: Tensor,
+    stats: Tensor, parts: Tensor, lengths: Tensor | None = None, slopes: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """dbias of a bias for which ``plan.hopper_rows.dbias_works``, as ``splits`` parts: parts is (splits, the bias's own five dims).
 
     One part may have the bias's dtype and be the gradient itself; several are float32, and ``dbias_sum`` adds them.
     """
-    assert spec.bias is not None
+    assert spec.bias is not None and config.num_stages >= slots_needed(spec, config.chunk), "fewer slots than a round needs: a deadlock"
     block_n, chunk = config.block_n, config.chunk
     rows, keys = (1, ROWS, 1, chunk), (1, block_n, 1, chunk)
     tiles_m, tiles_n, own = dbias_tiles(spec, config)
@@ -89,9 +92,17 @@ def dbias_call(
     args = (
         *(descriptor(q, rows), descriptor(dout, rows), descriptor(k, keys), descriptor(v, keys)),
         descriptor(bias, (1, 1, 1, ROWS, block_n)),
-        *(descriptor(parts[0], (1, 1, 1, ROWS, block_n)) if direct else None, None if direct else parts, stats, strides),
+        *(
+            descriptor(parts[0], (1, 1, 1, ROWS, block_n)) if direct else None,
+            None if direct else parts,
+            lengths,
+            slopes,
+            stats,
+            strides,
+            slope_strides(slopes),
+        ),
         *(spec.batch_outer, spec.batch_inner, spec.heads, q.shape[2] // k.shape[2], spec.queries, spec.keys, spec.lo, spec.hi),
-        *(spec.scale, splits, tiles_m, tiles_n, own * splits),
+        *(spec.scale, splits, tiles_m, tiles_n, own * splits, dbias_shuffle(spec, config, splits, programs)),
     )
     constants: dict[str, Any] = {
         "D": spec.head_dim,
@@ -103,6 +114,7 @@ def dbias_call(
         "VARIES_H": spec.bias.varies[2],
         "HAS_REST": stats.shape[1] == 3,
         "EVEN": spec.queries % config.block_m == 0 and spec.keys % block_n == 0,
+        "TURNS": config.turns,
         "REGISTERS": config.registers,
     }
     return Call(dbias_kernels.dbias, args, constants, config, programs)

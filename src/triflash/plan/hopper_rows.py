@@ -12,7 +12,7 @@ from .configs import padded
 from .hopper import HopperConfig, bias_bytes, whole_tiles
 
 __all__ = [
-    "RowsConfig", "batch_fastest", "dbias_config", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_tiles",
+    "RowsConfig", "batch_fastest", "dbias_config", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_shuffle", "dbias_tiles",
     "dbias_works", "dq_config", "dq_programs", "dq_shared_memory",
 ]  # fmt: skip
 
@@ -27,7 +27,7 @@ class RowsConfig(HopperConfig):
 
     dq: as in the forward kernel; num_stages are buffers for key blocks, v_stages for value blocks, and ahead says that the last product of
     a block is issued behind the first two of the next, which takes registers and a second key buffer. dbias: num_stages are the slots of
-    the ring, each of ``chunk`` columns of both operands; the other fields do not matter.
+    the ring, each of ``chunk`` columns of both operands; of the other fields only turns matters.
     """
 
     ahead: bool = True
@@ -41,7 +41,7 @@ class RowsConfig(HopperConfig):
             raise bad_value("chunk", "16, 32, 64 or 128", self.chunk)
 
     def __str__(self) -> str:
-        flags = " ahead" * self.ahead + " own-out" * self.own_out + " persistent" * self.persistent
+        flags = " turns" * self.turns + " ahead" * self.ahead + " own-out" * self.own_out + " persistent" * self.persistent
         return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.value_stages} b{self.bias_stages} c{self.chunk}{flags}"
 
 
@@ -51,8 +51,8 @@ def dq_shared_memory(spec: AttentionSpec, config: RowsConfig, dbias: bool) -> in
     queries = config.block_m * (head + value + head * config.own_out)
     keys = config.block_n * (config.num_stages * head + config.value_stages * value)
     one = bias_bytes(spec, config)
-    bias = config.bias_stages * config.consumers * one + one * (dbias and _banded(spec))
-    barriers = 8 * (2 * config.consumers * (1 + config.bias_stages) + 2 * (config.num_stages + config.value_stages))
+    bias = config.bias_stages * config.consumers * one + one * (dbias and (_banded(spec) or spec.key_lengths))
+    barriers = 8 * (config.consumers * (3 + 2 * config.bias_stages) + 2 * (config.num_stages + config.value_stages))
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
 
@@ -77,7 +77,7 @@ def _dq_candidates(head: int, bias: bool) -> tuple[RowsConfig, ...]:
     return (
         RowsConfig(2, 32, 3, 2 if bias else 1, v_stages=2, own_out=False),
         RowsConfig(2, 32, 3, 1, v_stages=2, own_out=False),
-        RowsConfig(2, 32, 2, 1, v_stages=1, own_out=False),
+        RowsConfig(2, 32, 2, 1, own_out=False, ahead=False),
         RowsConfig(1, 32, 2, 1, own_out=False),
     )
 
@@ -110,10 +110,10 @@ def dbias_works(spec: AttentionSpec) -> bool:
 def dbias_shared_memory(spec: AttentionSpec, config: RowsConfig) -> int:
     """Bytes of shared memory of one program of ``dbias``."""
     ring = config.num_stages * (config.block_m + config.block_n) * config.chunk * 2
-    return ring + config.consumers * bias_bytes(spec, config) + 8 * 2 * (config.num_stages + config.consumers) + 1024
+    return ring + config.consumers * bias_bytes(spec, config) + 8 * (2 * config.num_stages + 3 * config.consumers) + 1024
 
 
-def _slots_needed(spec: AttentionSpec, chunk: int) -> int:
+def slots_needed(spec: AttentionSpec, chunk: int) -> int:
     """Chunks that must lie in the ring at the same time: all of a round, or the last of s and all of dp."""
     s, dp = -(-spec.head_dim // chunk), -(-spec.value_dim // chunk)
     return min(s + dp, 1 + dp)
@@ -127,7 +127,7 @@ def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
     """
     chunk = min(64, padded(max(spec.head_dim, spec.value_dim)))
     for consumers, block_n in ((2, 128), (2, 64), (1, 64), (1, 32)):
-        for slots in range(8, _slots_needed(spec, chunk) - 1, -1):
+        for slots in range(8, slots_needed(spec, chunk) - 1, -1):
             config = RowsConfig(consumers, block_n, slots, chunk=chunk)
             if dbias_shared_memory(spec, config) <= limit:
                 return config
@@ -155,24 +155,35 @@ def dbias_rounds(spec: AttentionSpec) -> int:
 def dbias_programs(spec: AttentionSpec, config: RowsConfig, splits: int, processors: int) -> int:
     """How many programs ``dbias`` starts: as many as there are processors, or a few less where that deals tiles out more evenly.
 
-    Under a band some tiles are empty. A grid whose size has a divisor in common with the tiles of a row gives some programs the same
+    Under a band some tiles are empty, and a grid whose size has a divisor in common with the tiles of a row gives some programs the same
     columns, all long or all short, in every wave.
     """
-    tiles_m, tiles_n, own = dbias_tiles(spec, config)
-    tiles = own * splits
+    tiles = dbias_tiles(spec, config)[2] * splits
     if tiles <= processors or not _banded(spec) or tiles > MOST_SIMULATED:
         return min(tiles, processors)
+    return min(range(processors, max(0, processors - 4), -1), key=lambda programs: _best_shuffle(spec, config, splits, programs)[0])
+
+
+def dbias_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs: int) -> int:
+    """In which steps the tiles of a head are taken (``_tile`` of the kernel): that which gives the busiest program least work."""
+    tiles = dbias_tiles(spec, config)[2] * splits
+    if tiles <= programs or not _banded(spec) or tiles > MOST_SIMULATED:
+        return 1
+    return _best_shuffle(spec, config, splits, programs)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _best_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs: int) -> tuple[float, int]:
+    """(the most work that a program gets, shuffle)."""
+    tiles_m, tiles_n, own = dbias_tiles(spec, config)
     rounds = dbias_rounds(spec) / splits + EMPTY_TILE_COST
     cost = [rounds if _sees(spec, config, tm, tn) else EMPTY_TILE_COST for tm in range(tiles_m) for tn in range(tiles_n)]
-    return min(range(processors, max(0, processors - 8), -1), key=lambda programs: round(_busiest(cost, tiles, programs), 2))
-
-
-def _busiest(cost: list[float], tiles: int, programs: int) -> float:
-    """The most work that a program gets."""
-    load = [0.0] * programs
-    for tile in range(tiles):
-        load[tile % programs] += cost[tile % len(cost)]
-    return max(load)
+    found = []
+    for shuffle in (1, 3, 5, 7, 11, 13, 17, 19):
+        if math.gcd(shuffle, len(cost)) == 1:
+            work = [cost[tile * shuffle % len(cost)] for tile in range(len(cost))] * (own * splits // len(cost))
+            found.append((round(max(sum(work[program::programs]) for program in range(programs)), 2), shuffle))
+    return min(found)
 
 
 def _sees(spec: AttentionSpec, config: RowsConfig, tm: int, tn: int) -> bool:

@@ -6,7 +6,8 @@ A program owns tiles of 64 * WGS queries by BN keys of the bias's own shape, and
 one round a (batch, head) pair, recomputing s and dp; the sum stays in registers, and a tile's bias in shared memory. Both products of a
 round run over a head dim, and the producer feeds them like a matrix product: chunks of CHUNK columns of the two operands, (q, k) and then
 (dout, v), in a ring of SLOTS buffers that does not care for rounds or tiles. The softmax of one consumer runs under the products of the
-other and under its own dp. The sum leaves through the buffer of its tile's bias; a tile that nobody sees goes the same way, with no rounds.
+other and under its own dp; TURNS as in the forward kernel. The sum leaves through the buffer of its tile's bias; a tile that nobody sees
+goes the same way, with no rounds.
 
 The loop is cut into ``splits`` parts, each of which is written on its own, as the portable kernel does (``kernels/triton/dbias.py``).
 """
@@ -24,6 +25,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .features import add_alibi, slope_of, visible_keys
 from .grid import accumulator, stacked
 from .rows import add_bias, hide, probabilities, statistics, visible
 
@@ -31,7 +33,7 @@ from .rows import add_bias, hide, probabilities, statistics, visible
 @gluon.constexpr_function
 def barrier_at(name, WGS, SLOTS):
     """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
-    sizes = {"full": SLOTS, "bias_full": WGS, "bias_empty": WGS, "empty": SLOTS, "count": 0}
+    sizes = {"full": SLOTS, "bias_full": WGS, "bias_empty": WGS, "turn": WGS, "empty": SLOTS, "count": 0}
     names = list(sizes)
     return sum(sizes[n] for n in names[: names.index(name)])
 
@@ -44,14 +46,17 @@ def chunks_of(dim, CHUNK):
 
 @gluon.jit
 def _tile(
-    index, batch_outer, batch_inner, heads, tiles_m, tiles_n, M, N, lo, hi, splits,
+    index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
-    """(part, outer batch, inner batch, head, first query, first key, first round, last round) of a tile; no rounds where nobody sees it."""
-    tn = index % tiles_n
-    left = index // tiles_n
-    m0 = left % tiles_m * ROWS
-    left = left // tiles_m
+    """(part, outer batch, inner batch, head, first query, first key, first round, last round) of a tile; no rounds where nobody sees it.
+
+    The tiles of a head come in steps of ``shuffle``, which has no divisor in common with their number.
+    """
+    left = index // (tiles_m * tiles_n)
+    within = (index - left * (tiles_m * tiles_n)) * shuffle % (tiles_m * tiles_n)
+    tn = within % tiles_n
+    m0 = within // tiles_n * ROWS
     rounds = 1
     head = 0
     b1 = 0
@@ -116,7 +121,7 @@ def _fetch(
 @gluon.jit
 def _produce(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars,
-    batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles_n, tiles,
+    batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles_n, tiles, shuffle,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
 ):  # fmt: skip
@@ -128,8 +133,9 @@ def _produce(
     wave = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H, BM * WGS, BN
-        )
+            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            BM * WGS, BN,
+        )  # fmt: skip
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
             key_head = head // group
@@ -168,11 +174,11 @@ def _multiply(acc, left_s, right_s, bars, at, WG: gl.constexpr, WGS: gl.constexp
 
 @gluon.jit
 def _consume(
-    dbias_desc, dbias, stats, left_s, right_s, bias_s, bars,
-    dbias_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles,
+    dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars,
+    dbias_strides, slope_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr,
     DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN: gl.constexpr,
+    EVEN: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 queries of every tile of the program."""
     S: gl.constexpr = accumulator(BN)
@@ -180,6 +186,7 @@ def _consume(
     EMPTY: gl.constexpr = barrier_at("empty", WGS, SLOTS)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, SLOTS)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, SLOTS)
+    TURN: gl.constexpr = barrier_at("turn", WGS, SLOTS)
     CHUNKS: gl.constexpr = S_CHUNKS + DP_CHUNKS
     EARLY: gl.constexpr = 0 if CHUNKS <= SLOTS else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
     scale_log2 = scale * LOG2E
@@ -188,13 +195,16 @@ def _consume(
     wave = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H, BM * WGS, BN
-        )
+            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            BM * WGS, BN,
+        )  # fmt: skip
         m0 += WG * BM
         acc = gl.zeros([BM, BN], gl.float32, S)
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
             lse, delta, rest = statistics(stats, b * heads + head, m0, M, HAS_REST, BM, BN)
+            if TURNS:
+                mbarrier.wait(bars.index(TURN + WG), (at // CHUNKS) & 1)
             s_pending = _multiply(nothing, left_s, right_s, bars, at, WG, WGS, SLOTS, True)
             for c in gl.static_range(1, S_CHUNKS):
                 s_pending = _multiply(s_pending, left_s, right_s, bars, at + c, WG, WGS, SLOTS, False)
@@ -204,13 +214,22 @@ def _consume(
             dp_pending = _multiply(nothing, left_s, right_s, bars, at + S_CHUNKS, WG, WGS, SLOTS, True)
             for c in gl.static_range(1, DP_CHUNKS):
                 dp_pending = _multiply(dp_pending, left_s, right_s, bars, at + S_CHUNKS + c, WG, WGS, SLOTS, False)
+            if TURNS:
+                mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
             s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
             for c in gl.static_range(EARLY, S_CHUNKS):
                 mbarrier.arrive(bars.index(EMPTY + (at + c) % SLOTS))
 
             mbarrier.wait(bars.index(BIAS_FULL + WG), wave & 1)
             bias = bias_s.index(WG).reshape([BM, BN]).load(S)
-            p = probabilities(add_bias(s * scale_log2, bias, False), lse, rest, HAS_REST)
+            s = add_bias(s * scale_log2, bias, False)
+            if slopes is not None:
+                i = gl.expand_dims(m0 + (N - M) + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
+                j = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
+                s = add_alibi(s, slope_of(slopes, slope_strides, b, head), i, j)
+            if lengths is not None:
+                s = hide(s, visible(m0, n0, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
+            p = probabilities(s, lse, rest, HAS_REST)
 
             done = at + CHUNKS - 1
             mbarrier.wait(bars.index(FULL + done % SLOTS), (done // SLOTS) & 1)  # long since full: keeps ptxas from moving the wait up
@@ -245,18 +264,18 @@ def _consume(
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", "splits", "tiles_m", "tiles_n", "tiles"]
+COUNTS = ["batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", "splits", "tiles_m", "tiles_n", "tiles", "shuffle"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, stats, dbias_strides,
-    batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles,
+    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides,
+    batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
     D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """``tiles`` tiles, ``tiles_m`` by ``tiles_n`` a head of the bias, times ``splits``; keys fastest, then queries, the part slowest.
+    """``tiles`` tiles, ``tiles_m`` by ``tiles_n`` a head of the bias, times ``splits``; within a head as ``_tile`` says, the part slowest.
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
@@ -280,26 +299,37 @@ def dbias(
         else:
             mbarrier.init(bars.index(n), count=1)
     fence_async_shared()
+    if TURNS:
+        mbarrier.arrive(bars.index(barrier_at("turn", WGS, SLOTS)))
 
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
         gl.warp_specialize([
-            (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles,
-                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
+            (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
+                        bars,
+                        optional(dbias_strides), optional(slope_strides),
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
+                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
+                        TURNS)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
-                        group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, BM, BN, WGS, SLOTS, S_CHUNKS,
-                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
+                        group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, SLOTS,
+                        S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles,
-                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
-            (_consume, (optional(dbias_desc), optional(dbias_out), stats, left_s, right_s, bias_s, bars, optional(dbias_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles,
-                        1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN)),
+            (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
+                        bars,
+                        optional(dbias_strides), optional(slope_strides),
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
+                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
+                        TURNS)),
+            (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
+                        bars,
+                        optional(dbias_strides), optional(slope_strides),
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
+                        1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
+                        TURNS)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
-                        group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, BM, BN, WGS, SLOTS, S_CHUNKS,
-                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
+                        group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, SLOTS,
+                        S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -26,6 +26,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .features import add_alibi, slope_of, visible_keys
 from .forward import visible_blocks
 from .grid import accumulator, locate, share, stacked
 from .rows import add_bias, column_of, hide, probabilities, statistics, visible
@@ -36,7 +37,7 @@ def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
     """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
     sizes = {
         "q_full": WGS, "q_empty": WGS, "bias_full": WGS * BIAS_STAGES, "bias_empty": WGS * BIAS_STAGES,
-        "k_full": K_STAGES, "v_full": V_STAGES, "k_empty": K_STAGES, "v_empty": V_STAGES, "count": 0,
+        "turn": WGS, "k_full": K_STAGES, "v_full": V_STAGES, "k_empty": K_STAGES, "v_empty": V_STAGES, "count": 0,
     }  # fmt: skip
     names = list(sizes)
     return sum(sizes[n] for n in names[: names.index(name)])
@@ -44,7 +45,7 @@ def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
 
 @gluon.jit
 def _produce(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, q_s, dout_s, k_s, v_s, bias_s, zeros_s, bars,
+    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, lengths, q_s, dout_s, k_s, v_s, bias_s, zeros_s, bars,
     batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, VARIES_M: gl.constexpr,
@@ -62,7 +63,7 @@ def _produce(
     LONGEST: gl.constexpr = "last" if hi is not None else "none"
     for wave in range(share(tiles, snake)):
         m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
-        begin, _a, _b, end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
+        begin, _a, _b, end = visible_blocks(m0, BM * WGS, M, visible_keys(lengths, b, N), lo, hi, BN)
         outer = b // batch_inner
         inner = b % batch_inner
         key_head = head // group
@@ -110,10 +111,11 @@ def _produce(
 
 @gluon.jit
 def _step(
-    dq, ds, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, at, m0, n0, head, outer, inner, N, lo, hi, scale_log2,
+    dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, at, m0, n0, head, outer, inner, ahead, N, lo, hi,
+    scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
-    AHEAD: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """One key block: ``(dq, ds)`` with the block before in dq (AHEAD), or the block itself."""
     BD: gl.constexpr = k_s.shape[4]
@@ -126,6 +128,7 @@ def _step(
     V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     nothing = gl.zeros([BM, BN], gl.float32, S)
     k_stage = at % K_STAGES
     v_stage = at % V_STAGES
@@ -133,11 +136,16 @@ def _step(
     v_phase = (at // V_STAGES) & 1
     k = k_s.index(k_stage).reshape([BN, BD])
     mbarrier.wait(bars.index(K_FULL + k_stage), (at // K_STAGES) & 1)
+    if TURNS:
+        mbarrier.wait(bars.index(TURN + WG), at & 1)
     s_pending = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
     mbarrier.wait(bars.index(V_FULL + v_stage), v_phase)
     dp_pending = warpgroup_mma(dout, v_s.index(v_stage).reshape([BN, BDV]).permute((1, 0)), nothing, use_acc=False, is_async=True)
     if AHEAD and not FIRST:
         dq_pending = warpgroup_mma(ds, k_s.index(before).reshape([BN, BD]), dq, is_async=True)
+    if TURNS:
+        mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+    if AHEAD and not FIRST:
         s = warpgroup_mma_wait(2, [s_pending])
     else:
         s = warpgroup_mma_wait(1, [s_pending])
@@ -157,6 +165,9 @@ def _step(
             mbarrier.arrive(bars.index(BIAS_EMPTY + slot))
     if COLUMN:
         s = add_bias(s, gl.expand_dims(column, 1), IS_MASK)
+    if ALIBI:
+        i = gl.expand_dims(m0 + ahead + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
+        s = add_alibi(s, slope, i, gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0))
     if MASKED:
         s = hide(s, visible(m0, n0, N, lo, hi, BM, BN), float("-inf"))
     p = probabilities(s, lse, rest, HAS_REST)
@@ -192,19 +203,19 @@ def _step(
 
 @gluon.jit
 def _walk(
-    dq, ds, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, done, first, last, steps, end,
-    m0, head, outer, inner, N, lo, hi, scale_log2,
+    dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, first, last, steps, end,
+    m0, head, outer, inner, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
-    AHEAD: gl.constexpr, MASKED: gl.constexpr, Q_EARLY: gl.constexpr,
+    AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, Q_EARLY: gl.constexpr,
 ):  # fmt: skip
     """Steps ``first … last`` of a tile's ``steps``."""
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     for step in range(first, last):
         dq, ds = _step(
-            dq, ds, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, done + step, m0, (end - 1 - step) * BN,
-            head, outer, inner, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
-            HAS_REST, AHEAD, False, MASKED,
+            dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done + step, m0, (end - 1 - step) * BN,
+            head, outer, inner, ahead, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
+            HAS_REST, AHEAD, TURNS, ALIBI, False, MASKED,
         )  # fmt: skip
         if Q_EARLY:
             if step == steps - 1:  # no more products with this q and dout: the next can be fetched
@@ -214,11 +225,11 @@ def _walk(
 
 @gluon.jit
 def _consume(
-    dq_desc, dbias_desc, bias, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, bars,
-    bias_strides, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+    dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, bars,
+    bias_strides, slope_strides, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN_N: gl.constexpr, AHEAD: gl.constexpr,
+    EVEN_N: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 queries of every tile of the program."""
     BD: gl.constexpr = q_s.shape[4]
@@ -229,6 +240,7 @@ def _consume(
     K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     MASKED: gl.constexpr = (lo is not None) or (hi is not None) or (not EVEN_N)
     COLUMN: gl.constexpr = bias is not None
+    ALIBI: gl.constexpr = slopes is not None
     Q_EARLY: gl.constexpr = out_s is not None
     scale_log2 = scale * LOG2E
     q = q_s.index(WG).reshape([BM, BD])
@@ -241,7 +253,9 @@ def _consume(
     LONGEST: gl.constexpr = "last" if hi is not None else "none"
     for wave in range(share(tiles, snake)):
         m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
-        begin, full_begin, full_end, end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
+        n_keys = visible_keys(lengths, b, N)
+        slope = slope_of(slopes, slope_strides, b, head)
+        begin, full_begin, full_end, end = visible_blocks(m0, BM * WGS, M, n_keys, lo, hi, BN)
         steps = end - begin
         m0 += WG * BM
         outer = b // batch_inner
@@ -251,9 +265,10 @@ def _consume(
         dq = gl.zeros([BM, BD], gl.float32, DQ)
         mbarrier.wait(bars.index(Q_FULL + WG), wave & 1)
         dq, ds = _step(
-            dq, dq, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, done, m0, (end - 1) * BN,
-            head, outer, inner, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
-            HAS_REST, AHEAD, True, MASKED,
+            dq, dq, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, m0, (end - 1) * BN,
+            head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
+            COLUMN,
+            HAS_REST, AHEAD, TURNS, ALIBI, True, MASKED,
         )  # fmt: skip
         if Q_EARLY:
             if steps == 1:
@@ -261,22 +276,24 @@ def _consume(
         # What is left: partly visible on the right, whole, partly visible on the left.
         if hi is not None:
             dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, done, 1, end - full_end, steps, end,
-                m0, head, outer, inner, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
-                COLUMN, HAS_REST, AHEAD, True, Q_EARLY,
+                dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, 1, end - full_end, steps, end,
+                m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
+                VARIES_M,
+                COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
             )  # fmt: skip
         whole = max(1, end - full_end)
         dq, ds = _walk(
-            dq, ds, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, done, whole, end - full_begin, steps, end,
-            m0, head, outer, inner, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
-            COLUMN, HAS_REST, AHEAD, False, Q_EARLY,
+            dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, whole, end - full_begin, steps, end,
+            m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
+            COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, False, Q_EARLY,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
             dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, k_s, v_s, bias_s, dbias_desc, bars, done, left, steps, steps, end,
-                m0, head, outer, inner, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
-                COLUMN, HAS_REST, AHEAD, True, Q_EARLY,
+                dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, left, steps, steps, end,
+                m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
+                VARIES_M,
+                COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
             )  # fmt: skip
         done += steps
         if AHEAD:
@@ -299,11 +316,11 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
-    q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, stats, bias_strides, bias_on,
+    q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, bias_strides, slope_strides, bias_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr, EVEN_N: gl.constexpr,
-    OWN_OUT: gl.constexpr, AHEAD: gl.constexpr, REGISTERS: gl.constexpr,
+    OWN_OUT: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``grid.locate`` says.
 
@@ -326,7 +343,7 @@ def dq(
         bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIAS_STAGES * WGS, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
-    if dbias_desc is not None and (lo is not None or hi is not None):
+    if dbias_desc is not None and (lo is not None or hi is not None or lengths is not None):
         zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
         zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
     else:
@@ -340,30 +357,40 @@ def dq(
         else:
             mbarrier.init(bars.index(n), count=1)
     fence_async_shared()
+    if TURNS:
+        mbarrier.arrive(bars.index(barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)))
 
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
         gl.warp_specialize([
-            (_consume, (dq_desc, optional(dbias_desc), optional(bias), stats, q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s),
-                        bars, optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale,
+            (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
+                        optional(out_s), optional(bias_s),
+                        bars, optional(bias_strides), optional(slope_strides), batch, heads, batch_inner, M, N, optional(lo),
+                        optional(hi), scale,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD)),
-            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), q_s, dout_s, k_s, v_s,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
+            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), optional(lengths), q_s, dout_s, k_s,
+                        v_s,
                         optional(bias_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
                         optional(bias_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, VARIES_M)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (dq_desc, optional(dbias_desc), optional(bias), stats, q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s),
-                        bars, optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale,
+            (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
+                        optional(out_s), optional(bias_s),
+                        bars, optional(bias_strides), optional(slope_strides), batch, heads, batch_inner, M, N, optional(lo),
+                        optional(hi), scale,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD)),
-            (_consume, (dq_desc, optional(dbias_desc), optional(bias), stats, q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s),
-                        bars, optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
+            (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
+                        optional(out_s), optional(bias_s),
+                        bars, optional(bias_strides), optional(slope_strides), batch, heads, batch_inner, M, N, optional(lo),
+                        optional(hi), scale,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD)),
-            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), q_s, dout_s, k_s, v_s,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
+            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), optional(lengths), q_s, dout_s, k_s,
+                        v_s,
                         optional(bias_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
                         optional(bias_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, VARIES_M)),

@@ -8,7 +8,7 @@ a query that sees no key or does not exist, so that p is 0 there, and delta 0: n
 
 from ..triton.prims import LOG2E, offset
 from .compat import gl, gluon
-from .forward import accumulator
+from .grid import accumulator
 
 
 @gluon.jit
