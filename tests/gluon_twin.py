@@ -10,20 +10,28 @@ it cannot see is what a compiler does to the order of instructions (``aot/``), n
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import operator
 import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import triflash
+from triflash import ops
+from triflash.launch.calls import Call
+from triflash.plan.device import KNOWN_DEVICES
+from triflash.plan.hopper import HopperConfig
+from triflash.plan.hopper_backward import KeysConfig
 
 KERNELS = Path(triflash.__file__).parent / "kernels" / "hopper"
 PATIENCE = 10.0  # seconds that a barrier may be waited for
@@ -128,7 +136,11 @@ class Shared:
     def store(self, x: Tensor) -> None:
         assert x.dtype == self.x.dtype and x.shape == self.x.shape
         self.x.copy_(x)
-        _here.fenced = False
+        _here.unfenced.add(self.buffer)
+
+    @property
+    def buffer(self) -> int:
+        return self.x.untyped_storage().data_ptr()
 
 
 class Descriptor:
@@ -170,7 +182,7 @@ class Barrier:
                 self.changed.notify_all()
 
     def arrive(self, count: int = 1, pred: Any = True) -> None:
-        assert _here.fenced, "others would be told before what was stored can be seen by TMA and products"
+        assert not _here.unfenced, "others would be told before what was stored can be seen by TMA and products"
         if pred:
             self.change(count, 0)
 
@@ -183,11 +195,11 @@ class Barrier:
         while _here.loads and self.phase & 1 == parity:  # nothing else may happen before one of these lands
             time.sleep(1e-4)
             _here.loads.pop(0)()
+        end = time.monotonic() + PATIENCE
         with self.changed:
-            if not self.changed.wait_for(lambda: self.phase & 1 != parity or _here.failures, PATIENCE):
-                raise TimeoutError(f"{threading.current_thread().name} waits in vain")
-        if _here.failures:
-            raise TimeoutError("another partition failed")
+            while not self.changed.wait_for(lambda: self.phase & 1 != parity, 0.1):
+                if _here.failures or time.monotonic() > end:
+                    raise TimeoutError(f"{threading.current_thread().name} waits in vain")
 
 
 def tma_load(descriptor: Descriptor, at: Sequence[Any], barrier: Barrier, target: Shared) -> None:
@@ -204,7 +216,7 @@ def tma_load(descriptor: Descriptor, at: Sequence[Any], barrier: Barrier, target
 
 
 def tma_store(descriptor: Descriptor, at: Sequence[Any], source: Shared, adds: bool = False) -> None:
-    assert _here.fenced, "TMA would not see what was stored"
+    assert source.buffer not in _here.unfenced, "TMA would not see what was stored"
     assert source.dtype == descriptor.dtype and source.shape == descriptor.block_shape
     target, inside = descriptor.part(at)
     x = source.x.clone() if random.random() < 0.5 else source.x
@@ -236,7 +248,7 @@ class Product:
 
 def warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
     assert is_async and a.dtype == b.dtype
-    assert _here.fenced, "a product would not see what was stored"
+    assert not any(isinstance(x, Shared) and x.buffer in _here.unfenced for x in (a, b)), "a product would not see what was stored"
     left, right = a.x if isinstance(a, Shared) else a, b.x
     if random.random() < 0.5:
         left, right = left.clone(), right.clone()
@@ -261,7 +273,7 @@ def warpgroup_mma_wait(pendings: int, deps: Sequence[Any]) -> Any:
 
 
 def fence() -> None:
-    _here.fenced = True
+    _here.unfenced.clear()
 
 
 def inline_asm(text: str, *_: object) -> None:
@@ -278,10 +290,12 @@ def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, .
         _here.program, _here.failures, _here.meeting = program, failures, meeting
         begin()
         try:
-            function(*arguments)
+            with torch.no_grad():
+                function(*arguments)
             assert not _here.products and not _here.stores, "left without waiting"
-            for land in _here.loads:
-                land()
+            with torch.no_grad():
+                for land in _here.loads:
+                    land()
         except BaseException as failure:  # noqa: BLE001 - raised again by the thread that waits
             failures.append(failure)
             meeting.abort()
@@ -296,7 +310,7 @@ def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, .
 
 
 def begin() -> None:
-    _here.products, _here.stores, _here.loads, _here.fenced = [], [], [], True
+    _here.products, _here.stores, _here.loads, _here.unfenced = [], [], [], set()
 
 
 def allocate(dtype: Any, shape: Sequence[int], layout: object) -> Any:
@@ -383,3 +397,19 @@ def run(call: Any, seed: int = 0) -> None:
         _here.program = (program, call.programs)
         begin()
         kernel(*map(value, call.args), **call.constants)
+
+
+@contextlib.contextmanager
+def twin_device(processors: int, seed: int = 0) -> Iterator[None]:
+    """The package believes in an sm90 with so many processors; its Gluon kernels run here, the others in Triton's interpreter."""
+    interpreted = Call.start
+
+    def carry_out(call: Call) -> None:
+        if isinstance(call.config, (HopperConfig, KeysConfig)):
+            run(call, seed)
+        else:
+            interpreted(call)
+
+    facts = replace(KNOWN_DEVICES["sm90"], processors=processors)
+    with mock.patch.object(Call, "start", carry_out), mock.patch.object(ops, "facts_of", lambda _: facts):
+        yield
