@@ -66,15 +66,20 @@ def visible_blocks(n0, M, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
-    """The query block of a tile's step. Whole blocks are visited in turn from a place that differs from tile to tile, else programs that
-    work on one head would all add to the same rows of dq at the same time.
+def in_turn(block, whole, part, n0, BM: gl.constexpr):
+    """Which block comes in the place of ``block``. Whole ones are visited in turn from a place that differs from tile to tile, else
+    programs that work on one head would all add to the same rows of dq at one time.
     """
-    block = begin + step % steps
     count = max(part - whole, 1)
     later = block + n0 // BM % count
     later = gl.where(later >= part, later - count, later)
     return gl.where((block >= whole) & (block < part), later, block)
+
+
+@gluon.jit
+def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
+    """The query block of a tile's step."""
+    return in_turn(begin + step % steps, whole, part, n0, BM)
 
 
 @gluon.jit
@@ -303,27 +308,13 @@ def _walk(
         rest = None
         if rest_s is not None:
             rest = gl.expand_dims(rest_s.index(q_stage).reshape([BM]).load(COLS), 0)
+        m0 = block * BM
+        if ALIBI and not MASKED:  # nothing else asks where a whole block lies
+            m0 = in_turn(block, first, last, n0, BM) * BM
         p = probabilities(
-            s,
-            bias,
-            key_bias,
-            slope,
-            lse,
-            rest,
-            block * BM,
-            n0 + WG * HALF,
-            ahead,
-            N,
-            lo,
-            hi,
-            scale_log2,
-            HALF,
-            BM,
-            IS_MASK,
-            ALIBI,
-            KEY_BIASED,
+            s, bias, key_bias, slope, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK, ALIBI, KEY_BIASED,
             MASKED,
-        )
+        )  # fmt: skip
         if NEED_DV:
             p16 = gl.convert_layout(p.to(DT), P)
         if NEED_DS:
