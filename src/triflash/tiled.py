@@ -89,7 +89,7 @@ class Scores:
         return s, slope
 
     def shown(self, x: Tensor, cols: slice) -> Tensor:
-        """A tile of keys or values ``[B, Hk, BN, D]`` with zeros for hidden keys: they may hold anything, and 0 times that need not be 0."""
+        """A tile of keys or values ``[B, Hk, BN, D]``, hidden keys as zeros: they may hold anything, and 0 times that need not be 0."""
         if self.key_lengths is None:
             return x
         j = torch.arange(cols.start, cols.stop, device=x.device)
