@@ -484,7 +484,12 @@ def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
     if backend == "hopper":
         can = ON_HOPPER and case.dtype in (torch.float16, torch.bfloat16) and torch.float64 not in dtypes
         empty = 0 in (case.B, case.H, case.M, case.N)
-        return not can or empty or replace(case, Hk=None).has_features or max(case.D, case.Dv or case.D) > MAX_HEAD_DIM
+        return (
+            not can
+            or empty
+            or replace(case, Hk=None, lengths=None, alibi=None, sink=False).has_features
+            or max(case.D, case.Dv or case.D) > MAX_HEAD_DIM
+        )
     return backend == "triton" and (torch.float64 in dtypes or (on_interpreter and torch.bfloat16 in dtypes))
 
 

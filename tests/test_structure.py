@@ -39,7 +39,7 @@ RULES: dict[str, list[str]] = {
     "triflash.copies": ["torch", "triflash.explanation", "triflash.launch.calls", "triflash.plan", "triflash.spec"],
     "triflash.explanation": ["triflash.plan", "triflash.spec", "triflash.launch.ahead"],
     "triflash.explainer": [
-        "torch", "triflash.copies", "triflash.errors", "triflash.explanation", "triflash.launch", "triflash.plan", "triflash.spec",
+        "torch", "triflash.arguments", "triflash.copies", "triflash.errors", "triflash.explanation", "triflash.launch", "triflash.plan", "triflash.spec",
         "triflash.triton_flash_attention",
     ],
     "triflash.shorthand": ["torch", "triflash.errors", "triflash.spec"],

@@ -60,7 +60,8 @@ def attention(
             ``"top_left"`` those with ``j > i``.
         window: ``(left, right)``: query i sees the keys from ``i' − left`` to ``i' + right``, where ``i' = i + N − M``, or ``i' = i`` if
             causal is ``"top_left"``. None or −1 leaves a side open. Time is in proportion to the visible blocks.
-        key_lengths: integers ``(*batch)``: keys from that number on are hidden, and cost nothing. Does not move the diagonal.
+        key_lengths: integers ``(*batch)``: keys from that number on are hidden, cost nothing, and may hold anything. Does not move
+            the diagonal.
         scale: default ``1 / sqrt(D)``; 0.0 means 0.0.
         softcap: bounds the scaled products to ±softcap, before the bias; None or 0 does not.
         alibi_slopes: floats ``(Hq,)`` or ``(*batch, Hq)``, used in float32, without a gradient.

@@ -140,7 +140,8 @@ def _problem(spec: AttentionSpec) -> str:
         band = "every key visible" if spec.hi is None else "causal"
     precision = f" ({spec.precision} products)" if spec.dtype == "fp32" else ""
     lengths = f"{spec.queries} queries, {spec.keys} keys"
-    return f"batch {batch}, {lengths}, {spec.heads} heads, {dims}, {spec.dtype}{precision}, {bias}, {band}, scale {spec.scale:.4g}"
+    extras = "".join(f", {extra}" for extra in spec.extras)
+    return f"batch {batch}, {lengths}, {spec.heads} heads, {dims}, {spec.dtype}{precision}, {bias}{extras}, {band}, scale {spec.scale:.4g}"
 
 
 def _pattern(spec: AttentionSpec) -> str:
@@ -157,7 +158,7 @@ def _bound(offset: int | None) -> str:
 
 
 def _gradients(needs: Needs) -> str:
-    return ", ".join(name for name in ("dq", "dk", "dv", "dbias") if getattr(needs, name)) or "none"
+    return ", ".join(name for name in ("dq", "dk", "dv", "dbias", "dsink") if getattr(needs, name)) or "none"
 
 
 def _device(device: DeviceFacts, here: bool) -> str:

@@ -86,7 +86,7 @@ def flash_attn_func(
     if not torch.compiler.is_compiling():  # the same operators, with less of a host's time than their registered autograd takes
         return FlashAttnFunc.apply(q, k, v, bias, causal, softmax_scale)
     bias, options = _arguments(q, k, v, bias, causal, softmax_scale)
-    return attention_forward(q, k, v, bias, *options)[0]
+    return attention_forward(q, k, v, bias, *options, deterministic=torch.are_deterministic_algorithms_enabled())[0]
 
 
 def flash_attn_kvpacked_func(
@@ -133,7 +133,8 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     if canonical is not None and wanted[len(inputs)]:
         dbias = torch.empty_like(canonical, memory_format=torch.contiguous_format)
     with torch.no_grad():
-        attention_backward_(dout, None, q, k, v, canonical, out, lse, rest, *ctx.options, *parts, dbias)
+        same = torch.are_deterministic_algorithms_enabled()
+        attention_backward_(dout, None, q, k, v, canonical, out, lse, rest, *ctx.options, *parts, dbias, deterministic=same)
     grads.append(None if dbias is None else dbias.view(bias.shape))
     return (*differentiable_once(grads, (dout, *inputs, bias)), None, None)
 
@@ -249,4 +250,6 @@ def _flash_attn_backward(
     if lse.device != q.device:
         raise bad_value("lse", f"q's device {q.device}", lse.device)
     with torch.no_grad():
-        attention_backward_(do, None, q, k, v, canonical, o, lse[:, :, : q.shape[1]], None, *options, dq, dk, dv, None)
+        same = torch.are_deterministic_algorithms_enabled()
+        lse = lse[:, :, : q.shape[1]]
+        attention_backward_(do, None, q, k, v, canonical, o, lse, None, *options, dq, dk, dv, None, deterministic=same)

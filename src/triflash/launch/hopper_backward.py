@@ -19,7 +19,7 @@ from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
 from .calls import Call, sink_gradient, slope_strides, start
-from .hopper import addressable, descriptor, padded_rows, ready, ready_bias
+from .hopper import addressable, descriptor, padded_rows, ready, ready_operands
 from .triton import partial_sums, row_strides
 
 __all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call"]
@@ -41,7 +41,7 @@ def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: T
     elif dbias is not None:
         dbias = dbias.contiguous()
     written = Gradients(dq, dk, dv, dbias, grads.dsink)
-    x = x._replace(q=ready(x.q), k=ready(x.k), v=ready(x.v), bias=ready_bias(spec, x.bias))
+    x = ready_operands(spec, x)
     stats = new_stats(spec, lse)
     start(x.q.device, backward_calls(plan, spec, x, saved, ready(dout), dlse, stats, written))
     for grad, filled in zip(grads, written, strict=True):

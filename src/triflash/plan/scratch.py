@@ -30,6 +30,8 @@ def scratch(plans: Sequence[Plan], spec: AttentionSpec, needs: Needs) -> Iterabl
         for step in backward.steps:
             if "dbias" in step.gives and step.splits > 1 and step.kernel != "dbias_sum":
                 yield "partial sums of dbias", step.splits * _bias_elements(spec) * 4
+        if needs.dsink and backward.backend != "oracle":
+            yield "probabilities of the sink", rows * width
         if backward.backend == "tiled" and needs.dq and spec.dtype in ("fp16", "bf16"):
             yield "float32 sum of dq", rows * spec.head_dim * 4
         if backward.backend == "tiled" and needs.dbias and spec.bias is not None and spec.bias.dtype in ("fp16", "bf16"):
