@@ -94,9 +94,9 @@ def test_copies_for_tma_are_those_that_a_launch_makes(name: str, head_dim: int) 
     q = with_layout((B, M, H, head_dim), name, lambda shape: torch.zeros(shape, dtype=torch.float16))
     k = torch.zeros(B, N, H, head_dim, dtype=torch.float16)
     out = torch.empty(B, M, H, head_dim, dtype=torch.float16)
-    wanted = {n: allocated(launch._ready(x)) for n, x in (("q", q), ("k", k), ("v", k)) if launch._ready(x) is not x}
+    wanted = {n: allocated(launch.ready(x)) for n, x in (("q", q), ("k", k), ("v", k)) if launch.ready(x) is not x}
     if not launch.addressable(out):
-        wanted["out"] = allocated(launch._padded_rows(out))
+        wanted["out"] = allocated(launch.padded_rows(out))
     assert hopper_copies(q, k, None) == wanted
     assert ("out" in wanted) == ("k" in wanted) == (head_dim == 20) and ("q" in wanted) == (
         head_dim == 20 or name in ("sliced", "step", "expanded")
@@ -115,7 +115,7 @@ def test_copies_of_a_bias_for_tma(name: str, dtype: torch.dtype, columns: int) -
         bias = with_layout(shape, name, lambda shape: torch.zeros(shape, dtype=dtype))
         canonical = bias[(None,) * (4 - bias.dim())].unsqueeze(1)
         spec = explain(q, k, k, bias, device="sm90").spec
-        ready = launch._ready_bias(spec, canonical)
+        ready = launch.ready_bias(spec, canonical)
         assert ready is not None
         copied = shape[-1] > 1 and ready.data_ptr() != canonical.data_ptr()
         assert hopper_copies(q, k, bias) == ({"bias": allocated(ready)} if copied else {})

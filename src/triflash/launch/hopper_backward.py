@@ -22,7 +22,7 @@ from .calls import Call, start
 from .hopper import addressable, descriptor, padded_rows, ready, ready_bias
 from .triton import partial_sums, row_strides
 
-__all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call"]
+__all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call", "targets"]
 
 
 def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
@@ -30,19 +30,23 @@ def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: T
     out, lse, rest = saved
     out = out if out.stride(3) == 1 or out.shape[3] == 1 else out.contiguous()
     saved = Saved(out, lse, None if rest is None else rest.contiguous())
-    # Kernels write what TMA can address, and a contiguous dbias; what is laid out otherwise is filled by way of a copy.
+    written = targets(plan, grads)
+    x = x._replace(q=ready(x.q), k=ready(x.k), v=ready(x.v), bias=ready_bias(spec, x.bias))
+    start(x.q.device, backward_calls(plan, spec, x, saved, ready(dout), dlse, written))
+    for grad, filled in zip(grads, written, strict=True):
+        if grad is not None and filled is not None and filled is not grad:
+            grad.copy_(filled)
+
+
+def targets(plan: Plan, grads: Gradients) -> Gradients:
+    """Where kernels write the gradients: what TMA can address, and a contiguous dbias; the rest is filled by way of these, copied."""
     dq, dk, dv = (None if grad is None else grad if addressable(grad) else padded_rows(grad) for grad in grads[:3])
     dbias = grads.dbias
     if dbias is not None and any(step.kernel == "dq" and "dbias" in step.gives for step in plan.steps):
         dbias = dbias if addressable(dbias) else padded_rows(dbias)
     elif dbias is not None:
         dbias = dbias.contiguous()
-    written = Gradients(dq, dk, dv, dbias, grads.dsink)
-    x = x._replace(q=ready(x.q), k=ready(x.k), v=ready(x.v), bias=ready_bias(spec, x.bias))
-    start(x.q.device, backward_calls(plan, spec, x, saved, ready(dout), dlse, written))
-    for grad, filled in zip(grads, written, strict=True):
-        if grad is not None and filled is not None and filled is not grad:
-            grad.copy_(filled)
+    return Gradients(dq, dk, dv, dbias, grads.dsink)
 
 
 def backward_calls(
