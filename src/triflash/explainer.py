@@ -191,7 +191,7 @@ def _explained(plan: Plan, step: Step, spec: AttentionSpec, device: DeviceFacts)
         source = hopper_config_of(spec, device, current_choices())[1]
         estimate = hopper.shared_memory(spec, step.config)
     elif plan.backend == "hopper" and not isinstance(step.config, TileConfig):
-        source = "the first candidate that fits, of plan/hopper_backward.py or plan/hopper_rows.py"
+        source = hopper_steps.source_of(step, dict(current_choices().by_hand))
         estimate = hopper_steps.shared_memory(spec, step)
     elif plan.backend == "triton" and step.kernel in KERNELS:
         config, found = config_of(step.kernel, spec, device, current_choices())
@@ -248,9 +248,9 @@ def _changed(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: Devic
 def _determinism(plans: list[Plan]) -> tuple[bool, str]:
     """Every backend sums in an order that follows from sizes and device alone, but for dq where the Hopper kernels add it up in memory."""
     if any(step.kernel == "finish" for plan in plans for step in plan.steps):
-        return (
-            False,
-            "dq is added up in memory in no fixed order, everything else in one order; deterministic algorithms of PyTorch change that",
+        return False, (
+            "dq is added up in memory in no fixed order, everything else in one order; torch.use_deterministic_algorithms(True), or "
+            "deterministic=True of triflash.attention, has dq computed by a kernel of its own instead"
         )
     reasons = []
     for plan in plans:

@@ -61,7 +61,7 @@ def test_the_hopper_kernel_is_compiled_as_it_is_launched(head_dim: int, columns:
     explained = triflash.explain(q, k, k, bias[:, 0], grads=(), device="sm90", backend="hopper", compile=True)
     plan = plan_forward(explained.spec, KNOWN_DEVICES["sm90"], "hopper")
     lse = torch.zeros(2, 4, 512)
-    ready = (*map(hopper._ready, (q, k, k)), hopper._ready_bias(explained.spec, bias), hopper._ready(torch.empty_like(q)))
+    ready = (*map(hopper.ready, (q, k, k)), hopper.ready_bias(explained.spec, bias), hopper.ready(torch.empty_like(q)))
     (call,) = hopper.forward_calls(plan, explained.spec, *ready, lse, torch.zeros_like(lse))
     compiled = explained.forward.steps[0].compiled
     assert plan.backend == "hopper" and compiled == ahead.resources(ahead.compile_for(call, "sm90"))
