@@ -393,7 +393,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(LINE) == 0
     text = capsys.readouterr().out
     for part in ("batch 4, 4096 queries, 4096 keys, 16 heads, d 128, bf16, bias 1hqk bf16, causal", "dq, dk, dv, dbias", "copies     none",
-                 "same bits  no"):  # fmt: skip
+                 "same bits  yes"):  # fmt: skip
         assert part in text, part
     q = torch.empty(4, 4096, 16, 128, device="meta", dtype=torch.bfloat16)
     bias = q.new_empty(1, 16, 4096, 4096)
