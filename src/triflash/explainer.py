@@ -128,8 +128,8 @@ def _call(
         call = arguments_of(q, k, v, bias=bias, causal=causal, scale=scale, **options)
         return call.operands, call.spec, call.backend
     canonical, own = _arguments(q, k, v, bias, causal, scale)
-    fixed = torch.are_deterministic_algorithms_enabled()
-    return Operands(q, k, v, canonical), spec_of(q, k, v, canonical, *own[:-1], deterministic=fixed), own[-1]
+    spec = replace(spec_of(q, k, v, canonical, *own[:-1]), deterministic=torch.are_deterministic_algorithms_enabled())
+    return Operands(q, k, v, canonical), spec, own[-1]
 
 
 def _requested(name: str | None) -> Any:
