@@ -33,7 +33,7 @@ from torch import Tensor
 from triflash import oracle
 from triflash.plan.configs import padded
 from triflash.plan.device import KNOWN_DEVICES, facts_of
-from triflash.plan.hopper import MAX_BIASED_HEAD_DIM, HopperConfig, shared_memory
+from triflash.plan.hopper import HopperConfig, shared_memory
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_forward
 from triflash.spec import AttentionSpec, spec_of
@@ -174,7 +174,7 @@ def drawn(seed: int, worker: int, count: int) -> Iterator[Problem]:
             outer, inner, H = chooser.choice([(1, 1, 1), (2, 1, 3), (2, 2, 2), (3, 1, 5), (1, 3, 4), (1, 1, 16)])
             dtype = chooser.choice(["bf16", "fp16"])
             letters = [None, None, None, "bihqk", "b1hqk", "1ihqk", "11hqk", "111qk", "11h1k", "b111k", "bih1k", "11hq1", "b11q1", "11111"]
-            bias = chooser.choice(letters if max(D, Dv) <= MAX_BIASED_HEAD_DIM else [None])
+            bias = chooser.choice(letters)
             widest = 256 if max(D, Dv) > 128 else 128 if max(D, Dv) > 64 else 64
             config = random_config(chooser, widest, bias is not None, padded(D) == padded(Dv))
             family = dict(

@@ -31,18 +31,18 @@ from triflash.bench.tolerance import (
 from triflash.dropout import keep_mask
 from triflash.plan.configs import MAX_HEAD_DIM, TileConfig
 from triflash.plan.device import facts_of
-from triflash.plan.hopper import MAX_BIASED_HEAD_DIM, HopperConfig
+from triflash.plan.hopper import HopperConfig
+from triflash.plan.hopper_backward import KeysConfig
 from triflash.plan.override import override_configs
-from triflash.plan.select import plan_forward
-from triflash.spec import Operands, spec_of
+from triflash.plan.select import plan_backward, plan_forward
+from triflash.spec import Needs, Operands, spec_of
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 triton_only = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
 ON_HOPPER = torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() == (9, 0)
 hopper_only = pytest.mark.skipif(not ON_HOPPER, reason="needs an sm90 GPU")  # together with the marker gpu
 BACKENDS = ["tiled", pytest.param("triton", marks=triton_only)]
-FORWARD_ONLY = ("hopper",)  # their cases are run without gradients
-FORWARD_BACKENDS = [*BACKENDS, *(pytest.param(name, marks=triton_only) for name in FORWARD_ONLY)]
+EVERY_BACKEND = [*BACKENDS, pytest.param("hopper", marks=triton_only)]
 FEW_PROCESSORS = 3  # what a persistent grid is made to believe in, so that a program gets several tiles of a small problem
 KERNELS = ("forward", "delta", "dkdv", "dq", "dbias")
 
@@ -256,9 +256,9 @@ def five_dims(bias: Tensor | None) -> Tensor | None:
 
 
 def attend(case: Case, inputs: Inputs, backend: str) -> tuple[Tensor, Tensor | None]:
-    """out and, from the raw operator, lse. A backend without gradients is judged by its lse as well, and so is always called raw."""
+    """out and, from the raw operator, lse."""
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
-    if case.is_raw or backend in FORWARD_ONLY:
+    if case.is_raw:
         lo, hi = case.band
         x = inputs.operands()
         options = (case.batch_inner, lo, hi, case.softmax_scale, "", backend)
@@ -388,7 +388,7 @@ def small_tiles(tiles: tuple[int, int] | None, backend: str = "") -> Iterator[No
         yield
         return
     if backend == "hopper":
-        with override_configs(forward=HopperConfig(1 if tiles[0] <= 32 else 2, tiles[1], 2)), few_processors():
+        with override_configs(forward=HopperConfig(1 if tiles[0] <= 32 else 2, tiles[1], 2), dqdkdv=KeysConfig(1, 1)), few_processors():
             yield
         return
     config = TileConfig(*tiles, num_warps=4, num_stages=1)
@@ -425,17 +425,32 @@ def expected_kernels(case: Case, backend: str, bias: Tensor | None) -> list[str]
     """What must run, in order, and nothing else; a ``dbias_sum`` may follow."""
     there = {"b": case.bias is not None and case.bias_dtype != torch.bool, "s": case.sink}
     wanted = [n for n in case.grads if there.get(n, True)]
-    if backend != "triton":
+    if backend not in ("triton", "hopper"):
         return ["forward", "backward"] if wanted else ["forward"]
     if 0 in (case.B, case.H, case.M):
         return []
     if case.N == 0:
         return ["forward"]
     steps = ["forward"]
+    if backend == "hopper":
+        return steps + _expected_on_hopper(case, wanted, bias) if wanted else steps
     steps += ["delta"] if set(wanted) & set("qkbs") else []
     source = dbias_kernel(case, tuple(bias.shape)) if "b" in wanted and bias is not None else None
     steps += ["dkdv"] if set(wanted) & set("kv") or source == "dkdv" else []
     steps += ["dq"] if "q" in wanted or source == "dq" else []
+    return steps + (["dbias"] if source == "dbias" else [])
+
+
+def _expected_on_hopper(case: Case, wanted: list[str], bias: Tensor | None) -> list[str]:
+    """With ``small_tiles``, which has dq added up wherever a kernel gives dk or dv; else at these sizes it has a kernel of its own."""
+    source = dbias_kernel(case, tuple(bias.shape)) if "b" in wanted and bias is not None else None
+    narrow = max(case.D, case.Dv or case.D) <= 128
+    adding = case.tiles is not None and narrow and "q" in wanted and bool(set(wanted) & set("kv")) and source != "dq"
+    steps = ["prepare"]
+    if set(wanted) & set("kv") or source == "dkdv":
+        steps += ["dqdkdv" if adding else "dkdv"]
+    steps += ["dq"] if ("q" in wanted and not adding) or source == "dq" else []
+    steps += ["finish"] if adding else []
     return steps + (["dbias"] if source == "dbias" else [])
 
 
@@ -445,8 +460,22 @@ def expected_launches(case: Case, backend: str, inputs: Inputs) -> list[str]:
     if backend == "auto":
         x = inputs.operands()
         spec = spec_of(*x[:4], case.batch_inner, *case.band, case.softmax_scale, "", *x[4:], case.softcap, case.dropout)
-        forward, backward = plan_forward(spec, facts_of(inputs.q.device)).backend, "triton"
+        facts = facts_of(inputs.q.device)
+        needs = Needs(
+            *(
+                "q" in case.grads,
+                "k" in case.grads,
+                "v" in case.grads,
+                "b" in case.grads and case.bias is not None and case.bias_dtype != torch.bool,
+            )
+        )
+        forward, backward = plan_forward(spec, facts).backend, plan_backward(spec, needs, facts).backend
     return [f"{forward if name == 'forward' else backward}: {name}" for name in expected_kernels(case, backward, inputs.bias)]
+
+
+def lacks_backward(case: Case, bias: Tensor | None) -> bool:
+    """Whether ``hopper`` runs the forward pass alone: with a bias that does not vary over keys."""
+    return bias is not None and bias.shape[-1] != case.N
 
 
 def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
@@ -455,17 +484,16 @@ def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
     if backend == "hopper":
         can = ON_HOPPER and case.dtype in (torch.float16, torch.bfloat16) and torch.float64 not in dtypes
         empty = 0 in (case.B, case.H, case.M, case.N)
-        return (
-            not can or empty or case.has_features or max(case.D, case.Dv or case.D) > (MAX_BIASED_HEAD_DIM if case.bias else MAX_HEAD_DIM)
-        )
+        return not can or empty or replace(case, Hk=None).has_features or max(case.D, case.Dv or case.D) > MAX_HEAD_DIM
     return backend == "triton" and (torch.float64 in dtypes or (on_interpreter and torch.bfloat16 in dtypes))
 
 
 def run_case(case: Case, backend: str, device: torch.device) -> None:
     """Compute the case on the backend and judge all of it."""
-    if backend in FORWARD_ONLY:
-        case = replace(case, grads="", dlse=False)
     inputs = build(case, device)
+    if backend == "hopper" and lacks_backward(case, inputs.bias):
+        case = replace(case, grads="", dlse=False)
+        inputs = build(case, device)
     if is_unsupported(case, backend, device):
         with triflash.record_launches() as ran, pytest.raises(triflash.UnsupportedError):
             attend(case, inputs, backend)
@@ -479,7 +507,7 @@ def run_case(case: Case, backend: str, device: torch.device) -> None:
         grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents) if wanted else ()
 
     launched = [" ".join(line.split()[:2]) for line in ran]
-    assert [line for line in launched if line != "triton: dbias_sum"] == expected_launches(case, backend, inputs)
+    assert [line for line in launched if not line.endswith("dbias_sum")] == expected_launches(case, backend, inputs)
     for name, old in before.items():
         assert torch.equal(getattr(inputs, name), old), f"{name} was modified"
     judgements = judge(case, inputs)

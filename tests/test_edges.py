@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import triflash
-from cases import BACKENDS, FORWARD_BACKENDS, ON_HOPPER, Case, run_case, small_tiles
+from cases import BACKENDS, EVERY_BACKEND, ON_HOPPER, Case, run_case, small_tiles
 from triflash import oracle
 from triflash.triton_flash_attention import _flash_attn_backward, _flash_attn_forward
 
@@ -198,7 +198,7 @@ EVERYTHING = [
 GRAD_SUBSETS = ["".join(letters) for n in range(5) for letters in itertools.combinations("qkvb", n)]
 
 
-@pytest.mark.parametrize("backend", FORWARD_BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("case", EVERYTHING, ids=str)
 def test_edge(case: Case, backend: str, device: torch.device) -> None:
     run_case(case, backend, device)
@@ -246,7 +246,7 @@ def test_configurations_of_the_device(
     run_case(Case("configuration", B=2, M=M, N=N, D=dim, dtype=dtype, bias=bias, causal=causal, tiles=None), backend, device)
 
 
-@pytest.mark.parametrize("backend", FORWARD_BACKENDS)
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("case", MANY, ids=str)
 def test_more_programs_than_a_grid_axis_takes(case: Case, backend: str, device: torch.device) -> None:
     if backend == "triton" and not ON_GPU:

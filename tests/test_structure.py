@@ -53,6 +53,9 @@ RULES: dict[str, list[str]] = {
     "triflash.launch.hopper": [
         "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.plan", "triflash.spec", "triflash.errors",
     ],
+    "triflash.launch.hopper_rows": [
+        "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper", "triflash.plan", "triflash.spec",
+    ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.ops": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.plan.select", "triflash.spec"],

@@ -18,8 +18,8 @@ from .arguments import arguments_of
 from .copies import copies_of
 from .errors import UnsupportedError, bad_type, bad_value
 from .explanation import ExplainedStep, Explanation, Pass
-from .plan import hopper
-from .plan.configs import shared_memory
+from .plan import hopper, hopper_steps
+from .plan.configs import TileConfig, shared_memory
 from .plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
 from .plan.hopper import HopperConfig
 from .plan.override import KERNELS
@@ -186,9 +186,13 @@ def _explained(plan: Plan, step: Step, spec: AttentionSpec, device: DeviceFacts)
         return ExplainedStep(step)
     source = "fixed: it has no tiles of scores" if step.kernel not in KERNELS else f"the choice of backend {plan.backend}"
     estimate = None
-    if isinstance(step.config, HopperConfig):
+    if plan.backend == "hopper" and step.kernel == "forward":
+        assert isinstance(step.config, HopperConfig)
         source = hopper_config_of(spec, device, current_choices())[1]
         estimate = hopper.shared_memory(spec, step.config)
+    elif plan.backend == "hopper" and not isinstance(step.config, TileConfig):
+        source = "the first candidate that fits, of plan/hopper_backward.py or plan/hopper_rows.py"
+        estimate = hopper_steps.shared_memory(spec, step)
     elif plan.backend == "triton" and step.kernel in KERNELS:
         config, found = config_of(step.kernel, spec, device, current_choices())
         source = found if config == step.config else source
@@ -210,7 +214,7 @@ def _cannot(name: str, spec: AttentionSpec, needs: Needs, device: DeviceFacts, b
         return f"cannot do {reason[0]}; {reason[1]}"
     try:
         plan_forward(spec, device, name)
-        if backward and name != "hopper":  # whose forward pass the automatic choice combines with the backward pass of triton
+        if backward:
             plan_backward(spec, needs, device, name)
     except UnsupportedError as error:
         return str(error)
@@ -218,7 +222,7 @@ def _cannot(name: str, spec: AttentionSpec, needs: Needs, device: DeviceFacts, b
 
 
 def _not_preferred(name: str, chosen: str, spec: AttentionSpec, device: DeviceFacts, requested: str) -> str:
-    could = "could run the forward pass" if name == "hopper" else "could run it"
+    could = "could run it"
     if requested != "auto":
         return f"{could}, but {chosen} was asked for by name"
     if name == "oracle":
@@ -233,9 +237,7 @@ def _changed(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: Devic
     """Why the backward pass has another backend than the forward pass, or nothing if it has not."""
     if len({plan.backend for plan in plans}) == 1:
         return ""
-    first, second = (plan.backend for plan in plans)
-    if first == "hopper":
-        return f"hopper has no backward kernels, and those of {second} take what its forward pass saved"
+    first = plans[0].backend
     try:
         plan_backward(spec, needs, device, first)
     except UnsupportedError as error:
@@ -244,7 +246,12 @@ def _changed(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: Devic
 
 
 def _determinism(plans: list[Plan]) -> tuple[bool, str]:
-    """Every backend sums in an order that follows from sizes and device alone; how, depends on the kernels."""
+    """Every backend sums in an order that follows from sizes and device alone, but for dq where the Hopper kernels add it up in memory."""
+    if any(step.kernel == "finish" for plan in plans for step in plan.steps):
+        return (
+            False,
+            "dq is added up in memory in no fixed order, everything else in one order; deterministic algorithms of PyTorch change that",
+        )
     reasons = []
     for plan in plans:
         if plan.backend in _IN_PYTORCH:

@@ -25,7 +25,7 @@ from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.hopper import HopperConfig, shared_memory
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_forward
-from triflash.spec import AttentionSpec, spec_of
+from triflash.spec import AttentionSpec, Operands, Saved, spec_of
 
 BF16, F16, F32, BOOL = torch.bfloat16, torch.float16, torch.float32, torch.bool
 SM90 = KNOWN_DEVICES["sm90"]
@@ -69,7 +69,8 @@ TARGETS = [
     Target((192, 192), band=WINDOW),
     Target((192, 128), band=CAUSAL, length=EVEN),
     # A tile of bias a block.
-    *(Target((d, d), bias="1hqk", band=band) for d in (64, 128) for band in ((None, None), CAUSAL)),
+    *(Target((d, d), bias="1hqk", band=band) for d in (64, 128, 256) for band in ((None, None), CAUSAL)),
+    Target((256, 256), bias="1hqk", bias_dtype=F32),
     Target((64, 64), bias="bhqk", bias_dtype=F32, band=CAUSAL),
     Target((128, 128), bias="1hqk", bias_dtype=F32, length=EVEN),
     Target((96, 96), F16, bias="bhqk", bias_dtype=F32, band=WINDOW, length=ODD),
@@ -110,7 +111,7 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
     kept = torch.empty_like(lse) if bias is not None and bias.dtype != BOOL else None
     with override_configs(forward=target.config) if target.config else nullcontext():
         plan = plan_forward(spec, SM90, "hopper")
-    (call,) = forward_calls(plan, spec, q, k, v, bias, out, lse, kept)
+    (call,) = forward_calls(plan, spec, Operands(q, k, v, bias), Saved(out, lse, kept))
     return spec, call
 
 

@@ -51,7 +51,7 @@ def run_forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> N
     elif plan.backend == "hopper":
         from . import hopper
 
-        hopper.forward(plan, spec, x.q, x.k, x.v, x.bias, *saved)
+        hopper.forward(plan, spec, x, saved)
     elif plan.backend == "tiled":
         with _without_autocast(x.q):
             tiled.forward(x.q, x.k, x.v, _scores(spec, x), x.sink, **saved._asdict())
@@ -72,6 +72,10 @@ def run_backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dou
         from . import triton
 
         triton.backward(plan, spec, x, saved, dout, dlse, grads)
+    elif plan.backend == "hopper":
+        from . import hopper_backward
+
+        hopper_backward.backward(plan, spec, x, saved, dout, dlse, grads)
     elif plan.backend == "tiled":
         with _without_autocast(x.q):
             delta = tiled.delta_of(saved.out, dout, dlse)

@@ -23,7 +23,7 @@ from triton.runtime.jit import create_function_from_signature
 from ..plan import layout
 from ..plan.select import Plan
 from ..spec import AttentionSpec, Gradients, Needs, Operands, Saved
-from . import hopper
+from . import hopper, hopper_backward
 from .calls import Call, address_of
 from .triton import backward_calls, forward_calls, scratch
 
@@ -103,7 +103,10 @@ def calls_of(plan: Plan, spec: AttentionSpec, needs: Needs, *operands: Tensor | 
 def pass_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, grads: Gradients) -> list[Call]:
     """The launches of a plan: a forward pass writes ``saved``, a backward pass those of ``grads`` that are given."""
     if plan.backend == "hopper":
-        return hopper.forward_calls(plan, spec, x.q, x.k, x.v, x.bias, *saved)
+        if any(step.kernel == "forward" for step in plan.steps):
+            return hopper.forward_calls(plan, spec, x, saved)
+        targets = Gradients(*(None if grad is None else _tma_meta(grad) for grad in grads))
+        return hopper_backward.backward_calls(plan, spec, x, saved, dout, None, hopper_backward.new_stats(spec, saved.lse), targets)
     if any(step.kernel == "forward" for step in plan.steps):
         return forward_calls(plan, spec, x, saved)
     return backward_calls(plan, spec, x, saved, dout, None, scratch(plan, saved), grads)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..plan.configs import TileConfig
 from ..plan.hopper import HopperConfig
+from ..plan.hopper_backward import KeysConfig
 from ..spec import Saved
 
-__all__ = ["SMALLEST_SCALE", "Call", "address_of", "bias_strides", "sink_gradient", "start"]
+__all__ = ["SMALLEST_SCALE", "Call", "address_of", "bias_strides", "sink_gradient", "slope_strides", "start"]
 
 LN2 = 0.6931471805599453
 SMALLEST_SCALE = 2.0**-126  # the least normal float32: what is smaller may reach a kernel as 0
@@ -27,7 +28,7 @@ class Call:
     kernel: Any
     args: tuple[Any, ...]
     constants: dict[str, Any]
-    config: TileConfig | HopperConfig
+    config: TileConfig | HopperConfig | KeysConfig
     programs: int
 
     def start(self) -> None:
@@ -46,6 +47,11 @@ def start(device: torch.device, calls: Iterable[Call]) -> None:
 def bias_strides(bias: Tensor | None) -> tuple[int, ...] | None:
     """Strides of a canonical bias, 0 along dims that it broadcasts."""
     return None if bias is None else tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+
+
+def slope_strides(slopes: Tensor | None) -> tuple[int, int] | None:
+    """(batch, head) strides of ALiBi slopes (B|1, Hq), 0 where all batch entries share them."""
+    return None if slopes is None else (slopes.stride(0) if slopes.shape[0] > 1 else 0, slopes.stride(1))
 
 
 def address_of(x: Tensor) -> int:

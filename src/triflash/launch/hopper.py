@@ -6,6 +6,7 @@ copied to rows that are padded to that; their copies live as long as the launch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,30 +18,29 @@ from ..kernels.hopper.compat import TensorDescriptor, gl
 from ..plan import layout
 from ..plan.configs import padded
 from ..plan.hopper import ROWS, HopperConfig, bias_block, schedule, whole_tiles
-from ..plan.select import Plan
-from ..spec import AttentionSpec
-from .calls import SMALLEST_SCALE, Call, bias_strides, start
+from ..plan.steps import Plan
+from ..spec import AttentionSpec, Operands, Saved
+from .calls import SMALLEST_SCALE, Call, bias_strides, slope_strides, start
 
-__all__ = ["forward", "forward_calls"]
+__all__ = ["addressable", "descriptor", "forward", "forward_calls", "padded_rows", "ready", "ready_bias"]
 
 _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
 _ALIGNMENT = 16  # bytes
 
 
-def forward(
-    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
-) -> None:
+def forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> None:
     """Fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); lse and rest are contiguous."""
-    target = out if addressable(out) else _padded_rows(out)
-    start(q.device, forward_calls(plan, spec, _ready(q), _ready(k), _ready(v), _ready_bias(spec, bias), target, lse, rest))
-    if target is not out:
-        out.copy_(target)
+    target = saved.out if addressable(saved.out) else padded_rows(saved.out)
+    x = x._replace(q=ready(x.q), k=ready(x.k), v=ready(x.v), bias=ready_bias(spec, x.bias))
+    start(x.q.device, forward_calls(plan, spec, x, saved._replace(out=target)))
+    if target is not saved.out:
+        saved.out.copy_(target)
 
 
-def forward_calls(
-    plan: Plan, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None
-) -> list[Call]:
+def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches of a forward pass; all tensors are addressable."""
+    q, k, v, bias, _, lengths, slopes, sink, _ = x
+    out, lse, rest = saved
     calls = []
     for step in plan.steps:
         config = step.config
@@ -60,8 +60,10 @@ def forward_calls(
             descriptor(k, (1, block_n, 1, head)),
             descriptor(v, (1, block_n, 1, value)),
             descriptor(out, (1, ROWS, 1, value)),
-            *(bias_desc, pointer, lse, rest, None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
-            *(spec.batch, spec.heads, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
+            *(bias_desc, pointer, lengths, slopes, sink, lse, rest),
+            *(None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
+            *(slope_strides(slopes), None if sink is None else sink.stride(0)),
+            *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
             *(tiles_m, tiles, *schedule(spec, config, step.programs)),
         )
         constants: dict[str, Any] = {
@@ -74,7 +76,7 @@ def forward_calls(
             "IS_MASK": spec.bias is not None and spec.bias.is_mask,
             "VARIES_M": spec.bias is not None and spec.bias.varies[3],
             "POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE,
-            "EVEN_N": spec.keys % block_n == 0,
+            "EVEN_N": spec.keys % block_n == 0 and not spec.key_lengths,
             "TURNS": config.turns,
             "OWN_OUT": config.own_out,
             "REGISTERS": config.registers,
@@ -87,8 +89,13 @@ def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A TMA descriptor of an addressable tensor, in blocks of that shape."""
     unit = _ALIGNMENT // x.element_size()
     strides = [unit if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    shared = gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[x.dtype])
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block), shared)
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block), _shared_layout(tuple(block), x.dtype))
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
+    """How a block lies in shared memory. Cached: working it out takes longer than all else about a descriptor."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), _TYPES[dtype])
 
 
 def addressable(x: Tensor) -> bool:
@@ -96,20 +103,20 @@ def addressable(x: Tensor) -> bool:
     return layout.tma_addressable(x.shape, x.stride(), x.element_size(), x.data_ptr())
 
 
-def _padded_rows(x: Tensor) -> Tensor:
+def padded_rows(x: Tensor) -> Tensor:
     """An uninitialised tensor of x's shape whose rows begin at multiples of 16 bytes."""
     return x.new_empty(layout.tma_padded(x.shape, x.element_size()))[..., : x.shape[-1]]
 
 
-def _ready(x: Tensor) -> Tensor:
+def ready(x: Tensor) -> Tensor:
     """x itself, or a copy that TMA can address."""
-    return x if addressable(x) else _padded_rows(x).copy_(x)
+    return x if addressable(x) else padded_rows(x).copy_(x)
 
 
-def _ready_bias(spec: AttentionSpec, bias: Tensor | None) -> Tensor | None:
+def ready_bias(spec: AttentionSpec, bias: Tensor | None) -> Tensor | None:
     """The bias without what ``expand`` repeats, ready for TMA if it has a dim of keys."""
     if bias is None or not (spec.bias and spec.bias.varies[4]):
         return bias
     # An expanded outer dim is read at its only element. An expanded dim of queries or keys is what a tile is made of: it is written out.
     stored = bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride()[:3])]
-    return _ready(stored)
+    return ready(stored)

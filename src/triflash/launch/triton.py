@@ -20,11 +20,11 @@ from ..kernels.triton import forward as forward_kernels
 from ..kernels.triton.features import Features
 from ..plan import layout
 from ..plan.configs import TileConfig, padded
-from ..plan.select import SUM_BLOCK, Plan, Step
+from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from .calls import SMALLEST_SCALE, Call, bias_strides, sink_gradient, start
 
-__all__ = ["backward", "backward_calls", "forward", "forward_calls", "scratch"]
+__all__ = ["backward", "backward_calls", "forward", "forward_calls", "partial_sums", "row_strides", "scratch"]
 
 _WIDE_STRIDE = 2**22  # from this stride on, an offset inside a tile of up to 256 rows and columns might not fit 31 bits
 
@@ -111,8 +111,8 @@ def backward_calls(
             constants = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
             calls.append(Call(backward_kernels.delta, (*args, spec.heads, spec.queries), constants, config, step.programs))
         elif step.kernel == "dkdv":
-            parts = _partial_sums(step, dbias)
-            target_strides = _row_strides(spec, parts) if parts is not None else None
+            parts = partial_sums(step, dbias)
+            target_strides = row_strides(spec, parts) if parts is not None else None
             outputs = (dk, dv, parts, *strides, _strides(dk), _strides(dv), target_strides)
             args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale)
             constants = _constants(spec, config, wide) | {"GROUPED": spec.groups > 1, "ORDER": step.order}
@@ -125,7 +125,7 @@ def backward_calls(
             calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
         elif step.kernel == "dbias":
             assert dbias is not None and spec.bias is not None
-            parts = _partial_sums(step, dbias)
+            parts = partial_sums(step, dbias)
             assert parts is not None
             sizes = (spec.heads, spec.groups, spec.batch_outer, spec.batch_inner, spec.queries, spec.keys)
             args = (*inputs, parts, *strides, (parts.stride(0), *bias_strides(parts[0])))  # type: ignore[misc]
@@ -169,7 +169,7 @@ def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | 
     return (*strides[:3], *(stride if on else None for stride, on in zip(strides[3:], spec.varies[3:], strict=True)))
 
 
-def _partial_sums(step: Step, dbias: Tensor | None) -> Tensor | None:
+def partial_sums(step: Step, dbias: Tensor | None) -> Tensor | None:
     """Where a kernel writes dbias: ``(splits, *dbias.shape)``, scratch if there are several parts, else dbias itself."""
     if "dbias" not in step.gives:
         return None
@@ -177,7 +177,7 @@ def _partial_sums(step: Step, dbias: Tensor | None) -> Tensor | None:
     return dbias.new_empty((step.splits, *dbias.shape), dtype=torch.float32) if step.splits > 1 else dbias.unsqueeze(0)
 
 
-def _row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int]:
+def row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int]:
     """Strides of ``parts (splits, B0|1, B1|1, H|1, 1, N)`` by (outer batch, inner batch, head, key): a broadcast dim counts parts."""
     strides, part = [0, 0, 0], parts.stride(0)
     for dim, size in ((2, spec.heads), (1, spec.batch_inner), (0, spec.batch_outer)):

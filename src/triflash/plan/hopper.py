@@ -9,13 +9,23 @@ from ..errors import bad_value
 from ..spec import AttentionSpec
 from .configs import padded
 
-__all__ = ["HopperConfig", "bias_block", "bias_bytes", "forward_config", "reservation", "schedule", "shared_memory", "whole_tiles"]
+__all__ = [
+    "HopperConfig",
+    "bias_block",
+    "bias_bytes",
+    "dealt",
+    "equal_sections",
+    "forward_config",
+    "reservation",
+    "schedule",
+    "shared_memory",
+    "whole_tiles",
+]
 
 ROWS = 64  # queries of one consumer warpgroup: the M of a warpgroup product
 MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even
 TILE_COST = 1  # what a tile costs besides its blocks, in blocks
 SHORTEST = 256
-MAX_BIASED_HEAD_DIM = 128  # above it, with a bias, bits differed between launches (docs/tuning.md); a mend awaits its run on a GPU
 L2_SECTION = 24 * 2**20  # bytes of keys and values that tiles running at the same time may share: half of an H100's L2 cache
 
 
@@ -131,7 +141,7 @@ def forward_config(spec: AttentionSpec, limit: int, processors: int = 0) -> Hopp
     """
     head = padded(max(spec.head_dim, spec.value_dim))
     bias_tiles = spec.bias is not None and spec.bias.varies[4]
-    for config in _candidates(head, spec.bias is not None, bias_tiles, spec.lo is not None or spec.hi is not None, spec.keys):
+    for config in _candidates(head, spec.bias is not None or spec.alibi, bias_tiles, spec.lo is not None or spec.hi is not None, spec.keys):
         if shared_memory(spec, config) <= limit and (config.own_out or padded(spec.head_dim) == padded(spec.value_dim)):
             if 2 * whole_tiles(spec, config)[1] <= processors:
                 return replace(config, consumers=1, turns=False)
@@ -140,8 +150,8 @@ def forward_config(spec: AttentionSpec, limit: int, processors: int = 0) -> Hopp
 
 
 @functools.lru_cache(maxsize=4096)
-def schedule(spec: AttentionSpec, config: HopperConfig, programs: int) -> tuple[int, int, int]:
-    """``(section, snake, alternate)``: how tiles are dealt to a grid of ``programs`` (see ``locate`` of the kernel).
+def schedule(spec: AttentionSpec, config: HopperConfig, programs: int) -> tuple[int, int]:
+    """``(section, snake)``: how tiles are dealt to a grid of ``programs`` (see ``kernels/hopper/grid.locate``).
 
     A section is as many (batch, head) pairs as keep their keys and values in the L2 cache together. Under a causal mask tiles differ in
     length, and of the ways to deal them that which gives the busiest program least work is taken.
@@ -150,13 +160,17 @@ def schedule(spec: AttentionSpec, config: HopperConfig, programs: int) -> tuple[
     fitting = max(1, L2_SECTION // max(1, spec.keys * (spec.head_dim + spec.value_dim) * 2))
     tiles_m, tiles = whole_tiles(spec, config)
     if spec.hi is None or tiles <= programs or tiles > MOST_SIMULATED:
-        return _equal(pairs, fitting), 0, 1
-    lengths = [_blocks(spec, config, tile) + TILE_COST for tile in range(tiles_m)]
-    ways = [(_equal(pairs, size), snake, 1) for size in (fitting, 2 * fitting, 4 * fitting) for snake in (1, 0)]
+        return equal_sections(pairs, fitting), 0
+    return dealt([_blocks(spec, config, tile) + TILE_COST for tile in reversed(range(tiles_m))], pairs, programs, fitting)
+
+
+def dealt(lengths: list[int], pairs: int, programs: int, fitting: int) -> tuple[int, int]:
+    """The most even ``(section, snake)`` for pairs whose tiles have these lengths, from what should be the longest to the shortest."""
+    ways = [(equal_sections(pairs, size), snake) for size in (fitting, 2 * fitting, 4 * fitting) for snake in (1, 0)]
     return min(dict.fromkeys(ways), key=lambda way: (round(_busiest(lengths, pairs, programs, *way), 2), way[0]))
 
 
-def _equal(pairs: int, most: int) -> int:
+def equal_sections(pairs: int, most: int) -> int:
     """Sections of at most so many pairs, about equally large."""
     return -(-pairs // -(-pairs // most))
 
@@ -169,15 +183,14 @@ def _blocks(spec: AttentionSpec, config: HopperConfig, tile: int) -> int:
     return max(1, -(-end // config.block_n) - begin // config.block_n)
 
 
-def _busiest(lengths: list[int], pairs: int, programs: int, section: int, snake: int, alternate: int) -> float:
+def _busiest(lengths: list[int], pairs: int, programs: int, section: int, snake: int) -> float:
     """The most blocks that a program gets, over the mean."""
     load = [0.0] * programs
     sections = -(-pairs // section)
     at = 0
     for number in range(sections):
         size = min(section, pairs - number * section)
-        longest_first = not (sections - 1 - number) & alternate
-        for length in reversed(lengths) if longest_first else lengths:
+        for length in reversed(lengths) if (sections - 1 - number) % 2 else lengths:
             for _ in range(size):
                 wave, place = divmod(at, programs)
                 load[programs - 1 - place if wave & snake else place] += length
@@ -187,8 +200,6 @@ def _busiest(lengths: list[int], pairs: int, programs: int, section: int, snake:
 
 def reservation(spec: AttentionSpec) -> str | None:
     """Why the automatic choice does not take these kernels although they can run, or None if it does."""
-    if spec.bias is not None:
-        return "kept for calls by name with a bias, until a race with its loads is seen to be mended"
     if spec.head_dim % 8 or spec.value_dim % 8:
         return "would copy tensors whose rows are no multiple of 16 bytes"
     if min(spec.queries, spec.keys) < SHORTEST:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 from ..spec import AttentionSpec, Needs
-from .select import Plan
+from .hopper_backward import stats_kinds, stats_length
+from .steps import Plan
 
 __all__ = ["scratch"]
 
@@ -20,8 +21,12 @@ def scratch(plans: Sequence[Plan], spec: AttentionSpec, needs: Needs) -> Iterabl
         yield "rest of lse", rows * 4
     if len(plans) > 1:
         backward = plans[1]
-        if backward.backend == "tiled" or any(step.kernel == "delta" for step in backward.steps):
+        if backward.backend == "tiled" or backward.step("delta"):
             yield "delta", rows * width
+        if backward.step("prepare"):
+            yield "lse and delta for TMA", spec.batch * spec.heads * stats_kinds(spec) * stats_length(spec) * 4
+        if backward.step("finish"):
+            yield "float32 sum of dq", rows * -(-spec.head_dim // 4) * 4 * 4
         for step in backward.steps:
             if "dbias" in step.gives and step.splits > 1 and step.kernel != "dbias_sum":
                 yield "partial sums of dbias", step.splits * _bias_elements(spec) * 4

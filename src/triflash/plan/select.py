@@ -7,15 +7,15 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import UnsupportedError, bad_type, bad_value, unsupported
 from ..spec import AttentionSpec, Needs
-from . import hopper, overlay, override, tables
+from . import hopper, hopper_steps, overlay, override, tables
 from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_features, with_wide_bias
 from .device import DeviceFacts, triton_problem
 from .hopper import HopperConfig
+from .steps import Plan, Step, broadcast_rows, ceil_div, dbias_source, sum_steps
 
 __all__ = [
     "BACKENDS",
@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "tiled", "triton", "hopper", "oracle")
-SUM_BLOCK = 1024  # elements of dbias that one program of dbias_sum adds up
 _ENVIRONMENT = "TRIFLASH_BACKEND"
 
 
@@ -56,8 +55,8 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: ``"auto"`` (the default: Triton kernels on a GPU, ``tiled`` on a CPU), ``"tiled"`` (PyTorch, any device, also float64),
-            ``"triton"`` (portable Triton kernels; on CPU tensors only with ``TRITON_INTERPRET=1``), ``"hopper"`` (forward pass alone, on
-            an NVIDIA H100, H200 or H20), or ``"oracle"`` (dense float64 reference, for debugging).
+            ``"triton"`` (portable Triton kernels; on CPU tensors only with ``TRITON_INTERPRET=1``), ``"hopper"`` (16-bit
+            inputs on an NVIDIA H100, H200 or H20), or ``"oracle"`` (dense float64 reference, for debugging).
 
     A named backend never falls back: what it cannot do raises :class:`triflash.UnsupportedError`. The choice is made in the forward
     pass; the backward pass of that call uses the same one, wherever it runs. The environment variable ``TRIFLASH_BACKEND`` sets the
@@ -92,38 +91,6 @@ def requested_backend() -> str:
     return name
 
 
-@dataclass(frozen=True)
-class Step:
-    """One kernel of a plan.
-
-    kernel, config: its name and tile configuration (None: it has none). programs: how many it starts.
-    order: which index of the grid varies fastest (see ``kernels/triton/prims.locate``). splits: parts that a reduction is cut into.
-    gives: the gradients that it computes.
-    """
-
-    kernel: str
-    config: TileConfig | HopperConfig | None = None
-    programs: int = 1
-    order: str = "tile"
-    splits: int = 1
-    gives: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        return self.kernel if self.config is None else f"{self.kernel} {self.config}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What will run: a backend and its kernels in order."""
-
-    backend: str
-    steps: tuple[Step, ...]
-
-    def step(self, kernel: str) -> Step | None:
-        """The step of that kernel, or None if the plan has none."""
-        return next((step for step in self.steps if step.kernel == kernel), None)
-
-
 def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool = False) -> tuple[str, str] | None:
     """None if the backend can compute the spec's forward (or backward) pass on the device, else (what it cannot, what does work)."""
     if name not in ("triton", "hopper"):
@@ -149,40 +116,43 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool 
     return None
 
 
+_ON_HOPPER = ("key lengths", "ALiBi slopes", "a sink")
+
+
 def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     if device.arch != "sm90":
         return f"{device.arch}", "its kernels are made for sm90 (H100, H200, H20): use backend('triton')"
     if spec.dtype not in ("fp16", "bf16"):
         return f"{spec.dtype}", "its products are 16-bit ones: use backend('triton')"
-    if spec.extras:
-        return ", ".join(spec.extras), "use backend('triton')"
+    if lacking := [name for name in spec.extras if name not in _ON_HOPPER and "key heads" not in name]:
+        return ", ".join(lacking), "use backend('triton')"
     if spec.bias is not None and spec.bias.dtype == "fp64":
         return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
     if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
         return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
     if spec.is_empty:
         return "empty tensors", "use backend('triton')"
-    if spec.bias is not None and max(spec.head_dim, spec.value_dim) > hopper.MAX_BIASED_HEAD_DIM:
-        limit = f"up to {hopper.MAX_BIASED_HEAD_DIM} with a bias: beyond, its results were seen to differ from run to run"
-        return f"head dim {max(spec.head_dim, spec.value_dim)} with a bias", f"it takes {limit}; use backend('triton')"
     if hopper.forward_config(spec, device.shared_memory) is None:
         return f"head dims {spec.head_dim} and {spec.value_dim} with such a bias", "no tile fits in shared memory: use backend('triton')"
     return None
 
 
-def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, backward: bool = False) -> str:
+def _why_not_pass(name: str, spec: AttentionSpec, device: DeviceFacts, needs: Needs | None) -> tuple[str, str] | None:
+    """``why_not``, of a forward pass or, with needs, of a backward pass."""
+    if reason := why_not(name, spec, device, needs is not None):
+        return reason
+    return hopper_steps.why_not_backward(spec, needs, device) if name == "hopper" and needs is not None else None
+
+
+def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, needs: Needs | None = None) -> str:
     check_backend("backend", requested)
     if requested == "auto":
         if device.arch in ("cpu", "interpreter"):
             return "tiled"
-        if not backward and hopper.reservation(spec) is None and not why_not("hopper", spec, device):
+        if hopper.reservation(spec) is None and not _why_not_pass("hopper", spec, device, needs):
             return "hopper"
-        return "tiled" if why_not("triton", spec, device, backward) else "triton"
-    if requested == "hopper" and backward:
-        raise unsupported(
-            "the backward pass", "hopper", "choose 'auto' or 'triton' for the whole step: their backward pass takes it from there"
-        )
-    if reason := why_not(requested, spec, device, backward):
+        return "tiled" if why_not("triton", spec, device, needs is not None) else "triton"
+    if reason := _why_not_pass(requested, spec, device, needs):
         raise unsupported(reason[0], requested, reason[1])
     return requested
 
@@ -197,10 +167,6 @@ def _or_tiled(requested: str, plan: Callable[[str], Plan]) -> Plan:
         return plan("tiled")
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def problem_of(kernel: str, spec: AttentionSpec) -> Problem:
     """The part of a spec by which a kernel's configuration is chosen."""
     banded = spec.lo is not None or spec.hi is not None
@@ -211,7 +177,7 @@ def problem_of(kernel: str, spec: AttentionSpec) -> Problem:
 class Choices(NamedTuple):
     """What the caller chose of configurations, as part of the key of plan caches: single kernels by hand, or a tuned file."""
 
-    by_hand: tuple[tuple[str, TileConfig | HopperConfig], ...]
+    by_hand: tuple[tuple[str, override.Config], ...]
     tuned: overlay.Overlay | None
 
 
@@ -288,7 +254,7 @@ def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choi
     if name != "triton":
         return Plan(name, (Step("forward"),))
     config = _config("forward", spec, device, choices)
-    programs = _ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
+    programs = ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
     return Plan(name, (Step("forward", config, programs, _order(spec)),) if programs else ())
 
 
@@ -321,18 +287,20 @@ def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reques
 
 @functools.lru_cache(maxsize=4096)
 def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
-    name = _choose(requested, spec, device, backward=True)
+    name = _choose(requested, spec, device, needs)
+    if name == "hopper":
+        return Plan(name, hopper_steps.backward_steps(spec, needs, device, dict(choices.by_hand)))
     if name != "triton":
         return Plan(name, (Step("backward"),))
     if spec.is_empty:
         return Plan(name, ())
     batch_heads, batch_key_heads = spec.batch * spec.heads, spec.batch * spec.kv_heads
     steps = []
-    source = _dbias_source(spec) if needs.dbias else None
+    source = dbias_source(spec) if needs.dbias else None
     if needs.dq or needs.dk or needs.dbias or needs.dsink:
         config = _config("delta", spec, device, choices)
         gives = ("dsink",) if needs.dsink else ()
-        steps.append(Step("delta", config, _ceil_div(spec.queries, config.block_m) * batch_heads, gives=gives))
+        steps.append(Step("delta", config, ceil_div(spec.queries, config.block_m) * batch_heads, gives=gives))
     for kernel, length, own, heads, results in (
         ("dkdv", spec.keys, "block_n", batch_key_heads, (("dk", needs.dk), ("dv", needs.dv), ("dbias", source == "dkdv"))),
         ("dq", spec.queries, "block_m", batch_heads, (("dq", needs.dq), ("dbias", source == "dq"))),
@@ -340,54 +308,21 @@ def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reque
         wanted = tuple(name for name, need in results if need)
         if wanted:
             config = _config(kernel, spec, device, choices)
-            programs = _ceil_div(length, getattr(config, own)) * heads
-            splits = _broadcast_rows(spec) if kernel == source == "dkdv" else 1
+            programs = ceil_div(length, getattr(config, own)) * heads
+            splits = broadcast_rows(spec) if kernel == source == "dkdv" else 1
             steps.append(Step(kernel, config, programs, _order(spec), splits, wanted))
     if source == "dkdv":
-        steps += _sum_steps(spec, _broadcast_rows(spec))
+        steps += sum_steps(spec, broadcast_rows(spec))
     elif source == "dbias":
         steps += _dbias_steps(spec, device, _config("dbias", spec, device, choices))
     return Plan(name, tuple(steps))
-
-
-def _dbias_source(spec: AttentionSpec) -> str:
-    """Which kernel gives the gradient of the bias: a pass that has it anyway, or one of its own.
-
-    The pass for dq meets every ds of a full-shape bias exactly once. The pass for dk and dv meets all queries of a key, which is what
-    a bias that varies over keys alone sums over; what is left is one row of partial sums per batch entry and head. With grouped heads it
-    sums over several heads, which may have rows of their own.
-    """
-    assert spec.bias is not None
-    *_, query, key = spec.bias.varies
-    if all(spec.bias.varies):
-        return "dq"
-    return "dkdv" if key and not query and spec.groups == 1 else "dbias"
-
-
-def _broadcast_rows(spec: AttentionSpec) -> int:
-    """Over how many (batch, head) pairs a bias is broadcast."""
-    assert spec.bias is not None
-    rows = 1
-    for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads), spec.bias.varies[:3], strict=True):
-        rows *= 1 if varies else size
-    return rows
-
-
-def _sum_steps(spec: AttentionSpec, splits: int) -> list[Step]:
-    """Adding up ``splits`` partial sums of dbias, in a fixed order, if there are several."""
-    assert spec.bias is not None
-    elements = 1
-    for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys), spec.bias.varies, strict=True):
-        elements *= size if varies else 1
-    config = TileConfig(64, 16, 4, 1)
-    return [Step("dbias_sum", config, _ceil_div(elements, SUM_BLOCK), splits=splits, gives=("dbias",))] if splits > 1 else []
 
 
 def _dbias_steps(spec: AttentionSpec, device: DeviceFacts, config: TileConfig) -> list[Step]:
     """One program per tile of the bias's own shape; where those are too few to fill the chip, the loop over broadcast dims is split."""
     assert spec.bias is not None
     outer, inner, head, query, key = spec.bias.varies
-    tiles_m, tiles_n = _ceil_div(spec.queries, config.block_m), _ceil_div(spec.keys, config.block_n)
+    tiles_m, tiles_n = ceil_div(spec.queries, config.block_m), ceil_div(spec.keys, config.block_n)
     sizes = ((spec.batch_outer, outer), (spec.batch_inner, inner), (spec.heads, head), (tiles_m, query), (tiles_n, key))
     own = looped = 1
     for size, varies in sizes:
@@ -397,5 +332,5 @@ def _dbias_steps(spec: AttentionSpec, device: DeviceFacts, config: TileConfig) -
             looped *= size
     if looped >= 2**31:
         raise unsupported(f"the gradient of a bias broadcast over {looped} tiles", "triton", "sum a larger bias's gradient, or use 'tiled'")
-    splits = max(1, min(looped, _ceil_div(2 * device.processors, own)))
-    return [Step("dbias", config, own * splits, splits=splits, gives=("dbias",)), *_sum_steps(spec, splits)]
+    splits = max(1, min(looped, ceil_div(2 * device.processors, own)))
+    return [Step("dbias", config, own * splits, splits=splits, gives=("dbias",)), *sum_steps(spec, splits)]

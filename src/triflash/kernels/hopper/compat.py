@@ -1,5 +1,6 @@
 """The names of Gluon that differ between Triton releases (3.6 to 3.9), under one name each. Kernels import them from here."""
 
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
@@ -13,6 +14,7 @@ __all__ = [
     "gluon",
     "mbarrier",
     "optional",
+    "tma_add",
     "tma_load",
     "tma_store",
     "tma_store_wait",
@@ -29,3 +31,13 @@ tma_store_wait = tma.store_wait
 def optional(x, _semantic=None):
     """x, or where it is None a None that can be an element of a partition's tuple of arguments."""
     return gl.constexpr(None) if x is None else x
+
+
+@builtin
+def _tma_add(tensor_desc, coord, src, _semantic=None):
+    """Add a tile in shared memory to global memory. Triton 3.6 and 3.7 have the operation, but no name for it."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+tma_add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _tma_add

@@ -27,6 +27,8 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .features import add_alibi, slope_of, visible_keys
+from .grid import accumulator, locate, share, stacked
 
 
 @gluon.constexpr_function
@@ -40,62 +42,6 @@ def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
     return sum(sizes[n] for n in names[: names.index(name)])
 
 
-@gluon.constexpr_function
-def accumulator(columns):
-    """How a warpgroup holds the result of a product: 64 rows, 16 a warp."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
-@gluon.constexpr_function
-def stacked(count, shape):
-    """The shape of ``count`` blocks."""
-    return [count, *shape]
-
-
-@gluon.jit
-def share(tiles, snake):
-    """How many tiles this program works through: the grid deals them out in waves."""
-    programs = gl.num_programs(0)
-    waves = tiles // programs
-    return waves + (_place(waves, snake) < tiles % programs).to(gl.int32)
-
-
-@gluon.jit
-def _place(wave, snake):
-    return gl.where((wave & snake) == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
-
-
-@gluon.jit
-def locate(
-    wave, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST: gl.constexpr, BM: gl.constexpr, WGS: gl.constexpr,
-    REVERSED: gl.constexpr,
-):  # fmt: skip
-    """(first query, head, batch) of this program's tile of a wave.
-
-    Pairs of batch and head are cut into sections whose keys and values fit in the L2 cache; within a section all pairs do one query tile
-    before any does the next. Under a causal mask (REVERSED) later tiles are longer, and what every program gets must still add up to the
-    same: with ``alternate`` = 1 the sections go from the longest tiles to the shortest and back in turn, the last one ending with the
-    shortest; with ``snake`` = 1 every other wave is dealt to the programs from the other end. ``plan/hopper.py`` chooses. BATCH_FASTEST:
-    neighbours differ in the batch, not the head, and so share a bias that broadcasts over the batch.
-    """
-    index = wave * gl.num_programs(0) + _place(wave, snake)
-    number = index // (section * tiles_m)
-    rest = index - number * (section * tiles_m)
-    size = min(section, batch * heads - number * section)
-    tile = rest // size
-    pair = number * section + rest % size
-    if REVERSED:
-        remaining = (batch * heads + section - 1) // section - 1 - number
-        tile = gl.where((remaining & alternate) == 0, tiles_m - 1 - tile, tile)
-    if BATCH_FASTEST:
-        head = pair // batch
-        b = pair % batch
-    else:
-        head = pair % heads
-        b = pair // heads
-    return tile * (BM * WGS), head, b
-
-
 @gluon.jit
 def visible_blocks(m0, rows, M, N, lo, hi, BN: gl.constexpr):
     """``segments`` of the queries ``m0 … m0 + rows``, but never empty: queries that see no key get one block to hide altogether."""
@@ -105,8 +51,8 @@ def visible_blocks(m0, rows, M, N, lo, hi, BN: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, bias_desc, q_s, k_s, v_s, bias_s, bars,
-    batch, heads, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake, alternate,
+    q_desc, k_desc, v_desc, bias_desc, lengths, q_s, k_s, v_s, bias_s, bars,
+    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     VARIES_M: gl.constexpr,
@@ -120,17 +66,18 @@ def _produce(
     V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    LONGEST: gl.constexpr = "last" if hi is not None else "none"
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(share(tiles, snake)):
-        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST, BM, WGS, hi is not None)
-        begin, _a, _b, end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
+        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
+        begin, _a, _b, end = visible_blocks(m0, BM * WGS, M, visible_keys(lengths, b, N), lo, hi, BN)
         for j in range(end - begin):
             n0 = (end - 1 - j) * BN
             at = done + j
             stage = at % K_STAGES
             mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)
             mbarrier.expect(bars.index(K_FULL + stage), k_desc.block_type.nbytes)
-            tma_load(k_desc, [b, n0, head, 0], bars.index(K_FULL + stage), k_s.index(stage))
+            tma_load(k_desc, [b, n0, head // group, 0], bars.index(K_FULL + stage), k_s.index(stage))
             if j == 0:
                 for w in gl.static_range(WGS):
                     mbarrier.wait(bars.index(Q_EMPTY + w), (wave & 1) ^ 1)
@@ -154,23 +101,24 @@ def _produce(
             stage = at % V_STAGES
             mbarrier.wait(bars.index(V_EMPTY + stage), ((at // V_STAGES) & 1) ^ 1)
             mbarrier.expect(bars.index(V_FULL + stage), v_desc.block_type.nbytes)
-            tma_load(v_desc, [b, n0, head, 0], bars.index(V_FULL + stage), v_s.index(stage))
+            tma_load(v_desc, [b, n0, head // group, 0], bars.index(V_FULL + stage), v_s.index(stage))
         done += end - begin
 
 
 @gluon.jit
 def _softmax(
-    s, m, bias_s, bars, row_bias, at, m0, block, N, lo, hi, scale_log2,
+    s, m, bias_s, bars, row_bias, slope, at, m0, ahead, block, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr,
+    ALIBI: gl.constexpr,
 ):  # fmt: skip
     """From the product of one block to ``(p, new maximum, what sums so far shrink by)``, for 64 queries."""
     S: gl.constexpr = accumulator(BN)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    BIASED: gl.constexpr = (bias_s is not None) or ROW_BIASED
+    BIASED: gl.constexpr = (bias_s is not None) or ROW_BIASED or ALIBI
     LATE_SCALE: gl.constexpr = POSITIVE_SCALE and not BIASED
     if not LATE_SCALE:
         s = s * scale_log2
@@ -193,9 +141,11 @@ def _softmax(
             s = gl.where(row != 0, s, float("-inf"))
         else:
             s = gl.fma(row, gl.full([BM, BN], LOG2E, gl.float32, S), s)
+    j = gl.expand_dims(block * BN + gl.arange(0, BN, COLS), 0)
+    i = m0 + gl.arange(0, BM, gl.SliceLayout(1, S))
+    if ALIBI:
+        s = add_alibi(s, slope, gl.expand_dims(i + ahead, 1), j)
     if MASKED:
-        j = gl.expand_dims(block * BN + gl.arange(0, BN, COLS), 0)
-        i = m0 + gl.arange(0, BM, gl.SliceLayout(1, S))
         if hi is not None:  # one comparison a score: the last key that exists and that the query sees
             seen = j <= gl.expand_dims(gl.minimum(i + hi, N - 1), 1)
         else:
@@ -238,14 +188,23 @@ def _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM: gl.constexpr,
 
 @gluon.jit
 def _finish(
-    o, l, m, out_desc, lse, rest, target, m0, head, b, heads, M, BM: gl.constexpr, BN: gl.constexpr, BDV: gl.constexpr, DT: gl.constexpr,
+    o, l, m, out_desc, lse, rest, sink, sink_stride, target, m0, head, b, heads, M,
+    BM: gl.constexpr, BN: gl.constexpr, BDV: gl.constexpr, DT: gl.constexpr,
 ):  # fmt: skip
     """Divide by the sum and write out (by way of the shared buffer ``target``), lse and rest of 64 queries."""
     O: gl.constexpr = accumulator(BDV)
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
+    weight = gl.full([BM], 1.0, gl.float32, ROWS)
+    if sink is not None:  # a key more, whose value is 0
+        z = gl.load(sink + offset(head, sink_stride)).to(gl.float32) * LOG2E
+        top = gl.maximum(m, z)
+        top_safe = gl.where(top == float("-inf"), 0.0, top)
+        weight = gl.exp2(m - top_safe)
+        l = l * weight + gl.exp2(z - top_safe)
+        m = top
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
-    o = (o * gl.expand_dims(gl.convert_layout(1.0 / l, gl.SliceLayout(1, O)), 1)).to(DT)
+    o = (o * gl.expand_dims(gl.convert_layout(weight / l, gl.SliceLayout(1, O)), 1)).to(DT)
     tma_store_wait(0)  # what this buffer held before must have left it
     target.reshape([BM, BDV]).store(o)
     fence_async_shared()
@@ -261,10 +220,11 @@ def _finish(
 
 @gluon.jit
 def _walk(
-    o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, done, m0, first, last, steps, end, N, lo, hi, scale_log2,
+    o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, ahead, first, last, steps, end, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr, Q_EARLY: gl.constexpr,
+    ALIBI: gl.constexpr,
 ):  # fmt: skip
     """Steps ``first … last`` of a tile's ``steps``: q kᵀ of a block, and p v of the block before under its softmax."""
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
@@ -297,8 +257,8 @@ def _walk(
             if step == steps - 1:  # no more products with this q: the next can be fetched while the softmax runs
                 mbarrier.arrive(bars.index(Q_EMPTY + WG))
         p32, m, shrink = _softmax(
-            s, m, bias_s, bars, row_bias, at, m0, end - 1 - step, N, lo, hi, scale_log2,
-            WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED,
+            s, m, bias_s, bars, row_bias, slope, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
+            WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
         )  # fmt: skip
         l = l * shrink + gl.sum(p32, 1)
         o = warpgroup_mma_wait(0, [o_pending])
@@ -310,8 +270,8 @@ def _walk(
 
 @gluon.jit
 def _consume(
-    out_desc, bias, lse, rest, q_s, k_s, v_s, out_s, bias_s, bars,
-    bias_strides, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake, alternate,
+    out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, bars,
+    bias_strides, slope_strides, sink_stride, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
     POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
@@ -335,14 +295,17 @@ def _consume(
     TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     MASKED: gl.constexpr = (lo is not None) or (hi is not None) or (not EVEN_N)
     ROW_BIASED: gl.constexpr = bias is not None
+    ALIBI: gl.constexpr = slopes is not None
     OVERLAP: gl.constexpr = out_s is not None
     DT: gl.constexpr = q_s.dtype
     nothing = gl.zeros([BM, BN], gl.float32, S)
+    LONGEST: gl.constexpr = "last" if hi is not None else "none"
     waves = share(tiles, snake)
     done = 0  # blocks of earlier tiles
 
-    m0, head, b = locate(0, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST, BM, WGS, hi is not None)
-    _begin, _full_begin, _full_end, first_end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
+    m0, head, b = locate(0, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
+    first_keys = visible_keys(lengths, b, N)
+    _begin, _full_begin, _full_end, first_end = visible_blocks(m0, BM * WGS, M, first_keys, lo, hi, BN)
     m0 += WG * BM
     row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
     mbarrier.wait(bars.index(Q_FULL + WG), 0)
@@ -356,34 +319,42 @@ def _consume(
     s = warpgroup_mma_wait(0, [s_pending])
     mbarrier.arrive(bars.index(K_EMPTY))
     p32, m, _shrink = _softmax(
-        s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias, 0, m0, first_end - 1, N, lo, hi, scale_log2,
-        WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED,
+        s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias,
+        slope_of(slopes, slope_strides, b, head), 0, m0, N - M, first_end - 1, first_keys, lo, hi, scale_log2,
+        WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
     )  # fmt: skip
     l = gl.sum(p32, 1)
     p = gl.convert_layout(p32.to(DT), P)
     o = gl.zeros([BM, BDV], gl.float32, O)
     for wave in range(waves):
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
-        begin, full_begin, full_end, end = visible_blocks(m0 - WG * BM, BM * WGS, M, N, lo, hi, BN)
+        n_keys = visible_keys(lengths, b, N)
+        slope = slope_of(slopes, slope_strides, b, head)
+        begin, full_begin, full_end, end = visible_blocks(m0 - WG * BM, BM * WGS, M, n_keys, lo, hi, BN)
         steps = end - begin
         if OVERLAP:
             if steps == 1:
                 mbarrier.arrive(bars.index(Q_EMPTY + WG))
         if hi is not None:
             o, l, m, p = _walk(
-                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, done, m0, 1, end - full_end, steps, end, N, lo, hi, scale_log2,
+                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, 1, end - full_end, steps, end, n_keys, lo, hi,
+                scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
+                ALIBI,
             )  # fmt: skip
         whole = max(1, end - full_end)
         o, l, m, p = _walk(
-            o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, done, m0, whole, end - full_begin, steps, end, N, lo, hi, scale_log2,
-            WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, False, ROW_BIASED, OVERLAP,
+            o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, whole, end - full_begin, steps, end, n_keys, lo, hi,
+            scale_log2,
+            WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, False, ROW_BIASED, OVERLAP, ALIBI,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
             o, l, m, p = _walk(
-                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, done, m0, left, steps, steps, end, N, lo, hi, scale_log2,
+                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, left, steps, steps, end, n_keys, lo, hi,
+                scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
+                ALIBI,
             )  # fmt: skip
         done += steps
         before = (done - 1) % V_STAGES
@@ -391,15 +362,16 @@ def _consume(
             mbarrier.wait(bars.index(V_FULL + before), ((done - 1) // V_STAGES) & 1)
             o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)])
             mbarrier.arrive(bars.index(V_EMPTY + before))
-            _finish(o, l, m, out_desc, lse, rest, q_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
+            _finish(o, l, m, out_desc, lse, rest, sink, sink_stride, q_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
             tma_store_wait(0)
             mbarrier.arrive(bars.index(Q_EMPTY + WG))
         if wave + 1 < waves:  # the first block of the next tile, and under it the last product of this one
             old_m0 = m0
             old_head = head
             old_b = b
-            m0, head, b = locate(wave + 1, tiles_m, batch, heads, section, snake, alternate, BATCH_FASTEST, BM, WGS, hi is not None)
-            _begin, _full_begin, _full_end, next_end = visible_blocks(m0, BM * WGS, M, N, lo, hi, BN)
+            m0, head, b = locate(wave + 1, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
+            next_keys = visible_keys(lengths, b, N)
+            _begin, _full_begin, _full_end, next_end = visible_blocks(m0, BM * WGS, M, next_keys, lo, hi, BN)
             m0 += WG * BM
             row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
             stage = done % K_STAGES
@@ -419,15 +391,18 @@ def _consume(
                 s = warpgroup_mma_wait(0, [s_pending])
             mbarrier.arrive(bars.index(K_EMPTY + stage))
             p32, new_m, _shrink = _softmax(
-                s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias, done, m0, next_end - 1, N, lo, hi, scale_log2,
-                WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED,
+                s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias,
+                slope_of(slopes, slope_strides, b, head), done, m0, N - M, next_end - 1, next_keys, lo, hi, scale_log2,
+                WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
             )  # fmt: skip
             if OVERLAP:
                 o = warpgroup_mma_wait(0, [o_pending])
                 mbarrier.arrive(bars.index(V_EMPTY + before))
             p = gl.convert_layout(p32.to(DT), P)
             if OVERLAP:
-                _finish(o, l, m, out_desc, lse, rest, out_s.index(WG), old_m0, old_head, old_b, heads, M, BM, BN, BDV, DT)
+                _finish(
+                    o, l, m, out_desc, lse, rest, sink, sink_stride, out_s.index(WG), old_m0, old_head, old_b, heads, M, BM, BN, BDV, DT
+                )
             m = new_m
             l = gl.sum(p32, 1)
             o = gl.zeros([BM, BDV], gl.float32, O)
@@ -436,18 +411,18 @@ def _consume(
         mbarrier.wait(bars.index(V_FULL + before), ((done - 1) // V_STAGES) & 1)
         o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)])
         mbarrier.arrive(bars.index(V_EMPTY + before))
-        _finish(o, l, m, out_desc, lse, rest, out_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
+        _finish(o, l, m, out_desc, lse, rest, sink, sink_stride, out_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
         tma_store_wait(0)
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch", "heads", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake", "alternate"]
+COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
-    q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lse, rest, bias_strides, bias_on,
-    batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake, alternate,
+    q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides, sink_stride,
+    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
@@ -457,7 +432,8 @@ def forward(
 
     Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims,
     whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and
-    strides (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). None: absent.
+    strides (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). ``group`` query heads share a
+    key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by head. None: absent.
 
     OWN_OUT: the output leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
     """
@@ -493,43 +469,55 @@ def forward(
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
         gl.warp_specialize([
-            (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+            (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
+                        optional(out_s), optional(bias_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(lo), optional(hi), scale_log2,
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake, alternate,
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
+                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
                         BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [1], [24])  # fmt: skip
     elif WGS == 2:
         gl.warp_specialize([
-            (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+            (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
+                        optional(out_s), optional(bias_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(lo), optional(hi), scale_log2,
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, alternate, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+            (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
+                        optional(out_s), optional(bias_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(lo), optional(hi), scale_log2,
+                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake, alternate,
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
+                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
                         BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, alternate, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+            (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
+                        optional(out_s), optional(bias_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(lo), optional(hi), scale_log2,
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, alternate, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+            (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
+                        optional(out_s), optional(bias_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(lo), optional(hi), scale_log2,
+                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_consume, (out_desc, optional(bias), lse, optional(rest), q_s, k_s, v_s, optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), batch, heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, alternate, 2, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+            (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
+                        optional(out_s), optional(bias_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(lo), optional(hi), scale_log2,
+                        tiles_m, tiles, section, snake, 2, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake, alternate,
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
+                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
                         BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -1,0 +1,397 @@
+"""The backward kernel for Hopper that gives dq, and with it the gradient of a bias of full shape.
+
+Built like the forward kernel: a producer warp that loads by TMA, one or two consumers of 64 queries, a persistent grid whose tiles
+``grid.locate`` deals out. A consumer keeps q and dout of its queries in shared memory and walks the key blocks that they see, from the
+last to the first:
+
+    s = scale q kᵀ (+ bias);   dp = dout vᵀ;   ds = 2^(s - lse) * (dp - delta);   dq += ds k
+
+Every tile of ds exists once, in registers, where it is the left operand of the third product. Nothing is added atomically. With AHEAD the
+product ds k of a block is issued behind s and dp of the next, and runs under that block's softmax.
+
+The gradient of a full-shape bias leaves through the buffer that its block of the bias came in. Blocks that no query of a tile sees are
+filled with zeros by the producer, from a block of zeros in shared memory.
+"""
+
+from ..triton.prims import LOG2E
+from .compat import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    optional,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from .features import add_alibi, slope_of, visible_keys
+from .forward import visible_blocks
+from .grid import accumulator, locate, share, stacked
+from .rows import add_bias, column_of, hide, probabilities, statistics, visible
+
+
+@gluon.constexpr_function
+def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
+    """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
+    sizes = {
+        "q_full": WGS, "q_empty": WGS, "bias_full": WGS * BIAS_STAGES, "bias_empty": WGS * BIAS_STAGES,
+        "turn": WGS, "k_full": K_STAGES, "v_full": V_STAGES, "k_empty": K_STAGES, "v_empty": V_STAGES, "count": 0,
+    }  # fmt: skip
+    names = list(sizes)
+    return sum(sizes[n] for n in names[: names.index(name)])
+
+
+@gluon.jit
+def _produce(
+    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, lengths, q_s, dout_s, k_s, v_s, bias_s, zeros_s, bars,
+    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, VARIES_M: gl.constexpr,
+):  # fmt: skip
+    """The producer: every load of the program, in the order in which the consumers need them."""
+    Q_FULL: gl.constexpr = barrier_at("q_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_FULL: gl.constexpr = barrier_at("k_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
+    LONGEST: gl.constexpr = "last" if hi is not None else "none"
+    for wave in range(share(tiles, snake)):
+        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
+        begin, _a, _b, end = visible_blocks(m0, BM * WGS, M, visible_keys(lengths, b, N), lo, hi, BN)
+        outer = b // batch_inner
+        inner = b % batch_inner
+        key_head = head // group
+        for j in range(end - begin):
+            n0 = (end - 1 - j) * BN
+            at = done + j
+            stage = at % K_STAGES
+            mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)
+            mbarrier.expect(bars.index(K_FULL + stage), k_desc.block_type.nbytes)
+            tma_load(k_desc, [b, n0, key_head, 0], bars.index(K_FULL + stage), k_s.index(stage))
+            if j == 0:
+                for w in gl.static_range(WGS):
+                    mbarrier.wait(bars.index(Q_EMPTY + w), (wave & 1) ^ 1)
+                    mbarrier.expect(bars.index(Q_FULL + w), q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
+                    tma_load(q_desc, [b, m0 + w * BM, head, 0], bars.index(Q_FULL + w), q_s.index(w))
+                    tma_load(dout_desc, [b, m0 + w * BM, head, 0], bars.index(Q_FULL + w), dout_s.index(w))
+            stage = at % V_STAGES
+            mbarrier.wait(bars.index(V_EMPTY + stage), ((at // V_STAGES) & 1) ^ 1)
+            mbarrier.expect(bars.index(V_FULL + stage), v_desc.block_type.nbytes)
+            tma_load(v_desc, [b, n0, key_head, 0], bars.index(V_FULL + stage), v_s.index(stage))
+            if bias_desc is not None:
+                for w in gl.static_range(WGS):
+                    slot = at % BIAS_STAGES * WGS + w
+                    mbarrier.wait(bars.index(BIAS_EMPTY + slot), ((at // BIAS_STAGES) & 1) ^ 1)
+                    mbarrier.expect(bars.index(BIAS_FULL + slot), bias_desc.block_type.nbytes)
+                    row = 0
+                    if VARIES_M:
+                        row = m0 + w * BM
+                    tma_load(
+                        bias_desc,
+                        [outer * bias_on[0], inner * bias_on[1], head * bias_on[2], row, n0],
+                        bars.index(BIAS_FULL + slot),
+                        bias_s.index(slot),
+                    )
+        done += end - begin
+        if zeros_s is not None:
+            for w in gl.static_range(WGS):
+                for block in range(begin):
+                    tma_store(dbias_desc, [outer, inner, head, m0 + w * BM, block * BN], zeros_s)
+                for block in range(end, (N + BN - 1) // BN):
+                    tma_store(dbias_desc, [outer, inner, head, m0 + w * BM, block * BN], zeros_s)
+    if zeros_s is not None:
+        tma_store_wait(0)
+
+
+@gluon.jit
+def _step(
+    dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, at, m0, n0, head, outer, inner, ahead, N, lo, hi,
+    scale_log2,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
+    AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """One key block: ``(dq, ds)`` with the block before in dq (AHEAD), or the block itself."""
+    BD: gl.constexpr = k_s.shape[4]
+    BDV: gl.constexpr = v_s.shape[4]
+    S: gl.constexpr = accumulator(BN)
+    DS: gl.constexpr = gl.DotOperandLayout(0, accumulator(BD), 2)
+    K_FULL: gl.constexpr = barrier_at("k_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    nothing = gl.zeros([BM, BN], gl.float32, S)
+    k_stage = at % K_STAGES
+    v_stage = at % V_STAGES
+    before = (at + K_STAGES - 1) % K_STAGES
+    v_phase = (at // V_STAGES) & 1
+    k = k_s.index(k_stage).reshape([BN, BD])
+    mbarrier.wait(bars.index(K_FULL + k_stage), (at // K_STAGES) & 1)
+    if TURNS:
+        mbarrier.wait(bars.index(TURN + WG), at & 1)
+    s_pending = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    mbarrier.wait(bars.index(V_FULL + v_stage), v_phase)
+    dp_pending = warpgroup_mma(dout, v_s.index(v_stage).reshape([BN, BDV]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if AHEAD and not FIRST:
+        dq_pending = warpgroup_mma(ds, k_s.index(before).reshape([BN, BD]), dq, is_async=True)
+    if TURNS:
+        mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+    if AHEAD and not FIRST:
+        s = warpgroup_mma_wait(2, [s_pending])
+    else:
+        s = warpgroup_mma_wait(1, [s_pending])
+
+    s = s * scale_log2
+    if bias_s is not None:
+        slot = at % BIAS_STAGES * WGS + WG
+        mbarrier.wait(bars.index(BIAS_FULL + slot), (at // BIAS_STAGES) & 1)
+        if VARIES_M:
+            bias = bias_s.index(slot).reshape([BM, BN]).load(S)
+        else:
+            WIDE: gl.constexpr = bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
+            bias = gl.expand_dims(bias_s.index(slot).reshape([WIDE]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
+        s = add_bias(s, bias, IS_MASK)
+        if dbias_desc is None:
+            fence_async_shared()  # a load may wait behind the operands of products, and TMA overtake it: see the forward kernel
+            mbarrier.arrive(bars.index(BIAS_EMPTY + slot))
+    if COLUMN:
+        s = add_bias(s, gl.expand_dims(column, 1), IS_MASK)
+    if ALIBI:
+        i = gl.expand_dims(m0 + ahead + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
+        s = add_alibi(s, slope, i, gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0))
+    if MASKED:
+        s = hide(s, visible(m0, n0, N, lo, hi, BM, BN), float("-inf"))
+    p = probabilities(s, lse, rest, HAS_REST)
+
+    mbarrier.wait(bars.index(V_FULL + v_stage), v_phase)  # long since full: ptxas does not move the wait below up past it
+    if AHEAD and not FIRST:
+        dp = warpgroup_mma_wait(1, [dp_pending])
+    else:
+        dp = warpgroup_mma_wait(0, [dp_pending])
+    mbarrier.arrive(bars.index(V_EMPTY + v_stage))
+    ds32 = p * (dp - gl.expand_dims(delta, 1))
+    if AHEAD and not FIRST:  # before anything is rounded: the product under way reads the registers that the rounded ds will take
+        dq = warpgroup_mma_wait(0, [dq_pending])
+        mbarrier.arrive(bars.index(K_EMPTY + before))
+    if dbias_desc is not None:
+        own = at % BIAS_STAGES * WGS + WG
+        bias_s.index(own).reshape([BM, BN]).store(ds32.to(dbias_desc.dtype))
+        fence_async_shared()
+        tma_store(dbias_desc, [outer, inner, head, m0, n0], bias_s.index(own))
+        if BIAS_STAGES == 1:
+            tma_store_wait(0)
+            mbarrier.arrive(bars.index(BIAS_EMPTY + own))
+        else:  # what the step before stored has had this one's time to leave its buffer
+            tma_store_wait(1)
+            if at > 0:
+                mbarrier.arrive(bars.index(BIAS_EMPTY + (at - 1) % BIAS_STAGES * WGS + WG))
+    ds16 = gl.convert_layout(ds32.to(q.dtype), DS)
+    if not AHEAD:
+        dq = warpgroup_mma_wait(0, [warpgroup_mma(ds16, k, dq, is_async=True)])
+        mbarrier.arrive(bars.index(K_EMPTY + k_stage))
+    return dq, ds16
+
+
+@gluon.jit
+def _walk(
+    dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, first, last, steps, end,
+    m0, head, outer, inner, ahead, N, lo, hi, scale_log2,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
+    AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, Q_EARLY: gl.constexpr,
+):  # fmt: skip
+    """Steps ``first … last`` of a tile's ``steps``."""
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    for step in range(first, last):
+        dq, ds = _step(
+            dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done + step, m0, (end - 1 - step) * BN,
+            head, outer, inner, ahead, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
+            HAS_REST, AHEAD, TURNS, ALIBI, False, MASKED,
+        )  # fmt: skip
+        if Q_EARLY:
+            if step == steps - 1:  # no more products with this q and dout: the next can be fetched
+                mbarrier.arrive(bars.index(Q_EMPTY + WG))
+    return dq, ds
+
+
+@gluon.jit
+def _consume(
+    dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, bars,
+    bias_strides, slope_strides, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
+    EVEN_N: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """One consumer: 64 queries of every tile of the program."""
+    BD: gl.constexpr = q_s.shape[4]
+    BDV: gl.constexpr = v_s.shape[4]
+    DQ: gl.constexpr = accumulator(BD)
+    Q_FULL: gl.constexpr = barrier_at("q_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    MASKED: gl.constexpr = (lo is not None) or (hi is not None) or (not EVEN_N)
+    COLUMN: gl.constexpr = bias is not None
+    ALIBI: gl.constexpr = slopes is not None
+    Q_EARLY: gl.constexpr = out_s is not None
+    scale_log2 = scale * LOG2E
+    q = q_s.index(WG).reshape([BM, BD])
+    dout = dout_s.index(WG).reshape([BM, BDV])
+    if Q_EARLY:
+        target = out_s.index(WG)
+    else:
+        target = q_s.index(WG)
+    done = 0  # blocks of earlier tiles
+    LONGEST: gl.constexpr = "last" if hi is not None else "none"
+    for wave in range(share(tiles, snake)):
+        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
+        n_keys = visible_keys(lengths, b, N)
+        slope = slope_of(slopes, slope_strides, b, head)
+        begin, full_begin, full_end, end = visible_blocks(m0, BM * WGS, M, n_keys, lo, hi, BN)
+        steps = end - begin
+        m0 += WG * BM
+        outer = b // batch_inner
+        inner = b % batch_inner
+        lse, delta, rest = statistics(stats, b * heads + head, m0, M, HAS_REST, BM, BN)
+        column = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
+        dq = gl.zeros([BM, BD], gl.float32, DQ)
+        mbarrier.wait(bars.index(Q_FULL + WG), wave & 1)
+        dq, ds = _step(
+            dq, dq, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, m0, (end - 1) * BN,
+            head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
+            COLUMN,
+            HAS_REST, AHEAD, TURNS, ALIBI, True, MASKED,
+        )  # fmt: skip
+        if Q_EARLY:
+            if steps == 1:
+                mbarrier.arrive(bars.index(Q_EMPTY + WG))
+        # What is left: partly visible on the right, whole, partly visible on the left.
+        if hi is not None:
+            dq, ds = _walk(
+                dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, 1, end - full_end, steps, end,
+                m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
+                VARIES_M,
+                COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
+            )  # fmt: skip
+        whole = max(1, end - full_end)
+        dq, ds = _walk(
+            dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, whole, end - full_begin, steps, end,
+            m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
+            COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, False, Q_EARLY,
+        )  # fmt: skip
+        if lo is not None:
+            left = max(1, end - full_begin)
+            dq, ds = _walk(
+                dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, left, steps, steps, end,
+                m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
+                VARIES_M,
+                COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
+            )  # fmt: skip
+        done += steps
+        if AHEAD:
+            stage = (done - 1) % K_STAGES
+            dq = warpgroup_mma_wait(0, [warpgroup_mma(ds, k_s.index(stage).reshape([BN, BD]), dq, is_async=True)])
+            mbarrier.arrive(bars.index(K_EMPTY + stage))
+        tma_store_wait(0)  # what the target held before must have left it
+        target.reshape([BM, BD]).store((dq * scale).to(q.dtype))
+        fence_async_shared()
+        tma_store(dq_desc, [b, m0, head, 0], target)
+        if not Q_EARLY:
+            tma_store_wait(0)
+            mbarrier.arrive(bars.index(Q_EMPTY + WG))
+    tma_store_wait(0)
+
+
+# Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
+COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake"]
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def dq(
+    q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, bias_strides, slope_strides, bias_on,
+    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+    BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr, EVEN_N: gl.constexpr,
+    OWN_OUT: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``grid.locate`` says.
+
+    Descriptors, bias and its strides as in the forward kernel; dbias_desc is over a bias of full shape, in blocks like the bias's. stats:
+    see ``rows.py``. Query head h reads key head ``h // group``. None: absent.
+
+    OWN_OUT: dq leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
+    """
+    BM: gl.constexpr = 64
+    DT: gl.constexpr = q_desc.dtype
+    q_s = gl.allocate_shared_memory(DT, stacked(WGS, q_desc.block_shape), q_desc.layout)
+    dout_s = gl.allocate_shared_memory(DT, stacked(WGS, dout_desc.block_shape), dout_desc.layout)
+    k_s = gl.allocate_shared_memory(DT, stacked(K_STAGES, k_desc.block_shape), k_desc.layout)
+    v_s = gl.allocate_shared_memory(DT, stacked(V_STAGES, v_desc.block_shape), v_desc.layout)
+    if OWN_OUT:
+        out_s = gl.allocate_shared_memory(DT, stacked(WGS, dq_desc.block_shape), dq_desc.layout)
+    else:
+        out_s = None
+    if bias_desc is not None:
+        bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIAS_STAGES * WGS, bias_desc.block_shape), bias_desc.layout)
+    else:
+        bias_s = None
+    if dbias_desc is not None and (lo is not None or hi is not None or lengths is not None):
+        zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
+        zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
+    else:
+        zeros_s = None
+    COUNT: gl.constexpr = barrier_at("count", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(COUNT):
+        if n >= K_EMPTY:
+            mbarrier.init(bars.index(n), count=WGS)  # every consumer reads every key block
+        else:
+            mbarrier.init(bars.index(n), count=1)
+    fence_async_shared()
+    if TURNS:
+        mbarrier.arrive(bars.index(barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)))
+
+    # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
+    if WGS == 1:
+        gl.warp_specialize([
+            (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
+                        optional(out_s), optional(bias_s),
+                        bars, optional(bias_strides), optional(slope_strides), batch, heads, batch_inner, M, N, optional(lo),
+                        optional(hi), scale,
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
+            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), optional(lengths), q_s, dout_s, k_s,
+                        v_s,
+                        optional(bias_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, VARIES_M)),
+        ], [1], [24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
+                        optional(out_s), optional(bias_s),
+                        bars, optional(bias_strides), optional(slope_strides), batch, heads, batch_inner, M, N, optional(lo),
+                        optional(hi), scale,
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
+            (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
+                        optional(out_s), optional(bias_s),
+                        bars, optional(bias_strides), optional(slope_strides), batch, heads, batch_inner, M, N, optional(lo),
+                        optional(hi), scale,
+                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
+            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), optional(lengths), q_s, dout_s, k_s,
+                        v_s,
+                        optional(bias_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, VARIES_M)),
+        ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -1,0 +1,61 @@
+"""Which tiles a program of a persistent grid works through, and small things that all Hopper kernels share."""
+
+from .compat import gl, gluon
+
+
+@gluon.constexpr_function
+def accumulator(columns):
+    """How a warpgroup holds the result of a product: 64 rows, 16 a warp."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def stacked(count, shape):
+    """The shape of ``count`` blocks."""
+    return [count, *shape]
+
+
+@gluon.jit
+def share(tiles, snake):
+    """How many tiles this program works through: the grid deals them out in waves."""
+    programs = gl.num_programs(0)
+    waves = tiles // programs
+    return waves + (_place(waves, snake) < tiles % programs).to(gl.int32)
+
+
+@gluon.jit
+def _place(wave, snake):
+    return gl.where((wave & snake) == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+
+
+@gluon.jit
+def locate(
+    wave, tiles, batch, heads, section, snake, BATCH_FASTEST: gl.constexpr, TILE: gl.constexpr, LONGEST: gl.constexpr,
+):  # fmt: skip
+    """(first row, head, batch) of this program's tile of a wave; a (batch, head) pair has ``tiles`` tiles of TILE rows.
+
+    Pairs of batch and head are cut into sections whose shared operands (keys and values, or queries) fit in the L2 cache; within a section
+    all pairs do one tile before any does the next. Under a causal mask tiles differ in length (LONGEST: "last" or "first", else "none"),
+    and what every program gets must still add up to the same: sections go from the longest tiles to the shortest and back in turn, the last
+    one ending with the shortest; with ``snake`` = 1 every other wave is dealt to the programs from the other end. ``plan/hopper.py``
+    chooses. BATCH_FASTEST: neighbours differ in the batch, not the head, and so share a bias that broadcasts over the batch.
+    """
+    index = wave * gl.num_programs(0) + _place(wave, snake)
+    number = index // (section * tiles)
+    rest = index - number * (section * tiles)
+    size = min(section, batch * heads - number * section)
+    tile = rest // size
+    pair = number * section + rest % size
+    if LONGEST != "none":
+        remaining = (batch * heads + section - 1) // section - 1 - number
+        if LONGEST == "last":
+            tile = gl.where((remaining & 1) == 0, tiles - 1 - tile, tile)
+        else:
+            tile = gl.where((remaining & 1) == 0, tile, tiles - 1 - tile)
+    if BATCH_FASTEST:
+        head = pair // batch
+        b = pair % batch
+    else:
+        head = pair % heads
+        b = pair // heads
+    return tile * TILE, head, b

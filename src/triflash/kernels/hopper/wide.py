@@ -1,0 +1,404 @@
+"""The backward kernel for Hopper that owns keys, for head dims above 128: dk and dv. dq comes from ``dq.py``.
+
+dk and dv of 64 keys with 256 dims fill a consumer's registers each, so the two consumers share the work another way than in
+``backward.py``: one computes sᵀ, pᵀ and ``dv += pᵀ dout``, the other dpᵀ, dsᵀ and ``dk += scale dsᵀ q``. pᵀ goes from the first to the
+second through shared memory, in q's dtype, in which it is the operand of dv anyway. The second product of a block runs under the first of
+the next.
+"""
+
+from ..triton.prims import LOG2E, offset
+from .columns import DELTA, LSE, REST, probabilities, turned, visible_blocks
+from .compat import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    optional,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from .features import slope_of, visible_keys
+from .grid import accumulator, locate, share, stacked
+
+
+@gluon.constexpr_function
+def barrier_at(name, STAGES):
+    """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
+    sizes = {
+        "kv_full": 1, "kv_empty": 1, "q_full": STAGES, "q_empty": STAGES, "o_full": STAGES, "o_empty": STAGES,
+        "p_full": 2, "p_empty": 2, "bias_full": 1, "bias_empty": 1, "count": 0,
+    }  # fmt: skip
+    names = list(sizes)
+    return sum(sizes[n] for n in names[: names.index(name)])
+
+
+@gluon.jit
+def _produce(
+    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, lengths, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, bars,
+    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_n, tiles, section, snake,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+):  # fmt: skip
+    """The producer: every load of the program, in the order in which the consumers need them."""
+    KV_FULL: gl.constexpr = barrier_at("kv_full", STAGES)
+    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", STAGES)
+    Q_FULL: gl.constexpr = barrier_at("q_full", STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
+    O_FULL: gl.constexpr = barrier_at("o_full", STAGES)
+    O_EMPTY: gl.constexpr = barrier_at("o_empty", STAGES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", STAGES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", STAGES)
+    STATS: gl.constexpr = BM * 4
+    kv_heads = heads // group
+    done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
+    for wave in range(share(tiles, snake)):
+        n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
+        begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
+        mbarrier.wait(bars.index(KV_EMPTY), (wave & 1) ^ 1)
+        mbarrier.expect(bars.index(KV_FULL), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        tma_load(k_desc, [b, n0, kv_head, 0], bars.index(KV_FULL), k_s)
+        tma_load(v_desc, [b, n0, kv_head, 0], bars.index(KV_FULL), v_s)
+        steps = end - begin
+        for step in range(steps * group):
+            head = kv_head * group + step // steps
+            m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
+            row = b * heads + head
+            at = done + step
+            stage = at % STAGES
+            phase = ((at // STAGES) & 1) ^ 1
+            mbarrier.wait(bars.index(Q_EMPTY + stage), phase)
+            if rest_s is not None:
+                mbarrier.expect(bars.index(Q_FULL + stage), q_desc.block_type.nbytes + 2 * STATS)
+                tma_load(stats_desc, [row, REST, m0], bars.index(Q_FULL + stage), rest_s.index(stage))
+            else:
+                mbarrier.expect(bars.index(Q_FULL + stage), q_desc.block_type.nbytes + STATS)
+            tma_load(stats_desc, [row, LSE, m0], bars.index(Q_FULL + stage), lse_s.index(stage))
+            tma_load(q_desc, [b, m0, head, 0], bars.index(Q_FULL + stage), q_s.index(stage))
+            if bias_desc is not None:
+                mbarrier.wait(bars.index(BIAS_EMPTY), (at & 1) ^ 1)
+                mbarrier.expect(bars.index(BIAS_FULL), bias_desc.block_type.nbytes)
+                tma_load(
+                    bias_desc,
+                    [b // batch_inner * bias_on[0], b % batch_inner * bias_on[1], head * bias_on[2], m0, n0],
+                    bars.index(BIAS_FULL),
+                    bias_s,
+                )
+            mbarrier.wait(bars.index(O_EMPTY + stage), phase)
+            mbarrier.expect(bars.index(O_FULL + stage), o_desc.block_type.nbytes + STATS)
+            tma_load(stats_desc, [row, DELTA, m0], bars.index(O_FULL + stage), delta_s.index(stage))
+            tma_load(o_desc, [b, m0, head, 0], bars.index(O_FULL + stage), o_s.index(stage))
+        done += steps * group
+
+
+@gluon.jit
+def _walk_values(
+    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, first, last, n0, ahead, N, lo, hi,
+    scale_log2,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr,
+    NEED_DV: gl.constexpr, NEED_DS: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next. Numbers as in
+    ``backward.py``.
+    """
+    Q_FULL: gl.constexpr = barrier_at("q_full", STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
+    O_FULL: gl.constexpr = barrier_at("o_full", STAGES)
+    O_EMPTY: gl.constexpr = barrier_at("o_empty", STAGES)
+    P_FULL: gl.constexpr = barrier_at("p_full", STAGES)
+    P_EMPTY: gl.constexpr = barrier_at("p_empty", STAGES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", STAGES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", STAGES)
+    W: gl.constexpr = k_s.shape[3]
+    S: gl.constexpr = accumulator(BM)
+    COLS: gl.constexpr = gl.SliceLayout(0, S)
+    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    nothing = gl.zeros([BN, BM], gl.float32, S)
+    k = k_s.reshape([BN, W])
+    for block in range(first, last):
+        at = base + block
+        stage = at % STAGES
+        phase = (at // STAGES) & 1
+        go = at > done
+        mbarrier.wait(bars.index(Q_FULL + stage), phase)
+        s_pending = warpgroup_mma(k, q_s.index(stage).reshape([BM, W]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        lse = gl.expand_dims(lse_s.index(stage).reshape([BM]).load(COLS), 0)
+        before = at - go.to(gl.int32)  # a tile's first step has p = 0 for the block before, and takes dout of its own
+        if NEED_DV:
+            mbarrier.wait(bars.index(O_FULL + before % STAGES), (before // STAGES) & 1)
+            dv_pending = warpgroup_mma(p16, o_s.index(before % STAGES).reshape([BM, W]), dv, is_async=True)
+            s = warpgroup_mma_wait(1, [s_pending])
+        else:
+            s = warpgroup_mma_wait(0, [s_pending])
+        bias = None
+        if bias_s is not None:
+            mbarrier.wait(bars.index(BIAS_FULL), at & 1)
+            bias = bias_s.reshape([BM, BN]).permute((1, 0)).load(S)
+        rest = None
+        if rest_s is not None:
+            rest = gl.expand_dims(rest_s.index(stage).reshape([BM]).load(COLS), 0)
+        p = probabilities(
+            s, bias, key_bias, slope, lse, rest, block * BM, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI, KEY_BIASED, MASKED
+        ).to(k_s.dtype)
+        if NEED_DS:
+            mbarrier.wait(bars.index(P_EMPTY + (at & 1)), ((at >> 1) & 1) ^ 1)
+            p_s.index(at & 1).permute((1, 0)).store(p)
+        fence_async_shared()  # before buffers that were read by plain loads go back to TMA
+        mbarrier.arrive(bars.index(Q_EMPTY + stage))
+        if bias_s is not None:
+            mbarrier.arrive(bars.index(BIAS_EMPTY))
+        if NEED_DS:
+            mbarrier.arrive(bars.index(P_FULL + (at & 1)))
+        if NEED_DV:
+            dv = warpgroup_mma_wait(0, [dv_pending])
+            mbarrier.arrive(bars.index(O_EMPTY + before % STAGES), pred=go)
+        p16 = gl.convert_layout(p, P)
+    return dv, p16
+
+
+@gluon.jit
+def _values(
+    dv_desc, bias, lengths, slopes, q_s, k_s, o_s, lse_s, rest_s, bias_s, p_s, bars,
+    bias_strides, slope_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+    IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, NEED_DS: gl.constexpr,
+):  # fmt: skip
+    """The consumer of scores: pᵀ for itself and for the other one, and dv."""
+    KV_FULL: gl.constexpr = barrier_at("kv_full", STAGES)
+    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", STAGES)
+    O_FULL: gl.constexpr = barrier_at("o_full", STAGES)
+    O_EMPTY: gl.constexpr = barrier_at("o_empty", STAGES)
+    W: gl.constexpr = k_s.shape[3]
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
+    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    DT: gl.constexpr = k_s.dtype
+    NEED_DV: gl.constexpr = dv_desc is not None
+    KEY_BIASED: gl.constexpr = bias is not None
+    ALIBI: gl.constexpr = slopes is not None
+    kv_heads = heads // group
+    scale_log2 = scale * LOG2E
+    done = 0
+    for wave in range(share(tiles, snake)):
+        n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
+        begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
+        n_keys = visible_keys(lengths, b, N)
+        steps = end - begin
+        dv = gl.zeros([BN, W], gl.float32, accumulator(W))
+        p16 = gl.zeros([BN, BM], DT, P)
+        mbarrier.wait(bars.index(KV_FULL), wave & 1)
+        for member in range(group):
+            slope = slope_of(slopes, slope_strides, b, kv_head * group + member)
+            key_bias = gl.zeros([BN], gl.float32, ROWS)
+            if KEY_BIASED:
+                j = n0 + gl.arange(0, BN, ROWS)
+                row = bias + offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1])
+                row += offset(kv_head * group + member, bias_strides[2])
+                key_bias = gl.load(row + j.to(gl.int64) * bias_strides[4], mask=j < N, other=0).to(gl.float32)
+            base = done + member * steps - begin
+            if (hi is not None) or (not EVEN_N):
+                dv, p16 = _walk_values(
+                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, begin, whole, n0, N - M,
+                    n_keys, lo, hi,
+                    scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
+                )  # fmt: skip
+            dv, p16 = _walk_values(
+                dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, whole, part, n0, N - M, n_keys, lo,
+                hi,
+                scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, False,
+            )  # fmt: skip
+            if lo is not None:
+                dv, p16 = _walk_values(
+                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, part, end, n0, N - M, n_keys,
+                    lo, hi,
+                    scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
+                )  # fmt: skip
+        done += steps * group
+        if NEED_DV:
+            if steps > 0:
+                last = (done - 1) % STAGES
+                mbarrier.wait(bars.index(O_FULL + last), ((done - 1) // STAGES) & 1)
+                dv = warpgroup_mma_wait(0, [warpgroup_mma(p16, o_s.index(last).reshape([BM, W]), dv, is_async=True)])
+                mbarrier.arrive(bars.index(O_EMPTY + last))
+            k_s.reshape([BN, W]).store(dv.to(DT))  # nobody else reads these keys
+            fence_async_shared()
+            tma_store(dv_desc, [b, n0, kv_head, 0], k_s)
+            tma_store_wait(0)
+        mbarrier.arrive(bars.index(KV_EMPTY))
+
+
+@gluon.jit
+def _walk_keys(
+    dk, db, ds16, v_s, q_s, o_s, delta_s, p_s, bars, done, base, first, last,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, NEED_DK: gl.constexpr, NEED_DB: gl.constexpr,
+):  # fmt: skip
+    """dsᵀ of the query blocks ``first … last``; ``dk += dsᵀ q`` of each one is started in the step of the next."""
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
+    Q_FULL: gl.constexpr = barrier_at("q_full", STAGES)
+    O_FULL: gl.constexpr = barrier_at("o_full", STAGES)
+    O_EMPTY: gl.constexpr = barrier_at("o_empty", STAGES)
+    P_FULL: gl.constexpr = barrier_at("p_full", STAGES)
+    P_EMPTY: gl.constexpr = barrier_at("p_empty", STAGES)
+    W: gl.constexpr = v_s.shape[3]
+    S: gl.constexpr = accumulator(BM)
+    COLS: gl.constexpr = gl.SliceLayout(0, S)
+    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    nothing = gl.zeros([BN, BM], gl.float32, S)
+    v = v_s.reshape([BN, W])
+    for block in range(first, last):
+        at = base + block
+        stage = at % STAGES
+        go = at > done
+        mbarrier.wait(bars.index(O_FULL + stage), (at // STAGES) & 1)
+        dp_pending = warpgroup_mma(v, o_s.index(stage).reshape([BM, W]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        before = at - go.to(gl.int32)  # a tile's first step has ds = 0 for the block before, and takes q of its own
+        if NEED_DK:
+            mbarrier.wait(bars.index(Q_FULL + before % STAGES), (before // STAGES) & 1)
+            dk_pending = warpgroup_mma(ds16, q_s.index(before % STAGES).reshape([BM, W]), dk, is_async=True)
+        delta = gl.expand_dims(delta_s.index(stage).reshape([BM]).load(COLS), 0)
+        mbarrier.wait(bars.index(P_FULL + (at & 1)), (at >> 1) & 1)
+        p = p_s.index(at & 1).permute((1, 0)).load(S)
+        dp = warpgroup_mma_wait(1 if NEED_DK else 0, [dp_pending])
+        ds = p.to(gl.float32) * (dp - delta)
+        if NEED_DB:
+            db += gl.sum(ds, 1)
+        fence_async_shared()  # before buffers that were read by plain loads go back
+        mbarrier.arrive(bars.index(O_EMPTY + stage))
+        mbarrier.arrive(bars.index(P_EMPTY + (at & 1)))
+        if NEED_DK:
+            dk = warpgroup_mma_wait(0, [dk_pending])
+            mbarrier.arrive(bars.index(Q_EMPTY + before % STAGES), pred=go)
+            ds16 = gl.convert_layout(ds.to(v_s.dtype), P)
+        else:
+            mbarrier.wait(bars.index(Q_FULL + stage), (at // STAGES) & 1)
+            mbarrier.arrive(bars.index(Q_EMPTY + stage))
+    return dk, db, ds16
+
+
+@gluon.jit
+def _keys(
+    dk_desc, dbias, lengths, q_s, v_s, o_s, delta_s, p_s, bars,
+    dbias_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+):  # fmt: skip
+    """The consumer of dout: dsᵀ, dk, and the gradient of a bias that varies over keys alone."""
+    KV_FULL: gl.constexpr = barrier_at("kv_full", STAGES)
+    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", STAGES)
+    Q_FULL: gl.constexpr = barrier_at("q_full", STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
+    W: gl.constexpr = v_s.shape[3]
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
+    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    DT: gl.constexpr = v_s.dtype
+    NEED_DK: gl.constexpr = dk_desc is not None
+    NEED_DB: gl.constexpr = dbias is not None
+    kv_heads = heads // group
+    done = 0
+    for wave in range(share(tiles, snake)):
+        n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
+        begin, _whole, _part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
+        steps = end - begin
+        dk = gl.zeros([BN, W], gl.float32, accumulator(W))
+        ds16 = gl.zeros([BN, BM], DT, P)
+        mbarrier.wait(bars.index(KV_FULL), wave & 1)
+        for member in range(group):
+            db = gl.zeros([BN], gl.float32, ROWS)
+            dk, db, ds16 = _walk_keys(
+                dk, db, ds16, v_s, q_s, o_s, delta_s, p_s, bars, done, done + member * steps - begin, begin, end,
+                BM, BN, STAGES, NEED_DK, NEED_DB,
+            )  # fmt: skip
+            if NEED_DB:
+                j = n0 + gl.arange(0, BN, ROWS)
+                target = dbias + offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
+                target += offset(kv_head * group + member, dbias_strides[2])
+                gl.store(target + j.to(gl.int64) * dbias_strides[3], db.to(dbias.dtype.element_ty), mask=j < N)
+        done += steps * group
+        if NEED_DK:
+            if steps > 0:
+                last = (done - 1) % STAGES
+                mbarrier.wait(bars.index(Q_FULL + last), ((done - 1) // STAGES) & 1)
+                dk = warpgroup_mma_wait(0, [warpgroup_mma(ds16, q_s.index(last).reshape([BM, W]), dk, is_async=True)])
+                mbarrier.arrive(bars.index(Q_EMPTY + last))
+            v_s.reshape([BN, W]).store((dk * scale).to(DT))  # nobody else reads these values
+            fence_async_shared()
+            tma_store(dk_desc, [b, n0, kv_head, 0], v_s)
+            tma_store_wait(0)
+        mbarrier.arrive(bars.index(KV_EMPTY))
+
+
+COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "section", "snake"]
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def wide_keys_backward(
+    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, bias, lengths, slopes, dbias, bias_strides, dbias_strides,
+    slope_strides,
+    bias_on,
+    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+):  # fmt: skip
+    """Tiles of BN = 64 keys of a key head. Arguments as of ``backward.keys_backward``, but all blocks have the same number of columns."""
+    DT: gl.constexpr = q_desc.dtype
+    NEED_DS: gl.constexpr = (dk_desc is not None) or (dbias is not None)
+    NEED_DV: gl.constexpr = dv_desc is not None
+    q_s = gl.allocate_shared_memory(DT, stacked(STAGES, q_desc.block_shape), q_desc.layout)
+    o_s = gl.allocate_shared_memory(DT, stacked(STAGES, o_desc.block_shape), o_desc.layout)
+    k_s = gl.allocate_shared_memory(DT, k_desc.block_shape, k_desc.layout)
+    v_s = gl.allocate_shared_memory(DT, v_desc.block_shape, v_desc.layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, stacked(STAGES, stats_desc.block_shape), stats_desc.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, stacked(STAGES, stats_desc.block_shape), stats_desc.layout)
+    if HAS_REST:
+        rest_s = gl.allocate_shared_memory(gl.float32, stacked(STAGES, stats_desc.block_shape), stats_desc.layout)
+    else:
+        rest_s = None
+    if bias_desc is not None:
+        bias_s = gl.allocate_shared_memory(bias_desc.dtype, bias_desc.block_shape, bias_desc.layout)
+    else:
+        bias_s = None
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], DT)
+    p_s = gl.allocate_shared_memory(DT, [2, BM, BN], SWIZZLED)
+    COUNT: gl.constexpr = barrier_at("count", STAGES)
+    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
+    O_FULL: gl.constexpr = barrier_at("o_full", STAGES)
+    O_EMPTY: gl.constexpr = barrier_at("o_empty", STAGES)
+    P_FULL: gl.constexpr = barrier_at("p_full", STAGES)
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(COUNT):
+        if NEED_DS and (n == KV_EMPTY or (n >= Q_EMPTY and n < O_FULL)):
+            mbarrier.init(bars.index(n), count=2)  # both consumers read these
+        elif NEED_DS and NEED_DV and n >= O_EMPTY and n < P_FULL:
+            mbarrier.init(bars.index(n), count=2)
+        else:
+            mbarrier.init(bars.index(n), count=1)
+    fence_async_shared()
+
+    # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
+    if NEED_DS:
+        gl.warp_specialize([
+            (_values, (optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s, optional(rest_s),
+                       optional(bias_s), p_s, bars,
+                       optional(bias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                       optional(hi), scale,
+                       tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, NEED_DS)),
+            (_keys, (optional(dk_desc), optional(dbias), optional(lengths), q_s, v_s, o_s, delta_s, p_s, bars, optional(dbias_strides),
+                     batch, heads, group, batch_inner, M, N, optional(lo), optional(hi), scale, tiles_n, tiles, section, snake,
+                     BM, BN, STAGES, BATCH_FASTEST, LONGEST)),
+            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
+                        delta_s,
+                        optional(rest_s), optional(bias_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_values, (optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s, optional(rest_s),
+                       optional(bias_s), p_s, bars,
+                       optional(bias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                       optional(hi), scale,
+                       tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, NEED_DS)),
+            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
+                        delta_s,
+                        optional(rest_s), optional(bias_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST)),
+        ], [1], [24])  # fmt: skip

@@ -1,0 +1,207 @@
+"""Arguments and launches of the backward kernels for Hopper. Imports triton, so it is itself imported only when a plan needs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.hopper import backward as keys_kernels
+from ..kernels.hopper import edges
+from ..kernels.hopper import wide as wide_kernels
+from ..kernels.triton import dbias as dbias_kernels
+from ..plan.configs import padded
+from ..plan.hopper_backward import KeysConfig, dims, keys_tiles, schedule, stats_kinds, stats_length
+from ..plan.hopper_rows import RowsConfig
+from ..plan.hopper_steps import EDGE
+from ..plan.steps import SUM_BLOCK, Plan, Step
+from ..spec import AttentionSpec, Gradients, Operands, Saved
+from . import hopper_rows
+from .calls import Call, sink_gradient, slope_strides, start
+from .hopper import addressable, descriptor, padded_rows, ready, ready_bias
+from .triton import partial_sums, row_strides
+
+__all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call"]
+
+
+DELTA = 1  # row of the table of statistics: see kernels/hopper/backward.py
+
+
+def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
+    """Fill those of dq, dk, dv, dbias, dsink that are given, of any strides."""
+    out, lse, rest = saved
+    out = out if out.stride(3) == 1 or out.shape[3] == 1 else out.contiguous()
+    saved = Saved(out, lse, None if rest is None else rest.contiguous())
+    # Kernels write what TMA can address, and a contiguous dbias; what is laid out otherwise is filled by way of a copy.
+    dq, dk, dv = (None if grad is None else grad if addressable(grad) else padded_rows(grad) for grad in grads[:3])
+    dbias = grads.dbias
+    if dbias is not None and any(step.kernel == "dq" and "dbias" in step.gives for step in plan.steps):
+        dbias = dbias if addressable(dbias) else padded_rows(dbias)
+    elif dbias is not None:
+        dbias = dbias.contiguous()
+    written = Gradients(dq, dk, dv, dbias, grads.dsink)
+    x = x._replace(q=ready(x.q), k=ready(x.k), v=ready(x.v), bias=ready_bias(spec, x.bias))
+    stats = new_stats(spec, lse)
+    start(x.q.device, backward_calls(plan, spec, x, saved, ready(dout), dlse, stats, written))
+    for grad, filled in zip(grads, written, strict=True):
+        if grad is not None and filled is not None and filled is not grad:
+            grad.copy_(filled)
+    if grads.dsink is not None and x.sink is not None:
+        delta = stats[:, DELTA, : spec.queries].unflatten(0, (spec.batch, spec.heads))
+        grads.dsink.copy_(sink_gradient(x.sink, saved, delta))
+
+
+def backward_calls(
+    plan: Plan,
+    spec: AttentionSpec,
+    x: Operands,
+    saved: Saved,
+    dout: Tensor,
+    dlse: Tensor | None,
+    stats: Tensor,
+    grads: Gradients,
+) -> list[Call]:
+    """The launches of a backward pass, of which the first fills ``stats`` (:func:`new_stats`). All tensors are addressable."""
+    q, k, v, bias, *_ = x
+    out, lse, rest = saved
+    dq, dk, dv, dbias, _ = grads
+    dq_sum = new_dq_sum(spec, lse) if plan.step("finish") else None
+    parts = None
+    calls = []
+    for step in plan.steps:
+        if step.kernel == "prepare":
+            calls.append(prepare_call(spec, out, dout, dlse, lse, rest, stats, dq_sum))
+        elif step.kernel in ("dkdv", "dqdkdv"):
+            parts = partial_sums(step, dbias)
+            strides = row_strides(spec, parts) if parts is not None else None
+            wanted = (dk if "dk" in step.gives else None, dv if "dv" in step.gives else None)
+            calls.append(keys_call(spec, step, x, dout, stats, *wanted, dq_sum, parts, strides))
+        elif step.kernel == "dq":
+            assert isinstance(step.config, RowsConfig)
+            target = dq if dq is not None else padded_rows(q)
+            full = dbias if "dbias" in step.gives else None
+            calls.append(
+                hopper_rows.dq_call(
+                    spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full, x.key_lengths, x.alibi_slopes
+                )
+            )
+        elif step.kernel == "finish":
+            assert dq_sum is not None and dq is not None
+            calls.append(finish_call(spec, dq_sum, dq))
+        elif step.kernel == "dbias":
+            parts = partial_sums(step, dbias)
+            assert isinstance(step.config, RowsConfig) and bias is not None and parts is not None
+            operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes)
+            calls.append(hopper_rows.dbias_call(spec, step.config, step.programs, step.splits, *operands))
+        elif step.kernel == "dbias_sum":
+            assert dbias is not None and step.config is not None
+            args = (parts, dbias, dbias.numel(), step.splits)
+            calls.append(Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, step.config, step.programs))
+    return calls
+
+
+def new_stats(spec: AttentionSpec, like: Tensor) -> Tensor:
+    """Room for the table of statistics, (batch and head, lse | delta | rest, query)."""
+    return like.new_empty(spec.batch * spec.heads, stats_kinds(spec), stats_length(spec), dtype=torch.float32)
+
+
+def new_dq_sum(spec: AttentionSpec, like: Tensor) -> Tensor:
+    """Room for the float32 sum of dq, (batch, head, query, dim); rows are whole multiples of 16 bytes."""
+    return like.new_empty(spec.batch, spec.heads, spec.queries, -(-spec.head_dim // 4) * 4, dtype=torch.float32)
+
+
+def prepare_call(
+    spec: AttentionSpec,
+    out: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    lse: Tensor,
+    rest: Tensor | None,
+    stats: Tensor,
+    dq_sum: Tensor | None,
+) -> Call:
+    """Fills stats, and dq_sum with zeros."""
+    args = (
+        *(out, dout, dlse, lse, rest if stats.shape[1] == 3 else None, stats, dq_sum),
+        *(out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride(), lse.stride()),
+        *(spec.heads, spec.queries, stats.shape[2]),
+    )
+    row = 4 if dq_sum is None else dq_sum.shape[3]
+    constants = {
+        "BM": EDGE.block_m,
+        "DV": spec.value_dim,
+        "BDV": padded(spec.value_dim),
+        "ROW": row,
+        "BROW": padded(row),
+        "KINDS": stats.shape[1],
+        "WIDE": True,
+    }
+    return Call(edges.prepare, args, constants, EDGE, stats.shape[0] * stats.shape[2] // EDGE.block_m)
+
+
+def finish_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor) -> Call:
+    """dq from its float32 sum."""
+    args = (dq_sum, dq, dq.stride()[:3], spec.heads, spec.queries, spec.scale)
+    constants = {"BM": EDGE.block_m, "D": spec.head_dim, "BD": padded(spec.head_dim), "ROW": dq_sum.shape[3], "WIDE": True}
+    return Call(edges.finish, args, constants, EDGE, spec.batch * spec.heads * -(-spec.queries // EDGE.block_m))
+
+
+def keys_call(
+    spec: AttentionSpec,
+    step: Step,
+    x: Operands,
+    dout: Tensor,
+    stats: Tensor,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dq_sum: Tensor | None,
+    dbias: Tensor | None,
+    dbias_strides: tuple[int, int, int, int] | None,
+) -> Call:
+    """dk, dv, what dq sums up to, and the gradient of a bias that varies over keys alone: what is None is not computed."""
+    q, k, v, bias, _, lengths, slopes, *_ = x
+    config = step.config
+    assert isinstance(config, KeysConfig)
+    head, value = dims(spec)
+    half, rows = 64, config.block_m  # keys of a buffer, queries of a block
+    bias_desc = bias_on = pointer = strides = None
+    if bias is not None:
+        assert spec.bias is not None and spec.bias.varies[4]
+        bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+        if spec.bias.varies[3]:
+            bias_desc = descriptor(bias, (1, 1, 1, rows, half))
+            bias_on = tuple(int(size > 1) for size in bias.shape[:3])
+        else:
+            pointer = bias
+            strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+    tiles_n, tiles = keys_tiles(spec, config)
+    longest = "first" if spec.hi is not None else "none" if spec.lo is None else "last"
+    args: tuple[Any, ...] = (
+        descriptor(q, (1, rows, 1, head)),
+        descriptor(k, (1, half, 1, head)),
+        descriptor(v, (1, half, 1, value)),
+        descriptor(dout, (1, rows, 1, value)),
+        descriptor(stats, (1, 1, rows)),
+        bias_desc,
+        None if dk is None else descriptor(dk, (1, half, 1, head)),
+        None if dv is None else descriptor(dv, (1, half, 1, value)),
+        *(() if config.wide else (None if dq_sum is None else descriptor(dq_sum, (1, 1, rows, head // 2)),)),
+        *(pointer, lengths, slopes, dbias, strides, dbias_strides, slope_strides(slopes), bias_on),
+        *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
+        *(tiles_n, tiles, *schedule(spec, config, step.programs)),
+    )
+    constants: dict[str, Any] = {
+        "BM": rows,
+        "BN": config.block_n,
+        "HAS_REST": stats.shape[1] == 3,
+        "IS_MASK": spec.bias is not None and spec.bias.is_mask,
+        "EVEN_N": spec.keys % config.block_n == 0 and not spec.key_lengths,
+        "BATCH_FASTEST": step.order == "batch",
+        "LONGEST": longest,
+    }
+    if config.wide:
+        assert dq_sum is None
+        return Call(wide_kernels.wide_keys_backward, args, constants | {"STAGES": config.q_stages}, config, step.programs)
+    constants |= {"Q_STAGES": config.q_stages, "O_STAGES": config.o_stages, "BIAS_STAGES": config.bias_stages, "EARLY": config.early}
+    return Call(keys_kernels.keys_backward, args, constants, config, step.programs)

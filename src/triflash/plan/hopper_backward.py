@@ -1,0 +1,133 @@
+"""Configurations of the backward kernels for Hopper: what one holds, how much shared memory it takes, and which is used for what. Pure."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from ..spec import AttentionSpec
+from .configs import padded
+from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, dealt, equal_sections
+
+__all__ = ["KeysConfig", "bias_slot_bytes", "dims", "keys_config", "keys_tiles", "schedule", "shared_memory", "stats_kinds", "stats_length"]
+
+NARROW = 128  # head dims up to which one kernel gives dk, dv and dq; above it ("wide") it gives dk and dv, of half as many keys
+SMALLEST_DIM = 64  # narrower heads are padded, which costs no memory traffic
+
+
+@dataclass(frozen=True)
+class KeysConfig:
+    """One configuration of the kernel that owns keys. block_m: queries of a block. Buffers for q, for dout and, per consumer, for the bias.
+
+    early: dq's products run under the softmax of the next block, not after it. wide: the kernel for head dims above 128, whose consumers
+    share tiles of 64 keys; the others own 64 each.
+    """
+
+    q_stages: int
+    o_stages: int
+    bias_stages: int = 1
+    block_m: int = 64
+    early: bool = False
+    wide: bool = False
+
+    @property
+    def block_n(self) -> int:
+        """Keys of a program's tile."""
+        return 64 if self.wide else 128
+
+    @property
+    def num_warps(self) -> int:
+        """Of the first consumer; the others are workers of a specialised kernel and bring their own."""
+        return 4
+
+    @property
+    def num_stages(self) -> int:
+        return self.q_stages
+
+    def __str__(self) -> str:
+        flags = " early" * self.early + " wide" * self.wide
+        return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{flags}"
+
+
+def dims(spec: AttentionSpec) -> tuple[int, int]:
+    """Head dims of q and k, and of v, as the kernel pads them: above 128 alike."""
+    head, value = max(SMALLEST_DIM, padded(spec.head_dim)), max(SMALLEST_DIM, padded(spec.value_dim))
+    widest = max(head, value)
+    return (widest, widest) if widest > NARROW else (head, value)
+
+
+def stats_kinds(spec: AttentionSpec) -> int:
+    """Rows of the table of statistics: lse, delta and, where there is one, rest."""
+    return 3 if spec.keeps_rest else 2
+
+
+def stats_length(spec: AttentionSpec) -> int:
+    """Columns of the table: queries, rounded up to what every tile divides."""
+    return -(-spec.queries // 128) * 128
+
+
+def bias_slot_bytes(spec: AttentionSpec, config: KeysConfig) -> int:
+    """Bytes of one bias buffer, of which each consumer that scores has some; none where the bias does not vary over both queries and
+    keys.
+    """
+    if spec.bias is None or not (spec.bias.varies[3] and spec.bias.varies[4]):
+        return 0
+    return config.block_m * 64 * {"bool": 1, "fp32": 4}.get(spec.bias.dtype, 2)
+
+
+def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool) -> int:
+    """Bytes of shared memory of one program."""
+    head, value = dims(spec)
+    stages = config.q_stages * (2 * head + 4 * (stats_kinds(spec) - 1)) + config.o_stages * (2 * value + 4)
+    scoring = 1 if config.wide else 2
+    total = config.block_n * 2 * (head + value) + config.block_m * stages + scoring * config.bias_stages * bias_slot_bytes(spec, config)
+    if config.wide:
+        total += 2 * config.block_m * config.block_n * 2
+    elif adds_dq:
+        total += 2 * config.block_m * config.block_n * 2 + config.block_m * head * 4
+    return total + 8 * (10 + 2 * (config.q_stages + config.o_stages) + 4 * config.bias_stages) + 1024  # and what alignment may cost
+
+
+def _candidates(widest: int, bias_tiles: bool) -> tuple[KeysConfig, ...]:
+    """From the fastest measured to the smallest (docs/tuning.md)."""
+    if widest > NARROW:
+        return (KeysConfig(2, 2, wide=True), KeysConfig(1, 1, wide=True))
+    if widest <= SMALLEST_DIM:
+        first = (KeysConfig(2, 2, 2), KeysConfig(2, 2)) if bias_tiles else (KeysConfig(2, 2, early=True),)
+        return (*first, KeysConfig(1, 1))
+    return (KeysConfig(2, 2), KeysConfig(2, 1), KeysConfig(1, 1))
+
+
+@functools.lru_cache(maxsize=4096)
+def keys_config(spec: AttentionSpec, adds_dq: bool, limit: int) -> KeysConfig | None:
+    """The first candidate that fits ``limit`` bytes of shared memory, or None."""
+    for config in _candidates(max(dims(spec)), bias_slot_bytes(spec, KeysConfig(1, 1)) > 0):
+        if shared_memory(spec, config, adds_dq) <= limit:
+            return config
+    return None
+
+
+def keys_tiles(spec: AttentionSpec, config: KeysConfig) -> tuple[int, int]:
+    """(key tiles of a (batch, key head) pair, tiles of the whole problem)."""
+    tiles = -(-spec.keys // config.block_n)
+    return tiles, tiles * spec.batch * spec.kv_heads
+
+
+@functools.lru_cache(maxsize=4096)
+def schedule(spec: AttentionSpec, config: KeysConfig, programs: int) -> tuple[int, int]:
+    """``(section, snake)`` as of the forward kernel; what tiles share here is the queries and their gradients."""
+    pairs = spec.batch * spec.kv_heads
+    fitting = max(1, L2_SECTION // max(1, spec.groups * spec.queries * (3 * spec.head_dim + spec.value_dim) * 2))
+    tiles_n, tiles = keys_tiles(spec, config)
+    if (spec.hi is None and spec.lo is None) or tiles <= programs or tiles > MOST_SIMULATED:
+        return equal_sections(pairs, fitting), 0
+    lengths = [spec.groups * _blocks(spec, config, tile) + TILE_COST for tile in range(tiles_n)]
+    return dealt(lengths if spec.hi is not None else lengths[::-1], pairs, programs, fitting)
+
+
+def _blocks(spec: AttentionSpec, config: KeysConfig, tile: int) -> int:
+    """Query blocks that a key tile visits."""
+    first, last = tile * config.block_n, min((tile + 1) * config.block_n, spec.keys) - 1
+    begin = 0 if spec.hi is None else max(0, first - spec.hi)
+    end = spec.queries if spec.lo is None else max(0, min(last - spec.lo + 1, spec.queries))
+    return max(0, -(-end // config.block_m) - begin // config.block_m)

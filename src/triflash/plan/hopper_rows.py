@@ -1,0 +1,197 @@
+"""Configurations of the Hopper backward kernels that hold scores in rows, ``dq`` and ``dbias``: shared memory, choice, and grids. Pure."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+from ..errors import bad_value
+from ..spec import AttentionSpec
+from .configs import padded
+from .hopper import HopperConfig, bias_bytes, whole_tiles
+
+__all__ = [
+    "RowsConfig", "batch_fastest", "dbias_config", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_shuffle", "dbias_tiles",
+    "dbias_works", "dq_config", "dq_programs", "dq_shared_memory",
+]  # fmt: skip
+
+ROWS = 64  # queries of one consumer warpgroup
+EMPTY_TILE_COST = 0.2  # of writing a tile of zeros, in rounds
+MOST_SIMULATED = 65536  # tiles; with more, any way of dealing them comes out even
+
+
+@dataclass(frozen=True)
+class RowsConfig(HopperConfig):
+    """One launch configuration of ``dq`` or ``dbias``.
+
+    dq: as in the forward kernel; num_stages are buffers for key blocks, v_stages for value blocks, and ahead says that the last product of
+    a block is issued behind the first two of the next, which takes registers and a second key buffer. dbias: num_stages are the slots of
+    the ring, each of ``chunk`` columns of both operands; of the other fields only turns matters.
+    """
+
+    ahead: bool = True
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.consumers > 2:
+            raise bad_value("consumers", "1 or 2", self.consumers)
+        if self.chunk not in (16, 32, 64, 128):
+            raise bad_value("chunk", "16, 32, 64 or 128", self.chunk)
+
+    def __str__(self) -> str:
+        flags = " turns" * self.turns + " ahead" * self.ahead + " own-out" * self.own_out + " persistent" * self.persistent
+        return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.value_stages} b{self.bias_stages} c{self.chunk}{flags}"
+
+
+def dq_shared_memory(spec: AttentionSpec, config: RowsConfig, dbias: bool) -> int:
+    """Bytes of shared memory of one program of ``dq``; ``dbias``: it also gives the gradient of a full-shape bias."""
+    head, value = padded(spec.head_dim) * 2, padded(spec.value_dim) * 2
+    queries = config.block_m * (head + value + head * config.own_out)
+    keys = config.block_n * (config.num_stages * head + config.value_stages * value)
+    one = bias_bytes(spec, config)
+    bias = config.bias_stages * config.consumers * one + one * (dbias and (_banded(spec) or spec.key_lengths))
+    barriers = 8 * (config.consumers * (3 + 2 * config.bias_stages) + 2 * (config.num_stages + config.value_stages))
+    return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
+
+
+def _dq_candidates(head: int, bias: bool) -> tuple[RowsConfig, ...]:
+    """From the fastest to the smallest as reckoned, not measured; the first that fits is taken.
+
+    A key block is used for two steps when the last product lags behind, so there are three buffers for them. A bias tile's buffer is in use
+    for longer where its gradient leaves through it.
+    """
+    if head <= 64:
+        if not bias:
+            return (RowsConfig(2, 128, 3, v_stages=2), RowsConfig(2, 64, 3, v_stages=2))
+        return (RowsConfig(2, 64, 3, 2, v_stages=2), RowsConfig(2, 64, 3, 1, v_stages=2))
+    if head <= 128:
+        stages = 2 if bias else 1
+        return (
+            RowsConfig(2, 64, 3, stages, v_stages=2),
+            RowsConfig(2, 64, 3, stages, v_stages=2, own_out=False),
+            RowsConfig(2, 64, 2, 1, own_out=False),
+            RowsConfig(2, 32, 2, 1, own_out=False),
+        )
+    return (
+        RowsConfig(2, 32, 3, 2 if bias else 1, v_stages=2, own_out=False),
+        RowsConfig(2, 32, 3, 1, v_stages=2, own_out=False),
+        RowsConfig(2, 32, 2, 1, own_out=False, ahead=False),
+        RowsConfig(1, 32, 2, 1, own_out=False),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def dq_config(spec: AttentionSpec, limit: int, dbias: bool = False, processors: int = 0) -> RowsConfig | None:
+    """The configuration of ``dq`` within ``limit`` bytes of shared memory, None if no candidate fits; few tiles are made of 64 queries."""
+    for config in _dq_candidates(padded(max(spec.head_dim, spec.value_dim)), spec.bias is not None):
+        if dq_shared_memory(spec, config, dbias) <= limit:
+            return replace(config, consumers=1) if 2 * whole_tiles(spec, config)[1] <= processors else config
+    return None
+
+
+def dq_programs(spec: AttentionSpec, config: RowsConfig, processors: int) -> int:
+    """How many programs ``dq`` starts."""
+    tiles = whole_tiles(spec, config)[1]
+    return min(tiles, processors) if config.persistent else tiles
+
+
+def batch_fastest(spec: AttentionSpec) -> bool:
+    """Whether neighbouring tiles should differ in the batch, because they share a bias then."""
+    return spec.bias is not None and spec.batch > 1 and not all(spec.bias.varies[:2])
+
+
+def dbias_works(spec: AttentionSpec) -> bool:
+    """Whether ``dbias`` can give the gradient of the spec's bias: it varies over queries and keys, and broadcasts over something else."""
+    return spec.bias is not None and not spec.bias.is_mask and spec.bias.varies[3] and spec.bias.varies[4] and not all(spec.bias.varies)
+
+
+def dbias_shared_memory(spec: AttentionSpec, config: RowsConfig) -> int:
+    """Bytes of shared memory of one program of ``dbias``."""
+    ring = config.num_stages * (config.block_m + config.block_n) * config.chunk * 2
+    return ring + config.consumers * bias_bytes(spec, config) + 8 * (2 * config.num_stages + 3 * config.consumers) + 1024
+
+
+def slots_needed(spec: AttentionSpec, chunk: int) -> int:
+    """Chunks that must lie in the ring at the same time: all of a round, or the last of s and all of dp."""
+    s, dp = -(-spec.head_dim // chunk), -(-spec.value_dim // chunk)
+    return min(s + dp, 1 + dp)
+
+
+@functools.lru_cache(maxsize=4096)
+def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
+    """The configuration of ``dbias`` within ``limit`` bytes of shared memory; None if no candidate fits.
+
+    A wide tile matters most: what a round loads grows with the sum of its sides, what it multiplies with their product.
+    """
+    chunk = min(64, padded(max(spec.head_dim, spec.value_dim)))
+    for consumers, block_n in ((2, 128), (2, 64), (1, 64), (1, 32)):
+        for slots in range(8, slots_needed(spec, chunk) - 1, -1):
+            config = RowsConfig(consumers, block_n, slots, chunk=chunk)
+            if dbias_shared_memory(spec, config) <= limit:
+                return config
+    return None
+
+
+def dbias_tiles(spec: AttentionSpec, config: RowsConfig) -> tuple[int, int, int]:
+    """(query tiles, key tiles, tiles of the whole bias)."""
+    assert spec.bias is not None
+    tiles_m, tiles_n = -(-spec.queries // config.block_m), -(-spec.keys // config.block_n)
+    own = tiles_m * tiles_n
+    for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads), spec.bias.varies[:3], strict=True):
+        own *= size if varies else 1
+    return tiles_m, tiles_n, own
+
+
+def dbias_rounds(spec: AttentionSpec) -> int:
+    """How many (batch, head) pairs a tile of the bias is summed over: the most that ``splits`` may be."""
+    assert spec.bias is not None
+    sizes = zip((spec.batch_outer, spec.batch_inner, spec.heads), spec.bias.varies[:3], strict=True)
+    return math.prod(size for size, varies in sizes if not varies)
+
+
+@functools.lru_cache(maxsize=4096)
+def dbias_programs(spec: AttentionSpec, config: RowsConfig, splits: int, processors: int) -> int:
+    """How many programs ``dbias`` starts: as many as there are processors, or a few less where that deals tiles out more evenly.
+
+    Under a band some tiles are empty, and a grid whose size has a divisor in common with the tiles of a row gives some programs the same
+    columns, all long or all short, in every wave.
+    """
+    tiles = dbias_tiles(spec, config)[2] * splits
+    if tiles <= processors or not _banded(spec) or tiles > MOST_SIMULATED:
+        return min(tiles, processors)
+    return min(range(processors, max(0, processors - 4), -1), key=lambda programs: _best_shuffle(spec, config, splits, programs)[0])
+
+
+def dbias_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs: int) -> int:
+    """In which steps the tiles of a head are taken (``_tile`` of the kernel): that which gives the busiest program least work."""
+    tiles = dbias_tiles(spec, config)[2] * splits
+    if tiles <= programs or not _banded(spec) or tiles > MOST_SIMULATED:
+        return 1
+    return _best_shuffle(spec, config, splits, programs)[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _best_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs: int) -> tuple[float, int]:
+    """(the most work that a program gets, shuffle)."""
+    tiles_m, tiles_n, own = dbias_tiles(spec, config)
+    rounds = dbias_rounds(spec) / splits + EMPTY_TILE_COST
+    cost = [rounds if _sees(spec, config, tm, tn) else EMPTY_TILE_COST for tm in range(tiles_m) for tn in range(tiles_n)]
+    found = []
+    for shuffle in (1, 3, 5, 7, 11, 13, 17, 19):
+        if math.gcd(shuffle, len(cost)) == 1:
+            work = [cost[tile * shuffle % len(cost)] for tile in range(len(cost))] * (own * splits // len(cost))
+            found.append((round(max(sum(work[program::programs]) for program in range(programs)), 2), shuffle))
+    return min(found)
+
+
+def _sees(spec: AttentionSpec, config: RowsConfig, tm: int, tn: int) -> bool:
+    """Whether a query of that tile sees a key of it."""
+    first, last = tm * config.block_m, min((tm + 1) * config.block_m, spec.queries) - 1
+    begin, end = tn * config.block_n, min((tn + 1) * config.block_n, spec.keys)
+    return (spec.hi is None or begin <= last + spec.hi) and (spec.lo is None or end > first + spec.lo)
+
+
+def _banded(spec: AttentionSpec) -> bool:
+    return spec.lo is not None or spec.hi is not None

@@ -1,0 +1,113 @@
+"""The backward pass on Hopper: which of its kernels run for which gradients, and what they cannot do. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..spec import AttentionSpec, Needs
+from . import hopper_backward as keys
+from . import hopper_rows as rows
+from .configs import TileConfig
+from .device import DeviceFacts
+from .hopper_backward import KeysConfig
+from .hopper_rows import RowsConfig
+from .steps import Step, broadcast_rows, ceil_div, sum_steps
+
+__all__ = ["EDGE", "adds_dq", "backward_steps", "shared_memory", "why_not_backward"]
+
+EDGE = TileConfig(64, 16, 4, 1)  # rows of a program of prepare and finish, which have no tiles of scores
+WORTH_ADDING = 1024  # keys that a query sees on average, from which on adding up dq in memory is faster than a pass of its own
+
+
+def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> tuple[str, str] | None:
+    """None if the kernels can give these gradients, else (what they cannot do, the nearest thing that works)."""
+    if spec.bias is not None and not spec.bias.varies[4]:
+        return "the backward pass with a bias that does not vary over keys", "use backend('triton')"
+    if needs.dbias and _source(spec) == "dbias" and not rows.dbias_works(spec):
+        return f"the gradient of a bias of shape {spec.bias}", "use backend('triton')"
+    limit = device.shared_memory
+    fits = keys.keys_config(spec, False, limit) is not None and rows.dq_config(spec, limit, False) is not None
+    if needs.dbias and _source(spec) == "dq":
+        fits = fits and rows.dq_config(spec, limit, True) is not None
+    elif needs.dbias and _source(spec) == "dbias":
+        fits = fits and rows.dbias_config(spec, limit) is not None
+    if not fits:
+        return (
+            f"the backward pass at head dims {spec.head_dim} and {spec.value_dim} with such a bias",
+            "no tile fits: use backend('triton')",
+        )
+    return None
+
+
+def _source(spec: AttentionSpec) -> str:
+    """Which kernel gives the gradient of the bias, as ``steps.dbias_source``; the one for dk and dv keeps the heads of a group apart."""
+    assert spec.bias is not None
+    *_, query, key = spec.bias.varies
+    if all(spec.bias.varies):
+        return "dq"
+    return "dkdv" if key and not query else "dbias"
+
+
+def adds_dq(spec: AttentionSpec, needs: Needs, limit: int, always: bool = False) -> bool:
+    """Whether dq is added up in global memory, in no fixed order, by the kernel that gives dk and dv.
+
+    Not where the same bits are asked for on every run, where a kernel that owns queries runs anyway, and, unless ``always``, where that is
+    faster.
+    """
+    if spec.deterministic or not (needs.dq and (needs.dk or needs.dv)) or max(keys.dims(spec)) > keys.NARROW:
+        return False
+    if needs.dbias and _source(spec) == "dq":
+        return False
+    seen = spec.keys if spec.lo is None and spec.hi is None else spec.keys // 2
+    narrow = max(keys.dims(spec)) <= keys.SMALLEST_DIM
+    return (always or (spec.keys if narrow else seen) > WORTH_ADDING) and keys.keys_config(spec, True, limit) is not None
+
+
+def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
+    """The kernels of a backward pass, in order, for what ``why_not_backward`` allows; ``by_hand``: configurations chosen for single
+    kernels.
+    """
+    limit, processors = device.shared_memory, device.processors
+    source = _source(spec) if needs.dbias else None
+    order = "batch" if rows.batch_fastest(spec) else "head"
+    pairs = spec.batch * spec.heads
+    adding = adds_dq(spec, needs, limit, isinstance(by_hand.get("dqdkdv"), KeysConfig))
+    steps = [Step("prepare", EDGE, pairs * keys.stats_length(spec) // EDGE.block_m)]
+    given = (("dk", needs.dk), ("dv", needs.dv), ("dq", adding), ("dbias", source == "dkdv"))
+    if gives := tuple(name for name, need in given if need):
+        kernel = "dqdkdv" if adding else "dkdv"
+        chosen = by_hand.get(kernel)
+        config = chosen if isinstance(chosen, KeysConfig) else keys.keys_config(spec, adding, limit)
+        assert config is not None, "why_not_backward refuses what fits no candidate"
+        programs = min(keys.keys_tiles(spec, config)[1], processors)
+        steps.append(Step(kernel, config, programs, order, broadcast_rows(spec) if source == "dkdv" else 1, gives))
+    if (needs.dq and not adding) or source == "dq":
+        gives = ("dq",) * needs.dq + ("dbias",) * (source == "dq")
+        chosen = by_hand.get("dq")
+        config_q = chosen if isinstance(chosen, RowsConfig) else rows.dq_config(spec, limit, source == "dq", processors)
+        assert config_q is not None, "why_not_backward refuses what fits no candidate"
+        steps.append(Step("dq", config_q, rows.dq_programs(spec, config_q, processors), order, gives=gives))
+    if adding:
+        steps.append(Step("finish", EDGE, pairs * ceil_div(spec.queries, EDGE.block_m), gives=("dq",)))
+    if source == "dbias":
+        chosen = by_hand.get("dbias")
+        config_b = chosen if isinstance(chosen, RowsConfig) else rows.dbias_config(spec, limit)
+        assert config_b is not None, "why_not_backward refuses what fits no candidate"
+        own, rounds = rows.dbias_tiles(spec, config_b)[2], rows.dbias_rounds(spec)
+        splits = max(1, min(rounds, ceil_div(processors, own)))
+        steps.append(Step("dbias", config_b, rows.dbias_programs(spec, config_b, splits, processors), order, splits, ("dbias",)))
+        steps += sum_steps(spec, splits)
+    elif source == "dkdv":
+        steps += sum_steps(spec, broadcast_rows(spec))
+    return tuple(steps)
+
+
+def shared_memory(spec: AttentionSpec, step: Step) -> int | None:
+    """What a program of a backward step takes at most, in bytes, if it is a matter of its configuration."""
+    if isinstance(step.config, KeysConfig):
+        return keys.shared_memory(spec, step.config, "dq" in step.gives)
+    if isinstance(step.config, RowsConfig):
+        if step.kernel == "dbias":
+            return rows.dbias_shared_memory(spec, step.config)
+        return rows.dq_shared_memory(spec, step.config, "dbias" in step.gives)
+    return None

@@ -1,0 +1,84 @@
+"""What a plan is made of: a backend and its kernels in order. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..spec import AttentionSpec
+from .configs import TileConfig
+from .hopper import HopperConfig
+from .hopper_backward import KeysConfig
+
+__all__ = ["SUM_BLOCK", "Plan", "Step", "broadcast_rows", "ceil_div", "dbias_source", "sum_steps"]
+
+SUM_BLOCK = 1024  # elements of dbias that one program of dbias_sum adds up
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel of a plan.
+
+    kernel, config: its name and tile configuration (None: it has none). programs: how many it starts.
+    order: which index of the grid varies fastest (see ``kernels/triton/prims.locate``). splits: parts that a reduction is cut into.
+    gives: the gradients that it computes.
+    """
+
+    kernel: str
+    config: TileConfig | HopperConfig | KeysConfig | None = None
+    programs: int = 1
+    order: str = "tile"
+    splits: int = 1
+    gives: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.kernel if self.config is None else f"{self.kernel} {self.config}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run: a backend and its kernels in order."""
+
+    backend: str
+    steps: tuple[Step, ...]
+
+    def step(self, kernel: str) -> Step | None:
+        """The step of that kernel, or None if the plan has none."""
+        return next((step for step in self.steps if step.kernel == kernel), None)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """The least integer that is not below a / b."""
+    return -(-a // b)
+
+
+def dbias_source(spec: AttentionSpec) -> str:
+    """Which kernel gives the gradient of the bias: a pass that has it anyway, or one of its own.
+
+    The pass for dq meets every ds of a full-shape bias exactly once. The pass for dk and dv meets all queries of a key, which is what
+    a bias that varies over keys alone sums over; what is left is one row of partial sums per batch entry and head. With grouped heads the
+    portable one sums over several heads, which may have rows of their own.
+    """
+    assert spec.bias is not None
+    *_, query, key = spec.bias.varies
+    if all(spec.bias.varies):
+        return "dq"
+    return "dkdv" if key and not query and spec.groups == 1 else "dbias"
+
+
+def broadcast_rows(spec: AttentionSpec) -> int:
+    """Over how many (batch, head) pairs a bias is broadcast."""
+    assert spec.bias is not None
+    rows = 1
+    for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads), spec.bias.varies[:3], strict=True):
+        rows *= 1 if varies else size
+    return rows
+
+
+def sum_steps(spec: AttentionSpec, splits: int) -> list[Step]:
+    """Adding up ``splits`` partial sums of dbias, in a fixed order, if there are several."""
+    assert spec.bias is not None
+    elements = 1
+    for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys), spec.bias.varies, strict=True):
+        elements *= size if varies else 1
+    config = TileConfig(64, 16, 4, 1)
+    return [Step("dbias_sum", config, ceil_div(elements, SUM_BLOCK), splits=splits, gives=("dbias",))] if splits > 1 else []

@@ -1,0 +1,198 @@
+"""The Hopper kernels dq and dbias compile for sm90, without a GPU, into what they were written for. What that is: see test_hopper.py."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+from test_hopper import (
+    BF16,
+    BOOL,
+    CAUSAL,
+    EVEN,
+    F16,
+    F32,
+    ODD,
+    SM90,
+    UNEVEN,
+    WINDOW,
+    assembled,
+    disassembled,
+    serialised,
+    unfenced_releases,
+)
+
+triton = pytest.importorskip("triton")
+
+from triflash.launch import ahead
+from triflash.launch.calls import Call
+from triflash.launch.hopper_rows import dbias_call, dq_call
+from triflash.plan import hopper_rows as plan
+from triflash.plan.hopper_rows import RowsConfig
+from triflash.spec import spec_of
+
+OPEN = (None, None)
+SPILLS = {64: 8, 128: 8, 256: 16}  # 4-byte words of a thread, by padded head dim; in what a tile does once, not in what a block does
+
+
+@dataclass(frozen=True)
+class Target:
+    """One compilation. splits 0: the kernel dq, which gives dbias too if ``gradient``; else the kernel dbias, in that many parts."""
+
+    dims: tuple[int, int]
+    bias: str = ""
+    band: tuple[int | None, int | None] = OPEN
+    gradient: bool = False
+    splits: int = 0
+    dtype: torch.dtype = BF16
+    bias_dtype: torch.dtype | None = None
+    length: int = UNEVEN
+    config: RowsConfig | None = None
+    group: int = 1
+
+    def __str__(self) -> str:
+        names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
+        kernel = f"dbias-in-{self.splits}" if self.splits else "dq-and-dbias" if self.gradient else "dq"
+        dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
+        band = {OPEN: "full", CAUSAL: "causal"}.get(self.band, "window")
+        parts = (kernel, dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), str(self.config or ""))
+        return "-".join(part.replace(" ", "-") for part in parts if part) + f"-group-{self.group}" * (self.group > 1)
+
+
+def dq(d: int, *args: object, **more: object) -> Target:
+    return Target((d, d), *args, **more)  # type: ignore[arg-type]
+
+
+def dbias(d: int, *args: object, splits: int = 1, **more: object) -> Target:
+    return Target((d, d), *args, splits=splits, **more)  # type: ignore[arg-type]
+
+
+TARGETS = [
+    *(dq(d, band=band, length=length) for d in (64, 128, 256) for band, length in ((OPEN, EVEN), (CAUSAL, UNEVEN))),
+    dq(32, dtype=F16, length=ODD),
+    dq(96, band=WINDOW, dtype=F16),
+    dq(128, band=WINDOW),
+    Target((192, 128), band=CAUSAL),
+    *(dq(d, "1hqk", band) for d in (64, 128) for band in (OPEN, CAUSAL)),
+    dq(256, "1hqk", CAUSAL, length=EVEN),
+    dq(128, "1hqk", WINDOW, dtype=F16, bias_dtype=F32),
+    dq(128, "bhqk", bias_dtype=BOOL),
+    dq(64, "1h1k", CAUSAL, group=4),
+    dq(128, "b11k", bias_dtype=F32),
+    dq(256, "1h1k", CAUSAL),
+    dq(64, "1hq1", bias_dtype=F32),
+    dq(128, "1hq1", CAUSAL, bias_dtype=BOOL),
+    *(dq(d, "bhqk", band, True) for d in (64, 128) for band in (OPEN, CAUSAL, WINDOW)),
+    dq(32, "bhqk", CAUSAL, True, dtype=F16),
+    dq(256, "bhqk", CAUSAL, True),
+    dq(128, "bhqk", CAUSAL, True, bias_dtype=F32),
+    dq(256, "bhqk", CAUSAL, True, bias_dtype=F32, length=ODD),
+    Target((192, 128), "bhqk", OPEN, True, dtype=F16),
+    *(dbias(d, "1hqk", band) for d in (32, 64, 128, 256) for band in (OPEN, CAUSAL)),
+    dbias(128, "1hqk", length=EVEN, dtype=F16),
+    dbias(128, "b1qk", WINDOW, bias_dtype=F32, group=2),
+    dbias(64, "11qk", splits=3),
+    dbias(128, "1hqk", CAUSAL, splits=2, length=ODD, dtype=F16),
+    Target((192, 128), "b1qk", splits=1),
+    Target((16, 256), "11qk", WINDOW, splits=1, bias_dtype=F32),
+    # What the plan falls back to, and what may turn out faster.
+    dq(128, band=CAUSAL, config=RowsConfig(2, 128, 2, own_out=False, ahead=False)),
+    dq(64, "bhqk", CAUSAL, True, config=RowsConfig(2, 128, 2, 2, ahead=False)),
+    dq(128, "bhqk", WINDOW, True, config=RowsConfig(1, 32, 2, own_out=False)),
+    dbias(128, "1hqk", config=RowsConfig(2, 128, 3, chunk=128)),
+    dbias(128, "1hqk", config=RowsConfig(2, 128, 6, turns=True)),
+    dq(64, "1hqk", CAUSAL, config=RowsConfig(2, 64, 3, 2, v_stages=2, turns=True)),
+    dq(128, config=RowsConfig(2, 64, 3, v_stages=2, turns=True)),
+    dbias(128, "1hqk", CAUSAL, config=RowsConfig(1, 32, 4)),
+]
+
+
+def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Call, int]:
+    """The launch of a target on meta tensors, and the shared memory that the plan reckons with."""
+
+    def make(*shape: int, dtype: torch.dtype = target.dtype) -> torch.Tensor:
+        row = -(-shape[-1] // 16) * 16
+        return torch.empty((*shape[:-1], row), device="meta", dtype=dtype)[..., : shape[-1]]
+
+    D, Dv = target.dims
+    q, dout, grad = (make(batch, target.length, heads, d) for d in (D, Dv, D))
+    k, v = (make(batch, target.length, heads // target.group, d) for d in (D, Dv))
+    bias = None
+    if target.bias:
+        sizes = (batch, heads, target.length, target.length)
+        b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
+        bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
+    spec = spec_of(q, make(*q.shape), dout, bias, 1, *target.band, 0.125, "ieee")
+    stats = torch.empty((batch * heads, 3 if spec.keeps_rest else 2, -(-target.length // 128) * 128), device="meta", dtype=F32)
+    if target.splits:
+        assert bias is not None and plan.dbias_works(spec)
+        config = target.config or plan.dbias_config(spec, SM90.shared_memory)
+        assert config is not None
+        dtype = bias.dtype if target.splits == 1 else F32
+        parts = make(target.splits, *bias.shape, dtype=dtype)
+        programs = plan.dbias_programs(spec, config, target.splits, SM90.processors)
+        return dbias_call(spec, config, programs, target.splits, q, k, v, bias, dout, stats, parts), plan.dbias_shared_memory(spec, config)
+    config = target.config or plan.dq_config(spec, SM90.shared_memory, target.gradient)
+    assert config is not None
+    full = make(*bias.shape, dtype=bias.dtype) if bias is not None and target.gradient else None
+    call = dq_call(spec, config, plan.dq_programs(spec, config, SM90.processors), q, k, v, bias, dout, stats, grad, full)
+    return call, plan.dq_shared_memory(spec, config, target.gradient)
+
+
+def test_every_target_has_a_name_of_its_own() -> None:
+    names = [str(target) for target in TARGETS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_compiles_within_limits(target: Target) -> None:
+    call, reckoned = the_call(target)
+    compiled = ahead.compile_for(call, "sm90")
+    used = ahead.resources(compiled)
+    assert used.shared_memory <= reckoned <= SM90.shared_memory, f"{call.config}: {used}, reckoned {reckoned}"
+    code = disassembled(compiled)
+    assert re.search(r"\bHGMMA\b", code) and not re.search(r"\bHMMA\b", code)
+    assert not serialised(assembled(compiled.asm["ptx"]))
+    if target.gradient or target.splits:
+        assert unfenced_stores(code) == 0
+        assert unfenced_stores(code.replace("MEMBAR", "NOP")) > 0  # the check can fail
+    else:
+        assert unfenced_releases(code) == 0
+    if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
+        assert used.spills <= SPILLS[max(64, plan.padded(max(target.dims)))], f"{call.config}: {used}"
+
+
+def unfenced_stores(code: str) -> int:
+    """How often a buffer leaves by TMA, or is released for the last time by a consumer, with own reads or writes of shared memory before it
+    in the text and no fence between. Buffers of these kernels that are also read by hand are released behind such a store only."""
+    found = 0
+    for partition in re.split(r"USETMAXREG", code):
+        lines = partition.splitlines()
+        arrivals = [n for n, line in enumerate(lines) if "SYNCS.ARRIVE" in line and ".A1T0" in line]
+        pending = False
+        for n, line in enumerate(lines):
+            if re.search(r"\b(LDSM?|STSM?)\b", line):
+                pending = True
+            elif "MEMBAR" in line:
+                pending = False
+            elif "UTMASTG" in line or (arrivals and n == arrivals[-1] and "HGMMA" in partition):
+                found += pending
+    return found
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.length != EVEN][::6], ids=str)
+def test_the_softmax_runs_under_a_product(target: Target) -> None:
+    """In every loop the exponentials come before the last wait for products: ptxas is known to move that wait up."""
+    code = disassembled(ahead.compile_for(the_call(target)[0], "sm90"))
+    events = "".join("x" if "MUFU.EX2" in line else "w" for line in code.splitlines() if re.search(r"MUFU.EX2|WARPGROUP.DEPBAR", line))
+    blocks = re.findall(r"w+x+w", events)
+    assert len(blocks) >= 2, events
+
+
+def test_other_sizes_are_the_same_kernel() -> None:
+    """A service that meets many batch sizes and lengths compiles once, not once for each combination of multiples of 16."""
+    for targets in ([dq(64, band=CAUSAL, length=n) for n in (2048, 2560, 1024)], [dbias(64, "1hqk", length=n) for n in (2048, 2560, 1024)]):
+        sizes = ((2, 16), (4, 5), (3, 16))
+        assert len({ahead.compile_for(the_call(target, *size)[0], "sm90").hash for target, size in zip(targets, sizes, strict=True)}) == 1

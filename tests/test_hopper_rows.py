@@ -1,0 +1,341 @@
+"""The Hopper kernels dq and dbias against the dense formula in float64, by their launches as ``launch/hopper_rows.py`` builds them.
+
+On the GPU that they are for they run on it; without a GPU their source runs on the CPU (``gluon_twin.py``).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import gluon_twin
+from cases import ON_HOPPER, hopper_only
+from triflash import oracle
+from triflash.launch.calls import Call, start
+from triflash.launch.hopper_rows import STATISTICS_MULTIPLE, dbias_call, dq_call
+from triflash.plan import hopper_rows as plan
+from triflash.plan.hopper_rows import RowsConfig
+from triflash.spec import AttentionSpec, spec_of
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not ON_HOPPER, reason="needs an sm90 GPU, or none at all")
+
+BF16, F16, F32, BOOL = torch.bfloat16, torch.float16, torch.float32, torch.bool
+LIMIT = 232448
+ERROR = {BF16: 6e-3, F16: 1e-3}  # of a whole tensor, relative; rounding the results alone is a quarter of it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """bias: five letters over (outer batch, inner batch, head, query, key), 1 where it broadcasts. group: query heads of a key head."""
+
+    B: int = 2
+    M: int = 200
+    N: int = 150
+    H: int = 2
+    D: int = 64
+    Dv: int = 64
+    bias: str = ""
+    bias_dtype: torch.dtype | None = None
+    band: tuple[int | None, int | None] = (None, None)
+    group: int = 1
+    batch_inner: int = 1
+    dtype: torch.dtype = BF16
+
+    def __str__(self) -> str:
+        def text(x: object) -> str:
+            return re.sub(r"[^\w.-]+", ".", str(x).replace("torch.", "").replace("None", "open")).strip(".")
+
+        return "-".join(f"{name}{text(value)}" for name, value in vars(self).items() if value != getattr(Problem, name)) or "plain"
+
+
+@dataclass
+class Inputs:
+    spec: AttentionSpec
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    dout: Tensor
+    stats: Tensor
+    dq: Tensor
+    dbias: Tensor | None
+
+
+def wide(x: Tensor) -> Tensor:
+    """x with rows of multiples of 16 elements, and NaN or True between them."""
+    whole = x.new_full((*x.shape[:-1], -(-x.shape[-1] // 16) * 16), True if x.dtype == BOOL else torch.nan)
+    whole[..., : x.shape[-1]] = x
+    return whole[..., : x.shape[-1]]
+
+
+def build(case: Problem, device: torch.device, seed: int = 0) -> Inputs:
+    """Tensors, statistics and exact gradients of a problem. The split of lse into lse and rest is a random one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
+        return wide(torch.randn(shape, generator=generator).to(dtype)).to(device)
+
+    B, M, N, H, K = case.B, case.M, case.N, case.H, case.H // case.group
+    q, k, v, dout = normal(B, M, H, case.D), normal(B, N, K, case.D), normal(B, N, K, case.Dv), normal(B, M, H, case.Dv)
+    bias = None
+    if case.bias:
+        full = {"b": B // case.batch_inner, "i": case.batch_inner, "h": H, "q": M, "k": N, "1": 1}
+        shape = [full[letter] for letter in case.bias]
+        bias = wide(normal(*shape, dtype=F32) > -0.3) if case.bias_dtype == BOOL else normal(*shape, dtype=case.bias_dtype or case.dtype)
+    scale = case.D**-0.5
+    keys, values = (x.repeat_interleave(case.group, 2) for x in (k, v))
+    spec = spec_of(q, keys, values, bias, case.batch_inner, *case.band, scale, "")
+
+    leaves = [q.double().requires_grad_()]
+    if bias is not None and bias.dtype != BOOL:
+        leaves.append(bias.double().requires_grad_())
+    options = {"batch_inner": case.batch_inner, "lo": spec.lo, "hi": spec.hi, "scale": scale}
+    exact_bias = leaves[1] if len(leaves) == 2 else bias
+    out, lse = oracle.attention(leaves[0], keys.double(), values.double(), exact_bias, **options)  # type: ignore[arg-type]
+    gradients = torch.autograd.grad(out, leaves, dout.double())
+
+    lse, delta = lse.detach() * 1.4426950408889634, (out.detach() * dout.double()).sum(-1).mT
+    rest = torch.rand(lse.shape, generator=generator).to(device) if spec.keeps_rest else torch.zeros_like(lse)
+    rows = [torch.where(lse == -torch.inf, torch.inf, lse - rest), delta, *([rest] if spec.keeps_rest else [])]
+    stats = torch.zeros((B * H, len(rows), -(-M // STATISTICS_MULTIPLE) * STATISTICS_MULTIPLE), device=device)
+    stats[:, 0] = torch.inf
+    stats[..., :M] = torch.stack(rows, 2).flatten(0, 1)
+    return Inputs(spec, q, k, v, bias, dout, stats, gradients[0], gradients[1] if len(gradients) == 2 else None)
+
+
+def carry_out(call: Call, device: torch.device, seed: int = 0) -> None:
+    if device.type == "cuda":
+        start(device, [call])
+    else:
+        gluon_twin.run(call, "forward", "rows", call.kernel.fn.__name__, seed=seed)
+
+
+def assert_right(name: str, got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    assert got.isfinite().all(), f"{name}: {(~got.isfinite()).sum().item()} elements are not finite"
+    error, size = (got.double() - wanted).norm().item(), wanted.norm().item()
+    least = 1e-3 * wanted.numel() ** 0.5  # a query that sees a single key has gradients of rounding errors alone
+    assert error <= ERROR[dtype] * size + least, f"{name}: error {error:.3g} of {size:.3g}"
+    assert (got.double() - wanted).abs().max() <= 0.03 * wanted.abs().max() + 0.02, name
+
+
+def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return wide(torch.full_like(x, torch.nan, dtype=dtype or x.dtype))
+
+
+def run_dq(case: Problem, device: torch.device, config: RowsConfig | None = None, processors: int = 2, seed: int = 0) -> Call:
+    """dq, and dbias if the bias is of full shape."""
+    x = build(case, device, seed)
+    gradient = x.dbias is not None and all(x.spec.bias.varies)  # type: ignore[union-attr]
+    config = config or plan.dq_config(x.spec, LIMIT, gradient)
+    assert config is not None
+    dq, dbias = empty(x.q), empty(x.bias) if gradient and x.bias is not None else None
+    call = dq_call(x.spec, config, plan.dq_programs(x.spec, config, processors), x.q, x.k, x.v, x.bias, x.dout, x.stats, dq, dbias)
+    carry_out(call, device, seed)
+    assert_right("dq", dq, x.dq, case.dtype)
+    if dbias is not None and x.dbias is not None:
+        assert_right("dbias", dbias, x.dbias, case.dtype)
+    return call
+
+
+def run_dbias(
+    case: Problem, device: torch.device, config: RowsConfig | None = None, processors: int = 2, splits: int = 1, seed: int = 0
+) -> Call:
+    x = build(case, device, seed)
+    assert plan.dbias_works(x.spec) and x.bias is not None and x.dbias is not None
+    config = config or plan.dbias_config(x.spec, LIMIT)
+    assert config is not None
+    shape = x.bias.new_empty(splits, *x.bias.shape)
+    parts = empty(shape) if splits == 1 else torch.full_like(shape, torch.nan, dtype=F32)
+    programs = plan.dbias_programs(x.spec, config, splits, processors)
+    call = dbias_call(x.spec, config, programs, splits, x.q, x.k, x.v, x.bias, x.dout, x.stats, parts)
+    carry_out(call, device, seed)
+    assert_right("dbias", parts.double().sum(0), x.dbias, case.dtype)
+    return call
+
+
+BANDS = [(None, None), (None, 0), (-70, 20), (None, -60), (40, None), (-30, -10), (None, 400)]
+
+
+@pytest.mark.parametrize("band", BANDS, ids=str)
+@pytest.mark.parametrize("sizes", [(257, 321), (321, 257), (128, 128)], ids=str)
+def test_bands(band: tuple[int | None, int | None], sizes: tuple[int, int], device: torch.device) -> None:
+    case = Problem(M=sizes[0], N=sizes[1], band=band)
+    run_dq(case, device, processors=3)
+    run_dq(replace(case, bias="b1hqk"), device, processors=3)
+    run_dbias(replace(case, bias="11hqk"), device, processors=3)
+    run_dbias(replace(case, bias="11hqk"), device, processors=5, splits=2)
+
+
+@pytest.mark.parametrize("M", [1, 2, 63, 64, 65, 127, 128, 129, 193])
+@pytest.mark.parametrize("N", [1, 31, 64, 65, 128, 200])
+def test_lengths(M: int, N: int, device: torch.device) -> None:
+    for band in ((None, None), (None, 0)):
+        run_dq(Problem(B=1, M=M, N=N, bias="b1hqk", band=band), device)
+        run_dbias(Problem(M=M, N=N, D=32, Dv=32, bias="11hqk", band=band), device)
+
+
+BIASES = [
+    *((bias, None) for bias in ("b1hqk", "11hqk", "b11qk", "111qk", "11h1k", "b111k", "11hq1", "11111")),
+    *((bias, F32) for bias in ("b1hqk", "11hqk", "11h1k", "11hq1")),
+    *((bias, BOOL) for bias in ("b1hqk", "111qk", "b111k", "11hq1")),
+]
+
+
+@pytest.mark.parametrize("bias, bias_dtype", BIASES, ids=str)
+def test_biases(bias: str, bias_dtype: torch.dtype | None, device: torch.device) -> None:
+    for D, band, dtype in ((128, (None, 0), BF16), (64, (None, None), F16)):
+        case = Problem(B=3, D=D, Dv=D, bias=bias, bias_dtype=bias_dtype, band=band, dtype=dtype)
+        run_dq(case, device)
+        if bias[3:] == "qk" and bias != "b1hqk" and bias_dtype != BOOL:
+            run_dbias(case, device)
+            run_dbias(case, device, splits=3)
+
+
+@pytest.mark.parametrize("bias", ["bihqk", "1ihqk", "b1hqk", "1i1qk", "b11qk", "11hqk"])
+def test_two_levels_of_batch(bias: str, device: torch.device) -> None:
+    case = Problem(B=6, M=70, N=70, batch_inner=2, bias=bias)
+    run_dq(case, device)
+    if bias != "bihqk":
+        run_dbias(case, device)
+        run_dbias(case, device, splits=2)
+
+
+@pytest.mark.parametrize("dims", [(256, 256), (192, 128), (16, 256), (256, 16), (80, 80), (32, 32), (8, 96)], ids=str)
+def test_head_dims(dims: tuple[int, int], device: torch.device) -> None:
+    for dtype, bias_dtype in ((BF16, None), (F16, F32)):
+        case = Problem(M=130, N=130, D=dims[0], Dv=dims[1], dtype=dtype, band=(None, 0))
+        run_dq(case, device)
+        run_dq(replace(case, bias="b1hqk", bias_dtype=bias_dtype), device)
+        run_dbias(replace(case, bias="11hqk", bias_dtype=bias_dtype), device)
+
+
+@pytest.mark.parametrize("group", [2, 4])
+def test_fewer_key_heads(group: int, device: torch.device) -> None:
+    for bias in ("11hqk", "b11qk", "b1hqk"):
+        case = Problem(H=4, M=70, N=70, group=group, bias=bias)
+        run_dq(case, device)
+        if bias != "b1hqk":
+            run_dbias(case, device)
+
+
+DQ_CONFIGS = [
+    RowsConfig(1, 32, 2, own_out=False),
+    RowsConfig(2, 64, 2, v_stages=1, own_out=False, ahead=False),
+    RowsConfig(2, 64, 1, ahead=False),
+    RowsConfig(2, 128, 2, 2, own_out=False, ahead=False),
+    RowsConfig(1, 64, 2, 2, persistent=False),
+    RowsConfig(2, 64, 3, 3, v_stages=2),
+    RowsConfig(2, 64, 3, 2, v_stages=2, turns=True),
+    RowsConfig(2, 64, 2, ahead=False, turns=True),
+    RowsConfig(1, 64, 2, turns=True),
+]
+DBIAS_CONFIGS = [
+    RowsConfig(1, 32, 3),
+    RowsConfig(2, 64, 2, turns=True),
+    RowsConfig(1, 64, 4, chunk=32),
+    RowsConfig(2, 128, 3),
+    RowsConfig(2, 64, 5, chunk=16),
+]
+
+
+@pytest.mark.parametrize("processors", [2, 132])
+@pytest.mark.parametrize("config", DQ_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
+def test_configurations_of_dq(config: RowsConfig, processors: int, device: torch.device) -> None:
+    for bias, band in (("", (None, None)), ("b1hqk", (None, 0)), ("11hqk", (-50, 50)), ("b111k", (None, None))):
+        run_dq(Problem(M=300, N=333, bias=bias, band=band), device, config, processors)
+
+
+@pytest.mark.parametrize("processors", [2, 132])
+@pytest.mark.parametrize("config", DBIAS_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
+def test_configurations_of_dbias(config: RowsConfig, processors: int, device: torch.device) -> None:
+    for bias, band in (("11hqk", (None, None)), ("b11qk", (None, 0))):
+        run_dbias(Problem(M=300, N=333, H=3, bias=bias, band=band), device, config, processors)
+
+
+@pytest.mark.gpu
+@hopper_only
+@pytest.mark.parametrize("kernel", ["dq", "dq and dbias", "dbias"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_repeats(kernel: str, dim: int, device: torch.device) -> None:
+    """Many tiles a program, 200 launches: programs, warps, loads and stores really race, and the bits are the same every time."""
+    for band in ((None, None), (None, 0)):
+        case = Problem(B=4, M=520, N=500, H=16, D=dim, Dv=dim, band=band)
+        bias = {"dq": "11h1k", "dq and dbias": "b1hqk", "dbias": "11hqk"}[kernel]
+        call = (run_dbias if kernel == "dbias" else run_dq)(replace(case, bias=bias), device, processors=132)
+        written = [x.base for x in call.args[4:7] if hasattr(x, "base")] if kernel != "dbias" else [call.args[5].base]
+        first, differing = [x.clone() for x in written], torch.zeros((), device=device, dtype=torch.int64)
+        for _ in range(200):
+            start(device, [call])
+            differing += sum((x != y).any() for x, y in zip(written, first, strict=True))
+        assert differing.item() == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU's stand-in")
+@pytest.mark.parametrize(
+    "kernel, old, new",
+    [
+        ("dq", "mbarrier.wait(bars.index(V_FULL + v_stage), v_phase)", "pass"),
+        ("dq", "mbarrier.wait(bars.index(V_EMPTY + stage), ((at // V_STAGES) & 1) ^ 1)", "pass"),
+        ("dq", "mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)", "pass"),
+        ("dq", "mbarrier.arrive(bars.index(K_EMPTY + before))", "pass"),
+        ("dq", "s = warpgroup_mma_wait(2, [s_pending])", "s = warpgroup_mma_wait(3, [s_pending])"),
+        ("dq", "tma_store_wait(1)", "pass"),
+        ("dbias", "mbarrier.wait(bars.index(EMPTY + slot), ((at // SLOTS) & 1) ^ 1)", "pass"),
+        ("dbias", "mbarrier.wait(bars.index(BIAS_FULL + WG), wave & 1)", "pass"),
+        ("dbias", "            tma_store_wait(0)", "            pass"),
+    ],
+)
+def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = gluon_twin.source
+    assert old in source(kernel)
+    monkeypatch.setattr(gluon_twin, "source", lambda module: source(module).replace(old, new) if module == kernel else source(module))
+    monkeypatch.setattr(gluon_twin, "PATIENCE", 0.5)
+    broken = 0
+    for seed in range(4):
+        try:
+            if kernel == "dq":
+                config = RowsConfig(2, 64, 3, 2, v_stages=2 + 2 * ("K_EMPTY" in old))
+                run_dq(Problem(M=300, N=600, bias="" if "K_EMPTY" in old else "b1hqk"), torch.device("cpu"), config, seed=seed)
+            else:
+                run_dbias(Problem(B=8, M=300, N=300, bias="11hqk"), torch.device("cpu"), seed=seed)
+        except (AssertionError, TimeoutError, AttributeError, TypeError, RuntimeError):
+            broken += 1
+    assert broken
+
+
+def test_a_grid_that_deals_a_triangle_evenly() -> None:
+    """With a size that has a divisor in common with the tiles of a row, some programs would get the long columns in every wave."""
+    x = torch.empty(4, 2048, 16, 64, device="meta", dtype=BF16)
+    bias = torch.empty(1, 1, 16, 2048, 2048, device="meta", dtype=BF16)
+    for hi in (None, 0):
+        spec = spec_of(x, x, x, bias, 1, None, hi, 0.125, "")
+        config = plan.dbias_config(spec, LIMIT)
+        assert config is not None
+        programs = plan.dbias_programs(spec, config, 1, 132)
+        assert programs == 132 if hi is None else 124 <= programs < 132
+        shuffle = plan.dbias_shuffle(spec, config, 1, programs)
+        tiles_m, tiles_n, tiles = plan.dbias_tiles(spec, config)
+        load = [0] * programs
+        for tile in range(tiles):
+            within = tile * shuffle % (tiles_m * tiles_n)
+            load[tile % programs] += hi is None or within % tiles_n <= within // tiles_n
+        assert max(load) <= 1.1 * sum(load) / 132
+
+
+def test_what_fits_nowhere_is_said_so() -> None:
+    x = torch.empty(4, 2048, 16, 256, device="meta", dtype=BF16)
+    bias = torch.empty(1, 1, 16, 2048, 2048, device="meta", dtype=F32)
+    spec = spec_of(x, x, x, bias, 1, None, 0, 0.125, "")
+    assert plan.dq_config(spec, 20_000, True) is None and plan.dbias_config(spec, 20_000) is None
+    for limit in (232448, 180_000, 120_000, 101_376):
+        for config, size in (
+            (plan.dq_config(spec, limit, True), plan.dq_shared_memory),
+            (plan.dbias_config(spec, limit), plan.dbias_shared_memory),
+        ):
+            assert config is None or size(spec, config, *([True] if size is plan.dq_shared_memory else [])) <= limit
