@@ -2,8 +2,9 @@
 
     python3 scripts/feature_costs.py [--budget 0.05] [--length 4096] [--dim 128]
 
-A feature's time is divided by that of the plain causal call of the same sizes; where it hides scores (a window, key lengths), "pairs" is the
-share of visible query-key pairs, which time should follow. Calls are interleaved (``triflash.bench.timing``), so that drift hits all alike.
+A feature's time is divided by that of the plain causal call of the same sizes; where it hides scores (a window, key lengths), "pairs" is
+the share of visible query-key pairs, which time should follow. Calls are interleaved (``triflash.bench.timing``), so that drift hits all
+alike.
 """
 
 import argparse
