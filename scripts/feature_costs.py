@@ -82,9 +82,8 @@ def main() -> None:
         calls[f"{name}|forward"], calls[f"{name}|backward"] = forward, backward
     found = measure_interleaved(calls, device=torch.device("cuda"), budget=given.budget)
     median = {name: sorted(samples.ms)[len(samples.ms) // 2] for name, samples in found.items() if samples.ms}
-    print(
-        f"{torch.cuda.get_device_name()}, bf16, batch {batch}, {heads} heads, {length} queries and keys, head dim {dim}; ms, and times plain\n"
-    )
+    sizes = f"batch {batch}, {heads} heads, {length} queries and keys, head dim {dim}"
+    print(f"{torch.cuda.get_device_name()}, bf16, {sizes}; ms, and times plain\n")
     print("| | backend | pairs | forward | backward |\n| --- | --- | --- | --- | --- |")
     for name, share in shares.items():
         cells = []

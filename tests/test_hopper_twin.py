@@ -4,7 +4,6 @@ backend is. Few processors, so that a program has several tiles and its buffers 
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ import gluon_twin
 import triflash
 from cases import Case, attend, build, judge, kernels
 from triflash.bench.tolerance import assert_close
-from triflash.plan.hopper import HopperConfig
 from triflash.plan.hopper_backward import KeysConfig
 from triflash.plan.override import Config, override_configs
 
