@@ -212,7 +212,14 @@ def test_unknown_arguments_are_pythons_own_error() -> None:
 
 RAW = {"batch_inner": 1, "lo": None, "hi": None, "scale": 1.0, "precision": "", "backend": "auto"}
 RAW_WRONG: list[Row] = [
-    ("heads of k", {"k": rand(B, N, H + 1, D)}, ValueError, "k, v", ["(2, N, 3, 8)", "(2, 7, 4, 8)"]),
+    ("heads of k", {"k": rand(B, N, H + 1, D)}, ValueError, "k, v", ["(2, N, 4, 8)", "(2, 7, 3, 8)"]),
+    ("heads of k and v", {n: rand(B, N, H - 1, D) for n in "kv"}, ValueError, "k, v", ["divides q's 3", "got 2"]),
+    ("mask without a bias of numbers", {"bias": torch.zeros(1, 1, 1, M, N) > 0, "mask": torch.zeros(1, 1, 1, M, N) > 0}, TypeError, "mask", ["beside a bias"]),
+    ("key lengths of int64", {"key_lengths": torch.ones(B, dtype=torch.int64)}, TypeError, "key_lengths", ["torch.int32"]),
+    ("slopes of one dim", {"alibi_slopes": torch.ones(H)}, ValueError, "alibi_slopes", ["(1, 3)"]),
+    ("sink of two", {"sink": torch.ones(2)}, ValueError, "sink", ["(3,)"]),
+    ("dropout without a seed", {"dropout_p": 0.1}, ValueError, "dropout_p", ["with a dropout_seed"]),
+    ("soft cap below 0", {"softcap": -1.0}, ValueError, "softcap", ["0 for none"]),
     ("length of v", {"v": rand(B, N + 1, H, D)}, ValueError, "k, v", ["(2, 8, 3, 8)"]),
     ("dtype of k", {"k": rand(B, N, H, D).half()}, TypeError, "k, v", ["torch.float16"]),
     ("integers", {n: torch.ones(s, dtype=torch.int32) for n, s in (("q", (B, M, H, D)), ("k", (B, N, H, D)), ("v", (B, N, H, D)))}, TypeError, "q", ["torch.int32"]),
@@ -233,12 +240,13 @@ def test_raw_operators(row: Row) -> None:
     """Whoever calls ``torch.ops.triflash`` directly gets fewer words, but the kernels are guarded."""
     _, wrong, exception, name, parts = row
     arguments = {**qkv(), "bias": None, **RAW, **wrong}
-    assert_refuses(lambda: torch.ops.triflash.forward(*arguments.values()), exception, name, parts)
+    assert_refuses(lambda: torch.ops.triflash.forward(**arguments), exception, name, parts)
     tensors = [arguments.pop(n) for n in ("q", "k", "v", "bias")]
     dq = torch.full((B, M, H, D), 7.0)
     saved = (rand(B, M, H, D), None, *tensors, rand(B, M, H, D), rand(B, H, M), None)
-    assert_refuses(lambda: torch.ops.triflash.backward(*saved, *arguments.values(), [True] * 3 + [False]), exception, name, parts)
-    assert_refuses(lambda: torch.ops.triflash.backward_(*saved, *arguments.values(), dq, None, None, None), exception, name, parts)
+    given = {"dq": dq, "dk": None, "dv": None, "dbias": None}
+    assert_refuses(lambda: torch.ops.triflash.backward(*saved, needs=[True] * 3 + [False], **arguments), exception, name, parts)
+    assert_refuses(lambda: torch.ops.triflash.backward_(*saved, **arguments, **given), exception, name, parts)
     assert (dq == 7.0).all()
 
 

@@ -54,13 +54,13 @@ def results(x: Problem, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]
     return dict(zip(RESULTS, (t.detach().to(x.q.dtype) for t in (out, *grads)), strict=True))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "soft cap" and name != "sinks"])
+@pytest.mark.parametrize("name", CASES)
 def test_the_formula_is_the_oracle(name: str) -> None:
     x = problem(**CASES[name], dtype=torch.float64)  # type: ignore[arg-type]
-    k, v = (formula.grouped(t, 4) for t in (x.k, x.v))
-    options = x.options
-    wanted, _ = oracle.attention(x.q, k, v, x.bias, batch_inner=options.batch_inner, lo=options.lo, hi=options.hi, scale=options.scale)
-    torch.testing.assert_close(formula.attention(x.q, x.k, x.v, x.bias, options), wanted)
+    o = x.options
+    more = dict(batch_inner=o.batch_inner, lo=o.lo, hi=o.hi, scale=o.scale, softcap=o.softcap or 0.0, sink=o.sinks)
+    wanted, _ = oracle.attention(x.q, x.k, x.v, x.bias, **more)  # type: ignore[arg-type]
+    torch.testing.assert_close(formula.attention(x.q, x.k, x.v, x.bias, x.options), wanted)
 
 
 def test_a_sink_is_one_more_key_without_a_value() -> None:

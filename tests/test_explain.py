@@ -106,7 +106,7 @@ def test_it_is_the_plan_for_devices_that_are_not_here(arch: str) -> None:
         assert all(others.values()) and all(f"{name}: {reason}" in str(explained) for name, reason in others.items())
         for step in (*explained.forward.steps, *explained.backward.steps):
             assert (step.source == "") == (step.step.config is None)
-            if step.step.kernel in ("forward", "dkdv", "dq", "dbias") and forward.backend == "triton":
+            if step.step.kernel in ("forward", "dkdv", "dqdkdv", "dq", "dbias") and forward.backend in ("triton", "hopper"):
                 assert step.shared_memory
 
 
@@ -145,7 +145,7 @@ def test_bad_input_is_refused_as_by_the_call(row: Any) -> None:
 
 
 @pytest.mark.parametrize("options, exception, words", [
-    ({"grads": ("q", "x")}, ValueError, "grads: wanted some of q, k, v, bias, got 'x'"),
+    ({"grads": ("q", "x")}, ValueError, "grads: wanted some of q, k, v, bias, sink, got 'x'"),
     ({"grads": "bias"}, ValueError, "grads: wanted no bias, got bias; there is none"),
     ({"device": "meta"}, ValueError, "device: wanted one of .*, got 'meta'; there is no device 'meta' here"),
     ({"device": "sm1"}, ValueError, "device: wanted one of cpu, .*, or a device of this machine, got 'sm1'"),
@@ -156,6 +156,35 @@ def test_bad_input_is_refused_as_by_the_call(row: Any) -> None:
 def test_bad_options(options: dict[str, Any], exception: type[Exception], words: str) -> None:
     with pytest.raises(exception, match=f"^{words}"):
         explain(*tensors(None, "cpu"), **options)
+
+
+def test_options_of_attention() -> None:
+    """Any of them, grouped heads or several batch dims: the front door's call is explained, with its features in words."""
+    q = torch.empty(2, 3, 64, 4, 16, device="meta", dtype=torch.float16)
+    k = q[..., :48, :2, :]
+    options: dict[str, Any] = dict(
+        mask=torch.empty(2, 3, 1, 1, 48, device="meta", dtype=torch.bool),
+        key_lengths=torch.empty(2, 3, device="meta", dtype=torch.int64),
+        softcap=30.0,
+        alibi_slopes=torch.empty(4, device="meta"),
+        sink=torch.empty(4, device="meta"),
+        dropout_p=0.1,
+    )
+    bias = torch.empty(2, 1, 4, 64, 48, device="meta")
+    explained = explain(q, k, k, bias, True, device="sm90", grads=["q", "sink", "bias"], **options)
+    text = str(explained)
+    words = "4 query heads on 2 key heads, a mask beside a bias, key lengths, ALiBi slopes, a sink, a soft cap, dropout"
+    assert f"{words}, keys from the end to -16 of a query" in text and "gradients  dq, dbias, dsink" in text
+    assert explained.spec.groups == 2 and explained.spec.batch_inner == 3 and explained.spec.deterministic
+    assert "probabilities of the sink" in dict(explained.memory)
+    if HAVE_TRITON:
+        assert "cannot do a mask beside a bias, a soft cap, dropout; use backend('triton')" in dict(explained.not_taken)["hopper"]
+        assert [step.step.gives for step in explained.backward.steps if step.step.kernel == "delta"] == [("dsink",)]  # type: ignore[union-attr]
+    assert explain(q[0], k[0], k[0], device="sm90", layout="bshd").spec.groups == 2
+    with pytest.raises(TypeError, match="explain: wanted options of attention .*, got 'softmax'"):
+        explain(q, k, k, softmax=1.0)
+    with pytest.raises(ValueError, match="grads: wanted no sink, got sink; there is none"):
+        explain(q, k, k, grads=["sink"])
 
 
 def test_a_mask_has_no_gradient() -> None:
@@ -374,13 +403,23 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--sk", "1k", "--grads", "qb", "--bias", "qk", "--bias-dtype", "fp32", "--device", "gfx942", "--b", "1"]) == 0
     text = capsys.readouterr().out
     assert "2048 queries, 1024 keys" in text and "gradients  dq, dbias" in text and "gfx942" in text and "fp32" in text
+    line = "explain --hk 4 --window 128,0 --sink --softcap 30 --device sm90 --dropout 0.1 --alibi --mask b11k --bias 1hqk --lengths"
+    assert main(line.split()) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "16 query heads on 4 key heads, a mask beside a bias, key lengths, ALiBi slopes, a sink, a soft cap, dropout",
+        "-128 to +0",
+        "dsink",
+    ):
+        assert part in text, part
     assert main(["explain", "--device", "cpu", "--grads", "none"]) == 0
     assert "tiled" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("line, status, words", [
     ("--s 4kk", 2, "--s: size: wanted"), ("--bias hk", 2, "--bias: bias: wanted none, or dims"), ("--device sm1", 2, "device: wanted one of"),
-    ("--grads qx", 2, "--grads: wanted letters of qkvb, all or none, got 'qx'"), ("--grads b", 2, "there is none"),
+    ("--window 1,x", 2, "--window: window: wanted two numbers"), ("--hk 5", 2, "k: wanted a number of heads that divides q's 16"),
+    ("--grads qx", 2, "--grads: wanted letters of qkvbs, all or none, got 'qx'"), ("--grads b", 2, "there is none"),
     ("--tuned /none.json", 2, "--tuned: wanted a file that triflash tune wrote"), ("--dtype fp7", 2, "--dtype: dtype: wanted one of fp16"),
     pytest.param("--dtype fp64 --backend triton --device sm90", 1, "float64: not supported by backend 'triton'", marks=triton_only),
 ], ids=str)  # fmt: skip

@@ -39,7 +39,7 @@ RULES: dict[str, list[str]] = {
     "triflash.copies": ["torch", "triflash.explanation", "triflash.launch.calls", "triflash.plan", "triflash.spec"],
     "triflash.explanation": ["triflash.plan", "triflash.spec", "triflash.launch.ahead"],
     "triflash.explainer": [
-        "torch", "triflash.copies", "triflash.errors", "triflash.explanation", "triflash.launch", "triflash.plan", "triflash.spec",
+        "torch", "triflash.arguments", "triflash.copies", "triflash.errors", "triflash.explanation", "triflash.launch", "triflash.plan", "triflash.spec",
         "triflash.triton_flash_attention",
     ],
     "triflash.shorthand": ["torch", "triflash.errors", "triflash.spec"],
@@ -55,6 +55,10 @@ RULES: dict[str, list[str]] = {
     ],
     "triflash.launch.hopper_rows": [
         "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper", "triflash.plan", "triflash.spec",
+    ],
+    "triflash.launch.hopper_backward": [
+        "torch", "triflash.kernels.hopper", "triflash.kernels.triton.dbias", "triflash.launch.calls", "triflash.launch.hopper",
+        "triflash.launch.hopper_rows", "triflash.launch.triton", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.ops": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],

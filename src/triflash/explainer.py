@@ -5,7 +5,8 @@ Starts nothing on a device, works for GPUs that are not here, and does without T
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import arguments_of
 from .copies import copies_of
 from .errors import UnsupportedError, bad_type, bad_value
 from .explanation import ExplainedStep, Explanation, Pass
@@ -35,13 +37,13 @@ from .plan.select import (
     problem_of,
     why_not,
 )
-from .spec import AttentionSpec, Needs, spec_of
+from .spec import AttentionSpec, Needs, Operands, spec_of
 from .triton_flash_attention import _arguments
 
 __all__ = ["explain"]
 
-_INPUTS = ("q", "k", "v", "bias")
-_Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None]
+_INPUTS = ("q", "k", "v", "bias", "sink")
+_OPTIONS = tuple(name for name, p in inspect.signature(arguments_of).parameters.items() if p.kind == p.KEYWORD_ONLY)
 _IN_PYTORCH = ("tiled", "oracle")  # backends that launch no kernels of ours
 
 
@@ -57,15 +59,19 @@ def explain(
     backend: str | None = None,
     device: str | torch.device | DeviceFacts | None = None,
     compile: bool = False,
+    **options: Any,
 ) -> Explanation:
-    """What ``flash_attn_func`` with these arguments would run, and why: ``print(triflash.explain(q, k, v, bias))``.
+    """What ``flash_attn_func`` or ``attention`` with these arguments would run, and why: ``print(triflash.explain(q, k, v, bias))``.
 
     It is the plan that the call itself would carry out, under the same ``with triflash.backend(...)``, ``triflash.tuned(...)`` and
-    environment; no tensor is read, and nothing is allocated or launched.
+    environment; no tensor is read, and nothing is launched.
 
     Args:
         q, k, v, bias, causal, softmax_scale: as for :func:`triflash.flash_attn_func`, with the same checks. Meta tensors will do.
-        grads: which of ``"q", "k", "v", "bias"`` a backward pass gives gradients for; default those that require one.
+        options: of :func:`triflash.attention` (``mask=``, ``window=``, ``key_lengths=``, ``softcap=``, ``alibi_slopes=``, ``sink=``,
+            ``dropout_p=``, ``layout=``, …). With any of them (``layout="bshd"`` changes nothing else), or more than one batch dim, it is
+            that function which is explained, with its grouped heads and its meaning of ``causal``.
+        grads: which of ``"q", "k", "v", "bias", "sink"`` a backward pass gives gradients for; default those that require one.
         backend: as in ``with triflash.backend(backend)``.
         device: what to explain it for: a kind of device (``"sm80"``, ``"sm86"``, ``"sm90"``, ``"sm100"``, ``"gfx942"``, ``"cpu"``, …;
             if this machine has one, that one), a ``torch.device`` of this machine, or :class:`~triflash.plan.device.DeviceFacts`.
@@ -77,23 +83,21 @@ def explain(
         :class:`~triflash.explanation.Explanation`, whose text is a report.
 
     Raises:
-        ValueError, TypeError: what ``flash_attn_func`` would raise, or a wrong ``grads`` or ``device``, or ``compile`` where Triton cannot
+        ValueError, TypeError: what the function would raise, or a wrong ``grads`` or ``device``, or ``compile`` where Triton cannot
             compile (it is not installed, or ``TRITON_INTERPRET`` is on).
         UnsupportedError: the backend asked for by name cannot do this.
     """
     with _requested(backend):
-        canonical, options = _arguments(q, k, v, bias, causal, softmax_scale)
-    requested = options[-1]
-    spec = spec_of(q, k, v, canonical, *options[:-1])
-    needs = _needs(grads, (q, k, v, bias))
+        x, spec, requested = _call(q, k, v, bias, causal, softmax_scale, options)
+    needs = _needs(grads, (q, k, v, bias, options.get("sink")))
     facts, here = _facts(device, q.device)
     plans = [plan_forward(spec, facts, requested)]
     if any(vars(needs).values()):
         plans.append(plan_backward(spec, needs, facts, requested))
     passes = [Pass(plan.backend, tuple(_explained(plan, step, spec, facts) for step in plan.steps)) for plan in plans]
-    copies = copies_of(plans, spec, facts, (q, k, v, canonical))
+    copies = copies_of(plans, spec, facts, x)
     if compile:
-        passes = _with_resources(passes, plans, spec, needs, facts, (q, k, v, canonical))
+        passes = _with_resources(passes, plans, spec, needs, facts, x)
     deterministic, determinism = _determinism(plans)
     return Explanation(
         spec=spec,
@@ -113,11 +117,26 @@ def explain(
     )
 
 
+def _call(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None, options: dict[str, Any]
+) -> tuple[Operands, AttentionSpec, str]:
+    """The call as the operators would get it, and the backend that it asks for."""
+    for name in options:
+        if name not in _OPTIONS:
+            raise bad_type("explain", f"options of attention ({', '.join(_OPTIONS)})", repr(name))
+    if options or (isinstance(q, Tensor) and q.dim() > 4):
+        call = arguments_of(q, k, v, bias=bias, causal=causal, scale=scale, **options)
+        return call.operands, call.spec, call.backend
+    canonical, own = _arguments(q, k, v, bias, causal, scale)
+    spec = replace(spec_of(q, k, v, canonical, *own[:-1]), deterministic=torch.are_deterministic_algorithms_enabled())
+    return Operands(q, k, v, canonical), spec, own[-1]
+
+
 def _requested(name: str | None) -> Any:
     return nullcontext() if name is None else backend(name)
 
 
-def _needs(grads: Iterable[str] | None, tensors: _Tensors) -> Needs:
+def _needs(grads: Iterable[str] | None, tensors: Sequence[Tensor | None]) -> Needs:
     if grads is None:
         return Needs(*(x is not None and x.requires_grad for x in tensors))
     names = tuple(grads) if not isinstance(grads, str) else (grads,)
@@ -126,6 +145,8 @@ def _needs(grads: Iterable[str] | None, tensors: _Tensors) -> Needs:
             raise bad_value("grads", f"some of {', '.join(_INPUTS)}", repr(name))
     if "bias" in names and (tensors[3] is None or tensors[3].dtype == torch.bool):
         raise bad_value("grads", "no bias", "bias", "there is none" if tensors[3] is None else "a mask has no gradient")
+    if "sink" in names and tensors[4] is None:
+        raise bad_value("grads", "no sink", "sink", "there is none")
     return Needs(*(name in names for name in _INPUTS))
 
 
@@ -171,7 +192,7 @@ def _explained(plan: Plan, step: Step, spec: AttentionSpec, device: DeviceFacts)
         source = hopper_config_of(spec, device, current_choices())[1]
         estimate = hopper.shared_memory(spec, step.config)
     elif plan.backend == "hopper" and not isinstance(step.config, TileConfig):
-        source = "the first candidate that fits, of plan/hopper_backward.py or plan/hopper_rows.py"
+        source = hopper_steps.source_of(step, dict(current_choices().by_hand))
         estimate = hopper_steps.shared_memory(spec, step)
     elif plan.backend == "triton" and step.kernel in KERNELS:
         config, found = config_of(step.kernel, spec, device, current_choices())
@@ -228,9 +249,9 @@ def _changed(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: Devic
 def _determinism(plans: list[Plan]) -> tuple[bool, str]:
     """Every backend sums in an order that follows from sizes and device alone, but for dq where the Hopper kernels add it up in memory."""
     if any(step.kernel == "finish" for plan in plans for step in plan.steps):
-        return (
-            False,
-            "dq is added up in memory in no fixed order, everything else in one order; deterministic algorithms of PyTorch change that",
+        return False, (
+            "dq is added up in memory in no fixed order, everything else in one order; torch.use_deterministic_algorithms(True), or "
+            "deterministic=True of triflash.attention, has dq computed by a kernel of its own instead"
         )
     reasons = []
     for plan in plans:
@@ -254,7 +275,7 @@ def _notes(device: DeviceFacts, plans: list[Plan], compiled: bool) -> Iterable[s
 
 
 def _with_resources(
-    passes: list[Pass], plans: list[Plan], spec: AttentionSpec, needs: Needs, device: DeviceFacts, tensors: _Tensors
+    passes: list[Pass], plans: list[Plan], spec: AttentionSpec, needs: Needs, device: DeviceFacts, x: Operands
 ) -> list[Pass]:
     """The passes with what the compiler makes of their kernels."""
     if problem := triton_problem():
@@ -268,7 +289,7 @@ def _with_resources(
         if plan.backend in _IN_PYTORCH:
             compiled.append(each)
             continue
-        calls = ahead.calls_of(plan, spec, needs, *tensors)
+        calls = ahead.calls_of(plan, spec, needs, *x)
         used = [ahead.resources(ahead.compile_for(call, device.arch)) for call in calls]
         steps = tuple(replace(step, compiled=found) for step, found in zip(each.steps, used, strict=True))
         compiled.append(Pass(each.backend, steps))

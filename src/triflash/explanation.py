@@ -18,6 +18,7 @@ _HOPPER_ORDERS = {
     "head": "batches and heads in groups whose keys and values fit in the L2 cache",
     "batch": "batch entries that share a bias block side by side, in groups whose keys and values fit in the L2 cache",
 }
+_KEYS_ORDERS = {order: text.replace("keys and values", "queries and their gradients") for order, text in _HOPPER_ORDERS.items()}
 _ORDERS = {
     "tile": "tiles of one head back to back",
     "batch": "batch entries that share a bias block back to back",
@@ -140,7 +141,8 @@ def _problem(spec: AttentionSpec) -> str:
         band = "every key visible" if spec.hi is None else "causal"
     precision = f" ({spec.precision} products)" if spec.dtype == "fp32" else ""
     lengths = f"{spec.queries} queries, {spec.keys} keys"
-    return f"batch {batch}, {lengths}, {spec.heads} heads, {dims}, {spec.dtype}{precision}, {bias}, {band}, scale {spec.scale:.4g}"
+    extras = "".join(f", {extra}" for extra in spec.extras)
+    return f"batch {batch}, {lengths}, {spec.heads} heads, {dims}, {spec.dtype}{precision}, {bias}{extras}, {band}, scale {spec.scale:.4g}"
 
 
 def _pattern(spec: AttentionSpec) -> str:
@@ -157,7 +159,7 @@ def _bound(offset: int | None) -> str:
 
 
 def _gradients(needs: Needs) -> str:
-    return ", ".join(name for name in ("dq", "dk", "dv", "dbias") if getattr(needs, name)) or "none"
+    return ", ".join(name for name in ("dq", "dk", "dv", "dbias", "dsink") if getattr(needs, name)) or "none"
 
 
 def _device(device: DeviceFacts, here: bool) -> str:
@@ -184,9 +186,8 @@ def _step(explained: ExplainedStep, backend: str, device: DeviceFacts) -> list[s
         return [f"{step.kernel} in PyTorch"]
     gives = f", gives {', '.join(step.gives)}" if step.gives else ""
     splits = f", {step.splits} partial sums" if step.splits > 1 else ""
-    tiled = step.kernel in ("forward", "dkdv", "dq")
-    order = (_HOPPER_ORDERS if backend == "hopper" else _ORDERS)[step.order]
-    lines = [f"{step}: {step.programs} programs{f', {order}' if tiled else ''}{splits}{gives}"]
+    order = f", {_order(step, backend)}" if step.kernel in ("forward", "dkdv", "dqdkdv", "dq") else ""
+    lines = [f"{step}: {step.programs} programs{order}{splits}{gives}"]
     lines.append(f"  configuration  {explained.source}")
     if explained.compiled is not None:
         used = explained.compiled
@@ -196,3 +197,10 @@ def _step(explained: ExplainedStep, backend: str, device: DeviceFacts) -> list[s
         loose = ", a loose bound: compiling tells" if explained.shared_memory > device.shared_memory else ""
         lines.append(f"  shared memory  estimated, at most {human(explained.shared_memory)}{loose}")
     return lines
+
+
+def _order(step: Step, backend: str) -> str:
+    """In which order a kernel's programs, or the tiles that they work through, go by."""
+    if backend != "hopper":
+        return _ORDERS[step.order]
+    return (_KEYS_ORDERS if step.kernel in ("dkdv", "dqdkdv") else _HOPPER_ORDERS)[step.order]

@@ -71,6 +71,9 @@ def attention(
     N, group = k.shape[1], H // k.shape[2] if k.shape[2] else 1
     scale = D**-0.5 if scale is None else scale
     k, v = (x.to(dtype).repeat_interleave(group, 2) for x in (k, v))
+    if key_lengths is not None:  # what is hidden may hold anything, and 0 times that need not be 0
+        beyond = torch.arange(N, device=q.device)[:, None, None] >= key_lengths[:, None, None, None]
+        k, v = k.masked_fill(beyond, 0.0), v.masked_fill(beyond, 0.0)
     s = torch.einsum("bmhd,bnhd->bhmn", q.to(dtype), k) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)

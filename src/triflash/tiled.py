@@ -88,6 +88,13 @@ class Scores:
             s.masked_fill_(j >= self.key_lengths[:, None, None, None], -torch.inf)
         return s, slope
 
+    def shown(self, x: Tensor, cols: slice) -> Tensor:
+        """A tile of keys or values ``[B, Hk, BN, D]``, hidden keys as zeros: they may hold anything, and 0 times that need not be 0."""
+        if self.key_lengths is None:
+            return x
+        j = torch.arange(cols.start, cols.stop, device=x.device)
+        return x.masked_fill(j[:, None] >= self.key_lengths[:, None, None, None], 0.0)
+
     def dropped(self, x: Tensor, rows: slice, cols: slice) -> Tensor:
         """What dropout leaves of a tile, unscaled."""
         if not self.dropout_p:
@@ -131,7 +138,8 @@ def forward(
             m, l = m.copy_(sink.to(math)[:, None, None] * _LOG2E), torch.ones_like(m)
         acc = m.new_zeros(*m.shape[:3], v.shape[3])
         for cols in _visible_slices(rows, N, scores.lo, scores.hi, tile):
-            products = _by_query_head(q_tile @ _heads_first(k, cols, math).transpose(2, 3), H)
+            k_tile, v_tile = (scores.shown(_heads_first(x, cols, math), cols) for x in (k, v))
+            products = _by_query_head(q_tile @ k_tile.transpose(2, 3), H)
             s, _ = scores.tile(products, rows, cols, N - M)  # [B, H, BM, BN]
             m_new = torch.maximum(m, s.amax(-1, keepdim=True))
             m_safe = m_new.masked_fill(m_new == -torch.inf, 0.0)  # a row that has seen nothing yet: 2^(-inf - 0) = 0, never NaN
@@ -139,7 +147,7 @@ def forward(
             shrink = torch.exp2(m - m_safe)
             l = l * shrink + p.sum(-1, keepdim=True)
             p = _by_key_head(scores.dropped(p, rows, cols), kv_heads)
-            acc = acc * shrink + _by_query_head(p @ _heads_first(v, cols, math), H)
+            acc = acc * shrink + _by_query_head(p @ v_tile, H)
             m = m_new
         unseen = l == 0
         l = l.masked_fill(unseen, 1.0)
@@ -183,7 +191,7 @@ def backward(
     lse_log2 = (lse * _LOG2E).masked_fill(lse == -torch.inf, torch.inf)
 
     for cols in _slices(0, N, tile):
-        k_tile, v_tile = _heads_first(k, cols, math), _heads_first(v, cols, math)
+        k_tile, v_tile = (scores.shown(_heads_first(x, cols, math), cols) for x in (k, v))
         dk_tile, dv_tile = torch.zeros_like(k_tile), torch.zeros_like(v_tile)
         for rows in _visible_slices(cols, M, _negated(scores.hi), _negated(scores.lo), tile):
             q_tile, do_tile = (_by_key_head(_heads_first(x, rows, math), kv_heads) for x in (q, dout))  # [B, Hk, G * BM, D]

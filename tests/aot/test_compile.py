@@ -14,6 +14,7 @@ from triflash.launch import ahead
 from triflash.launch.calls import Call
 from triflash.launch.triton import backward_calls, forward_calls, scratch
 from triflash.plan import tables
+from triflash.plan.configs import MAX_HEAD_DIM
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.select import Plan, plan_backward, plan_forward, problem_of
 from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Saved, spec_of
@@ -77,6 +78,7 @@ def targets() -> Iterator[Target]:
                 yield Target(arch, kernel, 64, torch.bfloat16, bias, True, None, features)
                 if arch == "sm90" and len(features) == 1:
                     yield Target(arch, kernel, 128, torch.bfloat16, bias, True, None, features)
+        yield Target(arch, "forward", 512, torch.bfloat16, "1hqk", True)  # wider than the backward kernels take
     yield Target("sm90", "forward", 80, torch.float16, "1hqk", True)  # a head dim that is padded
     yield Target("sm90", "dkdv", 80, torch.float16, "1hqk", True)
 
@@ -119,6 +121,8 @@ def calls(target: Target) -> tuple[Plan, list[Call]]:
     facts = KNOWN_DEVICES[target.arch]
     saved = Saved(out, lse, torch.empty_like(lse) if spec.keeps_rest else None)
     forward = plan_forward(spec, facts, "triton")
+    if target.head_dim > MAX_HEAD_DIM:
+        return forward, forward_calls(forward, spec, x, saved)
     backward = plan_backward(spec, Needs(True, True, True, x.bias is not None), facts, "triton")
     made = forward_calls(forward, spec, x, saved)
     made += backward_calls(backward, spec, x, saved, out, None, scratch(backward, saved), Gradients(x.q, x.k, x.v, x.bias))

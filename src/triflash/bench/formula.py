@@ -1,7 +1,7 @@
 """Attention as one dense formula with everything that a workload may ask for: the gate's reference, and the provider ``dense``.
 
-It adds to :func:`triflash.oracle.attention` what the oracle does not have yet: grouped heads, a soft cap and sinks. Where the oracle has it
-all, a test holds the two to the same result.
+It is :func:`triflash.oracle.attention` in pieces: the gate needs scores and probabilities of parts, and the derivative of the soft cap. A
+test holds the two to the same result.
 """
 
 from __future__ import annotations

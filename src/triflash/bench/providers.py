@@ -56,18 +56,17 @@ class Triflash(Provider):
         super().__init__("triflash" if backend == "auto" else f"triflash-{backend}")
         self.backend, self.compiles = backend, backend != "tiled"
 
-    def why_not(self, workload: Workload, device: torch.device) -> str | None:
-        """What has no argument yet."""
-        if workload.kv_heads != workload.heads:
-            return "grouped heads: not yet"
-        if workload.softcap is not None:
-            return "soft cap: not yet"
-        return "sinks: not yet" if workload.sinks else None
-
     def attend(self, workload: Workload, problem: Problem) -> Attend:
-        """The public function where it has the arguments, the operator below it otherwise."""
-        name, w = self.backend, workload
-        if w.lo is None and w.hi in (None, 0) and w.batch_inner == 1 and w.value_dim == w.head_dim:
+        """The seed's function where it has the arguments, else the operator below ``attention``; padding is passed as key lengths.
+
+        Not to backend ``hopper``, which takes it as the bias that it is given.
+        """
+        name, w, options = self.backend, workload, problem.options
+        lengths = None
+        if w.lengths is not None and w.bias_values == "padding" and not w.dbias and name != "hopper":
+            lengths = torch.tensor(w.lengths, dtype=torch.int32, device=problem.q.device)
+        plain = w.kv_heads == w.heads and w.softcap is None and options.sinks is None and lengths is None
+        if plain and w.lo is None and w.hi in (None, 0) and w.batch_inner == 1 and w.value_dim == w.head_dim:
 
             def public(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
                 four = None if bias is None else bias.squeeze(1)  # indexing would make autograd fill a second tensor of the bias's size
@@ -77,7 +76,9 @@ class Triflash(Provider):
             return public
 
         def operator(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-            return ops.attention_forward(q, k, v, bias, w.batch_inner, w.lo, w.hi, w.softmax_scale, "", name)[0]
+            band = (w.batch_inner, w.lo, w.hi, w.softmax_scale, "", name)
+            extras = (None, lengths, None, options.sinks, None, w.softcap or 0.0)
+            return ops.attention_forward(q, k, v, bias if lengths is None else None, *band, *extras)[0]
 
         return operator
 

@@ -120,12 +120,12 @@ _ON_HOPPER = ("key lengths", "ALiBi slopes", "a sink")
 
 
 def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
-    if lacking := [name for name in spec.extras if name not in _ON_HOPPER and "key heads" not in name]:
-        return ", ".join(lacking), "use backend('triton')"
     if device.arch != "sm90":
         return f"{device.arch}", "its kernels are made for sm90 (H100, H200, H20): use backend('triton')"
     if spec.dtype not in ("fp16", "bf16"):
         return f"{spec.dtype}", "its products are 16-bit ones: use backend('triton')"
+    if lacking := [name for name in spec.extras if name not in _ON_HOPPER and "key heads" not in name]:
+        return ", ".join(lacking), "use backend('triton')"
     if spec.bias is not None and spec.bias.dtype == "fp64":
         return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
     if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:

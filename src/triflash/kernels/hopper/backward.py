@@ -13,7 +13,8 @@ A producer warp loads q, dout, lse, delta and bias tiles as far ahead as there a
 in ``forward.py``.
 """
 
-from ..triton.prims import LOG2E, offset, segments
+from ..triton.prims import LOG2E, offset
+from .columns import DELTA, LSE, REST, in_turn, probabilities, turned, visible_blocks
 from .compat import (
     fence_async_shared,
     gl,
@@ -27,12 +28,8 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, slope_of, visible_keys
+from .features import slope_of, visible_keys
 from .grid import accumulator, locate, share, stacked
-
-LSE = gl.constexpr(0)  # rows of the table of statistics
-DELTA = gl.constexpr(1)
-REST = gl.constexpr(2)
 
 
 @gluon.constexpr_function
@@ -50,76 +47,6 @@ def barrier_at(name, Q_STAGES, O_STAGES, BIAS_STAGES):
 def _meet():
     """Wait for the other consumer: barrier 10 of the processor (Triton uses the lowest), 256 threads."""
     gl.inline_asm_elementwise("bar.sync 10, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
-
-
-@gluon.jit
-def visible_blocks(n0, M, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr):
-    """``segments`` of query blocks that see the keys ``n0 … n0 + BN``. Queries past the end hide themselves (their lse is +inf), keys past
-    it do not: of a tile that reaches over the end, no block counts as whole.
-    """
-    low = -hi if hi is not None else None  # the band as keys see queries
-    high = -lo if lo is not None else None
-    begin, a, b, end = segments(n0, min(n0 + BN, N) - 1, (M + BM - 1) // BM * BM, low, high, BM)
-    end = gl.where(n0 < N, end, begin)
-    over = n0 + BN > N
-    return begin, gl.where(over, end, min(a, end)), gl.where(over, end, min(b, end)), end
-
-
-@gluon.jit
-def in_turn(block, whole, part, n0, BM: gl.constexpr):
-    """Which block comes in the place of ``block``. Whole ones are visited in turn from a place that differs from tile to tile, else
-    programs that work on one head would all add to the same rows of dq at one time.
-    """
-    count = max(part - whole, 1)
-    later = block + n0 // BM % count
-    later = gl.where(later >= part, later - count, later)
-    return gl.where((block >= whole) & (block < part), later, block)
-
-
-@gluon.jit
-def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
-    """The query block of a tile's step."""
-    return in_turn(begin + step % steps, whole, part, n0, BM)
-
-
-@gluon.jit
-def probabilities(
-    s, bias, key_bias, slope, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr,
-    IS_MASK: gl.constexpr, ALIBI: gl.constexpr, KEY_BIASED: gl.constexpr, MASKED: gl.constexpr,
-):  # fmt: skip
-    """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s. bias: a tile of it; key_bias: a number a key;
-    lse, rest: a number a query, as a row. None: absent.
-    """
-    S: gl.constexpr = accumulator(BM)
-    x = s * scale_log2
-    if bias is not None:
-        if IS_MASK:
-            x = gl.where(bias != 0, x, float("-inf"))
-        else:
-            x = gl.fma(bias.to(gl.float32), gl.full([KEYS, BM], LOG2E, gl.float32, S), x)
-    if KEY_BIASED:
-        row, x = gl.broadcast(gl.expand_dims(key_bias, 1), x)
-        if IS_MASK:
-            x = gl.where(row != 0, x, float("-inf"))
-        else:
-            x = gl.fma(row, gl.full([KEYS, BM], LOG2E, gl.float32, S), x)
-    i = gl.expand_dims(m0 + gl.arange(0, BM, gl.SliceLayout(0, S)), 0)
-    j = gl.expand_dims(n0 + gl.arange(0, KEYS, gl.SliceLayout(1, S)), 1)
-    if ALIBI:
-        x = add_alibi(x, slope, i + ahead, j)
-    x = x - lse
-    if rest is not None:
-        x = x - rest
-    p = gl.exp2(x)
-    if MASKED:
-        seen = j < N
-        if hi is not None:
-            seen = seen & (i >= j - hi)
-        if lo is not None:
-            seen = seen & (i <= j - lo)
-        seen, p = gl.broadcast(seen, p)
-        p = gl.where(seen, p, 0.0)
-    return p
 
 
 @gluon.jit

@@ -7,7 +7,7 @@ the next.
 """
 
 from ..triton.prims import LOG2E, offset
-from .backward import DELTA, LSE, REST, in_turn, probabilities, turned, visible_blocks
+from .columns import DELTA, LSE, REST, in_turn, probabilities, turned, visible_blocks
 from .compat import (
     fence_async_shared,
     gl,
