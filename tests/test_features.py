@@ -13,7 +13,7 @@ from torch import Tensor
 import triflash
 from cases import BACKENDS, HAVE_TRITON, small_tiles
 from test_attention import agree, inputs
-from triflash import attention
+from triflash import attention, ops
 from triflash.dropout import keep_mask
 
 ALL = ["oracle", *BACKENDS]
@@ -330,3 +330,39 @@ def test_compiled_with_everything(device: torch.device) -> None:
     got = torch.autograd.grad(torch.compile(function, backend="aot_eager", fullgraph=True)(*tensors), tensors)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.unpoisoned
+def test_opcheck_with_everything(device: torch.device) -> None:
+    """Schemas, fakes and autograd of the operators agree with what they compute, all operands given."""
+    q, k, v = inputs(4, M=12, N=12, H=2, Hk=1, D=8, Dv=8, device=device)
+    bias = torch.randn(2, 1, 2, 12, 12, device=device, requires_grad=True)
+    mask = torch.rand(2, 2, 1, 1, 12, device=device) < 0.8
+    lengths, slopes = torch.tensor([3, 0, 12, 7], dtype=torch.int32, device=device), torch.rand(1, 2, device=device)
+    sink, seed = torch.randn(2, device=device, requires_grad=True), torch.tensor([1, 2], device=device)
+    options = (2, None, 0, 0.3, "", "tiled")
+    more = (mask, lengths, slopes, sink, seed, 5.0, 0.2, True)
+    torch.library.opcheck(ops.attention_forward, (q, k, v, bias, *options, *more))
+    tensors = [x.detach() for x in (q, k, v, bias)]
+    more = (*more[:3], sink.detach(), *more[4:])
+    out, lse, rest = ops.attention_forward(*tensors, *options, *more)
+    saved = (torch.randn_like(out), torch.randn_like(lse), *tensors, out, lse, rest)
+    for needs in ([True] * 5, [False, False, False, False, True], [True, False, True, False]):
+        torch.library.opcheck(ops.attention_backward, (*saved, *options, needs, *more))
+    given = [torch.zeros_like(x) for x in tensors]
+    torch.library.opcheck(ops.attention_backward_, (*saved, *options, *given, *more, torch.zeros_like(sink)))
+
+
+def test_gradcheck_with_everything() -> None:
+    """Finite differences of the tiled backend in float64."""
+    q, k, v = (torch.randn(2, length, heads, 3, dtype=torch.float64, requires_grad=True) for length, heads in ((5, 2), (6, 1), (6, 1)))
+    bias = torch.randn(2, 1, 6, dtype=torch.float64, requires_grad=True)
+    sink = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    mask, lengths = torch.rand(5, 6) < 0.8, torch.tensor([6, 4])
+
+    def function(*x: Tensor) -> Any:
+        more: dict[str, Any] = dict(mask=mask, key_lengths=lengths, softcap=1.5, dropout_p=0.3, dropout_seed=3)
+        out, lse = attention(*x[:3], bias=x[3], sink=x[4], alibi_slopes=torch.tensor([0.3, 0.1]), **more, return_lse=True)
+        return out, lse
+
+    assert torch.autograd.gradcheck(function, (q, k, v, bias, sink))
