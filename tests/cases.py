@@ -442,10 +442,14 @@ def expected_kernels(case: Case, backend: str, bias: Tensor | None) -> list[str]
 
 
 def _expected_on_hopper(case: Case, wanted: list[str], bias: Tensor | None) -> list[str]:
-    """With ``small_tiles``, which has dq added up wherever a kernel gives dk or dv; else at these sizes it has a kernel of its own."""
-    source = dbias_kernel(case, tuple(bias.shape)) if "b" in wanted and bias is not None else None
+    """With ``small_tiles``, which has dq added up wherever a kernel gives dk or dv; else at these sizes it has a kernel of its own.
+
+    So it has in the seed's functions under PyTorch's deterministic algorithms, which ``poisoned_allocations`` turns on.
+    """
+    source = dbias_kernel(replace(case, Hk=None), tuple(bias.shape)) if "b" in wanted and bias is not None else None
     narrow = max(case.D, case.Dv or case.D) <= 128
-    adding = case.tiles is not None and narrow and "q" in wanted and bool(set(wanted) & set("kv")) and source != "dq"
+    free = case.is_raw or not torch.are_deterministic_algorithms_enabled()
+    adding = case.tiles is not None and free and narrow and "q" in wanted and bool(set(wanted) & set("kv")) and source != "dq"
     steps = ["prepare"]
     if set(wanted) & set("kv") or source == "dkdv":
         steps += ["dqdkdv" if adding else "dkdv"]
@@ -484,7 +488,12 @@ def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
     if backend == "hopper":
         can = ON_HOPPER and case.dtype in (torch.float16, torch.bfloat16) and torch.float64 not in dtypes
         empty = 0 in (case.B, case.H, case.M, case.N)
-        return not can or empty or replace(case, Hk=None).has_features or max(case.D, case.Dv or case.D) > MAX_HEAD_DIM
+        return (
+            not can
+            or empty
+            or replace(case, Hk=None, lengths=None, alibi=None, sink=False).has_features
+            or max(case.D, case.Dv or case.D) > MAX_HEAD_DIM
+        )
     return backend == "triton" and (torch.float64 in dtypes or (on_interpreter and torch.bfloat16 in dtypes))
 
 

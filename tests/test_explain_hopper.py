@@ -1,4 +1,4 @@
-"""Explaining the Hopper kernels on a machine without one: forward by ``hopper``, backward by ``triton``, and what is copied for TMA."""
+"""Explaining the Hopper kernels on a machine without one: what runs in which pass, and what is copied for TMA."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ from torch import Tensor
 from cases import triton_only, with_layout
 from triflash import explain
 from triflash.__main__ import main
-from triflash.plan import hopper, layout
+from triflash.copies import copies_of
+from triflash.plan import hopper, hopper_backward, hopper_rows, layout
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.hopper import HopperConfig
+from triflash.plan.hopper_backward import KeysConfig
+from triflash.plan.hopper_rows import RowsConfig
 from triflash.plan.override import override_configs
+from triflash.plan.select import plan_backward, plan_forward
+from triflash.shorthand import bias_shape
+from triflash.spec import Gradients, Needs, Operands, Saved, spec_of
 
 pytestmark = triton_only
 
@@ -28,9 +34,59 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def test_forward_by_hopper_backward_by_triton() -> None:
+def test_both_passes_by_hopper() -> None:
     q = empty(2, 1000, 4, 64)
     explained = explain(q, q, q, None, True, grads=("q", "k", "v"), device="sm90")
+    assert explained.backward is not None and explained.backward.backend == explained.backend == "hopper" and explained.changed == ""
+    prepare, keys, rows = explained.backward.steps
+    assert prepare.source.startswith("fixed") and prepare.shared_memory is None
+    assert isinstance(keys.step.config, KeysConfig) and isinstance(rows.step.config, RowsConfig)
+    assert keys.source == "the first candidate that fits, of plan/hopper_backward.py"
+    assert rows.source == "the first candidate that fits, of plan/hopper_rows.py"
+    assert keys.shared_memory == hopper_backward.shared_memory(explained.spec, keys.step.config, False)
+    assert rows.shared_memory == hopper_rows.dq_shared_memory(explained.spec, rows.step.config, False)
+    text = str(explained)
+    assert "backend    hopper, the automatic choice, which prefers it where it can run" in text
+    assert f"dkdv {keys.step.config}: " in text and "in groups whose queries and their gradients fit in the L2 cache, gives dk, dv" in text
+    assert explained.deterministic and "same bits  yes" in text and "sum of dq" not in text
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("bias", [None, "h1k"])
+def test_what_adding_up_dq_costs(bias: str | None, deterministic: bool) -> None:
+    """The float32 sum, and the promise of the same bits; PyTorch's switch gives dq a kernel of its own."""
+    q = empty(2, 4000, 4, 40)
+    given = None if bias is None else empty(4, 1, 4000)
+    torch.use_deterministic_algorithms(deterministic)
+    explained = explain(q, q, q, given, grads=("q", "k", "v", "bias") if bias else ("q", "k", "v"), device="sm90")
+    assert explained.spec.deterministic == explained.deterministic == deterministic
+    assert explained.backward is not None
+    kernels = [step.step.kernel for step in explained.backward.steps]
+    owners = ["dkdv", "dq"] if deterministic else ["dqdkdv", "finish"]
+    assert kernels == ["prepare", *owners, *["dbias_sum"] * (bias is not None)]
+    assert dict(explained.memory).get("float32 sum of dq", 0) == (0 if deterministic else 2 * 4000 * 4 * 40 * 4)
+    text = str(explained)
+    assert ("same bits  no: dq is added up in memory in no fixed order" in text) == (not deterministic)
+    assert deterministic or "torch.use_deterministic_algorithms(True)" in text
+    if not deterministic:
+        keys = explained.backward.steps[1]
+        assert isinstance(keys.step.config, KeysConfig)
+        assert keys.shared_memory == hopper_backward.shared_memory(explained.spec, keys.step.config, True)
+
+
+def test_a_gradient_nobody_asked_for() -> None:
+    """The kernel that gives the gradient of a bias of full shape writes dq, wanted or not."""
+    q, bias = empty(2, 1000, 4, 64), empty(2, 4, 1000, 1000)
+    for grads, extra in (("bias", True), (("q", "bias"), False)):
+        explained = explain(q, q, q, bias, grads=grads, device="sm90")
+        assert explained.launches[-1].startswith("hopper: dq ")
+        assert dict(explained.memory).get("dq, which nobody asked for", 0) == (2 * 1000 * 4 * 64 * 2 if extra else 0)
+
+
+def test_forward_by_hopper_backward_by_triton() -> None:
+    """With a bias that does not vary over keys."""
+    q = empty(2, 1000, 4, 64)
+    explained = explain(q, q, q, empty(4, 1000, 1), True, grads=("q", "k", "v"), device="sm90")
     assert explained.backward is not None
     assert (explained.forward.backend, explained.backward.backend) == ("hopper", "triton")
     (forward,) = explained.forward.steps
@@ -41,7 +97,8 @@ def test_forward_by_hopper_backward_by_triton() -> None:
     assert set(dict(explained.not_taken)) == {"tiled", "oracle"}
     text = str(explained)
     assert "hopper for the forward pass, the automatic choice, which prefers it where it can run" in text
-    assert "triton for the backward pass: hopper has no backward kernels, and those of triton take what its forward pass saved" in text
+    words = "the backward pass with a bias that does not vary over keys: not supported by backend 'hopper'; use backend('triton')"
+    assert f"triton for the backward pass: {words}" in text
 
 
 @pytest.mark.parametrize(
@@ -50,7 +107,7 @@ def test_forward_by_hopper_backward_by_triton() -> None:
         ("--device sm90 --dtype fp32", "hopper: cannot do fp32; its products are 16-bit ones"),
         ("--device sm80", "hopper: cannot do sm80; its kernels are made for sm90"),
         ("--device cpu", "hopper: cannot do cpu; its kernels are made for sm90"),
-        ("--device sm90 --backend triton", "hopper: could run the forward pass, but triton was asked for by name"),
+        ("--device sm90 --backend triton", "hopper: could run it, but triton was asked for by name"),
         ("--device sm90 --backend hopper --grads none", "backend    hopper, asked for by name"),
     ],
 )
@@ -60,9 +117,12 @@ def test_why_not_hopper(arguments: str, words: str, capsys: pytest.CaptureFixtur
     assert words in text and "hopper for the forward pass" not in text
 
 
-def test_hopper_alone_has_no_backward_pass(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", "--device", "sm90", "--backend", "hopper", "--grads", "q"]) == 1
-    assert "the backward pass: not supported by backend 'hopper'" in capsys.readouterr().err
+def test_what_its_backward_pass_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--device", "sm90", "--backend", "hopper", "--grads", "q", "--bias", "hq1"]) == 1
+    assert "the backward pass with a bias that does not vary over keys: not supported by backend 'hopper'" in capsys.readouterr().err
+    assert main(["explain", "--device", "sm90", "--backend", "triton", "--bias", "hq1"]) == 0
+    words = "hopper: the backward pass with a bias that does not vary over keys: not supported by backend 'hopper'"
+    assert words in capsys.readouterr().out
 
 
 def test_each_backend_takes_its_own_kind_of_configuration() -> None:
@@ -74,6 +134,17 @@ def test_each_backend_takes_its_own_kind_of_configuration() -> None:
             taken, other = other, taken
         assert taken.step.config == config and taken.source == "chosen by hand (override_configs)"
         assert type(other.step.config) is not type(config) and not other.source.startswith("chosen by hand")
+
+
+def test_backward_configurations_by_hand() -> None:
+    q = empty(2, 1000, 4, 64)
+    keys, rows = KeysConfig(1, 1), RowsConfig(1, 32, 2)
+    with override_configs(dkdv=keys, dq=rows, forward=TileConfig(16, 16, 4, 1)):
+        explained = explain(q, q, q, grads=("q", "k", "v"), device="sm90")
+    assert explained.backward is not None
+    assert [step.step.config for step in explained.backward.steps[1:]] == [keys, rows]
+    assert all(step.source == "chosen by hand (override_configs)" for step in explained.backward.steps[1:])
+    assert explained.forward.steps[0].source.startswith("a rule of plan/hopper.py")
 
 
 def hopper_copies(q: Tensor, k: Tensor, bias: Tensor | None, backend: str = "hopper") -> dict[str, int]:
@@ -94,9 +165,9 @@ def test_copies_for_tma_are_those_that_a_launch_makes(name: str, head_dim: int) 
     q = with_layout((B, M, H, head_dim), name, lambda shape: torch.zeros(shape, dtype=torch.float16))
     k = torch.zeros(B, N, H, head_dim, dtype=torch.float16)
     out = torch.empty(B, M, H, head_dim, dtype=torch.float16)
-    wanted = {n: allocated(launch._ready(x)) for n, x in (("q", q), ("k", k), ("v", k)) if launch._ready(x) is not x}
+    wanted = {n: allocated(launch.ready(x)) for n, x in (("q", q), ("k", k), ("v", k)) if launch.ready(x) is not x}
     if not launch.addressable(out):
-        wanted["out"] = allocated(launch._padded_rows(out))
+        wanted["out"] = allocated(launch.padded_rows(out))
     assert hopper_copies(q, k, None) == wanted
     assert ("out" in wanted) == ("k" in wanted) == (head_dim == 20) and ("q" in wanted) == (
         head_dim == 20 or name in ("sliced", "step", "expanded")
@@ -115,7 +186,7 @@ def test_copies_of_a_bias_for_tma(name: str, dtype: torch.dtype, columns: int) -
         bias = with_layout(shape, name, lambda shape: torch.zeros(shape, dtype=dtype))
         canonical = bias[(None,) * (4 - bias.dim())].unsqueeze(1)
         spec = explain(q, k, k, bias, device="sm90").spec
-        ready = launch._ready_bias(spec, canonical)
+        ready = launch.ready_bias(spec, canonical)
         assert ready is not None
         copied = shape[-1] > 1 and ready.data_ptr() != canonical.data_ptr()
         assert hopper_copies(q, k, bias) == ({"bias": allocated(ready)} if copied else {})
@@ -124,19 +195,60 @@ def test_copies_of_a_bias_for_tma(name: str, dtype: torch.dtype, columns: int) -
 
 
 def test_a_pass_copies_by_the_rules_of_its_own_backend() -> None:
-    """Heads 20 elements apart suit the portable kernels but not TMA; every other element suits neither."""
-    q, k = empty(2, 256, 4, 20)[..., :16], empty(2, 256, 4, 32)[..., ::2]
+    """Heads 20 elements apart suit the portable kernels but not TMA; every other element suits neither. The bias is for backward by triton."""
+    q, k, bias = empty(2, 256, 4, 20)[..., :16], empty(2, 256, 4, 32)[..., ::2], empty(256, 1)
 
     def found(*tensors: Any) -> list[tuple[str, int, tuple[str, ...]]]:
-        explained = explain(*tensors, grads="q", device="sm90")
+        explained = explain(*tensors, bias, grads="q", device="sm90")
         assert str(explained).count(" in the forward pass: ") == sum(copy.passes == ("forward",) for copy in explained.copies)
         return [(copy.tensor, copy.nbytes, copy.passes) for copy in explained.copies]
 
     plain = 2 * 256 * 4 * 16 * 2
     assert found(q, q, q) == [(name, plain, ("forward",)) for name in ("q", "k", "v")]
     assert found(q, k, q)[-1] == ("k", plain, ("backward",)) and len(found(q, k, q)) == 4
-    both = explain(q, k, q, grads="q", device="sm90", backend="triton").copies
-    assert [(copy.tensor, copy.nbytes, copy.passes) for copy in both] == [("k", plain, ("forward", "backward"))]
+    for tensors, backend, names in (((q, k, q), "triton", ["k"]), ((q, k, q), "hopper", ["q", "k", "v"])):
+        both = explain(*tensors, grads="q", device="sm90", backend=backend).copies
+        assert [(copy.tensor, copy.nbytes, copy.passes) for copy in both] == [(name, plain, ("forward", "backward")) for name in names]
+
+
+@pytest.mark.parametrize("bias, columns", [(None, 40), ("bhqk", 40), ("bhqk", 41), ("1hqk", 41), ("1h1k", 41)])
+@pytest.mark.parametrize("name", ["plain", "sliced"])
+@pytest.mark.parametrize("head_dim, value_dim", [(16, 16), (20, 16), (24, 20)])
+def test_copies_of_a_backward_pass(head_dim: int, value_dim: int, name: str, bias: str | None, columns: int) -> None:
+    """Those that its launcher makes, of contiguous gradients: of what it reads, and of what TMA cannot write."""
+    from triflash.launch import hopper, hopper_backward
+
+    def zeros(*shape: int) -> Tensor:
+        return with_layout(shape, name, lambda shape: torch.zeros(shape, dtype=torch.float16))
+
+    q, k, v = zeros(B, M, H, head_dim), zeros(B, columns, H, head_dim), zeros(B, columns, H, value_dim)
+    given = None if bias is None else zeros(*bias_shape(bias, B, H, M, columns))
+    canonical = None if given is None else given[:, None]
+    spec = spec_of(q, k, v, canonical, 1, None, None, 1.0, "")
+    needs = Needs(True, True, True, bias is not None)
+    facts = KNOWN_DEVICES["sm90"]
+    plans = [plan_forward(spec, facts, "hopper"), plan_backward(spec, needs, facts, "hopper")]
+    found = [copy for copy in copies_of(plans, spec, facts, (q, k, v, canonical)) if "backward" in copy.passes]
+
+    allocated_here: list[int] = []
+    padded_rows = hopper.padded_rows
+
+    def recorded(x: Tensor) -> Tensor:
+        allocated_here.append(allocated(padded_rows(x)))
+        return padded_rows(x)
+
+    out, lse = torch.zeros(B, M, H, value_dim, dtype=torch.float16), torch.zeros(B, H, M)
+    grads = [None if x is None else torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v, canonical)]
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (hopper, hopper_backward):
+            patched.setattr(module, "padded_rows", recorded)
+        patched.setattr(hopper_backward, "start", lambda *_: None)
+        saved = Saved(out, lse, torch.zeros_like(lse) if spec.keeps_rest else None)
+        hopper_backward.backward(plans[1], spec, Operands(q, k, v, canonical), saved, torch.zeros_like(out), None, Gradients(*grads))
+    assert sorted(copy.nbytes for copy in found) == sorted(allocated_here)
+    names = {copy.tensor for copy in found}
+    assert ({"dq", "dk"} <= names) == (head_dim == 20) and ({"dout", "dv"} <= names) == (value_dim == 20)
+    assert ("dbias" in names) == (bias == "bhqk" and columns == 41)
 
 
 def test_rules_of_layouts() -> None:

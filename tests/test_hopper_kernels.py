@@ -1,6 +1,7 @@
-"""The Hopper kernels on the GPU that they are for: every configuration, many tiles a program, and how they stand beside the portable ones.
+"""The Hopper forward kernel on the GPU that it is for: every configuration, many tiles a program, and how it stands beside the portable one.
 
-What every backend must do is in test_edges.py and test_pairwise.py, what is arithmetic in test_hopper_plan.py, what compiles in aot/.
+What every backend must do is in test_edges.py and test_pairwise.py, what is arithmetic in test_hopper_plan.py, what compiles in aot/,
+the backward pass in test_hopper_backward.py.
 """
 
 from __future__ import annotations
@@ -100,18 +101,21 @@ def test_the_public_function_is_the_operator(backend: str, device: torch.device)
     assert torch.equal(out, ops.attention_forward(q, k, v, five, 1, None, 0, 0.2, "", "hopper")[0])
 
 
-def test_a_training_step_takes_both_families(device: torch.device) -> None:
+def test_a_training_step_takes_both_families_where_it_must(device: torch.device) -> None:
+    """A bias that does not vary over keys is for the portable backward kernels, which take what the Hopper forward pass saved."""
     q, k, v = (torch.randn(2, 300, 3, 64, device=device, dtype=F16, requires_grad=True) for _ in range(3))
-    with triflash.record_launches() as ran:
-        triflash.flash_attn_func(q, k, v, None, True).sum().backward()
-    assert [" ".join(line.split()[:2]) for line in ran] == ["hopper: forward", "triton: delta", "triton: dkdv", "triton: dq"]
+    for bias, steps in ((None, ["hopper: prepare", "hopper: dkdv", "hopper: dq"]), (300, ["triton: delta", "triton: dkdv", "triton: dq"])):
+        given = None if bias is None else torch.randn(bias, 1, device=device, dtype=F16)
+        with triflash.record_launches() as ran:
+            triflash.flash_attn_func(q, k, v, given, True).sum().backward()
+        assert [" ".join(line.split()[:2]) for line in ran] == ["hopper: forward", *steps]
 
 
 def test_the_backward_pass_is_refused_by_name(device: torch.device) -> None:
     q = torch.randn(1, 20, 2, 16, device=device, dtype=F16, requires_grad=True)
     with triflash.backend("hopper"):
-        out = triflash.flash_attn_func(q, q, q)
-    with triflash.record_launches() as ran, pytest.raises(triflash.UnsupportedError, match="the backward pass: .*'hopper'"):
+        out = triflash.flash_attn_func(q, q, q, torch.zeros(20, 1, device=device, dtype=F16))
+    with triflash.record_launches() as ran, pytest.raises(triflash.UnsupportedError, match="the backward pass with a bias .*'hopper'"):
         out.sum().backward()
     assert ran == [] and q.grad is None
 
@@ -262,7 +266,7 @@ def test_compiled_equals_eager(compiler: str, device: torch.device) -> None:
     step(q, k, v)
     with triflash.record_launches() as ran:
         got = step(q, k, v)
-    assert ran[0].startswith("hopper: forward ") and ran[1].startswith("triton: ")
+    assert [" ".join(line.split()[:2]) for line in ran] == [f"hopper: {name}" for name in ("forward", "prepare", "dkdv", "dq")]
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 

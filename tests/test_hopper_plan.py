@@ -1,4 +1,7 @@
-"""The Hopper backend as far as it is arithmetic: what is chosen when, what is refused, and that its schedule visits every tile once. No GPU."""
+"""The Hopper backend as far as it is arithmetic: what is chosen when, what is refused, and that its schedule visits every tile once. No GPU.
+
+Which kernels a backward pass has is in test_hopper_steps.py.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,13 @@ def spec(bias: str | None = None, bias_dtype: str = "bf16", dtype: str = "bf16",
     spec(), spec(dtype="fp16"), spec(hi=0), spec(lo=-5, hi=3), spec(head_dim=192, value_dim=128), spec(head_dim=256, value_dim=256),
 ], ids=lambda problem: f"{problem.dtype} {problem.bias} {problem.lo} {problem.hi} {problem.head_dim}")  # fmt: skip
 def test_the_automatic_choice_on_sm90(problem: AttentionSpec) -> None:
-    """Forward on these kernels, backward on the portable ones, and the choice of a name is the same plan."""
+    """Both passes on these kernels, and the choice of a name is the same plan."""
     plan = plan_forward(problem, SM90)
     assert plan.backend == "hopper" and [step.kernel for step in plan.steps] == ["forward"]
     assert plan == plan_forward(problem, SM90, "hopper") and isinstance(plan.steps[0].config, HopperConfig)
     assert str(plan.steps[0]).startswith("forward ") and why_not("hopper", problem, SM90) is None
-    assert plan_backward(problem, NEEDS, SM90).backend == "triton"
+    backward = plan_backward(problem, NEEDS, SM90)
+    assert backward.backend == "hopper" and backward == plan_backward(problem, NEEDS, SM90, "hopper")
     assert plan_forward(problem, SM90, "triton").backend == "triton"
 
 
@@ -64,12 +68,15 @@ REFUSED = [
     ("sm90", spec(dtype="fp32"), "fp32", "triton"),
     ("sm90", spec(dtype="fp64"), "fp64", "tiled"),
     ("sm90", spec("b1hqk", "fp64"), "a float64 bias", "tiled"),
-    ("sm90", spec(head_dim=257), "head dim 257", "tiled"),
-    ("sm90", spec(value_dim=300), "head dim 300", "tiled"),
+    ("sm90", spec(head_dim=257), "head dim 257", "triton"),
+    ("sm90", spec(value_dim=300), "head dim 300", "triton"),
     ("sm90", spec(queries=0), "empty tensors", "triton"),
     ("sm90", spec(keys=0), "empty tensors", "triton"),
     ("sm90", spec(heads=0), "empty tensors", "triton"),
     ("sm90", spec(batch_outer=0), "empty tensors", "triton"),
+    ("sm90", spec("b1hqk", mask=BiasSpec("bool", (True,) * 5)), "a mask beside a bias", "triton"),
+    ("sm90", spec(alibi=True, softcap=1.0, groups=2), "a soft cap", "triton"),
+    ("sm90", spec(dropout=0.1), "dropout", "triton"),
 ]
 
 
@@ -80,9 +87,12 @@ def test_what_it_refuses(arch: str, problem: AttentionSpec, feature: str, instea
     device = KNOWN_DEVICES[arch]
     with pytest.raises(UnsupportedError, match=rf"^{feature}: not supported by backend 'hopper'; .+"):
         plan_forward(problem, device, "hopper")
+    with pytest.raises(UnsupportedError, match=rf"^{feature}: not supported by backend 'hopper'; .+"):
+        plan_backward(problem, NEEDS, device, "hopper")
     reason = why_not("hopper", problem, device)
     assert reason is not None and reason[0] == feature and reason[1]
-    assert plan_forward(problem, device).backend == instead
+    backward = "tiled" if feature.startswith("head dim") else instead  # beyond what the portable backward pass takes as well
+    assert (plan_forward(problem, device).backend, plan_backward(problem, NEEDS, device).backend) == (instead, backward)
 
 
 @triton_only
@@ -91,12 +101,6 @@ def test_a_device_without_the_memory_is_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"^head dims 64 and 64 with such a bias: .*no tile fits"):
         plan_forward(spec("b1hqk"), small, "hopper")
     assert plan_forward(spec("b1hqk"), replace(SM90, shared_memory=65_536)).backend == "triton"  # which gets by with less
-
-
-@triton_only
-def test_its_backward_pass_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match=r"^the backward pass: not supported by backend 'hopper'; .*'auto' or 'triton'"):
-        plan_backward(spec(), NEEDS, SM90, "hopper")
 
 
 @triton_only

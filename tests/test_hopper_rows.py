@@ -113,7 +113,7 @@ def carry_out(call: Call, device: torch.device, seed: int = 0) -> None:
     if device.type == "cuda":
         start(device, [call])
     else:
-        gluon_twin.run(call, "forward", "rows", call.kernel.fn.__name__, seed=seed)
+        gluon_twin.run(call, seed)
 
 
 def assert_right(name: str, got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import triflash
 from cases import BACKENDS, kernels, small_tiles
-from triflash import oracle
+from triflash import ops, oracle
 from triflash import triton_flash_attention as seed
+from triflash.plan.select import plan_backward
 
 SIGNATURES = {
     "flash_attn_func": "q, k, v, bias=None, causal=False, softmax_scale=None",
@@ -252,3 +253,25 @@ def test_alibi_with_padding_as_bloom_calls_it(device: torch.device) -> None:
     out = seed.flash_attn_func(q, k, v, bias, True)
     wanted = oracle.attention(q, k, v, bias, hi=0)[0]
     torch.testing.assert_close(out.double(), wanted, rtol=4e-3, atol=4e-3)
+
+
+@pytest.mark.parametrize("function", ["flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func"])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_algorithms_are_asked_for_as_the_forward_pass_was(
+    wanted: bool, function: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's switch reaches the plan of the backward pass, whatever it is by then."""
+    seen: list[bool] = []
+
+    def spying(spec: Any, *rest: Any) -> Any:
+        seen.append(spec.deterministic)
+        return plan_backward(spec, *rest)
+
+    monkeypatch.setattr(ops, "plan_backward", spying)
+    q, kv, qkv = (torch.randn(1, 5, *count, 2, 8, device=device, requires_grad=True) for count in ((), (2,), (3,)))
+    arguments = {"flash_attn_func": (q, q, q), "flash_attn_kvpacked_func": (q, kv), "flash_attn_qkvpacked_func": (qkv,)}[function]
+    torch.use_deterministic_algorithms(wanted)
+    out = getattr(seed, function)(*arguments)
+    torch.use_deterministic_algorithms(not wanted)
+    out.sum().backward()
+    assert seen == [wanted]

@@ -56,6 +56,10 @@ RULES: dict[str, list[str]] = {
     "triflash.launch.hopper_rows": [
         "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper", "triflash.plan", "triflash.spec",
     ],
+    "triflash.launch.hopper_backward": [
+        "torch", "triflash.kernels.hopper", "triflash.kernels.triton.dbias", "triflash.launch.calls", "triflash.launch.hopper",
+        "triflash.launch.hopper_rows", "triflash.launch.triton", "triflash.plan", "triflash.spec",
+    ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.ops": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.plan.select", "triflash.spec"],

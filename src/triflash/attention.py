@@ -71,7 +71,7 @@ def attention(
             every replay. The same seed drops the same on every backend. Default: drawn from PyTorch's generator of q's device.
         return_lse: also return the natural log of the sum of exponentials of each query's visible scores, differentiable.
         deterministic: True asks for the same bits of every gradient in every run, False allows faster kernels that do not promise it for
-            dq; default ``torch.are_deterministic_algorithms_enabled()``. All present kernels are deterministic either way.
+            dq; default ``torch.are_deterministic_algorithms_enabled()``. Only the backward kernels of backend ``hopper`` make a difference.
         layout: ``"bshd"`` as above, or ``"bhsd"``: q ``(*batch, Hq, M, D)``, k, v and the output alike. By strides; nothing is copied.
         precision: of float32 products: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``; default PyTorch's own setting for matrix products.
         backend: as :func:`triflash.backend`; default the innermost block's, else ``TRIFLASH_BACKEND``, else ``"auto"``.

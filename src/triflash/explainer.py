@@ -128,7 +128,8 @@ def _call(
         call = arguments_of(q, k, v, bias=bias, causal=causal, scale=scale, **options)
         return call.operands, call.spec, call.backend
     canonical, own = _arguments(q, k, v, bias, causal, scale)
-    return Operands(q, k, v, canonical), spec_of(q, k, v, canonical, *own[:-1]), own[-1]
+    spec = replace(spec_of(q, k, v, canonical, *own[:-1]), deterministic=torch.are_deterministic_algorithms_enabled())
+    return Operands(q, k, v, canonical), spec, own[-1]
 
 
 def _requested(name: str | None) -> Any:
@@ -191,7 +192,7 @@ def _explained(plan: Plan, step: Step, spec: AttentionSpec, device: DeviceFacts)
         source = hopper_config_of(spec, device, current_choices())[1]
         estimate = hopper.shared_memory(spec, step.config)
     elif plan.backend == "hopper" and not isinstance(step.config, TileConfig):
-        source = "the first candidate that fits, of plan/hopper_backward.py or plan/hopper_rows.py"
+        source = hopper_steps.source_of(step, dict(current_choices().by_hand))
         estimate = hopper_steps.shared_memory(spec, step)
     elif plan.backend == "triton" and step.kernel in KERNELS:
         config, found = config_of(step.kernel, spec, device, current_choices())
@@ -248,9 +249,9 @@ def _changed(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: Devic
 def _determinism(plans: list[Plan]) -> tuple[bool, str]:
     """Every backend sums in an order that follows from sizes and device alone, but for dq where the Hopper kernels add it up in memory."""
     if any(step.kernel == "finish" for plan in plans for step in plan.steps):
-        return (
-            False,
-            "dq is added up in memory in no fixed order, everything else in one order; deterministic algorithms of PyTorch change that",
+        return False, (
+            "dq is added up in memory in no fixed order, everything else in one order; torch.use_deterministic_algorithms(True), or "
+            "deterministic=True of triflash.attention, has dq computed by a kernel of its own instead"
         )
     reasons = []
     for plan in plans:

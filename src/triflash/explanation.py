@@ -18,6 +18,7 @@ _HOPPER_ORDERS = {
     "head": "batches and heads in groups whose keys and values fit in the L2 cache",
     "batch": "batch entries that share a bias block side by side, in groups whose keys and values fit in the L2 cache",
 }
+_KEYS_ORDERS = {order: text.replace("keys and values", "queries and their gradients") for order, text in _HOPPER_ORDERS.items()}
 _ORDERS = {
     "tile": "tiles of one head back to back",
     "batch": "batch entries that share a bias block back to back",
@@ -185,9 +186,8 @@ def _step(explained: ExplainedStep, backend: str, device: DeviceFacts) -> list[s
         return [f"{step.kernel} in PyTorch"]
     gives = f", gives {', '.join(step.gives)}" if step.gives else ""
     splits = f", {step.splits} partial sums" if step.splits > 1 else ""
-    tiled = step.kernel in ("forward", "dkdv", "dq")
-    order = (_HOPPER_ORDERS if backend == "hopper" else _ORDERS)[step.order]
-    lines = [f"{step}: {step.programs} programs{f', {order}' if tiled else ''}{splits}{gives}"]
+    order = f", {_order(step, backend)}" if step.kernel in ("forward", "dkdv", "dqdkdv", "dq") else ""
+    lines = [f"{step}: {step.programs} programs{order}{splits}{gives}"]
     lines.append(f"  configuration  {explained.source}")
     if explained.compiled is not None:
         used = explained.compiled
@@ -197,3 +197,10 @@ def _step(explained: ExplainedStep, backend: str, device: DeviceFacts) -> list[s
         loose = ", a loose bound: compiling tells" if explained.shared_memory > device.shared_memory else ""
         lines.append(f"  shared memory  estimated, at most {human(explained.shared_memory)}{loose}")
     return lines
+
+
+def _order(step: Step, backend: str) -> str:
+    """In which order a kernel's programs, or the tiles that they work through, go by."""
+    if backend != "hopper":
+        return _ORDERS[step.order]
+    return (_KEYS_ORDERS if step.kernel in ("dkdv", "dqdkdv") else _HOPPER_ORDERS)[step.order]

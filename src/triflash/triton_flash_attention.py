@@ -80,7 +80,8 @@ def flash_attn_func(
         UnsupportedError: the backend that was asked for by name cannot do this combination.
 
     Memory beyond inputs and outputs is O(seqlen_q + seqlen_k), but for copies of inputs whose layout kernels cannot read: a last dim that
-    is not contiguous, or a bias whose rows are not a multiple of 16 elements apart. Results are bitwise reproducible, gradients included.
+    is not contiguous, or a bias whose rows are not a multiple of 16 elements apart. Results are bitwise reproducible, gradients included,
+    but for dq on backend ``hopper``, unless ``torch.use_deterministic_algorithms(True)`` is in force when this is called.
     Autocast does not change the inputs' dtypes: cast them yourself. Not differentiable twice, nor by ``torch.func``.
     """
     if not torch.compiler.is_compiling():  # the same operators, with less of a host's time than their registered autograd takes
@@ -107,7 +108,7 @@ def _forward(ctx: Any, inputs: tuple[Tensor, ...], bias: Tensor | None, causal: 
     canonical, options = _arguments(q, k, v, bias, causal, softmax_scale)
     out, lse, rest = attention_forward(q, k, v, canonical, *options)
     ctx.save_for_backward(*inputs, bias, out, lse, rest)
-    ctx.options = options
+    ctx.options, ctx.deterministic = options, torch.are_deterministic_algorithms_enabled()
     return out
 
 
@@ -133,8 +134,8 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     if canonical is not None and wanted[len(inputs)]:
         dbias = torch.empty_like(canonical, memory_format=torch.contiguous_format)
     with torch.no_grad():
-        same = torch.are_deterministic_algorithms_enabled()
-        attention_backward_(dout, None, q, k, v, canonical, out, lse, rest, *ctx.options, *parts, dbias, deterministic=same)
+        saved = (out, lse, rest)
+        attention_backward_(dout, None, q, k, v, canonical, *saved, *ctx.options, *parts, dbias, deterministic=ctx.deterministic)
     grads.append(None if dbias is None else dbias.view(bias.shape))
     return (*differentiable_once(grads, (dout, *inputs, bias)), None, None)
 
@@ -250,6 +251,5 @@ def _flash_attn_backward(
     if lse.device != q.device:
         raise bad_value("lse", f"q's device {q.device}", lse.device)
     with torch.no_grad():
-        same = torch.are_deterministic_algorithms_enabled()
-        lse = lse[:, :, : q.shape[1]]
-        attention_backward_(do, None, q, k, v, canonical, o, lse, None, *options, dq, dk, dv, None, deterministic=same)
+        saved, fixed = (o, lse[:, :, : q.shape[1]], None), torch.are_deterministic_algorithms_enabled()
+        attention_backward_(do, None, q, k, v, canonical, *saved, *options, dq, dk, dv, None, deterministic=fixed)

@@ -61,7 +61,7 @@ def test_the_hopper_kernel_is_compiled_as_it_is_launched(head_dim: int, columns:
     explained = triflash.explain(q, k, k, bias[:, 0], grads=(), device="sm90", backend="hopper", compile=True)
     plan = plan_forward(explained.spec, KNOWN_DEVICES["sm90"], "hopper")
     lse = torch.zeros(2, 4, 512)
-    ready = (*map(hopper._ready, (q, k, k)), hopper._ready_bias(explained.spec, bias), hopper._ready(torch.empty_like(q)))
+    ready = (*map(hopper.ready, (q, k, k)), hopper.ready_bias(explained.spec, bias), hopper.ready(torch.empty_like(q)))
     (call,) = hopper.forward_calls(plan, explained.spec, *ready, lse, torch.zeros_like(lse))
     compiled = explained.forward.steps[0].compiled
     assert plan.backend == "hopper" and compiled == ahead.resources(ahead.compile_for(call, "sm90"))
@@ -75,10 +75,57 @@ def test_the_hopper_kernel_is_compiled_as_it_is_launched(head_dim: int, columns:
     assert meta.constants == call.constants
 
 
+def outline(x: Any) -> Any:
+    """What a kernel is compiled for of an argument: of a tensor or descriptor its layout."""
+    if isinstance(x, torch.Tensor):
+        return tuple(x.shape), x.stride(), x.dtype
+    if hasattr(x, "block_shape"):
+        return tuple(x.shape), tuple(x.strides), tuple(x.block_shape), x.layout
+    return x
+
+
+@pytest.mark.parametrize("head_dim, columns, bias", [
+    (64, 480, None), (64, 2000, "1h1k"), (24, 481, "bhqk"), (20, 481, "1hqk"), (256, 480, "b1qk"), (40, 481, "expanded"),
+])  # fmt: skip
+def test_the_hopper_backward_kernels_are_compiled_as_they_are_launched(
+    head_dim: int, columns: int, bias: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher's calls for real tensors, none of them started, and those made up for meta tensors: the same layouts and constants."""
+    from triflash.launch import hopper_backward
+    from triflash.plan.select import plan_backward
+    from triflash.spec import Gradients, Operands, Saved, spec_of
+
+    B, H, M = 2, 4, 300
+    q, k = (torch.zeros(B, length, H, head_dim, dtype=torch.bfloat16) for length in (M, columns))
+    given = None
+    if bias == "expanded":
+        given = torch.zeros(1, 1, H, M, columns, dtype=torch.bfloat16).expand(B, 1, H, M, columns)
+    elif bias is not None:
+        b, *rest = (size if letter != "1" else 1 for letter, size in zip(bias, (B, H, M, columns), strict=True))
+        given = torch.zeros(b, 1, *rest)
+    spec = spec_of(q, k, k, given, 1, None, 0, 0.125, "")
+    needs = Needs(True, True, True, given is not None)
+    plan = plan_backward(spec, needs, KNOWN_DEVICES["sm90"], "hopper")
+    out, lse = torch.zeros_like(q), torch.zeros(B, H, M)
+    grads = Gradients(*(None if x is None else torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, k, given)))
+    real: list[Any] = []
+    monkeypatch.setattr(hopper_backward, "start", lambda _, calls: real.extend(calls))
+    saved = Saved(out, lse, torch.zeros_like(lse) if spec.keeps_rest else None)
+    hopper_backward.backward(plan, spec, Operands(q, k, k, given), saved, torch.zeros_like(out), None, grads)
+    made_up = ahead.calls_of(plan, spec, needs, q, k, k, given)
+    assert len(made_up) == len(real) == len(plan.steps)
+    for own, launched in zip(made_up, real, strict=True):
+        assert own.kernel is launched.kernel and own.constants == launched.constants and own.programs == launched.programs
+        assert [outline(x) for x in own.args] == [outline(x) for x in launched.args]
+
+
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "--d", "64", "--s", "1k", "--device", "sm90", "--grads", "none", "--compile"]) == 0
     text = capsys.readouterr().out
     assert "compiled" in text and "registers a thread" in text and "estimated" not in text
+    assert main(["explain", "--d", "64", "--s", "4k", "--device", "sm90", "--backend", "hopper", "--compile"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("  compiled  ") == 4 and "estimated" not in text  # forward, prepare, dqdkdv, finish
     assert main(["explain", "--d", "520", "--s", "1k", "--device", "sm90", "--compile"]) == 0
     assert "nothing was compiled" in capsys.readouterr().out
 

@@ -87,14 +87,14 @@ def calls_of(plan: Plan, spec: AttentionSpec, needs: Needs, *operands: Tensor | 
     x = Operands(*operands)  # type: ignore[arg-type]
     if plan.backend == "hopper":
         x = x._replace(q=_tma_meta(x.q), k=_tma_meta(x.k), v=_tma_meta(x.v), bias=None if x.bias is None else _tma_meta_bias(spec, x.bias))
-        out = _tma_meta(torch.empty((*x.q.shape[:3], x.v.shape[3]), dtype=x.q.dtype, device="meta"))
     else:
         bias, mask = (None if each is None else _meta_bias(each) for each in (x.bias, x.mask))
         rest = (None if each is None else _meta(each) for each in x[5:])
         x = Operands(_meta_rows(x.q), _meta_rows(x.k), _meta_rows(x.v), bias, mask, *rest)
-        out = x.q.new_empty((*x.q.shape[:3], x.v.shape[3]))
-    lse = x.q.new_empty((x.q.shape[0], x.q.shape[2], x.q.shape[1]), dtype=torch.float32)
-    wanted = zip((x.q, x.k, x.v, x.bias, x.sink), vars(needs).values(), strict=True)
+    out = torch.empty((*x.q.shape[:3], x.v.shape[3]), dtype=x.q.dtype, device="meta")
+    lse = out.new_empty((x.q.shape[0], x.q.shape[2], x.q.shape[1]), dtype=torch.float32)
+    q, k, v, bias, *_ = operands  # a copy of an expanded bias is smaller than its gradient
+    wanted = zip((q, k, v, bias, x.sink), vars(needs).values(), strict=True)
     grads = [torch.empty(y.shape, dtype=y.dtype, device="meta") if need and y is not None else None for y, need in wanted]
     saved = Saved(out, lse, lse.new_empty(lse.shape) if spec.keeps_rest else None)
     return pass_calls(plan, spec, x, saved, out, Gradients(*grads))
@@ -104,9 +104,11 @@ def pass_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout:
     """The launches of a plan: a forward pass writes ``saved``, a backward pass those of ``grads`` that are given."""
     if plan.backend == "hopper":
         if any(step.kernel == "forward" for step in plan.steps):
-            return hopper.forward_calls(plan, spec, x, saved)
-        targets = Gradients(*(None if grad is None else _tma_meta(grad) for grad in grads))
-        return hopper_backward.backward_calls(plan, spec, x, saved, dout, None, hopper_backward.new_stats(spec, saved.lse), targets)
+            out = saved.out if hopper.addressable(saved.out) else hopper.padded_rows(saved.out)
+            return hopper.forward_calls(plan, spec, x, saved._replace(out=out))
+        dout = dout if hopper.addressable(dout) else hopper.padded_rows(dout)
+        targets, stats = hopper_backward.targets(plan, grads), hopper_backward.new_stats(spec, saved.lse)
+        return hopper_backward.backward_calls(plan, spec, x, saved, dout, None, stats, targets)
     if any(step.kernel == "forward" for step in plan.steps):
         return forward_calls(plan, spec, x, saved)
     return backward_calls(plan, spec, x, saved, dout, None, scratch(plan, saved), grads)

@@ -22,7 +22,7 @@ from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
 from .calls import SMALLEST_SCALE, Call, bias_strides, slope_strides, start
 
-__all__ = ["addressable", "descriptor", "forward", "forward_calls", "padded_rows", "ready", "ready_bias"]
+__all__ = ["addressable", "descriptor", "forward", "forward_calls", "padded_rows", "ready", "ready_bias", "ready_operands"]
 
 _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
 _ALIGNMENT = 16  # bytes
@@ -31,8 +31,7 @@ _ALIGNMENT = 16  # bytes
 def forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> None:
     """Fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); lse and rest are contiguous."""
     target = saved.out if addressable(saved.out) else padded_rows(saved.out)
-    x = x._replace(q=ready(x.q), k=ready(x.k), v=ready(x.v), bias=ready_bias(spec, x.bias))
-    start(x.q.device, forward_calls(plan, spec, x, saved._replace(out=target)))
+    start(x.q.device, forward_calls(plan, spec, ready_operands(spec, x), saved._replace(out=target)))
     if target is not saved.out:
         saved.out.copy_(target)
 
@@ -111,6 +110,16 @@ def padded_rows(x: Tensor) -> Tensor:
 def ready(x: Tensor) -> Tensor:
     """x itself, or a copy that TMA can address."""
     return x if addressable(x) else padded_rows(x).copy_(x)
+
+
+def ready_operands(spec: AttentionSpec, x: Operands) -> Operands:
+    """The operands, or copies, as the kernels read them."""
+    k, v = x.k, x.v
+    if x.key_lengths is not None:
+        # A block that a length cuts through is loaded whole, and its hidden keys are multiplied by p = 0: what they hold must be finite.
+        hidden = (torch.arange(spec.keys, device=k.device) >= x.key_lengths[:, None])[..., None, None]
+        k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+    return x._replace(q=ready(x.q), k=ready(k), v=ready(v), bias=ready_bias(spec, x.bias))
 
 
 def ready_bias(spec: AttentionSpec, bias: Tensor | None) -> Tensor | None:

@@ -19,10 +19,10 @@ from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
 from .calls import Call, sink_gradient, slope_strides, start
-from .hopper import addressable, descriptor, padded_rows, ready, ready_bias
+from .hopper import addressable, descriptor, padded_rows, ready, ready_operands
 from .triton import partial_sums, row_strides
 
-__all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call"]
+__all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call", "targets"]
 
 
 DELTA = 1  # row of the table of statistics: see kernels/hopper/backward.py
@@ -33,23 +33,26 @@ def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: T
     out, lse, rest = saved
     out = out if out.stride(3) == 1 or out.shape[3] == 1 else out.contiguous()
     saved = Saved(out, lse, None if rest is None else rest.contiguous())
-    # Kernels write what TMA can address, and a contiguous dbias; what is laid out otherwise is filled by way of a copy.
-    dq, dk, dv = (None if grad is None else grad if addressable(grad) else padded_rows(grad) for grad in grads[:3])
-    dbias = grads.dbias
-    if dbias is not None and any(step.kernel == "dq" and "dbias" in step.gives for step in plan.steps):
-        dbias = dbias if addressable(dbias) else padded_rows(dbias)
-    elif dbias is not None:
-        dbias = dbias.contiguous()
-    written = Gradients(dq, dk, dv, dbias, grads.dsink)
-    x = x._replace(q=ready(x.q), k=ready(x.k), v=ready(x.v), bias=ready_bias(spec, x.bias))
+    written = targets(plan, grads)
     stats = new_stats(spec, lse)
-    start(x.q.device, backward_calls(plan, spec, x, saved, ready(dout), dlse, stats, written))
+    start(x.q.device, backward_calls(plan, spec, ready_operands(spec, x), saved, ready(dout), dlse, stats, written))
     for grad, filled in zip(grads, written, strict=True):
         if grad is not None and filled is not None and filled is not grad:
             grad.copy_(filled)
     if grads.dsink is not None and x.sink is not None:
         delta = stats[:, DELTA, : spec.queries].unflatten(0, (spec.batch, spec.heads))
         grads.dsink.copy_(sink_gradient(x.sink, saved, delta))
+
+
+def targets(plan: Plan, grads: Gradients) -> Gradients:
+    """Where kernels write the gradients: what TMA can address, and a contiguous dbias; the rest is filled by way of these, copied."""
+    dq, dk, dv = (None if grad is None else grad if addressable(grad) else padded_rows(grad) for grad in grads[:3])
+    dbias = grads.dbias
+    if dbias is not None and any(step.kernel == "dq" and "dbias" in step.gives for step in plan.steps):
+        dbias = dbias if addressable(dbias) else padded_rows(dbias)
+    elif dbias is not None:
+        dbias = dbias.contiguous()
+    return Gradients(dq, dk, dv, dbias, grads.dsink)
 
 
 def backward_calls(

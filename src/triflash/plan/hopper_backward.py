@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from ..errors import bad_value
 from ..spec import AttentionSpec
 from .configs import padded
 from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, dealt, equal_sections
@@ -29,6 +30,17 @@ class KeysConfig:
     block_m: int = 64
     early: bool = False
     wide: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("q_stages", "o_stages", "bias_stages"):
+            if not 1 <= getattr(self, name) <= 4:
+                raise bad_value(name, "1 to 4", getattr(self, name))
+        if self.block_m != 64:
+            raise bad_value("block_m", "64, which is what the layouts of the kernels are made for", self.block_m)
+        if self.wide and (self.o_stages, self.bias_stages, self.early) != (self.q_stages, 1, False):
+            raise bad_value(
+                "wide", "False for such a configuration", True, "that kernel has as many buffers for dout as for q, one for a bias"
+            )
 
     @property
     def block_n(self) -> int:

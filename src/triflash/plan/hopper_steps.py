@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..errors import bad_value
 from ..spec import AttentionSpec, Needs
 from . import hopper_backward as keys
 from . import hopper_rows as rows
@@ -13,7 +14,7 @@ from .hopper_backward import KeysConfig
 from .hopper_rows import RowsConfig
 from .steps import Step, broadcast_rows, ceil_div, sum_steps
 
-__all__ = ["EDGE", "adds_dq", "backward_steps", "shared_memory", "why_not_backward"]
+__all__ = ["EDGE", "adds_dq", "backward_steps", "shared_memory", "source_of", "why_not_backward"]
 
 EDGE = TileConfig(64, 16, 4, 1)  # rows of a program of prepare and finish, which have no tiles of scores
 WORTH_ADDING = 1024  # keys that a query sees on average, from which on adding up dq in memory is faster than a pass of its own
@@ -78,6 +79,8 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         kernel = "dqdkdv" if adding else "dkdv"
         chosen = by_hand.get(kernel)
         config = chosen if isinstance(chosen, KeysConfig) else keys.keys_config(spec, adding, limit)
+        if isinstance(chosen, KeysConfig) and chosen.wide != (max(keys.dims(spec)) > keys.NARROW):
+            raise bad_value("wide", f"{not chosen.wide} for head dims {spec.head_dim} and {spec.value_dim}", chosen.wide)
         assert config is not None, "why_not_backward refuses what fits no candidate"
         programs = min(keys.keys_tiles(spec, config)[1], processors)
         steps.append(Step(kernel, config, programs, order, broadcast_rows(spec) if source == "dkdv" else 1, gives))
@@ -111,3 +114,10 @@ def shared_memory(spec: AttentionSpec, step: Step) -> int | None:
             return rows.dbias_shared_memory(spec, step.config)
         return rows.dq_shared_memory(spec, step.config, "dbias" in step.gives)
     return None
+
+
+def source_of(step: Step, by_hand: Mapping[str, object]) -> str:
+    """Where the configuration of a backward step that has tiles of scores comes from."""
+    if by_hand.get(step.kernel) == step.config:
+        return "chosen by hand (override_configs)"
+    return f"the first candidate that fits, of plan/{'hopper_backward' if isinstance(step.config, KeysConfig) else 'hopper_rows'}.py"

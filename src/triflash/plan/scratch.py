@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ..spec import AttentionSpec, Needs
 from .hopper_backward import stats_kinds, stats_length
+from .layout import tma_padded
 from .steps import Plan
 
 __all__ = ["scratch"]
@@ -27,6 +28,8 @@ def scratch(plans: Sequence[Plan], spec: AttentionSpec, needs: Needs) -> Iterabl
             yield "lse and delta for TMA", spec.batch * spec.heads * stats_kinds(spec) * stats_length(spec) * 4
         if backward.step("finish"):
             yield "float32 sum of dq", rows * -(-spec.head_dim // 4) * 4 * 4
+        if backward.backend == "hopper" and any(step.gives == ("dbias",) and step.kernel == "dq" for step in backward.steps):
+            yield "dq, which nobody asked for", math.prod(tma_padded((rows, spec.head_dim), 2)) * 2
         for step in backward.steps:
             if "dbias" in step.gives and step.splits > 1 and step.kernel != "dbias_sum":
                 yield "partial sums of dbias", step.splits * _bias_elements(spec) * 4

@@ -1,0 +1,175 @@
+"""The Hopper backward kernels that own keys compile for sm90, without a GPU, into what they were written for. As test_hopper.py; ``dq`` and
+``dbias`` are in test_hopper_rows.py."""
+
+from __future__ import annotations
+
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from machine_code import assembled, disassembled, serialised, unfenced_releases
+
+from triflash.launch import ahead
+from triflash.launch.calls import Call
+from triflash.plan.device import KNOWN_DEVICES
+from triflash.plan.hopper_backward import KeysConfig
+from triflash.plan.hopper_steps import shared_memory
+from triflash.plan.override import override_configs
+from triflash.plan.select import plan_backward
+from triflash.plan.steps import Step
+from triflash.spec import AttentionSpec, Needs, spec_of
+
+BF16, F16, F32, BOOL = torch.bfloat16, torch.float16, torch.float32, torch.bool
+SM90 = KNOWN_DEVICES["sm90"]
+EVEN, UNEVEN, ODD = (
+    4096,
+    4080,
+    4095,
+)  # of every block; of none, but rows of 16-bit elements are wide; not even that. All long enough to add dq
+
+
+@dataclass(frozen=True)
+class Target:
+    """One compilation. bias: a letter where it varies, over (batch, head, query, key); empty is none. grads: letters of qkvb. config None:
+    the plan's. adds: dq is added up where that can be. On Triton 3.6, spills: 4-byte words that a thread may spill; serialised: ptxas is known
+    to make its products wait for one another.
+    """
+
+    dims: tuple[int, int]
+    dtype: torch.dtype = BF16
+    bias: str = ""
+    bias_dtype: torch.dtype | None = None
+    band: tuple[int | None, int | None] = (None, None)
+    length: int = UNEVEN
+    grads: str = "qkv"
+    groups: int = 1
+    config: KeysConfig | None = None
+    adds: bool = True
+    spills: int = 12
+    serialised: bool = False
+
+    def __str__(self) -> str:
+        names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
+        dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
+        band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
+        heads = f"g{self.groups}" * (self.groups > 1)
+        own = "" if self.adds else "fixed"
+        parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), self.grads, heads, own)
+        return "-".join(part.replace(" ", "-") for part in (*parts, str(self.config or "")) if part)
+
+    @property
+    def kernel(self) -> str:
+        adds = self.adds and max(self.dims) <= 128 and "q" in self.grads and self.grads.strip("qb") != ""
+        return "dqdkdv" if adds else "dkdv"
+
+
+CAUSAL, WINDOW = (None, 0), (-500, 100)
+LOOP = 60  # at d 128 what the loop keeps fills the registers: scalars that it does not need in every step are spilled once a tile
+TARGETS = [
+    # The sizes that matter most, causal and not, at lengths with and without a rest; with dq and, as where bits must repeat, without.
+    Target((64, 64), length=EVEN),
+    Target((64, 64), F16, band=CAUSAL, length=ODD, adds=False),
+    Target((128, 128), length=EVEN, spills=LOOP),
+    Target((128, 128), band=CAUSAL, spills=LOOP),
+    Target((128, 128), F16, band=CAUSAL, adds=False, spills=LOOP),
+    Target((256, 256), length=EVEN),
+    Target((256, 256), F16, band=CAUSAL, length=ODD, serialised=True),
+    # Other head dims, padded ones among them, and a value dim of its own.
+    Target((40, 40), F16, band=CAUSAL, length=ODD),
+    Target((96, 64), band=WINDOW),
+    Target((192, 128), band=WINDOW, length=EVEN),
+    # A tile of bias a block.
+    Target((64, 64), bias="1hqk", band=CAUSAL),
+    Target((64, 64), F16, bias="bhqk", bias_dtype=F32),
+    Target((64, 64), bias="1hqk", bias_dtype=BOOL, band=WINDOW, length=ODD),
+    Target((128, 128), bias="1hqk", spills=LOOP),
+    Target((128, 128), bias="1hqk", bias_dtype=F32, band=CAUSAL, spills=LOOP),
+    Target((128, 128), bias="bhqk", bias_dtype=BOOL, length=EVEN, grads="kv"),
+    Target((256, 256), bias="1hqk", band=CAUSAL, serialised=True),
+    Target((256, 256), bias="1hqk", bias_dtype=F32, length=EVEN),
+    Target((192, 192), bias="b1qk", bias_dtype=BOOL),
+    # A number a key, and its gradient.
+    Target((64, 64), bias="1h1k", band=CAUSAL, grads="qkvb"),
+    Target((128, 128), bias="1h1k", length=EVEN, grads="qkvb", spills=80),
+    Target((128, 128), F16, bias="b11k", bias_dtype=BOOL, band=CAUSAL, spills=LOOP),
+    Target((256, 256), bias="1h1k", bias_dtype=F32, band=CAUSAL, grads="kvb", serialised=True),
+    # Some of the gradients.
+    Target((64, 64), F16, band=CAUSAL, grads="qv"),
+    Target((128, 128), band=CAUSAL, grads="qk", spills=LOOP),
+    Target((128, 128), grads="k"),
+    Target((128, 128), bias="1hqk", grads="v"),
+    Target((64, 64), bias="1h1k", grads="b"),
+    Target((256, 256), grads="k"),
+    Target((256, 256), F16, band=CAUSAL, grads="v", serialised=True),
+    Target((256, 256), bias="b11k", grads="b"),
+    # Candidates that the plan does not choose here.
+    Target((128, 128), config=KeysConfig(1, 1), spills=80),
+    Target((64, 64), bias="1hqk", config=KeysConfig(2, 2), band=CAUSAL),
+    Target((256, 256), band=CAUSAL, config=KeysConfig(1, 1, wide=True), spills=24, serialised=True),
+]  # fmt: skip
+
+
+def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[AttentionSpec, Step, Call]:
+    """The launch of a target on meta tensors."""
+
+    def make(*shape: int, dtype: torch.dtype = target.dtype) -> torch.Tensor:
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    D, Dv = target.dims
+    q = make(batch, target.length, heads, D)
+    k, v = (make(batch, target.length, heads // target.groups, d) for d in (D, Dv))
+    bias = None
+    if target.bias:
+        sizes = (batch, heads, target.length, target.length)
+        b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
+        bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
+    spec = replace(spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee"), deterministic=not target.adds)
+    needs = Needs(*(letter in target.grads for letter in "qkvb"))
+    with override_configs(**{target.kernel: target.config}) if target.config else nullcontext():
+        plan = plan_backward(spec, needs, SM90, "hopper")
+    calls = ahead.calls_of(plan, spec, needs, q, k, v, bias)
+    ((step, call),) = ((step, call) for step, call in zip(plan.steps, calls, strict=True) if step.kernel in ("dkdv", "dqdkdv"))
+    assert step.kernel == target.kernel
+    return spec, step, call
+
+
+def test_every_target_has_a_name_of_its_own() -> None:
+    names = [str(target) for target in TARGETS]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_compiles_within_limits(target: Target) -> None:
+    spec, step, call = the_call(target)
+    compiled = ahead.compile_for(call, "sm90")
+    used, reckoned = ahead.resources(compiled), shared_memory(spec, step)
+    assert reckoned is not None and used.shared_memory <= reckoned <= SM90.shared_memory, f"{call.config}: {used}, reckoned {reckoned}"
+    code = disassembled(compiled)
+    assert re.search(r"\bHGMMA\b", code) and not re.search(r"\bHMMA\b", code), "products run on the warpgroup matrix units, all of them"
+    # Statistics, and a bias, are read by plain loads: their buffers go back to TMA behind a fence.
+    assert re.search(r"\bLDSM?\b", code) and unfenced_releases(code) == 0
+    if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
+        assert used.spills <= target.spills, f"{call.config}: {used}"
+    waiting = serialised(assembled(compiled.asm["ptx"]))
+    if waiting and target.serialised:
+        pytest.xfail("ptxas makes products of the wide kernel wait for one another under a causal mask")
+    assert not waiting and not target.serialised
+
+
+def test_other_sizes_are_the_same_kernel() -> None:
+    """Batches, heads, groups of heads and lengths are arguments; only whether a length is a multiple of the tile is compiled in."""
+    for target in (Target((64, 64), band=CAUSAL), Target((256, 256))):
+        sizes = ((EVEN, 2, 16, 1), (5120, 1, 5, 5), (EVEN, 16, 2, 2), (8192, 3, 12, 4))
+        made = [the_call(replace(target, length=length, groups=groups), batch, heads)[2] for length, batch, heads, groups in sizes]
+        assert len({ahead.compile_for(call, "sm90").hash for call in made}) == 1
+
+
+def test_releases_without_a_fence_are_found() -> None:
+    """The check above can fail."""
+    code = disassembled(ahead.compile_for(the_call(TARGETS[0])[2], "sm90"))
+    assert unfenced_releases(code.replace("MEMBAR", "NOP")) > 0

@@ -1,0 +1,365 @@
+"""The backward pass on Hopper as far as it is arithmetic: which kernels give which gradients, what is refused, configurations, schedules. No GPU."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import triton_only
+from test_hopper_plan import SM90, spec, visits
+from triflash import UnsupportedError
+from triflash.plan import hopper_backward, hopper_rows, hopper_steps
+from triflash.plan.configs import TileConfig
+from triflash.plan.hopper_backward import KeysConfig
+from triflash.plan.hopper_rows import RowsConfig
+from triflash.plan.override import override_configs
+from triflash.plan.scratch import scratch
+from triflash.plan.select import Plan, plan_backward, plan_forward
+from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Saved
+
+pytestmark = triton_only
+SHORT, LONG = 1024, 4096  # keys: below where adding up dq is worth it, and above it whatever is hidden
+LIMIT = SM90.shared_memory
+
+
+def needs_of(letters: str) -> Needs:
+    return Needs(*(letter in letters for letter in "qkvb"))
+
+
+def subsets(letters: str) -> list[str]:
+    return ["".join(some) for count in range(1, len(letters) + 1) for some in itertools.combinations(letters, count)]
+
+
+def names(plan: Plan) -> list[str]:
+    return [step.kernel for step in plan.steps]
+
+
+def planned(problem: AttentionSpec, letters: str, processors: int = SM90.processors) -> Plan:
+    plan = plan_backward(problem, needs_of(letters), replace(SM90, processors=processors), "hopper")
+    assert plan.backend == "hopper"
+    return plan
+
+
+# ---- which kernels run
+
+
+@pytest.mark.parametrize("letters", subsets("qkv"))
+@pytest.mark.parametrize("dim, keys, band, deterministic, adds", [
+    (64, LONG, None, False, True), (128, LONG, None, False, True), (40, LONG, 0, False, True), (128, LONG, 0, False, True),
+    (64, SHORT, None, False, False), (128, SHORT, None, False, False),
+    (64, 2000, 0, False, True), (128, 2000, 0, False, False),  # what is seen on average is half of the keys; narrow heads do not mind
+    (64, LONG, None, True, False), (128, LONG, 0, True, False),
+    (136, LONG, None, False, False), (256, LONG, 0, False, False),
+])  # fmt: skip
+def test_dq_is_added_up_where_keys_are_many(letters: str, dim: int, keys: int, band: int | None, deterministic: bool, adds: bool) -> None:
+    """With dk or dv, that is: alone it has a kernel of its own. Each gradient is given by one kernel (dq_sum's owner hands it to finish)."""
+    problem = spec(head_dim=dim, value_dim=dim, queries=700, keys=keys, hi=band, deterministic=deterministic)
+    plan = planned(problem, letters)
+    adds = adds and "q" in letters and letters != "q"
+    if adds:
+        assert names(plan) == ["prepare", "dqdkdv", "finish"]
+        assert plan.steps[1].gives == tuple(f"d{letter}" for letter in "kvq" if letter in letters) and plan.steps[2].gives == ("dq",)
+    else:
+        assert names(plan) == ["prepare", *["dkdv"] * bool(set(letters) & set("kv")), *["dq"] * ("q" in letters)]
+        given = [gradient for step in plan.steps for gradient in step.gives]
+        assert sorted(given) == sorted(f"d{letter}" for letter in letters)
+    assert hopper_steps.adds_dq(problem, needs_of(letters), LIMIT) == adds
+
+
+@pytest.mark.parametrize("letters", subsets("qkvb"))
+@pytest.mark.parametrize("bias", ["b1hqk", "11hqk", "b11qk", "11h1k", "b1h1k", "b111k", "1ihqk", "bih1k"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
+def test_which_kernel_gives_the_gradient_of_a_bias(bias: str, letters: str, dims: tuple[int, int]) -> None:
+    """dq if the bias is of full shape, dkdv if it varies over keys alone, else dbias; every gradient comes from one kernel, and no other runs."""
+    for keys, inner in itertools.product((SHORT, LONG), (1, 3)):
+        varies = tuple(letter != "1" for letter in bias)
+        if inner > 1 or varies[1]:  # of one inner batch entry, a bias counts as varying
+            problem = spec(bias, batch_inner=inner, keys=keys, head_dim=dims[0], value_dim=dims[1])
+        else:
+            problem = spec(bias[0] + "i" + bias[2:], keys=keys, head_dim=dims[0], value_dim=dims[1])
+        assert problem.bias is not None
+        source = "dq" if all(problem.bias.varies) else "dkdv" if not problem.bias.varies[3] else "dbias"
+        plan = planned(problem, letters)
+        steps = names(plan)
+        adding = "dqdkdv" in steps
+        assert adding == (
+            keys == LONG
+            and max(dims) <= 128
+            and "q" in letters
+            and bool(set(letters) & set("kv"))
+            and not (source == "dq" and "b" in letters)
+        )
+        wanted = {"prepare", *["finish"] * adding}
+        if set(letters) & set("kv") or ("b" in letters and source == "dkdv"):
+            wanted.add("dqdkdv" if adding else "dkdv")
+        if ("q" in letters and not adding) or ("b" in letters and source == "dq"):
+            wanted.add("dq")
+        if "b" in letters and source == "dbias":
+            wanted.add("dbias")
+        assert set(steps) - {"dbias_sum"} == wanted and len(steps) == len(set(steps)), (problem, steps)
+        assert {gradient for step in plan.steps for gradient in step.gives} == {
+            {"b": "dbias"}.get(letter, f"d{letter}") for letter in letters
+        }
+        if "b" in letters:
+            (giver,) = (step for step in plan.steps if "dbias" in step.gives and step.kernel != "dbias_sum")
+            assert giver.kernel == ("dqdkdv" if adding and source == "dkdv" else source)
+            assert ("dbias_sum" in steps) == (giver.splits > 1)
+            if source == "dkdv":
+                sizes = zip((problem.batch_outer, problem.batch_inner, problem.heads), problem.bias.varies[:3], strict=True)
+                assert giver.splits == math.prod(size for size, on in sizes if not on)
+
+
+def test_a_small_bias_is_cut_into_parts() -> None:
+    """As many as there are processors, and no more than what it is summed over."""
+    problem = spec("11hqk", batch_outer=40, queries=300, keys=200, heads=2)
+    for processors in (1, 8, 132, 10_000):
+        plan = planned(problem, "b", processors)
+        (step,) = (step for step in plan.steps if step.kernel == "dbias")
+        assert isinstance(step.config, RowsConfig)
+        tiles = hopper_rows.dbias_tiles(problem, step.config)[2]
+        assert step.splits == max(1, min(40, -(-processors // tiles))) and step.programs <= min(processors, tiles * step.splits)
+        assert (plan.steps[-1].kernel == "dbias_sum") == (step.splits > 1)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_heads(groups: int) -> None:
+    """Both passes take them; the kernel of keys has tiles for key heads alone, the others for query heads."""
+    problem = spec(heads=4, groups=groups, keys=LONG)
+    assert plan_forward(problem, SM90).backend == plan_backward(problem, needs_of("qkv"), SM90).backend == "hopper"
+    many = planned(problem, "qkv", 10_000)
+    assert isinstance(many.steps[1].config, KeysConfig)
+    assert many.steps[1].programs == LONG // 128 * 2 * 4 // groups
+    assert many.steps[0].programs == -(-300 // 128) * 2 * 2 * 4 and many.steps[2].programs == -(-300 // 64) * 2 * 4
+    for bias in ("b1hqk", "11h1k", "11hqk"):
+        assert plan_backward(spec(bias, heads=4, groups=groups), needs_of("qkvb"), SM90).backend == "hopper"
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize("bias", ["11hq1", "b1hq1", "11111", "b1h11"])
+@pytest.mark.parametrize("letters", ["q", "kv", "qkvb"])
+def test_a_bias_that_does_not_vary_over_keys_goes_elsewhere(bias: str, letters: str) -> None:
+    problem = spec(bias)
+    assert plan_forward(problem, SM90).backend == "hopper"
+    assert plan_backward(problem, needs_of(letters), SM90).backend == "triton"
+    with pytest.raises(UnsupportedError, match=r"^the backward pass with a bias that does not vary over keys: .*'hopper'; .*'triton'"):
+        plan_backward(problem, needs_of(letters), SM90, "hopper")
+
+
+def test_a_device_without_the_memory_is_refused() -> None:
+    """Where a forward tile fits and a backward one does not, the backward pass goes elsewhere."""
+    problem, small = spec("11hqk", head_dim=256, value_dim=256), replace(SM90, shared_memory=150_000)
+    assert plan_forward(problem, small).backend == "hopper"
+    assert plan_backward(problem, needs_of("qkv"), small).backend == "triton"
+    with pytest.raises(UnsupportedError, match=r"^the backward pass at head dims 256 and 256 with such a bias: .*no tile fits"):
+        plan_backward(problem, needs_of("qkv"), small, "hopper")
+
+
+# ---- configurations
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "bool"])
+@pytest.mark.parametrize("bias", [None, "b1hqk", "11hqk", "11h1k"])
+def test_every_configuration_fits(bias: str | None, dtype: str) -> None:
+    widths = (1, 16, 40, 64, 65, 96, 128, 129, 192, 256)
+    for head, value, letters, hi in itertools.product(widths, widths, ("qkv", "q", "v", "qkvb", "b"), (None, 0)):
+        if "b" in letters and (bias is None or dtype == "bool"):
+            continue
+        problem = spec(bias, dtype, head_dim=head, value_dim=value, hi=hi, keys=LONG)
+        for step in planned(problem, letters).steps:
+            used = hopper_steps.shared_memory(problem, step)
+            assert (used is None) == isinstance(step.config, TileConfig), step
+            assert used is None or 1024 < used <= LIMIT, (problem, step)
+            if isinstance(step.config, KeysConfig):
+                assert step.config.wide == (max(head, value) > 128)
+
+
+def test_shared_memory_counts_every_buffer() -> None:
+    """Against sums written out, of blocks of 64 queries: dims 80 and 48 padded to 128 and 64; dims 200 and 130 padded to 256."""
+    problem = spec("b1hqk", "fp32", head_dim=80, value_dim=48)
+    config = KeysConfig(2, 1, 2)
+    k_v, q, dout, bias = 128 * 2 * (128 + 64), 2 * 64 * (128 * 2 + 2 * 4), 64 * (64 * 2 + 4), 2 * 2 * 64 * 64 * 4
+    used = hopper_backward.shared_memory(problem, config, False)
+    assert k_v + q + dout + bias < used < k_v + q + dout + bias + 2048
+    ds, dq = 2 * 64 * 128 * 2, 64 * 128 * 4
+    assert hopper_backward.shared_memory(problem, config, True) - used == ds + dq
+    wide = spec("b1hqk", "bool", head_dim=200, value_dim=130)
+    k_v, q, dout, p, bias = 64 * 2 * 512, 64 * (512 + 4), 64 * (512 + 4), 2 * 64 * 64 * 2, 64 * 64
+    used = hopper_backward.shared_memory(wide, KeysConfig(1, 1, wide=True), False)
+    assert k_v + q + dout + p + bias < used < k_v + q + dout + p + bias + 2048
+    assert hopper_backward.bias_slot_bytes(spec("11h1k"), config) == 0  # a number a key comes without a buffer
+
+
+@pytest.mark.parametrize("wrong", [
+    {"q_stages": 0}, {"o_stages": 5}, {"bias_stages": 0}, {"block_m": 128}, {"wide": True}, {"wide": True, "o_stages": 2, "early": True},
+], ids=str)  # fmt: skip
+def test_a_config_checks_itself(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: wanted .+, got {next(iter(wrong.values()))}"):
+        KeysConfig(**{"q_stages": 2, "o_stages": 1} | wrong)
+
+
+def test_text_of_a_config() -> None:
+    config = KeysConfig(2, 2)
+    others = (replace(config, early=True), replace(config, wide=True), replace(config, o_stages=1), replace(config, bias_stages=2))
+    assert str(config).startswith("64x128 ") and str(replace(config, wide=True)).startswith("64x64 ")
+    assert len({str(c) for c in (config, *others)}) == 5
+
+
+def test_override_by_hand() -> None:
+    """One for dqdkdv has dq added up where it need not be, and nowhere where it must not be; other backends pass over all of them."""
+    keys, rows, portable = KeysConfig(1, 1), RowsConfig(1, 32, 2, own_out=False), TileConfig(16, 16, 4, 1)
+    problem = spec(keys=SHORT)
+    usual = {name: plan_backward(problem, needs_of("qkv"), SM90, name) for name in ("hopper", "triton")}
+    with override_configs(dqdkdv=keys):
+        plan = planned(problem, "qkv")
+        assert names(plan) == ["prepare", "dqdkdv", "finish"] and plan.steps[1].config == keys
+        for unable in (replace(problem, deterministic=True), replace(problem, head_dim=256)):
+            assert "dqdkdv" not in names(planned(unable, "qkv"))
+        assert names(planned(problem, "q")) == ["prepare", "dq"] and names(planned(problem, "kv")) == ["prepare", "dkdv"]
+        assert plan_backward(problem, needs_of("qkv"), SM90, "triton") == usual["triton"]
+    with override_configs(dkdv=keys, dq=rows, dbias=rows):
+        plan = planned(spec("11hqk", keys=SHORT), "qkvb")
+        assert [step.config for step in plan.steps[1:4]] == [keys, rows, rows]
+        assert plan_backward(problem, needs_of("qkv"), SM90, "triton") == usual["triton"]
+    with override_configs(dkdv=portable, dq=portable, dqdkdv=portable):
+        assert planned(problem, "qkv") == usual["hopper"]
+        assert plan_backward(problem, needs_of("qkv"), SM90, "triton").steps[-1].config == portable
+    for wide in (False, True):
+        with override_configs(dkdv=KeysConfig(1, 1, wide=wide)), pytest.raises(ValueError, match=f"^wide: wanted {not wide} for head dims"):
+            planned(replace(problem, head_dim=64 if wide else 256), "k")
+
+
+# ---- the schedule of the kernel that owns keys
+
+
+def blocks_that_see(problem: AttentionSpec, config: KeysConfig, tile: int) -> int:
+    """Query blocks from the first to the last with a query that sees a key of the tile; the last block is whole, of queries that are not."""
+    keys = range(tile * config.block_n, min((tile + 1) * config.block_n, problem.keys))
+    low, high = problem.lo, problem.hi
+    first = max(0, keys[0] - high) if high is not None else 0
+    last = -(-problem.queries // config.block_m) * config.block_m - 1
+    last = min(last, keys[-1] - low) if low is not None else last
+    return 0 if first > last else last // config.block_m - first // config.block_m + 1
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("lo, hi", [(None, None), (None, 0), (0, None), (-100, 50), (None, -150), (200, None), (None, 290)], ids=str)
+def test_work_of_a_tile_is_counted_right(lo: int | None, hi: int | None, wide: bool) -> None:
+    config = KeysConfig(1, 1, wide=wide)
+    for queries, keys in itertools.product((1, 64, 300, 513), (1, 128, 300, 700)):
+        problem = spec(queries=queries, keys=keys, lo=lo, hi=hi)
+        for tile in range(hopper_backward.keys_tiles(problem, config)[0]):
+            assert hopper_backward._blocks(problem, config, tile) == blocks_that_see(problem, config, tile), (problem, tile)
+
+
+@pytest.mark.parametrize("groups", [1, 5])
+def test_the_plans_own_schedules(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grid, sections and order of real plans, carried out: every (key tile, key head, batch) once."""
+    for keys, batch, queries, (lo, hi) in itertools.product(
+        (1, 129, 700), (1, 6), (1, 20_000), ((None, None), (None, 0), (-50, None), (-50, 50))
+    ):
+        problem = spec(keys=keys, heads=5, groups=groups, batch_outer=batch, queries=queries, lo=lo, hi=hi, head_dim=128, value_dim=128)
+        step = planned(problem, "kv", 13).steps[1]
+        assert isinstance(step.config, KeysConfig)
+        tiles_n, tiles = hopper_backward.keys_tiles(problem, step.config)
+        section, snake = hopper_backward.schedule(problem, step.config, step.programs)
+        longest = "first" if hi is not None else "last" if lo is not None else "none"
+        arguments = (tiles_n, batch, 5 // groups, section, snake, step.order == "batch", longest)
+        visited = itertools.chain(*visits(monkeypatch, step.programs, tiles, *arguments))
+        assert sorted(visited) == sorted(itertools.product(range(0, 128 * tiles_n, 128), range(5 // groups), range(batch))), problem
+
+
+def test_blocks_in_turn_are_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``turned`` visits every query block of a tile once, partly visible ones in their places; and tiles of one head begin elsewhere."""
+    from types import SimpleNamespace
+
+    from test_hopper_plan import Scalar
+    from triflash.kernels.hopper import backward
+    from triflash.kernels.triton import prims
+
+    class Comparable(Scalar):
+        def __ge__(self, other: int) -> Any:
+            return Scalar(int(self) >= int(other))
+
+        def __lt__(self, other: int) -> Any:
+            return Scalar(int(self) < int(other))
+
+    language = SimpleNamespace(where=lambda c, a, b: Comparable(a if c else b))
+    monkeypatch.setattr(backward, "gl", language)
+    monkeypatch.setattr(backward, "segments", prims.segments.fn)
+    for M, N, lo, hi in itertools.product((1, 64, 300, 1024), (128, 300, 1024), (None, -200, 3), (None, 0, 90, -130)):
+        firsts = set()
+        for n0 in range(0, N, 128):
+            begin, whole, part, end = (int(x) for x in backward.visible_blocks.fn(n0, M, N, lo, hi, 64, 128))
+            blocks = blocks_that_see(spec(queries=M, keys=N, lo=lo, hi=hi), KeysConfig(1, 1), n0 // 128)
+            assert begin <= whole <= part <= end and end - begin == blocks, (M, N, lo, hi, n0)
+            for member in range(2):  # of a group of heads
+                steps = [
+                    int(backward.turned.fn(Comparable(member * blocks + step), max(blocks, 1), begin, whole, part, n0, 64))
+                    for step in range(blocks)
+                ]
+                assert sorted(steps) == list(range(begin, end)), (M, N, lo, hi, n0)
+                assert steps[: whole - begin] == list(range(begin, whole)) and steps[part - begin :] == list(range(part, end))
+            firsts.update(steps[:1])
+        if (lo, hi, M, N) == (None, None, 1024, 1024):
+            assert len(firsts) == 8  # eight tiles, eight places to begin at
+
+
+# ---- what a launch allocates and hands out, on tensors of this machine's own
+
+
+def launched(problem: AttentionSpec, letters: str, **of: Any) -> tuple[Plan, list[Any], list[int]]:
+    """The calls of a backward pass on zeros, none of them started, and the bytes of what was allocated between them."""
+    from triflash.launch import hopper_backward as launch
+
+    plan = planned(problem, letters)
+    B, H, M, N = problem.batch, problem.heads, problem.queries, problem.keys
+    dtype = torch.bfloat16
+
+    def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    x = Operands(zeros(B, M, H, problem.head_dim), *(zeros(B, N, problem.kv_heads, d) for d in (problem.head_dim, problem.value_dim)))
+    if problem.bias is not None:
+        sizes = (problem.batch_outer, problem.batch_inner, H, M, N)
+        x = x._replace(bias=zeros(*(size if on else 1 for size, on in zip(sizes, problem.bias.varies, strict=True))))
+    out, lse = zeros(B, M, H, problem.value_dim), zeros(B, H, M, dtype=torch.float32)
+    grads = [
+        torch.zeros_like(y) if need and y is not None else None for y, need in zip(x[:4], vars(needs_of(letters)).values(), strict=False)
+    ]
+    allocated: list[int] = []
+    new_empty = Tensor.new_empty
+
+    def recorded(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        made = new_empty(self, *size, **options)
+        allocated.append(made.numel() * made.element_size())
+        return made
+
+    calls: list[Any] = []
+    saved = Saved(out, lse, torch.zeros_like(lse) if problem.keeps_rest else None)
+    with mock.patch.object(Tensor, "new_empty", recorded), mock.patch.object(launch, "start", lambda _, made: calls.extend(made)):
+        launch.backward(plan, problem, x, saved, torch.zeros_like(out), of.get("dlse"), Gradients(*grads))
+    return plan, calls, allocated
+
+
+@pytest.mark.parametrize("letters, bias", [
+    *itertools.product(("qkv", "q", "kv"), (None, "bihqk", "1ihqk", "1ih1k")),
+    *itertools.product(("qkvb", "b"), ("bihqk", "1ihqk", "1ih1k", "bi11k")),
+])  # fmt: skip
+@pytest.mark.parametrize("keys, dim", [(SHORT, 64), (2 * SHORT, 40), (SHORT, 256)])
+def test_scratch_is_what_a_launch_allocates(letters: str, bias: str | None, keys: int, dim: int) -> None:
+    problem = spec(bias, batch_inner=1, queries=70, keys=keys, heads=2, head_dim=dim, value_dim=dim)
+    plan, calls, allocated = launched(problem, letters)
+    assert [call.programs for call in calls] == [step.programs for step in plan.steps]
+    memory = dict(scratch([plan_forward(problem, SM90), plan], problem, needs_of(letters)))
+    assert memory.pop("lse (until the backward pass)") == 2 * 2 * 70 * 4
+    assert memory.pop("rest of lse", 0) == (2 * 2 * 70 * 4 if bias else 0)
+    assert sorted(memory.values()) == sorted(allocated)
