@@ -56,7 +56,7 @@ def backward_calls(
     q, k, v, bias, *_ = x
     out, lse, rest = saved
     dq, dk, dv, dbias, _ = grads
-    stats = new_stats(spec, lse)
+    stats = new_stats(spec, lse, rest)
     dq_sum = new_dq_sum(spec, lse) if plan.step("finish") else None
     parts = None
     calls = []
@@ -88,9 +88,10 @@ def backward_calls(
     return calls
 
 
-def new_stats(spec: AttentionSpec, like: Tensor) -> Tensor:
+def new_stats(spec: AttentionSpec, like: Tensor, rest: Tensor | None) -> Tensor:
     """Room for the table of statistics, (batch and head, lse | delta | rest, query)."""
-    return like.new_empty(spec.batch * spec.heads, stats_kinds(spec), stats_length(spec), dtype=torch.float32)
+    kinds = stats_kinds(spec) if rest is not None else 2  # the seed's backward function is given lse alone
+    return like.new_empty(spec.batch * spec.heads, kinds, stats_length(spec), dtype=torch.float32)
 
 
 def new_dq_sum(spec: AttentionSpec, like: Tensor) -> Tensor:
