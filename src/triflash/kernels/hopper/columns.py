@@ -68,6 +68,8 @@ def probabilities(
     x = x - lse
     if rest is not None:
         x = x - rest
+    elif (bias is not None or KEY_BIASED) and not IS_MASK:  # nobody kept it, and a bias may be huge: p is at least kept to 1
+        x = gl.minimum(x, 0.0)
     p = gl.exp2(x)
     if MASKED:
         seen = j < N
