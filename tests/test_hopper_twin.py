@@ -76,6 +76,20 @@ def test_distances_of_whole_blocks(D: int, early: bool) -> None:
         assert check(case, dqdkdv=KeysConfig(1, 1, early=early))[2] == "dqdkdv"
 
 
+@pytest.mark.parametrize("bias", ["b1hqk", "11hqk", "11h1k"])
+def test_without_a_rest(bias: str) -> None:
+    """The backward pass of whoever kept no rest of lse: all its kernels, adding dq or not, and at wide heads."""
+    for D, config in ((16, KeysConfig(2, 2, early=True)), (16, None), (136, None)):
+        case = Case("no rest", B=2, M=130, N=150, D=D, bias=bias, alibi="h", causal=D > 16, lengths=(140, 64))
+        inputs, judgements = build(case, CPU), judge(case, build(case, CPU))
+        x, options = inputs.operands(), (1, *case.band, case.softmax_scale, "", "hopper")
+        with gluon_twin.twin_device(2), override_configs(**({} if config is None else {"dqdkdv": config})), torch.no_grad():
+            out, lse, _ = torch.ops.triflash.forward(*x[:4], *options, *x[4:])
+            grads = torch.ops.triflash.backward(inputs.dout, None, *x[:4], out, lse, None, *options, [True] * 4, *x[4:])
+        for letter, grad in zip("qkvb", grads, strict=False):
+            assert_close("d" + letter, grad.view_as(judgements["d" + letter].reference), judgements["d" + letter])
+
+
 @pytest.mark.parametrize("grads", ["q", "k", "v", "b", "s", "qk", "vb", "kvs"])
 @pytest.mark.parametrize("bias", ["b1hqk", "11hqk", "11h1k"])
 def test_single_gradients(bias: str, grads: str) -> None:
@@ -212,7 +226,7 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
     monkeypatch.setattr(gluon_twin, "PATIENCE", 0.5)
     for seed in range(12):
         case = Case("broken", B=2, M=300, N=300, bias="1hqk", grads={"forward": ""}.get(kernel, "qkv"), D=136 if kernel == "wide" else 16)
-        config = KeysConfig(2, 2, early=True) if seed & 1 else KeysConfig(2, 1)
+        config = KeysConfig(2, 2, 2, early=True) if seed & 1 else KeysConfig(2, 1)
         try:
             check(case, 1, seed, **({} if kernel in ("forward", "wide") else {"dqdkdv": config}))
         except (AssertionError, TimeoutError, AttributeError, TypeError, RuntimeError):
