@@ -255,10 +255,10 @@ def five_dims(bias: Tensor | None) -> Tensor | None:
     return bias[(None,) * (4 - bias.dim())].unsqueeze(1)
 
 
-def attend(case: Case, inputs: Inputs, backend: str) -> tuple[Tensor, Tensor | None]:
+def attend(case: Case, inputs: Inputs, backend: str, raw: bool = False) -> tuple[Tensor, Tensor | None]:
     """out and, from the raw operator, lse."""
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
-    if case.is_raw:
+    if case.is_raw or raw:
         lo, hi = case.band
         x = inputs.operands()
         options = (case.batch_inner, lo, hi, case.softmax_scale, "", backend)

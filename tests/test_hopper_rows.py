@@ -79,7 +79,7 @@ def build(case: Problem, device: torch.device, seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        return wide(torch.randn(shape, generator=generator).to(dtype)).to(device)
+        return wide(torch.randn(shape, generator=generator).to(device, dtype))
 
     B, M, N, H, K = case.B, case.M, case.N, case.H, case.H // case.group
     q, k, v, dout = normal(B, M, H, case.D), normal(B, N, K, case.D), normal(B, N, K, case.Dv), normal(B, M, H, case.Dv)

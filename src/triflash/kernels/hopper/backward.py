@@ -276,6 +276,8 @@ def _walk(
         if NEED_DV:
             dv_pending = warpgroup_mma(p16, o, dv, is_async=True)
         # Before a buffer that was read by plain loads goes back to TMA, and before products read what was stored plainly.
+        if NEED_DV and not NEED_DS:  # here, because the assembler of Triton 3.6 (12.8) dies of a wait further down
+            dv = warpgroup_mma_wait(0, [dv_pending])
         fence_async_shared()
         if bias_s is not None:
             mbarrier.arrive(bars.index(BIAS_EMPTY + at % BIAS_STAGES * 2 + WG))
@@ -290,7 +292,7 @@ def _walk(
             mbarrier.wait(bars.index(DQ_EMPTY + WG), ((at - go.to(gl.int32)) & 1) ^ 1)
             dq = warpgroup_mma_wait(LATER, [dq_pending])
             _dq_hand_over(dq, at - 1, go, dq_s, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES)
-        if NEED_DV:
+        if NEED_DV and NEED_DS:
             dv = warpgroup_mma_wait(AFTER, [dv_pending])
         mbarrier.arrive(bars.index(O_EMPTY + o_stage))
         if NEED_DK:
