@@ -164,11 +164,11 @@ def _features(spec: AttentionSpec, x: Operands) -> Features:
     )
 
 
-def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | None, ...]:
-    """Strides of a canonical bias or mask: 0 along batch and head dims, None along queries and keys, that it broadcasts; None if absent."""
+def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | None, ...] | None:
+    """Strides of a canonical bias or mask: 0 along batch and head dims, None along queries and keys, that it broadcasts."""
     strides = bias_strides(bias)
     if strides is None or spec is None:
-        return (None,) * 5
+        return None
     return (*strides[:3], *(stride if on else None for stride, on in zip(strides[3:], spec.varies[3:], strict=True)))
 
 
