@@ -23,6 +23,7 @@ from triflash.plan.device import facts_of
 from triflash.plan.hopper_backward import KeysConfig, keys_config
 from triflash.plan.override import override_configs
 from triflash.spec import spec_of
+from triflash.triton_flash_attention import _flash_attn_backward
 
 pytestmark = [pytest.mark.gpu, hopper_only]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -314,6 +315,22 @@ def test_rows_whose_every_score_is_huge(shape: str, huge: float, device: torch.d
             for name, a, b in zip(("dq", "dk", "dv", "dbias"), got, wanted, strict=False):
                 assert a.isfinite().all(), name
                 assert (a.float() - b.float()).norm() < 1e-2 * b.float().norm() + 1e-3 * inputs.dout.float().norm(), name
+
+
+@pytest.mark.parametrize("shape", ["1hqk", "1h1k"])
+def test_without_what_lse_lost(shape: str, device: torch.device) -> None:
+    """The seed's backward function is given lse alone, which is enough where no bias is huge."""
+    case = replace(BASE, bias=shape)
+    inputs = build(case, device)
+    saved = saved_of(case, inputs)
+    wanted, _ = backward(case, inputs, saved, deterministic=True)
+    given = [x.detach() for x in (inputs.dout, inputs.q, inputs.k, inputs.v, *saved[:2])]
+    grads = [torch.full_like(x, torch.nan) for x in given[1:4]]
+    with triflash.backend(BACKEND), triflash.record_launches() as ran:
+        _flash_attn_backward(*given, *grads, inputs.bias, True)
+    assert check_backend(ran) == ["prepare", "dkdv", "dq"]
+    for letter, grad in zip("qkv", grads, strict=True):
+        torch.testing.assert_close(grad, wanted[letter], rtol=2e-2, atol=2e-2)
 
 
 def test_a_bias_that_does_not_vary_over_keys_is_refused_by_name(device: torch.device) -> None:

@@ -316,7 +316,7 @@ def test_blocks_in_turn_are_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- what a launch allocates and hands out, on tensors of this machine's own
 
 
-def launched(problem: AttentionSpec, letters: str, **of: Any) -> tuple[Plan, list[Any], list[int]]:
+def launched(problem: AttentionSpec, letters: str, rest: bool = True) -> tuple[Plan, list[Any], list[int]]:
     """The calls of a backward pass on zeros, none of them started, and the bytes of what was allocated between them."""
     from triflash.launch import hopper_backward as launch
 
@@ -344,9 +344,9 @@ def launched(problem: AttentionSpec, letters: str, **of: Any) -> tuple[Plan, lis
         return made
 
     calls: list[Any] = []
-    saved = Saved(out, lse, torch.zeros_like(lse) if problem.keeps_rest else None)
+    saved = Saved(out, lse, torch.zeros_like(lse) if problem.keeps_rest and rest else None)
     with mock.patch.object(Tensor, "new_empty", recorded), mock.patch.object(launch, "start", lambda _, made: calls.extend(made)):
-        launch.backward(plan, problem, x, saved, torch.zeros_like(out), of.get("dlse"), Gradients(*grads))
+        launch.backward(plan, problem, x, saved, torch.zeros_like(out), None, Gradients(*grads))
     return plan, calls, allocated
 
 
@@ -363,3 +363,12 @@ def test_scratch_is_what_a_launch_allocates(letters: str, bias: str | None, keys
     assert memory.pop("lse (until the backward pass)") == 2 * 2 * 70 * 4
     assert memory.pop("rest of lse", 0) == (2 * 2 * 70 * 4 if bias else 0)
     assert sorted(memory.values()) == sorted(allocated)
+
+
+@pytest.mark.parametrize("bias", ["bihqk", "1ihqk", "1ih1k"])
+def test_kernels_read_no_rest_that_nobody_kept(bias: str) -> None:
+    """The seed's ``_flash_attn_backward`` is given lse alone, with whatever bias."""
+    for letters, rest in itertools.product(("qkv", "qkvb"), (True, False)):
+        _, (prepare, *others), _ = launched(spec(bias, queries=70, keys=90), letters, rest)
+        assert prepare.constants["KINDS"] == (3 if rest else 2)
+        assert {call.constants["HAS_REST"] for call in others if "HAS_REST" in call.constants} == {rest}

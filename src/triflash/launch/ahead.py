@@ -107,7 +107,7 @@ def pass_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout:
             out = saved.out if hopper.addressable(saved.out) else hopper.padded_rows(saved.out)
             return hopper.forward_calls(plan, spec, x, saved._replace(out=out))
         dout = dout if hopper.addressable(dout) else hopper.padded_rows(dout)
-        targets, stats = hopper_backward.targets(plan, grads), hopper_backward.new_stats(spec, saved.lse)
+        targets, stats = hopper_backward.targets(plan, grads), hopper_backward.new_stats(spec, saved.lse, saved.rest)
         return hopper_backward.backward_calls(plan, spec, x, saved, dout, None, stats, targets)
     if any(step.kernel == "forward" for step in plan.steps):
         return forward_calls(plan, spec, x, saved)

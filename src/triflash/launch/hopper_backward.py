@@ -34,7 +34,7 @@ def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: T
     out = out if out.stride(3) == 1 or out.shape[3] == 1 else out.contiguous()
     saved = Saved(out, lse, None if rest is None else rest.contiguous())
     written = targets(plan, grads)
-    stats = new_stats(spec, lse)
+    stats = new_stats(spec, lse, rest)
     start(x.q.device, backward_calls(plan, spec, ready_operands(spec, x), saved, ready(dout), dlse, stats, written))
     for grad, filled in zip(grads, written, strict=True):
         if grad is not None and filled is not None and filled is not grad:
@@ -104,9 +104,10 @@ def backward_calls(
     return calls
 
 
-def new_stats(spec: AttentionSpec, like: Tensor) -> Tensor:
+def new_stats(spec: AttentionSpec, like: Tensor, rest: Tensor | None) -> Tensor:
     """Room for the table of statistics, (batch and head, lse | delta | rest, query)."""
-    return like.new_empty(spec.batch * spec.heads, stats_kinds(spec), stats_length(spec), dtype=torch.float32)
+    kinds = stats_kinds(spec) if rest is not None else 2  # the seed's backward function is given lse alone
+    return like.new_empty(spec.batch * spec.heads, kinds, stats_length(spec), dtype=torch.float32)
 
 
 def new_dq_sum(spec: AttentionSpec, like: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ in ``forward.py``.
 """
 
 from ..triton.prims import LOG2E, offset
-from .columns import DELTA, LSE, REST, probabilities, turned, visible_blocks
+from .columns import DELTA, LSE, REST, in_turn, probabilities, turned, visible_blocks
 from .compat import (
     fence_async_shared,
     gl,
@@ -235,27 +235,13 @@ def _walk(
         rest = None
         if rest_s is not None:
             rest = gl.expand_dims(rest_s.index(q_stage).reshape([BM]).load(COLS), 0)
+        m0 = block * BM
+        if ALIBI and not MASKED:  # nothing else asks where a whole block lies
+            m0 = in_turn(block, first, last, n0, BM) * BM
         p = probabilities(
-            s,
-            bias,
-            key_bias,
-            slope,
-            lse,
-            rest,
-            block * BM,
-            n0 + WG * HALF,
-            ahead,
-            N,
-            lo,
-            hi,
-            scale_log2,
-            HALF,
-            BM,
-            IS_MASK,
-            ALIBI,
-            KEY_BIASED,
+            s, bias, key_bias, slope, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK, ALIBI, KEY_BIASED,
             MASKED,
-        )
+        )  # fmt: skip
         if NEED_DV:
             p16 = gl.convert_layout(p.to(DT), P)
         if NEED_DS:

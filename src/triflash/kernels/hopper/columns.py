@@ -24,15 +24,20 @@ def visible_blocks(n0, M, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr):
 
 
 @gluon.jit
-def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
-    """The query block of a tile's step. Whole blocks are visited in turn from a place that differs from tile to tile, else programs that
-    work on one head would all add to the same rows of dq at the same time.
+def in_turn(block, whole, part, n0, BM: gl.constexpr):
+    """Which block comes in the place of ``block``. Whole ones are visited in turn from a place that differs from tile to tile, else
+    programs that work on one head would all add to the same rows of dq at one time.
     """
-    block = begin + step % steps
     count = max(part - whole, 1)
     later = block + n0 // BM % count
     later = gl.where(later >= part, later - count, later)
     return gl.where((block >= whole) & (block < part), later, block)
+
+
+@gluon.jit
+def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
+    """The query block of a tile's step."""
+    return in_turn(begin + step % steps, whole, part, n0, BM)
 
 
 @gluon.jit
@@ -63,6 +68,8 @@ def probabilities(
     x = x - lse
     if rest is not None:
         x = x - rest
+    elif (bias is not None or KEY_BIASED) and not IS_MASK:  # nobody kept it, and a bias may be huge: p is at least kept to 1
+        x = gl.minimum(x, 0.0)
     p = gl.exp2(x)
     if MASKED:
         seen = j < N

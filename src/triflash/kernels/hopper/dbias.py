@@ -229,7 +229,7 @@ def _consume(
                 s = add_alibi(s, slope_of(slopes, slope_strides, b, head), i, j)
             if lengths is not None:
                 s = hide(s, visible(m0, n0, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
-            p = probabilities(s, lse, rest, HAS_REST)
+            p = probabilities(s, lse, rest, HAS_REST, True)
 
             done = at + CHUNKS - 1
             mbarrier.wait(bars.index(FULL + done % SLOTS), (done // SLOTS) & 1)  # long since full: keeps ptxas from moving the wait up

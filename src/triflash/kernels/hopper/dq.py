@@ -170,7 +170,8 @@ def _step(
         s = add_alibi(s, slope, i, gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0))
     if MASKED:
         s = hide(s, visible(m0, n0, N, lo, hi, BM, BN), float("-inf"))
-    p = probabilities(s, lse, rest, HAS_REST)
+    BIASED: gl.constexpr = (bias_s is not None or COLUMN) and not IS_MASK
+    p = probabilities(s, lse, rest, HAS_REST, BIASED)
 
     mbarrier.wait(bars.index(V_FULL + v_stage), v_phase)  # long since full: ptxas does not move the wait below up past it
     if AHEAD and not FIRST:

@@ -7,7 +7,7 @@ the next.
 """
 
 from ..triton.prims import LOG2E, offset
-from .columns import DELTA, LSE, REST, probabilities, turned, visible_blocks
+from .columns import DELTA, LSE, REST, in_turn, probabilities, turned, visible_blocks
 from .compat import (
     fence_async_shared,
     gl,
@@ -138,8 +138,11 @@ def _walk_values(
         rest = None
         if rest_s is not None:
             rest = gl.expand_dims(rest_s.index(stage).reshape([BM]).load(COLS), 0)
+        m0 = block * BM
+        if ALIBI and not MASKED:
+            m0 = in_turn(block, first, last, n0, BM) * BM
         p = probabilities(
-            s, bias, key_bias, slope, lse, rest, block * BM, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI, KEY_BIASED, MASKED
+            s, bias, key_bias, slope, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI, KEY_BIASED, MASKED
         ).to(k_s.dtype)
         if NEED_DS:
             mbarrier.wait(bars.index(P_EMPTY + (at & 1)), ((at >> 1) & 1) ^ 1)
