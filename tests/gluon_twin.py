@@ -190,11 +190,11 @@ class Barrier:
         if not pred:
             return
         parity = int(parity)
-        while _here.loads and random.random() < 0.7:
-            _here.loads.pop(0)()
+        land_some()
         while _here.loads and self.phase & 1 == parity:  # nothing else may happen before one of these lands
             time.sleep(1e-4)
-            _here.loads.pop(0)()
+            linger()
+            land_one()
         end = time.monotonic() + PATIENCE
         with self.changed:
             while not self.changed.wait_for(lambda: self.phase & 1 != parity, 0.1):
@@ -211,8 +211,17 @@ def tma_load(descriptor: Descriptor, at: Sequence[Any], barrier: Barrier, target
         barrier.change(0, -descriptor.block_type.nbytes)
 
     _here.loads.append(land)
-    while _here.loads and random.random() < 0.6:
-        _here.loads.pop(0)()
+    land_some()
+
+
+def land_one() -> None:
+    """Loads land in any order."""
+    _here.loads.pop(random.randrange(len(_here.loads)))()
+
+
+def land_some() -> None:
+    while _here.loads and random.random() < (0.2 if _here.lags else 0.6):
+        land_one()
 
 
 def tma_store(descriptor: Descriptor, at: Sequence[Any], source: Shared, adds: bool = False) -> None:
@@ -234,7 +243,15 @@ def tma_add(descriptor: Descriptor, at: Sequence[Any], source: Shared) -> None:
     tma_store(descriptor, at, source, adds=True)
 
 
+def linger() -> None:
+    """Whoever may go on, does."""
+    probability, seconds = (0.3, 2e-3) if _here.lags else (0.05, 2e-4)
+    if random.random() < probability:
+        time.sleep(seconds)
+
+
 def tma_store_wait(pendings: int) -> None:
+    linger()
     while len(_here.stores) > pendings:
         _here.stores.pop(0)()
 
@@ -263,8 +280,7 @@ def warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: b
 
 
 def warpgroup_mma_wait(pendings: int, deps: Sequence[Any]) -> Any:
-    if random.random() < 0.1:
-        time.sleep(2e-4)  # whoever may go on, does
+    linger()
     while len(_here.products) > pendings:
         product = _here.products.pop(0)
         product.value = product.run()
@@ -284,10 +300,10 @@ def inline_asm(text: str, *_: object) -> None:
 
 def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: object, registers: object) -> None:
     failures: list[BaseException] = []
-    program, meeting = _here.program, threading.Barrier(2)
+    program, meeting, laggard = _here.program, threading.Barrier(2), random.randrange(4)
 
-    def run(function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        _here.program, _here.failures, _here.meeting = program, failures, meeting
+    def run(number: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        _here.program, _here.failures, _here.meeting, _here.lags = program, failures, meeting, number == laggard
         begin()
         try:
             with torch.no_grad():
@@ -300,7 +316,7 @@ def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, .
             failures.append(failure)
             meeting.abort()
 
-    threads = [threading.Thread(target=run, args=partition, name=f"partition {n}") for n, partition in enumerate(partitions)]
+    threads = [threading.Thread(target=run, args=(n, *partition), name=f"partition {n}") for n, partition in enumerate(partitions)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -154,7 +154,7 @@ CANDIDATES = [
     (64, None, KeysConfig(2, 2, early=True)), (64, None, KeysConfig(1, 1)),
     (64, "1hqk", KeysConfig(2, 2, 2)), (64, "1hqk", KeysConfig(2, 2)), (64, "1hqk", KeysConfig(1, 1)),
     (128, None, KeysConfig(2, 2)), (128, None, KeysConfig(2, 1)), (128, None, KeysConfig(1, 1)),
-    (256, None, KeysConfig(2, 2, wide=True)), (256, None, KeysConfig(1, 1, wide=True)),
+    (256, None, KeysConfig(2, 2, wide=True)),
 ]  # fmt: skip
 
 

@@ -192,14 +192,15 @@ def test_shared_memory_counts_every_buffer() -> None:
     ds, dq = 2 * 64 * 128 * 2, 64 * 128 * 4
     assert hopper_backward.shared_memory(problem, config, True) - used == ds + dq
     wide = spec("b1hqk", "bool", head_dim=200, value_dim=130)
-    k_v, q, dout, p, bias = 64 * 2 * 512, 64 * (512 + 4), 64 * (512 + 4), 2 * 64 * 64 * 2, 64 * 64
-    used = hopper_backward.shared_memory(wide, KeysConfig(1, 1, wide=True), False)
+    k_v, q, dout, p, bias = 64 * 2 * 512, 2 * 64 * (512 + 4), 2 * 64 * (512 + 4), 2 * 64 * 64 * 2, 64 * 64
+    used = hopper_backward.shared_memory(wide, KeysConfig(2, 2, wide=True), False)
     assert k_v + q + dout + p + bias < used < k_v + q + dout + p + bias + 2048
     assert hopper_backward.bias_slot_bytes(spec("11h1k"), config) == 0  # a number a key comes without a buffer
 
 
 @pytest.mark.parametrize("wrong", [
     {"q_stages": 0}, {"o_stages": 5}, {"bias_stages": 0}, {"block_m": 128}, {"wide": True}, {"wide": True, "o_stages": 2, "early": True},
+    {"wide": True, "q_stages": 1},
 ], ids=str)  # fmt: skip
 def test_a_config_checks_itself(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: wanted .+, got {next(iter(wrong.values()))}"):
@@ -233,7 +234,7 @@ def test_override_by_hand() -> None:
         assert planned(problem, "qkv") == usual["hopper"]
         assert plan_backward(problem, needs_of("qkv"), SM90, "triton").steps[-1].config == portable
     for wide in (False, True):
-        with override_configs(dkdv=KeysConfig(1, 1, wide=wide)), pytest.raises(ValueError, match=f"^wide: wanted {not wide} for head dims"):
+        with override_configs(dkdv=KeysConfig(2, 2, wide=wide)), pytest.raises(ValueError, match=f"^wide: wanted {not wide} for head dims"):
             planned(replace(problem, head_dim=64 if wide else 256), "k")
 
 
@@ -253,7 +254,7 @@ def blocks_that_see(problem: AttentionSpec, config: KeysConfig, tile: int) -> in
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("lo, hi", [(None, None), (None, 0), (0, None), (-100, 50), (None, -150), (200, None), (None, 290)], ids=str)
 def test_work_of_a_tile_is_counted_right(lo: int | None, hi: int | None, wide: bool) -> None:
-    config = KeysConfig(1, 1, wide=wide)
+    config = KeysConfig(2, 2, wide=wide)
     for queries, keys in itertools.product((1, 64, 300, 513), (1, 128, 300, 700)):
         problem = spec(queries=queries, keys=keys, lo=lo, hi=hi)
         for tile in range(hopper_backward.keys_tiles(problem, config)[0]):
@@ -282,7 +283,7 @@ def test_blocks_in_turn_are_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
     from test_hopper_plan import Scalar
-    from triflash.kernels.hopper import backward
+    from triflash.kernels.hopper import columns
     from triflash.kernels.triton import prims
 
     class Comparable(Scalar):
@@ -293,17 +294,18 @@ def test_blocks_in_turn_are_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             return Scalar(int(self) < int(other))
 
     language = SimpleNamespace(where=lambda c, a, b: Comparable(a if c else b))
-    monkeypatch.setattr(backward, "gl", language)
-    monkeypatch.setattr(backward, "segments", prims.segments.fn)
+    monkeypatch.setattr(columns, "gl", language)
+    monkeypatch.setattr(columns, "segments", prims.segments.fn)
+    monkeypatch.setattr(columns, "in_turn", columns.in_turn.fn)
     for M, N, lo, hi in itertools.product((1, 64, 300, 1024), (128, 300, 1024), (None, -200, 3), (None, 0, 90, -130)):
         firsts = set()
         for n0 in range(0, N, 128):
-            begin, whole, part, end = (int(x) for x in backward.visible_blocks.fn(n0, M, N, lo, hi, 64, 128))
+            begin, whole, part, end = (int(x) for x in columns.visible_blocks.fn(n0, M, N, lo, hi, 64, 128))
             blocks = blocks_that_see(spec(queries=M, keys=N, lo=lo, hi=hi), KeysConfig(1, 1), n0 // 128)
             assert begin <= whole <= part <= end and end - begin == blocks, (M, N, lo, hi, n0)
             for member in range(2):  # of a group of heads
                 steps = [
-                    int(backward.turned.fn(Comparable(member * blocks + step), max(blocks, 1), begin, whole, part, n0, 64))
+                    int(columns.turned.fn(Comparable(member * blocks + step), max(blocks, 1), begin, whole, part, n0, 64))
                     for step in range(blocks)
                 ]
                 assert sorted(steps) == list(range(begin, end)), (M, N, lo, hi, n0)

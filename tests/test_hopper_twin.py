@@ -4,6 +4,7 @@ backend is. Few processors, so that a program has several tiles and its buffers 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,80 @@ def test_keys_that_add_dq(config: KeysConfig, case: Case) -> None:
     assert [kernel for kernel in ran if kernel != "dbias_sum"] == ["forward", "prepare", "dqdkdv", "finish"]
 
 
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("D", [64, 128])
+def test_distances_of_whole_blocks(D: int, early: bool) -> None:
+    """Key tiles visit whole blocks of queries in orders of their own, and only ALiBi asks where they are."""
+    for lo, hi in ((None, None), (None, 60)) if early else ((-200, None),):
+        case = Case("ALiBi", B=2, M=320, N=260, H=1, D=D, lengths=(256, 260), alibi="h", grads="qkv", lo=lo, hi=hi)
+        assert check(case, dqdkdv=KeysConfig(1, 1, early=early))[2] == "dqdkdv"
+
+
+@pytest.mark.parametrize("grads", ["q", "k", "v", "b", "s", "qk", "vb", "kvs"])
+@pytest.mark.parametrize("bias", ["b1hqk", "11hqk", "11h1k"])
+def test_single_gradients(bias: str, grads: str) -> None:
+    for D, config in ((24, KeysConfig(2, 2, early=True)), (24, None), (136, None)):
+        if D == 24 or bias == "11h1k":
+            case = Case("single", B=2, M=100, N=180, D=D, bias=bias, grads=grads, causal=grads < "m", sink=True, lengths=(170, 33))
+            check(case, **({} if config is None else {"dqdkdv": config}))
+
+
+WIDE = [
+    Case("full", B=2, M=150, N=130, H=1, D=256),
+    Case("causal, wide bias", B=1, M=130, N=200, D=144, bias="1hqk", causal=True, grads="qkv"),
+    Case("bias of keys, window, grouped", B=2, M=200, N=150, H=4, Hk=2, D=16, Dv=136, bias="1h1k", lo=-60, hi=30, dlse=True),
+    Case("slopes, lengths, sink", B=3, M=256, N=200, H=2, Hk=1, D=136, lengths=(0, 128, 999), alibi="bh", sink=True),
+    Case("mask of rows", B=2, M=130, N=100, D=160, Dv=40, bias="bhqk", bias_dtype=BOOL, bias_values="rows"),
+    Case("keys alone", B=2, M=130, N=100, D=136, hi=0, grads="k", lengths=(64, 99)),
+    Case("values alone", B=2, M=130, N=100, D=136, alibi="h", grads="v"),
+    Case("bias alone", B=2, M=130, N=100, D=136, bias="b11k", grads="b"),
+]
+
+
+@pytest.mark.parametrize("case", WIDE, ids=str)
+@pytest.mark.parametrize("stages", [2, 3])
+def test_wide_heads(stages: int, case: Case) -> None:
+    ran = check(case, 7 - 2 * stages, stages, dkdv=KeysConfig(stages, stages, wide=True))
+    assert "dkdv" in ran and "dqdkdv" not in ran
+
+
+def test_wide_heads_want_two_buffers() -> None:
+    """With one, the consumers wait for each other: the next q wants dk of the block before, which wants the next dout, that dv, that the next q."""
+    with pytest.raises(ValueError, match="wide"):
+        KeysConfig(1, 1, wide=True)
+
+
+FORWARD_CONFIGS = [
+    None,
+    HopperConfig(1, 64, 1),
+    HopperConfig(1, 32, 2, turns=True),
+    HopperConfig(2, 64, 3, v_stages=2),
+    HopperConfig(2, 64, 2, v_stages=4, own_out=False, turns=True),
+    HopperConfig(2, 128, 2, 2, turns=True),
+    HopperConfig(3, 64, 3, 3, turns=True, own_out=False),
+    HopperConfig(3, 16, 2),
+    HopperConfig(2, 64, 2, persistent=False),
+]
+FORWARD = [
+    Case("full", B=2, M=300, N=200),
+    Case("causal, bias", B=2, M=200, N=300, bias="1hqk", bias_dtype=F32, causal=True),
+    Case("window, bias of keys", B=2, M=260, N=300, bias="b11k", lo=-50, hi=20, sink=True),
+    Case("a number a query, rows that see nothing", B=2, M=200, N=150, bias="1hq1", hi=-60),
+    Case("mask of queries", B=2, M=130, N=100, bias="b1q1", bias_dtype=BOOL, lengths=(0, 70)),
+    Case("one number", B=2, M=70, N=100, bias="1111", lengths=(100, 1), alibi="bh"),
+    Case("all", B=3, M=260, N=200, H=4, Hk=1, lengths=(0, 128, 999), alibi="h", sink=True, bias="bhqk", bias_values="inf", hi=90),
+    Case("slopes, grouped", B=2, M=128, N=256, H=4, Hk=2, alibi="bh", causal=True, scale=-0.3),
+    Case("nothing is seen but the sink", B=2, M=130, N=200, lengths=(0, 0), sink=True),
+]
+
+
+@pytest.mark.parametrize("case", FORWARD, ids=str)
+@pytest.mark.parametrize("config", FORWARD_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
+def test_forward(config: HopperConfig | None, case: Case) -> None:
+    processors = 1 + 2 * (FORWARD.index(case) % 2)
+    check(replace(case, grads=""), processors, processors, **({} if config is None else {"forward": config}))
+
+
 AXES: dict[str, list[Any]] = {
     "lengths": [(65, 150), (150, 65), (192, 256), (1, 130), (200, 1), (130, 290)],
     "heads": [(1, 1), (2, 2), (4, 2), (4, 1)],  # of queries, of keys
@@ -101,3 +176,45 @@ def test_features_together(number: int) -> None:
     sizes = dict(B=outer * inner, M=M, N=N, H=H, Hk=Hk, D=D, Dv=Dv, lo=lo, hi=hi, batch_inner=inner, lengths=row["lengths_shown"])
     configs = {name: row[key] for name, key in (("dqdkdv", "keys"), ("forward", "forward")) if row[key] is not None}
     check(Case(f"together {number}", seed=number, **sizes, **{name: row[name] for name in plain}), row["processors"], number, **configs)
+
+
+@pytest.mark.parametrize(
+    "kernel, old, new",
+    [
+        ("backward", "mbarrier.wait(bars.index(KV_EMPTY), (wave & 1) ^ 1)", "pass"),
+        ("backward", "mbarrier.wait(bars.index(Q_EMPTY + stage), ((at // Q_STAGES) & 1) ^ 1)", "pass"),
+        ("backward", "mbarrier.wait(bars.index(O_EMPTY + stage), ((at // O_STAGES) & 1) ^ 1)", "pass"),
+        ("backward", "mbarrier.wait(bars.index(BIAS_EMPTY + slot), ((at // BIAS_STAGES) & 1) ^ 1)", "pass"),
+        ("backward", "mbarrier.wait(bars.index(O_FULL + o_stage), (at // O_STAGES) & 1)", "pass"),
+        ("backward", "mbarrier.wait(bars.index(DS_EMPTY + (at & 1)), ((at >> 1) & 1) ^ 1)", "pass"),
+        ("backward", "mbarrier.wait(bars.index(DS_FULL + slot), (number >> 1) & 1, pred=go)", "pass"),
+        ("backward", "mbarrier.wait(bars.index(DQ_EMPTY + WG), ((at - go.to(gl.int32)) & 1) ^ 1)", "pass"),
+        ("backward", "            tma_store_wait(1)\n", ""),
+        ("backward", "            _meet()", "            pass"),
+        ("backward", "warpgroup_mma_wait(LATER, [dq_pending])", "warpgroup_mma_wait(LATER + 1, [dq_pending])"),
+        ("backward", "        fence_async_shared()\n        if bias_s is not None:", "        if bias_s is not None:"),
+        ("wide", "mbarrier.wait(bars.index(KV_EMPTY), (wave & 1) ^ 1)", "pass"),
+        ("wide", "mbarrier.wait(bars.index(O_EMPTY + stage), phase)", "pass"),
+        ("wide", "mbarrier.wait(bars.index(P_FULL + (at & 1)), (at >> 1) & 1)", "pass"),
+        ("wide", "mbarrier.wait(bars.index(Q_EMPTY + stage), phase)", "pass"),
+        ("wide", "mbarrier.wait(bars.index(BIAS_EMPTY), (at & 1) ^ 1)", "pass"),
+        ("forward", "mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)", "pass"),
+        ("forward", "mbarrier.wait(bars.index(Q_EMPTY + w), (wave & 1) ^ 1)", "pass"),
+        ("forward", "mbarrier.wait(bars.index(V_FULL + before), ((at - 1) // V_STAGES) & 1)", "pass"),
+        ("forward", "s = warpgroup_mma_wait(1, [s_pending])", "s = warpgroup_mma_wait(2, [s_pending])"),
+        ("columns", "later - count", "later"),
+    ],
+)
+def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = gluon_twin.source
+    assert old in source(kernel)
+    monkeypatch.setattr(gluon_twin, "source", lambda module: source(module).replace(old, new) if module == kernel else source(module))
+    monkeypatch.setattr(gluon_twin, "PATIENCE", 0.5)
+    for seed in range(12):
+        case = Case("broken", B=2, M=300, N=300, bias="1hqk", grads={"forward": ""}.get(kernel, "qkv"), D=136 if kernel == "wide" else 16)
+        config = KeysConfig(2, 2, early=True) if seed & 1 else KeysConfig(2, 1)
+        try:
+            check(case, 1, seed, **({} if kernel in ("forward", "wide") else {"dqdkdv": config}))
+        except (AssertionError, TimeoutError, AttributeError, TypeError, RuntimeError):
+            return
+    raise AssertionError("nothing was noticed")

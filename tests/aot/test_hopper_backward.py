@@ -110,7 +110,6 @@ TARGETS = [
     # Candidates that the plan does not choose here.
     Target((128, 128), config=KeysConfig(1, 1), spills=80),
     Target((64, 64), bias="1hqk", config=KeysConfig(2, 2), band=CAUSAL),
-    Target((256, 256), band=CAUSAL, config=KeysConfig(1, 1, wide=True), spills=24, serialised=True),
 ]  # fmt: skip
 
 

@@ -37,9 +37,12 @@ class KeysConfig:
                 raise bad_value(name, "1 to 4", getattr(self, name))
         if self.block_m != 64:
             raise bad_value("block_m", "64, which is what the layouts of the kernels are made for", self.block_m)
-        if self.wide and (self.o_stages, self.bias_stages, self.early) != (self.q_stages, 1, False):
+        if self.wide and (self.q_stages < 2 or (self.o_stages, self.bias_stages, self.early) != (self.q_stages, 1, False)):
             raise bad_value(
-                "wide", "False for such a configuration", True, "that kernel has as many buffers for dout as for q, one for a bias"
+                "wide",
+                "False for such a configuration",
+                True,
+                "that kernel has one buffer for a bias, and as many for dout as for q: two or more, else its consumers wait for each other",
             )
 
     @property
@@ -103,7 +106,7 @@ def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool) -> int
 def _candidates(widest: int, bias_tiles: bool) -> tuple[KeysConfig, ...]:
     """From the fastest measured to the smallest (docs/tuning.md)."""
     if widest > NARROW:
-        return (KeysConfig(2, 2, wide=True), KeysConfig(1, 1, wide=True))
+        return (KeysConfig(2, 2, wide=True),)
     if widest <= SMALLEST_DIM:
         first = (KeysConfig(2, 2, 2), KeysConfig(2, 2)) if bias_tiles else (KeysConfig(2, 2, early=True),)
         return (*first, KeysConfig(1, 1))
