@@ -10,7 +10,7 @@ import torch
 
 from triflash import UnsupportedError
 from triflash.plan import tables
-from triflash.plan.configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, shared_memory
+from triflash.plan.configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, shared_memory, with_features
 from triflash.plan.device import KNOWN_DEVICES, DeviceFacts, facts_of
 from triflash.plan.override import active, override_configs
 from triflash.plan.select import Plan, Step, plan_backward, plan_forward, why_not
@@ -258,3 +258,20 @@ def test_a_float32_bias_gets_buffers_that_fit(bias: str) -> None:
                 own, streamed = {"dkdv": (2 * n, 2 * m), "dq": (2 * m, 2 * n), "dbias": (0, 2 * (m + n))}[step.kernel]
                 used = own + config.num_stages * (streamed + config.block_m * config.block_n * 4)
                 assert used <= GPU.shared_memory or config.num_stages == 1, (step.kernel, head_dim, used)
+
+
+def test_features_leave_fewer_scores_a_thread() -> None:
+    """What scores go through takes registers: fewer of them a thread, by smaller tiles or more warps; without features nothing changes."""
+    problems = [Problem(kernel, 128, 2, False, True) for kernel in ("forward", "dq", "dkdv")]
+    for problem, shape, weight in itertools.product(problems, [(256, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 2), (32, 32, 4, 1)], range(6)):
+        config = TileConfig(*shape)
+        found = with_features(problem, config, weight)
+        most = 32 if weight < 2 else 16 if weight < 4 else 8
+        least = 32 if problem.kernel == "dkdv" else 64
+        assert found == config if not weight else found.block_n == config.block_n and found.num_stages == config.num_stages
+        if weight:
+            each = found.block_m * found.block_n / (32 * found.num_warps)
+            assert each <= most or (found.block_m <= max(least, config.block_m) and found.num_warps == 8 and found.block_m <= least)
+    assert plan_backward(dataclasses.replace(spec(), sink=True), Needs(False, False, False, False, True), GPU, "triton").steps[0].gives == (
+        "dsink",
+    )

@@ -78,6 +78,7 @@ def targets() -> Iterator[Target]:
                 yield Target(arch, kernel, 64, torch.bfloat16, bias, True, None, features)
                 if arch == "sm90" and len(features) == 1:
                     yield Target(arch, kernel, 128, torch.bfloat16, bias, True, None, features)
+                    yield Target(arch, kernel, 128, torch.bfloat16, bias, False, None, features)
         yield Target(arch, "forward", 512, torch.bfloat16, "1hqk", True)  # wider than the backward kernels take
     yield Target("sm90", "forward", 80, torch.float16, "1hqk", True)  # a head dim that is padded
     yield Target("sm90", "dkdv", 80, torch.float16, "1hqk", True)

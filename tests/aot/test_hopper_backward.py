@@ -78,7 +78,7 @@ TARGETS = [
     Target((128, 128), band=CAUSAL, spills=LOOP),
     Target((128, 128), F16, band=CAUSAL, adds=False, spills=LOOP),
     Target((256, 256), length=EVEN),
-    Target((256, 256), F16, band=CAUSAL, length=ODD, serialised=True),
+    Target((256, 256), F16, band=CAUSAL, length=ODD, spills=28),
     # Other head dims, padded ones among them, and a value dim of its own.
     Target((40, 40), F16, band=CAUSAL, length=ODD),
     Target((96, 64), band=WINDOW),
@@ -90,14 +90,14 @@ TARGETS = [
     Target((128, 128), bias="1hqk", spills=LOOP),
     Target((128, 128), bias="1hqk", bias_dtype=F32, band=CAUSAL, spills=LOOP),
     Target((128, 128), bias="bhqk", bias_dtype=BOOL, length=EVEN, grads="kv"),
-    Target((256, 256), bias="1hqk", band=CAUSAL, serialised=True),
+    Target((256, 256), bias="1hqk", band=CAUSAL, spills=28),
     Target((256, 256), bias="1hqk", bias_dtype=F32, length=EVEN),
     Target((192, 192), bias="b1qk", bias_dtype=BOOL),
     # A number a key, and its gradient.
     Target((64, 64), bias="1h1k", band=CAUSAL, grads="qkvb"),
     Target((128, 128), bias="1h1k", length=EVEN, grads="qkvb", spills=80),
     Target((128, 128), F16, bias="b11k", bias_dtype=BOOL, band=CAUSAL, spills=LOOP),
-    Target((256, 256), bias="1h1k", bias_dtype=F32, band=CAUSAL, grads="kvb", serialised=True),
+    Target((256, 256), bias="1h1k", bias_dtype=F32, band=CAUSAL, grads="kvb", spills=28),
     # Some of the gradients.
     Target((64, 64), F16, band=CAUSAL, grads="qv"),
     Target((128, 128), band=CAUSAL, grads="qk", spills=LOOP),
@@ -105,7 +105,7 @@ TARGETS = [
     Target((128, 128), bias="1hqk", grads="v"),
     Target((64, 64), bias="1h1k", grads="b"),
     Target((256, 256), grads="k"),
-    Target((256, 256), F16, band=CAUSAL, grads="v", serialised=True),
+    Target((256, 256), F16, band=CAUSAL, grads="v", spills=28, serialised=True),
     Target((256, 256), bias="b11k", grads="b"),
     # Candidates that the plan does not choose here.
     Target((128, 128), config=KeysConfig(1, 1), spills=80),
@@ -156,7 +156,7 @@ def test_compiles_within_limits(target: Target) -> None:
         assert used.spills <= target.spills, f"{call.config}: {used}"
     waiting = serialised(assembled(compiled.asm["ptx"]))
     if waiting and target.serialised:
-        pytest.xfail("ptxas makes products of the wide kernel wait for one another under a causal mask")
+        pytest.xfail("ptxas makes products of the wide kernel wait for one another under a causal mask when dv alone is wanted")
     assert not waiting and not target.serialised
 
 

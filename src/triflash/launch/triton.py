@@ -26,6 +26,7 @@ from .calls import SMALLEST_SCALE, Call, bias_strides, sink_gradient, start
 
 __all__ = ["backward", "backward_calls", "forward", "forward_calls", "partial_sums", "row_strides", "scratch"]
 
+_NO_FEATURES = Features()
 _WIDE_STRIDE = 2**22  # from this stride on, an offset inside a tile of up to 256 rows and columns might not fit 31 bits
 
 
@@ -141,6 +142,8 @@ def backward_calls(
 
 def _features(spec: AttentionSpec, x: Operands) -> Features:
     """Everything beyond q, k, v and a band, as the kernels take it."""
+    if all(each is None for each in x[3:]) and not spec.softcap:
+        return _NO_FEATURES
     bias, bias_spec, mask, mask_spec = x.bias, spec.bias, x.mask, spec.mask
     if bias_spec is not None and bias_spec.is_mask:
         bias, bias_spec, mask, mask_spec = None, None, bias, bias_spec
@@ -161,11 +164,11 @@ def _features(spec: AttentionSpec, x: Operands) -> Features:
     )
 
 
-def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | None, ...]:
-    """Strides of a canonical bias or mask: 0 along batch and head dims, None along queries and keys, that it broadcasts; None if absent."""
+def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | None, ...] | None:
+    """Strides of a canonical bias or mask: 0 along batch and head dims, None along queries and keys, that it broadcasts."""
     strides = bias_strides(bias)
     if strides is None or spec is None:
-        return (None,) * 5
+        return None
     return (*strides[:3], *(stride if on else None for stride, on in zip(strides[3:], spec.varies[3:], strict=True)))
 
 

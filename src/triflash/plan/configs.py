@@ -101,12 +101,12 @@ def with_wide_bias(problem: Problem, config: TileConfig, device: DeviceFacts) ->
 def with_features(problem: Problem, config: TileConfig, weight: int) -> TileConfig:
     """A configuration made to leave registers for what scores go through: fewer scores a thread than the rows were measured with.
 
-    weight: 1 for each of a soft cap, ALiBi and a mask beside a bias, 2 for dropout; one alone fits in as it is. By what the compiler
-    spills (``tests/aot``); not measured.
+    weight: 1 for each of a soft cap, ALiBi and a mask beside a bias, 2 for dropout. By what the compiler spills (``tests/aot``); not
+    measured.
     """
     most = 32 if weight < 2 else 16 if weight < 4 else 8
     least_m, most_warps = 32 if problem.kernel == "dkdv" else 64, 8
-    while weight >= 2 and config.block_m * config.block_n > most * 32 * config.num_warps:
+    while weight and config.block_m * config.block_n > most * 32 * config.num_warps:
         if config.block_m > least_m and (problem.kernel == "dkdv" or config.num_warps >= most_warps):
             config = replace(config, block_m=config.block_m // 2)
         elif config.num_warps < most_warps:

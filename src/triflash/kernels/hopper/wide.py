@@ -199,7 +199,9 @@ def _values(
                 row += offset(kv_head * group + member, bias_strides[2])
                 key_bias = gl.load(row + j.to(gl.int64) * bias_strides[4], mask=j < N, other=0).to(gl.float32)
             base = done + member * steps - begin
-            if (hi is not None) or (not EVEN_N):
+            # Both masked walks are there whenever there is any bound, one of them perhaps without a block: with one of them missing, the
+            # assembler of Triton 3.6 (12.8) lets products wait for one another (C7513).
+            if (hi is not None) or (lo is not None) or (not EVEN_N):
                 dv, p16 = _walk_values(
                     dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, begin, whole, n0, N - M,
                     n_keys, lo, hi,
@@ -210,7 +212,7 @@ def _values(
                 hi,
                 scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, False,
             )  # fmt: skip
-            if lo is not None:
+            if (lo is not None) or (hi is not None):
                 dv, p16 = _walk_values(
                     dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, part, end, n0, N - M, n_keys,
                     lo, hi,

@@ -125,7 +125,10 @@ def dbias(
             rows = tl.where(first < last, M, 0)  # a tile that nobody sees only writes zeros: spare it the load of its bias
         own_bias = bias_tile(f, own_at, tm * BM, tn * BN, i, j, rows, N, BANDED or not EVEN_M, not EVEN_N, WIDE)
     HIDES: tl.constexpr = f.lengths is not None
-    SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
+    if f.mask is not None:
+        SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
+    else:
+        SKIPS: tl.constexpr = False
     for r in tl.range(first, last):
         head = own_head
         b1 = own_b1

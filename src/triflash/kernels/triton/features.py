@@ -18,15 +18,15 @@ class Features(NamedTuple):
     """Everything beyond q, k, v and a band; a field is None where the feature is absent.
 
     Strides of bias and mask are (outer batch, inner batch, head, row, column); row and column are None where all rows or columns share
-    one value, or there is none. A mask is bytes, nonzero = visible. lengths: int32, keys that each batch entry shows. slopes: float32, by
+    one value. A mask is bytes, nonzero = visible. lengths: int32, keys that each batch entry shows. slopes: float32, by
     (batch, head). sink: any float, by head. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 31-bit random number,
     below which a probability is dropped; rescale: what the others are multiplied by.
     """
 
     bias: Any = None
-    bias_strides: Any = (None,) * 5
+    bias_strides: Any = None
     mask: Any = None
-    mask_strides: Any = (None,) * 5
+    mask_strides: Any = None
     lengths: Any = None
     slopes: Any = None
     slope_strides: Any = None

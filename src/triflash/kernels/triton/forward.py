@@ -54,7 +54,10 @@ def _walk(
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
     # A branch keeps the compiler from loading ahead: it is worth that only for a mask that hides blocks, of queries and keys.
-    SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
+    if f.mask is not None:
+        SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
+    else:
+        SKIPS: tl.constexpr = False
     for block in tl.range(begin, end):
         n0 = block * BN
         seen = mask_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, MASKED, WIDE)
