@@ -1,6 +1,6 @@
 """What each feature of ``triflash.attention`` costs beside the plain call, on the GPU at hand: a markdown table on standard output.
 
-    python3 scripts/feature_costs.py [--budget 0.05] [--length 4096] [--dim 128]
+    python3 scripts/feature_costs.py [--budget 0.05] [--length 4096] [--dim 128] [--only dropout]
 
 A feature's time is divided by that of the plain causal call of the same sizes; where it hides scores (a window, key lengths), "pairs" is
 the share of visible query-key pairs, which time should follow. Calls are interleaved (``triflash.bench.timing``), so that drift hits all
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.05, help="seconds of samples a call (default 0.05)")
     parser.add_argument("--length", type=int, default=4096, help="queries and keys (default 4096)")
     parser.add_argument("--dim", type=int, default=128, help="head dim (default 128)")
+    parser.add_argument("--only", default="", help="the features whose names contain this, beside the plain call")
     given = parser.parse_args()
     batch, heads, length, dim = 4, 16, given.length, given.dim
     torch.manual_seed(0)
@@ -61,6 +62,8 @@ def main() -> None:
     backends: dict[str, str] = {}
     shares: dict[str, float | None] = {}
     for name, (options, share) in cases(length, heads).items():
+        if not name.startswith("plain") and given.only not in name:
+            continue
         group = options.pop("group", 1)
         q, k, v = (
             torch.randn(batch, length, heads // g, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for g in (1, group, group)

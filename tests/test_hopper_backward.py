@@ -361,3 +361,22 @@ def test_pytorchs_switch_decides_how_dq_is_summed(deterministic: bool, device: t
         (lambda: triflash.attention(q, k, v, causal="top_left", deterministic=False), added),
     ):
         assert ran(call) == ["hopper: forward", *(f"hopper: {name}" for name in steps)]
+
+
+def test_hidden_keys_may_hold_anything(device: torch.device) -> None:
+    """What lies beyond a length, NaN included, reaches neither the output nor a gradient, and gets none."""
+    q, k, v, dout = (torch.randn(2, 300, 2, 64, device=device, dtype=BF16) for _ in range(4))
+    lengths = torch.tensor([300, 100], device=device)
+    found = []
+    for junk in (0.0, torch.nan):
+        tensors = [x.clone() for x in (q, k, v)]
+        for x in tensors[1:]:
+            x[1, 100:] = junk
+        leaves = [x.requires_grad_() for x in tensors]
+        with triflash.record_launches() as ran:
+            out = triflash.attention(*leaves, key_lengths=lengths, backend="hopper", deterministic=True)
+            found.append((out.detach(), *torch.autograd.grad(out, leaves, dout)))
+        assert {line.split(":")[0] for line in ran} == {"hopper"}
+    for clean, dirty in zip(*found, strict=True):
+        assert torch.equal(clean, dirty)
+    assert not found[0][2][1, 100:].any() and not found[0][3][1, 100:].any()
