@@ -369,11 +369,6 @@ def _consume(
             old_m0 = m0
             old_head = head
             old_b = b
-            m0, head, b = locate(wave + 1, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
-            next_keys = visible_keys(lengths, b, N)
-            _begin, _full_begin, _full_end, next_end = visible_blocks(m0, BM * WGS, M, next_keys, lo, hi, BN)
-            m0 += WG * BM
-            row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
             stage = done % K_STAGES
             mbarrier.wait(bars.index(Q_FULL + WG), (wave + 1) & 1)
             mbarrier.wait(bars.index(K_FULL + stage), (done // K_STAGES) & 1)
@@ -385,6 +380,12 @@ def _consume(
                 o_pending = warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)
             if TURNS:
                 mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+            # Where the next tile lies takes some divisions, for which its first product leaves time.
+            m0, head, b = locate(wave + 1, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
+            next_keys = visible_keys(lengths, b, N)
+            _begin, _full_begin, _full_end, next_end = visible_blocks(m0, BM * WGS, M, next_keys, lo, hi, BN)
+            m0 += WG * BM
+            row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
             if OVERLAP:
                 s = warpgroup_mma_wait(1, [s_pending])
             else:
