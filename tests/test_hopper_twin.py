@@ -195,7 +195,7 @@ def test_features_together(number: int) -> None:
 @pytest.mark.parametrize(
     "kernel, old, new",
     [
-        ("backward", "mbarrier.wait(bars.index(KV_EMPTY), (wave & 1) ^ 1)", "pass"),
+        ("backward", "mbarrier.wait(bars.index(KV_EMPTY + kv), ((wave // KV_STAGES) & 1) ^ 1)", "pass"),
         ("backward", "mbarrier.wait(bars.index(Q_EMPTY + stage), ((at // Q_STAGES) & 1) ^ 1)", "pass"),
         ("backward", "mbarrier.wait(bars.index(O_EMPTY + stage), ((at // O_STAGES) & 1) ^ 1)", "pass"),
         ("backward", "mbarrier.wait(bars.index(BIAS_EMPTY + slot), ((at // BIAS_STAGES) & 1) ^ 1)", "pass"),

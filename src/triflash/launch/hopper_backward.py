@@ -207,5 +207,6 @@ def keys_call(
     if config.wide:
         assert dq_sum is None
         return Call(wide_kernels.wide_keys_backward, args, constants | {"STAGES": config.q_stages}, config, step.programs)
-    constants |= {"Q_STAGES": config.q_stages, "O_STAGES": config.o_stages, "BIAS_STAGES": config.bias_stages, "EARLY": config.early}
+    constants |= {"Q_STAGES": config.q_stages, "O_STAGES": config.o_stages, "BIAS_STAGES": config.bias_stages}
+    constants |= {"KV_STAGES": config.kv_stages, "EARLY": config.early}
     return Call(keys_kernels.keys_backward, args, constants, config, step.programs)

@@ -21,7 +21,8 @@ class KeysConfig:
     """One configuration of the kernel that owns keys. block_m: queries of a block. Buffers for q, for dout and, per consumer, for the bias.
 
     early: dq's products run under the softmax of the next block, not after it. wide: the kernel for head dims above 128, whose consumers
-    share tiles of 64 keys; the others own 64 each.
+    share tiles of 64 keys; the others own 64 each. kv_stages: buffers for a tile's keys and values; with two, those of the next tile are
+    fetched while this one is at work.
     """
 
     q_stages: int
@@ -30,14 +31,16 @@ class KeysConfig:
     block_m: int = 64
     early: bool = False
     wide: bool = False
+    kv_stages: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("q_stages", "o_stages", "bias_stages"):
+        for name in ("q_stages", "o_stages", "bias_stages", "kv_stages"):
             if not 1 <= getattr(self, name) <= 4:
                 raise bad_value(name, "1 to 4", getattr(self, name))
         if self.block_m != 64:
             raise bad_value("block_m", "64, which is what the layouts of the kernels are made for", self.block_m)
-        if self.wide and (self.q_stages < 2 or (self.o_stages, self.bias_stages, self.early) != (self.q_stages, 1, False)):
+        usual = (self.o_stages, self.bias_stages, self.early, self.kv_stages) == (self.q_stages, 1, False, 1)
+        if self.wide and (self.q_stages < 2 or not usual):
             raise bad_value(
                 "wide",
                 "False for such a configuration",
@@ -60,7 +63,7 @@ class KeysConfig:
         return self.q_stages
 
     def __str__(self) -> str:
-        flags = " early" * self.early + " wide" * self.wide
+        flags = " early" * self.early + " wide" * self.wide + f" kv{self.kv_stages}" * (self.kv_stages > 1)
         return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{flags}"
 
 
@@ -95,12 +98,17 @@ def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool) -> int
     head, value = dims(spec)
     stages = config.q_stages * (2 * head + 4 * (stats_kinds(spec) - 1)) + config.o_stages * (2 * value + 4)
     scoring = 1 if config.wide else 2
-    total = config.block_n * 2 * (head + value) + config.block_m * stages + scoring * config.bias_stages * bias_slot_bytes(spec, config)
+    total = (
+        config.kv_stages * config.block_n * 2 * (head + value)
+        + config.block_m * stages
+        + scoring * config.bias_stages * bias_slot_bytes(spec, config)
+    )
     if config.wide:
         total += 2 * config.block_m * config.block_n * 2
     elif adds_dq:
         total += 2 * config.block_m * config.block_n * 2 + config.block_m * head * 4
-    return total + 8 * (10 + 2 * (config.q_stages + config.o_stages) + 4 * config.bias_stages) + 1024  # and what alignment may cost
+    barriers = 10 + 2 * (config.kv_stages + config.q_stages + config.o_stages) + 4 * config.bias_stages
+    return total + 8 * barriers + 1024  # and what alignment may cost
 
 
 def _candidates(widest: int, bias_tiles: bool) -> tuple[KeysConfig, ...]:
@@ -108,9 +116,9 @@ def _candidates(widest: int, bias_tiles: bool) -> tuple[KeysConfig, ...]:
     if widest > NARROW:
         return (KeysConfig(2, 2, wide=True),)
     if widest <= SMALLEST_DIM:
-        first = (KeysConfig(2, 2, 2), KeysConfig(2, 2)) if bias_tiles else (KeysConfig(2, 2, early=True),)
+        first = (KeysConfig(2, 2, 2, kv_stages=2), KeysConfig(2, 2)) if bias_tiles else (KeysConfig(2, 2, early=True, kv_stages=2),)
         return (*first, KeysConfig(1, 1))
-    return (KeysConfig(2, 2), KeysConfig(2, 1), KeysConfig(1, 1))
+    return (KeysConfig(2, 2, kv_stages=2), KeysConfig(2, 2), KeysConfig(2, 1), KeysConfig(1, 1))
 
 
 @functools.lru_cache(maxsize=4096)

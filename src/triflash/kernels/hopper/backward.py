@@ -33,10 +33,10 @@ from .grid import accumulator, locate, share, stacked
 
 
 @gluon.constexpr_function
-def barrier_at(name, Q_STAGES, O_STAGES, BIAS_STAGES):
+def barrier_at(name, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES):
     """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
     sizes = {
-        "kv_full": 1, "kv_empty": 1, "q_full": Q_STAGES, "q_empty": Q_STAGES, "o_full": O_STAGES, "o_empty": O_STAGES,
+        "kv_full": KV_STAGES, "kv_empty": KV_STAGES, "q_full": Q_STAGES, "q_empty": Q_STAGES, "o_full": O_STAGES, "o_empty": O_STAGES,
         "ds_full": 2, "ds_empty": 2, "dq_full": 2, "dq_empty": 2, "bias_full": 2 * BIAS_STAGES, "bias_empty": 2 * BIAS_STAGES, "count": 0,
     }  # fmt: skip
     names = list(sizes)
@@ -53,18 +53,18 @@ def _meet():
 def _produce(
     q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, lengths, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, bars,
     batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_n, tiles, section, snake,
-    BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
     """The producer: every load of the program, in the order in which the consumers need them."""
-    KV_FULL: gl.constexpr = barrier_at("kv_full", Q_STAGES, O_STAGES, BIAS_STAGES)
-    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
-    Q_FULL: gl.constexpr = barrier_at("q_full", Q_STAGES, O_STAGES, BIAS_STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
-    O_FULL: gl.constexpr = barrier_at("o_full", Q_STAGES, O_STAGES, BIAS_STAGES)
-    O_EMPTY: gl.constexpr = barrier_at("o_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", Q_STAGES, O_STAGES, BIAS_STAGES)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
+    KV_FULL: gl.constexpr = barrier_at("kv_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    Q_FULL: gl.constexpr = barrier_at("q_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    O_FULL: gl.constexpr = barrier_at("o_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    O_EMPTY: gl.constexpr = barrier_at("o_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
     HALF: gl.constexpr = BN // 2
     STATS: gl.constexpr = BM * 4
     kv_heads = heads // group
@@ -72,11 +72,13 @@ def _produce(
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
         begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
-        mbarrier.wait(bars.index(KV_EMPTY), (wave & 1) ^ 1)
-        mbarrier.expect(bars.index(KV_FULL), 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
+        kv = wave % KV_STAGES
+        full = bars.index(KV_FULL + kv)
+        mbarrier.wait(bars.index(KV_EMPTY + kv), ((wave // KV_STAGES) & 1) ^ 1)
+        mbarrier.expect(full, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
         for w in gl.static_range(2):
-            tma_load(k_desc, [b, n0 + w * HALF, kv_head, 0], bars.index(KV_FULL), k_s.index(w))
-            tma_load(v_desc, [b, n0 + w * HALF, kv_head, 0], bars.index(KV_FULL), v_s.index(w))
+            tma_load(k_desc, [b, n0 + w * HALF, kv_head, 0], full, k_s.index(kv * 2 + w))
+            tma_load(v_desc, [b, n0 + w * HALF, kv_head, 0], full, v_s.index(kv * 2 + w))
         steps = end - begin
         for step in range(steps * group):
             head = kv_head * group + step // steps
@@ -114,12 +116,12 @@ def _produce(
 @gluon.jit
 def _add_up(
     dq_desc, lengths, dq_s, bars, batch, heads, group, M, N, lo, hi, tiles_n, tiles, section, snake,
-    BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
     """The warp that adds what the consumers put into ``dq_s``, half of the columns each, to dq in global memory."""
-    DQ_FULL: gl.constexpr = barrier_at("dq_full", Q_STAGES, O_STAGES, BIAS_STAGES)
-    DQ_EMPTY: gl.constexpr = barrier_at("dq_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
+    DQ_FULL: gl.constexpr = barrier_at("dq_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    DQ_EMPTY: gl.constexpr = barrier_at("dq_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
     COLUMNS: gl.constexpr = dq_s.shape[4]
     kv_heads = heads // group
     done = 0
@@ -142,10 +144,11 @@ def _add_up(
 
 @gluon.jit
 def _dq_product(
-    number, go, ds_s, k_s, bars, WG: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    number, go, ds_s, k_s, kv, bars, WG: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    KV_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Start ``ds k`` of block ``number``, for half of the columns. Without ``go`` it is not waited for that ds is there."""
-    DS_FULL: gl.constexpr = barrier_at("ds_full", Q_STAGES, O_STAGES, BIAS_STAGES)
+    DS_FULL: gl.constexpr = barrier_at("ds_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
     BM: gl.constexpr = ds_s.shape[1]
     HALF: gl.constexpr = ds_s.shape[2]
     BD: gl.constexpr = k_s.shape[4]
@@ -153,8 +156,8 @@ def _dq_product(
     slot = number & 1
     mbarrier.wait(bars.index(DS_FULL + slot), (number >> 1) & 1, pred=go)
     nothing = gl.zeros([BM, PART], gl.float32, accumulator(PART))
-    k0 = k_s.index(0).reshape([HALF, BD]).slice(WG * PART, PART, 1)
-    k1 = k_s.index(1).reshape([HALF, BD]).slice(WG * PART, PART, 1)
+    k0 = k_s.index(kv * 2).reshape([HALF, BD]).slice(WG * PART, PART, 1)
+    k1 = k_s.index(kv * 2 + 1).reshape([HALF, BD]).slice(WG * PART, PART, 1)
     pending = warpgroup_mma(ds_s.index(slot * 2), k0, nothing, use_acc=False, is_async=True)
     return warpgroup_mma(ds_s.index(slot * 2 + 1), k1, pending, is_async=True)
 
@@ -162,10 +165,11 @@ def _dq_product(
 @gluon.jit
 def _dq_hand_over(
     dq, number, go, dq_s, bars, WG: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    KV_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Give what ``_dq_product`` came to to the warp that adds it up, and its ds back. Without ``go`` nobody is told."""
-    DS_EMPTY: gl.constexpr = barrier_at("ds_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
-    DQ_FULL: gl.constexpr = barrier_at("dq_full", Q_STAGES, O_STAGES, BIAS_STAGES)
+    DS_EMPTY: gl.constexpr = barrier_at("ds_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    DQ_FULL: gl.constexpr = barrier_at("dq_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
     dq_s.index(WG).reshape(dq.shape).store(dq)
     fence_async_shared()
     mbarrier.arrive(bars.index(DQ_FULL + WG), pred=go)
@@ -174,10 +178,12 @@ def _dq_hand_over(
 
 @gluon.jit
 def _walk(
-    dk, dv, db, k_s, v_s, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, first, last, n0, ahead,
+    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, first, last, n0,
+    ahead,
     N, lo, hi,
     scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, HALF: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    KV_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr, NEED_DK: gl.constexpr, NEED_DV: gl.constexpr, NEED_DB: gl.constexpr,
     EARLY: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -188,15 +194,15 @@ def _walk(
     softmax, which takes more registers, else after it. In the first step of a tile there is none yet; what is computed then is nothing that
     anybody reads. The last one is left to the caller.
     """
-    Q_FULL: gl.constexpr = barrier_at("q_full", Q_STAGES, O_STAGES, BIAS_STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
-    O_FULL: gl.constexpr = barrier_at("o_full", Q_STAGES, O_STAGES, BIAS_STAGES)
-    O_EMPTY: gl.constexpr = barrier_at("o_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
-    DS_FULL: gl.constexpr = barrier_at("ds_full", Q_STAGES, O_STAGES, BIAS_STAGES)
-    DS_EMPTY: gl.constexpr = barrier_at("ds_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
-    DQ_EMPTY: gl.constexpr = barrier_at("dq_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", Q_STAGES, O_STAGES, BIAS_STAGES)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
+    Q_FULL: gl.constexpr = barrier_at("q_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    O_FULL: gl.constexpr = barrier_at("o_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    O_EMPTY: gl.constexpr = barrier_at("o_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    DS_FULL: gl.constexpr = barrier_at("ds_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    DS_EMPTY: gl.constexpr = barrier_at("ds_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    DQ_EMPTY: gl.constexpr = barrier_at("dq_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
     BD: gl.constexpr = k_s.shape[4]
     BDV: gl.constexpr = v_s.shape[4]
     DT: gl.constexpr = k_s.dtype
@@ -209,8 +215,8 @@ def _walk(
     UNDER: gl.constexpr = 2 if NEED_DQ and EARLY else 0  # products of dq under way beside the softmax
     AFTER: gl.constexpr = 1 if NEED_DK else 0  # products of dk started after those of dv and dq
     nothing = gl.zeros([HALF, BM], gl.float32, S)
-    k = k_s.index(WG).reshape([HALF, BD])
-    v = v_s.index(WG).reshape([HALF, BDV])
+    k = k_s.index(kv * 2 + WG).reshape([HALF, BD])
+    v = v_s.index(kv * 2 + WG).reshape([HALF, BDV])
     for block in range(first, last):
         at = base + block
         q_stage = at % Q_STAGES
@@ -225,7 +231,7 @@ def _walk(
         if NEED_DS:
             dp_pending = warpgroup_mma(v, o.permute((1, 0)), nothing, use_acc=False, is_async=True)
         if UNDER > 0:
-            dq_pending = _dq_product(at - 1, go, ds_s, k_s, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES)
+            dq_pending = _dq_product(at - 1, go, ds_s, k_s, kv, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
         s = warpgroup_mma_wait(UNDER + 1 if NEED_DS else 0, [s_pending])
         bias = None
         if bias_s is not None:
@@ -270,14 +276,14 @@ def _walk(
         if NEED_DQ:
             mbarrier.arrive(bars.index(DS_FULL + (at & 1)))
             if not EARLY:
-                dq_pending = _dq_product(at - 1, go, ds_s, k_s, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES)
+                dq_pending = _dq_product(at - 1, go, ds_s, k_s, kv, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
         if NEED_DK:
             dk_pending = warpgroup_mma(gl.convert_layout(ds16, DS), q, dk, is_async=True)
         if NEED_DQ:
             LATER: gl.constexpr = AFTER + (1 if EARLY and NEED_DV else 0)  # started after dq's
             mbarrier.wait(bars.index(DQ_EMPTY + WG), ((at - go.to(gl.int32)) & 1) ^ 1)
             dq = warpgroup_mma_wait(LATER, [dq_pending])
-            _dq_hand_over(dq, at - 1, go, dq_s, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES)
+            _dq_hand_over(dq, at - 1, go, dq_s, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
         if NEED_DV and NEED_DS:
             dv = warpgroup_mma_wait(AFTER, [dv_pending])
         mbarrier.arrive(bars.index(O_EMPTY + o_stage))
@@ -292,12 +298,13 @@ def _consume(
     dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars,
     bias_strides, dbias_strides, slope_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    KV_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 keys of every tile of the program."""
-    KV_FULL: gl.constexpr = barrier_at("kv_full", Q_STAGES, O_STAGES, BIAS_STAGES)
-    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
-    DQ_EMPTY: gl.constexpr = barrier_at("dq_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
+    KV_FULL: gl.constexpr = barrier_at("kv_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    DQ_EMPTY: gl.constexpr = barrier_at("dq_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
     HALF: gl.constexpr = BN // 2
     BD: gl.constexpr = k_s.shape[4]
     BDV: gl.constexpr = v_s.shape[4]
@@ -319,7 +326,8 @@ def _consume(
         dk = gl.zeros([HALF, BD], gl.float32, accumulator(BD))
         dv = gl.zeros([HALF, BDV], gl.float32, accumulator(BDV))
         j = n0 + WG * HALF + gl.arange(0, HALF, ROWS)
-        mbarrier.wait(bars.index(KV_FULL), wave & 1)
+        kv = wave % KV_STAGES
+        mbarrier.wait(bars.index(KV_FULL + kv), (wave // KV_STAGES) & 1)
         for member in range(group):
             head = kv_head * group + member
             slope = slope_of(slopes, slope_strides, b, head)
@@ -332,21 +340,23 @@ def _consume(
             base = done + member * steps - begin
             if (hi is not None) or (not EVEN_N):
                 dk, dv, db = _walk(
-                    dk, dv, db, k_s, v_s, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, begin,
+                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base,
+                    begin,
                     whole,
-                    n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, IS_MASK, KEY_BIASED,
+                    n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                     NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, True,
                 )  # fmt: skip
             dk, dv, db = _walk(
-                dk, dv, db, k_s, v_s, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, whole, part,
-                n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, IS_MASK, KEY_BIASED,
+                dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, whole,
+                part,
+                n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                 NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, False,
             )  # fmt: skip
             if lo is not None:
                 dk, dv, db = _walk(
-                    dk, dv, db, k_s, v_s, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, part,
+                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, part,
                     end,
-                    n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, IS_MASK, KEY_BIASED,
+                    n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                     NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, True,
                 )  # fmt: skip
             if NEED_DB:
@@ -357,20 +367,22 @@ def _consume(
         if dq_s is not None:
             if steps > 0:
                 mbarrier.wait(bars.index(DQ_EMPTY + WG), ((done - 1) & 1) ^ 1)
-                dq = warpgroup_mma_wait(0, [_dq_product(done - 1, True, ds_s, k_s, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES)])
-                _dq_hand_over(dq, done - 1, True, dq_s, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES)
+                dq = warpgroup_mma_wait(
+                    0, [_dq_product(done - 1, True, ds_s, k_s, kv, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)]
+                )
+                _dq_hand_over(dq, done - 1, True, dq_s, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
             _meet()  # the other consumer may still be reading these keys for its half of dq
         if NEED_DK:
-            k_s.index(WG).reshape([HALF, BD]).store((dk * scale).to(DT))
+            k_s.index(kv * 2 + WG).reshape([HALF, BD]).store((dk * scale).to(DT))
         if NEED_DV:
-            v_s.index(WG).reshape([HALF, BDV]).store(dv.to(DT))
+            v_s.index(kv * 2 + WG).reshape([HALF, BDV]).store(dv.to(DT))
         fence_async_shared()
         if NEED_DK:
-            tma_store(dk_desc, [b, n0 + WG * HALF, kv_head, 0], k_s.index(WG))
+            tma_store(dk_desc, [b, n0 + WG * HALF, kv_head, 0], k_s.index(kv * 2 + WG))
         if NEED_DV:
-            tma_store(dv_desc, [b, n0 + WG * HALF, kv_head, 0], v_s.index(WG))
+            tma_store(dv_desc, [b, n0 + WG * HALF, kv_head, 0], v_s.index(kv * 2 + WG))
         tma_store_wait(0)
-        mbarrier.arrive(bars.index(KV_EMPTY))
+        mbarrier.arrive(bars.index(KV_EMPTY + kv))
 
 
 COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "section", "snake"]
@@ -382,7 +394,7 @@ def keys_backward(
     dbias_strides,
     slope_strides, bias_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
-    BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
@@ -397,8 +409,8 @@ def keys_backward(
     DT: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES, q_desc.block_shape), q_desc.layout)
     o_s = gl.allocate_shared_memory(DT, stacked(O_STAGES, o_desc.block_shape), o_desc.layout)
-    k_s = gl.allocate_shared_memory(DT, stacked(2, k_desc.block_shape), k_desc.layout)
-    v_s = gl.allocate_shared_memory(DT, stacked(2, v_desc.block_shape), v_desc.layout)
+    k_s = gl.allocate_shared_memory(DT, stacked(2 * KV_STAGES, k_desc.block_shape), k_desc.layout)
+    v_s = gl.allocate_shared_memory(DT, stacked(2 * KV_STAGES, v_desc.block_shape), v_desc.layout)
     lse_s = gl.allocate_shared_memory(gl.float32, stacked(Q_STAGES, stats_desc.block_shape), stats_desc.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, stacked(O_STAGES, stats_desc.block_shape), stats_desc.layout)
     if HAS_REST:
@@ -416,15 +428,16 @@ def keys_backward(
     else:
         ds_s = None
         dq_s = None
-    COUNT: gl.constexpr = barrier_at("count", Q_STAGES, O_STAGES, BIAS_STAGES)
-    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
-    O_FULL: gl.constexpr = barrier_at("o_full", Q_STAGES, O_STAGES, BIAS_STAGES)
-    O_EMPTY: gl.constexpr = barrier_at("o_empty", Q_STAGES, O_STAGES, BIAS_STAGES)
-    DQ_FULL: gl.constexpr = barrier_at("dq_full", Q_STAGES, O_STAGES, BIAS_STAGES)
+    COUNT: gl.constexpr = barrier_at("count", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    Q_FULL: gl.constexpr = barrier_at("q_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    Q_EMPTY: gl.constexpr = barrier_at("q_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    O_FULL: gl.constexpr = barrier_at("o_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    O_EMPTY: gl.constexpr = barrier_at("o_empty", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+    DQ_FULL: gl.constexpr = barrier_at("dq_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(COUNT):
-        if n == KV_EMPTY or (n >= Q_EMPTY and n < O_FULL) or (n >= O_EMPTY and n < DQ_FULL):
+        if (n >= KV_EMPTY and n < Q_FULL) or (n >= Q_EMPTY and n < O_FULL) or (n >= O_EMPTY and n < DQ_FULL):
             mbarrier.init(bars.index(n), count=2)  # both consumers read these
         else:
             mbarrier.init(bars.index(n), count=1)
@@ -438,23 +451,24 @@ def keys_backward(
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
-                        tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST, LONGEST,
+                        tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
-                        tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST, LONGEST,
+                        tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
             (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
                         delta_s,
                         optional(rest_s), optional(bias_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST,
+                        optional(bias_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES,
+                        BATCH_FASTEST,
                         LONGEST)),
             (_add_up, (dq_desc, optional(lengths), dq_s, bars, batch, heads, group, M, N, optional(lo), optional(hi), tiles_n, tiles,
                        section, snake,
-                       BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST, LONGEST)),
+                       BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -463,18 +477,19 @@ def keys_backward(
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
-                        tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST, LONGEST,
+                        tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
-                        tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST, LONGEST,
+                        tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
             (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
                         delta_s,
                         optional(rest_s), optional(bias_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, BATCH_FASTEST,
+                        optional(bias_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES,
+                        BATCH_FASTEST,
                         LONGEST)),
         ], [4, 1], [240, 24])  # fmt: skip
