@@ -50,7 +50,7 @@ class Target:
     groups: int = 1
     config: KeysConfig | None = None
     adds: bool = True
-    spills: int = 12
+    spills: int = 24
     serialised: bool = False
 
     def __str__(self) -> str:
