@@ -89,7 +89,7 @@ def _lines(run: Run, which: str, dtype: str, bias: str, cells: list[Cell]) -> Fi
                 middle = ceiling["p50"] / factor
                 low, high = min(low, 0.99 * middle), max(high, 1.01 * middle)
                 handles["matrix product"] = panel.axhspan(low, high, color="#bbbbbb", alpha=0.6, zorder=0, label="matrix product")
-            lengths = sorted({c.workload["keys"] for c in own})
+            lengths = sorted({c.workload["keys"] for c in cells})  # of all panels, which share the axis: one may be empty
             panel.set_xscale("log", base=2)
             panel.set_xticks(lengths, [short(n) for n in lengths])
             panel.minorticks_off()
