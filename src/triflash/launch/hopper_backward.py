@@ -25,7 +25,7 @@ from .triton import partial_sums, row_strides
 __all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call", "targets"]
 
 
-DELTA = 1  # row of the table of statistics: see kernels/hopper/backward.py
+DELTA = 1  # row of the table of statistics: see kernels/hopper/columns.py
 
 
 def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
