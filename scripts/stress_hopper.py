@@ -1,15 +1,18 @@
-"""Puts the Hopper forward kernel under stress on an sm90 GPU: for whoever changes its barriers, its schedule or its loads.
+"""Puts the Hopper kernels under stress on an sm90 GPU: for whoever changes its barriers, its schedule or its loads.
 
     python3 scripts/stress_hopper.py --repeat 10000          the same launch again and again: the same bits, every time
     python3 scripts/stress_hopper.py --random 2000           so many random problems in processes of their own, each judged and watched
+    python3 scripts/stress_hopper.py --random 2000 --backward the same with all gradients, by every kernel of the backward pass
     python3 scripts/stress_hopper.py --only 3:17             one problem of --random again, here, by the name that a report gave it
     python3 scripts/stress_hopper.py --sanitize memcheck     a few tiny problems under compute-sanitizer (racecheck, synccheck, initcheck)
 
 A process that gets nowhere for --patience seconds is killed, and the problem it was at is reported as a hang; the others go on. Problems
 come in families that share what a kernel is compiled for, because compiling is what takes the time; lengths are drawn freely. A result is
 judged against ``oracle.py`` in float64 by what rounding can do: out within 2.5 unit roundoffs of sum(p |v|), lse and rest within
-1e-4 (1 + |lse|).
-The exit status is 1 if anything was wrong, different or stuck.
+1e-4 (1 + |lse|); a gradient by its norm, 1.2 % of it for bf16, 0.3 % for fp16, and 1e-3 for each element. dq that is added up in memory may
+have other bits every time: --repeat does not compare it.
+The exit status is 1 if anything was wrong,
+different or stuck.
 """
 
 import argparse
@@ -34,9 +37,10 @@ from triflash import oracle
 from triflash.plan.configs import padded
 from triflash.plan.device import KNOWN_DEVICES, facts_of
 from triflash.plan.hopper import HopperConfig, shared_memory
+from triflash.plan.hopper_backward import keys_config
 from triflash.plan.override import override_configs
-from triflash.plan.select import plan_forward
-from triflash.spec import AttentionSpec, spec_of
+from triflash.plan.select import plan_backward, plan_forward
+from triflash.spec import AttentionSpec, Gradients, Operands, Saved, spec_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "bool": torch.bool}
 PER_FAMILY = 8  # two or three compilations each: what a process can do in a minute or so, for its share of 2000 problems
@@ -65,6 +69,7 @@ class Problem:
     processors: int = 132  # what the plan is told: with few, a program works through many tiles
     config: HopperConfig | None = None
     seed: int = 0
+    gradients: str = ""  # "added": dq added up in memory where that can be; "own": never; "": the forward pass alone
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v and bias."""
@@ -89,28 +94,54 @@ class Problem:
         return spec_of(q, k, v, bias, self.inner, self.lo, self.hi, self.scale, "")
 
 
-Results = tuple[Tensor, Tensor, Tensor | None]
+Results = tuple[Tensor | None, ...]  # out, lse, rest; and dq, dk, dv, dbias
 
 
 def results_of(problem: Problem, q: Tensor, v: Tensor, bias: Tensor | None) -> Results:
-    """out, lse and rest, full of NaN."""
+    """out, lse and rest, and where they are wanted dq, dk, dv and dbias, full of NaN."""
     lse = torch.full((q.shape[0], problem.H, problem.M), torch.nan, device=q.device)
     rest = None if bias is None or bias.dtype == torch.bool else torch.full_like(lse, torch.nan)
-    return torch.full((*q.shape[:3], v.shape[3]), torch.nan, device=q.device, dtype=q.dtype), lse, rest
+    forward = (torch.full((*q.shape[:3], v.shape[3]), torch.nan, device=q.device, dtype=q.dtype), lse, rest)
+    if not problem.gradients:
+        return forward
+    k = q.new_empty(v.shape[0], v.shape[1], v.shape[2], q.shape[3])
+    wanted = (q, k, v, None if bias is None or bias.dtype == torch.bool else bias)
+    return (*forward, *(None if x is None else torch.full(x.shape, torch.nan, device=x.device, dtype=x.dtype) for x in wanted))
+
+
+def cotangent(problem: Problem, q: Tensor, v: Tensor) -> Tensor:
+    """The gradient of the output that gradients are taken for."""
+    generator = torch.Generator(q.device).manual_seed(problem.seed + 1)
+    return torch.randn((*q.shape[:3], v.shape[3]), generator=generator, device=q.device).to(q.dtype)
 
 
 def starter(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], results: Results) -> Callable[[], None]:
     """What launches the kernel of a problem."""
-    from triflash.launch import hopper
+    from triflash.launch import hopper, hopper_backward
 
     spec = problem.spec(*tensors)
+    x, saved = Operands(*tensors), Saved(results[0], results[1], results[2])  # type: ignore[arg-type]
     with override_configs(forward=problem.config) if problem.config else nullcontext():
         plan = plan_forward(spec, replace(facts_of(tensors[0].device), processors=problem.processors), "hopper")
-    return lambda: hopper.forward(plan, spec, *tensors, *results)
+    if not problem.gradients:
+        return lambda: hopper.forward(plan, spec, x, saved)
+    facts = replace(facts_of(tensors[0].device), processors=problem.processors)
+    adding = keys_config(spec, True, facts.shared_memory) if problem.gradients == "added" and max(problem.D, problem.Dv) <= 128 else None
+    with override_configs(dqdkdv=adding) if adding else nullcontext():
+        grads = Gradients(*results[3:])
+        fixed = replace(spec, deterministic=problem.gradients == "own")
+        back = plan_backward(fixed, grads.needs, facts, "hopper")
+    dout = cotangent(problem, tensors[0], tensors[2])
+
+    def start() -> None:
+        hopper.forward(plan, spec, x, saved)
+        hopper_backward.backward(back, fixed, x, saved, dout, None, grads)
+
+    return start
 
 
 def solve(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None]) -> Results:
-    """out, lse and rest by the Hopper kernel."""
+    """out, lse and rest, and the gradients, by the Hopper kernels."""
     results = results_of(problem, tensors[0], tensors[2], tensors[3])
     starter(problem, tensors, results)()
     return results
@@ -119,7 +150,8 @@ def solve(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None
 def judge(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], results: Results) -> tuple[float, str]:
     """The largest error as a part of what is allowed (up to 1 is right; NaN where it should not be counts as infinite), and where."""
     q, k, v, bias = tensors
-    out, lse, rest = results
+    out, lse, rest = results[:3]
+    assert out is not None and lse is not None
     options = dict(batch_inner=problem.inner, lo=problem.lo, hi=problem.hi, scale=problem.scale)
     wanted, wanted_lse = oracle.attention(q, k, v, bias, **options)
     weight, _ = oracle.attention(q, k, v.abs(), bias, **options)
@@ -137,6 +169,18 @@ def judge(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None
             worst = part.flatten()[at].item()
             index = tuple(int(i) for i in torch.unravel_index(at, part.shape))
             where = f"{name}{list(index)}: got {got[index].item():.6g}, wanted {right[index].item():.6g}"
+    if problem.gradients:
+        leaves = [x.double().requires_grad_() for x in (q, k, v)]
+        given = None if bias is None else bias if bias.dtype == torch.bool else bias.double().requires_grad_()
+        exact, _ = oracle.attention(*leaves, given, **options)
+        wanted_by = [*leaves, *([given] if given is not None and given.requires_grad else [])]
+        right = torch.autograd.grad(exact, wanted_by, cotangent(problem, q, v).double())
+        for name, got, one in zip(("dq", "dk", "dv", "dbias"), results[3:], right, strict=False):
+            assert got is not None
+            error = (got.double() - one).norm().nan_to_num(torch.inf, torch.inf)
+            part = (error / ((0.012 if q.dtype == torch.bfloat16 else 0.003) * one.norm() + 1e-3 * one.numel() ** 0.5)).item()
+            if part > worst:
+                worst, where = part, f"{name}: error {error.item():.3g} of {one.norm().item():.3g}"
     return worst, where
 
 
@@ -163,7 +207,7 @@ def random_config(chooser: random.Random, head: int, biased: bool, one_width: bo
             return config
 
 
-def drawn(seed: int, worker: int, count: int) -> Iterator[Problem]:
+def drawn(seed: int, worker: int, count: int, backward: bool = False) -> Iterator[Problem]:
     """The problems of one process, always the same."""
     chooser = random.Random(1000 * seed + worker)
     for number in range(count):
@@ -193,14 +237,19 @@ def drawn(seed: int, worker: int, count: int) -> Iterator[Problem]:
         lo, hi = {"none": (None, None), "causal": (None, 0), "left": (middle, None), "right": (None, middle)}.get(
             band, (middle, middle + width)
         )
-        yield Problem(**family, M=M, N=N, lo=lo, hi=hi, processors=chooser.choice((2, 5, 132)), seed=chooser.randint(0, 2**31))
+        problem = Problem(**family, M=M, N=N, lo=lo, hi=hi, processors=chooser.choice((2, 5, 132)), seed=chooser.randint(0, 2**31))
+        if backward and (problem.bias is None or problem.bias[4] == "k"):  # a bias without a dim of keys has no Hopper backward pass
+            problem = replace(problem, gradients="added" if (number // PER_FAMILY) % 2 else "own")
+        yield problem
 
 
-def work(worker: int, first: int, count: int, seed: int, device: str, solve: Callable[..., Results], report: Connection) -> None:
+def work(
+    worker: int, first: int, count: int, seed: int, backward: bool, device: str, solve: Callable[..., Results], report: Connection
+) -> None:
     """One process: problems ``first … count`` of its own, saying what it does before it does it."""
     where = torch.device(device)
     torch.set_num_threads(1)
-    for index, problem in enumerate(drawn(seed, worker, count)):
+    for index, problem in enumerate(drawn(seed, worker, count, backward)):
         if index < first:
             continue
         report.send(("start", index, str(problem)))
@@ -228,14 +277,22 @@ class Worker:
     replaced: int = 0
 
 
-def run_random(total: int, processes: int, seed: int, patience: float, device: str = "cuda", solver: Callable[..., Results] = solve) -> int:
+def run_random(
+    total: int,
+    processes: int,
+    seed: int,
+    patience: float,
+    device: str = "cuda",
+    solver: Callable[..., Results] = solve,
+    backward: bool = False,
+) -> int:
     """Draw and judge ``total`` problems; returns how many went wrong."""
     context = multiprocessing.get_context("spawn")
     began = time.monotonic()
 
     def start(number: int, first: int, count: int, replaced: int) -> Worker:
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(number, first, count, seed, device, solver, theirs), daemon=True)
+        process = context.Process(target=work, args=(number, first, count, seed, backward, device, solver, theirs), daemon=True)
         process.start()
         theirs.close()
         return Worker(number, process, mine, time.monotonic(), count, replaced=replaced)
@@ -302,10 +359,15 @@ SMALL = [
 TOGETHER = 500  # launches between two looks at the result
 
 
-def run_repeats(count: int, device: str = "cuda") -> int:
+def ours(backward: bool) -> list[Problem]:
+    """The small problems, forward alone or with gradients: dq added up in memory, and of a kernel of its own."""
+    return [replace(problem, gradients=kind) for problem in SMALL for kind in (("added", "own") if backward else ("",))]
+
+
+def run_repeats(count: int, device: str = "cuda", backward: bool = False) -> int:
     """Launch each of a few problems ``count`` times into memory full of NaN; returns how many launches gave other bits than the first."""
     bad = 0
-    for problem in SMALL:
+    for problem in ours(backward):
         tensors = problem.tensors(torch.device(device))
         first = solve(problem, tensors)
         ratio, at = judge(problem, tensors, first)
@@ -320,7 +382,9 @@ def run_repeats(count: int, device: str = "cuda") -> int:
                         x.fill_(torch.nan)
                 start()
                 other = torch.zeros((), dtype=torch.bool, device=device)
-                for x, y in zip(results, first, strict=True):
+                for at_, (x, y) in enumerate(zip(results, first, strict=True)):
+                    if at_ == 3 and problem.gradients == "added":
+                        continue
                     if x is not None and y is not None:
                         kind = torch.int16 if x.element_size() == 2 else torch.int32
                         other = other | (x.view(kind) != y.view(kind)).any()
@@ -334,10 +398,10 @@ def run_repeats(count: int, device: str = "cuda") -> int:
     return bad
 
 
-def run_tiny(device: str = "cuda") -> int:
+def run_tiny(device: str = "cuda", backward: bool = False) -> int:
     """A few problems of few tiles, for a tool that makes everything a hundred times slower."""
     bad = 0
-    for problem in (replace(problem, outer=1, H=2, M=130, N=100, processors=2) for problem in SMALL):
+    for problem in (replace(problem, outer=1, H=2, M=130, N=100, processors=2) for problem in ours(backward)):
         tensors = problem.tensors(torch.device(device))
         ratio, at = judge(problem, tensors, solve(problem, tensors))
         bad += ratio > 1
@@ -345,11 +409,21 @@ def run_tiny(device: str = "cuda") -> int:
     return bad
 
 
-def sanitize(tool: str) -> int:
+def sanitize(tool: str, backward: bool = False) -> int:
     """Run the tiny problems under compute-sanitizer; if it is not there, say what would have been run."""
     usual = "/usr/local/cuda/bin/compute-sanitizer"
     program = shutil.which("compute-sanitizer") or (usual if os.access(usual, os.X_OK) else None)
-    command = [program or "compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, os.path.abspath(__file__), "--tiny"]
+    command = [
+        program or "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "1",
+        sys.executable,
+        os.path.abspath(__file__),
+        "--tiny",
+        *["--backward"] * backward,
+    ]
     print("PYTORCH_NO_CUDA_MEMORY_CACHING=1", shlex.join(command), flush=True)
     if program is None:
         print("compute-sanitizer is not installed here", file=sys.stderr)
@@ -366,28 +440,29 @@ def main() -> int:
     what.add_argument("--only", metavar="PROCESS:NUMBER", help="one problem of --random")
     what.add_argument("--sanitize", choices=("memcheck", "racecheck", "synccheck", "initcheck"))
     what.add_argument("--tiny", action="store_true", help="what --sanitize runs")
+    parser.add_argument("--backward", action="store_true", help="with all gradients")
     parser.add_argument("--processes", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--patience", type=float, default=60.0, metavar="SECONDS")
     given = parser.parse_args()
     if given.sanitize:
-        return sanitize(given.sanitize)
+        return sanitize(given.sanitize, given.backward)
     if not torch.cuda.is_available() or facts_of(torch.device("cuda")).arch != "sm90":
         parser.error("needs an sm90 GPU (H100, H200, H20)")
     if given.repeat is not None:
-        bad = run_repeats(given.repeat)
+        bad = run_repeats(given.repeat, backward=given.backward)
     elif given.random is not None:
-        bad = run_random(given.random, given.processes, given.seed, given.patience)
+        bad = run_random(given.random, given.processes, given.seed, given.patience, backward=given.backward)
     elif given.only:
         worker, number = map(int, given.only.split(":"))
-        *_, problem = drawn(given.seed, worker, number + 1)
+        *_, problem = drawn(given.seed, worker, number + 1, given.backward)
         print(problem, flush=True)
         tensors = problem.tensors(torch.device("cuda"))
         ratio, at = judge(problem, tensors, solve(problem, tensors))
         print(f"{ratio:.3g} of what is allowed at {at}")
         bad = int(ratio > 1)
     else:
-        bad = run_tiny()
+        bad = run_tiny(backward=given.backward)
     return int(bad > 0)
 
 
