@@ -374,3 +374,13 @@ def test_kernels_read_no_rest_that_nobody_kept(bias: str) -> None:
         _, (prepare, *others), _ = launched(spec(bias, queries=70, keys=90), letters, rest)
         assert prepare.constants["KINDS"] == (3 if rest else 2)
         assert {call.constants["HAS_REST"] for call in others if "HAS_REST" in call.constants} == {rest}
+
+
+@triton_only
+@pytest.mark.parametrize("dim, backward", [(16, "triton"), (32, "triton"), (40, "hopper"), (64, "hopper"), (256, "hopper")])
+def test_narrow_heads_are_left_to_the_portable_backward_pass(dim: int, backward: str) -> None:
+    """Which nobody has measured there; the forward pass, and the name, take the Hopper kernels at every head dim."""
+    problem = spec(head_dim=dim, value_dim=dim)
+    needs = Needs(True, True, True, False)
+    assert plan_forward(problem, SM90).backend == plan_backward(problem, needs, SM90, "hopper").backend == "hopper"
+    assert plan_backward(problem, needs, SM90).backend == backward
