@@ -18,7 +18,7 @@ from triflash.launch import ahead
 from triflash.plan import hopper as hopper_plan
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES
-from triflash.spec import Needs
+from triflash.spec import Gradients, Needs, Operands, Saved, spec_of
 from triflash.tune.candidates import Compiler, Job
 from triflash.tune.cases import Case
 
@@ -61,8 +61,8 @@ def test_the_hopper_kernel_is_compiled_as_it_is_launched(head_dim: int, columns:
     explained = triflash.explain(q, k, k, bias[:, 0], grads=(), device="sm90", backend="hopper", compile=True)
     plan = plan_forward(explained.spec, KNOWN_DEVICES["sm90"], "hopper")
     lse = torch.zeros(2, 4, 512)
-    ready = (*map(hopper.ready, (q, k, k)), hopper.ready_bias(explained.spec, bias), hopper.ready(torch.empty_like(q)))
-    (call,) = hopper.forward_calls(plan, explained.spec, *ready, lse, torch.zeros_like(lse))
+    saved = Saved(hopper.ready(torch.empty_like(q)), lse, torch.zeros_like(lse))
+    (call,) = hopper.forward_calls(plan, explained.spec, hopper.ready_operands(explained.spec, Operands(q, k, k, bias)), saved)
     compiled = explained.forward.steps[0].compiled
     assert plan.backend == "hopper" and compiled == ahead.resources(ahead.compile_for(call, "sm90"))
     assert compiled.shared_memory <= hopper_plan.shared_memory(explained.spec, call.config)  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ def test_the_hopper_backward_kernels_are_compiled_as_they_are_launched(
     """The launcher's calls for real tensors, none of them started, and those made up for meta tensors: the same layouts and constants."""
     from triflash.launch import hopper_backward
     from triflash.plan.select import plan_backward
-    from triflash.spec import Gradients, Operands, Saved, spec_of
+    from triflash.spec import Operands, Saved
 
     B, H, M = 2, 4, 300
     q, k = (torch.zeros(B, length, H, head_dim, dtype=torch.bfloat16) for length in (M, columns))
