@@ -155,9 +155,10 @@ def test_compiles_within_limits(target: Target) -> None:
     if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
         assert used.spills <= target.spills, f"{call.config}: {used}"
     waiting = serialised(assembled(compiled.asm["ptx"]))
-    if waiting and target.serialised:
+    known = target.serialised and triton.__version__.startswith("3.6")  # later assemblers do not
+    if waiting and known:
         pytest.xfail("ptxas makes products of the wide kernel wait for one another under a causal mask when dv alone is wanted")
-    assert not waiting and not target.serialised
+    assert not waiting and not known
 
 
 def test_other_sizes_are_the_same_kernel() -> None:
