@@ -187,7 +187,7 @@ def dropped(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl
         nothing = tl.zeros_like(c0).to(tl.uint32)
         w0, w1, w2, w3 = tl.philox_impl(c0.to(tl.uint32), c1.to(tl.uint32), nothing + c2, nothing + c3, key0, key1, ROUNDS)
         # Every score draws four words and takes one. A quarter of the draws, joined and reshaped into place, gave other words than these in
-        # some tiles (Triton 3.6 on an H200, beside a mask that varies over keys alone; not in the interpreter).
+        # some tiles (Triton 3.6 on an H200; not in the interpreter).
         words = tl.where(pick == 0, w0, tl.where(pick == 1, w1, tl.where(pick == 2, w2, w3)))
         return tl.where((words >> 1).to(tl.int32) >= f.threshold, x, 0.0)
     else:
