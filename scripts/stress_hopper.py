@@ -192,14 +192,17 @@ def random_config(chooser: random.Random, head: int, biased: bool, one_width: bo
     if chooser.random() < 0.5:
         return None
     while True:
+        own_out = chooser.random() < 0.5 or not one_width
         config = HopperConfig(
             consumers=chooser.choice((1, 2, 3) if head <= 64 else (1, 2)),
             block_n=chooser.choice((32, 64, 128) if head <= 128 else (32, 64)),
             num_stages=chooser.choice((1, 2, 3)),
             bias_stages=chooser.choice((1, 2)),
             turns=chooser.random() < 0.5,
-            own_out=chooser.random() < 0.5 or not one_width,
+            own_out=own_out,
             persistent=chooser.random() < 0.8,
+            q_stages=chooser.choice((1, 2)) if own_out else 1,
+            out_parts=chooser.choice((1, 2)) if own_out and head >= 64 and one_width else 1,
         )
         widest = spec_of(*(torch.empty(1, 128, 1, head, device="meta", dtype=torch.bfloat16),) * 3, None, 1, None, None, 1.0, "")
         bias = config.bias_stages * config.block_m * config.block_n * 4 if biased else 0

@@ -13,6 +13,7 @@ import ast
 import contextlib
 import functools
 import operator
+import math
 import random
 import threading
 import time
@@ -292,8 +293,13 @@ def fence() -> None:
     _here.unfenced.clear()
 
 
-def inline_asm(text: str, *_: object) -> None:
-    """A barrier of the processor, where the partitions of four warps meet that its number of threads says."""
+def inline_asm(text: str, _constraints: str, operands: Sequence[Any], *_: object) -> Any:
+    """A barrier of the processor, where the partitions of four warps meet that its number of threads says; a copy, or a choice."""
+    if text == "mov.b32 $0, $1;":
+        return operands[0]
+    if "setp.le.s32 p, $2, $3; selp.f32 $0, $1, " in text:
+        x, at, last = operands
+        return torch.where(at <= last, x, {"0fFF800000": -math.inf, "0f00000000": 0.0}[text.split(", ")[-2]])
     assert text.startswith("bar.sync 10, 256;")
     _here.meeting.wait(PATIENCE)
 
@@ -376,6 +382,7 @@ def _stand_ins() -> dict[str, Any]:
         full=lambda shape, x, dtype, _: torch.full(shape, x, dtype=dtype), where=where, expand_dims=torch.unsqueeze,
         broadcast=torch.broadcast_tensors, fma=lambda a, b, c: a * b + c, exp2=torch.exp2, log2=torch.log2, abs=torch.abs,
         sum=torch.sum, max=torch.amax, minimum=lambda a, b: torch.minimum(a, torch.as_tensor(b)), maximum=torch.maximum,
+        split=lambda x: x.unbind(-1), permute=torch.permute, reshape=torch.reshape,
         convert_layout=lambda x, _: x, load=load, store=store, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
         inline_asm_elementwise=inline_asm, program_id=lambda _: Scalar(_here.program[0]), num_programs=lambda _: Scalar(_here.program[1]),
         SliceLayout=_layout, DotOperandLayout=_layout, NVMMADistributedLayout=_layout,

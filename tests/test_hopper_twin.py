@@ -134,6 +134,10 @@ FORWARD_CONFIGS = [
     HopperConfig(3, 64, 3, 3, turns=True, own_out=False),
     HopperConfig(3, 16, 2),
     HopperConfig(2, 64, 2, persistent=False),
+    HopperConfig(1, 64, 1, q_stages=2),
+    HopperConfig(2, 128, 2, q_stages=2, turns=True),
+    HopperConfig(3, 32, 4, v_stages=3, q_stages=2, turns=True),
+    HopperConfig(2, 64, 2, out_parts=2),
 ]
 FORWARD = [
     Case("full", B=2, M=300, N=200),
@@ -174,7 +178,13 @@ AXES: dict[str, list[Any]] = {
     "layout": ["plain", "plain", "mixed"],
     "processors": [1, 2, 3],
     "keys": [None, *KEYS_CONFIGS],
-    "forward": [None, HopperConfig(1, 64, 2), HopperConfig(2, 64, 2, turns=True), HopperConfig(3, 32, 2), HopperConfig(2, 128, 1, 2)],
+    "forward": [
+        None,
+        HopperConfig(1, 64, 2),
+        HopperConfig(2, 64, 2, turns=True),
+        HopperConfig(3, 32, 2, q_stages=2),
+        HopperConfig(2, 128, 1, 2),
+    ],
 }
 ROWS = pairwise({name: range(len(values)) for name, values in AXES.items()}, seed=7)
 
@@ -213,7 +223,7 @@ def test_features_together(number: int) -> None:
         ("wide", "mbarrier.wait(bars.index(Q_EMPTY + stage), phase)", "pass"),
         ("wide", "mbarrier.wait(bars.index(BIAS_EMPTY), (at & 1) ^ 1)", "pass"),
         ("forward", "mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)", "pass"),
-        ("forward", "mbarrier.wait(bars.index(Q_EMPTY + w), (wave & 1) ^ 1)", "pass"),
+        ("forward", "mbarrier.wait(bars.index(Q_EMPTY + slot), ((wave // Q_STAGES) & 1) ^ 1)", "pass"),
         ("forward", "mbarrier.wait(bars.index(V_FULL + before), ((at - 1) // V_STAGES) & 1)", "pass"),
         ("forward", "s = warpgroup_mma_wait(1, [s_pending])", "s = warpgroup_mma_wait(2, [s_pending])"),
         ("columns", "later - count", "later"),

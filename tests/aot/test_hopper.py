@@ -12,7 +12,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from machine_code import assembled, disassembled, serialised, unfenced_releases
+from machine_code import ambiguous_descriptors, assembled, disassembled, serialised, unfenced_releases
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
@@ -85,6 +85,9 @@ TARGETS = [
     Target((64, 64), F16, bias="1hqk", band=WINDOW, config=HopperConfig(1, 16, 1)),
     Target((128, 128), config=HopperConfig(2, 64, 3, 2, turns=True, own_out=False, v_stages=2)),
     Target((64, 64), bias="1h1k", config=HopperConfig(3, 64, 2, 2, turns=True, persistent=False)),
+    Target((64, 64), band=WINDOW, config=HopperConfig(2, 128, 2, q_stages=2)),
+    Target((128, 128), bias="1hqk", band=CAUSAL, config=HopperConfig(2, 64, 2, turns=True, q_stages=2)),
+    Target((256, 256), band=CAUSAL, config=HopperConfig(2, 64, 2, out_parts=2)),
 ]  # fmt: skip
 
 
@@ -123,6 +126,26 @@ def test_serialised_products_are_found() -> None:
     assert careless != ptx and serialised(assembled(careless)) and not serialised(assembled(ptx))
 
 
+SKIPPED_DESCRIPTOR = """
+    /*0000*/  UIMAD.WIDE.U32 UR16, UR17, UR18, URZ ;
+    /*0010*/  @!P1 BRA `(.L_x_2) ;
+    /*0020*/  UMOV UR16, UR13 ;
+.L_x_1:
+    /*0030*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
+    /*0040*/  @P0 BRA `(.L_x_1) ;
+.L_x_2:
+    /*0050*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
+    /*0060*/  @P0 BRA `(.L_x_2) ;
+    /*0070*/  EXIT ;
+"""
+
+
+def test_a_descriptor_that_only_an_earlier_loop_sets_is_found() -> None:
+    (found,) = ambiguous_descriptors(SKIPPED_DESCRIPTOR)
+    assert "/*0050*/" in found
+    assert not ambiguous_descriptors(SKIPPED_DESCRIPTOR.replace("@!P1 BRA `(.L_x_2)", "NOP"))
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_compiles_within_limits(target: Target) -> None:
     spec, call = the_call(target)
@@ -133,6 +156,7 @@ def test_compiles_within_limits(target: Target) -> None:
     code = disassembled(compiled)
     assert re.search(r"\bHGMMA\b", code) and not re.search(r"\bHMMA\b", code), "products run on the warpgroup matrix units, all of them"
     assert not serialised(assembled(compiled.asm["ptx"]))
+    assert not ambiguous_descriptors(code)
     if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
         assert used.spills <= SPILLS, f"{call.config}: {used}"
 

@@ -12,7 +12,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from machine_code import assembled, disassembled, serialised, unfenced_releases
+from machine_code import ambiguous_descriptors, assembled, disassembled, serialised, unfenced_releases
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
@@ -152,6 +152,7 @@ def test_compiles_within_limits(target: Target) -> None:
     assert re.search(r"\bHGMMA\b", code) and not re.search(r"\bHMMA\b", code), "products run on the warpgroup matrix units, all of them"
     # Statistics, and a bias, are read by plain loads: their buffers go back to TMA behind a fence.
     assert re.search(r"\bLDSM?\b", code) and unfenced_releases(code) == 0
+    assert not ambiguous_descriptors(code)
     if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
         assert used.spills <= target.spills, f"{call.config}: {used}"
     waiting = serialised(assembled(compiled.asm["ptx"]))

@@ -18,6 +18,7 @@ from test_hopper import (
     SM90,
     UNEVEN,
     WINDOW,
+    ambiguous_descriptors,
     assembled,
     disassembled,
     serialised,
@@ -160,6 +161,7 @@ def test_compiles_within_limits(target: Target) -> None:
         assert unfenced_stores(code.replace("MEMBAR", "NOP")) > 0  # the check can fail
     else:
         assert unfenced_releases(code) == 0
+    assert not ambiguous_descriptors(code)
     if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
         assert used.spills <= SPILLS[max(64, plan.padded(max(target.dims)))], f"{call.config}: {used}"
 

@@ -28,14 +28,14 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .features import add_alibi, slope_of, visible_keys
-from .grid import accumulator, locate, share, stacked
+from .grid import accumulator, keep_up_to, locate, share, stacked
 
 
 @gluon.constexpr_function
 def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
-    """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
+    """Where the barriers of that name begin among all of a program's; "count" is the number of all. Two each for q, used or not."""
     sizes = {
-        "q_full": WGS, "q_empty": WGS, "k_full": K_STAGES, "k_empty": K_STAGES, "v_full": V_STAGES, "v_empty": V_STAGES,
+        "q_full": 2 * WGS, "q_empty": 2 * WGS, "k_full": K_STAGES, "k_empty": K_STAGES, "v_full": V_STAGES, "v_empty": V_STAGES,
         "turn": WGS, "bias_full": WGS * BIAS_STAGES, "bias_empty": WGS * BIAS_STAGES, "count": 0,
     }  # fmt: skip
     names = list(sizes)
@@ -47,6 +47,19 @@ def visible_blocks(m0, rows, M, N, lo, hi, BN: gl.constexpr):
     """``segments`` of the queries ``m0 … m0 + rows``, but never empty: queries that see no key get one block to hide altogether."""
     begin, full_begin, full_end, end = segments(m0, min(m0 + rows, M) - 1, N, lo, hi, BN)
     return begin, full_begin, full_end, max(end, begin + 1)
+
+
+@gluon.jit
+def _fetch_queries(
+    q_desc, q_s, bars, wave, b, m0, head,
+    BM: gl.constexpr, WGS: gl.constexpr, Q_STAGES: gl.constexpr, Q_FULL: gl.constexpr, Q_EMPTY: gl.constexpr,
+):  # fmt: skip
+    """The queries of a tile, for every consumer its own."""
+    for w in gl.static_range(WGS):
+        slot = wave % Q_STAGES * WGS + w
+        mbarrier.wait(bars.index(Q_EMPTY + slot), ((wave // Q_STAGES) & 1) ^ 1)
+        mbarrier.expect(bars.index(Q_FULL + slot), q_desc.block_type.nbytes)
+        tma_load(q_desc, [b, m0 + w * BM, head, 0], bars.index(Q_FULL + slot), q_s.index(slot))
 
 
 @gluon.jit
@@ -66,6 +79,7 @@ def _produce(
     V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    Q_STAGES: gl.constexpr = q_s.shape[0] // WGS
     LONGEST: gl.constexpr = "last" if hi is not None else "none"
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(share(tiles, snake)):
@@ -74,15 +88,16 @@ def _produce(
         for j in range(end - begin):
             n0 = (end - 1 - j) * BN
             at = done + j
+            if Q_STAGES == 2:  # before the first keys, whose buffer may not be free for long yet
+                if j == 0:
+                    _fetch_queries(q_desc, q_s, bars, wave, b, m0, head, BM, WGS, Q_STAGES, Q_FULL, Q_EMPTY)
             stage = at % K_STAGES
             mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)
             mbarrier.expect(bars.index(K_FULL + stage), k_desc.block_type.nbytes)
             tma_load(k_desc, [b, n0, head // group, 0], bars.index(K_FULL + stage), k_s.index(stage))
-            if j == 0:
-                for w in gl.static_range(WGS):
-                    mbarrier.wait(bars.index(Q_EMPTY + w), (wave & 1) ^ 1)
-                    mbarrier.expect(bars.index(Q_FULL + w), q_desc.block_type.nbytes)
-                    tma_load(q_desc, [b, m0 + w * BM, head, 0], bars.index(Q_FULL + w), q_s.index(w))
+            if Q_STAGES == 1:
+                if j == 0:
+                    _fetch_queries(q_desc, q_s, bars, wave, b, m0, head, BM, WGS, Q_STAGES, Q_FULL, Q_EMPTY)
             if bias_desc is not None:
                 bias_phase = (at // BIAS_STAGES) & 1
                 for w in gl.static_range(WGS):
@@ -147,13 +162,11 @@ def _softmax(
         s = add_alibi(s, slope, gl.expand_dims(i + ahead, 1), j)
     if MASKED:
         if hi is not None:  # one comparison a score: the last key that exists and that the query sees
-            seen = j <= gl.expand_dims(gl.minimum(i + hi, N - 1), 1)
+            s = keep_up_to(s, j, gl.expand_dims(gl.minimum(i + hi, N - 1), 1), "0fFF800000")
         else:
-            seen = j < N
+            s = keep_up_to(s, j, gl.expand_dims(gl.full([BM], N - 1, gl.int32, gl.SliceLayout(1, S)), 1), "0fFF800000")
         if lo is not None:
-            seen = seen & (j >= gl.expand_dims(i + lo, 1))
-        seen, s = gl.broadcast(seen, s)
-        s = gl.where(seen, s, float("-inf"))
+            s = keep_up_to(s, gl.expand_dims(i + lo, 1), j, "0fFF800000")
     top = gl.max(s, 1)
     if LATE_SCALE:
         top = top * scale_log2
@@ -187,6 +200,15 @@ def _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM: gl.constexpr,
 
 
 @gluon.jit
+def _write_out(o, out_desc, target, b, m0, head, dim, BM: gl.constexpr, PART: gl.constexpr):
+    """PART dims of the output of 64 queries, by way of the shared buffer ``target``."""
+    tma_store_wait(0)  # what the buffer held before must have left it
+    target.reshape([BM, PART]).store(o)
+    fence_async_shared()
+    tma_store(out_desc, [b, m0, head, dim], target)
+
+
+@gluon.jit
 def _finish(
     o, l, m, out_desc, lse, rest, sink, sink_stride, target, m0, head, b, heads, M,
     BM: gl.constexpr, BN: gl.constexpr, BDV: gl.constexpr, DT: gl.constexpr,
@@ -205,10 +227,13 @@ def _finish(
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
     o = (o * gl.expand_dims(gl.convert_layout(weight / l, gl.SliceLayout(1, O)), 1)).to(DT)
-    tma_store_wait(0)  # what this buffer held before must have left it
-    target.reshape([BM, BDV]).store(o)
-    fence_async_shared()
-    tma_store(out_desc, [b, m0, head, 0], target)
+    PART: gl.constexpr = target.shape[3]  # all dims of the value, or one half after the other
+    if PART == BDV:
+        _write_out(o, out_desc, target, b, m0, head, 0, BM, PART)
+    else:
+        left, right = gl.split(gl.permute(gl.reshape(o, [BM, 2, PART]), (0, 2, 1)))
+        _write_out(left, out_desc, target, b, m0, head, 0, BM, PART)
+        _write_out(right, out_desc, target, b, m0, head, PART, BM, PART)
     i = m0 + gl.arange(0, BM, ROWS)
     row_lse = gl.where(unseen, float("-inf"), (m + gl.log2(l)) * LN2)
     at_row = offset(b * heads + head, M) + i
@@ -220,7 +245,7 @@ def _finish(
 
 @gluon.jit
 def _walk(
-    o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, ahead, first, last, steps, end, N, lo, hi, scale_log2,
+    o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, ahead, first, last, steps, end, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr, Q_EARLY: gl.constexpr,
@@ -239,6 +264,11 @@ def _walk(
     V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     nothing = gl.zeros([BM, BN], gl.float32, S)
+    if q_s.shape[0] > WGS:
+        # ptxas 12.8 takes two of these loops to share their queries' descriptors and works them out where only the first needs them, which may
+        # have no steps at all. It does not look through inline assembly.
+        q_slot = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [q_slot], gl.int32, False, 1)
+    q = q_s.index(q_slot).reshape([BM, BD])
     for step in range(first, last):
         at = done + step
         stage = at % K_STAGES
@@ -255,7 +285,7 @@ def _walk(
         mbarrier.arrive(bars.index(K_EMPTY + stage))
         if Q_EARLY:
             if step == steps - 1:  # no more products with this q: the next can be fetched while the softmax runs
-                mbarrier.arrive(bars.index(Q_EMPTY + WG))
+                mbarrier.arrive(bars.index(Q_EMPTY + q_slot))
         p32, m, shrink = _softmax(
             s, m, bias_s, bars, row_bias, slope, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
@@ -300,6 +330,7 @@ def _consume(
     DT: gl.constexpr = q_s.dtype
     nothing = gl.zeros([BM, BN], gl.float32, S)
     LONGEST: gl.constexpr = "last" if hi is not None else "none"
+    Q_STAGES: gl.constexpr = q_s.shape[0] // WGS
     waves = share(tiles, snake)
     done = 0  # blocks of earlier tiles
 
@@ -327,6 +358,7 @@ def _consume(
     p = gl.convert_layout(p32.to(DT), P)
     o = gl.zeros([BM, BDV], gl.float32, O)
     for wave in range(waves):
+        q_slot = wave % Q_STAGES * WGS + WG
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
         n_keys = visible_keys(lengths, b, N)
         slope = slope_of(slopes, slope_strides, b, head)
@@ -334,24 +366,24 @@ def _consume(
         steps = end - begin
         if OVERLAP:
             if steps == 1:
-                mbarrier.arrive(bars.index(Q_EMPTY + WG))
+                mbarrier.arrive(bars.index(Q_EMPTY + q_slot))
         if hi is not None:
             o, l, m, p = _walk(
-                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, 1, end - full_end, steps, end, n_keys, lo, hi,
+                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, 1, end - full_end, steps, end, n_keys, lo, hi,
                 scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
                 ALIBI,
             )  # fmt: skip
         whole = max(1, end - full_end)
         o, l, m, p = _walk(
-            o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, whole, end - full_begin, steps, end, n_keys, lo, hi,
+            o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, whole, end - full_begin, steps, end, n_keys, lo, hi,
             scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, False, ROW_BIASED, OVERLAP, ALIBI,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
             o, l, m, p = _walk(
-                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, left, steps, steps, end, n_keys, lo, hi,
+                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, left, steps, steps, end, n_keys, lo, hi,
                 scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
                 ALIBI,
@@ -370,11 +402,13 @@ def _consume(
             old_head = head
             old_b = b
             stage = done % K_STAGES
-            mbarrier.wait(bars.index(Q_FULL + WG), (wave + 1) & 1)
+            next_slot = (wave + 1) % Q_STAGES * WGS + WG
+            mbarrier.wait(bars.index(Q_FULL + next_slot), ((wave + 1) // Q_STAGES) & 1)
             mbarrier.wait(bars.index(K_FULL + stage), (done // K_STAGES) & 1)
             if TURNS:
                 mbarrier.wait(bars.index(TURN + WG), done & 1)
-            s_pending = warpgroup_mma(q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            next_q = q_s.index(next_slot).reshape([BM, BD])
+            next_pending = warpgroup_mma(next_q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
             if OVERLAP:
                 mbarrier.wait(bars.index(V_FULL + before), ((done - 1) // V_STAGES) & 1)
                 o_pending = warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)
@@ -387,25 +421,25 @@ def _consume(
             m0 += WG * BM
             row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
             if OVERLAP:
-                s = warpgroup_mma_wait(1, [s_pending])
+                next_s = warpgroup_mma_wait(1, [next_pending])
             else:
-                s = warpgroup_mma_wait(0, [s_pending])
+                next_s = warpgroup_mma_wait(0, [next_pending])
             mbarrier.arrive(bars.index(K_EMPTY + stage))
-            p32, new_m, _shrink = _softmax(
-                s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias,
+            next_p, new_m, _shrink = _softmax(
+                next_s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias,
                 slope_of(slopes, slope_strides, b, head), done, m0, N - M, next_end - 1, next_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
             )  # fmt: skip
             if OVERLAP:
                 o = warpgroup_mma_wait(0, [o_pending])
                 mbarrier.arrive(bars.index(V_EMPTY + before))
-            p = gl.convert_layout(p32.to(DT), P)
+            p = gl.convert_layout(next_p.to(DT), P)
             if OVERLAP:
                 _finish(
                     o, l, m, out_desc, lse, rest, sink, sink_stride, out_s.index(WG), old_m0, old_head, old_b, heads, M, BM, BN, BDV, DT
                 )
             m = new_m
-            l = gl.sum(p32, 1)
+            l = gl.sum(next_p, 1)
             o = gl.zeros([BM, BDV], gl.float32, O)
     if OVERLAP:
         before = (done - 1) % V_STAGES
@@ -427,7 +461,7 @@ def forward(
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
-    OWN_OUT: gl.constexpr, REGISTERS: gl.constexpr,
+    OWN_OUT: gl.constexpr, REGISTERS: gl.constexpr, Q_STAGES: gl.constexpr = 1,
 ):  # fmt: skip
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``locate`` says.
 
@@ -440,7 +474,7 @@ def forward(
     """
     BM: gl.constexpr = 64
     DT: gl.constexpr = q_desc.dtype
-    q_s = gl.allocate_shared_memory(DT, stacked(WGS, q_desc.block_shape), q_desc.layout)
+    q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES * WGS, q_desc.block_shape), q_desc.layout)
     k_s = gl.allocate_shared_memory(DT, stacked(K_STAGES, k_desc.block_shape), k_desc.layout)
     v_s = gl.allocate_shared_memory(DT, stacked(V_STAGES, v_desc.block_shape), v_desc.layout)
     if OWN_OUT:
