@@ -12,8 +12,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-import operator
 import math
+import operator
 import random
 import threading
 import time
@@ -302,6 +302,7 @@ def inline_asm(text: str, _constraints: str, operands: Sequence[Any], *_: object
         return torch.where(at <= last, x, {"0fFF800000": -math.inf, "0f00000000": 0.0}[text.split(", ")[-2]])
     assert text.startswith("bar.sync 10, 256;")
     _here.meeting.wait(PATIENCE)
+    return None
 
 
 def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: object, registers: object) -> None:

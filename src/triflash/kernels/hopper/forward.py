@@ -265,8 +265,8 @@ def _walk(
     TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     nothing = gl.zeros([BM, BN], gl.float32, S)
     if q_s.shape[0] > WGS:
-        # ptxas 12.8 takes two of these loops to share their queries' descriptors and works them out where only the first needs them, which may
-        # have no steps at all. It does not look through inline assembly.
+        # ptxas 12.8 takes two of these loops to share their queries' descriptors and works them out where only the first needs them, which
+        # may have no steps at all. It does not look through inline assembly.
         q_slot = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [q_slot], gl.int32, False, 1)
     q = q_s.index(q_slot).reshape([BM, BD])
     for step in range(first, last):
