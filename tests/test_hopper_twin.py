@@ -34,7 +34,7 @@ def check(case: Case, processors: int = 2, seed: int = 0, **configs: Config) -> 
     wanted = inputs.wanted()
     with gluon_twin.twin_device(processors, seed), override_configs(**configs), triflash.record_launches() as ran:
         x, options = inputs.operands(), (case.batch_inner, *case.band, case.softmax_scale, "", "hopper")
-        out, lse = torch.ops.triflash.forward(*x[:4], *options, *x[4:])[:2]  # the seed's functions would be deterministic here
+        out, lse = torch.ops.triflash.forward(*x[:4], *options, *x[4:], case.softcap)[:2]  # the seed's functions would be deterministic here
         outputs, cotangents = ([out], [inputs.dout]) if inputs.dlse is None else ([out, lse], [inputs.dout, inputs.dlse])
         grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents) if wanted else ()
     for kernel, config in configs.items():

@@ -43,12 +43,14 @@ class Target:
     band: tuple[int | None, int | None] = (None, None)
     length: int = UNEVEN
     config: HopperConfig | None = None
+    softcap: float = 0.0
 
     def __str__(self) -> str:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
-        parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), str(self.config or ""))
+        cap = "soft-cap" * (self.softcap > 0)
+        parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), cap, str(self.config or ""))
         return "-".join(part.replace(" ", "-") for part in parts if part)
 
 
@@ -103,7 +105,7 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
         sizes = (batch, heads, target.length, target.length)
         b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
-    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee")
+    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", softcap=target.softcap)
     kept = torch.empty_like(lse) if bias is not None and bias.dtype != BOOL else None
     with override_configs(forward=target.config) if target.config else nullcontext():
         plan = plan_forward(spec, SM90, "hopper")

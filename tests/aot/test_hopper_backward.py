@@ -52,13 +52,14 @@ class Target:
     adds: bool = True
     spills: int = 24
     serialised: bool = False
+    softcap: float = 0.0
 
     def __str__(self) -> str:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
         heads = f"g{self.groups}" * (self.groups > 1)
-        own = "" if self.adds else "fixed"
+        own = "fixed" * (not self.adds) + "soft-cap" * (self.softcap > 0)
         parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), self.grads, heads, own)
         return "-".join(part.replace(" ", "-") for part in (*parts, str(self.config or "")) if part)
 
@@ -127,7 +128,7 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
         sizes = (batch, heads, target.length, target.length)
         b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
-    spec = replace(spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee"), deterministic=not target.adds)
+    spec = replace(spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", softcap=target.softcap), deterministic=not target.adds)
     needs = Needs(*(letter in target.grads for letter in "qkvb"))
     with override_configs(**{target.kernel: target.config}) if target.config else nullcontext():
         plan = plan_backward(spec, needs, SM90, "hopper")

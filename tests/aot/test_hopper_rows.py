@@ -51,13 +51,15 @@ class Target:
     length: int = UNEVEN
     config: RowsConfig | None = None
     group: int = 1
+    softcap: float = 0.0
 
     def __str__(self) -> str:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
         kernel = f"dbias-in-{self.splits}" if self.splits else "dq-and-dbias" if self.gradient else "dq"
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {OPEN: "full", CAUSAL: "causal"}.get(self.band, "window")
-        parts = (kernel, dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), str(self.config or ""))
+        cap = "soft-cap" * (self.softcap > 0)
+        parts = (kernel, dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), cap, str(self.config or ""))
         return "-".join(part.replace(" ", "-") for part in parts if part) + f"-group-{self.group}" * (self.group > 1)
 
 
@@ -124,7 +126,7 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Call, int
         sizes = (batch, heads, target.length, target.length)
         b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
-    spec = spec_of(q, make(*q.shape), dout, bias, 1, *target.band, 0.125, "ieee")
+    spec = spec_of(q, make(*q.shape), dout, bias, 1, *target.band, 0.125, "ieee", softcap=target.softcap)
     stats = torch.empty((batch * heads, 3 if spec.keeps_rest else 2, -(-target.length // 128) * 128), device="meta", dtype=F32)
     if target.splits:
         assert bias is not None and plan.dbias_works(spec)

@@ -20,7 +20,7 @@ from ..plan.configs import padded
 from ..plan.hopper import ROWS, HopperConfig, bias_block, schedule, whole_tiles
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
-from .calls import SMALLEST_SCALE, Call, bias_strides, slope_strides, start
+from .calls import SMALLEST_SCALE, Call, bias_strides, cap_of, slope_strides, start
 
 __all__ = ["addressable", "descriptor", "forward", "forward_calls", "padded_rows", "ready", "ready_bias", "ready_operands"]
 
@@ -61,7 +61,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             descriptor(out, (1, ROWS, 1, value)),
             *(bias_desc, pointer, lengths, slopes, sink, lse, rest),
             *(None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
-            *(slope_strides(slopes), None if sink is None else sink.stride(0)),
+            *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec)),
             *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
             *(tiles_m, tiles, *schedule(spec, config, step.programs)),
         )

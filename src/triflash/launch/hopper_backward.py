@@ -18,7 +18,7 @@ from ..plan.hopper_steps import EDGE
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
-from .calls import Call, sink_gradient, slope_strides, start
+from .calls import Call, cap_of, sink_gradient, slope_strides, start
 from .hopper import addressable, descriptor, padded_rows, ready, ready_operands
 from .triton import partial_sums, row_strides
 
@@ -191,7 +191,7 @@ def keys_call(
         None if dk is None else descriptor(dk, (1, half, 1, head)),
         None if dv is None else descriptor(dv, (1, half, 1, value)),
         *(() if config.wide else (None if dq_sum is None else descriptor(dq_sum, (1, 1, rows, head // 2)),)),
-        *(pointer, lengths, slopes, dbias, strides, dbias_strides, slope_strides(slopes), bias_on),
+        *(pointer, lengths, slopes, dbias, strides, dbias_strides, slope_strides(slopes), bias_on, cap_of(spec)),
         *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
         *(tiles_n, tiles, *schedule(spec, config, step.programs)),
     )

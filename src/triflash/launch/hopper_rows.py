@@ -18,7 +18,7 @@ from ..plan.configs import padded
 from ..plan.hopper import ROWS, bias_block, schedule, whole_tiles
 from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_shuffle, dbias_tiles, slots_needed
 from ..spec import AttentionSpec
-from .calls import Call, bias_strides, slope_strides
+from .calls import Call, bias_strides, cap_of, slope_strides
 from .hopper import addressable, descriptor
 
 __all__ = ["STATISTICS_MULTIPLE", "dbias_call", "dq_call"]
@@ -52,7 +52,7 @@ def dq_call(
         descriptor(v, (1, block_n, 1, value)),
         descriptor(dq, (1, ROWS, 1, head)),
         *(bias_desc, dbias_desc, pointer, lengths, slopes, stats),
-        *(None if pointer is None else bias_strides(pointer)[:4], slope_strides(slopes), bias_on),  # type: ignore[index]
+        *(None if pointer is None else bias_strides(pointer)[:4], slope_strides(slopes), bias_on, cap_of(spec)),  # type: ignore[index]
         *(spec.batch, spec.heads, q.shape[2] // k.shape[2], spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
         *(tiles_m, tiles, *schedule(spec, config, programs)),
     )
@@ -100,6 +100,7 @@ def dbias_call(
             stats,
             strides,
             slope_strides(slopes),
+            cap_of(spec),
         ),
         *(spec.batch_outer, spec.batch_inner, spec.heads, q.shape[2] // k.shape[2], spec.queries, spec.keys, spec.lo, spec.hi),
         *(spec.scale, splits, tiles_m, tiles_n, own * splits, dbias_shuffle(spec, config, splits, programs)),

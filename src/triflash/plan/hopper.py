@@ -10,6 +10,7 @@ from ..spec import AttentionSpec
 from .configs import padded
 
 __all__ = [
+    "LARGEST_SOFTCAP",
     "HopperConfig",
     "bias_block",
     "bias_bytes",
@@ -26,6 +27,7 @@ ROWS = 64  # queries of one consumer warpgroup: the M of a warpgroup product
 MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even
 TILE_COST = 1  # what a tile costs besides its blocks, in blocks
 SHORTEST = 256
+LARGEST_SOFTCAP = 500.0  # a score's rounding error is 7e-7 of the cap; more than this makes would be seen in 16-bit results
 L2_SECTION = 24 * 2**20  # bytes of keys and values that tiles running at the same time may share: half of an H100's L2 cache
 
 

@@ -178,7 +178,7 @@ def _dq_hand_over(
 
 @gluon.jit
 def _walk(
-    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, first, last, n0,
+    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, cap, done, base, first, last, n0,
     ahead,
     N, lo, hi,
     scale_log2,
@@ -244,13 +244,15 @@ def _walk(
         m0 = block * BM
         if ALIBI and not MASKED:  # nothing else asks where a whole block lies
             m0 = in_turn(block, first, last, n0, BM) * BM
-        p = probabilities(
-            s, bias, key_bias, slope, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK, ALIBI, KEY_BIASED,
+        p, by_product = probabilities(
+            s, bias, key_bias, slope, cap, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK, ALIBI, KEY_BIASED,
             MASKED,
         )  # fmt: skip
         if NEED_DV:
             p16 = gl.convert_layout(p.to(DT), P)
         if NEED_DS:
+            if cap is not None and not NEED_DB:  # here, where it frees registers
+                p = p * by_product
             delta = gl.expand_dims(delta_s.index(o_stage).reshape([BM]).load(COLS), 0)
             # A wait, even one for what has been waited for, is where a basic block ends: it keeps the assembler from moving the next wait
             # for a product up, before the exponentials that are to run under it.
@@ -262,6 +264,8 @@ def _walk(
             ds = p * (dp - delta)
             if NEED_DB:
                 db += gl.sum(ds, 1)
+                if cap is not None:
+                    ds = ds * by_product
             ds16 = ds.to(DT)
             if NEED_DQ:
                 ds_s.index((at & 1) * 2 + WG).permute((1, 0)).store(ds16)
@@ -296,7 +300,7 @@ def _walk(
 @gluon.jit
 def _consume(
     dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars,
-    bias_strides, dbias_strides, slope_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
+    bias_strides, dbias_strides, slope_strides, cap, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     KV_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr,
@@ -340,21 +344,21 @@ def _consume(
             base = done + member * steps - begin
             if (hi is not None) or (not EVEN_N):
                 dk, dv, db = _walk(
-                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base,
+                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, cap, done, base,
                     begin,
                     whole,
                     n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                     NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, True,
                 )  # fmt: skip
             dk, dv, db = _walk(
-                dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, whole,
+                dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, cap, done, base, whole,
                 part,
                 n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                 NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, False,
             )  # fmt: skip
             if lo is not None:
                 dk, dv, db = _walk(
-                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, part,
+                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, cap, done, base, part,
                     end,
                     n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                     NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, True,
@@ -392,7 +396,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 def keys_backward(
     q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, dq_desc, bias, lengths, slopes, dbias, bias_strides,
     dbias_strides,
-    slope_strides, bias_on,
+    slope_strides, bias_on, cap,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr,
@@ -404,7 +408,7 @@ def keys_backward(
     head, LSE | DELTA | REST, query), written by ``prepare``; that of the float32 dq over (batch, head, query, dim). A bias tile comes by a
     descriptor over its five dims, switched off by ``bias_on`` where it broadcasts; a bias that varies over keys alone as a pointer and
     strides, and its gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). ``group`` query heads share a key head.
-    None: absent, or not wanted.
+    cap: see ``features.squashed``. None: absent, or not wanted.
     """
     DT: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES, q_desc.block_shape), q_desc.layout)
@@ -449,14 +453,14 @@ def keys_backward(
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
@@ -475,14 +479,14 @@ def keys_backward(
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),

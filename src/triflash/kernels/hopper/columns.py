@@ -2,7 +2,7 @@
 
 from ..triton.prims import LOG2E, segments
 from .compat import gl, gluon
-from .features import add_alibi
+from .features import add_alibi, capped, slope_at, squashed
 from .grid import accumulator
 
 LSE = gl.constexpr(0)  # rows of the table of statistics
@@ -42,14 +42,19 @@ def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
 
 @gluon.jit
 def probabilities(
-    s, bias, key_bias, slope, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr,
+    s, bias, key_bias, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr,
     IS_MASK: gl.constexpr, ALIBI: gl.constexpr, KEY_BIASED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s. bias: a tile of it; key_bias: a number a key;
-    lse, rest: a number a query, as a row. None: absent.
+    """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s; and under a soft cap the derivative of their scores
+    by ``scale * s``, else nothing that anybody reads. bias: a tile of it; key_bias: a number a key; lse, rest: a number a query, as a row.
+    None: absent.
     """
     S: gl.constexpr = accumulator(BM)
-    x = s * scale_log2
+    if cap is not None:
+        u = squashed(s, cap)
+        x = capped(u, cap)
+    else:
+        x = s * scale_log2
     if bias is not None:
         if IS_MASK:
             x = gl.where(bias != 0, x, float("-inf"))
@@ -79,4 +84,7 @@ def probabilities(
             seen = seen & (i <= j - lo)
         seen, p = gl.broadcast(seen, p)
         p = gl.where(seen, p, 0.0)
-    return p
+    if cap is not None:
+        return p, slope_at(u)
+    else:
+        return p, p

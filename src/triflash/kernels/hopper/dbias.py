@@ -25,7 +25,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, slope_of, visible_keys
+from .features import add_alibi, capped, slope_of, squashed, visible_keys
 from .grid import accumulator, stacked
 from .rows import add_bias, hide, probabilities, statistics, visible
 
@@ -175,7 +175,7 @@ def _multiply(acc, left_s, right_s, bars, at, WG: gl.constexpr, WGS: gl.constexp
 @gluon.jit
 def _consume(
     dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars,
-    dbias_strides, slope_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
+    dbias_strides, slope_strides, cap, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr,
     DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN: gl.constexpr, TURNS: gl.constexpr,
@@ -222,7 +222,11 @@ def _consume(
 
             mbarrier.wait(bars.index(BIAS_FULL + WG), wave & 1)
             bias = bias_s.index(WG).reshape([BM, BN]).load(S)
-            s = add_bias(s * scale_log2, bias, False)
+            if cap is not None:
+                s = capped(squashed(s, cap), cap)
+            else:
+                s = s * scale_log2
+            s = add_bias(s, bias, False)
             if slopes is not None:
                 i = gl.expand_dims(m0 + (N - M) + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
                 j = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
@@ -269,7 +273,7 @@ COUNTS = ["batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides,
+    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides, cap,
     batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
     D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
@@ -279,7 +283,7 @@ def dbias(
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
-    (part, outer batch, inner batch, head, query, key). stats: see ``rows.py``. Query head h reads key head ``h // group``.
+    (part, outer batch, inner batch, head, query, key). stats: see ``rows.py``; cap: ``features.squashed``. Query head h reads key head ``h // group``.
     """
     BM: gl.constexpr = 64
     BN: gl.constexpr = k_desc.block_shape[1]
@@ -307,7 +311,7 @@ def dbias(
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars,
-                        optional(dbias_strides), optional(slope_strides),
+                        optional(dbias_strides), optional(slope_strides), optional(cap),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
                         0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
                         TURNS)),
@@ -319,13 +323,13 @@ def dbias(
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars,
-                        optional(dbias_strides), optional(slope_strides),
+                        optional(dbias_strides), optional(slope_strides), optional(cap),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
                         0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
                         TURNS)),
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars,
-                        optional(dbias_strides), optional(slope_strides),
+                        optional(dbias_strides), optional(slope_strides), optional(cap),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
                         1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
                         TURNS)),

@@ -26,7 +26,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, slope_of, visible_keys
+from .features import add_alibi, capped, slope_at, slope_of, squashed, visible_keys
 from .forward import visible_blocks
 from .grid import accumulator, locate, share, stacked
 from .rows import add_bias, column_of, hide, probabilities, statistics, visible
@@ -111,7 +111,7 @@ def _produce(
 
 @gluon.jit
 def _step(
-    dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, at, m0, n0, head, outer, inner, ahead, N, lo, hi,
+    dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, at, m0, n0, head, outer, inner, ahead, N, lo, hi,
     scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
@@ -150,7 +150,11 @@ def _step(
     else:
         s = warpgroup_mma_wait(1, [s_pending])
 
-    s = s * scale_log2
+    if cap is not None:
+        u = squashed(s, cap)
+        s = capped(u, cap)
+    else:
+        s = s * scale_log2
     if bias_s is not None:
         slot = at % BIAS_STAGES * WGS + WG
         mbarrier.wait(bars.index(BIAS_FULL + slot), (at // BIAS_STAGES) & 1)
@@ -172,6 +176,8 @@ def _step(
         s = hide(s, visible(m0, n0, N, lo, hi, BM, BN), float("-inf"))
     BIASED: gl.constexpr = (bias_s is not None or COLUMN) and not IS_MASK
     p = probabilities(s, lse, rest, HAS_REST, BIASED)
+    if cap is not None and dbias_desc is None:  # here, where it frees registers
+        p = p * slope_at(u)
 
     mbarrier.wait(bars.index(V_FULL + v_stage), v_phase)  # long since full: ptxas does not move the wait below up past it
     if AHEAD and not FIRST:
@@ -195,6 +201,8 @@ def _step(
             tma_store_wait(1)
             if at > 0:
                 mbarrier.arrive(bars.index(BIAS_EMPTY + (at - 1) % BIAS_STAGES * WGS + WG))
+        if cap is not None:
+            ds32 = ds32 * slope_at(u)
     ds16 = gl.convert_layout(ds32.to(q.dtype), DS)
     if not AHEAD:
         dq = warpgroup_mma_wait(0, [warpgroup_mma(ds16, k, dq, is_async=True)])
@@ -204,7 +212,7 @@ def _step(
 
 @gluon.jit
 def _walk(
-    dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, first, last, steps, end,
+    dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, done, first, last, steps, end,
     m0, head, outer, inner, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
@@ -214,7 +222,7 @@ def _walk(
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     for step in range(first, last):
         dq, ds = _step(
-            dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done + step, m0, (end - 1 - step) * BN,
+            dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, done + step, m0, (end - 1 - step) * BN,
             head, outer, inner, ahead, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
             HAS_REST, AHEAD, TURNS, ALIBI, False, MASKED,
         )  # fmt: skip
@@ -227,7 +235,7 @@ def _walk(
 @gluon.jit
 def _consume(
     dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, bars,
-    bias_strides, slope_strides, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+    bias_strides, slope_strides, cap, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN_N: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
@@ -266,7 +274,7 @@ def _consume(
         dq = gl.zeros([BM, BD], gl.float32, DQ)
         mbarrier.wait(bars.index(Q_FULL + WG), wave & 1)
         dq, ds = _step(
-            dq, dq, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, m0, (end - 1) * BN,
+            dq, dq, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, done, m0, (end - 1) * BN,
             head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
             COLUMN,
             HAS_REST, AHEAD, TURNS, ALIBI, True, MASKED,
@@ -277,21 +285,21 @@ def _consume(
         # What is left: partly visible on the right, whole, partly visible on the left.
         if hi is not None:
             dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, 1, end - full_end, steps, end,
+                dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, done, 1, end - full_end, steps, end,
                 m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
                 VARIES_M,
                 COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
             )  # fmt: skip
         whole = max(1, end - full_end)
         dq, ds = _walk(
-            dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, whole, end - full_begin, steps, end,
+            dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, done, whole, end - full_begin, steps, end,
             m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
             COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, False, Q_EARLY,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
             dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, left, steps, steps, end,
+                dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, done, left, steps, steps, end,
                 m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
                 VARIES_M,
                 COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
@@ -318,6 +326,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, bias_strides, slope_strides, bias_on,
+    cap,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr, EVEN_N: gl.constexpr,
@@ -326,7 +335,7 @@ def dq(
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``grid.locate`` says.
 
     Descriptors, bias and its strides as in the forward kernel; dbias_desc is over a bias of full shape, in blocks like the bias's. stats:
-    see ``rows.py``. Query head h reads key head ``h // group``. None: absent.
+    see ``rows.py``. cap: see ``features.squashed``. Query head h reads key head ``h // group``. None: absent.
 
     OWN_OUT: dq leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
     """
@@ -366,7 +375,7 @@ def dq(
         gl.warp_specialize([
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
                         optional(out_s), optional(bias_s),
-                        bars, optional(bias_strides), optional(slope_strides), batch, heads, batch_inner, M, N, optional(lo),
+                        bars, optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
@@ -380,13 +389,13 @@ def dq(
         gl.warp_specialize([
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
                         optional(out_s), optional(bias_s),
-                        bars, optional(bias_strides), optional(slope_strides), batch, heads, batch_inner, M, N, optional(lo),
+                        bars, optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
                         optional(out_s), optional(bias_s),
-                        bars, optional(bias_strides), optional(slope_strides), batch, heads, batch_inner, M, N, optional(lo),
+                        bars, optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),

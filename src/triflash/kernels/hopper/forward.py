@@ -27,7 +27,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, slope_of, visible_keys
+from .features import add_alibi, capped, slope_of, squashed, visible_keys
 from .grid import accumulator, locate, share, stacked
 
 
@@ -107,7 +107,7 @@ def _produce(
 
 @gluon.jit
 def _softmax(
-    s, m, bias_s, bars, row_bias, slope, at, m0, ahead, block, N, lo, hi, scale_log2,
+    s, m, bias_s, bars, row_bias, slope, cap, at, m0, ahead, block, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr,
@@ -119,8 +119,12 @@ def _softmax(
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIASED: gl.constexpr = (bias_s is not None) or ROW_BIASED or ALIBI
-    LATE_SCALE: gl.constexpr = POSITIVE_SCALE and not BIASED
-    if not LATE_SCALE:
+    LATE_SCALE: gl.constexpr = (POSITIVE_SCALE or cap is not None) and not BIASED
+    if cap is not None:
+        s = squashed(s, cap)
+        if not LATE_SCALE:
+            s = capped(s, cap)
+    elif not LATE_SCALE:
         s = s * scale_log2
     if bias_s is not None:
         slot = at % BIAS_STAGES * WGS + WG
@@ -156,12 +160,17 @@ def _softmax(
         s = gl.where(seen, s, float("-inf"))
     top = gl.max(s, 1)
     if LATE_SCALE:
-        top = top * scale_log2
+        if cap is not None:
+            top = top * (2.0 * cap[1]) + cap[1]
+        else:
+            top = top * scale_log2
     m_new = gl.maximum(m, top)
     m_safe = m_new
     if MASKED or BIASED:
         m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: 2^(-inf - 0) = 0, never NaN
-    if LATE_SCALE:
+    if LATE_SCALE and cap is not None:
+        p = gl.exp2(s * (2.0 * cap[1]) + gl.expand_dims(cap[1] - m_safe, 1))
+    elif LATE_SCALE:
         p = gl.exp2(s * scale_log2 - gl.expand_dims(m_safe, 1))
     else:
         p = gl.exp2(s - gl.expand_dims(m_safe, 1))
@@ -220,7 +229,7 @@ def _finish(
 
 @gluon.jit
 def _walk(
-    o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, ahead, first, last, steps, end, N, lo, hi, scale_log2,
+    o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, cap, done, m0, ahead, first, last, steps, end, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr, Q_EARLY: gl.constexpr,
@@ -257,7 +266,7 @@ def _walk(
             if step == steps - 1:  # no more products with this q: the next can be fetched while the softmax runs
                 mbarrier.arrive(bars.index(Q_EMPTY + WG))
         p32, m, shrink = _softmax(
-            s, m, bias_s, bars, row_bias, slope, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
+            s, m, bias_s, bars, row_bias, slope, cap, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
         )  # fmt: skip
         l = l * shrink + gl.sum(p32, 1)
@@ -271,7 +280,7 @@ def _walk(
 @gluon.jit
 def _consume(
     out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, bars,
-    bias_strides, slope_strides, sink_stride, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake,
+    bias_strides, slope_strides, sink_stride, cap, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
     POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
@@ -320,7 +329,7 @@ def _consume(
     mbarrier.arrive(bars.index(K_EMPTY))
     p32, m, _shrink = _softmax(
         s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias,
-        slope_of(slopes, slope_strides, b, head), 0, m0, N - M, first_end - 1, first_keys, lo, hi, scale_log2,
+        slope_of(slopes, slope_strides, b, head), cap, 0, m0, N - M, first_end - 1, first_keys, lo, hi, scale_log2,
         WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
     )  # fmt: skip
     l = gl.sum(p32, 1)
@@ -337,21 +346,21 @@ def _consume(
                 mbarrier.arrive(bars.index(Q_EMPTY + WG))
         if hi is not None:
             o, l, m, p = _walk(
-                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, 1, end - full_end, steps, end, n_keys, lo, hi,
+                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, cap, done, m0, N - M, 1, end - full_end, steps, end, n_keys, lo, hi,
                 scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
                 ALIBI,
             )  # fmt: skip
         whole = max(1, end - full_end)
         o, l, m, p = _walk(
-            o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, whole, end - full_begin, steps, end, n_keys, lo, hi,
+            o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, cap, done, m0, N - M, whole, end - full_begin, steps, end, n_keys, lo, hi,
             scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, False, ROW_BIASED, OVERLAP, ALIBI,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
             o, l, m, p = _walk(
-                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, left, steps, steps, end, n_keys, lo, hi,
+                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, cap, done, m0, N - M, left, steps, steps, end, n_keys, lo, hi,
                 scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
                 ALIBI,
@@ -393,7 +402,7 @@ def _consume(
             mbarrier.arrive(bars.index(K_EMPTY + stage))
             p32, new_m, _shrink = _softmax(
                 s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias,
-                slope_of(slopes, slope_strides, b, head), done, m0, N - M, next_end - 1, next_keys, lo, hi, scale_log2,
+                slope_of(slopes, slope_strides, b, head), cap, done, m0, N - M, next_end - 1, next_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
             )  # fmt: skip
             if OVERLAP:
@@ -423,6 +432,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides, sink_stride,
+    cap,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
@@ -434,7 +444,8 @@ def forward(
     Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims,
     whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and
     strides (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). ``group`` query heads share a
-    key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by head. None: absent.
+    key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by head; cap: see ``squashed``. None:
+    absent.
 
     OWN_OUT: the output leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
     """
@@ -472,7 +483,7 @@ def forward(
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner, M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
@@ -484,13 +495,13 @@ def forward(
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner, M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner, M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
@@ -502,19 +513,19 @@ def forward(
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner, M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner, M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner, M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 2, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),

@@ -94,7 +94,7 @@ def _produce(
 
 @gluon.jit
 def _walk_values(
-    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, first, last, n0, ahead, N, lo, hi,
+    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, cap, done, base, first, last, n0, ahead, N, lo, hi,
     scale_log2,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr,
     NEED_DV: gl.constexpr, NEED_DS: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr,
@@ -141,12 +141,18 @@ def _walk_values(
         m0 = block * BM
         if ALIBI and not MASKED:
             m0 = in_turn(block, first, last, n0, BM) * BM
-        p = probabilities(
-            s, bias, key_bias, slope, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI, KEY_BIASED, MASKED
-        ).to(k_s.dtype)
+        p32, by_product = probabilities(
+            s, bias, key_bias, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI, KEY_BIASED, MASKED
+        )
+        p = p32.to(k_s.dtype)
         if NEED_DS:
             mbarrier.wait(bars.index(P_EMPTY + (at & 1)), ((at >> 1) & 1) ^ 1)
-            p_s.index(at & 1).permute((1, 0)).store(p)
+            if cap is not None:
+                p_s.index(at & 1).permute((1, 0)).store((p32 * by_product).to(k_s.dtype))
+                if p_s.shape[0] == 4:
+                    p_s.index(2 + (at & 1)).permute((1, 0)).store(p)
+            else:
+                p_s.index(at & 1).permute((1, 0)).store(p)
         fence_async_shared()  # before buffers that were read by plain loads go back to TMA
         mbarrier.arrive(bars.index(Q_EMPTY + stage))
         if bias_s is not None:
@@ -163,7 +169,7 @@ def _walk_values(
 @gluon.jit
 def _values(
     dv_desc, bias, lengths, slopes, q_s, k_s, o_s, lse_s, rest_s, bias_s, p_s, bars,
-    bias_strides, slope_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
+    bias_strides, slope_strides, cap, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
     IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, NEED_DS: gl.constexpr,
 ):  # fmt: skip
@@ -203,18 +209,18 @@ def _values(
             # assembler of Triton 3.6 (12.8) lets products wait for one another (C7513).
             if (hi is not None) or (lo is not None) or (not EVEN_N):
                 dv, p16 = _walk_values(
-                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, begin, whole, n0, N - M,
+                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, cap, done, base, begin, whole, n0, N - M,
                     n_keys, lo, hi,
                     scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
                 )  # fmt: skip
             dv, p16 = _walk_values(
-                dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, whole, part, n0, N - M, n_keys, lo,
+                dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, cap, done, base, whole, part, n0, N - M, n_keys, lo,
                 hi,
                 scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, False,
             )  # fmt: skip
             if (lo is not None) or (hi is not None):
                 dv, p16 = _walk_values(
-                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, part, end, n0, N - M, n_keys,
+                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, cap, done, base, part, end, n0, N - M, n_keys,
                     lo, hi,
                     scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
                 )  # fmt: skip
@@ -265,7 +271,9 @@ def _walk_keys(
         p = p_s.index(at & 1).permute((1, 0)).load(S)
         dp = warpgroup_mma_wait(1 if NEED_DK else 0, [dp_pending])
         ds = p.to(gl.float32) * (dp - delta)
-        if NEED_DB:
+        if NEED_DB and p_s.shape[0] == 4:
+            db += gl.sum(p_s.index(2 + (at & 1)).permute((1, 0)).load(S).to(gl.float32) * (dp - delta), 1)
+        elif NEED_DB:
             db += gl.sum(ds, 1)
         fence_async_shared()  # before buffers that were read by plain loads go back
         mbarrier.arrive(bars.index(O_EMPTY + stage))
@@ -338,7 +346,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 def wide_keys_backward(
     q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, bias, lengths, slopes, dbias, bias_strides, dbias_strides,
     slope_strides,
-    bias_on,
+    bias_on, cap,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
@@ -362,7 +370,9 @@ def wide_keys_backward(
     else:
         bias_s = None
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], DT)
-    p_s = gl.allocate_shared_memory(DT, [2, BM, BN], SWIZZLED)
+    # Under a soft cap it is pᵀ times the derivative of the scores; the gradient of a bias, which is added behind it, asks for pᵀ itself.
+    P_TILES: gl.constexpr = 4 if cap is not None and dbias is not None else 2
+    p_s = gl.allocate_shared_memory(DT, [P_TILES, BM, BN], SWIZZLED)
     COUNT: gl.constexpr = barrier_at("count", STAGES)
     KV_EMPTY: gl.constexpr = barrier_at("kv_empty", STAGES)
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
@@ -384,7 +394,7 @@ def wide_keys_backward(
         gl.warp_specialize([
             (_values, (optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s, optional(rest_s),
                        optional(bias_s), p_s, bars,
-                       optional(bias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                       optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N, optional(lo),
                        optional(hi), scale,
                        tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, NEED_DS)),
             (_keys, (optional(dk_desc), optional(dbias), optional(lengths), q_s, v_s, o_s, delta_s, p_s, bars, optional(dbias_strides),
@@ -399,7 +409,7 @@ def wide_keys_backward(
         gl.warp_specialize([
             (_values, (optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s, optional(rest_s),
                        optional(bias_s), p_s, bars,
-                       optional(bias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                       optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N, optional(lo),
                        optional(hi), scale,
                        tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, NEED_DS)),
             (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
