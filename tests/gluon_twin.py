@@ -293,8 +293,13 @@ def fence() -> None:
     _here.unfenced.clear()
 
 
-def inline_asm(text: str, _constraints: str, arguments: Sequence[Tensor], *_: object) -> Tensor | None:
-    """``squashed`` of a soft cap, or a barrier of the processor, where the partitions of four warps meet that its number of threads says."""
+def inline_asm(text: str, _constraints: str, arguments: Sequence[Tensor], dtype: Any, *_: object) -> Any:
+    """``squashed`` and ``weighed`` of a soft cap, or a barrier of the processor, where the partitions of four warps meet that its number of
+    threads says.
+    """
+    if "cvt" in text:
+        x, u = arguments
+        return torch.exp2(x).to(dtype[0]), torch.exp2(x) * (-4.0 * u * (1.0 + u))
     if "ex2" in text:
         return -1.0 / (1.0 + torch.exp2(arguments[0].clamp(max=30.0)))
     assert text.startswith("bar.sync 10, 256;")
@@ -375,7 +380,8 @@ def namespace(module: str, loaded: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _stand_ins() -> dict[str, Any]:
     gl = SimpleNamespace(
-        constexpr=lambda x: x, static_range=range, float32=torch.float32, int32=torch.int32, int64=torch.int64, cast=lambda x, _: x,
+        constexpr=lambda x: x, static_range=range, float32=torch.float32, float16=torch.float16,
+        bfloat16=torch.bfloat16, int32=torch.int32, int64=torch.int64, cast=lambda x, _: x,
         arange=lambda a, b, _: torch.arange(a, b), zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype),
         full=lambda shape, x, dtype, _: torch.full(shape, x, dtype=dtype), where=where, expand_dims=torch.unsqueeze,
         broadcast=torch.broadcast_tensors, fma=lambda a, b, c: a * b + c, exp2=torch.exp2, log2=torch.log2, abs=torch.abs,

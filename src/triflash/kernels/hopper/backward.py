@@ -244,15 +244,13 @@ def _walk(
         m0 = block * BM
         if ALIBI and not MASKED:  # nothing else asks where a whole block lies
             m0 = in_turn(block, first, last, n0, BM) * BM
-        p, by_product = probabilities(
+        p, weight = probabilities(
             s, bias, key_bias, slope, cap, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK, ALIBI, KEY_BIASED,
-            MASKED,
+            MASKED, DT,
         )  # fmt: skip
         if NEED_DV:
-            p16 = gl.convert_layout(p.to(DT), P)
+            p16 = gl.convert_layout(p, P)
         if NEED_DS:
-            if cap is not None and not NEED_DB:  # here, where it frees registers
-                p = p * by_product
             delta = gl.expand_dims(delta_s.index(o_stage).reshape([BM]).load(COLS), 0)
             # A wait, even one for what has been waited for, is where a basic block ends: it keeps the assembler from moving the next wait
             # for a product up, before the exponentials that are to run under it.
@@ -261,11 +259,11 @@ def _walk(
             else:
                 mbarrier.wait(bars.index(O_FULL + o_stage), (at // O_STAGES) & 1)
             dp = warpgroup_mma_wait(UNDER, [dp_pending])
-            ds = p * (dp - delta)
-            if NEED_DB:
+            ds = weight * (dp - delta)
+            if NEED_DB and cap is not None:  # the bias is added behind the cap
+                db += gl.sum(p.to(gl.float32) * (dp - delta), 1)
+            elif NEED_DB:
                 db += gl.sum(ds, 1)
-                if cap is not None:
-                    ds = ds * by_product
             ds16 = ds.to(DT)
             if NEED_DQ:
                 ds_s.index((at & 1) * 2 + WG).permute((1, 0)).store(ds16)

@@ -27,7 +27,7 @@ from .compat import (
 )
 from .features import add_alibi, capped, slope_of, squashed, visible_keys
 from .grid import accumulator, stacked
-from .rows import add_bias, hide, probabilities, statistics, visible
+from .rows import add_bias, exponents, hide, statistics, visible
 
 
 @gluon.constexpr_function
@@ -233,7 +233,7 @@ def _consume(
                 s = add_alibi(s, slope_of(slopes, slope_strides, b, head), i, j)
             if lengths is not None:
                 s = hide(s, visible(m0, n0, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
-            p = probabilities(s, lse, rest, HAS_REST, True)
+            p = gl.exp2(exponents(s, lse, rest, HAS_REST, True))
 
             done = at + CHUNKS - 1
             mbarrier.wait(bars.index(FULL + done % SLOTS), (done // SLOTS) & 1)  # long since full: keeps ptxas from moving the wait up

@@ -26,10 +26,10 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, capped, slope_at, slope_of, squashed, visible_keys
+from .features import add_alibi, capped, slope_at, slope_of, squashed, visible_keys, weighed
 from .forward import visible_blocks
 from .grid import accumulator, locate, share, stacked
-from .rows import add_bias, column_of, hide, probabilities, statistics, visible
+from .rows import add_bias, column_of, exponents, hide, statistics, visible
 
 
 @gluon.constexpr_function
@@ -175,9 +175,11 @@ def _step(
     if MASKED:
         s = hide(s, visible(m0, n0, N, lo, hi, BM, BN), float("-inf"))
     BIASED: gl.constexpr = (bias_s is not None or COLUMN) and not IS_MASK
-    p = probabilities(s, lse, rest, HAS_REST, BIASED)
-    if cap is not None and dbias_desc is None:  # here, where it frees registers
-        p = p * slope_at(u)
+    x = exponents(s, lse, rest, HAS_REST, BIASED)
+    if cap is not None and dbias_desc is None:
+        _, p = weighed(x, u, q.dtype)
+    else:
+        p = gl.exp2(x)
 
     mbarrier.wait(bars.index(V_FULL + v_stage), v_phase)  # long since full: ptxas does not move the wait below up past it
     if AHEAD and not FIRST:
@@ -201,7 +203,7 @@ def _step(
             tma_store_wait(1)
             if at > 0:
                 mbarrier.arrive(bars.index(BIAS_EMPTY + (at - 1) % BIAS_STAGES * WGS + WG))
-        if cap is not None:
+        if cap is not None:  # the bias is added behind it
             ds32 = ds32 * slope_at(u)
     ds16 = gl.convert_layout(ds32.to(q.dtype), DS)
     if not AHEAD:

@@ -83,3 +83,31 @@ def capped(u, cap):
 def slope_at(u):
     """The derivative of a score by ``scale * s``: ``1 - tanh² = -4 u (1 + u)``."""
     return u * (u * -4.0 - 4.0)
+
+
+@gluon.constexpr_function
+def _weighing(TYPE):
+    """``2^x`` of two scores, in 16 bits, and ``2^x * slope_at(u)``. In one text for the sake of its order: with all powers first, and then all
+    slopes, the assembler keeps both, and spills.
+    """
+    return f"""{{
+    .reg .f32 p<2>;
+    ex2.approx.ftz.f32 p0, $3;
+    ex2.approx.ftz.f32 p1, $4;
+    cvt.rn.{TYPE}x2.f32 $0, p1, p0;
+    fma.rn.f32 $1, $5, 0fC0800000, 0fC0800000;
+    mul.f32 $1, $1, $5;
+    mul.f32 $1, $1, p0;
+    fma.rn.f32 $2, $6, 0fC0800000, 0fC0800000;
+    mul.f32 $2, $2, $6;
+    mul.f32 $2, $2, p1;
+}}"""
+
+
+@gluon.jit
+def weighed(x, u, DT: gl.constexpr):
+    """``p = 2^x`` in the 16-bit dtype DT, and ``p * slope_at(u)`` in float32."""
+    if DT == gl.bfloat16:
+        return gl.inline_asm_elementwise(_weighing("bf16"), "=r,=f,=f,f,f,f,f", [x, u], (gl.bfloat16, gl.float32), True, 2)
+    else:
+        return gl.inline_asm_elementwise(_weighing("f16"), "=r,=f,=f,f,f,f,f", [x, u], (gl.float16, gl.float32), True, 2)

@@ -141,18 +141,15 @@ def _walk_values(
         m0 = block * BM
         if ALIBI and not MASKED:
             m0 = in_turn(block, first, last, n0, BM) * BM
-        p32, by_product = probabilities(
-            s, bias, key_bias, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI, KEY_BIASED, MASKED
-        )
-        p = p32.to(k_s.dtype)
+        p, weight = probabilities(
+            s, bias, key_bias, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI, KEY_BIASED, MASKED,
+            k_s.dtype,
+        )  # fmt: skip
         if NEED_DS:
             mbarrier.wait(bars.index(P_EMPTY + (at & 1)), ((at >> 1) & 1) ^ 1)
-            if cap is not None:
-                p_s.index(at & 1).permute((1, 0)).store((p32 * by_product).to(k_s.dtype))
-                if p_s.shape[0] == 4:
-                    p_s.index(2 + (at & 1)).permute((1, 0)).store(p)
-            else:
-                p_s.index(at & 1).permute((1, 0)).store(p)
+            p_s.index(at & 1).permute((1, 0)).store(weight.to(k_s.dtype))
+            if p_s.shape[0] == 4:
+                p_s.index(2 + (at & 1)).permute((1, 0)).store(p)
         fence_async_shared()  # before buffers that were read by plain loads go back to TMA
         mbarrier.arrive(bars.index(Q_EMPTY + stage))
         if bias_s is not None:
