@@ -107,6 +107,7 @@ def test_forward_by_hopper_backward_by_triton() -> None:
         ("--device sm90 --dtype fp32", "hopper: cannot do fp32; its products are 16-bit ones"),
         ("--device sm80", "hopper: cannot do sm80; its kernels are made for sm90"),
         ("--device cpu", "hopper: cannot do cpu; its kernels are made for sm90"),
+        ("--device sm90 --softcap 501", "hopper: cannot do a soft cap of 501; above 500 its kernels round scores too far"),
         ("--device sm90 --backend triton", "hopper: could run it, but triton was asked for by name"),
         ("--device sm90 --backend hopper --grads none", "backend    hopper, asked for by name"),
     ],

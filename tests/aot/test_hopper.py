@@ -83,6 +83,12 @@ TARGETS = [
     Target((64, 64), bias="1hq1"),
     Target((128, 128), bias="1hq1", bias_dtype=BOOL, band=CAUSAL),
     Target((16, 16), bias="1111", bias_dtype=F32, band=CAUSAL, length=ODD),
+    # Soft caps.
+    *(Target((d, d), band=band, length=length, softcap=50.0) for d in (64, 128, 256) for band, length in (((None, None), EVEN), (CAUSAL, UNEVEN))),
+    *(Target((d, d), F16, bias="1hqk", band=CAUSAL, softcap=30.0) for d in (64, 128, 256)),
+    Target((128, 128), bias="1h1k", bias_dtype=F32, softcap=50.0),
+    Target((64, 64), bias="b1qk", bias_dtype=BOOL, band=WINDOW, softcap=50.0),
+    Target((128, 128), band=WINDOW, softcap=50.0),
     # What the plan does not choose (or not yet), and tests choose by hand.
     Target((64, 64), F16, bias="1hqk", band=WINDOW, config=HopperConfig(1, 16, 1)),
     Target((128, 128), config=HopperConfig(2, 64, 3, 2, turns=True, own_out=False, v_stages=2)),

@@ -108,6 +108,18 @@ TARGETS = [
     Target((256, 256), grads="k"),
     Target((256, 256), F16, band=CAUSAL, grads="v", spills=28, serialised=True),
     Target((256, 256), bias="b11k", grads="b"),
+    # Soft caps: nothing more is spilled, but where one number a key and its gradient come with it.
+    *(Target((d, d), band=band, adds=adds, softcap=50.0, spills=LOOP) for d in (64, 128) for band in (CAUSAL, (None, None)) for adds in (False, True)),
+    Target((64, 64), F16, bias="1hqk", band=CAUSAL, softcap=30.0),
+    Target((64, 64), bias="1h1k", grads="qkvb", softcap=50.0, spills=32),
+    Target((128, 128), bias="1hqk", band=CAUSAL, softcap=50.0, spills=64),
+    Target((128, 128), F16, bias="1hqk", bias_dtype=BOOL, softcap=30.0, spills=LOOP),
+    Target((128, 128), bias="1h1k", grads="qkvb", softcap=50.0, spills=120),
+    Target((128, 128), bias="1h1k", band=CAUSAL, grads="kvb", softcap=50.0, spills=120),
+    *(Target((256, 256), band=band, softcap=50.0) for band in ((None, None), CAUSAL, WINDOW)),
+    Target((256, 256), F16, bias="1hqk", band=CAUSAL, softcap=30.0),
+    Target((256, 256), bias="1h1k", band=CAUSAL, grads="kvb", softcap=50.0),
+    Target((256, 256), F16, band=CAUSAL, grads="v", softcap=50.0),
     # Candidates that the plan does not choose here.
     Target((128, 128), config=KeysConfig(1, 1), spills=80),
     Target((64, 64), bias="1hqk", config=KeysConfig(2, 2), band=CAUSAL),

@@ -99,6 +99,12 @@ TARGETS = [
     dbias(128, "1hqk", CAUSAL, splits=2, length=ODD, dtype=F16),
     Target((192, 128), "b1qk", splits=1),
     Target((16, 256), "11qk", WINDOW, splits=1, bias_dtype=F32),
+    # Soft caps.
+    *(dq(d, band=band, softcap=50.0) for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
+    *(dq(d, "bhqk", CAUSAL, True, softcap=30.0) for d in (64, 128, 256)),
+    dq(128, "1hqk", CAUSAL, dtype=F16, softcap=30.0),
+    dq(64, "1h1k", softcap=50.0),
+    *(dbias(d, "1hqk", band, softcap=50.0) for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
     # What the plan falls back to, and what may turn out faster.
     dq(128, band=CAUSAL, config=RowsConfig(2, 128, 2, own_out=False, ahead=False)),
     dq(64, "bhqk", CAUSAL, True, config=RowsConfig(2, 128, 2, 2, ahead=False)),

@@ -27,7 +27,9 @@ ROWS = 64  # queries of one consumer warpgroup: the M of a warpgroup product
 MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even
 TILE_COST = 1  # what a tile costs besides its blocks, in blocks
 SHORTEST = 256
-LARGEST_SOFTCAP = 500.0  # a score's rounding error is 7e-7 of the cap; more than this makes would be seen in 16-bit results
+LARGEST_SOFTCAP = (
+    500.0  # a score's rounding error is up to 8e-7 of the cap: what more than this makes of it would be seen in 16-bit results
+)
 L2_SECTION = 24 * 2**20  # bytes of keys and values that tiles running at the same time may share: half of an H100's L2 cache
 
 
@@ -108,11 +110,12 @@ def shared_memory(spec: AttentionSpec, config: HopperConfig) -> int:
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
 
-def _candidates(head: int, bias: bool, bias_tiles: bool, banded: bool, keys: int) -> tuple[HopperConfig, ...]:
+def _candidates(head: int, bias: bool, bias_tiles: bool, banded: bool, keys: int, capped: bool) -> tuple[HopperConfig, ...]:
     """From the fastest measured to the smallest; the first that fits is taken.
 
     H200, Triton 3.6.0, bf16, 16,384 tokens, h*d = 2048, 2026-11 (docs/tuning.md). At d 64 three consumers hide more of the exponentials,
-    but their tiles of 192 queries waste more of a short triangle. Turns pay where the softmax is long beside the products.
+    but their tiles of 192 queries waste more of a short triangle. Turns pay where the softmax is long beside the products; that it is so
+    under a soft cap (``capped``) has not been measured.
     """
     if head <= 64:
         if bias_tiles:
@@ -120,7 +123,7 @@ def _candidates(head: int, bias: bool, bias_tiles: bool, banded: bool, keys: int
         wide = not bias and (not banded or keys >= 4096)  # registers of a third consumer leave no room for a bias
         return (HopperConfig(3 if wide else 2, 128, 2, turns=True), HopperConfig(2, 64, 2, turns=True))
     if head <= 128:
-        turns = bias_tiles or keys <= 1024
+        turns = bias_tiles or keys <= 1024 or capped
         return (
             HopperConfig(2, 128, 2, turns=turns),
             HopperConfig(2, 128, 2, turns=turns, own_out=False),
@@ -143,7 +146,8 @@ def forward_config(spec: AttentionSpec, limit: int, processors: int = 0) -> Hopp
     """
     head = padded(max(spec.head_dim, spec.value_dim))
     bias_tiles = spec.bias is not None and spec.bias.varies[4]
-    for config in _candidates(head, spec.bias is not None or spec.alibi, bias_tiles, spec.lo is not None or spec.hi is not None, spec.keys):
+    banded = spec.lo is not None or spec.hi is not None
+    for config in _candidates(head, spec.bias is not None or spec.alibi, bias_tiles, banded, spec.keys, spec.softcap > 0):
         if shared_memory(spec, config) <= limit and (config.own_out or padded(spec.head_dim) == padded(spec.value_dim)):
             if 2 * whole_tiles(spec, config)[1] <= processors:
                 return replace(config, consumers=1, turns=False)

@@ -127,7 +127,10 @@ def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str]
     if lacking := [name for name in spec.extras if name not in _ON_HOPPER and "key heads" not in name]:
         return ", ".join(lacking), "use backend('triton')"
     if spec.softcap > hopper.LARGEST_SOFTCAP:
-        return f"a soft cap of {spec.softcap:g}", f"above {hopper.LARGEST_SOFTCAP:g} its kernels round scores too far: use backend('triton')"
+        return (
+            f"a soft cap of {spec.softcap:g}",
+            f"above {hopper.LARGEST_SOFTCAP:g} its kernels round scores too far: use backend('triton')",
+        )
     if spec.bias is not None and spec.bias.dtype == "fp64":
         return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
     if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:

@@ -245,7 +245,8 @@ def _walk(
         if ALIBI and not MASKED:  # nothing else asks where a whole block lies
             m0 = in_turn(block, first, last, n0, BM) * BM
         p, weight = probabilities(
-            s, bias, key_bias, slope, cap, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK, ALIBI, KEY_BIASED,
+            s, bias, key_bias, slope, cap, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK, ALIBI,
+            KEY_BIASED,
             MASKED, DT,
         )  # fmt: skip
         if NEED_DV:
@@ -349,14 +350,16 @@ def _consume(
                     NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, True,
                 )  # fmt: skip
             dk, dv, db = _walk(
-                dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, cap, done, base, whole,
+                dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, cap, done, base,
+                whole,
                 part,
                 n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                 NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, False,
             )  # fmt: skip
             if lo is not None:
                 dk, dv, db = _walk(
-                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, cap, done, base, part,
+                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, cap, done,
+                    base, part,
                     end,
                     n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                     NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, True,
@@ -451,14 +454,16 @@ def keys_backward(
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N,
+                        optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N,
+                        optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
@@ -477,14 +482,16 @@ def keys_backward(
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N,
+                        optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), batch, heads, group, batch_inner, M, N,
+                        optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),

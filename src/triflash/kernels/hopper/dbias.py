@@ -283,7 +283,8 @@ def dbias(
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
-    (part, outer batch, inner batch, head, query, key). stats: see ``rows.py``; cap: ``features.squashed``. Query head h reads key head ``h // group``.
+    (part, outer batch, inner batch, head, query,
+    key). stats: see ``rows.py``; cap: ``features.squashed``. Query head h reads key head ``h // group``.
     """
     BM: gl.constexpr = 64
     BN: gl.constexpr = k_desc.block_shape[1]

@@ -32,9 +32,8 @@ def add_alibi(x, slope, i, j):
     return x - slope * gl.abs(i - j)
 
 
-# u = -1 / (1 + 2^x) of four scores of a thread, to 2^-21. The unit for 2^x and 1/x takes a sixteenth of a clock of a processor for each, as
-# long as eight products; so the four share one reciprocal, that of their product. At most 2^120: x is capped at 30, where u is 0 to all that
-# asks for it. NaN stays NaN.
+# u = -1 / (1 + 2^x) of four scores of a thread, to 2^-21. A processor does 16 powers or reciprocals in the time of 128 products, so the four
+# share one reciprocal, that of their product, 2^120 at most: x ends at 30, where u is as good as 0. NaN stays NaN.
 _SQUASH = gl.constexpr("""{
     .reg .f32 y<4>, a, b, c;
     min.NaN.f32 y0, $4, 0f41F00000;
@@ -64,10 +63,10 @@ _SQUASH = gl.constexpr("""{
 
 @gluon.jit
 def squashed(s, cap):
-    """``u`` in (-1, 0) of a tile of products s: the scores under a soft cap are ``softcap * tanh(scale * s / softcap) = softcap * (1 + 2 u)``.
+    """``u`` in (-1, 0) of a tile of products s; scores under a soft cap are ``softcap * tanh(scale * s / softcap) = softcap * (1 + 2 u)``.
 
-    cap: ``(2 log2(e) scale / softcap, softcap log2(e))``. u grows with the score, so a maximum may be taken of either. The tanh that the GPU
-    has as one instruction is right to 2^-11 only, which a soft cap of 50 makes 0.025 of a score, too much for 16-bit results.
+    cap: ``(2 log2(e) scale / softcap, softcap log2(e))``. u grows with the score, so a maximum may be taken of either. The tanh that the
+    GPU has as one instruction is right to 2^-11 only, which a soft cap of 50 makes 0.025 of a score, too much for 16-bit results.
     """
     return gl.inline_asm_elementwise(_SQUASH, "=f,=f,=f,=f,f,f,f,f", [s * cap[0]], gl.float32, True, 4)
 
@@ -87,8 +86,8 @@ def slope_at(u):
 
 @gluon.constexpr_function
 def _weighing(TYPE):
-    """``2^x`` of two scores, in 16 bits, and ``2^x * slope_at(u)``. In one text for the sake of its order: with all powers first, and then all
-    slopes, the assembler keeps both, and spills.
+    """``2^x`` of two scores, in 16 bits, and ``2^x * slope_at(u)``. One text, for the sake of its order: where all powers came first, and
+    then all slopes, the assembler kept both, and spilled.
     """
     return f"""{{
     .reg .f32 p<2>;
