@@ -44,12 +44,13 @@ class Target:
     length: int = UNEVEN
     config: HopperConfig | None = None
     softcap: float = 0.0
+    mask: str = ""
 
     def __str__(self) -> str:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
-        cap = "soft-cap" * (self.softcap > 0)
+        cap = "soft-cap" * (self.softcap > 0) + f"mask-{self.mask}" * bool(self.mask)
         parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), cap, str(self.config or ""))
         return "-".join(part.replace(" ", "-") for part in parts if part)
 
@@ -96,6 +97,14 @@ TARGETS = [
 ]  # fmt: skip
 
 
+def mask_of(pattern: str, batch: int, heads: int, length: int) -> torch.Tensor | None:
+    """A mask beside a bias, on rows that TMA can address."""
+    if not pattern:
+        return None
+    b, h, q, k = (size if letter != "1" else 1 for letter, size in zip(pattern, (batch, heads, length, length), strict=True))
+    return torch.empty((b, 1, h, q, -(-k // 16) * 16), device="meta", dtype=BOOL)[..., :k]
+
+
 def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[AttentionSpec, Call]:
     """The launch of a target on meta tensors."""
 
@@ -111,11 +120,12 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
         sizes = (batch, heads, target.length, target.length)
         b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
-    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", softcap=target.softcap)
+    mask = mask_of(target.mask, batch, heads, target.length)
+    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, softcap=target.softcap)
     kept = torch.empty_like(lse) if bias is not None and bias.dtype != BOOL else None
     with override_configs(forward=target.config) if target.config else nullcontext():
         plan = plan_forward(spec, SM90, "hopper")
-    (call,) = forward_calls(plan, spec, Operands(q, k, v, bias), Saved(out, lse, kept))
+    (call,) = forward_calls(plan, spec, Operands(q, k, v, bias, mask), Saved(out, lse, kept))
     return spec, call
 
 

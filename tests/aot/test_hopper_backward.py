@@ -13,6 +13,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from machine_code import assembled, disassembled, serialised, unfenced_releases
+from test_hopper import mask_of
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
@@ -53,13 +54,14 @@ class Target:
     spills: int = 24
     serialised: bool = False
     softcap: float = 0.0
+    mask: str = ""
 
     def __str__(self) -> str:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
         heads = f"g{self.groups}" * (self.groups > 1)
-        own = "fixed" * (not self.adds) + "soft-cap" * (self.softcap > 0)
+        own = "fixed" * (not self.adds) + "soft-cap" * (self.softcap > 0) + f"mask-{self.mask}" * bool(self.mask)
         parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), self.grads, heads, own)
         return "-".join(part.replace(" ", "-") for part in (*parts, str(self.config or "")) if part)
 
@@ -140,11 +142,12 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
         sizes = (batch, heads, target.length, target.length)
         b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
-    spec = replace(spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", softcap=target.softcap), deterministic=not target.adds)
+    mask = mask_of(target.mask, batch, heads, target.length)
+    spec = replace(spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, softcap=target.softcap), deterministic=not target.adds)
     needs = Needs(*(letter in target.grads for letter in "qkvb"))
     with override_configs(**{target.kernel: target.config}) if target.config else nullcontext():
         plan = plan_backward(spec, needs, SM90, "hopper")
-    calls = ahead.calls_of(plan, spec, needs, q, k, v, bias)
+    calls = ahead.calls_of(plan, spec, needs, q, k, v, bias, mask)
     ((step, call),) = ((step, call) for step, call in zip(plan.steps, calls, strict=True) if step.kernel in ("dkdv", "dqdkdv"))
     assert step.kernel == target.kernel
     return spec, step, call

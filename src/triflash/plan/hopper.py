@@ -17,6 +17,8 @@ __all__ = [
     "dealt",
     "equal_sections",
     "forward_config",
+    "mask_block",
+    "mask_bytes",
     "reservation",
     "schedule",
     "shared_memory",
@@ -100,12 +102,26 @@ def bias_bytes(spec: AttentionSpec, config: HopperConfig) -> int:
     return rows * columns * _bias_itemsize(spec)
 
 
+def mask_block(spec: AttentionSpec, config: HopperConfig) -> tuple[int, int]:
+    """Rows and columns of one buffer of a mask beside a bias, as of ``bias_block``."""
+    assert spec.mask is not None
+    return (ROWS, config.block_n) if spec.mask.varies[3] else (1, max(config.block_n, 128))
+
+
+def mask_bytes(spec: AttentionSpec, config: HopperConfig) -> int:
+    """Bytes of one buffer of a mask beside a bias."""
+    if spec.mask is None:
+        return 0
+    rows, columns = mask_block(spec, config)
+    return rows * columns
+
+
 def shared_memory(spec: AttentionSpec, config: HopperConfig) -> int:
     """Bytes of shared memory of one program of the forward kernel."""
     head, value = padded(spec.head_dim) * 2, padded(spec.value_dim) * 2
     queries = config.block_m * (max(head, value) if not config.own_out else head + value)
     keys = config.block_n * (config.num_stages * head + config.value_stages * value)
-    bias = config.bias_stages * config.consumers * bias_bytes(spec, config)
+    bias = config.bias_stages * config.consumers * (bias_bytes(spec, config) + mask_bytes(spec, config))
     barriers = 8 * (3 * config.consumers + 2 * (config.num_stages + config.value_stages) + 2 * config.bias_stages * config.consumers)
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 

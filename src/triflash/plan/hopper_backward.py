@@ -85,12 +85,11 @@ def stats_length(spec: AttentionSpec) -> int:
 
 
 def bias_slot_bytes(spec: AttentionSpec, config: KeysConfig) -> int:
-    """Bytes of one bias buffer, of which each consumer that scores has some; none where the bias does not vary over both queries and
-    keys.
+    """Bytes of one buffer for tiles of a bias and of a mask beside it, of which each consumer that scores has some; none where neither
+    varies over both queries and keys.
     """
-    if spec.bias is None or not (spec.bias.varies[3] and spec.bias.varies[4]):
-        return 0
-    return config.block_m * 64 * {"bool": 1, "fp32": 4}.get(spec.bias.dtype, 2)
+    tiled = (each for each in (spec.bias, spec.mask) if each is not None and each.varies[3] and each.varies[4])
+    return sum(config.block_m * 64 * {"bool": 1, "fp32": 4}.get(each.dtype, 2) for each in tiled)
 
 
 def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool, dbias: bool = False) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..errors import bad_value
 from ..spec import AttentionSpec
 from .configs import padded
-from .hopper import HopperConfig, bias_bytes, whole_tiles
+from .hopper import HopperConfig, bias_bytes, mask_bytes, whole_tiles
 
 __all__ = [
     "RowsConfig", "batch_fastest", "dbias_config", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_shuffle", "dbias_tiles",
@@ -51,7 +51,7 @@ def dq_shared_memory(spec: AttentionSpec, config: RowsConfig, dbias: bool) -> in
     queries = config.block_m * (head + value + head * config.own_out)
     keys = config.block_n * (config.num_stages * head + config.value_stages * value)
     one = bias_bytes(spec, config)
-    bias = config.bias_stages * config.consumers * one + one * (dbias and (_banded(spec) or spec.key_lengths))
+    bias = config.bias_stages * config.consumers * (one + mask_bytes(spec, config)) + one * (dbias and (_banded(spec) or spec.key_lengths))
     barriers = 8 * (config.consumers * (3 + 2 * config.bias_stages) + 2 * (config.num_stages + config.value_stages))
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 

@@ -26,6 +26,8 @@ def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> 
         return "the backward pass with a bias that does not vary over keys", "use backend('triton')"
     if needs.dbias and _source(spec) == "dbias" and not rows.dbias_works(spec):
         return f"the gradient of a bias of shape {spec.bias}", "use backend('triton')"
+    if needs.dbias and _source(spec) == "dbias" and spec.mask is not None and spec.mask.varies[3]:
+        return f"the gradient of a bias of shape {spec.bias} beside a mask of shape {spec.mask}", "use backend('triton')"
     limit = device.shared_memory
     keys_too = needs.dbias and _source(spec) == "dkdv"
     fits = keys.keys_config(spec, False, limit, keys_too) is not None and rows.dq_config(spec, limit, False) is not None

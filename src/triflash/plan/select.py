@@ -116,7 +116,7 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool 
     return None
 
 
-_ON_HOPPER = ("key lengths", "ALiBi slopes", "a sink", "a soft cap")
+_ON_HOPPER = ("key lengths", "ALiBi slopes", "a sink", "a soft cap", "a mask beside a bias")
 
 
 def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
@@ -133,6 +133,8 @@ def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str]
         )
     if spec.bias is not None and spec.bias.dtype == "fp64":
         return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
+    if spec.mask is not None and not (spec.bias is not None and spec.bias.varies[4] and spec.mask.varies[4]):
+        return "a mask beside a bias of which one does not vary over keys", "use backend('triton')"
     if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
         return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
     if spec.is_empty:

@@ -42,15 +42,16 @@ def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
 
 @gluon.jit
 def probabilities(
-    s, bias, key_bias, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr,
+    s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr,
     IS_MASK: gl.constexpr, ALIBI: gl.constexpr, KEY_BIASED: gl.constexpr, MASKED: gl.constexpr, DT: gl.constexpr,
 ):  # fmt: skip
     """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s: in the 16-bit dtype DT, and in float32 times the
-    derivative of their scores by ``scale * s``, which is 1 but for a soft cap. bias: a tile of it; key_bias: a number a key; lse, rest: a
+    derivative of their scores by ``scale * s``, which is 1 but for a soft cap. bias, mask: a tile of it; key_bias,
+    key_mask: a number a key; lse, rest: a
     number a query, as a row. None: absent.
     """
     S: gl.constexpr = accumulator(BM)
-    PLAIN: gl.constexpr = bias is None and not KEY_BIASED and not ALIBI
+    PLAIN: gl.constexpr = bias is None and mask is None and key_mask is None and not KEY_BIASED and not ALIBI
     if cap is not None:
         u = squashed(s, cap)
         if PLAIN:
@@ -70,6 +71,11 @@ def probabilities(
             x = gl.where(row != 0, x, float("-inf"))
         else:
             x = gl.fma(row, gl.full([KEYS, BM], LOG2E, gl.float32, S), x)
+    if mask is not None:
+        x = gl.where(mask != 0, x, float("-inf"))
+    if key_mask is not None:
+        shown, x = gl.broadcast(gl.expand_dims(key_mask, 1), x)
+        x = gl.where(shown != 0, x, float("-inf"))
     i = gl.expand_dims(m0 + gl.arange(0, BM, gl.SliceLayout(0, S)), 0)
     j = gl.expand_dims(n0 + gl.arange(0, KEYS, gl.SliceLayout(1, S)), 1)
     if ALIBI:

@@ -26,7 +26,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, capped, slope_at, slope_of, squashed, visible_keys, weighed
+from .features import add_alibi, capped, hide_by, slope_at, slope_of, squashed, visible_keys, weighed
 from .forward import visible_blocks
 from .grid import accumulator, locate, share, stacked
 from .rows import add_bias, column_of, exponents, hide, statistics, visible
@@ -45,8 +45,8 @@ def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
 
 @gluon.jit
 def _produce(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, lengths, q_s, dout_s, k_s, v_s, bias_s, zeros_s, bars,
-    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake,
+    q_desc, dout_desc, k_desc, v_desc, bias_desc, mask_desc, dbias_desc, lengths, q_s, dout_s, k_s, v_s, bias_s, mask_s, zeros_s, bars,
+    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, mask_on, tiles_m, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, VARIES_M: gl.constexpr,
 ):  # fmt: skip
@@ -59,6 +59,8 @@ def _produce(
     V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
+    MASK_BYTES: gl.constexpr = mask_desc.block_type.nbytes if mask_desc is not None else 0
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     LONGEST: gl.constexpr = "last" if hi is not None else "none"
     for wave in range(share(tiles, snake)):
@@ -88,7 +90,7 @@ def _produce(
                 for w in gl.static_range(WGS):
                     slot = at % BIAS_STAGES * WGS + w
                     mbarrier.wait(bars.index(BIAS_EMPTY + slot), ((at // BIAS_STAGES) & 1) ^ 1)
-                    mbarrier.expect(bars.index(BIAS_FULL + slot), bias_desc.block_type.nbytes)
+                    mbarrier.expect(bars.index(BIAS_FULL + slot), BIAS_BYTES + MASK_BYTES)
                     row = 0
                     if VARIES_M:
                         row = m0 + w * BM
@@ -98,6 +100,12 @@ def _produce(
                         bars.index(BIAS_FULL + slot),
                         bias_s.index(slot),
                     )
+                    if mask_desc is not None:
+                        mask_row = 0
+                        if mask_s.shape[4] > 1:
+                            mask_row = m0 + w * BM
+                        at_mask = [outer * mask_on[0], inner * mask_on[1], head * mask_on[2], mask_row, n0]
+                        tma_load(mask_desc, at_mask, bars.index(BIAS_FULL + slot), mask_s.index(slot))
         done += end - begin
         if zeros_s is not None:
             for w in gl.static_range(WGS):
@@ -111,8 +119,8 @@ def _produce(
 
 @gluon.jit
 def _step(
-    dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, at, m0, n0, head, outer, inner, ahead, N,
-    lo, hi,
+    dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, at, m0, n0, head, outer, inner,
+    ahead, N, lo, hi,
     scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
@@ -165,6 +173,8 @@ def _step(
             WIDE: gl.constexpr = bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
             bias = gl.expand_dims(bias_s.index(slot).reshape([WIDE]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
         s = add_bias(s, bias, IS_MASK)
+        if mask_s is not None:
+            s = hide_by(s, mask_s.index(slot), BM, BN)
         if dbias_desc is None:
             fence_async_shared()  # a load may wait behind the operands of products, and TMA overtake it: see the forward kernel
             mbarrier.arrive(bars.index(BIAS_EMPTY + slot))
@@ -215,7 +225,7 @@ def _step(
 
 @gluon.jit
 def _walk(
-    dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, done, first, last, steps, end,
+    dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, first, last, steps, end,
     m0, head, outer, inner, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
@@ -225,7 +235,7 @@ def _walk(
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     for step in range(first, last):
         dq, ds = _step(
-            dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, done + step, m0,
+            dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done + step, m0,
             (end - 1 - step) * BN,
             head, outer, inner, ahead, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
             HAS_REST, AHEAD, TURNS, ALIBI, False, MASKED,
@@ -238,7 +248,7 @@ def _walk(
 
 @gluon.jit
 def _consume(
-    dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, bars,
+    dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, bars,
     bias_strides, slope_strides, cap, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
@@ -278,7 +288,7 @@ def _consume(
         dq = gl.zeros([BM, BD], gl.float32, DQ)
         mbarrier.wait(bars.index(Q_FULL + WG), wave & 1)
         dq, ds = _step(
-            dq, dq, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, done, m0, (end - 1) * BN,
+            dq, dq, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, m0, (end - 1) * BN,
             head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
             COLUMN,
             HAS_REST, AHEAD, TURNS, ALIBI, True, MASKED,
@@ -289,25 +299,25 @@ def _consume(
         # What is left: partly visible on the right, whole, partly visible on the left.
         if hi is not None:
             dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, done, 1, end - full_end, steps,
-                end,
+                dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, 1,
+                end - full_end, steps, end,
                 m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
                 VARIES_M,
                 COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
             )  # fmt: skip
         whole = max(1, end - full_end)
         dq, ds = _walk(
-            dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, done, whole, end - full_begin,
-            steps, end,
+            dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, whole,
+            end - full_begin, steps, end,
             m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
             COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, False, Q_EARLY,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
             dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, dbias_desc, bars, done, left, steps, steps, end,
-                m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
-                VARIES_M,
+                dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, left, steps,
+                steps, end, m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                IS_MASK, VARIES_M,
                 COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
             )  # fmt: skip
         done += steps
@@ -332,7 +342,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, bias_strides, slope_strides, bias_on,
-    cap,
+    cap, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr, EVEN_N: gl.constexpr,
@@ -341,7 +351,8 @@ def dq(
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``grid.locate`` says.
 
     Descriptors, bias and its strides as in the forward kernel; dbias_desc is over a bias of full shape, in blocks like the bias's. stats:
-    see ``rows.py``. cap: see ``features.squashed``. Query head h reads key head ``h // group``. None: absent.
+    see ``rows.py``. cap: see ``features.squashed``; mask: beside the bias,
+    a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent.
 
     OWN_OUT: dq leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
     """
@@ -359,6 +370,10 @@ def dq(
         bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIAS_STAGES * WGS, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
+    if mask_desc is not None:
+        mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIAS_STAGES * WGS, mask_desc.block_shape), mask_desc.layout)
+    else:
+        mask_s = None
     if dbias_desc is not None and (lo is not None or hi is not None or lengths is not None):
         zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
         zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
@@ -380,34 +395,34 @@ def dq(
     if WGS == 1:
         gl.warp_specialize([
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
-                        optional(out_s), optional(bias_s),
+                        optional(out_s), optional(bias_s), optional(mask_s),
                         bars, optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
-            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), optional(lengths), q_s, dout_s, k_s,
-                        v_s,
-                        optional(bias_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(dbias_desc),
+                        optional(lengths), q_s, dout_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(hi), optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES,
+                        V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
-                        optional(out_s), optional(bias_s),
+                        optional(out_s), optional(bias_s), optional(mask_s),
                         bars, optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
-                        optional(out_s), optional(bias_s),
+                        optional(out_s), optional(bias_s), optional(mask_s),
                         bars, optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
-            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), optional(lengths), q_s, dout_s, k_s,
-                        v_s,
-                        optional(bias_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(dbias_desc),
+                        optional(lengths), q_s, dout_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(hi), optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES,
+                        V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip

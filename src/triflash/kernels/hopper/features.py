@@ -14,6 +14,18 @@ def visible_keys(lengths, b, N):
 
 
 @gluon.jit
+def hide_by(s, buffer, BM: gl.constexpr, BN: gl.constexpr):
+    """Scores of BM queries and BN keys, -inf where the mask in a buffer hides them: a tile, or a row of at least 128 keys for all of them."""
+    S: gl.constexpr = s.type.layout
+    if buffer.shape[3] > 1:
+        shown = buffer.reshape([BM, BN]).load(S)
+    else:
+        shown = gl.expand_dims(buffer.reshape([buffer.shape[4]]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
+    shown, s = gl.broadcast(shown, s)
+    return gl.where(shown != 0, s, float("-inf"))
+
+
+@gluon.jit
 def slope_of(slopes, slope_strides, b, head):
     """The ALiBi slope of a query head, in base 2; nothing that anybody reads if there are none."""
     if slopes is not None:
@@ -32,7 +44,7 @@ def add_alibi(x, slope, i, j):
     return x - slope * gl.abs(i - j)
 
 
-# u = -1 / (1 + 2^x) of four scores of a thread, to 2^-21. A processor does 16 powers or reciprocals in the time of 128 products, so the four
+# u = -1 / (1 + 2^x) of four scores of a thread, to 2^-21. A processor does 16 powers or reciprocals in the time of 128 products: the four
 # share one reciprocal, that of their product, 2^120 at most: x ends at 30, where u is as good as 0. NaN stays NaN.
 _SQUASH = gl.constexpr("""{
     .reg .f32 y<4>, a, b, c;

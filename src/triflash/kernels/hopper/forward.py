@@ -27,8 +27,9 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, capped, slope_of, squashed, visible_keys
+from .features import add_alibi, capped, hide_by, slope_of, squashed, visible_keys
 from .grid import accumulator, locate, share, stacked
+from .rows import column_of
 
 
 @gluon.constexpr_function
@@ -51,8 +52,8 @@ def visible_blocks(m0, rows, M, N, lo, hi, BN: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, bias_desc, lengths, q_s, k_s, v_s, bias_s, bars,
-    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake,
+    q_desc, k_desc, v_desc, bias_desc, mask_desc, lengths, q_s, k_s, v_s, bias_s, mask_s, bars,
+    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, mask_on, tiles_m, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     VARIES_M: gl.constexpr,
@@ -67,6 +68,8 @@ def _produce(
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     LONGEST: gl.constexpr = "last" if hi is not None else "none"
+    BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
+    MASK_BYTES: gl.constexpr = mask_desc.block_type.nbytes if mask_desc is not None else 0
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(share(tiles, snake)):
         m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
@@ -88,7 +91,7 @@ def _produce(
                 for w in gl.static_range(WGS):
                     slot = at % BIAS_STAGES * WGS + w
                     mbarrier.wait(bars.index(BIAS_EMPTY + slot), bias_phase ^ 1)
-                    mbarrier.expect(bars.index(BIAS_FULL + slot), bias_desc.block_type.nbytes)
+                    mbarrier.expect(bars.index(BIAS_FULL + slot), BIAS_BYTES + MASK_BYTES)
                     row = 0
                     if VARIES_M:
                         row = m0 + w * BM
@@ -98,6 +101,12 @@ def _produce(
                         bars.index(BIAS_FULL + slot),
                         bias_s.index(slot),
                     )
+                    if mask_desc is not None:
+                        mask_row = 0
+                        if mask_s.shape[4] > 1:
+                            mask_row = m0 + w * BM
+                        at_mask = [b // batch_inner * mask_on[0], b % batch_inner * mask_on[1], head * mask_on[2], mask_row, n0]
+                        tma_load(mask_desc, at_mask, bars.index(BIAS_FULL + slot), mask_s.index(slot))
             stage = at % V_STAGES
             mbarrier.wait(bars.index(V_EMPTY + stage), ((at // V_STAGES) & 1) ^ 1)
             mbarrier.expect(bars.index(V_FULL + stage), v_desc.block_type.nbytes)
@@ -107,7 +116,7 @@ def _produce(
 
 @gluon.jit
 def _softmax(
-    s, m, bias_s, bars, row_bias, slope, cap, at, m0, ahead, block, N, lo, hi, scale_log2,
+    s, m, bias_s, mask_s, bars, row_bias, slope, cap, at, m0, ahead, block, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr,
@@ -139,6 +148,8 @@ def _softmax(
         else:
             bias, s = gl.broadcast(bias.to(gl.float32), s)
             s = gl.fma(bias, gl.full([BM, BN], LOG2E, gl.float32, S), s)
+    if mask_s is not None:
+        s = hide_by(s, mask_s.index(slot), BM, BN)
     if ROW_BIASED:
         row, s = gl.broadcast(gl.expand_dims(row_bias, 1), s)
         if IS_MASK:
@@ -184,18 +195,6 @@ def _softmax(
 
 
 @gluon.jit
-def _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM: gl.constexpr, BN: gl.constexpr):
-    """A bias that has no dim of keys: one number per query."""
-    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
-    if bias is not None:
-        i = m0 + gl.arange(0, BM, ROWS)
-        at = bias + offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1]) + offset(head, bias_strides[2])
-        return gl.load(at + i.to(gl.int64) * bias_strides[3], mask=i < M, other=0).to(gl.float32)
-    else:
-        return gl.zeros([BM], gl.float32, ROWS)
-
-
-@gluon.jit
 def _finish(
     o, l, m, out_desc, lse, rest, sink, sink_stride, target, m0, head, b, heads, M,
     BM: gl.constexpr, BN: gl.constexpr, BDV: gl.constexpr, DT: gl.constexpr,
@@ -229,7 +228,7 @@ def _finish(
 
 @gluon.jit
 def _walk(
-    o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, cap, done, m0, ahead, first, last, steps, end, N, lo, hi, scale_log2,
+    o, l, m, p, q, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, ahead, first, last, steps, end, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr, Q_EARLY: gl.constexpr,
@@ -266,7 +265,7 @@ def _walk(
             if step == steps - 1:  # no more products with this q: the next can be fetched while the softmax runs
                 mbarrier.arrive(bars.index(Q_EMPTY + WG))
         p32, m, shrink = _softmax(
-            s, m, bias_s, bars, row_bias, slope, cap, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
+            s, m, bias_s, mask_s, bars, row_bias, slope, cap, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
         )  # fmt: skip
         l = l * shrink + gl.sum(p32, 1)
@@ -279,7 +278,7 @@ def _walk(
 
 @gluon.jit
 def _consume(
-    out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, bars,
+    out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, mask_s, bars,
     bias_strides, slope_strides, sink_stride, cap, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
@@ -316,7 +315,7 @@ def _consume(
     first_keys = visible_keys(lengths, b, N)
     _begin, _full_begin, _full_end, first_end = visible_blocks(m0, BM * WGS, M, first_keys, lo, hi, BN)
     m0 += WG * BM
-    row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
+    row_bias = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
     mbarrier.wait(bars.index(Q_FULL + WG), 0)
     mbarrier.wait(bars.index(K_FULL), 0)
     if TURNS:
@@ -328,7 +327,7 @@ def _consume(
     s = warpgroup_mma_wait(0, [s_pending])
     mbarrier.arrive(bars.index(K_EMPTY))
     p32, m, _shrink = _softmax(
-        s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias,
+        s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, mask_s, bars, row_bias,
         slope_of(slopes, slope_strides, b, head), cap, 0, m0, N - M, first_end - 1, first_keys, lo, hi, scale_log2,
         WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
     )  # fmt: skip
@@ -346,23 +345,23 @@ def _consume(
                 mbarrier.arrive(bars.index(Q_EMPTY + WG))
         if hi is not None:
             o, l, m, p = _walk(
-                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, cap, done, m0, N - M, 1, end - full_end, steps, end, n_keys, lo, hi,
-                scale_log2,
+                o, l, m, p, q, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, N - M, 1, end - full_end, steps, end,
+                n_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
                 ALIBI,
             )  # fmt: skip
         whole = max(1, end - full_end)
         o, l, m, p = _walk(
-            o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, cap, done, m0, N - M, whole, end - full_begin, steps, end, n_keys, lo,
-            hi,
+            o, l, m, p, q, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, N - M, whole, end - full_begin, steps, end,
+            n_keys, lo, hi,
             scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, False, ROW_BIASED, OVERLAP, ALIBI,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
             o, l, m, p = _walk(
-                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, cap, done, m0, N - M, left, steps, steps, end, n_keys, lo, hi,
-                scale_log2,
+                o, l, m, p, q, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, N - M, left, steps, steps, end, n_keys, lo,
+                hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
                 ALIBI,
             )  # fmt: skip
@@ -395,14 +394,14 @@ def _consume(
             next_keys = visible_keys(lengths, b, N)
             _begin, _full_begin, _full_end, next_end = visible_blocks(m0, BM * WGS, M, next_keys, lo, hi, BN)
             m0 += WG * BM
-            row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
+            row_bias = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
             if OVERLAP:
                 s = warpgroup_mma_wait(1, [s_pending])
             else:
                 s = warpgroup_mma_wait(0, [s_pending])
             mbarrier.arrive(bars.index(K_EMPTY + stage))
             p32, new_m, _shrink = _softmax(
-                s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias,
+                s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, mask_s, bars, row_bias,
                 slope_of(slopes, slope_strides, b, head), cap, done, m0, N - M, next_end - 1, next_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
             )  # fmt: skip
@@ -433,7 +432,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides, sink_stride,
-    cap,
+    cap, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
@@ -445,7 +444,9 @@ def forward(
     Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims,
     whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and
     strides (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). ``group`` query heads share a
-    key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by head; cap: see ``squashed``. None:
+    key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch,
+    head); sink: by head; cap: see ``squashed``; mask: beside the bias, a tile
+    or a row with every tile of it. None:
     absent.
 
     OWN_OUT: the output leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
@@ -463,6 +464,10 @@ def forward(
         bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIAS_STAGES * WGS, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
+    if mask_desc is not None:
+        mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIAS_STAGES * WGS, mask_desc.block_shape), mask_desc.layout)
+    else:
+        mask_s = None
     COUNT: gl.constexpr = barrier_at("count", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
@@ -483,60 +488,63 @@ def forward(
     if WGS == 1:
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
                         optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
                         M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
-                        BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
+                        BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [1], [24])  # fmt: skip
     elif WGS == 2:
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
                         optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
                         M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
                         optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
                         M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
-                        BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
+                        BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
                         optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
                         M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
                         optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
                         M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
                         optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
                         M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 2, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
-                        BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
+                        BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
