@@ -343,6 +343,16 @@ def test_soft_caps(dim: int, bias: str | None, softcap: float, device: torch.dev
         run_case(replace(case, tiles=tiles, dtype=dtype, causal=causal), BACKEND, device)
 
 
+@pytest.mark.parametrize("mask", ["b11k", "111k", "b1qk", "bhqk"])
+@pytest.mark.parametrize("bias", ["1h1k", "1hqk", "bhqk"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_masks_beside_biases(dim: int, bias: str, mask: str, device: torch.device) -> None:
+    """Both passes, by every kernel; the gradient of a bias that has a kernel of its own beside masks of keys alone."""
+    case = replace(BASE, D=dim, bias=bias, mask=mask, grads="qkvb")
+    for tiles, dtype, causal in ((None, BF16, True), ((32, 32), F16, False)):
+        run_case(replace(case, tiles=tiles, dtype=dtype, causal=causal), BACKEND, device)
+
+
 def test_a_bias_that_does_not_vary_over_keys_is_refused_by_name(device: torch.device) -> None:
     inputs = build(replace(BASE, bias="1hq1"), device)
     saved = saved_of(BASE, inputs)

@@ -186,6 +186,33 @@ def test_forward_with_soft_caps(config: HopperConfig, case: Case) -> None:
     check(replace(case, grads="", dlse=False), 1, 1, forward=config)
 
 
+MASKED = [
+    Case("keys beside a bias", B=2, M=130, N=150, bias="11hqk", mask="b11k", causal=True),
+    Case("keys beside keys", B=2, M=130, N=150, bias="11h1k", mask="b11k", lo=-40, hi=60, sink=True),
+    Case("keys beside a full shape", B=2, M=140, N=150, bias="b1hqk", bias_dtype=F32, mask="111k", lengths=(64, 150)),
+    Case("tiles beside a bias", B=2, M=130, N=150, bias="1hqk", bias_dtype=BF16, mask="b1qk", grads="qkvs", alibi="h", dlse=True),
+    Case("tiles beside keys", B=2, M=150, N=130, H=4, Hk=2, bias="1h1k", mask="bhqk", mask_layout="sliced"),
+    Case("tiles beside a full shape", B=2, M=130, N=150, bias="bhqk", mask="11qk", softcap=2.0, causal=True),
+    Case("two levels", B=6, M=100, N=130, batch_inner=3, bias="b11qk", mask="1i11k", softcap=2.0),
+    Case("what is hidden twice", B=2, M=130, N=100, bias="1hqk", bias_values="inf", mask="b11k", mask_layout="expanded"),
+]
+
+
+@pytest.mark.parametrize("D", [16, 64, 136])
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_masks_beside_biases(case: Case, D: int) -> None:
+    check(replace(case, D=D), 2, D)
+    if D <= 64:
+        for config in (KeysConfig(2, 2, 2, early=True), KeysConfig(2, 1)):
+            check(replace(case, D=D), 3, D, dqdkdv=config)
+
+
+@pytest.mark.parametrize("case", MASKED, ids=str)
+@pytest.mark.parametrize("config", FORWARD_CONFIGS[1::3], ids=lambda c: str(c).replace(" ", "-"))
+def test_forward_with_masks_beside_biases(config: HopperConfig, case: Case) -> None:
+    check(replace(case, grads="", dlse=False), 1, 1, forward=config)
+
+
 def test_the_rounding_error_of_a_soft_cap() -> None:
     """What plan/hopper.py says of it, by the arithmetic of ``squashed`` with instructions as inexact as they may be."""
     generator = torch.Generator().manual_seed(0)
@@ -214,6 +241,7 @@ AXES: dict[str, list[Any]] = {
     "bias_values": ["normal", "rows", "inf"],
     "band": [(None, None), (None, 0), (-70, 40), (-30, None), (None, -60), (None, 90)],
     "scale": [None, -0.4],
+    "mask": [None, "b111k", "1i1qk"],
     "lengths_shown": [None, (0, 60, 999), (128, 1)],
     "alibi": [None, "h", "bh"],
     "sink": [False, True],
@@ -232,10 +260,14 @@ ROWS = pairwise({name: range(len(values)) for name, values in AXES.items()}, see
 def test_features_together(number: int) -> None:
     row = {name: AXES[name][at] for name, at in ROWS[number].items()}
     (M, N), (H, Hk), (outer, inner), (D, Dv), (lo, hi) = (row[name] for name in ("lengths", "heads", "batch", "dims", "band"))
+    if row["bias_dtype"] == BOOL or row["bias"] is None:
+        row["mask"] = None  # one mask at a time
+    if row["mask"] == "1i1qk" and row["bias"] not in ("bihqk", "11h1k", "b111k"):
+        row["grads"] = row["grads"].replace("b", "")  # whose gradient has a kernel of its own, that takes no such mask
     if row["bias_dtype"] == BOOL and row["bias_values"] == "inf":
         row["bias_values"] = "normal"
-    row["dlse"] = row["dlse"] and row["grads"] != "v"  # which lse does not depend on
-    plain = ("dtype", "bias", "bias_dtype", "bias_values", "scale", "alibi", "sink", "softcap", "dlse", "grads", "layout")
+    row["dlse"] = row["dlse"] and row["grads"] not in ("v", "")  # which lse does not depend on
+    plain = ("dtype", "bias", "bias_dtype", "bias_values", "mask", "scale", "alibi", "sink", "softcap", "dlse", "grads", "layout")
     sizes = dict(B=outer * inner, M=M, N=N, H=H, Hk=Hk, D=D, Dv=Dv, lo=lo, hi=hi, batch_inner=inner, lengths=row["lengths_shown"])
     configs = {name: row[key] for name, key in (("dqdkdv", "keys"), ("forward", "forward")) if row[key] is not None}
     check(Case(f"together {number}", seed=number, **sizes, **{name: row[name] for name in plain}), row["processors"], number, **configs)

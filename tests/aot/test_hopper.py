@@ -90,6 +90,11 @@ TARGETS = [
     Target((128, 128), bias="1h1k", bias_dtype=F32, softcap=50.0),
     Target((64, 64), bias="b1qk", bias_dtype=BOOL, band=WINDOW, softcap=50.0),
     Target((128, 128), band=WINDOW, softcap=50.0),
+    # Masks beside biases, a row or a tile of either.
+    *(Target((d, d), bias="1hqk", band=CAUSAL, mask=mask) for d in (64, 128, 256) for mask in ("b11k", "b1qk")),
+    Target((128, 128), bias="1h1k", mask="b11k"),
+    Target((64, 64), F16, bias="1h1k", bias_dtype=F32, mask="b1qk", length=ODD),
+    Target((128, 128), bias="1hqk", mask="b11k", softcap=50.0),
     # What the plan does not choose (or not yet), and tests choose by hand.
     Target((64, 64), F16, bias="1hqk", band=WINDOW, config=HopperConfig(1, 16, 1)),
     Target((128, 128), config=HopperConfig(2, 64, 3, 2, turns=True, own_out=False, v_stages=2)),

@@ -122,6 +122,11 @@ TARGETS = [
     Target((256, 256), F16, bias="1hqk", band=CAUSAL, softcap=30.0),
     Target((256, 256), bias="1h1k", band=CAUSAL, grads="kvb", softcap=50.0),
     Target((256, 256), F16, band=CAUSAL, grads="v", softcap=50.0),
+    # Masks beside biases.
+    *(Target((d, d), bias="1hqk", band=CAUSAL, mask=mask, spills=64) for d in (64, 128, 256) for mask in ("b11k", "b1qk")),
+    Target((128, 128), bias="1h1k", grads="qkvb", mask="b11k", spills=80),
+    Target((64, 64), F16, bias="1h1k", grads="qkvb", mask="b1qk", spills=28),
+    Target((256, 256), bias="1h1k", band=CAUSAL, grads="kvb", mask="b11k"),
     # Candidates that the plan does not choose here.
     Target((128, 128), config=KeysConfig(1, 1), spills=80),
     Target((64, 64), bias="1hqk", config=KeysConfig(2, 2), band=CAUSAL),

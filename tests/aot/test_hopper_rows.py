@@ -107,6 +107,11 @@ TARGETS = [
     dq(128, "1hqk", CAUSAL, dtype=F16, softcap=30.0),
     dq(64, "1h1k", softcap=50.0),
     *(dbias(d, "1hqk", band, softcap=50.0) for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
+    # Masks beside biases.
+    *(dq(d, "1hqk", CAUSAL, mask=mask) for d in (64, 128, 256) for mask in ("b11k", "b1qk")),
+    *(dq(d, "bhqk", CAUSAL, True, mask="b11k") for d in (64, 128, 256)),
+    dq(128, "1h1k", mask="b11k"),
+    *(dbias(d, "1hqk", band, mask="b11k") for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
     # What the plan falls back to, and what may turn out faster.
     dq(128, band=CAUSAL, config=RowsConfig(2, 128, 2, own_out=False, ahead=False)),
     dq(64, "bhqk", CAUSAL, True, config=RowsConfig(2, 128, 2, 2, ahead=False)),

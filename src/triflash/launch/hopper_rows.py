@@ -54,12 +54,12 @@ def dq_call(
         descriptor(dq, (1, ROWS, 1, head)),
         *(bias_desc, dbias_desc, pointer, lengths, slopes, stats),
         *(
-            None if pointer is None else bias_strides(pointer)[:4],
+            None if pointer is None else bias_strides(pointer)[:4],  # type: ignore[index]
             slope_strides(slopes),
             bias_on,
             cap_of(spec),
             *mask_tiles(spec, mask, config),
-        ),  # type: ignore[index]
+        ),
         *(spec.batch, spec.heads, q.shape[2] // k.shape[2], spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
         *(tiles_m, tiles, *schedule(spec, config, programs)),
     )

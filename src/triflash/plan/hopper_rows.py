@@ -126,7 +126,8 @@ def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
     A wide tile matters most: what a round loads grows with the sum of its sides, what it multiplies with their product.
     """
     chunk = min(64, padded(max(spec.head_dim, spec.value_dim)))
-    for consumers, block_n in ((2, 128), (2, 64), (1, 64), (1, 32)):
+    sizes = ((2, 128), (2, 64), (1, 64), (1, 32))
+    for consumers, block_n in sizes if spec.mask is None else sizes[1:]:  # a number a key more takes registers: 62 words were spilled
         for slots in range(8, slots_needed(spec, chunk) - 1, -1):
             config = RowsConfig(consumers, block_n, slots, chunk=chunk)
             if dbias_shared_memory(spec, config) <= limit:

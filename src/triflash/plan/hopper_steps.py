@@ -26,7 +26,7 @@ def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> 
         return "the backward pass with a bias that does not vary over keys", "use backend('triton')"
     if needs.dbias and _source(spec) == "dbias" and not rows.dbias_works(spec):
         return f"the gradient of a bias of shape {spec.bias}", "use backend('triton')"
-    if needs.dbias and _source(spec) == "dbias" and spec.mask is not None and spec.mask.varies[3]:
+    if needs.dbias and _source(spec) == "dbias" and spec.mask is not None and spec.mask.varies[3] and spec.queries > 1:
         return f"the gradient of a bias of shape {spec.bias} beside a mask of shape {spec.mask}", "use backend('triton')"
     limit = device.shared_memory
     keys_too = needs.dbias and _source(spec) == "dkdv"

@@ -15,7 +15,7 @@ def visible_keys(lengths, b, N):
 
 @gluon.jit
 def hide_by(s, buffer, BM: gl.constexpr, BN: gl.constexpr):
-    """Scores of BM queries and BN keys, -inf where the mask in a buffer hides them: a tile, or a row of at least 128 keys for all of them."""
+    """Scores of BM queries and BN keys, -inf where the mask in a buffer hides them: a tile, or a row of at least 128 keys for all."""
     S: gl.constexpr = s.type.layout
     if buffer.shape[3] > 1:
         shown = buffer.reshape([BM, BN]).load(S)
