@@ -287,7 +287,9 @@ def test_features_together(number: int) -> None:
         ("backward", "            tma_store_wait(1)\n", ""),
         ("backward", "            _meet()", "            pass"),
         ("backward", "warpgroup_mma_wait(LATER, [dq_pending])", "warpgroup_mma_wait(LATER + 1, [dq_pending])"),
-        ("backward", "        fence_async_shared()\n        if bias_s is not None:", "        if bias_s is not None:"),
+        ("backward", "        fence_async_shared()\n        if bias_s is not None or", "        if bias_s is not None or"),
+        ("backward", "expect(bars.index(BIAS_FULL + slot), BIAS_BYTES + MASK_BYTES)", "expect(bars.index(BIAS_FULL + slot), BIAS_BYTES)"),
+        ("forward", "s = hide_by(s, mask_s.index(slot), BM, BN)", "pass"),
         ("wide", "mbarrier.wait(bars.index(KV_EMPTY), (wave & 1) ^ 1)", "pass"),
         ("wide", "mbarrier.wait(bars.index(O_EMPTY + stage), phase)", "pass"),
         ("wide", "mbarrier.wait(bars.index(P_FULL + (at & 1)), (at >> 1) & 1)", "pass"),
@@ -306,7 +308,16 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
     monkeypatch.setattr(gluon_twin, "source", lambda module: source(module).replace(old, new) if module == kernel else source(module))
     monkeypatch.setattr(gluon_twin, "PATIENCE", 0.5)
     for seed in range(12):
-        case = Case("broken", B=2, M=300, N=300, bias="1hqk", grads={"forward": ""}.get(kernel, "qkv"), D=136 if kernel == "wide" else 16)
+        case = Case(
+            "broken",
+            B=2,
+            M=300,
+            N=300,
+            bias="1hqk",
+            mask="b11k" if kernel == "wide" else "b1qk",
+            grads={"forward": ""}.get(kernel, "qkv"),
+            D=136 if kernel == "wide" else 16,
+        )
         config = KeysConfig(2, 2, 2, early=True) if seed & 1 else KeysConfig(2, 1)
         try:
             check(case, 1, seed, **({} if kernel in ("forward", "wide") else {"dqdkdv": config}))
