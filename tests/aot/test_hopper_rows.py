@@ -21,6 +21,7 @@ from test_hopper import (
     ambiguous_descriptors,
     assembled,
     disassembled,
+    mask_of,
     serialised,
     unfenced_releases,
 )
@@ -52,13 +53,16 @@ class Target:
     length: int = UNEVEN
     config: RowsConfig | None = None
     group: int = 1
+    softcap: float = 0.0
+    mask: str = ""
 
     def __str__(self) -> str:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
         kernel = f"dbias-in-{self.splits}" if self.splits else "dq-and-dbias" if self.gradient else "dq"
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {OPEN: "full", CAUSAL: "causal"}.get(self.band, "window")
-        parts = (kernel, dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), str(self.config or ""))
+        cap = "soft-cap" * (self.softcap > 0) + f"mask-{self.mask}" * bool(self.mask)
+        parts = (kernel, dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), cap, str(self.config or ""))
         return "-".join(part.replace(" ", "-") for part in parts if part) + f"-group-{self.group}" * (self.group > 1)
 
 
@@ -98,6 +102,17 @@ TARGETS = [
     dbias(128, "1hqk", CAUSAL, splits=2, length=ODD, dtype=F16),
     Target((192, 128), "b1qk", splits=1),
     Target((16, 256), "11qk", WINDOW, splits=1, bias_dtype=F32),
+    # Soft caps.
+    *(dq(d, band=band, softcap=50.0) for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
+    *(dq(d, "bhqk", CAUSAL, True, softcap=30.0) for d in (64, 128, 256)),
+    dq(128, "1hqk", CAUSAL, dtype=F16, softcap=30.0),
+    dq(64, "1h1k", softcap=50.0),
+    *(dbias(d, "1hqk", band, softcap=50.0) for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
+    # Masks beside biases.
+    *(dq(d, "1hqk", CAUSAL, mask=mask) for d in (64, 128, 256) for mask in ("b11k", "b1qk")),
+    *(dq(d, "bhqk", CAUSAL, True, mask="b11k") for d in (64, 128, 256)),
+    dq(128, "1h1k", mask="b11k"),
+    *(dbias(d, "1hqk", band, mask="b11k") for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
     # What the plan falls back to, and what may turn out faster.
     dq(128, band=CAUSAL, config=RowsConfig(2, 128, 2, own_out=False, ahead=False)),
     dq(64, "bhqk", CAUSAL, True, config=RowsConfig(2, 128, 2, 2, ahead=False)),
@@ -125,7 +140,8 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Call, int
         sizes = (batch, heads, target.length, target.length)
         b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
-    spec = spec_of(q, make(*q.shape), dout, bias, 1, *target.band, 0.125, "ieee")
+    mask = mask_of(target.mask, batch, heads, target.length)
+    spec = spec_of(q, make(*q.shape), dout, bias, 1, *target.band, 0.125, "ieee", mask, softcap=target.softcap)
     stats = torch.empty((batch * heads, 3 if spec.keeps_rest else 2, -(-target.length // 128) * 128), device="meta", dtype=F32)
     if target.splits:
         assert bias is not None and plan.dbias_works(spec)
@@ -134,11 +150,13 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Call, int
         dtype = bias.dtype if target.splits == 1 else F32
         parts = make(target.splits, *bias.shape, dtype=dtype)
         programs = plan.dbias_programs(spec, config, target.splits, SM90.processors)
-        return dbias_call(spec, config, programs, target.splits, q, k, v, bias, dout, stats, parts), plan.dbias_shared_memory(spec, config)
+        return dbias_call(spec, config, programs, target.splits, q, k, v, bias, dout, stats, parts, mask=mask), plan.dbias_shared_memory(
+            spec, config
+        )
     config = target.config or plan.dq_config(spec, SM90.shared_memory, target.gradient)
     assert config is not None
     full = make(*bias.shape, dtype=bias.dtype) if bias is not None and target.gradient else None
-    call = dq_call(spec, config, plan.dq_programs(spec, config, SM90.processors), q, k, v, bias, dout, stats, grad, full)
+    call = dq_call(spec, config, plan.dq_programs(spec, config, SM90.processors), q, k, v, bias, dout, stats, grad, full, mask=mask)
     return call, plan.dq_shared_memory(spec, config, target.gradient)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..errors import bad_value
 from ..spec import AttentionSpec
 from .configs import padded
-from .hopper import HopperConfig, bias_bytes, whole_tiles
+from .hopper import HopperConfig, bias_bytes, mask_bytes, whole_tiles
 
 __all__ = [
     "RowsConfig", "batch_fastest", "dbias_config", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_shuffle", "dbias_tiles",
@@ -51,7 +51,7 @@ def dq_shared_memory(spec: AttentionSpec, config: RowsConfig, dbias: bool) -> in
     queries = config.block_m * (head + value + head * config.own_out)
     keys = config.block_n * (config.num_stages * head + config.value_stages * value)
     one = bias_bytes(spec, config)
-    bias = config.bias_stages * config.consumers * one + one * (dbias and (_banded(spec) or spec.key_lengths))
+    bias = config.bias_stages * config.consumers * (one + mask_bytes(spec, config)) + one * (dbias and (_banded(spec) or spec.key_lengths))
     barriers = 8 * (config.consumers * (3 + 2 * config.bias_stages) + 2 * (config.num_stages + config.value_stages))
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
@@ -126,7 +126,8 @@ def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
     A wide tile matters most: what a round loads grows with the sum of its sides, what it multiplies with their product.
     """
     chunk = min(64, padded(max(spec.head_dim, spec.value_dim)))
-    for consumers, block_n in ((2, 128), (2, 64), (1, 64), (1, 32)):
+    sizes = ((2, 128), (2, 64), (1, 64), (1, 32))
+    for consumers, block_n in sizes if spec.mask is None else sizes[1:]:  # a number a key more takes registers: 62 words were spilled
         for slots in range(8, slots_needed(spec, chunk) - 1, -1):
             config = RowsConfig(consumers, block_n, slots, chunk=chunk)
             if dbias_shared_memory(spec, config) <= limit:

@@ -25,9 +25,9 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, slope_of, visible_keys
+from .features import add_alibi, capped, slope_of, squashed, visible_keys
 from .grid import accumulator, stacked
-from .rows import add_bias, hide, probabilities, statistics, visible
+from .rows import add_bias, exponents, hide, statistics, visible
 
 
 @gluon.constexpr_function
@@ -175,8 +175,8 @@ def _multiply(acc, left_s, right_s, bars, at, WG: gl.constexpr, WGS: gl.constexp
 @gluon.jit
 def _consume(
     dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars,
-    dbias_strides, slope_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr,
+    dbias_strides, slope_strides, cap, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n,
+    tiles, shuffle, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr,
     DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
@@ -203,6 +203,11 @@ def _consume(
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
             lse, delta, rest = statistics(stats, b * heads + head, m0, M, HAS_REST, BM, BN)
+            if mask is not None:
+                j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
+                row = mask + offset(b // batch_inner, mask_strides[0]) + offset(b % batch_inner, mask_strides[1])
+                row += offset(head, mask_strides[2])
+                shown = gl.expand_dims(gl.load(row + j.to(gl.int64) * mask_strides[4], mask=j < N, other=0), 0)
             if TURNS:
                 mbarrier.wait(bars.index(TURN + WG), (at // CHUNKS) & 1)
             s_pending = _multiply(nothing, left_s, right_s, bars, at, WG, WGS, SLOTS, True)
@@ -222,14 +227,20 @@ def _consume(
 
             mbarrier.wait(bars.index(BIAS_FULL + WG), wave & 1)
             bias = bias_s.index(WG).reshape([BM, BN]).load(S)
-            s = add_bias(s * scale_log2, bias, False)
+            if cap is not None:
+                s = capped(squashed(s, cap), cap)
+            else:
+                s = s * scale_log2
+            s = add_bias(s, bias, False)
             if slopes is not None:
                 i = gl.expand_dims(m0 + (N - M) + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
                 j = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
                 s = add_alibi(s, slope_of(slopes, slope_strides, b, head), i, j)
+            if mask is not None:
+                s = hide(s, shown != 0, float("-inf"))
             if lengths is not None:
                 s = hide(s, visible(m0, n0, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
-            p = probabilities(s, lse, rest, HAS_REST, True)
+            p = gl.exp2(exponents(s, lse, rest, HAS_REST, True))
 
             done = at + CHUNKS - 1
             mbarrier.wait(bars.index(FULL + done % SLOTS), (done // SLOTS) & 1)  # long since full: keeps ptxas from moving the wait up
@@ -269,8 +280,8 @@ COUNTS = ["batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides,
-    batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
+    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides, cap, mask,
+    mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
     D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
     TURNS: gl.constexpr, REGISTERS: gl.constexpr,
@@ -279,7 +290,8 @@ def dbias(
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
-    (part, outer batch, inner batch, head, query, key). stats: see ``rows.py``. Query head h reads key head ``h // group``.
+    (part, outer batch, inner batch, head, query,
+    key). stats: see ``rows.py``; cap: ``features.squashed``. Query head h reads key head ``h // group``.
     """
     BM: gl.constexpr = 64
     BN: gl.constexpr = k_desc.block_shape[1]
@@ -307,7 +319,7 @@ def dbias(
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars,
-                        optional(dbias_strides), optional(slope_strides),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
                         0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
                         TURNS)),
@@ -319,13 +331,13 @@ def dbias(
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars,
-                        optional(dbias_strides), optional(slope_strides),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
                         0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
                         TURNS)),
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars,
-                        optional(dbias_strides), optional(slope_strides),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
                         1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
                         TURNS)),

@@ -27,8 +27,9 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, slope_of, visible_keys
+from .features import add_alibi, capped, hide_by, slope_of, squashed, visible_keys
 from .grid import accumulator, keep_up_to, locate, share, stacked
+from .rows import column_of
 
 
 @gluon.constexpr_function
@@ -64,8 +65,8 @@ def _fetch_queries(
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, bias_desc, lengths, q_s, k_s, v_s, bias_s, bars,
-    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake,
+    q_desc, k_desc, v_desc, bias_desc, mask_desc, lengths, q_s, k_s, v_s, bias_s, mask_s, bars,
+    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, mask_on, tiles_m, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     VARIES_M: gl.constexpr,
@@ -81,6 +82,8 @@ def _produce(
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     Q_STAGES: gl.constexpr = q_s.shape[0] // WGS
     LONGEST: gl.constexpr = "last" if hi is not None else "none"
+    BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
+    MASK_BYTES: gl.constexpr = mask_desc.block_type.nbytes if mask_desc is not None else 0
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(share(tiles, snake)):
         m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
@@ -103,7 +106,7 @@ def _produce(
                 for w in gl.static_range(WGS):
                     slot = at % BIAS_STAGES * WGS + w
                     mbarrier.wait(bars.index(BIAS_EMPTY + slot), bias_phase ^ 1)
-                    mbarrier.expect(bars.index(BIAS_FULL + slot), bias_desc.block_type.nbytes)
+                    mbarrier.expect(bars.index(BIAS_FULL + slot), BIAS_BYTES + MASK_BYTES)
                     row = 0
                     if VARIES_M:
                         row = m0 + w * BM
@@ -113,6 +116,12 @@ def _produce(
                         bars.index(BIAS_FULL + slot),
                         bias_s.index(slot),
                     )
+                    if mask_desc is not None:
+                        mask_row = 0
+                        if mask_s.shape[4] > 1:
+                            mask_row = m0 + w * BM
+                        at_mask = [b // batch_inner * mask_on[0], b % batch_inner * mask_on[1], head * mask_on[2], mask_row, n0]
+                        tma_load(mask_desc, at_mask, bars.index(BIAS_FULL + slot), mask_s.index(slot))
             stage = at % V_STAGES
             mbarrier.wait(bars.index(V_EMPTY + stage), ((at // V_STAGES) & 1) ^ 1)
             mbarrier.expect(bars.index(V_FULL + stage), v_desc.block_type.nbytes)
@@ -122,7 +131,7 @@ def _produce(
 
 @gluon.jit
 def _softmax(
-    s, m, bias_s, bars, row_bias, slope, at, m0, ahead, block, N, lo, hi, scale_log2,
+    s, m, bias_s, mask_s, bars, row_bias, slope, cap, at, m0, ahead, block, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr,
@@ -134,8 +143,12 @@ def _softmax(
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIASED: gl.constexpr = (bias_s is not None) or ROW_BIASED or ALIBI
-    LATE_SCALE: gl.constexpr = POSITIVE_SCALE and not BIASED
-    if not LATE_SCALE:
+    LATE_SCALE: gl.constexpr = (POSITIVE_SCALE or cap is not None) and not BIASED
+    if cap is not None:
+        s = squashed(s, cap)
+        if not LATE_SCALE:
+            s = capped(s, cap)
+    elif not LATE_SCALE:
         s = s * scale_log2
     if bias_s is not None:
         slot = at % BIAS_STAGES * WGS + WG
@@ -150,6 +163,8 @@ def _softmax(
         else:
             bias, s = gl.broadcast(bias.to(gl.float32), s)
             s = gl.fma(bias, gl.full([BM, BN], LOG2E, gl.float32, S), s)
+    if mask_s is not None:
+        s = hide_by(s, mask_s.index(slot), BM, BN)
     if ROW_BIASED:
         row, s = gl.broadcast(gl.expand_dims(row_bias, 1), s)
         if IS_MASK:
@@ -169,12 +184,17 @@ def _softmax(
             s = keep_up_to(s, gl.expand_dims(i + lo, 1), j, "0fFF800000")
     top = gl.max(s, 1)
     if LATE_SCALE:
-        top = top * scale_log2
+        if cap is not None:
+            top = top * (2.0 * cap[1]) + cap[1]
+        else:
+            top = top * scale_log2
     m_new = gl.maximum(m, top)
     m_safe = m_new
     if MASKED or BIASED:
         m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: 2^(-inf - 0) = 0, never NaN
-    if LATE_SCALE:
+    if LATE_SCALE and cap is not None:
+        p = gl.exp2(s * (2.0 * cap[1]) + gl.expand_dims(cap[1] - m_safe, 1))
+    elif LATE_SCALE:
         p = gl.exp2(s * scale_log2 - gl.expand_dims(m_safe, 1))
     else:
         p = gl.exp2(s - gl.expand_dims(m_safe, 1))
@@ -185,18 +205,6 @@ def _softmax(
         fence_async_shared()
         mbarrier.arrive(bars.index(BIAS_EMPTY + at % BIAS_STAGES * WGS + WG))
     return p, m_new, gl.exp2(m - m_safe)
-
-
-@gluon.jit
-def _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM: gl.constexpr, BN: gl.constexpr):
-    """A bias that has no dim of keys: one number per query."""
-    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
-    if bias is not None:
-        i = m0 + gl.arange(0, BM, ROWS)
-        at = bias + offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1]) + offset(head, bias_strides[2])
-        return gl.load(at + i.to(gl.int64) * bias_strides[3], mask=i < M, other=0).to(gl.float32)
-    else:
-        return gl.zeros([BM], gl.float32, ROWS)
 
 
 @gluon.jit
@@ -245,7 +253,8 @@ def _finish(
 
 @gluon.jit
 def _walk(
-    o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, ahead, first, last, steps, end, N, lo, hi, scale_log2,
+    o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, ahead, first, last, steps, end, N, lo, hi,
+    scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr, Q_EARLY: gl.constexpr,
@@ -287,7 +296,7 @@ def _walk(
             if step == steps - 1:  # no more products with this q: the next can be fetched while the softmax runs
                 mbarrier.arrive(bars.index(Q_EMPTY + q_slot))
         p32, m, shrink = _softmax(
-            s, m, bias_s, bars, row_bias, slope, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
+            s, m, bias_s, mask_s, bars, row_bias, slope, cap, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
         )  # fmt: skip
         l = l * shrink + gl.sum(p32, 1)
@@ -300,8 +309,8 @@ def _walk(
 
 @gluon.jit
 def _consume(
-    out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, bars,
-    bias_strides, slope_strides, sink_stride, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake,
+    out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, mask_s, bars,
+    bias_strides, slope_strides, sink_stride, cap, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
     POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
@@ -338,7 +347,7 @@ def _consume(
     first_keys = visible_keys(lengths, b, N)
     _begin, _full_begin, _full_end, first_end = visible_blocks(m0, BM * WGS, M, first_keys, lo, hi, BN)
     m0 += WG * BM
-    row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
+    row_bias = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
     mbarrier.wait(bars.index(Q_FULL + WG), 0)
     mbarrier.wait(bars.index(K_FULL), 0)
     if TURNS:
@@ -350,8 +359,8 @@ def _consume(
     s = warpgroup_mma_wait(0, [s_pending])
     mbarrier.arrive(bars.index(K_EMPTY))
     p32, m, _shrink = _softmax(
-        s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias,
-        slope_of(slopes, slope_strides, b, head), 0, m0, N - M, first_end - 1, first_keys, lo, hi, scale_log2,
+        s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, mask_s, bars, row_bias,
+        slope_of(slopes, slope_strides, b, head), cap, 0, m0, N - M, first_end - 1, first_keys, lo, hi, scale_log2,
         WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
     )  # fmt: skip
     l = gl.sum(p32, 1)
@@ -369,22 +378,23 @@ def _consume(
                 mbarrier.arrive(bars.index(Q_EMPTY + q_slot))
         if hi is not None:
             o, l, m, p = _walk(
-                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, 1, end - full_end, steps, end, n_keys, lo, hi,
-                scale_log2,
+                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, N - M, 1, end - full_end, steps,
+                end, n_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
                 ALIBI,
             )  # fmt: skip
         whole = max(1, end - full_end)
         o, l, m, p = _walk(
-            o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, whole, end - full_begin, steps, end, n_keys, lo, hi,
+            o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, N - M, whole, end - full_begin, steps,
+            end, n_keys, lo, hi,
             scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, False, ROW_BIASED, OVERLAP, ALIBI,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
             o, l, m, p = _walk(
-                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, left, steps, steps, end, n_keys, lo, hi,
-                scale_log2,
+                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, N - M, left, steps, steps, end,
+                n_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
                 ALIBI,
             )  # fmt: skip
@@ -419,15 +429,15 @@ def _consume(
             next_keys = visible_keys(lengths, b, N)
             _begin, _full_begin, _full_end, next_end = visible_blocks(m0, BM * WGS, M, next_keys, lo, hi, BN)
             m0 += WG * BM
-            row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
+            row_bias = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
             if OVERLAP:
                 next_s = warpgroup_mma_wait(1, [next_pending])
             else:
                 next_s = warpgroup_mma_wait(0, [next_pending])
             mbarrier.arrive(bars.index(K_EMPTY + stage))
             next_p, new_m, _shrink = _softmax(
-                next_s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias,
-                slope_of(slopes, slope_strides, b, head), done, m0, N - M, next_end - 1, next_keys, lo, hi, scale_log2,
+                next_s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, mask_s, bars, row_bias,
+                slope_of(slopes, slope_strides, b, head), cap, done, m0, N - M, next_end - 1, next_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
             )  # fmt: skip
             if OVERLAP:
@@ -457,6 +467,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides, sink_stride,
+    cap, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
@@ -468,7 +479,10 @@ def forward(
     Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims,
     whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and
     strides (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). ``group`` query heads share a
-    key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by head. None: absent.
+    key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch,
+    head); sink: by head; cap: see ``squashed``; mask: beside the bias, a tile
+    or a row with every tile of it. None:
+    absent.
 
     OWN_OUT: the output leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
     """
@@ -485,6 +499,10 @@ def forward(
         bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIAS_STAGES * WGS, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
+    if mask_desc is not None:
+        mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIAS_STAGES * WGS, mask_desc.block_shape), mask_desc.layout)
+    else:
+        mask_s = None
     COUNT: gl.constexpr = barrier_at("count", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
@@ -505,54 +523,63 @@ def forward(
     if WGS == 1:
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
-                        BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
+                        BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [1], [24])  # fmt: skip
     elif WGS == 2:
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
-                        BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
+                        BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 2, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
-                        BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
+                        BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
