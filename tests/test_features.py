@@ -14,7 +14,7 @@ import triflash
 from cases import BACKENDS, HAVE_TRITON, small_tiles
 from test_attention import agree, inputs
 from triflash import attention, ops
-from triflash.dropout import keep_mask
+from triflash.dropout import keep_mask, philox2x32, philox4x32
 
 ALL = ["oracle", *BACKENDS]
 
@@ -252,6 +252,22 @@ def test_a_captured_graph_draws_anew(backend: str, device: torch.device) -> None
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "generator, counter, key, wanted",
+    [
+        (philox2x32, (0, 0), (0,), (0x257A3673, 0xCD26BE2A)),
+        (philox2x32, (0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF,), (0xAB302C4D, 0x3DC9D239)),
+        (philox2x32, (0x243F6A88, 0x85A308D3), (0x13198A2E,), (0xBEDBBE6B, 0xE4C770B3)),
+        (philox4x32, (0, 0, 0, 0), (0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (philox4x32, (0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    ],
+)
+def test_philox_gives_known_answers(generator: Any, counter: tuple[int, ...], key: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    """Those that its authors publish for 7 rounds."""
+    words, keys = (tuple(torch.tensor(x) for x in numbers) for numbers in (counter, key))
+    assert tuple(int(word) for word in generator(words, keys if len(keys) > 1 else keys[0])) == wanted
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.85])

@@ -3,7 +3,9 @@
 A score's fate depends on (seed, offset, batch entry, query head, query, key) and on nothing else, so that every backend, kernel and tile
 size drops the same ones and a backward pass can draw them again. ``kernels/triton/features.py`` computes the same bits.
 
-Method: Philox-4x32 with 7 rounds, counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
+Method: Philox with 7 rounds, counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): Philox-4x32 gives every
+head of every batch entry a stream of its own, Philox-2x32 the bits of its scores. The latter costs a product and an exclusive or a round,
+little enough that each score draws its own, whatever the layout of a tile.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ROUNDS", "keep_mask", "philox", "threshold"]
+__all__ = ["ROUNDS", "keep_mask", "philox2x32", "philox4x32", "threshold"]
 
 ROUNDS = 7  # the fewest that pass BigCrush
 _WORD = 0xFFFFFFFF
+_MULTIPLIER = 0xD256D193
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
@@ -24,7 +27,7 @@ def threshold(p: float) -> int:
     return min(int(p * 2**31), 2**31 - 1)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words, in int64, for each counter of four such words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -36,6 +39,16 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
+def philox2x32(counter: tuple[Tensor, Tensor], key: Tensor) -> tuple[Tensor, Tensor]:
+    """Two 32-bit words, in int64, for each counter of two such words."""
+    c0, c1 = counter
+    for _ in range(ROUNDS):
+        high, low = _product(c0, _MULTIPLIER)
+        c0, c1 = high ^ key ^ c1, low
+        key = (key + _KEY_STEPS[0]) & _WORD
+    return c0, c1
+
+
 def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     """High and low word of the product of two 32-bit words: in halves, because int64 does not hold it."""
     high = (a * (b >> 16) + (a * (b & 0xFFFF) >> 16)) >> 16
@@ -45,14 +58,14 @@ def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 def keep_mask(seed: Tensor, p: float, batch: int, heads: int, rows: slice, cols: slice) -> Tensor:
     """``[batch, heads, rows, cols]`` bool, True where a probability is kept, which each is with probability ``1 - p``.
 
-    seed: int64 ``(2,)``, seed and offset. Philox's key is the seed, its high word mixed with the offset's; its counter is (key index // 4,
-    query, batch entry and head, offset's low word); the key index modulo 4 picks the word.
+    seed: int64 ``(2,)``, seed and offset. The stream of a head: the first two words (key, twist) of Philox-4x32 of the counter (batch entry
+    and head, 0, offset) with the seed as key. The number of a score: the first word of Philox-2x32 of the counter (key index, query index ^
+    twist), without its lowest bit.
     """
-    first, last = cols.start // 4, -(-cols.stop // 4)
-    c0 = torch.arange(first, last, device=seed.device)
-    c1 = torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
-    c2 = torch.arange(batch * heads, device=seed.device)[:, None, None]
-    c3 = seed[1] & _WORD
-    key = seed[0] & _WORD, ((seed[0] >> 32) ^ (seed[1] >> 32)) & _WORD
-    words = torch.stack(torch.broadcast_tensors(*philox((c0, c1, c2, c3), key)), -1).flatten(-2)
-    return (words[..., cols.start - 4 * first :][..., : cols.stop - cols.start] >> 1 >= threshold(p)).unflatten(0, (batch, heads))
+    pair = torch.arange(batch * heads, device=seed.device)
+    low, high = seed & _WORD, (seed >> 32) & _WORD
+    key, twist, _, _ = philox4x32((pair, torch.zeros_like(pair), low[1], high[1]), (low[0], high[0]))
+    i = torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
+    j = torch.arange(cols.start, cols.stop, device=seed.device)
+    word, _ = philox2x32((j, i ^ twist[:, None, None]), key[:, None, None])
+    return (word >> 1 >= threshold(p)).unflatten(0, (batch, heads))

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .prims import LOG2E, add_bias, offset, stride_in_tile
 
-ROUNDS: tl.constexpr = tl.constexpr(7)  # of Philox: as dropout.py
+ROUNDS: tl.constexpr = tl.constexpr(7)  # of Philox, and its constants below: as dropout.py
 
 
 class Features(NamedTuple):
@@ -56,7 +56,7 @@ def at_head(f, b, head, heads, batch_inner):
     bias = 0
     mask = 0
     slope = 0.0
-    stream = (0, 0, 0, 0)
+    stream = (0, 0)
     b0 = b // batch_inner
     b1 = b % batch_inner
     if f.bias is not None:
@@ -68,8 +68,17 @@ def at_head(f, b, head, heads, batch_inner):
     if f.seed is not None:
         seed = tl.load(f.seed)
         start = tl.load(f.seed + 1)
-        key1 = ((seed >> 32) ^ (start >> 32)).to(tl.uint32)
-        stream = (seed.to(tl.uint32), key1, tl.cast(b * heads + head, tl.uint32), start.to(tl.uint32))
+        pair = tl.cast(b * heads + head, tl.uint32)
+        key, twist, _c, _d = tl.philox_impl(
+            pair,
+            tl.zeros_like(pair),
+            start.to(tl.uint32),
+            (start >> 32).to(tl.uint32),
+            seed.to(tl.uint32),
+            (seed >> 32).to(tl.uint32),
+            ROUNDS,
+        )
+        stream = (key, twist)
     return bias, mask, slope, stream
 
 
@@ -169,27 +178,21 @@ def through_cap(f, ds, slope):
 def dropped(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.constexpr):
     """What dropout leaves of a tile ``[BM, BN]`` (TRANSPOSED: ``[BN, BM]``), not rescaled.
 
-    The keep-mask is a function of (seed, offset, batch entry, head, query, key), the same as ``triflash.dropout.keep_mask``: Philox-4x32
-    with the counter (key // 4, query, batch entry and head, offset), of which key % 4 picks a word.
+    The keep-mask is a function of (seed, offset, batch entry, head, query, key), the same as ``triflash.dropout.keep_mask``.
     """
     if f.seed is not None:
-        key0, key1, c2, c3 = at[3]
-        keys = n0 + tl.arange(0, BN)
-        queries = m0 + tl.arange(0, BM)
+        key, twist = at[3]
+        keys = (n0 + tl.arange(0, BN)).to(tl.uint32)
+        queries = (m0 + tl.arange(0, BM)).to(tl.uint32) ^ twist
         if TRANSPOSED:
-            j = keys[:, None] + tl.zeros([BN, BM], tl.int32)
-            c1 = queries[None, :] + tl.zeros([BN, BM], tl.int32)
+            c0, c1 = tl.broadcast(keys[:, None], queries[None, :])
         else:
-            j = keys[None, :] + tl.zeros([BM, BN], tl.int32)
-            c1 = queries[:, None] + tl.zeros([BM, BN], tl.int32)
-        c0 = j // 4
-        pick = j % 4
-        nothing = tl.zeros_like(c0).to(tl.uint32)
-        w0, w1, w2, w3 = tl.philox_impl(c0.to(tl.uint32), c1.to(tl.uint32), nothing + c2, nothing + c3, key0, key1, ROUNDS)
-        # Every score draws four words and takes one. A quarter of the draws, joined and reshaped into place, gave other words than these in
-        # some tiles (Triton 3.6 on an H200; not in the interpreter).
-        words = tl.where(pick == 0, w0, tl.where(pick == 1, w1, tl.where(pick == 2, w2, w3)))
-        return tl.where((words >> 1).to(tl.int32) >= f.threshold, x, 0.0)
+            c0, c1 = tl.broadcast(keys[None, :], queries[:, None])
+        for _ in tl.static_range(ROUNDS):
+            product = c0.to(tl.uint64) * 0xD256D193
+            c0, c1 = (product >> 32).to(tl.uint32) ^ key ^ c1, product.to(tl.uint32)
+            key = key + 0x9E3779B9
+        return tl.where((c0 >> 1).to(tl.int32) >= f.threshold, x, 0.0)
     else:
         return x
 
