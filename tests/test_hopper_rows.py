@@ -241,6 +241,10 @@ DBIAS_CONFIGS = [
     RowsConfig(1, 64, 4, chunk=32),
     RowsConfig(2, 128, 3),
     RowsConfig(2, 64, 5, chunk=16),
+    RowsConfig(2, 64, 10, v_stages=4, blocks=4),
+    RowsConfig(2, 64, 5, v_stages=2, blocks=3, turns=True),
+    RowsConfig(2, 64, 2, 2, v_stages=3, blocks=2),
+    RowsConfig(1, 32, 7, 2, v_stages=5, blocks=4, chunk=32),
 ]
 
 
@@ -287,8 +291,13 @@ def test_repeats(kernel: str, dim: int, device: torch.device) -> None:
         ("dq", "s = warpgroup_mma_wait(2, [s_pending])", "s = warpgroup_mma_wait(3, [s_pending])"),
         ("dq", "tma_store_wait(1)", "pass"),
         ("dbias", "mbarrier.wait(bars.index(EMPTY + slot), ((at // SLOTS) & 1) ^ 1)", "pass"),
-        ("dbias", "mbarrier.wait(bars.index(BIAS_FULL + WG), wave & 1)", "pass"),
-        ("dbias", "            tma_store_wait(0)", "            pass"),
+        ("dbias", "mbarrier.wait(bars.index(LEFT_FULL + left_slot), (left_at // LEFT) & 1)", "pass"),
+        ("dbias", "mbarrier.wait(bars.index(RIGHT_FULL + right_slot), (right_at // RIGHT) & 1)", "pass"),
+        ("dbias", "if j == BLOCKS - 1:\n                        mbarrier.arrive(bars.index(LEFT_EMPTY", "if j == 0:\n                        mbarrier.arrive(bars.index(LEFT_EMPTY"),
+        ("dbias", "mbarrier.wait(bars.index(BIAS_FULL + buffer), (bias_at // BIASES) & 1)", "pass"),
+        ("dbias", "mbarrier.wait(bars.index(BIAS_EMPTY + buffer), ((at // BIASES) & 1) ^ 1)", "pass"),
+        ("dbias", "                            tma_store_wait(1)", "                            pass"),
+        ("dbias", "                            tma_store_wait(0)", "                            pass"),
     ],
 )
 def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +312,8 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
                 config = RowsConfig(2, 64, 3, 2, v_stages=2 + 2 * ("K_EMPTY" in old))
                 run_dq(Problem(M=300, N=600, bias="" if "K_EMPTY" in old else "b1hqk"), torch.device("cpu"), config, seed=seed)
             else:
-                run_dbias(Problem(B=8, M=300, N=300, bias="11hqk"), torch.device("cpu"), seed=seed)
+                config = RowsConfig(2, 64, 10, v_stages=4, blocks=4) if seed % 2 else None
+                run_dbias(Problem(B=8, M=300, N=300, bias="11hqk"), torch.device("cpu"), config, seed=seed)
         except (AssertionError, TimeoutError, AttributeError, TypeError, RuntimeError):
             broken += 1
     assert broken

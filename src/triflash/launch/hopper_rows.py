@@ -83,7 +83,8 @@ def dbias_call(
 
     One part may have the bias's dtype and be the gradient itself; several are float32, and ``dbias_sum`` adds them.
     """
-    assert spec.bias is not None and config.num_stages >= slots_needed(spec, config.chunk), "fewer slots than a round needs: a deadlock"
+    slots = slots_needed(spec, config)
+    assert spec.bias is not None and config.num_stages >= slots[0] and config.value_stages >= slots[1], "too few slots: a deadlock"
     block_n, chunk = config.block_n, config.chunk
     rows, keys = (1, ROWS, 1, chunk), (1, block_n, 1, chunk)
     tiles_m, tiles_n, own = dbias_tiles(spec, config)
@@ -108,12 +109,15 @@ def dbias_call(
         "D": spec.head_dim,
         "DV": spec.value_dim,
         "WGS": config.consumers,
-        "SLOTS": config.num_stages,
+        "BLOCKS": config.blocks,
+        "LEFT": config.value_stages,
+        "RIGHT": config.num_stages,
+        "BIAS_STAGES": config.bias_stages,
         "VARIES_B0": spec.bias.varies[0],
         "VARIES_B1": spec.bias.varies[1],
         "VARIES_H": spec.bias.varies[2],
         "HAS_REST": stats.shape[1] == 3,
-        "EVEN": spec.queries % config.block_m == 0 and spec.keys % block_n == 0,
+        "EVEN": spec.queries % config.block_m == 0 and spec.keys % config.tile_n == 0,
         "TURNS": config.turns,
         "REGISTERS": config.registers,
     }

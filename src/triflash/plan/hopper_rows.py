@@ -17,7 +17,7 @@ __all__ = [
 ]  # fmt: skip
 
 ROWS = 64  # queries of one consumer warpgroup
-EMPTY_TILE_COST = 0.2  # of writing a tile of zeros, in rounds
+EMPTY_TILE_COST = 0.05  # of passing over a tile of zeros, in rounds; a warp of its own writes them
 MOST_SIMULATED = 65536  # tiles; with more, any way of dealing them comes out even
 
 
@@ -26,12 +26,14 @@ class RowsConfig(HopperConfig):
     """One launch configuration of ``dq`` or ``dbias``.
 
     dq: as in the forward kernel; num_stages are buffers for key blocks, v_stages for value blocks, and ahead says that the last product of
-    a block is issued behind the first two of the next, which takes registers and a second key buffer. dbias: num_stages are the slots of
-    the ring, each of ``chunk`` columns of both operands; of the other fields only turns matters.
+    a block is issued behind the first two of the next, which takes registers and a second key buffer. dbias: a tile is ``blocks`` times
+    block_n keys wide; num_stages are slots of ``chunk`` columns of a block's keys or values, v_stages slots of ``chunk`` columns of a tile's
+    queries or their dout, and bias_stages the tiles whose bias has room; of the other fields only turns matters.
     """
 
     ahead: bool = True
     chunk: int = 64
+    blocks: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,10 +41,18 @@ class RowsConfig(HopperConfig):
             raise bad_value("consumers", "1 or 2", self.consumers)
         if self.chunk not in (16, 32, 64, 128):
             raise bad_value("chunk", "16, 32, 64 or 128", self.chunk)
+        if not 1 <= self.blocks <= 4:
+            raise bad_value("blocks", "1 to 4", self.blocks)
+
+    @property
+    def tile_n(self) -> int:
+        """Keys of a tile of ``dbias``."""
+        return self.block_n * self.blocks
 
     def __str__(self) -> str:
         flags = " turns" * self.turns + " ahead" * self.ahead + " own-out" * self.own_out + " persistent" * self.persistent
-        return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.value_stages} b{self.bias_stages} c{self.chunk}{flags}"
+        blocks = f"x{self.blocks}" * (self.blocks > 1)
+        return f"{self.block_m}x{self.block_n}{blocks} s{self.num_stages}/{self.value_stages} b{self.bias_stages} c{self.chunk}{flags}"
 
 
 def dq_shared_memory(spec: AttentionSpec, config: RowsConfig, dbias: bool) -> int:
@@ -109,14 +119,20 @@ def dbias_works(spec: AttentionSpec) -> bool:
 
 def dbias_shared_memory(spec: AttentionSpec, config: RowsConfig) -> int:
     """Bytes of shared memory of one program of ``dbias``."""
-    ring = config.num_stages * (config.block_m + config.block_n) * config.chunk * 2
-    return ring + config.consumers * bias_bytes(spec, config) + 8 * (2 * config.num_stages + 3 * config.consumers) + 1024
+    rings = (config.num_stages * config.block_n + config.value_stages * config.block_m) * config.chunk * 2
+    biases = config.bias_stages * config.blocks * config.consumers
+    bias = (biases + _banded(spec)) * bias_bytes(spec, config)  # and a block of zeros for what nobody sees
+    barriers = 8 * (2 * (config.num_stages + config.value_stages + biases) + config.consumers)
+    return rings + bias + barriers + 1024
 
 
-def slots_needed(spec: AttentionSpec, chunk: int) -> int:
-    """Chunks that must lie in the ring at the same time: all of a round, or the last of s and all of dp."""
-    s, dp = -(-spec.head_dim // chunk), -(-spec.value_dim // chunk)
-    return min(s + dp, 1 + dp)
+def slots_needed(spec: AttentionSpec, config: RowsConfig) -> tuple[int, int]:
+    """Chunks of keys, and of queries, that must lie in their rings at the same time: all that a block takes, or the last of s and all of
+    dp. Those of the queries stay until the last block of a tile.
+    """
+    s, dp = -(-spec.head_dim // config.chunk), -(-spec.value_dim // config.chunk)
+    least = min(s + dp, 1 + dp)
+    return least, least if config.blocks == 1 else s + dp
 
 
 @functools.lru_cache(maxsize=4096)
@@ -127,9 +143,9 @@ def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
     """
     chunk = min(64, padded(max(spec.head_dim, spec.value_dim)))
     for consumers, block_n in ((2, 128), (2, 64), (1, 64), (1, 32)):
-        for slots in range(8, slots_needed(spec, chunk) - 1, -1):
+        for slots in range(8, 0, -1):
             config = RowsConfig(consumers, block_n, slots, chunk=chunk)
-            if dbias_shared_memory(spec, config) <= limit:
+            if min(slots_needed(spec, config)) <= slots and dbias_shared_memory(spec, config) <= limit:
                 return config
     return None
 
@@ -137,7 +153,7 @@ def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
 def dbias_tiles(spec: AttentionSpec, config: RowsConfig) -> tuple[int, int, int]:
     """(query tiles, key tiles, tiles of the whole bias)."""
     assert spec.bias is not None
-    tiles_m, tiles_n = -(-spec.queries // config.block_m), -(-spec.keys // config.block_n)
+    tiles_m, tiles_n = -(-spec.queries // config.block_m), -(-spec.keys // config.tile_n)
     own = tiles_m * tiles_n
     for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads), spec.bias.varies[:3], strict=True):
         own *= size if varies else 1
@@ -189,7 +205,7 @@ def _best_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs
 def _sees(spec: AttentionSpec, config: RowsConfig, tm: int, tn: int) -> bool:
     """Whether a query of that tile sees a key of it."""
     first, last = tm * config.block_m, min((tm + 1) * config.block_m, spec.queries) - 1
-    begin, end = tn * config.block_n, min((tn + 1) * config.block_n, spec.keys)
+    begin, end = tn * config.tile_n, min((tn + 1) * config.tile_n, spec.keys)
     return (spec.hi is None or begin <= last + spec.hi) and (spec.lo is None or end > first + spec.lo)
 
 

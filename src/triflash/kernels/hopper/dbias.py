@@ -31,9 +31,10 @@ from .rows import add_bias, hide, probabilities, statistics, visible
 
 
 @gluon.constexpr_function
-def barrier_at(name, WGS, SLOTS):
+def barrier_at(name, WGS, LEFT, RIGHT, BIASES):
     """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
-    sizes = {"full": SLOTS, "bias_full": WGS, "bias_empty": WGS, "turn": WGS, "empty": SLOTS, "count": 0}
+    sizes = {"left_full": LEFT, "right_full": RIGHT, "bias_full": BIASES, "bias_empty": BIASES, "turn": WGS}
+    sizes |= {"left_empty": LEFT, "right_empty": RIGHT, "count": 0}
     names = list(sizes)
     return sum(sizes[n] for n in names[: names.index(name)])
 
@@ -103,72 +104,115 @@ def _round(
 
 @gluon.jit
 def _fetch(
-    left_desc, right_desc, left_s, right_s, bars, at, b, left_row, left_head, right_row, right_head, column,
-    BM: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
+    desc, ring, bars, at, b, row, head, column, FULL: gl.constexpr, EMPTY: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """One chunk of the operands of a product into its slot."""
-    FULL: gl.constexpr = barrier_at("full", WGS, SLOTS)
-    EMPTY: gl.constexpr = barrier_at("empty", WGS, SLOTS)
+    """One chunk of an operand into its slot, in PARTS buffers of rows that follow one another."""
     slot = at % SLOTS
     full = bars.index(FULL + slot)
     mbarrier.wait(bars.index(EMPTY + slot), ((at // SLOTS) & 1) ^ 1)
-    mbarrier.expect(full, WGS * left_desc.block_type.nbytes + right_desc.block_type.nbytes)
-    for w in gl.static_range(WGS):
-        tma_load(left_desc, [b, left_row + w * BM, left_head, column], full, left_s.index(slot * WGS + w))
-    tma_load(right_desc, [b, right_row, right_head, column], full, right_s.index(slot))
+    mbarrier.expect(full, PARTS * desc.block_type.nbytes)
+    for w in gl.static_range(PARTS):
+        tma_load(desc, [b, row + w * ring.shape[2], head, column], full, ring.index(slot * PARTS + w))
 
 
 @gluon.jit
 def _produce(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars,
+    s_desc, dp_desc, ring, bars,
     batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles_n, tiles, shuffle,
-    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr,
+    S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
+    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, OF_KEYS: gl.constexpr,
 ):  # fmt: skip
-    """The producer: every load of the program, in the order in which the consumers need them."""
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, SLOTS)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, SLOTS)
-    CHUNK: gl.constexpr = right_s.shape[4]
+    """A producer: every load of one side of both products, in the order in which the consumers need them.
+
+    That of the queries gives the rows of all consumers once a round; that of the keys one block after the other.
+    """
+    CHUNK: gl.constexpr = ring.shape[4]
+    PARTS: gl.constexpr = 1 if OF_KEYS else WGS
+    SLOTS: gl.constexpr = ring.shape[0] // PARTS
     at = 0  # chunks so far
-    wave = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _part, b0, b1, own_head, m0, n0, first, last = _tile(
             index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
-            BM * WGS, BN,
+            BM * WGS, BN * BLOCKS,
         )  # fmt: skip
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
-            key_head = head // group
-            for c in gl.static_range(S_CHUNKS):
-                _fetch(q_desc, k_desc, left_s, right_s, bars, at + c, b, m0, head, n0, key_head, c * CHUNK, BM, WGS, SLOTS)
-            for c in gl.static_range(DP_CHUNKS):
-                _fetch(
-                    dout_desc, v_desc, left_s, right_s, bars, at + S_CHUNKS + c, b, m0, head, n0, key_head, c * CHUNK, BM, WGS, SLOTS
-                )  # fmt: skip
-            at += S_CHUNKS + DP_CHUNKS
-            if r == first:  # behind a whole round, since its buffer is busy until the tile before has left it
-                for w in gl.static_range(WGS):
-                    mbarrier.wait(bars.index(BIAS_EMPTY + w), (wave & 1) ^ 1)
-                    mbarrier.expect(bars.index(BIAS_FULL + w), bias_desc.block_type.nbytes)
-                    tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0], bars.index(BIAS_FULL + w), bias_s.index(w))
-        if first == last:
-            for w in gl.static_range(WGS):
-                mbarrier.wait(bars.index(BIAS_EMPTY + w), (wave & 1) ^ 1)
-                mbarrier.arrive(bars.index(BIAS_FULL + w))
-        wave += 1
+            if OF_KEYS:
+                head = head // group
+            for j in gl.static_range(BLOCKS if OF_KEYS else 1):
+                row = n0 + j * BN if OF_KEYS else m0
+                for c in gl.static_range(S_CHUNKS):
+                    _fetch(s_desc, ring, bars, at + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
+                for c in gl.static_range(DP_CHUNKS):
+                    _fetch(dp_desc, ring, bars, at + S_CHUNKS + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
+                at += S_CHUNKS + DP_CHUNKS
 
 
 @gluon.jit
-def _multiply(acc, left_s, right_s, bars, at, WG: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, FIRST: gl.constexpr):
-    """Issue the product of one chunk, as soon as it is there."""
-    FULL: gl.constexpr = barrier_at("full", WGS, SLOTS)
-    BM: gl.constexpr = left_s.shape[2]
-    BN: gl.constexpr = right_s.shape[2]
-    CHUNK: gl.constexpr = right_s.shape[4]
-    slot = at % SLOTS
-    mbarrier.wait(bars.index(FULL + slot), (at // SLOTS) & 1)
-    left = left_s.index(slot * WGS + WG).reshape([BM, CHUNK])
-    right = right_s.index(slot).reshape([BN, CHUNK]).permute((1, 0))
+def _supply(
+    bias_desc, dbias_desc, dbias, bias_s, zeros_s, bars, dbias_strides,
+    batch_outer, batch_inner, heads, M, N, lo, hi, splits, tiles_m, tiles_n, tiles, shuffle,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, BIAS_FULL: gl.constexpr, BIAS_EMPTY: gl.constexpr,
+    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
+):  # fmt: skip
+    """The bias of every tile that somebody sees, each block as soon as its buffer is free; and the zeros of those that nobody sees."""
+    BIASES: gl.constexpr = bias_s.shape[0]
+    at = 0  # blocks so far, of all consumers
+    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        part, b0, b1, own_head, m0, n0, first, last = _tile(
+            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            BM * WGS, BN * BLOCKS,
+        )  # fmt: skip
+        if first < last:
+            for j in gl.static_range(BLOCKS):
+                for w in gl.static_range(WGS):
+                    buffer = (at + j * WGS + w) % BIASES
+                    mbarrier.wait(bars.index(BIAS_EMPTY + buffer), ((at // BIASES) & 1) ^ 1)
+                    mbarrier.expect(bars.index(BIAS_FULL + buffer), bias_desc.block_type.nbytes)
+                    tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0 + j * BN], bars.index(BIAS_FULL + buffer), bias_s.index(buffer))
+            at += BLOCKS * WGS
+        if lo is not None or hi is not None:
+            if first == last:
+                if dbias_desc is not None:
+                    for j in gl.static_range(BLOCKS):
+                        for w in gl.static_range(WGS):
+                            tma_store(dbias_desc, [b0, b1, own_head, m0 + w * BM, n0 + j * BN], zeros_s)
+                else:
+                    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+                    base = _own(dbias, dbias_strides, part, b0, b1, own_head, m0, n0)
+                    nothing = gl.zeros([BN], dbias.dtype.element_ty, LINE)
+                    for i in range(0, min(BM * WGS, M - m0)):
+                        for j in gl.static_range(BLOCKS):
+                            column = j * BN + gl.arange(0, BN, LINE)
+                            at_row = base + offset(i, dbias_strides[4])
+                            gl.store(at_row + column.to(gl.int64) * dbias_strides[5], nothing, mask=n0 + column < N)
+    if zeros_s is not None:
+        tma_store_wait(0)
+
+
+@gluon.jit
+def _own(dbias, strides, part, b0, b1, head, m0, n0):
+    """Where a tile begins in a gradient of any strides."""
+    base = dbias + offset(part, strides[0]) + offset(b0, strides[1]) + offset(b1, strides[2])
+    return base + offset(head, strides[3]) + offset(m0, strides[4]) + offset(n0, strides[5])
+
+
+@gluon.jit
+def _multiply(
+    acc, left_s, right_s, bars, left_at, right_at, WG: gl.constexpr, WGS: gl.constexpr, LEFT_FULL: gl.constexpr, RIGHT_FULL: gl.constexpr,
+    FIRST: gl.constexpr, NEW: gl.constexpr,
+):  # fmt: skip
+    """Issue the product of one chunk, as soon as it is there. FIRST: the sum begins with it. NEW: the queries' chunk was not used before."""
+    LEFT: gl.constexpr = left_s.shape[0] // WGS
+    RIGHT: gl.constexpr = right_s.shape[0]
+    left_slot = left_at % LEFT
+    right_slot = right_at % RIGHT
+    if NEW:
+        mbarrier.wait(bars.index(LEFT_FULL + left_slot), (left_at // LEFT) & 1)
+    mbarrier.wait(bars.index(RIGHT_FULL + right_slot), (right_at // RIGHT) & 1)
+    left = left_s.index(left_slot * WGS + WG).reshape([left_s.shape[2], left_s.shape[4]])
+    right = right_s.index(right_slot).reshape([right_s.shape[2], right_s.shape[4]]).permute((1, 0))
     return warpgroup_mma(left, right, acc, use_acc=not FIRST, is_async=True)
 
 
@@ -176,91 +220,119 @@ def _multiply(acc, left_s, right_s, bars, at, WG: gl.constexpr, WGS: gl.constexp
 def _consume(
     dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars,
     dbias_strides, slope_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, S_CHUNKS: gl.constexpr,
     DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
-    """One consumer: 64 queries of every tile of the program."""
+    """One consumer: 64 queries of every tile of the program that somebody sees."""
     S: gl.constexpr = accumulator(BN)
-    FULL: gl.constexpr = barrier_at("full", WGS, SLOTS)
-    EMPTY: gl.constexpr = barrier_at("empty", WGS, SLOTS)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, SLOTS)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, SLOTS)
-    TURN: gl.constexpr = barrier_at("turn", WGS, SLOTS)
+    LEFT: gl.constexpr = left_s.shape[0] // WGS
+    RIGHT: gl.constexpr = right_s.shape[0]
+    BIASES: gl.constexpr = bias_s.shape[0]
+    LEFT_FULL: gl.constexpr = barrier_at("left_full", WGS, LEFT, RIGHT, BIASES)
+    LEFT_EMPTY: gl.constexpr = barrier_at("left_empty", WGS, LEFT, RIGHT, BIASES)
+    RIGHT_FULL: gl.constexpr = barrier_at("right_full", WGS, LEFT, RIGHT, BIASES)
+    RIGHT_EMPTY: gl.constexpr = barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES)
+    TURN: gl.constexpr = barrier_at("turn", WGS, LEFT, RIGHT, BIASES)
     CHUNKS: gl.constexpr = S_CHUNKS + DP_CHUNKS
-    EARLY: gl.constexpr = 0 if CHUNKS <= SLOTS else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
+    EARLY: gl.constexpr = 0 if CHUNKS <= min(LEFT, RIGHT) else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
     scale_log2 = scale * LOG2E
     nothing = gl.zeros([BM, BN], gl.float32, S)
-    at = 0
-    wave = 0
+    left_at = 0
+    right_at = 0
+    bias_at = WG
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         part, b0, b1, own_head, m0, n0, first, last = _tile(
             index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
-            BM * WGS, BN,
+            BM * WGS, BN * BLOCKS,
         )  # fmt: skip
         m0 += WG * BM
-        acc = gl.zeros([BM, BN], gl.float32, S)
+        sums = (nothing,) * BLOCKS
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
             lse, delta, rest = statistics(stats, b * heads + head, m0, M, HAS_REST, BM, BN)
-            if TURNS:
-                mbarrier.wait(bars.index(TURN + WG), (at // CHUNKS) & 1)
-            s_pending = _multiply(nothing, left_s, right_s, bars, at, WG, WGS, SLOTS, True)
-            for c in gl.static_range(1, S_CHUNKS):
-                s_pending = _multiply(s_pending, left_s, right_s, bars, at + c, WG, WGS, SLOTS, False)
-                if c <= EARLY:
-                    s_pending = warpgroup_mma_wait(1, [s_pending])
-                    mbarrier.arrive(bars.index(EMPTY + (at + c - 1) % SLOTS))
-            dp_pending = _multiply(nothing, left_s, right_s, bars, at + S_CHUNKS, WG, WGS, SLOTS, True)
-            for c in gl.static_range(1, DP_CHUNKS):
-                dp_pending = _multiply(dp_pending, left_s, right_s, bars, at + S_CHUNKS + c, WG, WGS, SLOTS, False)
-            if TURNS:
-                mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
-            s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
-            for c in gl.static_range(EARLY, S_CHUNKS):
-                mbarrier.arrive(bars.index(EMPTY + (at + c) % SLOTS))
+            new_sums = ()
+            for j in gl.static_range(BLOCKS):
+                if TURNS:
+                    mbarrier.wait(bars.index(TURN + WG), (right_at // CHUNKS) & 1)
+                s_pending = _multiply(nothing, left_s, right_s, bars, left_at, right_at, WG, WGS, LEFT_FULL, RIGHT_FULL, True, j == 0)
+                for c in gl.static_range(1, S_CHUNKS):
+                    s_pending = _multiply(
+                        s_pending, left_s, right_s, bars, left_at + c, right_at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False, j == 0
+                    )  # fmt: skip
+                    if c <= EARLY:
+                        s_pending = warpgroup_mma_wait(1, [s_pending])
+                        mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c - 1) % RIGHT))
+                        if j == BLOCKS - 1:
+                            mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c - 1) % LEFT))
+                dp_pending = _multiply(
+                    nothing, left_s, right_s, bars, left_at + S_CHUNKS, right_at + S_CHUNKS, WG, WGS, LEFT_FULL, RIGHT_FULL, True, j == 0
+                )  # fmt: skip
+                for c in gl.static_range(S_CHUNKS + 1, CHUNKS):
+                    dp_pending = _multiply(
+                        dp_pending, left_s, right_s, bars, left_at + c, right_at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False, j == 0
+                    )  # fmt: skip
+                if TURNS:
+                    mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+                s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
+                for c in gl.static_range(EARLY, S_CHUNKS):
+                    mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c) % RIGHT))
+                    if j == BLOCKS - 1:
+                        mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c) % LEFT))
 
-            mbarrier.wait(bars.index(BIAS_FULL + WG), wave & 1)
-            bias = bias_s.index(WG).reshape([BM, BN]).load(S)
-            s = add_bias(s * scale_log2, bias, False)
-            if slopes is not None:
-                i = gl.expand_dims(m0 + (N - M) + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
-                j = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
-                s = add_alibi(s, slope_of(slopes, slope_strides, b, head), i, j)
-            if lengths is not None:
-                s = hide(s, visible(m0, n0, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
-            p = probabilities(s, lse, rest, HAS_REST, True)
+                buffer = (bias_at + j * WGS) % BIASES
+                mbarrier.wait(bars.index(BIAS_FULL + buffer), (bias_at // BIASES) & 1)
+                bias = bias_s.index(buffer).reshape([BM, BN]).load(S)
+                s = add_bias(s * scale_log2, bias, False)
+                if slopes is not None:
+                    i = gl.expand_dims(m0 + (N - M) + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
+                    keys = gl.expand_dims(n0 + j * BN + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
+                    s = add_alibi(s, slope_of(slopes, slope_strides, b, head), i, keys)
+                if lengths is not None:
+                    s = hide(s, visible(m0, n0 + j * BN, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
+                p = probabilities(s, lse, rest, HAS_REST, True)
 
-            done = at + CHUNKS - 1
-            mbarrier.wait(bars.index(FULL + done % SLOTS), (done // SLOTS) & 1)  # long since full: keeps ptxas from moving the wait up
-            dp = warpgroup_mma_wait(0, [dp_pending])
-            for c in gl.static_range(S_CHUNKS, CHUNKS):
-                mbarrier.arrive(bars.index(EMPTY + (at + c) % SLOTS))
-            acc += p * (dp - gl.expand_dims(delta, 1))
-            at += CHUNKS
+                done = right_at + CHUNKS - 1
+                mbarrier.wait(bars.index(RIGHT_FULL + done % RIGHT), (done // RIGHT) & 1)  # long since: keeps ptxas from moving the wait up
+                dp = warpgroup_mma_wait(0, [dp_pending])
+                for c in gl.static_range(S_CHUNKS, CHUNKS):
+                    mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c) % RIGHT))
+                    if j == BLOCKS - 1:
+                        mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c) % LEFT))
+                right_at += CHUNKS
+                acc = sums[j] + p * (dp - gl.expand_dims(delta, 1))
+                new_sums = new_sums + (acc,)  # noqa: RUF005 - Triton has no unpacking
 
-        # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
-        if lo is not None or hi is not None:
-            acc = hide(acc, visible(m0, n0, N, lo, hi, BM, BN), 0.0)
-        mbarrier.wait(bars.index(BIAS_FULL + WG), wave & 1)  # the buffer is this tile's also if there was no round
-        if dbias_desc is not None:
-            bias_s.index(WG).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
-            fence_async_shared()
-            tma_store(dbias_desc, [b0, b1, own_head, m0, n0], bias_s.index(WG))
-            tma_store_wait(0)
-        else:
-            base = dbias + offset(part, dbias_strides[0]) + offset(b0, dbias_strides[1]) + offset(b1, dbias_strides[2])
-            base += offset(own_head, dbias_strides[3]) + offset(m0, dbias_strides[4]) + offset(n0, dbias_strides[5])
-            i = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
-            j = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
-            pointers = base + i.to(gl.int64) * dbias_strides[4] + j.to(gl.int64) * dbias_strides[5]
-            if EVEN:
-                gl.store(pointers, acc.to(dbias.dtype.element_ty))
-            else:
-                gl.store(pointers, acc.to(dbias.dtype.element_ty), mask=(m0 + i < M) & (n0 + j < N))
-            fence_async_shared()  # behind the loads of the bias: see the forward kernel
-        mbarrier.arrive(bars.index(BIAS_EMPTY + WG))
-        wave += 1
+                if r == last - 1:  # the block leaves under the products of the next ones, and its buffer is filled with the next tile's bias
+                    # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
+                    if lo is not None or hi is not None:
+                        acc = hide(acc, visible(m0, n0 + j * BN, N, lo, hi, BM, BN), 0.0)
+                    if dbias_desc is not None:
+                        bias_s.index(buffer).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
+                        fence_async_shared()
+                        tma_store(dbias_desc, [b0, b1, own_head, m0, n0 + j * BN], bias_s.index(buffer))
+                        if j > 0:
+                            tma_store_wait(1)
+                            mbarrier.arrive(bars.index(BIAS_EMPTY + (bias_at + (j - 1) * WGS) % BIASES))
+                        if j == BLOCKS - 1:
+                            tma_store_wait(0)
+                            mbarrier.arrive(bars.index(BIAS_EMPTY + buffer))
+                    else:
+                        base = _own(dbias, dbias_strides, part, b0, b1, own_head, m0, n0 + j * BN)
+                        i = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
+                        keys = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
+                        pointers = base + i.to(gl.int64) * dbias_strides[4] + keys.to(gl.int64) * dbias_strides[5]
+                        if EVEN:
+                            gl.store(pointers, acc.to(dbias.dtype.element_ty))
+                        else:
+                            gl.store(pointers, acc.to(dbias.dtype.element_ty), mask=(m0 + i < M) & (n0 + j * BN + keys < N))
+                        fence_async_shared()  # behind the loads of the bias: see the forward kernel
+                        mbarrier.arrive(bars.index(BIAS_EMPTY + buffer))
+            sums = new_sums
+            left_at += CHUNKS
+        bias_at += gl.where(first < last, BLOCKS * WGS, 0)
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
@@ -271,9 +343,9 @@ COUNTS = ["batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", 
 def dbias(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides,
     batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
-    D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
-    TURNS: gl.constexpr, REGISTERS: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    BIAS_STAGES: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
+    EVEN: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``tiles`` tiles, ``tiles_m`` by ``tiles_n`` a head of the bias, times ``splits``; within a head as ``_tile`` says, the part slowest.
 
@@ -286,50 +358,63 @@ def dbias(
     CHUNK: gl.constexpr = k_desc.block_shape[3]
     S_CHUNKS: gl.constexpr = chunks_of(D, CHUNK)
     DP_CHUNKS: gl.constexpr = chunks_of(DV, CHUNK)
+    BIASES: gl.constexpr = BIAS_STAGES * BLOCKS * WGS
     DT: gl.constexpr = q_desc.dtype
-    left_s = gl.allocate_shared_memory(DT, stacked(SLOTS * WGS, q_desc.block_shape), q_desc.layout)
-    right_s = gl.allocate_shared_memory(DT, stacked(SLOTS, k_desc.block_shape), k_desc.layout)
-    bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(WGS, bias_desc.block_shape), bias_desc.layout)
-    COUNT: gl.constexpr = barrier_at("count", WGS, SLOTS)
-    EMPTY: gl.constexpr = barrier_at("empty", WGS, SLOTS)
+    left_s = gl.allocate_shared_memory(DT, stacked(LEFT * WGS, q_desc.block_shape), q_desc.layout)
+    right_s = gl.allocate_shared_memory(DT, stacked(RIGHT, k_desc.block_shape), k_desc.layout)
+    bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIASES, bias_desc.block_shape), bias_desc.layout)
+    zeros_s = None
+    if dbias_desc is not None and (lo is not None or hi is not None):
+        zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
+        zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
+    COUNT: gl.constexpr = barrier_at("count", WGS, LEFT, RIGHT, BIASES)
+    LEFT_EMPTY: gl.constexpr = barrier_at("left_empty", WGS, LEFT, RIGHT, BIASES)
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(COUNT):
-        if n >= EMPTY:
+        if n >= LEFT_EMPTY:
             mbarrier.init(bars.index(n), count=WGS)  # every consumer reads every chunk
         else:
             mbarrier.init(bars.index(n), count=1)
     fence_async_shared()
     if TURNS:
-        mbarrier.arrive(bars.index(barrier_at("turn", WGS, SLOTS)))
+        mbarrier.arrive(bars.index(barrier_at("turn", WGS, LEFT, RIGHT, BIASES)))
 
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
-                        bars,
-                        optional(dbias_strides), optional(slope_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
-                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
-                        TURNS)),
-            (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
-                        group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, SLOTS,
-                        S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
-        ], [1], [24])  # fmt: skip
+                        bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
+                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
+                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
+            (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
+                        tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, BLOCKS, barrier_at("left_full", WGS, LEFT, RIGHT, BIASES),
+                        LEFT_EMPTY, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False)),
+            (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
+                        tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, BLOCKS, barrier_at("right_full", WGS, LEFT, RIGHT, BIASES),
+                        barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES), S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True)),
+            (_supply, (bias_desc, optional(dbias_desc), optional(dbias_out), bias_s, optional(zeros_s), bars, optional(dbias_strides),
+                       batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle,
+                       BM, BN, WGS, BLOCKS, barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES),
+                       barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES), VARIES_B0, VARIES_B1, VARIES_H)),
+        ], [1, 1, 1], [32, 32, 32])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
-                        bars,
-                        optional(dbias_strides), optional(slope_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
-                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
-                        TURNS)),
+                        bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
+                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
+                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
-                        bars,
-                        optional(dbias_strides), optional(slope_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
-                        1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
-                        TURNS)),
-            (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
-                        group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, SLOTS,
-                        S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
-        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+                        bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
+                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle, 1, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
+                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
+            (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
+                        tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, BLOCKS, barrier_at("left_full", WGS, LEFT, RIGHT, BIASES),
+                        LEFT_EMPTY, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False)),
+            (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
+                        tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, BLOCKS, barrier_at("right_full", WGS, LEFT, RIGHT, BIASES),
+                        barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES), S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True)),
+            (_supply, (bias_desc, optional(dbias_desc), optional(dbias_out), bias_s, optional(zeros_s), bars, optional(dbias_strides),
+                       batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle,
+                       BM, BN, WGS, BLOCKS, barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES),
+                       barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES), VARIES_B0, VARIES_B1, VARIES_H)),
+        ], [4, 1, 1, 1], [REGISTERS, 32, 32, 32])  # fmt: skip
