@@ -305,14 +305,16 @@ def _consume(
                 acc = sums[j] + p * (dp - gl.expand_dims(delta, 1))
                 new_sums = new_sums + (acc,)  # noqa: RUF005 - Triton has no unpacking
 
-                if r == last - 1:  # the block leaves under the products of the next ones, and its buffer is filled with the next tile's bias
+                over = r - (last - 1)
+                if over >= 0:  # the block leaves under the products of the next, and makes room for the next tile's bias
+                    m_out, n_out = m0 + over, n0 + j * BN + over  # 0, and looks as if it varied, lest masks be kept in registers all along
                     # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
                     if lo is not None or hi is not None:
-                        acc = hide(acc, visible(m0, n0 + j * BN, N, lo, hi, BM, BN), 0.0)
+                        acc = hide(acc, visible(m_out, n_out, N, lo, hi, BM, BN), 0.0)
                     if dbias_desc is not None:
                         bias_s.index(buffer).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
                         fence_async_shared()
-                        tma_store(dbias_desc, [b0, b1, own_head, m0, n0 + j * BN], bias_s.index(buffer))
+                        tma_store(dbias_desc, [b0, b1, own_head, m_out, n_out], bias_s.index(buffer))
                         if j > 0:
                             tma_store_wait(1)
                             mbarrier.arrive(bars.index(BIAS_EMPTY + (bias_at + (j - 1) * WGS) % BIASES))
@@ -320,14 +322,14 @@ def _consume(
                             tma_store_wait(0)
                             mbarrier.arrive(bars.index(BIAS_EMPTY + buffer))
                     else:
-                        base = _own(dbias, dbias_strides, part, b0, b1, own_head, m0, n0 + j * BN)
+                        base = _own(dbias, dbias_strides, part, b0, b1, own_head, m_out, n_out)
                         i = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
                         keys = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
                         pointers = base + i.to(gl.int64) * dbias_strides[4] + keys.to(gl.int64) * dbias_strides[5]
                         if EVEN:
                             gl.store(pointers, acc.to(dbias.dtype.element_ty))
                         else:
-                            gl.store(pointers, acc.to(dbias.dtype.element_ty), mask=(m0 + i < M) & (n0 + j * BN + keys < N))
+                            gl.store(pointers, acc.to(dbias.dtype.element_ty), mask=(m_out + i < M) & (n_out + keys < N))
                         fence_async_shared()  # behind the loads of the bias: see the forward kernel
                         mbarrier.arrive(bars.index(BIAS_EMPTY + buffer))
             sums = new_sums
