@@ -319,23 +319,38 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
     assert broken
 
 
+@pytest.mark.parametrize("sizes", [(2048, 2048), (1000, 2048), (2048, 1000), (640, 640), (130, 700)], ids=str)
+@pytest.mark.parametrize("band", [(None, None), (None, 0), (None, 300), (None, -300), (-200, 100), (-300, None)], ids=str)
+def test_every_tile_that_anybody_sees_has_one_place(sizes: tuple[int, int], band: tuple[int | None, int | None]) -> None:
+    q, k = (torch.empty(4, size, 16, 64, device="meta", dtype=BF16) for size in sizes)
+    spec = spec_of(q, k, k, torch.empty(1, 1, 16, *sizes, device="meta", dtype=BF16), 1, *band, 0.125, "")
+    i, j = torch.arange(sizes[0])[:, None], torch.arange(sizes[1])[None]
+    seen = torch.ones(sizes, dtype=torch.bool)
+    seen &= torch.tensor(True) if spec.hi is None else j <= i + spec.hi
+    seen &= torch.tensor(True) if spec.lo is None else j >= i + spec.lo
+    for config in (RowsConfig(2, 128, 4), RowsConfig(2, 64, 4, blocks=4), RowsConfig(1, 64, 4, blocks=3)):
+        M, N = config.block_m, config.tile_n
+        wanted = [(m, n) for m in range(-(-sizes[0] // M)) for n in range(-(-sizes[1] // N)) if seen[m * M :, n * N :][:M, :N].any()]
+        order = plan.dbias_order(spec, config)
+        assert sorted(tile for tile in order if tile) == wanted
+        assert len(order) == plan.dbias_places(spec, config)[0]
+
+
 def test_a_grid_that_deals_a_triangle_evenly() -> None:
     """With a size that has a divisor in common with the tiles of a row, some programs would get the long columns in every wave."""
     x = torch.empty(4, 2048, 16, 64, device="meta", dtype=BF16)
     bias = torch.empty(1, 1, 16, 2048, 2048, device="meta", dtype=BF16)
-    for hi in (None, 0):
-        spec = spec_of(x, x, x, bias, 1, None, hi, 0.125, "")
-        config = plan.dbias_config(spec, LIMIT)
-        assert config is not None
-        programs = plan.dbias_programs(spec, config, 1, 132)
-        assert programs == 132 if hi is None else 124 <= programs < 132
-        shuffle = plan.dbias_shuffle(spec, config, 1, programs)
-        tiles_m, tiles_n, tiles = plan.dbias_tiles(spec, config)
-        load = [0] * programs
-        for tile in range(tiles):
-            within = tile * shuffle % (tiles_m * tiles_n)
-            load[tile % programs] += hi is None or within % tiles_n <= within // tiles_n
-        assert max(load) <= 1.1 * sum(load) / 132
+    for lo, hi in ((None, None), (None, 0), (-500, 100)):
+        spec = spec_of(x, x, x, bias, 1, lo, hi, 0.125, "")
+        for config in (plan.dbias_config(spec, LIMIT), RowsConfig(2, 64, 10, v_stages=4, blocks=4)):
+            assert config is not None
+            programs = plan.dbias_programs(spec, config, 1, 132)
+            assert programs == 132 if lo is None else 124 <= programs <= 132
+            shuffle, order = plan.dbias_shuffle(spec, config, 1, programs), plan.dbias_order(spec, config)
+            load = [0] * programs
+            for place in range(16 * len(order)):
+                load[place % programs] += order[place * shuffle % len(order)] is not None
+            assert max(load) <= (1.1 if lo is None else 1.3) * sum(load) / 132
 
 
 def test_what_fits_nowhere_is_said_so() -> None:

@@ -16,7 +16,7 @@ from ..kernels.hopper import dbias as dbias_kernels
 from ..kernels.hopper import dq as dq_kernels
 from ..plan.configs import padded
 from ..plan.hopper import ROWS, bias_block, schedule, whole_tiles
-from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_shuffle, dbias_tiles, slots_needed
+from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_places, dbias_shuffle, dbias_tiles, slots_needed
 from ..spec import AttentionSpec
 from .calls import Call, bias_strides, slope_strides
 from .hopper import addressable, descriptor
@@ -88,6 +88,7 @@ def dbias_call(
     block_n, chunk = config.block_n, config.chunk
     rows, keys = (1, ROWS, 1, chunk), (1, block_n, 1, chunk)
     tiles_m, tiles_n, own = dbias_tiles(spec, config)
+    places, fold = dbias_places(spec, config)
     direct = splits == 1 and parts.dtype == bias.dtype and addressable(parts[0])
     strides = None if direct else tuple(0 if size == 1 else stride for size, stride in zip(parts.shape, parts.stride(), strict=True))
     args = (
@@ -103,7 +104,8 @@ def dbias_call(
             slope_strides(slopes),
         ),
         *(spec.batch_outer, spec.batch_inner, spec.heads, q.shape[2] // k.shape[2], spec.queries, spec.keys, spec.lo, spec.hi),
-        *(spec.scale, splits, tiles_m, tiles_n, own * splits, dbias_shuffle(spec, config, splits, programs)),
+        *(spec.scale, splits, tiles_m, tiles_n, own // (tiles_m * tiles_n) * places * splits, places, fold),
+        dbias_shuffle(spec, config, splits, programs),
     )
     constants: dict[str, Any] = {
         "D": spec.head_dim,

@@ -12,12 +12,12 @@ from .configs import padded
 from .hopper import HopperConfig, bias_bytes, whole_tiles
 
 __all__ = [
-    "RowsConfig", "batch_fastest", "dbias_config", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_shuffle", "dbias_tiles",
+    "RowsConfig", "batch_fastest", "dbias_config", "dbias_places", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_shuffle", "dbias_tiles",
     "dbias_works", "dq_config", "dq_programs", "dq_shared_memory",
 ]  # fmt: skip
 
 ROWS = 64  # queries of one consumer warpgroup
-EMPTY_TILE_COST = 0.05  # of passing over a tile of zeros, in rounds; a warp of its own writes them
+EMPTY_PLACE_COST = 0.05  # of passing over a place without a tile, in rounds
 MOST_SIMULATED = 65536  # tiles; with more, any way of dealing them comes out even
 
 
@@ -168,10 +168,36 @@ def dbias_rounds(spec: AttentionSpec) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
+def dbias_places(spec: AttentionSpec, config: RowsConfig) -> tuple[int, int]:
+    """(places for the tiles of a head, how wide the rectangle is into which a triangle is folded): see ``_tile`` of the kernel."""
+    tiles_m, tiles_n, _ = dbias_tiles(spec, config)
+    if not _folded(spec):
+        return tiles_m * tiles_n, tiles_n
+    assert spec.hi is not None
+    ends = (min((tm + 1) * config.block_m, spec.queries) + spec.hi for tm in range(tiles_m))
+    seen = [-(-max(0, min(end, spec.keys)) // config.tile_n) for end in ends]
+    fold = max(1, *(seen[tm] + (seen[~tm] if tiles_m - 1 - tm > tm else 0) for tm in range(-(-tiles_m // 2))))
+    return -(-tiles_m // 2) * fold, fold
+
+
+def dbias_order(spec: AttentionSpec, config: RowsConfig) -> list[tuple[int, int] | None]:
+    """The tile, of queries and of keys, at each place of a head; None where there is none, or none that anybody sees."""
+    tiles_m, tiles_n, _ = dbias_tiles(spec, config)
+    places, fold = dbias_places(spec, config)
+    found: list[tuple[int, int] | None] = []
+    for place in range(places):
+        tm, tn = place // fold, place % fold
+        if _folded(spec) and not (tn < tiles_n and _sees(spec, config, tm, tn)):
+            tm, tn = (tiles_m - 1 - tm, fold - 1 - tn) if tiles_m - 1 - tm > tm else (tm, tiles_n)
+        found.append((tm, tn) if tn < tiles_n and _sees(spec, config, tm, tn) else None)
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
 def dbias_programs(spec: AttentionSpec, config: RowsConfig, splits: int, processors: int) -> int:
     """How many programs ``dbias`` starts: as many as there are processors, or a few less where that deals tiles out more evenly.
 
-    Under a band some tiles are empty, and a grid whose size has a divisor in common with the tiles of a row gives some programs the same
+    Under a band some places are empty, and a grid whose size has a divisor in common with the places of a row gives some programs the same
     columns, all long or all short, in every wave.
     """
     tiles = dbias_tiles(spec, config)[2] * splits
@@ -181,7 +207,7 @@ def dbias_programs(spec: AttentionSpec, config: RowsConfig, splits: int, process
 
 
 def dbias_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs: int) -> int:
-    """In which steps the tiles of a head are taken (``_tile`` of the kernel): that which gives the busiest program least work."""
+    """In which steps the places of a head are taken (``_tile`` of the kernel): that which gives the busiest program least work."""
     tiles = dbias_tiles(spec, config)[2] * splits
     if tiles <= programs or not _banded(spec) or tiles > MOST_SIMULATED:
         return 1
@@ -192,14 +218,18 @@ def dbias_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs
 def _best_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs: int) -> tuple[float, int]:
     """(the most work that a program gets, shuffle)."""
     tiles_m, tiles_n, own = dbias_tiles(spec, config)
-    rounds = dbias_rounds(spec) / splits + EMPTY_TILE_COST
-    cost = [rounds if _sees(spec, config, tm, tn) else EMPTY_TILE_COST for tm in range(tiles_m) for tn in range(tiles_n)]
+    rounds = dbias_rounds(spec) / splits
+    cost = [EMPTY_PLACE_COST if tile is None else rounds for tile in dbias_order(spec, config)]
     found = []
     for shuffle in (1, 3, 5, 7, 11, 13, 17, 19):
         if math.gcd(shuffle, len(cost)) == 1:
-            work = [cost[tile * shuffle % len(cost)] for tile in range(len(cost))] * (own * splits // len(cost))
+            work = [cost[tile * shuffle % len(cost)] for tile in range(len(cost))] * (own * splits // (tiles_m * tiles_n))
             found.append((round(max(sum(work[program::programs]) for program in range(programs)), 2), shuffle))
     return min(found)
+
+
+def _folded(spec: AttentionSpec) -> bool:
+    return spec.hi is not None and spec.lo is None
 
 
 def _sees(spec: AttentionSpec, config: RowsConfig, tm: int, tn: int) -> bool:

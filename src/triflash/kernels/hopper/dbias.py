@@ -46,18 +46,10 @@ def chunks_of(dim, CHUNK):
 
 
 @gluon.jit
-def _tile(
-    index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
+def _entry(
+    left, batch_outer, batch_inner, heads, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
 ):  # fmt: skip
-    """(part, outer batch, inner batch, head, first query, first key, first round, last round) of a tile; no rounds where nobody sees it.
-
-    The tiles of a head come in steps of ``shuffle``, which has no divisor in common with their number.
-    """
-    left = index // (tiles_m * tiles_n)
-    within = (index - left * (tiles_m * tiles_n)) * shuffle % (tiles_m * tiles_n)
-    tn = within % tiles_n
-    m0 = within // tiles_n * ROWS
+    """(part, outer batch, inner batch, head, rounds) of a copy of the tiles of a head, the part slowest."""
     rounds = 1
     head = 0
     b1 = 0
@@ -77,12 +69,48 @@ def _tile(
         left = left // batch_outer
     else:
         rounds = rounds * batch_outer
-    if lo is not None or hi is not None:
-        begin, _a, _b, end = segments(m0, min(m0 + ROWS, M) - 1, N, lo, hi, BN)
-        rounds = gl.where((tn >= begin) & (tn < end), rounds, 0)
-    first = (offset(rounds, left) // splits).to(gl.int32)
-    last = (offset(rounds, left + 1) // splits).to(gl.int32)
-    return left, b0, b1, head, m0, tn * BN, first, last
+    return left, b0, b1, head, rounds
+
+
+@gluon.jit
+def _seen(tm, M, N, lo, hi, ROWS: gl.constexpr, BN: gl.constexpr):
+    """Which tiles of keys some query of a tile of queries sees: (first, end)."""
+    begin, _a, _b, end = segments(tm * ROWS, min(tm * ROWS + ROWS, M) - 1, N, lo, hi, BN)
+    return begin, end
+
+
+@gluon.jit
+def _tile(
+    index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits,
+    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    """(part, outer batch, inner batch, head, first query, first key, first round, last round) of a tile; no rounds where nobody sees it.
+
+    The tiles of a head have ``places``, taken in steps of ``shuffle``, which has no divisor in common with their number. Of a triangle,
+    places are those of a rectangle into which it is folded: ``fold`` wide, the last tiles of queries turned round behind the first.
+    """
+    left = index // places
+    place = (index - left * places) * shuffle % places
+    if hi is not None and lo is None:
+        row = place // fold
+        column = place - row * fold
+        _first, own = _seen(row, M, N, lo, hi, ROWS, BN)
+        tm = gl.where(column < own, row, tiles_m - 1 - row)
+        tn = gl.where(column < own, column, fold - 1 - column)
+        begin, end = _seen(tm, M, N, lo, hi, ROWS, BN)
+        seen = (tn < end) & ((column < own) | (tm > row))
+    else:
+        tm = place // tiles_n
+        tn = place - tm * tiles_n
+        seen = tm < tiles_m
+        if lo is not None:
+            begin, end = _seen(tm, M, N, lo, hi, ROWS, BN)
+            seen = (tn >= begin) & (tn < end)
+    part, b0, b1, head, rounds = _entry(left, batch_outer, batch_inner, heads, VARIES_B0, VARIES_B1, VARIES_H)
+    rounds = gl.where(seen, rounds, 0)
+    first = (offset(rounds, part) // splits).to(gl.int32)
+    last = (offset(rounds, part + 1) // splits).to(gl.int32)
+    return part, b0, b1, head, tm * ROWS, tn * BN, first, last
 
 
 @gluon.jit
@@ -118,7 +146,7 @@ def _fetch(
 @gluon.jit
 def _produce(
     s_desc, dp_desc, ring, bars,
-    batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles_n, tiles, shuffle,
+    batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr,
     S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, OF_KEYS: gl.constexpr,
@@ -133,7 +161,7 @@ def _produce(
     at = 0  # chunks so far
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
             BM * WGS, BN * BLOCKS,
         )  # fmt: skip
         for r in range(first, last):
@@ -151,18 +179,18 @@ def _produce(
 
 @gluon.jit
 def _supply(
-    bias_desc, dbias_desc, dbias, bias_s, zeros_s, bars, dbias_strides,
-    batch_outer, batch_inner, heads, M, N, lo, hi, splits, tiles_m, tiles_n, tiles, shuffle,
+    bias_desc, bias_s, bars,
+    batch_outer, batch_inner, heads, M, N, lo, hi, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, BIAS_FULL: gl.constexpr, BIAS_EMPTY: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
 ):  # fmt: skip
-    """The bias of every tile that somebody sees, each block as soon as its buffer is free; and the zeros of those that nobody sees."""
+    """The third producer: the bias of every tile that somebody sees, each block as soon as its buffer is free."""
     BIASES: gl.constexpr = bias_s.shape[0]
     at = 0  # blocks so far, of all consumers
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
-            BM * WGS, BN * BLOCKS,
+        _part, b0, b1, own_head, m0, n0, first, last = _tile(
+            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits,
+            VARIES_B0, VARIES_B1, VARIES_H, BM * WGS, BN * BLOCKS,
         )  # fmt: skip
         if first < last:
             for j in gl.static_range(BLOCKS):
@@ -172,23 +200,44 @@ def _supply(
                     mbarrier.expect(bars.index(BIAS_FULL + buffer), bias_desc.block_type.nbytes)
                     tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0 + j * BN], bars.index(BIAS_FULL + buffer), bias_s.index(buffer))
             at += BLOCKS * WGS
-        if lo is not None or hi is not None:
-            if first == last:
+
+
+@gluon.jit
+def _clear(
+    dbias_desc, dbias, zeros_s, dbias_strides, batch_outer, batch_inner, heads, M, N, lo, hi, splits, tiles_m, tiles_n,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr,
+    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
+):  # fmt: skip
+    """A warp for the tiles that nobody sees: zeros, which wait for nothing and which nobody waits for."""
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    if lo is not None or hi is not None:
+        tiles = tiles_m * tiles_n * splits
+        tiles *= heads if VARIES_H else 1
+        tiles *= batch_inner if VARIES_B1 else 1
+        tiles *= batch_outer if VARIES_B0 else 1
+        for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            left = index // (tiles_m * tiles_n)
+            tm = (index - left * (tiles_m * tiles_n)) // tiles_n
+            tn = index % tiles_n
+            m0 = tm * (BM * WGS)
+            n0 = tn * (BN * BLOCKS)
+            begin, end = _seen(tm, M, N, lo, hi, BM * WGS, BN * BLOCKS)
+            if (tn < begin) | (tn >= end):
+                part, b0, b1, own_head, _rounds = _entry(left, batch_outer, batch_inner, heads, VARIES_B0, VARIES_B1, VARIES_H)
                 if dbias_desc is not None:
                     for j in gl.static_range(BLOCKS):
                         for w in gl.static_range(WGS):
                             tma_store(dbias_desc, [b0, b1, own_head, m0 + w * BM, n0 + j * BN], zeros_s)
                 else:
-                    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
                     base = _own(dbias, dbias_strides, part, b0, b1, own_head, m0, n0)
                     nothing = gl.zeros([BN], dbias.dtype.element_ty, LINE)
                     for i in range(0, min(BM * WGS, M - m0)):
                         for j in gl.static_range(BLOCKS):
                             column = j * BN + gl.arange(0, BN, LINE)
-                            at_row = base + offset(i, dbias_strides[4])
-                            gl.store(at_row + column.to(gl.int64) * dbias_strides[5], nothing, mask=n0 + column < N)
-    if zeros_s is not None:
-        tma_store_wait(0)
+                            at = base + offset(i, dbias_strides[4]) + column.to(gl.int64) * dbias_strides[5]
+                            gl.store(at, nothing, mask=n0 + column < N)
+        if dbias_desc is not None:
+            tma_store_wait(0)
 
 
 @gluon.jit
@@ -219,7 +268,7 @@ def _multiply(
 @gluon.jit
 def _consume(
     dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars,
-    dbias_strides, slope_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
+    dbias_strides, slope_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, S_CHUNKS: gl.constexpr,
     DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN: gl.constexpr, TURNS: gl.constexpr,
@@ -245,7 +294,7 @@ def _consume(
     bias_at = WG
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
             BM * WGS, BN * BLOCKS,
         )  # fmt: skip
         m0 += WG * BM
@@ -338,18 +387,19 @@ def _consume(
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", "splits", "tiles_m", "tiles_n", "tiles", "shuffle"]
+COUNTS = ["batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", "splits", "tiles_m", "tiles_n", "tiles", "places", "fold", "shuffle"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides,
-    batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
+    batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
     D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
     BIAS_STAGES: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """``tiles`` tiles, ``tiles_m`` by ``tiles_n`` a head of the bias, times ``splits``; within a head as ``_tile`` says, the part slowest.
+    """``tiles_m`` by ``tiles_n`` tiles a head of the bias, which have ``places`` (``_tile``); ``tiles`` is the number of all places, those of
+    every head of the bias times ``splits``, the part slowest.
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
@@ -386,37 +436,43 @@ def dbias(
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
-                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
+                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
                         VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
             (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
-                        tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, BLOCKS, barrier_at("left_full", WGS, LEFT, RIGHT, BIASES),
+                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, barrier_at("left_full", WGS, LEFT, RIGHT, BIASES),
                         LEFT_EMPTY, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False)),
             (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
-                        tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, BLOCKS, barrier_at("right_full", WGS, LEFT, RIGHT, BIASES),
+                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, barrier_at("right_full", WGS, LEFT, RIGHT, BIASES),
                         barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES), S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True)),
-            (_supply, (bias_desc, optional(dbias_desc), optional(dbias_out), bias_s, optional(zeros_s), bars, optional(dbias_strides),
-                       batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle,
-                       BM, BN, WGS, BLOCKS, barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES),
-                       barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES), VARIES_B0, VARIES_B1, VARIES_H)),
-        ], [1, 1, 1], [32, 32, 32])  # fmt: skip
+            (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits,
+                       tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS,
+                       barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES), barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES),
+                       VARIES_B0, VARIES_B1, VARIES_H)),
+            (_clear, (optional(dbias_desc), optional(dbias_out), optional(zeros_s), optional(dbias_strides), batch_outer, batch_inner,
+                      heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, BM, BN, WGS, BLOCKS,
+                      VARIES_B0, VARIES_B1, VARIES_H)),
+        ], [1, 1, 1, 1], [32, 32, 32, 32])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
-                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
+                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
                         VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
-                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle, 1, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
+                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 1, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
                         VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
             (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
-                        tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, BLOCKS, barrier_at("left_full", WGS, LEFT, RIGHT, BIASES),
+                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, barrier_at("left_full", WGS, LEFT, RIGHT, BIASES),
                         LEFT_EMPTY, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False)),
             (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
-                        tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, BLOCKS, barrier_at("right_full", WGS, LEFT, RIGHT, BIASES),
+                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, barrier_at("right_full", WGS, LEFT, RIGHT, BIASES),
                         barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES), S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True)),
-            (_supply, (bias_desc, optional(dbias_desc), optional(dbias_out), bias_s, optional(zeros_s), bars, optional(dbias_strides),
-                       batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle,
-                       BM, BN, WGS, BLOCKS, barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES),
-                       barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES), VARIES_B0, VARIES_B1, VARIES_H)),
-        ], [4, 1, 1, 1], [REGISTERS, 32, 32, 32])  # fmt: skip
+            (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits,
+                       tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS,
+                       barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES), barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES),
+                       VARIES_B0, VARIES_B1, VARIES_H)),
+            (_clear, (optional(dbias_desc), optional(dbias_out), optional(zeros_s), optional(dbias_strides), batch_outer, batch_inner,
+                      heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, BM, BN, WGS, BLOCKS,
+                      VARIES_B0, VARIES_B1, VARIES_H)),
+        ], [4, 1, 1, 1, 1], [REGISTERS, 32, 32, 32, 32])  # fmt: skip
