@@ -108,8 +108,11 @@ def _tile(
             seen = (tn >= begin) & (tn < end)
     part, b0, b1, head, rounds = _entry(left, batch_outer, batch_inner, heads, VARIES_B0, VARIES_B1, VARIES_H)
     rounds = gl.where(seen, rounds, 0)
-    first = (offset(rounds, part) // splits).to(gl.int32)
-    last = (offset(rounds, part + 1) // splits).to(gl.int32)
+    first = 0
+    last = rounds
+    if splits > 1:  # two divisions of 64 bits
+        first = (offset(rounds, part) // splits).to(gl.int32)
+        last = (offset(rounds, part + 1) // splits).to(gl.int32)
     return part, b0, b1, head, tm * ROWS, tn * BN, first, last
 
 
