@@ -293,7 +293,7 @@ def test_repeats(kernel: str, dim: int, device: torch.device) -> None:
         ("dbias", "mbarrier.wait(bars.index(EMPTY + slot), ((at // SLOTS) & 1) ^ 1)", "pass"),
         ("dbias", "mbarrier.wait(bars.index(LEFT_FULL + left_slot), (left_at // LEFT) & 1)", "pass"),
         ("dbias", "mbarrier.wait(bars.index(RIGHT_FULL + right_slot), (right_at // RIGHT) & 1)", "pass"),
-        ("dbias", "if j == BLOCKS - 1:\n                        mbarrier.arrive(bars.index(LEFT_EMPTY", "if j == 0:\n                        mbarrier.arrive(bars.index(LEFT_EMPTY"),
+        ("dbias", "pred=final", "pred=j == 0"),
         ("dbias", "mbarrier.wait(bars.index(BIAS_FULL + buffer), (bias_at // BIASES) & 1)", "pass"),
         ("dbias", "mbarrier.wait(bars.index(BIAS_EMPTY + buffer), ((at // BIASES) & 1) ^ 1)", "pass"),
         ("dbias", "                            tma_store_wait(1)", "                            pass"),

@@ -117,6 +117,15 @@ def _tile(
 
 
 @gluon.jit
+def _width(m0, n0, M, N, hi, ROWS: gl.constexpr, BN: gl.constexpr):
+    """How many keys of a tile there are up to the last that some query sees: blocks beyond them are left out."""
+    end = min(N, n0 + BN)
+    if hi is not None:
+        end = min(end, min(m0 + ROWS, M) + hi)
+    return end - n0
+
+
+@gluon.jit
 def _round(
     r, b0, b1, head, batch_outer, batch_inner,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
@@ -152,7 +161,7 @@ def _produce(
     batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr,
     S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, OF_KEYS: gl.constexpr,
+    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, OF_KEYS: gl.constexpr, SKIPS: gl.constexpr,
 ):  # fmt: skip
     """A producer: every load of one side of both products, in the order in which the consumers need them.
 
@@ -167,17 +176,19 @@ def _produce(
             index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
             BM * WGS, BN * BLOCKS,
         )  # fmt: skip
+        width = _width(m0, n0, M, N, hi, BM * WGS, BN * BLOCKS)
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
             if OF_KEYS:
                 head = head // group
             for j in gl.static_range(BLOCKS if OF_KEYS else 1):
                 row = n0 + j * BN if OF_KEYS else m0
-                for c in gl.static_range(S_CHUNKS):
-                    _fetch(s_desc, ring, bars, at + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
-                for c in gl.static_range(DP_CHUNKS):
-                    _fetch(dp_desc, ring, bars, at + S_CHUNKS + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
-                at += S_CHUNKS + DP_CHUNKS
+                if not OF_KEYS or not SKIPS or j * BN < width:
+                    for c in gl.static_range(S_CHUNKS):
+                        _fetch(s_desc, ring, bars, at + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
+                    for c in gl.static_range(DP_CHUNKS):
+                        _fetch(dp_desc, ring, bars, at + S_CHUNKS + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
+                    at += S_CHUNKS + DP_CHUNKS
 
 
 @gluon.jit
@@ -274,7 +285,7 @@ def _consume(
     dbias_strides, slope_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, S_CHUNKS: gl.constexpr,
     DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN: gl.constexpr, TURNS: gl.constexpr,
+    EVEN: gl.constexpr, TURNS: gl.constexpr, SKIPS: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 queries of every tile of the program that somebody sees."""
     S: gl.constexpr = accumulator(BN)
@@ -300,6 +311,7 @@ def _consume(
             index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
             BM * WGS, BN * BLOCKS,
         )  # fmt: skip
+        width = _width(m0, n0, M, N, hi, BM * WGS, BN * BLOCKS)
         m0 += WG * BM
         sums = (nothing,) * BLOCKS
         for r in range(first, last):
@@ -307,54 +319,57 @@ def _consume(
             lse, delta, rest = statistics(stats, b * heads + head, m0, M, HAS_REST, BM, BN)
             new_sums = ()
             for j in gl.static_range(BLOCKS):
-                if TURNS:
-                    mbarrier.wait(bars.index(TURN + WG), (right_at // CHUNKS) & 1)
-                s_pending = _multiply(nothing, left_s, right_s, bars, left_at, right_at, WG, WGS, LEFT_FULL, RIGHT_FULL, True, j == 0)
-                for c in gl.static_range(1, S_CHUNKS):
-                    s_pending = _multiply(
-                        s_pending, left_s, right_s, bars, left_at + c, right_at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False, j == 0
-                    )  # fmt: skip
-                    if c <= EARLY:
-                        s_pending = warpgroup_mma_wait(1, [s_pending])
-                        mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c - 1) % RIGHT))
-                        if j == BLOCKS - 1:
-                            mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c - 1) % LEFT))
-                dp_pending = _multiply(
-                    nothing, left_s, right_s, bars, left_at + S_CHUNKS, right_at + S_CHUNKS, WG, WGS, LEFT_FULL, RIGHT_FULL, True, j == 0
-                )  # fmt: skip
-                for c in gl.static_range(S_CHUNKS + 1, CHUNKS):
-                    dp_pending = _multiply(
-                        dp_pending, left_s, right_s, bars, left_at + c, right_at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False, j == 0
-                    )  # fmt: skip
-                if TURNS:
-                    mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
-                s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
-                for c in gl.static_range(EARLY, S_CHUNKS):
-                    mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c) % RIGHT))
-                    if j == BLOCKS - 1:
-                        mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c) % LEFT))
-
                 buffer = (bias_at + j * WGS) % BIASES
-                mbarrier.wait(bars.index(BIAS_FULL + buffer), (bias_at // BIASES) & 1)
-                bias = bias_s.index(buffer).reshape([BM, BN]).load(S)
-                s = add_bias(s * scale_log2, bias, False)
-                if slopes is not None:
-                    i = gl.expand_dims(m0 + (N - M) + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
-                    keys = gl.expand_dims(n0 + j * BN + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
-                    s = add_alibi(s, slope_of(slopes, slope_strides, b, head), i, keys)
-                if lengths is not None:
-                    s = hide(s, visible(m0, n0 + j * BN, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
-                p = probabilities(s, lse, rest, HAS_REST, True)
+                final = (j + 1) * BN >= width if SKIPS else j == BLOCKS - 1
+                acc = sums[j]
+                if not SKIPS or j * BN < width:
+                    if TURNS:
+                        mbarrier.wait(bars.index(TURN + WG), (right_at // CHUNKS) & 1)
+                    s_pending = _multiply(nothing, left_s, right_s, bars, left_at, right_at, WG, WGS, LEFT_FULL, RIGHT_FULL, True, j == 0)
+                    for c in gl.static_range(1, S_CHUNKS):
+                        s_pending = _multiply(
+                            s_pending, left_s, right_s, bars, left_at + c, right_at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False, j == 0
+                        )  # fmt: skip
+                        if c <= EARLY:
+                            s_pending = warpgroup_mma_wait(1, [s_pending])
+                            mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c - 1) % RIGHT))
+                            if SKIPS or j == BLOCKS - 1:
+                                mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c - 1) % LEFT), pred=final)
+                    dp_pending = _multiply(
+                        nothing, left_s, right_s, bars, left_at + S_CHUNKS, right_at + S_CHUNKS, WG, WGS, LEFT_FULL, RIGHT_FULL, True, j == 0
+                    )  # fmt: skip
+                    for c in gl.static_range(S_CHUNKS + 1, CHUNKS):
+                        dp_pending = _multiply(
+                            dp_pending, left_s, right_s, bars, left_at + c, right_at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False, j == 0
+                        )  # fmt: skip
+                    if TURNS:
+                        mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+                    s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
+                    for c in gl.static_range(EARLY, S_CHUNKS):
+                        mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c) % RIGHT))
+                        if SKIPS or j == BLOCKS - 1:
+                            mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c) % LEFT), pred=final)
 
-                done = right_at + CHUNKS - 1
-                mbarrier.wait(bars.index(RIGHT_FULL + done % RIGHT), (done // RIGHT) & 1)  # long since: keeps ptxas from moving the wait up
-                dp = warpgroup_mma_wait(0, [dp_pending])
-                for c in gl.static_range(S_CHUNKS, CHUNKS):
-                    mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c) % RIGHT))
-                    if j == BLOCKS - 1:
-                        mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c) % LEFT))
-                right_at += CHUNKS
-                acc = sums[j] + p * (dp - gl.expand_dims(delta, 1))
+                    mbarrier.wait(bars.index(BIAS_FULL + buffer), (bias_at // BIASES) & 1)
+                    bias = bias_s.index(buffer).reshape([BM, BN]).load(S)
+                    s = add_bias(s * scale_log2, bias, False)
+                    if slopes is not None:
+                        i = gl.expand_dims(m0 + (N - M) + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
+                        keys = gl.expand_dims(n0 + j * BN + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
+                        s = add_alibi(s, slope_of(slopes, slope_strides, b, head), i, keys)
+                    if lengths is not None:
+                        s = hide(s, visible(m0, n0 + j * BN, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
+                    p = probabilities(s, lse, rest, HAS_REST, True)
+
+                    done = right_at + CHUNKS - 1
+                    mbarrier.wait(bars.index(RIGHT_FULL + done % RIGHT), (done // RIGHT) & 1)  # long since: keeps ptxas from moving the wait up
+                    dp = warpgroup_mma_wait(0, [dp_pending])
+                    for c in gl.static_range(S_CHUNKS, CHUNKS):
+                        mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c) % RIGHT))
+                        if SKIPS or j == BLOCKS - 1:
+                            mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c) % LEFT), pred=final)
+                    right_at += CHUNKS
+                    acc = acc + p * (dp - gl.expand_dims(delta, 1))
                 new_sums = new_sums + (acc,)  # noqa: RUF005 - Triton has no unpacking
 
                 over = r - (last - 1)
@@ -363,6 +378,8 @@ def _consume(
                     # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
                     if lo is not None or hi is not None:
                         acc = hide(acc, visible(m_out, n_out, N, lo, hi, BM, BN), 0.0)
+                    if SKIPS:
+                        mbarrier.wait(bars.index(BIAS_FULL + buffer), (bias_at // BIASES) & 1)  # its tile's also if the block was left out
                     if dbias_desc is not None:
                         bias_s.index(buffer).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
                         fence_async_shared()
@@ -414,6 +431,7 @@ def dbias(
     S_CHUNKS: gl.constexpr = chunks_of(D, CHUNK)
     DP_CHUNKS: gl.constexpr = chunks_of(DV, CHUNK)
     BIASES: gl.constexpr = BIAS_STAGES * BLOCKS * WGS
+    SKIPS: gl.constexpr = BLOCKS > 1  # also where all blocks are always seen: with a branch around each, ptxas keeps sums in registers
     DT: gl.constexpr = q_desc.dtype
     left_s = gl.allocate_shared_memory(DT, stacked(LEFT * WGS, q_desc.block_shape), q_desc.layout)
     right_s = gl.allocate_shared_memory(DT, stacked(RIGHT, k_desc.block_shape), k_desc.layout)
@@ -440,13 +458,13 @@ def dbias(
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
                         optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
+                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS, SKIPS)),
             (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
                         tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, barrier_at("left_full", WGS, LEFT, RIGHT, BIASES),
-                        LEFT_EMPTY, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False)),
+                        LEFT_EMPTY, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False, SKIPS)),
             (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
                         tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, barrier_at("right_full", WGS, LEFT, RIGHT, BIASES),
-                        barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES), S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True)),
+                        barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES), S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True, SKIPS)),
             (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits,
                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS,
                        barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES), barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES),
@@ -460,17 +478,17 @@ def dbias(
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
                         optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
+                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS, SKIPS)),
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
                         optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 1, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
+                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS, SKIPS)),
             (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
                         tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, barrier_at("left_full", WGS, LEFT, RIGHT, BIASES),
-                        LEFT_EMPTY, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False)),
+                        LEFT_EMPTY, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False, SKIPS)),
             (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
                         tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, barrier_at("right_full", WGS, LEFT, RIGHT, BIASES),
-                        barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES), S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True)),
+                        barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES), S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True, SKIPS)),
             (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits,
                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS,
                        barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES), barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES),
