@@ -262,6 +262,23 @@ def test_configurations_of_dbias(config: RowsConfig, processors: int, device: to
         run_dbias(Problem(M=300, N=333, H=3, bias=bias, band=band), device, config, processors)
 
 
+@pytest.mark.parametrize("blocks, bias_stages", [(4, 1), (3, 1), (2, 2)])
+def test_tiles_of_several_blocks(blocks: int, bias_stages: int, device: torch.device) -> None:
+    config = RowsConfig(2, 64, 7, bias_stages, v_stages=6, blocks=blocks)
+    cases = [
+        *(Problem(M=257, N=700, bias="11hqk", band=band) for band in ((None, None), (None, 0), (-70, 20), (None, -500), (-300, None))),
+        Problem(B=6, M=70, N=300, batch_inner=2, bias="1i1qk", bias_dtype=F32),
+        Problem(H=4, M=300, N=200, group=2, bias="b11qk", dtype=F16, band=(None, 0)),
+        Problem(M=130, N=600, D=128, Dv=128, bias="11hqk", band=(None, 0)),
+        Problem(M=130, N=300, D=16, Dv=96, bias="111qk"),
+        Problem(M=1, N=1, bias="11hqk"),
+        Problem(M=400, N=65, D=96, Dv=32, bias="111qk", band=(None, 0)),
+    ]
+    for case in cases:
+        for splits in (1, 2):
+            run_dbias(case, device, config, 3, splits)
+
+
 @pytest.mark.gpu
 @hopper_only
 @pytest.mark.parametrize("kernel", ["dq", "dq and dbias", "dbias"])
@@ -293,7 +310,7 @@ def test_repeats(kernel: str, dim: int, device: torch.device) -> None:
         ("dbias", "mbarrier.wait(bars.index(EMPTY + slot), ((at // SLOTS) & 1) ^ 1)", "pass"),
         ("dbias", "mbarrier.wait(bars.index(LEFT_FULL + left_slot), (left_at // LEFT) & 1)", "pass"),
         ("dbias", "mbarrier.wait(bars.index(RIGHT_FULL + right_slot), (right_at // RIGHT) & 1)", "pass"),
-        ("dbias", "pred=final", "pred=j == 0"),
+        ("dbias", "if final:", "if j == 0:"),
         ("dbias", "mbarrier.wait(bars.index(BIAS_FULL + buffer), (bias_at // BIASES) & 1)", "pass"),
         ("dbias", "mbarrier.wait(bars.index(BIAS_EMPTY + buffer), ((at // BIASES) & 1) ^ 1)", "pass"),
         ("dbias", "                            tma_store_wait(1)", "                            pass"),

@@ -166,7 +166,8 @@ def test_compiles_within_limits(target: Target) -> None:
     else:
         assert unfenced_releases(code) == 0
     if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
-        assert used.spills <= SPILLS[max(64, plan.padded(max(target.dims)))], f"{call.config}: {used}"
+        allowed = SPILLS[max(64, plan.padded(max(target.dims)))] + 8 * (target.splits > 1)  # pointers, not descriptors, to what is written
+        assert used.spills <= allowed, f"{call.config}: {used}"
 
 
 def unfenced_stores(code: str) -> int:

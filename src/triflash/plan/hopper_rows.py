@@ -12,8 +12,8 @@ from .configs import padded
 from .hopper import HopperConfig, bias_bytes, whole_tiles
 
 __all__ = [
-    "RowsConfig", "batch_fastest", "dbias_config", "dbias_places", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_shuffle", "dbias_tiles",
-    "dbias_works", "dq_config", "dq_programs", "dq_shared_memory",
+    "RowsConfig", "batch_fastest", "dbias_config", "dbias_order", "dbias_places", "dbias_programs", "dbias_rounds", "dbias_shared_memory",
+    "dbias_shuffle", "dbias_tiles", "dbias_works", "dq_config", "dq_programs", "dq_shared_memory", "slots_needed",
 ]  # fmt: skip
 
 ROWS = 64  # queries of one consumer warpgroup
@@ -26,9 +26,10 @@ class RowsConfig(HopperConfig):
     """One launch configuration of ``dq`` or ``dbias``.
 
     dq: as in the forward kernel; num_stages are buffers for key blocks, v_stages for value blocks, and ahead says that the last product of
-    a block is issued behind the first two of the next, which takes registers and a second key buffer. dbias: a tile is ``blocks`` times
-    block_n keys wide; num_stages are slots of ``chunk`` columns of a block's keys or values, v_stages slots of ``chunk`` columns of a tile's
-    queries or their dout, and bias_stages the tiles whose bias has room; of the other fields only turns matters.
+    a block is issued behind the first two of the next, which takes registers and a second key buffer.
+
+    dbias: a tile is ``blocks`` times block_n keys wide. num_stages are slots of ``chunk`` columns of a block's keys or values, v_stages
+    such of a tile's queries or their dout, and bias_stages the tiles whose bias has room; of the other fields only turns matters.
     """
 
     ahead: bool = True

@@ -2,12 +2,18 @@
 
     dbias = sum over broadcast dims of ds,   ds = 2^(s - lse) * (dout vᵀ - delta)
 
-A program owns tiles of 64 * WGS queries by BN keys of the bias's own shape, and for each loops over the dims that the bias broadcasts,
-one round a (batch, head) pair, recomputing s and dp; the sum stays in registers, and a tile's bias in shared memory. Both products of a
-round run over a head dim, and the producer feeds them like a matrix product: chunks of CHUNK columns of the two operands, (q, k) and then
-(dout, v), in a ring of SLOTS buffers that does not care for rounds or tiles. The softmax of one consumer runs under the products of the
-other and under its own dp; TURNS as in the forward kernel. The sum leaves through the buffer of its tile's bias; a tile that nobody sees
-goes the same way, with no rounds.
+A program owns tiles of 64 * WGS queries by BLOCKS * BN keys of the bias's own shape, and for each loops over the dims that the bias
+broadcasts, one round a (batch, head) pair, recomputing s and dp; the sum stays in registers, and a tile's bias in shared memory. What a
+round loads grows with the sum of a tile's sides, and all programs together want more than the L2 cache gives: so tiles are as wide as
+registers for their sum allow, and are worked through in blocks of BN keys, whose s and dp take few.
+
+Both products of a block run over a head dim, and producers feed them like a matrix product, in chunks of CHUNK columns and two rings: on
+the left q and dout, which all blocks of a round share, on the right k and v of a block. Neither cares for rounds or tiles. The softmax of
+one consumer runs under the products of the other and under its own dp; TURNS as in the forward kernel.
+
+The sum leaves block by block in the last round, through the buffers of the tile's bias, which a producer of their own fills again at once:
+the next tile's bias, which may come from far, is on its way while this one is at work. No consumer meets a tile that nobody sees: a warp
+of its own writes their zeros.
 
 The loop is cut into ``splits`` parts, each of which is written on its own, as the portable kernel does (``kernels/triton/dbias.py``).
 """
@@ -173,8 +179,8 @@ def _produce(
     at = 0  # chunks so far
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
-            BM * WGS, BN * BLOCKS,
+            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits,
+            VARIES_B0, VARIES_B1, VARIES_H, BM * WGS, BN * BLOCKS,
         )  # fmt: skip
         width = _width(m0, n0, M, N, hi, BM * WGS, BN * BLOCKS)
         for r in range(first, last):
@@ -211,8 +217,9 @@ def _supply(
                 for w in gl.static_range(WGS):
                     buffer = (at + j * WGS + w) % BIASES
                     mbarrier.wait(bars.index(BIAS_EMPTY + buffer), ((at // BIASES) & 1) ^ 1)
-                    mbarrier.expect(bars.index(BIAS_FULL + buffer), bias_desc.block_type.nbytes)
-                    tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0 + j * BN], bars.index(BIAS_FULL + buffer), bias_s.index(buffer))
+                    full = bars.index(BIAS_FULL + buffer)
+                    mbarrier.expect(full, bias_desc.block_type.nbytes)
+                    tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0 + j * BN], full, bias_s.index(buffer))
             at += BLOCKS * WGS
 
 
@@ -245,7 +252,7 @@ def _clear(
                 else:
                     base = _own(dbias, dbias_strides, part, b0, b1, own_head, m0, n0)
                     nothing = gl.zeros([BN], dbias.dtype.element_ty, LINE)
-                    for i in range(0, min(BM * WGS, M - m0)):
+                    for i in range(min(BM * WGS, M - m0)):
                         for j in gl.static_range(BLOCKS):
                             column = j * BN + gl.arange(0, BN, LINE)
                             at = base + offset(i, dbias_strides[4]) + column.to(gl.int64) * dbias_strides[5]
@@ -266,7 +273,7 @@ def _multiply(
     acc, left_s, right_s, bars, left_at, right_at, WG: gl.constexpr, WGS: gl.constexpr, LEFT_FULL: gl.constexpr, RIGHT_FULL: gl.constexpr,
     FIRST: gl.constexpr, NEW: gl.constexpr,
 ):  # fmt: skip
-    """Issue the product of one chunk, as soon as it is there. FIRST: the sum begins with it. NEW: the queries' chunk was not used before."""
+    """Issue the product of one chunk, as soon as it is there. FIRST: the sum begins with it. NEW: no block has used the left chunk."""
     LEFT: gl.constexpr = left_s.shape[0] // WGS
     RIGHT: gl.constexpr = right_s.shape[0]
     left_slot = left_at % LEFT
@@ -282,7 +289,8 @@ def _multiply(
 @gluon.jit
 def _consume(
     dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars,
-    dbias_strides, slope_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
+    dbias_strides, slope_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits,
+    tiles_m, tiles_n, tiles, places, fold, shuffle,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, S_CHUNKS: gl.constexpr,
     DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN: gl.constexpr, TURNS: gl.constexpr, SKIPS: gl.constexpr,
@@ -300,7 +308,8 @@ def _consume(
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES)
     TURN: gl.constexpr = barrier_at("turn", WGS, LEFT, RIGHT, BIASES)
     CHUNKS: gl.constexpr = S_CHUNKS + DP_CHUNKS
-    EARLY: gl.constexpr = 0 if CHUNKS <= min(LEFT, RIGHT) else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
+    # Chunks of s whose slots must be free before all of dp fits.
+    EARLY: gl.constexpr = 0 if CHUNKS <= min(LEFT, RIGHT) else S_CHUNKS - 1
     scale_log2 = scale * LOG2E
     nothing = gl.zeros([BM, BN], gl.float32, S)
     left_at = 0
@@ -308,8 +317,8 @@ def _consume(
     bias_at = WG
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
-            BM * WGS, BN * BLOCKS,
+            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits,
+            VARIES_B0, VARIES_B1, VARIES_H, BM * WGS, BN * BLOCKS,
         )  # fmt: skip
         width = _width(m0, n0, M, N, hi, BM * WGS, BN * BLOCKS)
         m0 += WG * BM
@@ -333,10 +342,11 @@ def _consume(
                         if c <= EARLY:
                             s_pending = warpgroup_mma_wait(1, [s_pending])
                             mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c - 1) % RIGHT))
-                            if SKIPS or j == BLOCKS - 1:
-                                mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c - 1) % LEFT), pred=final)
+                            if final:
+                                mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c - 1) % LEFT))
                     dp_pending = _multiply(
-                        nothing, left_s, right_s, bars, left_at + S_CHUNKS, right_at + S_CHUNKS, WG, WGS, LEFT_FULL, RIGHT_FULL, True, j == 0
+                        nothing, left_s, right_s, bars, left_at + S_CHUNKS, right_at + S_CHUNKS, WG, WGS, LEFT_FULL, RIGHT_FULL, True,
+                        j == 0,
                     )  # fmt: skip
                     for c in gl.static_range(S_CHUNKS + 1, CHUNKS):
                         dp_pending = _multiply(
@@ -347,8 +357,9 @@ def _consume(
                     s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
                     for c in gl.static_range(EARLY, S_CHUNKS):
                         mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c) % RIGHT))
-                        if SKIPS or j == BLOCKS - 1:
-                            mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c) % LEFT), pred=final)
+                    if final:
+                        for c in gl.static_range(EARLY, S_CHUNKS):
+                            mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c) % LEFT))
 
                     mbarrier.wait(bars.index(BIAS_FULL + buffer), (bias_at // BIASES) & 1)
                     bias = bias_s.index(buffer).reshape([BM, BN]).load(S)
@@ -361,25 +372,26 @@ def _consume(
                         s = hide(s, visible(m0, n0 + j * BN, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
                     p = probabilities(s, lse, rest, HAS_REST, True)
 
-                    done = right_at + CHUNKS - 1
-                    mbarrier.wait(bars.index(RIGHT_FULL + done % RIGHT), (done // RIGHT) & 1)  # long since: keeps ptxas from moving the wait up
+                    done = right_at + CHUNKS - 1  # long since full: waited for to keep ptxas from moving the wait for dp up
+                    mbarrier.wait(bars.index(RIGHT_FULL + done % RIGHT), (done // RIGHT) & 1)
                     dp = warpgroup_mma_wait(0, [dp_pending])
                     for c in gl.static_range(S_CHUNKS, CHUNKS):
                         mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c) % RIGHT))
-                        if SKIPS or j == BLOCKS - 1:
-                            mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c) % LEFT), pred=final)
+                    if final:
+                        for c in gl.static_range(S_CHUNKS, CHUNKS):
+                            mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c) % LEFT))
                     right_at += CHUNKS
                     acc = acc + p * (dp - gl.expand_dims(delta, 1))
                 new_sums = new_sums + (acc,)  # noqa: RUF005 - Triton has no unpacking
 
                 over = r - (last - 1)
                 if over >= 0:  # the block leaves under the products of the next, and makes room for the next tile's bias
-                    m_out, n_out = m0 + over, n0 + j * BN + over  # 0, and looks as if it varied, lest masks be kept in registers all along
+                    m_out, n_out = m0 + over, n0 + j * BN + over  # 0 more, as only we know: lest masks be kept in registers all along
                     # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
                     if lo is not None or hi is not None:
                         acc = hide(acc, visible(m_out, n_out, N, lo, hi, BM, BN), 0.0)
-                    if SKIPS:
-                        mbarrier.wait(bars.index(BIAS_FULL + buffer), (bias_at // BIASES) & 1)  # its tile's also if the block was left out
+                    if SKIPS:  # the buffer is this tile's also if the block was left out
+                        mbarrier.wait(bars.index(BIAS_FULL + buffer), (bias_at // BIASES) & 1)
                     if dbias_desc is not None:
                         bias_s.index(buffer).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
                         fence_async_shared()
@@ -407,7 +419,10 @@ def _consume(
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", "splits", "tiles_m", "tiles_n", "tiles", "places", "fold", "shuffle"]
+COUNTS = [
+    "batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", "splits", "tiles_m", "tiles_n", "tiles", "places", "fold",
+    "shuffle",
+]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=COUNTS)
@@ -418,8 +433,8 @@ def dbias(
     BIAS_STAGES: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """``tiles_m`` by ``tiles_n`` tiles a head of the bias, which have ``places`` (``_tile``); ``tiles`` is the number of all places, those of
-    every head of the bias times ``splits``, the part slowest.
+    """``tiles_m`` by ``tiles_n`` tiles a head of the bias, which have ``places`` (``_tile``); ``tiles`` are the places of all heads of the
+    bias, times ``splits``, the part slowest.
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
@@ -441,7 +456,12 @@ def dbias(
         zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
         zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
     COUNT: gl.constexpr = barrier_at("count", WGS, LEFT, RIGHT, BIASES)
+    LEFT_FULL: gl.constexpr = barrier_at("left_full", WGS, LEFT, RIGHT, BIASES)
     LEFT_EMPTY: gl.constexpr = barrier_at("left_empty", WGS, LEFT, RIGHT, BIASES)
+    RIGHT_FULL: gl.constexpr = barrier_at("right_full", WGS, LEFT, RIGHT, BIASES)
+    RIGHT_EMPTY: gl.constexpr = barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES)
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(COUNT):
         if n >= LEFT_EMPTY:
@@ -457,17 +477,16 @@ def dbias(
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
-                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS, SKIPS)),
+                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS,
+                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS, SKIPS)),
             (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
-                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, barrier_at("left_full", WGS, LEFT, RIGHT, BIASES),
-                        LEFT_EMPTY, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False, SKIPS)),
+                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, LEFT_FULL, LEFT_EMPTY, S_CHUNKS,
+                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False, SKIPS)),
             (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
-                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, barrier_at("right_full", WGS, LEFT, RIGHT, BIASES),
-                        barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES), S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True, SKIPS)),
+                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, RIGHT_FULL, RIGHT_EMPTY, S_CHUNKS,
+                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True, SKIPS)),
             (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits,
-                       tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS,
-                       barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES), barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES),
+                       tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, BIAS_FULL, BIAS_EMPTY,
                        VARIES_B0, VARIES_B1, VARIES_H)),
             (_clear, (optional(dbias_desc), optional(dbias_out), optional(zeros_s), optional(dbias_strides), batch_outer, batch_inner,
                       heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, BM, BN, WGS, BLOCKS,
@@ -477,21 +496,20 @@ def dbias(
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
-                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS, SKIPS)),
+                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS,
+                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS, SKIPS)),
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
                         bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
-                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 1, BM, BN, WGS, BLOCKS, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS, SKIPS)),
+                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 1, BM, BN, WGS, BLOCKS, S_CHUNKS,
+                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS, SKIPS)),
             (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
-                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, barrier_at("left_full", WGS, LEFT, RIGHT, BIASES),
-                        LEFT_EMPTY, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False, SKIPS)),
+                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, LEFT_FULL, LEFT_EMPTY, S_CHUNKS,
+                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False, SKIPS)),
             (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
-                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, barrier_at("right_full", WGS, LEFT, RIGHT, BIASES),
-                        barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES), S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True, SKIPS)),
+                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, RIGHT_FULL, RIGHT_EMPTY, S_CHUNKS,
+                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True, SKIPS)),
             (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits,
-                       tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS,
-                       barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES), barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES),
+                       tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, BIAS_FULL, BIAS_EMPTY,
                        VARIES_B0, VARIES_B1, VARIES_H)),
             (_clear, (optional(dbias_desc), optional(dbias_out), optional(zeros_s), optional(dbias_strides), batch_outer, batch_inner,
                       heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, BM, BN, WGS, BLOCKS,
