@@ -150,6 +150,7 @@ def run_dbias(
     assert plan.dbias_works(x.spec) and x.bias is not None and x.dbias is not None
     config = config or plan.dbias_config(x.spec, LIMIT)
     assert config is not None
+    splits = min(splits, plan.dbias_rounds(x.spec))
     shape = x.bias.new_empty(splits, *x.bias.shape)
     parts = empty(shape) if splits == 1 else torch.full_like(shape, torch.nan, dtype=F32)
     programs = plan.dbias_programs(x.spec, config, splits, processors)

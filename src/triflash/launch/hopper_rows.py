@@ -16,7 +16,7 @@ from ..kernels.hopper import dbias as dbias_kernels
 from ..kernels.hopper import dq as dq_kernels
 from ..plan.configs import padded
 from ..plan.hopper import ROWS, bias_block, schedule, whole_tiles
-from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_places, dbias_shuffle, dbias_tiles, slots_needed
+from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_places, dbias_rounds, dbias_shuffle, dbias_tiles, slots_needed
 from ..spec import AttentionSpec
 from .calls import Call, bias_strides, slope_strides
 from .hopper import addressable, descriptor
@@ -81,8 +81,10 @@ def dbias_call(
 ) -> Call:  # fmt: skip
     """dbias of a bias for which ``plan.hopper_rows.dbias_works``, as ``splits`` parts: parts is (splits, the bias's own five dims).
 
-    One part may have the bias's dtype and be the gradient itself; several are float32, and ``dbias_sum`` adds them.
+    One part may have the bias's dtype and be the gradient itself; several are float32, and ``dbias_sum`` adds them. Of a tile that is seen
+    every part must have a round, for only those of unseen tiles are filled with zeros.
     """
+    assert splits <= dbias_rounds(spec), "a part without rounds would not be written"
     slots = slots_needed(spec, config)
     assert spec.bias is not None and config.num_stages >= slots[0] and config.value_stages >= slots[1], "too few slots: a deadlock"
     block_n, chunk = config.block_n, config.chunk
