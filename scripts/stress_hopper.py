@@ -69,6 +69,7 @@ class Problem:
     processors: int = 132  # what the plan is told: with few, a program works through many tiles
     config: HopperConfig | None = None
     seed: int = 0
+    softcap: float = 0.0
     gradients: str = ""  # "added": dq added up in memory where that can be; "own": never; "": the forward pass alone
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -91,7 +92,7 @@ class Problem:
         return q, k, v, bias.masked_fill(dropped, -torch.inf) if self.hidden else bias
 
     def spec(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> AttentionSpec:
-        return spec_of(q, k, v, bias, self.inner, self.lo, self.hi, self.scale, "")
+        return spec_of(q, k, v, bias, self.inner, self.lo, self.hi, self.scale, "", softcap=self.softcap)
 
 
 Results = tuple[Tensor | None, ...]  # out, lse, rest; and dq, dk, dv, dbias
@@ -152,7 +153,7 @@ def judge(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None
     q, k, v, bias = tensors
     out, lse, rest = results[:3]
     assert out is not None and lse is not None
-    options = dict(batch_inner=problem.inner, lo=problem.lo, hi=problem.hi, scale=problem.scale)
+    options = dict(batch_inner=problem.inner, lo=problem.lo, hi=problem.hi, scale=problem.scale, softcap=problem.softcap)
     wanted, wanted_lse = oracle.attention(q, k, v, bias, **options)
     weight, _ = oracle.attention(q, k, v.abs(), bias, **options)
     roundoff = torch.finfo(q.dtype).eps / 2
@@ -192,14 +193,17 @@ def random_config(chooser: random.Random, head: int, biased: bool, one_width: bo
     if chooser.random() < 0.5:
         return None
     while True:
+        own_out = chooser.random() < 0.5 or not one_width
         config = HopperConfig(
             consumers=chooser.choice((1, 2, 3) if head <= 64 else (1, 2)),
             block_n=chooser.choice((32, 64, 128) if head <= 128 else (32, 64)),
             num_stages=chooser.choice((1, 2, 3)),
             bias_stages=chooser.choice((1, 2)),
             turns=chooser.random() < 0.5,
-            own_out=chooser.random() < 0.5 or not one_width,
+            own_out=own_out,
             persistent=chooser.random() < 0.8,
+            q_stages=chooser.choice((1, 2)) if own_out else 1,
+            out_parts=chooser.choice((1, 2)) if own_out and head >= 64 and one_width else 1,
         )
         widest = spec_of(*(torch.empty(1, 128, 1, head, device="meta", dtype=torch.bfloat16),) * 3, None, 1, None, None, 1.0, "")
         bias = config.bias_stages * config.block_m * config.block_n * 4 if biased else 0
@@ -226,6 +230,7 @@ def drawn(seed: int, worker: int, count: int, backward: bool = False) -> Iterato
                 bias_dtype=chooser.choice([dtype, "fp32", "bool"]),
                 hidden=chooser.random() < 0.3,
                 scale=chooser.choice([D**-0.5, D**-0.5, D**-0.5, -0.2, 0.0]),
+                softcap=chooser.choice([0.0, 0.0, 2.0]),
             )  # fmt: skip
             band = chooser.choice(["none", "none", "causal", "causal", "window", "left", "right"])
             few = chooser.random() < 0.2  # one tile of queries

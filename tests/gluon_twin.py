@@ -12,8 +12,10 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import math
 import operator
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -292,10 +294,23 @@ def fence() -> None:
     _here.unfenced.clear()
 
 
-def inline_asm(text: str, *_: object) -> None:
-    """A barrier of the processor, where the partitions of four warps meet that its number of threads says."""
+def inline_asm(text: str, _constraints: str, arguments: Sequence[Any], dtype: Any, *_: object) -> Any:
+    """A copy, a choice, ``squashed`` and ``weighed`` of a soft cap, or a barrier of the processor, where the partitions of four warps meet that
+    its number of threads says.
+    """
+    if text == "mov.b32 $0, $1;":
+        return arguments[0]
+    if "setp.le.s32 p, $2, $3; selp.f32 $0, $1, " in text:
+        x, at, last = arguments
+        return torch.where(at <= last, x, {"0fFF800000": -math.inf, "0f00000000": 0.0}[text.split(", ")[-2]])
+    if "cvt" in text:
+        x, u = arguments
+        return torch.exp2(x).to(dtype[0]), torch.exp2(x) * (-4.0 * u * (1.0 + u))
+    if "ex2" in text:
+        return -1.0 / (1.0 + torch.exp2(arguments[0].clamp(max=30.0)))
     assert text.startswith("bar.sync 10, 256;")
     _here.meeting.wait(PATIENCE)
+    return None
 
 
 def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: object, registers: object) -> None:
@@ -351,7 +366,7 @@ def _path(module: str) -> Path:
 @functools.lru_cache(maxsize=256)
 def _compiled(module: str, text: str) -> tuple[list[ast.ImportFrom], CodeType]:
     """What a module imports from others, and the rest of it."""
-    tree = ast.parse(text.replace("s.type.layout", "None"))
+    tree = ast.parse(re.sub(r"\b[su]\.type\.layout", "None", text))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module not in ("compat", None)]
     tree.body = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
     return imports, compile(tree, str(_path(module)), "exec")
@@ -371,11 +386,13 @@ def namespace(module: str, loaded: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _stand_ins() -> dict[str, Any]:
     gl = SimpleNamespace(
-        constexpr=lambda x: x, static_range=range, float32=torch.float32, int32=torch.int32, int64=torch.int64, cast=lambda x, _: x,
+        constexpr=lambda x: x, static_range=range, float32=torch.float32, float16=torch.float16,
+        bfloat16=torch.bfloat16, int32=torch.int32, int64=torch.int64, cast=lambda x, _: x,
         arange=lambda a, b, _: torch.arange(a, b), zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype),
         full=lambda shape, x, dtype, _: torch.full(shape, x, dtype=dtype), where=where, expand_dims=torch.unsqueeze,
         broadcast=torch.broadcast_tensors, fma=lambda a, b, c: a * b + c, exp2=torch.exp2, log2=torch.log2, abs=torch.abs,
         sum=torch.sum, max=torch.amax, minimum=lambda a, b: torch.minimum(a, torch.as_tensor(b)), maximum=torch.maximum,
+        split=lambda x: x.unbind(-1), permute=torch.permute, reshape=torch.reshape,
         convert_layout=lambda x, _: x, load=load, store=store, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
         inline_asm_elementwise=inline_asm, program_id=lambda _: Scalar(_here.program[0]), num_programs=lambda _: Scalar(_here.program[1]),
         SliceLayout=_layout, BlockedLayout=_layout, DotOperandLayout=_layout, NVMMADistributedLayout=_layout,

@@ -107,6 +107,7 @@ def test_forward_by_hopper_backward_by_triton() -> None:
         ("--device sm90 --dtype fp32", "hopper: cannot do fp32; its products are 16-bit ones"),
         ("--device sm80", "hopper: cannot do sm80; its kernels are made for sm90"),
         ("--device cpu", "hopper: cannot do cpu; its kernels are made for sm90"),
+        ("--device sm90 --softcap 501", "hopper: cannot do a soft cap of 501; above 500 its kernels round scores too far"),
         ("--device sm90 --backend triton", "hopper: could run it, but triton was asked for by name"),
         ("--device sm90 --backend hopper --grads none", "backend    hopper, asked for by name"),
     ],
@@ -123,6 +124,21 @@ def test_what_its_backward_pass_refuses(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["explain", "--device", "sm90", "--backend", "triton", "--bias", "hq1"]) == 0
     words = "hopper: the backward pass with a bias that does not vary over keys: not supported by backend 'hopper'"
     assert words in capsys.readouterr().out
+
+
+def test_a_mask_beside_a_bias() -> None:
+    """Both passes take it; the gradient of a broadcast bias beside a mask of queries is the portable kernels', and explain says why."""
+    q, bias = empty(2, 1000, 4, 64), empty(4, 1000, 1000)
+    for mask, backward in (
+        (torch.empty(2, 1, 1, 1000, dtype=torch.bool, device="meta"), "hopper"),
+        (torch.empty(1000, 1000, dtype=torch.bool, device="meta"), "triton"),
+    ):
+        explained = explain(q, q, q, bias, grads=("q", "k", "v", "bias"), device="sm90", mask=mask)
+        assert explained.backward is not None
+        assert (explained.forward.backend, explained.backward.backend) == ("hopper", backward)
+        reason = "beside a mask of shape 1b1qk: not supported by backend 'hopper'"
+        assert (reason in str(explained)) == (backward == "triton")
+        assert explain(q, q, q, bias, grads=("q", "k", "v"), device="sm90", mask=mask).backward.backend == "hopper"  # type: ignore[union-attr]
 
 
 def test_each_backend_takes_its_own_kind_of_configuration() -> None:
@@ -224,11 +240,12 @@ def test_copies_of_a_backward_pass(head_dim: int, value_dim: int, name: str, bia
     q, k, v = zeros(B, M, H, head_dim), zeros(B, columns, H, head_dim), zeros(B, columns, H, value_dim)
     given = None if bias is None else zeros(*bias_shape(bias, B, H, M, columns))
     canonical = None if given is None else given[:, None]
-    spec = spec_of(q, k, v, canonical, 1, None, None, 1.0, "")
+    mask = None if bias is None else torch.ones(B, 1, 1, 1, columns, dtype=torch.bool)
+    spec = spec_of(q, k, v, canonical, 1, None, None, 1.0, "", mask)
     needs = Needs(True, True, True, bias is not None)
     facts = KNOWN_DEVICES["sm90"]
     plans = [plan_forward(spec, facts, "hopper"), plan_backward(spec, needs, facts, "hopper")]
-    found = [copy for copy in copies_of(plans, spec, facts, (q, k, v, canonical)) if "backward" in copy.passes]
+    found = [copy for copy in copies_of(plans, spec, facts, Operands(q, k, v, canonical, mask)) if "backward" in copy.passes]
 
     allocated_here: list[int] = []
     padded_rows = hopper.padded_rows
@@ -244,9 +261,10 @@ def test_copies_of_a_backward_pass(head_dim: int, value_dim: int, name: str, bia
             patched.setattr(module, "padded_rows", recorded)
         patched.setattr(hopper_backward, "start", lambda *_: None)
         saved = Saved(out, lse, torch.zeros_like(lse) if spec.keeps_rest else None)
-        hopper_backward.backward(plans[1], spec, Operands(q, k, v, canonical), saved, torch.zeros_like(out), None, Gradients(*grads))
+        hopper_backward.backward(plans[1], spec, Operands(q, k, v, canonical, mask), saved, torch.zeros_like(out), None, Gradients(*grads))
     assert sorted(copy.nbytes for copy in found) == sorted(allocated_here)
     names = {copy.tensor for copy in found}
+    assert ("mask" in names) == (bias is not None)
     assert ({"dq", "dk"} <= names) == (head_dim == 20) and ({"dout", "dv"} <= names) == (value_dim == 20)
     assert ("dbias" in names) == (bias == "bhqk" and columns == 41)
 

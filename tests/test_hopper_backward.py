@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import Case, Inputs, build, dbias_kernel, few_processors, hopper_only, judge
+from cases import Case, Inputs, build, dbias_kernel, few_processors, hopper_only, judge, run_case
 from triflash import ops
 from triflash.bench.tolerance import assert_close
 from triflash.plan.device import facts_of
@@ -331,6 +331,26 @@ def test_without_what_lse_lost(shape: str, device: torch.device) -> None:
     assert check_backend(ran) == ["prepare", "dkdv", "dq"]
     for letter, grad in zip("qkv", grads, strict=True):
         torch.testing.assert_close(grad, wanted[letter], rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 5.0, 50.0])
+@pytest.mark.parametrize("bias", [None, "1h1k", "1hqk", "bhqk"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_soft_caps(dim: int, bias: str | None, softcap: float, device: torch.device) -> None:
+    """Both passes, by every kernel: tiles of the plan, and small ones with dq added up; scores from far below the cap to far above it."""
+    case = replace(BASE, D=dim, bias=bias, softcap=softcap, grads="qkv" if bias is None else "qkvb", magnitude=1.0 if dim > 64 else 3.0)
+    for tiles, dtype, causal in ((None, BF16, True), ((32, 32), F16, False)):
+        run_case(replace(case, tiles=tiles, dtype=dtype, causal=causal), BACKEND, device)
+
+
+@pytest.mark.parametrize("mask", ["b11k", "111k", "b1qk", "bhqk"])
+@pytest.mark.parametrize("bias", ["1h1k", "1hqk", "bhqk"])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_masks_beside_biases(dim: int, bias: str, mask: str, device: torch.device) -> None:
+    """Both passes, by every kernel; the gradient of a bias that has a kernel of its own beside masks of keys alone."""
+    case = replace(BASE, D=dim, bias=bias, mask=mask, grads="qkvb")
+    for tiles, dtype, causal in ((None, BF16, True), ((32, 32), F16, False)):
+        run_case(replace(case, tiles=tiles, dtype=dtype, causal=causal), BACKEND, device)
 
 
 def test_a_bias_that_does_not_vary_over_keys_is_refused_by_name(device: torch.device) -> None:

@@ -34,6 +34,10 @@ CONFIGS = [
     HopperConfig(2, 64, 2, turns=True),
     HopperConfig(3, 64, 3, bias_stages=3, turns=True, own_out=False),
     HopperConfig(2, 64, 2, persistent=False),
+    HopperConfig(2, 64, 2, q_stages=2),
+    HopperConfig(2, 128, 2, turns=True, q_stages=2),
+    HopperConfig(3, 64, 3, turns=True, q_stages=2),
+    HopperConfig(2, 64, 2, out_parts=2),
 ]
 PROBLEMS = [
     Case("no bias", B=2, M=321, N=257, H=3, D=64),

@@ -74,8 +74,14 @@ REFUSED = [
     ("sm90", spec(keys=0), "empty tensors", "triton"),
     ("sm90", spec(heads=0), "empty tensors", "triton"),
     ("sm90", spec(batch_outer=0), "empty tensors", "triton"),
-    ("sm90", spec("b1hqk", mask=BiasSpec("bool", (True,) * 5)), "a mask beside a bias", "triton"),
-    ("sm90", spec(alibi=True, softcap=1.0, groups=2), "a soft cap", "triton"),
+    (
+        "sm90",
+        spec("b1hqk", mask=BiasSpec("bool", (True,) * 4 + (False,))),
+        "a mask beside a bias of which one does not vary over keys",
+        "triton",
+    ),
+    ("sm90", spec("11hq1", mask=BiasSpec("bool", (True,) * 5)), "a mask beside a bias of which one does not vary over keys", "triton"),
+    ("sm90", spec(alibi=True, softcap=501.0, groups=2), "a soft cap of 501", "triton"),
     ("sm90", spec(dropout=0.1), "dropout", "triton"),
 ]
 

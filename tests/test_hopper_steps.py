@@ -192,6 +192,9 @@ def test_shared_memory_counts_every_buffer() -> None:
     ds, dq = 2 * 64 * 128 * 2, 64 * 128 * 4
     assert hopper_backward.shared_memory(problem, config, True) - used == ds + dq
     wide = spec("b1hqk", "bool", head_dim=200, value_dim=130)
+    capped = replace(wide, bias=spec("11h1k").bias, softcap=50.0)  # dk asks for p times a derivative, dbias for p itself
+    own, shared = (hopper_backward.shared_memory(capped, KeysConfig(2, 2, wide=True), False, dbias) for dbias in (True, False))
+    assert own - shared == 2 * 64 * 64 * 2 and own <= LIMIT
     k_v, q, dout, p, bias = 64 * 2 * 512, 2 * 64 * (512 + 4), 2 * 64 * (512 + 4), 2 * 64 * 64 * 2, 64 * 64
     used = hopper_backward.shared_memory(wide, KeysConfig(2, 2, wide=True), False)
     assert k_v + q + dout + p + bias < used < k_v + q + dout + p + bias + 2048

@@ -4,6 +4,7 @@ backend is. Few processors, so that a program has several tiles and its buffers 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -35,12 +36,14 @@ def check(case: Case, processors: int = 2, seed: int = 0, **configs: Config) -> 
     wanted = inputs.wanted()
     with gluon_twin.twin_device(processors, seed), override_configs(**configs), triflash.record_launches() as ran:
         x, options = inputs.operands(), (case.batch_inner, *case.band, case.softmax_scale, "", "hopper")
-        out, lse = torch.ops.triflash.forward(*x[:4], *options, *x[4:])[:2]  # the seed's functions would be deterministic here
+        out, lse = torch.ops.triflash.forward(*x[:4], *options, *x[4:], case.softcap)[
+            :2
+        ]  # the seed's functions would be deterministic here
         outputs, cotangents = ([out], [inputs.dout]) if inputs.dlse is None else ([out, lse], [inputs.dout, inputs.dlse])
         grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents) if wanted else ()
     for kernel, config in configs.items():
         assert kernel not in kernels(ran) or f"hopper: {kernel} {config}" in ran
-    judgements = judge(case, inputs)
+    judgements = judge(case, inputs, "hopper")
     assert_close("out", out.detach(), judgements["out"])
     assert_close("lse", lse.detach(), judgements["lse"])
     for letter, grad in zip(wanted, grads, strict=True):
@@ -135,12 +138,14 @@ TILES = [
         hi=60,
         grads="b",
     ),
+    Case("mask, soft cap, causal", B=4, M=300, N=260, bias="1hqk", mask="b11k", softcap=2.0, causal=True, grads="b"),
+    Case("two levels of both, soft cap", B=6, M=140, N=130, batch_inner=3, bias="b11qk", mask="1i11k", softcap=1.5, hi=70, grads="b"),
 ]
 
 
 @pytest.mark.parametrize("case", TILES, ids=str)
 @pytest.mark.parametrize(
-    "config", [None, RowsConfig(2, 64, 10, v_stages=4, blocks=4), RowsConfig(1, 32, 6, 2, v_stages=4, blocks=3)], ids=str
+    "config", [None, RowsConfig(2, 64, 5, v_stages=4), RowsConfig(1, 32, 6, 2, v_stages=4)], ids=lambda c: str(c).replace(" ", "-")
 )
 def test_gradients_of_a_bias_by_a_kernel_of_their_own(config: RowsConfig | None, case: Case) -> None:
     ran = check(case, 3, TILES.index(case), **({} if config is None else {"dbias": config}))
@@ -163,6 +168,10 @@ FORWARD_CONFIGS = [
     HopperConfig(3, 64, 3, 3, turns=True, own_out=False),
     HopperConfig(3, 16, 2),
     HopperConfig(2, 64, 2, persistent=False),
+    HopperConfig(1, 64, 1, q_stages=2),
+    HopperConfig(2, 128, 2, q_stages=2, turns=True),
+    HopperConfig(3, 32, 4, v_stages=3, q_stages=2, turns=True),
+    HopperConfig(2, 64, 2, out_parts=2),
 ]
 FORWARD = [
     Case("full", B=2, M=300, N=200),
@@ -184,6 +193,78 @@ def test_forward(config: HopperConfig | None, case: Case) -> None:
     check(replace(case, grads=""), processors, processors, **({} if config is None else {"forward": config}))
 
 
+CAPPED = [
+    Case("full", B=2, M=130, N=150, softcap=2.0, magnitude=3.0),
+    Case("causal, no rest", B=2, M=200, N=200, causal=True, softcap=0.5, dtype=BF16, scale=-1.0, dlse=True),
+    Case("bias, window", B=2, M=150, N=200, bias="11hqk", lo=-40, hi=60, softcap=1.0, bias_values="inf", magnitude=3.0),
+    Case("bias of full shape", B=2, M=130, N=140, bias="b1hqk", bias_dtype=F32, softcap=1.0, causal=True, magnitude=2.0),
+    Case("bias of keys, sink, grouped", B=2, M=140, N=150, H=4, Hk=2, bias="11h1k", softcap=3.0, sink=True, hi=90, magnitude=2.0),
+    Case("mask, lengths", B=2, M=130, N=150, bias="b1qk", bias_dtype=BOOL, bias_values="rows", lengths=(64, 150), softcap=1.0),
+    Case("slopes, far above the scores", B=2, M=130, N=150, alibi="h", softcap=500.0),
+    Case("far below them", B=2, M=100, N=150, softcap=0.05, bias="11hqk", grads="qkvb"),
+]
+
+
+@pytest.mark.parametrize("D", [16, 64, 136])
+@pytest.mark.parametrize("case", CAPPED, ids=str)
+def test_soft_caps(case: Case, D: int) -> None:
+    """In every kernel: those of narrow and of wide heads, dq added up and by itself, and every kernel that gives a bias its gradient."""
+    check(replace(case, D=D), 2, D)
+    if D <= 64:
+        for config in (KeysConfig(2, 2, early=True), KeysConfig(2, 1)):
+            assert "finish" in check(replace(case, D=D), 2, D, dqdkdv=config) or case.bias == "b1hqk"
+
+
+@pytest.mark.parametrize("case", CAPPED, ids=str)
+@pytest.mark.parametrize("config", FORWARD_CONFIGS[1::3], ids=lambda c: str(c).replace(" ", "-"))
+def test_forward_with_soft_caps(config: HopperConfig, case: Case) -> None:
+    check(replace(case, grads="", dlse=False), 1, 1, forward=config)
+
+
+MASKED = [
+    Case("keys beside a bias", B=2, M=130, N=150, bias="11hqk", mask="b11k", causal=True),
+    Case("keys beside keys", B=2, M=130, N=150, bias="11h1k", mask="b11k", lo=-40, hi=60, sink=True),
+    Case("keys beside a full shape", B=2, M=140, N=150, bias="b1hqk", bias_dtype=F32, mask="111k", lengths=(64, 150)),
+    Case("tiles beside a bias", B=2, M=130, N=150, bias="1hqk", bias_dtype=BF16, mask="b1qk", grads="qkvs", alibi="h", dlse=True),
+    Case("tiles beside keys", B=2, M=150, N=130, H=4, Hk=2, bias="1h1k", mask="bhqk", mask_layout="sliced"),
+    Case("tiles beside a full shape", B=2, M=130, N=150, bias="bhqk", mask="11qk", softcap=2.0, causal=True),
+    Case("two levels", B=6, M=100, N=130, batch_inner=3, bias="b11qk", mask="1i11k", softcap=2.0),
+    Case("what is hidden twice", B=2, M=130, N=100, bias="1hqk", bias_values="inf", mask="b11k", mask_layout="expanded"),
+]
+
+
+@pytest.mark.parametrize("D", [16, 64, 136])
+@pytest.mark.parametrize("case", MASKED, ids=str)
+def test_masks_beside_biases(case: Case, D: int) -> None:
+    check(replace(case, D=D), 2, D)
+    if D <= 64:
+        for config in (KeysConfig(2, 2, 2, early=True), KeysConfig(2, 1)):
+            check(replace(case, D=D), 3, D, dqdkdv=config)
+
+
+@pytest.mark.parametrize("case", MASKED, ids=str)
+@pytest.mark.parametrize("config", FORWARD_CONFIGS[1::3], ids=lambda c: str(c).replace(" ", "-"))
+def test_forward_with_masks_beside_biases(config: HopperConfig, case: Case) -> None:
+    check(replace(case, grads="", dlse=False), 1, 1, forward=config)
+
+
+def test_the_rounding_error_of_a_soft_cap() -> None:
+    """What plan/hopper.py says of it, by the arithmetic of ``squashed`` with instructions as inexact as they may be."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([torch.randn(100_000, generator=generator) * size for size in (0.01, 1, 10, 100)]).reshape(-1, 4)
+
+    def inexact(y: torch.Tensor, bits: int) -> torch.Tensor:
+        return y * (1 + (2 * torch.rand(y.shape, generator=generator) - 1) * 2.0**-bits)
+
+    y = -1 - inexact(torch.exp2(x.clamp(max=30.0)), 22)
+    a, b = y[:, :1] * y[:, 1:2], y[:, 2:3] * y[:, 3:]
+    c = inexact(1 / (a * b), 23)
+    u = torch.cat([b * c * y[:, 1:2], b * c * y[:, :1], a * c * y[:, 3:], a * c * y[:, 2:3]], 1)
+    tanh = torch.tanh(x.double() * math.log(2) / 2)
+    assert ((1 + 2 * u.double()) - tanh).abs().max() < 8e-7
+    assert (-4 * u.double() * (1 + u.double()) - (1 - tanh**2)).abs().max() < 2e-6
+
+
 AXES: dict[str, list[Any]] = {
     "lengths": [(65, 150), (150, 65), (192, 256), (1, 130), (200, 1), (130, 290)],
     "heads": [(1, 1), (2, 2), (4, 2), (4, 1)],  # of queries, of keys
@@ -195,15 +276,23 @@ AXES: dict[str, list[Any]] = {
     "bias_values": ["normal", "rows", "inf"],
     "band": [(None, None), (None, 0), (-70, 40), (-30, None), (None, -60), (None, 90)],
     "scale": [None, -0.4],
+    "mask": [None, "b111k", "1i1qk"],
     "lengths_shown": [None, (0, 60, 999), (128, 1)],
     "alibi": [None, "h", "bh"],
     "sink": [False, True],
+    "softcap": [0.0, 1.5],
     "dlse": [False, True],
     "grads": ["qkvbs", "qkvbs", "b", "qv", "kb", "k", "v", "qs"],
     "layout": ["plain", "plain", "mixed"],
     "processors": [1, 2, 3],
     "keys": [None, *KEYS_CONFIGS],
-    "forward": [None, HopperConfig(1, 64, 2), HopperConfig(2, 64, 2, turns=True), HopperConfig(3, 32, 2), HopperConfig(2, 128, 1, 2)],
+    "forward": [
+        None,
+        HopperConfig(1, 64, 2),
+        HopperConfig(2, 64, 2, turns=True),
+        HopperConfig(3, 32, 2, q_stages=2),
+        HopperConfig(2, 128, 1, 2),
+    ],
 }
 ROWS = pairwise({name: range(len(values)) for name, values in AXES.items()}, seed=7)
 
@@ -212,10 +301,14 @@ ROWS = pairwise({name: range(len(values)) for name, values in AXES.items()}, see
 def test_features_together(number: int) -> None:
     row = {name: AXES[name][at] for name, at in ROWS[number].items()}
     (M, N), (H, Hk), (outer, inner), (D, Dv), (lo, hi) = (row[name] for name in ("lengths", "heads", "batch", "dims", "band"))
+    if row["bias_dtype"] == BOOL or row["bias"] is None:
+        row["mask"] = None  # one mask at a time
+    if row["mask"] == "1i1qk" and row["bias"] not in ("bihqk", "11h1k", "b111k"):
+        row["grads"] = row["grads"].replace("b", "")  # whose gradient has a kernel of its own, that takes no such mask
     if row["bias_dtype"] == BOOL and row["bias_values"] == "inf":
         row["bias_values"] = "normal"
-    row["dlse"] = row["dlse"] and row["grads"] != "v"  # which lse does not depend on
-    plain = ("dtype", "bias", "bias_dtype", "bias_values", "scale", "alibi", "sink", "dlse", "grads", "layout")
+    row["dlse"] = row["dlse"] and row["grads"] not in ("v", "")  # which lse does not depend on
+    plain = ("dtype", "bias", "bias_dtype", "bias_values", "mask", "scale", "alibi", "sink", "softcap", "dlse", "grads", "layout")
     sizes = dict(B=outer * inner, M=M, N=N, H=H, Hk=Hk, D=D, Dv=Dv, lo=lo, hi=hi, batch_inner=inner, lengths=row["lengths_shown"])
     configs = {name: row[key] for name, key in (("dqdkdv", "keys"), ("forward", "forward")) if row[key] is not None}
     check(Case(f"together {number}", seed=number, **sizes, **{name: row[name] for name in plain}), row["processors"], number, **configs)
@@ -235,14 +328,16 @@ def test_features_together(number: int) -> None:
         ("backward", "            tma_store_wait(1)\n", ""),
         ("backward", "            _meet()", "            pass"),
         ("backward", "warpgroup_mma_wait(LATER, [dq_pending])", "warpgroup_mma_wait(LATER + 1, [dq_pending])"),
-        ("backward", "        fence_async_shared()\n        if bias_s is not None:", "        if bias_s is not None:"),
+        ("backward", "        fence_async_shared()\n        if bias_s is not None or", "        if bias_s is not None or"),
+        ("backward", "expect(bars.index(BIAS_FULL + slot), BIAS_BYTES + MASK_BYTES)", "expect(bars.index(BIAS_FULL + slot), BIAS_BYTES)"),
+        ("forward", "s = hide_by(s, mask_s.index(slot), BM, BN)", "pass"),
         ("wide", "mbarrier.wait(bars.index(KV_EMPTY), (wave & 1) ^ 1)", "pass"),
         ("wide", "mbarrier.wait(bars.index(O_EMPTY + stage), phase)", "pass"),
         ("wide", "mbarrier.wait(bars.index(P_FULL + (at & 1)), (at >> 1) & 1)", "pass"),
         ("wide", "mbarrier.wait(bars.index(Q_EMPTY + stage), phase)", "pass"),
         ("wide", "mbarrier.wait(bars.index(BIAS_EMPTY), (at & 1) ^ 1)", "pass"),
         ("forward", "mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)", "pass"),
-        ("forward", "mbarrier.wait(bars.index(Q_EMPTY + w), (wave & 1) ^ 1)", "pass"),
+        ("forward", "mbarrier.wait(bars.index(Q_EMPTY + slot), ((wave // Q_STAGES) & 1) ^ 1)", "pass"),
         ("forward", "mbarrier.wait(bars.index(V_FULL + before), ((at - 1) // V_STAGES) & 1)", "pass"),
         ("forward", "s = warpgroup_mma_wait(1, [s_pending])", "s = warpgroup_mma_wait(2, [s_pending])"),
         ("columns", "later - count", "later"),
@@ -254,7 +349,16 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
     monkeypatch.setattr(gluon_twin, "source", lambda module: source(module).replace(old, new) if module == kernel else source(module))
     monkeypatch.setattr(gluon_twin, "PATIENCE", 0.5)
     for seed in range(12):
-        case = Case("broken", B=2, M=300, N=300, bias="1hqk", grads={"forward": ""}.get(kernel, "qkv"), D=136 if kernel == "wide" else 16)
+        case = Case(
+            "broken",
+            B=2,
+            M=300,
+            N=300,
+            bias="1hqk",
+            mask="b11k" if kernel == "wide" else "b1qk",
+            grads={"forward": ""}.get(kernel, "qkv"),
+            D=136 if kernel == "wide" else 16,
+        )
         config = KeysConfig(2, 2, 2, early=True) if seed & 1 else KeysConfig(2, 1)
         try:
             check(case, 1, seed, **({} if kernel in ("forward", "wide") else {"dqdkdv": config}))

@@ -25,7 +25,7 @@ SEED, COUNT = 5, 6
 
 
 def right(problem: Any, tensors: Any) -> Any:
-    options = dict(batch_inner=problem.inner, lo=problem.lo, hi=problem.hi, scale=problem.scale)
+    options = dict(batch_inner=problem.inner, lo=problem.lo, hi=problem.hi, scale=problem.scale, softcap=problem.softcap)
     out, lse = oracle.attention(*tensors, **options)
     kept = lse.float().masked_fill(lse == -torch.inf, 0.0)
     rest = torch.where(lse == -torch.inf, 0.0, lse - kept.double()) / torch.log(torch.tensor(2.0, dtype=torch.float64))

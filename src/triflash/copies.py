@@ -55,7 +55,7 @@ def _portable(device: DeviceFacts, operands: Operands) -> Iterator[_Found]:
 
 
 def _hopper(plan: Plan, spec: AttentionSpec, operands: Operands) -> Iterator[_Found]:
-    q, k, v, bias, *_ = operands
+    q, k, v, bias, mask, *_ = operands
     for name, x in (("q", q), ("k", k), ("v", v)):
         if name != "q" and spec.key_lengths:
             yield (
@@ -67,6 +67,8 @@ def _hopper(plan: Plan, spec: AttentionSpec, operands: Operands) -> Iterator[_Fo
             yield from _for_tma(name, x.shape, x.stride(), x)
     if bias is not None and spec.bias is not None and spec.bias.varies[4]:
         yield from _for_tma("bias", layout.tma_bias_shape(bias.shape, bias.stride()), bias.stride(), bias)
+    if mask is not None:
+        yield from _for_tma("mask", layout.tma_bias_shape(mask.shape, mask.stride()), mask.stride(), mask)
     out = torch.empty((*q.shape[:3], v.shape[3]), dtype=q.dtype, device="meta")
     if plan.step("forward"):
         yield from _written("out", out)

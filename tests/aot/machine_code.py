@@ -57,3 +57,105 @@ def unfenced_releases(code: str) -> int:
         elif "SYNCS.ARRIVE" in line:
             found += pending
     return found
+
+
+_LABEL = re.compile(r"^\s*\.(L_x_\d+):")
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z0-9_.]+)\s*(.*?)\s*;")
+_WRITES_UNIFORM = re.compile(r"^(U(?!SETMAXREG|STATUS|BLK|TMA|CGABAR|SYNCS)|R2UR|S2UR|VOTEU|REDUX|CREDUX)")
+
+
+def ambiguous_descriptors(code: str) -> list[str]:
+    """Products whose operands' descriptors come from one instruction on some paths to them, and from another one on others.
+
+    Descriptors are worked out once before a loop, or anew in each step, so that only one instruction should be found for each. ptxas 12.8 has
+    made two loops share a descriptor that is worked out just where the first of them is entered, which may have been passed by; the second
+    then read what another computation had left in the register. Found by reaching definitions, through sums of uniform registers.
+    """
+    order = ["entry"]
+    blocks: dict[str, list[tuple[str, str, str, str]]] = {"entry": []}
+
+    def begin(name: str) -> None:
+        order.append(name)
+        blocks[name] = []
+
+    for line in code.splitlines():
+        label, found = _LABEL.match(line), _INSTRUCTION.search(line)
+        if label:
+            begin(label.group(1))
+        elif found:
+            blocks[order[-1]].append((found.group(1) or "", found.group(2), found.group(3), line.strip()))
+            if found.group(2).startswith(("BRA", "BRX", "EXIT", "RET")):
+                begin(f"after {len(order)}")
+    leads: dict[str, list[str]] = {}
+    for place, name in enumerate(order):
+        following = order[place + 1 : place + 2]
+        predicate, op, operands, _ = blocks[name][-1] if blocks[name] else ("", "", "", "")
+        targets = re.findall(r"\.(L_x_\d+)", operands) if op.startswith(("BRA", "BRX")) else []
+        passes = not op.startswith(("BRA", "BRX", "EXIT", "RET")) or predicate or re.match(r"!?U?P\d", operands) or op.startswith("BRA.")
+        leads[name] = targets + (following if passes else [])
+
+    def effect(op: str, operands: str) -> tuple[list[int], list[int]]:
+        """Uniform registers that an instruction reads (of a product: its descriptors), and those that it writes."""
+        parts = [part.strip() for part in operands.split(",")]
+        if op.startswith("HGMMA"):
+            first = int(re.search(r"gdesc\[UR(\d+)", operands).group(1))  # type: ignore[union-attr]
+            return list(range(first + 2 * parts[1].startswith("R"), first + 4)), []
+        written: list[int] = []
+        if _WRITES_UNIFORM.match(op):
+            while parts and not re.fullmatch(r"UR\d+", parts[0]) and re.fullmatch(r"!?UP\w+|PT", parts[0]):
+                parts.pop(0)
+            if parts and re.fullmatch(r"UR\d+", parts[0]):
+                first = int(parts.pop(0)[2:])
+                written = list(range(first, first + (2 if ".64" in op or ".WIDE" in op else 1)))
+        return [int(number) for number in re.findall(r"\bUR(\d+)", ",".join(parts))], written
+
+    Place = tuple[str, int]
+    arriving: dict[str, dict[int, frozenset[Place]]] = {name: {} for name in order}
+    work, seen = ["entry"], {"entry"}
+    while work:
+        name = work.pop()
+        have = dict(arriving[name])
+        for at, (predicate, op, operands, _) in enumerate(blocks[name]):
+            for register in effect(op, operands)[1]:
+                have[register] = frozenset({(name, at)}) | (have.get(register, frozenset()) if predicate else frozenset())
+        for to in leads[name]:
+            changed = to not in seen
+            seen.add(to)
+            for register, places in have.items():
+                joined = arriving[to].get(register, frozenset()) | places
+                if joined != arriving[to].get(register):
+                    arriving[to][register] = joined
+                    changed = True
+            if changed:
+                work.append(to)
+    sources: dict[tuple[Place, int], frozenset[Place]] = {}
+    products: list[tuple[Place, int]] = []
+    for name in order:
+        have = dict(arriving[name])
+        for at, (predicate, op, operands, _) in enumerate(blocks[name]):
+            read, written = effect(op, operands)
+            for register in read:
+                sources[(name, at), register] = have.get(register, frozenset())
+                if op.startswith("HGMMA"):
+                    products.append(((name, at), register))
+            for register in written:
+                have[register] = frozenset({(name, at)}) | (have.get(register, frozenset()) if predicate else frozenset())
+
+    found = []
+    for use in products:
+        follow, known = [use], {use}
+        while follow:
+            one = follow.pop()
+            # R2UR brings back what registers were too few to keep: it is one with the instruction that worked it out.
+            places = {(n, at) for n, at in sources[one] if blocks[n][at][1] != "R2UR"}
+            if len({blocks[n][at][1:3] for n, at in places}) > 1:  # the same instruction twice is a copy for either path
+                found.append(blocks[use[0][0]][use[0][1]][3] + f" // UR{one[1]}: " + "; ".join(sorted(blocks[n][a][3] for n, a in places)))
+                break
+            for place in places:
+                predicate, op, operands, _ = blocks[place[0]][place[1]]
+                if op.startswith(("UIADD3", "UMOV", "ULOP3", "USGXT")):
+                    for register in effect(op, operands)[0]:
+                        if (place, register) not in known:
+                            known.add((place, register))
+                            follow.append((place, register))
+    return found

@@ -12,7 +12,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from machine_code import assembled, disassembled, serialised, unfenced_releases
+from machine_code import ambiguous_descriptors, assembled, disassembled, serialised, unfenced_releases
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
@@ -43,12 +43,15 @@ class Target:
     band: tuple[int | None, int | None] = (None, None)
     length: int = UNEVEN
     config: HopperConfig | None = None
+    softcap: float = 0.0
+    mask: str = ""
 
     def __str__(self) -> str:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
-        parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), str(self.config or ""))
+        cap = "soft-cap" * (self.softcap > 0) + f"mask-{self.mask}" * bool(self.mask)
+        parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), cap, str(self.config or ""))
         return "-".join(part.replace(" ", "-") for part in parts if part)
 
 
@@ -81,11 +84,33 @@ TARGETS = [
     Target((64, 64), bias="1hq1"),
     Target((128, 128), bias="1hq1", bias_dtype=BOOL, band=CAUSAL),
     Target((16, 16), bias="1111", bias_dtype=F32, band=CAUSAL, length=ODD),
+    # Soft caps.
+    *(Target((d, d), band=band, length=length, softcap=50.0) for d in (64, 128, 256) for band, length in (((None, None), EVEN), (CAUSAL, UNEVEN))),
+    *(Target((d, d), F16, bias="1hqk", band=CAUSAL, softcap=30.0) for d in (64, 128, 256)),
+    Target((128, 128), bias="1h1k", bias_dtype=F32, softcap=50.0),
+    Target((64, 64), bias="b1qk", bias_dtype=BOOL, band=WINDOW, softcap=50.0),
+    Target((128, 128), band=WINDOW, softcap=50.0),
+    # Masks beside biases, a row or a tile of either.
+    *(Target((d, d), bias="1hqk", band=CAUSAL, mask=mask) for d in (64, 128, 256) for mask in ("b11k", "b1qk")),
+    Target((128, 128), bias="1h1k", mask="b11k"),
+    Target((64, 64), F16, bias="1h1k", bias_dtype=F32, mask="b1qk", length=ODD),
+    Target((128, 128), bias="1hqk", mask="b11k", softcap=50.0),
     # What the plan does not choose (or not yet), and tests choose by hand.
     Target((64, 64), F16, bias="1hqk", band=WINDOW, config=HopperConfig(1, 16, 1)),
     Target((128, 128), config=HopperConfig(2, 64, 3, 2, turns=True, own_out=False, v_stages=2)),
     Target((64, 64), bias="1h1k", config=HopperConfig(3, 64, 2, 2, turns=True, persistent=False)),
+    Target((64, 64), band=WINDOW, config=HopperConfig(2, 128, 2, q_stages=2)),
+    Target((128, 128), bias="1hqk", band=CAUSAL, config=HopperConfig(2, 64, 2, turns=True, q_stages=2)),
+    Target((256, 256), band=CAUSAL, config=HopperConfig(2, 64, 2, out_parts=2)),
 ]  # fmt: skip
+
+
+def mask_of(pattern: str, batch: int, heads: int, length: int) -> torch.Tensor | None:
+    """A mask beside a bias, on rows that TMA can address."""
+    if not pattern:
+        return None
+    b, h, q, k = (size if letter != "1" else 1 for letter, size in zip(pattern, (batch, heads, length, length), strict=True))
+    return torch.empty((b, 1, h, q, -(-k // 16) * 16), device="meta", dtype=BOOL)[..., :k]
 
 
 def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[AttentionSpec, Call]:
@@ -103,11 +128,12 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
         sizes = (batch, heads, target.length, target.length)
         b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
-    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee")
+    mask = mask_of(target.mask, batch, heads, target.length)
+    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, softcap=target.softcap)
     kept = torch.empty_like(lse) if bias is not None and bias.dtype != BOOL else None
     with override_configs(forward=target.config) if target.config else nullcontext():
         plan = plan_forward(spec, SM90, "hopper")
-    (call,) = forward_calls(plan, spec, Operands(q, k, v, bias), Saved(out, lse, kept))
+    (call,) = forward_calls(plan, spec, Operands(q, k, v, bias, mask), Saved(out, lse, kept))
     return spec, call
 
 
@@ -123,6 +149,26 @@ def test_serialised_products_are_found() -> None:
     assert careless != ptx and serialised(assembled(careless)) and not serialised(assembled(ptx))
 
 
+SKIPPED_DESCRIPTOR = """
+    /*0000*/  UIMAD.WIDE.U32 UR16, UR17, UR18, URZ ;
+    /*0010*/  @!P1 BRA `(.L_x_2) ;
+    /*0020*/  UMOV UR16, UR13 ;
+.L_x_1:
+    /*0030*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
+    /*0040*/  @P0 BRA `(.L_x_1) ;
+.L_x_2:
+    /*0050*/  HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
+    /*0060*/  @P0 BRA `(.L_x_2) ;
+    /*0070*/  EXIT ;
+"""
+
+
+def test_a_descriptor_that_only_an_earlier_loop_sets_is_found() -> None:
+    (found,) = ambiguous_descriptors(SKIPPED_DESCRIPTOR)
+    assert "/*0050*/" in found
+    assert not ambiguous_descriptors(SKIPPED_DESCRIPTOR.replace("@!P1 BRA `(.L_x_2)", "NOP"))
+
+
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_compiles_within_limits(target: Target) -> None:
     spec, call = the_call(target)
@@ -133,6 +179,7 @@ def test_compiles_within_limits(target: Target) -> None:
     code = disassembled(compiled)
     assert re.search(r"\bHGMMA\b", code) and not re.search(r"\bHMMA\b", code), "products run on the warpgroup matrix units, all of them"
     assert not serialised(assembled(compiled.asm["ptx"]))
+    assert not ambiguous_descriptors(code)
     if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
         assert used.spills <= SPILLS, f"{call.config}: {used}"
 

@@ -12,7 +12,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from machine_code import assembled, disassembled, serialised, unfenced_releases
+from machine_code import ambiguous_descriptors, assembled, disassembled, serialised, unfenced_releases
+from test_hopper import mask_of
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
@@ -52,13 +53,15 @@ class Target:
     adds: bool = True
     spills: int = 24
     serialised: bool = False
+    softcap: float = 0.0
+    mask: str = ""
 
     def __str__(self) -> str:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
         heads = f"g{self.groups}" * (self.groups > 1)
-        own = "" if self.adds else "fixed"
+        own = "fixed" * (not self.adds) + "soft-cap" * (self.softcap > 0) + f"mask-{self.mask}" * bool(self.mask)
         parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), self.grads, heads, own)
         return "-".join(part.replace(" ", "-") for part in (*parts, str(self.config or "")) if part)
 
@@ -107,6 +110,23 @@ TARGETS = [
     Target((256, 256), grads="k"),
     Target((256, 256), F16, band=CAUSAL, grads="v", spills=28, serialised=True),
     Target((256, 256), bias="b11k", grads="b"),
+    # Soft caps: nothing more is spilled, but where one number a key and its gradient come with it.
+    *(Target((d, d), band=band, adds=adds, softcap=50.0, spills=LOOP) for d in (64, 128) for band in (CAUSAL, (None, None)) for adds in (False, True)),
+    Target((64, 64), F16, bias="1hqk", band=CAUSAL, softcap=30.0),
+    Target((64, 64), bias="1h1k", grads="qkvb", softcap=50.0, spills=32),
+    Target((128, 128), bias="1hqk", band=CAUSAL, softcap=50.0, spills=64),
+    Target((128, 128), F16, bias="1hqk", bias_dtype=BOOL, softcap=30.0, spills=LOOP),
+    Target((128, 128), bias="1h1k", grads="qkvb", softcap=50.0, spills=120),
+    Target((128, 128), bias="1h1k", band=CAUSAL, grads="kvb", softcap=50.0, spills=120),
+    *(Target((256, 256), band=band, softcap=50.0) for band in ((None, None), CAUSAL, WINDOW)),
+    Target((256, 256), F16, bias="1hqk", band=CAUSAL, softcap=30.0),
+    Target((256, 256), bias="1h1k", band=CAUSAL, grads="kvb", softcap=50.0),
+    Target((256, 256), F16, band=CAUSAL, grads="v", softcap=50.0),
+    # Masks beside biases.
+    *(Target((d, d), bias="1hqk", band=CAUSAL, mask=mask, spills=64) for d in (64, 128, 256) for mask in ("b11k", "b1qk")),
+    Target((128, 128), bias="1h1k", grads="qkvb", mask="b11k", spills=80),
+    Target((64, 64), F16, bias="1h1k", grads="qkvb", mask="b1qk", spills=28),
+    Target((256, 256), bias="1h1k", band=CAUSAL, grads="kvb", mask="b11k"),
     # Candidates that the plan does not choose here.
     Target((128, 128), config=KeysConfig(1, 1), spills=80),
     Target((64, 64), bias="1hqk", config=KeysConfig(2, 2), band=CAUSAL),
@@ -127,11 +147,12 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
         sizes = (batch, heads, target.length, target.length)
         b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
-    spec = replace(spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee"), deterministic=not target.adds)
+    mask = mask_of(target.mask, batch, heads, target.length)
+    spec = replace(spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, softcap=target.softcap), deterministic=not target.adds)
     needs = Needs(*(letter in target.grads for letter in "qkvb"))
     with override_configs(**{target.kernel: target.config}) if target.config else nullcontext():
         plan = plan_backward(spec, needs, SM90, "hopper")
-    calls = ahead.calls_of(plan, spec, needs, q, k, v, bias)
+    calls = ahead.calls_of(plan, spec, needs, q, k, v, bias, mask)
     ((step, call),) = ((step, call) for step, call in zip(plan.steps, calls, strict=True) if step.kernel in ("dkdv", "dqdkdv"))
     assert step.kernel == target.kernel
     return spec, step, call
@@ -152,6 +173,7 @@ def test_compiles_within_limits(target: Target) -> None:
     assert re.search(r"\bHGMMA\b", code) and not re.search(r"\bHMMA\b", code), "products run on the warpgroup matrix units, all of them"
     # Statistics, and a bias, are read by plain loads: their buffers go back to TMA behind a fence.
     assert re.search(r"\bLDSM?\b", code) and unfenced_releases(code) == 0
+    assert not ambiguous_descriptors(code)
     if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
         assert used.spills <= target.spills, f"{call.config}: {used}"
     waiting = serialised(assembled(compiled.asm["ptx"]))

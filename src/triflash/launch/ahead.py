@@ -86,7 +86,13 @@ def calls_of(plan: Plan, spec: AttentionSpec, needs: Needs, *operands: Tensor | 
     """
     x = Operands(*operands)  # type: ignore[arg-type]
     if plan.backend == "hopper":
-        x = x._replace(q=_tma_meta(x.q), k=_tma_meta(x.k), v=_tma_meta(x.v), bias=None if x.bias is None else _tma_meta_bias(spec, x.bias))
+        x = x._replace(
+            q=_tma_meta(x.q),
+            k=_tma_meta(x.k),
+            v=_tma_meta(x.v),
+            bias=None if x.bias is None else _tma_meta_bias(spec, x.bias),
+            mask=None if x.mask is None else _tma_meta_once(x.mask),
+        )
     else:
         bias, mask = (None if each is None else _meta_bias(each) for each in (x.bias, x.mask))
         rest = (None if each is None else _meta(each) for each in x[5:])
@@ -141,4 +147,8 @@ def _tma_meta_bias(spec: AttentionSpec, bias: Tensor) -> Tensor:
     """The same for a bias: of a dim that ``expand`` repeats, the one element that there is."""
     if spec.bias is None or not spec.bias.varies[4]:
         return _meta(bias)
+    return _tma_meta_once(bias)
+
+
+def _tma_meta_once(bias: Tensor) -> Tensor:
     return _tma_meta(bias.as_strided(layout.tma_bias_shape(bias.shape, bias.stride()), bias.stride(), bias.storage_offset()))

@@ -13,11 +13,13 @@ from torch import Tensor
 from ..plan.configs import TileConfig
 from ..plan.hopper import HopperConfig
 from ..plan.hopper_backward import KeysConfig
-from ..spec import Saved
+from ..spec import AttentionSpec, Saved
 
-__all__ = ["SMALLEST_SCALE", "Call", "address_of", "bias_strides", "sink_gradient", "slope_strides", "start"]
+__all__ = ["SMALLEST_SCALE", "Call", "address_of", "bias_strides", "cap_of", "sink_gradient", "slope_strides", "start"]
 
 LN2 = 0.6931471805599453
+LOG2E = 1.4426950408889634
+LARGEST_FACTOR = 2.0**126  # times 0 it is still 0
 SMALLEST_SCALE = 2.0**-126  # the least normal float32: what is smaller may reach a kernel as 0
 
 
@@ -52,6 +54,14 @@ def bias_strides(bias: Tensor | None) -> tuple[int, ...] | None:
 def slope_strides(slopes: Tensor | None) -> tuple[int, int] | None:
     """(batch, head) strides of ALiBi slopes (B|1, Hq), 0 where all batch entries share them."""
     return None if slopes is None else (slopes.stride(0) if slopes.shape[0] > 1 else 0, slopes.stride(1))
+
+
+def cap_of(spec: AttentionSpec) -> tuple[float, float] | None:
+    """What the Hopper kernels take of a soft cap (``kernels/hopper/features.squashed``), within float32; None: there is none."""
+    if spec.softcap == 0:
+        return None
+    factor = 2.0 * LOG2E * spec.scale / spec.softcap
+    return max(-LARGEST_FACTOR, min(factor, LARGEST_FACTOR)), max(SMALLEST_SCALE, spec.softcap * LOG2E)
 
 
 def address_of(x: Tensor) -> int:

@@ -17,12 +17,12 @@ from ..kernels.hopper import forward as forward_kernels
 from ..kernels.hopper.compat import TensorDescriptor, gl
 from ..plan import layout
 from ..plan.configs import padded
-from ..plan.hopper import ROWS, HopperConfig, bias_block, schedule, whole_tiles
+from ..plan.hopper import ROWS, HopperConfig, bias_block, mask_block, schedule, whole_tiles
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
-from .calls import SMALLEST_SCALE, Call, bias_strides, slope_strides, start
+from .calls import SMALLEST_SCALE, Call, bias_strides, cap_of, slope_strides, start
 
-__all__ = ["addressable", "descriptor", "forward", "forward_calls", "padded_rows", "ready", "ready_bias", "ready_operands"]
+__all__ = ["addressable", "descriptor", "forward", "forward_calls", "mask_tiles", "padded_rows", "ready", "ready_bias", "ready_operands"]
 
 _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
 _ALIGNMENT = 16  # bytes
@@ -38,7 +38,7 @@ def forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> None:
 
 def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches of a forward pass; all tensors are addressable."""
-    q, k, v, bias, _, lengths, slopes, sink, _ = x
+    q, k, v, bias, mask, lengths, slopes, sink, _ = x
     out, lse, rest = saved
     calls = []
     for step in plan.steps:
@@ -58,10 +58,10 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             descriptor(q, (1, ROWS, 1, head)),
             descriptor(k, (1, block_n, 1, head)),
             descriptor(v, (1, block_n, 1, value)),
-            descriptor(out, (1, ROWS, 1, value)),
+            descriptor(out, (1, ROWS, 1, value // config.out_parts)),
             *(bias_desc, pointer, lengths, slopes, sink, lse, rest),
             *(None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
-            *(slope_strides(slopes), None if sink is None else sink.stride(0)),
+            *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), *mask_tiles(spec, mask, config)),
             *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
             *(tiles_m, tiles, *schedule(spec, config, step.programs)),
         )
@@ -79,9 +79,17 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             "TURNS": config.turns,
             "OWN_OUT": config.own_out,
             "REGISTERS": config.registers,
+            "Q_STAGES": config.q_stages,
         }
         calls.append(Call(forward_kernels.forward, args, constants, config, step.programs))
     return calls
+
+
+def mask_tiles(spec: AttentionSpec, mask: Tensor | None, config: HopperConfig) -> tuple[TensorDescriptor | None, tuple[int, ...] | None]:
+    """How kernels that own queries get a mask beside a bias: its descriptor, and along which outer dims it varies."""
+    if mask is None:
+        return None, None
+    return descriptor(mask.view(torch.uint8), (1, 1, 1, *mask_block(spec, config))), tuple(int(size > 1) for size in mask.shape[:3])
 
 
 def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
@@ -119,13 +127,19 @@ def ready_operands(spec: AttentionSpec, x: Operands) -> Operands:
         # A block that a length cuts through is loaded whole, and its hidden keys are multiplied by p = 0: what they hold must be finite.
         hidden = (torch.arange(spec.keys, device=k.device) >= x.key_lengths[:, None])[..., None, None]
         k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-    return x._replace(q=ready(x.q), k=ready(k), v=ready(v), bias=ready_bias(spec, x.bias))
+    mask = None if x.mask is None else ready(once(x.mask))
+    return x._replace(q=ready(x.q), k=ready(k), v=ready(v), bias=ready_bias(spec, x.bias), mask=mask)
 
 
 def ready_bias(spec: AttentionSpec, bias: Tensor | None) -> Tensor | None:
     """The bias without what ``expand`` repeats, ready for TMA if it has a dim of keys."""
     if bias is None or not (spec.bias and spec.bias.varies[4]):
         return bias
-    # An expanded outer dim is read at its only element. An expanded dim of queries or keys is what a tile is made of: it is written out.
-    stored = bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride()[:3])]
-    return ready(stored)
+    return ready(once(bias))
+
+
+def once(bias: Tensor) -> Tensor:
+    """A bias or mask whose expanded outer dims are read at their only element. An expanded dim of queries or keys is what a tile is made
+    of: whoever makes it ready writes it out.
+    """
+    return bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride()[:3])]

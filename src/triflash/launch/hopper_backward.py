@@ -18,7 +18,7 @@ from ..plan.hopper_steps import EDGE
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
-from .calls import Call, sink_gradient, slope_strides, start
+from .calls import Call, bias_strides, cap_of, sink_gradient, slope_strides, start
 from .hopper import addressable, descriptor, padded_rows, ready, ready_operands
 from .triton import partial_sums, row_strides
 
@@ -86,7 +86,7 @@ def backward_calls(
             full = dbias if "dbias" in step.gives else None
             calls.append(
                 hopper_rows.dq_call(
-                    spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full, x.key_lengths, x.alibi_slopes
+                    spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full, x.key_lengths, x.alibi_slopes, x.mask
                 )
             )
         elif step.kernel == "finish":
@@ -95,7 +95,7 @@ def backward_calls(
         elif step.kernel == "dbias":
             parts = partial_sums(step, dbias)
             assert isinstance(step.config, RowsConfig) and bias is not None and parts is not None
-            operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes)
+            operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask)
             calls.append(hopper_rows.dbias_call(spec, step.config, step.programs, step.splits, *operands))
         elif step.kernel == "dbias_sum":
             assert dbias is not None and step.config is not None
@@ -164,7 +164,7 @@ def keys_call(
     dbias_strides: tuple[int, int, int, int] | None,
 ) -> Call:
     """dk, dv, what dq sums up to, and the gradient of a bias that varies over keys alone: what is None is not computed."""
-    q, k, v, bias, _, lengths, slopes, *_ = x
+    q, k, v, bias, mask, lengths, slopes, *_ = x
     config = step.config
     assert isinstance(config, KeysConfig)
     head, value = dims(spec)
@@ -178,7 +178,15 @@ def keys_call(
             bias_on = tuple(int(size > 1) for size in bias.shape[:3])
         else:
             pointer = bias
-            strides = tuple(0 if n == 1 else s for n, s in zip(bias.shape, bias.stride(), strict=True))
+            strides = bias_strides(bias)
+    mask_desc = mask_on = key_mask = None
+    if mask is not None:
+        assert spec.mask is not None and spec.mask.varies[4]
+        mask = mask.view(torch.uint8)
+        if spec.mask.varies[3]:
+            mask_desc, mask_on = descriptor(mask, (1, 1, 1, rows, half)), tuple(int(size > 1) for size in mask.shape[:3])
+        else:
+            key_mask = mask
     tiles_n, tiles = keys_tiles(spec, config)
     longest = "first" if spec.hi is not None else "none" if spec.lo is None else "last"
     args: tuple[Any, ...] = (
@@ -191,7 +199,21 @@ def keys_call(
         None if dk is None else descriptor(dk, (1, half, 1, head)),
         None if dv is None else descriptor(dv, (1, half, 1, value)),
         *(() if config.wide else (None if dq_sum is None else descriptor(dq_sum, (1, 1, rows, head // 2)),)),
-        *(pointer, lengths, slopes, dbias, strides, dbias_strides, slope_strides(slopes), bias_on),
+        *(
+            pointer,
+            lengths,
+            slopes,
+            dbias,
+            strides,
+            dbias_strides,
+            slope_strides(slopes),
+            bias_on,
+            cap_of(spec),
+            mask_desc,
+            key_mask,
+            bias_strides(key_mask),
+            mask_on,
+        ),
         *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
         *(tiles_n, tiles, *schedule(spec, config, step.programs)),
     )

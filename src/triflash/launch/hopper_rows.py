@@ -18,8 +18,8 @@ from ..plan.configs import padded
 from ..plan.hopper import ROWS, bias_block, schedule, whole_tiles
 from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_places, dbias_rounds, dbias_shuffle, dbias_tiles, slots_needed
 from ..spec import AttentionSpec
-from .calls import Call, bias_strides, slope_strides
-from .hopper import addressable, descriptor
+from .calls import Call, bias_strides, cap_of, slope_strides
+from .hopper import addressable, descriptor, mask_tiles
 
 __all__ = ["STATISTICS_MULTIPLE", "dbias_call", "dq_call"]
 
@@ -29,6 +29,7 @@ STATISTICS_MULTIPLE = 128  # queries
 def dq_call(
     spec: AttentionSpec, config: RowsConfig, programs: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dout: Tensor,
     stats: Tensor, dq: Tensor, dbias: Tensor | None = None, lengths: Tensor | None = None, slopes: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q."""
     assert config.num_stages > config.ahead, "the last product lags behind the block that would take its only key buffer: a deadlock"
@@ -52,7 +53,13 @@ def dq_call(
         descriptor(v, (1, block_n, 1, value)),
         descriptor(dq, (1, ROWS, 1, head)),
         *(bias_desc, dbias_desc, pointer, lengths, slopes, stats),
-        *(None if pointer is None else bias_strides(pointer)[:4], slope_strides(slopes), bias_on),  # type: ignore[index]
+        *(
+            None if pointer is None else bias_strides(pointer)[:4],  # type: ignore[index]
+            slope_strides(slopes),
+            bias_on,
+            cap_of(spec),
+            *mask_tiles(spec, mask, config),
+        ),
         *(spec.batch, spec.heads, q.shape[2] // k.shape[2], spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
         *(tiles_m, tiles, *schedule(spec, config, programs)),
     )
@@ -78,6 +85,7 @@ def dq_call(
 def dbias_call(
     spec: AttentionSpec, config: RowsConfig, programs: int, splits: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dout: Tensor,
     stats: Tensor, parts: Tensor, lengths: Tensor | None = None, slopes: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """dbias of a bias for which ``plan.hopper_rows.dbias_works``, as ``splits`` parts: parts is (splits, the bias's own five dims).
 
@@ -85,12 +93,12 @@ def dbias_call(
     every part must have a round, for only those of unseen tiles are filled with zeros.
     """
     assert splits <= dbias_rounds(spec), "a part without rounds would not be written"
-    slots = slots_needed(spec, config)
-    assert spec.bias is not None and config.num_stages >= slots[0] and config.value_stages >= slots[1], "too few slots: a deadlock"
     block_n, chunk = config.block_n, config.chunk
+    slots = min(config.num_stages, config.value_stages)
+    assert spec.bias is not None and slots >= slots_needed(spec, chunk), "fewer slots than a round needs: a deadlock"
     rows, keys = (1, ROWS, 1, chunk), (1, block_n, 1, chunk)
     tiles_m, tiles_n, own = dbias_tiles(spec, config)
-    places, fold = dbias_places(spec, config)
+    fold, full = dbias_places(spec, config)
     direct = splits == 1 and parts.dtype == bias.dtype and addressable(parts[0])
     strides = None if direct else tuple(0 if size == 1 else stride for size, stride in zip(parts.shape, parts.stride(), strict=True))
     args = (
@@ -104,16 +112,18 @@ def dbias_call(
             stats,
             strides,
             slope_strides(slopes),
+            cap_of(spec),
+            None if mask is None else mask.view(torch.uint8),
+            bias_strides(mask),
         ),
         *(spec.batch_outer, spec.batch_inner, spec.heads, q.shape[2] // k.shape[2], spec.queries, spec.keys, spec.lo, spec.hi),
-        *(spec.scale, splits, tiles_m, tiles_n, own // (tiles_m * tiles_n) * places * splits, places, fold),
+        *(spec.scale, splits, tiles_m, tiles_n, own // (tiles_m * tiles_n) * len(full) * splits, len(full), fold),
         dbias_shuffle(spec, config, splits, programs),
     )
     constants: dict[str, Any] = {
         "D": spec.head_dim,
         "DV": spec.value_dim,
         "WGS": config.consumers,
-        "BLOCKS": config.blocks,
         "LEFT": config.value_stages,
         "RIGHT": config.num_stages,
         "BIAS_STAGES": config.bias_stages,
@@ -121,7 +131,7 @@ def dbias_call(
         "VARIES_B1": spec.bias.varies[1],
         "VARIES_H": spec.bias.varies[2],
         "HAS_REST": stats.shape[1] == 3,
-        "EVEN": spec.queries % config.block_m == 0 and spec.keys % config.tile_n == 0,
+        "EVEN": spec.queries % config.block_m == 0 and spec.keys % block_n == 0,
         "TURNS": config.turns,
         "REGISTERS": config.registers,
     }

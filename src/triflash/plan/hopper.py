@@ -10,12 +10,15 @@ from ..spec import AttentionSpec
 from .configs import padded
 
 __all__ = [
+    "LARGEST_SOFTCAP",
     "HopperConfig",
     "bias_block",
     "bias_bytes",
     "dealt",
     "equal_sections",
     "forward_config",
+    "mask_block",
+    "mask_bytes",
     "reservation",
     "schedule",
     "shared_memory",
@@ -26,6 +29,9 @@ ROWS = 64  # queries of one consumer warpgroup: the M of a warpgroup product
 MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even
 TILE_COST = 1  # what a tile costs besides its blocks, in blocks
 SHORTEST = 256
+LARGEST_SOFTCAP = (
+    500.0  # a score's rounding error is up to 8e-7 of the cap: what more than this makes of it would be seen in 16-bit results
+)
 L2_SECTION = 24 * 2**20  # bytes of keys and values that tiles running at the same time may share: half of an H100's L2 cache
 
 
@@ -35,8 +41,9 @@ class HopperConfig:
 
     consumers: warpgroups of 64 queries each. block_n: keys of a block. num_stages: buffers for key blocks, and for value blocks unless
     v_stages says otherwise. bias_stages: buffers for bias tiles, per consumer. turns: consumers issue their products in turn. own_out: the
-    output has a buffer of its own. persistent: a grid of as many programs as there are processors. registers: of a thread of a consumer
-    other than the first, which gets what is left.
+    output has a buffer of its own, through which it leaves in ``out_parts`` pieces. persistent: a grid of as many programs as there are
+    processors. q_stages: buffers for queries, per consumer; the second only where the output has its own. registers: of a thread of a
+    consumer other than the first, which gets what is left.
     """
 
     consumers: int
@@ -47,11 +54,17 @@ class HopperConfig:
     own_out: bool = True
     persistent: bool = True
     v_stages: int = 0
+    q_stages: int = 1
+    out_parts: int = 1
 
     def __post_init__(self) -> None:
         for name, allowed in (("consumers", (1, 2, 3)), ("block_n", (16, 32, 64, 128, 256)), ("bias_stages", (1, 2, 3, 4))):
             if getattr(self, name) not in allowed:
                 raise bad_value(name, f"one of {allowed}", getattr(self, name))
+        if self.q_stages not in ((1, 2) if self.own_out else (1,)):
+            raise bad_value("q_stages", "1, or 2 where the output has a buffer of its own", self.q_stages)
+        if self.out_parts not in ((1, 2) if self.own_out else (1,)):
+            raise bad_value("out_parts", "1, or 2 where the output has a buffer of its own", self.out_parts)
         if self.num_stages < 1:
             raise bad_value("num_stages", "at least 1", self.num_stages)
 
@@ -73,8 +86,8 @@ class HopperConfig:
         return 160 if self.consumers == 3 else 240
 
     def __str__(self) -> str:
-        flags = " turns" * self.turns + " own-out" * self.own_out + " persistent" * self.persistent
-        return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.value_stages} b{self.bias_stages}{flags}"
+        flags = " turns" * self.turns + f" own-out{'/2' * (self.out_parts == 2)}" * self.own_out + " persistent" * self.persistent
+        return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.value_stages} q{self.q_stages} b{self.bias_stages}{flags}"
 
 
 def bias_block(spec: AttentionSpec, config: HopperConfig) -> tuple[int, int]:
@@ -96,21 +109,36 @@ def bias_bytes(spec: AttentionSpec, config: HopperConfig) -> int:
     return rows * columns * _bias_itemsize(spec)
 
 
+def mask_block(spec: AttentionSpec, config: HopperConfig) -> tuple[int, int]:
+    """Rows and columns of one buffer of a mask beside a bias, as of ``bias_block``."""
+    assert spec.mask is not None
+    return (ROWS, config.block_n) if spec.mask.varies[3] else (1, max(config.block_n, 128))
+
+
+def mask_bytes(spec: AttentionSpec, config: HopperConfig) -> int:
+    """Bytes of one buffer of a mask beside a bias."""
+    if spec.mask is None:
+        return 0
+    rows, columns = mask_block(spec, config)
+    return rows * columns
+
+
 def shared_memory(spec: AttentionSpec, config: HopperConfig) -> int:
     """Bytes of shared memory of one program of the forward kernel."""
     head, value = padded(spec.head_dim) * 2, padded(spec.value_dim) * 2
-    queries = config.block_m * (max(head, value) if not config.own_out else head + value)
+    queries = config.block_m * (max(head, value) if not config.own_out else config.q_stages * head + value // config.out_parts)
     keys = config.block_n * (config.num_stages * head + config.value_stages * value)
-    bias = config.bias_stages * config.consumers * bias_bytes(spec, config)
-    barriers = 8 * (3 * config.consumers + 2 * (config.num_stages + config.value_stages) + 2 * config.bias_stages * config.consumers)
+    bias = config.bias_stages * config.consumers * (bias_bytes(spec, config) + mask_bytes(spec, config))
+    barriers = 8 * (5 * config.consumers + 2 * (config.num_stages + config.value_stages) + 2 * config.bias_stages * config.consumers)
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
 
-def _candidates(head: int, bias: bool, bias_tiles: bool, banded: bool, keys: int) -> tuple[HopperConfig, ...]:
+def _candidates(head: int, bias: bool, bias_tiles: bool, banded: bool, keys: int, capped: bool) -> tuple[HopperConfig, ...]:
     """From the fastest measured to the smallest; the first that fits is taken.
 
     H200, Triton 3.6.0, bf16, 16,384 tokens, h*d = 2048, 2026-11 (docs/tuning.md). At d 64 three consumers hide more of the exponentials,
-    but their tiles of 192 queries waste more of a short triangle. Turns pay where the softmax is long beside the products.
+    but their tiles of 192 queries waste more of a short triangle. Turns pay where the softmax is long beside the products; that it is so
+    under a soft cap (``capped``) has not been measured.
     """
     if head <= 64:
         if bias_tiles:
@@ -118,7 +146,7 @@ def _candidates(head: int, bias: bool, bias_tiles: bool, banded: bool, keys: int
         wide = not bias and (not banded or keys >= 4096)  # registers of a third consumer leave no room for a bias
         return (HopperConfig(3 if wide else 2, 128, 2, turns=True), HopperConfig(2, 64, 2, turns=True))
     if head <= 128:
-        turns = bias_tiles or keys <= 1024
+        turns = bias_tiles or keys <= 1024 or capped
         return (
             HopperConfig(2, 128, 2, turns=turns),
             HopperConfig(2, 128, 2, turns=turns, own_out=False),
@@ -141,7 +169,8 @@ def forward_config(spec: AttentionSpec, limit: int, processors: int = 0) -> Hopp
     """
     head = padded(max(spec.head_dim, spec.value_dim))
     bias_tiles = spec.bias is not None and spec.bias.varies[4]
-    for config in _candidates(head, spec.bias is not None or spec.alibi, bias_tiles, spec.lo is not None or spec.hi is not None, spec.keys):
+    banded = spec.lo is not None or spec.hi is not None
+    for config in _candidates(head, spec.bias is not None or spec.alibi, bias_tiles, banded, spec.keys, spec.softcap > 0):
         if shared_memory(spec, config) <= limit and (config.own_out or padded(spec.head_dim) == padded(spec.value_dim)):
             if 2 * whole_tiles(spec, config)[1] <= processors:
                 return replace(config, consumers=1, turns=False)

@@ -85,16 +85,15 @@ def stats_length(spec: AttentionSpec) -> int:
 
 
 def bias_slot_bytes(spec: AttentionSpec, config: KeysConfig) -> int:
-    """Bytes of one bias buffer, of which each consumer that scores has some; none where the bias does not vary over both queries and
-    keys.
+    """Bytes of one buffer for tiles of a bias and of a mask beside it, of which each consumer that scores has some; none where neither
+    varies over both queries and keys.
     """
-    if spec.bias is None or not (spec.bias.varies[3] and spec.bias.varies[4]):
-        return 0
-    return config.block_m * 64 * {"bool": 1, "fp32": 4}.get(spec.bias.dtype, 2)
+    tiled = (each for each in (spec.bias, spec.mask) if each is not None and each.varies[3] and each.varies[4])
+    return sum(config.block_m * 64 * {"bool": 1, "fp32": 4}.get(each.dtype, 2) for each in tiled)
 
 
-def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool) -> int:
-    """Bytes of shared memory of one program."""
+def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool, dbias: bool = False) -> int:
+    """Bytes of shared memory of one program; ``dbias``: it also gives the gradient of a bias that varies over keys alone."""
     head, value = dims(spec)
     stages = config.q_stages * (2 * head + 4 * (stats_kinds(spec) - 1)) + config.o_stages * (2 * value + 4)
     scoring = 1 if config.wide else 2
@@ -104,7 +103,7 @@ def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool) -> int
         + scoring * config.bias_stages * bias_slot_bytes(spec, config)
     )
     if config.wide:
-        total += 2 * config.block_m * config.block_n * 2
+        total += (4 if dbias and spec.softcap else 2) * config.block_m * config.block_n * 2  # of p, or of p and what it is multiplied to
     elif adds_dq:
         total += 2 * config.block_m * config.block_n * 2 + config.block_m * head * 4
     barriers = 10 + 2 * (config.kv_stages + config.q_stages + config.o_stages) + 4 * config.bias_stages
@@ -122,10 +121,10 @@ def _candidates(widest: int, bias_tiles: bool) -> tuple[KeysConfig, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
-def keys_config(spec: AttentionSpec, adds_dq: bool, limit: int) -> KeysConfig | None:
+def keys_config(spec: AttentionSpec, adds_dq: bool, limit: int, dbias: bool = False) -> KeysConfig | None:
     """The first candidate that fits ``limit`` bytes of shared memory, or None."""
     for config in _candidates(max(dims(spec)), bias_slot_bytes(spec, KeysConfig(1, 1)) > 0):
-        if shared_memory(spec, config, adds_dq) <= limit:
+        if shared_memory(spec, config, adds_dq, dbias) <= limit:
             return config
     return None
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from ..errors import bad_value
 from ..spec import AttentionSpec
 from .configs import padded
-from .hopper import HopperConfig, bias_bytes, whole_tiles
+from .hopper import HopperConfig, bias_bytes, mask_bytes, whole_tiles
 
 __all__ = [
-    "RowsConfig", "batch_fastest", "dbias_config", "dbias_order", "dbias_places", "dbias_programs", "dbias_rounds", "dbias_shared_memory",
-    "dbias_shuffle", "dbias_tiles", "dbias_works", "dq_config", "dq_programs", "dq_shared_memory", "slots_needed",
+    "RowsConfig", "batch_fastest", "dbias_config", "dbias_places", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_shuffle",
+    "dbias_tiles", "dbias_works", "dq_config", "dq_programs", "dq_shared_memory", "slots_needed",
 ]  # fmt: skip
 
 ROWS = 64  # queries of one consumer warpgroup
@@ -28,13 +28,12 @@ class RowsConfig(HopperConfig):
     dq: as in the forward kernel; num_stages are buffers for key blocks, v_stages for value blocks, and ahead says that the last product of
     a block is issued behind the first two of the next, which takes registers and a second key buffer.
 
-    dbias: a tile is ``blocks`` times block_n keys wide. num_stages are slots of ``chunk`` columns of a block's keys or values, v_stages
-    such of a tile's queries or their dout, and bias_stages the tiles whose bias has room; of the other fields only turns matters.
+    dbias: num_stages are slots of ``chunk`` columns of keys or values, v_stages such of queries or their dout, and bias_stages the tiles
+    whose bias has room; of the other fields only turns matters.
     """
 
     ahead: bool = True
     chunk: int = 64
-    blocks: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,18 +41,10 @@ class RowsConfig(HopperConfig):
             raise bad_value("consumers", "1 or 2", self.consumers)
         if self.chunk not in (16, 32, 64, 128):
             raise bad_value("chunk", "16, 32, 64 or 128", self.chunk)
-        if not 1 <= self.blocks <= 4:
-            raise bad_value("blocks", "1 to 4", self.blocks)
-
-    @property
-    def tile_n(self) -> int:
-        """Keys of a tile of ``dbias``."""
-        return self.block_n * self.blocks
 
     def __str__(self) -> str:
         flags = " turns" * self.turns + " ahead" * self.ahead + " own-out" * self.own_out + " persistent" * self.persistent
-        blocks = f"x{self.blocks}" * (self.blocks > 1)
-        return f"{self.block_m}x{self.block_n}{blocks} s{self.num_stages}/{self.value_stages} b{self.bias_stages} c{self.chunk}{flags}"
+        return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.value_stages} b{self.bias_stages} c{self.chunk}{flags}"
 
 
 def dq_shared_memory(spec: AttentionSpec, config: RowsConfig, dbias: bool) -> int:
@@ -62,7 +53,7 @@ def dq_shared_memory(spec: AttentionSpec, config: RowsConfig, dbias: bool) -> in
     queries = config.block_m * (head + value + head * config.own_out)
     keys = config.block_n * (config.num_stages * head + config.value_stages * value)
     one = bias_bytes(spec, config)
-    bias = config.bias_stages * config.consumers * one + one * (dbias and (_banded(spec) or spec.key_lengths))
+    bias = config.bias_stages * config.consumers * (one + mask_bytes(spec, config)) + one * (dbias and (_banded(spec) or spec.key_lengths))
     barriers = 8 * (config.consumers * (3 + 2 * config.bias_stages) + 2 * (config.num_stages + config.value_stages))
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
@@ -121,40 +112,41 @@ def dbias_works(spec: AttentionSpec) -> bool:
 def dbias_shared_memory(spec: AttentionSpec, config: RowsConfig) -> int:
     """Bytes of shared memory of one program of ``dbias``."""
     rings = (config.num_stages * config.block_n + config.value_stages * config.block_m) * config.chunk * 2
-    biases = config.bias_stages * config.blocks * config.consumers
-    bias = (biases + _banded(spec)) * bias_bytes(spec, config)  # and a block of zeros for what nobody sees
+    biases = config.bias_stages * config.consumers
+    bias = (biases + _banded(spec)) * bias_bytes(spec, config)  # and zeros for what nobody sees
     barriers = 8 * (2 * (config.num_stages + config.value_stages + biases) + config.consumers)
     return rings + bias + barriers + 1024
 
 
-def slots_needed(spec: AttentionSpec, config: RowsConfig) -> tuple[int, int]:
-    """Chunks of keys, and of queries, that must lie in their rings at the same time: all that a block takes, or the last of s and all of
-    dp. Those of the queries stay until the last block of a tile.
-    """
-    s, dp = -(-spec.head_dim // config.chunk), -(-spec.value_dim // config.chunk)
-    least = min(s + dp, 1 + dp)
-    return least, least if config.blocks == 1 else s + dp
+def slots_needed(spec: AttentionSpec, chunk: int) -> int:
+    """Chunks that must lie in either ring at the same time: the last of s and all of dp."""
+    return 1 + -(-spec.value_dim // chunk)
 
 
 @functools.lru_cache(maxsize=4096)
 def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
     """The configuration of ``dbias`` within ``limit`` bytes of shared memory; None if no candidate fits.
 
-    A wide tile matters most: what a round loads grows with the sum of its sides, what it multiplies with their product.
+    A wide tile matters most: what a round loads grows with the sum of its sides, what it multiplies with their product. Then, for
+    heads whose tiles are short, a second buffer for the bias, if it leaves each ring four slots.
     """
-    chunk = min(64, padded(max(spec.head_dim, spec.value_dim)))
-    for consumers, block_n in ((2, 128), (2, 64), (1, 64), (1, 32)):
-        for slots in range(8, 0, -1):
-            config = RowsConfig(consumers, block_n, slots, chunk=chunk)
-            if min(slots_needed(spec, config)) <= slots and dbias_shared_memory(spec, config) <= limit:
-                return config
+    widest = padded(max(spec.head_dim, spec.value_dim))
+    chunk = min(64, widest)
+    least = slots_needed(spec, chunk)
+    sizes = ((2, 128), (2, 64), (1, 64), (1, 32))
+    for consumers, block_n in sizes if spec.mask is None else sizes[1:]:  # a number a key more takes registers: 62 words were spilled
+        for bias_stages in (2, 1) if widest <= 128 else (1,):
+            for slots in range(16, 2 * (least if bias_stages == 1 else max(least, 4)) - 1, -1):  # of both rings
+                config = RowsConfig(consumers, block_n, slots - slots // 2, bias_stages, v_stages=slots // 2, chunk=chunk)
+                if dbias_shared_memory(spec, config) <= limit:
+                    return config
     return None
 
 
 def dbias_tiles(spec: AttentionSpec, config: RowsConfig) -> tuple[int, int, int]:
     """(query tiles, key tiles, tiles of the whole bias)."""
     assert spec.bias is not None
-    tiles_m, tiles_n = -(-spec.queries // config.block_m), -(-spec.keys // config.tile_n)
+    tiles_m, tiles_n = -(-spec.queries // config.block_m), -(-spec.keys // config.block_n)
     own = tiles_m * tiles_n
     for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads), spec.bias.varies[:3], strict=True):
         own *= size if varies else 1
@@ -169,29 +161,16 @@ def dbias_rounds(spec: AttentionSpec) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def dbias_places(spec: AttentionSpec, config: RowsConfig) -> tuple[int, int]:
-    """(places for the tiles of a head, how wide the rectangle is into which a triangle is folded): see ``_tile`` of the kernel."""
+def dbias_places(spec: AttentionSpec, config: RowsConfig) -> tuple[int, tuple[bool, ...]]:
+    """(places of a row, whether each place for the tiles of a head has one that somebody sees): see ``_tile`` of the kernel."""
     tiles_m, tiles_n, _ = dbias_tiles(spec, config)
-    if not _folded(spec):
-        return tiles_m * tiles_n, tiles_n
-    assert spec.hi is not None
-    ends = (min((tm + 1) * config.block_m, spec.queries) + spec.hi for tm in range(tiles_m))
-    seen = [-(-max(0, min(end, spec.keys)) // config.tile_n) for end in ends]
-    fold = max(1, *(seen[tm] + (seen[~tm] if tiles_m - 1 - tm > tm else 0) for tm in range(-(-tiles_m // 2))))
-    return -(-tiles_m // 2) * fold, fold
-
-
-def dbias_order(spec: AttentionSpec, config: RowsConfig) -> list[tuple[int, int] | None]:
-    """The tile, of queries and of keys, at each place of a head; None where there is none, or none that anybody sees."""
-    tiles_m, tiles_n, _ = dbias_tiles(spec, config)
-    places, fold = dbias_places(spec, config)
-    found: list[tuple[int, int] | None] = []
-    for place in range(places):
-        tm, tn = place // fold, place % fold
-        if _folded(spec) and not (tn < tiles_n and _sees(spec, config, tm, tn)):
-            tm, tn = (tiles_m - 1 - tm, fold - 1 - tn) if tiles_m - 1 - tm > tm else (tm, tiles_n)
-        found.append((tm, tn) if tn < tiles_n and _sees(spec, config, tm, tn) else None)
-    return found
+    seen = [_seen(spec, config, tm) for tm in range(tiles_m)]
+    if spec.lo is not None or spec.hi is None:
+        return tiles_n, tuple(begin <= tn < end for begin, end in seen for tn in range(tiles_n))
+    ends = [0] * (tiles_m % 2) + [end for _, end in seen]
+    pairs = list(zip(ends, reversed(ends), strict=True))[: len(ends) // 2]
+    fold = max(1, *(sum(pair) for pair in pairs))
+    return fold, tuple(column < own or column >= fold - opposite for own, opposite in pairs for column in range(fold))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -220,24 +199,21 @@ def _best_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs
     """(the most work that a program gets, shuffle)."""
     tiles_m, tiles_n, own = dbias_tiles(spec, config)
     rounds = dbias_rounds(spec) / splits
-    cost = [EMPTY_PLACE_COST if tile is None else rounds for tile in dbias_order(spec, config)]
+    cost = [rounds if full else EMPTY_PLACE_COST for full in dbias_places(spec, config)[1]]
     found = []
     for shuffle in (1, 3, 5, 7, 11, 13, 17, 19):
         if math.gcd(shuffle, len(cost)) == 1:
-            work = [cost[tile * shuffle % len(cost)] for tile in range(len(cost))] * (own * splits // (tiles_m * tiles_n))
+            work = [cost[place * shuffle % len(cost)] for place in range(len(cost))] * (own * splits // (tiles_m * tiles_n))
             found.append((round(max(sum(work[program::programs]) for program in range(programs)), 2), shuffle))
     return min(found)
 
 
-def _folded(spec: AttentionSpec) -> bool:
-    return spec.hi is not None and spec.lo is None
-
-
-def _sees(spec: AttentionSpec, config: RowsConfig, tm: int, tn: int) -> bool:
-    """Whether a query of that tile sees a key of it."""
-    first, last = tm * config.block_m, min((tm + 1) * config.block_m, spec.queries) - 1
-    begin, end = tn * config.tile_n, min((tn + 1) * config.tile_n, spec.keys)
-    return (spec.hi is None or begin <= last + spec.hi) and (spec.lo is None or end > first + spec.lo)
+def _seen(spec: AttentionSpec, config: RowsConfig, tm: int) -> tuple[int, int]:
+    """Which tiles of keys some query of a tile of queries sees: (first, end)."""
+    last = min((tm + 1) * config.block_m, spec.queries) - 1
+    end = spec.keys if spec.hi is None else max(0, min(last + spec.hi + 1, spec.keys))
+    begin = 0 if spec.lo is None else max(0, tm * config.block_m + spec.lo)
+    return begin // config.block_n, -(-end // config.block_n)
 
 
 def _banded(spec: AttentionSpec) -> bool:

@@ -26,8 +26,11 @@ def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> 
         return "the backward pass with a bias that does not vary over keys", "use backend('triton')"
     if needs.dbias and _source(spec) == "dbias" and not rows.dbias_works(spec):
         return f"the gradient of a bias of shape {spec.bias}", "use backend('triton')"
+    if needs.dbias and _source(spec) == "dbias" and spec.mask is not None and spec.mask.varies[3] and spec.queries > 1:
+        return f"the gradient of a bias of shape {spec.bias} beside a mask of shape {spec.mask}", "use backend('triton')"
     limit = device.shared_memory
-    fits = keys.keys_config(spec, False, limit) is not None and rows.dq_config(spec, limit, False) is not None
+    keys_too = needs.dbias and _source(spec) == "dkdv"
+    fits = keys.keys_config(spec, False, limit, keys_too) is not None and rows.dq_config(spec, limit, False) is not None
     if needs.dbias and _source(spec) == "dq":
         fits = fits and rows.dq_config(spec, limit, True) is not None
     elif needs.dbias and _source(spec) == "dbias":
@@ -87,7 +90,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     if gives := tuple(name for name, need in given if need):
         kernel = "dqdkdv" if adding else "dkdv"
         chosen = by_hand.get(kernel)
-        config = chosen if isinstance(chosen, KeysConfig) else keys.keys_config(spec, adding, limit)
+        config = chosen if isinstance(chosen, KeysConfig) else keys.keys_config(spec, adding, limit, source == "dkdv")
         if isinstance(chosen, KeysConfig) and chosen.wide != (max(keys.dims(spec)) > keys.NARROW):
             raise bad_value("wide", f"{not chosen.wide} for head dims {spec.head_dim} and {spec.value_dim}", chosen.wide)
         assert config is not None, "why_not_backward refuses what fits no candidate"
@@ -117,7 +120,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
 def shared_memory(spec: AttentionSpec, step: Step) -> int | None:
     """What a program of a backward step takes at most, in bytes, if it is a matter of its configuration."""
     if isinstance(step.config, KeysConfig):
-        return keys.shared_memory(spec, step.config, "dq" in step.gives)
+        return keys.shared_memory(spec, step.config, "dq" in step.gives, "dbias" in step.gives)
     if isinstance(step.config, RowsConfig):
         if step.kernel == "dbias":
             return rows.dbias_shared_memory(spec, step.config)

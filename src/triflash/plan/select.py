@@ -116,7 +116,7 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool 
     return None
 
 
-_ON_HOPPER = ("key lengths", "ALiBi slopes", "a sink")
+_ON_HOPPER = ("key lengths", "ALiBi slopes", "a sink", "a soft cap", "a mask beside a bias")
 
 
 def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
@@ -126,8 +126,15 @@ def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str]
         return f"{spec.dtype}", "its products are 16-bit ones: use backend('triton')"
     if lacking := [name for name in spec.extras if name not in _ON_HOPPER and "key heads" not in name]:
         return ", ".join(lacking), "use backend('triton')"
+    if spec.softcap > hopper.LARGEST_SOFTCAP:
+        return (
+            f"a soft cap of {spec.softcap:g}",
+            f"above {hopper.LARGEST_SOFTCAP:g} its kernels round scores too far: use backend('triton')",
+        )
     if spec.bias is not None and spec.bias.dtype == "fp64":
         return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
+    if spec.mask is not None and not (spec.bias is not None and spec.bias.varies[4] and spec.mask.varies[4]):
+        return "a mask beside a bias of which one does not vary over keys", "use backend('triton')"
     if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
         return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
     if spec.is_empty:

@@ -51,8 +51,8 @@ def _meet():
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, lengths, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, bars,
-    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_n, tiles, section, snake,
+    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, mask_desc, lengths, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s,
+    bars, batch, heads, group, batch_inner, M, N, lo, hi, bias_on, mask_on, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
@@ -68,6 +68,8 @@ def _produce(
     HALF: gl.constexpr = BN // 2
     STATS: gl.constexpr = BM * 4
     kv_heads = heads // group
+    BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
+    MASK_BYTES: gl.constexpr = mask_desc.block_type.nbytes if mask_desc is not None else 0
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
@@ -94,17 +96,17 @@ def _produce(
                 mbarrier.expect(bars.index(Q_FULL + stage), q_desc.block_type.nbytes + STATS)
             tma_load(stats_desc, [row, LSE, m0], bars.index(Q_FULL + stage), lse_s.index(stage))
             tma_load(q_desc, [b, m0, head, 0], bars.index(Q_FULL + stage), q_s.index(stage))
-            if bias_desc is not None:
+            if bias_desc is not None or mask_desc is not None:
                 for w in gl.static_range(2):
                     slot = at % BIAS_STAGES * 2 + w
                     mbarrier.wait(bars.index(BIAS_EMPTY + slot), ((at // BIAS_STAGES) & 1) ^ 1)
-                    mbarrier.expect(bars.index(BIAS_FULL + slot), bias_desc.block_type.nbytes)
-                    tma_load(
-                        bias_desc,
-                        [b // batch_inner * bias_on[0], b % batch_inner * bias_on[1], head * bias_on[2], m0, n0 + w * HALF],
-                        bars.index(BIAS_FULL + slot),
-                        bias_s.index(slot),
-                    )
+                    mbarrier.expect(bars.index(BIAS_FULL + slot), BIAS_BYTES + MASK_BYTES)
+                    if bias_desc is not None:
+                        at_bias = [b // batch_inner * bias_on[0], b % batch_inner * bias_on[1], head * bias_on[2], m0, n0 + w * HALF]
+                        tma_load(bias_desc, at_bias, bars.index(BIAS_FULL + slot), bias_s.index(slot))
+                    if mask_desc is not None:
+                        at_mask = [b // batch_inner * mask_on[0], b % batch_inner * mask_on[1], head * mask_on[2], m0, n0 + w * HALF]
+                        tma_load(mask_desc, at_mask, bars.index(BIAS_FULL + slot), mask_s.index(slot))
             stage = at % O_STAGES
             mbarrier.wait(bars.index(O_EMPTY + stage), ((at // O_STAGES) & 1) ^ 1)
             mbarrier.expect(bars.index(O_FULL + stage), o_desc.block_type.nbytes + STATS)
@@ -178,8 +180,8 @@ def _dq_hand_over(
 
 @gluon.jit
 def _walk(
-    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, first, last, n0,
-    ahead,
+    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask, slope, cap, done,
+    base, first, last, n0, ahead,
     N, lo, hi,
     scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, HALF: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
@@ -234,9 +236,13 @@ def _walk(
             dq_pending = _dq_product(at - 1, go, ds_s, k_s, kv, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
         s = warpgroup_mma_wait(UNDER + 1 if NEED_DS else 0, [s_pending])
         bias = None
+        mask = None
+        if bias_s is not None or mask_s is not None:
+            mbarrier.wait(bars.index(BIAS_FULL + at % BIAS_STAGES * 2 + WG), (at // BIAS_STAGES) & 1)
+        if mask_s is not None:
+            mask = mask_s.index(at % BIAS_STAGES * 2 + WG).reshape([BM, HALF]).permute((1, 0)).load(S)
         if bias_s is not None:
             slot = at % BIAS_STAGES * 2 + WG
-            mbarrier.wait(bars.index(BIAS_FULL + slot), (at // BIAS_STAGES) & 1)
             bias = bias_s.index(slot).reshape([BM, HALF]).permute((1, 0)).load(S)
         rest = None
         if rest_s is not None:
@@ -244,12 +250,13 @@ def _walk(
         m0 = block * BM
         if ALIBI and not MASKED:  # nothing else asks where a whole block lies
             m0 = in_turn(block, first, last, n0, BM) * BM
-        p = probabilities(
-            s, bias, key_bias, slope, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK, ALIBI, KEY_BIASED,
-            MASKED,
+        p, weight = probabilities(
+            s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK,
+            ALIBI, KEY_BIASED,
+            MASKED, DT,
         )  # fmt: skip
         if NEED_DV:
-            p16 = gl.convert_layout(p.to(DT), P)
+            p16 = gl.convert_layout(p, P)
         if NEED_DS:
             delta = gl.expand_dims(delta_s.index(o_stage).reshape([BM]).load(COLS), 0)
             # A wait, even one for what has been waited for, is where a basic block ends: it keeps the assembler from moving the next wait
@@ -259,8 +266,10 @@ def _walk(
             else:
                 mbarrier.wait(bars.index(O_FULL + o_stage), (at // O_STAGES) & 1)
             dp = warpgroup_mma_wait(UNDER, [dp_pending])
-            ds = p * (dp - delta)
-            if NEED_DB:
+            ds = weight * (dp - delta)
+            if NEED_DB and cap is not None:  # the bias is added behind the cap
+                db += gl.sum(p.to(gl.float32) * (dp - delta), 1)
+            elif NEED_DB:
                 db += gl.sum(ds, 1)
             ds16 = ds.to(DT)
             if NEED_DQ:
@@ -271,7 +280,7 @@ def _walk(
         if NEED_DV and not NEED_DS:  # here, because the assembler of Triton 3.6 (12.8) dies of a wait further down
             dv = warpgroup_mma_wait(0, [dv_pending])
         fence_async_shared()
-        if bias_s is not None:
+        if bias_s is not None or mask_s is not None:
             mbarrier.arrive(bars.index(BIAS_EMPTY + at % BIAS_STAGES * 2 + WG))
         if NEED_DQ:
             mbarrier.arrive(bars.index(DS_FULL + (at & 1)))
@@ -295,10 +304,10 @@ def _walk(
 
 @gluon.jit
 def _consume(
-    dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars,
-    bias_strides, dbias_strides, slope_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
-    KV_STAGES: gl.constexpr,
+    dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars,
+    bias_strides, dbias_strides, slope_strides, cap, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n,
+    tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
+    BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 keys of every tile of the program."""
@@ -336,25 +345,32 @@ def _consume(
                 row = bias + offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1])
                 row += offset(head, bias_strides[2])
                 key_bias = gl.load(row + j.to(gl.int64) * bias_strides[4], mask=j < N, other=0).to(gl.float32)
+            key_mask = None
+            if mask is not None:
+                shown = mask + offset(b // batch_inner, mask_strides[0]) + offset(b % batch_inner, mask_strides[1])
+                shown += offset(head, mask_strides[2])
+                key_mask = gl.load(shown + j.to(gl.int64) * mask_strides[4], mask=j < N, other=0)
             db = gl.zeros([HALF], gl.float32, ROWS)
             base = done + member * steps - begin
             if (hi is not None) or (not EVEN_N):
                 dk, dv, db = _walk(
-                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base,
-                    begin,
+                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask,
+                    slope, cap, done, base, begin,
                     whole,
                     n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                     NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, True,
                 )  # fmt: skip
             dk, dv, db = _walk(
-                dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, whole,
+                dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask, slope,
+                cap, done, base, whole,
                 part,
                 n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                 NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, False,
             )  # fmt: skip
             if lo is not None:
                 dk, dv, db = _walk(
-                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, ds_s, dq_s, bars, key_bias, slope, done, base, part,
+                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask,
+                    slope, cap, done, base, part,
                     end,
                     n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                     NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, True,
@@ -392,7 +408,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 def keys_backward(
     q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, dq_desc, bias, lengths, slopes, dbias, bias_strides,
     dbias_strides,
-    slope_strides, bias_on,
+    slope_strides, bias_on, cap, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr,
@@ -404,7 +420,7 @@ def keys_backward(
     head, LSE | DELTA | REST, query), written by ``prepare``; that of the float32 dq over (batch, head, query, dim). A bias tile comes by a
     descriptor over its five dims, switched off by ``bias_on`` where it broadcasts; a bias that varies over keys alone as a pointer and
     strides, and its gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). ``group`` query heads share a key head.
-    None: absent, or not wanted.
+    A mask beside the bias comes in the same two ways. cap: see ``features.squashed``. None: absent, or not wanted.
     """
     DT: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES, q_desc.block_shape), q_desc.layout)
@@ -421,6 +437,10 @@ def keys_backward(
         bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(2 * BIAS_STAGES, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
+    if mask_desc is not None:
+        mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(2 * BIAS_STAGES, mask_desc.block_shape), mask_desc.layout)
+    else:
+        mask_s = None
     if dq_desc is not None:
         SWIZZLED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN // 2], DT)
         ds_s = gl.allocate_shared_memory(DT, [4, BM, BN // 2], SWIZZLED)
@@ -448,23 +468,25 @@ def keys_backward(
         gl.warp_specialize([
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides), batch,
+                        heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides), batch,
+                        heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
-            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
-                        delta_s,
-                        optional(rest_s), optional(bias_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES,
-                        BATCH_FASTEST,
+            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
+                        v_s, o_s, lse_s, delta_s,
+                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES,
+                        BIAS_STAGES, KV_STAGES, BATCH_FASTEST,
                         LONGEST)),
             (_add_up, (dq_desc, optional(lengths), dq_s, bars, batch, heads, group, M, N, optional(lo), optional(hi), tiles_n, tiles,
                        section, snake,
@@ -474,22 +496,24 @@ def keys_backward(
         gl.warp_specialize([
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides), batch,
+                        heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
+                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides), batch,
+                        heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, EARLY)),
-            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
-                        delta_s,
-                        optional(rest_s), optional(bias_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES,
-                        BATCH_FASTEST,
+            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
+                        v_s, o_s, lse_s, delta_s,
+                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES,
+                        BIAS_STAGES, KV_STAGES, BATCH_FASTEST,
                         LONGEST)),
         ], [4, 1], [240, 24])  # fmt: skip

@@ -2,7 +2,7 @@
 
 from ..triton.prims import LOG2E, segments
 from .compat import gl, gluon
-from .features import add_alibi
+from .features import add_alibi, capped, squashed, weighed
 from .grid import accumulator
 
 LSE = gl.constexpr(0)  # rows of the table of statistics
@@ -42,14 +42,24 @@ def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
 
 @gluon.jit
 def probabilities(
-    s, bias, key_bias, slope, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr,
-    IS_MASK: gl.constexpr, ALIBI: gl.constexpr, KEY_BIASED: gl.constexpr, MASKED: gl.constexpr,
+    s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr,
+    IS_MASK: gl.constexpr, ALIBI: gl.constexpr, KEY_BIASED: gl.constexpr, MASKED: gl.constexpr, DT: gl.constexpr,
 ):  # fmt: skip
-    """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s. bias: a tile of it; key_bias: a number a key;
-    lse, rest: a number a query, as a row. None: absent.
+    """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s: in the 16-bit dtype DT, and in float32 times the
+    derivative of their scores by ``scale * s``, which is 1 but for a soft cap. bias, mask: a tile of it; key_bias,
+    key_mask: a number a key; lse, rest: a
+    number a query, as a row. None: absent.
     """
     S: gl.constexpr = accumulator(BM)
-    x = s * scale_log2
+    PLAIN: gl.constexpr = bias is None and mask is None and key_mask is None and not KEY_BIASED and not ALIBI
+    if cap is not None:
+        u = squashed(s, cap)
+        if PLAIN:
+            x = u * (2.0 * cap[1]) + (cap[1] - lse)
+        else:
+            x = capped(u, cap)
+    else:
+        x = s * scale_log2
     if bias is not None:
         if IS_MASK:
             x = gl.where(bias != 0, x, float("-inf"))
@@ -61,16 +71,24 @@ def probabilities(
             x = gl.where(row != 0, x, float("-inf"))
         else:
             x = gl.fma(row, gl.full([KEYS, BM], LOG2E, gl.float32, S), x)
+    if mask is not None:
+        x = gl.where(mask != 0, x, float("-inf"))
+    if key_mask is not None:
+        shown, x = gl.broadcast(gl.expand_dims(key_mask, 1), x)
+        x = gl.where(shown != 0, x, float("-inf"))
     i = gl.expand_dims(m0 + gl.arange(0, BM, gl.SliceLayout(0, S)), 0)
     j = gl.expand_dims(n0 + gl.arange(0, KEYS, gl.SliceLayout(1, S)), 1)
     if ALIBI:
         x = add_alibi(x, slope, i + ahead, j)
-    x = x - lse
+    if cap is None or not PLAIN:
+        x = x - lse
     if rest is not None:
         x = x - rest
     elif (bias is not None or KEY_BIASED) and not IS_MASK:  # nobody kept it, and a bias may be huge: p is at least kept to 1
         x = gl.minimum(x, 0.0)
-    p = gl.exp2(x)
+    p = x
+    if cap is None:
+        p = gl.exp2(x)
     if MASKED:
         seen = j < N
         if hi is not None:
@@ -78,5 +96,8 @@ def probabilities(
         if lo is not None:
             seen = seen & (i <= j - lo)
         seen, p = gl.broadcast(seen, p)
-        p = gl.where(seen, p, 0.0)
-    return p
+        p = gl.where(seen, p, 0.0 if cap is None else float("-inf"))
+    if cap is not None:
+        return weighed(p, u, DT)
+    else:
+        return p.to(DT), p

@@ -2,18 +2,14 @@
 
     dbias = sum over broadcast dims of ds,   ds = 2^(s - lse) * (dout vᵀ - delta)
 
-A program owns tiles of 64 * WGS queries by BLOCKS * BN keys of the bias's own shape, and for each loops over the dims that the bias
-broadcasts, one round a (batch, head) pair, recomputing s and dp; the sum stays in registers, and a tile's bias in shared memory. What a
-round loads grows with the sum of a tile's sides, and all programs together want more than the L2 cache gives: so tiles are as wide as
-registers for their sum allow, and are worked through in blocks of BN keys, whose s and dp take few.
+A program owns tiles of 64 * WGS queries by BN keys of the bias's own shape, and for each loops over the dims that the bias broadcasts,
+one round a (batch, head) pair, recomputing s and dp; the sum stays in registers, and a tile's bias in shared memory. Both products of a
+round run over a head dim, and producers feed them like a matrix product: chunks of CHUNK columns in two rings that do not care for rounds
+or tiles, on the left q and then dout, on the right k and then v. The softmax of one consumer runs under the products of the other and
+under its own dp; TURNS as in the forward kernel.
 
-Both products of a block run over a head dim, and producers feed them like a matrix product, in chunks of CHUNK columns and two rings: on
-the left q and dout, which all blocks of a round share, on the right k and v of a block. Neither cares for rounds or tiles. The softmax of
-one consumer runs under the products of the other and under its own dp; TURNS as in the forward kernel.
-
-The sum leaves block by block in the last round, through the buffers of the tile's bias, which a producer of their own fills again at once:
-the next tile's bias, which may come from far, is on its way while this one is at work. No consumer meets a tile that nobody sees: a warp
-of its own writes their zeros.
+The sum leaves through the buffer of its tile's bias. A producer of its own fills that again at once, so that the next tile's bias, which
+may come from far, holds up no operand. No consumer meets a tile that nobody sees: a warp of its own writes their zeros.
 
 The loop is cut into ``splits`` parts, each of which is written on its own, as the portable kernel does (``kernels/triton/dbias.py``).
 """
@@ -31,9 +27,9 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, slope_of, visible_keys
+from .features import add_alibi, capped, slope_of, squashed, visible_keys
 from .grid import accumulator, stacked
-from .rows import add_bias, hide, probabilities, statistics, visible
+from .rows import add_bias, exponents, hide, statistics, visible
 
 
 @gluon.constexpr_function
@@ -80,55 +76,41 @@ def _entry(
 
 @gluon.jit
 def _seen(tm, M, N, lo, hi, ROWS: gl.constexpr, BN: gl.constexpr):
-    """Which tiles of keys some query of a tile of queries sees: (first, end)."""
+    """Which tiles of keys some query of a tile of queries sees: (first, end); none of a tile of queries before the first."""
     begin, _a, _b, end = segments(tm * ROWS, min(tm * ROWS + ROWS, M) - 1, N, lo, hi, BN)
-    return begin, end
+    return begin, gl.where(tm < 0, 0, end)
 
 
 @gluon.jit
 def _tile(
-    index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits,
+    index, batch_outer, batch_inner, heads, tiles_m, places, fold, shuffle, M, N, lo, hi, splits,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
 ):  # fmt: skip
     """(part, outer batch, inner batch, head, first query, first key, first round, last round) of a tile; no rounds where nobody sees it.
 
-    The tiles of a head have ``places``, taken in steps of ``shuffle``, which has no divisor in common with their number. Of a triangle,
-    places are those of a rectangle into which it is folded: ``fold`` wide, the last tiles of queries turned round behind the first.
+    The tiles of a head have ``places``, in rows of ``fold``, taken in steps of ``shuffle``, which has no divisor in common with their
+    number. A triangle is folded: its last row of tiles lies turned round behind its first, and so on; of an odd number the last is alone.
     """
     left = index // places
     place = (index - left * places) * shuffle % places
-    if hi is not None and lo is None:
-        row = place // fold
-        column = place - row * fold
-        _first, own = _seen(row, M, N, lo, hi, ROWS, BN)
-        tm = gl.where(column < own, row, tiles_m - 1 - row)
-        tn = gl.where(column < own, column, fold - 1 - column)
-        begin, end = _seen(tm, M, N, lo, hi, ROWS, BN)
-        seen = (tn < end) & ((column < own) | (tm > row))
-    else:
-        tm = place // tiles_n
-        tn = place - tm * tiles_n
-        seen = tm < tiles_m
-        if lo is not None:
-            begin, end = _seen(tm, M, N, lo, hi, ROWS, BN)
-            seen = (tn >= begin) & (tn < end)
+    tm = place // fold
+    tn = place - tm * fold
+    if lo is None and hi is not None:
+        opposite = tiles_m - 1 - tm
+        tm -= tiles_m % 2
+        _begin, own = _seen(tm, M, N, lo, hi, ROWS, BN)
+        tm = gl.where(tn < own, tm, opposite)
+        tn = gl.where(tn < own, tn, fold - 1 - tn)
     part, b0, b1, head, rounds = _entry(left, batch_outer, batch_inner, heads, VARIES_B0, VARIES_B1, VARIES_H)
-    rounds = gl.where(seen, rounds, 0)
+    if lo is not None or hi is not None:
+        begin, end = _seen(tm, M, N, lo, hi, ROWS, BN)
+        rounds = gl.where((tn >= begin) & (tn < end), rounds, 0)
     first = 0
     last = rounds
     if splits > 1:  # two divisions of 64 bits
         first = (offset(rounds, part) // splits).to(gl.int32)
         last = (offset(rounds, part + 1) // splits).to(gl.int32)
     return part, b0, b1, head, tm * ROWS, tn * BN, first, last
-
-
-@gluon.jit
-def _width(m0, n0, M, N, hi, ROWS: gl.constexpr, BN: gl.constexpr):
-    """How many keys of a tile there are up to the last that some query sees: blocks beyond them are left out."""
-    end = min(N, n0 + BN)
-    if hi is not None:
-        end = min(end, min(m0 + ROWS, M) + hi)
-    return end - n0
 
 
 @gluon.jit
@@ -163,100 +145,85 @@ def _fetch(
 
 @gluon.jit
 def _produce(
-    s_desc, dp_desc, ring, bars,
-    batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
-    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr,
-    S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, OF_KEYS: gl.constexpr, SKIPS: gl.constexpr,
+    s_desc, dp_desc, ring, bars, batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles, places, fold, shuffle,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr, S_CHUNKS: gl.constexpr,
+    DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, OF_KEYS: gl.constexpr,
 ):  # fmt: skip
-    """A producer: every load of one side of both products, in the order in which the consumers need them.
-
-    That of the queries gives the rows of all consumers once a round; that of the keys one block after the other.
-    """
+    """A producer: every load of one side of both products, in the order in which the consumers need them."""
     CHUNK: gl.constexpr = ring.shape[4]
     PARTS: gl.constexpr = 1 if OF_KEYS else WGS
     SLOTS: gl.constexpr = ring.shape[0] // PARTS
     at = 0  # chunks so far
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits,
-            VARIES_B0, VARIES_B1, VARIES_H, BM * WGS, BN * BLOCKS,
+            index, batch_outer, batch_inner, heads, tiles_m, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            BM * WGS, BN,
         )  # fmt: skip
-        width = _width(m0, n0, M, N, hi, BM * WGS, BN * BLOCKS)
+        row = n0 if OF_KEYS else m0
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
             if OF_KEYS:
                 head = head // group
-            for j in gl.static_range(BLOCKS if OF_KEYS else 1):
-                row = n0 + j * BN if OF_KEYS else m0
-                if not OF_KEYS or not SKIPS or j * BN < width:
-                    for c in gl.static_range(S_CHUNKS):
-                        _fetch(s_desc, ring, bars, at + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
-                    for c in gl.static_range(DP_CHUNKS):
-                        _fetch(dp_desc, ring, bars, at + S_CHUNKS + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
-                    at += S_CHUNKS + DP_CHUNKS
+            for c in gl.static_range(S_CHUNKS):
+                _fetch(s_desc, ring, bars, at + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
+            for c in gl.static_range(DP_CHUNKS):
+                _fetch(dp_desc, ring, bars, at + S_CHUNKS + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
+            at += S_CHUNKS + DP_CHUNKS
 
 
 @gluon.jit
 def _supply(
-    bias_desc, bias_s, bars,
-    batch_outer, batch_inner, heads, M, N, lo, hi, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
-    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, BIAS_FULL: gl.constexpr, BIAS_EMPTY: gl.constexpr,
+    bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, lo, hi, splits, tiles_m, tiles, places, fold, shuffle,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BIAS_FULL: gl.constexpr, BIAS_EMPTY: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
 ):  # fmt: skip
-    """The third producer: the bias of every tile that somebody sees, each block as soon as its buffer is free."""
-    BIASES: gl.constexpr = bias_s.shape[0]
-    at = 0  # blocks so far, of all consumers
+    """The third producer: the bias of every tile that somebody sees, as soon as its buffer is free."""
+    BIAS_STAGES: gl.constexpr = bias_s.shape[0] // WGS
+    wave = 0  # tiles so far
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits,
-            VARIES_B0, VARIES_B1, VARIES_H, BM * WGS, BN * BLOCKS,
+            index, batch_outer, batch_inner, heads, tiles_m, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            BM * WGS, BN,
         )  # fmt: skip
         if first < last:
-            for j in gl.static_range(BLOCKS):
-                for w in gl.static_range(WGS):
-                    buffer = (at + j * WGS + w) % BIASES
-                    mbarrier.wait(bars.index(BIAS_EMPTY + buffer), ((at // BIASES) & 1) ^ 1)
-                    full = bars.index(BIAS_FULL + buffer)
-                    mbarrier.expect(full, bias_desc.block_type.nbytes)
-                    tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0 + j * BN], full, bias_s.index(buffer))
-            at += BLOCKS * WGS
+            for w in gl.static_range(WGS):
+                buffer = wave % BIAS_STAGES * WGS + w
+                full = bars.index(BIAS_FULL + buffer)
+                mbarrier.wait(bars.index(BIAS_EMPTY + buffer), ((wave // BIAS_STAGES) & 1) ^ 1)
+                mbarrier.expect(full, bias_desc.block_type.nbytes)
+                tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0], full, bias_s.index(buffer))
+            wave += 1
 
 
 @gluon.jit
 def _clear(
     dbias_desc, dbias, zeros_s, dbias_strides, batch_outer, batch_inner, heads, M, N, lo, hi, splits, tiles_m, tiles_n,
-    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
 ):  # fmt: skip
     """A warp for the tiles that nobody sees: zeros, which wait for nothing and which nobody waits for."""
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     if lo is not None or hi is not None:
-        tiles = tiles_m * tiles_n * splits
+        own = tiles_m * tiles_n
+        tiles = own * splits
         tiles *= heads if VARIES_H else 1
         tiles *= batch_inner if VARIES_B1 else 1
         tiles *= batch_outer if VARIES_B0 else 1
         for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-            left = index // (tiles_m * tiles_n)
-            tm = (index - left * (tiles_m * tiles_n)) // tiles_n
+            tm = index % own // tiles_n
             tn = index % tiles_n
             m0 = tm * (BM * WGS)
-            n0 = tn * (BN * BLOCKS)
-            begin, end = _seen(tm, M, N, lo, hi, BM * WGS, BN * BLOCKS)
+            n0 = tn * BN
+            begin, end = _seen(tm, M, N, lo, hi, BM * WGS, BN)
             if (tn < begin) | (tn >= end):
-                part, b0, b1, own_head, _rounds = _entry(left, batch_outer, batch_inner, heads, VARIES_B0, VARIES_B1, VARIES_H)
+                part, b0, b1, head, _rounds = _entry(index // own, batch_outer, batch_inner, heads, VARIES_B0, VARIES_B1, VARIES_H)
                 if dbias_desc is not None:
-                    for j in gl.static_range(BLOCKS):
-                        for w in gl.static_range(WGS):
-                            tma_store(dbias_desc, [b0, b1, own_head, m0 + w * BM, n0 + j * BN], zeros_s)
+                    for w in gl.static_range(WGS):
+                        tma_store(dbias_desc, [b0, b1, head, m0 + w * BM, n0], zeros_s)
                 else:
-                    base = _own(dbias, dbias_strides, part, b0, b1, own_head, m0, n0)
-                    nothing = gl.zeros([BN], dbias.dtype.element_ty, LINE)
+                    j = gl.arange(0, BN, LINE)
+                    row = _own(dbias, dbias_strides, part, b0, b1, head, m0, n0) + j.to(gl.int64) * dbias_strides[5]
                     for i in range(min(BM * WGS, M - m0)):
-                        for j in gl.static_range(BLOCKS):
-                            column = j * BN + gl.arange(0, BN, LINE)
-                            at = base + offset(i, dbias_strides[4]) + column.to(gl.int64) * dbias_strides[5]
-                            gl.store(at, nothing, mask=n0 + column < N)
+                        gl.store(row + offset(i, dbias_strides[4]), gl.zeros([BN], dbias.dtype.element_ty, LINE), mask=n0 + j < N)
         if dbias_desc is not None:
             tma_store_wait(0)
 
@@ -270,36 +237,41 @@ def _own(dbias, strides, part, b0, b1, head, m0, n0):
 
 @gluon.jit
 def _multiply(
-    acc, left_s, right_s, bars, left_at, right_at, WG: gl.constexpr, WGS: gl.constexpr, LEFT_FULL: gl.constexpr, RIGHT_FULL: gl.constexpr,
-    FIRST: gl.constexpr, NEW: gl.constexpr,
+    acc, left_s, right_s, bars, at, WG: gl.constexpr, WGS: gl.constexpr, LEFT_FULL: gl.constexpr, RIGHT_FULL: gl.constexpr,
+    FIRST: gl.constexpr,
 ):  # fmt: skip
-    """Issue the product of one chunk, as soon as it is there. FIRST: the sum begins with it. NEW: no block has used the left chunk."""
+    """Issue the product of one chunk, as soon as it is there."""
     LEFT: gl.constexpr = left_s.shape[0] // WGS
     RIGHT: gl.constexpr = right_s.shape[0]
-    left_slot = left_at % LEFT
-    right_slot = right_at % RIGHT
-    if NEW:
-        mbarrier.wait(bars.index(LEFT_FULL + left_slot), (left_at // LEFT) & 1)
-    mbarrier.wait(bars.index(RIGHT_FULL + right_slot), (right_at // RIGHT) & 1)
-    left = left_s.index(left_slot * WGS + WG).reshape([left_s.shape[2], left_s.shape[4]])
-    right = right_s.index(right_slot).reshape([right_s.shape[2], right_s.shape[4]]).permute((1, 0))
+    mbarrier.wait(bars.index(LEFT_FULL + at % LEFT), (at // LEFT) & 1)
+    mbarrier.wait(bars.index(RIGHT_FULL + at % RIGHT), (at // RIGHT) & 1)
+    left = left_s.index(at % LEFT * WGS + WG).reshape([left_s.shape[2], left_s.shape[4]])
+    right = right_s.index(at % RIGHT).reshape([right_s.shape[2], right_s.shape[4]]).permute((1, 0))
     return warpgroup_mma(left, right, acc, use_acc=not FIRST, is_async=True)
 
 
 @gluon.jit
+def _release(bars, at, COUNT: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LEFT_EMPTY: gl.constexpr, RIGHT_EMPTY: gl.constexpr):
+    """COUNT chunks, of both sides, are no longer needed."""
+    for c in gl.static_range(COUNT):
+        mbarrier.arrive(bars.index(LEFT_EMPTY + (at + c) % LEFT))
+        mbarrier.arrive(bars.index(RIGHT_EMPTY + (at + c) % RIGHT))
+
+
+@gluon.jit
 def _consume(
-    dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars,
-    dbias_strides, slope_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits,
-    tiles_m, tiles_n, tiles, places, fold, shuffle,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, S_CHUNKS: gl.constexpr,
-    DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN: gl.constexpr, TURNS: gl.constexpr, SKIPS: gl.constexpr,
+    dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars, dbias_strides, slope_strides, cap, mask, mask_strides,
+    batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles, places, fold, shuffle,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
+    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 queries of every tile of the program that somebody sees."""
     S: gl.constexpr = accumulator(BN)
     LEFT: gl.constexpr = left_s.shape[0] // WGS
     RIGHT: gl.constexpr = right_s.shape[0]
     BIASES: gl.constexpr = bias_s.shape[0]
+    BIAS_STAGES: gl.constexpr = BIASES // WGS
     LEFT_FULL: gl.constexpr = barrier_at("left_full", WGS, LEFT, RIGHT, BIASES)
     LEFT_EMPTY: gl.constexpr = barrier_at("left_empty", WGS, LEFT, RIGHT, BIASES)
     RIGHT_FULL: gl.constexpr = barrier_at("right_full", WGS, LEFT, RIGHT, BIASES)
@@ -308,114 +280,88 @@ def _consume(
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES)
     TURN: gl.constexpr = barrier_at("turn", WGS, LEFT, RIGHT, BIASES)
     CHUNKS: gl.constexpr = S_CHUNKS + DP_CHUNKS
-    # Chunks of s whose slots must be free before all of dp fits.
-    EARLY: gl.constexpr = 0 if CHUNKS <= min(LEFT, RIGHT) else S_CHUNKS - 1
+    EARLY: gl.constexpr = 0 if CHUNKS <= min(LEFT, RIGHT) else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
     scale_log2 = scale * LOG2E
     nothing = gl.zeros([BM, BN], gl.float32, S)
-    left_at = 0
-    right_at = 0
-    bias_at = WG
+    at = 0
+    wave = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, places, fold, shuffle, M, N, lo, hi, splits,
-            VARIES_B0, VARIES_B1, VARIES_H, BM * WGS, BN * BLOCKS,
+            index, batch_outer, batch_inner, heads, tiles_m, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            BM * WGS, BN,
         )  # fmt: skip
-        width = _width(m0, n0, M, N, hi, BM * WGS, BN * BLOCKS)
         m0 += WG * BM
-        sums = (nothing,) * BLOCKS
+        buffer = wave % BIAS_STAGES * WGS + WG
+        acc = gl.zeros([BM, BN], gl.float32, S)
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
             lse, delta, rest = statistics(stats, b * heads + head, m0, M, HAS_REST, BM, BN)
-            new_sums = ()
-            for j in gl.static_range(BLOCKS):
-                buffer = (bias_at + j * WGS) % BIASES
-                final = (j + 1) * BN >= width if SKIPS else j == BLOCKS - 1
-                acc = sums[j]
-                if not SKIPS or j * BN < width:
-                    if TURNS:
-                        mbarrier.wait(bars.index(TURN + WG), (right_at // CHUNKS) & 1)
-                    s_pending = _multiply(nothing, left_s, right_s, bars, left_at, right_at, WG, WGS, LEFT_FULL, RIGHT_FULL, True, j == 0)
-                    for c in gl.static_range(1, S_CHUNKS):
-                        s_pending = _multiply(
-                            s_pending, left_s, right_s, bars, left_at + c, right_at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False, j == 0
-                        )  # fmt: skip
-                        if c <= EARLY:
-                            s_pending = warpgroup_mma_wait(1, [s_pending])
-                            mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c - 1) % RIGHT))
-                            if final:
-                                mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c - 1) % LEFT))
-                    dp_pending = _multiply(
-                        nothing, left_s, right_s, bars, left_at + S_CHUNKS, right_at + S_CHUNKS, WG, WGS, LEFT_FULL, RIGHT_FULL, True,
-                        j == 0,
-                    )  # fmt: skip
-                    for c in gl.static_range(S_CHUNKS + 1, CHUNKS):
-                        dp_pending = _multiply(
-                            dp_pending, left_s, right_s, bars, left_at + c, right_at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False, j == 0
-                        )  # fmt: skip
-                    if TURNS:
-                        mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
-                    s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
-                    for c in gl.static_range(EARLY, S_CHUNKS):
-                        mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c) % RIGHT))
-                    if final:
-                        for c in gl.static_range(EARLY, S_CHUNKS):
-                            mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c) % LEFT))
+            if mask is not None:
+                j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
+                row = mask + offset(b // batch_inner, mask_strides[0]) + offset(b % batch_inner, mask_strides[1])
+                row += offset(head, mask_strides[2])
+                shown = gl.expand_dims(gl.load(row + j.to(gl.int64) * mask_strides[4], mask=j < N, other=0), 0)
+            if TURNS:
+                mbarrier.wait(bars.index(TURN + WG), (at // CHUNKS) & 1)
+            s_pending = _multiply(nothing, left_s, right_s, bars, at, WG, WGS, LEFT_FULL, RIGHT_FULL, True)
+            for c in gl.static_range(1, S_CHUNKS):
+                s_pending = _multiply(s_pending, left_s, right_s, bars, at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False)
+                if c <= EARLY:
+                    s_pending = warpgroup_mma_wait(1, [s_pending])
+                    _release(bars, at + c - 1, 1, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
+            dp_pending = _multiply(nothing, left_s, right_s, bars, at + S_CHUNKS, WG, WGS, LEFT_FULL, RIGHT_FULL, True)
+            for c in gl.static_range(S_CHUNKS + 1, CHUNKS):
+                dp_pending = _multiply(dp_pending, left_s, right_s, bars, at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False)
+            if TURNS:
+                mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+            s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
+            _release(bars, at + EARLY, S_CHUNKS - EARLY, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
 
-                    mbarrier.wait(bars.index(BIAS_FULL + buffer), (bias_at // BIASES) & 1)
-                    bias = bias_s.index(buffer).reshape([BM, BN]).load(S)
-                    s = add_bias(s * scale_log2, bias, False)
-                    if slopes is not None:
-                        i = gl.expand_dims(m0 + (N - M) + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
-                        keys = gl.expand_dims(n0 + j * BN + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
-                        s = add_alibi(s, slope_of(slopes, slope_strides, b, head), i, keys)
-                    if lengths is not None:
-                        s = hide(s, visible(m0, n0 + j * BN, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
-                    p = probabilities(s, lse, rest, HAS_REST, True)
+            mbarrier.wait(bars.index(BIAS_FULL + buffer), (wave // BIAS_STAGES) & 1)
+            bias = bias_s.index(buffer).reshape([BM, BN]).load(S)
+            if cap is not None:
+                s = capped(squashed(s, cap), cap)
+            else:
+                s = s * scale_log2
+            s = add_bias(s, bias, False)
+            if slopes is not None:
+                i = gl.expand_dims(m0 + (N - M) + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
+                j = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
+                s = add_alibi(s, slope_of(slopes, slope_strides, b, head), i, j)
+            if mask is not None:
+                s = hide(s, shown != 0, float("-inf"))
+            if lengths is not None:
+                s = hide(s, visible(m0, n0, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
+            p = gl.exp2(exponents(s, lse, rest, HAS_REST, True))
 
-                    done = right_at + CHUNKS - 1  # long since full: waited for to keep ptxas from moving the wait for dp up
-                    mbarrier.wait(bars.index(RIGHT_FULL + done % RIGHT), (done // RIGHT) & 1)
-                    dp = warpgroup_mma_wait(0, [dp_pending])
-                    for c in gl.static_range(S_CHUNKS, CHUNKS):
-                        mbarrier.arrive(bars.index(RIGHT_EMPTY + (right_at + c) % RIGHT))
-                    if final:
-                        for c in gl.static_range(S_CHUNKS, CHUNKS):
-                            mbarrier.arrive(bars.index(LEFT_EMPTY + (left_at + c) % LEFT))
-                    right_at += CHUNKS
-                    acc = acc + p * (dp - gl.expand_dims(delta, 1))
-                new_sums = new_sums + (acc,)  # noqa: RUF005 - Triton has no unpacking
+            done = at + CHUNKS - 1  # long since full: waited for to keep ptxas from moving the wait for dp up
+            mbarrier.wait(bars.index(RIGHT_FULL + done % RIGHT), (done // RIGHT) & 1)
+            dp = warpgroup_mma_wait(0, [dp_pending])
+            _release(bars, at + S_CHUNKS, DP_CHUNKS, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
+            acc += p * (dp - gl.expand_dims(delta, 1))
+            at += CHUNKS
 
-                over = r - (last - 1)
-                if over >= 0:  # the block leaves under the products of the next, and makes room for the next tile's bias
-                    m_out, n_out = m0 + over, n0 + j * BN + over  # 0 more, as only we know: lest masks be kept in registers all along
-                    # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
-                    if lo is not None or hi is not None:
-                        acc = hide(acc, visible(m_out, n_out, N, lo, hi, BM, BN), 0.0)
-                    if SKIPS:  # the buffer is this tile's also if the block was left out
-                        mbarrier.wait(bars.index(BIAS_FULL + buffer), (bias_at // BIASES) & 1)
-                    if dbias_desc is not None:
-                        bias_s.index(buffer).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
-                        fence_async_shared()
-                        tma_store(dbias_desc, [b0, b1, own_head, m_out, n_out], bias_s.index(buffer))
-                        if j > 0:
-                            tma_store_wait(1)
-                            mbarrier.arrive(bars.index(BIAS_EMPTY + (bias_at + (j - 1) * WGS) % BIASES))
-                        if j == BLOCKS - 1:
-                            tma_store_wait(0)
-                            mbarrier.arrive(bars.index(BIAS_EMPTY + buffer))
-                    else:
-                        base = _own(dbias, dbias_strides, part, b0, b1, own_head, m_out, n_out)
-                        i = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
-                        keys = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
-                        pointers = base + i.to(gl.int64) * dbias_strides[4] + keys.to(gl.int64) * dbias_strides[5]
-                        if EVEN:
-                            gl.store(pointers, acc.to(dbias.dtype.element_ty))
-                        else:
-                            gl.store(pointers, acc.to(dbias.dtype.element_ty), mask=(m_out + i < M) & (n_out + keys < N))
-                        fence_async_shared()  # behind the loads of the bias: see the forward kernel
-                        mbarrier.arrive(bars.index(BIAS_EMPTY + buffer))
-            sums = new_sums
-            left_at += CHUNKS
-        bias_at += gl.where(first < last, BLOCKS * WGS, 0)
+        if first < last:
+            # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
+            if lo is not None or hi is not None:
+                acc = hide(acc, visible(m0, n0, N, lo, hi, BM, BN), 0.0)
+            if dbias_desc is not None:
+                bias_s.index(buffer).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
+                fence_async_shared()
+                tma_store(dbias_desc, [b0, b1, own_head, m0, n0], bias_s.index(buffer))
+                tma_store_wait(0)
+            else:
+                base = _own(dbias, dbias_strides, part, b0, b1, own_head, m0, n0)
+                i = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
+                j = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
+                pointers = base + i.to(gl.int64) * dbias_strides[4] + j.to(gl.int64) * dbias_strides[5]
+                if EVEN:
+                    gl.store(pointers, acc.to(dbias.dtype.element_ty))
+                else:
+                    gl.store(pointers, acc.to(dbias.dtype.element_ty), mask=(m0 + i < M) & (n0 + j < N))
+                fence_async_shared()  # behind the loads of the bias: see the forward kernel
+            mbarrier.arrive(bars.index(BIAS_EMPTY + buffer))
+            wave += 1
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
@@ -427,26 +373,26 @@ COUNTS = [
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides,
-    batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
-    D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, BLOCKS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    BIAS_STAGES: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
+    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides, cap, mask,
+    mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
+    D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
+    TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``tiles_m`` by ``tiles_n`` tiles a head of the bias, which have ``places`` (``_tile``); ``tiles`` are the places of all heads of the
     bias, times ``splits``, the part slowest.
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
-    (part, outer batch, inner batch, head, query, key). stats: see ``rows.py``. Query head h reads key head ``h // group``.
+    (part, outer batch, inner batch, head, query, key). stats: see ``rows.py``; cap: ``features.squashed``. Query head h reads key head
+    ``h // group``.
     """
     BM: gl.constexpr = 64
     BN: gl.constexpr = k_desc.block_shape[1]
     CHUNK: gl.constexpr = k_desc.block_shape[3]
     S_CHUNKS: gl.constexpr = chunks_of(D, CHUNK)
     DP_CHUNKS: gl.constexpr = chunks_of(DV, CHUNK)
-    BIASES: gl.constexpr = BIAS_STAGES * BLOCKS * WGS
-    SKIPS: gl.constexpr = BLOCKS > 1  # also where all blocks are always seen: with a branch around each, ptxas keeps sums in registers
+    BIASES: gl.constexpr = BIAS_STAGES * WGS
     DT: gl.constexpr = q_desc.dtype
     left_s = gl.allocate_shared_memory(DT, stacked(LEFT * WGS, q_desc.block_shape), q_desc.layout)
     right_s = gl.allocate_shared_memory(DT, stacked(RIGHT, k_desc.block_shape), k_desc.layout)
@@ -476,42 +422,38 @@ def dbias(
     if WGS == 1:
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
-                        bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
-                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS,
-                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS, SKIPS)),
-            (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
-                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, LEFT_FULL, LEFT_EMPTY, S_CHUNKS,
-                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False, SKIPS)),
-            (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
-                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, RIGHT_FULL, RIGHT_EMPTY, S_CHUNKS,
-                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True, SKIPS)),
-            (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits,
-                       tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, BIAS_FULL, BIAS_EMPTY,
-                       VARIES_B0, VARIES_B1, VARIES_H)),
+                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
+                        shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
+            (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
+                        splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, LEFT_FULL, LEFT_EMPTY, S_CHUNKS, DP_CHUNKS,
+                        VARIES_B0, VARIES_B1, VARIES_H, False)),
+            (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
+                        splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, RIGHT_FULL, RIGHT_EMPTY, S_CHUNKS, DP_CHUNKS,
+                        VARIES_B0, VARIES_B1, VARIES_H, True)),
+            (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles,
+                       places, fold, shuffle, BM, BN, WGS, BIAS_FULL, BIAS_EMPTY, VARIES_B0, VARIES_B1, VARIES_H)),
             (_clear, (optional(dbias_desc), optional(dbias_out), optional(zeros_s), optional(dbias_strides), batch_outer, batch_inner,
-                      heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, BM, BN, WGS, BLOCKS,
-                      VARIES_B0, VARIES_B1, VARIES_H)),
+                      heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, BM, BN, WGS, VARIES_B0, VARIES_B1, VARIES_H)),
         ], [1, 1, 1, 1], [32, 32, 32, 32])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
-                        bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
-                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 0, BM, BN, WGS, BLOCKS, S_CHUNKS,
-                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS, SKIPS)),
+                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
+                        shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
-                        bars, optional(dbias_strides), optional(slope_strides), batch_outer, batch_inner, heads, M, N, optional(lo),
-                        optional(hi), scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle, 1, BM, BN, WGS, BLOCKS, S_CHUNKS,
-                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS, SKIPS)),
-            (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
-                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, LEFT_FULL, LEFT_EMPTY, S_CHUNKS,
-                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, False, SKIPS)),
-            (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi), splits,
-                        tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, RIGHT_FULL, RIGHT_EMPTY, S_CHUNKS,
-                        DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, True, SKIPS)),
-            (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits,
-                       tiles_m, tiles_n, tiles, places, fold, shuffle, BM, BN, WGS, BLOCKS, BIAS_FULL, BIAS_EMPTY,
-                       VARIES_B0, VARIES_B1, VARIES_H)),
+                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
+                        shuffle, 1, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
+            (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
+                        splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, LEFT_FULL, LEFT_EMPTY, S_CHUNKS, DP_CHUNKS,
+                        VARIES_B0, VARIES_B1, VARIES_H, False)),
+            (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
+                        splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, RIGHT_FULL, RIGHT_EMPTY, S_CHUNKS, DP_CHUNKS,
+                        VARIES_B0, VARIES_B1, VARIES_H, True)),
+            (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles,
+                       places, fold, shuffle, BM, BN, WGS, BIAS_FULL, BIAS_EMPTY, VARIES_B0, VARIES_B1, VARIES_H)),
             (_clear, (optional(dbias_desc), optional(dbias_out), optional(zeros_s), optional(dbias_strides), batch_outer, batch_inner,
-                      heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, BM, BN, WGS, BLOCKS,
-                      VARIES_B0, VARIES_B1, VARIES_H)),
+                      heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, BM, BN, WGS, VARIES_B0, VARIES_B1, VARIES_H)),
         ], [4, 1, 1, 1, 1], [REGISTERS, 32, 32, 32, 32])  # fmt: skip

@@ -26,10 +26,10 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, slope_of, visible_keys
+from .features import add_alibi, capped, hide_by, slope_at, slope_of, squashed, visible_keys, weighed
 from .forward import visible_blocks
 from .grid import accumulator, locate, share, stacked
-from .rows import add_bias, column_of, hide, probabilities, statistics, visible
+from .rows import add_bias, column_of, exponents, hide, statistics, visible
 
 
 @gluon.constexpr_function
@@ -45,8 +45,8 @@ def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
 
 @gluon.jit
 def _produce(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, lengths, q_s, dout_s, k_s, v_s, bias_s, zeros_s, bars,
-    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake,
+    q_desc, dout_desc, k_desc, v_desc, bias_desc, mask_desc, dbias_desc, lengths, q_s, dout_s, k_s, v_s, bias_s, mask_s, zeros_s, bars,
+    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, mask_on, tiles_m, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, VARIES_M: gl.constexpr,
 ):  # fmt: skip
@@ -59,6 +59,8 @@ def _produce(
     V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
+    MASK_BYTES: gl.constexpr = mask_desc.block_type.nbytes if mask_desc is not None else 0
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     LONGEST: gl.constexpr = "last" if hi is not None else "none"
     for wave in range(share(tiles, snake)):
@@ -88,7 +90,7 @@ def _produce(
                 for w in gl.static_range(WGS):
                     slot = at % BIAS_STAGES * WGS + w
                     mbarrier.wait(bars.index(BIAS_EMPTY + slot), ((at // BIAS_STAGES) & 1) ^ 1)
-                    mbarrier.expect(bars.index(BIAS_FULL + slot), bias_desc.block_type.nbytes)
+                    mbarrier.expect(bars.index(BIAS_FULL + slot), BIAS_BYTES + MASK_BYTES)
                     row = 0
                     if VARIES_M:
                         row = m0 + w * BM
@@ -98,6 +100,12 @@ def _produce(
                         bars.index(BIAS_FULL + slot),
                         bias_s.index(slot),
                     )
+                    if mask_desc is not None:
+                        mask_row = 0
+                        if mask_s.shape[4] > 1:
+                            mask_row = m0 + w * BM
+                        at_mask = [outer * mask_on[0], inner * mask_on[1], head * mask_on[2], mask_row, n0]
+                        tma_load(mask_desc, at_mask, bars.index(BIAS_FULL + slot), mask_s.index(slot))
         done += end - begin
         if zeros_s is not None:
             for w in gl.static_range(WGS):
@@ -111,7 +119,8 @@ def _produce(
 
 @gluon.jit
 def _step(
-    dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, at, m0, n0, head, outer, inner, ahead, N, lo, hi,
+    dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, at, m0, n0, head, outer, inner,
+    ahead, N, lo, hi,
     scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
@@ -150,7 +159,11 @@ def _step(
     else:
         s = warpgroup_mma_wait(1, [s_pending])
 
-    s = s * scale_log2
+    if cap is not None:
+        u = squashed(s, cap)
+        s = capped(u, cap)
+    else:
+        s = s * scale_log2
     if bias_s is not None:
         slot = at % BIAS_STAGES * WGS + WG
         mbarrier.wait(bars.index(BIAS_FULL + slot), (at // BIAS_STAGES) & 1)
@@ -160,6 +173,8 @@ def _step(
             WIDE: gl.constexpr = bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
             bias = gl.expand_dims(bias_s.index(slot).reshape([WIDE]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
         s = add_bias(s, bias, IS_MASK)
+        if mask_s is not None:
+            s = hide_by(s, mask_s.index(slot), BM, BN)
         if dbias_desc is None:
             fence_async_shared()  # a load may wait behind the operands of products, and TMA overtake it: see the forward kernel
             mbarrier.arrive(bars.index(BIAS_EMPTY + slot))
@@ -171,7 +186,11 @@ def _step(
     if MASKED:
         s = hide(s, visible(m0, n0, N, lo, hi, BM, BN), float("-inf"))
     BIASED: gl.constexpr = (bias_s is not None or COLUMN) and not IS_MASK
-    p = probabilities(s, lse, rest, HAS_REST, BIASED)
+    x = exponents(s, lse, rest, HAS_REST, BIASED)
+    if cap is not None and dbias_desc is None:
+        _, p = weighed(x, u, q.dtype)
+    else:
+        p = gl.exp2(x)
 
     mbarrier.wait(bars.index(V_FULL + v_stage), v_phase)  # long since full: ptxas does not move the wait below up past it
     if AHEAD and not FIRST:
@@ -195,6 +214,8 @@ def _step(
             tma_store_wait(1)
             if at > 0:
                 mbarrier.arrive(bars.index(BIAS_EMPTY + (at - 1) % BIAS_STAGES * WGS + WG))
+        if cap is not None:  # the bias is added behind it
+            ds32 = ds32 * slope_at(u)
     ds16 = gl.convert_layout(ds32.to(q.dtype), DS)
     if not AHEAD:
         dq = warpgroup_mma_wait(0, [warpgroup_mma(ds16, k, dq, is_async=True)])
@@ -204,7 +225,7 @@ def _step(
 
 @gluon.jit
 def _walk(
-    dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, first, last, steps, end,
+    dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, first, last, steps, end,
     m0, head, outer, inner, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
@@ -214,7 +235,8 @@ def _walk(
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     for step in range(first, last):
         dq, ds = _step(
-            dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done + step, m0, (end - 1 - step) * BN,
+            dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done + step, m0,
+            (end - 1 - step) * BN,
             head, outer, inner, ahead, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
             HAS_REST, AHEAD, TURNS, ALIBI, False, MASKED,
         )  # fmt: skip
@@ -226,8 +248,8 @@ def _walk(
 
 @gluon.jit
 def _consume(
-    dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, bars,
-    bias_strides, slope_strides, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+    dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, bars,
+    bias_strides, slope_strides, cap, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN_N: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
@@ -266,7 +288,7 @@ def _consume(
         dq = gl.zeros([BM, BD], gl.float32, DQ)
         mbarrier.wait(bars.index(Q_FULL + WG), wave & 1)
         dq, ds = _step(
-            dq, dq, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, m0, (end - 1) * BN,
+            dq, dq, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, m0, (end - 1) * BN,
             head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
             COLUMN,
             HAS_REST, AHEAD, TURNS, ALIBI, True, MASKED,
@@ -277,23 +299,25 @@ def _consume(
         # What is left: partly visible on the right, whole, partly visible on the left.
         if hi is not None:
             dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, 1, end - full_end, steps, end,
+                dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, 1,
+                end - full_end, steps, end,
                 m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
                 VARIES_M,
                 COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
             )  # fmt: skip
         whole = max(1, end - full_end)
         dq, ds = _walk(
-            dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, whole, end - full_begin, steps, end,
+            dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, whole,
+            end - full_begin, steps, end,
             m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
             COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, False, Q_EARLY,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
             dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, slope, k_s, v_s, bias_s, dbias_desc, bars, done, left, steps, steps, end,
-                m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
-                VARIES_M,
+                dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, left, steps,
+                steps, end, m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
+                IS_MASK, VARIES_M,
                 COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
             )  # fmt: skip
         done += steps
@@ -318,6 +342,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, bias_strides, slope_strides, bias_on,
+    cap, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr, EVEN_N: gl.constexpr,
@@ -326,7 +351,8 @@ def dq(
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``grid.locate`` says.
 
     Descriptors, bias and its strides as in the forward kernel; dbias_desc is over a bias of full shape, in blocks like the bias's. stats:
-    see ``rows.py``. Query head h reads key head ``h // group``. None: absent.
+    see ``rows.py``. cap: see ``features.squashed``; mask: beside the bias,
+    a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent.
 
     OWN_OUT: dq leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
     """
@@ -344,6 +370,10 @@ def dq(
         bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIAS_STAGES * WGS, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
+    if mask_desc is not None:
+        mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIAS_STAGES * WGS, mask_desc.block_shape), mask_desc.layout)
+    else:
+        mask_s = None
     if dbias_desc is not None and (lo is not None or hi is not None or lengths is not None):
         zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
         zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
@@ -365,34 +395,34 @@ def dq(
     if WGS == 1:
         gl.warp_specialize([
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
-                        optional(out_s), optional(bias_s),
-                        bars, optional(bias_strides), optional(slope_strides), batch, heads, batch_inner, M, N, optional(lo),
+                        optional(out_s), optional(bias_s), optional(mask_s),
+                        bars, optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
-            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), optional(lengths), q_s, dout_s, k_s,
-                        v_s,
-                        optional(bias_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(dbias_desc),
+                        optional(lengths), q_s, dout_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(hi), optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES,
+                        V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
-                        optional(out_s), optional(bias_s),
-                        bars, optional(bias_strides), optional(slope_strides), batch, heads, batch_inner, M, N, optional(lo),
+                        optional(out_s), optional(bias_s), optional(mask_s),
+                        bars, optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
-                        optional(out_s), optional(bias_s),
-                        bars, optional(bias_strides), optional(slope_strides), batch, heads, batch_inner, M, N, optional(lo),
+                        optional(out_s), optional(bias_s), optional(mask_s),
+                        bars, optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
-            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(dbias_desc), optional(lengths), q_s, dout_s, k_s,
-                        v_s,
-                        optional(bias_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(dbias_desc),
+                        optional(lengths), q_s, dout_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(hi), optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES,
+                        V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip

@@ -14,6 +14,18 @@ def visible_keys(lengths, b, N):
 
 
 @gluon.jit
+def hide_by(s, buffer, BM: gl.constexpr, BN: gl.constexpr):
+    """Scores of BM queries and BN keys, -inf where the mask in a buffer hides them: a tile, or a row of at least 128 keys for all."""
+    S: gl.constexpr = s.type.layout
+    if buffer.shape[3] > 1:
+        shown = buffer.reshape([BM, BN]).load(S)
+    else:
+        shown = gl.expand_dims(buffer.reshape([buffer.shape[4]]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
+    shown, s = gl.broadcast(shown, s)
+    return gl.where(shown != 0, s, float("-inf"))
+
+
+@gluon.jit
 def slope_of(slopes, slope_strides, b, head):
     """The ALiBi slope of a query head, in base 2; nothing that anybody reads if there are none."""
     if slopes is not None:
@@ -30,3 +42,83 @@ def add_alibi(x, slope, i, j):
     i, x = gl.broadcast(i.to(gl.float32), x)
     j, x = gl.broadcast(j.to(gl.float32), x)
     return x - slope * gl.abs(i - j)
+
+
+# u = -1 / (1 + 2^x) of four scores of a thread, to 2^-21. A processor does 16 powers or reciprocals in the time of 128 products: the four
+# share one reciprocal, that of their product, 2^120 at most: x ends at 30, where u is as good as 0. NaN stays NaN.
+_SQUASH = gl.constexpr("""{
+    .reg .f32 y<4>, a, b, c;
+    min.NaN.f32 y0, $4, 0f41F00000;
+    min.NaN.f32 y1, $5, 0f41F00000;
+    min.NaN.f32 y2, $6, 0f41F00000;
+    min.NaN.f32 y3, $7, 0f41F00000;
+    ex2.approx.ftz.f32 y0, y0;
+    ex2.approx.ftz.f32 y1, y1;
+    ex2.approx.ftz.f32 y2, y2;
+    ex2.approx.ftz.f32 y3, y3;
+    sub.f32 y0, 0fBF800000, y0;
+    sub.f32 y1, 0fBF800000, y1;
+    sub.f32 y2, 0fBF800000, y2;
+    sub.f32 y3, 0fBF800000, y3;
+    mul.f32 a, y0, y1;
+    mul.f32 b, y2, y3;
+    mul.f32 c, a, b;
+    rcp.approx.ftz.f32 c, c;
+    mul.f32 b, b, c;
+    mul.f32 a, a, c;
+    mul.f32 $0, y1, b;
+    mul.f32 $1, y0, b;
+    mul.f32 $2, y3, a;
+    mul.f32 $3, y2, a;
+}""")
+
+
+@gluon.jit
+def squashed(s, cap):
+    """``u`` in (-1, 0) of a tile of products s; scores under a soft cap are ``softcap * tanh(scale * s / softcap) = softcap * (1 + 2 u)``.
+
+    cap: ``(2 log2(e) scale / softcap, softcap log2(e))``. u grows with the score, so a maximum may be taken of either. The tanh that the
+    GPU has as one instruction is right to 2^-11 only, which a soft cap of 50 makes 0.025 of a score, too much for 16-bit results.
+    """
+    return gl.inline_asm_elementwise(_SQUASH, "=f,=f,=f,=f,f,f,f,f", [s * cap[0]], gl.float32, True, 4)
+
+
+@gluon.jit
+def capped(u, cap):
+    """Scores in base 2 from what ``squashed`` gives."""
+    twice = gl.full(u.shape, 2.0 * cap[1], gl.float32, u.type.layout)
+    return gl.fma(u, twice, gl.full(u.shape, cap[1], gl.float32, u.type.layout))
+
+
+@gluon.jit
+def slope_at(u):
+    """The derivative of a score by ``scale * s``: ``1 - tanh² = -4 u (1 + u)``."""
+    return u * (u * -4.0 - 4.0)
+
+
+@gluon.constexpr_function
+def _weighing(TYPE):
+    """``2^x`` of two scores, in 16 bits, and ``2^x * slope_at(u)``. One text, for the sake of its order: where all powers came first, and
+    then all slopes, the assembler kept both, and spilled.
+    """
+    return f"""{{
+    .reg .f32 p<2>;
+    ex2.approx.ftz.f32 p0, $3;
+    ex2.approx.ftz.f32 p1, $4;
+    cvt.rn.{TYPE}x2.f32 $0, p1, p0;
+    fma.rn.f32 $1, $5, 0fC0800000, 0fC0800000;
+    mul.f32 $1, $1, $5;
+    mul.f32 $1, $1, p0;
+    fma.rn.f32 $2, $6, 0fC0800000, 0fC0800000;
+    mul.f32 $2, $2, $6;
+    mul.f32 $2, $2, p1;
+}}"""
+
+
+@gluon.jit
+def weighed(x, u, DT: gl.constexpr):
+    """``p = 2^x`` in the 16-bit dtype DT, and ``p * slope_at(u)`` in float32."""
+    if DT == gl.bfloat16:
+        return gl.inline_asm_elementwise(_weighing("bf16"), "=r,=f,=f,f,f,f,f", [x, u], (gl.bfloat16, gl.float32), True, 2)
+    else:
+        return gl.inline_asm_elementwise(_weighing("f16"), "=r,=f,=f,f,f,f,f", [x, u], (gl.float16, gl.float32), True, 2)

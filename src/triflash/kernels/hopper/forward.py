@@ -27,15 +27,16 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, slope_of, visible_keys
-from .grid import accumulator, locate, share, stacked
+from .features import add_alibi, capped, hide_by, slope_of, squashed, visible_keys
+from .grid import accumulator, keep_up_to, locate, share, stacked
+from .rows import column_of
 
 
 @gluon.constexpr_function
 def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
-    """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
+    """Where the barriers of that name begin among all of a program's; "count" is the number of all. Two each for q, used or not."""
     sizes = {
-        "q_full": WGS, "q_empty": WGS, "k_full": K_STAGES, "k_empty": K_STAGES, "v_full": V_STAGES, "v_empty": V_STAGES,
+        "q_full": 2 * WGS, "q_empty": 2 * WGS, "k_full": K_STAGES, "k_empty": K_STAGES, "v_full": V_STAGES, "v_empty": V_STAGES,
         "turn": WGS, "bias_full": WGS * BIAS_STAGES, "bias_empty": WGS * BIAS_STAGES, "count": 0,
     }  # fmt: skip
     names = list(sizes)
@@ -50,9 +51,22 @@ def visible_blocks(m0, rows, M, N, lo, hi, BN: gl.constexpr):
 
 
 @gluon.jit
+def _fetch_queries(
+    q_desc, q_s, bars, wave, b, m0, head,
+    BM: gl.constexpr, WGS: gl.constexpr, Q_STAGES: gl.constexpr, Q_FULL: gl.constexpr, Q_EMPTY: gl.constexpr,
+):  # fmt: skip
+    """The queries of a tile, for every consumer its own."""
+    for w in gl.static_range(WGS):
+        slot = wave % Q_STAGES * WGS + w
+        mbarrier.wait(bars.index(Q_EMPTY + slot), ((wave // Q_STAGES) & 1) ^ 1)
+        mbarrier.expect(bars.index(Q_FULL + slot), q_desc.block_type.nbytes)
+        tma_load(q_desc, [b, m0 + w * BM, head, 0], bars.index(Q_FULL + slot), q_s.index(slot))
+
+
+@gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, bias_desc, lengths, q_s, k_s, v_s, bias_s, bars,
-    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_m, tiles, section, snake,
+    q_desc, k_desc, v_desc, bias_desc, mask_desc, lengths, q_s, k_s, v_s, bias_s, mask_s, bars,
+    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, mask_on, tiles_m, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     VARIES_M: gl.constexpr,
@@ -66,7 +80,10 @@ def _produce(
     V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    Q_STAGES: gl.constexpr = q_s.shape[0] // WGS
     LONGEST: gl.constexpr = "last" if hi is not None else "none"
+    BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
+    MASK_BYTES: gl.constexpr = mask_desc.block_type.nbytes if mask_desc is not None else 0
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(share(tiles, snake)):
         m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
@@ -74,21 +91,22 @@ def _produce(
         for j in range(end - begin):
             n0 = (end - 1 - j) * BN
             at = done + j
+            if Q_STAGES == 2:  # before the first keys, whose buffer may not be free for long yet
+                if j == 0:
+                    _fetch_queries(q_desc, q_s, bars, wave, b, m0, head, BM, WGS, Q_STAGES, Q_FULL, Q_EMPTY)
             stage = at % K_STAGES
             mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)
             mbarrier.expect(bars.index(K_FULL + stage), k_desc.block_type.nbytes)
             tma_load(k_desc, [b, n0, head // group, 0], bars.index(K_FULL + stage), k_s.index(stage))
-            if j == 0:
-                for w in gl.static_range(WGS):
-                    mbarrier.wait(bars.index(Q_EMPTY + w), (wave & 1) ^ 1)
-                    mbarrier.expect(bars.index(Q_FULL + w), q_desc.block_type.nbytes)
-                    tma_load(q_desc, [b, m0 + w * BM, head, 0], bars.index(Q_FULL + w), q_s.index(w))
+            if Q_STAGES == 1:
+                if j == 0:
+                    _fetch_queries(q_desc, q_s, bars, wave, b, m0, head, BM, WGS, Q_STAGES, Q_FULL, Q_EMPTY)
             if bias_desc is not None:
                 bias_phase = (at // BIAS_STAGES) & 1
                 for w in gl.static_range(WGS):
                     slot = at % BIAS_STAGES * WGS + w
                     mbarrier.wait(bars.index(BIAS_EMPTY + slot), bias_phase ^ 1)
-                    mbarrier.expect(bars.index(BIAS_FULL + slot), bias_desc.block_type.nbytes)
+                    mbarrier.expect(bars.index(BIAS_FULL + slot), BIAS_BYTES + MASK_BYTES)
                     row = 0
                     if VARIES_M:
                         row = m0 + w * BM
@@ -98,6 +116,12 @@ def _produce(
                         bars.index(BIAS_FULL + slot),
                         bias_s.index(slot),
                     )
+                    if mask_desc is not None:
+                        mask_row = 0
+                        if mask_s.shape[4] > 1:
+                            mask_row = m0 + w * BM
+                        at_mask = [b // batch_inner * mask_on[0], b % batch_inner * mask_on[1], head * mask_on[2], mask_row, n0]
+                        tma_load(mask_desc, at_mask, bars.index(BIAS_FULL + slot), mask_s.index(slot))
             stage = at % V_STAGES
             mbarrier.wait(bars.index(V_EMPTY + stage), ((at // V_STAGES) & 1) ^ 1)
             mbarrier.expect(bars.index(V_FULL + stage), v_desc.block_type.nbytes)
@@ -107,7 +131,7 @@ def _produce(
 
 @gluon.jit
 def _softmax(
-    s, m, bias_s, bars, row_bias, slope, at, m0, ahead, block, N, lo, hi, scale_log2,
+    s, m, bias_s, mask_s, bars, row_bias, slope, cap, at, m0, ahead, block, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr,
@@ -119,8 +143,12 @@ def _softmax(
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIASED: gl.constexpr = (bias_s is not None) or ROW_BIASED or ALIBI
-    LATE_SCALE: gl.constexpr = POSITIVE_SCALE and not BIASED
-    if not LATE_SCALE:
+    LATE_SCALE: gl.constexpr = (POSITIVE_SCALE or cap is not None) and not BIASED
+    if cap is not None:
+        s = squashed(s, cap)
+        if not LATE_SCALE:
+            s = capped(s, cap)
+    elif not LATE_SCALE:
         s = s * scale_log2
     if bias_s is not None:
         slot = at % BIAS_STAGES * WGS + WG
@@ -135,6 +163,8 @@ def _softmax(
         else:
             bias, s = gl.broadcast(bias.to(gl.float32), s)
             s = gl.fma(bias, gl.full([BM, BN], LOG2E, gl.float32, S), s)
+    if mask_s is not None:
+        s = hide_by(s, mask_s.index(slot), BM, BN)
     if ROW_BIASED:
         row, s = gl.broadcast(gl.expand_dims(row_bias, 1), s)
         if IS_MASK:
@@ -147,21 +177,24 @@ def _softmax(
         s = add_alibi(s, slope, gl.expand_dims(i + ahead, 1), j)
     if MASKED:
         if hi is not None:  # one comparison a score: the last key that exists and that the query sees
-            seen = j <= gl.expand_dims(gl.minimum(i + hi, N - 1), 1)
+            s = keep_up_to(s, j, gl.expand_dims(gl.minimum(i + hi, N - 1), 1), "0fFF800000")
         else:
-            seen = j < N
+            s = keep_up_to(s, j, gl.expand_dims(gl.full([BM], N - 1, gl.int32, gl.SliceLayout(1, S)), 1), "0fFF800000")
         if lo is not None:
-            seen = seen & (j >= gl.expand_dims(i + lo, 1))
-        seen, s = gl.broadcast(seen, s)
-        s = gl.where(seen, s, float("-inf"))
+            s = keep_up_to(s, gl.expand_dims(i + lo, 1), j, "0fFF800000")
     top = gl.max(s, 1)
     if LATE_SCALE:
-        top = top * scale_log2
+        if cap is not None:
+            top = top * (2.0 * cap[1]) + cap[1]
+        else:
+            top = top * scale_log2
     m_new = gl.maximum(m, top)
     m_safe = m_new
     if MASKED or BIASED:
         m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: 2^(-inf - 0) = 0, never NaN
-    if LATE_SCALE:
+    if LATE_SCALE and cap is not None:
+        p = gl.exp2(s * (2.0 * cap[1]) + gl.expand_dims(cap[1] - m_safe, 1))
+    elif LATE_SCALE:
         p = gl.exp2(s * scale_log2 - gl.expand_dims(m_safe, 1))
     else:
         p = gl.exp2(s - gl.expand_dims(m_safe, 1))
@@ -175,15 +208,12 @@ def _softmax(
 
 
 @gluon.jit
-def _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM: gl.constexpr, BN: gl.constexpr):
-    """A bias that has no dim of keys: one number per query."""
-    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
-    if bias is not None:
-        i = m0 + gl.arange(0, BM, ROWS)
-        at = bias + offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1]) + offset(head, bias_strides[2])
-        return gl.load(at + i.to(gl.int64) * bias_strides[3], mask=i < M, other=0).to(gl.float32)
-    else:
-        return gl.zeros([BM], gl.float32, ROWS)
+def _write_out(o, out_desc, target, b, m0, head, dim, BM: gl.constexpr, PART: gl.constexpr):
+    """PART dims of the output of 64 queries, by way of the shared buffer ``target``."""
+    tma_store_wait(0)  # what the buffer held before must have left it
+    target.reshape([BM, PART]).store(o)
+    fence_async_shared()
+    tma_store(out_desc, [b, m0, head, dim], target)
 
 
 @gluon.jit
@@ -205,10 +235,13 @@ def _finish(
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
     o = (o * gl.expand_dims(gl.convert_layout(weight / l, gl.SliceLayout(1, O)), 1)).to(DT)
-    tma_store_wait(0)  # what this buffer held before must have left it
-    target.reshape([BM, BDV]).store(o)
-    fence_async_shared()
-    tma_store(out_desc, [b, m0, head, 0], target)
+    PART: gl.constexpr = target.shape[3]  # all dims of the value, or one half after the other
+    if PART == BDV:
+        _write_out(o, out_desc, target, b, m0, head, 0, BM, PART)
+    else:
+        left, right = gl.split(gl.permute(gl.reshape(o, [BM, 2, PART]), (0, 2, 1)))
+        _write_out(left, out_desc, target, b, m0, head, 0, BM, PART)
+        _write_out(right, out_desc, target, b, m0, head, PART, BM, PART)
     i = m0 + gl.arange(0, BM, ROWS)
     row_lse = gl.where(unseen, float("-inf"), (m + gl.log2(l)) * LN2)
     at_row = offset(b * heads + head, M) + i
@@ -220,7 +253,8 @@ def _finish(
 
 @gluon.jit
 def _walk(
-    o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, ahead, first, last, steps, end, N, lo, hi, scale_log2,
+    o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, ahead, first, last, steps, end, N, lo, hi,
+    scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr, Q_EARLY: gl.constexpr,
@@ -239,6 +273,11 @@ def _walk(
     V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     nothing = gl.zeros([BM, BN], gl.float32, S)
+    if q_s.shape[0] > WGS:
+        # ptxas 12.8 takes two of these loops to share their queries' descriptors and works them out where only the first needs them, which
+        # may have no steps at all. It does not look through inline assembly.
+        q_slot = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [q_slot], gl.int32, False, 1)
+    q = q_s.index(q_slot).reshape([BM, BD])
     for step in range(first, last):
         at = done + step
         stage = at % K_STAGES
@@ -255,9 +294,9 @@ def _walk(
         mbarrier.arrive(bars.index(K_EMPTY + stage))
         if Q_EARLY:
             if step == steps - 1:  # no more products with this q: the next can be fetched while the softmax runs
-                mbarrier.arrive(bars.index(Q_EMPTY + WG))
+                mbarrier.arrive(bars.index(Q_EMPTY + q_slot))
         p32, m, shrink = _softmax(
-            s, m, bias_s, bars, row_bias, slope, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
+            s, m, bias_s, mask_s, bars, row_bias, slope, cap, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
         )  # fmt: skip
         l = l * shrink + gl.sum(p32, 1)
@@ -270,8 +309,8 @@ def _walk(
 
 @gluon.jit
 def _consume(
-    out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, bars,
-    bias_strides, slope_strides, sink_stride, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake,
+    out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, mask_s, bars,
+    bias_strides, slope_strides, sink_stride, cap, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
     POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
@@ -300,6 +339,7 @@ def _consume(
     DT: gl.constexpr = q_s.dtype
     nothing = gl.zeros([BM, BN], gl.float32, S)
     LONGEST: gl.constexpr = "last" if hi is not None else "none"
+    Q_STAGES: gl.constexpr = q_s.shape[0] // WGS
     waves = share(tiles, snake)
     done = 0  # blocks of earlier tiles
 
@@ -307,7 +347,7 @@ def _consume(
     first_keys = visible_keys(lengths, b, N)
     _begin, _full_begin, _full_end, first_end = visible_blocks(m0, BM * WGS, M, first_keys, lo, hi, BN)
     m0 += WG * BM
-    row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
+    row_bias = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
     mbarrier.wait(bars.index(Q_FULL + WG), 0)
     mbarrier.wait(bars.index(K_FULL), 0)
     if TURNS:
@@ -319,14 +359,15 @@ def _consume(
     s = warpgroup_mma_wait(0, [s_pending])
     mbarrier.arrive(bars.index(K_EMPTY))
     p32, m, _shrink = _softmax(
-        s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias,
-        slope_of(slopes, slope_strides, b, head), 0, m0, N - M, first_end - 1, first_keys, lo, hi, scale_log2,
+        s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, mask_s, bars, row_bias,
+        slope_of(slopes, slope_strides, b, head), cap, 0, m0, N - M, first_end - 1, first_keys, lo, hi, scale_log2,
         WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
     )  # fmt: skip
     l = gl.sum(p32, 1)
     p = gl.convert_layout(p32.to(DT), P)
     o = gl.zeros([BM, BDV], gl.float32, O)
     for wave in range(waves):
+        q_slot = wave % Q_STAGES * WGS + WG
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
         n_keys = visible_keys(lengths, b, N)
         slope = slope_of(slopes, slope_strides, b, head)
@@ -334,25 +375,26 @@ def _consume(
         steps = end - begin
         if OVERLAP:
             if steps == 1:
-                mbarrier.arrive(bars.index(Q_EMPTY + WG))
+                mbarrier.arrive(bars.index(Q_EMPTY + q_slot))
         if hi is not None:
             o, l, m, p = _walk(
-                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, 1, end - full_end, steps, end, n_keys, lo, hi,
-                scale_log2,
+                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, N - M, 1, end - full_end, steps,
+                end, n_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
                 ALIBI,
             )  # fmt: skip
         whole = max(1, end - full_end)
         o, l, m, p = _walk(
-            o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, whole, end - full_begin, steps, end, n_keys, lo, hi,
+            o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, N - M, whole, end - full_begin, steps,
+            end, n_keys, lo, hi,
             scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, False, ROW_BIASED, OVERLAP, ALIBI,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
             o, l, m, p = _walk(
-                o, l, m, p, q, k_s, v_s, bias_s, bars, row_bias, slope, done, m0, N - M, left, steps, steps, end, n_keys, lo, hi,
-                scale_log2,
+                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, N - M, left, steps, steps, end,
+                n_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
                 ALIBI,
             )  # fmt: skip
@@ -370,11 +412,13 @@ def _consume(
             old_head = head
             old_b = b
             stage = done % K_STAGES
-            mbarrier.wait(bars.index(Q_FULL + WG), (wave + 1) & 1)
+            next_slot = (wave + 1) % Q_STAGES * WGS + WG
+            mbarrier.wait(bars.index(Q_FULL + next_slot), ((wave + 1) // Q_STAGES) & 1)
             mbarrier.wait(bars.index(K_FULL + stage), (done // K_STAGES) & 1)
             if TURNS:
                 mbarrier.wait(bars.index(TURN + WG), done & 1)
-            s_pending = warpgroup_mma(q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            next_q = q_s.index(next_slot).reshape([BM, BD])
+            next_pending = warpgroup_mma(next_q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
             if OVERLAP:
                 mbarrier.wait(bars.index(V_FULL + before), ((done - 1) // V_STAGES) & 1)
                 o_pending = warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)
@@ -385,27 +429,27 @@ def _consume(
             next_keys = visible_keys(lengths, b, N)
             _begin, _full_begin, _full_end, next_end = visible_blocks(m0, BM * WGS, M, next_keys, lo, hi, BN)
             m0 += WG * BM
-            row_bias = _row_bias(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
+            row_bias = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
             if OVERLAP:
-                s = warpgroup_mma_wait(1, [s_pending])
+                next_s = warpgroup_mma_wait(1, [next_pending])
             else:
-                s = warpgroup_mma_wait(0, [s_pending])
+                next_s = warpgroup_mma_wait(0, [next_pending])
             mbarrier.arrive(bars.index(K_EMPTY + stage))
-            p32, new_m, _shrink = _softmax(
-                s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, bars, row_bias,
-                slope_of(slopes, slope_strides, b, head), done, m0, N - M, next_end - 1, next_keys, lo, hi, scale_log2,
+            next_p, new_m, _shrink = _softmax(
+                next_s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, mask_s, bars, row_bias,
+                slope_of(slopes, slope_strides, b, head), cap, done, m0, N - M, next_end - 1, next_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
             )  # fmt: skip
             if OVERLAP:
                 o = warpgroup_mma_wait(0, [o_pending])
                 mbarrier.arrive(bars.index(V_EMPTY + before))
-            p = gl.convert_layout(p32.to(DT), P)
+            p = gl.convert_layout(next_p.to(DT), P)
             if OVERLAP:
                 _finish(
                     o, l, m, out_desc, lse, rest, sink, sink_stride, out_s.index(WG), old_m0, old_head, old_b, heads, M, BM, BN, BDV, DT
                 )
             m = new_m
-            l = gl.sum(p32, 1)
+            l = gl.sum(next_p, 1)
             o = gl.zeros([BM, BDV], gl.float32, O)
     if OVERLAP:
         before = (done - 1) % V_STAGES
@@ -423,24 +467,28 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides, sink_stride,
+    cap, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
-    OWN_OUT: gl.constexpr, REGISTERS: gl.constexpr,
+    OWN_OUT: gl.constexpr, REGISTERS: gl.constexpr, Q_STAGES: gl.constexpr = 1,
 ):  # fmt: skip
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``locate`` says.
 
     Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims,
     whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and
     strides (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). ``group`` query heads share a
-    key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by head. None: absent.
+    key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch,
+    head); sink: by head; cap: see ``squashed``; mask: beside the bias, a tile
+    or a row with every tile of it. None:
+    absent.
 
     OWN_OUT: the output leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
     """
     BM: gl.constexpr = 64
     DT: gl.constexpr = q_desc.dtype
-    q_s = gl.allocate_shared_memory(DT, stacked(WGS, q_desc.block_shape), q_desc.layout)
+    q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES * WGS, q_desc.block_shape), q_desc.layout)
     k_s = gl.allocate_shared_memory(DT, stacked(K_STAGES, k_desc.block_shape), k_desc.layout)
     v_s = gl.allocate_shared_memory(DT, stacked(V_STAGES, v_desc.block_shape), v_desc.layout)
     if OWN_OUT:
@@ -451,6 +499,10 @@ def forward(
         bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIAS_STAGES * WGS, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
+    if mask_desc is not None:
+        mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIAS_STAGES * WGS, mask_desc.block_shape), mask_desc.layout)
+    else:
+        mask_s = None
     COUNT: gl.constexpr = barrier_at("count", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
@@ -471,54 +523,63 @@ def forward(
     if WGS == 1:
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
-                        BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
+                        BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [1], [24])  # fmt: skip
     elif WGS == 2:
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
-                        BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
+                        BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), batch, heads, batch_inner, M, N,
+                        optional(out_s), optional(bias_s), optional(mask_s), bars,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 2, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
-            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, optional(bias_s), bars, batch, heads,
-                        group, batch_inner, M, N, optional(lo), optional(hi), optional(bias_on), tiles_m, tiles, section, snake,
-                        BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+            (_produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
+                        optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
+                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
+                        BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -15,6 +15,22 @@ def stacked(count, shape):
     return [count, *shape]
 
 
+@gluon.constexpr_function
+def _selection(hidden):
+    return "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, " + hidden + ", p; }"
+
+
+@gluon.jit
+def keep_up_to(x, at, last, HIDDEN: gl.constexpr):
+    """x, float32, where ``at <= last``, else HIDDEN, a float32 as PTX writes it; numbers of 32 bits that broadcast to x.
+
+    In assembly, because of a comparison of whole tiles LLVM makes a vector of bits, packed and unpacked: three times as many instructions.
+    """
+    at, x = gl.broadcast(at, x)
+    last, x = gl.broadcast(last, x)
+    return gl.inline_asm_elementwise(_selection(HIDDEN), "=f,f,r,r", [x, at, last], gl.float32, True, 1)
+
+
 @gluon.jit
 def share(tiles, snake):
     """How many tiles this program works through: the grid deals them out in waves."""

@@ -72,11 +72,11 @@ def hide(x, seen, hidden):
 
 
 @gluon.jit
-def probabilities(s, lse, rest, HAS_REST: gl.constexpr, BIASED: gl.constexpr):
-    """``2^(s - lse)``; ``rest`` is what lse has no room for. Where nobody kept it and a bias may be huge, p is at least kept to 1."""
+def exponents(s, lse, rest, HAS_REST: gl.constexpr, BIASED: gl.constexpr):
+    """``s - lse``; ``rest`` is what lse has no room for. Where nobody kept it and a bias may be huge, p is at least kept to 1."""
     x = s - gl.expand_dims(lse, 1)
     if HAS_REST:
         x = x - gl.expand_dims(rest, 1)
     elif BIASED:
         x = gl.minimum(x, 0.0)
-    return gl.exp2(x)
+    return x

@@ -37,8 +37,8 @@ def barrier_at(name, STAGES):
 
 @gluon.jit
 def _produce(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, lengths, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, bars,
-    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, tiles_n, tiles, section, snake,
+    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, mask_desc, lengths, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s,
+    bars, batch, heads, group, batch_inner, M, N, lo, hi, bias_on, mask_on, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
     """The producer: every load of the program, in the order in which the consumers need them."""
@@ -52,6 +52,8 @@ def _produce(
     BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", STAGES)
     STATS: gl.constexpr = BM * 4
     kv_heads = heads // group
+    BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
+    MASK_BYTES: gl.constexpr = mask_desc.block_type.nbytes if mask_desc is not None else 0
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
@@ -76,15 +78,15 @@ def _produce(
                 mbarrier.expect(bars.index(Q_FULL + stage), q_desc.block_type.nbytes + STATS)
             tma_load(stats_desc, [row, LSE, m0], bars.index(Q_FULL + stage), lse_s.index(stage))
             tma_load(q_desc, [b, m0, head, 0], bars.index(Q_FULL + stage), q_s.index(stage))
-            if bias_desc is not None:
+            if bias_desc is not None or mask_desc is not None:
                 mbarrier.wait(bars.index(BIAS_EMPTY), (at & 1) ^ 1)
-                mbarrier.expect(bars.index(BIAS_FULL), bias_desc.block_type.nbytes)
-                tma_load(
-                    bias_desc,
-                    [b // batch_inner * bias_on[0], b % batch_inner * bias_on[1], head * bias_on[2], m0, n0],
-                    bars.index(BIAS_FULL),
-                    bias_s,
-                )
+                mbarrier.expect(bars.index(BIAS_FULL), BIAS_BYTES + MASK_BYTES)
+                if bias_desc is not None:
+                    at_bias = [b // batch_inner * bias_on[0], b % batch_inner * bias_on[1], head * bias_on[2], m0, n0]
+                    tma_load(bias_desc, at_bias, bars.index(BIAS_FULL), bias_s)
+                if mask_desc is not None:
+                    at_mask = [b // batch_inner * mask_on[0], b % batch_inner * mask_on[1], head * mask_on[2], m0, n0]
+                    tma_load(mask_desc, at_mask, bars.index(BIAS_FULL), mask_s)
             mbarrier.wait(bars.index(O_EMPTY + stage), phase)
             mbarrier.expect(bars.index(O_FULL + stage), o_desc.block_type.nbytes + STATS)
             tma_load(stats_desc, [row, DELTA, m0], bars.index(O_FULL + stage), delta_s.index(stage))
@@ -94,8 +96,8 @@ def _produce(
 
 @gluon.jit
 def _walk_values(
-    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, first, last, n0, ahead, N, lo, hi,
-    scale_log2,
+    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, cap, done, base, first, last, n0, ahead,
+    N, lo, hi, scale_log2,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr,
     NEED_DV: gl.constexpr, NEED_DS: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -132,8 +134,12 @@ def _walk_values(
         else:
             s = warpgroup_mma_wait(0, [s_pending])
         bias = None
-        if bias_s is not None:
+        mask = None
+        if bias_s is not None or mask_s is not None:
             mbarrier.wait(bars.index(BIAS_FULL), at & 1)
+        if mask_s is not None:
+            mask = mask_s.reshape([BM, BN]).permute((1, 0)).load(S)
+        if bias_s is not None:
             bias = bias_s.reshape([BM, BN]).permute((1, 0)).load(S)
         rest = None
         if rest_s is not None:
@@ -141,15 +147,18 @@ def _walk_values(
         m0 = block * BM
         if ALIBI and not MASKED:
             m0 = in_turn(block, first, last, n0, BM) * BM
-        p = probabilities(
-            s, bias, key_bias, slope, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI, KEY_BIASED, MASKED
-        ).to(k_s.dtype)
+        p, weight = probabilities(
+            s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI,
+            KEY_BIASED, MASKED, k_s.dtype,
+        )  # fmt: skip
         if NEED_DS:
             mbarrier.wait(bars.index(P_EMPTY + (at & 1)), ((at >> 1) & 1) ^ 1)
-            p_s.index(at & 1).permute((1, 0)).store(p)
+            p_s.index(at & 1).permute((1, 0)).store(weight.to(k_s.dtype))
+            if p_s.shape[0] == 4:
+                p_s.index(2 + (at & 1)).permute((1, 0)).store(p)
         fence_async_shared()  # before buffers that were read by plain loads go back to TMA
         mbarrier.arrive(bars.index(Q_EMPTY + stage))
-        if bias_s is not None:
+        if bias_s is not None or mask_s is not None:
             mbarrier.arrive(bars.index(BIAS_EMPTY))
         if NEED_DS:
             mbarrier.arrive(bars.index(P_FULL + (at & 1)))
@@ -162,9 +171,9 @@ def _walk_values(
 
 @gluon.jit
 def _values(
-    dv_desc, bias, lengths, slopes, q_s, k_s, o_s, lse_s, rest_s, bias_s, p_s, bars,
-    bias_strides, slope_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+    dv_desc, bias, lengths, slopes, q_s, k_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars,
+    bias_strides, slope_strides, cap, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section,
+    snake, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
     IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, NEED_DS: gl.constexpr,
 ):  # fmt: skip
     """The consumer of scores: pᵀ for itself and for the other one, and dv."""
@@ -192,29 +201,36 @@ def _values(
         mbarrier.wait(bars.index(KV_FULL), wave & 1)
         for member in range(group):
             slope = slope_of(slopes, slope_strides, b, kv_head * group + member)
+            j = n0 + gl.arange(0, BN, ROWS)
             key_bias = gl.zeros([BN], gl.float32, ROWS)
             if KEY_BIASED:
-                j = n0 + gl.arange(0, BN, ROWS)
                 row = bias + offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1])
                 row += offset(kv_head * group + member, bias_strides[2])
                 key_bias = gl.load(row + j.to(gl.int64) * bias_strides[4], mask=j < N, other=0).to(gl.float32)
+            key_mask = None
+            if mask is not None:
+                shown = mask + offset(b // batch_inner, mask_strides[0]) + offset(b % batch_inner, mask_strides[1])
+                shown += offset(kv_head * group + member, mask_strides[2])
+                key_mask = gl.load(shown + j.to(gl.int64) * mask_strides[4], mask=j < N, other=0)
             base = done + member * steps - begin
             # Both masked walks are there whenever there is any bound, one of them perhaps without a block: with one of them missing, the
             # assembler of Triton 3.6 (12.8) lets products wait for one another (C7513).
             if (hi is not None) or (lo is not None) or (not EVEN_N):
                 dv, p16 = _walk_values(
-                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, begin, whole, n0, N - M,
-                    n_keys, lo, hi,
+                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, cap, done, base, begin,
+                    whole, n0, N - M, n_keys, lo, hi,
                     scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
                 )  # fmt: skip
             dv, p16 = _walk_values(
-                dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, whole, part, n0, N - M, n_keys, lo,
+                dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, cap, done, base, whole, part,
+                n0, N - M, n_keys, lo,
                 hi,
                 scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, False,
             )  # fmt: skip
             if (lo is not None) or (hi is not None):
                 dv, p16 = _walk_values(
-                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, p_s, bars, key_bias, slope, done, base, part, end, n0, N - M, n_keys,
+                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, cap, done, base, part,
+                    end, n0, N - M, n_keys,
                     lo, hi,
                     scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
                 )  # fmt: skip
@@ -265,7 +281,9 @@ def _walk_keys(
         p = p_s.index(at & 1).permute((1, 0)).load(S)
         dp = warpgroup_mma_wait(1 if NEED_DK else 0, [dp_pending])
         ds = p.to(gl.float32) * (dp - delta)
-        if NEED_DB:
+        if NEED_DB and p_s.shape[0] == 4:
+            db += gl.sum(p_s.index(2 + (at & 1)).permute((1, 0)).load(S).to(gl.float32) * (dp - delta), 1)
+        elif NEED_DB:
             db += gl.sum(ds, 1)
         fence_async_shared()  # before buffers that were read by plain loads go back
         mbarrier.arrive(bars.index(O_EMPTY + stage))
@@ -338,7 +356,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 def wide_keys_backward(
     q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, bias, lengths, slopes, dbias, bias_strides, dbias_strides,
     slope_strides,
-    bias_on,
+    bias_on, cap, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
@@ -361,8 +379,14 @@ def wide_keys_backward(
         bias_s = gl.allocate_shared_memory(bias_desc.dtype, bias_desc.block_shape, bias_desc.layout)
     else:
         bias_s = None
+    if mask_desc is not None:
+        mask_s = gl.allocate_shared_memory(mask_desc.dtype, mask_desc.block_shape, mask_desc.layout)
+    else:
+        mask_s = None
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN], DT)
-    p_s = gl.allocate_shared_memory(DT, [2, BM, BN], SWIZZLED)
+    # Under a soft cap it is pᵀ times the derivative of the scores; the gradient of a bias, which is added behind it, asks for pᵀ itself.
+    P_TILES: gl.constexpr = 4 if cap is not None and dbias is not None else 2
+    p_s = gl.allocate_shared_memory(DT, [P_TILES, BM, BN], SWIZZLED)
     COUNT: gl.constexpr = barrier_at("count", STAGES)
     KV_EMPTY: gl.constexpr = barrier_at("kv_empty", STAGES)
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
@@ -383,27 +407,29 @@ def wide_keys_backward(
     if NEED_DS:
         gl.warp_specialize([
             (_values, (optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s, optional(rest_s),
-                       optional(bias_s), p_s, bars,
-                       optional(bias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
-                       optional(hi), scale,
+                       optional(bias_s), optional(mask_s), p_s, bars,
+                       optional(bias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides), batch,
+                       heads, group, batch_inner, M, N, optional(lo), optional(hi), scale,
                        tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, NEED_DS)),
             (_keys, (optional(dk_desc), optional(dbias), optional(lengths), q_s, v_s, o_s, delta_s, p_s, bars, optional(dbias_strides),
                      batch, heads, group, batch_inner, M, N, optional(lo), optional(hi), scale, tiles_n, tiles, section, snake,
                      BM, BN, STAGES, BATCH_FASTEST, LONGEST)),
-            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
-                        delta_s,
-                        optional(rest_s), optional(bias_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST)),
+            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
+                        v_s, o_s, lse_s, delta_s,
+                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST,
+                        LONGEST)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (_values, (optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s, optional(rest_s),
-                       optional(bias_s), p_s, bars,
-                       optional(bias_strides), optional(slope_strides), batch, heads, group, batch_inner, M, N, optional(lo),
-                       optional(hi), scale,
+                       optional(bias_s), optional(mask_s), p_s, bars,
+                       optional(bias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides), batch,
+                       heads, group, batch_inner, M, N, optional(lo), optional(hi), scale,
                        tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, NEED_DS)),
-            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(lengths), q_s, k_s, v_s, o_s, lse_s,
-                        delta_s,
-                        optional(rest_s), optional(bias_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST)),
+            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
+                        v_s, o_s, lse_s, delta_s,
+                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
+                        optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST,
+                        LONGEST)),
         ], [1], [24])  # fmt: skip
