@@ -348,7 +348,7 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
     assert old in source(kernel)
     monkeypatch.setattr(gluon_twin, "source", lambda module: source(module).replace(old, new) if module == kernel else source(module))
     monkeypatch.setattr(gluon_twin, "PATIENCE", 0.5)
-    for seed in range(12):
+    for seed in range(60):  # a broken one is seen when threads happen to meet in a bad order: up to one in ten
         case = Case(
             "broken",
             B=2,

@@ -3,7 +3,7 @@
 from ..triton.prims import LOG2E, segments
 from .compat import gl, gluon
 from .features import add_alibi, capped, squashed, weighed
-from .grid import accumulator
+from .grid import accumulator, keep_up_to
 
 LSE = gl.constexpr(0)  # rows of the table of statistics
 DELTA = gl.constexpr(1)
@@ -90,13 +90,13 @@ def probabilities(
     if cap is None:
         p = gl.exp2(x)
     if MASKED:
-        seen = j < N
-        if hi is not None:
-            seen = seen & (i >= j - hi)
+        HIDDEN: gl.constexpr = "0f00000000" if cap is None else "0fFF800000"  # 0, or -inf
+        if hi is not None:  # one comparison a score: the first query that sees the key, none if there is no such key
+            p = keep_up_to(p, gl.where(j < N, j - hi, 0x7FFFFFFF), i, HIDDEN)
+        else:
+            p = keep_up_to(p, j, j * 0 + (N - 1), HIDDEN)
         if lo is not None:
-            seen = seen & (i <= j - lo)
-        seen, p = gl.broadcast(seen, p)
-        p = gl.where(seen, p, 0.0 if cap is None else float("-inf"))
+            p = keep_up_to(p, i, j - lo, HIDDEN)
     if cap is not None:
         return weighed(p, u, DT)
     else:

@@ -29,7 +29,7 @@ from .compat import (
 from .features import add_alibi, capped, hide_by, slope_at, slope_of, squashed, visible_keys, weighed
 from .forward import visible_blocks
 from .grid import accumulator, locate, share, stacked
-from .rows import add_bias, column_of, exponents, hide, statistics, visible
+from .rows import add_bias, column_of, exponents, hide_unseen, statistics
 
 
 @gluon.constexpr_function
@@ -184,7 +184,7 @@ def _step(
         i = gl.expand_dims(m0 + ahead + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
         s = add_alibi(s, slope, i, gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0))
     if MASKED:
-        s = hide(s, visible(m0, n0, N, lo, hi, BM, BN), float("-inf"))
+        s = hide_unseen(s, m0, n0, N, lo, hi, BM, BN, "0fFF800000")
     BIASED: gl.constexpr = (bias_s is not None or COLUMN) and not IS_MASK
     x = exponents(s, lse, rest, HAS_REST, BIASED)
     if cap is not None and dbias_desc is None:

@@ -28,8 +28,8 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .features import add_alibi, capped, hide_by, slope_of, squashed, visible_keys
-from .grid import accumulator, keep_up_to, locate, share, stacked
-from .rows import column_of
+from .grid import accumulator, locate, share, stacked
+from .rows import column_of, hide_unseen
 
 
 @gluon.constexpr_function
@@ -171,17 +171,11 @@ def _softmax(
             s = gl.where(row != 0, s, float("-inf"))
         else:
             s = gl.fma(row, gl.full([BM, BN], LOG2E, gl.float32, S), s)
-    j = gl.expand_dims(block * BN + gl.arange(0, BN, COLS), 0)
-    i = m0 + gl.arange(0, BM, gl.SliceLayout(1, S))
     if ALIBI:
-        s = add_alibi(s, slope, gl.expand_dims(i + ahead, 1), j)
+        i = m0 + ahead + gl.arange(0, BM, gl.SliceLayout(1, S))
+        s = add_alibi(s, slope, gl.expand_dims(i, 1), gl.expand_dims(block * BN + gl.arange(0, BN, COLS), 0))
     if MASKED:
-        if hi is not None:  # one comparison a score: the last key that exists and that the query sees
-            s = keep_up_to(s, j, gl.expand_dims(gl.minimum(i + hi, N - 1), 1), "0fFF800000")
-        else:
-            s = keep_up_to(s, j, gl.expand_dims(gl.full([BM], N - 1, gl.int32, gl.SliceLayout(1, S)), 1), "0fFF800000")
-        if lo is not None:
-            s = keep_up_to(s, gl.expand_dims(i + lo, 1), j, "0fFF800000")
+        s = hide_unseen(s, m0, block * BN, N, lo, hi, BM, BN, "0fFF800000")
     top = gl.max(s, 1)
     if LATE_SCALE:
         if cap is not None:

@@ -8,7 +8,7 @@ a query that sees no key or does not exist, so that p is 0 there, and delta 0: n
 
 from ..triton.prims import LOG2E, offset
 from .compat import gl, gluon
-from .grid import accumulator
+from .grid import accumulator, keep_up_to
 
 
 @gluon.jit
@@ -62,6 +62,21 @@ def visible(m0, n0, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr):
     if lo is not None:
         seen = seen & (j >= gl.expand_dims(i + lo, 1))
     return seen
+
+
+@gluon.jit
+def hide_unseen(x, m0, n0, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr, HIDDEN: gl.constexpr):
+    """x of BM queries from m0 and BN keys from n0 on where the key exists and the query sees it, else HIDDEN (``keep_up_to``)."""
+    S: gl.constexpr = accumulator(BN)
+    j = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
+    i = m0 + gl.arange(0, BM, gl.SliceLayout(1, S))
+    if hi is not None:  # one comparison a score: the last key that exists and that the query sees
+        x = keep_up_to(x, j, gl.expand_dims(gl.minimum(i + hi, N - 1), 1), HIDDEN)
+    else:
+        x = keep_up_to(x, j, j * 0 + (N - 1), HIDDEN)
+    if lo is not None:
+        x = keep_up_to(x, gl.expand_dims(i + lo, 1), j, HIDDEN)
+    return x
 
 
 @gluon.jit
