@@ -315,7 +315,7 @@ def inline_asm(text: str, _constraints: str, arguments: Sequence[Any], dtype: An
 
 def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: object, registers: object) -> None:
     failures: list[BaseException] = []
-    program, meeting, laggard = _here.program, threading.Barrier(2), random.randrange(4)
+    program, meeting, laggard = _here.program, threading.Barrier(2), random.randrange(max(4, len(partitions)))
 
     def run(number: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         _here.program, _here.failures, _here.meeting, _here.lags = program, failures, meeting, number == laggard
@@ -395,7 +395,7 @@ def _stand_ins() -> dict[str, Any]:
         split=lambda x: x.unbind(-1), permute=torch.permute, reshape=torch.reshape,
         convert_layout=lambda x, _: x, load=load, store=store, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
         inline_asm_elementwise=inline_asm, program_id=lambda _: Scalar(_here.program[0]), num_programs=lambda _: Scalar(_here.program[1]),
-        SliceLayout=_layout, DotOperandLayout=_layout, NVMMADistributedLayout=_layout,
+        SliceLayout=_layout, BlockedLayout=_layout, DotOperandLayout=_layout, NVMMADistributedLayout=_layout,
         NVMMASharedLayout=SimpleNamespace(get_default_for=_layout),
     )  # fmt: skip
     jit = lambda function=None, **_: function or (lambda f: f)  # noqa: E731

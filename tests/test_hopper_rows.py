@@ -150,6 +150,7 @@ def run_dbias(
     assert plan.dbias_works(x.spec) and x.bias is not None and x.dbias is not None
     config = config or plan.dbias_config(x.spec, LIMIT)
     assert config is not None
+    splits = min(splits, plan.dbias_rounds(x.spec))
     shape = x.bias.new_empty(splits, *x.bias.shape)
     parts = empty(shape) if splits == 1 else torch.full_like(shape, torch.nan, dtype=F32)
     programs = plan.dbias_programs(x.spec, config, splits, processors)
@@ -241,6 +242,9 @@ DBIAS_CONFIGS = [
     RowsConfig(1, 64, 4, chunk=32),
     RowsConfig(2, 128, 3),
     RowsConfig(2, 64, 5, chunk=16),
+    RowsConfig(2, 128, 5, 2, v_stages=4),
+    RowsConfig(2, 64, 2, 2, v_stages=3, turns=True),
+    RowsConfig(1, 32, 7, 3, v_stages=5, chunk=32),
 ]
 
 
@@ -256,6 +260,24 @@ def test_configurations_of_dq(config: RowsConfig, processors: int, device: torch
 def test_configurations_of_dbias(config: RowsConfig, processors: int, device: torch.device) -> None:
     for bias, band in (("11hqk", (None, None)), ("b11qk", (None, 0))):
         run_dbias(Problem(M=300, N=333, H=3, bias=bias, band=band), device, config, processors)
+
+
+@pytest.mark.parametrize(
+    "config", [RowsConfig(2, 128, 5, 2, v_stages=4), RowsConfig(1, 64, 5, v_stages=6)], ids=lambda c: str(c).replace(" ", "-")
+)
+def test_parts_bands_and_shapes_of_dbias(config: RowsConfig, device: torch.device) -> None:
+    cases = [
+        *(Problem(M=257, N=700, bias="11hqk", band=band) for band in ((None, None), (None, 0), (-70, 20), (None, -500), (-300, None))),
+        Problem(B=6, M=70, N=300, batch_inner=2, bias="1i1qk", bias_dtype=F32),
+        Problem(H=4, M=300, N=200, group=2, bias="b11qk", dtype=F16, band=(None, 0)),
+        Problem(M=130, N=600, D=128, Dv=128, bias="11hqk", band=(None, 0)),
+        Problem(M=130, N=300, D=16, Dv=96, bias="111qk"),
+        Problem(M=1, N=1, bias="11hqk"),
+        Problem(M=400, N=65, D=96, Dv=32, bias="111qk", band=(None, 300)),
+    ]
+    for case in cases:
+        for splits in (1, 2):
+            run_dbias(case, device, config, 3, splits)
 
 
 @pytest.mark.gpu
@@ -287,8 +309,13 @@ def test_repeats(kernel: str, dim: int, device: torch.device) -> None:
         ("dq", "s = warpgroup_mma_wait(2, [s_pending])", "s = warpgroup_mma_wait(3, [s_pending])"),
         ("dq", "tma_store_wait(1)", "pass"),
         ("dbias", "mbarrier.wait(bars.index(EMPTY + slot), ((at // SLOTS) & 1) ^ 1)", "pass"),
-        ("dbias", "mbarrier.wait(bars.index(BIAS_FULL + WG), wave & 1)", "pass"),
-        ("dbias", "            tma_store_wait(0)", "            pass"),
+        ("dbias", "mbarrier.wait(bars.index(LEFT_FULL + at % LEFT), (at // LEFT) & 1)", "pass"),
+        ("dbias", "mbarrier.wait(bars.index(RIGHT_FULL + at % RIGHT), (at // RIGHT) & 1)", "pass"),
+        ("dbias", "mbarrier.arrive(bars.index(LEFT_EMPTY + (at + c) % LEFT))", "pass"),
+        ("dbias", "mbarrier.wait(bars.index(BIAS_FULL + buffer), (wave // BIAS_STAGES) & 1)", "pass"),
+        ("dbias", "mbarrier.wait(bars.index(BIAS_EMPTY + buffer), ((wave // BIAS_STAGES) & 1) ^ 1)", "pass"),
+        ("dbias", "s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])", "s = warpgroup_mma_wait(DP_CHUNKS + 1, [s_pending])"),
+        ("dbias", "                tma_store_wait(0)", "                pass"),
     ],
 )
 def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,29 +330,73 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
                 config = RowsConfig(2, 64, 3, 2, v_stages=2 + 2 * ("K_EMPTY" in old))
                 run_dq(Problem(M=300, N=600, bias="" if "K_EMPTY" in old else "b1hqk"), torch.device("cpu"), config, seed=seed)
             else:
-                run_dbias(Problem(B=8, M=300, N=300, bias="11hqk"), torch.device("cpu"), seed=seed)
+                config = RowsConfig(2, 64, 5, v_stages=4) if seed % 2 else None
+                run_dbias(Problem(B=8, M=300, N=300, bias="11hqk"), torch.device("cpu"), config, seed=seed)
         except (AssertionError, TimeoutError, AttributeError, TypeError, RuntimeError):
             broken += 1
     assert broken
 
 
-def test_a_grid_that_deals_a_triangle_evenly() -> None:
-    """With a size that has a divisor in common with the tiles of a row, some programs would get the long columns in every wave."""
+@pytest.mark.parametrize("sizes", [(2048, 2048), (1000, 2048), (2048, 1000), (640, 640), (130, 700), (1, 1)], ids=str)
+@pytest.mark.parametrize("band", [(None, None), (None, 0), (None, 300), (None, -300), (-200, 100), (-300, None)], ids=str)
+def test_every_tile_that_anybody_sees_has_one_place(sizes: tuple[int, int], band: tuple[int | None, int | None]) -> None:
+    """By the kernel's own function; and the plan knows which places are empty. A window may leave a tile behind the last key one too many."""
+    tile = gluon_twin.namespace("dbias", {})["_tile"]
+    q, k = (torch.empty(4, size, 16, 64, device="meta", dtype=BF16) for size in sizes)
+    spec = spec_of(q, k, k, torch.empty(1, 1, 16, *sizes, device="meta", dtype=BF16), 1, *band, 0.125, "")
+    i, j = torch.arange(sizes[0])[:, None], torch.arange(sizes[1])[None]
+    seen = torch.ones(sizes, dtype=torch.bool)
+    seen &= torch.tensor(True) if spec.hi is None else j <= i + spec.hi
+    seen &= torch.tensor(True) if spec.lo is None else j >= i + spec.lo
+    for config in (RowsConfig(2, 128, 4), RowsConfig(1, 32, 4)):
+        M, N = config.block_m, config.block_n
+        wanted = [(m, n) for m in range(0, sizes[0], M) for n in range(0, sizes[1], N) if seen[m : m + M, n : n + N].any()]
+        (fold, full), tiles_m = plan.dbias_places(spec, config), plan.dbias_tiles(spec, config)[0]
+        shuffle = plan.dbias_shuffle(spec, config, 1, 132)
+        counts = (4, 1, 16, tiles_m, len(full), fold, shuffle, *sizes)
+        found = []
+        for place in range(len(full)):
+            *_, head, m0, n0, first, last = tile(
+                *gluon_twin.scalars((5 * len(full) + place, *counts)), spec.lo, spec.hi, 1, False, False, True, M, N
+            )
+            assert head == 5 and first == 0 and last == 4 * full[place * shuffle % len(full)]
+            found += [(m0, n0)] * (first < last)
+        assert len(set(found)) == len(found) and set(wanted) <= set(found)
+        assert spec.lo is not None or len(found) == len(wanted)
+
+
+@pytest.mark.parametrize("band", [(None, None), (None, 0), (None, 300), (-500, 100)], ids=str)
+def test_a_grid_that_deals_tiles_evenly(band: tuple[int | None, int | None]) -> None:
+    """With a size that has a divisor in common with the places of a row, some programs would get the long columns in every wave."""
     x = torch.empty(4, 2048, 16, 64, device="meta", dtype=BF16)
     bias = torch.empty(1, 1, 16, 2048, 2048, device="meta", dtype=BF16)
-    for hi in (None, 0):
-        spec = spec_of(x, x, x, bias, 1, None, hi, 0.125, "")
+    spec = spec_of(x, x, x, bias, 1, *band, 0.125, "")
+    config = plan.dbias_config(spec, LIMIT)
+    assert config is not None
+    programs = plan.dbias_programs(spec, config, 1, 132)
+    assert programs == 132 if band[0] is None else 124 <= programs <= 132
+    shuffle, full = plan.dbias_shuffle(spec, config, 1, programs), plan.dbias_places(spec, config)[1]
+    load = [0] * programs
+    for place in range(16 * len(full)):
+        load[place % programs] += full[place * shuffle % len(full)]
+    assert max(load) <= (1.1 if band[0] is None else 1.3) * sum(load) / 132
+
+
+def test_a_second_buffer_for_the_bias() -> None:
+    """Where it fits beside four slots of both rings, at head dims whose rounds are short."""
+    for dim, causal, bias_dtype, wanted in (
+        (64, False, BF16, 2),
+        (64, True, BF16, 2),
+        (128, True, BF16, 2),
+        (64, True, F32, 1),
+        (256, False, BF16, 1),
+    ):
+        x = torch.empty(4, 2048, 16, dim, device="meta", dtype=BF16)
+        spec = spec_of(
+            x, x, x, torch.empty(1, 1, 16, 2048, 2048, device="meta", dtype=bias_dtype), 1, None, 0 if causal else None, 0.125, ""
+        )
         config = plan.dbias_config(spec, LIMIT)
-        assert config is not None
-        programs = plan.dbias_programs(spec, config, 1, 132)
-        assert programs == 132 if hi is None else 124 <= programs < 132
-        shuffle = plan.dbias_shuffle(spec, config, 1, programs)
-        tiles_m, tiles_n, tiles = plan.dbias_tiles(spec, config)
-        load = [0] * programs
-        for tile in range(tiles):
-            within = tile * shuffle % (tiles_m * tiles_n)
-            load[tile % programs] += hi is None or within % tiles_n <= within // tiles_n
-        assert max(load) <= 1.1 * sum(load) / 132
+        assert config is not None and (config.block_m, config.block_n, config.bias_stages) == (128, 128, wanted)
 
 
 def test_what_fits_nowhere_is_said_so() -> None:

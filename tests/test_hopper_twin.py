@@ -20,6 +20,7 @@ from pairwise import pairwise
 from triflash.bench.tolerance import assert_close
 from triflash.plan.hopper import HopperConfig
 from triflash.plan.hopper_backward import KeysConfig
+from triflash.plan.hopper_rows import RowsConfig
 from triflash.plan.override import Config, override_configs
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for the GPU that there is, or without Triton's interpreter")
@@ -119,6 +120,36 @@ WIDE = [
 def test_wide_heads(stages: int, case: Case) -> None:
     ran = check(case, 7 - 2 * stages, stages, dkdv=KeysConfig(stages, stages, wide=True))
     assert "dkdv" in ran and "dqdkdv" not in ran
+
+
+TILES = [
+    Case("lengths, slopes", B=3, M=200, N=600, H=2, bias="1hqk", lengths=(0, 128, 999), alibi="bh", sink=True, grads="qkvb"),
+    Case("causal, grouped, slopes", B=2, M=300, N=300, H=4, Hk=2, bias="b1qk", alibi="h", causal=True, grads="b"),
+    Case(
+        "window, lengths, two levels",
+        B=4,
+        M=130,
+        N=400,
+        H=1,
+        batch_inner=2,
+        bias="1i1qk",
+        lengths=(300, 7, 400, 0),
+        lo=-90,
+        hi=60,
+        grads="b",
+    ),
+    Case("mask, soft cap, causal", B=4, M=300, N=260, bias="1hqk", mask="b11k", softcap=2.0, causal=True, grads="b"),
+    Case("two levels of both, soft cap", B=6, M=140, N=130, batch_inner=3, bias="b11qk", mask="1i11k", softcap=1.5, hi=70, grads="b"),
+]
+
+
+@pytest.mark.parametrize("case", TILES, ids=str)
+@pytest.mark.parametrize(
+    "config", [None, RowsConfig(2, 64, 5, v_stages=4), RowsConfig(1, 32, 6, 2, v_stages=4)], ids=lambda c: str(c).replace(" ", "-")
+)
+def test_gradients_of_a_bias_by_a_kernel_of_their_own(config: RowsConfig | None, case: Case) -> None:
+    ran = check(case, 3, TILES.index(case), **({} if config is None else {"dbias": config}))
+    assert "dbias" in ran
 
 
 def test_wide_heads_want_two_buffers() -> None:

@@ -16,7 +16,7 @@ from ..kernels.hopper import dbias as dbias_kernels
 from ..kernels.hopper import dq as dq_kernels
 from ..plan.configs import padded
 from ..plan.hopper import ROWS, bias_block, schedule, whole_tiles
-from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_shuffle, dbias_tiles, slots_needed
+from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_places, dbias_rounds, dbias_shuffle, dbias_tiles, slots_needed
 from ..spec import AttentionSpec
 from .calls import Call, bias_strides, cap_of, slope_strides
 from .hopper import addressable, descriptor, mask_tiles
@@ -89,12 +89,16 @@ def dbias_call(
 ) -> Call:  # fmt: skip
     """dbias of a bias for which ``plan.hopper_rows.dbias_works``, as ``splits`` parts: parts is (splits, the bias's own five dims).
 
-    One part may have the bias's dtype and be the gradient itself; several are float32, and ``dbias_sum`` adds them.
+    One part may have the bias's dtype and be the gradient itself; several are float32, and ``dbias_sum`` adds them. Of a tile that is seen
+    every part must have a round, for only those of unseen tiles are filled with zeros.
     """
-    assert spec.bias is not None and config.num_stages >= slots_needed(spec, config.chunk), "fewer slots than a round needs: a deadlock"
+    assert splits <= dbias_rounds(spec), "a part without rounds would not be written"
     block_n, chunk = config.block_n, config.chunk
+    slots = min(config.num_stages, config.value_stages)
+    assert spec.bias is not None and slots >= slots_needed(spec, chunk), "fewer slots than a round needs: a deadlock"
     rows, keys = (1, ROWS, 1, chunk), (1, block_n, 1, chunk)
     tiles_m, tiles_n, own = dbias_tiles(spec, config)
+    fold, full = dbias_places(spec, config)
     direct = splits == 1 and parts.dtype == bias.dtype and addressable(parts[0])
     strides = None if direct else tuple(0 if size == 1 else stride for size, stride in zip(parts.shape, parts.stride(), strict=True))
     args = (
@@ -113,13 +117,16 @@ def dbias_call(
             bias_strides(mask),
         ),
         *(spec.batch_outer, spec.batch_inner, spec.heads, q.shape[2] // k.shape[2], spec.queries, spec.keys, spec.lo, spec.hi),
-        *(spec.scale, splits, tiles_m, tiles_n, own * splits, dbias_shuffle(spec, config, splits, programs)),
+        *(spec.scale, splits, tiles_m, tiles_n, own // (tiles_m * tiles_n) * len(full) * splits, len(full), fold),
+        dbias_shuffle(spec, config, splits, programs),
     )
     constants: dict[str, Any] = {
         "D": spec.head_dim,
         "DV": spec.value_dim,
         "WGS": config.consumers,
-        "SLOTS": config.num_stages,
+        "LEFT": config.value_stages,
+        "RIGHT": config.num_stages,
+        "BIAS_STAGES": config.bias_stages,
         "VARIES_B0": spec.bias.varies[0],
         "VARIES_B1": spec.bias.varies[1],
         "VARIES_H": spec.bias.varies[2],

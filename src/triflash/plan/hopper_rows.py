@@ -12,12 +12,12 @@ from .configs import padded
 from .hopper import HopperConfig, bias_bytes, mask_bytes, whole_tiles
 
 __all__ = [
-    "RowsConfig", "batch_fastest", "dbias_config", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_shuffle", "dbias_tiles",
-    "dbias_works", "dq_config", "dq_programs", "dq_shared_memory",
+    "RowsConfig", "batch_fastest", "dbias_config", "dbias_places", "dbias_programs", "dbias_rounds", "dbias_shared_memory", "dbias_shuffle",
+    "dbias_tiles", "dbias_works", "dq_config", "dq_programs", "dq_shared_memory", "slots_needed",
 ]  # fmt: skip
 
 ROWS = 64  # queries of one consumer warpgroup
-EMPTY_TILE_COST = 0.2  # of writing a tile of zeros, in rounds
+EMPTY_PLACE_COST = 0.05  # of passing over a place without a tile, in rounds
 MOST_SIMULATED = 65536  # tiles; with more, any way of dealing them comes out even
 
 
@@ -26,8 +26,10 @@ class RowsConfig(HopperConfig):
     """One launch configuration of ``dq`` or ``dbias``.
 
     dq: as in the forward kernel; num_stages are buffers for key blocks, v_stages for value blocks, and ahead says that the last product of
-    a block is issued behind the first two of the next, which takes registers and a second key buffer. dbias: num_stages are the slots of
-    the ring, each of ``chunk`` columns of both operands; of the other fields only turns matters.
+    a block is issued behind the first two of the next, which takes registers and a second key buffer.
+
+    dbias: num_stages are slots of ``chunk`` columns of keys or values, v_stages such of queries or their dout, and bias_stages the tiles
+    whose bias has room; of the other fields only turns matters.
     """
 
     ahead: bool = True
@@ -109,29 +111,35 @@ def dbias_works(spec: AttentionSpec) -> bool:
 
 def dbias_shared_memory(spec: AttentionSpec, config: RowsConfig) -> int:
     """Bytes of shared memory of one program of ``dbias``."""
-    ring = config.num_stages * (config.block_m + config.block_n) * config.chunk * 2
-    return ring + config.consumers * bias_bytes(spec, config) + 8 * (2 * config.num_stages + 3 * config.consumers) + 1024
+    rings = (config.num_stages * config.block_n + config.value_stages * config.block_m) * config.chunk * 2
+    biases = config.bias_stages * config.consumers
+    bias = (biases + _banded(spec)) * bias_bytes(spec, config)  # and zeros for what nobody sees
+    barriers = 8 * (2 * (config.num_stages + config.value_stages + biases) + config.consumers)
+    return rings + bias + barriers + 1024
 
 
 def slots_needed(spec: AttentionSpec, chunk: int) -> int:
-    """Chunks that must lie in the ring at the same time: all of a round, or the last of s and all of dp."""
-    s, dp = -(-spec.head_dim // chunk), -(-spec.value_dim // chunk)
-    return min(s + dp, 1 + dp)
+    """Chunks that must lie in either ring at the same time: the last of s and all of dp."""
+    return 1 + -(-spec.value_dim // chunk)
 
 
 @functools.lru_cache(maxsize=4096)
 def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
     """The configuration of ``dbias`` within ``limit`` bytes of shared memory; None if no candidate fits.
 
-    A wide tile matters most: what a round loads grows with the sum of its sides, what it multiplies with their product.
+    A wide tile matters most: what a round loads grows with the sum of its sides, what it multiplies with their product. Then, for
+    heads whose tiles are short, a second buffer for the bias, if it leaves each ring four slots.
     """
-    chunk = min(64, padded(max(spec.head_dim, spec.value_dim)))
+    widest = padded(max(spec.head_dim, spec.value_dim))
+    chunk = min(64, widest)
+    least = slots_needed(spec, chunk)
     sizes = ((2, 128), (2, 64), (1, 64), (1, 32))
     for consumers, block_n in sizes if spec.mask is None else sizes[1:]:  # a number a key more takes registers: 62 words were spilled
-        for slots in range(8, slots_needed(spec, chunk) - 1, -1):
-            config = RowsConfig(consumers, block_n, slots, chunk=chunk)
-            if dbias_shared_memory(spec, config) <= limit:
-                return config
+        for bias_stages in (2, 1) if widest <= 128 else (1,):
+            for slots in range(16, 2 * (least if bias_stages == 1 else max(least, 4)) - 1, -1):  # of both rings
+                config = RowsConfig(consumers, block_n, slots - slots // 2, bias_stages, v_stages=slots // 2, chunk=chunk)
+                if dbias_shared_memory(spec, config) <= limit:
+                    return config
     return None
 
 
@@ -153,10 +161,23 @@ def dbias_rounds(spec: AttentionSpec) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
+def dbias_places(spec: AttentionSpec, config: RowsConfig) -> tuple[int, tuple[bool, ...]]:
+    """(places of a row, whether each place for the tiles of a head has one that somebody sees): see ``_tile`` of the kernel."""
+    tiles_m, tiles_n, _ = dbias_tiles(spec, config)
+    seen = [_seen(spec, config, tm) for tm in range(tiles_m)]
+    if spec.lo is not None or spec.hi is None:
+        return tiles_n, tuple(begin <= tn < end for begin, end in seen for tn in range(tiles_n))
+    ends = [0] * (tiles_m % 2) + [end for _, end in seen]
+    pairs = list(zip(ends, reversed(ends), strict=True))[: len(ends) // 2]
+    fold = max(1, *(sum(pair) for pair in pairs))
+    return fold, tuple(column < own or column >= fold - opposite for own, opposite in pairs for column in range(fold))
+
+
+@functools.lru_cache(maxsize=4096)
 def dbias_programs(spec: AttentionSpec, config: RowsConfig, splits: int, processors: int) -> int:
     """How many programs ``dbias`` starts: as many as there are processors, or a few less where that deals tiles out more evenly.
 
-    Under a band some tiles are empty, and a grid whose size has a divisor in common with the tiles of a row gives some programs the same
+    Under a band some places are empty, and a grid whose size has a divisor in common with the places of a row gives some programs the same
     columns, all long or all short, in every wave.
     """
     tiles = dbias_tiles(spec, config)[2] * splits
@@ -166,7 +187,7 @@ def dbias_programs(spec: AttentionSpec, config: RowsConfig, splits: int, process
 
 
 def dbias_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs: int) -> int:
-    """In which steps the tiles of a head are taken (``_tile`` of the kernel): that which gives the busiest program least work."""
+    """In which steps the places of a head are taken (``_tile`` of the kernel): that which gives the busiest program least work."""
     tiles = dbias_tiles(spec, config)[2] * splits
     if tiles <= programs or not _banded(spec) or tiles > MOST_SIMULATED:
         return 1
@@ -177,21 +198,22 @@ def dbias_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs
 def _best_shuffle(spec: AttentionSpec, config: RowsConfig, splits: int, programs: int) -> tuple[float, int]:
     """(the most work that a program gets, shuffle)."""
     tiles_m, tiles_n, own = dbias_tiles(spec, config)
-    rounds = dbias_rounds(spec) / splits + EMPTY_TILE_COST
-    cost = [rounds if _sees(spec, config, tm, tn) else EMPTY_TILE_COST for tm in range(tiles_m) for tn in range(tiles_n)]
+    rounds = dbias_rounds(spec) / splits
+    cost = [rounds if full else EMPTY_PLACE_COST for full in dbias_places(spec, config)[1]]
     found = []
     for shuffle in (1, 3, 5, 7, 11, 13, 17, 19):
         if math.gcd(shuffle, len(cost)) == 1:
-            work = [cost[tile * shuffle % len(cost)] for tile in range(len(cost))] * (own * splits // len(cost))
+            work = [cost[place * shuffle % len(cost)] for place in range(len(cost))] * (own * splits // (tiles_m * tiles_n))
             found.append((round(max(sum(work[program::programs]) for program in range(programs)), 2), shuffle))
     return min(found)
 
 
-def _sees(spec: AttentionSpec, config: RowsConfig, tm: int, tn: int) -> bool:
-    """Whether a query of that tile sees a key of it."""
-    first, last = tm * config.block_m, min((tm + 1) * config.block_m, spec.queries) - 1
-    begin, end = tn * config.block_n, min((tn + 1) * config.block_n, spec.keys)
-    return (spec.hi is None or begin <= last + spec.hi) and (spec.lo is None or end > first + spec.lo)
+def _seen(spec: AttentionSpec, config: RowsConfig, tm: int) -> tuple[int, int]:
+    """Which tiles of keys some query of a tile of queries sees: (first, end)."""
+    last = min((tm + 1) * config.block_m, spec.queries) - 1
+    end = spec.keys if spec.hi is None else max(0, min(last + spec.hi + 1, spec.keys))
+    begin = 0 if spec.lo is None else max(0, tm * config.block_m + spec.lo)
+    return begin // config.block_n, -(-end // config.block_n)
 
 
 def _banded(spec: AttentionSpec) -> bool:

@@ -4,10 +4,12 @@
 
 A program owns tiles of 64 * WGS queries by BN keys of the bias's own shape, and for each loops over the dims that the bias broadcasts,
 one round a (batch, head) pair, recomputing s and dp; the sum stays in registers, and a tile's bias in shared memory. Both products of a
-round run over a head dim, and the producer feeds them like a matrix product: chunks of CHUNK columns of the two operands, (q, k) and then
-(dout, v), in a ring of SLOTS buffers that does not care for rounds or tiles. The softmax of one consumer runs under the products of the
-other and under its own dp; TURNS as in the forward kernel. The sum leaves through the buffer of its tile's bias; a tile that nobody sees
-goes the same way, with no rounds.
+round run over a head dim, and producers feed them like a matrix product: chunks of CHUNK columns in two rings that do not care for rounds
+or tiles, on the left q and then dout, on the right k and then v. The softmax of one consumer runs under the products of the other and
+under its own dp; TURNS as in the forward kernel.
+
+The sum leaves through the buffer of its tile's bias. A producer of its own fills that again at once, so that the next tile's bias, which
+may come from far, holds up no operand. No consumer meets a tile that nobody sees: a warp of its own writes their zeros.
 
 The loop is cut into ``splits`` parts, each of which is written on its own, as the portable kernel does (``kernels/triton/dbias.py``).
 """
@@ -31,9 +33,10 @@ from .rows import add_bias, exponents, hide, statistics, visible
 
 
 @gluon.constexpr_function
-def barrier_at(name, WGS, SLOTS):
+def barrier_at(name, WGS, LEFT, RIGHT, BIASES):
     """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
-    sizes = {"full": SLOTS, "bias_full": WGS, "bias_empty": WGS, "turn": WGS, "empty": SLOTS, "count": 0}
+    sizes = {"left_full": LEFT, "right_full": RIGHT, "bias_full": BIASES, "bias_empty": BIASES, "turn": WGS}
+    sizes |= {"left_empty": LEFT, "right_empty": RIGHT, "count": 0}
     names = list(sizes)
     return sum(sizes[n] for n in names[: names.index(name)])
 
@@ -45,18 +48,10 @@ def chunks_of(dim, CHUNK):
 
 
 @gluon.jit
-def _tile(
-    index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
+def _entry(
+    left, batch_outer, batch_inner, heads, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
 ):  # fmt: skip
-    """(part, outer batch, inner batch, head, first query, first key, first round, last round) of a tile; no rounds where nobody sees it.
-
-    The tiles of a head come in steps of ``shuffle``, which has no divisor in common with their number.
-    """
-    left = index // (tiles_m * tiles_n)
-    within = (index - left * (tiles_m * tiles_n)) * shuffle % (tiles_m * tiles_n)
-    tn = within % tiles_n
-    m0 = within // tiles_n * ROWS
+    """(part, outer batch, inner batch, head, rounds) of a copy of the tiles of a head, the part slowest."""
     rounds = 1
     head = 0
     b1 = 0
@@ -76,12 +71,46 @@ def _tile(
         left = left // batch_outer
     else:
         rounds = rounds * batch_outer
+    return left, b0, b1, head, rounds
+
+
+@gluon.jit
+def _seen(tm, M, N, lo, hi, ROWS: gl.constexpr, BN: gl.constexpr):
+    """Which tiles of keys some query of a tile of queries sees: (first, end); none of a tile of queries before the first."""
+    begin, _a, _b, end = segments(tm * ROWS, min(tm * ROWS + ROWS, M) - 1, N, lo, hi, BN)
+    return begin, gl.where(tm < 0, 0, end)
+
+
+@gluon.jit
+def _tile(
+    index, batch_outer, batch_inner, heads, tiles_m, places, fold, shuffle, M, N, lo, hi, splits,
+    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
+):  # fmt: skip
+    """(part, outer batch, inner batch, head, first query, first key, first round, last round) of a tile; no rounds where nobody sees it.
+
+    The tiles of a head have ``places``, in rows of ``fold``, taken in steps of ``shuffle``, which has no divisor in common with their
+    number. A triangle is folded: its last row of tiles lies turned round behind its first, and so on; of an odd number the last is alone.
+    """
+    left = index // places
+    place = (index - left * places) * shuffle % places
+    tm = place // fold
+    tn = place - tm * fold
+    if lo is None and hi is not None:
+        opposite = tiles_m - 1 - tm
+        tm -= tiles_m % 2
+        _begin, own = _seen(tm, M, N, lo, hi, ROWS, BN)
+        tm = gl.where(tn < own, tm, opposite)
+        tn = gl.where(tn < own, tn, fold - 1 - tn)
+    part, b0, b1, head, rounds = _entry(left, batch_outer, batch_inner, heads, VARIES_B0, VARIES_B1, VARIES_H)
     if lo is not None or hi is not None:
-        begin, _a, _b, end = segments(m0, min(m0 + ROWS, M) - 1, N, lo, hi, BN)
+        begin, end = _seen(tm, M, N, lo, hi, ROWS, BN)
         rounds = gl.where((tn >= begin) & (tn < end), rounds, 0)
-    first = (offset(rounds, left) // splits).to(gl.int32)
-    last = (offset(rounds, left + 1) // splits).to(gl.int32)
-    return left, b0, b1, head, m0, tn * BN, first, last
+    first = 0
+    last = rounds
+    if splits > 1:  # two divisions of 64 bits
+        first = (offset(rounds, part) // splits).to(gl.int32)
+        last = (offset(rounds, part + 1) // splits).to(gl.int32)
+    return part, b0, b1, head, tm * ROWS, tn * BN, first, last
 
 
 @gluon.jit
@@ -103,102 +132,166 @@ def _round(
 
 @gluon.jit
 def _fetch(
-    left_desc, right_desc, left_s, right_s, bars, at, b, left_row, left_head, right_row, right_head, column,
-    BM: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
+    desc, ring, bars, at, b, row, head, column, FULL: gl.constexpr, EMPTY: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """One chunk of the operands of a product into its slot."""
-    FULL: gl.constexpr = barrier_at("full", WGS, SLOTS)
-    EMPTY: gl.constexpr = barrier_at("empty", WGS, SLOTS)
+    """One chunk of an operand into its slot, in PARTS buffers of rows that follow one another."""
     slot = at % SLOTS
     full = bars.index(FULL + slot)
     mbarrier.wait(bars.index(EMPTY + slot), ((at // SLOTS) & 1) ^ 1)
-    mbarrier.expect(full, WGS * left_desc.block_type.nbytes + right_desc.block_type.nbytes)
-    for w in gl.static_range(WGS):
-        tma_load(left_desc, [b, left_row + w * BM, left_head, column], full, left_s.index(slot * WGS + w))
-    tma_load(right_desc, [b, right_row, right_head, column], full, right_s.index(slot))
+    mbarrier.expect(full, PARTS * desc.block_type.nbytes)
+    for w in gl.static_range(PARTS):
+        tma_load(desc, [b, row + w * ring.shape[2], head, column], full, ring.index(slot * PARTS + w))
 
 
 @gluon.jit
 def _produce(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars,
-    batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles_n, tiles, shuffle,
-    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
+    s_desc, dp_desc, ring, bars, batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles, places, fold, shuffle,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr, S_CHUNKS: gl.constexpr,
+    DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, OF_KEYS: gl.constexpr,
 ):  # fmt: skip
-    """The producer: every load of the program, in the order in which the consumers need them."""
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, SLOTS)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, SLOTS)
-    CHUNK: gl.constexpr = right_s.shape[4]
+    """A producer: every load of one side of both products, in the order in which the consumers need them."""
+    CHUNK: gl.constexpr = ring.shape[4]
+    PARTS: gl.constexpr = 1 if OF_KEYS else WGS
+    SLOTS: gl.constexpr = ring.shape[0] // PARTS
     at = 0  # chunks so far
-    wave = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         _part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            index, batch_outer, batch_inner, heads, tiles_m, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
             BM * WGS, BN,
         )  # fmt: skip
+        row = n0 if OF_KEYS else m0
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
-            key_head = head // group
+            if OF_KEYS:
+                head = head // group
             for c in gl.static_range(S_CHUNKS):
-                _fetch(q_desc, k_desc, left_s, right_s, bars, at + c, b, m0, head, n0, key_head, c * CHUNK, BM, WGS, SLOTS)
+                _fetch(s_desc, ring, bars, at + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
             for c in gl.static_range(DP_CHUNKS):
-                _fetch(
-                    dout_desc, v_desc, left_s, right_s, bars, at + S_CHUNKS + c, b, m0, head, n0, key_head, c * CHUNK, BM, WGS, SLOTS
-                )  # fmt: skip
+                _fetch(dp_desc, ring, bars, at + S_CHUNKS + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
             at += S_CHUNKS + DP_CHUNKS
-            if r == first:  # behind a whole round, since its buffer is busy until the tile before has left it
-                for w in gl.static_range(WGS):
-                    mbarrier.wait(bars.index(BIAS_EMPTY + w), (wave & 1) ^ 1)
-                    mbarrier.expect(bars.index(BIAS_FULL + w), bias_desc.block_type.nbytes)
-                    tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0], bars.index(BIAS_FULL + w), bias_s.index(w))
-        if first == last:
-            for w in gl.static_range(WGS):
-                mbarrier.wait(bars.index(BIAS_EMPTY + w), (wave & 1) ^ 1)
-                mbarrier.arrive(bars.index(BIAS_FULL + w))
-        wave += 1
 
 
 @gluon.jit
-def _multiply(acc, left_s, right_s, bars, at, WG: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, FIRST: gl.constexpr):
+def _supply(
+    bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, lo, hi, splits, tiles_m, tiles, places, fold, shuffle,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BIAS_FULL: gl.constexpr, BIAS_EMPTY: gl.constexpr,
+    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
+):  # fmt: skip
+    """The third producer: the bias of every tile that somebody sees, as soon as its buffer is free."""
+    BIAS_STAGES: gl.constexpr = bias_s.shape[0] // WGS
+    wave = 0  # tiles so far
+    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        _part, b0, b1, own_head, m0, n0, first, last = _tile(
+            index, batch_outer, batch_inner, heads, tiles_m, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            BM * WGS, BN,
+        )  # fmt: skip
+        if first < last:
+            for w in gl.static_range(WGS):
+                buffer = wave % BIAS_STAGES * WGS + w
+                full = bars.index(BIAS_FULL + buffer)
+                mbarrier.wait(bars.index(BIAS_EMPTY + buffer), ((wave // BIAS_STAGES) & 1) ^ 1)
+                mbarrier.expect(full, bias_desc.block_type.nbytes)
+                tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0], full, bias_s.index(buffer))
+            wave += 1
+
+
+@gluon.jit
+def _clear(
+    dbias_desc, dbias, zeros_s, dbias_strides, batch_outer, batch_inner, heads, M, N, lo, hi, splits, tiles_m, tiles_n,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
+):  # fmt: skip
+    """A warp for the tiles that nobody sees: zeros, which wait for nothing and which nobody waits for."""
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    if lo is not None or hi is not None:
+        own = tiles_m * tiles_n
+        tiles = own * splits
+        tiles *= heads if VARIES_H else 1
+        tiles *= batch_inner if VARIES_B1 else 1
+        tiles *= batch_outer if VARIES_B0 else 1
+        for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
+            tm = index % own // tiles_n
+            tn = index % tiles_n
+            m0 = tm * (BM * WGS)
+            n0 = tn * BN
+            begin, end = _seen(tm, M, N, lo, hi, BM * WGS, BN)
+            if (tn < begin) | (tn >= end):
+                part, b0, b1, head, _rounds = _entry(index // own, batch_outer, batch_inner, heads, VARIES_B0, VARIES_B1, VARIES_H)
+                if dbias_desc is not None:
+                    for w in gl.static_range(WGS):
+                        tma_store(dbias_desc, [b0, b1, head, m0 + w * BM, n0], zeros_s)
+                else:
+                    j = gl.arange(0, BN, LINE)
+                    row = _own(dbias, dbias_strides, part, b0, b1, head, m0, n0) + j.to(gl.int64) * dbias_strides[5]
+                    for i in range(min(BM * WGS, M - m0)):
+                        gl.store(row + offset(i, dbias_strides[4]), gl.zeros([BN], dbias.dtype.element_ty, LINE), mask=n0 + j < N)
+        if dbias_desc is not None:
+            tma_store_wait(0)
+
+
+@gluon.jit
+def _own(dbias, strides, part, b0, b1, head, m0, n0):
+    """Where a tile begins in a gradient of any strides."""
+    base = dbias + offset(part, strides[0]) + offset(b0, strides[1]) + offset(b1, strides[2])
+    return base + offset(head, strides[3]) + offset(m0, strides[4]) + offset(n0, strides[5])
+
+
+@gluon.jit
+def _multiply(
+    acc, left_s, right_s, bars, at, WG: gl.constexpr, WGS: gl.constexpr, LEFT_FULL: gl.constexpr, RIGHT_FULL: gl.constexpr,
+    FIRST: gl.constexpr,
+):  # fmt: skip
     """Issue the product of one chunk, as soon as it is there."""
-    FULL: gl.constexpr = barrier_at("full", WGS, SLOTS)
-    BM: gl.constexpr = left_s.shape[2]
-    BN: gl.constexpr = right_s.shape[2]
-    CHUNK: gl.constexpr = right_s.shape[4]
-    slot = at % SLOTS
-    mbarrier.wait(bars.index(FULL + slot), (at // SLOTS) & 1)
-    left = left_s.index(slot * WGS + WG).reshape([BM, CHUNK])
-    right = right_s.index(slot).reshape([BN, CHUNK]).permute((1, 0))
+    LEFT: gl.constexpr = left_s.shape[0] // WGS
+    RIGHT: gl.constexpr = right_s.shape[0]
+    mbarrier.wait(bars.index(LEFT_FULL + at % LEFT), (at // LEFT) & 1)
+    mbarrier.wait(bars.index(RIGHT_FULL + at % RIGHT), (at // RIGHT) & 1)
+    left = left_s.index(at % LEFT * WGS + WG).reshape([left_s.shape[2], left_s.shape[4]])
+    right = right_s.index(at % RIGHT).reshape([right_s.shape[2], right_s.shape[4]]).permute((1, 0))
     return warpgroup_mma(left, right, acc, use_acc=not FIRST, is_async=True)
 
 
 @gluon.jit
+def _release(bars, at, COUNT: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LEFT_EMPTY: gl.constexpr, RIGHT_EMPTY: gl.constexpr):
+    """COUNT chunks, of both sides, are no longer needed."""
+    for c in gl.static_range(COUNT):
+        mbarrier.arrive(bars.index(LEFT_EMPTY + (at + c) % LEFT))
+        mbarrier.arrive(bars.index(RIGHT_EMPTY + (at + c) % RIGHT))
+
+
+@gluon.jit
 def _consume(
-    dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars,
-    dbias_strides, slope_strides, cap, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles_n,
-    tiles, shuffle, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr, S_CHUNKS: gl.constexpr,
-    DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN: gl.constexpr, TURNS: gl.constexpr,
+    dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars, dbias_strides, slope_strides, cap, mask, mask_strides,
+    batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles, places, fold, shuffle,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
+    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
-    """One consumer: 64 queries of every tile of the program."""
+    """One consumer: 64 queries of every tile of the program that somebody sees."""
     S: gl.constexpr = accumulator(BN)
-    FULL: gl.constexpr = barrier_at("full", WGS, SLOTS)
-    EMPTY: gl.constexpr = barrier_at("empty", WGS, SLOTS)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, SLOTS)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, SLOTS)
-    TURN: gl.constexpr = barrier_at("turn", WGS, SLOTS)
+    LEFT: gl.constexpr = left_s.shape[0] // WGS
+    RIGHT: gl.constexpr = right_s.shape[0]
+    BIASES: gl.constexpr = bias_s.shape[0]
+    BIAS_STAGES: gl.constexpr = BIASES // WGS
+    LEFT_FULL: gl.constexpr = barrier_at("left_full", WGS, LEFT, RIGHT, BIASES)
+    LEFT_EMPTY: gl.constexpr = barrier_at("left_empty", WGS, LEFT, RIGHT, BIASES)
+    RIGHT_FULL: gl.constexpr = barrier_at("right_full", WGS, LEFT, RIGHT, BIASES)
+    RIGHT_EMPTY: gl.constexpr = barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES)
+    TURN: gl.constexpr = barrier_at("turn", WGS, LEFT, RIGHT, BIASES)
     CHUNKS: gl.constexpr = S_CHUNKS + DP_CHUNKS
-    EARLY: gl.constexpr = 0 if CHUNKS <= SLOTS else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
+    EARLY: gl.constexpr = 0 if CHUNKS <= min(LEFT, RIGHT) else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
     scale_log2 = scale * LOG2E
     nothing = gl.zeros([BM, BN], gl.float32, S)
     at = 0
     wave = 0
     for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
         part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, tiles_n, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
+            index, batch_outer, batch_inner, heads, tiles_m, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
             BM * WGS, BN,
         )  # fmt: skip
         m0 += WG * BM
+        buffer = wave % BIAS_STAGES * WGS + WG
         acc = gl.zeros([BM, BN], gl.float32, S)
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
@@ -210,23 +303,22 @@ def _consume(
                 shown = gl.expand_dims(gl.load(row + j.to(gl.int64) * mask_strides[4], mask=j < N, other=0), 0)
             if TURNS:
                 mbarrier.wait(bars.index(TURN + WG), (at // CHUNKS) & 1)
-            s_pending = _multiply(nothing, left_s, right_s, bars, at, WG, WGS, SLOTS, True)
+            s_pending = _multiply(nothing, left_s, right_s, bars, at, WG, WGS, LEFT_FULL, RIGHT_FULL, True)
             for c in gl.static_range(1, S_CHUNKS):
-                s_pending = _multiply(s_pending, left_s, right_s, bars, at + c, WG, WGS, SLOTS, False)
+                s_pending = _multiply(s_pending, left_s, right_s, bars, at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False)
                 if c <= EARLY:
                     s_pending = warpgroup_mma_wait(1, [s_pending])
-                    mbarrier.arrive(bars.index(EMPTY + (at + c - 1) % SLOTS))
-            dp_pending = _multiply(nothing, left_s, right_s, bars, at + S_CHUNKS, WG, WGS, SLOTS, True)
-            for c in gl.static_range(1, DP_CHUNKS):
-                dp_pending = _multiply(dp_pending, left_s, right_s, bars, at + S_CHUNKS + c, WG, WGS, SLOTS, False)
+                    _release(bars, at + c - 1, 1, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
+            dp_pending = _multiply(nothing, left_s, right_s, bars, at + S_CHUNKS, WG, WGS, LEFT_FULL, RIGHT_FULL, True)
+            for c in gl.static_range(S_CHUNKS + 1, CHUNKS):
+                dp_pending = _multiply(dp_pending, left_s, right_s, bars, at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False)
             if TURNS:
                 mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
             s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
-            for c in gl.static_range(EARLY, S_CHUNKS):
-                mbarrier.arrive(bars.index(EMPTY + (at + c) % SLOTS))
+            _release(bars, at + EARLY, S_CHUNKS - EARLY, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
 
-            mbarrier.wait(bars.index(BIAS_FULL + WG), wave & 1)
-            bias = bias_s.index(WG).reshape([BM, BN]).load(S)
+            mbarrier.wait(bars.index(BIAS_FULL + buffer), (wave // BIAS_STAGES) & 1)
+            bias = bias_s.index(buffer).reshape([BM, BN]).load(S)
             if cap is not None:
                 s = capped(squashed(s, cap), cap)
             else:
@@ -242,106 +334,126 @@ def _consume(
                 s = hide(s, visible(m0, n0, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
             p = gl.exp2(exponents(s, lse, rest, HAS_REST, True))
 
-            done = at + CHUNKS - 1
-            mbarrier.wait(bars.index(FULL + done % SLOTS), (done // SLOTS) & 1)  # long since full: keeps ptxas from moving the wait up
+            done = at + CHUNKS - 1  # long since full: waited for to keep ptxas from moving the wait for dp up
+            mbarrier.wait(bars.index(RIGHT_FULL + done % RIGHT), (done // RIGHT) & 1)
             dp = warpgroup_mma_wait(0, [dp_pending])
-            for c in gl.static_range(S_CHUNKS, CHUNKS):
-                mbarrier.arrive(bars.index(EMPTY + (at + c) % SLOTS))
+            _release(bars, at + S_CHUNKS, DP_CHUNKS, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
             acc += p * (dp - gl.expand_dims(delta, 1))
             at += CHUNKS
 
-        # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
-        if lo is not None or hi is not None:
-            acc = hide(acc, visible(m0, n0, N, lo, hi, BM, BN), 0.0)
-        mbarrier.wait(bars.index(BIAS_FULL + WG), wave & 1)  # the buffer is this tile's also if there was no round
-        if dbias_desc is not None:
-            bias_s.index(WG).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
-            fence_async_shared()
-            tma_store(dbias_desc, [b0, b1, own_head, m0, n0], bias_s.index(WG))
-            tma_store_wait(0)
-        else:
-            base = dbias + offset(part, dbias_strides[0]) + offset(b0, dbias_strides[1]) + offset(b1, dbias_strides[2])
-            base += offset(own_head, dbias_strides[3]) + offset(m0, dbias_strides[4]) + offset(n0, dbias_strides[5])
-            i = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
-            j = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
-            pointers = base + i.to(gl.int64) * dbias_strides[4] + j.to(gl.int64) * dbias_strides[5]
-            if EVEN:
-                gl.store(pointers, acc.to(dbias.dtype.element_ty))
+        if first < last:
+            # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
+            if lo is not None or hi is not None:
+                acc = hide(acc, visible(m0, n0, N, lo, hi, BM, BN), 0.0)
+            if dbias_desc is not None:
+                bias_s.index(buffer).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
+                fence_async_shared()
+                tma_store(dbias_desc, [b0, b1, own_head, m0, n0], bias_s.index(buffer))
+                tma_store_wait(0)
             else:
-                gl.store(pointers, acc.to(dbias.dtype.element_ty), mask=(m0 + i < M) & (n0 + j < N))
-            fence_async_shared()  # behind the loads of the bias: see the forward kernel
-        mbarrier.arrive(bars.index(BIAS_EMPTY + WG))
-        wave += 1
+                base = _own(dbias, dbias_strides, part, b0, b1, own_head, m0, n0)
+                i = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
+                j = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
+                pointers = base + i.to(gl.int64) * dbias_strides[4] + j.to(gl.int64) * dbias_strides[5]
+                if EVEN:
+                    gl.store(pointers, acc.to(dbias.dtype.element_ty))
+                else:
+                    gl.store(pointers, acc.to(dbias.dtype.element_ty), mask=(m0 + i < M) & (n0 + j < N))
+                fence_async_shared()  # behind the loads of the bias: see the forward kernel
+            mbarrier.arrive(bars.index(BIAS_EMPTY + buffer))
+            wave += 1
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", "splits", "tiles_m", "tiles_n", "tiles", "shuffle"]
+COUNTS = [
+    "batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", "splits", "tiles_m", "tiles_n", "tiles", "places", "fold",
+    "shuffle",
+]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides, cap, mask,
-    mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, shuffle,
-    D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, SLOTS: gl.constexpr,
+    mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
+    D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BIAS_STAGES: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
     TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """``tiles`` tiles, ``tiles_m`` by ``tiles_n`` a head of the bias, times ``splits``; within a head as ``_tile`` says, the part slowest.
+    """``tiles_m`` by ``tiles_n`` tiles a head of the bias, which have ``places`` (``_tile``); ``tiles`` are the places of all heads of the
+    bias, times ``splits``, the part slowest.
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
-    (part, outer batch, inner batch, head, query,
-    key). stats: see ``rows.py``; cap: ``features.squashed``. Query head h reads key head ``h // group``.
+    (part, outer batch, inner batch, head, query, key). stats: see ``rows.py``; cap: ``features.squashed``. Query head h reads key head
+    ``h // group``.
     """
     BM: gl.constexpr = 64
     BN: gl.constexpr = k_desc.block_shape[1]
     CHUNK: gl.constexpr = k_desc.block_shape[3]
     S_CHUNKS: gl.constexpr = chunks_of(D, CHUNK)
     DP_CHUNKS: gl.constexpr = chunks_of(DV, CHUNK)
+    BIASES: gl.constexpr = BIAS_STAGES * WGS
     DT: gl.constexpr = q_desc.dtype
-    left_s = gl.allocate_shared_memory(DT, stacked(SLOTS * WGS, q_desc.block_shape), q_desc.layout)
-    right_s = gl.allocate_shared_memory(DT, stacked(SLOTS, k_desc.block_shape), k_desc.layout)
-    bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(WGS, bias_desc.block_shape), bias_desc.layout)
-    COUNT: gl.constexpr = barrier_at("count", WGS, SLOTS)
-    EMPTY: gl.constexpr = barrier_at("empty", WGS, SLOTS)
+    left_s = gl.allocate_shared_memory(DT, stacked(LEFT * WGS, q_desc.block_shape), q_desc.layout)
+    right_s = gl.allocate_shared_memory(DT, stacked(RIGHT, k_desc.block_shape), k_desc.layout)
+    bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIASES, bias_desc.block_shape), bias_desc.layout)
+    zeros_s = None
+    if dbias_desc is not None and (lo is not None or hi is not None):
+        zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
+        zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
+    COUNT: gl.constexpr = barrier_at("count", WGS, LEFT, RIGHT, BIASES)
+    LEFT_FULL: gl.constexpr = barrier_at("left_full", WGS, LEFT, RIGHT, BIASES)
+    LEFT_EMPTY: gl.constexpr = barrier_at("left_empty", WGS, LEFT, RIGHT, BIASES)
+    RIGHT_FULL: gl.constexpr = barrier_at("right_full", WGS, LEFT, RIGHT, BIASES)
+    RIGHT_EMPTY: gl.constexpr = barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES)
+    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES)
+    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES)
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(COUNT):
-        if n >= EMPTY:
+        if n >= LEFT_EMPTY:
             mbarrier.init(bars.index(n), count=WGS)  # every consumer reads every chunk
         else:
             mbarrier.init(bars.index(n), count=1)
     fence_async_shared()
     if TURNS:
-        mbarrier.arrive(bars.index(barrier_at("turn", WGS, SLOTS)))
+        mbarrier.arrive(bars.index(barrier_at("turn", WGS, LEFT, RIGHT, BIASES)))
 
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
-                        bars,
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
-                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
-                        TURNS)),
-            (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
-                        group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, SLOTS,
-                        S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
-        ], [1], [24])  # fmt: skip
+                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
+                        shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
+            (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
+                        splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, LEFT_FULL, LEFT_EMPTY, S_CHUNKS, DP_CHUNKS,
+                        VARIES_B0, VARIES_B1, VARIES_H, False)),
+            (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
+                        splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, RIGHT_FULL, RIGHT_EMPTY, S_CHUNKS, DP_CHUNKS,
+                        VARIES_B0, VARIES_B1, VARIES_H, True)),
+            (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles,
+                       places, fold, shuffle, BM, BN, WGS, BIAS_FULL, BIAS_EMPTY, VARIES_B0, VARIES_B1, VARIES_H)),
+            (_clear, (optional(dbias_desc), optional(dbias_out), optional(zeros_s), optional(dbias_strides), batch_outer, batch_inner,
+                      heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, BM, BN, WGS, VARIES_B0, VARIES_B1, VARIES_H)),
+        ], [1, 1, 1, 1], [32, 32, 32, 32])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
-                        bars,
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
-                        0, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
-                        TURNS)),
+                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
+                        shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
-                        bars,
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles_n, tiles, shuffle,
-                        1, BM, BN, WGS, SLOTS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN,
-                        TURNS)),
-            (_produce, (q_desc, dout_desc, k_desc, v_desc, bias_desc, left_s, right_s, bias_s, bars, batch_outer, batch_inner, heads,
-                        group, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, tiles, shuffle, BM, BN, WGS, SLOTS,
-                        S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H)),
-        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
+                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
+                        shuffle, 1, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
+            (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
+                        splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, LEFT_FULL, LEFT_EMPTY, S_CHUNKS, DP_CHUNKS,
+                        VARIES_B0, VARIES_B1, VARIES_H, False)),
+            (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
+                        splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, RIGHT_FULL, RIGHT_EMPTY, S_CHUNKS, DP_CHUNKS,
+                        VARIES_B0, VARIES_B1, VARIES_H, True)),
+            (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles,
+                       places, fold, shuffle, BM, BN, WGS, BIAS_FULL, BIAS_EMPTY, VARIES_B0, VARIES_B1, VARIES_H)),
+            (_clear, (optional(dbias_desc), optional(dbias_out), optional(zeros_s), optional(dbias_strides), batch_outer, batch_inner,
+                      heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, BM, BN, WGS, VARIES_B0, VARIES_B1, VARIES_H)),
+        ], [4, 1, 1, 1, 1], [REGISTERS, 32, 32, 32, 32])  # fmt: skip
