@@ -71,7 +71,7 @@ def main() -> None:
         with triflash.record_launches() as ran:
             out = triflash.attention(q, k, v, **options)
             dout = torch.randn_like(out)
-            torch.autograd.grad(out, (q, k, v), dout)
+            torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
         backends[name] = " / ".join(dict.fromkeys(line.split(":")[0] for line in ran))
         shares[name] = share
 

@@ -336,8 +336,8 @@ def test_features_together(number: int) -> None:
         ("wide", "mbarrier.wait(bars.index(P_FULL + (at & 1)), (at >> 1) & 1)", "pass"),
         ("wide", "mbarrier.wait(bars.index(Q_EMPTY + stage), phase)", "pass"),
         ("wide", "mbarrier.wait(bars.index(BIAS_EMPTY), (at & 1) ^ 1)", "pass"),
-        ("forward", "mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)", "pass"),
-        ("forward", "mbarrier.wait(bars.index(Q_EMPTY + slot), ((wave // Q_STAGES) & 1) ^ 1)", "pass"),
+        ("loads", "mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)", "pass"),
+        ("loads", "mbarrier.wait(bars.index(Q_EMPTY + slot), ((wave // Q_STAGES) & 1) ^ 1)", "pass"),
         ("forward", "mbarrier.wait(bars.index(V_FULL + before), ((at - 1) // V_STAGES) & 1)", "pass"),
         ("forward", "s = warpgroup_mma_wait(1, [s_pending])", "s = warpgroup_mma_wait(2, [s_pending])"),
         ("columns", "later - count", "later"),
@@ -356,12 +356,12 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
             N=300,
             bias="1hqk",
             mask="b11k" if kernel == "wide" else "b1qk",
-            grads={"forward": ""}.get(kernel, "qkv"),
+            grads={"forward": "", "loads": ""}.get(kernel, "qkv"),
             D=136 if kernel == "wide" else 16,
         )
         config = KeysConfig(2, 2, 2, early=True) if seed & 1 else KeysConfig(2, 1)
         try:
-            check(case, 1, seed, **({} if kernel in ("forward", "wide") else {"dqdkdv": config}))
+            check(case, 1, seed, **({} if kernel in ("forward", "loads", "wide") else {"dqdkdv": config}))
         except (AssertionError, TimeoutError, AttributeError, TypeError, RuntimeError):
             return
     raise AssertionError("nothing was noticed")

@@ -135,7 +135,7 @@ def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
     least = slots_needed(spec, chunk)
     sizes = ((2, 128), (2, 64), (1, 64), (1, 32))
     for consumers, block_n in sizes if spec.mask is None else sizes[1:]:  # a number a key more takes registers: 62 words were spilled
-        for bias_stages in (2, 1) if widest <= 128 else (1,):
+        for bias_stages in (2, 1) if widest <= 64 else (1,):
             for slots in range(16, 2 * (least if bias_stages == 1 else max(least, 4)) - 1, -1):  # of both rings
                 config = RowsConfig(consumers, block_n, slots - slots // 2, bias_stages, v_stages=slots // 2, chunk=chunk)
                 if dbias_shared_memory(spec, config) <= limit:
