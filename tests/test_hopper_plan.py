@@ -39,7 +39,7 @@ def spec(bias: str | None = None, bias_dtype: str = "bf16", dtype: str = "bf16",
 
 @triton_only
 @pytest.mark.parametrize("problem", [
-    spec(), spec(dtype="fp16"), spec(hi=0), spec(lo=-5, hi=3), spec(head_dim=192, value_dim=128), spec(head_dim=256, value_dim=256),
+    spec(), spec(dtype="fp16"), spec(hi=0), spec(lo=-290, hi=3), spec(head_dim=192, value_dim=128), spec(head_dim=256, value_dim=256),
 ], ids=lambda problem: f"{problem.dtype} {problem.bias} {problem.lo} {problem.hi} {problem.head_dim}")  # fmt: skip
 def test_the_automatic_choice_on_sm90(problem: AttentionSpec) -> None:
     """Both passes on these kernels, and the choice of a name is the same plan."""
@@ -294,14 +294,14 @@ def test_causal_work_is_dealt_evenly(length: int, pairs: int, monkeypatch: pytes
 @triton_only
 def test_queries_that_see_nothing_get_a_block_to_hide() -> None:
     """The kernel's loops have no empty case: ``visible_blocks`` is ``segments`` with at least one block, which lies inside the axis."""
-    from triflash.kernels.hopper import forward
+    from triflash.kernels.hopper import loads
     from triflash.kernels.triton import prims
 
     bounds = (None, -200, -70, -1, 0, 1, 40, 100, 300)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(forward, "segments", prims.segments.fn)
+        patched.setattr(loads, "segments", prims.segments.fn)
         for m0, M, N, lo, hi in itertools.product((0, 128, 256), (257, 300), (1, 31, 32, 200), bounds, bounds):
-            begin, full_begin, full_end, end = forward.visible_blocks.fn(m0, 128, M, N, lo, hi, 32)
+            begin, full_begin, full_end, end = loads.visible_blocks.fn(m0, 128, M, N, lo, hi, 32)
             before = prims.segments.fn(m0, min(m0 + 128, M) - 1, N, lo, hi, 32)
             problem = (m0, M, N, lo, hi, (begin, full_begin, full_end, end))
             assert (begin, full_begin, full_end) == before[:3] and end == max(before[3], begin + 1), problem
