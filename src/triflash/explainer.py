@@ -228,7 +228,7 @@ def _not_preferred(name: str, chosen: str, spec: AttentionSpec, device: DeviceFa
         return f"{could}, but {chosen} was asked for by name"
     if name == "oracle":
         return f"{could}, for debugging: it holds every score in memory, and is taken only when asked for by name"
-    if name == "hopper" and (reservation := hopper.reservation(spec)):
+    if name == "hopper" and (reservation := hopper.reservation(spec) or hopper.forward_reservation(spec)):
         return f"{could}, but {reservation}"
     kind = "a CPU" if device.arch in ("cpu", "interpreter") else "a GPU"
     return f"{could}, slower here: the automatic choice prefers {chosen} on {kind}"

@@ -101,7 +101,7 @@ def with_wide_bias(problem: Problem, config: TileConfig, device: DeviceFacts) ->
 def with_features(problem: Problem, config: TileConfig, weight: int) -> TileConfig:
     """A configuration made to leave registers for what scores go through: fewer scores a thread than the rows were measured with.
 
-    weight: 1 for each of a soft cap, ALiBi and a mask beside a bias, 2 for dropout. By what the compiler spills (``tests/aot``); not
+    weight: 1 for each of a soft cap, ALiBi, a mask beside a bias, and dropout. By what the compiler spills (``tests/aot``); not
     measured.
     """
     most = 32 if weight < 2 else 16 if weight < 4 else 8

@@ -17,6 +17,7 @@ __all__ = [
     "dealt",
     "equal_sections",
     "forward_config",
+    "forward_reservation",
     "mask_block",
     "mask_bytes",
     "reservation",
@@ -240,8 +241,17 @@ def reservation(spec: AttentionSpec) -> str | None:
         return "would copy tensors whose rows are no multiple of 16 bytes"
     if min(spec.queries, spec.keys) < SHORTEST:
         return f"costs the host more than it saves the GPU below {SHORTEST} queries or keys"
-    if _span(spec) < SHORTEST:  # gpt-oss 20B, 129 keys, H200: 0.199 ms, portable 0.167
-        return f"is slower for windows of less than {SHORTEST} keys"
+    return None
+
+
+def forward_reservation(spec: AttentionSpec) -> str | None:
+    """The same of the forward kernel alone. TFLOP/s on an H200, and of the portable kernel."""
+    tiles = spec.bias is not None and spec.bias.varies[3] and spec.bias.varies[4]
+    if tiles and padded(max(spec.head_dim, spec.value_dim)) <= 32 and min(spec.queries, spec.keys) < 2 * SHORTEST:
+        # Triangle attention, d 32: 256 tokens 107 and 127, 384 tokens 142 and 146. Longer, d 24: 768 tokens 49 and 29.
+        return f"its forward kernel is slower for tiles of bias at such head dims below {2 * SHORTEST} queries or keys"
+    if _span(spec) < SHORTEST:  # gpt-oss 20B, 129 keys: 86 and 102
+        return f"its forward kernel is slower for windows of less than {SHORTEST} keys"
     return None
 
 

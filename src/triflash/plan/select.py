@@ -156,7 +156,8 @@ def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, needs: Nee
     if requested == "auto":
         if device.arch in ("cpu", "interpreter"):
             return "tiled"
-        reserved = hopper.reservation(spec) or (None if needs is None else hopper_steps.reservation(spec))
+        own = hopper.forward_reservation(spec) if needs is None else hopper_steps.reservation(spec)
+        reserved = hopper.reservation(spec) or own
         if reserved is None and not _why_not_pass("hopper", spec, device, needs):
             return "hopper"
         return "tiled" if why_not("triton", spec, device, needs is not None) else "triton"
@@ -231,7 +232,7 @@ def _measured_or_default(
 
 def _weight(spec: AttentionSpec) -> int:
     """How much scores go through on their way, as :func:`with_features` counts it."""
-    return (spec.softcap > 0) + spec.alibi + (spec.mask is not None) + 2 * (spec.dropout > 0)
+    return (spec.softcap > 0) + spec.alibi + (spec.mask is not None) + (spec.dropout > 0)
 
 
 def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> TileConfig:
