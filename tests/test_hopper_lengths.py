@@ -3,10 +3,8 @@ the CPU (``gluon_twin.py``)."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ pytest.importorskip("triton")
 import gluon_twin
 import triflash
 from cases import kernels
-from triflash import oracle
 from triflash.plan.hopper import HopperConfig
 from triflash.plan.hopper_backward import KeysConfig
 from triflash.plan.hopper_rows import RowsConfig
@@ -138,3 +135,60 @@ FORWARD = [
 @pytest.mark.parametrize("config", FORWARD_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
 def test_forward(config: HopperConfig | None, problem: Problem) -> None:
     check(problem, FORWARD.index(problem), **({} if config is None else {"forward": config}))
+
+
+KEYS = [
+    Problem("full"),
+    Problem("full, slopes, grouped", H=4, Hk=2, alibi=True, Dv=32),
+    Problem("causal, bias of keys", band=(None, 0), N=150, bias="b11k", sink=True, grads="qkvbs"),
+    Problem("window", band=(-30, 40), bias="1h1k", bias_dtype=F32),
+    Problem("soft cap", softcap=1.5, dtype=BF16),
+    Problem("soft cap, bias", softcap=1.5, bias="b1qk", grads="qkv", band=(None, 60)),
+    Problem("mask beside a bias", bias="1hqk", mask="b11k", grads="qkv"),
+    Problem("keys alone", grads="k"),
+    Problem("values alone", grads="v"),
+    Problem("queries alone", grads="q"),
+    Problem("bias of full shape", bias="bhqk", bias_dtype=F32, band=(None, 0)),
+    Problem("bias of full shape, soft cap, mask", bias="bhqk", softcap=1.5, mask="b11k"),
+]
+
+
+@pytest.mark.parametrize("problem", KEYS, ids=str)
+@pytest.mark.parametrize(
+    "config", [KeysConfig(2, 2, 2, early=True), KeysConfig(2, 1), KeysConfig(1, 1, early=True)], ids=lambda c: str(c).replace(" ", "-")
+)
+def test_keys_that_add_dq(config: KeysConfig, problem: Problem) -> None:
+    check(problem, KEYS.index(problem), dqdkdv=config)
+
+
+@pytest.mark.parametrize("problem", KEYS, ids=str)
+@pytest.mark.parametrize(
+    "config", [None, RowsConfig(2, 64, 2, 2, ahead=False), RowsConfig(1, 32, 2, own_out=False)], ids=lambda c: str(c).replace(" ", "-")
+)
+def test_dq_by_itself(config: RowsConfig | None, problem: Problem) -> None:
+    check(problem, KEYS.index(problem), **({} if config is None else {"dq": config}))
+
+
+@pytest.mark.parametrize("problem", KEYS, ids=str)
+def test_wide_heads(problem: Problem) -> None:
+    """Head dims above 128; in the plan's configurations."""
+    ran = check(replace(problem, D=136, Dv=160 if problem.Dv == 32 else 136, M=70, lengths=(0, 1, 64, 65, 137, 999)), KEYS.index(problem))
+    assert "dqdkdv" not in ran
+
+
+TILES = [
+    Problem("full", bias="1hqk"),
+    Problem("causal, slopes", bias="1hqk", band=(None, 0), alibi=True, H=4, Hk=2),
+    Problem("over heads, window", bias="b1qk", band=(-40, 60)),
+    Problem("soft cap", bias="1hqk", softcap=1.5),
+    Problem("soft cap, mask", bias="11qk", mask="b11k", softcap=1.5, dtype=BF16),
+]
+
+
+@pytest.mark.parametrize("problem", TILES, ids=str)
+@pytest.mark.parametrize(
+    "config", [None, RowsConfig(2, 64, 5, v_stages=4), RowsConfig(1, 32, 6, 2, v_stages=4)], ids=lambda c: str(c).replace(" ", "-")
+)
+def test_gradients_of_a_bias_by_a_kernel_of_their_own(config: RowsConfig | None, problem: Problem) -> None:
+    ran = check(problem, TILES.index(problem), **({} if config is None else {"dbias": config}))
+    assert "dbias" in ran

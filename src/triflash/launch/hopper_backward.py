@@ -35,10 +35,6 @@ def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: T
     saved = Saved(out, lse, None if rest is None else rest.contiguous())
     written = targets(plan, grads)
     stats = new_stats(spec, lse, rest)
-    if x.key_lengths is not None:
-        # A block that a length cuts through is loaded whole, and its hidden keys are multiplied by p = 0: what they hold must be finite.
-        hidden = (torch.arange(spec.keys, device=x.k.device) >= x.key_lengths[:, None])[..., None, None]
-        x = x._replace(k=x.k.masked_fill(hidden, 0.0), v=x.v.masked_fill(hidden, 0.0))
     start(x.q.device, backward_calls(plan, spec, ready_operands(spec, x), saved, ready(dout), dlse, stats, written))
     for grad, filled in zip(grads, written, strict=True):
         if grad is not None and filled is not None and filled is not grad:

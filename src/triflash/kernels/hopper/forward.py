@@ -40,7 +40,7 @@ def _softmax(
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr,
     ALIBI: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
-    """From the product of one block to ``(p, new maximum, what sums so far shrink by)``, for 64 queries. CUT: a length may end in the block."""
+    """From the product of one block to ``(p, new maximum, what sums so far shrink by)``, for 64 queries. CUT: a length may end in it."""
     S: gl.constexpr = accumulator(BN)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
