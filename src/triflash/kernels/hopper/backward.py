@@ -339,7 +339,9 @@ def _consume(
         mbarrier.wait(bars.index(KV_FULL + kv), (wave // KV_STAGES) & 1)
         if lengths is not None:
             shown = n_keys - (n0 + WG * HALF)
-            if (steps > 0) & (shown < HALF):  # the own half; the other consumer meets it in dq, after it has got ds from here
+            if (
+                (steps > 0) & (shown < HALF) & (n_keys < N)
+            ):  # the own half; the other consumer meets it in dq, after it has got ds from here
                 clear_hidden(k_s.index(kv * 2 + WG).reshape([HALF, BD]), shown)
                 clear_hidden(v_s.index(kv * 2 + WG).reshape([HALF, BDV]), shown)
         for member in range(group):

@@ -200,7 +200,7 @@ def _values(
         p16 = gl.zeros([BN, BM], DT, P)
         mbarrier.wait(bars.index(KV_FULL), wave & 1)
         if lengths is not None:
-            if (steps > 0) & (n_keys - n0 < BN):
+            if (steps > 0) & (n_keys < min(n0 + BN, N)):
                 clear_hidden(k_s.reshape([BN, W]), n_keys - n0)
         for member in range(group):
             slope = slope_of(slopes, slope_strides, b, kv_head * group + member)
@@ -329,7 +329,7 @@ def _keys(
         ds16 = gl.zeros([BN, BM], DT, P)
         mbarrier.wait(bars.index(KV_FULL), wave & 1)
         if lengths is not None:
-            if (steps > 0) & (n_keys - n0 < BN):
+            if (steps > 0) & (n_keys < min(n0 + BN, N)):
                 clear_hidden(v_s.reshape([BN, W]), n_keys - n0)
         for member in range(group):
             db = gl.zeros([BN], gl.float32, ROWS)
