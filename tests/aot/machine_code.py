@@ -64,6 +64,24 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]+\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z0-9_.]+)\s
 _WRITES_UNIFORM = re.compile(r"^(U(?!SETMAXREG|STATUS|BLK|TMA|CGABAR|SYNCS)|R2UR|S2UR|VOTEU|REDUX|CREDUX)")
 
 
+def unfenced_products(code: str) -> int:
+    """How many products follow in the text upon own stores to shared memory without a fence, and behind that a barrier, between: they might
+    not see what was stored."""
+    found = 0
+    for partition in re.split(r"USETMAXREG", code):
+        state = "clean"
+        for line in partition.splitlines():
+            if re.search(r"\bSTSM?\b", line):
+                state = "stored"
+            elif "FENCE.VIEW.ASYNC" in line and state == "stored":
+                state = "fenced"
+            elif "BAR.SYNC" in line and state == "fenced":
+                state = "clean"
+            elif "HGMMA" in line:
+                found += state != "clean"
+    return found
+
+
 def ambiguous_descriptors(code: str) -> list[str]:
     """Products whose operands' descriptors come from one instruction on some paths to them, and from another one on others.
 

@@ -12,8 +12,8 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from machine_code import ambiguous_descriptors, assembled, disassembled, serialised, unfenced_releases
-from test_hopper import mask_of
+from machine_code import ambiguous_descriptors, assembled, disassembled, serialised, unfenced_products, unfenced_releases
+from test_hopper import lengths_of, mask_of
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
@@ -55,13 +55,14 @@ class Target:
     serialised: bool = False
     softcap: float = 0.0
     mask: str = ""
+    lengths: bool = False
 
     def __str__(self) -> str:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
         heads = f"g{self.groups}" * (self.groups > 1)
-        own = "fixed" * (not self.adds) + "soft-cap" * (self.softcap > 0) + f"mask-{self.mask}" * bool(self.mask)
+        own = "fixed" * (not self.adds) + "soft-cap" * (self.softcap > 0) + f"mask-{self.mask}" * bool(self.mask) + "lengths" * self.lengths
         parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), self.grads, heads, own)
         return "-".join(part.replace(" ", "-") for part in (*parts, str(self.config or "")) if part)
 
@@ -127,6 +128,15 @@ TARGETS = [
     Target((128, 128), bias="1h1k", grads="qkvb", mask="b11k", spills=80),
     Target((64, 64), F16, bias="1h1k", grads="qkvb", mask="b1qk", spills=28),
     Target((256, 256), bias="1h1k", band=CAUSAL, grads="kvb", mask="b11k"),
+    # Key lengths.
+    *(Target((d, d), band=band, lengths=True, spills=LOOP) for d in (64, 128) for band in ((None, None), CAUSAL)),
+    *(Target((d, d), band=CAUSAL, lengths=True, adds=False, spills=LOOP) for d in (64, 128)),
+    Target((128, 128), bias="1h1k", grads="qkvb", lengths=True, spills=80),
+    Target((128, 128), lengths=True, softcap=50.0, spills=LOOP),
+    *(Target((256, 256), band=band, length=EVEN, lengths=True) for band in ((None, None), CAUSAL, WINDOW)),
+    Target((256, 256), bias="1hqk", softcap=30.0, lengths=True),
+    Target((256, 256), band=CAUSAL, grads="k", lengths=True),
+    Target((64, 64), grads="v", lengths=True),
     # Candidates that the plan does not choose here.
     Target((128, 128), config=KeysConfig(1, 1), spills=80),
     Target((64, 64), bias="1hqk", config=KeysConfig(2, 2), band=CAUSAL),
@@ -147,12 +157,14 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
         sizes = (batch, heads, target.length, target.length)
         b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
-    mask = mask_of(target.mask, batch, heads, target.length)
-    spec = replace(spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, softcap=target.softcap), deterministic=not target.adds)
+    mask, lengths = mask_of(target.mask, batch, heads, target.length), lengths_of(target.lengths, batch)
+    spec = replace(
+        spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, lengths, softcap=target.softcap), deterministic=not target.adds
+    )
     needs = Needs(*(letter in target.grads for letter in "qkvb"))
     with override_configs(**{target.kernel: target.config}) if target.config else nullcontext():
         plan = plan_backward(spec, needs, SM90, "hopper")
-    calls = ahead.calls_of(plan, spec, needs, q, k, v, bias, mask)
+    calls = ahead.calls_of(plan, spec, needs, q, k, v, bias, mask, lengths)
     ((step, call),) = ((step, call) for step, call in zip(plan.steps, calls, strict=True) if step.kernel in ("dkdv", "dqdkdv"))
     assert step.kernel == target.kernel
     return spec, step, call
@@ -174,6 +186,10 @@ def test_compiles_within_limits(target: Target) -> None:
     # Statistics, and a bias, are read by plain loads: their buffers go back to TMA behind a fence.
     assert re.search(r"\bLDSM?\b", code) and unfenced_releases(code) == 0
     assert not ambiguous_descriptors(code)
+    if (
+        target.lengths and target.kernel == "dkdv"
+    ):  # cleared by plain stores; where ds is stored too, products that do not read it come between
+        assert unfenced_products(code) == 0
     if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
         assert used.spills <= target.spills, f"{call.config}: {used}"
     waiting = serialised(assembled(compiled.asm["ptx"]))

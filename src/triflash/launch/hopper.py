@@ -122,13 +122,8 @@ def ready(x: Tensor) -> Tensor:
 
 def ready_operands(spec: AttentionSpec, x: Operands) -> Operands:
     """The operands, or copies, as the kernels read them."""
-    k, v = x.k, x.v
-    if x.key_lengths is not None:
-        # A block that a length cuts through is loaded whole, and its hidden keys are multiplied by p = 0: what they hold must be finite.
-        hidden = (torch.arange(spec.keys, device=k.device) >= x.key_lengths[:, None])[..., None, None]
-        k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
     mask = None if x.mask is None else ready(once(x.mask))
-    return x._replace(q=ready(x.q), k=ready(k), v=ready(v), bias=ready_bias(spec, x.bias), mask=mask)
+    return x._replace(q=ready(x.q), k=ready(x.k), v=ready(x.v), bias=ready_bias(spec, x.bias), mask=mask)
 
 
 def ready_bias(spec: AttentionSpec, bias: Tensor | None) -> Tensor | None:

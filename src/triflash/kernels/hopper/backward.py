@@ -28,7 +28,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import slope_of, visible_keys
+from .features import clear_hidden, slope_of, visible_keys
 from .grid import accumulator, locate, share, stacked
 
 
@@ -337,6 +337,13 @@ def _consume(
         j = n0 + WG * HALF + gl.arange(0, HALF, ROWS)
         kv = wave % KV_STAGES
         mbarrier.wait(bars.index(KV_FULL + kv), (wave // KV_STAGES) & 1)
+        if lengths is not None:
+            shown = n_keys - (n0 + WG * HALF)
+            if (
+                (steps > 0) & (shown < HALF) & (n_keys < N)
+            ):  # the own half; the other consumer meets it in dq, after it has got ds from here
+                clear_hidden(k_s.index(kv * 2 + WG).reshape([HALF, BD]), shown)
+                clear_hidden(v_s.index(kv * 2 + WG).reshape([HALF, BDV]), shown)
         for member in range(group):
             head = kv_head * group + member
             slope = slope_of(slopes, slope_strides, b, head)

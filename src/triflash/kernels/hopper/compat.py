@@ -14,6 +14,7 @@ __all__ = [
     "gluon",
     "mbarrier",
     "optional",
+    "thread_barrier",
     "tma_add",
     "tma_load",
     "tma_store",
@@ -25,6 +26,7 @@ __all__ = [
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
+thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @builtin

@@ -27,7 +27,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, capped, slope_of, squashed, visible_keys
+from .features import add_alibi, capped, hide_keys, slope_of, squashed, visible_keys
 from .grid import accumulator, stacked
 from .rows import add_bias, exponents, hide, statistics, visible
 
@@ -296,6 +296,7 @@ def _consume(
         for r in range(first, last):
             b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
             lse, delta, rest = statistics(stats, b * heads + head, m0, M, HAS_REST, BM, BN)
+            n_keys = visible_keys(lengths, b, N)
             if mask is not None:
                 j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
                 row = mask + offset(b // batch_inner, mask_strides[0]) + offset(b % batch_inner, mask_strides[1])
@@ -320,6 +321,8 @@ def _consume(
             mbarrier.wait(bars.index(BIAS_FULL + buffer), (wave // BIAS_STAGES) & 1)
             bias = bias_s.index(buffer).reshape([BM, BN]).load(S)
             if cap is not None:
+                if lengths is not None:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
+                    s = hide_keys(s, n0, n_keys, "0f00000000")
                 s = capped(squashed(s, cap), cap)
             else:
                 s = s * scale_log2
@@ -331,13 +334,15 @@ def _consume(
             if mask is not None:
                 s = hide(s, shown != 0, float("-inf"))
             if lengths is not None:
-                s = hide(s, visible(m0, n0, visible_keys(lengths, b, N), None, None, BM, BN), float("-inf"))
+                s = hide_keys(s, n0, n_keys, "0fFF800000")
             p = gl.exp2(exponents(s, lse, rest, HAS_REST, True))
 
             done = at + CHUNKS - 1  # long since full: waited for to keep ptxas from moving the wait for dp up
             mbarrier.wait(bars.index(RIGHT_FULL + done % RIGHT), (done // RIGHT) & 1)
             dp = warpgroup_mma_wait(0, [dp_pending])
             _release(bars, at + S_CHUNKS, DP_CHUNKS, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
+            if lengths is not None:  # values that are hidden may be anything
+                dp = hide_keys(dp, n0, n_keys, "0f00000000")
             acc += p * (dp - gl.expand_dims(delta, 1))
             at += CHUNKS
 

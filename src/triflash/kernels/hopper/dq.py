@@ -26,7 +26,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, capped, hide_by, slope_at, slope_of, squashed, visible_keys, weighed
+from .features import add_alibi, capped, clear_hidden, hide_by, hide_keys, slope_at, slope_of, squashed, visible_keys, weighed
 from .forward import visible_blocks
 from .grid import accumulator, locate, share, stacked
 from .rows import add_bias, column_of, exponents, hide_unseen, statistics
@@ -124,9 +124,9 @@ def _step(
     scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
-    AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
-    """One key block: ``(dq, ds)`` with the block before in dq (AHEAD), or the block itself."""
+    """One key block: ``(dq, ds)`` with the block before in dq (AHEAD), or the block itself. CUT: a length may end in it."""
     BD: gl.constexpr = k_s.shape[4]
     BDV: gl.constexpr = v_s.shape[4]
     S: gl.constexpr = accumulator(BN)
@@ -198,6 +198,8 @@ def _step(
     else:
         dp = warpgroup_mma_wait(0, [dp_pending])
     mbarrier.arrive(bars.index(V_EMPTY + v_stage))
+    if CUT:  # values that are hidden may be anything; keys have been cleared
+        dp = hide_keys(dp, n0, N, "0f00000000")
     ds32 = p * (dp - gl.expand_dims(delta, 1))
     if AHEAD and not FIRST:  # before anything is rounded: the product under way reads the registers that the rounded ds will take
         dq = warpgroup_mma_wait(0, [dq_pending])
@@ -238,7 +240,7 @@ def _walk(
             dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done + step, m0,
             (end - 1 - step) * BN,
             head, outer, inner, ahead, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
-            HAS_REST, AHEAD, TURNS, ALIBI, False, MASKED,
+            HAS_REST, AHEAD, TURNS, ALIBI, False, MASKED, False,
         )  # fmt: skip
         if Q_EARLY:
             if step == steps - 1:  # no more products with this q and dout: the next can be fetched
@@ -260,6 +262,7 @@ def _consume(
     DQ: gl.constexpr = accumulator(BD)
     Q_FULL: gl.constexpr = barrier_at("q_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
+    K_FULL: gl.constexpr = barrier_at("k_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     MASKED: gl.constexpr = (lo is not None) or (hi is not None) or (not EVEN_N)
     COLUMN: gl.constexpr = bias is not None
@@ -287,11 +290,16 @@ def _consume(
         column = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
         dq = gl.zeros([BM, BD], gl.float32, DQ)
         mbarrier.wait(bars.index(Q_FULL + WG), wave & 1)
+        if lengths is not None:
+            if (end * BN > n_keys) & (n_keys < N):  # no other block of a tile is cut by a length
+                cut = done % K_STAGES
+                mbarrier.wait(bars.index(K_FULL + cut), (done // K_STAGES) & 1)
+                clear_hidden(k_s.index(cut).reshape([BN, BD]), n_keys - (end - 1) * BN)
         dq, ds = _step(
             dq, dq, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, m0, (end - 1) * BN,
             head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
             COLUMN,
-            HAS_REST, AHEAD, TURNS, ALIBI, True, MASKED,
+            HAS_REST, AHEAD, TURNS, ALIBI, True, MASKED, lengths is not None,
         )  # fmt: skip
         if Q_EARLY:
             if steps == 1:

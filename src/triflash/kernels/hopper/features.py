@@ -1,7 +1,8 @@
 """What the Hopper kernels know beyond a band and one bias or mask. ``None`` stands for an absent feature and compiles its branch away."""
 
 from ..triton.prims import LOG2E, offset
-from .compat import gl, gluon
+from .compat import fence_async_shared, gl, gluon, thread_barrier
+from .grid import keep_up_to
 
 
 @gluon.jit
@@ -11,6 +12,44 @@ def visible_keys(lengths, b, N):
         return min(max(gl.load(lengths + b), 0), N)
     else:
         return N
+
+
+@gluon.constexpr_function
+def _spread(columns):
+    """How a warpgroup holds rows of 16-bit numbers to load and store them: 16 bytes a thread."""
+    across = min(columns // 8, 32)
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+
+
+@gluon.jit
+def clear_hidden(tile, shown):
+    """Zeros into the rows of a tile in shared memory, of 16-bit numbers, from number ``shown`` on: keys or values that a length hides.
+
+    A tile that a length cuts through is loaded whole, and what it hides may be anything: NaN, whose product with p = 0 is NaN. Whoever
+    multiplies by a tile clears it first, by itself, also if others do the same: they write the same, and nobody waits. To be called by a
+    warpgroup that has seen the tile arrive and has not released it; products that are started behind it see the zeros.
+    """
+    COLUMNS: gl.constexpr = tile.shape[1]
+    ROWS: gl.constexpr = min(tile.shape[0], 4096 // COLUMNS)  # a go: 16 registers
+    GOES: gl.constexpr = tile.shape[0] // ROWS
+    SPREAD: gl.constexpr = _spread(COLUMNS)
+    for go in gl.static_range(GOES):
+        if shown < (go + 1) * ROWS:
+            rows = tile.slice(go * ROWS, ROWS, 0)
+            x = rows.load(SPREAD)
+            number, x = gl.broadcast(gl.expand_dims(go * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SPREAD)), 1), x)
+            rows.store(gl.where(number < shown, x, gl.zeros([ROWS, COLUMNS], tile.dtype, SPREAD)))
+    fence_async_shared()
+    thread_barrier()  # here, else the compiler puts one before every product of the loops behind
+
+
+@gluon.jit
+def hide_keys(x, n0, shown, HIDDEN: gl.constexpr):
+    """A tile whose columns are the keys from n0 on: as it is where a length shows the key, else HIDDEN (``keep_up_to``)."""
+    S: gl.constexpr = x.type.layout
+    COLUMNS: gl.constexpr = x.shape[1]
+    j = gl.expand_dims(n0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, S)), 0)
+    return keep_up_to(x, j, j * 0 + (shown - 1), HIDDEN)
 
 
 @gluon.jit

@@ -26,7 +26,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, capped, hide_by, slope_of, squashed, visible_keys
+from .features import add_alibi, capped, clear_hidden, hide_by, hide_keys, slope_of, squashed, visible_keys
 from .grid import accumulator, locate, share, stacked
 from .loads import barrier_at, produce, visible_blocks
 from .rows import column_of, hide_unseen
@@ -38,9 +38,9 @@ def _softmax(
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr,
     K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr,
-    ALIBI: gl.constexpr,
+    ALIBI: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
-    """From the product of one block to ``(p, new maximum, what sums so far shrink by)``, for 64 queries."""
+    """From the product of one block to ``(p, new maximum, what sums so far shrink by)``, for 64 queries. CUT: a length may end in it."""
     S: gl.constexpr = accumulator(BN)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
     BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
@@ -48,6 +48,8 @@ def _softmax(
     BIASED: gl.constexpr = (bias_s is not None) or ROW_BIASED or ALIBI
     LATE_SCALE: gl.constexpr = (POSITIVE_SCALE or cap is not None) and not BIASED
     if cap is not None:
+        if CUT:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
+            s = hide_keys(s, block * BN, N, "0f00000000")
         s = squashed(s, cap)
         if not LATE_SCALE:
             s = capped(s, cap)
@@ -195,6 +197,7 @@ def _walk(
         p32, m, shrink = _softmax(
             s, m, bias_s, mask_s, bars, row_bias, slope, cap, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
+            False,
         )  # fmt: skip
         l = l * shrink + gl.sum(p32, 1)
         o = warpgroup_mma_wait(0, [o_pending])
@@ -259,6 +262,7 @@ def _consume(
         s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, mask_s, bars, row_bias,
         slope_of(slopes, slope_strides, b, head), cap, 0, m0, N - M, first_end - 1, first_keys, lo, hi, scale_log2,
         WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
+        lengths is not None,
     )  # fmt: skip
     l = gl.sum(p32, 1)
     p = gl.convert_layout(p32.to(DT), P)
@@ -270,6 +274,11 @@ def _consume(
         slope = slope_of(slopes, slope_strides, b, head)
         begin, full_begin, full_end, end = visible_blocks(m0 - WG * BM, BM * WGS, M, n_keys, lo, hi, BN)
         steps = end - begin
+        if lengths is not None:
+            if (end * BN > n_keys) & (n_keys < N):  # no other block of a tile is cut by a length
+                cut = done % V_STAGES
+                mbarrier.wait(bars.index(V_FULL + cut), (done // V_STAGES) & 1)
+                clear_hidden(v_s.index(cut).reshape([BN, BDV]), n_keys - (end - 1) * BN)
         if OVERLAP:
             if steps == 1:
                 mbarrier.arrive(bars.index(Q_EMPTY + q_slot))
@@ -336,6 +345,7 @@ def _consume(
                 next_s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, mask_s, bars, row_bias,
                 slope_of(slopes, slope_strides, b, head), cap, done, m0, N - M, next_end - 1, next_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
+                lengths is not None,
             )  # fmt: skip
             if OVERLAP:
                 o = warpgroup_mma_wait(0, [o_pending])

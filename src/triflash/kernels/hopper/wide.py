@@ -20,7 +20,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import slope_of, visible_keys
+from .features import clear_hidden, slope_of, visible_keys
 from .grid import accumulator, locate, share, stacked
 
 
@@ -199,6 +199,9 @@ def _values(
         dv = gl.zeros([BN, W], gl.float32, accumulator(W))
         p16 = gl.zeros([BN, BM], DT, P)
         mbarrier.wait(bars.index(KV_FULL), wave & 1)
+        if lengths is not None:
+            if (steps > 0) & (n_keys < min(n0 + BN, N)):
+                clear_hidden(k_s.reshape([BN, W]), n_keys - n0)
         for member in range(group):
             slope = slope_of(slopes, slope_strides, b, kv_head * group + member)
             j = n0 + gl.arange(0, BN, ROWS)
@@ -319,11 +322,15 @@ def _keys(
     done = 0
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
-        begin, _whole, _part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
+        n_keys = visible_keys(lengths, b, N)
+        begin, _whole, _part, end = visible_blocks(n0, M, n_keys, lo, hi, BM, BN)
         steps = end - begin
         dk = gl.zeros([BN, W], gl.float32, accumulator(W))
         ds16 = gl.zeros([BN, BM], DT, P)
         mbarrier.wait(bars.index(KV_FULL), wave & 1)
+        if lengths is not None:
+            if (steps > 0) & (n_keys < min(n0 + BN, N)):
+                clear_hidden(v_s.reshape([BN, W]), n_keys - n0)
         for member in range(group):
             db = gl.zeros([BN], gl.float32, ROWS)
             dk, db, ds16 = _walk_keys(
