@@ -166,7 +166,7 @@ def ambiguous_descriptors(code: str) -> list[str]:
             one = follow.pop()
             # R2UR brings back what registers were too few to keep: it is one with the instruction that worked it out.
             places = {(n, at) for n, at in sources[one] if blocks[n][at][1] != "R2UR"}
-            if len({blocks[n][at][1:3] for n, at in places}) > 1:  # the same instruction twice is a copy for either path
+            if len({blocks[n][at][1] for n, at in places}) > 1:  # instructions of one kind do the same for either path
                 found.append(blocks[use[0][0]][use[0][1]][3] + f" // UR{one[1]}: " + "; ".join(sorted(blocks[n][a][3] for n, a in places)))
                 break
             for place in places:
