@@ -107,6 +107,8 @@ TARGETS = [
     Target((64, 64), bias="1hqk", lengths=True),
     Target((128, 128), bias="1h1k", band=CAUSAL, lengths=True),
     Target((64, 64), lengths=True, config=HopperConfig(3, 16, 2)),
+    Target((64, 64), bias="1hqk", mask="b11k", lengths=True, softcap=50.0),
+    Target((128, 128), bias="bhqk", band=WINDOW, mask="b1qk", lengths=True),
     # What the plan does not choose (or not yet), and tests choose by hand.
     Target((64, 64), F16, bias="1hqk", band=WINDOW, config=HopperConfig(1, 16, 1)),
     Target((128, 128), config=HopperConfig(2, 64, 3, 2, turns=True, own_out=False, v_stages=2)),

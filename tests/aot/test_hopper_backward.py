@@ -134,6 +134,12 @@ TARGETS = [
     Target((128, 128), bias="1h1k", grads="qkvb", lengths=True, spills=80),
     Target((128, 128), lengths=True, softcap=50.0, spills=LOOP),
     *(Target((256, 256), band=band, length=EVEN, lengths=True) for band in ((None, None), CAUSAL, WINDOW)),
+    # All at once: names and types of one feature must leave those of another alone, which nothing but the compiler checks.
+    Target((64, 64), bias="1h1k", grads="qkvb", mask="b11k", lengths=True, softcap=50.0, spills=80),
+    Target((128, 128), bias="1hqk", band=CAUSAL, mask="b11k", lengths=True, spills=80),
+    Target((128, 128), bias="1hqk", band=WINDOW, mask="b1qk", lengths=True, softcap=50.0, spills=120),
+    Target((256, 256), bias="1h1k", grads="kvb", mask="b11k", lengths=True, softcap=50.0, spills=40),
+    Target((256, 256), bias="1hqk", band=CAUSAL, mask="b1qk", lengths=True, spills=40),
     Target((256, 256), bias="1hqk", softcap=30.0, lengths=True),
     Target((256, 256), band=CAUSAL, grads="k", lengths=True),
     Target((64, 64), grads="v", lengths=True),

@@ -123,6 +123,8 @@ TARGETS = [
     dq(128, softcap=50.0, lengths=True),
     *(dbias(d, "1hqk", band, lengths=True, spills=20) for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
     dbias(128, "1hqk", softcap=50.0, lengths=True, spills=20),
+    dq(128, "1hqk", CAUSAL, mask="b1qk", lengths=True, softcap=50.0, spills=20),
+    dbias(64, "1hqk", CAUSAL, mask="b11k", lengths=True, softcap=50.0, spills=20),
     # What the plan falls back to, and what may turn out faster.
     dq(128, band=CAUSAL, config=RowsConfig(2, 128, 2, own_out=False, ahead=False)),
     dq(64, "bhqk", CAUSAL, True, config=RowsConfig(2, 128, 2, 2, ahead=False)),

@@ -338,12 +338,11 @@ def _consume(
         kv = wave % KV_STAGES
         mbarrier.wait(bars.index(KV_FULL + kv), (wave // KV_STAGES) & 1)
         if lengths is not None:
-            shown = n_keys - (n0 + WG * HALF)
-            if (
-                (steps > 0) & (shown < HALF) & (n_keys < N)
-            ):  # the own half; the other consumer meets it in dq, after it has got ds from here
-                clear_hidden(k_s.index(kv * 2 + WG).reshape([HALF, BD]), shown)
-                clear_hidden(v_s.index(kv * 2 + WG).reshape([HALF, BDV]), shown)
+            # The own half; the other consumer meets it in dq, after it has got ds from here.
+            rows = n_keys - (n0 + WG * HALF)
+            if (steps > 0) & (rows < HALF) & (n_keys < N):
+                clear_hidden(k_s.index(kv * 2 + WG).reshape([HALF, BD]), rows)
+                clear_hidden(v_s.index(kv * 2 + WG).reshape([HALF, BDV]), rows)
         for member in range(group):
             head = kv_head * group + member
             slope = slope_of(slopes, slope_strides, b, head)
