@@ -203,7 +203,6 @@ def random_config(chooser: random.Random, head: int, biased: bool, one_width: bo
             own_out=own_out,
             persistent=chooser.random() < 0.8,
             q_stages=chooser.choice((1, 2)) if own_out else 1,
-            out_parts=chooser.choice((1, 2)) if own_out and head >= 64 and one_width else 1,
         )
         widest = spec_of(*(torch.empty(1, 128, 1, head, device="meta", dtype=torch.bfloat16),) * 3, None, 1, None, None, 1.0, "")
         bias = config.bias_stages * config.block_m * config.block_n * 4 if biased else 0

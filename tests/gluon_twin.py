@@ -398,7 +398,6 @@ def _stand_ins() -> dict[str, Any]:
         full=lambda shape, x, dtype, _: torch.full(shape, x, dtype=dtype), where=where, expand_dims=torch.unsqueeze,
         broadcast=torch.broadcast_tensors, fma=lambda a, b, c: a * b + c, exp2=torch.exp2, log2=torch.log2, abs=torch.abs,
         sum=torch.sum, max=torch.amax, minimum=lambda a, b: torch.minimum(a, torch.as_tensor(b)), maximum=torch.maximum,
-        split=lambda x: x.unbind(-1), permute=torch.permute, reshape=torch.reshape,
         convert_layout=lambda x, _: x, load=load, store=store, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
         inline_asm_elementwise=inline_asm, program_id=lambda _: Scalar(_here.program[0]), num_programs=lambda _: Scalar(_here.program[1]),
         SliceLayout=_layout, BlockedLayout=_layout, DotOperandLayout=_layout, NVMMADistributedLayout=_layout,

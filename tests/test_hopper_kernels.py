@@ -37,7 +37,6 @@ CONFIGS = [
     HopperConfig(2, 64, 2, q_stages=2),
     HopperConfig(2, 128, 2, turns=True, q_stages=2),
     HopperConfig(3, 64, 3, turns=True, q_stages=2),
-    HopperConfig(2, 64, 2, out_parts=2),
 ]
 PROBLEMS = [
     Case("no bias", B=2, M=321, N=257, H=3, D=64),

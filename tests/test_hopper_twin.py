@@ -171,7 +171,6 @@ FORWARD_CONFIGS = [
     HopperConfig(1, 64, 1, q_stages=2),
     HopperConfig(2, 128, 2, q_stages=2, turns=True),
     HopperConfig(3, 32, 4, v_stages=3, q_stages=2, turns=True),
-    HopperConfig(2, 64, 2, out_parts=2),
 ]
 FORWARD = [
     Case("full", B=2, M=300, N=200),

@@ -115,7 +115,6 @@ TARGETS = [
     Target((64, 64), bias="1h1k", config=HopperConfig(3, 64, 2, 2, turns=True, persistent=False)),
     Target((64, 64), band=WINDOW, config=HopperConfig(2, 128, 2, q_stages=2)),
     Target((128, 128), bias="1hqk", band=CAUSAL, config=HopperConfig(2, 64, 2, turns=True, q_stages=2)),
-    Target((256, 256), band=CAUSAL, config=HopperConfig(2, 64, 2, out_parts=2)),
 ]  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             descriptor(q, (1, ROWS, 1, head)),
             descriptor(k, (1, block_n, 1, head)),
             descriptor(v, (1, block_n, 1, value)),
-            descriptor(out, (1, ROWS, 1, value // config.out_parts)),
+            descriptor(out, (1, ROWS, 1, value)),
             *(bias_desc, pointer, lengths, slopes, sink, lse, rest),
             *(None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
             *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), *mask_tiles(spec, mask, config)),

@@ -42,7 +42,7 @@ class HopperConfig:
 
     consumers: warpgroups of 64 queries each. block_n: keys of a block. num_stages: buffers for key blocks, and for value blocks unless
     v_stages says otherwise. bias_stages: buffers for bias tiles, per consumer. turns: consumers issue their products in turn. own_out: the
-    output has a buffer of its own, through which it leaves in ``out_parts`` pieces. persistent: a grid of as many programs as there are
+    output has a buffer of its own. persistent: a grid of as many programs as there are
     processors. q_stages: buffers for queries, per consumer; the second only where the output has its own. registers: of a thread of a
     consumer other than the first, which gets what is left.
     """
@@ -56,7 +56,6 @@ class HopperConfig:
     persistent: bool = True
     v_stages: int = 0
     q_stages: int = 1
-    out_parts: int = 1
 
     def __post_init__(self) -> None:
         for name, allowed in (("consumers", (1, 2, 3)), ("block_n", (16, 32, 64, 128, 256)), ("bias_stages", (1, 2, 3, 4))):
@@ -64,8 +63,6 @@ class HopperConfig:
                 raise bad_value(name, f"one of {allowed}", getattr(self, name))
         if self.q_stages not in ((1, 2) if self.own_out else (1,)):
             raise bad_value("q_stages", "1, or 2 where the output has a buffer of its own", self.q_stages)
-        if self.out_parts not in ((1, 2) if self.own_out else (1,)):
-            raise bad_value("out_parts", "1, or 2 where the output has a buffer of its own", self.out_parts)
         if self.num_stages < 1:
             raise bad_value("num_stages", "at least 1", self.num_stages)
 
@@ -87,7 +84,7 @@ class HopperConfig:
         return 160 if self.consumers == 3 else 240
 
     def __str__(self) -> str:
-        flags = " turns" * self.turns + f" own-out{'/2' * (self.out_parts == 2)}" * self.own_out + " persistent" * self.persistent
+        flags = " turns" * self.turns + " own-out" * self.own_out + " persistent" * self.persistent
         return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.value_stages} q{self.q_stages} b{self.bias_stages}{flags}"
 
 
@@ -127,7 +124,7 @@ def mask_bytes(spec: AttentionSpec, config: HopperConfig) -> int:
 def shared_memory(spec: AttentionSpec, config: HopperConfig) -> int:
     """Bytes of shared memory of one program of the forward kernel."""
     head, value = padded(spec.head_dim) * 2, padded(spec.value_dim) * 2
-    queries = config.block_m * (max(head, value) if not config.own_out else config.q_stages * head + value // config.out_parts)
+    queries = config.block_m * (max(head, value) if not config.own_out else config.q_stages * head + value)
     keys = config.block_n * (config.num_stages * head + config.value_stages * value)
     bias = config.bias_stages * config.consumers * (bias_bytes(spec, config) + mask_bytes(spec, config))
     barriers = 8 * (5 * config.consumers + 2 * (config.num_stages + config.value_stages) + 2 * config.bias_stages * config.consumers)

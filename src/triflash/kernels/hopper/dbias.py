@@ -27,9 +27,9 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, capped, hide_keys, slope_of, squashed, visible_keys
+from .features import add_alibi, capped, slope_of, squashed, visible_keys
 from .grid import accumulator, stacked
-from .rows import add_bias, exponents, hide, statistics, visible
+from .rows import add_bias, exponents, hide_unseen, statistics
 
 
 @gluon.constexpr_function
@@ -322,7 +322,7 @@ def _consume(
             bias = bias_s.index(buffer).reshape([BM, BN]).load(S)
             if cap is not None:
                 if lengths is not None:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
-                    s = hide_keys(s, n0, n_keys, "0f00000000")
+                    s = hide_unseen(s, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
                 s = capped(squashed(s, cap), cap)
             else:
                 s = s * scale_log2
@@ -332,9 +332,9 @@ def _consume(
                 j = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
                 s = add_alibi(s, slope_of(slopes, slope_strides, b, head), i, j)
             if mask is not None:
-                s = hide(s, shown != 0, float("-inf"))
+                s = add_bias(s, shown, True)
             if lengths is not None:
-                s = hide_keys(s, n0, n_keys, "0fFF800000")
+                s = hide_unseen(s, m0, n0, n_keys, None, None, BM, BN, "0fFF800000")
             p = gl.exp2(exponents(s, lse, rest, HAS_REST, True))
 
             done = at + CHUNKS - 1  # long since full: waited for to keep ptxas from moving the wait for dp up
@@ -342,14 +342,14 @@ def _consume(
             dp = warpgroup_mma_wait(0, [dp_pending])
             _release(bars, at + S_CHUNKS, DP_CHUNKS, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
             if lengths is not None:  # values that are hidden may be anything
-                dp = hide_keys(dp, n0, n_keys, "0f00000000")
+                dp = hide_unseen(dp, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
             acc += p * (dp - gl.expand_dims(delta, 1))
             at += CHUNKS
 
         if first < last:
             # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
             if lo is not None or hi is not None:
-                acc = hide(acc, visible(m0, n0, N, lo, hi, BM, BN), 0.0)
+                acc = hide_unseen(acc, m0, n0, N, lo, hi, BM, BN, "0f00000000")
             if dbias_desc is not None:
                 bias_s.index(buffer).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
                 fence_async_shared()

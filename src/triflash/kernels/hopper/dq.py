@@ -26,7 +26,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, capped, clear_hidden, hide_by, hide_keys, slope_at, slope_of, squashed, visible_keys, weighed
+from .features import add_alibi, capped, clear_hidden, hide_by, slope_at, slope_of, squashed, visible_keys, weighed
 from .forward import visible_blocks
 from .grid import accumulator, locate, share, stacked
 from .rows import add_bias, column_of, exponents, hide_unseen, statistics
@@ -199,7 +199,7 @@ def _step(
         dp = warpgroup_mma_wait(0, [dp_pending])
     mbarrier.arrive(bars.index(V_EMPTY + v_stage))
     if CUT:  # values that are hidden may be anything; keys have been cleared
-        dp = hide_keys(dp, n0, N, "0f00000000")
+        dp = hide_unseen(dp, m0, n0, N, None, None, BM, BN, "0f00000000")
     ds32 = p * (dp - gl.expand_dims(delta, 1))
     if AHEAD and not FIRST:  # before anything is rounded: the product under way reads the registers that the rounded ds will take
         dq = warpgroup_mma_wait(0, [dq_pending])

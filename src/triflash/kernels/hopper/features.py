@@ -2,7 +2,6 @@
 
 from ..triton.prims import LOG2E, offset
 from .compat import fence_async_shared, gl, gluon, thread_barrier
-from .grid import keep_up_to
 
 
 @gluon.jit
@@ -41,15 +40,6 @@ def clear_hidden(tile, shown):
             rows.store(gl.where(number < shown, x, gl.zeros([ROWS, COLUMNS], tile.dtype, SPREAD)))
     fence_async_shared()
     thread_barrier()  # here, else the compiler puts one before every product of the loops behind
-
-
-@gluon.jit
-def hide_keys(x, n0, shown, HIDDEN: gl.constexpr):
-    """A tile whose columns are the keys from n0 on: as it is where a length shows the key, else HIDDEN (``keep_up_to``)."""
-    S: gl.constexpr = x.type.layout
-    COLUMNS: gl.constexpr = x.shape[1]
-    j = gl.expand_dims(n0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, S)), 0)
-    return keep_up_to(x, j, j * 0 + (shown - 1), HIDDEN)
 
 
 @gluon.jit

@@ -26,7 +26,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, capped, clear_hidden, hide_by, hide_keys, slope_of, squashed, visible_keys
+from .features import add_alibi, capped, clear_hidden, hide_by, slope_of, squashed, visible_keys
 from .grid import accumulator, locate, share, stacked
 from .loads import barrier_at, produce, visible_blocks
 from .rows import column_of, hide_unseen
@@ -49,7 +49,7 @@ def _softmax(
     LATE_SCALE: gl.constexpr = (POSITIVE_SCALE or cap is not None) and not BIASED
     if cap is not None:
         if CUT:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
-            s = hide_keys(s, block * BN, N, "0f00000000")
+            s = hide_unseen(s, m0, block * BN, N, None, None, BM, BN, "0f00000000")
         s = squashed(s, cap)
         if not LATE_SCALE:
             s = capped(s, cap)
@@ -107,15 +107,6 @@ def _softmax(
 
 
 @gluon.jit
-def _write_out(o, out_desc, target, b, m0, head, dim, BM: gl.constexpr, PART: gl.constexpr):
-    """PART dims of the output of 64 queries, by way of the shared buffer ``target``."""
-    tma_store_wait(0)  # what the buffer held before must have left it
-    target.reshape([BM, PART]).store(o)
-    fence_async_shared()
-    tma_store(out_desc, [b, m0, head, dim], target)
-
-
-@gluon.jit
 def _finish(
     o, l, m, out_desc, lse, rest, sink, sink_stride, target, m0, head, b, heads, M,
     BM: gl.constexpr, BN: gl.constexpr, BDV: gl.constexpr, DT: gl.constexpr,
@@ -134,13 +125,10 @@ def _finish(
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
     o = (o * gl.expand_dims(gl.convert_layout(weight / l, gl.SliceLayout(1, O)), 1)).to(DT)
-    PART: gl.constexpr = target.shape[3]  # all dims of the value, or one half after the other
-    if PART == BDV:
-        _write_out(o, out_desc, target, b, m0, head, 0, BM, PART)
-    else:
-        left, right = gl.split(gl.permute(gl.reshape(o, [BM, 2, PART]), (0, 2, 1)))
-        _write_out(left, out_desc, target, b, m0, head, 0, BM, PART)
-        _write_out(right, out_desc, target, b, m0, head, PART, BM, PART)
+    tma_store_wait(0)  # what this buffer held before must have left it
+    target.reshape([BM, BDV]).store(o)
+    fence_async_shared()
+    tma_store(out_desc, [b, m0, head, 0], target)
     i = m0 + gl.arange(0, BM, ROWS)
     row_lse = gl.where(unseen, float("-inf"), (m + gl.log2(l)) * LN2)
     at_row = offset(b * heads + head, M) + i
@@ -379,7 +367,7 @@ def forward(
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
-    OWN_OUT: gl.constexpr, REGISTERS: gl.constexpr, Q_STAGES: gl.constexpr = 1,
+    OWN_OUT: gl.constexpr, REGISTERS: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``locate`` says.
 

@@ -50,21 +50,6 @@ def add_bias(s, bias, IS_MASK: gl.constexpr):
 
 
 @gluon.jit
-def visible(m0, n0, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr):
-    """Which keys of a tile exist and are seen by which of its queries; along queries of size 1 where that is all the same to them."""
-    S: gl.constexpr = accumulator(BN)
-    j = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
-    i = m0 + gl.arange(0, BM, gl.SliceLayout(1, S))
-    if hi is not None:  # one comparison a score: the last key that exists and that the query sees
-        seen = j <= gl.expand_dims(gl.minimum(i + hi, N - 1), 1)
-    else:
-        seen = j < N
-    if lo is not None:
-        seen = seen & (j >= gl.expand_dims(i + lo, 1))
-    return seen
-
-
-@gluon.jit
 def hide_unseen(x, m0, n0, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr, HIDDEN: gl.constexpr):
     """x of BM queries from m0 and BN keys from n0 on where the key exists and the query sees it, else HIDDEN (``keep_up_to``)."""
     S: gl.constexpr = accumulator(BN)
@@ -77,13 +62,6 @@ def hide_unseen(x, m0, n0, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr, HIDDEN
     if lo is not None:
         x = keep_up_to(x, gl.expand_dims(i + lo, 1), j, HIDDEN)
     return x
-
-
-@gluon.jit
-def hide(x, seen, hidden):
-    """x where seen, else ``hidden``."""
-    seen, x = gl.broadcast(seen, x)
-    return gl.where(seen, x, hidden)
 
 
 @gluon.jit
