@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..terminal import table_console
 from . import compare as comparison
 from . import machine, plots, report
 from .measure import DeviceLostError, Settings, compile_only, measure
@@ -36,7 +37,7 @@ def run(options: Options) -> int:
     settings = Settings(options.passes, device, options.budget, options.min_samples, options.seed)
     if options.part is not None:
         return _prepare_part(options, settings)
-    console = _console()
+    console = table_console()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.prepare and device.type == "cuda":
         _prepare(options, settings, console)
@@ -74,7 +75,7 @@ def run(options: Options) -> int:
 def compare(before: Path, after: Path, effect: float, alpha: float, everything: bool) -> int:
     """``triflash bench compare``; effect in percent. Raises ValueError or OSError for files that are no runs."""
     a, b = Run.load(before), Run.load(after)
-    comparison.show(a, b, comparison.compare(a, b, effect / 100, alpha), _console(), everything)
+    comparison.show(a, b, comparison.compare(a, b, effect / 100, alpha), table_console(), everything)
     return FINE
 
 
@@ -83,16 +84,11 @@ def plot(path: Path, folder: Path | None) -> int:
     found = Run.load(path)
     folder = path.parent if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
-    console = _console()
+    console = table_console()
     report.show(found, console)
     written = [*report.save(found, folder), *plots.draw(found, folder)]
     console.print("\nWritten: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True, markup=False)
     return FINE
-
-
-def _console() -> Console:
-    """As wide as the terminal; in a file there is no reason to fold a table."""
-    return Console() if sys.stdout.isatty() else Console(width=180)
 
 
 def _without_out(words: tuple[str, ...]) -> list[str]:

@@ -61,7 +61,7 @@ def show(console: Console, results: Iterable[Result], tried: Sequence[Tried]) ->
     table = Table(title="The default configuration of each kernel, and the best that was found", title_justify="left")
     for heading in ("kernel", "problem", "default", "µs", "TFLOP/s", "best", "µs", "TFLOP/s", "faster", "ran of"):
         words = heading in ("kernel", "problem", "default", "best")
-        table.add_column(heading, justify="left" if words else "right", no_wrap=heading != "problem")
+        table.add_column(heading, justify="left" if words else "right", overflow="fold")
     for each in results:
         same = each.best == each.default
         times = [(_micro(ms), _speed(each.kernel, each.case, ms)) for ms in (each.default_ms, each.best_ms)]

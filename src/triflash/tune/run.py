@@ -14,6 +14,7 @@ from ..errors import bad_value
 from ..plan import overlay
 from ..plan.configs import Problem, TileConfig
 from ..plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
+from ..terminal import table_console
 from . import report
 from .candidates import Built, Compiler, Job, candidates, shares
 from .cases import Case
@@ -39,7 +40,7 @@ def run(options: Options) -> int:
         raise bad_value("triflash tune", "Triton", problem)
     if interpreting():
         raise bad_value("TRITON_INTERPRET", "0: tuning compiles kernels", "1")
-    console = Console()
+    console = table_console()
     with Compiler(options.workers) as compiler:
         if options.device is not None:
             return compile_only(options, KNOWN_DEVICES[options.device], compiler, console)

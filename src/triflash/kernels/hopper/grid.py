@@ -24,7 +24,7 @@ def _selection(hidden):
 def keep_up_to(x, at, last, HIDDEN: gl.constexpr):
     """x, float32, where ``at <= last``, else HIDDEN, a float32 as PTX writes it; numbers of 32 bits that broadcast to x.
 
-    In assembly, because of a comparison of whole tiles LLVM makes a vector of bits, packed and unpacked: twice as many instructions for a score.
+    In assembly, because of a comparison of whole tiles LLVM makes a vector of bits, packed and unpacked: twice the instructions.
     """
     at, x = gl.broadcast(at, x)
     last, x = gl.broadcast(last, x)
