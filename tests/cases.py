@@ -498,13 +498,7 @@ def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
         empty = 0 in (case.B, case.H, case.M, case.N)
         masked = case.mask is not None and case.bias is not None  # beside a bias, both must vary over keys
         apart = masked and any(bias_shape(case, pattern)[-1] != case.N for pattern in (case.bias, case.mask))
-        return (
-            not can
-            or empty
-            or apart
-            or replace(case, Hk=None, mask=None, lengths=None, alibi=None, sink=False, softcap=0.0).has_features
-            or max(case.D, case.Dv or case.D) > MAX_HEAD_DIM
-        )
+        return not can or empty or apart or max(case.D, case.Dv or case.D) > MAX_HEAD_DIM
     return backend == "triton" and (torch.float64 in dtypes or (on_interpreter and torch.bfloat16 in dtypes))
 
 

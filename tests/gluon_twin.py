@@ -30,6 +30,7 @@ from torch import Tensor
 
 import triflash
 from triflash import ops
+from triflash.dropout import philox2x32
 from triflash.launch.calls import Call
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.hopper import HopperConfig
@@ -43,8 +44,8 @@ _here = threading.local()  # of a partition: what is under way; the program's in
 class Scalar(int):
     """An integer that a kernel computes with: divides as the GPU does, towards zero, and a comparison of it is one of its kind."""
 
-    def to(self, dtype: object) -> Scalar:
-        return self
+    def to(self, dtype: object, bitcast: bool = False) -> Scalar:
+        return Scalar(self & 2**dtype - 1) if isinstance(dtype, int) else self  # unsigned dtypes are their bits here
 
 
 def _quotient(a: int, b: int) -> int:
@@ -294,15 +295,39 @@ def fence() -> None:
     _here.unfenced.clear()
 
 
+def _wrapped(x: int) -> int:
+    """x as an int32 has it."""
+    return (x + 2**31) % 2**32 - 2**31
+
+
+def _drawn(keys_by_row: bool, arguments: Sequence[Any]) -> Any:
+    """The marks of ``kernels/hopper/dropout.py``: of every 16 by 16 elements, those of two rows and two columns share a counter."""
+    j, i, key, keep = (x.long() & 0xFFFFFFFF for x in arguments)
+    rows, columns = (torch.arange(n) for n in j.shape)
+    first = (rows & ~8)[:, None], (columns & ~8)[None, :]
+    words = philox2x32((j[first], i[first]), key)
+    upper, left = (rows & 8)[:, None] == 0, (columns & 8)[None, :] == 0
+    query, half = (left, upper) if keys_by_row else (upper, left)
+    word = torch.where(query, *words)
+    number = torch.where(half, word, word >> 16) & 0x7FFF
+    return torch.where(number + (keep & 0xFFFF) >= 0x8000, -1, 0).to(torch.int16)  # keep has it in both halves
+
+
 def inline_asm(text: str, _constraints: str, arguments: Sequence[Any], dtype: Any, *_: object) -> Any:
-    """A copy, a choice, ``squashed`` and ``weighed`` of a soft cap, or a barrier of the processor, where the partitions of four warps meet that
-    its number of threads says.
+    """A copy, a choice, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, or a barrier of the processor, where the partitions of
+    four warps meet that its number of threads says.
     """
     if text == "mov.b32 $0, $1;":
         return arguments[0]
     if "setp.le.s32 p, $2, $3; selp.f32 $0, $1, " in text:
         x, at, last = arguments
         return torch.where(at <= last, x, {"0fFF800000": -math.inf, "0f00000000": 0.0}[text.split(", ")[-2]])
+    if "mul.wide" in text:
+        return _drawn("/* keys by row */" in text, arguments)
+    if "prmt" in text:
+        return torch.where(arguments[1] < 0, arguments[0], 0.0).to(dtype)
+    if "shl" in text:
+        return torch.where(arguments[1] < 0, arguments[0], -arguments[0].abs())
     if "cvt" in text:
         x, u = arguments
         return torch.exp2(x).to(dtype[0]), torch.exp2(x) * (-4.0 * u * (1.0 + u))
@@ -372,7 +397,7 @@ def _path(module: str) -> Path:
 @functools.lru_cache(maxsize=256)
 def _compiled(module: str, text: str) -> tuple[list[ast.ImportFrom], CodeType]:
     """What a module imports from others, and the rest of it."""
-    tree = ast.parse(re.sub(r"\b[sux]\.type\.layout", "None", text))
+    tree = ast.parse(re.sub(r"\b\w+\.type\.layout|(?<=\[x\], )x\.dtype", "None", text))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module not in ("compat", None)]
     tree.body = [node for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom))]
     return imports, compile(tree, str(_path(module)), "exec")
@@ -393,11 +418,11 @@ def namespace(module: str, loaded: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _stand_ins() -> dict[str, Any]:
     gl = SimpleNamespace(
         constexpr=lambda x: x, static_range=range, float32=torch.float32, float16=torch.float16,
-        bfloat16=torch.bfloat16, int32=torch.int32, int64=torch.int64, cast=lambda x, _: x,
+        bfloat16=torch.bfloat16, int16=torch.int16, int32=torch.int32, int64=torch.int64, uint32=32, uint64=64, cast=lambda x, _: x,
         arange=lambda a, b, _: torch.arange(a, b), zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype),
-        full=lambda shape, x, dtype, _: torch.full(shape, x, dtype=dtype), where=where, expand_dims=torch.unsqueeze,
+        full=lambda shape, x, dtype, _: torch.full(shape, _wrapped(x) if dtype == torch.int32 else x, dtype=dtype), where=where, expand_dims=torch.unsqueeze,
         broadcast=torch.broadcast_tensors, fma=lambda a, b, c: a * b + c, exp2=torch.exp2, log2=torch.log2, abs=torch.abs,
-        sum=torch.sum, max=torch.amax, minimum=lambda a, b: torch.minimum(a, torch.as_tensor(b)), maximum=torch.maximum,
+        sum=torch.sum, max=torch.amax, minimum=lambda a, b: torch.minimum(a, torch.as_tensor(b)), maximum=lambda a, b: torch.maximum(a, torch.as_tensor(b)),
         convert_layout=lambda x, _: x, load=load, store=store, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
         inline_asm_elementwise=inline_asm, program_id=lambda _: Scalar(_here.program[0]), num_programs=lambda _: Scalar(_here.program[1]),
         SliceLayout=_layout, BlockedLayout=_layout, DotOperandLayout=_layout, NVMMADistributedLayout=_layout,

@@ -92,7 +92,6 @@ REFUSED = [
     ),
     ("sm90", spec("11hq1", mask=BiasSpec("bool", (True,) * 5)), "a mask beside a bias of which one does not vary over keys", "triton"),
     ("sm90", spec(alibi=True, softcap=501.0, groups=2), "a soft cap of 501", "triton"),
-    ("sm90", spec(dropout=0.1), "dropout", "triton"),
 ]
 
 

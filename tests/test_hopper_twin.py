@@ -36,7 +36,7 @@ def check(case: Case, processors: int = 2, seed: int = 0, **configs: Config) -> 
     wanted = inputs.wanted()
     with gluon_twin.twin_device(processors, seed), override_configs(**configs), triflash.record_launches() as ran:
         x, options = inputs.operands(), (case.batch_inner, *case.band, case.softmax_scale, "", "hopper")
-        out, lse = torch.ops.triflash.forward(*x[:4], *options, *x[4:], case.softcap)[
+        out, lse = torch.ops.triflash.forward(*x[:4], *options, *x[4:], case.softcap, case.dropout)[
             :2
         ]  # the seed's functions would be deterministic here
         outputs, cotangents = ([out], [inputs.dout]) if inputs.dlse is None else ([out, lse], [inputs.dout, inputs.dlse])
@@ -247,6 +247,31 @@ def test_forward_with_masks_beside_biases(config: HopperConfig, case: Case) -> N
     check(replace(case, grads="", dlse=False), 1, 1, forward=config)
 
 
+DROPPED = [
+    Case("full", B=2, M=130, N=150, dropout=0.3),
+    Case("causal, grouped, sink", B=2, M=200, N=200, H=4, Hk=2, causal=True, sink=True, dropout=0.5, dtype=BF16, dlse=True),
+    Case("bias, window", B=2, M=150, N=200, bias="11hqk", lo=-40, hi=60, dropout=0.1),
+    Case("bias of full shape, mask", B=2, M=130, N=140, bias="b1hqk", bias_dtype=F32, mask="b111k", causal=True, dropout=0.2),
+    Case("bias of keys, soft cap", B=2, M=140, N=150, bias="11h1k", softcap=3.0, hi=90, dropout=0.2),
+    Case("lengths, slopes", B=2, M=130, N=150, lengths=(64, 150), alibi="h", dropout=0.9),
+]
+
+
+@pytest.mark.parametrize("D", [16, 64, 136])
+@pytest.mark.parametrize("case", DROPPED, ids=str)
+def test_dropout(case: Case, D: int) -> None:
+    check(replace(case, D=D), 2, D)
+    if D <= 64:
+        for config in (KeysConfig(2, 2, early=True), KeysConfig(2, 1)):
+            check(replace(case, D=D), 3, D, dqdkdv=config)
+
+
+@pytest.mark.parametrize("case", DROPPED, ids=str)
+@pytest.mark.parametrize("config", FORWARD_CONFIGS[1::3], ids=lambda c: str(c).replace(" ", "-"))
+def test_forward_with_dropout(config: HopperConfig, case: Case) -> None:
+    check(replace(case, grads="", dlse=False), 1, 1, forward=config)
+
+
 def test_the_rounding_error_of_a_soft_cap() -> None:
     """What plan/hopper.py says of it, by the arithmetic of ``squashed`` with instructions as inexact as they may be."""
     generator = torch.Generator().manual_seed(0)
@@ -280,6 +305,7 @@ AXES: dict[str, list[Any]] = {
     "alibi": [None, "h", "bh"],
     "sink": [False, True],
     "softcap": [0.0, 1.5],
+    "dropout": [0.0, 0.2],
     "dlse": [False, True],
     "grads": ["qkvbs", "qkvbs", "b", "qv", "kb", "k", "v", "qs"],
     "layout": ["plain", "plain", "mixed"],
@@ -307,7 +333,21 @@ def test_features_together(number: int) -> None:
     if row["bias_dtype"] == BOOL and row["bias_values"] == "inf":
         row["bias_values"] = "normal"
     row["dlse"] = row["dlse"] and row["grads"] not in ("v", "")  # which lse does not depend on
-    plain = ("dtype", "bias", "bias_dtype", "bias_values", "mask", "scale", "alibi", "sink", "softcap", "dlse", "grads", "layout")
+    plain = (
+        "dtype",
+        "bias",
+        "bias_dtype",
+        "bias_values",
+        "mask",
+        "scale",
+        "alibi",
+        "sink",
+        "softcap",
+        "dropout",
+        "dlse",
+        "grads",
+        "layout",
+    )
     sizes = dict(B=outer * inner, M=M, N=N, H=H, Hk=Hk, D=D, Dv=Dv, lo=lo, hi=hi, batch_inner=inner, lengths=row["lengths_shown"])
     configs = {name: row[key] for name, key in (("dqdkdv", "keys"), ("forward", "forward")) if row[key] is not None}
     check(Case(f"together {number}", seed=number, **sizes, **{name: row[name] for name in plain}), row["processors"], number, **configs)

@@ -5,7 +5,8 @@ size drops the same ones and a backward pass can draw them again. ``kernels/trit
 
 Method: Philox with 7 rounds, counter-based (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): Philox-4x32 gives every
 head of every batch entry a stream of its own, Philox-2x32 the bits of its scores. The latter costs a product and an exclusive or a round,
-little enough that each score draws its own, whatever the layout of a tile.
+and its 64 bits are enough for four scores: those of two queries and two keys that lie 8 apart, which is what one thread holds of a tile's
+scores in the Hopper kernels, transposed or not.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 def threshold(p: float) -> int:
-    """Of a 31-bit random number, below which a probability is dropped."""
-    return min(int(p * 2**31), 2**31 - 1)
+    """Of a 15-bit random number, below which a probability is dropped: p to the nearest multiple of 2^-15, but never all of them."""
+    return min(round(p * 2**15), 2**15 - 1)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -59,13 +60,14 @@ def keep_mask(seed: Tensor, p: float, batch: int, heads: int, rows: slice, cols:
     """``[batch, heads, rows, cols]`` bool, True where a probability is kept, which each is with probability ``1 - p``.
 
     seed: int64 ``(2,)``, seed and offset. The stream of a head: the first two words (key, twist) of Philox-4x32 of the counter (batch entry
-    and head, 0, offset) with the seed as key. The number of a score: the first word of Philox-2x32 of the counter (key index, query index ^
-    twist), without its lowest bit.
+    and head, 0, offset) with the seed as key. The number of a score of query i and key j: of Philox-2x32 of the counter (j, i ^ twist), bit
+    3 of both i and j taken as 0, the word that bit 3 of i says, its upper or lower half as bit 3 of j says, without the half's highest bit.
     """
     pair = torch.arange(batch * heads, device=seed.device)
     low, high = seed & _WORD, (seed >> 32) & _WORD
     key, twist, _, _ = philox4x32((pair, torch.zeros_like(pair), low[1], high[1]), (low[0], high[0]))
     i = torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
     j = torch.arange(cols.start, cols.stop, device=seed.device)
-    word, _ = philox2x32((j, i ^ twist[:, None, None]), key[:, None, None])
-    return (word >> 1 >= threshold(p)).unflatten(0, (batch, heads))
+    words = philox2x32((j & ~8, (i & ~8) ^ twist[:, None, None]), key[:, None, None])
+    number = torch.where((i & 8) == 0, *words) >> 2 * (j & 8) & 0x7FFF
+    return (number >= threshold(p)).unflatten(0, (batch, heads))

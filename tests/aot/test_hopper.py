@@ -46,13 +46,21 @@ class Target:
     softcap: float = 0.0
     mask: str = ""
     lengths: bool = False
+    dropout: float = 0.0
+    slopes: bool = False
     spills: int = 0
 
     def __str__(self) -> str:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
-        cap = "soft-cap" * (self.softcap > 0) + f"mask-{self.mask}" * bool(self.mask) + "lengths" * self.lengths
+        cap = (
+            "soft-cap" * (self.softcap > 0)
+            + f"mask-{self.mask}" * bool(self.mask)
+            + "lengths" * self.lengths
+            + "dropout" * (self.dropout > 0)
+            + "slopes" * self.slopes
+        )
         parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), cap, str(self.config or ""))
         return "-".join(part.replace(" ", "-") for part in parts if part)
 
@@ -109,6 +117,14 @@ TARGETS = [
     Target((64, 64), lengths=True, config=HopperConfig(3, 16, 2)),
     Target((64, 64), bias="1hqk", mask="b11k", lengths=True, softcap=50.0),
     Target((128, 128), bias="bhqk", band=WINDOW, mask="b1qk", lengths=True),
+    # ALiBi, one- and two-sided.
+    *(Target((d, d), band=band, slopes=True) for d in (64, 128, 256) for band in ((None, None), CAUSAL)),
+    Target((64, 64), bias="1hqk", band=CAUSAL, slopes=True, softcap=50.0),
+    # Dropout.
+    *(Target((d, d), band=band, length=length, dropout=0.1) for d in (64, 128, 256) for band, length in (((None, None), EVEN), (CAUSAL, UNEVEN))),
+    Target((16, 16), F16, length=ODD, dropout=0.1),
+    *(Target((d, d), bias="1hqk", band=CAUSAL, dropout=0.1) for d in (64, 128, 256)),
+    Target((128, 128), F16, bias="1h1k", mask="b11k", band=WINDOW, lengths=True, softcap=50.0, dropout=0.1),
     # What the plan does not choose (or not yet), and tests choose by hand.
     Target((64, 64), F16, bias="1hqk", band=WINDOW, config=HopperConfig(1, 16, 1)),
     Target((128, 128), config=HopperConfig(2, 64, 3, 2, turns=True, own_out=False, v_stages=2)),
@@ -130,6 +146,14 @@ def lengths_of(wanted: bool, batch: int) -> torch.Tensor | None:
     return torch.empty(batch, device="meta", dtype=torch.int32) if wanted else None
 
 
+def slopes_of(wanted: bool, heads: int) -> torch.Tensor | None:
+    return torch.empty(1, heads, device="meta", dtype=F32) if wanted else None
+
+
+def seed_of(dropout: float) -> torch.Tensor | None:
+    return torch.empty(2, device="meta", dtype=torch.int64) if dropout else None
+
+
 def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[AttentionSpec, Call]:
     """The launch of a target on meta tensors."""
 
@@ -147,11 +171,12 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
     mask = mask_of(target.mask, batch, heads, target.length)
     lengths = lengths_of(target.lengths, batch)
-    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, lengths, softcap=target.softcap)
+    slopes, seed = slopes_of(target.slopes, heads), seed_of(target.dropout)
+    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, lengths, slopes, None, seed, target.softcap, target.dropout)
     kept = torch.empty_like(lse) if bias is not None and bias.dtype != BOOL else None
     with override_configs(forward=target.config) if target.config else nullcontext():
         plan = plan_forward(spec, SM90, "hopper")
-    (call,) = forward_calls(plan, spec, Operands(q, k, v, bias, mask, lengths), Saved(out, lse, kept))
+    (call,) = forward_calls(plan, spec, Operands(q, k, v, bias, mask, lengths, slopes, dropout_seed=seed), Saved(out, lse, kept))
     return spec, call
 
 

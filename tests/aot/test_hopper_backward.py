@@ -13,7 +13,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from machine_code import ambiguous_descriptors, assembled, disassembled, serialised, unfenced_products, unfenced_releases
-from test_hopper import lengths_of, mask_of
+from test_hopper import lengths_of, mask_of, seed_of, slopes_of
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
@@ -54,6 +54,8 @@ class Target:
     softcap: float = 0.0
     mask: str = ""
     lengths: bool = False
+    dropout: float = 0.0
+    slopes: bool = False
 
     def __str__(self) -> str:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
@@ -61,6 +63,7 @@ class Target:
         band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
         heads = f"g{self.groups}" * (self.groups > 1)
         own = "fixed" * (not self.adds) + "soft-cap" * (self.softcap > 0) + f"mask-{self.mask}" * bool(self.mask) + "lengths" * self.lengths
+        own += "dropout" * (self.dropout > 0) + "slopes" * self.slopes
         parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), self.grads, heads, own)
         return "-".join(part.replace(" ", "-") for part in (*parts, str(self.config or "")) if part)
 
@@ -141,6 +144,14 @@ TARGETS = [
     Target((256, 256), bias="1hqk", softcap=30.0, lengths=True),
     Target((256, 256), band=CAUSAL, grads="k", lengths=True),
     Target((64, 64), grads="v", lengths=True),
+    # ALiBi, one- and two-sided.
+    *(Target((d, d), band=band, slopes=True, spills=LOOP) for d in (64, 128, 256) for band in ((None, None), CAUSAL)),
+    # Dropout.
+    *(Target((d, d), band=band, adds=adds, dropout=0.1) for d in (64, 128) for band in (CAUSAL, (None, None)) for adds in (False, True)),
+    *(Target((256, 256), band=band, dropout=0.1) for band in ((None, None), CAUSAL)),
+    *(Target((d, d), bias="1hqk", band=CAUSAL, dropout=0.1) for d in (64, 128, 256)),
+    *(Target((d, d), F16, band=CAUSAL, grads=grads, dropout=0.1) for d in (64, 128) for grads in ("v", "k")),
+    *(Target((d, d), bias="1h1k", grads="qkvb", softcap=50.0, lengths=True, dropout=0.1) for d in (64, 256)),
     # Candidates that the plan does not choose here.
     Target((128, 128), config=KeysConfig(1, 1), spills=80),
     Target((64, 64), bias="1hqk", config=KeysConfig(2, 2), band=CAUSAL),
@@ -162,13 +173,13 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
         b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
     mask, lengths = mask_of(target.mask, batch, heads, target.length), lengths_of(target.lengths, batch)
-    spec = replace(
-        spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, lengths, softcap=target.softcap), deterministic=not target.adds
-    )
+    slopes, seed = slopes_of(target.slopes, heads), seed_of(target.dropout)
+    numbers = (target.softcap, target.dropout, not target.adds)
+    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, lengths, slopes, None, seed, *numbers)
     needs = Needs(*(letter in target.grads for letter in "qkvb"))
     with override_configs(**{target.kernel: target.config}) if target.config else nullcontext():
         plan = plan_backward(spec, needs, SM90, "hopper")
-    calls = ahead.calls_of(plan, spec, needs, q, k, v, bias, mask, lengths)
+    calls = ahead.calls_of(plan, spec, needs, q, k, v, bias, mask, lengths, slopes, None, seed)
     ((step, call),) = ((step, call) for step, call in zip(plan.steps, calls, strict=True) if step.kernel in ("dkdv", "dqdkdv"))
     assert step.kernel == target.kernel
     return spec, step, call

@@ -23,7 +23,9 @@ from test_hopper import (
     disassembled,
     lengths_of,
     mask_of,
+    seed_of,
     serialised,
+    slopes_of,
     unfenced_products,
     unfenced_releases,
 )
@@ -58,6 +60,8 @@ class Target:
     softcap: float = 0.0
     mask: str = ""
     lengths: bool = False
+    dropout: float = 0.0
+    slopes: bool = False
     spills: int = 0
 
     def __str__(self) -> str:
@@ -65,7 +69,13 @@ class Target:
         kernel = f"dbias-in-{self.splits}" if self.splits else "dq-and-dbias" if self.gradient else "dq"
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {OPEN: "full", CAUSAL: "causal"}.get(self.band, "window")
-        cap = "soft-cap" * (self.softcap > 0) + f"mask-{self.mask}" * bool(self.mask) + "lengths" * self.lengths
+        cap = (
+            "soft-cap" * (self.softcap > 0)
+            + f"mask-{self.mask}" * bool(self.mask)
+            + "lengths" * self.lengths
+            + "dropout" * (self.dropout > 0)
+            + "slopes" * self.slopes
+        )
         parts = (kernel, dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), cap, str(self.config or ""))
         return "-".join(part.replace(" ", "-") for part in parts if part) + f"-group-{self.group}" * (self.group > 1)
 
@@ -125,6 +135,13 @@ TARGETS = [
     dbias(128, "1hqk", softcap=50.0, lengths=True, spills=20),
     dq(128, "1hqk", CAUSAL, mask="b1qk", lengths=True, softcap=50.0, spills=20),
     dbias(64, "1hqk", CAUSAL, mask="b11k", lengths=True, softcap=50.0, spills=20),
+    # ALiBi, one- and two-sided.
+    *(dq(d, band=band, slopes=True) for d in (64, 128) for band in (OPEN, CAUSAL)),
+    *(dbias(128, "1hqk", band, slopes=True) for band in (OPEN, CAUSAL)),
+    # Dropout.
+    *(dq(d, band=band, dropout=0.1) for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
+    *(dq(d, "bhqk", CAUSAL, True, dropout=0.1) for d in (64, 128, 256)),
+    *(dbias(d, "1hqk", band, dropout=0.1) for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
     # What the plan falls back to, and what may turn out faster.
     dq(128, band=CAUSAL, config=RowsConfig(2, 128, 2, own_out=False, ahead=False)),
     dq(64, "bhqk", CAUSAL, True, config=RowsConfig(2, 128, 2, 2, ahead=False)),
@@ -155,7 +172,9 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Call, int
         b, *rest = (size if letter != "1" else 1 for letter, size in zip(target.bias, sizes, strict=True))
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
     mask, lengths = mask_of(target.mask, batch, heads, target.length), lengths_of(target.lengths, batch)
-    spec = spec_of(q, make(*q.shape), dout, bias, 1, *target.band, 0.125, "ieee", mask, lengths, softcap=target.softcap)
+    slopes, seed = slopes_of(target.slopes, heads), seed_of(target.dropout)
+    numbers = (target.softcap, target.dropout)
+    spec = spec_of(q, make(*q.shape), dout, bias, 1, *target.band, 0.125, "ieee", mask, lengths, slopes, None, seed, *numbers)
     stats = torch.empty((batch * heads, 3 if spec.keeps_rest else 2, -(-target.length // 128) * 128), device="meta", dtype=F32)
     if target.splits:
         assert bias is not None and plan.dbias_works(spec)
@@ -164,12 +183,12 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Call, int
         dtype = bias.dtype if target.splits == 1 else F32
         parts = make(target.splits, *bias.shape, dtype=dtype)
         programs = plan.dbias_programs(spec, config, target.splits, SM90.processors)
-        operands = (q, k, v, bias, dout, stats, parts, lengths, None, mask)
+        operands = (q, k, v, bias, dout, stats, parts, lengths, slopes, mask, seed)
         return dbias_call(spec, config, programs, target.splits, *operands), plan.dbias_shared_memory(spec, config)
     config = target.config or plan.dq_config(spec, SM90.shared_memory, target.gradient)
     assert config is not None
     full = make(*bias.shape, dtype=bias.dtype) if bias is not None and target.gradient else None
-    operands = (q, k, v, bias, dout, stats, grad, full, lengths, None, mask)
+    operands = (q, k, v, bias, dout, stats, grad, full, lengths, slopes, mask, seed)
     call = dq_call(spec, config, plan.dq_programs(spec, config, SM90.processors), *operands)
     return call, plan.dq_shared_memory(spec, config, target.gradient)
 

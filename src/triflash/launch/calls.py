@@ -10,12 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dropout import threshold
 from ..plan.configs import TileConfig
 from ..plan.hopper import HopperConfig
 from ..plan.hopper_backward import KeysConfig
 from ..spec import AttentionSpec, Saved
 
-__all__ = ["SMALLEST_SCALE", "Call", "address_of", "bias_strides", "cap_of", "sink_gradient", "slope_strides", "start"]
+__all__ = [
+    "SMALLEST_SCALE",
+    "Call",
+    "address_of",
+    "alibi_of",
+    "bias_strides",
+    "cap_of",
+    "dropout_of",
+    "rescale",
+    "sink_gradient",
+    "slope_strides",
+    "start",
+]
 
 LN2 = 0.6931471805599453
 LOG2E = 1.4426950408889634
@@ -62,6 +75,25 @@ def cap_of(spec: AttentionSpec) -> tuple[float, float] | None:
         return None
     factor = 2.0 * LOG2E * spec.scale / spec.softcap
     return max(-LARGEST_FACTOR, min(factor, LARGEST_FACTOR)), max(SMALLEST_SCALE, spec.softcap * LOG2E)
+
+
+def alibi_of(spec: AttentionSpec) -> int:
+    """Which form of ALIBI the Hopper kernels take (``kernels/hopper/features.ONE_SIDED``): queries are counted so that the last meets the
+    last key, and a bound to the right may keep all of them from seeing a key behind them.
+    """
+    if not spec.alibi:
+        return 0
+    return 2 if spec.hi is not None and spec.hi <= spec.keys - spec.queries else 1
+
+
+def dropout_of(spec: AttentionSpec, seed: Tensor | None) -> tuple[Tensor, int, float] | None:
+    """What the Hopper kernels take of dropout (``kernels/hopper/dropout.stream_of``); None: there is none."""
+    return None if seed is None else (seed, threshold(spec.dropout), rescale(spec))
+
+
+def rescale(spec: AttentionSpec) -> float:
+    """What a probability that dropout keeps is multiplied by."""
+    return 1 / (1 - spec.dropout)
 
 
 def address_of(x: Tensor) -> int:

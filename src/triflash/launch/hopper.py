@@ -20,7 +20,7 @@ from ..plan.configs import padded
 from ..plan.hopper import ROWS, HopperConfig, bias_block, mask_block, schedule, whole_tiles
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
-from .calls import SMALLEST_SCALE, Call, bias_strides, cap_of, slope_strides, start
+from .calls import SMALLEST_SCALE, Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides, start
 
 __all__ = ["addressable", "descriptor", "forward", "forward_calls", "mask_tiles", "padded_rows", "ready", "ready_bias", "ready_operands"]
 
@@ -38,7 +38,7 @@ def forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> None:
 
 def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches of a forward pass; all tensors are addressable."""
-    q, k, v, bias, mask, lengths, slopes, sink, _ = x
+    q, k, v, bias, mask, lengths, slopes, sink, seed = x
     out, lse, rest = saved
     calls = []
     for step in plan.steps:
@@ -61,7 +61,8 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             descriptor(out, (1, ROWS, 1, value)),
             *(bias_desc, pointer, lengths, slopes, sink, lse, rest),
             *(None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
-            *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), *mask_tiles(spec, mask, config)),
+            *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), dropout_of(spec, seed)),
+            *mask_tiles(spec, mask, config),
             *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
             *(tiles_m, tiles, *schedule(spec, config, step.programs)),
         )
@@ -76,6 +77,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             "VARIES_M": spec.bias is not None and spec.bias.varies[3],
             "POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE,
             "EVEN_N": spec.keys % block_n == 0 and not spec.key_lengths,
+            "ALIBI": alibi_of(spec),
             "TURNS": config.turns,
             "OWN_OUT": config.own_out,
             "REGISTERS": config.registers,

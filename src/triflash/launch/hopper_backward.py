@@ -18,7 +18,7 @@ from ..plan.hopper_steps import EDGE
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
-from .calls import Call, bias_strides, cap_of, sink_gradient, slope_strides, start
+from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, rescale, sink_gradient, slope_strides, start
 from .hopper import addressable, descriptor, padded_rows, ready, ready_operands
 from .triton import partial_sums, row_strides
 
@@ -40,7 +40,7 @@ def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: T
         if grad is not None and filled is not None and filled is not grad:
             grad.copy_(filled)
     if grads.dsink is not None and x.sink is not None:
-        delta = stats[:, DELTA, : spec.queries].unflatten(0, (spec.batch, spec.heads))
+        delta = stats[:, DELTA, : spec.queries].unflatten(0, (spec.batch, spec.heads)) * rescale(spec)
         grads.dsink.copy_(sink_gradient(x.sink, saved, delta))
 
 
@@ -86,7 +86,21 @@ def backward_calls(
             full = dbias if "dbias" in step.gives else None
             calls.append(
                 hopper_rows.dq_call(
-                    spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full, x.key_lengths, x.alibi_slopes, x.mask
+                    spec,
+                    step.config,
+                    step.programs,
+                    q,
+                    k,
+                    v,
+                    bias,
+                    dout,
+                    stats,
+                    target,
+                    full,
+                    x.key_lengths,
+                    x.alibi_slopes,
+                    x.mask,
+                    x.dropout_seed,
                 )
             )
         elif step.kernel == "finish":
@@ -95,7 +109,7 @@ def backward_calls(
         elif step.kernel == "dbias":
             parts = partial_sums(step, dbias)
             assert isinstance(step.config, RowsConfig) and bias is not None and parts is not None
-            operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask)
+            operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed)
             calls.append(hopper_rows.dbias_call(spec, step.config, step.programs, step.splits, *operands))
         elif step.kernel == "dbias_sum":
             assert dbias is not None and step.config is not None
@@ -129,7 +143,7 @@ def prepare_call(
     args = (
         *(out, dout, dlse, lse, rest if stats.shape[1] == 3 else None, stats, dq_sum),
         *(out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride(), lse.stride()),
-        *(spec.heads, spec.queries, stats.shape[2]),
+        *(spec.heads, spec.queries, stats.shape[2], 1 / rescale(spec)),
     )
     row = 4 if dq_sum is None else dq_sum.shape[3]
     constants = {
@@ -146,7 +160,7 @@ def prepare_call(
 
 def finish_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor) -> Call:
     """dq from its float32 sum."""
-    args = (dq_sum, dq, dq.stride()[:3], spec.heads, spec.queries, spec.scale)
+    args = (dq_sum, dq, dq.stride()[:3], spec.heads, spec.queries, spec.scale * rescale(spec))
     constants = {"BM": EDGE.block_m, "D": spec.head_dim, "BD": padded(spec.head_dim), "ROW": dq_sum.shape[3], "WIDE": True}
     return Call(edges.finish, args, constants, EDGE, spec.batch * spec.heads * -(-spec.queries // EDGE.block_m))
 
@@ -209,6 +223,7 @@ def keys_call(
             slope_strides(slopes),
             bias_on,
             cap_of(spec),
+            dropout_of(spec, x.dropout_seed),
             mask_desc,
             key_mask,
             bias_strides(key_mask),
@@ -223,6 +238,7 @@ def keys_call(
         "HAS_REST": stats.shape[1] == 3,
         "IS_MASK": spec.bias is not None and spec.bias.is_mask,
         "EVEN_N": spec.keys % config.block_n == 0 and not spec.key_lengths,
+        "ALIBI": alibi_of(spec),
         "BATCH_FASTEST": step.order == "batch",
         "LONGEST": longest,
     }

@@ -18,7 +18,7 @@ from ..plan.configs import padded
 from ..plan.hopper import ROWS, bias_block, schedule, whole_tiles
 from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_places, dbias_rounds, dbias_shuffle, dbias_tiles, slots_needed
 from ..spec import AttentionSpec
-from .calls import Call, bias_strides, cap_of, slope_strides
+from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides
 from .hopper import addressable, descriptor, mask_tiles
 
 __all__ = ["STATISTICS_MULTIPLE", "dbias_call", "dq_call"]
@@ -29,7 +29,7 @@ STATISTICS_MULTIPLE = 128  # queries
 def dq_call(
     spec: AttentionSpec, config: RowsConfig, programs: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dout: Tensor,
     stats: Tensor, dq: Tensor, dbias: Tensor | None = None, lengths: Tensor | None = None, slopes: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | None = None, seed: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q."""
     assert config.num_stages > config.ahead, "the last product lags behind the block that would take its only key buffer: a deadlock"
@@ -58,6 +58,7 @@ def dq_call(
             slope_strides(slopes),
             bias_on,
             cap_of(spec),
+            dropout_of(spec, seed),
             *mask_tiles(spec, mask, config),
         ),
         *(spec.batch, spec.heads, q.shape[2] // k.shape[2], spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
@@ -74,6 +75,7 @@ def dq_call(
         "VARIES_M": spec.bias is not None and spec.bias.varies[3],
         "HAS_REST": stats.shape[1] == 3,
         "EVEN_N": spec.keys % block_n == 0 and lengths is None,
+        "ALIBI": alibi_of(spec),
         "OWN_OUT": config.own_out,
         "AHEAD": config.ahead,
         "TURNS": config.turns,
@@ -85,7 +87,7 @@ def dq_call(
 def dbias_call(
     spec: AttentionSpec, config: RowsConfig, programs: int, splits: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dout: Tensor,
     stats: Tensor, parts: Tensor, lengths: Tensor | None = None, slopes: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | None = None, seed: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """dbias of a bias for which ``plan.hopper_rows.dbias_works``, as ``splits`` parts: parts is (splits, the bias's own five dims).
 
@@ -113,6 +115,7 @@ def dbias_call(
             strides,
             slope_strides(slopes),
             cap_of(spec),
+            dropout_of(spec, seed),
             None if mask is None else mask.view(torch.uint8),
             bias_strides(mask),
         ),
@@ -132,6 +135,7 @@ def dbias_call(
         "VARIES_H": spec.bias.varies[2],
         "HAS_REST": stats.shape[1] == 3,
         "EVEN": spec.queries % config.block_m == 0 and spec.keys % block_n == 0,
+        "ALIBI": alibi_of(spec),
         "TURNS": config.turns,
         "REGISTERS": config.registers,
     }

@@ -131,21 +131,21 @@ def shared_memory(spec: AttentionSpec, config: HopperConfig) -> int:
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
 
-def _candidates(head: int, bias: bool, bias_tiles: bool, banded: bool, seen: int, capped: bool) -> tuple[HopperConfig, ...]:
+def _candidates(head: int, more: bool, bias_tiles: bool, banded: bool, seen: int, capped: bool, slopes: bool) -> tuple[HopperConfig, ...]:
     """From the fastest measured to the smallest; the first that fits is taken. seen: keys that a query sees, at most.
 
     H200, Triton 3.6.0, bf16, 16,384 tokens, h*d = 2048, 2026-11 (docs/tuning.md). At d 64 three consumers hide more of the exponentials,
     but their tiles of 192 queries waste more of a short triangle, and end more seldom. Turns pay where the softmax is long beside the
-    products; that it is so under a soft cap (``capped``) has not been measured.
+    products: at d 128 with slopes of ALiBi or a soft cap (``capped``) 9 to 11 %, but 1 % and none at d 64, and not with dropout.
     """
     if head <= 64:
         if bias_tiles:
             return (HopperConfig(2, 128, 2, 2, turns=True), HopperConfig(2, 128, 2, 1, turns=True), HopperConfig(2, 64, 2, turns=True))
-        if not bias and seen >= (4096 if banded else 2048):  # registers of a third consumer leave no room for a bias
+        if not more and seen >= (4096 if banded else 2048):  # registers of a third consumer leave no room for more than that
             return (HopperConfig(3, 128, 2, turns=True), HopperConfig(2, 64, 2, turns=True))
         return (HopperConfig(2, 128, 3, q_stages=2, turns=capped), HopperConfig(2, 64, 2, turns=True))
     if head <= 128:
-        turns = bias_tiles or capped
+        turns = bias_tiles or capped or slopes
         return (
             *(() if bias_tiles else (HopperConfig(2, 128, 2, q_stages=2, turns=turns),)),
             HopperConfig(2, 128, 2, turns=turns),
@@ -175,7 +175,8 @@ def forward_config(spec: AttentionSpec, limit: int, processors: int = 0) -> Hopp
     head = padded(max(spec.head_dim, spec.value_dim))
     bias_tiles = spec.bias is not None and spec.bias.varies[4]
     banded = spec.lo is not None or spec.hi is not None
-    for config in _candidates(head, spec.bias is not None or spec.alibi, bias_tiles, banded, _span(spec), spec.softcap > 0):
+    more = spec.bias is not None or spec.alibi or spec.dropout > 0  # than products and powers, in registers
+    for config in _candidates(head, more, bias_tiles, banded, _span(spec), spec.softcap > 0, spec.alibi):
         if shared_memory(spec, config) <= limit and (config.own_out or padded(spec.head_dim) == padded(spec.value_dim)):
             if 2 * whole_tiles(spec, config)[1] <= processors:
                 return replace(config, consumers=1, turns=False)

@@ -116,16 +116,11 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool 
     return None
 
 
-_ON_HOPPER = ("key lengths", "ALiBi slopes", "a sink", "a soft cap", "a mask beside a bias")
-
-
 def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     if device.arch != "sm90":
         return f"{device.arch}", "its kernels are made for sm90 (H100, H200, H20): use backend('triton')"
     if spec.dtype not in ("fp16", "bf16"):
         return f"{spec.dtype}", "its products are 16-bit ones: use backend('triton')"
-    if lacking := [name for name in spec.extras if name not in _ON_HOPPER and "key heads" not in name]:
-        return ", ".join(lacking), "use backend('triton')"
     if spec.softcap > hopper.LARGEST_SOFTCAP:
         return (
             f"a soft cap of {spec.softcap:g}",

@@ -28,6 +28,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .dropout import drawn, dropped, of_scores, signed, stream_of
 from .features import clear_hidden, slope_of, visible_keys
 from .grid import accumulator, locate, share, stacked
 
@@ -180,7 +181,8 @@ def _dq_hand_over(
 
 @gluon.jit
 def _walk(
-    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask, slope, cap, done,
+    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask, slope, stream, cap,
+    done,
     base, first, last, n0, ahead,
     N, lo, hi,
     scale_log2,
@@ -234,6 +236,11 @@ def _walk(
             dp_pending = warpgroup_mma(v, o.permute((1, 0)), nothing, use_acc=False, is_async=True)
         if UNDER > 0:
             dq_pending = _dq_product(at - 1, go, ds_s, k_s, kv, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
+        m0 = block * BM
+        if (ALIBI or stream is not None) and not MASKED:  # nothing else asks where a whole block lies
+            m0 = in_turn(block, first, last, n0, BM) * BM
+        if stream is not None:  # under the products
+            marks = drawn(stream, m0, n0 + WG * HALF, HALF, BM, True)
         s = warpgroup_mma_wait(UNDER + 1 if NEED_DS else 0, [s_pending])
         bias = None
         mask = None
@@ -247,14 +254,19 @@ def _walk(
         rest = None
         if rest_s is not None:
             rest = gl.expand_dims(rest_s.index(q_stage).reshape([BM]).load(COLS), 0)
-        m0 = block * BM
-        if ALIBI and not MASKED:  # nothing else asks where a whole block lies
-            m0 = in_turn(block, first, last, n0, BM) * BM
         p, weight = probabilities(
             s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK,
             ALIBI, KEY_BIASED,
             MASKED, DT,
         )  # fmt: skip
+        undropped = p
+        if stream is not None:
+            if NEED_DB and cap is not None:
+                undropped = signed(p.to(gl.float32), marks)
+            if NEED_DS:
+                weight = signed(weight, marks)
+            if NEED_DV:
+                p = dropped(p, marks)
         if NEED_DV:
             p16 = gl.convert_layout(p, P)
         if NEED_DS:
@@ -266,9 +278,9 @@ def _walk(
             else:
                 mbarrier.wait(bars.index(O_FULL + o_stage), (at // O_STAGES) & 1)
             dp = warpgroup_mma_wait(UNDER, [dp_pending])
-            ds = weight * (dp - delta)
+            ds = of_scores(weight, dp, delta, stream is not None)
             if NEED_DB and cap is not None:  # the bias is added behind the cap
-                db += gl.sum(p.to(gl.float32) * (dp - delta), 1)
+                db += gl.sum(of_scores(undropped.to(gl.float32), dp, delta, stream is not None), 1)
             elif NEED_DB:
                 db += gl.sum(ds, 1)
             ds16 = ds.to(DT)
@@ -305,10 +317,12 @@ def _walk(
 @gluon.jit
 def _consume(
     dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars,
-    bias_strides, dbias_strides, slope_strides, cap, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n,
+    bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale,
+    tiles_n,
     tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
+    EARLY: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 keys of every tile of the program."""
     KV_FULL: gl.constexpr = barrier_at("kv_full", Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
@@ -322,7 +336,6 @@ def _consume(
     NEED_DV: gl.constexpr = dv_desc is not None
     NEED_DB: gl.constexpr = dbias is not None
     KEY_BIASED: gl.constexpr = bias is not None
-    ALIBI: gl.constexpr = slopes is not None
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
     kv_heads = heads // group
     scale_log2 = scale * LOG2E
@@ -346,6 +359,9 @@ def _consume(
         for member in range(group):
             head = kv_head * group + member
             slope = slope_of(slopes, slope_strides, b, head)
+            stream = None
+            if dropout is not None:
+                stream = stream_of(dropout, b, head, heads)
             key_bias = gl.zeros([HALF], gl.float32, ROWS)
             if KEY_BIASED:
                 row = bias + offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1])
@@ -361,13 +377,14 @@ def _consume(
             if (hi is not None) or (not EVEN_N):
                 dk, dv, db = _walk(
                     dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask,
-                    slope, cap, done, base, begin,
+                    slope, stream, cap, done, base, begin,
                     whole,
                     n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                     NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, True,
                 )  # fmt: skip
             dk, dv, db = _walk(
                 dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask, slope,
+                stream,
                 cap, done, base, whole,
                 part,
                 n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
@@ -376,7 +393,7 @@ def _consume(
             if lo is not None:
                 dk, dv, db = _walk(
                     dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask,
-                    slope, cap, done, base, part,
+                    slope, stream, cap, done, base, part,
                     end,
                     n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                     NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, True,
@@ -384,6 +401,8 @@ def _consume(
             if NEED_DB:
                 target = dbias + offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
                 target += offset(head, dbias_strides[2])
+                if dropout is not None:
+                    db = db * dropout[2]
                 gl.store(target + j.to(gl.int64) * dbias_strides[3], db.to(dbias.dtype.element_ty), mask=j < N)
         done += steps * group
         if dq_s is not None:
@@ -394,6 +413,9 @@ def _consume(
                 )
                 _dq_hand_over(dq, done - 1, True, dq_s, bars, WG, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES)
             _meet()  # the other consumer may still be reading these keys for its half of dq
+        if dropout is not None:
+            dk = dk * dropout[2]
+            dv = dv * dropout[2]
         if NEED_DK:
             k_s.index(kv * 2 + WG).reshape([HALF, BD]).store((dk * scale).to(DT))
         if NEED_DV:
@@ -414,10 +436,10 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 def keys_backward(
     q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, dq_desc, bias, lengths, slopes, dbias, bias_strides,
     dbias_strides,
-    slope_strides, bias_on, cap, mask_desc, mask, mask_strides, mask_on,
+    slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
-    HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr,
+    HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, EARLY: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
     """Tiles of BN = 128 keys of a key head; ``tiles`` of them, ``tiles_n`` a (batch, key head) pair, dealt out as ``locate`` says.
@@ -426,7 +448,8 @@ def keys_backward(
     head, LSE | DELTA | REST, query), written by ``prepare``; that of the float32 dq over (batch, head, query, dim). A bias tile comes by a
     descriptor over its five dims, switched off by ``bias_on`` where it broadcasts; a bias that varies over keys alone as a pointer and
     strides, and its gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). ``group`` query heads share a key head.
-    A mask beside the bias comes in the same two ways. cap: see ``features.squashed``. None: absent, or not wanted.
+    A mask beside the bias comes in the same two ways. cap: see ``features.squashed``; dropout: see
+    ``stream_of``. None: absent, or not wanted.
     """
     DT: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES, q_desc.block_shape), q_desc.layout)
@@ -475,19 +498,21 @@ def keys_backward(
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides), batch,
+                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
+                        optional(mask_strides), batch,
                         heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, EARLY)),
+                        IS_MASK, EVEN_N, ALIBI, EARLY)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides), batch,
+                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
+                        optional(mask_strides), batch,
                         heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, EARLY)),
+                        IS_MASK, EVEN_N, ALIBI, EARLY)),
             (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
@@ -503,19 +528,21 @@ def keys_backward(
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides), batch,
+                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
+                        optional(mask_strides), batch,
                         heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, EARLY)),
+                        IS_MASK, EVEN_N, ALIBI, EARLY)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides), batch,
+                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
+                        optional(mask_strides), batch,
                         heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, EARLY)),
+                        IS_MASK, EVEN_N, ALIBI, EARLY)),
             (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),

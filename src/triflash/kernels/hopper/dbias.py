@@ -27,7 +27,8 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, capped, slope_of, squashed, visible_keys
+from .dropout import drawn, of_scores, signed, stream_of
+from .features import ONE_SIDED, add_alibi, alibi_of_rows, capped, slope_of, squashed, visible_keys
 from .grid import accumulator, stacked
 from .rows import add_bias, exponents, hide_unseen, statistics
 
@@ -260,10 +261,11 @@ def _release(bars, at, COUNT: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.conste
 
 @gluon.jit
 def _consume(
-    dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars, dbias_strides, slope_strides, cap, mask, mask_strides,
-    batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles, places, fold, shuffle,
+    dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars, dbias_strides, slope_strides, cap, dropout,
+    mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles, places, fold, shuffle,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
+    ALIBI: gl.constexpr,
     TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 queries of every tile of the program that somebody sees."""
@@ -315,6 +317,8 @@ def _consume(
                 dp_pending = _multiply(dp_pending, left_s, right_s, bars, at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False)
             if TURNS:
                 mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+            if dropout is not None:  # under the products
+                marks = drawn(stream_of(dropout, b, head, heads), m0, n0, BM, BN, False)
             s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
             _release(bars, at + EARLY, S_CHUNKS - EARLY, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
 
@@ -327,15 +331,18 @@ def _consume(
             else:
                 s = s * scale_log2
             s = add_bias(s, bias, False)
-            if slopes is not None:
-                i = gl.expand_dims(m0 + (N - M) + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
-                j = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
-                s = add_alibi(s, slope_of(slopes, slope_strides, b, head), i, j)
+            if ALIBI:
+                slope = slope_of(slopes, slope_strides, b, head)
+                s = add_alibi(s, slope, n0 - m0 - (N - M), 1, ALIBI)
+                if ALIBI == ONE_SIDED:
+                    lse = lse - alibi_of_rows(slope, -1, BM, gl.SliceLayout(1, S))
             if mask is not None:
                 s = add_bias(s, shown, True)
             if lengths is not None:
                 s = hide_unseen(s, m0, n0, n_keys, None, None, BM, BN, "0fFF800000")
             p = gl.exp2(exponents(s, lse, rest, HAS_REST, True))
+            if dropout is not None:
+                p = signed(p, marks)
 
             done = at + CHUNKS - 1  # long since full: waited for to keep ptxas from moving the wait for dp up
             mbarrier.wait(bars.index(RIGHT_FULL + done % RIGHT), (done // RIGHT) & 1)
@@ -343,13 +350,15 @@ def _consume(
             _release(bars, at + S_CHUNKS, DP_CHUNKS, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
             if lengths is not None:  # values that are hidden may be anything
                 dp = hide_unseen(dp, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
-            acc += p * (dp - gl.expand_dims(delta, 1))
+            acc += of_scores(p, dp, gl.expand_dims(delta, 1), dropout is not None)
             at += CHUNKS
 
         if first < last:
             # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
             if lo is not None or hi is not None:
                 acc = hide_unseen(acc, m0, n0, N, lo, hi, BM, BN, "0f00000000")
+            if dropout is not None:
+                acc = acc * dropout[2]
             if dbias_desc is not None:
                 bias_s.index(buffer).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
                 fence_async_shared()
@@ -378,10 +387,12 @@ COUNTS = [
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides, cap, mask,
-    mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places, fold, shuffle,
+    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides, cap,
+    dropout, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places,
+    fold, shuffle,
     D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BIAS_STAGES: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
+    ALIBI: gl.constexpr,
     TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """``tiles_m`` by ``tiles_n`` tiles a head of the bias, which have ``places`` (``_tile``); ``tiles`` are the places of all heads of the
@@ -389,7 +400,8 @@ def dbias(
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
-    (part, outer batch, inner batch, head, query, key). stats: see ``rows.py``; cap: ``features.squashed``. Query head h reads key head
+    (part, outer batch, inner batch, head, query, key). stats: see ``rows.py``; cap: ``features.squashed``; dropout:
+    ``dropout.stream_of``. Query head h reads key head
     ``h // group``.
     """
     BM: gl.constexpr = 64
@@ -427,9 +439,10 @@ def dbias(
     if WGS == 1:
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
-                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
+                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
+                        optional(mask_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
-                        shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
+                        shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS)),
             (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
                         splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, LEFT_FULL, LEFT_EMPTY, S_CHUNKS, DP_CHUNKS,
                         VARIES_B0, VARIES_B1, VARIES_H, False)),
@@ -444,13 +457,15 @@ def dbias(
     else:
         gl.warp_specialize([
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
-                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
+                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
+                        optional(mask_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
-                        shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
+                        shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS)),
             (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
-                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides),
+                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
+                        optional(mask_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
-                        shuffle, 1, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, TURNS)),
+                        shuffle, 1, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS)),
             (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
                         splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, LEFT_FULL, LEFT_EMPTY, S_CHUNKS, DP_CHUNKS,
                         VARIES_B0, VARIES_B1, VARIES_H, False)),

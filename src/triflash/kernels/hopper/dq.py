@@ -26,7 +26,20 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, capped, clear_hidden, hide_by, slope_at, slope_of, squashed, visible_keys, weighed
+from .dropout import drawn, of_scores, signed, stream_of
+from .features import (
+    ONE_SIDED,
+    add_alibi,
+    alibi_of_rows,
+    capped,
+    clear_hidden,
+    hide_by,
+    slope_at,
+    slope_of,
+    squashed,
+    visible_keys,
+    weighed,
+)
 from .forward import visible_blocks
 from .grid import accumulator, locate, share, stacked
 from .rows import add_bias, column_of, exponents, hide_unseen, statistics
@@ -119,7 +132,8 @@ def _produce(
 
 @gluon.jit
 def _step(
-    dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, at, m0, n0, head, outer, inner,
+    dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
+    bars, at, m0, n0, head, outer, inner,
     ahead, N, lo, hi,
     scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
@@ -154,6 +168,8 @@ def _step(
         dq_pending = warpgroup_mma(ds, k_s.index(before).reshape([BN, BD]), dq, is_async=True)
     if TURNS:
         mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+    if stream is not None:  # under the products
+        marks = drawn(stream, m0, n0, BM, BN, False)
     if AHEAD and not FIRST:
         s = warpgroup_mma_wait(2, [s_pending])
     else:
@@ -181,8 +197,9 @@ def _step(
     if COLUMN:
         s = add_bias(s, gl.expand_dims(column, 1), IS_MASK)
     if ALIBI:
-        i = gl.expand_dims(m0 + ahead + gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
-        s = add_alibi(s, slope, i, gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0))
+        s = add_alibi(s, slope, n0 - m0 - ahead, 1, ALIBI)
+    if ALIBI == ONE_SIDED:
+        lse = lse - alibi_of_rows(slope, -1, BM, gl.SliceLayout(1, S))
     if MASKED:
         s = hide_unseen(s, m0, n0, N, lo, hi, BM, BN, "0fFF800000")
     BIASED: gl.constexpr = (bias_s is not None or COLUMN) and not IS_MASK
@@ -191,6 +208,8 @@ def _step(
         _, p = weighed(x, u, q.dtype)
     else:
         p = gl.exp2(x)
+    if stream is not None:
+        p = signed(p, marks)
 
     mbarrier.wait(bars.index(V_FULL + v_stage), v_phase)  # long since full: ptxas does not move the wait below up past it
     if AHEAD and not FIRST:
@@ -200,13 +219,16 @@ def _step(
     mbarrier.arrive(bars.index(V_EMPTY + v_stage))
     if CUT:  # values that are hidden may be anything; keys have been cleared
         dp = hide_unseen(dp, m0, n0, N, None, None, BM, BN, "0f00000000")
-    ds32 = p * (dp - gl.expand_dims(delta, 1))
+    ds32 = of_scores(p, dp, gl.expand_dims(delta, 1), stream is not None)
     if AHEAD and not FIRST:  # before anything is rounded: the product under way reads the registers that the rounded ds will take
         dq = warpgroup_mma_wait(0, [dq_pending])
         mbarrier.arrive(bars.index(K_EMPTY + before))
     if dbias_desc is not None:
         own = at % BIAS_STAGES * WGS + WG
-        bias_s.index(own).reshape([BM, BN]).store(ds32.to(dbias_desc.dtype))
+        dbias = ds32
+        if stream is not None:
+            dbias = ds32 * stream[3]
+        bias_s.index(own).reshape([BM, BN]).store(dbias.to(dbias_desc.dtype))
         fence_async_shared()
         tma_store(dbias_desc, [outer, inner, head, m0, n0], bias_s.index(own))
         if BIAS_STAGES == 1:
@@ -227,7 +249,8 @@ def _step(
 
 @gluon.jit
 def _walk(
-    dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, first, last, steps, end,
+    dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
+    bars, done, first, last, steps, end,
     m0, head, outer, inner, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
@@ -237,7 +260,8 @@ def _walk(
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     for step in range(first, last):
         dq, ds = _step(
-            dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done + step, m0,
+            dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
+    bars, done + step, m0,
             (end - 1 - step) * BN,
             head, outer, inner, ahead, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
             HAS_REST, AHEAD, TURNS, ALIBI, False, MASKED, False,
@@ -251,10 +275,10 @@ def _walk(
 @gluon.jit
 def _consume(
     dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, bars,
-    bias_strides, slope_strides, cap, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+    bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN_N: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 queries of every tile of the program."""
     BD: gl.constexpr = q_s.shape[4]
@@ -266,7 +290,6 @@ def _consume(
     K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     MASKED: gl.constexpr = (lo is not None) or (hi is not None) or (not EVEN_N)
     COLUMN: gl.constexpr = bias is not None
-    ALIBI: gl.constexpr = slopes is not None
     Q_EARLY: gl.constexpr = out_s is not None
     scale_log2 = scale * LOG2E
     q = q_s.index(WG).reshape([BM, BD])
@@ -281,6 +304,9 @@ def _consume(
         m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
         n_keys = visible_keys(lengths, b, N)
         slope = slope_of(slopes, slope_strides, b, head)
+        stream = None
+        if dropout is not None:
+            stream = stream_of(dropout, b, head, heads)
         begin, full_begin, full_end, end = visible_blocks(m0, BM * WGS, M, n_keys, lo, hi, BN)
         steps = end - begin
         m0 += WG * BM
@@ -296,7 +322,8 @@ def _consume(
                 mbarrier.wait(bars.index(K_FULL + cut), (done // K_STAGES) & 1)
                 clear_hidden(k_s.index(cut).reshape([BN, BD]), n_keys - (end - 1) * BN)
         dq, ds = _step(
-            dq, dq, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, m0, (end - 1) * BN,
+            dq, dq, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
+    bars, done, m0, (end - 1) * BN,
             head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
             COLUMN,
             HAS_REST, AHEAD, TURNS, ALIBI, True, MASKED, lengths is not None,
@@ -307,7 +334,8 @@ def _consume(
         # What is left: partly visible on the right, whole, partly visible on the left.
         if hi is not None:
             dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, 1,
+                dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
+    bars, done, 1,
                 end - full_end, steps, end,
                 m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
                 VARIES_M,
@@ -315,7 +343,8 @@ def _consume(
             )  # fmt: skip
         whole = max(1, end - full_end)
         dq, ds = _walk(
-            dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, whole,
+            dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
+    bars, done, whole,
             end - full_begin, steps, end,
             m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
             COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, False, Q_EARLY,
@@ -323,7 +352,8 @@ def _consume(
         if lo is not None:
             left = max(1, end - full_begin)
             dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, slope, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, left, steps,
+                dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
+    bars, done, left, steps,
                 steps, end, m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                 IS_MASK, VARIES_M,
                 COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
@@ -334,6 +364,8 @@ def _consume(
             dq = warpgroup_mma_wait(0, [warpgroup_mma(ds, k_s.index(stage).reshape([BN, BD]), dq, is_async=True)])
             mbarrier.arrive(bars.index(K_EMPTY + stage))
         tma_store_wait(0)  # what the target held before must have left it
+        if dropout is not None:
+            dq = dq * dropout[2]
         target.reshape([BM, BD]).store((dq * scale).to(q.dtype))
         fence_async_shared()
         tma_store(dq_desc, [b, m0, head, 0], target)
@@ -350,16 +382,17 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, bias_strides, slope_strides, bias_on,
-    cap, mask_desc, mask_on,
+    cap, dropout, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr, EVEN_N: gl.constexpr,
+    ALIBI: gl.constexpr,
     OWN_OUT: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``grid.locate`` says.
 
     Descriptors, bias and its strides as in the forward kernel; dbias_desc is over a bias of full shape, in blocks like the bias's. stats:
-    see ``rows.py``. cap: see ``features.squashed``; mask: beside the bias,
+    see ``rows.py``. cap: see ``features.squashed``; dropout: see ``stream_of``; mask: beside the bias,
     a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent.
 
     OWN_OUT: dq leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
@@ -404,10 +437,11 @@ def dq(
         gl.warp_specialize([
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
                         optional(out_s), optional(bias_s), optional(mask_s),
-                        bars, optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, batch_inner, M, N, optional(lo),
+                        bars, optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), batch, heads,
+                        batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
+                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, AHEAD, TURNS)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(dbias_desc),
                         optional(lengths), q_s, dout_s, k_s, v_s,
                         optional(bias_s), optional(mask_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
@@ -418,16 +452,18 @@ def dq(
         gl.warp_specialize([
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
                         optional(out_s), optional(bias_s), optional(mask_s),
-                        bars, optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, batch_inner, M, N, optional(lo),
+                        bars, optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), batch, heads,
+                        batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
+                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, AHEAD, TURNS)),
             (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
                         optional(out_s), optional(bias_s), optional(mask_s),
-                        bars, optional(bias_strides), optional(slope_strides), optional(cap), batch, heads, batch_inner, M, N, optional(lo),
+                        bars, optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), batch, heads,
+                        batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, AHEAD, TURNS)),
+                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, AHEAD, TURNS)),
             (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(dbias_desc),
                         optional(lengths), q_s, dout_s, k_s, v_s,
                         optional(bias_s), optional(mask_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),

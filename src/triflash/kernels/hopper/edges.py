@@ -8,13 +8,14 @@ from ..triton.prims import LOG2E, load_rows, offset, store_rows
 
 @triton.jit
 def prepare(
-    out, dout, dlse, lse, rest, stats, dq_sum, out_strides, dout_strides, dlse_strides, lse_strides, heads, M, padded_M,
+    out, dout, dlse, lse, rest, stats, dq_sum, out_strides, dout_strides, dlse_strides, lse_strides, heads, M, padded_M, keep,
     BM: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, ROW: tl.constexpr, BROW: tl.constexpr, KINDS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program owns BM queries of one head: their rows of ``stats``, and zeros for their float32 sum of dq.
 
     stats is contiguous (batch and head, KINDS, padded_M): lse in base 2, +inf where a query saw no key or does not exist, so that its p is
-    0; ``delta = rowsum(out * dout) - dlse``; and rest, if there is one. dq_sum is contiguous (batch, head, query, ROW), or None.
+    0; ``delta = rowsum(out * dout) - dlse``, times ``keep``, the share of probabilities that dropout keeps; and
+    rest, if there is one. dq_sum is contiguous (batch, head, query, ROW), or None.
     """
     tiles = padded_M // BM
     m0 = tl.program_id(0) % tiles * BM
@@ -34,7 +35,7 @@ def prepare(
     row_lse = tl.load(lse + rows * lse_strides[2], mask=rows < M, other=float("-inf"))
     table = stats + offset(pair, KINDS * padded_M) + rows
     tl.store(table, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E))
-    tl.store(table + padded_M, delta)
+    tl.store(table + padded_M, delta * keep)
     if rest is not None:
         tl.store(table + 2 * padded_M, tl.load(rest + offset(pair, M) + rows, mask=rows < M, other=0.0))
     if dq_sum is not None:

@@ -3,6 +3,8 @@
 from ..triton.prims import LOG2E, offset
 from .compat import fence_async_shared, gl, gluon, thread_barrier
 
+ONE_SIDED = gl.constexpr(2)  # ALIBI of the kernels: 0 without slopes, 2 where no query sees a key behind it, else 1
+
 
 @gluon.jit
 def visible_keys(lengths, b, N):
@@ -64,13 +66,45 @@ def slope_of(slopes, slope_strides, b, head):
 
 
 @gluon.jit
-def add_alibi(x, slope, i, j):
-    """Scores in base 2 less ``slope * |i - j|``. i: queries, counted so that the last meets the last key; j: keys; as a column and a row or
-    the other way round.
+def opaque(x):
+    """x, of 32 bits, which compilers take for another in every step of a loop, so that they keep nothing that follows from it: neither LLVM
+    nor ptxas looks through inline assembly.
     """
-    i, x = gl.broadcast(i.to(gl.float32), x)
-    j, x = gl.broadcast(j.to(gl.float32), x)
-    return x - slope * gl.abs(i - j)
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 1)
+
+
+@gluon.jit
+def line(first, slope, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
+    """``first + slope * (0 … COUNT - 1)``. A thread knows all but the low bits of its elements' numbers at compile time; these alone are
+    converted.
+    """
+    at = gl.arange(0, COUNT, LAYOUT)
+    low = first + slope * (at & 7).to(gl.float32)
+    return gl.fma(gl.full([COUNT], slope, gl.float32, LAYOUT), (at & -8).to(gl.float32), low)
+
+
+@gluon.jit
+def alibi_of_rows(slope, sign, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
+    """What ONE_SIDED ALIBI adds to the scores of a row, beside ``add_alibi``."""
+    return line(0.0, slope * sign, ROWS, LAYOUT)
+
+
+@gluon.jit
+def add_alibi(x, slope, first, sign, FORM: gl.constexpr):
+    """Scores x in base 2 less ``slope * |i - j|``, queries counted so that the last meets the last key.
+
+    first: ``j - i`` of the tile's first row and column; sign: 1 where columns are keys, -1 where they are queries. FORM: of ALIBI. Where it
+    is ONE_SIDED, ``-slope * |i - j| = slope * (j - i)`` is a line over columns plus one over rows: a score takes one addition, and the
+    latter is left to the caller (``alibi_of_rows``).
+    """
+    L: gl.constexpr = x.type.layout
+    first = first.to(gl.float32)
+    if FORM == ONE_SIDED:
+        return x + gl.expand_dims(line(opaque(slope * first), slope * sign, x.shape[1], gl.SliceLayout(0, L)), 0)
+    else:
+        columns = gl.expand_dims(line(opaque(first), 1.0 * sign, x.shape[1], gl.SliceLayout(0, L)), 0)
+        rows = gl.expand_dims(line(0.0, 1.0 * sign, x.shape[0], gl.SliceLayout(1, L)), 1)
+        return x - slope * gl.abs(columns - rows)
 
 
 # u = -1 / (1 + 2^x) of four scores of a thread, to 2^-21. A processor does 16 powers or reciprocals in the time of 128 products: the four

@@ -26,7 +26,8 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .features import add_alibi, capped, clear_hidden, hide_by, slope_of, squashed, visible_keys
+from .dropout import drawn, dropped, stream_of
+from .features import ONE_SIDED, add_alibi, alibi_of_rows, capped, clear_hidden, hide_by, opaque, slope_of, squashed, visible_keys
 from .grid import accumulator, locate, share, stacked
 from .loads import barrier_at, produce, visible_blocks
 from .rows import column_of, hide_unseen
@@ -77,8 +78,7 @@ def _softmax(
         else:
             s = gl.fma(row, gl.full([BM, BN], LOG2E, gl.float32, S), s)
     if ALIBI:
-        i = m0 + ahead + gl.arange(0, BM, gl.SliceLayout(1, S))
-        s = add_alibi(s, slope, gl.expand_dims(i, 1), gl.expand_dims(block * BN + gl.arange(0, BN, COLS), 0))
+        s = add_alibi(s, slope, block * BN - m0 - ahead, 1, ALIBI)
     if MASKED:
         s = hide_unseen(s, m0, block * BN, N, lo, hi, BM, BN, "0fFF800000")
     top = gl.max(s, 1)
@@ -87,6 +87,9 @@ def _softmax(
             top = top * (2.0 * cap[1]) + cap[1]
         else:
             top = top * scale_log2
+    if ALIBI == ONE_SIDED:
+        shift = alibi_of_rows(slope, -1, BM, gl.SliceLayout(1, S))
+        top = top + shift
     m_new = gl.maximum(m, top)
     m_safe = m_new
     if MASKED or BIASED:
@@ -95,6 +98,8 @@ def _softmax(
         p = gl.exp2(s * (2.0 * cap[1]) + gl.expand_dims(cap[1] - m_safe, 1))
     elif LATE_SCALE:
         p = gl.exp2(s * scale_log2 - gl.expand_dims(m_safe, 1))
+    elif ALIBI == ONE_SIDED:
+        p = gl.exp2(s - gl.expand_dims(m_safe - shift, 1))
     else:
         p = gl.exp2(s - gl.expand_dims(m_safe, 1))
     if bias_s is not None:
@@ -108,7 +113,7 @@ def _softmax(
 
 @gluon.jit
 def _finish(
-    o, l, m, out_desc, lse, rest, sink, sink_stride, target, m0, head, b, heads, M,
+    o, l, m, out_desc, lse, rest, sink, sink_stride, dropout, target, m0, head, b, heads, M,
     BM: gl.constexpr, BN: gl.constexpr, BDV: gl.constexpr, DT: gl.constexpr,
 ):  # fmt: skip
     """Divide by the sum and write out (by way of the shared buffer ``target``), lse and rest of 64 queries."""
@@ -122,6 +127,8 @@ def _finish(
         weight = gl.exp2(m - top_safe)
         l = l * weight + gl.exp2(z - top_safe)
         m = top
+    if dropout is not None:  # what was kept, for all
+        weight = weight * dropout[2]
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
     o = (o * gl.expand_dims(gl.convert_layout(weight / l, gl.SliceLayout(1, O)), 1)).to(DT)
@@ -140,7 +147,8 @@ def _finish(
 
 @gluon.jit
 def _walk(
-    o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, ahead, first, last, steps, end, N, lo, hi,
+    o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, ahead, first, last, steps, end, N,
+    lo, hi,
     scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
@@ -162,8 +170,8 @@ def _walk(
     nothing = gl.zeros([BM, BN], gl.float32, S)
     if q_s.shape[0] > WGS:
         # ptxas 12.8 takes two of these loops to share their queries' descriptors and works them out where only the first needs them, which
-        # may have no steps at all. It does not look through inline assembly.
-        q_slot = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [q_slot], gl.int32, False, 1)
+        # may have no steps at all.
+        q_slot = opaque(q_slot)
     q = q_s.index(q_slot).reshape([BM, BD])
     for step in range(first, last):
         at = done + step
@@ -188,9 +196,13 @@ def _walk(
             False,
         )  # fmt: skip
         l = l * shrink + gl.sum(p32, 1)
+        if stream is not None:  # under the product; drawn any earlier, marks take registers that the softmax needs
+            p16 = dropped(p32.to(q.dtype), drawn(stream, m0, (end - 1 - step) * BN, BM, BN, False))
         o = warpgroup_mma_wait(0, [o_pending])
         mbarrier.arrive(bars.index(V_EMPTY + before))
-        p = gl.convert_layout(p32.to(q.dtype), P)
+        if stream is None:
+            p16 = p32.to(q.dtype)
+        p = gl.convert_layout(p16, P)
         o = o * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, O)), 1)
     return o, l, m, p
 
@@ -198,10 +210,11 @@ def _walk(
 @gluon.jit
 def _consume(
     out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, mask_s, bars,
-    bias_strides, slope_strides, sink_stride, cap, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section, snake,
+    bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section,
+    snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
-    POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
+    POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 queries of every tile of the program.
 
@@ -222,7 +235,6 @@ def _consume(
     TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     MASKED: gl.constexpr = (lo is not None) or (hi is not None) or (not EVEN_N)
     ROW_BIASED: gl.constexpr = bias is not None
-    ALIBI: gl.constexpr = slopes is not None
     OVERLAP: gl.constexpr = out_s is not None
     DT: gl.constexpr = q_s.dtype
     nothing = gl.zeros([BM, BN], gl.float32, S)
@@ -253,13 +265,19 @@ def _consume(
         lengths is not None,
     )  # fmt: skip
     l = gl.sum(p32, 1)
-    p = gl.convert_layout(p32.to(DT), P)
+    p16 = p32.to(DT)
+    if dropout is not None:
+        p16 = dropped(p16, drawn(stream_of(dropout, b, head, heads), m0, (first_end - 1) * BN, BM, BN, False))
+    p = gl.convert_layout(p16, P)
     o = gl.zeros([BM, BDV], gl.float32, O)
     for wave in range(waves):
         q_slot = wave % Q_STAGES * WGS + WG
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
         n_keys = visible_keys(lengths, b, N)
         slope = slope_of(slopes, slope_strides, b, head)
+        stream = None
+        if dropout is not None:
+            stream = stream_of(dropout, b, head, heads)
         begin, full_begin, full_end, end = visible_blocks(m0 - WG * BM, BM * WGS, M, n_keys, lo, hi, BN)
         steps = end - begin
         if lengths is not None:
@@ -272,14 +290,16 @@ def _consume(
                 mbarrier.arrive(bars.index(Q_EMPTY + q_slot))
         if hi is not None:
             o, l, m, p = _walk(
-                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, N - M, 1, end - full_end, steps,
+                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, N - M, 1, end - full_end,
+                steps,
                 end, n_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
                 ALIBI,
             )  # fmt: skip
         whole = max(1, end - full_end)
         o, l, m, p = _walk(
-            o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, N - M, whole, end - full_begin, steps,
+            o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, N - M, whole,
+            end - full_begin, steps,
             end, n_keys, lo, hi,
             scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, False, ROW_BIASED, OVERLAP, ALIBI,
@@ -287,7 +307,8 @@ def _consume(
         if lo is not None:
             left = max(1, end - full_begin)
             o, l, m, p = _walk(
-                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, cap, done, m0, N - M, left, steps, steps, end,
+                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, N - M, left, steps,
+                steps, end,
                 n_keys, lo, hi, scale_log2,
                 WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
                 ALIBI,
@@ -298,7 +319,7 @@ def _consume(
             mbarrier.wait(bars.index(V_FULL + before), ((done - 1) // V_STAGES) & 1)
             o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)])
             mbarrier.arrive(bars.index(V_EMPTY + before))
-            _finish(o, l, m, out_desc, lse, rest, sink, sink_stride, q_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
+            _finish(o, l, m, out_desc, lse, rest, sink, sink_stride, dropout, q_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
             tma_store_wait(0)
             mbarrier.arrive(bars.index(Q_EMPTY + WG))
         if wave + 1 < waves:  # the first block of the next tile, and under it the last product of this one
@@ -338,10 +359,31 @@ def _consume(
             if OVERLAP:
                 o = warpgroup_mma_wait(0, [o_pending])
                 mbarrier.arrive(bars.index(V_EMPTY + before))
-            p = gl.convert_layout(next_p.to(DT), P)
+            next_p16 = next_p.to(DT)
+            if dropout is not None:
+                next_p16 = dropped(next_p16, drawn(stream_of(dropout, b, head, heads), m0, (next_end - 1) * BN, BM, BN, False))
+            p = gl.convert_layout(next_p16, P)
             if OVERLAP:
                 _finish(
-                    o, l, m, out_desc, lse, rest, sink, sink_stride, out_s.index(WG), old_m0, old_head, old_b, heads, M, BM, BN, BDV, DT
+                    o,
+                    l,
+                    m,
+                    out_desc,
+                    lse,
+                    rest,
+                    sink,
+                    sink_stride,
+                    dropout,
+                    out_s.index(WG),
+                    old_m0,
+                    old_head,
+                    old_b,
+                    heads,
+                    M,
+                    BM,
+                    BN,
+                    BDV,
+                    DT,
                 )
             m = new_m
             l = gl.sum(next_p, 1)
@@ -351,7 +393,7 @@ def _consume(
         mbarrier.wait(bars.index(V_FULL + before), ((done - 1) // V_STAGES) & 1)
         o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)])
         mbarrier.arrive(bars.index(V_EMPTY + before))
-        _finish(o, l, m, out_desc, lse, rest, sink, sink_stride, out_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
+        _finish(o, l, m, out_desc, lse, rest, sink, sink_stride, dropout, out_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
         tma_store_wait(0)
 
 
@@ -362,11 +404,12 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides, sink_stride,
-    cap, mask_desc, mask_on,
+    cap, dropout, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
-    IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, TURNS: gl.constexpr,
+    IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
+    TURNS: gl.constexpr,
     OWN_OUT: gl.constexpr, REGISTERS: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``locate`` says.
@@ -375,7 +418,7 @@ def forward(
     whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and
     strides (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). ``group`` query heads share a
     key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch,
-    head); sink: by head; cap: see ``squashed``; mask: beside the bias, a tile
+    head); sink: by head; cap: see ``squashed``; dropout: see ``stream_of``; mask: beside the bias, a tile
     or a row with every tile of it. None:
     absent.
 
@@ -419,11 +462,12 @@ def forward(
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), optional(mask_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
+                        heads, batch_inner,
                         M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS)),
             (produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
                         optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
                         optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
@@ -433,18 +477,20 @@ def forward(
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), optional(mask_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
+                        heads, batch_inner,
                         M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), optional(mask_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
+                        heads, batch_inner,
                         M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS)),
             (produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
                         optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
                         optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
@@ -454,25 +500,28 @@ def forward(
         gl.warp_specialize([
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), optional(mask_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
+                        heads, batch_inner,
                         M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), optional(mask_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
+                        heads, batch_inner,
                         M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), optional(mask_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), batch, heads, batch_inner,
+                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
+                        heads, batch_inner,
                         M, N,
                         optional(lo), optional(hi), scale_log2,
                         tiles_m, tiles, section, snake, 2, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, TURNS)),
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS)),
             (produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
                         optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
                         optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,

@@ -20,6 +20,7 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .dropout import drawn, dropped, of_scores, signed, stream_of
 from .features import clear_hidden, slope_of, visible_keys
 from .grid import accumulator, locate, share, stacked
 
@@ -96,7 +97,8 @@ def _produce(
 
 @gluon.jit
 def _walk_values(
-    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, cap, done, base, first, last, n0, ahead,
+    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, stream, cap, done, base, first, last, n0,
+    ahead,
     N, lo, hi, scale_log2,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr,
     NEED_DV: gl.constexpr, NEED_DS: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr,
@@ -126,10 +128,16 @@ def _walk_values(
         mbarrier.wait(bars.index(Q_FULL + stage), phase)
         s_pending = warpgroup_mma(k, q_s.index(stage).reshape([BM, W]).permute((1, 0)), nothing, use_acc=False, is_async=True)
         lse = gl.expand_dims(lse_s.index(stage).reshape([BM]).load(COLS), 0)
+        m0 = block * BM
+        if (ALIBI or stream is not None) and not MASKED:
+            m0 = in_turn(block, first, last, n0, BM) * BM
         before = at - go.to(gl.int32)  # a tile's first step has p = 0 for the block before, and takes dout of its own
         if NEED_DV:
             mbarrier.wait(bars.index(O_FULL + before % STAGES), (before // STAGES) & 1)
             dv_pending = warpgroup_mma(p16, o_s.index(before % STAGES).reshape([BM, W]), dv, is_async=True)
+        if stream is not None:  # under the products
+            marks = drawn(stream, m0, n0, BN, BM, True)
+        if NEED_DV:
             s = warpgroup_mma_wait(1, [s_pending])
         else:
             s = warpgroup_mma_wait(0, [s_pending])
@@ -144,18 +152,23 @@ def _walk_values(
         rest = None
         if rest_s is not None:
             rest = gl.expand_dims(rest_s.index(stage).reshape([BM]).load(COLS), 0)
-        m0 = block * BM
-        if ALIBI and not MASKED:
-            m0 = in_turn(block, first, last, n0, BM) * BM
         p, weight = probabilities(
             s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI,
             KEY_BIASED, MASKED, k_s.dtype,
         )  # fmt: skip
+        undropped = p
+        if stream is not None:
+            if NEED_DS and p_s.shape[0] == 4:
+                undropped = signed(p.to(gl.float32), marks).to(k_s.dtype)
+            if NEED_DS:
+                weight = signed(weight, marks)
+            if NEED_DV:
+                p = dropped(p, marks)
         if NEED_DS:
             mbarrier.wait(bars.index(P_EMPTY + (at & 1)), ((at >> 1) & 1) ^ 1)
             p_s.index(at & 1).permute((1, 0)).store(weight.to(k_s.dtype))
             if p_s.shape[0] == 4:
-                p_s.index(2 + (at & 1)).permute((1, 0)).store(p)
+                p_s.index(2 + (at & 1)).permute((1, 0)).store(undropped)
         fence_async_shared()  # before buffers that were read by plain loads go back to TMA
         mbarrier.arrive(bars.index(Q_EMPTY + stage))
         if bias_s is not None or mask_s is not None:
@@ -172,9 +185,10 @@ def _walk_values(
 @gluon.jit
 def _values(
     dv_desc, bias, lengths, slopes, q_s, k_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars,
-    bias_strides, slope_strides, cap, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section,
+    bias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles,
+    section,
     snake, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
-    IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, NEED_DS: gl.constexpr,
+    IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, NEED_DS: gl.constexpr,
 ):  # fmt: skip
     """The consumer of scores: pᵀ for itself and for the other one, and dv."""
     KV_FULL: gl.constexpr = barrier_at("kv_full", STAGES)
@@ -187,7 +201,6 @@ def _values(
     DT: gl.constexpr = k_s.dtype
     NEED_DV: gl.constexpr = dv_desc is not None
     KEY_BIASED: gl.constexpr = bias is not None
-    ALIBI: gl.constexpr = slopes is not None
     kv_heads = heads // group
     scale_log2 = scale * LOG2E
     done = 0
@@ -204,6 +217,9 @@ def _values(
                 clear_hidden(k_s.reshape([BN, W]), n_keys - n0)
         for member in range(group):
             slope = slope_of(slopes, slope_strides, b, kv_head * group + member)
+            stream = None
+            if dropout is not None:
+                stream = stream_of(dropout, b, kv_head * group + member, heads)
             j = n0 + gl.arange(0, BN, ROWS)
             key_bias = gl.zeros([BN], gl.float32, ROWS)
             if KEY_BIASED:
@@ -220,19 +236,22 @@ def _values(
             # assembler of Triton 3.6 (12.8) lets products wait for one another (C7513).
             if (hi is not None) or (lo is not None) or (not EVEN_N):
                 dv, p16 = _walk_values(
-                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, cap, done, base, begin,
+                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, stream, cap, done, base,
+                    begin,
                     whole, n0, N - M, n_keys, lo, hi,
                     scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
                 )  # fmt: skip
             dv, p16 = _walk_values(
-                dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, cap, done, base, whole, part,
+                dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, stream, cap, done, base,
+                whole, part,
                 n0, N - M, n_keys, lo,
                 hi,
                 scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, False,
             )  # fmt: skip
             if (lo is not None) or (hi is not None):
                 dv, p16 = _walk_values(
-                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, cap, done, base, part,
+                    dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, stream, cap, done, base,
+                    part,
                     end, n0, N - M, n_keys,
                     lo, hi,
                     scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
@@ -244,6 +263,8 @@ def _values(
                 mbarrier.wait(bars.index(O_FULL + last), ((done - 1) // STAGES) & 1)
                 dv = warpgroup_mma_wait(0, [warpgroup_mma(p16, o_s.index(last).reshape([BM, W]), dv, is_async=True)])
                 mbarrier.arrive(bars.index(O_EMPTY + last))
+            if dropout is not None:
+                dv = dv * dropout[2]
             k_s.reshape([BN, W]).store(dv.to(DT))  # nobody else reads these keys
             fence_async_shared()
             tma_store(dv_desc, [b, n0, kv_head, 0], k_s)
@@ -254,7 +275,7 @@ def _values(
 @gluon.jit
 def _walk_keys(
     dk, db, ds16, v_s, q_s, o_s, delta_s, p_s, bars, done, base, first, last,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, NEED_DK: gl.constexpr, NEED_DB: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, NEED_DK: gl.constexpr, NEED_DB: gl.constexpr, DROPPED: gl.constexpr,
 ):  # fmt: skip
     """dsᵀ of the query blocks ``first … last``; ``dk += dsᵀ q`` of each one is started in the step of the next."""
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
@@ -283,9 +304,10 @@ def _walk_keys(
         mbarrier.wait(bars.index(P_FULL + (at & 1)), (at >> 1) & 1)
         p = p_s.index(at & 1).permute((1, 0)).load(S)
         dp = warpgroup_mma_wait(1 if NEED_DK else 0, [dp_pending])
-        ds = p.to(gl.float32) * (dp - delta)
+        ds = of_scores(p.to(gl.float32), dp, delta, DROPPED)
         if NEED_DB and p_s.shape[0] == 4:
-            db += gl.sum(p_s.index(2 + (at & 1)).permute((1, 0)).load(S).to(gl.float32) * (dp - delta), 1)
+            own = p_s.index(2 + (at & 1)).permute((1, 0)).load(S).to(gl.float32)
+            db += gl.sum(of_scores(own, dp, delta, DROPPED), 1)
         elif NEED_DB:
             db += gl.sum(ds, 1)
         fence_async_shared()  # before buffers that were read by plain loads go back
@@ -304,7 +326,7 @@ def _walk_keys(
 @gluon.jit
 def _keys(
     dk_desc, dbias, lengths, q_s, v_s, o_s, delta_s, p_s, bars,
-    dbias_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
+    dbias_strides, dropout, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
     """The consumer of dout: dsᵀ, dk, and the gradient of a bias that varies over keys alone."""
@@ -335,12 +357,14 @@ def _keys(
             db = gl.zeros([BN], gl.float32, ROWS)
             dk, db, ds16 = _walk_keys(
                 dk, db, ds16, v_s, q_s, o_s, delta_s, p_s, bars, done, done + member * steps - begin, begin, end,
-                BM, BN, STAGES, NEED_DK, NEED_DB,
+                BM, BN, STAGES, NEED_DK, NEED_DB, dropout is not None,
             )  # fmt: skip
             if NEED_DB:
                 j = n0 + gl.arange(0, BN, ROWS)
                 target = dbias + offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
                 target += offset(kv_head * group + member, dbias_strides[2])
+                if dropout is not None:
+                    db = db * dropout[2]
                 gl.store(target + j.to(gl.int64) * dbias_strides[3], db.to(dbias.dtype.element_ty), mask=j < N)
         done += steps * group
         if NEED_DK:
@@ -349,6 +373,8 @@ def _keys(
                 mbarrier.wait(bars.index(Q_FULL + last), ((done - 1) // STAGES) & 1)
                 dk = warpgroup_mma_wait(0, [warpgroup_mma(ds16, q_s.index(last).reshape([BM, W]), dk, is_async=True)])
                 mbarrier.arrive(bars.index(Q_EMPTY + last))
+            if dropout is not None:
+                dk = dk * dropout[2]
             v_s.reshape([BN, W]).store((dk * scale).to(DT))  # nobody else reads these values
             fence_async_shared()
             tma_store(dk_desc, [b, n0, kv_head, 0], v_s)
@@ -363,9 +389,10 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 def wide_keys_backward(
     q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, bias, lengths, slopes, dbias, bias_strides, dbias_strides,
     slope_strides,
-    bias_on, cap, mask_desc, mask, mask_strides, mask_on,
+    bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr,
+    ALIBI: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
     """Tiles of BN = 64 keys of a key head. Arguments as of ``backward.keys_backward``, but all blocks have the same number of columns."""
@@ -415,11 +442,13 @@ def wide_keys_backward(
         gl.warp_specialize([
             (_values, (optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s, optional(rest_s),
                        optional(bias_s), optional(mask_s), p_s, bars,
-                       optional(bias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides), batch,
+                       optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
+                       optional(mask_strides), batch,
                        heads, group, batch_inner, M, N, optional(lo), optional(hi), scale,
-                       tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, NEED_DS)),
+                       tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, ALIBI, NEED_DS)),
             (_keys, (optional(dk_desc), optional(dbias), optional(lengths), q_s, v_s, o_s, delta_s, p_s, bars, optional(dbias_strides),
-                     batch, heads, group, batch_inner, M, N, optional(lo), optional(hi), scale, tiles_n, tiles, section, snake,
+                     optional(dropout), batch, heads, group, batch_inner, M, N, optional(lo), optional(hi), scale, tiles_n, tiles,
+                     section, snake,
                      BM, BN, STAGES, BATCH_FASTEST, LONGEST)),
             (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
@@ -431,9 +460,10 @@ def wide_keys_backward(
         gl.warp_specialize([
             (_values, (optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s, optional(rest_s),
                        optional(bias_s), optional(mask_s), p_s, bars,
-                       optional(bias_strides), optional(slope_strides), optional(cap), optional(mask), optional(mask_strides), batch,
+                       optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
+                       optional(mask_strides), batch,
                        heads, group, batch_inner, M, N, optional(lo), optional(hi), scale,
-                       tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, NEED_DS)),
+                       tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, ALIBI, NEED_DS)),
             (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),

@@ -19,7 +19,7 @@ class Features(NamedTuple):
 
     Strides of bias and mask are (outer batch, inner batch, head, row, column); row and column are None where all rows or columns share
     one value. A mask is bytes, nonzero = visible. lengths: int32, keys that each batch entry shows. slopes: float32, by
-    (batch, head). sink: any float, by head. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 31-bit random number,
+    (batch, head). sink: any float, by head. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 15-bit random number,
     below which a probability is dropped; rescale: what the others are multiplied by.
     """
 
@@ -183,16 +183,18 @@ def dropped(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl
     if f.seed is not None:
         key, twist = at[3]
         keys = (n0 + tl.arange(0, BN)).to(tl.uint32)
-        queries = (m0 + tl.arange(0, BM)).to(tl.uint32) ^ twist
+        queries = (m0 + tl.arange(0, BM)).to(tl.uint32)
         if TRANSPOSED:
-            c0, c1 = tl.broadcast(keys[:, None], queries[None, :])
+            keys, queries = keys[:, None], queries[None, :]
         else:
-            c0, c1 = tl.broadcast(keys[None, :], queries[:, None])
+            keys, queries = keys[None, :], queries[:, None]
+        c0, c1 = tl.broadcast(keys & 0xFFFFFFF7, (queries & 0xFFFFFFF7) ^ twist)
         for _ in tl.static_range(ROUNDS):
             product = c0.to(tl.uint64) * 0xD256D193
             c0, c1 = (product >> 32).to(tl.uint32) ^ key ^ c1, product.to(tl.uint32)
             key = key + 0x9E3779B9
-        return tl.where((c0 >> 1).to(tl.int32) >= f.threshold, x, 0.0)
+        number = (tl.where((queries & 8) == 0, c0, c1) >> ((keys & 8) * 2)) & 0x7FFF
+        return tl.where(number.to(tl.int32) >= f.threshold, x, 0.0)
     else:
         return x
 

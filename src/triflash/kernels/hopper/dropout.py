@@ -1,0 +1,115 @@
+"""Dropout in the Hopper kernels: ``triflash.dropout.keep_mask``, in assembly, because four scores share one counter.
+
+An accumulator gives a thread, of every 16 by 16 scores, two rows that lie 8 apart and two columns that lie 8 apart (and their
+neighbours): the four scores of one counter, whether rows are queries or keys. Eight elements that follow one another in a thread's
+registers are two such fours: bit 0 of the element's number is that of its column, bit 1 says which row, bit 2 which of the columns.
+
+A backward pass needs p twice: as it is for delta, and 0 where it was dropped. So ``signed`` marks the dropped ones by their sign, and
+``of_scores`` computes ``ds = p * (keep * dp - delta)`` of it.
+"""
+
+from ..triton.prims import offset
+from .compat import gl, gluon
+from .features import opaque
+from .grid import accumulator
+
+ROUNDS = gl.constexpr(7)  # of Philox, and its constants below: as triflash/dropout.py
+
+
+@gluon.jit
+def stream_of(dropout, b, head, heads):
+    """``(key, twist, keep, rescale)`` of a query head: of its Philox-2x32; in both halves of a word, what a kept number adds up with to
+    2^15 or more; and what is kept is multiplied by.
+
+    dropout: ``(seed, threshold, rescale)``, a pointer to (seed, offset), ``dropout.threshold``, and 1 / (1 - p).
+    """
+    seed = gl.load(dropout[0])
+    start = gl.load(dropout[0] + 1)
+    c0 = (offset(b, heads) + head).to(gl.uint32)
+    c1 = c0 * 0
+    c2 = start.to(gl.uint32)
+    c3 = (start >> 32).to(gl.uint32)
+    k0 = seed.to(gl.uint32)
+    k1 = (seed >> 32).to(gl.uint32)
+    for _ in gl.static_range(ROUNDS):
+        first = c0.to(gl.uint64) * 0xD2511F53
+        second = c2.to(gl.uint64) * 0xCD9E8D57
+        c0 = (second >> 32).to(gl.uint32) ^ c1 ^ k0
+        c2 = (first >> 32).to(gl.uint32) ^ c3 ^ k1
+        c1 = second.to(gl.uint32)
+        c3 = first.to(gl.uint32)
+        k0 = (k0 + 0x9E3779B9).to(gl.uint32)
+        k1 = (k1 + 0xBB67AE85).to(gl.uint32)
+    keep = (0x8000 - dropout[1]) * 0x10001
+    return c0.to(gl.int32, bitcast=True), c1.to(gl.int32, bitcast=True), keep, dropout[2]
+
+
+@gluon.constexpr_function
+def _drawing(KEYS_BY_ROW):
+    """Two counters for eight elements. Operands: the results, 16 bits each; then for each element its key index, its query index ^ twist,
+    the key of the head, and keep.
+    """
+    lines = ["/* keys by row */" if KEYS_BY_ROW else "/* queries by row */"]
+    lines += [".reg .b32 l<2>, h<2>, z<2>, x<4>, k;", ".reg .b64 y<2>;"]
+    lines += [f"mov.b32 l{n}, ${4 + n}; mov.b32 h{n}, ${12 + n};" for n in range(2)]
+    for step in range(7):
+        lines += [f"add.s32 k, $20, {0x9E3779B9 * step & 0xFFFFFFFF:#x};"]
+        for n in range(2):
+            lines += [f"mul.wide.u32 y{n}, l{n}, 0xD256D193;", f"mov.b64 {{z{n}, l{n}}}, y{n};"]
+            lines += [f"lop3.b32 l{n}, l{n}, h{n}, k, 0x96;", f"mov.b32 h{n}, z{n};"]
+    for n in range(2):  # bit 15 and bit 31 of x: keep; first words of both counters, then second words
+        lines += [f"and.b32 x{n}, l{n}, 0x7FFF7FFF; add.s32 x{n}, x{n}, $28;"]
+        lines += [f"and.b32 x{2 + n}, h{n}, 0x7FFF7FFF; add.s32 x{2 + n}, x{2 + n}, $28;"]
+    for row in range(2):
+        for column in range(2):
+            query, key = (column, row) if KEYS_BY_ROW else (row, column)
+            halves = 0x7632 if key else 0x5410
+            lines += [f"prmt.b32 ${row + 2 * column}, x{2 * query}, x{2 * query + 1}, {halves:#x};"]  # two neighbours, of one counter each
+    return "{ " + "\n".join(lines) + " }"
+
+
+_OPERANDS = gl.constexpr(",".join(["=r"] * 4 + ["r"] * 32))
+
+
+@gluon.jit
+def drawn(stream, m0, n0, ROWS: gl.constexpr, COLUMNS: gl.constexpr, KEYS_BY_ROW: gl.constexpr):
+    """Marks of a tile's probabilities, int16, negative where they are kept. Queries from m0 on, keys from n0 on, multiples of 16.
+
+    They depend on no product, so that they can be drawn while one is waited for.
+    """
+    L: gl.constexpr = accumulator(COLUMNS)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, L))
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, L))
+    if KEYS_BY_ROW:
+        j, i = gl.broadcast(gl.expand_dims(n0 + row, 1), gl.expand_dims((m0 + column) ^ stream[1], 0))
+    else:
+        j, i = gl.broadcast(gl.expand_dims(n0 + column, 0), gl.expand_dims((m0 + row) ^ stream[1], 1))
+    key = gl.full([ROWS, COLUMNS], opaque(stream[0]), gl.int32, L)
+    keep = gl.full([ROWS, COLUMNS], stream[2], gl.int32, L)
+    text: gl.constexpr = _drawing(KEYS_BY_ROW)
+    return gl.inline_asm_elementwise(text, _OPERANDS, [j, i, key, keep], gl.int16, True, 8)
+
+
+_DROP = gl.constexpr("{ .reg .b32 m; prmt.b32 m, $2, $2, 0xBB99; and.b32 $0, $1, m; }")
+_SIGN = gl.constexpr("{ .reg .b32 m; shl.b32 m, $4, 16; lop3.b32 $0, $2, m, 0x80000000, 0xF2; lop3.b32 $1, $3, $4, 0x80000000, 0xF2; }")
+
+
+@gluon.jit
+def dropped(p16, marks):
+    """16-bit probabilities, 0 where they are dropped; not rescaled."""
+    return gl.inline_asm_elementwise(_DROP, "=r,r,r", [p16, marks], p16.dtype, True, 2)
+
+
+@gluon.jit
+def signed(w, marks):
+    """Float32 numbers of probabilities, not negative: -w, or -0, where they are dropped."""
+    return gl.inline_asm_elementwise(_SIGN, "=f,=f,f,f,r", [w, marks], gl.float32, True, 2)
+
+
+@gluon.jit
+def of_scores(w, dp, delta, DROPPED: gl.constexpr):
+    """``w * (dp - delta)``, or with what ``signed`` gave ``|w| * (keep * dp - delta)``."""
+    if DROPPED:
+        return gl.fma(gl.maximum(w, 0.0), dp, gl.abs(w) * -delta)
+    else:
+        return w * (dp - delta)
