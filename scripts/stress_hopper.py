@@ -36,7 +36,7 @@ from torch import Tensor
 from triflash import oracle
 from triflash.plan.configs import padded
 from triflash.plan.device import KNOWN_DEVICES, facts_of
-from triflash.plan.hopper import HopperConfig, shared_memory
+from triflash.plan.hopper import HopperConfig, products_fit, shared_limit, shared_memory
 from triflash.plan.hopper_backward import keys_config
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_backward, plan_forward
@@ -206,7 +206,11 @@ def random_config(chooser: random.Random, head: int, biased: bool, one_width: bo
         )
         widest = spec_of(*(torch.empty(1, 128, 1, head, device="meta", dtype=torch.bfloat16),) * 3, None, 1, None, None, 1.0, "")
         bias = config.bias_stages * config.block_m * config.block_n * 4 if biased else 0
-        if shared_memory(widest, config) + bias + 4096 <= KNOWN_DEVICES["sm90"].shared_memory:
+        small = replace(config, consumers=1, block_n=min(64, config.block_n), together=chooser.choice((1, 2, 3)))
+        if small.together > 1 and products_fit(widest, small):
+            config = small
+        limit = shared_limit(KNOWN_DEVICES["sm90"].shared_memory, config.together)
+        if shared_memory(widest, config) + bias + 4096 <= limit:
             return config
 
 
@@ -305,7 +309,12 @@ def run_random(
     running = [start(number, 0, share, 0) for number, share in enumerate(shares) if share]
     done, bad, worst, worst_at = 0, 0, 0.0, "nothing"
     while running:
-        ready = wait([worker.connection for worker in running], timeout=1.0)
+        try:
+            ready = wait([worker.connection for worker in running], timeout=1.0)
+        except KeyboardInterrupt:  # what has been found is told all the same
+            for worker in running:
+                worker.process.kill()
+            break
         for worker in list(running):
             outcome = None
             if worker.connection in ready:
@@ -319,7 +328,7 @@ def run_random(
                     if kind == "start":
                         worker.problem = told
                     elif kind == "error":
-                        outcome = f"ERROR {told}"
+                        outcome = f"ERROR {str(told)[:400]}"
                     elif kind == "done":
                         done += 1
                         name = f"{worker.number}:{worker.index} {worker.problem}"
@@ -357,6 +366,8 @@ SMALL = [
     Problem(2, 1, 4, 200, 333, 128, 128, bias="11hqk"),
     Problem(2, 1, 4, 200, 333, 40, 40, dtype="fp16", bias="b111k", bias_dtype="fp32", hi=0),
     Problem(1, 1, 3, 300, 200, 256, 256, processors=3),
+    Problem(1, 1, 16, 500, 500, 64, 64, hi=0, processors=5),
+    Problem(2, 1, 4, 400, 400, 64, 64, bias="11hqk", hi=0, processors=3),
     Problem(2, 1, 4, 300, 300, 64, 64, hi=0, config=HopperConfig(2, 64, 2, turns=True), processors=4),
     Problem(1, 1, 3, 400, 300, 64, 64, bias="11hqk", config=HopperConfig(3, 64, 2, bias_stages=2, own_out=False), processors=2),
 ]

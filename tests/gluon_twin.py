@@ -459,7 +459,7 @@ def run(call: Any, seed: int = 0) -> None:
     for program in range(call.programs):
         _here.program = (program, call.programs)
         begin()
-        kernel(*map(value, call.args), **call.constants)
+        kernel(*map(value, call.args), **{name: x for name, x in call.constants.items() if name != "maxnreg"})  # which is no argument
 
 
 @contextlib.contextmanager

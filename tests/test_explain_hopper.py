@@ -83,13 +83,6 @@ def test_a_gradient_nobody_asked_for() -> None:
         assert dict(explained.memory).get("dq, which nobody asked for", 0) == (2 * 1000 * 4 * 64 * 2 if extra else 0)
 
 
-@triton_only
-def test_forward_by_triton_backward_by_hopper() -> None:
-    q = empty(2, 1024, 4, 64)
-    text = str(explain(q, q, q, causal=True, window=(127, 0), grads=("q",), device="sm90"))
-    assert "triton for the forward pass" in text and "its forward kernel is slower for windows of less than 256 keys" in text
-
-
 def test_forward_by_hopper_backward_by_triton() -> None:
     """With a bias that does not vary over keys."""
     q = empty(2, 1000, 4, 64)

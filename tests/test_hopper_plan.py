@@ -53,16 +53,6 @@ def test_the_automatic_choice_on_sm90(problem: AttentionSpec) -> None:
 
 
 @triton_only
-def test_forward_passes_that_the_portable_kernel_is_faster_at() -> None:
-    """Narrow windows, and small tiles of bias at narrow heads; the backward pass is not among them."""
-    tiles = spec("11hqk", head_dim=32, value_dim=32, queries=384, keys=384)
-    for problem in (spec(lo=-127, hi=0), tiles):
-        assert plan_forward(problem, SM90).backend == "triton" and plan_backward(problem, NEEDS, SM90).backend == "hopper"
-    for problem in (spec(lo=-300, hi=0), replace(tiles, queries=768, keys=768), replace(tiles, head_dim=64)):
-        assert plan_forward(problem, SM90).backend == "hopper"
-
-
-@triton_only
 @pytest.mark.parametrize("bias", ["b1hqk", "11h1k", "b11q1", "11111"])
 def test_a_bias_is_taken(bias: str) -> None:
     for dims in ((64, 64), (256, 256), (64, 192)):
@@ -139,7 +129,35 @@ def test_every_configuration_fits(bias: tuple[str, str] | None) -> None:
         problem = spec(*(bias or (None,)), head_dim=head, value_dim=value, lo=band[0], hi=band[1])
         config = hopper.forward_config(problem, SM90.shared_memory)
         assert config is not None, problem
-        assert hopper.shared_memory(problem, config) <= SM90.shared_memory, (problem, config)
+        limit = hopper.shared_limit(SM90.shared_memory, config.together)
+        assert hopper.shared_memory(problem, config) <= limit <= SM90.shared_memory, (problem, config)
+
+
+@pytest.mark.parametrize("consumers, together", [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3), (1, 4)])
+def test_programs_that_run_together_share_registers_and_shared_memory(consumers: int, together: int) -> None:
+    """Registers of all threads at launch, and later, when the producer's warpgroup has given up its own."""
+    config = HopperConfig(consumers, 64, 2, together=together)
+    assert config.launch_registers % 8 == config.registers % 8 == 0
+    assert together * (consumers + 1) * 128 * config.launch_registers <= 65536
+    assert consumers * config.registers + 24 <= (consumers + 1) * config.launch_registers
+    assert together * (hopper.shared_limit(SM90.shared_memory, together) + 1024) <= SM90.shared_memory + 1024
+
+
+@triton_only
+def test_short_rows_and_biases_are_given_to_several_programs_a_processor() -> None:
+    def together(problem: AttentionSpec) -> tuple[int, int]:
+        (step,) = plan_forward(problem, SM90).steps
+        assert isinstance(step.config, HopperConfig)
+        return step.config.together, step.programs
+
+    long, short = dict(queries=4096, keys=4096), dict(queries=512, keys=512, hi=0)
+    assert together(spec(head_dim=64, value_dim=64, **long)) == (1, 132)
+    assert together(spec(head_dim=64, value_dim=64, heads=64, **short)) == (3, 3 * 132)
+    assert together(spec(head_dim=128, value_dim=128, heads=64, **short)) == (2, 2 * 132)
+    assert together(spec(head_dim=64, value_dim=64, lo=-255, hi=0, **long)) == (3, 3 * 132)
+    assert together(spec("11hqk", head_dim=64, value_dim=64, **long)) == (2, 2 * 132)
+    assert together(spec("11hqk", head_dim=32, value_dim=32, **long)) == (2, 256)
+    assert together(spec(head_dim=64, value_dim=64, heads=1, batch_outer=1, **short)) == (1, 8)
 
 
 def test_shared_memory_counts_every_buffer() -> None:
@@ -155,7 +173,8 @@ def test_shared_memory_counts_every_buffer() -> None:
 
 
 @pytest.mark.parametrize("wrong", [
-    {"consumers": 0}, {"consumers": 4}, {"block_n": 8}, {"block_n": 96}, {"bias_stages": 0}, {"bias_stages": 5}, {"num_stages": 0},
+    {"consumers": 0}, {"consumers": 4}, {"block_n": 8}, {"block_n": 96}, {"bias_stages": 0}, {"bias_stages": 5}, {"num_stages": 0}, {"together": 0},
+    {"together": 5},
 ], ids=str)  # fmt: skip
 def test_a_config_checks_itself(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: wanted .+, got {next(iter(wrong.values()))}"):

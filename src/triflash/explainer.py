@@ -228,7 +228,7 @@ def _not_preferred(name: str, chosen: str, spec: AttentionSpec, device: DeviceFa
         return f"{could}, but {chosen} was asked for by name"
     if name == "oracle":
         return f"{could}, for debugging: it holds every score in memory, and is taken only when asked for by name"
-    if name == "hopper" and (reservation := hopper.reservation(spec) or hopper.forward_reservation(spec)):
+    if name == "hopper" and (reservation := hopper.reservation(spec)):
         return f"{could}, but {reservation}"
     kind = "a CPU" if device.arch in ("cpu", "interpreter") else "a GPU"
     return f"{could}, slower here: the automatic choice prefers {chosen} on {kind}"
@@ -243,8 +243,6 @@ def _changed(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: Devic
         plan_backward(spec, needs, device, first)
     except UnsupportedError as error:
         return str(error)
-    if first != "hopper" and plans[-1].backend == "hopper" and (reservation := hopper.forward_reservation(spec)):
-        return f"{reservation}, and its backward kernels are not"
     if first == "hopper" and (reservation := hopper_steps.reservation(spec)):
         return f"hopper could run it, but {reservation}"
     return "the automatic choice is made for each pass, and prefers it where it can run"

@@ -139,9 +139,13 @@ TARGETS = [
     *(dq(d, band=band, slopes=True) for d in (64, 128) for band in (OPEN, CAUSAL)),
     *(dbias(128, "1hqk", band, slopes=True) for band in (OPEN, CAUSAL)),
     # Dropout.
-    *(dq(d, band=band, dropout=0.1) for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
-    *(dq(d, "bhqk", CAUSAL, True, dropout=0.1) for d in (64, 128, 256)),
-    *(dbias(d, "1hqk", band, dropout=0.1) for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
+    *(dq(d, band=band, dropout=0.1, spills=48) for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
+    *(dq(d, "bhqk", CAUSAL, True, dropout=0.1, spills=48) for d in (64, 128, 256)),
+    *(dbias(d, "1hqk", band, dropout=0.1, spills=48) for d in (64, 128, 256) for band in (OPEN, CAUSAL)),
+    # Several programs a processor.
+    *(dq(32, "1hqk", mask=mask) for mask in ("", "b11k")),
+    dq(32, "1hqk", CAUSAL, lengths=True),
+    dq(32, "bhqk", gradient=True),
     # What the plan falls back to, and what may turn out faster.
     dq(128, band=CAUSAL, config=RowsConfig(2, 128, 2, own_out=False, ahead=False)),
     dq(64, "bhqk", CAUSAL, True, config=RowsConfig(2, 128, 2, 2, ahead=False)),

@@ -22,7 +22,18 @@ from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
 from .calls import SMALLEST_SCALE, Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides, start
 
-__all__ = ["addressable", "descriptor", "forward", "forward_calls", "mask_tiles", "padded_rows", "ready", "ready_bias", "ready_operands"]
+__all__ = [
+    "addressable",
+    "descriptor",
+    "forward",
+    "forward_calls",
+    "mask_tiles",
+    "padded_rows",
+    "ready",
+    "ready_bias",
+    "ready_operands",
+    "register_limit",
+]
 
 _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
 _ALIGNMENT = 16  # bytes
@@ -83,8 +94,13 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             "REGISTERS": config.registers,
             "Q_STAGES": config.q_stages,
         }
-        calls.append(Call(forward_kernels.forward, args, constants, config, step.programs))
+        calls.append(Call(forward_kernels.forward, args, constants | register_limit(config), config, step.programs))
     return calls
+
+
+def register_limit(config: HopperConfig) -> dict[str, int]:
+    """A launch option where programs share a processor, of whose registers one would else take all."""
+    return {"maxnreg": config.launch_registers} if config.together > 1 else {}
 
 
 def mask_tiles(spec: AttentionSpec, mask: Tensor | None, config: HopperConfig) -> tuple[TensorDescriptor | None, tuple[int, ...] | None]:

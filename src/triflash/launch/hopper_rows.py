@@ -19,7 +19,7 @@ from ..plan.hopper import ROWS, bias_block, schedule, whole_tiles
 from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_places, dbias_rounds, dbias_shuffle, dbias_tiles, slots_needed
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides
-from .hopper import addressable, descriptor, mask_tiles
+from .hopper import addressable, descriptor, mask_tiles, register_limit
 
 __all__ = ["STATISTICS_MULTIPLE", "dbias_call", "dq_call"]
 
@@ -81,7 +81,7 @@ def dq_call(
         "TURNS": config.turns,
         "REGISTERS": config.registers,
     }
-    return Call(dq_kernels.dq, args, constants, config, programs)
+    return Call(dq_kernels.dq, args, constants | register_limit(config), config, programs)
 
 
 def dbias_call(
@@ -139,4 +139,4 @@ def dbias_call(
         "TURNS": config.turns,
         "REGISTERS": config.registers,
     }
-    return Call(dbias_kernels.dbias, args, constants, config, programs)
+    return Call(dbias_kernels.dbias, args, constants | register_limit(config), config, programs)

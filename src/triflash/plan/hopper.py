@@ -17,16 +17,23 @@ __all__ = [
     "dealt",
     "equal_sections",
     "forward_config",
-    "forward_reservation",
+    "is_light",
     "mask_block",
     "mask_bytes",
+    "products_fit",
     "reservation",
     "schedule",
+    "shared_limit",
     "shared_memory",
     "whole_tiles",
 ]
 
 ROWS = 64  # queries of one consumer warpgroup: the M of a warpgroup product
+REGISTERS = 65536  # of a processor
+RESERVED = 1024  # bytes of shared memory that the system takes for each program
+SHORT = 1088  # keys that a query sees at most, for rows to be short: 1,024 and a block
+PRODUCT_REGISTERS = 30  # of a thread, beside a product's result
+PRODUCER_REGISTERS = 24  # of a thread: the kernels say so
 MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even
 TILE_COST = 1  # what a tile costs besides its blocks, in blocks
 SHORTEST = 256
@@ -43,8 +50,8 @@ class HopperConfig:
     consumers: warpgroups of 64 queries each. block_n: keys of a block. num_stages: buffers for key blocks, and for value blocks unless
     v_stages says otherwise. bias_stages: buffers for bias tiles, per consumer. turns: consumers issue their products in turn. own_out: the
     output has a buffer of its own. persistent: a grid of as many programs as there are
-    processors. q_stages: buffers for queries, per consumer; the second only where the output has its own. registers: of a thread of a
-    consumer other than the first, which gets what is left.
+    processors. q_stages: buffers for queries, per consumer; the second only where the output has its own. together: programs that a
+    processor runs at a time, so that one begins and ends its tiles while another computes; they share its registers and shared memory.
     """
 
     consumers: int
@@ -56,9 +63,15 @@ class HopperConfig:
     persistent: bool = True
     v_stages: int = 0
     q_stages: int = 1
+    together: int = 1
 
     def __post_init__(self) -> None:
-        for name, allowed in (("consumers", (1, 2, 3)), ("block_n", (16, 32, 64, 128, 256)), ("bias_stages", (1, 2, 3, 4))):
+        for name, allowed in (
+            ("consumers", (1, 2, 3)),
+            ("block_n", (16, 32, 64, 128, 256)),
+            ("bias_stages", (1, 2, 3, 4)),
+            ("together", (1, 2, 3, 4)),
+        ):
             if getattr(self, name) not in allowed:
                 raise bad_value(name, f"one of {allowed}", getattr(self, name))
         if self.q_stages not in ((1, 2) if self.own_out else (1,)):
@@ -80,11 +93,18 @@ class HopperConfig:
         return 4
 
     @property
+    def launch_registers(self) -> int:
+        """Of a thread when a program starts: all warpgroups, the producer's too, get as many."""
+        return REGISTERS // (128 * (self.consumers + 1) * self.together) // 8 * 8
+
+    @property
     def registers(self) -> int:
-        return 160 if self.consumers == 3 else 240
+        """Of a thread of a consumer, once the producer has given up its own; the first consumer gets what is left."""
+        return min(240, (self.launch_registers * (self.consumers + 1) - PRODUCER_REGISTERS) // self.consumers // 8 * 8)
 
     def __str__(self) -> str:
         flags = " turns" * self.turns + " own-out" * self.own_out + " persistent" * self.persistent
+        flags += f" {self.together} together" * (self.together > 1)
         return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.value_stages} q{self.q_stages} b{self.bias_stages}{flags}"
 
 
@@ -105,6 +125,18 @@ def bias_bytes(spec: AttentionSpec, config: HopperConfig) -> int:
         return 0
     rows, columns = bias_block(spec, config)
     return rows * columns * _bias_itemsize(spec)
+
+
+def shared_limit(limit: int, together: int) -> int:
+    """Bytes of shared memory that each of so many programs of a processor may take, if one alone may take ``limit``."""
+    return (limit + RESERVED) // together - RESERVED
+
+
+def products_fit(spec: AttentionSpec, config: HopperConfig) -> bool:
+    """Whether the registers of a launch hold the result of every single product, and its other operand: ptxas insists on that even where a
+    consumer has more by then.
+    """
+    return max(padded(spec.value_dim), config.block_n) // 2 + PRODUCT_REGISTERS <= config.launch_registers
 
 
 def mask_block(spec: AttentionSpec, config: HopperConfig) -> tuple[int, int]:
@@ -131,22 +163,38 @@ def shared_memory(spec: AttentionSpec, config: HopperConfig) -> int:
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
 
-def _candidates(head: int, more: bool, bias_tiles: bool, banded: bool, seen: int, capped: bool, slopes: bool) -> tuple[HopperConfig, ...]:
-    """From the fastest measured to the smallest; the first that fits is taken. seen: keys that a query sees, at most.
+def _candidates(spec: AttentionSpec) -> tuple[HopperConfig, ...]:
+    """From the fastest measured to the smallest; the first that fits is taken.
 
-    H200, Triton 3.6.0, bf16, 16,384 tokens, h*d = 2048, 2026-11 (docs/tuning.md). At d 64 three consumers hide more of the exponentials,
-    but their tiles of 192 queries waste more of a short triangle, and end more seldom. Turns pay where the softmax is long beside the
-    products: at d 128 with slopes of ALiBi or a soft cap (``capped``) 9 to 11 %, but 1 % and none at d 64, and not with dropout.
+    H200, Triton 3.6.0, bf16, 2026-11 (docs/tuning.md). Short rows, and those with tiles of bias, want small programs of which several run
+    together, so that one begins and ends tiles while another computes; long ones want large tiles, which read keys less often. At d 64
+    three consumers hide more of the exponentials, but their tiles of 192 queries waste more of a short triangle, and end more seldom.
+    Turns pay where the softmax is long beside the products: at d 128 with slopes of ALiBi or a soft cap 9 to 11 %, but 1 % and none at d
+    64, and not with dropout.
     """
+    head, seen = padded(max(spec.head_dim, spec.value_dim)), _span(spec)
+    banded = spec.lo is not None or spec.hi is not None
+    bias_tiles = spec.bias is not None and spec.bias.varies[4]
+    capped = spec.softcap > 0
+    light = is_light(spec)
+    short = banded and light and seen <= SHORT
     if head <= 64:
         if bias_tiles:
-            return (HopperConfig(2, 128, 2, 2, turns=True), HopperConfig(2, 128, 2, 1, turns=True), HopperConfig(2, 64, 2, turns=True))
-        if not more and seen >= (4096 if banded else 2048):  # registers of a third consumer leave no room for more than that
+            narrow = (HopperConfig(2, 64, 3, 2, q_stages=2, together=2), HopperConfig(2, 64, 2, together=2)) if head <= 32 and light else ()
+            small = (HopperConfig(1, 64, 2, 2, together=3), HopperConfig(1, 64, 2, together=3)) if short else ()
+            large = (HopperConfig(2, 128, 2, 2, turns=True), HopperConfig(2, 128, 2, 1, turns=True), HopperConfig(2, 64, 2, turns=True))
+            return (*narrow, *small, HopperConfig(1, 128, 2, together=2), *large)
+        if short and spec.bias is None:
+            return (HopperConfig(1, 64, 3, together=3), HopperConfig(2, 64, 2, turns=True))
+        if spec.alibi and not capped and spec.dropout == 0:
+            return (HopperConfig(1, 128, 2, q_stages=2, together=2), HopperConfig(2, 64, 2, turns=True))
+        if light and spec.bias is None and seen >= (4096 if banded else 2048):  # registers of a third consumer leave no room for more
             return (HopperConfig(3, 128, 2, turns=True), HopperConfig(2, 64, 2, turns=True))
         return (HopperConfig(2, 128, 3, q_stages=2, turns=capped), HopperConfig(2, 64, 2, turns=True))
     if head <= 128:
-        turns = bias_tiles or capped or slopes
+        turns = bias_tiles or capped or spec.alibi
         return (
+            *((HopperConfig(1, 64, 2, together=2),) if short and (bias_tiles or spec.bias is None) else ()),
             *(() if bias_tiles else (HopperConfig(2, 128, 2, q_stages=2, turns=turns),)),
             HopperConfig(2, 128, 2, turns=turns),
             HopperConfig(2, 128, 2, turns=turns, own_out=False),
@@ -161,6 +209,11 @@ def _candidates(head: int, more: bool, bias_tiles: bool, banded: bool, seen: int
     )
 
 
+def is_light(spec: AttentionSpec) -> bool:
+    """Whether there is little that takes registers beside a bias."""
+    return not (spec.softcap > 0 or spec.alibi or spec.dropout > 0 or (spec.mask is not None and spec.mask.varies[3]))
+
+
 def _span(spec: AttentionSpec) -> int:
     """Keys that a query sees, at most."""
     return spec.keys if spec.lo is None or spec.hi is None else max(0, min(spec.keys, spec.hi - spec.lo + 1))
@@ -172,14 +225,12 @@ def forward_config(spec: AttentionSpec, limit: int, processors: int = 0) -> Hopp
 
     Where its tiles are too few for the ``processors``, tiles of 64 queries take their place.
     """
-    head = padded(max(spec.head_dim, spec.value_dim))
-    bias_tiles = spec.bias is not None and spec.bias.varies[4]
-    banded = spec.lo is not None or spec.hi is not None
-    more = spec.bias is not None or spec.alibi or spec.dropout > 0  # than products and powers, in registers
-    for config in _candidates(head, more, bias_tiles, banded, _span(spec), spec.softcap > 0, spec.alibi):
-        if shared_memory(spec, config) <= limit and (config.own_out or padded(spec.head_dim) == padded(spec.value_dim)):
+    for config in _candidates(spec):
+        fits = shared_memory(spec, config) <= shared_limit(limit, config.together)
+        fits = fits and products_fit(spec, config)
+        if fits and (config.own_out or padded(spec.head_dim) == padded(spec.value_dim)):
             if 2 * whole_tiles(spec, config)[1] <= processors:
-                return replace(config, consumers=1, turns=False)
+                return replace(config, consumers=1, turns=False, together=1)
             return config
     return None
 
@@ -239,17 +290,6 @@ def reservation(spec: AttentionSpec) -> str | None:
         return "would copy tensors whose rows are no multiple of 16 bytes"
     if min(spec.queries, spec.keys) < SHORTEST:
         return f"costs the host more than it saves the GPU below {SHORTEST} queries or keys"
-    return None
-
-
-def forward_reservation(spec: AttentionSpec) -> str | None:
-    """The same of the forward kernel alone. TFLOP/s on an H200, and of the portable kernel."""
-    tiles = spec.bias is not None and spec.bias.varies[3] and spec.bias.varies[4]
-    if tiles and padded(max(spec.head_dim, spec.value_dim)) <= 32 and min(spec.queries, spec.keys) < 2 * SHORTEST:
-        # Triangle attention, d 32: 256 tokens 107 and 127, 384 tokens 142 and 146. Longer, d 24: 768 tokens 49 and 29.
-        return f"its forward kernel is slower for tiles of bias at such head dims below {2 * SHORTEST} queries or keys"
-    if _span(spec) < SHORTEST:  # gpt-oss 20B, 129 keys: 86 and 102
-        return f"its forward kernel is slower for windows of less than {SHORTEST} keys"
     return None
 
 

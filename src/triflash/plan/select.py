@@ -151,8 +151,7 @@ def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, needs: Nee
     if requested == "auto":
         if device.arch in ("cpu", "interpreter"):
             return "tiled"
-        own = hopper.forward_reservation(spec) if needs is None else hopper_steps.reservation(spec)
-        reserved = hopper.reservation(spec) or own
+        reserved = hopper.reservation(spec) or (None if needs is None else hopper_steps.reservation(spec))
         if reserved is None and not _why_not_pass("hopper", spec, device, needs):
             return "hopper"
         return "tiled" if why_not("triton", spec, device, needs is not None) else "triton"
@@ -270,6 +269,13 @@ def hopper_config_of(spec: AttentionSpec, device: DeviceFacts, choices: Choices)
             raise bad_value(
                 "own_out", f"True for head dims {spec.head_dim} and {spec.value_dim}", False, "an output tile does not fit q's buffer"
             )
+        if not hopper.products_fit(spec, chosen):
+            raise bad_value(
+                "together",
+                f"less for head dim {spec.value_dim} and {chosen.block_n} keys",
+                chosen.together,
+                "a product has too few registers",
+            )
         return chosen, "chosen by hand (override_configs)"
     config = hopper.forward_config(spec, device.shared_memory, device.processors)
     assert config is not None, "why_not refuses what fits no candidate"
@@ -279,7 +285,7 @@ def hopper_config_of(spec: AttentionSpec, device: DeviceFacts, choices: Choices)
 def _plan_hopper_forward(spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> Plan:
     config, _ = hopper_config_of(spec, device, choices)
     _, tiles = hopper.whole_tiles(spec, config)
-    programs = min(tiles, device.processors) if config.persistent else tiles
+    programs = min(tiles, device.processors * config.together) if config.persistent else tiles
     order = _order(spec)
     return Plan("hopper", (Step("forward", config, programs, "batch" if order == "batch" else "head"),))
 

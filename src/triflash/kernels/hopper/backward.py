@@ -182,10 +182,8 @@ def _dq_hand_over(
 @gluon.jit
 def _walk(
     dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask, slope, stream, cap,
-    done,
-    base, first, last, n0, ahead,
-    N, lo, hi,
-    scale_log2,
+    done, base, first, last, n0, ahead,
+    N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, HALF: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     KV_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr, NEED_DK: gl.constexpr, NEED_DV: gl.constexpr, NEED_DB: gl.constexpr,
@@ -256,13 +254,11 @@ def _walk(
             rest = gl.expand_dims(rest_s.index(q_stage).reshape([BM]).load(COLS), 0)
         p, weight = probabilities(
             s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK,
-            ALIBI, KEY_BIASED,
-            MASKED, DT,
+            ALIBI, KEY_BIASED, MASKED, DT,
         )  # fmt: skip
-        undropped = p
+        undropped = p.to(gl.float32)
         if stream is not None:
-            if NEED_DB and cap is not None:
-                undropped = signed(p.to(gl.float32), marks)
+            undropped = signed(undropped, marks)
             if NEED_DS:
                 weight = signed(weight, marks)
             if NEED_DV:
@@ -280,7 +276,7 @@ def _walk(
             dp = warpgroup_mma_wait(UNDER, [dp_pending])
             ds = of_scores(weight, dp, delta, stream is not None)
             if NEED_DB and cap is not None:  # the bias is added behind the cap
-                db += gl.sum(of_scores(undropped.to(gl.float32), dp, delta, stream is not None), 1)
+                db += gl.sum(of_scores(undropped, dp, delta, stream is not None), 1)
             elif NEED_DB:
                 db += gl.sum(ds, 1)
             ds16 = ds.to(DT)
@@ -318,8 +314,7 @@ def _walk(
 def _consume(
     dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars,
     bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale,
-    tiles_n,
-    tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
+    tiles_n, tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
     EARLY: gl.constexpr,
@@ -384,10 +379,8 @@ def _consume(
                 )  # fmt: skip
             dk, dv, db = _walk(
                 dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask, slope,
-                stream,
-                cap, done, base, whole,
-                part,
-                n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
+                stream, cap, done, base, whole,
+                part, n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, IS_MASK, KEY_BIASED,
                 NEED_DK, NEED_DV, NEED_DB, EARLY, ALIBI, False,
             )  # fmt: skip
             if lo is not None:
@@ -435,8 +428,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def keys_backward(
     q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, dq_desc, bias, lengths, slopes, dbias, bias_strides,
-    dbias_strides,
-    slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
+    dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, EARLY: gl.constexpr,
@@ -520,8 +512,7 @@ def keys_backward(
                         BIAS_STAGES, KV_STAGES, BATCH_FASTEST,
                         LONGEST)),
             (_add_up, (dq_desc, optional(lengths), dq_s, bars, batch, heads, group, M, N, optional(lo), optional(hi), tiles_n, tiles,
-                       section, snake,
-                       BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
+                       section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([

@@ -317,8 +317,6 @@ def _consume(
                 dp_pending = _multiply(dp_pending, left_s, right_s, bars, at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False)
             if TURNS:
                 mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
-            if dropout is not None:  # under the products
-                marks = drawn(stream_of(dropout, b, head, heads), m0, n0, BM, BN, False)
             s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
             _release(bars, at + EARLY, S_CHUNKS - EARLY, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
 
@@ -342,7 +340,7 @@ def _consume(
                 s = hide_unseen(s, m0, n0, n_keys, None, None, BM, BN, "0fFF800000")
             p = gl.exp2(exponents(s, lse, rest, HAS_REST, True))
             if dropout is not None:
-                p = signed(p, marks)
+                p = signed(p, drawn(stream_of(dropout, b, head, heads), m0, n0, BM, BN, False))
 
             done = at + CHUNKS - 1  # long since full: waited for to keep ptxas from moving the wait for dp up
             mbarrier.wait(bars.index(RIGHT_FULL + done % RIGHT), (done // RIGHT) & 1)
@@ -389,8 +387,7 @@ COUNTS = [
 def dbias(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides, cap,
     dropout, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places,
-    fold, shuffle,
-    D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    fold, shuffle, D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BIAS_STAGES: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
     ALIBI: gl.constexpr,
     TURNS: gl.constexpr, REGISTERS: gl.constexpr,

@@ -134,8 +134,7 @@ def _produce(
 def _step(
     dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
     bars, at, m0, n0, head, outer, inner,
-    ahead, N, lo, hi,
-    scale_log2,
+    ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
     AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, CUT: gl.constexpr,
@@ -325,8 +324,7 @@ def _consume(
             dq, dq, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
     bars, done, m0, (end - 1) * BN,
             head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
-            COLUMN,
-            HAS_REST, AHEAD, TURNS, ALIBI, True, MASKED, lengths is not None,
+            COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, MASKED, lengths is not None,
         )  # fmt: skip
         if Q_EARLY:
             if steps == 1:
@@ -338,8 +336,7 @@ def _consume(
     bars, done, 1,
                 end - full_end, steps, end,
                 m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
-                VARIES_M,
-                COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
+                VARIES_M, COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
             )  # fmt: skip
         whole = max(1, end - full_end)
         dq, ds = _walk(
@@ -355,8 +352,7 @@ def _consume(
                 dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
     bars, done, left, steps,
                 steps, end, m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                IS_MASK, VARIES_M,
-                COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
+                IS_MASK, VARIES_M, COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
             )  # fmt: skip
         done += steps
         if AHEAD:

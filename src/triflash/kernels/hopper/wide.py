@@ -98,9 +98,7 @@ def _produce(
 @gluon.jit
 def _walk_values(
     dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, stream, cap, done, base, first, last, n0,
-    ahead,
-    N, lo, hi, scale_log2,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr,
+    ahead, N, lo, hi, scale_log2, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr,
     NEED_DV: gl.constexpr, NEED_DS: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next. Numbers as in
@@ -186,8 +184,7 @@ def _walk_values(
 def _values(
     dv_desc, bias, lengths, slopes, q_s, k_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars,
     bias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles,
-    section,
-    snake, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+    section, snake, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
     IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, NEED_DS: gl.constexpr,
 ):  # fmt: skip
     """The consumer of scores: pᵀ for itself and for the other one, and dv."""
@@ -237,23 +234,18 @@ def _values(
             if (hi is not None) or (lo is not None) or (not EVEN_N):
                 dv, p16 = _walk_values(
                     dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, stream, cap, done, base,
-                    begin,
-                    whole, n0, N - M, n_keys, lo, hi,
+                    begin, whole, n0, N - M, n_keys, lo, hi,
                     scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
                 )  # fmt: skip
             dv, p16 = _walk_values(
                 dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, stream, cap, done, base,
-                whole, part,
-                n0, N - M, n_keys, lo,
-                hi,
-                scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, False,
+                whole, part, n0, N - M, n_keys, lo,
+                hi, scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, False,
             )  # fmt: skip
             if (lo is not None) or (hi is not None):
                 dv, p16 = _walk_values(
                     dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, stream, cap, done, base,
-                    part,
-                    end, n0, N - M, n_keys,
-                    lo, hi,
+                    part, end, n0, N - M, n_keys, lo, hi,
                     scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
                 )  # fmt: skip
         done += steps * group
@@ -388,8 +380,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def wide_keys_backward(
     q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, bias, lengths, slopes, dbias, bias_strides, dbias_strides,
-    slope_strides,
-    bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
+    slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr,
     ALIBI: gl.constexpr,
@@ -448,8 +439,7 @@ def wide_keys_backward(
                        tiles_n, tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, ALIBI, NEED_DS)),
             (_keys, (optional(dk_desc), optional(dbias), optional(lengths), q_s, v_s, o_s, delta_s, p_s, bars, optional(dbias_strides),
                      optional(dropout), batch, heads, group, batch_inner, M, N, optional(lo), optional(hi), scale, tiles_n, tiles,
-                     section, snake,
-                     BM, BN, STAGES, BATCH_FASTEST, LONGEST)),
+                     section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST)),
             (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
