@@ -400,7 +400,8 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
         )
         config = KeysConfig(2, 2, 2, early=True) if seed & 1 else KeysConfig(2, 1)
         try:
-            check(case, 1, seed, **({} if kernel in ("forward", "loads", "wide") else {"dqdkdv": config}))
+            whole = {"forward": HopperConfig(2, 128, 2, 2, turns=True)} if kernel in ("forward", "loads") else {"dqdkdv": config}
+            check(case, 1, seed, **({} if kernel == "wide" else whole))
         except (AssertionError, TimeoutError, AttributeError, TypeError, RuntimeError):
             return
     raise AssertionError("nothing was noticed")

@@ -144,6 +144,10 @@ TARGETS = [
     Target((256, 256), bias="1hqk", softcap=30.0, lengths=True),
     Target((256, 256), band=CAUSAL, grads="k", lengths=True),
     Target((64, 64), grads="v", lengths=True),
+    # Narrow heads: as they are where dq has a kernel of its own.
+    *(Target((d, d), bias="1hqk", adds=False) for d in (16, 24, 32)),
+    Target((32, 16), F16, band=CAUSAL, lengths=True, adds=False),
+    Target((32, 32), bias="1hqk", mask="b11k", band=CAUSAL, adds=False, dropout=0.1, spills=96),
     # ALiBi, one- and two-sided.
     *(Target((d, d), band=band, slopes=True, spills=LOOP) for d in (64, 128, 256) for band in ((None, None), CAUSAL)),
     # Dropout: marks take 16 registers more beside products that fill them, some of which are spilled once a block.

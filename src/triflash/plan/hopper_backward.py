@@ -13,7 +13,7 @@ from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, dealt, equal_sections
 __all__ = ["KeysConfig", "bias_slot_bytes", "dims", "keys_config", "keys_tiles", "schedule", "shared_memory", "stats_kinds", "stats_length"]
 
 NARROW = 128  # head dims up to which one kernel gives dk, dv and dq; above it ("wide") it gives dk and dv, of half as many keys
-SMALLEST_DIM = 64  # narrower heads are padded, which costs no memory traffic
+SMALLEST_DIM = 64  # where dq is added up, narrower heads are padded, which costs no memory traffic
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,10 @@ class KeysConfig:
         return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{flags}"
 
 
-def dims(spec: AttentionSpec) -> tuple[int, int]:
+def dims(spec: AttentionSpec, adds_dq: bool = True) -> tuple[int, int]:
     """Head dims of q and k, and of v, as the kernel pads them: above 128 alike."""
-    head, value = max(SMALLEST_DIM, padded(spec.head_dim)), max(SMALLEST_DIM, padded(spec.value_dim))
+    smallest = SMALLEST_DIM if adds_dq else SMALLEST_DIM // 2
+    head, value = max(smallest, padded(spec.head_dim)), max(smallest, padded(spec.value_dim))
     widest = max(head, value)
     return (widest, widest) if widest > NARROW else (head, value)
 
@@ -94,7 +95,7 @@ def bias_slot_bytes(spec: AttentionSpec, config: KeysConfig) -> int:
 
 def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool, dbias: bool = False) -> int:
     """Bytes of shared memory of one program; ``dbias``: it also gives the gradient of a bias that varies over keys alone."""
-    head, value = dims(spec)
+    head, value = dims(spec, adds_dq)
     stages = config.q_stages * (2 * head + 4 * (stats_kinds(spec) - 1)) + config.o_stages * (2 * value + 4)
     scoring = 1 if config.wide else 2
     total = (
