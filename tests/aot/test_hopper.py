@@ -127,7 +127,7 @@ TARGETS = [
     Target((128, 128), F16, bias="1h1k", mask="b11k", band=WINDOW, lengths=True, softcap=50.0, dropout=0.1),
     # Several programs a processor.
     *(Target((d, d), bias="1hqk", band=band, length=512, mask=mask) for d in (32, 64, 128) for band in ((None, None), CAUSAL) for mask in ("", "b11k")),
-    *(Target((d, d), band=CAUSAL, length=512) for d in (64, 128)),
+    *(Target((d, d), band=CAUSAL, length=512) for d in (32, 64, 128, 256)),
     *(Target((d, d), band=(-255, 0), length=ODD) for d in (64, 128)),
     *(Target((d, d), band=CAUSAL, length=512, lengths=True) for d in (64, 128)),
     Target((32, 32), bias="1hqk", length=768, lengths=True),

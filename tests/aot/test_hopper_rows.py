@@ -146,6 +146,7 @@ TARGETS = [
     *(dq(32, "1hqk", mask=mask) for mask in ("", "b11k")),
     dq(32, "1hqk", CAUSAL, lengths=True),
     dq(32, "bhqk", gradient=True),
+    *(dq(32, band=band) for band in (OPEN, CAUSAL, WINDOW)),
     # What the plan falls back to, and what may turn out faster.
     dq(128, band=CAUSAL, config=RowsConfig(2, 128, 2, own_out=False, ahead=False)),
     dq(64, "bhqk", CAUSAL, True, config=RowsConfig(2, 128, 2, 2, ahead=False)),

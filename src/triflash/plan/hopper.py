@@ -185,7 +185,8 @@ def _candidates(spec: AttentionSpec) -> tuple[HopperConfig, ...]:
             large = (HopperConfig(2, 128, 2, 2, turns=True), HopperConfig(2, 128, 2, 1, turns=True), HopperConfig(2, 64, 2, turns=True))
             return (*narrow, *small, HopperConfig(1, 128, 2, together=2), *large)
         if short and spec.bias is None:
-            return (HopperConfig(1, 64, 3, together=3), HopperConfig(2, 64, 2, turns=True))
+            narrow = (HopperConfig(1, 64, 3, q_stages=2, together=4),) if head <= 32 else ()
+            return (*narrow, HopperConfig(1, 64, 3, together=3), HopperConfig(2, 64, 2, turns=True))
         if spec.alibi and not capped and spec.dropout == 0:
             return (HopperConfig(1, 128, 2, q_stages=2, together=2), HopperConfig(2, 64, 2, turns=True))
         if light and spec.bias is None and seen >= (4096 if banded else 2048):  # registers of a third consumer leave no room for more
@@ -201,7 +202,9 @@ def _candidates(spec: AttentionSpec) -> tuple[HopperConfig, ...]:
             HopperConfig(2, 64, 2, turns=turns),
             HopperConfig(2, 64, 2, own_out=False),
         )
+    small = (HopperConfig(1, 64, 2),) if short and seen <= 512 and spec.bias is None else ()  # whose output has a buffer of its own
     return (
+        *small,
         HopperConfig(2, 64, 2, own_out=False),
         HopperConfig(2, 64, 2),  # head dims of q and v that differ: the output does not fit in q's buffer
         HopperConfig(2, 32, 2, own_out=False),
