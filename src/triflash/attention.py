@@ -66,7 +66,8 @@ def attention(
         softcap: bounds the scaled products to ±softcap, before the bias; None or 0 does not.
         alibi_slopes: floats ``(Hq,)`` or ``(*batch, Hq)``, used in float32, without a gradient.
         sink: floats ``(Hq,)``, with a gradient: a score for each head that takes part in the softmax and has no value.
-        dropout_p: the probability with which a softmax probability is dropped; the others are multiplied by ``1 / (1 − dropout_p)``.
+        dropout_p: the probability with which a softmax probability is dropped; the others are multiplied by ``1 / (1 − dropout_p)``. It
+            counts to the nearest 2⁻¹⁵.
         dropout_seed: what decides which: an int, or an int64 tensor (seed, offset) where q is, which a captured CUDA graph reads anew at
             every replay. The same seed drops the same on every backend. Default: drawn from PyTorch's generator of q's device.
         return_lse: also return the natural log of the sum of exponentials of each query's visible scores, differentiable.
