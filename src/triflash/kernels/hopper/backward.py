@@ -256,9 +256,10 @@ def _walk(
             s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK,
             ALIBI, KEY_BIASED, MASKED, DT,
         )  # fmt: skip
-        undropped = p.to(gl.float32)
+        undropped = p
         if stream is not None:
-            undropped = signed(undropped, marks)
+            if NEED_DB and cap is not None:
+                undropped = signed(p.to(gl.float32), marks)
             if NEED_DS:
                 weight = signed(weight, marks)
             if NEED_DV:
@@ -276,7 +277,7 @@ def _walk(
             dp = warpgroup_mma_wait(UNDER, [dp_pending])
             ds = of_scores(weight, dp, delta, stream is not None)
             if NEED_DB and cap is not None:  # the bias is added behind the cap
-                db += gl.sum(of_scores(undropped, dp, delta, stream is not None), 1)
+                db += gl.sum(of_scores(undropped.to(gl.float32), dp, delta, stream is not None), 1)
             elif NEED_DB:
                 db += gl.sum(ds, 1)
             ds16 = ds.to(DT)
