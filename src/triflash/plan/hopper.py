@@ -178,14 +178,19 @@ def _candidates(spec: AttentionSpec) -> tuple[HopperConfig, ...]:
     capped = spec.softcap > 0
     light = is_light(spec)
     short = banded and light and seen <= SHORT
+    narrow: tuple[HopperConfig, ...] = ()
+    small: tuple[HopperConfig, ...] = ()
     if head <= 64:
         if bias_tiles:
-            narrow = (HopperConfig(2, 64, 3, 2, q_stages=2, together=2), HopperConfig(2, 64, 2, together=2)) if head <= 32 and light else ()
-            small = (HopperConfig(1, 64, 2, 2, together=3), HopperConfig(1, 64, 2, together=3)) if short else ()
+            if head <= 32 and light:
+                narrow = (HopperConfig(2, 64, 3, 2, q_stages=2, together=2), HopperConfig(2, 64, 2, together=2))
+            if short:
+                small = (HopperConfig(1, 64, 2, 2, together=3), HopperConfig(1, 64, 2, together=3))
             large = (HopperConfig(2, 128, 2, 2, turns=True), HopperConfig(2, 128, 2, 1, turns=True), HopperConfig(2, 64, 2, turns=True))
             return (*narrow, *small, HopperConfig(1, 128, 2, together=2), *large)
         if short and spec.bias is None:
-            narrow = (HopperConfig(1, 64, 3, q_stages=2, together=4),) if head <= 32 else ()
+            if head <= 32:
+                narrow = (HopperConfig(1, 64, 3, q_stages=2, together=4),)
             return (*narrow, HopperConfig(1, 64, 3, together=3), HopperConfig(2, 64, 2, turns=True))
         if spec.alibi and not capped and spec.dropout == 0:
             return (HopperConfig(1, 128, 2, q_stages=2, together=2), HopperConfig(2, 64, 2, turns=True))
@@ -194,15 +199,18 @@ def _candidates(spec: AttentionSpec) -> tuple[HopperConfig, ...]:
         return (HopperConfig(2, 128, 3, q_stages=2, turns=capped), HopperConfig(2, 64, 2, turns=True))
     if head <= 128:
         turns = bias_tiles or capped or spec.alibi
+        if short and (bias_tiles or spec.bias is None):
+            small = (HopperConfig(1, 64, 2, together=2),)
         return (
-            *((HopperConfig(1, 64, 2, together=2),) if short and (bias_tiles or spec.bias is None) else ()),
+            *small,
             *(() if bias_tiles else (HopperConfig(2, 128, 2, q_stages=2, turns=turns),)),
             HopperConfig(2, 128, 2, turns=turns),
             HopperConfig(2, 128, 2, turns=turns, own_out=False),
             HopperConfig(2, 64, 2, turns=turns),
             HopperConfig(2, 64, 2, own_out=False),
         )
-    small = (HopperConfig(1, 64, 2),) if short and seen <= 512 and spec.bias is None else ()  # whose output has a buffer of its own
+    if short and seen <= 512 and spec.bias is None:
+        small = (HopperConfig(1, 64, 2),)  # whose output has a buffer of its own
     return (
         *small,
         HopperConfig(2, 64, 2, own_out=False),
