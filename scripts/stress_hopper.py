@@ -207,7 +207,7 @@ def random_config(chooser: random.Random, head: int, biased: bool, one_width: bo
         widest = spec_of(*(torch.empty(1, 128, 1, head, device="meta", dtype=torch.bfloat16),) * 3, None, 1, None, None, 1.0, "")
         bias = config.bias_stages * config.block_m * config.block_n * 4 if biased else 0
         small = replace(config, consumers=1, block_n=min(64, config.block_n), together=chooser.choice((1, 2, 3)))
-        if small.together > 1 and products_fit(widest, small):
+        if small.together > 1 and products_fit(small, head):
             config = small
         limit = shared_limit(KNOWN_DEVICES["sm90"].shared_memory, config.together)
         if shared_memory(widest, config) + bias + 4096 <= limit:

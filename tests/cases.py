@@ -28,7 +28,7 @@ from triflash.bench.tolerance import (
     rounding_backward,
     unit_roundoff,
 )
-from triflash.dropout import keep_mask
+from triflash.dropout import keep_mask, rescale
 from triflash.plan.configs import MAX_HEAD_DIM, TileConfig
 from triflash.plan.device import facts_of
 from triflash.plan.hopper import HopperConfig
@@ -354,7 +354,7 @@ def _scores(case: Case, x: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None
     if x.key_lengths is not None:
         s = s.masked_fill(j >= x.key_lengths[:, None, None, None], -torch.inf)
     if x.dropout_seed is not None:
-        kept = keep_mask(x.dropout_seed, case.dropout, case.B, case.H, slice(0, case.M), slice(0, case.N)) / (1 - case.dropout)
+        kept = keep_mask(x.dropout_seed, case.dropout, case.B, case.H, slice(0, case.M), slice(0, case.N)) * rescale(case.dropout)
     return s, slope, kept
 
 

@@ -14,7 +14,7 @@ import triflash
 from cases import BACKENDS, HAVE_TRITON, small_tiles
 from test_attention import agree, inputs
 from triflash import attention, ops
-from triflash.dropout import keep_mask, philox2x32, philox4x32
+from triflash.dropout import keep_mask, philox2x32, philox4x32, rescale, threshold
 
 ALL = ["oracle", *BACKENDS]
 
@@ -177,7 +177,7 @@ def test_only_the_gradient_of_a_sink(only: str, backend: str, device: torch.devi
 
 def kept(seed: int, p: float, batch: int = 2, H: int = 2, M: int = 20, N: int = 27, device: Any = None) -> Tensor:
     pair = torch.tensor([seed, 0], device=device)
-    return keep_mask(pair, p, batch, H, slice(0, M), slice(0, N)).double() / (1 - p)
+    return keep_mask(pair, p, batch, H, slice(0, M), slice(0, N)).double() * rescale(p)
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -288,6 +288,14 @@ def test_dropout_statistics(p: float) -> None:
         for step in (n for n in (1, 2, 3, 8) if n < shape[dim]):
             a, b = centred.narrow(dim, 0, shape[dim] - step), centred.narrow(dim, step, shape[dim] - step)
             close((a * b).mean(), 0.0, a.numel(), deviation**2)
+
+
+@pytest.mark.parametrize("p", [1e-6, 1e-4, 0.1, 0.5, 0.9999, 0.999999])
+def test_what_is_kept_makes_up_for_what_is_dropped(p: float) -> None:
+    """p counts to the nearest 2^-15, in what is dropped and in what the rest is multiplied by; something is always kept."""
+    share = 1 / rescale(p)
+    assert share * 2**15 == pytest.approx(2**15 - threshold(p)) and threshold(p) < 2**15
+    assert abs(share - (1 - p)) <= max(2**-16, 1 / 2**15 - (1 - p))
 
 
 @pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")

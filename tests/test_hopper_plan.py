@@ -19,6 +19,7 @@ from triflash.plan import hopper
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.hopper import HopperConfig
+from triflash.plan.hopper_rows import RowsConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import Step, plan_backward, plan_forward, why_not
 from triflash.spec import AttentionSpec, BiasSpec, Needs
@@ -141,6 +142,19 @@ def test_programs_that_run_together_share_registers_and_shared_memory(consumers:
     assert together * (consumers + 1) * 128 * config.launch_registers <= 65536
     assert consumers * config.registers + 24 <= (consumers + 1) * config.launch_registers
     assert together * (hopper.shared_limit(SM90.shared_memory, together) + 1024) <= SM90.shared_memory + 1024
+
+
+@triton_only
+@pytest.mark.parametrize("kernel, config, words", [
+    ("forward", HopperConfig(1, 64, 2, together=3), r"consumers and together: wanted fewer for head dim 128 .* got \(1, 3\)"),
+    ("forward", HopperConfig(3, 64, 2, own_out=False, together=2), r"consumers and together: .* got \(3, 2\)"),
+    ("forward", HopperConfig(1, 64, 4, together=2), "together: wanted fewer programs, which take .* bytes of shared memory each, got 2"),
+    ("dq", RowsConfig(2, 64, 3, v_stages=2, together=2), r"consumers and together: .* got \(2, 2\)"),
+], ids=str)  # fmt: skip
+def test_programs_that_cannot_run_together_are_refused(kernel: str, config: HopperConfig, words: str) -> None:
+    problem = spec(head_dim=128, value_dim=128)
+    with override_configs(**{kernel: config}), pytest.raises(ValueError, match=words):
+        plan_forward(problem, SM90, "hopper") if kernel == "forward" else plan_backward(problem, NEEDS, SM90, "hopper")
 
 
 @triton_only

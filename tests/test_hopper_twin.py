@@ -247,6 +247,24 @@ def test_forward_with_masks_beside_biases(config: HopperConfig, case: Case) -> N
     check(replace(case, grads="", dlse=False), 1, 1, forward=config)
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_slopes_beside_a_huge_bias(adds: bool) -> None:
+    """Queries whose every score carries -10⁹: their scores are rounded to multiples of 64, alike in both passes, so that p sums up to 1."""
+    case = Case("huge", B=2, M=300, N=300, bias="1hqk", bias_dtype=F32, alibi="h", causal=True, dtype=BF16, grads="qkv")
+    inputs = build(case, CPU)
+    assert inputs.bias is not None and inputs.alibi_slopes is not None
+    with torch.no_grad():
+        inputs.bias[..., :100, :] = -1e9
+        inputs.alibi_slopes.copy_(torch.linspace(0.2, 0.5, case.H).expand_as(inputs.alibi_slopes))
+    config = {"dqdkdv": KeysConfig(2, 2)} if adds else {}
+    with gluon_twin.twin_device(2), override_configs(**config):  # type: ignore[arg-type]
+        x, options = inputs.operands(), (case.batch_inner, *case.band, case.softmax_scale, "", "hopper")
+        out = torch.ops.triflash.forward(*x[:4], *options, *x[4:], 0.0, 0.0)[0]
+        (dv,) = torch.autograd.grad(out, [inputs.v], torch.ones_like(out))
+    sums = dv.double().sum(1)  # of each column: one for each query
+    assert (sums / case.M - 1).abs().max() < 0.01
+
+
 DROPPED = [
     Case("full", B=2, M=130, N=150, dropout=0.3),
     Case("causal, grouped, sink", B=2, M=200, N=200, H=4, Hk=2, causal=True, sink=True, dropout=0.5, dtype=BF16, dlse=True),

@@ -58,7 +58,7 @@ RULES: dict[str, list[str]] = {
         "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.hopper_backward": [
-        "torch", "triflash.kernels.hopper", "triflash.kernels.triton.dbias", "triflash.launch.calls", "triflash.launch.hopper",
+        "torch", "triflash.dropout", "triflash.kernels.hopper", "triflash.kernels.triton.dbias", "triflash.launch.calls", "triflash.launch.hopper",
         "triflash.launch.hopper_rows", "triflash.launch.triton", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ROUNDS", "keep_mask", "philox2x32", "philox4x32", "threshold"]
+__all__ = ["ROUNDS", "keep_mask", "philox2x32", "philox4x32", "rescale", "threshold"]
 
 ROUNDS = 7  # the fewest that pass BigCrush
 _WORD = 0xFFFFFFFF
@@ -26,6 +26,11 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 def threshold(p: float) -> int:
     """Of a 15-bit random number, below which a probability is dropped: p to the nearest multiple of 2^-15, but never all of them."""
     return min(round(p * 2**15), 2**15 - 1)
+
+
+def rescale(p: float) -> float:
+    """What a probability that is kept is multiplied by: one over the share that is, with p as :func:`threshold` takes it."""
+    return 2**15 / (2**15 - threshold(p))
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dropout import keep_mask
+from .dropout import keep_mask, rescale
 
 __all__ = ["LEAST_BIAS", "attention", "visible"]
 
@@ -109,7 +109,7 @@ def attention(
     p = e / safe
     if dropout_p:
         assert dropout_seed is not None
-        p = p * keep_mask(dropout_seed, dropout_p, batch, H, slice(0, M), slice(0, N)) / (1 - dropout_p)
+        p = p * keep_mask(dropout_seed, dropout_p, batch, H, slice(0, M), slice(0, N)) * rescale(dropout_p)
     out = torch.einsum("bhmn,bnhd->bmhd", p, v)
     lse = (finite + torch.log(safe)).masked_fill(~seen, -torch.inf).squeeze(-1)
     return out, lse

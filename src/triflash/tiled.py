@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dropout import keep_mask
+from .dropout import keep_mask, rescale
 
 _LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
 _LEAST_BIAS = -torch.finfo(torch.float32).max / _LOG2E  # below it a bias counts as -inf: see oracle.py
@@ -105,7 +105,7 @@ class Scores:
     @property
     def rescale(self) -> float:
         """By what dropout multiplies the probabilities that it keeps."""
-        return 1.0 / (1.0 - self.dropout_p)
+        return rescale(self.dropout_p)
 
 
 def forward(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dropout import threshold
+from ..dropout import rescale, threshold
 from ..plan.configs import TileConfig
 from ..plan.hopper import HopperConfig
 from ..plan.hopper_backward import KeysConfig
@@ -24,7 +24,6 @@ __all__ = [
     "bias_strides",
     "cap_of",
     "dropout_of",
-    "rescale",
     "sink_gradient",
     "slope_strides",
     "start",
@@ -80,20 +79,19 @@ def cap_of(spec: AttentionSpec) -> tuple[float, float] | None:
 def alibi_of(spec: AttentionSpec) -> int:
     """Which form of ALIBI the Hopper kernels take (``kernels/hopper/features.ONE_SIDED``): queries are counted so that the last meets the
     last key, and a bound to the right may keep all of them from seeing a key behind them.
+
+    Not beside a bias of numbers: kernels that own queries add the line over keys to a score and kernels that own keys the other one, and
+    beside a bias like -10⁹ the two would be rounded to different scores, whose p no saved lse makes a sum of 1.
     """
     if not spec.alibi:
         return 0
-    return 2 if spec.hi is not None and spec.hi <= spec.keys - spec.queries else 1
+    exact = spec.bias is None or spec.bias.is_mask
+    return 2 if exact and spec.hi is not None and spec.hi <= spec.keys - spec.queries else 1
 
 
 def dropout_of(spec: AttentionSpec, seed: Tensor | None) -> tuple[Tensor, int, float] | None:
     """What the Hopper kernels take of dropout (``kernels/hopper/dropout.stream_of``); None: there is none."""
-    return None if seed is None else (seed, threshold(spec.dropout), rescale(spec))
-
-
-def rescale(spec: AttentionSpec) -> float:
-    """What a probability that dropout keeps is multiplied by."""
-    return 1 / (1 - spec.dropout)
+    return None if seed is None else (seed, threshold(spec.dropout), rescale(spec.dropout))
 
 
 def address_of(x: Tensor) -> int:

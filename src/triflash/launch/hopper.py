@@ -99,7 +99,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
 
 
 def register_limit(config: HopperConfig) -> dict[str, int]:
-    """A launch option where programs share a processor, of whose registers one would else take all."""
+    """``maxnreg``, the registers of a thread at launch, where several programs share a processor: one would else take all."""
     return {"maxnreg": config.launch_registers} if config.together > 1 else {}
 
 

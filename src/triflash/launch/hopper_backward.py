@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dropout import rescale
 from ..kernels.hopper import backward as keys_kernels
 from ..kernels.hopper import edges
 from ..kernels.hopper import wide as wide_kernels
@@ -18,7 +19,7 @@ from ..plan.hopper_steps import EDGE
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
-from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, rescale, sink_gradient, slope_strides, start
+from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, sink_gradient, slope_strides, start
 from .hopper import addressable, descriptor, padded_rows, ready, ready_operands
 from .triton import partial_sums, row_strides
 
@@ -40,7 +41,7 @@ def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: T
         if grad is not None and filled is not None and filled is not grad:
             grad.copy_(filled)
     if grads.dsink is not None and x.sink is not None:
-        delta = stats[:, DELTA, : spec.queries].unflatten(0, (spec.batch, spec.heads)) * rescale(spec)
+        delta = stats[:, DELTA, : spec.queries].unflatten(0, (spec.batch, spec.heads)) * rescale(spec.dropout)
         grads.dsink.copy_(sink_gradient(x.sink, saved, delta))
 
 
@@ -143,7 +144,7 @@ def prepare_call(
     args = (
         *(out, dout, dlse, lse, rest if stats.shape[1] == 3 else None, stats, dq_sum),
         *(out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride(), lse.stride()),
-        *(spec.heads, spec.queries, stats.shape[2], 1 / rescale(spec)),
+        *(spec.heads, spec.queries, stats.shape[2], 1 / rescale(spec.dropout)),
     )
     row = 4 if dq_sum is None else dq_sum.shape[3]
     constants = {
@@ -160,7 +161,7 @@ def prepare_call(
 
 def finish_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor) -> Call:
     """dq from its float32 sum."""
-    args = (dq_sum, dq, dq.stride()[:3], spec.heads, spec.queries, spec.scale * rescale(spec))
+    args = (dq_sum, dq, dq.stride()[:3], spec.heads, spec.queries, spec.scale * rescale(spec.dropout))
     constants = {"BM": EDGE.block_m, "D": spec.head_dim, "BD": padded(spec.head_dim), "ROW": dq_sum.shape[3], "WIDE": True}
     return Call(edges.finish, args, constants, EDGE, spec.batch * spec.heads * -(-spec.queries // EDGE.block_m))
 

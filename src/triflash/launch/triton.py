@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dropout import threshold
+from ..dropout import rescale, threshold
 from ..kernels.triton import backward as backward_kernels
 from ..kernels.triton import dbias as dbias_kernels
 from ..kernels.triton import forward as forward_kernels
@@ -148,7 +148,7 @@ def _features(spec: AttentionSpec, x: Operands) -> Features:
     if bias_spec is not None and bias_spec.is_mask:
         bias, bias_spec, mask, mask_spec = None, None, bias, bias_spec
     slopes, sink = x.alibi_slopes, x.sink
-    dropped = {"seed": x.dropout_seed, "threshold": threshold(spec.dropout), "rescale": 1 / (1 - spec.dropout)} if spec.dropout else {}
+    dropped = {"seed": x.dropout_seed, "threshold": threshold(spec.dropout), "rescale": rescale(spec.dropout)} if spec.dropout else {}
     return Features(
         bias=bias,
         bias_strides=_varying_strides(bias, bias_spec),

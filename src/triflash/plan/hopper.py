@@ -14,6 +14,7 @@ __all__ = [
     "HopperConfig",
     "bias_block",
     "bias_bytes",
+    "checked",
     "dealt",
     "equal_sections",
     "forward_config",
@@ -49,9 +50,9 @@ class HopperConfig:
 
     consumers: warpgroups of 64 queries each. block_n: keys of a block. num_stages: buffers for key blocks, and for value blocks unless
     v_stages says otherwise. bias_stages: buffers for bias tiles, per consumer. turns: consumers issue their products in turn. own_out: the
-    output has a buffer of its own. persistent: a grid of as many programs as there are
-    processors. q_stages: buffers for queries, per consumer; the second only where the output has its own. together: programs that a
-    processor runs at a time, so that one begins and ends its tiles while another computes; they share its registers and shared memory.
+    output has a buffer of its own. persistent: a grid of as many programs as run at a time. q_stages: buffers for queries, per consumer;
+    the second only where the output has its own. together: programs that a processor runs at a time, so that one begins and ends its
+    tiles while another computes; they share its registers and shared memory.
     """
 
     consumers: int
@@ -132,11 +133,24 @@ def shared_limit(limit: int, together: int) -> int:
     return (limit + RESERVED) // together - RESERVED
 
 
-def products_fit(spec: AttentionSpec, config: HopperConfig) -> bool:
-    """Whether the registers of a launch hold the result of every single product, and its other operand: ptxas insists on that even where a
-    consumer has more by then.
+def products_fit(config: HopperConfig, dim: int) -> bool:
+    """Whether the registers of a launch hold the result of every single product, of a block's keys or of that head dim, and its other
+    operand: ptxas insists on that even where a consumer has more by then.
     """
-    return max(padded(spec.value_dim), config.block_n) // 2 + PRODUCT_REGISTERS <= config.launch_registers
+    return max(padded(dim), config.block_n) // 2 + PRODUCT_REGISTERS <= config.launch_registers
+
+
+def checked(config: HopperConfig, dim: int, used: int, limit: int) -> HopperConfig:
+    """A configuration chosen by hand. Raises ValueError if a product has too few registers, or if programs that are to run together have
+    not enough shared memory for that; ``used``: bytes of one program.
+    """
+    if not products_fit(config, dim):
+        wanted = f"fewer for head dim {dim} and blocks of {config.block_n} keys"
+        raise bad_value("consumers and together", wanted, (config.consumers, config.together), "a product has too few registers")
+    if config.together > 1 and used > shared_limit(limit, config.together):
+        wanted = f"fewer programs, which take {used} bytes of shared memory each"
+        raise bad_value("together", wanted, config.together, f"they have {shared_limit(limit, config.together)}")
+    return config
 
 
 def mask_block(spec: AttentionSpec, config: HopperConfig) -> tuple[int, int]:
@@ -238,7 +252,7 @@ def forward_config(spec: AttentionSpec, limit: int, processors: int = 0) -> Hopp
     """
     for config in _candidates(spec):
         fits = shared_memory(spec, config) <= shared_limit(limit, config.together)
-        fits = fits and products_fit(spec, config)
+        fits = fits and products_fit(config, spec.value_dim)
         if fits and (config.own_out or padded(spec.head_dim) == padded(spec.value_dim)):
             if 2 * whole_tiles(spec, config)[1] <= processors:
                 return replace(config, consumers=1, turns=False, together=1)

@@ -10,6 +10,7 @@ from . import hopper_backward as keys
 from . import hopper_rows as rows
 from .configs import TileConfig, padded
 from .device import DeviceFacts
+from .hopper import checked
 from .hopper_backward import KeysConfig
 from .hopper_rows import RowsConfig
 from .steps import Step, broadcast_rows, ceil_div, sum_steps
@@ -17,7 +18,7 @@ from .steps import Step, broadcast_rows, ceil_div, sum_steps
 __all__ = ["EDGE", "adds_dq", "backward_steps", "reservation", "shared_memory", "source_of", "why_not_backward"]
 
 EDGE = TileConfig(64, 16, 4, 1)  # rows of a program of prepare and finish, which have no tiles of scores
-WORTH_ADDING = 1024  # keys that a query sees on average, from which on adding up dq in memory is faster than a pass of its own
+WORTH_ADDING = 1024  # keys, or at head dims above 64 half of them under a band, from which on adding up dq is faster than a pass of its own
 
 
 def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> tuple[str, str] | None:
@@ -99,6 +100,8 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         gives = ("dq",) * needs.dq + ("dbias",) * (source == "dq")
         chosen = by_hand.get("dq")
         config_q = chosen if isinstance(chosen, RowsConfig) else rows.dq_config(spec, limit, source == "dq", processors)
+        if isinstance(chosen, RowsConfig):
+            checked(chosen, spec.head_dim, rows.dq_shared_memory(spec, chosen, source == "dq"), limit)
         assert config_q is not None, "why_not_backward refuses what fits no candidate"
         steps.append(Step("dq", config_q, rows.dq_programs(spec, config_q, processors), order, gives=gives))
     if adding:
@@ -106,9 +109,11 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     if source == "dbias":
         chosen = by_hand.get("dbias")
         config_b = chosen if isinstance(chosen, RowsConfig) else rows.dbias_config(spec, limit)
+        if isinstance(chosen, RowsConfig):
+            checked(chosen, 0, rows.dbias_shared_memory(spec, chosen), limit)
         assert config_b is not None, "why_not_backward refuses what fits no candidate"
         own, rounds = rows.dbias_tiles(spec, config_b)[2], rows.dbias_rounds(spec)
-        splits = max(1, min(rounds, ceil_div(processors, own)))
+        splits = max(1, min(rounds, ceil_div(processors * config_b.together, own)))
         steps.append(Step("dbias", config_b, rows.dbias_programs(spec, config_b, splits, processors), order, splits, ("dbias",)))
         steps += sum_steps(spec, splits)
     elif source == "dkdv":

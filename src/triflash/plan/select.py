@@ -269,13 +269,7 @@ def hopper_config_of(spec: AttentionSpec, device: DeviceFacts, choices: Choices)
             raise bad_value(
                 "own_out", f"True for head dims {spec.head_dim} and {spec.value_dim}", False, "an output tile does not fit q's buffer"
             )
-        if not hopper.products_fit(spec, chosen):
-            raise bad_value(
-                "together",
-                f"less for head dim {spec.value_dim} and {chosen.block_n} keys",
-                chosen.together,
-                "a product has too few registers",
-            )
+        hopper.checked(chosen, spec.value_dim, hopper.shared_memory(spec, chosen), device.shared_memory)
         return chosen, "chosen by hand (override_configs)"
     config = hopper.forward_config(spec, device.shared_memory, device.processors)
     assert config is not None, "why_not refuses what fits no candidate"

@@ -132,8 +132,8 @@ def _produce(
 
 @gluon.jit
 def _step(
-    dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
-    bars, at, m0, n0, head, outer, inner,
+    dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, at, m0, n0, head, outer,
+    inner,
     ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
@@ -248,8 +248,8 @@ def _step(
 
 @gluon.jit
 def _walk(
-    dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
-    bars, done, first, last, steps, end,
+    dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, first, last, steps,
+    end,
     m0, head, outer, inner, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
@@ -259,8 +259,7 @@ def _walk(
     Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     for step in range(first, last):
         dq, ds = _step(
-            dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
-    bars, done + step, m0,
+            dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done + step, m0,
             (end - 1 - step) * BN,
             head, outer, inner, ahead, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
             HAS_REST, AHEAD, TURNS, ALIBI, False, MASKED, False,
@@ -321,8 +320,8 @@ def _consume(
                 mbarrier.wait(bars.index(K_FULL + cut), (done // K_STAGES) & 1)
                 clear_hidden(k_s.index(cut).reshape([BN, BD]), n_keys - (end - 1) * BN)
         dq, ds = _step(
-            dq, dq, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
-    bars, done, m0, (end - 1) * BN,
+            dq, dq, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, m0,
+            (end - 1) * BN,
             head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
             COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, MASKED, lengths is not None,
         )  # fmt: skip
@@ -332,16 +331,14 @@ def _consume(
         # What is left: partly visible on the right, whole, partly visible on the left.
         if hi is not None:
             dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
-    bars, done, 1,
+                dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, 1,
                 end - full_end, steps, end,
                 m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
                 VARIES_M, COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
             )  # fmt: skip
         whole = max(1, end - full_end)
         dq, ds = _walk(
-            dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
-    bars, done, whole,
+            dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, whole,
             end - full_begin, steps, end,
             m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
             COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, False, Q_EARLY,
@@ -349,8 +346,8 @@ def _consume(
         if lo is not None:
             left = max(1, end - full_begin)
             dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc,
-    bars, done, left, steps,
+                dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, left,
+                steps,
                 steps, end, m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                 IS_MASK, VARIES_M, COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
             )  # fmt: skip
