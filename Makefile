@@ -32,7 +32,7 @@ test: lint
 
 test-newest: .venv/.dev .triton-newest/.installed
 	PYTHONPATH=.triton-newest $(PY) -c 'import triton; print("Triton", triton.__version__)'
-	PYTHONPATH=.triton-newest $(PY) -m pytest -q -n $(WORKERS) tests/aot
+	PYTHONPATH=.triton-newest $(PY) -m pytest -q -n $(WORKERS) tests/aot $(ARGS)
 
 test-gpu:
 	PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m pytest -q tests $(ARGS)
