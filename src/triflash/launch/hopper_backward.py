@@ -85,25 +85,8 @@ def backward_calls(
             assert isinstance(step.config, RowsConfig)
             target = dq if dq is not None else padded_rows(q)
             full = dbias if "dbias" in step.gives else None
-            calls.append(
-                hopper_rows.dq_call(
-                    spec,
-                    step.config,
-                    step.programs,
-                    q,
-                    k,
-                    v,
-                    bias,
-                    dout,
-                    stats,
-                    target,
-                    full,
-                    x.key_lengths,
-                    x.alibi_slopes,
-                    x.mask,
-                    x.dropout_seed,
-                )
-            )
+            features = (x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed)
+            calls.append(hopper_rows.dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full, *features))
         elif step.kernel == "finish":
             assert dq_sum is not None and dq is not None
             calls.append(finish_call(spec, dq_sum, dq))

@@ -359,26 +359,9 @@ def _consume(
             p = gl.convert_layout(next_p16, P)
             if OVERLAP:
                 _finish(
-                    o,
-                    l,
-                    m,
-                    out_desc,
-                    lse,
-                    rest,
-                    sink,
-                    sink_stride,
-                    dropout,
-                    out_s.index(WG),
-                    old_m0,
-                    old_head,
-                    old_b,
-                    heads,
-                    M,
-                    BM,
-                    BN,
-                    BDV,
-                    DT,
-                )
+                    o, l, m, out_desc, lse, rest, sink, sink_stride, dropout, out_s.index(WG), old_m0, old_head, old_b, heads, M,
+                    BM, BN, BDV, DT,
+                )  # fmt: skip
             m = new_m
             l = gl.sum(next_p, 1)
             o = gl.zeros([BM, BDV], gl.float32, O)
