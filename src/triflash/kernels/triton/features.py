@@ -193,8 +193,8 @@ def dropped(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl
             product = c0.to(tl.uint64) * 0xD256D193
             c0, c1 = (product >> 32).to(tl.uint32) ^ key ^ c1, product.to(tl.uint32)
             key = key + 0x9E3779B9
-        number = (tl.where((queries & 8) == 0, c0, c1) >> ((keys & 8) * 2)) & 0x7FFF
-        return tl.where(number.to(tl.int32) >= f.threshold, x, 0.0)
+        number = tl.where((queries & 8) == 0, c0, c1) << (17 - (keys & 8) * 2)  # its 15 bits uppermost; those below do not matter
+        return tl.where(number >= (tl.cast(f.threshold, tl.uint32) << 17), x, 0.0)
     else:
         return x
 
