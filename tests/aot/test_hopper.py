@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,12 @@ SPILLS = (
 )
 
 
+def features_of(target: Any) -> str:
+    """What a target has beyond dims, a bias and a band, as part of its name."""
+    own = "soft-cap" * (target.softcap > 0) + f"mask-{target.mask}" * bool(target.mask) + "lengths" * target.lengths
+    return own + "dropout" * (target.dropout > 0) + "slopes" * target.slopes
+
+
 @dataclass(frozen=True)
 class Target:
     """One compilation. bias: a letter where it varies, over (batch, head, query, key); empty is none. band: (lo, hi). config None: the plan's."""
@@ -54,14 +61,16 @@ class Target:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
-        cap = (
-            "soft-cap" * (self.softcap > 0)
-            + f"mask-{self.mask}" * bool(self.mask)
-            + "lengths" * self.lengths
-            + "dropout" * (self.dropout > 0)
-            + "slopes" * self.slopes
+        parts = (
+            dims,
+            names[self.dtype],
+            self.bias,
+            names[self.bias_dtype],
+            band,
+            str(self.length),
+            features_of(self),
+            str(self.config or ""),
         )
-        parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), cap, str(self.config or ""))
         return "-".join(part.replace(" ", "-") for part in parts if part)
 
 

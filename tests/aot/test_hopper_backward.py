@@ -13,7 +13,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from machine_code import ambiguous_descriptors, assembled, disassembled, serialised, unfenced_products, unfenced_releases
-from test_hopper import lengths_of, mask_of, seed_of, slopes_of
+from test_hopper import features_of, lengths_of, mask_of, seed_of, slopes_of
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
@@ -62,8 +62,7 @@ class Target:
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {(None, None): "full", (None, 0): "causal"}.get(self.band, "window")
         heads = f"g{self.groups}" * (self.groups > 1)
-        own = "fixed" * (not self.adds) + "soft-cap" * (self.softcap > 0) + f"mask-{self.mask}" * bool(self.mask) + "lengths" * self.lengths
-        own += "dropout" * (self.dropout > 0) + "slopes" * self.slopes
+        own = "fixed" * (not self.adds) + features_of(self)
         parts = (dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), self.grads, heads, own)
         return "-".join(part.replace(" ", "-") for part in (*parts, str(self.config or "")) if part)
 

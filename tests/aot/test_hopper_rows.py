@@ -21,6 +21,7 @@ from test_hopper import (
     ambiguous_descriptors,
     assembled,
     disassembled,
+    features_of,
     lengths_of,
     mask_of,
     seed_of,
@@ -69,14 +70,17 @@ class Target:
         kernel = f"dbias-in-{self.splits}" if self.splits else "dq-and-dbias" if self.gradient else "dq"
         dims = f"d{self.dims[0]}" + f"-dv{self.dims[1]}" * (self.dims[1] != self.dims[0])
         band = {OPEN: "full", CAUSAL: "causal"}.get(self.band, "window")
-        cap = (
-            "soft-cap" * (self.softcap > 0)
-            + f"mask-{self.mask}" * bool(self.mask)
-            + "lengths" * self.lengths
-            + "dropout" * (self.dropout > 0)
-            + "slopes" * self.slopes
+        parts = (
+            kernel,
+            dims,
+            names[self.dtype],
+            self.bias,
+            names[self.bias_dtype],
+            band,
+            str(self.length),
+            features_of(self),
+            str(self.config or ""),
         )
-        parts = (kernel, dims, names[self.dtype], self.bias, names[self.bias_dtype], band, str(self.length), cap, str(self.config or ""))
         return "-".join(part.replace(" ", "-") for part in parts if part) + f"-group-{self.group}" * (self.group > 1)
 
 

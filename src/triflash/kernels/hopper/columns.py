@@ -2,7 +2,7 @@
 
 from ..triton.prims import LOG2E, segments
 from .compat import gl, gluon
-from .features import ONE_SIDED, add_alibi, alibi_of_rows, capped, line, opaque, squashed, weighed
+from .features import ONE_SIDED, add_alibi, capped, line, opaque, squashed, weighed
 from .grid import accumulator, keep_up_to
 
 LSE = gl.constexpr(0)  # rows of the table of statistics
@@ -81,7 +81,7 @@ def probabilities(
     if ALIBI == ONE_SIDED:  # the other way round: the line over columns, which are queries here, goes along with their lse
         first = (n0 - m0 - ahead).to(gl.float32)
         lse = lse - gl.expand_dims(line(opaque(slope * first), -slope, BM, gl.SliceLayout(0, S)), 0)
-        x = x + gl.expand_dims(alibi_of_rows(slope, 1, KEYS, gl.SliceLayout(1, S)), 1)
+        x = x + gl.expand_dims(line(0.0, slope, KEYS, gl.SliceLayout(1, S)), 1)
     elif ALIBI:
         x = add_alibi(x, slope, n0 - m0 - ahead, -1, ALIBI)
     if cap is None or not PLAIN:

@@ -28,7 +28,7 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .dropout import drawn, of_scores, signed, stream_of
-from .features import ONE_SIDED, add_alibi, alibi_of_rows, capped, slope_of, squashed, visible_keys
+from .features import add_alibi, capped, slope_of, squashed, visible_keys
 from .grid import accumulator, stacked
 from .rows import add_bias, exponents, hide_unseen, statistics
 
@@ -332,8 +332,6 @@ def _consume(
             if ALIBI:
                 slope = slope_of(slopes, slope_strides, b, head)
                 s = add_alibi(s, slope, n0 - m0 - (N - M), 1, ALIBI)
-                if ALIBI == ONE_SIDED:
-                    lse = lse - alibi_of_rows(slope, -1, BM, gl.SliceLayout(1, S))
             if mask is not None:
                 s = add_bias(s, shown, True)
             if lengths is not None:

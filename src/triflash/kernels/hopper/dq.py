@@ -30,10 +30,10 @@ from .dropout import drawn, of_scores, signed, stream_of
 from .features import (
     ONE_SIDED,
     add_alibi,
-    alibi_of_rows,
     capped,
     clear_hidden,
     hide_by,
+    line,
     slope_at,
     slope_of,
     squashed,
@@ -198,7 +198,7 @@ def _step(
     if ALIBI:
         s = add_alibi(s, slope, n0 - m0 - ahead, 1, ALIBI)
     if ALIBI == ONE_SIDED:
-        lse = lse - alibi_of_rows(slope, -1, BM, gl.SliceLayout(1, S))
+        lse = lse - line(0.0, -slope, BM, gl.SliceLayout(1, S))
     if MASKED:
         s = hide_unseen(s, m0, n0, N, lo, hi, BM, BN, "0fFF800000")
     BIASED: gl.constexpr = (bias_s is not None or COLUMN) and not IS_MASK

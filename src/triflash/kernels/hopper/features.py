@@ -84,18 +84,12 @@ def line(first, slope, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def alibi_of_rows(slope, sign, ROWS: gl.constexpr, LAYOUT: gl.constexpr):
-    """What ONE_SIDED ALIBI adds to the scores of a row, beside ``add_alibi``."""
-    return line(0.0, slope * sign, ROWS, LAYOUT)
-
-
-@gluon.jit
 def add_alibi(x, slope, first, sign, FORM: gl.constexpr):
     """Scores x in base 2 less ``slope * |i - j|``, queries counted so that the last meets the last key.
 
     first: ``j - i`` of the tile's first row and column; sign: 1 where columns are keys, -1 where they are queries. FORM: of ALIBI. Where it
     is ONE_SIDED, ``-slope * |i - j| = slope * (j - i)`` is a line over columns plus one over rows: a score takes one addition, and the
-    latter is left to the caller (``alibi_of_rows``).
+    latter is left to the caller.
     """
     L: gl.constexpr = x.type.layout
     first = first.to(gl.float32)

@@ -27,7 +27,7 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .dropout import drawn, dropped, stream_of
-from .features import ONE_SIDED, add_alibi, alibi_of_rows, capped, clear_hidden, hide_by, opaque, slope_of, squashed, visible_keys
+from .features import ONE_SIDED, add_alibi, capped, clear_hidden, hide_by, line, opaque, slope_of, squashed, visible_keys
 from .grid import accumulator, locate, share, stacked
 from .loads import barrier_at, produce, visible_blocks
 from .rows import column_of, hide_unseen
@@ -88,7 +88,7 @@ def _softmax(
         else:
             top = top * scale_log2
     if ALIBI == ONE_SIDED:
-        shift = alibi_of_rows(slope, -1, BM, gl.SliceLayout(1, S))
+        shift = line(0.0, -slope, BM, gl.SliceLayout(1, S))
         top = top + shift
     m_new = gl.maximum(m, top)
     m_safe = m_new
