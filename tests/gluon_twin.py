@@ -314,9 +314,7 @@ def _drawn(keys_by_row: bool, arguments: Sequence[Any]) -> Any:
 
 
 def inline_asm(text: str, _constraints: str, arguments: Sequence[Any], dtype: Any, *_: object) -> Any:
-    """A copy, a choice, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, or a barrier of the processor, where the partitions of
-    four warps meet that its number of threads says.
-    """
+    """A copy, a choice, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, or a barrier of the processor."""
     if text == "mov.b32 $0, $1;":
         return arguments[0]
     if "setp.le.s32 p, $2, $3; selp.f32 $0, $1, " in text:
@@ -333,9 +331,36 @@ def inline_asm(text: str, _constraints: str, arguments: Sequence[Any], dtype: An
         return torch.exp2(x).to(dtype[0]), torch.exp2(x) * (-4.0 * u * (1.0 + u))
     if "ex2" in text:
         return _sharing(-1.0 / (1.0 + torch.exp2(arguments[0].clamp(max=30.0))))
-    assert text.startswith("bar.sync 10, 256;")
-    _here.meeting.wait(PATIENCE)
+    kind, threads = re.fullmatch(r"bar\.(arrive|sync) \$1, (\d+); mov.u32 \$0, 0;", text).groups()  # type: ignore[union-attr]
+    _here.processor.reach(int(arguments[0]), int(threads), kind == "sync")
     return None
+
+
+class Processor:
+    """The numbered barriers of a processor, at which whole partitions arrive or wait."""
+
+    def __init__(self) -> None:
+        self.changed, self.arrived, self.phase = threading.Condition(), [0] * 16, [0] * 16
+
+    def reach(self, number: int, threads: int, waits: bool) -> None:
+        assert 5 <= number < 16, "Triton uses the others"
+        assert not _here.unfenced, "others would be told before what was stored can be seen by TMA and products"
+        land_some()
+        end = time.monotonic() + PATIENCE
+        with self.changed:
+            phase = self.phase[number]
+            self.arrived[number] += _here.threads
+            assert self.arrived[number] <= threads, "more arrivals than a phase expects"
+            if self.arrived[number] == threads:
+                self.arrived[number], self.phase[number] = 0, phase + 1
+                self.changed.notify_all()
+        while waits and self.phase[number] == phase:
+            if _here.loads:  # nothing else may happen before one of these lands
+                land_one()
+            with self.changed:
+                self.changed.wait_for(lambda: self.phase[number] != phase, 0.01 if _here.loads else 0.1)
+            if _here.failures or time.monotonic() > end:
+                raise TimeoutError(f"{threading.current_thread().name} waits in vain")
 
 
 def _sharing(u: Tensor) -> Tensor:
@@ -344,12 +369,13 @@ def _sharing(u: Tensor) -> Tensor:
     return together.masked_fill(together.isnan().any(4, True).any(1, True), torch.nan).view(u.shape)
 
 
-def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: object, registers: object) -> None:
+def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: Sequence[int], registers: object) -> None:
     failures: list[BaseException] = []
-    program, meeting, laggard = _here.program, threading.Barrier(2), random.randrange(max(4, len(partitions)))
+    program, processor, laggard = _here.program, Processor(), random.randrange(max(4, len(partitions)))
 
     def run(number: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        _here.program, _here.failures, _here.meeting, _here.lags = program, failures, meeting, number == laggard
+        _here.program, _here.failures, _here.processor, _here.lags = program, failures, processor, number == laggard
+        _here.threads = 32 * [4, *warps][number]
         begin()
         try:
             with torch.no_grad():
@@ -360,7 +386,6 @@ def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, .
                     land()
         except BaseException as failure:  # noqa: BLE001 - raised again by the thread that waits
             failures.append(failure)
-            meeting.abort()
 
     threads = [threading.Thread(target=run, args=(n, *partition), name=f"partition {n}") for n, partition in enumerate(partitions)]
     for thread in threads:
@@ -423,7 +448,7 @@ def _stand_ins() -> dict[str, Any]:
         full=lambda shape, x, dtype, _: torch.full(shape, _wrapped(x) if dtype == torch.int32 else x, dtype=dtype), where=where, expand_dims=torch.unsqueeze,
         broadcast=torch.broadcast_tensors, fma=lambda a, b, c: a * b + c, exp2=torch.exp2, log2=torch.log2, abs=torch.abs,
         sum=torch.sum, max=torch.amax, minimum=lambda a, b: torch.minimum(a, torch.as_tensor(b)), maximum=lambda a, b: torch.maximum(a, torch.as_tensor(b)),
-        convert_layout=lambda x, _: x, load=load, store=store, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
+        convert_layout=lambda x, _: x, split=lambda x: (x[..., 0], x[..., 1]), load=load, store=store, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
         inline_asm_elementwise=inline_asm, program_id=lambda _: Scalar(_here.program[0]), num_programs=lambda _: Scalar(_here.program[1]),
         SliceLayout=_layout, BlockedLayout=_layout, DotOperandLayout=_layout, NVMMADistributedLayout=_layout,
         NVMMASharedLayout=SimpleNamespace(get_default_for=_layout),

@@ -154,7 +154,7 @@ KEYS = [
 
 @pytest.mark.parametrize("problem", KEYS, ids=str)
 @pytest.mark.parametrize(
-    "config", [KeysConfig(2, 2, 2, early=True), KeysConfig(2, 1), KeysConfig(1, 1, early=True)], ids=lambda c: str(c).replace(" ", "-")
+    "config", [KeysConfig(2, 2, 2, apart=True), KeysConfig(2, 1), KeysConfig(2, 1, unroll=2)], ids=lambda c: str(c).replace(" ", "-")
 )
 def test_keys_that_add_dq(config: KeysConfig, problem: Problem) -> None:
     check(problem, KEYS.index(problem), dqdkdv=config)

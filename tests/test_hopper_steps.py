@@ -25,7 +25,7 @@ from triflash.plan.select import Plan, plan_backward, plan_forward
 from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Saved
 
 pytestmark = triton_only
-SHORT, LONG = 1024, 4096  # keys: below where adding up dq is worth it, and above it whatever is hidden
+SHORT, LONG = 384, 4096  # keys: below where adding up dq is worth it, and above it whatever is hidden
 LIMIT = SM90.shared_memory
 
 
@@ -53,7 +53,8 @@ def planned(problem: AttentionSpec, letters: str, processors: int = SM90.process
 @pytest.mark.parametrize("letters", subsets("qkv"))
 @pytest.mark.parametrize("dim, keys, band, deterministic, adds", [
     (64, LONG, None, False, True), (128, LONG, None, False, True), (40, LONG, 0, False, True), (128, LONG, 0, False, True),
-    (64, SHORT, None, False, False), (128, SHORT, None, False, False),
+    (64, SHORT, None, False, False), (128, SHORT, None, False, False), (64, 512, 0, False, True), (40, 512, None, False, True),
+    (128, 1024, None, False, False), (32, 1024, None, False, False), (32, LONG, 0, False, True),
     (64, 2000, 0, False, True), (128, 2000, 0, False, False),  # what is seen on average is half of the keys; narrow heads do not mind
     (64, LONG, None, True, False), (128, LONG, 0, True, False),
     (136, LONG, None, False, False), (256, LONG, 0, False, False),
@@ -202,8 +203,8 @@ def test_shared_memory_counts_every_buffer() -> None:
 
 
 @pytest.mark.parametrize("wrong", [
-    {"q_stages": 0}, {"o_stages": 5}, {"bias_stages": 0}, {"block_m": 128}, {"wide": True}, {"wide": True, "o_stages": 2, "early": True},
-    {"wide": True, "q_stages": 1},
+    {"q_stages": 0}, {"o_stages": 5}, {"bias_stages": 0}, {"block_m": 128}, {"wide": True}, {"wide": True, "o_stages": 2, "apart": True},
+    {"wide": True, "q_stages": 1}, {"q_stages": 3}, {"unroll": 3}, {"unroll": 2, "q_stages": 1},
 ], ids=str)  # fmt: skip
 def test_a_config_checks_itself(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: wanted .+, got {next(iter(wrong.values()))}"):
@@ -212,9 +213,15 @@ def test_a_config_checks_itself(wrong: dict[str, Any]) -> None:
 
 def test_text_of_a_config() -> None:
     config = KeysConfig(2, 2)
-    others = (replace(config, early=True), replace(config, wide=True), replace(config, o_stages=1), replace(config, bias_stages=2))
+    others = (
+        replace(config, apart=True),
+        replace(config, unroll=2),
+        replace(config, wide=True),
+        replace(config, o_stages=1),
+        replace(config, bias_stages=2),
+    )
     assert str(config).startswith("64x128 ") and str(replace(config, wide=True)).startswith("64x64 ")
-    assert len({str(c) for c in (config, *others)}) == 5
+    assert len({str(c) for c in (config, *others)}) == 6
 
 
 def test_override_by_hand() -> None:
@@ -359,7 +366,7 @@ def launched(problem: AttentionSpec, letters: str, rest: bool = True) -> tuple[P
     *itertools.product(("qkv", "q", "kv"), (None, "bihqk", "1ihqk", "1ih1k")),
     *itertools.product(("qkvb", "b"), ("bihqk", "1ihqk", "1ih1k", "bi11k")),
 ])  # fmt: skip
-@pytest.mark.parametrize("keys, dim", [(SHORT, 64), (2 * SHORT, 40), (SHORT, 256)])
+@pytest.mark.parametrize("keys, dim", [(SHORT, 64), (2048, 40), (SHORT, 256)])
 def test_scratch_is_what_a_launch_allocates(letters: str, bias: str | None, keys: int, dim: int) -> None:
     problem = spec(bias, batch_inner=1, queries=70, keys=keys, heads=2, head_dim=dim, value_dim=dim)
     plan, calls, allocated = launched(problem, letters)

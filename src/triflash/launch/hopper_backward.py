@@ -230,5 +230,5 @@ def keys_call(
         assert dq_sum is None
         return Call(wide_kernels.wide_keys_backward, args, constants | {"STAGES": config.q_stages}, config, step.programs)
     constants |= {"Q_STAGES": config.q_stages, "O_STAGES": config.o_stages, "BIAS_STAGES": config.bias_stages}
-    constants |= {"KV_STAGES": config.kv_stages, "EARLY": config.early}
+    constants |= {"KV_STAGES": config.kv_stages, "APART": config.apart and dq_sum is not None, "UNROLL": config.unroll}
     return Call(keys_kernels.keys_backward, args, constants, config, step.programs)

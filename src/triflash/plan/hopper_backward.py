@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from ..errors import bad_value
 from ..spec import AttentionSpec
 from .configs import padded
-from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, dealt, equal_sections
+from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, dealt, equal_sections, is_light
 
 __all__ = ["KeysConfig", "bias_slot_bytes", "dims", "keys_config", "keys_tiles", "schedule", "shared_memory", "stats_kinds", "stats_length"]
 
 NARROW = 128  # head dims up to which one kernel gives dk, dv and dq; above it ("wide") it gives dk and dv, of half as many keys
+SHORT = 1024  # queries, up to which steps of two blocks are too few
 SMALLEST_DIM = 64  # where dq is added up, narrower heads are padded, which costs no memory traffic
 
 
@@ -20,26 +21,32 @@ SMALLEST_DIM = 64  # where dq is added up, narrower heads are padded, which cost
 class KeysConfig:
     """One configuration of the kernel that owns keys. block_m: queries of a block. Buffers for q, for dout and, per consumer, for the bias.
 
-    early: dq's products run under the softmax of the next block, not after it. wide: the kernel for head dims above 128, whose consumers
-    share tiles of 64 keys; the others own 64 each. kv_stages: buffers for a tile's keys and values; with two, those of the next tile are
-    fetched while this one is at work.
+    wide: the kernel for head dims above 128, whose consumers share tiles of 64 keys; the others own 64 each. kv_stages: buffers for a
+    tile's keys and values; with two, those of the next tile are fetched while this one is at work. apart: where dq is added up, a third
+    warpgroup computes it; head dims up to 64, for above there are no registers for one. unroll: blocks a step of the loop, of which each
+    is started before the one before is done.
     """
 
     q_stages: int
     o_stages: int
     bias_stages: int = 1
     block_m: int = 64
-    early: bool = False
     wide: bool = False
     kv_stages: int = 1
+    apart: bool = False
+    unroll: int = 1
 
     def __post_init__(self) -> None:
         for name in ("q_stages", "o_stages", "bias_stages", "kv_stages"):
-            if not 1 <= getattr(self, name) <= 4:
-                raise bad_value(name, "1 to 4", getattr(self, name))
+            if (
+                not 1 <= getattr(self, name) <= (4 if self.wide else 2)
+            ):  # each has a barrier of the processor, of which there are 11 to spare
+                raise bad_value(name, "1 to 4" if self.wide else "1 or 2", getattr(self, name))
+        if self.unroll not in ((1, 2, 4) if self.q_stages > 1 else (1,)):
+            raise bad_value("unroll", "1, or with two q_stages 2 or 4", self.unroll)
         if self.block_m != 64:
             raise bad_value("block_m", "64, which is what the layouts of the kernels are made for", self.block_m)
-        usual = (self.o_stages, self.bias_stages, self.early, self.kv_stages) == (self.q_stages, 1, False, 1)
+        usual = (self.o_stages, self.bias_stages, self.kv_stages, self.apart, self.unroll) == (self.q_stages, 1, 1, False, 1)
         if self.wide and (self.q_stages < 2 or not usual):
             raise bad_value(
                 "wide",
@@ -63,7 +70,8 @@ class KeysConfig:
         return self.q_stages
 
     def __str__(self) -> str:
-        flags = " early" * self.early + " wide" * self.wide + f" kv{self.kv_stages}" * (self.kv_stages > 1)
+        flags = " wide" * self.wide + f" kv{self.kv_stages}" * (self.kv_stages > 1)
+        flags += " apart" * self.apart + f" u{self.unroll}" * (self.unroll > 1)
         return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{flags}"
 
 
@@ -106,25 +114,31 @@ def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool, dbias:
     if config.wide:
         total += (4 if dbias and spec.softcap else 2) * config.block_m * config.block_n * 2  # of p, or of p and what it is multiplied to
     elif adds_dq:
-        total += 2 * config.block_m * config.block_n * 2 + config.block_m * head * 4
+        total += 2 * config.block_m * config.block_n * 2 + config.block_m * head * 4 * (2 if config.apart else 1)
     barriers = 10 + 2 * (config.kv_stages + config.q_stages + config.o_stages) + 4 * config.bias_stages
     return total + 8 * barriers + 1024  # and what alignment may cost
 
 
-def _candidates(widest: int, bias_tiles: bool) -> tuple[KeysConfig, ...]:
+def _candidates(spec: AttentionSpec, adds_dq: bool, dbias: bool) -> tuple[KeysConfig, ...]:
     """From the fastest measured to the smallest (docs/tuning.md)."""
+    widest, bias_tiles = max(dims(spec)), bias_slot_bytes(spec, KeysConfig(1, 1)) > 0
     if widest > NARROW:
         return (KeysConfig(2, 2, wide=True),)
     if widest <= SMALLEST_DIM:
-        first = (KeysConfig(2, 2, 2, kv_stages=2), KeysConfig(2, 2)) if bias_tiles else (KeysConfig(2, 2, early=True, kv_stages=2),)
-        return (*first, KeysConfig(1, 1))
+        bias = 2 if bias_tiles else 1
+        apart: tuple[KeysConfig, ...] = ()
+        if adds_dq and (is_light(spec) or not dbias):
+            full = spec.lo is None and spec.hi is None and spec.queries > SHORT
+            unroll = 2 if full and is_light(spec) and not dbias else 1  # what is not light takes registers
+            apart = tuple(KeysConfig(2, 2, bias, kv_stages=kv, apart=True, unroll=unroll) for kv in (2, 1))
+        return (*apart, KeysConfig(2, 2, bias, kv_stages=2), KeysConfig(2, 2, bias), KeysConfig(2, 2), KeysConfig(1, 1))
     return (KeysConfig(2, 2, kv_stages=2), KeysConfig(2, 2), KeysConfig(2, 1), KeysConfig(1, 1))
 
 
 @functools.lru_cache(maxsize=4096)
 def keys_config(spec: AttentionSpec, adds_dq: bool, limit: int, dbias: bool = False) -> KeysConfig | None:
     """The first candidate that fits ``limit`` bytes of shared memory, or None."""
-    for config in _candidates(max(dims(spec)), bias_slot_bytes(spec, KeysConfig(1, 1)) > 0):
+    for config in _candidates(spec, adds_dq, dbias):
         if shared_memory(spec, config, adds_dq, dbias) <= limit:
             return config
     return None

@@ -18,7 +18,7 @@ from .steps import Step, broadcast_rows, ceil_div, sum_steps
 __all__ = ["EDGE", "adds_dq", "backward_steps", "reservation", "shared_memory", "source_of", "why_not_backward"]
 
 EDGE = TileConfig(64, 16, 4, 1)  # rows of a program of prepare and finish, which have no tiles of scores
-WORTH_ADDING = 1024  # keys, or at head dims above 64 half of them under a band, from which on adding up dq is faster than a pass of its own
+WORTH_ADDING = {64: 511, 128: 1024}  # keys, half of them under a band at d 128, above which adding up dq beats a pass of its own (H200)
 
 
 def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> tuple[str, str] | None:
@@ -71,9 +71,10 @@ def adds_dq(spec: AttentionSpec, needs: Needs, limit: int, always: bool = False)
         return False
     if needs.dbias and _source(spec) == "dq":
         return False
-    seen = spec.keys if spec.lo is None and spec.hi is None else spec.keys // 2
-    narrow = max(keys.dims(spec)) <= keys.SMALLEST_DIM
-    return (always or (spec.keys if narrow else seen) > WORTH_ADDING) and keys.keys_config(spec, True, limit) is not None
+    widest = padded(max(spec.head_dim, spec.value_dim))
+    seen = spec.keys if widest <= 64 or (spec.lo is None and spec.hi is None) else spec.keys // 2
+    worth = seen > WORTH_ADDING.get(widest, 1024)
+    return (always or worth) and keys.keys_config(spec, True, limit) is not None
 
 
 def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
@@ -93,6 +94,8 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         config = chosen if isinstance(chosen, KeysConfig) else keys.keys_config(spec, adding, limit, source == "dkdv")
         if isinstance(chosen, KeysConfig) and chosen.wide != (max(keys.dims(spec)) > keys.NARROW):
             raise bad_value("wide", f"{not chosen.wide} for head dims {spec.head_dim} and {spec.value_dim}", chosen.wide)
+        if isinstance(chosen, KeysConfig) and chosen.apart and max(keys.dims(spec)) > keys.SMALLEST_DIM:
+            raise bad_value("apart", f"False for head dims {spec.head_dim} and {spec.value_dim}", True, "there are no registers for it")
         assert config is not None, "why_not_backward refuses what fits no candidate"
         programs = min(keys.keys_tiles(spec, config)[1], processors)
         steps.append(Step(kernel, config, programs, order, broadcast_rows(spec) if source == "dkdv" else 1, gives))

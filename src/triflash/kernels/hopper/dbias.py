@@ -29,17 +29,11 @@ from .compat import (
 )
 from .dropout import drawn, of_scores, signed, stream_of
 from .features import add_alibi, capped, slope_of, squashed, visible_keys
-from .grid import accumulator, stacked
+from .grid import accumulator, barriers, stacked
 from .rows import add_bias, exponents, hide_unseen, statistics
 
-
-@gluon.constexpr_function
-def barrier_at(name, WGS, LEFT, RIGHT, BIASES):
-    """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
-    sizes = {"left_full": LEFT, "right_full": RIGHT, "bias_full": BIASES, "bias_empty": BIASES, "turn": WGS}
-    sizes |= {"left_empty": LEFT, "right_empty": RIGHT, "count": 0}
-    names = list(sizes)
-    return sum(sizes[n] for n in names[: names.index(name)])
+# A program's barriers are a tuple with an element a name, which holds one for every buffer.
+LEFT_FULL, LEFT_EMPTY, RIGHT_FULL, RIGHT_EMPTY, BIAS_FULL, BIAS_EMPTY, TURN = map(gl.constexpr, range(7))  # of TURN one a consumer
 
 
 @gluon.constexpr_function
@@ -137,8 +131,8 @@ def _fetch(
 ):  # fmt: skip
     """One chunk of an operand into its slot, in PARTS buffers of rows that follow one another."""
     slot = at % SLOTS
-    full = bars.index(FULL + slot)
-    mbarrier.wait(bars.index(EMPTY + slot), ((at // SLOTS) & 1) ^ 1)
+    full = bars[FULL].index(slot)
+    mbarrier.wait(bars[EMPTY].index(slot), ((at // SLOTS) & 1) ^ 1)
     mbarrier.expect(full, PARTS * desc.block_type.nbytes)
     for w in gl.static_range(PARTS):
         tma_load(desc, [b, row + w * ring.shape[2], head, column], full, ring.index(slot * PARTS + w))
@@ -189,8 +183,8 @@ def _supply(
         if first < last:
             for w in gl.static_range(WGS):
                 buffer = wave % BIAS_STAGES * WGS + w
-                full = bars.index(BIAS_FULL + buffer)
-                mbarrier.wait(bars.index(BIAS_EMPTY + buffer), ((wave // BIAS_STAGES) & 1) ^ 1)
+                full = bars[BIAS_FULL].index(buffer)
+                mbarrier.wait(bars[BIAS_EMPTY].index(buffer), ((wave // BIAS_STAGES) & 1) ^ 1)
                 mbarrier.expect(full, bias_desc.block_type.nbytes)
                 tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0], full, bias_s.index(buffer))
             wave += 1
@@ -244,8 +238,8 @@ def _multiply(
     """Issue the product of one chunk, as soon as it is there."""
     LEFT: gl.constexpr = left_s.shape[0] // WGS
     RIGHT: gl.constexpr = right_s.shape[0]
-    mbarrier.wait(bars.index(LEFT_FULL + at % LEFT), (at // LEFT) & 1)
-    mbarrier.wait(bars.index(RIGHT_FULL + at % RIGHT), (at // RIGHT) & 1)
+    mbarrier.wait(bars[LEFT_FULL].index(at % LEFT), (at // LEFT) & 1)
+    mbarrier.wait(bars[RIGHT_FULL].index(at % RIGHT), (at // RIGHT) & 1)
     left = left_s.index(at % LEFT * WGS + WG).reshape([left_s.shape[2], left_s.shape[4]])
     right = right_s.index(at % RIGHT).reshape([right_s.shape[2], right_s.shape[4]]).permute((1, 0))
     return warpgroup_mma(left, right, acc, use_acc=not FIRST, is_async=True)
@@ -255,8 +249,8 @@ def _multiply(
 def _release(bars, at, COUNT: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LEFT_EMPTY: gl.constexpr, RIGHT_EMPTY: gl.constexpr):
     """COUNT chunks, of both sides, are no longer needed."""
     for c in gl.static_range(COUNT):
-        mbarrier.arrive(bars.index(LEFT_EMPTY + (at + c) % LEFT))
-        mbarrier.arrive(bars.index(RIGHT_EMPTY + (at + c) % RIGHT))
+        mbarrier.arrive(bars[LEFT_EMPTY].index((at + c) % LEFT))
+        mbarrier.arrive(bars[RIGHT_EMPTY].index((at + c) % RIGHT))
 
 
 @gluon.jit
@@ -274,13 +268,6 @@ def _consume(
     RIGHT: gl.constexpr = right_s.shape[0]
     BIASES: gl.constexpr = bias_s.shape[0]
     BIAS_STAGES: gl.constexpr = BIASES // WGS
-    LEFT_FULL: gl.constexpr = barrier_at("left_full", WGS, LEFT, RIGHT, BIASES)
-    LEFT_EMPTY: gl.constexpr = barrier_at("left_empty", WGS, LEFT, RIGHT, BIASES)
-    RIGHT_FULL: gl.constexpr = barrier_at("right_full", WGS, LEFT, RIGHT, BIASES)
-    RIGHT_EMPTY: gl.constexpr = barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES)
-    TURN: gl.constexpr = barrier_at("turn", WGS, LEFT, RIGHT, BIASES)
     CHUNKS: gl.constexpr = S_CHUNKS + DP_CHUNKS
     EARLY: gl.constexpr = 0 if CHUNKS <= min(LEFT, RIGHT) else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
     scale_log2 = scale * LOG2E
@@ -305,7 +292,7 @@ def _consume(
                 row += offset(head, mask_strides[2])
                 shown = gl.expand_dims(gl.load(row + j.to(gl.int64) * mask_strides[4], mask=j < N, other=0), 0)
             if TURNS:
-                mbarrier.wait(bars.index(TURN + WG), (at // CHUNKS) & 1)
+                mbarrier.wait(bars[TURN + WG].index(0), (at // CHUNKS) & 1)
             s_pending = _multiply(nothing, left_s, right_s, bars, at, WG, WGS, LEFT_FULL, RIGHT_FULL, True)
             for c in gl.static_range(1, S_CHUNKS):
                 s_pending = _multiply(s_pending, left_s, right_s, bars, at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False)
@@ -316,11 +303,11 @@ def _consume(
             for c in gl.static_range(S_CHUNKS + 1, CHUNKS):
                 dp_pending = _multiply(dp_pending, left_s, right_s, bars, at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False)
             if TURNS:
-                mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+                mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
             s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
             _release(bars, at + EARLY, S_CHUNKS - EARLY, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
 
-            mbarrier.wait(bars.index(BIAS_FULL + buffer), (wave // BIAS_STAGES) & 1)
+            mbarrier.wait(bars[BIAS_FULL].index(buffer), (wave // BIAS_STAGES) & 1)
             bias = bias_s.index(buffer).reshape([BM, BN]).load(S)
             if cap is not None:
                 if lengths is not None:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
@@ -341,7 +328,7 @@ def _consume(
                 p = signed(p, drawn(stream_of(dropout, b, head, heads), m0, n0, BM, BN, False))
 
             done = at + CHUNKS - 1  # long since full: waited for to keep ptxas from moving the wait for dp up
-            mbarrier.wait(bars.index(RIGHT_FULL + done % RIGHT), (done // RIGHT) & 1)
+            mbarrier.wait(bars[RIGHT_FULL].index(done % RIGHT), (done // RIGHT) & 1)
             dp = warpgroup_mma_wait(0, [dp_pending])
             _release(bars, at + S_CHUNKS, DP_CHUNKS, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
             if lengths is not None:  # values that are hidden may be anything
@@ -370,7 +357,7 @@ def _consume(
                 else:
                     gl.store(pointers, acc.to(dbias.dtype.element_ty), mask=(m0 + i < M) & (n0 + j < N))
                 fence_async_shared()  # behind the loads of the bias: see the forward kernel
-            mbarrier.arrive(bars.index(BIAS_EMPTY + buffer))
+            mbarrier.arrive(bars[BIAS_EMPTY].index(buffer))
             wave += 1
 
 
@@ -413,22 +400,17 @@ def dbias(
     if dbias_desc is not None and (lo is not None or hi is not None):
         zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
         zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
-    COUNT: gl.constexpr = barrier_at("count", WGS, LEFT, RIGHT, BIASES)
-    LEFT_FULL: gl.constexpr = barrier_at("left_full", WGS, LEFT, RIGHT, BIASES)
-    LEFT_EMPTY: gl.constexpr = barrier_at("left_empty", WGS, LEFT, RIGHT, BIASES)
-    RIGHT_FULL: gl.constexpr = barrier_at("right_full", WGS, LEFT, RIGHT, BIASES)
-    RIGHT_EMPTY: gl.constexpr = barrier_at("right_empty", WGS, LEFT, RIGHT, BIASES)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, LEFT, RIGHT, BIASES)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, LEFT, RIGHT, BIASES)
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(COUNT):
-        if n >= LEFT_EMPTY:
-            mbarrier.init(bars.index(n), count=WGS)  # every consumer reads every chunk
-        else:
-            mbarrier.init(bars.index(n), count=1)
+    left_full = barriers(LEFT, 1)  # every consumer reads every chunk
+    left_empty = barriers(LEFT, WGS)
+    right_full = barriers(RIGHT, 1)
+    right_empty = barriers(RIGHT, WGS)
+    bias_full = barriers(BIASES, 1)
+    bias_empty = barriers(BIASES, 1)
+    turns = (barriers(1, 1), barriers(1, 1))
+    bars = (left_full, left_empty, right_full, right_empty, bias_full, bias_empty, turns[0], turns[1])
     fence_async_shared()
     if TURNS:
-        mbarrier.arrive(bars.index(barrier_at("turn", WGS, LEFT, RIGHT, BIASES)))
+        mbarrier.arrive(bars[TURN].index(0))
 
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:

@@ -40,20 +40,9 @@ from .features import (
     visible_keys,
     weighed,
 )
-from .forward import visible_blocks
 from .grid import accumulator, locate, share, stacked
+from .loads import BIAS_EMPTY, BIAS_FULL, K_EMPTY, K_FULL, Q_EMPTY, Q_FULL, TURN, V_EMPTY, V_FULL, all_barriers, visible_blocks
 from .rows import add_bias, column_of, exponents, hide_unseen, statistics
-
-
-@gluon.constexpr_function
-def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
-    """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
-    sizes = {
-        "q_full": WGS, "q_empty": WGS, "bias_full": WGS * BIAS_STAGES, "bias_empty": WGS * BIAS_STAGES,
-        "turn": WGS, "k_full": K_STAGES, "v_full": V_STAGES, "k_empty": K_STAGES, "v_empty": V_STAGES, "count": 0,
-    }  # fmt: skip
-    names = list(sizes)
-    return sum(sizes[n] for n in names[: names.index(name)])
 
 
 @gluon.jit
@@ -64,14 +53,6 @@ def _produce(
     BATCH_FASTEST: gl.constexpr, VARIES_M: gl.constexpr,
 ):  # fmt: skip
     """The producer: every load of the program, in the order in which the consumers need them."""
-    Q_FULL: gl.constexpr = barrier_at("q_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_FULL: gl.constexpr = barrier_at("k_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
     MASK_BYTES: gl.constexpr = mask_desc.block_type.nbytes if mask_desc is not None else 0
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
@@ -86,31 +67,31 @@ def _produce(
             n0 = (end - 1 - j) * BN
             at = done + j
             stage = at % K_STAGES
-            mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)
-            mbarrier.expect(bars.index(K_FULL + stage), k_desc.block_type.nbytes)
-            tma_load(k_desc, [b, n0, key_head, 0], bars.index(K_FULL + stage), k_s.index(stage))
+            mbarrier.wait(bars[K_EMPTY].index(stage), ((at // K_STAGES) & 1) ^ 1)
+            mbarrier.expect(bars[K_FULL].index(stage), k_desc.block_type.nbytes)
+            tma_load(k_desc, [b, n0, key_head, 0], bars[K_FULL].index(stage), k_s.index(stage))
             if j == 0:
                 for w in gl.static_range(WGS):
-                    mbarrier.wait(bars.index(Q_EMPTY + w), (wave & 1) ^ 1)
-                    mbarrier.expect(bars.index(Q_FULL + w), q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
-                    tma_load(q_desc, [b, m0 + w * BM, head, 0], bars.index(Q_FULL + w), q_s.index(w))
-                    tma_load(dout_desc, [b, m0 + w * BM, head, 0], bars.index(Q_FULL + w), dout_s.index(w))
+                    mbarrier.wait(bars[Q_EMPTY].index(w), (wave & 1) ^ 1)
+                    mbarrier.expect(bars[Q_FULL].index(w), q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
+                    tma_load(q_desc, [b, m0 + w * BM, head, 0], bars[Q_FULL].index(w), q_s.index(w))
+                    tma_load(dout_desc, [b, m0 + w * BM, head, 0], bars[Q_FULL].index(w), dout_s.index(w))
             stage = at % V_STAGES
-            mbarrier.wait(bars.index(V_EMPTY + stage), ((at // V_STAGES) & 1) ^ 1)
-            mbarrier.expect(bars.index(V_FULL + stage), v_desc.block_type.nbytes)
-            tma_load(v_desc, [b, n0, key_head, 0], bars.index(V_FULL + stage), v_s.index(stage))
+            mbarrier.wait(bars[V_EMPTY].index(stage), ((at // V_STAGES) & 1) ^ 1)
+            mbarrier.expect(bars[V_FULL].index(stage), v_desc.block_type.nbytes)
+            tma_load(v_desc, [b, n0, key_head, 0], bars[V_FULL].index(stage), v_s.index(stage))
             if bias_desc is not None:
                 for w in gl.static_range(WGS):
                     slot = at % BIAS_STAGES * WGS + w
-                    mbarrier.wait(bars.index(BIAS_EMPTY + slot), ((at // BIAS_STAGES) & 1) ^ 1)
-                    mbarrier.expect(bars.index(BIAS_FULL + slot), BIAS_BYTES + MASK_BYTES)
+                    mbarrier.wait(bars[BIAS_EMPTY].index(slot), ((at // BIAS_STAGES) & 1) ^ 1)
+                    mbarrier.expect(bars[BIAS_FULL].index(slot), BIAS_BYTES + MASK_BYTES)
                     row = 0
                     if VARIES_M:
                         row = m0 + w * BM
                     tma_load(
                         bias_desc,
                         [outer * bias_on[0], inner * bias_on[1], head * bias_on[2], row, n0],
-                        bars.index(BIAS_FULL + slot),
+                        bars[BIAS_FULL].index(slot),
                         bias_s.index(slot),
                     )
                     if mask_desc is not None:
@@ -118,7 +99,7 @@ def _produce(
                         if mask_s.shape[4] > 1:
                             mask_row = m0 + w * BM
                         at_mask = [outer * mask_on[0], inner * mask_on[1], head * mask_on[2], mask_row, n0]
-                        tma_load(mask_desc, at_mask, bars.index(BIAS_FULL + slot), mask_s.index(slot))
+                        tma_load(mask_desc, at_mask, bars[BIAS_FULL].index(slot), mask_s.index(slot))
         done += end - begin
         if zeros_s is not None:
             for w in gl.static_range(WGS):
@@ -144,29 +125,22 @@ def _step(
     BDV: gl.constexpr = v_s.shape[4]
     S: gl.constexpr = accumulator(BN)
     DS: gl.constexpr = gl.DotOperandLayout(0, accumulator(BD), 2)
-    K_FULL: gl.constexpr = barrier_at("k_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     nothing = gl.zeros([BM, BN], gl.float32, S)
     k_stage = at % K_STAGES
     v_stage = at % V_STAGES
     before = (at + K_STAGES - 1) % K_STAGES
     v_phase = (at // V_STAGES) & 1
     k = k_s.index(k_stage).reshape([BN, BD])
-    mbarrier.wait(bars.index(K_FULL + k_stage), (at // K_STAGES) & 1)
+    mbarrier.wait(bars[K_FULL].index(k_stage), (at // K_STAGES) & 1)
     if TURNS:
-        mbarrier.wait(bars.index(TURN + WG), at & 1)
+        mbarrier.wait(bars[TURN + WG].index(0), at & 1)
     s_pending = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    mbarrier.wait(bars.index(V_FULL + v_stage), v_phase)
+    mbarrier.wait(bars[V_FULL].index(v_stage), v_phase)
     dp_pending = warpgroup_mma(dout, v_s.index(v_stage).reshape([BN, BDV]).permute((1, 0)), nothing, use_acc=False, is_async=True)
     if AHEAD and not FIRST:
         dq_pending = warpgroup_mma(ds, k_s.index(before).reshape([BN, BD]), dq, is_async=True)
     if TURNS:
-        mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+        mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
     if stream is not None:  # under the products
         marks = drawn(stream, m0, n0, BM, BN, False)
     if AHEAD and not FIRST:
@@ -181,7 +155,7 @@ def _step(
         s = s * scale_log2
     if bias_s is not None:
         slot = at % BIAS_STAGES * WGS + WG
-        mbarrier.wait(bars.index(BIAS_FULL + slot), (at // BIAS_STAGES) & 1)
+        mbarrier.wait(bars[BIAS_FULL].index(slot), (at // BIAS_STAGES) & 1)
         if VARIES_M:
             bias = bias_s.index(slot).reshape([BM, BN]).load(S)
         else:
@@ -192,7 +166,7 @@ def _step(
             s = hide_by(s, mask_s.index(slot), BM, BN)
         if dbias_desc is None:
             fence_async_shared()  # a load may wait behind the operands of products, and TMA overtake it: see the forward kernel
-            mbarrier.arrive(bars.index(BIAS_EMPTY + slot))
+            mbarrier.arrive(bars[BIAS_EMPTY].index(slot))
     if COLUMN:
         s = add_bias(s, gl.expand_dims(column, 1), IS_MASK)
     if ALIBI:
@@ -210,18 +184,18 @@ def _step(
     if stream is not None:
         p = signed(p, marks)
 
-    mbarrier.wait(bars.index(V_FULL + v_stage), v_phase)  # long since full: ptxas does not move the wait below up past it
+    mbarrier.wait(bars[V_FULL].index(v_stage), v_phase)  # long since full: ptxas does not move the wait below up past it
     if AHEAD and not FIRST:
         dp = warpgroup_mma_wait(1, [dp_pending])
     else:
         dp = warpgroup_mma_wait(0, [dp_pending])
-    mbarrier.arrive(bars.index(V_EMPTY + v_stage))
+    mbarrier.arrive(bars[V_EMPTY].index(v_stage))
     if CUT:  # values that are hidden may be anything; keys have been cleared
         dp = hide_unseen(dp, m0, n0, N, None, None, BM, BN, "0f00000000")
     ds32 = of_scores(p, dp, gl.expand_dims(delta, 1), stream is not None)
     if AHEAD and not FIRST:  # before anything is rounded: the product under way reads the registers that the rounded ds will take
         dq = warpgroup_mma_wait(0, [dq_pending])
-        mbarrier.arrive(bars.index(K_EMPTY + before))
+        mbarrier.arrive(bars[K_EMPTY].index(before))
     if dbias_desc is not None:
         own = at % BIAS_STAGES * WGS + WG
         dbias = ds32
@@ -232,17 +206,17 @@ def _step(
         tma_store(dbias_desc, [outer, inner, head, m0, n0], bias_s.index(own))
         if BIAS_STAGES == 1:
             tma_store_wait(0)
-            mbarrier.arrive(bars.index(BIAS_EMPTY + own))
+            mbarrier.arrive(bars[BIAS_EMPTY].index(own))
         else:  # what the step before stored has had this one's time to leave its buffer
             tma_store_wait(1)
             if at > 0:
-                mbarrier.arrive(bars.index(BIAS_EMPTY + (at - 1) % BIAS_STAGES * WGS + WG))
+                mbarrier.arrive(bars[BIAS_EMPTY].index((at - 1) % BIAS_STAGES * WGS + WG))
         if cap is not None:  # the bias is added behind it
             ds32 = ds32 * slope_at(u)
     ds16 = gl.convert_layout(ds32.to(q.dtype), DS)
     if not AHEAD:
         dq = warpgroup_mma_wait(0, [warpgroup_mma(ds16, k, dq, is_async=True)])
-        mbarrier.arrive(bars.index(K_EMPTY + k_stage))
+        mbarrier.arrive(bars[K_EMPTY].index(k_stage))
     return dq, ds16
 
 
@@ -256,7 +230,6 @@ def _walk(
     AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, Q_EARLY: gl.constexpr,
 ):  # fmt: skip
     """Steps ``first … last`` of a tile's ``steps``."""
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     for step in range(first, last):
         dq, ds = _step(
             dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done + step, m0,
@@ -266,7 +239,7 @@ def _walk(
         )  # fmt: skip
         if Q_EARLY:
             if step == steps - 1:  # no more products with this q and dout: the next can be fetched
-                mbarrier.arrive(bars.index(Q_EMPTY + WG))
+                mbarrier.arrive(bars[Q_EMPTY].index(WG))
     return dq, ds
 
 
@@ -282,10 +255,6 @@ def _consume(
     BD: gl.constexpr = q_s.shape[4]
     BDV: gl.constexpr = v_s.shape[4]
     DQ: gl.constexpr = accumulator(BD)
-    Q_FULL: gl.constexpr = barrier_at("q_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_FULL: gl.constexpr = barrier_at("k_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     MASKED: gl.constexpr = (lo is not None) or (hi is not None) or (not EVEN_N)
     COLUMN: gl.constexpr = bias is not None
     Q_EARLY: gl.constexpr = out_s is not None
@@ -313,11 +282,11 @@ def _consume(
         lse, delta, rest = statistics(stats, b * heads + head, m0, M, HAS_REST, BM, BN)
         column = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
         dq = gl.zeros([BM, BD], gl.float32, DQ)
-        mbarrier.wait(bars.index(Q_FULL + WG), wave & 1)
+        mbarrier.wait(bars[Q_FULL].index(WG), wave & 1)
         if lengths is not None:
             if (end * BN > n_keys) & (n_keys < N):  # no other block of a tile is cut by a length
                 cut = done % K_STAGES
-                mbarrier.wait(bars.index(K_FULL + cut), (done // K_STAGES) & 1)
+                mbarrier.wait(bars[K_FULL].index(cut), (done // K_STAGES) & 1)
                 clear_hidden(k_s.index(cut).reshape([BN, BD]), n_keys - (end - 1) * BN)
         dq, ds = _step(
             dq, dq, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, m0,
@@ -327,7 +296,7 @@ def _consume(
         )  # fmt: skip
         if Q_EARLY:
             if steps == 1:
-                mbarrier.arrive(bars.index(Q_EMPTY + WG))
+                mbarrier.arrive(bars[Q_EMPTY].index(WG))
         # What is left: partly visible on the right, whole, partly visible on the left.
         if hi is not None:
             dq, ds = _walk(
@@ -355,7 +324,7 @@ def _consume(
         if AHEAD:
             stage = (done - 1) % K_STAGES
             dq = warpgroup_mma_wait(0, [warpgroup_mma(ds, k_s.index(stage).reshape([BN, BD]), dq, is_async=True)])
-            mbarrier.arrive(bars.index(K_EMPTY + stage))
+            mbarrier.arrive(bars[K_EMPTY].index(stage))
         tma_store_wait(0)  # what the target held before must have left it
         if dropout is not None:
             dq = dq * dropout[2]
@@ -364,7 +333,7 @@ def _consume(
         tma_store(dq_desc, [b, m0, head, 0], target)
         if not Q_EARLY:
             tma_store_wait(0)
-            mbarrier.arrive(bars.index(Q_EMPTY + WG))
+            mbarrier.arrive(bars[Q_EMPTY].index(WG))
     tma_store_wait(0)
 
 
@@ -413,17 +382,9 @@ def dq(
         zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
     else:
         zeros_s = None
-    COUNT: gl.constexpr = barrier_at("count", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(COUNT):
-        if n >= K_EMPTY:
-            mbarrier.init(bars.index(n), count=WGS)  # every consumer reads every key block
-        else:
-            mbarrier.init(bars.index(n), count=1)
-    fence_async_shared()
+    bars = all_barriers(WGS, 1, K_STAGES, V_STAGES, BIAS_STAGES)
     if TURNS:
-        mbarrier.arrive(bars.index(barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)))
+        mbarrier.arrive(bars[TURN].index(0))
 
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:

@@ -29,7 +29,20 @@ from .compat import (
 from .dropout import drawn, dropped, stream_of
 from .features import ONE_SIDED, add_alibi, capped, clear_hidden, hide_by, line, opaque, slope_of, squashed, visible_keys
 from .grid import accumulator, locate, share, stacked
-from .loads import barrier_at, produce, visible_blocks
+from .loads import (
+    BIAS_EMPTY,
+    BIAS_FULL,
+    K_EMPTY,
+    K_FULL,
+    Q_EMPTY,
+    Q_FULL,
+    TURN,
+    V_EMPTY,
+    V_FULL,
+    all_barriers,
+    produce,
+    visible_blocks,
+)
 from .rows import column_of, hide_unseen
 
 
@@ -44,8 +57,6 @@ def _softmax(
     """From the product of one block to ``(p, new maximum, what sums so far shrink by)``, for 64 queries. CUT: a length may end in it."""
     S: gl.constexpr = accumulator(BN)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BIASED: gl.constexpr = (bias_s is not None) or ROW_BIASED or ALIBI
     LATE_SCALE: gl.constexpr = (POSITIVE_SCALE or cap is not None) and not BIASED
     if cap is not None:
@@ -58,7 +69,7 @@ def _softmax(
         s = s * scale_log2
     if bias_s is not None:
         slot = at % BIAS_STAGES * WGS + WG
-        mbarrier.wait(bars.index(BIAS_FULL + slot), (at // BIAS_STAGES) & 1)
+        mbarrier.wait(bars[BIAS_FULL].index(slot), (at // BIAS_STAGES) & 1)
         if VARIES_M:
             bias = bias_s.index(slot).reshape([BM, BN]).load(S)
         else:
@@ -107,7 +118,7 @@ def _softmax(
         # passed a barrier, and TMA, which writes by another way, would put the next tile under it. Where this stands does not matter: the
         # assembler moves fence and release up to the loads.
         fence_async_shared()
-        mbarrier.arrive(bars.index(BIAS_EMPTY + at % BIAS_STAGES * WGS + WG))
+        mbarrier.arrive(bars[BIAS_EMPTY].index(at % BIAS_STAGES * WGS + WG))
     return p, m_new, gl.exp2(m - m_safe)
 
 
@@ -154,17 +165,11 @@ def _walk(
     ALIBI: gl.constexpr,
 ):  # fmt: skip
     """Steps ``first … last`` of a tile's ``steps``: q kᵀ of a block, and p v of the block before under its softmax."""
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     BD: gl.constexpr = k_s.shape[4]
     BDV: gl.constexpr = v_s.shape[4]
     S: gl.constexpr = accumulator(BN)
     O: gl.constexpr = accumulator(BDV)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    K_FULL: gl.constexpr = barrier_at("k_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     nothing = gl.zeros([BM, BN], gl.float32, S)
     if q_s.shape[0] > WGS:
         # ptxas 12.8 takes two of these loops to share their queries' descriptors and works them out where only the first needs them, which
@@ -175,19 +180,19 @@ def _walk(
         at = done + step
         stage = at % K_STAGES
         before = (at - 1) % V_STAGES
-        mbarrier.wait(bars.index(K_FULL + stage), (at // K_STAGES) & 1)
+        mbarrier.wait(bars[K_FULL].index(stage), (at // K_STAGES) & 1)
         if TURNS:
-            mbarrier.wait(bars.index(TURN + WG), at & 1)
+            mbarrier.wait(bars[TURN + WG].index(0), at & 1)
         s_pending = warpgroup_mma(q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        mbarrier.wait(bars.index(V_FULL + before), ((at - 1) // V_STAGES) & 1)
+        mbarrier.wait(bars[V_FULL].index(before), ((at - 1) // V_STAGES) & 1)
         o_pending = warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)
         if TURNS:
-            mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+            mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
         s = warpgroup_mma_wait(1, [s_pending])
-        mbarrier.arrive(bars.index(K_EMPTY + stage))
+        mbarrier.arrive(bars[K_EMPTY].index(stage))
         if Q_EARLY:
             if step == steps - 1:  # no more products with this q: the next can be fetched while the softmax runs
-                mbarrier.arrive(bars.index(Q_EMPTY + q_slot))
+                mbarrier.arrive(bars[Q_EMPTY].index(q_slot))
         p32, m, shrink = _softmax(
             s, m, bias_s, mask_s, bars, row_bias, slope, cap, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
             WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
@@ -197,7 +202,7 @@ def _walk(
         if stream is not None:  # under the product; drawn any earlier, marks take registers that the softmax needs
             p16 = dropped(p32.to(q.dtype), drawn(stream, m0, (end - 1 - step) * BN, BM, BN, False))
         o = warpgroup_mma_wait(0, [o_pending])
-        mbarrier.arrive(bars.index(V_EMPTY + before))
+        mbarrier.arrive(bars[V_EMPTY].index(before))
         if stream is None:
             p16 = p32.to(q.dtype)
         p = gl.convert_layout(p16, P)
@@ -223,13 +228,6 @@ def _consume(
     O: gl.constexpr = accumulator(BDV)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, S)
-    Q_FULL: gl.constexpr = barrier_at("q_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_FULL: gl.constexpr = barrier_at("k_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     MASKED: gl.constexpr = (lo is not None) or (hi is not None) or (not EVEN_N)
     ROW_BIASED: gl.constexpr = bias is not None
     OVERLAP: gl.constexpr = out_s is not None
@@ -245,16 +243,16 @@ def _consume(
     _begin, _full_begin, _full_end, first_end = visible_blocks(m0, BM * WGS, M, first_keys, lo, hi, BN)
     m0 += WG * BM
     row_bias = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
-    mbarrier.wait(bars.index(Q_FULL + WG), 0)
-    mbarrier.wait(bars.index(K_FULL), 0)
+    mbarrier.wait(bars[Q_FULL].index(WG), 0)
+    mbarrier.wait(bars[K_FULL].index(0), 0)
     if TURNS:
-        mbarrier.wait(bars.index(TURN + WG), 0)
+        mbarrier.wait(bars[TURN + WG].index(0), 0)
     q = q_s.index(WG).reshape([BM, BD])
     s_pending = warpgroup_mma(q, k_s.index(0).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
     if TURNS:
-        mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+        mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
     s = warpgroup_mma_wait(0, [s_pending])
-    mbarrier.arrive(bars.index(K_EMPTY))
+    mbarrier.arrive(bars[K_EMPTY].index(0))
     p32, m, _shrink = _softmax(
         s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, mask_s, bars, row_bias,
         slope_of(slopes, slope_strides, b, head), cap, 0, m0, N - M, first_end - 1, first_keys, lo, hi, scale_log2,
@@ -280,11 +278,11 @@ def _consume(
         if lengths is not None:
             if (end * BN > n_keys) & (n_keys < N):  # no other block of a tile is cut by a length
                 cut = done % V_STAGES
-                mbarrier.wait(bars.index(V_FULL + cut), (done // V_STAGES) & 1)
+                mbarrier.wait(bars[V_FULL].index(cut), (done // V_STAGES) & 1)
                 clear_hidden(v_s.index(cut).reshape([BN, BDV]), n_keys - (end - 1) * BN)
         if OVERLAP:
             if steps == 1:
-                mbarrier.arrive(bars.index(Q_EMPTY + q_slot))
+                mbarrier.arrive(bars[Q_EMPTY].index(q_slot))
         if hi is not None:
             o, l, m, p = _walk(
                 o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, N - M, 1, end - full_end,
@@ -310,29 +308,29 @@ def _consume(
         done += steps
         before = (done - 1) % V_STAGES
         if not OVERLAP:  # the output leaves through q's buffer, so nothing of the next tile can begin before it has
-            mbarrier.wait(bars.index(V_FULL + before), ((done - 1) // V_STAGES) & 1)
+            mbarrier.wait(bars[V_FULL].index(before), ((done - 1) // V_STAGES) & 1)
             o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)])
-            mbarrier.arrive(bars.index(V_EMPTY + before))
+            mbarrier.arrive(bars[V_EMPTY].index(before))
             _finish(o, l, m, out_desc, lse, rest, sink, sink_stride, dropout, q_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
             tma_store_wait(0)
-            mbarrier.arrive(bars.index(Q_EMPTY + WG))
+            mbarrier.arrive(bars[Q_EMPTY].index(WG))
         if wave + 1 < waves:  # the first block of the next tile, and under it the last product of this one
             old_m0 = m0
             old_head = head
             old_b = b
             stage = done % K_STAGES
             next_slot = (wave + 1) % Q_STAGES * WGS + WG
-            mbarrier.wait(bars.index(Q_FULL + next_slot), ((wave + 1) // Q_STAGES) & 1)
-            mbarrier.wait(bars.index(K_FULL + stage), (done // K_STAGES) & 1)
+            mbarrier.wait(bars[Q_FULL].index(next_slot), ((wave + 1) // Q_STAGES) & 1)
+            mbarrier.wait(bars[K_FULL].index(stage), (done // K_STAGES) & 1)
             if TURNS:
-                mbarrier.wait(bars.index(TURN + WG), done & 1)
+                mbarrier.wait(bars[TURN + WG].index(0), done & 1)
             next_q = q_s.index(next_slot).reshape([BM, BD])
             next_pending = warpgroup_mma(next_q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
             if OVERLAP:
-                mbarrier.wait(bars.index(V_FULL + before), ((done - 1) // V_STAGES) & 1)
+                mbarrier.wait(bars[V_FULL].index(before), ((done - 1) // V_STAGES) & 1)
                 o_pending = warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)
             if TURNS:
-                mbarrier.arrive(bars.index(TURN + (WG + 1) % WGS))
+                mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
             # Where the next tile lies takes some divisions, for which its first product leaves time.
             m0, head, b = locate(wave + 1, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
             next_keys = visible_keys(lengths, b, N)
@@ -343,7 +341,7 @@ def _consume(
                 next_s = warpgroup_mma_wait(1, [next_pending])
             else:
                 next_s = warpgroup_mma_wait(0, [next_pending])
-            mbarrier.arrive(bars.index(K_EMPTY + stage))
+            mbarrier.arrive(bars[K_EMPTY].index(stage))
             next_p, new_m, _shrink = _softmax(
                 next_s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, mask_s, bars, row_bias,
                 slope_of(slopes, slope_strides, b, head), cap, done, m0, N - M, next_end - 1, next_keys, lo, hi, scale_log2,
@@ -352,7 +350,7 @@ def _consume(
             )  # fmt: skip
             if OVERLAP:
                 o = warpgroup_mma_wait(0, [o_pending])
-                mbarrier.arrive(bars.index(V_EMPTY + before))
+                mbarrier.arrive(bars[V_EMPTY].index(before))
             next_p16 = next_p.to(DT)
             if dropout is not None:
                 next_p16 = dropped(next_p16, drawn(stream_of(dropout, b, head, heads), m0, (next_end - 1) * BN, BM, BN, False))
@@ -367,9 +365,9 @@ def _consume(
             o = gl.zeros([BM, BDV], gl.float32, O)
     if OVERLAP:
         before = (done - 1) % V_STAGES
-        mbarrier.wait(bars.index(V_FULL + before), ((done - 1) // V_STAGES) & 1)
+        mbarrier.wait(bars[V_FULL].index(before), ((done - 1) // V_STAGES) & 1)
         o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)])
-        mbarrier.arrive(bars.index(V_EMPTY + before))
+        mbarrier.arrive(bars[V_EMPTY].index(before))
         _finish(o, l, m, out_desc, lse, rest, sink, sink_stride, dropout, out_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
         tma_store_wait(0)
 
@@ -418,20 +416,9 @@ def forward(
         mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIAS_STAGES * WGS, mask_desc.block_shape), mask_desc.layout)
     else:
         mask_s = None
-    COUNT: gl.constexpr = barrier_at("count", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    TURN: gl.constexpr = barrier_at("turn", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(COUNT):
-        if (n >= K_EMPTY and n < V_FULL) or (n >= V_EMPTY and n < TURN):
-            mbarrier.init(bars.index(n), count=WGS)  # every consumer reads every key block
-        else:
-            mbarrier.init(bars.index(n), count=1)
-    fence_async_shared()
+    bars = all_barriers(WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
     if TURNS:
-        mbarrier.arrive(bars.index(TURN))
+        mbarrier.arrive(bars[TURN].index(0))
     scale_log2 = scale * LOG2E
 
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.

@@ -1,6 +1,6 @@
 """Which tiles a program of a persistent grid works through, and small things that all Hopper kernels share."""
 
-from .compat import gl, gluon
+from .compat import gl, gluon, mbarrier
 
 
 @gluon.constexpr_function
@@ -13,6 +13,38 @@ def accumulator(columns):
 def stacked(count, shape):
     """The shape of ``count`` blocks."""
     return [count, *shape]
+
+
+@gluon.jit
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """So many barriers, in shared memory of their own: between two accesses to one allocation, the compiler lets all warps of a partition
+    meet, and barriers of different names would meet that way for nothing.
+    """
+    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(COUNT):
+        mbarrier.init(bars.index(n), count=ARRIVALS)
+    return bars
+
+
+@gluon.constexpr_function
+def _at_processor(instruction, threads):
+    return f"bar.{instruction} $1, {threads}; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def signal(number, THREADS: gl.constexpr):
+    """All threads of the partition arrive at barrier ``number`` of the processor, of the THREADS that arrive or meet there, and go on.
+
+    Numbers 5 to 15: Triton uses those below. An arrival at a barrier in shared memory costs two meetings of the partition's warps, before
+    it and before the next access to shared memory; this one costs none.
+    """
+    gl.inline_asm_elementwise(_at_processor("arrive", THREADS), "=r,r", [number], gl.int32, False, 1)
+
+
+@gluon.jit
+def meet(number, THREADS: gl.constexpr):
+    """As ``signal``, but wait there until all have arrived."""
+    gl.inline_asm_elementwise(_at_processor("sync", THREADS), "=r,r", [number], gl.int32, False, 1)
 
 
 @gluon.constexpr_function

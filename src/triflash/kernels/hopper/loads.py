@@ -1,20 +1,28 @@
-"""The producer of the forward kernel for Hopper, and what it shares with consumers: where barriers lie, which blocks a tile sees."""
+"""The producer of the forward kernel for Hopper, and what it shares with consumers: its barriers, which blocks a tile sees."""
 
 from ..triton.prims import segments
-from .compat import gl, gluon, mbarrier, tma_load
+from .compat import fence_async_shared, gl, gluon, mbarrier, tma_load
 from .features import visible_keys
-from .grid import locate, share
+from .grid import barriers, locate, share
+
+# A program's barriers are a tuple with an element a name, which holds one for every buffer.
+Q_FULL, Q_EMPTY, K_FULL, K_EMPTY, V_FULL, V_EMPTY, BIAS_FULL, BIAS_EMPTY, TURN = map(gl.constexpr, range(9))  # of TURN one a consumer
 
 
-@gluon.constexpr_function
-def barrier_at(name, WGS, K_STAGES, V_STAGES, BIAS_STAGES):
-    """Where the barriers of that name begin among all of a program's; "count" is the number of all. Two each for q, used or not."""
-    sizes = {
-        "q_full": 2 * WGS, "q_empty": 2 * WGS, "k_full": K_STAGES, "k_empty": K_STAGES, "v_full": V_STAGES, "v_empty": V_STAGES,
-        "turn": WGS, "bias_full": WGS * BIAS_STAGES, "bias_empty": WGS * BIAS_STAGES, "count": 0,
-    }  # fmt: skip
-    names = list(sizes)
-    return sum(sizes[n] for n in names[: names.index(name)])
+@gluon.jit
+def all_barriers(WGS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr):
+    """The tuple, for WGS consumers that all read every key block, and each queries and a bias of its own."""
+    q_full = barriers(Q_STAGES * WGS, 1)
+    q_empty = barriers(Q_STAGES * WGS, 1)
+    k_full = barriers(K_STAGES, 1)
+    k_empty = barriers(K_STAGES, WGS)
+    v_full = barriers(V_STAGES, 1)
+    v_empty = barriers(V_STAGES, WGS)
+    bias_full = barriers(BIAS_STAGES * WGS, 1)
+    bias_empty = barriers(BIAS_STAGES * WGS, 1)
+    turns = (barriers(1, 1), barriers(1, 1), barriers(1, 1))
+    fence_async_shared()
+    return q_full, q_empty, k_full, k_empty, v_full, v_empty, bias_full, bias_empty, turns[0], turns[1], turns[2]
 
 
 @gluon.jit
@@ -32,9 +40,9 @@ def _fetch_queries(
     """The queries of a tile, for every consumer its own."""
     for w in gl.static_range(WGS):
         slot = wave % Q_STAGES * WGS + w
-        mbarrier.wait(bars.index(Q_EMPTY + slot), ((wave // Q_STAGES) & 1) ^ 1)
-        mbarrier.expect(bars.index(Q_FULL + slot), q_desc.block_type.nbytes)
-        tma_load(q_desc, [b, m0 + w * BM, head, 0], bars.index(Q_FULL + slot), q_s.index(slot))
+        mbarrier.wait(bars[Q_EMPTY].index(slot), ((wave // Q_STAGES) & 1) ^ 1)
+        mbarrier.expect(bars[Q_FULL].index(slot), q_desc.block_type.nbytes)
+        tma_load(q_desc, [b, m0 + w * BM, head, 0], bars[Q_FULL].index(slot), q_s.index(slot))
 
 
 @gluon.jit
@@ -46,14 +54,6 @@ def produce(
     VARIES_M: gl.constexpr,
 ):  # fmt: skip
     """The producer: every load of the program, in the order in which the consumers need them."""
-    Q_FULL: gl.constexpr = barrier_at("q_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_FULL: gl.constexpr = barrier_at("k_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    K_EMPTY: gl.constexpr = barrier_at("k_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_FULL: gl.constexpr = barrier_at("v_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    V_EMPTY: gl.constexpr = barrier_at("v_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", WGS, K_STAGES, V_STAGES, BIAS_STAGES)
     Q_STAGES: gl.constexpr = q_s.shape[0] // WGS
     LONGEST: gl.constexpr = "last" if hi is not None else "none"
     BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
@@ -69,9 +69,9 @@ def produce(
                 if j == 0:
                     _fetch_queries(q_desc, q_s, bars, wave, b, m0, head, BM, WGS, Q_STAGES, Q_FULL, Q_EMPTY)
             stage = at % K_STAGES
-            mbarrier.wait(bars.index(K_EMPTY + stage), ((at // K_STAGES) & 1) ^ 1)
-            mbarrier.expect(bars.index(K_FULL + stage), k_desc.block_type.nbytes)
-            tma_load(k_desc, [b, n0, head // group, 0], bars.index(K_FULL + stage), k_s.index(stage))
+            mbarrier.wait(bars[K_EMPTY].index(stage), ((at // K_STAGES) & 1) ^ 1)
+            mbarrier.expect(bars[K_FULL].index(stage), k_desc.block_type.nbytes)
+            tma_load(k_desc, [b, n0, head // group, 0], bars[K_FULL].index(stage), k_s.index(stage))
             if Q_STAGES == 1:
                 if j == 0:
                     _fetch_queries(q_desc, q_s, bars, wave, b, m0, head, BM, WGS, Q_STAGES, Q_FULL, Q_EMPTY)
@@ -79,15 +79,15 @@ def produce(
                 bias_phase = (at // BIAS_STAGES) & 1
                 for w in gl.static_range(WGS):
                     slot = at % BIAS_STAGES * WGS + w
-                    mbarrier.wait(bars.index(BIAS_EMPTY + slot), bias_phase ^ 1)
-                    mbarrier.expect(bars.index(BIAS_FULL + slot), BIAS_BYTES + MASK_BYTES)
+                    mbarrier.wait(bars[BIAS_EMPTY].index(slot), bias_phase ^ 1)
+                    mbarrier.expect(bars[BIAS_FULL].index(slot), BIAS_BYTES + MASK_BYTES)
                     row = 0
                     if VARIES_M:
                         row = m0 + w * BM
                     tma_load(
                         bias_desc,
                         [b // batch_inner * bias_on[0], b % batch_inner * bias_on[1], head * bias_on[2], row, n0],
-                        bars.index(BIAS_FULL + slot),
+                        bars[BIAS_FULL].index(slot),
                         bias_s.index(slot),
                     )
                     if mask_desc is not None:
@@ -95,9 +95,9 @@ def produce(
                         if mask_s.shape[4] > 1:
                             mask_row = m0 + w * BM
                         at_mask = [b // batch_inner * mask_on[0], b % batch_inner * mask_on[1], head * mask_on[2], mask_row, n0]
-                        tma_load(mask_desc, at_mask, bars.index(BIAS_FULL + slot), mask_s.index(slot))
+                        tma_load(mask_desc, at_mask, bars[BIAS_FULL].index(slot), mask_s.index(slot))
             stage = at % V_STAGES
-            mbarrier.wait(bars.index(V_EMPTY + stage), ((at // V_STAGES) & 1) ^ 1)
-            mbarrier.expect(bars.index(V_FULL + stage), v_desc.block_type.nbytes)
-            tma_load(v_desc, [b, n0, head // group, 0], bars.index(V_FULL + stage), v_s.index(stage))
+            mbarrier.wait(bars[V_EMPTY].index(stage), ((at // V_STAGES) & 1) ^ 1)
+            mbarrier.expect(bars[V_FULL].index(stage), v_desc.block_type.nbytes)
+            tma_load(v_desc, [b, n0, head // group, 0], bars[V_FULL].index(stage), v_s.index(stage))
         done += end - begin

@@ -22,18 +22,10 @@ from .compat import (
 )
 from .dropout import drawn, dropped, of_scores, signed, stream_of
 from .features import clear_hidden, slope_of, visible_keys
-from .grid import accumulator, locate, share, stacked
+from .grid import accumulator, barriers, locate, share, stacked
 
-
-@gluon.constexpr_function
-def barrier_at(name, STAGES):
-    """Where the barriers of that name begin among all of a program's; "count" is the number of all."""
-    sizes = {
-        "kv_full": 1, "kv_empty": 1, "q_full": STAGES, "q_empty": STAGES, "o_full": STAGES, "o_empty": STAGES,
-        "p_full": 2, "p_empty": 2, "bias_full": 1, "bias_empty": 1, "count": 0,
-    }  # fmt: skip
-    names = list(sizes)
-    return sum(sizes[n] for n in names[: names.index(name)])
+# A program's barriers are a tuple with an element a name, which holds one for every buffer.
+KV_FULL, KV_EMPTY, Q_FULL, Q_EMPTY, O_FULL, O_EMPTY, P_FULL, P_EMPTY, BIAS_FULL, BIAS_EMPTY = map(gl.constexpr, range(10))
 
 
 @gluon.jit
@@ -43,14 +35,6 @@ def _produce(
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
     """The producer: every load of the program, in the order in which the consumers need them."""
-    KV_FULL: gl.constexpr = barrier_at("kv_full", STAGES)
-    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", STAGES)
-    Q_FULL: gl.constexpr = barrier_at("q_full", STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
-    O_FULL: gl.constexpr = barrier_at("o_full", STAGES)
-    O_EMPTY: gl.constexpr = barrier_at("o_empty", STAGES)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", STAGES)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", STAGES)
     STATS: gl.constexpr = BM * 4
     kv_heads = heads // group
     BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
@@ -59,10 +43,10 @@ def _produce(
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
         begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
-        mbarrier.wait(bars.index(KV_EMPTY), (wave & 1) ^ 1)
-        mbarrier.expect(bars.index(KV_FULL), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-        tma_load(k_desc, [b, n0, kv_head, 0], bars.index(KV_FULL), k_s)
-        tma_load(v_desc, [b, n0, kv_head, 0], bars.index(KV_FULL), v_s)
+        mbarrier.wait(bars[KV_EMPTY].index(0), (wave & 1) ^ 1)
+        mbarrier.expect(bars[KV_FULL].index(0), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+        tma_load(k_desc, [b, n0, kv_head, 0], bars[KV_FULL].index(0), k_s)
+        tma_load(v_desc, [b, n0, kv_head, 0], bars[KV_FULL].index(0), v_s)
         steps = end - begin
         for step in range(steps * group):
             head = kv_head * group + step // steps
@@ -71,27 +55,27 @@ def _produce(
             at = done + step
             stage = at % STAGES
             phase = ((at // STAGES) & 1) ^ 1
-            mbarrier.wait(bars.index(Q_EMPTY + stage), phase)
+            mbarrier.wait(bars[Q_EMPTY].index(stage), phase)
             if rest_s is not None:
-                mbarrier.expect(bars.index(Q_FULL + stage), q_desc.block_type.nbytes + 2 * STATS)
-                tma_load(stats_desc, [row, REST, m0], bars.index(Q_FULL + stage), rest_s.index(stage))
+                mbarrier.expect(bars[Q_FULL].index(stage), q_desc.block_type.nbytes + 2 * STATS)
+                tma_load(stats_desc, [row, REST, m0], bars[Q_FULL].index(stage), rest_s.index(stage))
             else:
-                mbarrier.expect(bars.index(Q_FULL + stage), q_desc.block_type.nbytes + STATS)
-            tma_load(stats_desc, [row, LSE, m0], bars.index(Q_FULL + stage), lse_s.index(stage))
-            tma_load(q_desc, [b, m0, head, 0], bars.index(Q_FULL + stage), q_s.index(stage))
+                mbarrier.expect(bars[Q_FULL].index(stage), q_desc.block_type.nbytes + STATS)
+            tma_load(stats_desc, [row, LSE, m0], bars[Q_FULL].index(stage), lse_s.index(stage))
+            tma_load(q_desc, [b, m0, head, 0], bars[Q_FULL].index(stage), q_s.index(stage))
             if bias_desc is not None or mask_desc is not None:
-                mbarrier.wait(bars.index(BIAS_EMPTY), (at & 1) ^ 1)
-                mbarrier.expect(bars.index(BIAS_FULL), BIAS_BYTES + MASK_BYTES)
+                mbarrier.wait(bars[BIAS_EMPTY].index(0), (at & 1) ^ 1)
+                mbarrier.expect(bars[BIAS_FULL].index(0), BIAS_BYTES + MASK_BYTES)
                 if bias_desc is not None:
                     at_bias = [b // batch_inner * bias_on[0], b % batch_inner * bias_on[1], head * bias_on[2], m0, n0]
-                    tma_load(bias_desc, at_bias, bars.index(BIAS_FULL), bias_s)
+                    tma_load(bias_desc, at_bias, bars[BIAS_FULL].index(0), bias_s)
                 if mask_desc is not None:
                     at_mask = [b // batch_inner * mask_on[0], b % batch_inner * mask_on[1], head * mask_on[2], m0, n0]
-                    tma_load(mask_desc, at_mask, bars.index(BIAS_FULL), mask_s)
-            mbarrier.wait(bars.index(O_EMPTY + stage), phase)
-            mbarrier.expect(bars.index(O_FULL + stage), o_desc.block_type.nbytes + STATS)
-            tma_load(stats_desc, [row, DELTA, m0], bars.index(O_FULL + stage), delta_s.index(stage))
-            tma_load(o_desc, [b, m0, head, 0], bars.index(O_FULL + stage), o_s.index(stage))
+                    tma_load(mask_desc, at_mask, bars[BIAS_FULL].index(0), mask_s)
+            mbarrier.wait(bars[O_EMPTY].index(stage), phase)
+            mbarrier.expect(bars[O_FULL].index(stage), o_desc.block_type.nbytes + STATS)
+            tma_load(stats_desc, [row, DELTA, m0], bars[O_FULL].index(stage), delta_s.index(stage))
+            tma_load(o_desc, [b, m0, head, 0], bars[O_FULL].index(stage), o_s.index(stage))
         done += steps * group
 
 
@@ -104,14 +88,6 @@ def _walk_values(
     """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next. Numbers as in
     ``backward.py``.
     """
-    Q_FULL: gl.constexpr = barrier_at("q_full", STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
-    O_FULL: gl.constexpr = barrier_at("o_full", STAGES)
-    O_EMPTY: gl.constexpr = barrier_at("o_empty", STAGES)
-    P_FULL: gl.constexpr = barrier_at("p_full", STAGES)
-    P_EMPTY: gl.constexpr = barrier_at("p_empty", STAGES)
-    BIAS_FULL: gl.constexpr = barrier_at("bias_full", STAGES)
-    BIAS_EMPTY: gl.constexpr = barrier_at("bias_empty", STAGES)
     W: gl.constexpr = k_s.shape[3]
     S: gl.constexpr = accumulator(BM)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
@@ -123,7 +99,7 @@ def _walk_values(
         stage = at % STAGES
         phase = (at // STAGES) & 1
         go = at > done
-        mbarrier.wait(bars.index(Q_FULL + stage), phase)
+        mbarrier.wait(bars[Q_FULL].index(stage), phase)
         s_pending = warpgroup_mma(k, q_s.index(stage).reshape([BM, W]).permute((1, 0)), nothing, use_acc=False, is_async=True)
         lse = gl.expand_dims(lse_s.index(stage).reshape([BM]).load(COLS), 0)
         m0 = block * BM
@@ -131,7 +107,7 @@ def _walk_values(
             m0 = in_turn(block, first, last, n0, BM) * BM
         before = at - go.to(gl.int32)  # a tile's first step has p = 0 for the block before, and takes dout of its own
         if NEED_DV:
-            mbarrier.wait(bars.index(O_FULL + before % STAGES), (before // STAGES) & 1)
+            mbarrier.wait(bars[O_FULL].index(before % STAGES), (before // STAGES) & 1)
             dv_pending = warpgroup_mma(p16, o_s.index(before % STAGES).reshape([BM, W]), dv, is_async=True)
         if stream is not None:  # under the products
             marks = drawn(stream, m0, n0, BN, BM, True)
@@ -142,7 +118,7 @@ def _walk_values(
         bias = None
         mask = None
         if bias_s is not None or mask_s is not None:
-            mbarrier.wait(bars.index(BIAS_FULL), at & 1)
+            mbarrier.wait(bars[BIAS_FULL].index(0), at & 1)
         if mask_s is not None:
             mask = mask_s.reshape([BM, BN]).permute((1, 0)).load(S)
         if bias_s is not None:
@@ -163,19 +139,20 @@ def _walk_values(
             if NEED_DV:
                 p = dropped(p, marks)
         if NEED_DS:
-            mbarrier.wait(bars.index(P_EMPTY + (at & 1)), ((at >> 1) & 1) ^ 1)
+            mbarrier.wait(bars[P_EMPTY].index(at & 1), ((at >> 1) & 1) ^ 1)
             p_s.index(at & 1).permute((1, 0)).store(weight.to(k_s.dtype))
             if p_s.shape[0] == 4:
                 p_s.index(2 + (at & 1)).permute((1, 0)).store(undropped)
         fence_async_shared()  # before buffers that were read by plain loads go back to TMA
-        mbarrier.arrive(bars.index(Q_EMPTY + stage))
+        mbarrier.arrive(bars[Q_EMPTY].index(stage))
         if bias_s is not None or mask_s is not None:
-            mbarrier.arrive(bars.index(BIAS_EMPTY))
+            mbarrier.arrive(bars[BIAS_EMPTY].index(0))
         if NEED_DS:
-            mbarrier.arrive(bars.index(P_FULL + (at & 1)))
+            mbarrier.arrive(bars[P_FULL].index(at & 1))
         if NEED_DV:
             dv = warpgroup_mma_wait(0, [dv_pending])
-            mbarrier.arrive(bars.index(O_EMPTY + before % STAGES), pred=go)
+            if go:
+                mbarrier.arrive(bars[O_EMPTY].index(before % STAGES))
         p16 = gl.convert_layout(p, P)
     return dv, p16
 
@@ -188,10 +165,6 @@ def _values(
     IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, NEED_DS: gl.constexpr,
 ):  # fmt: skip
     """The consumer of scores: pᵀ for itself and for the other one, and dv."""
-    KV_FULL: gl.constexpr = barrier_at("kv_full", STAGES)
-    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", STAGES)
-    O_FULL: gl.constexpr = barrier_at("o_full", STAGES)
-    O_EMPTY: gl.constexpr = barrier_at("o_empty", STAGES)
     W: gl.constexpr = k_s.shape[3]
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
@@ -208,7 +181,7 @@ def _values(
         steps = end - begin
         dv = gl.zeros([BN, W], gl.float32, accumulator(W))
         p16 = gl.zeros([BN, BM], DT, P)
-        mbarrier.wait(bars.index(KV_FULL), wave & 1)
+        mbarrier.wait(bars[KV_FULL].index(0), wave & 1)
         if lengths is not None:
             if (steps > 0) & (n_keys < min(n0 + BN, N)):
                 clear_hidden(k_s.reshape([BN, W]), n_keys - n0)
@@ -252,16 +225,16 @@ def _values(
         if NEED_DV:
             if steps > 0:
                 last = (done - 1) % STAGES
-                mbarrier.wait(bars.index(O_FULL + last), ((done - 1) // STAGES) & 1)
+                mbarrier.wait(bars[O_FULL].index(last), ((done - 1) // STAGES) & 1)
                 dv = warpgroup_mma_wait(0, [warpgroup_mma(p16, o_s.index(last).reshape([BM, W]), dv, is_async=True)])
-                mbarrier.arrive(bars.index(O_EMPTY + last))
+                mbarrier.arrive(bars[O_EMPTY].index(last))
             if dropout is not None:
                 dv = dv * dropout[2]
             k_s.reshape([BN, W]).store(dv.to(DT))  # nobody else reads these keys
             fence_async_shared()
             tma_store(dv_desc, [b, n0, kv_head, 0], k_s)
             tma_store_wait(0)
-        mbarrier.arrive(bars.index(KV_EMPTY))
+        mbarrier.arrive(bars[KV_EMPTY].index(0))
 
 
 @gluon.jit
@@ -270,12 +243,6 @@ def _walk_keys(
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, NEED_DK: gl.constexpr, NEED_DB: gl.constexpr, DROPPED: gl.constexpr,
 ):  # fmt: skip
     """dsᵀ of the query blocks ``first … last``; ``dk += dsᵀ q`` of each one is started in the step of the next."""
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
-    Q_FULL: gl.constexpr = barrier_at("q_full", STAGES)
-    O_FULL: gl.constexpr = barrier_at("o_full", STAGES)
-    O_EMPTY: gl.constexpr = barrier_at("o_empty", STAGES)
-    P_FULL: gl.constexpr = barrier_at("p_full", STAGES)
-    P_EMPTY: gl.constexpr = barrier_at("p_empty", STAGES)
     W: gl.constexpr = v_s.shape[3]
     S: gl.constexpr = accumulator(BM)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
@@ -286,14 +253,14 @@ def _walk_keys(
         at = base + block
         stage = at % STAGES
         go = at > done
-        mbarrier.wait(bars.index(O_FULL + stage), (at // STAGES) & 1)
+        mbarrier.wait(bars[O_FULL].index(stage), (at // STAGES) & 1)
         dp_pending = warpgroup_mma(v, o_s.index(stage).reshape([BM, W]).permute((1, 0)), nothing, use_acc=False, is_async=True)
         before = at - go.to(gl.int32)  # a tile's first step has ds = 0 for the block before, and takes q of its own
         if NEED_DK:
-            mbarrier.wait(bars.index(Q_FULL + before % STAGES), (before // STAGES) & 1)
+            mbarrier.wait(bars[Q_FULL].index(before % STAGES), (before // STAGES) & 1)
             dk_pending = warpgroup_mma(ds16, q_s.index(before % STAGES).reshape([BM, W]), dk, is_async=True)
         delta = gl.expand_dims(delta_s.index(stage).reshape([BM]).load(COLS), 0)
-        mbarrier.wait(bars.index(P_FULL + (at & 1)), (at >> 1) & 1)
+        mbarrier.wait(bars[P_FULL].index(at & 1), (at >> 1) & 1)
         p = p_s.index(at & 1).permute((1, 0)).load(S)
         dp = warpgroup_mma_wait(1 if NEED_DK else 0, [dp_pending])
         ds = of_scores(p.to(gl.float32), dp, delta, DROPPED)
@@ -303,15 +270,16 @@ def _walk_keys(
         elif NEED_DB:
             db += gl.sum(ds, 1)
         fence_async_shared()  # before buffers that were read by plain loads go back
-        mbarrier.arrive(bars.index(O_EMPTY + stage))
-        mbarrier.arrive(bars.index(P_EMPTY + (at & 1)))
+        mbarrier.arrive(bars[O_EMPTY].index(stage))
+        mbarrier.arrive(bars[P_EMPTY].index(at & 1))
         if NEED_DK:
             dk = warpgroup_mma_wait(0, [dk_pending])
-            mbarrier.arrive(bars.index(Q_EMPTY + before % STAGES), pred=go)
+            if go:
+                mbarrier.arrive(bars[Q_EMPTY].index(before % STAGES))
             ds16 = gl.convert_layout(ds.to(v_s.dtype), P)
         else:
-            mbarrier.wait(bars.index(Q_FULL + stage), (at // STAGES) & 1)
-            mbarrier.arrive(bars.index(Q_EMPTY + stage))
+            mbarrier.wait(bars[Q_FULL].index(stage), (at // STAGES) & 1)
+            mbarrier.arrive(bars[Q_EMPTY].index(stage))
     return dk, db, ds16
 
 
@@ -322,10 +290,6 @@ def _keys(
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
     """The consumer of dout: dsᵀ, dk, and the gradient of a bias that varies over keys alone."""
-    KV_FULL: gl.constexpr = barrier_at("kv_full", STAGES)
-    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", STAGES)
-    Q_FULL: gl.constexpr = barrier_at("q_full", STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
     W: gl.constexpr = v_s.shape[3]
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
@@ -341,7 +305,7 @@ def _keys(
         steps = end - begin
         dk = gl.zeros([BN, W], gl.float32, accumulator(W))
         ds16 = gl.zeros([BN, BM], DT, P)
-        mbarrier.wait(bars.index(KV_FULL), wave & 1)
+        mbarrier.wait(bars[KV_FULL].index(0), wave & 1)
         if lengths is not None:
             if (steps > 0) & (n_keys < min(n0 + BN, N)):
                 clear_hidden(v_s.reshape([BN, W]), n_keys - n0)
@@ -362,16 +326,16 @@ def _keys(
         if NEED_DK:
             if steps > 0:
                 last = (done - 1) % STAGES
-                mbarrier.wait(bars.index(Q_FULL + last), ((done - 1) // STAGES) & 1)
+                mbarrier.wait(bars[Q_FULL].index(last), ((done - 1) // STAGES) & 1)
                 dk = warpgroup_mma_wait(0, [warpgroup_mma(ds16, q_s.index(last).reshape([BM, W]), dk, is_async=True)])
-                mbarrier.arrive(bars.index(Q_EMPTY + last))
+                mbarrier.arrive(bars[Q_EMPTY].index(last))
             if dropout is not None:
                 dk = dk * dropout[2]
             v_s.reshape([BN, W]).store((dk * scale).to(DT))  # nobody else reads these values
             fence_async_shared()
             tma_store(dk_desc, [b, n0, kv_head, 0], v_s)
             tma_store_wait(0)
-        mbarrier.arrive(bars.index(KV_EMPTY))
+        mbarrier.arrive(bars[KV_EMPTY].index(0))
 
 
 COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "section", "snake"]
@@ -412,20 +376,19 @@ def wide_keys_backward(
     # Under a soft cap it is pᵀ times the derivative of the scores; the gradient of a bias, which is added behind it, asks for pᵀ itself.
     P_TILES: gl.constexpr = 4 if cap is not None and dbias is not None else 2
     p_s = gl.allocate_shared_memory(DT, [P_TILES, BM, BN], SWIZZLED)
-    COUNT: gl.constexpr = barrier_at("count", STAGES)
-    KV_EMPTY: gl.constexpr = barrier_at("kv_empty", STAGES)
-    Q_EMPTY: gl.constexpr = barrier_at("q_empty", STAGES)
-    O_FULL: gl.constexpr = barrier_at("o_full", STAGES)
-    O_EMPTY: gl.constexpr = barrier_at("o_empty", STAGES)
-    P_FULL: gl.constexpr = barrier_at("p_full", STAGES)
-    bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(COUNT):
-        if NEED_DS and (n == KV_EMPTY or (n >= Q_EMPTY and n < O_FULL)):
-            mbarrier.init(bars.index(n), count=2)  # both consumers read these
-        elif NEED_DS and NEED_DV and n >= O_EMPTY and n < P_FULL:
-            mbarrier.init(bars.index(n), count=2)
-        else:
-            mbarrier.init(bars.index(n), count=1)
+    # Both consumers read keys and queries, if both are there, and dout.
+    SHARED: gl.constexpr = 2 if NEED_DS else 1
+    kv_full = barriers(1, 1)
+    kv_empty = barriers(1, SHARED)
+    q_full = barriers(STAGES, 1)
+    q_empty = barriers(STAGES, SHARED)
+    o_full = barriers(STAGES, 1)
+    o_empty = barriers(STAGES, 2 if NEED_DS and NEED_DV else 1)
+    p_full = barriers(2, 1)
+    p_empty = barriers(2, 1)
+    bias_full = barriers(1, 1)
+    bias_empty = barriers(1, 1)
+    bars = (kv_full, kv_empty, q_full, q_empty, o_full, o_empty, p_full, p_empty, bias_full, bias_empty)
     fence_async_shared()
 
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
