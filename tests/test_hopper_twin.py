@@ -420,7 +420,7 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
             grads={"forward": "", "loads": ""}.get(kernel, "qkv"),
             D=136 if kernel == "wide" else 16,
         )
-        config = KeysConfig(2, 2, 2, apart=True, unroll=2) if seed & 1 else KeysConfig(2, 1)
+        config = (KeysConfig(2, 2, 2), KeysConfig(2, 2, 2, apart=True, unroll=2), KeysConfig(2, 1))[seed % 3]
         try:
             whole = {"forward": HopperConfig(2, 128, 2, 2, turns=True)} if kernel in ("forward", "loads") else {"dqdkdv": config}
             check(case, 1, seed, **({} if kernel == "wide" else whole))

@@ -13,7 +13,6 @@ from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, dealt, equal_sections
 __all__ = ["KeysConfig", "bias_slot_bytes", "dims", "keys_config", "keys_tiles", "schedule", "shared_memory", "stats_kinds", "stats_length"]
 
 NARROW = 128  # head dims up to which one kernel gives dk, dv and dq; above it ("wide") it gives dk and dv, of half as many keys
-SHORT = 1024  # queries, up to which steps of two blocks are too few
 SMALLEST_DIM = 64  # where dq is added up, narrower heads are padded, which costs no memory traffic
 
 
@@ -128,8 +127,8 @@ def _candidates(spec: AttentionSpec, adds_dq: bool, dbias: bool) -> tuple[KeysCo
         bias = 2 if bias_tiles else 1
         apart: tuple[KeysConfig, ...] = ()
         if adds_dq and (is_light(spec) or not dbias):
-            full = spec.lo is None and spec.hi is None and spec.queries > SHORT
-            unroll = 2 if full and is_light(spec) and not dbias else 1  # what is not light takes registers
+            banded = spec.lo is not None or spec.hi is not None
+            unroll = 2 if is_light(spec) and not dbias and not (banded and bias_tiles) else 1  # what is not light takes registers
             apart = tuple(KeysConfig(2, 2, bias, kv_stages=kv, apart=True, unroll=unroll) for kv in (2, 1))
         return (*apart, KeysConfig(2, 2, bias, kv_stages=2), KeysConfig(2, 2, bias), KeysConfig(2, 2), KeysConfig(1, 1))
     return (KeysConfig(2, 2, kv_stages=2), KeysConfig(2, 2), KeysConfig(2, 1), KeysConfig(1, 1))

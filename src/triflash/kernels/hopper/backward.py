@@ -246,7 +246,8 @@ def _block(
     NEED_DQ: gl.constexpr = dq_s is not None and not APART
     NEED_DS: gl.constexpr = dq_s is not None or NEED_DK or NEED_DB
     AFTER: gl.constexpr = 1 if NEED_DK else 0  # products of dk started after those of dv and dq
-    NEXT: gl.constexpr = 1 if MORE else 0  # products of the next block
+    NEXT: gl.constexpr = 0 if not MORE else 2 if APART and NEED_DS else 1  # products of the next block
+    SOON: gl.constexpr = APART and NEED_DV and bias_s is None  # dv's product before ds is there
     at = base + block
     q_stage = at % Q_STAGES
     o_stage = at % O_STAGES
@@ -283,6 +284,8 @@ def _block(
             p = dropped(p, marks)
     if NEED_DV:
         p16 = gl.convert_layout(p, P)
+    if SOON:
+        dv_pending = warpgroup_mma(p16, o_s.index(o_stage).reshape([BM, BDV]), dv, is_async=True)
     if NEED_DS:
         delta = gl.expand_dims(delta_s.index(o_stage).reshape([BM]).load(COLS), 0)
         # A wait, even one for what has been waited for, is where a basic block ends: it keeps the assembler from moving the next wait
@@ -291,7 +294,7 @@ def _block(
             mbarrier.wait(bars[DS_EMPTY].index(at & 1), ((at >> 1) & 1) ^ 1)
         else:
             mbarrier.wait(bars[O_FULL].index(o_stage), (at // O_STAGES) & 1)
-        dp = warpgroup_mma_wait(0, [dp_pending])
+        dp = warpgroup_mma_wait(1 if SOON else 0, [dp_pending])
         ds = of_scores(weight, dp, delta, stream is not None)
         if NEED_DB and cap is not None:  # the bias is added behind the cap
             db += gl.sum(of_scores(undropped.to(gl.float32), dp, delta, stream is not None), 1)
@@ -300,7 +303,7 @@ def _block(
         ds16 = ds.to(DT)
         if dq_s is not None:
             ds_s.index((at & 1) * 2 + WG).permute((1, 0)).store(ds16)
-    if NEED_DV:
+    if NEED_DV and not SOON:
         dv_pending = warpgroup_mma(p16, o_s.index(o_stage).reshape([BM, BDV]), dv, is_async=True)
     if NEED_DV and not NEED_DS:  # here, because the assembler of Triton 3.6 (12.8) dies of a wait further down
         dv = warpgroup_mma_wait(0, [dv_pending])
@@ -315,13 +318,18 @@ def _block(
             dq_pending = _dq_product(at - 1, go, ds_s, k_s, kv, bars, WG)
     if NEED_DK:
         dk_pending = warpgroup_mma(gl.convert_layout(ds16, DS), q_s.index(q_stage).reshape([BM, BD]), dk, is_async=True)
-    if MORE:
-        s_pending, lse = _score(k, q_s, lse_s, bars, at + 1, BM)
-    if APART:
+    if SOON:
         fence_async_shared()
         signal(DS_HERE + (at & 1), 384)
-        if bias_s is not None or mask_s is not None:
-            signal(BIAS_FREE + bias_slot, 160)
+    if MORE:
+        s_pending, lse = _score(k, q_s, lse_s, bars, at + 1, BM)
+        if APART:
+            dp_pending = _weigh(v, o_s, bars, at + 1, s_pending, BM, NEED_DS)
+    if APART and not SOON:
+        fence_async_shared()
+        signal(DS_HERE + (at & 1), 384)
+    if APART and (bias_s is not None or mask_s is not None):
+        signal(BIAS_FREE + bias_slot, 160)
     if NEED_DQ:
         mbarrier.wait(bars[DQ_EMPTY].index(WG), ((at - go.to(gl.int32)) & 1) ^ 1)
         dq = warpgroup_mma_wait(AFTER + NEXT, [dq_pending])
@@ -332,7 +340,7 @@ def _block(
     if NEED_DK:
         dk = warpgroup_mma_wait(NEXT, [dk_pending])
     signal(Q_FREE + q_stage, 288)
-    if MORE:
+    if MORE and not APART:
         dp_pending = _weigh(v, o_s, bars, at + 1, s_pending, BM, NEED_DS)
     return s_pending, dp_pending, lse, dk, dv, db
 
@@ -358,12 +366,8 @@ def _walk(
     BD: gl.constexpr = k_s.shape[4]
     BDV: gl.constexpr = v_s.shape[4]
     NEED_DS: gl.constexpr = dq_s is not None or NEED_DK or NEED_DB
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator(BM), 2)
-    k = k_s.index(kv * 2 + WG).reshape([HALF, BD])
+    k = k_s.index(kv * 2 + WG).reshape([HALF, BD])  # in registers they would save a fifth of what is read, but see docs/tuning.md
     v = v_s.index(kv * 2 + WG).reshape([HALF, BDV])
-    if APART:  # which leaves registers for them: a fifth less to be read from shared memory
-        k = k.load(OPERAND)
-        v = v.load(OPERAND)
     for group in range(first, last, UNROLL):
         s, lse = _score(k, q_s, lse_s, bars, base + group, BM)
         dp = _weigh(v, o_s, bars, base + group, s, BM, NEED_DS)
