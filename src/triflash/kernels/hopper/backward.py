@@ -6,23 +6,21 @@ and delta as in ``kernels/triton/backward.py``, a consumer computes its part of 
     dv += pᵀ dout;   dk += scale dsᵀ q
 
 and puts dsᵀ into shared memory, where the two parts meet as the operand of ``dq += ds k``; each consumer computes half of its columns
-(FlashAttention-3, Shah et al. 2024). That sum runs over all key tiles, so dq leaves by TMA's float32 addition in memory, in no fixed order;
-where results must be the same bits on every run, ``dq.py`` computes it and this kernel runs without.
+(FlashAttention-3, Shah et al. 2024), or a third warpgroup all (APART). That sum runs over all key tiles, so dq leaves by TMA's float32
+addition in memory, in no fixed order; where results must be the same bits on every run, ``dq.py`` computes it and this kernel runs without.
 
-A producer warp loads q, dout, lse, delta and bias tiles as far ahead as there are buffers; another warp starts the additions. Barriers as
-in ``forward.py``.
+A producer warp loads q, dout, lse, delta and bias tiles as far ahead as there are buffers (``keys_loads.py``); dq's product and sum are in
+``keys_dq.py``. Barriers as in ``forward.py``, but for buffers that consumers give back, which are told of at barriers of the processor.
 """
 
 from ..triton.prims import LOG2E, offset
-from .columns import DELTA, LSE, REST, in_turn, probabilities, turned, visible_blocks
+from .columns import in_turn, probabilities, visible_blocks
 from .compat import (
     fence_async_shared,
     gl,
     gluon,
     mbarrier,
     optional,
-    tma_add,
-    tma_load,
     tma_store,
     tma_store_wait,
     warpgroup_mma,
@@ -31,166 +29,23 @@ from .compat import (
 from .dropout import drawn, dropped, of_scores, signed, stream_of
 from .features import clear_hidden, slope_of, visible_keys
 from .grid import accumulator, barriers, locate, meet, share, signal, stacked
-
-# A program's barriers in shared memory are a tuple with an element a name, which holds one for every buffer.
-KV_FULL, KV_EMPTY, Q_FULL, O_FULL, BIAS_FULL, DS_FULL, DS_EMPTY, DQ_FULL, DQ_EMPTY = map(gl.constexpr, range(9))
-# Barriers of the processor: where both consumers meet or, where dq is computed apart, a buffer of ds is full; buffers are free.
-TOGETHER, DS_HERE, Q_FREE, O_FREE, BIAS_FREE = map(gl.constexpr, (5, 5, 7, 9, 11))
-
-
-@gluon.jit
-def _produce(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, mask_desc, lengths, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s,
-    bars, batch, heads, group, batch_inner, M, N, lo, hi, bias_on, mask_on, tiles_n, tiles, section, snake,
-    BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
-):  # fmt: skip
-    """The producer: every load of the program, in the order in which the consumers need them."""
-    HALF: gl.constexpr = BN // 2
-    STATS: gl.constexpr = BM * 4
-    kv_heads = heads // group
-    BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
-    MASK_BYTES: gl.constexpr = mask_desc.block_type.nbytes if mask_desc is not None else 0
-    done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
-    for wave in range(share(tiles, snake)):
-        n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
-        begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
-        kv = wave % KV_STAGES
-        full = bars[KV_FULL].index(kv)
-        mbarrier.wait(bars[KV_EMPTY].index(kv), ((wave // KV_STAGES) & 1) ^ 1)
-        mbarrier.expect(full, 2 * (k_desc.block_type.nbytes + v_desc.block_type.nbytes))
-        for w in gl.static_range(2):
-            tma_load(k_desc, [b, n0 + w * HALF, kv_head, 0], full, k_s.index(kv * 2 + w))
-            tma_load(v_desc, [b, n0 + w * HALF, kv_head, 0], full, v_s.index(kv * 2 + w))
-        steps = end - begin
-        for step in range(steps * group):
-            head = kv_head * group + step // steps
-            m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
-            row = b * heads + head
-            at = done + step
-            stage = at % Q_STAGES
-            if at >= Q_STAGES:
-                meet(Q_FREE + stage, 288)
-            if rest_s is not None:
-                mbarrier.expect(bars[Q_FULL].index(stage), q_desc.block_type.nbytes + 2 * STATS)
-                tma_load(stats_desc, [row, REST, m0], bars[Q_FULL].index(stage), rest_s.index(stage))
-            else:
-                mbarrier.expect(bars[Q_FULL].index(stage), q_desc.block_type.nbytes + STATS)
-            tma_load(stats_desc, [row, LSE, m0], bars[Q_FULL].index(stage), lse_s.index(stage))
-            tma_load(q_desc, [b, m0, head, 0], bars[Q_FULL].index(stage), q_s.index(stage))
-            if bias_desc is not None or mask_desc is not None:
-                for w in gl.static_range(2):
-                    slot = at % BIAS_STAGES * 2 + w
-                    if at >= BIAS_STAGES:
-                        meet(BIAS_FREE + slot, 160)
-                    mbarrier.expect(bars[BIAS_FULL].index(slot), BIAS_BYTES + MASK_BYTES)
-                    if bias_desc is not None:
-                        at_bias = [b // batch_inner * bias_on[0], b % batch_inner * bias_on[1], head * bias_on[2], m0, n0 + w * HALF]
-                        tma_load(bias_desc, at_bias, bars[BIAS_FULL].index(slot), bias_s.index(slot))
-                    if mask_desc is not None:
-                        at_mask = [b // batch_inner * mask_on[0], b % batch_inner * mask_on[1], head * mask_on[2], m0, n0 + w * HALF]
-                        tma_load(mask_desc, at_mask, bars[BIAS_FULL].index(slot), mask_s.index(slot))
-            stage = at % O_STAGES
-            if at >= O_STAGES:
-                meet(O_FREE + stage, 288)
-            mbarrier.expect(bars[O_FULL].index(stage), o_desc.block_type.nbytes + STATS)
-            tma_load(stats_desc, [row, DELTA, m0], bars[O_FULL].index(stage), delta_s.index(stage))
-            tma_load(o_desc, [b, m0, head, 0], bars[O_FULL].index(stage), o_s.index(stage))
-        done += steps * group
-
-
-@gluon.jit
-def _add_up(
-    dq_desc, lengths, dq_s, bars, batch, heads, group, M, N, lo, hi, tiles_n, tiles, section, snake,
-    BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
-):  # fmt: skip
-    """The warp that adds what the consumers put into ``dq_s``, half of the columns each, to dq in global memory."""
-    COLUMNS: gl.constexpr = dq_s.shape[4]
-    kv_heads = heads // group
-    done = 0
-    for wave in range(share(tiles, snake)):
-        n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
-        begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
-        steps = end - begin
-        for step in range(steps * group):
-            head = kv_head * group + step // steps
-            m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
-            for w in gl.static_range(2):
-                mbarrier.wait(bars[DQ_FULL].index(w), (done + step) & 1)
-                tma_add(dq_desc, [b, head, m0, w * COLUMNS], dq_s.index(w))
-            tma_store_wait(1)
-            mbarrier.arrive(bars[DQ_EMPTY].index(0))
-            tma_store_wait(0)
-            mbarrier.arrive(bars[DQ_EMPTY].index(1))
-        done += steps * group
-
-
-@gluon.jit
-def _add_up_apart(
-    dq_desc, lengths, k_s, ds_s, dq_s, bars, batch, heads, group, M, N, lo, hi, tiles_n, tiles, section, snake,
-    BM: gl.constexpr, BN: gl.constexpr, KV_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
-):  # fmt: skip
-    """The warpgroup that computes ``ds k`` of every block and adds it to dq in global memory."""
-    BD: gl.constexpr = k_s.shape[4]
-    HALF: gl.constexpr = BN // 2
-    COLUMNS: gl.constexpr = dq_s.shape[4]
-    kv_heads = heads // group
-    nothing = gl.zeros([BM, BD], gl.float32, accumulator(BD))
-    done = 0
-    for wave in range(share(tiles, snake)):
-        n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
-        begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
-        steps = end - begin
-        kv = wave % KV_STAGES
-        k0 = k_s.index(kv * 2).reshape([HALF, BD])
-        k1 = k_s.index(kv * 2 + 1).reshape([HALF, BD])
-        if steps > 0:  # else nobody waits for this partition, and it might find them full of another tile
-            mbarrier.wait(bars[KV_FULL].index(kv), (wave // KV_STAGES) & 1)
-        for step in range(steps * group):
-            head = kv_head * group + step // steps
-            m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
-            at = done + step
-            slot = at & 1
-            meet(DS_HERE + slot, 384)
-            pending = warpgroup_mma(ds_s.index(slot * 2), k0, nothing, use_acc=False, is_async=True)
-            pending = warpgroup_mma(ds_s.index(slot * 2 + 1), k1, pending, is_async=True)
-            dq = warpgroup_mma_wait(0, [pending])
-            mbarrier.arrive(bars[DS_EMPTY].index(slot))
-            left, right = gl.split(dq.reshape([BM, 2, COLUMNS]).permute((0, 2, 1)))
-            tma_store_wait(2)  # what these two of four buffers held
-            dq_s.index(slot * 2).reshape([BM, COLUMNS]).store(gl.convert_layout(left, accumulator(COLUMNS)))
-            dq_s.index(slot * 2 + 1).reshape([BM, COLUMNS]).store(gl.convert_layout(right, accumulator(COLUMNS)))
-            fence_async_shared()
-            tma_add(dq_desc, [b, head, m0, 0], dq_s.index(slot * 2))
-            tma_add(dq_desc, [b, head, m0, COLUMNS], dq_s.index(slot * 2 + 1))
-        done += steps * group
-    tma_store_wait(0)
-
-
-@gluon.jit
-def _dq_product(number, go, ds_s, k_s, kv, bars, WG: gl.constexpr):
-    """Start ``ds k`` of block ``number``, for half of the columns. Without ``go`` it is not waited for that ds is there."""
-    BM: gl.constexpr = ds_s.shape[1]
-    HALF: gl.constexpr = ds_s.shape[2]
-    BD: gl.constexpr = k_s.shape[4]
-    PART: gl.constexpr = BD // 2
-    slot = number & 1
-    mbarrier.wait(bars[DS_FULL].index(slot), (number >> 1) & 1, pred=go)
-    nothing = gl.zeros([BM, PART], gl.float32, accumulator(PART))
-    k0 = k_s.index(kv * 2).reshape([HALF, BD]).slice(WG * PART, PART, 1)
-    k1 = k_s.index(kv * 2 + 1).reshape([HALF, BD]).slice(WG * PART, PART, 1)
-    pending = warpgroup_mma(ds_s.index(slot * 2), k0, nothing, use_acc=False, is_async=True)
-    return warpgroup_mma(ds_s.index(slot * 2 + 1), k1, pending, is_async=True)
-
-
-@gluon.jit
-def _dq_hand_over(dq, number, go, dq_s, bars, WG: gl.constexpr):
-    """Give what ``_dq_product`` came to to the warp that adds it up, and its ds back. Without ``go`` nobody is told."""
-    dq_s.index(WG).reshape(dq.shape).store(dq)
-    fence_async_shared()
-    mbarrier.arrive(bars[DQ_FULL].index(WG), pred=go)
-    mbarrier.arrive(bars[DS_EMPTY].index(number & 1), pred=go)
+from .keys_dq import add_up, add_up_apart, dq_hand_over, dq_product
+from .keys_loads import (
+    BIAS_FREE,
+    BIAS_FULL,
+    DQ_EMPTY,
+    DS_EMPTY,
+    DS_FULL,
+    DS_HERE,
+    KV_EMPTY,
+    KV_FULL,
+    O_FREE,
+    O_FULL,
+    Q_FREE,
+    Q_FULL,
+    TOGETHER,
+    produce,
+)
 
 
 @gluon.jit
@@ -315,7 +170,7 @@ def _block(
             signal(BIAS_FREE + bias_slot, 160)
         if NEED_DQ:
             mbarrier.arrive(bars[DS_FULL].index(at & 1))
-            dq_pending = _dq_product(at - 1, go, ds_s, k_s, kv, bars, WG)
+            dq_pending = dq_product(at - 1, go, ds_s, k_s, kv, bars, WG)
     if NEED_DK:
         dk_pending = warpgroup_mma(gl.convert_layout(ds16, DS), q_s.index(q_stage).reshape([BM, BD]), dk, is_async=True)
     if SOON:
@@ -333,7 +188,7 @@ def _block(
     if NEED_DQ:
         mbarrier.wait(bars[DQ_EMPTY].index(WG), ((at - go.to(gl.int32)) & 1) ^ 1)
         dq = warpgroup_mma_wait(AFTER + NEXT, [dq_pending])
-        _dq_hand_over(dq, at - 1, go, dq_s, bars, WG)
+        dq_hand_over(dq, at - 1, go, dq_s, bars, WG)
     if NEED_DV and NEED_DS:
         dv = warpgroup_mma_wait(AFTER + NEXT, [dv_pending])
     signal(O_FREE + o_stage, 288)
@@ -495,8 +350,8 @@ def _consume(
         elif dq_s is not None:
             if steps > 0:
                 mbarrier.wait(bars[DQ_EMPTY].index(WG), ((done - 1) & 1) ^ 1)
-                dq = warpgroup_mma_wait(0, [_dq_product(done - 1, True, ds_s, k_s, kv, bars, WG)])
-                _dq_hand_over(dq, done - 1, True, dq_s, bars, WG)
+                dq = warpgroup_mma_wait(0, [dq_product(done - 1, True, ds_s, k_s, kv, bars, WG)])
+                dq_hand_over(dq, done - 1, True, dq_s, bars, WG)
             meet(TOGETHER, 256)  # the other consumer may still be reading these keys for its half of dq
         if dropout is not None:
             dk = dk * dropout[2]
@@ -594,9 +449,9 @@ def keys_backward(
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, ALIBI, APART, UNROLL)),
-            (_add_up_apart, (dq_desc, optional(lengths), k_s, ds_s, dq_s, bars, batch, heads, group, M, N, optional(lo), optional(hi),
+            (add_up_apart, (dq_desc, optional(lengths), k_s, ds_s, dq_s, bars, batch, heads, group, M, N, optional(lo), optional(hi),
                              tiles_n, tiles, section, snake, BM, BN, KV_STAGES, BATCH_FASTEST, LONGEST)),
-            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
+            (produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES,
@@ -623,13 +478,13 @@ def keys_backward(
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, ALIBI, APART, UNROLL)),
-            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
+            (produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES,
                         BIAS_STAGES, KV_STAGES, BATCH_FASTEST,
                         LONGEST)),
-            (_add_up, (dq_desc, optional(lengths), dq_s, bars, batch, heads, group, M, N, optional(lo), optional(hi), tiles_n, tiles,
+            (add_up, (dq_desc, optional(lengths), dq_s, bars, batch, heads, group, M, N, optional(lo), optional(hi), tiles_n, tiles,
                        section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip
     else:
@@ -652,7 +507,7 @@ def keys_backward(
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, ALIBI, APART, UNROLL)),
-            (_produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
+            (produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES,
