@@ -204,7 +204,7 @@ def test_shared_memory_counts_every_buffer() -> None:
 
 @pytest.mark.parametrize("wrong", [
     {"q_stages": 0}, {"o_stages": 5}, {"bias_stages": 0}, {"block_m": 128}, {"wide": True}, {"wide": True, "o_stages": 2, "apart": True},
-    {"wide": True, "q_stages": 1}, {"q_stages": 3}, {"unroll": 3}, {"unroll": 2, "q_stages": 1},
+    {"wide": True, "q_stages": 1}, {"q_stages": 3}, {"unroll": 3}, {"unroll": 2, "q_stages": 1}, {"unroll": 2, "apart": True},
 ], ids=str)  # fmt: skip
 def test_a_config_checks_itself(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: wanted .+, got {next(iter(wrong.values()))}"):

@@ -53,7 +53,7 @@ def check(case: Case, processors: int = 2, seed: int = 0, **configs: Config) -> 
 
 KEYS_CONFIGS = [
     KeysConfig(*stages, apart=apart, unroll=unroll)
-    for stages, apart, unroll in itertools.product([(1, 1), (2, 1), (2, 2), (2, 2, 2)], [False, True], [1, 2]) if stages[0] >= unroll
+    for stages, apart, unroll in itertools.product([(1, 1), (2, 1), (2, 2), (2, 2, 2)], [False, True], [1, 2]) if min(stages[: 2 if apart else 1]) >= unroll
 ]  # fmt: skip
 KEYS = [
     Case("full", B=2, M=130, N=150, H=2),
@@ -77,7 +77,7 @@ def test_distances_of_whole_blocks(D: int, apart: bool) -> None:
     """Key tiles visit whole blocks of queries in orders of their own, and only ALiBi asks where they are."""
     for lo, hi in ((None, None), (None, 60)) if apart else ((-200, None),):
         case = Case("ALiBi", B=2, M=320, N=260, H=1, D=D, lengths=(256, 260), alibi="h", grads="qkv", lo=lo, hi=hi)
-        assert check(case, dqdkdv=KeysConfig(2, 1, apart=apart and D <= 64, unroll=2 if apart else 1))[2] == "dqdkdv"
+        assert check(case, dqdkdv=KeysConfig(2, 2, apart=apart and D <= 64, unroll=2 if apart else 1))[2] == "dqdkdv"
 
 
 @pytest.mark.parametrize("bias", ["b1hqk", "11hqk", "11h1k"])

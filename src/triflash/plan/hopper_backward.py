@@ -41,8 +41,9 @@ class KeysConfig:
                 not 1 <= getattr(self, name) <= (4 if self.wide else 2)
             ):  # each has a barrier of the processor, of which there are 11 to spare
                 raise bad_value(name, "1 to 4" if self.wide else "1 or 2", getattr(self, name))
-        if self.unroll not in ((1, 2, 4) if self.q_stages > 1 else (1,)):
-            raise bad_value("unroll", "1, or with two q_stages 2 or 4", self.unroll)
+        ahead = self.q_stages > 1 and (self.o_stages > 1 or not self.apart)  # the next block's operands while this one's are in use
+        if self.unroll not in ((1, 2, 4) if ahead else (1,)):
+            raise bad_value("unroll", "1, or with two q_stages, and apart two o_stages, 2 or 4", self.unroll)
         if self.block_m != 64:
             raise bad_value("block_m", "64, which is what the layouts of the kernels are made for", self.block_m)
         usual = (self.o_stages, self.bias_stages, self.kv_stages, self.apart, self.unroll) == (self.q_stages, 1, 1, False, 1)

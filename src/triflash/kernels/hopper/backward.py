@@ -103,6 +103,7 @@ def _block(
     AFTER: gl.constexpr = 1 if NEED_DK else 0  # products of dk started after those of dv and dq
     NEXT: gl.constexpr = 0 if not MORE else 2 if APART and NEED_DS else 1  # products of the next block
     SOON: gl.constexpr = APART and NEED_DV and bias_s is None  # dv's product before ds is there
+    FENCED: gl.constexpr = SOON or BIAS_STAGES == 1  # before the next block, which is not loaded whole while a single bias buffer is in use
     at = base + block
     q_stage = at % Q_STAGES
     o_stage = at % O_STAGES
@@ -173,18 +174,20 @@ def _block(
             dq_pending = dq_product(at - 1, go, ds_s, k_s, kv, bars, WG)
     if NEED_DK:
         dk_pending = warpgroup_mma(gl.convert_layout(ds16, DS), q_s.index(q_stage).reshape([BM, BD]), dk, is_async=True)
-    if SOON:
+    if APART and FENCED:
         fence_async_shared()
         signal(DS_HERE + (at & 1), 384)
+        if bias_s is not None or mask_s is not None:
+            signal(BIAS_FREE + bias_slot, 160)
     if MORE:
         s_pending, lse = _score(k, q_s, lse_s, bars, at + 1, BM)
         if APART:
             dp_pending = _weigh(v, o_s, bars, at + 1, s_pending, BM, NEED_DS)
-    if APART and not SOON:
+    if APART and not FENCED:
         fence_async_shared()
         signal(DS_HERE + (at & 1), 384)
-    if APART and (bias_s is not None or mask_s is not None):
-        signal(BIAS_FREE + bias_slot, 160)
+        if bias_s is not None or mask_s is not None:
+            signal(BIAS_FREE + bias_slot, 160)
     if NEED_DQ:
         mbarrier.wait(bars[DQ_EMPTY].index(WG), ((at - go.to(gl.int32)) & 1) ^ 1)
         dq = warpgroup_mma_wait(AFTER + NEXT, [dq_pending])
