@@ -98,7 +98,7 @@ TARGETS = [
     Target((256, 256), bias="1hqk", bias_dtype=F32, length=EVEN),
     Target((192, 192), bias="b1qk", bias_dtype=BOOL),
     # A number a key, and its gradient.
-    Target((64, 64), bias="1h1k", band=CAUSAL, grads="qkvb", spills=36),
+    Target((64, 64), bias="1h1k", band=CAUSAL, grads="qkvb"),
     Target((128, 128), bias="1h1k", length=EVEN, grads="qkvb", spills=80),
     Target((128, 128), F16, bias="b11k", bias_dtype=BOOL, band=CAUSAL, spills=LOOP),
     Target((256, 256), bias="1h1k", bias_dtype=F32, band=CAUSAL, grads="kvb", spills=28),
