@@ -9,6 +9,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -39,6 +41,32 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: allocations are left alone (tests of compilation)")
     if not only_ahead_of_time(config) and not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def patched_once_a_launch() -> Iterator[None]:
+    """Triton's interpreter makes ``triton.language`` its own for every launch, and again at every call of a device function, which changes
+    nothing but took half of the time of these tests. Here it does so once a launch.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function: Any) -> Any:
+        languages = {id(x) for x in function.__globals__.values() if x is interpreter.tl or x is interpreter.tl.core}
+        if languages <= patched:
+            return interpreter._LangPatchScope()
+        scope, outermost = patch(function), not patched
+        patched.update(languages)
+        if outermost:
+            restore = scope.restore
+            scope.restore = lambda: (restore(), patched.clear())
+        return scope
+
+    with mock.patch.object(interpreter, "_patch_lang", patch_once):
+        yield
 
 
 def only_ahead_of_time(config: pytest.Config) -> bool:

@@ -444,7 +444,8 @@ def _stand_ins() -> dict[str, Any]:
     gl = SimpleNamespace(
         constexpr=lambda x: x, static_range=range, float32=torch.float32, float16=torch.float16,
         bfloat16=torch.bfloat16, int16=torch.int16, int32=torch.int32, int64=torch.int64, uint32=32, uint64=64, cast=lambda x, _: x,
-        arange=lambda a, b, _: torch.arange(a, b), zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype),
+        arange=lambda a, b, _=None: torch.arange(a, b), zeros=lambda shape, dtype, _=None: torch.zeros(shape, dtype=dtype),
+        cdiv=lambda a, b: (a + b - 1) // b,
         full=lambda shape, x, dtype, _: torch.full(shape, _wrapped(x) if dtype == torch.int32 else x, dtype=dtype), where=where, expand_dims=torch.unsqueeze,
         broadcast=torch.broadcast_tensors, fma=lambda a, b, c: a * b + c, exp2=torch.exp2, log2=torch.log2, abs=torch.abs,
         sum=torch.sum, max=torch.amax, minimum=lambda a, b: torch.minimum(a, torch.as_tensor(b)), maximum=lambda a, b: torch.maximum(a, torch.as_tensor(b)),
@@ -488,12 +489,14 @@ def run(call: Any, seed: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def twin_device(processors: int, seed: int = 0) -> Iterator[None]:
-    """The package believes in an sm90 with so many processors; its Gluon kernels run here, the others in Triton's interpreter."""
+def twin_device(processors: int, seed: int = 0, edges: bool = True) -> Iterator[None]:
+    """The package believes in an sm90 with so many processors; its Gluon kernels run here, and what runs before and after them unless
+    ``edges`` is false; the others in Triton's interpreter, which is slow.
+    """
     interpreted = Call.start
 
     def carry_out(call: Call) -> None:
-        if isinstance(call.config, (HopperConfig, KeysConfig)):
+        if isinstance(call.config, (HopperConfig, KeysConfig)) or (edges and call.kernel.fn.__module__.endswith(".edges")):
             run(call, seed)
         else:
             interpreted(call)

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import subprocess
 import tempfile
 from typing import Any
+from unittest import mock
 
 import triton
 from triton.backends.nvidia.compiler import get_ptxas
+
+from triflash.launch import ahead
+from triflash.launch.calls import Call
+
+
+def compiled_with_log(call: Call) -> tuple[Any, str]:
+    """A launch's kernel, compiled for sm90, and what ptxas had to say about it: once more where it had been compiled before."""
+    printed = io.StringIO()
+    with mock.patch.object(triton.knobs.nvidia, "dump_ptxas_log", True), contextlib.redirect_stdout(printed):
+        compiled = ahead.compile_for(call, "sm90")
+    return compiled, printed.getvalue() or assembled(compiled.asm["ptx"])
 
 
 def assembled(ptx: str, *options: str) -> str:
