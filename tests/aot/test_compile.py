@@ -52,7 +52,7 @@ def targets() -> Iterator[Target]:
     for arch in ARCHITECTURES:
         close = arch in ("sm86", "sm100")  # to one that is compiled for more: other limits, the same instructions
         for head_dim in (64, 256) if close else (32, 64, 128, 256):
-            for bias in ("1hqk",) if close else ("", "1hqk"):
+            for bias in ("", "1hqk") if arch == "sm90" or (head_dim in (64, 128) and not close) else ("1hqk",):
                 # A causal kernel holds both copies of the loop; where measured rows tell full from causal, both are compiled.
                 for causal in (False, True) if arch == "sm90" else (True,):
                     for kernel in ("forward", "dkdv", "dq", *(["dbias"] if bias else [])):
@@ -76,9 +76,7 @@ def targets() -> Iterator[Target]:
         for features, bias in (*alone, (FEATURES, "1hqk")):
             kernels = ("forward", "dkdv", "dq", *(["dbias"] if bias else []))
             for n, kernel in enumerate(kernels if features != ("sink",) else ("forward",)):
-                yield Target(arch, kernel, 64, torch.bfloat16, bias, True, None, features)
-                if len(features) == 1:
-                    yield Target(arch, kernel, 128, torch.bfloat16, bias, n % 2 == 0, None, features)
+                yield Target(arch, kernel, 64 if n % 2 or len(features) > 1 else 128, torch.bfloat16, bias, n != 2, None, features)
         yield Target(arch, "forward", 512, torch.bfloat16, "1hqk", True)  # wider than the backward kernels take
     yield Target("sm90", "forward", 80, torch.float16, "1hqk", True)  # a head dim that is padded
     yield Target("sm90", "dkdv", 80, torch.float16, "1hqk", True)

@@ -36,11 +36,10 @@ class KeysConfig:
     unroll: int = 1
 
     def __post_init__(self) -> None:
+        most = 4 if self.wide else 2  # buffers of a kind: but in the wide kernel, each has a barrier of the processor, which has 11 to spare
         for name in ("q_stages", "o_stages", "bias_stages", "kv_stages"):
-            if (
-                not 1 <= getattr(self, name) <= (4 if self.wide else 2)
-            ):  # each has a barrier of the processor, of which there are 11 to spare
-                raise bad_value(name, "1 to 4" if self.wide else "1 or 2", getattr(self, name))
+            if not 1 <= getattr(self, name) <= most:
+                raise bad_value(name, f"1 to {most}", getattr(self, name))
         ahead = self.q_stages > 1 and (self.o_stages > 1 or not self.apart)  # the next block's operands while this one's are in use
         if self.unroll not in ((1, 2, 4) if ahead else (1,)):
             raise bad_value("unroll", "1, or with two q_stages, and apart two o_stages, 2 or 4", self.unroll)
