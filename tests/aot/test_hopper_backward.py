@@ -110,7 +110,7 @@ TARGETS = [
     Target((128, 128), bias="1h1k", grads="qkvb", softcap=50.0, spills=120),
     Target((256, 256), band=WINDOW, softcap=50.0),
     # Masks beside biases.
-    *(Target((d, d), bias="1hqk", band=band, mask="b1qk", spills=64) for d, band in MIXED),
+    *(Target((d, d), bias="1hqk", band=band, mask="b1qk", spills=64) for d, band in MIXED[:2]),
     Target((128, 128), bias="1hqk", band=CAUSAL, mask="b11k", spills=64),
     Target((64, 64), F16, bias="1h1k", grads="qkvb", mask="b1qk", spills=28),
     # Key lengths.
@@ -126,9 +126,9 @@ TARGETS = [
     Target((32, 16), F16, band=CAUSAL, lengths=True, adds=False),
     Target((32, 32), bias="1hqk", mask="b11k", band=CAUSAL, adds=False, dropout=0.1, spills=96),
     # ALiBi, one- and two-sided.
-    *(Target((d, d), band=band, slopes=True, spills=LOOP) for d, band in MIXED),
+    *(Target((d, d), band=band, slopes=True, spills=LOOP) for d, band in MIXED[:2]),
     # Dropout: marks take 16 registers more beside products that fill them, some of which are spilled once a block.
-    *(Target((d, d), band=band, dropout=0.1, spills=96) for d, band in MIXED),
+    *(Target((d, d), band=band, dropout=0.1, spills=96) for d, band in MIXED[:2]),
     *(Target((d, d), band=band, adds=False, dropout=0.1, spills=96) for d, band in ((64, FULL), (128, CAUSAL))),
     *(Target((d, d), bias="1hqk", band=CAUSAL, dropout=0.1, spills=96) for d in (64, 128)),
     *(Target((d, d), F16, band=CAUSAL, grads=grads, dropout=0.1, spills=96) for d, grads in ((64, "k"), (128, "v"))),
