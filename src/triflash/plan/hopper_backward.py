@@ -36,7 +36,7 @@ class KeysConfig:
     unroll: int = 1
 
     def __post_init__(self) -> None:
-        most = 4 if self.wide else 2  # buffers of a kind: but in the wide kernel, each has a barrier of the processor, which has 11 to spare
+        most = 4 if self.wide else 2  # but in the wide kernel, each buffer has a barrier of the processor, of which there are 11 to spare
         for name in ("q_stages", "o_stages", "bias_stages", "kv_stages"):
             if not 1 <= getattr(self, name) <= most:
                 raise bad_value(name, f"1 to {most}", getattr(self, name))
