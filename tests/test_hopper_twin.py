@@ -120,7 +120,7 @@ WIDE = [
 @pytest.mark.parametrize("case", WIDE, ids=str)
 @pytest.mark.parametrize("stages", [2, 3])
 def test_wide_heads(stages: int, case: Case) -> None:
-    ran = check(case, 7 - 2 * stages, stages, stages == 2, dkdv=KeysConfig(stages, stages, wide=True))
+    ran = check(case, 7 - 2 * stages, stages, edges=stages == 2, dkdv=KeysConfig(stages, stages, wide=True))
     assert "dkdv" in ran and "dqdkdv" not in ran
 
 

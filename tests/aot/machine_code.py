@@ -23,7 +23,9 @@ def compiled_with_log(call: Call) -> tuple[Any, str]:
     printed = io.StringIO()
     with mock.patch.object(triton.knobs.nvidia, "dump_ptxas_log", True), contextlib.redirect_stdout(printed):
         compiled = ahead.compile_for(call, "sm90")
-    return compiled, printed.getvalue() or assembled(compiled.asm["ptx"])
+    log = printed.getvalue() or assembled(compiled.asm["ptx"])
+    assert "Compiling entry function" in log, "not what ptxas says with -v, in which nothing would be found"
+    return compiled, log
 
 
 def assembled(ptx: str, *options: str) -> str:

@@ -76,6 +76,7 @@ def targets() -> Iterator[Target]:
         alone = (*(((name,), "") for name in FEATURES if name != "mask"), (("mask",), "1hqk")) if arch == "sm90" else ()
         for features, bias in (*alone, (FEATURES, "1hqk")):
             kernels = ("forward", "dkdv", "dq", *(["dbias"] if bias else []))
+            # The kernels of a feature take turns in head dim and mask; all features together fit d 64 on every architecture.
             for n, kernel in enumerate(kernels if features != ("sink",) else ("forward",)):
                 yield Target(arch, kernel, 64 if n % 2 or len(features) > 1 else 128, torch.bfloat16, bias, n != 2, None, features)
         yield Target(arch, "forward", 512, torch.bfloat16, "1hqk", True)  # wider than the backward kernels take
