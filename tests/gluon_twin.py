@@ -314,15 +314,17 @@ def _drawn(keys_by_row: bool, arguments: Sequence[Any]) -> Any:
 
 
 def inline_asm(text: str, _constraints: str, arguments: Sequence[Any], dtype: Any, *_: object) -> Any:
-    """A copy, a choice, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, or a barrier of the processor."""
+    """A copy, a negative, a choice, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, or a barrier of the processor."""
     if text == "mov.b32 $0, $1;":
         return arguments[0]
+    if text.startswith("neg.f32"):
+        return -arguments[0]
     if "setp.le.s32 p, $2, $3; selp.f32 $0, $1, " in text:
         x, at, last = arguments
         return torch.where(at <= last, x, {"0fFF800000": -math.inf, "0f00000000": 0.0}[text.split(", ")[-2]])
     if "mul.wide" in text:
         return _drawn("/* keys by row */" in text, arguments)
-    if "prmt" in text:
+    if text.startswith("and.b32"):
         return torch.where(arguments[1] < 0, arguments[0], 0.0).to(dtype)
     if "shl" in text:
         return torch.where(arguments[1] < 0, arguments[0], -arguments[0].abs())

@@ -53,7 +53,8 @@ def check(case: Case, processors: int = 2, seed: int = 0, edges: bool = True, **
 
 KEYS_CONFIGS = [
     KeysConfig(*stages, apart=apart, unroll=unroll)
-    for stages, apart, unroll in itertools.product([(1, 1), (2, 1), (2, 2), (2, 2, 2)], [False, True], [1, 2]) if min(stages[: 2 if apart else 1]) >= unroll
+    for stages, apart, unroll in itertools.product([(1, 1), (2, 1), (2, 2), (2, 2, 2)], [False, True], [1, 2])
+    if min(stages[: 2 if apart else 1]) >= unroll and (apart or len(stages) == 2)
 ]  # fmt: skip
 KEYS = [
     Case("full", B=2, M=130, N=150, H=2),
@@ -388,10 +389,13 @@ def test_features_together(number: int) -> None:
         ("keys_dq", "            tma_store_wait(2)", "            pass"),
         ("backward", "dv = warpgroup_mma_wait(AFTER + NEXT, [dv_pending])", "dv = warpgroup_mma_wait(AFTER + NEXT + 1, [dv_pending])"),
         ("backward", "mbarrier.wait(bars[DS_EMPTY].index(at & 1), ((at >> 1) & 1) ^ 1)", "pass"),
-        ("keys_dq", "mbarrier.wait(bars[DS_FULL].index(slot), (number >> 1) & 1, pred=go)", "pass"),
+        ("backward", "                meet(DS_HERE + 8 * WG + ((at - 1) & 1), 256)", "                pass"),
+        ("backward", "meet(DS_HERE + 8 * WG + ((done - 1) & 1), 256)", "pass"),
+        ("backward", "                signal(DS_HERE + 8 * (1 - WG) + (at & 1), 256)\n", ""),
         ("backward", "mbarrier.wait(bars[DQ_EMPTY].index(WG), ((at - go.to(gl.int32)) & 1) ^ 1)", "pass"),
         ("keys_dq", "            tma_store_wait(1)\n", ""),
-        ("backward", "            meet(TOGETHER, 256)", "            pass"),
+        ("backward", "mbarrier.wait(bars[TOGETHER].index(0), wave & 1)", "pass"),
+        ("keys_dq", "meet(DQ_HERE, 288)", "pass"),
         ("backward", "warpgroup_mma_wait(AFTER + NEXT, [dq_pending])", "warpgroup_mma_wait(AFTER + NEXT + 1, [dq_pending])"),
         ("backward", "        fence_async_shared()\n        if bias_s is not None or", "        if bias_s is not None or"),
         ("keys_loads", "expect(bars[BIAS_FULL].index(slot), BIAS_BYTES + MASK_BYTES)", "expect(bars[BIAS_FULL].index(slot), BIAS_BYTES)"),
@@ -424,7 +428,7 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
             grads={"forward": "", "loads": ""}.get(kernel, "qkv"),
             D=136 if kernel == "wide" else 16,
         )
-        config = (KeysConfig(2, 2, 2), KeysConfig(2, 2, 2, apart=True, unroll=2), KeysConfig(2, 1))[seed % 3]
+        config = (KeysConfig(2, 2), KeysConfig(2, 2, 2, apart=True, unroll=2), KeysConfig(2, 1))[seed % 3]
         try:
             whole = {"forward": HopperConfig(2, 128, 2, 2, turns=True)} if kernel in ("forward", "loads") else {"dqdkdv": config}
             check(case, 1, seed, **({} if kernel == "wide" else whole))

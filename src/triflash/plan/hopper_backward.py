@@ -114,7 +114,7 @@ def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool, dbias:
         total += (4 if dbias and spec.softcap else 2) * config.block_m * config.block_n * 2  # of p, or of p and what it is multiplied to
     elif adds_dq:
         total += 2 * config.block_m * config.block_n * 2 + config.block_m * head * 4 * (2 if config.apart else 1)
-    barriers = 10 + 2 * (config.kv_stages + config.q_stages + config.o_stages) + 4 * config.bias_stages
+    barriers = 8 + 2 * (config.kv_stages + config.q_stages + config.o_stages) + 4 * config.bias_stages
     return total + 8 * barriers + 1024  # and what alignment may cost
 
 
@@ -130,7 +130,8 @@ def _candidates(spec: AttentionSpec, adds_dq: bool, dbias: bool) -> tuple[KeysCo
             banded = spec.lo is not None or spec.hi is not None
             unroll = 2 if is_light(spec) and not dbias and not (banded and bias_tiles) else 1  # what is not light takes registers
             apart = tuple(KeysConfig(2, 2, bias, kv_stages=kv, apart=True, unroll=unroll) for kv in (2, 1))
-        return (*apart, KeysConfig(2, 2, bias, kv_stages=2), KeysConfig(2, 2, bias), KeysConfig(2, 2), KeysConfig(1, 1))
+        kept = 1 if adds_dq else bias  # see backward_steps
+        return (*apart, KeysConfig(2, 2, kept, kv_stages=2), KeysConfig(2, 2, kept), KeysConfig(2, 2), KeysConfig(1, 1))
     return (KeysConfig(2, 2, kv_stages=2), KeysConfig(2, 2), KeysConfig(2, 1), KeysConfig(1, 1))
 
 

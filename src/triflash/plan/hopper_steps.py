@@ -96,6 +96,8 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
             raise bad_value("wide", f"{not chosen.wide} for head dims {spec.head_dim} and {spec.value_dim}", chosen.wide)
         if isinstance(chosen, KeysConfig) and chosen.apart and max(keys.dims(spec)) > keys.SMALLEST_DIM:
             raise bad_value("apart", f"False for head dims {spec.head_dim} and {spec.value_dim}", True, "there are no registers for it")
+        if isinstance(chosen, KeysConfig) and adding and not chosen.apart and chosen.bias_stages > 1:
+            raise bad_value("bias_stages", "1, or 2 with apart", chosen.bias_stages, "there are no barriers of the processor for more")
         assert config is not None, "why_not_backward refuses what fits no candidate"
         programs = min(keys.keys_tiles(spec, config)[1], processors)
         steps.append(Step(kernel, config, programs, order, broadcast_rows(spec) if source == "dkdv" else 1, gives))

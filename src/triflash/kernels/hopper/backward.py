@@ -35,7 +35,6 @@ from .keys_loads import (
     BIAS_FULL,
     DQ_EMPTY,
     DS_EMPTY,
-    DS_FULL,
     DS_HERE,
     KV_EMPTY,
     KV_FULL,
@@ -62,9 +61,16 @@ def _score(k, q_s, lse_s, bars, at, BM: gl.constexpr):
     return pending, gl.expand_dims(lse_s.index(stage).reshape([BM]).load(gl.SliceLayout(0, S)), 0)
 
 
+# Each number for either of a thread's rows by an instruction of its own: of one that is used twice the compiler makes a copy behind the
+# fence of the product, and then ptxas lets the product before it end first.
+_NEGATED = gl.constexpr("neg.f32 $0, $4; neg.f32 $1, $5; xor.b32 $2, $6, 0x80000000; xor.b32 $3, $7, 0x80000000;")
+
+
 @gluon.jit
-def _weigh(v, o_s, bars, at, nothing, BM: gl.constexpr, NEED_DS: gl.constexpr):
-    """Wait for dout of block ``at``, and start ``dpᵀ = v doutᵀ``; if that is not needed, return ``nothing``."""
+def _weigh(v, o_s, delta_s, bars, at, nothing, BM: gl.constexpr, NEED_DS: gl.constexpr, LESS_DELTA: gl.constexpr):
+    """Wait for dout of block ``at``, and start ``dpᵀ = v doutᵀ``, with LESS_DELTA ``v doutᵀ - delta``; if that is not needed, return
+    ``nothing``.
+    """
     S: gl.constexpr = accumulator(BM)
     STAGES: gl.constexpr = o_s.shape[0]
     KEYS: gl.constexpr = v.shape[0]
@@ -73,7 +79,12 @@ def _weigh(v, o_s, bars, at, nothing, BM: gl.constexpr, NEED_DS: gl.constexpr):
     mbarrier.wait(bars[O_FULL].index(stage), (at // STAGES) & 1)
     if NEED_DS:
         o = o_s.index(stage).reshape([BM, BDV]).permute((1, 0))
-        return warpgroup_mma(v, o, gl.zeros([KEYS, BM], gl.float32, S), use_acc=False, is_async=True)
+        start = gl.zeros([KEYS, BM], gl.float32, S)
+        if LESS_DELTA:
+            delta = delta_s.index(stage).reshape([BM]).load(gl.SliceLayout(0, S))
+            delta, start = gl.broadcast(gl.expand_dims(delta, 0), start)
+            start = gl.inline_asm_elementwise(_NEGATED, "=f,=f,=f,=f,f,f,f,f", [delta], gl.float32, False, 4)
+        return warpgroup_mma(v, o, start, use_acc=LESS_DELTA, is_async=True)
     else:
         return nothing
 
@@ -103,6 +114,7 @@ def _block(
     AFTER: gl.constexpr = 1 if NEED_DK else 0  # products of dk started after those of dv and dq
     NEXT: gl.constexpr = 0 if not MORE else 2 if APART and NEED_DS else 1  # products of the next block
     SOON: gl.constexpr = APART and NEED_DV and bias_s is None  # dv's product before ds is there
+    LESS_DELTA: gl.constexpr = stream is None and not APART  # registers for it are short there; else it costs more than it saves
     FENCED: gl.constexpr = SOON or BIAS_STAGES == 1  # before the next block, which is not loaded whole while a single bias buffer is in use
     at = base + block
     q_stage = at % Q_STAGES
@@ -143,13 +155,16 @@ def _block(
     if SOON:
         dv_pending = warpgroup_mma(p16, o_s.index(o_stage).reshape([BM, BDV]), dv, is_async=True)
     if NEED_DS:
-        delta = gl.expand_dims(delta_s.index(o_stage).reshape([BM]).load(COLS), 0)
-        # A wait, even one for what has been waited for, is where a basic block ends: it keeps the assembler from moving the next wait
-        # for a product up, before the exponentials that are to run under it.
-        if dq_s is not None:
+        delta = None
+        if not LESS_DELTA:
+            delta = gl.expand_dims(delta_s.index(o_stage).reshape([BM]).load(COLS), 0)
+        # A wait is where a basic block ends: it keeps the assembler from moving the next wait for a product up, before the exponentials
+        # that are to run under it. Where ds needs none it is one for a phase that has always been over, of a barrier that nothing else
+        # touches: a second look at any other would make the partition's warps meet.
+        if APART:
             mbarrier.wait(bars[DS_EMPTY].index(at & 1), ((at >> 1) & 1) ^ 1)
         else:
-            mbarrier.wait(bars[O_FULL].index(o_stage), (at // O_STAGES) & 1)
+            mbarrier.wait(bars[DS_EMPTY].index(0), 1)
         dp = warpgroup_mma_wait(1 if SOON else 0, [dp_pending])
         ds = of_scores(weight, dp, delta, stream is not None)
         if NEED_DB and cap is not None:  # the bias is added behind the cap
@@ -157,6 +172,9 @@ def _block(
         elif NEED_DB:
             db += gl.sum(ds, 1)
         ds16 = ds.to(DT)
+        if NEED_DQ:
+            if go:
+                meet(DS_HERE + 8 * WG + ((at - 1) & 1), 256)
         if dq_s is not None:
             ds_s.index((at & 1) * 2 + WG).permute((1, 0)).store(ds16)
     if NEED_DV and not SOON:
@@ -170,8 +188,7 @@ def _block(
         if bias_s is not None or mask_s is not None:
             signal(BIAS_FREE + bias_slot, 160)
         if NEED_DQ:
-            mbarrier.arrive(bars[DS_FULL].index(at & 1))
-            dq_pending = dq_product(at - 1, go, ds_s, k_s, kv, bars, WG)
+            dq_pending = dq_product(at - 1, ds_s, k_s, kv, WG)
     if NEED_DK:
         dk_pending = warpgroup_mma(gl.convert_layout(ds16, DS), q_s.index(q_stage).reshape([BM, BD]), dk, is_async=True)
     if APART and FENCED:
@@ -182,7 +199,7 @@ def _block(
     if MORE:
         s_pending, lse = _score(k, q_s, lse_s, bars, at + 1, BM)
         if APART:
-            dp_pending = _weigh(v, o_s, bars, at + 1, s_pending, BM, NEED_DS)
+            dp_pending = _weigh(v, o_s, delta_s, bars, at + 1, s_pending, BM, NEED_DS, LESS_DELTA)
     if APART and not FENCED:
         fence_async_shared()
         signal(DS_HERE + (at & 1), 384)
@@ -191,7 +208,8 @@ def _block(
     if NEED_DQ:
         mbarrier.wait(bars[DQ_EMPTY].index(WG), ((at - go.to(gl.int32)) & 1) ^ 1)
         dq = warpgroup_mma_wait(AFTER + NEXT, [dq_pending])
-        dq_hand_over(dq, at - 1, go, dq_s, bars, WG)
+        signal(DS_HERE + 8 * (1 - WG) + (at & 1), 256)
+        dq_hand_over(dq, go, dq_s, WG)
     if NEED_DV and NEED_DS:
         dv = warpgroup_mma_wait(AFTER + NEXT, [dv_pending])
     signal(O_FREE + o_stage, 288)
@@ -199,7 +217,7 @@ def _block(
         dk = warpgroup_mma_wait(NEXT, [dk_pending])
     signal(Q_FREE + q_stage, 288)
     if MORE and not APART:
-        dp_pending = _weigh(v, o_s, bars, at + 1, s_pending, BM, NEED_DS)
+        dp_pending = _weigh(v, o_s, delta_s, bars, at + 1, s_pending, BM, NEED_DS, LESS_DELTA)
     return s_pending, dp_pending, lse, dk, dv, db
 
 
@@ -224,11 +242,12 @@ def _walk(
     BD: gl.constexpr = k_s.shape[4]
     BDV: gl.constexpr = v_s.shape[4]
     NEED_DS: gl.constexpr = dq_s is not None or NEED_DK or NEED_DB
+    LESS_DELTA: gl.constexpr = stream is None and not APART
     k = k_s.index(kv * 2 + WG).reshape([HALF, BD])  # in registers they would save a fifth of what is read, but see docs/tuning.md
     v = v_s.index(kv * 2 + WG).reshape([HALF, BDV])
     for group in range(first, last, UNROLL):
         s, lse = _score(k, q_s, lse_s, bars, base + group, BM)
-        dp = _weigh(v, o_s, bars, base + group, s, BM, NEED_DS)
+        dp = _weigh(v, o_s, delta_s, bars, base + group, s, BM, NEED_DS, LESS_DELTA)
         for u in gl.static_range(UNROLL):
             s, dp, lse, dk, dv, db = _block(
                 s, dp, lse, dk, dv, db, k, v, k_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias,
@@ -353,9 +372,12 @@ def _consume(
         elif dq_s is not None:
             if steps > 0:
                 mbarrier.wait(bars[DQ_EMPTY].index(WG), ((done - 1) & 1) ^ 1)
-                dq = warpgroup_mma_wait(0, [dq_product(done - 1, True, ds_s, k_s, kv, bars, WG)])
-                dq_hand_over(dq, done - 1, True, dq_s, bars, WG)
-            meet(TOGETHER, 256)  # the other consumer may still be reading these keys for its half of dq
+                meet(DS_HERE + 8 * WG + ((done - 1) & 1), 256)
+                dq = warpgroup_mma_wait(0, [dq_product(done - 1, ds_s, k_s, kv, WG)])
+                dq_hand_over(dq, True, dq_s, WG)
+            # The other consumer may still be reading these keys for its half of dq.
+            mbarrier.arrive(bars[TOGETHER].index(0))
+            mbarrier.wait(bars[TOGETHER].index(0), wave & 1)
         if dropout is not None:
             dk = dk * dropout[2]
             dv = dv * dropout[2]
@@ -424,11 +446,10 @@ def keys_backward(
     q_full = barriers(Q_STAGES, 1)
     o_full = barriers(O_STAGES, 1)
     bias_full = barriers(2 * BIAS_STAGES, 1)
-    ds_full = barriers(2, 2)
-    ds_empty = barriers(2, 1 if APART else 2)
-    dq_full = barriers(2, 1)
+    ds_empty = barriers(2, 1)
     dq_empty = barriers(2, 1)
-    bars = (kv_full, kv_empty, q_full, o_full, bias_full, ds_full, ds_empty, dq_full, dq_empty)
+    together = barriers(1, 2)
+    bars = (kv_full, kv_empty, q_full, o_full, bias_full, ds_empty, dq_empty, together)
     fence_async_shared()
 
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.

@@ -63,8 +63,8 @@ def _drawing(KEYS_BY_ROW):
     for row in range(2):
         for column in range(2):
             query, key = (column, row) if KEYS_BY_ROW else (row, column)
-            halves = 0x7632 if key else 0x5410
-            lines += [f"prmt.b32 ${row + 2 * column}, x{2 * query}, x{2 * query + 1}, {halves:#x};"]  # two neighbours, of one counter each
+            halves = 0xFFBB if key else 0xDD99  # of two neighbours, of one counter each, the sign of that half in every bit
+            lines += [f"prmt.b32 ${row + 2 * column}, x{2 * query}, x{2 * query + 1}, {halves:#x};"]
     return "{ " + "\n".join(lines) + " }"
 
 
@@ -73,7 +73,7 @@ _OPERANDS = gl.constexpr(",".join(["=r"] * 4 + ["r"] * 32))
 
 @gluon.jit
 def drawn(stream, m0, n0, ROWS: gl.constexpr, COLUMNS: gl.constexpr, KEYS_BY_ROW: gl.constexpr):
-    """Marks of a tile's probabilities, int16, negative where they are kept. Queries from m0 on, keys from n0 on, multiples of 16.
+    """Marks of a tile's probabilities, int16, -1 where they are kept, 0 where not. Queries from m0 on, keys from n0 on, multiples of 16.
 
     They depend on no product, so that they can be drawn while one is waited for.
     """
@@ -90,7 +90,7 @@ def drawn(stream, m0, n0, ROWS: gl.constexpr, COLUMNS: gl.constexpr, KEYS_BY_ROW
     return gl.inline_asm_elementwise(text, _OPERANDS, [j, i, key, keep], gl.int16, True, 8)
 
 
-_DROP = gl.constexpr("{ .reg .b32 m; prmt.b32 m, $2, $2, 0xBB99; and.b32 $0, $1, m; }")
+_DROP = gl.constexpr("and.b32 $0, $1, $2;")
 _SIGN = gl.constexpr("{ .reg .b32 m; shl.b32 m, $4, 16; lop3.b32 $0, $2, m, 0x80000000, 0xF2; lop3.b32 $1, $3, $4, 0x80000000, 0xF2; }")
 
 
@@ -108,8 +108,10 @@ def signed(w, marks):
 
 @gluon.jit
 def of_scores(w, dp, delta, DROPPED: gl.constexpr):
-    """``w * (dp - delta)``, or with what ``signed`` gave ``|w| * (keep * dp - delta)``."""
-    if DROPPED:
+    """``w * (dp - delta)``, or with what ``signed`` gave ``|w| * (keep * dp - delta)``. delta None: dp is without it already."""
+    if delta is None:
+        return w * dp
+    elif DROPPED:
         return gl.fma(gl.maximum(w, 0.0), dp, gl.abs(w) * -delta)
     else:
         return w * (dp - delta)

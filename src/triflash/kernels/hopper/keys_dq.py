@@ -3,8 +3,8 @@
 from .columns import turned, visible_blocks
 from .compat import fence_async_shared, gl, gluon, mbarrier, tma_add, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from .features import visible_keys
-from .grid import accumulator, locate, meet, share
-from .keys_loads import DQ_EMPTY, DQ_FULL, DS_EMPTY, DS_FULL, DS_HERE, KV_FULL
+from .grid import accumulator, locate, meet, share, signal
+from .keys_loads import DQ_EMPTY, DQ_HERE, DS_EMPTY, DS_HERE, KV_FULL
 
 
 @gluon.jit
@@ -24,8 +24,8 @@ def add_up(
         for step in range(steps * group):
             head = kv_head * group + step // steps
             m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
+            meet(DQ_HERE, 288)
             for w in gl.static_range(2):
-                mbarrier.wait(bars[DQ_FULL].index(w), (done + step) & 1)
                 tma_add(dq_desc, [b, head, m0, w * COLUMNS], dq_s.index(w))
             tma_store_wait(1)
             mbarrier.arrive(bars[DQ_EMPTY].index(0))
@@ -77,14 +77,13 @@ def add_up_apart(
 
 
 @gluon.jit
-def dq_product(number, go, ds_s, k_s, kv, bars, WG: gl.constexpr):
-    """Start ``ds k`` of block ``number``, for half of the columns. Without ``go`` it is not waited for that ds is there."""
+def dq_product(number, ds_s, k_s, kv, WG: gl.constexpr):
+    """Start ``ds k`` of block ``number``, for half of the columns."""
     BM: gl.constexpr = ds_s.shape[1]
     HALF: gl.constexpr = ds_s.shape[2]
     BD: gl.constexpr = k_s.shape[4]
     PART: gl.constexpr = BD // 2
     slot = number & 1
-    mbarrier.wait(bars[DS_FULL].index(slot), (number >> 1) & 1, pred=go)
     nothing = gl.zeros([BM, PART], gl.float32, accumulator(PART))
     k0 = k_s.index(kv * 2).reshape([HALF, BD]).slice(WG * PART, PART, 1)
     k1 = k_s.index(kv * 2 + 1).reshape([HALF, BD]).slice(WG * PART, PART, 1)
@@ -93,9 +92,9 @@ def dq_product(number, go, ds_s, k_s, kv, bars, WG: gl.constexpr):
 
 
 @gluon.jit
-def dq_hand_over(dq, number, go, dq_s, bars, WG: gl.constexpr):
-    """Give what ``dq_product`` came to to the warp that adds it up, and its ds back. Without ``go`` nobody is told."""
+def dq_hand_over(dq, go, dq_s, WG: gl.constexpr):
+    """Give what ``dq_product`` came to to the warp that adds it up. Without ``go`` nobody is told."""
     dq_s.index(WG).reshape(dq.shape).store(dq)
     fence_async_shared()
-    mbarrier.arrive(bars[DQ_FULL].index(WG), pred=go)
-    mbarrier.arrive(bars[DS_EMPTY].index(number & 1), pred=go)
+    if go:
+        signal(DQ_HERE, 288)

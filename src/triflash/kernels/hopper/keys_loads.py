@@ -6,9 +6,10 @@ from .features import visible_keys
 from .grid import locate, meet, share
 
 # A program's barriers in shared memory are a tuple with an element a name, which holds one for every buffer.
-KV_FULL, KV_EMPTY, Q_FULL, O_FULL, BIAS_FULL, DS_FULL, DS_EMPTY, DQ_FULL, DQ_EMPTY = map(gl.constexpr, range(9))
-# Barriers of the processor: where both consumers meet or, where dq is computed apart, a buffer of ds is full; buffers are free.
-TOGETHER, DS_HERE, Q_FREE, O_FREE, BIAS_FREE = map(gl.constexpr, (5, 5, 7, 9, 11))
+KV_FULL, KV_EMPTY, Q_FULL, O_FULL, BIAS_FULL, DS_EMPTY, DQ_EMPTY, TOGETHER = map(gl.constexpr, range(8))
+# Barriers of the processor, two a name, a buffer each, but for BIAS_FREE with two a buffer, and DQ_HERE: both halves of dq are to be added.
+# DS_HERE: a buffer of ds is full; where dq is not computed apart, consumer WG is told so by the other one at DS_HERE + 8 WG.
+DS_HERE, Q_FREE, O_FREE, BIAS_FREE, DQ_HERE = map(gl.constexpr, (5, 7, 9, 11, 15))
 
 
 @gluon.jit
