@@ -94,6 +94,9 @@ class Pointer:
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.base, self.at + other)
 
+    def to(self, _dtype: object) -> Pointer:
+        return self
+
     def memory(self) -> Tensor:
         size = sum((n - 1) * s for n, s in zip(self.base.shape, self.base.stride(), strict=True)) + 1
         return self.base.as_strided((size,), (1,))
@@ -313,10 +316,20 @@ def _drawn(keys_by_row: bool, arguments: Sequence[Any]) -> Any:
     return torch.where(number + (keep & 0xFFFF) >= 0x8000, -1, 0).to(torch.int16)  # keep has it in both halves
 
 
+def _added_up(pointer: Pointer, x: Tensor, kept: Tensor) -> None:
+    """A thread adds four numbers in a row, two neighbours and those eight rows further down, each of which is given where the first one goes."""
+    row, column = (torch.arange(n) for n in x.shape)
+    at = pointer.at + (row // 8 % 2 * 2)[:, None] + (column % 2)[None, :]
+    kept = kept != 0
+    pointer.memory().index_add_(0, at[kept], x[kept])
+
+
 def inline_asm(text: str, _constraints: str, arguments: Sequence[Any], dtype: Any, *_: object) -> Any:
-    """A copy, a negative, a choice, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, or a barrier of the processor."""
+    """A copy, an addition in memory, a negative, a choice, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, or a barrier of the processor."""
     if text == "mov.b32 $0, $1;":
         return arguments[0]
+    if "red." in text:
+        return _added_up(*arguments)
     if text.startswith("neg.f32"):
         return -arguments[0]
     if "setp.le.s32 p, $2, $3; selp.f32 $0, $1, " in text:

@@ -153,7 +153,7 @@ def test_narrow_heads(dims: tuple[int, int], device: torch.device) -> None:
 CANDIDATES = [
     (64, None, KeysConfig(2, 2, apart=True)), (64, None, KeysConfig(2, 2, kv_stages=2, apart=True, unroll=2)), (64, None, KeysConfig(1, 1)),
     (64, "1hqk", KeysConfig(2, 2, 2, apart=True)), (64, "1hqk", KeysConfig(2, 2)), (64, "1hqk", KeysConfig(1, 1)),
-    (128, None, KeysConfig(2, 2)), (128, None, KeysConfig(2, 1)), (128, None, KeysConfig(1, 1)),
+    (128, None, KeysConfig(2, 2, direct=True)), (96, None, KeysConfig(2, 2)), (128, None, KeysConfig(2, 1)), (128, None, KeysConfig(1, 1)),
     (256, None, KeysConfig(2, 2, wide=True)),
 ]  # fmt: skip
 

@@ -159,7 +159,7 @@ KEYS = [
 
 
 @pytest.mark.parametrize(  # all problems with dq computed apart, and all by the consumers
-    ("config", "problem"), pairs([KeysConfig(2, 2, 2, apart=True)], KEYS) + pairs([KeysConfig(2, 1), KeysConfig(2, 1, unroll=2)], KEYS)
+    ("config", "problem"), pairs([KeysConfig(2, 2, 2, apart=True)], KEYS) + pairs([KeysConfig(2, 1), KeysConfig(2, 2, direct=True)], KEYS)
 )
 def test_keys_that_add_dq(config: KeysConfig, problem: Problem) -> None:
     check(problem, KEYS.index(problem), dqdkdv=config)

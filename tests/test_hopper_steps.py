@@ -54,8 +54,8 @@ def planned(problem: AttentionSpec, letters: str, processors: int = SM90.process
 @pytest.mark.parametrize("dim, keys, band, deterministic, adds", [
     (64, LONG, None, False, True), (128, LONG, None, False, True), (40, LONG, 0, False, True), (128, LONG, 0, False, True),
     (64, SHORT, None, False, False), (128, SHORT, None, False, False), (64, 512, 0, False, True), (40, 512, None, False, True),
-    (128, 1024, None, False, False), (32, 1024, None, False, False), (32, LONG, 0, False, True),
-    (64, 2000, 0, False, True), (128, 2000, 0, False, False),  # what is seen on average is half of the keys; narrow heads do not mind
+    (128, 768, None, False, False), (128, 1024, None, False, True), (32, 1024, None, False, False), (32, LONG, 0, False, True),
+    (64, 2000, 0, False, True), (128, 2000, 0, False, False),  # what is seen on average is half of the keys, and tiles are short; narrow heads do not mind
     (64, LONG, None, True, False), (128, LONG, 0, True, False),
     (136, LONG, None, False, False), (256, LONG, 0, False, False),
 ])  # fmt: skip
@@ -192,6 +192,7 @@ def test_shared_memory_counts_every_buffer() -> None:
     assert k_v + q + dout + bias < used < k_v + q + dout + bias + 2048
     ds, dq = 2 * 64 * 128 * 2, 64 * 128 * 4
     assert hopper_backward.shared_memory(problem, config, True) - used == ds + dq
+    assert hopper_backward.shared_memory(problem, replace(config, direct=True), True) - used == ds
     wide = spec("b1hqk", "bool", head_dim=200, value_dim=130)
     capped = replace(wide, bias=spec("11h1k").bias, softcap=50.0)  # dk asks for p times a derivative, dbias for p itself
     own, shared = (hopper_backward.shared_memory(capped, KeysConfig(2, 2, wide=True), False, dbias) for dbias in (True, False))
@@ -205,6 +206,7 @@ def test_shared_memory_counts_every_buffer() -> None:
 @pytest.mark.parametrize("wrong", [
     {"q_stages": 0}, {"o_stages": 5}, {"bias_stages": 0}, {"block_m": 128}, {"wide": True}, {"wide": True, "o_stages": 2, "apart": True},
     {"wide": True, "q_stages": 1}, {"q_stages": 3}, {"unroll": 3}, {"unroll": 2, "q_stages": 1}, {"unroll": 2, "apart": True},
+    {"direct": True, "apart": True}, {"wide": True, "q_stages": 2, "o_stages": 2, "direct": True},
 ], ids=str)  # fmt: skip
 def test_a_config_checks_itself(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: wanted .+, got {next(iter(wrong.values()))}"):
@@ -216,12 +218,13 @@ def test_text_of_a_config() -> None:
     others = (
         replace(config, apart=True),
         replace(config, unroll=2),
+        replace(config, direct=True),
         replace(config, wide=True),
         replace(config, o_stages=1),
         replace(config, bias_stages=2),
     )
     assert str(config).startswith("64x128 ") and str(replace(config, wide=True)).startswith("64x64 ")
-    assert len({str(c) for c in (config, *others)}) == 6
+    assert len({str(c) for c in (config, *others)}) == 7
 
 
 def test_override_by_hand() -> None:

@@ -52,9 +52,9 @@ def check(case: Case, processors: int = 2, seed: int = 0, edges: bool = True, **
 
 
 KEYS_CONFIGS = [
-    KeysConfig(*stages, apart=apart, unroll=unroll)
-    for stages, apart, unroll in itertools.product([(1, 1), (2, 1), (2, 2), (2, 2, 2)], [False, True], [1, 2])
-    if min(stages[: 2 if apart else 1]) >= unroll and (apart or len(stages) == 2)
+    KeysConfig(*stages, unroll=unroll, **dict.fromkeys(ways, True))
+    for stages, ways, unroll in itertools.product([(1, 1), (2, 1), (2, 2), (2, 2, 2)], [(), ("apart",), ("direct",)], [1, 2])
+    if min(stages[: 2 if "apart" in ways else 1]) >= unroll and ("apart" in ways or len(stages) == 2)
 ]  # fmt: skip
 KEYS = [
     Case("full", B=2, M=130, N=150, H=2),
@@ -72,13 +72,21 @@ def test_keys_that_add_dq(config: KeysConfig, case: Case) -> None:
     assert [kernel for kernel in ran if kernel != "dbias_sum"] == ["forward", "prepare", "dqdkdv", "finish"]
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("way", ["plain", "apart", "direct"])
 @pytest.mark.parametrize("D", [64, 128])
-def test_distances_of_whole_blocks(D: int, apart: bool) -> None:
-    """Key tiles visit whole blocks of queries in orders of their own, and only ALiBi asks where they are."""
-    for lo, hi in ((None, None), (None, 60)) if apart else ((-200, None),):
+def test_distances_of_whole_blocks(D: int, way: str) -> None:
+    """Key tiles visit whole blocks of queries in orders of their own, and only ALiBi and ``direct`` ask where they are."""
+    for lo, hi in ((-200, None),) if way == "plain" else ((None, None), (None, 60)):
         case = Case("ALiBi", B=2, M=320, N=260, H=1, D=D, lengths=(256, 260), alibi="h", grads="qkv", lo=lo, hi=hi)
-        assert check(case, dqdkdv=KeysConfig(2, 2, apart=apart and D <= 64, unroll=2 if apart else 1))[2] == "dqdkdv"
+        config = KeysConfig(2, 2, apart=way == "apart" and D <= 64, direct=way == "direct", unroll=1 if way == "plain" else 2)
+        assert check(case, dqdkdv=config)[2] == "dqdkdv"
+
+
+@pytest.mark.parametrize("D", [1, 8, 24, 64, 72, 100, 128])
+def test_columns_of_a_direct_sum(D: int) -> None:
+    """Of which there are whole groups of eight, but no more than the head dim asks for."""
+    check(Case("direct", B=1, M=70, N=300, D=D, Dv=16, hi=20, grads="qk"), dqdkdv=KeysConfig(2, 2, direct=True))
+    check(Case("direct", B=2, M=64, N=260, D=D, Dv=16, grads="qv"), dqdkdv=KeysConfig(2, 2, direct=True))
 
 
 @pytest.mark.parametrize("bias", ["b1hqk", "11hqk", "11h1k"])
@@ -240,7 +248,7 @@ MASKED = [
 def test_masks_beside_biases(case: Case, D: int) -> None:
     check(replace(case, D=D), 2, D)
     if D <= 64:
-        for config in (KeysConfig(2, 2, 2, apart=True, unroll=2), KeysConfig(2, 1)):
+        for config in (KeysConfig(2, 2, 2, apart=True, unroll=2), KeysConfig(2, 1), KeysConfig(2, 2, direct=True)):
             check(replace(case, D=D), 3, D, dqdkdv=config)
 
 
@@ -283,7 +291,7 @@ DROPPED = [
 def test_dropout(case: Case, D: int) -> None:
     check(replace(case, D=D), 2, D)
     if D <= 64:
-        for config in (KeysConfig(2, 2, apart=True), KeysConfig(2, 1)):
+        for config in (KeysConfig(2, 2, apart=True), KeysConfig(2, 1), KeysConfig(2, 2, direct=True)):
             check(replace(case, D=D), 3, D, dqdkdv=config)
 
 
@@ -372,7 +380,7 @@ def test_features_together(number: int) -> None:
     sizes = dict(B=outer * inner, M=M, N=N, H=H, Hk=Hk, D=D, Dv=Dv, lo=lo, hi=hi, batch_inner=inner, lengths=row["lengths_shown"])
     configs = {name: row[key] for name, key in (("dqdkdv", "keys"), ("forward", "forward")) if row[key] is not None}
     if "dqdkdv" in configs and max(D, Dv) > 64:  # no registers for it
-        configs["dqdkdv"] = replace(configs["dqdkdv"], apart=False)
+        configs["dqdkdv"] = replace(configs["dqdkdv"], apart=False, bias_stages=1)
     check(Case(f"together {number}", seed=number, **sizes, **{name: row[name] for name in plain}), row["processors"], number, **configs)
 
 
@@ -391,11 +399,17 @@ def test_features_together(number: int) -> None:
         ("backward", "mbarrier.wait(bars[DS_EMPTY].index(at & 1), ((at >> 1) & 1) ^ 1)", "pass"),
         ("backward", "                meet(DS_HERE + 8 * WG + ((at - 1) & 1), 256)", "                pass"),
         ("backward", "meet(DS_HERE + 8 * WG + ((done - 1) & 1), 256)", "pass"),
-        ("backward", "                signal(DS_HERE + 8 * (1 - WG) + (at & 1), 256)\n", ""),
+        ("backward", "        signal(DS_HERE + 8 * (1 - WG) + (at & 1), 256)\n", ""),
         ("backward", "mbarrier.wait(bars[DQ_EMPTY].index(WG), ((at - go.to(gl.int32)) & 1) ^ 1)", "pass"),
         ("keys_dq", "            tma_store_wait(1)\n", ""),
         ("backward", "mbarrier.wait(bars[TOGETHER].index(0), wave & 1)", "pass"),
         ("keys_dq", "meet(DQ_HERE, 288)", "pass"),
+        ("backward", "place = sum_base + m0 // BM", "place = sum_base + block"),
+        (
+            "backward",
+            "                if go:\n                    add_to_sum(",
+            "                if True:\n                    add_to_sum(",
+        ),
         ("backward", "warpgroup_mma_wait(AFTER + NEXT, [dq_pending])", "warpgroup_mma_wait(AFTER + NEXT + 1, [dq_pending])"),
         ("backward", "        fence_async_shared()\n        if bias_s is not None or", "        if bias_s is not None or"),
         ("keys_loads", "expect(bars[BIAS_FULL].index(slot), BIAS_BYTES + MASK_BYTES)", "expect(bars[BIAS_FULL].index(slot), BIAS_BYTES)"),
@@ -428,7 +442,7 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
             grads={"forward": "", "loads": ""}.get(kernel, "qkv"),
             D=136 if kernel == "wide" else 16,
         )
-        config = (KeysConfig(2, 2), KeysConfig(2, 2, 2, apart=True, unroll=2), KeysConfig(2, 1))[seed % 3]
+        config = (KeysConfig(2, 2), KeysConfig(2, 2, 2, apart=True, unroll=2), KeysConfig(2, 1, direct=True))[seed % 3]
         try:
             whole = {"forward": HopperConfig(2, 128, 2, 2, turns=True)} if kernel in ("forward", "loads") else {"dqdkdv": config}
             check(case, 1, seed, **({} if kernel == "wide" else whole))

@@ -135,6 +135,7 @@ TARGETS = [
     Target((64, 64), bias="1h1k", grads="qkvb", softcap=50.0, lengths=True, dropout=0.1, spills=96),
     # Candidates that the plan does not choose here.
     Target((128, 128), config=KeysConfig(1, 1), spills=80),
+    *(Target((128, 128), band=band, config=KeysConfig(2, 2), spills=LOOP) for band in (FULL, CAUSAL)),
     Target((64, 64), bias="1hqk", config=KeysConfig(2, 2), band=CAUSAL),
 ]  # fmt: skip
 

@@ -89,7 +89,7 @@ def backward_calls(
             calls.append(hopper_rows.dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full, *features))
         elif step.kernel == "finish":
             assert dq_sum is not None and dq is not None
-            calls.append(finish_call(spec, dq_sum, dq))
+            calls.append(finish_call(spec, dq_sum, dq, adds_directly(plan)))
         elif step.kernel == "dbias":
             parts = partial_sums(step, dbias)
             assert isinstance(step.config, RowsConfig) and bias is not None and parts is not None
@@ -109,8 +109,9 @@ def new_stats(spec: AttentionSpec, like: Tensor, rest: Tensor | None) -> Tensor:
 
 
 def new_dq_sum(spec: AttentionSpec, like: Tensor) -> Tensor:
-    """Room for the float32 sum of dq, (batch, head, query, dim); rows are whole multiples of 16 bytes."""
-    return like.new_empty(spec.batch, spec.heads, spec.queries, -(-spec.head_dim // 4) * 4, dtype=torch.float32)
+    """Room for the float32 sum of dq, (batch, head, query, dim): whole blocks of queries, whole groups of 8 columns."""
+    rows = -(-spec.queries // EDGE.block_m) * EDGE.block_m
+    return like.new_empty(spec.batch, spec.heads, rows, -(-spec.head_dim // 8) * 8, dtype=torch.float32)
 
 
 def prepare_call(
@@ -129,7 +130,7 @@ def prepare_call(
         *(out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride(), lse.stride()),
         *(spec.heads, spec.queries, stats.shape[2], 1 / rescale(spec.dropout)),
     )
-    row = 4 if dq_sum is None else dq_sum.shape[3]
+    row = 8 if dq_sum is None else dq_sum.shape[3]
     constants = {
         "BM": EDGE.block_m,
         "DV": spec.value_dim,
@@ -142,10 +143,17 @@ def prepare_call(
     return Call(edges.prepare, args, constants, EDGE, stats.shape[0] * stats.shape[2] // EDGE.block_m)
 
 
-def finish_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor) -> Call:
-    """dq from its float32 sum."""
+def adds_directly(plan: Plan) -> bool:
+    """Whether dq is added to its sum straight from registers, which lays it out otherwise."""
+    step = plan.step("dqdkdv")
+    return step is not None and isinstance(step.config, KeysConfig) and step.config.direct
+
+
+def finish_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor, direct: bool) -> Call:
+    """dq from its float32 sum; direct: as :func:`adds_directly` says."""
     args = (dq_sum, dq, dq.stride()[:3], spec.heads, spec.queries, spec.scale * rescale(spec.dropout))
-    constants = {"BM": EDGE.block_m, "D": spec.head_dim, "BD": padded(spec.head_dim), "ROW": dq_sum.shape[3], "WIDE": True}
+    dims = {"D": spec.head_dim, "BD": padded(spec.head_dim), "ROW": dq_sum.shape[3]}
+    constants = {"BM": EDGE.block_m, **dims, "DIRECT": direct, "WIDE": True}
     return Call(edges.finish, args, constants, EDGE, spec.batch * spec.heads * -(-spec.queries // EDGE.block_m))
 
 
@@ -196,7 +204,8 @@ def keys_call(
         bias_desc,
         None if dk is None else descriptor(dk, (1, half, 1, head)),
         None if dv is None else descriptor(dv, (1, half, 1, value)),
-        *(() if config.wide else (None if dq_sum is None else descriptor(dq_sum, (1, 1, rows, head // 2)),)),
+        *(() if config.wide else (None if dq_sum is None or config.direct else descriptor(dq_sum, (1, 1, rows, head // 2)),)),
+        *(() if config.wide else (dq_sum if config.direct else None,)),
         *(
             pointer,
             lengths,
@@ -231,4 +240,5 @@ def keys_call(
         return Call(wide_kernels.wide_keys_backward, args, constants | {"STAGES": config.q_stages}, config, step.programs)
     constants |= {"Q_STAGES": config.q_stages, "O_STAGES": config.o_stages, "BIAS_STAGES": config.bias_stages}
     constants |= {"KV_STAGES": config.kv_stages, "APART": config.apart and dq_sum is not None, "UNROLL": config.unroll}
+    constants["ROW"] = 8 if dq_sum is None else dq_sum.shape[3]
     return Call(keys_kernels.keys_backward, args, constants, config, step.programs)

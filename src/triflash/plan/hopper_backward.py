@@ -22,8 +22,8 @@ class KeysConfig:
 
     wide: the kernel for head dims above 128, whose consumers share tiles of 64 keys; the others own 64 each. kv_stages: buffers for a
     tile's keys and values; with two, those of the next tile are fetched while this one is at work. apart: where dq is added up, a third
-    warpgroup computes it; head dims up to 64, for above there are no registers for one. unroll: blocks a step of the loop, of which each
-    is started before the one before is done.
+    warpgroup computes it; head dims up to 64, for above there are no registers for one. direct: it is added up straight from registers,
+    else by TMA. unroll: blocks a step of the loop, of which each is started before the one before is done.
     """
 
     q_stages: int
@@ -34,6 +34,7 @@ class KeysConfig:
     kv_stages: int = 1
     apart: bool = False
     unroll: int = 1
+    direct: bool = False
 
     def __post_init__(self) -> None:
         most = 4 if self.wide else 2  # but in the wide kernel, each buffer has a barrier of the processor, of which there are 11 to spare
@@ -43,9 +44,12 @@ class KeysConfig:
         ahead = self.q_stages > 1 and (self.o_stages > 1 or not self.apart)  # the next block's operands while this one's are in use
         if self.unroll not in ((1, 2, 4) if ahead else (1,)):
             raise bad_value("unroll", "1, or with two q_stages, and apart two o_stages, 2 or 4", self.unroll)
+        if self.apart and self.direct:
+            raise bad_value("direct", "False with apart", True, "the warpgroup that computes dq apart has time for TMA")
         if self.block_m != 64:
             raise bad_value("block_m", "64, which is what the layouts of the kernels are made for", self.block_m)
-        usual = (self.o_stages, self.bias_stages, self.kv_stages, self.apart, self.unroll) == (self.q_stages, 1, 1, False, 1)
+        extras = (self.bias_stages, self.kv_stages, self.apart, self.direct, self.unroll)
+        usual = self.o_stages == self.q_stages and extras == (1, 1, False, False, 1)
         if self.wide and (self.q_stages < 2 or not usual):
             raise bad_value(
                 "wide",
@@ -70,7 +74,7 @@ class KeysConfig:
 
     def __str__(self) -> str:
         flags = " wide" * self.wide + f" kv{self.kv_stages}" * (self.kv_stages > 1)
-        flags += " apart" * self.apart + f" u{self.unroll}" * (self.unroll > 1)
+        flags += " apart" * self.apart + " direct" * self.direct + f" u{self.unroll}" * (self.unroll > 1)
         return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{flags}"
 
 
@@ -113,7 +117,8 @@ def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool, dbias:
     if config.wide:
         total += (4 if dbias and spec.softcap else 2) * config.block_m * config.block_n * 2  # of p, or of p and what it is multiplied to
     elif adds_dq:
-        total += 2 * config.block_m * config.block_n * 2 + config.block_m * head * 4 * (2 if config.apart else 1)
+        buffers = 0 if config.direct else 2 if config.apart else 1
+        total += 2 * config.block_m * config.block_n * 2 + buffers * config.block_m * head * 4
     barriers = 8 + 2 * (config.kv_stages + config.q_stages + config.o_stages) + 4 * config.bias_stages
     return total + 8 * barriers + 1024  # and what alignment may cost
 
@@ -132,7 +137,9 @@ def _candidates(spec: AttentionSpec, adds_dq: bool, dbias: bool) -> tuple[KeysCo
             apart = tuple(KeysConfig(2, 2, bias, kv_stages=kv, apart=True, unroll=unroll) for kv in (2, 1))
         kept = 1 if adds_dq else bias  # see backward_steps
         return (*apart, KeysConfig(2, 2, kept, kv_stages=2), KeysConfig(2, 2, kept), KeysConfig(2, 2), KeysConfig(1, 1))
-    return (KeysConfig(2, 2, kv_stages=2), KeysConfig(2, 2), KeysConfig(2, 1), KeysConfig(1, 1))
+    plain = adds_dq and is_light(spec) and spec.bias is None and spec.mask is None  # for what adds straight from registers takes some
+    direct = (KeysConfig(2, 2, direct=True),) if plain else ()
+    return (*direct, KeysConfig(2, 2, kv_stages=2), KeysConfig(2, 2), KeysConfig(2, 1), KeysConfig(1, 1))
 
 
 @functools.lru_cache(maxsize=4096)

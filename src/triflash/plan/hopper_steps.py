@@ -18,7 +18,7 @@ from .steps import Step, broadcast_rows, ceil_div, sum_steps
 __all__ = ["EDGE", "adds_dq", "backward_steps", "reservation", "shared_memory", "source_of", "why_not_backward"]
 
 EDGE = TileConfig(64, 16, 4, 1)  # rows of a program of prepare and finish, which have no tiles of scores
-WORTH_ADDING = {64: 511, 128: 1024}  # keys, half of them under a band at d 128, above which adding up dq beats a pass of its own (H200)
+WORTH_ADDING = {64: 511, 128: 768}  # keys, a third of them under a band at d 128, above which adding up dq beats a pass of its own (H200)
 
 
 def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> tuple[str, str] | None:
@@ -72,7 +72,7 @@ def adds_dq(spec: AttentionSpec, needs: Needs, limit: int, always: bool = False)
     if needs.dbias and _source(spec) == "dq":
         return False
     widest = padded(max(spec.head_dim, spec.value_dim))
-    seen = spec.keys if widest <= 64 or (spec.lo is None and spec.hi is None) else spec.keys // 2
+    seen = spec.keys if widest <= 64 or (spec.lo is None and spec.hi is None) else spec.keys // 3
     worth = seen > WORTH_ADDING.get(widest, 1024)
     return (always or worth) and keys.keys_config(spec, True, limit) is not None
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ..spec import AttentionSpec, Needs
 from .hopper_backward import stats_kinds, stats_length
+from .hopper_steps import EDGE
 from .layout import tma_padded
 from .steps import Plan
 
@@ -27,7 +28,8 @@ def scratch(plans: Sequence[Plan], spec: AttentionSpec, needs: Needs) -> Iterabl
         if backward.step("prepare"):
             yield "lse and delta for TMA", spec.batch * spec.heads * stats_kinds(spec) * stats_length(spec) * 4
         if backward.step("finish"):
-            yield "float32 sum of dq", rows * -(-spec.head_dim // 4) * 4 * 4
+            blocks = spec.batch * spec.heads * -(-spec.queries // EDGE.block_m)
+            yield "float32 sum of dq", blocks * EDGE.block_m * -(-spec.head_dim // 8) * 8 * 4
         if backward.backend == "hopper" and any(step.gives == ("dbias",) and step.kernel == "dq" for step in backward.steps):
             yield "dq, which nobody asked for", math.prod(tma_padded((rows, spec.head_dim), 2)) * 2
         for step in backward.steps:

@@ -6,8 +6,9 @@ and delta as in ``kernels/triton/backward.py``, a consumer computes its part of 
     dv += pᵀ dout;   dk += scale dsᵀ q
 
 and puts dsᵀ into shared memory, where the two parts meet as the operand of ``dq += ds k``; each consumer computes half of its columns
-(FlashAttention-3, Shah et al. 2024), or a third warpgroup all (APART). That sum runs over all key tiles, so dq leaves by TMA's float32
-addition in memory, in no fixed order; where results must be the same bits on every run, ``dq.py`` computes it and this kernel runs without.
+(FlashAttention-3, Shah et al. 2024), or a third warpgroup all (APART). That sum runs over all key tiles, so it is formed in memory, by TMA
+or straight from registers, float32 numbers in no fixed order; where results must be the same bits on every run, ``dq.py`` computes dq and
+this kernel runs without.
 
 A producer warp loads q, dout, lse, delta and bias tiles as far ahead as there are buffers (``keys_loads.py``); dq's product and sum are in
 ``keys_dq.py``. Barriers as in ``forward.py``, but for buffers that consumers give back, which are told of at barriers of the processor.
@@ -29,7 +30,7 @@ from .compat import (
 from .dropout import drawn, dropped, of_scores, signed, stream_of
 from .features import clear_hidden, slope_of, visible_keys
 from .grid import accumulator, barriers, locate, meet, share, signal, stacked
-from .keys_dq import add_up, add_up_apart, dq_hand_over, dq_product
+from .keys_dq import add_to_sum, add_up, add_up_apart, dq_hand_over, dq_product, first_block
 from .keys_loads import (
     BIAS_FREE,
     BIAS_FULL,
@@ -90,15 +91,24 @@ def _weigh(v, o_s, delta_s, bars, at, nothing, BM: gl.constexpr, NEED_DS: gl.con
 
 
 @gluon.jit
+def _tell_of_ds(at, bias_slot, TILES: gl.constexpr):
+    """Where dq is computed apart: ds of block ``at`` is there, and its tiles of a bias and a mask have been read."""
+    fence_async_shared()
+    signal(DS_HERE + (at & 1), 384)
+    if TILES:
+        signal(BIAS_FREE + bias_slot, 160)
+
+
+@gluon.jit
 def _block(
-    s_pending, dp_pending, lse, dk, dv, db, k, v, k_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias,
-    key_mask, slope, stream, cap, done, base, block, start, stop, n0, ahead, N, lo, hi, scale_log2,
+    s_pending, dp_pending, lse, dk, dv, db, place, k, v, k_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum,
+    bars, key_bias, key_mask, slope, stream, cap, done, base, sum_base, block, start, stop, n0, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, HALF: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr, NEED_DK: gl.constexpr, NEED_DV: gl.constexpr, NEED_DB: gl.constexpr,
-    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, MORE: gl.constexpr,
+    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, MORE: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
     """Fold one query block, whose s and dp are under way, into (dk, dv, db). MORE: start those of the next, s as soon as the last product
-    of this one has been.
+    of this one has been. place: where in the sum the block before lies, if dq is added to it straight from registers.
     """
     BD: gl.constexpr = q_s.shape[4]
     BDV: gl.constexpr = o_s.shape[4]
@@ -109,8 +119,9 @@ def _block(
     DS: gl.constexpr = gl.DotOperandLayout(0, accumulator(BD), 2)
     Q_STAGES: gl.constexpr = q_s.shape[0]
     O_STAGES: gl.constexpr = o_s.shape[0]
-    NEED_DQ: gl.constexpr = dq_s is not None and not APART
-    NEED_DS: gl.constexpr = dq_s is not None or NEED_DK or NEED_DB
+    NEED_DQ: gl.constexpr = ds_s is not None and not APART
+    DIRECT: gl.constexpr = dq_sum is not None
+    NEED_DS: gl.constexpr = ds_s is not None or NEED_DK or NEED_DB
     AFTER: gl.constexpr = 1 if NEED_DK else 0  # products of dk started after those of dv and dq
     NEXT: gl.constexpr = 0 if not MORE else 2 if APART and NEED_DS else 1  # products of the next block
     SOON: gl.constexpr = APART and NEED_DV and bias_s is None  # dv's product before ds is there
@@ -122,7 +133,7 @@ def _block(
     bias_slot = at % BIAS_STAGES * 2 + WG
     go = at > done
     m0 = block * BM
-    if (ALIBI or stream is not None) and not MASKED:  # nothing else asks where a whole block lies
+    if (ALIBI or stream is not None or DIRECT) and not MASKED:  # nothing else asks where a whole block lies
         m0 = in_turn(block, start, stop, n0, BM) * BM
     if stream is not None:  # under the products
         marks = drawn(stream, m0, n0 + WG * HALF, HALF, BM, True)
@@ -159,10 +170,12 @@ def _block(
         if not LESS_DELTA:
             delta = gl.expand_dims(delta_s.index(o_stage).reshape([BM]).load(COLS), 0)
         # A wait is where a basic block ends: it keeps the assembler from moving the next wait for a product up, before the exponentials
-        # that are to run under it. Where ds needs none it is one for a phase that has always been over, of a barrier that nothing else
-        # touches: a second look at any other would make the partition's warps meet.
+        # that are to run under it. Where ds needs none it is one for a phase that is over: of a barrier that nothing else touches, for a
+        # second look at any other makes the partition's warps meet. DIRECT lets them: then they need not before ds is stored.
         if APART:
             mbarrier.wait(bars[DS_EMPTY].index(at & 1), ((at >> 1) & 1) ^ 1)
+        elif DIRECT:
+            mbarrier.wait(bars[O_FULL].index(o_stage), (at // O_STAGES) & 1)
         else:
             mbarrier.wait(bars[DS_EMPTY].index(0), 1)
         dp = warpgroup_mma_wait(1 if SOON else 0, [dp_pending])
@@ -175,7 +188,7 @@ def _block(
         if NEED_DQ:
             if go:
                 meet(DS_HERE + 8 * WG + ((at - 1) & 1), 256)
-        if dq_s is not None:
+        if ds_s is not None:
             ds_s.index((at & 1) * 2 + WG).permute((1, 0)).store(ds16)
     if NEED_DV and not SOON:
         dv_pending = warpgroup_mma(p16, o_s.index(o_stage).reshape([BM, BDV]), dv, is_async=True)
@@ -192,24 +205,28 @@ def _block(
     if NEED_DK:
         dk_pending = warpgroup_mma(gl.convert_layout(ds16, DS), q_s.index(q_stage).reshape([BM, BD]), dk, is_async=True)
     if APART and FENCED:
-        fence_async_shared()
-        signal(DS_HERE + (at & 1), 384)
-        if bias_s is not None or mask_s is not None:
-            signal(BIAS_FREE + bias_slot, 160)
+        _tell_of_ds(at, bias_slot, bias_s is not None or mask_s is not None)
     if MORE:
         s_pending, lse = _score(k, q_s, lse_s, bars, at + 1, BM)
         if APART:
             dp_pending = _weigh(v, o_s, delta_s, bars, at + 1, s_pending, BM, NEED_DS, LESS_DELTA)
     if APART and not FENCED:
-        fence_async_shared()
-        signal(DS_HERE + (at & 1), 384)
-        if bias_s is not None or mask_s is not None:
-            signal(BIAS_FREE + bias_slot, 160)
+        _tell_of_ds(at, bias_slot, bias_s is not None or mask_s is not None)
     if NEED_DQ:
-        mbarrier.wait(bars[DQ_EMPTY].index(WG), ((at - go.to(gl.int32)) & 1) ^ 1)
+        if not DIRECT:
+            mbarrier.wait(bars[DQ_EMPTY].index(WG), ((at - go.to(gl.int32)) & 1) ^ 1)
         dq = warpgroup_mma_wait(AFTER + NEXT, [dq_pending])
         signal(DS_HERE + 8 * (1 - WG) + (at & 1), 256)
-        dq_hand_over(dq, go, dq_s, WG)
+        if DIRECT:
+            # What the assembler makes of a branch is 2 % faster than with predicates, but 3 % slower where a band takes registers.
+            if lo is None and hi is None:
+                if go:
+                    add_to_sum(dq_sum, place, dq, None, WG * (BD // 2), ROW)
+            else:
+                add_to_sum(dq_sum, place, dq, go, WG * (BD // 2), ROW)
+            place = sum_base + m0 // BM
+        else:
+            dq_hand_over(dq, go, dq_s, WG)
     if NEED_DV and NEED_DS:
         dv = warpgroup_mma_wait(AFTER + NEXT, [dv_pending])
     signal(O_FREE + o_stage, 288)
@@ -218,16 +235,16 @@ def _block(
     signal(Q_FREE + q_stage, 288)
     if MORE and not APART:
         dp_pending = _weigh(v, o_s, delta_s, bars, at + 1, s_pending, BM, NEED_DS, LESS_DELTA)
-    return s_pending, dp_pending, lse, dk, dv, db
+    return s_pending, dp_pending, lse, dk, dv, db, place
 
 
 @gluon.jit
 def _walk(
-    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask, slope, stream, cap,
-    done, base, first, last, start, stop, n0, ahead, N, lo, hi, scale_log2,
+    dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias, key_mask, slope,
+    stream, cap, done, base, sum_base, first, last, start, stop, n0, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, HALF: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr, NEED_DK: gl.constexpr, NEED_DV: gl.constexpr, NEED_DB: gl.constexpr,
-    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, UNROLL: gl.constexpr,
+    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, UNROLL: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
     """Fold the query blocks ``first … last`` (of ``start … stop``, in the order of ``turned``), a multiple of UNROLL, into (dk, dv, db).
     The tile's first is number ``done`` of the program, the t-th of a head ``base + t``.
@@ -241,7 +258,7 @@ def _walk(
     """
     BD: gl.constexpr = k_s.shape[4]
     BDV: gl.constexpr = v_s.shape[4]
-    NEED_DS: gl.constexpr = dq_s is not None or NEED_DK or NEED_DB
+    NEED_DS: gl.constexpr = ds_s is not None or NEED_DK or NEED_DB
     LESS_DELTA: gl.constexpr = stream is None and not APART
     k = k_s.index(kv * 2 + WG).reshape([HALF, BD])  # in registers they would save a fifth of what is read, but see docs/tuning.md
     v = v_s.index(kv * 2 + WG).reshape([HALF, BDV])
@@ -249,46 +266,46 @@ def _walk(
         s, lse = _score(k, q_s, lse_s, bars, base + group, BM)
         dp = _weigh(v, o_s, delta_s, bars, base + group, s, BM, NEED_DS, LESS_DELTA)
         for u in gl.static_range(UNROLL):
-            s, dp, lse, dk, dv, db = _block(
-                s, dp, lse, dk, dv, db, k, v, k_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias,
-                key_mask, slope, stream, cap, done, base, group + u, start, stop, n0, ahead, N, lo, hi, scale_log2, WG, BM, HALF,
-                BIAS_STAGES, IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, u + 1 < UNROLL,
+            s, dp, lse, dk, dv, db, place = _block(
+                s, dp, lse, dk, dv, db, place, k, v, k_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars,
+                key_bias, key_mask, slope, stream, cap, done, base, sum_base, group + u, start, stop, n0, ahead, N, lo, hi, scale_log2, WG,
+                BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, u + 1 < UNROLL, ROW,
             )  # fmt: skip
-    return dk, dv, db
+    return dk, dv, db, place
 
 
 @gluon.jit
 def _walk_all(
-    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask, slope, stream, cap,
-    done, base, first, last, n0, ahead, N, lo, hi, scale_log2,
+    dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias, key_mask, slope,
+    stream, cap, done, base, sum_base, first, last, n0, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, HALF: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr, NEED_DK: gl.constexpr, NEED_DV: gl.constexpr, NEED_DB: gl.constexpr,
-    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, UNROLL: gl.constexpr,
+    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, UNROLL: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
     """``_walk``, UNROLL blocks a step as long as there are so many, and then one by one."""
     alone = first
     if UNROLL > 1:
         alone = first + max(last - first, 0) // UNROLL * UNROLL
-        dk, dv, db = _walk(
-            dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask, slope, stream,
-            cap, done, base, first, alone, first, last, n0, ahead, N, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED,
-            NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, UNROLL,
+        dk, dv, db, place = _walk(
+            dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias, key_mask,
+            slope, stream, cap, done, base, sum_base, first, alone, first, last, n0, ahead, N, lo, hi, scale_log2, WG, BM, HALF,
+            BIAS_STAGES, IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, UNROLL, ROW,
         )  # fmt: skip
     return _walk(
-        dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask, slope, stream,
-        cap, done, base, alone, last, first, last, n0, ahead, N, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED,
-        NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, 1,
+        dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias, key_mask,
+        slope, stream, cap, done, base, sum_base, alone, last, first, last, n0, ahead, N, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES,
+        IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, 1, ROW,
     )  # fmt: skip
 
 
 @gluon.jit
 def _consume(
-    dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars,
+    dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars,
     bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale,
     tiles_n, tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
-    APART: gl.constexpr, UNROLL: gl.constexpr,
+    APART: gl.constexpr, UNROLL: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 keys of every tile of the program."""
     HALF: gl.constexpr = BN // 2
@@ -319,8 +336,12 @@ def _consume(
             if (steps > 0) & (rows < HALF) & (n_keys < N):
                 clear_hidden(k_s.index(kv * 2 + WG).reshape([HALF, BD]), rows)
                 clear_hidden(v_s.index(kv * 2 + WG).reshape([HALF, BDV]), rows)
+        place = 0
         for member in range(group):
             head = kv_head * group + member
+            sum_base = 0
+            if dq_sum is not None:
+                sum_base = first_block(b * heads + head, M, BM)
             slope = slope_of(slopes, slope_strides, b, head)
             stream = None
             if dropout is not None:
@@ -338,26 +359,26 @@ def _consume(
             db = gl.zeros([HALF], gl.float32, ROWS)
             base = done + member * steps - begin
             if (hi is not None) or (not EVEN_N):
-                dk, dv, db = _walk_all(
-                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask,
-                    slope, stream, cap, done, base, begin,
+                dk, dv, db, place = _walk_all(
+                    dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias,
+                    key_mask, slope, stream, cap, done, base, sum_base, begin,
                     whole,
                     n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED,
-                    NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, True, 1,
+                    NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, True, 1, ROW,
                 )  # fmt: skip
-            dk, dv, db = _walk_all(
-                dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask, slope,
-                stream, cap, done, base, whole,
+            dk, dv, db, place = _walk_all(
+                dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias,
+                key_mask, slope, stream, cap, done, base, sum_base, whole,
                 part, n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED,
-                NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, False, UNROLL,
+                NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, False, UNROLL, ROW,
             )  # fmt: skip
             if lo is not None:
-                dk, dv, db = _walk_all(
-                    dk, dv, db, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, bars, key_bias, key_mask,
-                    slope, stream, cap, done, base, part,
+                dk, dv, db, place = _walk_all(
+                    dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias,
+                    key_mask, slope, stream, cap, done, base, sum_base, part,
                     end,
                     n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED,
-                    NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, True, 1,
+                    NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, True, 1, ROW,
                 )  # fmt: skip
             if NEED_DB:
                 target = dbias + offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
@@ -369,12 +390,16 @@ def _consume(
         if APART:
             if steps > 0:  # these keys are still read for dq
                 mbarrier.wait(bars[DS_EMPTY].index((done - 1) & 1), ((done - 1) >> 1) & 1)
-        elif dq_s is not None:
+        elif ds_s is not None:
             if steps > 0:
-                mbarrier.wait(bars[DQ_EMPTY].index(WG), ((done - 1) & 1) ^ 1)
+                if dq_sum is None:
+                    mbarrier.wait(bars[DQ_EMPTY].index(WG), ((done - 1) & 1) ^ 1)
                 meet(DS_HERE + 8 * WG + ((done - 1) & 1), 256)
                 dq = warpgroup_mma_wait(0, [dq_product(done - 1, ds_s, k_s, kv, WG)])
-                dq_hand_over(dq, True, dq_s, WG)
+                if dq_sum is None:
+                    dq_hand_over(dq, True, dq_s, WG)
+                else:
+                    add_to_sum(dq_sum, place, dq, None, WG * (BD // 2), ROW)
             # The other consumer may still be reading these keys for its half of dq.
             mbarrier.arrive(bars[TOGETHER].index(0))
             mbarrier.wait(bars[TOGETHER].index(0), wave & 1)
@@ -399,17 +424,18 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 
 @gluon.jit(do_not_specialize=COUNTS)
 def keys_backward(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, dq_desc, bias, lengths, slopes, dbias, bias_strides,
-    dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
+    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, dq_desc, dq_sum, bias, lengths, slopes, dbias,
+    bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, APART: gl.constexpr, UNROLL: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+    ROW: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
     """Tiles of BN = 128 keys of a key head; ``tiles`` of them, ``tiles_n`` a (batch, key head) pair, dealt out as ``locate`` says.
 
     Descriptors of q, k, v, dout (``o_desc``), dk and dv are over (batch, length, head, dim); that of the table ``stats`` over (batch and
-    head, LSE | DELTA | REST, query), written by ``prepare``; that of the float32 dq over (batch, head, query, dim). A bias tile comes by a
+    head, LSE | DELTA | REST, query), written by ``prepare``. The float32 sum of dq is a descriptor over (batch, head, query, dim) or, to be
+    added to straight from registers, a pointer dq_sum, with rows of ROW columns (``keys_dq.py``). A bias tile comes by a
     descriptor over its five dims, switched off by ``bias_on`` where it broadcasts; a bias that varies over keys alone as a pointer and
     strides, and its gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). ``group`` query heads share a key head.
     A mask beside the bias comes in the same two ways. cap: see ``features.squashed``; dropout: see
@@ -434,12 +460,14 @@ def keys_backward(
         mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(2 * BIAS_STAGES, mask_desc.block_shape), mask_desc.layout)
     else:
         mask_s = None
-    if dq_desc is not None:
+    if dq_desc is not None or dq_sum is not None:
         SWIZZLED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN // 2], DT)
         ds_s = gl.allocate_shared_memory(DT, [4, BM, BN // 2], SWIZZLED)
-        dq_s = gl.allocate_shared_memory(gl.float32, stacked(4 if APART else 2, dq_desc.block_shape), dq_desc.layout)
     else:
         ds_s = None
+    if dq_desc is not None:
+        dq_s = gl.allocate_shared_memory(gl.float32, stacked(4 if APART else 2, dq_desc.block_shape), dq_desc.layout)
+    else:
         dq_s = None
     kv_full = barriers(KV_STAGES, 1)
     kv_empty = barriers(KV_STAGES, 2)
@@ -457,22 +485,24 @@ def keys_backward(
         gl.warp_specialize([
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
+                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
+                        bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides), batch,
                         heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL)),
+                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
+                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
+                        bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides), batch,
                         heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL)),
+                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
             (add_up_apart, (dq_desc, optional(lengths), k_s, ds_s, dq_s, bars, batch, heads, group, M, N, optional(lo), optional(hi),
                              tiles_n, tiles, section, snake, BM, BN, KV_STAGES, BATCH_FASTEST, LONGEST)),
             (produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
@@ -486,22 +516,24 @@ def keys_backward(
         gl.warp_specialize([
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
+                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
+                        bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides), batch,
                         heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL)),
+                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
+                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
+                        bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides), batch,
                         heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL)),
+                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
             (produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
@@ -515,22 +547,24 @@ def keys_backward(
         gl.warp_specialize([
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
+                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
+                        bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides), batch,
                         heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL)),
+                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
             (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), bars, optional(bias_strides),
+                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
+                        bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides), batch,
                         heads, group, batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL)),
+                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
             (produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),

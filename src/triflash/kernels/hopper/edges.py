@@ -15,7 +15,8 @@ def prepare(
 
     stats is contiguous (batch and head, KINDS, padded_M): lse in base 2, +inf where a query saw no key or does not exist, so that its p is
     0; ``delta = rowsum(out * dout) - dlse``, times ``keep``, the share of probabilities that dropout keeps; and
-    rest, if there is one. dq_sum is contiguous (batch, head, query, ROW), or None.
+    rest, if there is one. dq_sum, in blocks of BM rows of ROW columns, is laid out
+    as ``keys_dq.py`` says, or None.
     """
     tiles = padded_M // BM
     m0 = tl.program_id(0) % tiles * BM
@@ -39,17 +40,26 @@ def prepare(
     if rest is not None:
         tl.store(table + 2 * padded_M, tl.load(rest + offset(pair, M) + rows, mask=rows < M, other=0.0))
     if dq_sum is not None:
-        store_rows(dq_sum + offset(pair, M * ROW), ROW, m0, M, tl.zeros([BM, BROW], tl.float32), BM, ROW, BROW, True, False)
+        if m0 < M:
+            block = dq_sum + offset(pair * tl.cdiv(M, BM) + m0 // BM, BM * ROW)
+            nothing = tl.zeros([BROW // 8, 8 * BM], tl.float32)
+            store_rows(block, 8 * BM, 0, ROW // 8, nothing, BROW // 8, 8 * BM, 8 * BM, True, False)
 
 
 @triton.jit
 def finish(
-    dq_sum, dq, dq_strides, heads, M, scale, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROW: tl.constexpr, WIDE: tl.constexpr
-):
-    """One program owns BM queries of one head: ``dq = scale * dq_sum``, in dq's dtype."""
+    dq_sum, dq, dq_strides, heads, M, scale, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROW: tl.constexpr, DIRECT: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program owns BM queries of one head: ``dq = scale * dq_sum``, in dq's dtype. DIRECT: it was added up straight from registers."""
     tiles = tl.cdiv(M, BM)
     m0 = tl.program_id(0) % tiles * BM
     pair = tl.program_id(0) // tiles
     dq += offset(pair // heads, dq_strides[0]) + offset(pair % heads, dq_strides[2])
-    total = load_rows(dq_sum + offset(pair, M * ROW), ROW, m0, M, BM, D, BD, True, False)
+    block = dq_sum + offset(tl.program_id(0), BM * ROW)
+    if DIRECT:
+        groups = load_rows(block, 8 * BM, 0, ROW // 8, BD // 8, 8 * BM, 8 * BM, True, False)
+        total = groups.reshape([BD // 8, BM // 16, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5)).reshape([BM, BD])
+    else:
+        total = load_rows(block, ROW, 0, BM, BM, D, BD, False, False)
     store_rows(dq, dq_strides[1], m0, M, total * scale, BM, D, BD, True, WIDE)

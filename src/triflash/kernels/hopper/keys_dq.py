@@ -1,10 +1,48 @@
-"""dq in the backward kernel that owns keys (``backward.py``): its product, by the consumers or by a warpgroup of its own, and its sum."""
+"""dq in the backward kernel that owns keys (``backward.py``): its product, by the consumers or by a warpgroup of its own, and its sum.
 
+The sum is float32, in global memory, in blocks of 64 queries of a (batch, head) pair. TMA adds to it from shared memory, rows behind rows.
+What is added straight from registers goes there four numbers of a thread at a time, and so a block is laid out as registers hold it: groups
+of eight columns, in a group 16 queries a warp, in those eight times four threads, of which each has two neighbours in a row and those eight
+rows further down. ``edges.py`` clears and reads it.
+"""
+
+from ..triton.prims import offset
 from .columns import turned, visible_blocks
 from .compat import fence_async_shared, gl, gluon, mbarrier, tma_add, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from .features import visible_keys
 from .grid import accumulator, locate, meet, share, signal
 from .keys_loads import DQ_EMPTY, DQ_HERE, DS_EMPTY, DS_HERE, KV_FULL
+
+_ADD_FOUR = gl.constexpr(
+    "{ .reg .pred p; setp.ne.s32 p, $12, 0; @p red.relaxed.gpu.global.add.v4.f32 [$4], {$8, $9, $10, $11}; }"
+    " mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;"
+)
+_OPERANDS = gl.constexpr("=r,=r,=r,=r,l,l,l,l,f,f,f,f,r,r,r,r")
+
+
+@gluon.jit
+def first_block(pair, M, BM: gl.constexpr):
+    """The number, in the sum, of the first block of queries of a pair of batch and head."""
+    return pair * ((M + BM - 1) // BM)
+
+
+@gluon.jit
+def add_to_sum(dq_sum, block, dq, go, FIRST: gl.constexpr, ROW: gl.constexpr):
+    """Add dq, the columns from FIRST on of a block of queries, to their sum, of whose rows ROW columns are kept, straight from registers.
+    With ``go``, a scalar, only if that is true.
+    """
+    LAYOUT: gl.constexpr = dq.type.layout
+    ROWS: gl.constexpr = dq.shape[0]
+    if FIRST < ROW:
+        row = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)), 1)
+        column = gl.expand_dims(FIRST + gl.arange(0, dq.shape[1], gl.SliceLayout(0, LAYOUT)), 0)
+        place = row // 16 * 128 + row % 8 * 16 + column // 8 * (8 * ROWS) + column % 8 // 2 * 4
+        kept = (column < ROW).to(gl.int32)
+        if go is not None:
+            kept = kept & go.to(gl.int32)
+        kept, place = gl.broadcast(kept, place)
+        at = dq_sum + offset(block, ROWS * ROW) + place
+        gl.inline_asm_elementwise(_ADD_FOUR, _OPERANDS, [at.to(gl.int64), dq, kept], gl.int32, False, 4)
 
 
 @gluon.jit
