@@ -155,6 +155,8 @@ CANDIDATES = [
     (64, "1hqk", KeysConfig(2, 2, 2, apart=True)), (64, "1hqk", KeysConfig(2, 2)), (64, "1hqk", KeysConfig(1, 1)),
     (128, None, KeysConfig(2, 2, direct=True)), (96, None, KeysConfig(2, 2)), (128, None, KeysConfig(2, 1)), (128, None, KeysConfig(1, 1)),
     (256, None, KeysConfig(2, 2, wide=True)),
+    (32, None, KeysConfig(2, 2, kv_stages=2, apart=True, unroll=2)), (32, "1hqk", KeysConfig(2, 2, 2, apart=True)), (24, "1hqk", KeysConfig(2, 2)),
+    (32, None, KeysConfig(2, 1, direct=True)),
 ]  # fmt: skip
 
 

@@ -245,6 +245,7 @@ DBIAS_CONFIGS = [
     RowsConfig(2, 128, 5, 2, v_stages=4),
     RowsConfig(2, 64, 2, 2, v_stages=3, turns=True),
     RowsConfig(1, 32, 7, 3, v_stages=5, chunk=32),
+    RowsConfig(1, 128, 4, v_stages=4, together=2),
 ]
 
 

@@ -25,7 +25,7 @@ from triflash.plan.select import Plan, plan_backward, plan_forward
 from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Saved
 
 pytestmark = triton_only
-SHORT, LONG = 384, 4096  # keys: below where adding up dq is worth it, and above it whatever is hidden
+SHORT, LONG = 200, 4096  # keys: below where adding up dq is worth it, and above it whatever is hidden
 LIMIT = SM90.shared_memory
 
 
@@ -54,7 +54,8 @@ def planned(problem: AttentionSpec, letters: str, processors: int = SM90.process
 @pytest.mark.parametrize("dim, keys, band, deterministic, adds", [
     (64, LONG, None, False, True), (128, LONG, None, False, True), (40, LONG, 0, False, True), (128, LONG, 0, False, True),
     (64, SHORT, None, False, False), (128, SHORT, None, False, False), (64, 512, 0, False, True), (40, 512, None, False, True),
-    (128, 768, None, False, False), (128, 1024, None, False, True), (32, 1024, None, False, False), (32, LONG, 0, False, True),
+    (128, 768, None, False, False), (128, 1024, None, False, True), (64, 384, None, False, False), (32, 256, None, False, True),
+    (32, SHORT, 0, False, False), (32, LONG, 0, False, True),
     (64, 2000, 0, False, True), (128, 2000, 0, False, False),  # what is seen on average is half of the keys, and tiles are short; narrow heads do not mind
     (64, LONG, None, True, False), (128, LONG, 0, True, False),
     (136, LONG, None, False, False), (256, LONG, 0, False, False),
@@ -125,7 +126,8 @@ def test_a_small_bias_is_cut_into_parts() -> None:
         (step,) = (step for step in plan.steps if step.kernel == "dbias")
         assert isinstance(step.config, RowsConfig)
         tiles = hopper_rows.dbias_tiles(problem, step.config)[2]
-        assert step.splits == max(1, min(40, -(-processors // tiles))) and step.programs <= min(processors, tiles * step.splits)
+        programs = processors * step.config.together
+        assert step.splits == max(1, min(40, -(-programs // tiles))) and step.programs <= min(programs, tiles * step.splits)
         assert (plan.steps[-1].kernel == "dbias_sum") == (step.splits > 1)
 
 

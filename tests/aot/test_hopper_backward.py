@@ -125,6 +125,11 @@ TARGETS = [
     Target((16, 16), bias="1hqk", adds=False),
     Target((32, 16), F16, band=CAUSAL, lengths=True, adds=False),
     Target((32, 32), bias="1hqk", mask="b11k", band=CAUSAL, adds=False, dropout=0.1, spills=96),
+    # … and where it is added up: no wider than they are.
+    *(Target((32, 32), bias="1hqk", band=band) for band in (FULL, CAUSAL)),
+    Target((32, 32), length=EVEN),
+    Target((24, 64), F16, bias="1h1k", grads="qkvb", softcap=50.0, lengths=True),
+    Target((16, 32), bias="1hqk", bias_dtype=F32, band=WINDOW, slopes=True, config=KeysConfig(2, 2)),
     # ALiBi, one- and two-sided.
     *(Target((d, d), band=band, slopes=True, spills=LOOP) for d, band in MIXED[:2]),
     # Dropout: marks take 16 registers more beside products that fill them, some of which are spilled once a block.

@@ -173,7 +173,7 @@ def keys_call(
     q, k, v, bias, mask, lengths, slopes, *_ = x
     config = step.config
     assert isinstance(config, KeysConfig)
-    head, value = dims(spec, dq_sum is not None)
+    head, value = dims(spec)
     half, rows = 64, config.block_m  # keys of a buffer, queries of a block
     bias_desc = bias_on = pointer = strides = None
     if bias is not None:

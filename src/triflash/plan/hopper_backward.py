@@ -13,7 +13,8 @@ from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, dealt, equal_sections
 __all__ = ["KeysConfig", "bias_slot_bytes", "dims", "keys_config", "keys_tiles", "schedule", "shared_memory", "stats_kinds", "stats_length"]
 
 NARROW = 128  # head dims up to which one kernel gives dk, dv and dq; above it ("wide") it gives dk and dv, of half as many keys
-SMALLEST_DIM = 64  # where dq is added up, narrower heads are padded, which costs no memory traffic
+SMALLEST_DIM = 32  # narrower heads are padded, which costs no memory traffic
+APART_DIM = 64  # head dims up to which there are registers for a warpgroup that computes dq
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class KeysConfig:
 
     wide: the kernel for head dims above 128, whose consumers share tiles of 64 keys; the others own 64 each. kv_stages: buffers for a
     tile's keys and values; with two, those of the next tile are fetched while this one is at work. apart: where dq is added up, a third
-    warpgroup computes it; head dims up to 64, for above there are no registers for one. direct: it is added up straight from registers,
+    warpgroup computes it; head dims up to APART_DIM. direct: it is added up straight from registers,
     else by TMA. unroll: blocks a step of the loop, of which each is started before the one before is done.
     """
 
@@ -78,10 +79,9 @@ class KeysConfig:
         return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{flags}"
 
 
-def dims(spec: AttentionSpec, adds_dq: bool = True) -> tuple[int, int]:
+def dims(spec: AttentionSpec) -> tuple[int, int]:
     """Head dims of q and k, and of v, as the kernel pads them: above 128 alike."""
-    smallest = SMALLEST_DIM if adds_dq else SMALLEST_DIM // 2
-    head, value = max(smallest, padded(spec.head_dim)), max(smallest, padded(spec.value_dim))
+    head, value = max(SMALLEST_DIM, padded(spec.head_dim)), max(SMALLEST_DIM, padded(spec.value_dim))
     widest = max(head, value)
     return (widest, widest) if widest > NARROW else (head, value)
 
@@ -106,7 +106,7 @@ def bias_slot_bytes(spec: AttentionSpec, config: KeysConfig) -> int:
 
 def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool, dbias: bool = False) -> int:
     """Bytes of shared memory of one program; ``dbias``: it also gives the gradient of a bias that varies over keys alone."""
-    head, value = dims(spec, adds_dq)
+    head, value = dims(spec)
     stages = config.q_stages * (2 * head + 4 * (stats_kinds(spec) - 1)) + config.o_stages * (2 * value + 4)
     scoring = 1 if config.wide else 2
     total = (
@@ -128,7 +128,7 @@ def _candidates(spec: AttentionSpec, adds_dq: bool, dbias: bool) -> tuple[KeysCo
     widest, bias_tiles = max(dims(spec)), bias_slot_bytes(spec, KeysConfig(1, 1)) > 0
     if widest > NARROW:
         return (KeysConfig(2, 2, wide=True),)
-    if widest <= SMALLEST_DIM:
+    if widest <= APART_DIM:
         bias = 2 if bias_tiles else 1
         apart: tuple[KeysConfig, ...] = ()
         if adds_dq and (is_light(spec) or not dbias):

@@ -18,7 +18,6 @@ from .steps import Step, broadcast_rows, ceil_div, sum_steps
 __all__ = ["EDGE", "adds_dq", "backward_steps", "reservation", "shared_memory", "source_of", "why_not_backward"]
 
 EDGE = TileConfig(64, 16, 4, 1)  # rows of a program of prepare and finish, which have no tiles of scores
-WORTH_ADDING = {64: 511, 128: 768}  # keys, a third of them under a band at d 128, above which adding up dq beats a pass of its own (H200)
 
 
 def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> tuple[str, str] | None:
@@ -47,7 +46,7 @@ def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> 
 def reservation(spec: AttentionSpec) -> str | None:
     """Why the automatic choice does not take these kernels although they can run, or None if it does."""
     widest = padded(max(spec.head_dim, spec.value_dim))
-    if 4 * widest <= keys.SMALLEST_DIM:  # at half of it they are 1.1 to 1.7 times as fast (AlphaFold 3, H200)
+    if 2 * widest <= keys.SMALLEST_DIM:
         return f"its kernels pad head dims to {keys.SMALLEST_DIM} there, and have not been measured against the portable ones"
     return None
 
@@ -71,10 +70,15 @@ def adds_dq(spec: AttentionSpec, needs: Needs, limit: int, always: bool = False)
         return False
     if needs.dbias and _source(spec) == "dq":
         return False
-    widest = padded(max(spec.head_dim, spec.value_dim))
-    seen = spec.keys if widest <= 64 or (spec.lo is None and spec.hi is None) else spec.keys // 3
-    worth = seen > WORTH_ADDING.get(widest, 1024)
-    return (always or worth) and keys.keys_config(spec, True, limit) is not None
+    return (always or _worth_adding(spec)) and keys.keys_config(spec, True, limit) is not None
+
+
+def _worth_adding(spec: AttentionSpec) -> bool:
+    """Whether adding up dq beats a pass of its own: so many keys are seen (H200; docs/tuning.md). The pass loads bias tiles once more."""
+    widest = max(keys.dims(spec))
+    if widest <= keys.APART_DIM:
+        return spec.keys >= (256 if widest <= 32 or keys.bias_slot_bytes(spec, KeysConfig(1, 1)) > 0 else 512)
+    return (spec.keys if spec.lo is None and spec.hi is None else spec.keys // 3) > 768
 
 
 def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
@@ -94,7 +98,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         config = chosen if isinstance(chosen, KeysConfig) else keys.keys_config(spec, adding, limit, source == "dkdv")
         if isinstance(chosen, KeysConfig) and chosen.wide != (max(keys.dims(spec)) > keys.NARROW):
             raise bad_value("wide", f"{not chosen.wide} for head dims {spec.head_dim} and {spec.value_dim}", chosen.wide)
-        if isinstance(chosen, KeysConfig) and chosen.apart and max(keys.dims(spec)) > keys.SMALLEST_DIM:
+        if isinstance(chosen, KeysConfig) and chosen.apart and max(keys.dims(spec)) > keys.APART_DIM:
             raise bad_value("apart", f"False for head dims {spec.head_dim} and {spec.value_dim}", True, "there are no registers for it")
         if isinstance(chosen, KeysConfig) and adding and not chosen.apart and chosen.bias_stages > 1:
             raise bad_value("bias_stages", "1, or 2 with apart", chosen.bias_stages, "there are no barriers of the processor for more")
