@@ -79,7 +79,7 @@ def check(case: Case, device: torch.device, adds: bool = True, deterministic: bo
     """All gradients of the case are right, and came from the kernels that they are to come from."""
     inputs = build(case, device)
     with adding(case, inputs) if adds else nullcontext():
-        grads, ran = backward(case, inputs, saved_of(case, inputs), deterministic)
+        grads, ran = backward(case, inputs, saved_of(case, inputs), deterministic or not adds)
     assert ran == expected(case, inputs, adds and not deterministic)
     judgements = judge(case, inputs)
     for letter, grad in grads.items():

@@ -392,10 +392,8 @@ def test_kernels_read_no_rest_that_nobody_kept(bias: str) -> None:
 
 
 @triton_only
-@pytest.mark.parametrize("dim, backward", [(16, "triton"), (24, "hopper"), (32, "hopper"), (40, "hopper"), (64, "hopper"), (256, "hopper")])
-def test_narrow_heads_are_left_to_the_portable_backward_pass(dim: int, backward: str) -> None:
-    """Which nobody has measured there; the forward pass, and the name, take the Hopper kernels at every head dim."""
-    problem = spec(head_dim=dim, value_dim=dim)
-    needs = Needs(True, True, True, False)
-    assert plan_forward(problem, SM90).backend == plan_backward(problem, needs, SM90, "hopper").backend == "hopper"
-    assert plan_backward(problem, needs, SM90).backend == backward
+@pytest.mark.parametrize("dim", [8, 16, 24, 32, 40, 64, 256])
+def test_every_head_dim_takes_these_kernels(dim: int) -> None:
+    """By itself, in both passes; the narrowest, which they pad to 32, were 1.5 to 2.2 times as fast there as in the portable ones."""
+    problem = spec(head_dim=dim, value_dim=dim, keys=384)
+    assert plan_forward(problem, SM90).backend == plan_backward(problem, Needs(True, True, True, False), SM90).backend == "hopper"

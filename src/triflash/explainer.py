@@ -243,8 +243,6 @@ def _changed(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: Devic
         plan_backward(spec, needs, device, first)
     except UnsupportedError as error:
         return str(error)
-    if first == "hopper" and (reservation := hopper_steps.reservation(spec)):
-        return f"hopper could run it, but {reservation}"
     return "the automatic choice is made for each pass, and prefers it where it can run"
 
 

@@ -8,14 +8,14 @@ from ..errors import bad_value
 from ..spec import AttentionSpec, Needs
 from . import hopper_backward as keys
 from . import hopper_rows as rows
-from .configs import TileConfig, padded
+from .configs import TileConfig
 from .device import DeviceFacts
 from .hopper import checked
 from .hopper_backward import KeysConfig
 from .hopper_rows import RowsConfig
 from .steps import Step, broadcast_rows, ceil_div, sum_steps
 
-__all__ = ["EDGE", "adds_dq", "backward_steps", "reservation", "shared_memory", "source_of", "why_not_backward"]
+__all__ = ["EDGE", "adds_dq", "backward_steps", "shared_memory", "source_of", "why_not_backward"]
 
 EDGE = TileConfig(64, 16, 4, 1)  # rows of a program of prepare and finish, which have no tiles of scores
 
@@ -40,14 +40,6 @@ def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> 
             f"the backward pass at head dims {spec.head_dim} and {spec.value_dim} with such a bias",
             "no tile fits: use backend('triton')",
         )
-    return None
-
-
-def reservation(spec: AttentionSpec) -> str | None:
-    """Why the automatic choice does not take these kernels although they can run, or None if it does."""
-    widest = padded(max(spec.head_dim, spec.value_dim))
-    if 2 * widest <= keys.SMALLEST_DIM:
-        return f"its kernels pad head dims to {keys.SMALLEST_DIM} there, and have not been measured against the portable ones"
     return None
 
 

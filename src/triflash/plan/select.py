@@ -151,8 +151,7 @@ def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, needs: Nee
     if requested == "auto":
         if device.arch in ("cpu", "interpreter"):
             return "tiled"
-        reserved = hopper.reservation(spec) or (None if needs is None else hopper_steps.reservation(spec))
-        if reserved is None and not _why_not_pass("hopper", spec, device, needs):
+        if hopper.reservation(spec) is None and not _why_not_pass("hopper", spec, device, needs):
             return "hopper"
         return "tiled" if why_not("triton", spec, device, needs is not None) else "triton"
     if reason := _why_not_pass(requested, spec, device, needs):
