@@ -384,20 +384,24 @@ def test_a_grid_that_deals_tiles_evenly(band: tuple[int | None, int | None]) -> 
     assert max(load) <= (1.1 if band[0] is None else 1.3) * sum(load) / most
 
 
-def test_two_programs_of_a_processor_at_narrow_heads() -> None:
+def test_two_programs_of_a_processor_or_a_second_buffer_for_the_bias() -> None:
+    """The one up to head dim 48, the other up to 64, where it fits beside four slots of both rings."""
     for dim, causal, bias_dtype, wanted in (
-        (16, False, BF16, (64, 128, 2)),
-        (64, False, BF16, (64, 128, 2)),
-        (64, True, F32, (64, 128, 2)),
-        (128, True, BF16, (128, 128, 1)),
-        (256, False, BF16, (128, 128, 1)),
+        (16, False, BF16, (64, 128, 1, 2)),
+        (48, True, BF16, (64, 128, 1, 2)),
+        (64, False, BF16, (128, 128, 2, 1)),
+        (64, True, BF16, (128, 128, 2, 1)),
+        (128, True, BF16, (128, 128, 1, 1)),
+        (48, True, F32, (128, 128, 1, 1)),
+        (64, True, F32, (128, 128, 1, 1)),
+        (256, False, BF16, (128, 128, 1, 1)),
     ):
         x = torch.empty(4, 2048, 16, dim, device="meta", dtype=BF16)
         spec = spec_of(
             x, x, x, torch.empty(1, 1, 16, 2048, 2048, device="meta", dtype=bias_dtype), 1, None, 0 if causal else None, 0.125, ""
         )
         config = plan.dbias_config(spec, LIMIT)
-        assert config is not None and (config.block_m, config.block_n, config.together) == wanted
+        assert config is not None and (config.block_m, config.block_n, config.bias_stages, config.together) == wanted
 
 
 def test_what_fits_nowhere_is_said_so() -> None:

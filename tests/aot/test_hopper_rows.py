@@ -146,6 +146,9 @@ TARGETS = [
     dq(32, "1hqk", mask="b11k"),
     dq(32, "bhqk", gradient=True),
     *(dq(32, band=band) for band in (FULL, WINDOW)),
+    dbias(48, "1hqk", bias_dtype=F32),
+    dbias(32, "1hqk", CAUSAL, lengths=True, spills=28),
+    dbias(32, "1hqk", dropout=0.1, spills=48),
     # What the plan falls back to, and what may turn out faster.
     dq(128, band=CAUSAL, config=RowsConfig(2, 128, 2, own_out=False, ahead=False)),
     dq(64, "bhqk", CAUSAL, True, config=RowsConfig(2, 128, 2, 2, ahead=False)),

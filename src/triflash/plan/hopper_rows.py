@@ -131,14 +131,14 @@ def slots_needed(spec: AttentionSpec, chunk: int) -> int:
 def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
     """The configuration of ``dbias`` within ``limit`` bytes of shared memory; None if no candidate fits.
 
-    A wide tile matters most: what a round loads grows with the sum of its sides, what it multiplies with their product. Heads up to 64 have
+    A wide tile matters most: what a round loads grows with the sum of its sides, what it multiplies with their product. Narrow heads have
     time to load more, and two programs of one consumer, of which one computes while the other waits, are up to 1.17 times as fast as one of
     two. Then, for heads whose tiles are short, a second buffer for the bias, if it leaves each ring four slots.
     """
     widest = padded(max(spec.head_dim, spec.value_dim))
     chunk = min(64, widest)
     least = slots_needed(spec, chunk)
-    if spec.mask is None and widest <= 64:
+    if spec.mask is None and max(spec.head_dim, spec.value_dim) <= 48:
         for slots in range(4, least - 1, -1):
             pair = RowsConfig(1, 128, slots, v_stages=slots, chunk=chunk, together=2)
             if dbias_shared_memory(spec, pair) <= shared_limit(limit, pair.together):
