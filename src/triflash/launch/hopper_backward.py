@@ -193,6 +193,12 @@ def keys_call(
             mask_desc, mask_on = descriptor(mask, (1, 1, 1, rows, half)), tuple(int(size > 1) for size in mask.shape[:3])
         else:
             key_mask = mask
+    sums: tuple[Any, ...] = (None, None)
+    if dq_sum is not None:
+        sums = (None, dq_sum) if config.direct else (descriptor(dq_sum, (1, 1, rows, head // 2)), None)
+    if config.wide:
+        assert dq_sum is None
+        sums = ()
     tiles_n, tiles = keys_tiles(spec, config)
     longest = "first" if spec.hi is not None else "none" if spec.lo is None else "last"
     args: tuple[Any, ...] = (
@@ -204,8 +210,7 @@ def keys_call(
         bias_desc,
         None if dk is None else descriptor(dk, (1, half, 1, head)),
         None if dv is None else descriptor(dv, (1, half, 1, value)),
-        *(() if config.wide else (None if dq_sum is None or config.direct else descriptor(dq_sum, (1, 1, rows, head // 2)),)),
-        *(() if config.wide else (dq_sum if config.direct else None,)),
+        *sums,
         *(
             pointer,
             lengths,
@@ -236,9 +241,8 @@ def keys_call(
         "LONGEST": longest,
     }
     if config.wide:
-        assert dq_sum is None
         return Call(wide_kernels.wide_keys_backward, args, constants | {"STAGES": config.q_stages}, config, step.programs)
     constants |= {"Q_STAGES": config.q_stages, "O_STAGES": config.o_stages, "BIAS_STAGES": config.bias_stages}
     constants |= {"KV_STAGES": config.kv_stages, "APART": config.apart and dq_sum is not None, "UNROLL": config.unroll}
-    constants["ROW"] = 8 if dq_sum is None else dq_sum.shape[3]
+    constants["ROW"] = dq_sum.shape[3] if dq_sum is not None and config.direct else 0
     return Call(keys_kernels.keys_backward, args, constants, config, step.programs)
