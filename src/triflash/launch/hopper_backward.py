@@ -193,12 +193,10 @@ def keys_call(
             mask_desc, mask_on = descriptor(mask, (1, 1, 1, rows, half)), tuple(int(size > 1) for size in mask.shape[:3])
         else:
             key_mask = mask
-    sums: tuple[Any, ...] = (None, None)
+    sums: tuple[Any, ...] = () if config.wide else (None, None)
     if dq_sum is not None:
+        assert not config.wide
         sums = (None, dq_sum) if config.direct else (descriptor(dq_sum, (1, 1, rows, head // 2)), None)
-    if config.wide:
-        assert dq_sum is None
-        sums = ()
     tiles_n, tiles = keys_tiles(spec, config)
     longest = "first" if spec.hi is not None else "none" if spec.lo is None else "last"
     args: tuple[Any, ...] = (

@@ -10,7 +10,10 @@ from ..spec import AttentionSpec
 from .configs import padded
 from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, dealt, equal_sections, is_light
 
-__all__ = ["KeysConfig", "bias_slot_bytes", "dims", "keys_config", "keys_tiles", "schedule", "shared_memory", "stats_kinds", "stats_length"]
+__all__ = [
+    "KeysConfig", "bias_slot_bytes", "dims", "has_bias_tiles", "keys_config", "keys_tiles", "schedule", "shared_memory", "stats_kinds",
+    "stats_length",
+]  # fmt: skip
 
 NARROW = 128  # head dims up to which one kernel gives dk, dv and dq; above it ("wide") it gives dk and dv, of half as many keys
 SMALLEST_DIM = 32  # narrower heads are padded, which costs no memory traffic
@@ -23,8 +26,8 @@ class KeysConfig:
 
     wide: the kernel for head dims above 128, whose consumers share tiles of 64 keys; the others own 64 each. kv_stages: buffers for a
     tile's keys and values; with two, those of the next tile are fetched while this one is at work. apart: where dq is added up, a third
-    warpgroup computes it; head dims up to APART_DIM. direct: it is added up straight from registers,
-    else by TMA. unroll: blocks a step of the loop, of which each is started before the one before is done.
+    warpgroup computes it; head dims up to APART_DIM. direct: it is added up straight from registers, else by TMA. unroll: blocks a step of
+    the loop, of which each is started before the one before is done.
     """
 
     q_stages: int
@@ -104,6 +107,11 @@ def bias_slot_bytes(spec: AttentionSpec, config: KeysConfig) -> int:
     return sum(config.block_m * 64 * {"bool": 1, "fp32": 4}.get(each.dtype, 2) for each in tiled)
 
 
+def has_bias_tiles(spec: AttentionSpec) -> bool:
+    """Whether there is a tile of a bias, or of a mask beside it, a block."""
+    return bias_slot_bytes(spec, KeysConfig(1, 1)) > 0
+
+
 def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool, dbias: bool = False) -> int:
     """Bytes of shared memory of one program; ``dbias``: it also gives the gradient of a bias that varies over keys alone."""
     head, value = dims(spec)
@@ -125,7 +133,7 @@ def shared_memory(spec: AttentionSpec, config: KeysConfig, adds_dq: bool, dbias:
 
 def _candidates(spec: AttentionSpec, adds_dq: bool, dbias: bool) -> tuple[KeysConfig, ...]:
     """From the fastest measured to the smallest (docs/tuning.md)."""
-    widest, bias_tiles = max(dims(spec)), bias_slot_bytes(spec, KeysConfig(1, 1)) > 0
+    widest, bias_tiles = max(dims(spec)), has_bias_tiles(spec)
     if widest > NARROW:
         return (KeysConfig(2, 2, wide=True),)
     if widest <= APART_DIM:
@@ -135,7 +143,7 @@ def _candidates(spec: AttentionSpec, adds_dq: bool, dbias: bool) -> tuple[KeysCo
             banded = spec.lo is not None or spec.hi is not None
             unroll = 2 if is_light(spec) and not dbias and not (banded and bias_tiles) else 1  # what is not light takes registers
             apart = tuple(KeysConfig(2, 2, bias, kv_stages=kv, apart=True, unroll=unroll) for kv in (2, 1))
-        kept = 1 if adds_dq else bias  # see backward_steps
+        kept = 1 if adds_dq else bias  # one consumer tells the other of ds at the barriers that a second buffer would want
         return (*apart, KeysConfig(2, 2, kept, kv_stages=2), KeysConfig(2, 2, kept), KeysConfig(2, 2), KeysConfig(1, 1))
     plain = adds_dq and is_light(spec) and spec.bias is None and spec.mask is None  # for what adds straight from registers takes some
     direct = (KeysConfig(2, 2, direct=True),) if plain else ()

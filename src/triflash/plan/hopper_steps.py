@@ -69,7 +69,7 @@ def _worth_adding(spec: AttentionSpec) -> bool:
     """Whether adding up dq beats a pass of its own: so many keys are seen (H200; docs/tuning.md). The pass loads bias tiles once more."""
     widest = max(keys.dims(spec))
     if widest <= keys.APART_DIM:
-        return spec.keys >= (256 if widest <= 32 or keys.bias_slot_bytes(spec, KeysConfig(1, 1)) > 0 else 512)
+        return spec.keys >= (256 if widest <= 32 or keys.has_bias_tiles(spec) else 512)
     return (spec.keys if spec.lo is None and spec.hi is None else spec.keys // 3) > 768
 
 

@@ -20,7 +20,7 @@ from .compat import fence_async_shared, gl, gluon, mbarrier, optional, tma_store
 from .dropout import stream_of
 from .features import clear_hidden, slope_of, visible_keys
 from .grid import accumulator, barriers, locate, meet, share, stacked
-from .keys_block import fold, score, weigh
+from .keys_block import fold, less_delta, score, weigh
 from .keys_dq import add_to_sum, add_up, add_up_apart, dq_hand_over, dq_product, first_block
 from .keys_loads import DQ_EMPTY, DS_EMPTY, DS_HERE, KV_EMPTY, KV_FULL, TOGETHER, produce
 
@@ -46,7 +46,7 @@ def _walk(
     BD: gl.constexpr = k_s.shape[4]
     BDV: gl.constexpr = v_s.shape[4]
     NEED_DS: gl.constexpr = ds_s is not None or NEED_DK or NEED_DB
-    LESS_DELTA: gl.constexpr = stream is None and not APART
+    LESS_DELTA: gl.constexpr = less_delta(stream is not None, APART)
     k = k_s.index(kv * 2 + WG).reshape([HALF, BD])  # in registers they would save a fifth of what is read, but see docs/tuning.md
     v = v_s.index(kv * 2 + WG).reshape([HALF, BDV])
     for group in range(first, last, UNROLL):

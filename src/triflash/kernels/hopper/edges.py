@@ -15,8 +15,7 @@ def prepare(
 
     stats is contiguous (batch and head, KINDS, padded_M): lse in base 2, +inf where a query saw no key or does not exist, so that its p is
     0; ``delta = rowsum(out * dout) - dlse``, times ``keep``, the share of probabilities that dropout keeps; and
-    rest, if there is one. dq_sum, in blocks of BM rows of ROW columns, is laid out
-    as ``keys_dq.py`` says, or None.
+    rest, if there is one. dq_sum, in blocks of BM rows of ROW columns, is laid out as ``keys_dq.py`` says, or None.
     """
     tiles = padded_M // BM
     m0 = tl.program_id(0) % tiles * BM
@@ -58,6 +57,7 @@ def finish(
     dq += offset(pair // heads, dq_strides[0]) + offset(pair % heads, dq_strides[2])
     block = dq_sum + offset(tl.program_id(0), BM * ROW)
     if DIRECT:
+        # A number of a group lies at (16 rows of a warp, row of 8, pair of columns, whether 8 rows further down, column of the pair).
         groups = load_rows(block, 8 * BM, 0, ROW // 8, BD // 8, 8 * BM, 8 * BM, True, False)
         total = groups.reshape([BD // 8, BM // 16, 8, 4, 2, 2]).permute((1, 4, 2, 0, 3, 5)).reshape([BM, BD])
     else:

@@ -8,6 +8,14 @@ from .keys_dq import add_to_sum, dq_hand_over, dq_product
 from .keys_loads import BIAS_FREE, BIAS_FULL, DQ_EMPTY, DS_EMPTY, DS_HERE, O_FREE, O_FULL, Q_FREE, Q_FULL
 
 
+@gluon.constexpr_function
+def less_delta(dropped, apart):
+    """Whether dp's product starts from -delta: where registers are short, as they are not beside a third warpgroup, whose consumers lose
+    more by it than they save. Under dropout delta is not subtracted from dp itself.
+    """
+    return not dropped and not apart
+
+
 @gluon.jit
 def score(k, q_s, lse_s, bars, at, BM: gl.constexpr):
     """Start ``sᵀ = k qᵀ`` of block ``at`` when its queries are there: ``(product, lse as a row)``."""
@@ -85,7 +93,7 @@ def fold(
     AFTER: gl.constexpr = 1 if NEED_DK else 0  # products of dk started after those of dv and dq
     NEXT: gl.constexpr = 0 if not MORE else 2 if APART and NEED_DS else 1  # products of the next block
     SOON: gl.constexpr = APART and NEED_DV and bias_s is None  # dv's product before ds is there
-    LESS_DELTA: gl.constexpr = stream is None and not APART  # registers for it are short there; else it costs more than it saves
+    LESS_DELTA: gl.constexpr = less_delta(stream is not None, APART)
     FENCED: gl.constexpr = SOON or BIAS_STAGES == 1  # before the next block, which is not loaded whole while a single bias buffer is in use
     at = base + block
     q_stage = at % Q_STAGES
