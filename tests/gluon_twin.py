@@ -325,9 +325,11 @@ def _added_up(pointer: Pointer, x: Tensor, kept: Tensor) -> None:
 
 
 def inline_asm(text: str, _constraints: str, arguments: Sequence[Any], dtype: Any, *_: object) -> Any:
-    """A copy, an addition in memory, a negative, a choice, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, or a barrier of the processor."""
+    """A copy, a wider copy, an addition in memory, a negative, a choice, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, or a barrier of the processor."""
     if text == "mov.b32 $0, $1;":
         return arguments[0]
+    if text.startswith("shl.b32 $0, $2, 16;"):
+        return arguments[0].to(dtype)
     if "red." in text:
         return _added_up(*arguments)
     if text.startswith("neg.f32"):

@@ -2,7 +2,7 @@
 
 from ..triton.prims import LOG2E, segments
 from .compat import gl, gluon
-from .features import ONE_SIDED, add_alibi, capped, line, opaque, squashed, weighed
+from .features import ONE_SIDED, add_alibi, capped, line, opaque, squashed, weighed, widened
 from .grid import accumulator, keep_up_to
 
 LSE = gl.constexpr(0)  # rows of the table of statistics
@@ -64,7 +64,7 @@ def probabilities(
         if IS_MASK:
             x = gl.where(bias != 0, x, float("-inf"))
         else:
-            x = gl.fma(bias.to(gl.float32), gl.full([KEYS, BM], LOG2E, gl.float32, S), x)
+            x = gl.fma(widened(bias), gl.full([KEYS, BM], LOG2E, gl.float32, S), x)
     if KEY_BIASED:
         row, x = gl.broadcast(gl.expand_dims(key_bias, 1), x)
         if IS_MASK:

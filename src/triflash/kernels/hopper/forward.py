@@ -27,7 +27,7 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .dropout import drawn, dropped, stream_of
-from .features import ONE_SIDED, add_alibi, capped, clear_hidden, hide_by, line, opaque, slope_of, squashed, visible_keys
+from .features import ONE_SIDED, add_alibi, capped, clear_hidden, hide_by, line, opaque, slope_of, squashed, visible_keys, widened
 from .grid import accumulator, locate, share, stacked
 from .loads import (
     BIAS_EMPTY,
@@ -78,7 +78,7 @@ def _softmax(
         if IS_MASK:
             s = gl.where(bias != 0, s, float("-inf"))
         else:
-            bias, s = gl.broadcast(bias.to(gl.float32), s)
+            bias, s = gl.broadcast(widened(bias), s)
             s = gl.fma(bias, gl.full([BM, BN], LOG2E, gl.float32, S), s)
     if mask_s is not None:
         s = hide_by(s, mask_s.index(slot), BM, BN)

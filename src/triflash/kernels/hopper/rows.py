@@ -8,6 +8,7 @@ a query that sees no key or does not exist, so that p is 0 there, and delta 0: n
 
 from ..triton.prims import LOG2E, offset
 from .compat import gl, gluon
+from .features import widened
 from .grid import accumulator, keep_up_to
 
 
@@ -45,7 +46,7 @@ def add_bias(s, bias, IS_MASK: gl.constexpr):
         bias, s = gl.broadcast(bias, s)
         return gl.where(bias != 0, s, float("-inf"))
     else:
-        bias, s = gl.broadcast(bias.to(gl.float32), s)
+        bias, s = gl.broadcast(widened(bias), s)
         return gl.fma(bias, gl.full(s.shape, LOG2E, gl.float32, s.type.layout), s)
 
 
