@@ -15,7 +15,7 @@ from ..kernels.triton import dbias as dbias_kernels
 from ..plan.configs import padded
 from ..plan.hopper_backward import KeysConfig, dims, keys_tiles, schedule, stats_kinds, stats_length
 from ..plan.hopper_rows import RowsConfig
-from ..plan.hopper_steps import EDGE
+from ..plan.hopper_steps import EDGE, FLAGS, finds_mild
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
@@ -71,16 +71,17 @@ def backward_calls(
     out, lse, rest = saved
     dq, dk, dv, dbias, _ = grads
     dq_sum = new_dq_sum(spec, lse) if plan.step("finish") else None
+    mild = lse.new_empty(FLAGS, dtype=torch.int32) if stats.shape[1] == 3 and finds_mild(spec, plan.steps) else None
     parts = None
     calls = []
     for step in plan.steps:
         if step.kernel == "prepare":
-            calls.append(prepare_call(spec, out, dout, dlse, lse, rest, stats, dq_sum))
+            calls.append(prepare_call(spec, out, dout, dlse, lse, rest, stats, mild, dq_sum))
         elif step.kernel in ("dkdv", "dqdkdv"):
             parts = partial_sums(step, dbias)
             strides = row_strides(spec, parts) if parts is not None else None
             wanted = (dk if "dk" in step.gives else None, dv if "dv" in step.gives else None)
-            calls.append(keys_call(spec, step, x, dout, stats, *wanted, dq_sum, parts, strides))
+            calls.append(keys_call(spec, step, x, dout, stats, mild, *wanted, dq_sum, parts, strides))
         elif step.kernel == "dq":
             assert isinstance(step.config, RowsConfig)
             target = dq if dq is not None else padded_rows(q)
@@ -94,7 +95,7 @@ def backward_calls(
             parts = partial_sums(step, dbias)
             assert isinstance(step.config, RowsConfig) and bias is not None and parts is not None
             operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed)
-            calls.append(hopper_rows.dbias_call(spec, step.config, step.programs, step.splits, *operands))
+            calls.append(hopper_rows.dbias_call(spec, step.config, step.programs, step.splits, *operands, mild=mild))
         elif step.kernel == "dbias_sum":
             assert dbias is not None and step.config is not None
             args = (parts, dbias, dbias.numel(), step.splits)
@@ -122,11 +123,12 @@ def prepare_call(
     lse: Tensor,
     rest: Tensor | None,
     stats: Tensor,
+    mild: Tensor | None,
     dq_sum: Tensor | None,
 ) -> Call:
-    """Fills stats, and dq_sum with zeros."""
+    """Fills stats and mild, and dq_sum with zeros."""
     args = (
-        *(out, dout, dlse, lse, rest if stats.shape[1] == 3 else None, stats, dq_sum),
+        *(out, dout, dlse, lse, rest if stats.shape[1] == 3 else None, stats, mild, dq_sum),
         *(out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride(), lse.stride()),
         *(spec.heads, spec.queries, stats.shape[2], 1 / rescale(spec.dropout)),
     )
@@ -163,6 +165,7 @@ def keys_call(
     x: Operands,
     dout: Tensor,
     stats: Tensor,
+    mild: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
     dq_sum: Tensor | None,
@@ -205,6 +208,7 @@ def keys_call(
         descriptor(v, (1, half, 1, value)),
         descriptor(dout, (1, rows, 1, value)),
         descriptor(stats, (1, 1, rows)),
+        *(() if config.wide else (mild,)),
         bias_desc,
         None if dk is None else descriptor(dk, (1, half, 1, head)),
         None if dv is None else descriptor(dv, (1, half, 1, value)),

@@ -87,7 +87,7 @@ def dq_call(
 def dbias_call(
     spec: AttentionSpec, config: RowsConfig, programs: int, splits: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dout: Tensor,
     stats: Tensor, parts: Tensor, lengths: Tensor | None = None, slopes: Tensor | None = None,
-    mask: Tensor | None = None, seed: Tensor | None = None,
+    mask: Tensor | None = None, seed: Tensor | None = None, mild: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """dbias of a bias for which ``plan.hopper_rows.dbias_works``, as ``splits`` parts: parts is (splits, the bias's own five dims).
 
@@ -112,6 +112,7 @@ def dbias_call(
             lengths,
             slopes,
             stats,
+            mild,
             strides,
             slope_strides(slopes),
             cap_of(spec),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..errors import bad_value
 from ..spec import AttentionSpec, Needs
@@ -15,9 +15,10 @@ from .hopper_backward import KeysConfig
 from .hopper_rows import RowsConfig
 from .steps import Step, broadcast_rows, ceil_div, sum_steps
 
-__all__ = ["EDGE", "adds_dq", "backward_steps", "shared_memory", "source_of", "why_not_backward"]
+__all__ = ["EDGE", "FLAGS", "adds_dq", "backward_steps", "finds_mild", "shared_memory", "source_of", "why_not_backward"]
 
 EDGE = TileConfig(64, 16, 4, 1)  # rows of a program of prepare and finish, which have no tiles of scores
+FLAGS = 512  # which prepare sets if statistics are mild: kernels/hopper/edges.py says so
 
 
 def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> tuple[str, str] | None:
@@ -67,10 +68,18 @@ def adds_dq(spec: AttentionSpec, needs: Needs, limit: int, always: bool = False)
 
 def _worth_adding(spec: AttentionSpec) -> bool:
     """Whether adding up dq beats a pass of its own: so many keys are seen (H200; docs/tuning.md). The pass loads bias tiles once more."""
-    widest = max(keys.dims(spec))
+    widest, tiled = max(keys.dims(spec)), keys.has_bias_tiles(spec)
     if widest <= keys.APART_DIM:
-        return spec.keys >= (256 if widest <= 32 or keys.has_bias_tiles(spec) else 512)
+        return spec.keys >= (256 if widest <= 32 or tiled else 512)
+    if tiled:
+        return spec.keys >= 512
     return (spec.keys if spec.lo is None and spec.hi is None else spec.keys // 3) > 768
+
+
+def finds_mild(spec: AttentionSpec, steps: Sequence[Step]) -> bool:
+    """Whether ``prepare`` looks if statistics are mild (``kernels/hopper/edges.py``): where a kernel is the faster for it."""
+    faster = (step.kernel == "dbias" or (isinstance(step.config, KeysConfig) and not step.config.wide) for step in steps)
+    return spec.keeps_rest and any(faster)
 
 
 def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:

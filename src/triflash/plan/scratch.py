@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from ..spec import AttentionSpec, Needs
 from .hopper_backward import stats_kinds, stats_length
-from .hopper_steps import EDGE
+from .hopper_steps import EDGE, FLAGS, finds_mild
 from .layout import tma_padded
 from .steps import Plan
 
@@ -27,6 +27,8 @@ def scratch(plans: Sequence[Plan], spec: AttentionSpec, needs: Needs) -> Iterabl
             yield "delta", rows * width
         if backward.step("prepare"):
             yield "lse and delta for TMA", spec.batch * spec.heads * stats_kinds(spec) * stats_length(spec) * 4
+            if finds_mild(spec, backward.steps):
+                yield "whether lse is mild", FLAGS * 4
         if backward.step("finish"):
             blocks = spec.batch * spec.heads * -(-spec.queries // EDGE.block_m)
             yield "float32 sum of dq", blocks * EDGE.block_m * -(-spec.head_dim // 8) * 8 * 4

@@ -19,7 +19,7 @@ from .columns import visible_blocks
 from .compat import fence_async_shared, gl, gluon, mbarrier, optional, tma_store, tma_store_wait, warpgroup_mma_wait
 from .dropout import stream_of
 from .features import clear_hidden, slope_of, visible_keys
-from .grid import accumulator, barriers, locate, meet, share, stacked
+from .grid import accumulator, barriers, locate, meet, mildest, share, stacked
 from .keys_block import fold, less_delta, score, weigh
 from .keys_dq import add_to_sum, add_up, add_up_apart, dq_hand_over, dq_product, first_block
 from .keys_loads import DQ_EMPTY, DS_EMPTY, DS_HERE, KV_EMPTY, KV_FULL, TOGETHER, produce
@@ -31,7 +31,7 @@ def _walk(
     stream, cap, done, base, sum_base, first, last, start, stop, n0, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, HALF: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr, NEED_DK: gl.constexpr, NEED_DV: gl.constexpr, NEED_DB: gl.constexpr,
-    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, UNROLL: gl.constexpr, ROW: gl.constexpr,
+    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, UNROLL: gl.constexpr, MILD: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
     """Fold the query blocks ``first … last`` (of ``start … stop``, in the order of ``turned``), a multiple of UNROLL, into (dk, dv, db).
     The tile's first is number ``done`` of the program, the t-th of a head ``base + t``.
@@ -56,7 +56,7 @@ def _walk(
             s, dp, lse, dk, dv, db, place = fold(
                 s, dp, lse, dk, dv, db, place, k, v, k_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars,
                 key_bias, key_mask, slope, stream, cap, done, base, sum_base, group + u, start, stop, n0, ahead, N, lo, hi, scale_log2, WG,
-                BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, u + 1 < UNROLL, ROW,
+                BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, u + 1 < UNROLL, MILD, ROW,
             )  # fmt: skip
     return dk, dv, db, place
 
@@ -67,7 +67,7 @@ def _walk_all(
     stream, cap, done, base, sum_base, first, last, n0, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, HALF: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr, NEED_DK: gl.constexpr, NEED_DV: gl.constexpr, NEED_DB: gl.constexpr,
-    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, UNROLL: gl.constexpr, ROW: gl.constexpr,
+    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, UNROLL: gl.constexpr, MILD: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
     """``_walk``, UNROLL blocks a step as long as there are so many, and then one by one."""
     alone = first
@@ -76,12 +76,12 @@ def _walk_all(
         dk, dv, db, place = _walk(
             dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias, key_mask,
             slope, stream, cap, done, base, sum_base, first, alone, first, last, n0, ahead, N, lo, hi, scale_log2, WG, BM, HALF,
-            BIAS_STAGES, IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, UNROLL, ROW,
+            BIAS_STAGES, IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, UNROLL, MILD, ROW,
         )  # fmt: skip
     return _walk(
         dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias, key_mask,
         slope, stream, cap, done, base, sum_base, alone, last, first, last, n0, ahead, N, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES,
-        IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, 1, ROW,
+        IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, 1, MILD, ROW,
     )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def _consume(
     tiles_n, tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
-    APART: gl.constexpr, UNROLL: gl.constexpr, ROW: gl.constexpr,
+    APART: gl.constexpr, UNROLL: gl.constexpr, MILD: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 keys of every tile of the program."""
     HALF: gl.constexpr = BN // 2
@@ -151,13 +151,13 @@ def _consume(
                     key_mask, slope, stream, cap, done, base, sum_base, begin,
                     whole,
                     n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED,
-                    NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, True, 1, ROW,
+                    NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, True, 1, MILD, ROW,
                 )  # fmt: skip
             dk, dv, db, place = _walk_all(
                 dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias,
                 key_mask, slope, stream, cap, done, base, sum_base, whole,
                 part, n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED,
-                NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, False, UNROLL, ROW,
+                NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, False, UNROLL, MILD, ROW,
             )  # fmt: skip
             if lo is not None:
                 dk, dv, db, place = _walk_all(
@@ -165,7 +165,7 @@ def _consume(
                     key_mask, slope, stream, cap, done, base, sum_base, part,
                     end,
                     n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED,
-                    NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, True, 1, ROW,
+                    NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, True, 1, MILD, ROW,
                 )  # fmt: skip
             if NEED_DB:
                 target = dbias + offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
@@ -206,12 +206,41 @@ def _consume(
         mbarrier.arrive(bars[KV_EMPTY].index(kv))
 
 
+@gluon.jit
+def _consume_either(
+    mild, dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum,
+    bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi,
+    scale, tiles_n, tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr,
+    O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
+    APART: gl.constexpr, UNROLL: gl.constexpr, ROW: gl.constexpr,
+):  # fmt: skip
+    """One consumer: ``_consume`` in the faster way if all statistics are mild (``edges.py``)."""
+    is_mild = 0
+    if mild is not None:
+        is_mild = mildest(mild)
+    if is_mild != 0:
+        _consume(
+            dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s,
+            dq_s, dq_sum, bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
+            group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, WG, BM, BN, Q_STAGES, O_STAGES,
+            BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, ALIBI, APART, UNROLL, True, ROW,
+        )  # fmt: skip
+    else:
+        _consume(
+            dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s,
+            dq_s, dq_sum, bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
+            group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, WG, BM, BN, Q_STAGES, O_STAGES,
+            BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, ALIBI, APART, UNROLL, False, ROW,
+        )  # fmt: skip
+
+
 COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "section", "snake"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def keys_backward(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, dq_desc, dq_sum, bias, lengths, slopes, dbias,
+    q_desc, k_desc, v_desc, o_desc, stats_desc, mild, bias_desc, dk_desc, dv_desc, dq_desc, dq_sum, bias, lengths, slopes, dbias,
     bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
@@ -270,7 +299,8 @@ def keys_backward(
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if APART:
         gl.warp_specialize([
-            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
+            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths),
+            optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
                         bars, optional(bias_strides),
@@ -280,7 +310,8 @@ def keys_backward(
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
+            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths),
+            optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
                         bars, optional(bias_strides),
@@ -301,7 +332,8 @@ def keys_backward(
         ], [4, 4, 1], [208, 72, 24])  # fmt: skip
     elif dq_desc is not None:
         gl.warp_specialize([
-            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
+            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths),
+            optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
                         bars, optional(bias_strides),
@@ -311,7 +343,8 @@ def keys_backward(
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
+            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths),
+            optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
                         bars, optional(bias_strides),
@@ -332,7 +365,8 @@ def keys_backward(
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
+            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths),
+            optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
                         bars, optional(bias_strides),
@@ -342,7 +376,8 @@ def keys_backward(
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (_consume, (optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s,
+            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths),
+            optional(slopes), q_s,
                         k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
                         bars, optional(bias_strides),

@@ -41,23 +41,25 @@ def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
 
 
 @gluon.jit
-def probabilities(
-    s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr,
-    IS_MASK: gl.constexpr, ALIBI: gl.constexpr, KEY_BIASED: gl.constexpr, MASKED: gl.constexpr, DT: gl.constexpr,
+def _exponents(
+    s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0, ahead, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr,
+    IS_MASK: gl.constexpr, ALIBI: gl.constexpr, KEY_BIASED: gl.constexpr, MILD: gl.constexpr,
 ):  # fmt: skip
-    """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s: in the 16-bit dtype DT, and in float32 times the
-    derivative of their scores by ``scale * s``, which is 1 but for a soft cap. bias, mask: a tile of it; key_bias,
-    key_mask: a number a key; lse, rest: a
-    number a query, as a row. None: absent.
+    """Scores in base 2, less lse and rest. s: products, or what ``squashed`` makes of them. MILD: in the order that takes least, without
+    rest; else rounded as in the forward kernel.
     """
     S: gl.constexpr = accumulator(BM)
-    PLAIN: gl.constexpr = bias is None and mask is None and key_mask is None and not KEY_BIASED and not ALIBI
+    EARLY: gl.constexpr = MILD or (bias is None and mask is None and key_mask is None and not KEY_BIASED and not ALIBI)
+    if ALIBI == ONE_SIDED:  # the other way round: the line over columns, which are queries here, goes along with their lse
+        first = (n0 - m0 - ahead).to(gl.float32)
+        lse = lse - gl.expand_dims(line(opaque(slope * first), -slope, BM, gl.SliceLayout(0, S)), 0)
     if cap is not None:
-        u = squashed(s, cap)
-        if PLAIN:
-            x = u * (2.0 * cap[1]) + (cap[1] - lse)
+        if EARLY:
+            x = s * (2.0 * cap[1]) + (cap[1] - lse)
         else:
-            x = capped(u, cap)
+            x = capped(s, cap)
+    elif EARLY:
+        x = s * scale_log2 - lse
     else:
         x = s * scale_log2
     if bias is not None:
@@ -76,20 +78,37 @@ def probabilities(
     if key_mask is not None:
         shown, x = gl.broadcast(gl.expand_dims(key_mask, 1), x)
         x = gl.where(shown != 0, x, float("-inf"))
-    i = gl.expand_dims(m0 + gl.arange(0, BM, gl.SliceLayout(0, S)), 0)
-    j = gl.expand_dims(n0 + gl.arange(0, KEYS, gl.SliceLayout(1, S)), 1)
-    if ALIBI == ONE_SIDED:  # the other way round: the line over columns, which are queries here, goes along with their lse
-        first = (n0 - m0 - ahead).to(gl.float32)
-        lse = lse - gl.expand_dims(line(opaque(slope * first), -slope, BM, gl.SliceLayout(0, S)), 0)
+    if ALIBI == ONE_SIDED:
         x = x + gl.expand_dims(line(0.0, slope, KEYS, gl.SliceLayout(1, S)), 1)
     elif ALIBI:
         x = add_alibi(x, slope, n0 - m0 - ahead, -1, ALIBI)
-    if cap is None or not PLAIN:
+    if not EARLY:
         x = x - lse
-    if rest is not None:
+    if rest is not None and not MILD:
         x = x - rest
-    elif (bias is not None or KEY_BIASED) and not IS_MASK:  # nobody kept it, and a bias may be huge: p is at least kept to 1
+    elif (bias is not None or KEY_BIASED) and not (IS_MASK or MILD):  # nobody kept it, and a bias may be huge: p is at least kept to 1
         x = gl.minimum(x, 0.0)
+    return x
+
+
+@gluon.jit
+def probabilities(
+    s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr,
+    IS_MASK: gl.constexpr, ALIBI: gl.constexpr, KEY_BIASED: gl.constexpr, MASKED: gl.constexpr, MILD: gl.constexpr, DT: gl.constexpr,
+):  # fmt: skip
+    """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s: in the 16-bit dtype DT, and in float32 times the
+    derivative of their scores by ``scale * s``, which is 1 but for a soft cap. bias, mask: a tile of it; key_bias, key_mask: a number a key;
+    lse, rest: a number a query, as a row. None: absent. MILD: see ``edges.py``.
+    """
+    S: gl.constexpr = accumulator(BM)
+    i = gl.expand_dims(m0 + gl.arange(0, BM, gl.SliceLayout(0, S)), 0)
+    j = gl.expand_dims(n0 + gl.arange(0, KEYS, gl.SliceLayout(1, S)), 1)
+    u = s
+    if cap is not None:
+        u = squashed(s, cap)
+    x = _exponents(
+        u, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0, ahead, scale_log2, KEYS, BM, IS_MASK, ALIBI, KEY_BIASED, MILD,
+    )  # fmt: skip
     p = x
     if cap is None:
         p = gl.exp2(x)

@@ -29,7 +29,7 @@ from .compat import (
 )
 from .dropout import drawn, of_scores, signed, stream_of
 from .features import add_alibi, capped, slope_of, squashed, visible_keys
-from .grid import accumulator, barriers, stacked
+from .grid import accumulator, barriers, mildest, stacked
 from .rows import add_bias, exponents, hide_unseen, statistics
 
 # A program's barriers are a tuple with an element a name, which holds one for every buffer.
@@ -260,7 +260,7 @@ def _consume(
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
     ALIBI: gl.constexpr,
-    TURNS: gl.constexpr,
+    TURNS: gl.constexpr, MILD: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 queries of every tile of the program that somebody sees."""
     S: gl.constexpr = accumulator(BN)
@@ -315,6 +315,8 @@ def _consume(
                 s = capped(squashed(s, cap), cap)
             else:
                 s = s * scale_log2
+            if MILD:
+                s = s - gl.expand_dims(lse, 1)
             s = add_bias(s, bias, False)
             if ALIBI:
                 slope = slope_of(slopes, slope_strides, b, head)
@@ -323,7 +325,9 @@ def _consume(
                 s = add_bias(s, shown, True)
             if lengths is not None:
                 s = hide_unseen(s, m0, n0, n_keys, None, None, BM, BN, "0fFF800000")
-            p = gl.exp2(exponents(s, lse, rest, HAS_REST, True))
+            if not MILD:
+                s = exponents(s, lse, rest, HAS_REST, True)
+            p = gl.exp2(s)
             if dropout is not None:
                 p = signed(p, drawn(stream_of(dropout, b, head, heads), m0, n0, BM, BN, False))
 
@@ -361,6 +365,35 @@ def _consume(
             wave += 1
 
 
+@gluon.jit
+def _consume_either(
+    mild, dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars, dbias_strides, slope_strides, cap, dropout,
+    mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles, places, fold, shuffle,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
+    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
+    ALIBI: gl.constexpr,
+    TURNS: gl.constexpr,
+):  # fmt: skip
+    """One consumer: ``_consume`` in the faster way if all statistics are mild (``edges.py``)."""
+    is_mild = 0
+    if mild is not None:
+        is_mild = mildest(mild)
+    if is_mild != 0:
+        _consume(
+            dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars, dbias_strides, slope_strides, cap,
+            dropout, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles, places,
+            fold, shuffle, WG, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS,
+            True,
+        )  # fmt: skip
+    else:
+        _consume(
+            dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars, dbias_strides, slope_strides, cap,
+            dropout, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles, places,
+            fold, shuffle, WG, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS,
+            False,
+        )  # fmt: skip
+
+
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
 COUNTS = [
     "batch_outer", "batch_inner", "heads", "group", "M", "N", "lo", "hi", "splits", "tiles_m", "tiles_n", "tiles", "places", "fold",
@@ -370,7 +403,7 @@ COUNTS = [
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, dbias_strides, slope_strides, cap,
+    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, mild, dbias_strides, slope_strides, cap,
     dropout, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places,
     fold, shuffle, D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BIAS_STAGES: gl.constexpr,
     VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
@@ -415,7 +448,8 @@ def dbias(
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
         gl.warp_specialize([
-            (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
+            (_consume_either, (optional(mild), optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s,
+            right_s, bias_s,
                         bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
@@ -433,12 +467,14 @@ def dbias(
         ], [1, 1, 1, 1], [32, 32, 32, 32])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
+            (_consume_either, (optional(mild), optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s,
+            right_s, bias_s,
                         bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
                         shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS)),
-            (_consume, (optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s, right_s, bias_s,
+            (_consume_either, (optional(mild), optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s,
+            right_s, bias_s,
                         bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,

@@ -1,6 +1,7 @@
 """Which tiles a program of a persistent grid works through, and small things that all Hopper kernels share."""
 
 from .compat import gl, gluon, mbarrier
+from .edges import FLAGS
 
 
 @gluon.constexpr_function
@@ -61,6 +62,13 @@ def keep_up_to(x, at, last, HIDDEN: gl.constexpr):
     at, x = gl.broadcast(at, x)
     last, x = gl.broadcast(last, x)
     return gl.inline_asm_elementwise(_selection(HIDDEN), "=f,f,r,r", [x, at, last], gl.float32, True, 1)
+
+
+@gluon.jit
+def mildest(mild):
+    """1 if all statistics are mild, else 0: what ``prepare`` found."""
+    EACH_WARP: gl.constexpr = gl.BlockedLayout([FLAGS // 32], [32], [4], [0])  # so that they need not meet
+    return gl.min(gl.load(mild + gl.arange(0, FLAGS, EACH_WARP)), 0)
 
 
 @gluon.jit

@@ -73,7 +73,7 @@ def fold(
     bars, key_bias, key_mask, slope, stream, cap, done, base, sum_base, block, start, stop, n0, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, HALF: gl.constexpr, BIAS_STAGES: gl.constexpr,
     IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr, NEED_DK: gl.constexpr, NEED_DV: gl.constexpr, NEED_DB: gl.constexpr,
-    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, MORE: gl.constexpr, ROW: gl.constexpr,
+    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, MORE: gl.constexpr, MILD: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
     """Fold one query block, whose s and dp are under way, into (dk, dv, db). MORE: start those of the next, s as soon as the last product
     of this one has been. place: where in the sum the block before lies, if dq is added to it straight from registers.
@@ -119,7 +119,7 @@ def fold(
         rest = gl.expand_dims(rest_s.index(q_stage).reshape([BM]).load(COLS), 0)
     p, weight = probabilities(
         s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0 + WG * HALF, ahead, N, lo, hi, scale_log2, HALF, BM, IS_MASK,
-        ALIBI, KEY_BIASED, MASKED, DT,
+        ALIBI, KEY_BIASED, MASKED, MILD, DT,
     )  # fmt: skip
     undropped = p
     if stream is not None:

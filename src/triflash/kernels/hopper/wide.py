@@ -128,7 +128,7 @@ def _walk_values(
             rest = gl.expand_dims(rest_s.index(stage).reshape([BM]).load(COLS), 0)
         p, weight = probabilities(
             s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI,
-            KEY_BIASED, MASKED, k_s.dtype,
+            KEY_BIASED, MASKED, False, k_s.dtype,
         )  # fmt: skip
         undropped = p
         if stream is not None:
