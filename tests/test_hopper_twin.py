@@ -453,3 +453,24 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
         except (AssertionError, TimeoutError, AttributeError, TypeError, RuntimeError):
             return
     raise AssertionError("nothing was noticed")
+
+
+PARTS = [
+    Case("full", B=2, M=130, N=150, H=5, Hk=1),
+    Case("causal, wide bias", B=2, M=200, N=200, H=4, Hk=2, bias="1hqk", causal=True, grads="qkv"),
+    Case("window, bias of keys", B=2, M=150, N=300, H=4, Hk=1, bias="1h1k", lo=-40, hi=120),
+    Case("lengths, slopes, dims that differ", B=3, M=140, N=200, H=8, Hk=2, D=40, Dv=24, lengths=(70, 0, 200), alibi="h", dlse=True),
+    Case("dropout, one gradient of the two", B=2, M=100, N=260, H=4, Hk=1, dropout=0.2, grads="qv"),
+    Case("another", B=2, M=100, N=260, H=4, Hk=1, grads="k", hi=30),
+]
+
+
+@pytest.mark.parametrize("case", PARTS, ids=str)
+@pytest.mark.parametrize("way", ["plain", "apart", "direct", "alone"])
+def test_heads_of_a_group_in_parts(way: str, case: Case) -> None:
+    """Each sums up dk and dv over its share of the query heads: several, or one."""
+    case = replace(case, grads=case.grads.replace("q", "")) if way == "alone" else case
+    members = 2 if way == "plain" and 2 * case.key_heads < case.H else 1
+    config = KeysConfig(2, 2, apart=way == "apart", direct=way == "direct", head_splits=case.H // case.key_heads // members)
+    kernel = "dqdkdv" if "q" in case.grads else "dkdv"
+    assert check(case, **{kernel: config})[2:4] == [kernel, "dkdv_sum"]

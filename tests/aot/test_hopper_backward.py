@@ -130,6 +130,10 @@ TARGETS = [
     Target((32, 32), length=EVEN),
     Target((24, 64), F16, bias="1h1k", grads="qkvb", softcap=50.0, lengths=True),
     Target((16, 32), bias="1hqk", bias_dtype=F32, band=WINDOW, slopes=True, config=KeysConfig(2, 2)),
+    # The query heads of a key head in parts, whose sums leave straight from registers.
+    Target((64, 64), band=CAUSAL, groups=4, config=KeysConfig(2, 2, apart=True, unroll=2, head_splits=2)),
+    Target((128, 128), F16, groups=8, config=KeysConfig(2, 2, direct=True, head_splits=3), spills=LOOP),
+    Target((40, 128), bias="1h1k", grads="qvb", groups=4, config=KeysConfig(2, 2, head_splits=4), adds=False, spills=LOOP),
     # ALiBi, one- and two-sided.
     *(Target((d, d), band=band, slopes=True, spills=LOOP) for d, band in MIXED[:2]),
     # Dropout: marks take 16 registers more beside products that fill them, some of which are spilled once a block.

@@ -23,8 +23,9 @@ from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, sink_gradie
 from .hopper import addressable, descriptor, padded_rows, ready, ready_operands
 from .triton import partial_sums, row_strides
 
-__all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_stats", "prepare_call", "targets"]
+__all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_head_parts", "new_stats", "prepare_call", "targets"]
 
+HeadParts = tuple[Tensor | None, Tensor | None]  # partial sums of dk and dv
 
 DELTA = 1  # row of the table of statistics: see kernels/hopper/columns.py
 
@@ -73,6 +74,7 @@ def backward_calls(
     dq_sum = new_dq_sum(spec, lse) if plan.step("finish") else None
     mild = lse.new_empty(FLAGS, dtype=torch.int32) if stats.shape[1] == 3 and finds_mild(spec, plan.steps) else None
     parts = None
+    head_parts: HeadParts = (None, None)
     calls = []
     for step in plan.steps:
         if step.kernel == "prepare":
@@ -81,7 +83,10 @@ def backward_calls(
             parts = partial_sums(step, dbias)
             strides = row_strides(spec, parts) if parts is not None else None
             wanted = (dk if "dk" in step.gives else None, dv if "dv" in step.gives else None)
-            calls.append(keys_call(spec, step, x, dout, stats, mild, *wanted, dq_sum, parts, strides))
+            head_parts = new_head_parts(spec, step, lse)
+            calls.append(keys_call(spec, step, x, dout, stats, mild, *wanted, head_parts, dq_sum, parts, strides))
+        elif step.kernel == "dkdv_sum":
+            calls.append(dkdv_sum_call(spec, step, head_parts, dk if "dk" in step.gives else None, dv if "dv" in step.gives else None))
         elif step.kernel == "dq":
             assert isinstance(step.config, RowsConfig)
             target = dq if dq is not None else padded_rows(q)
@@ -145,6 +150,27 @@ def prepare_call(
     return Call(edges.prepare, args, constants, EDGE, stats.shape[0] * stats.shape[2] // EDGE.block_m)
 
 
+def new_head_parts(spec: AttentionSpec, step: Step, like: Tensor) -> HeadParts:
+    """Room for float32 partial sums of dk and dv, (batch and part of a key head, whole tiles of keys, padded dim); None: not wanted."""
+    assert isinstance(step.config, KeysConfig)
+    if step.config.head_splits == 1:
+        return None, None
+    tiles_n, tiles = keys_tiles(spec, step.config)
+    sizes = [(tiles // tiles_n, tiles_n * step.config.block_n, columns) for columns in dims(spec)]
+    dk, dv = (like.new_empty(size) if name in step.gives else None for name, size in zip(("dk", "dv"), sizes, strict=True))
+    return dk, dv
+
+
+def dkdv_sum_call(spec: AttentionSpec, step: Step, parts: HeadParts, dk: Tensor | None, dv: Tensor | None) -> Call:
+    """dk and dv from their partial sums."""
+    length = next(part.shape[1] for part in parts if part is not None)
+    strides = (None if grad is None else grad.stride()[:3] for grad in (dk, dv))
+    args = (*parts, dk, dv, *strides, spec.kv_heads, spec.keys, length, step.splits)
+    head, value = dims(spec)
+    constants = {"BM": EDGE.block_m, "D": spec.head_dim, "DV": spec.value_dim, "BD": head, "BDV": value, "WIDE": True}
+    return Call(edges.dkdv_sum, args, constants, EDGE, step.programs)
+
+
 def adds_directly(plan: Plan) -> bool:
     """Whether dq is added to its sum straight from registers, which lays it out otherwise."""
     step = plan.step("dqdkdv")
@@ -168,14 +194,18 @@ def keys_call(
     mild: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
+    head_parts: HeadParts,
     dq_sum: Tensor | None,
     dbias: Tensor | None,
     dbias_strides: tuple[int, int, int, int] | None,
 ) -> Call:
-    """dk, dv, what dq sums up to, and the gradient of a bias that varies over keys alone: what is None is not computed."""
+    """dk, dv (or if there are any, their partial sums), what dq sums up to, and the gradient of a bias that varies over keys alone: what is
+    None is not computed.
+    """
     q, k, v, bias, mask, lengths, slopes, *_ = x
     config = step.config
     assert isinstance(config, KeysConfig)
+    splits = config.head_splits
     head, value = dims(spec)
     half, rows = 64, config.block_m  # keys of a buffer, queries of a block
     bias_desc = bias_on = pointer = strides = None
@@ -210,8 +240,9 @@ def keys_call(
         descriptor(stats, (1, 1, rows)),
         *(() if config.wide else (mild,)),
         bias_desc,
-        None if dk is None else descriptor(dk, (1, half, 1, head)),
-        None if dv is None else descriptor(dv, (1, half, 1, value)),
+        None if dk is None or splits > 1 else descriptor(dk, (1, half, 1, head)),
+        None if dv is None or splits > 1 else descriptor(dv, (1, half, 1, value)),
+        *(() if config.wide else head_parts),
         *sums,
         *(
             pointer,
@@ -229,7 +260,9 @@ def keys_call(
             bias_strides(key_mask),
             mask_on,
         ),
-        *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
+        *(spec.batch, spec.heads, spec.groups),
+        *(() if config.wide else (splits if splits > 1 else None,)),
+        *(spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
         *(tiles_n, tiles, *schedule(spec, config, step.programs)),
     )
     constants: dict[str, Any] = {

@@ -14,6 +14,7 @@ __all__ = [
     "HopperConfig",
     "bias_block",
     "bias_bytes",
+    "busiest",
     "checked",
     "dealt",
     "equal_sections",
@@ -278,7 +279,7 @@ def schedule(spec: AttentionSpec, config: HopperConfig, programs: int) -> tuple[
 def dealt(lengths: list[int], pairs: int, programs: int, fitting: int) -> tuple[int, int]:
     """The most even ``(section, snake)`` for pairs whose tiles have these lengths, from what should be the longest to the shortest."""
     ways = [(equal_sections(pairs, size), snake) for size in (fitting, 2 * fitting, 4 * fitting) for snake in (1, 0)]
-    return min(dict.fromkeys(ways), key=lambda way: (round(_busiest(lengths, pairs, programs, *way), 2), way[0]))
+    return min(dict.fromkeys(ways), key=lambda way: (round(busiest(lengths, pairs, programs, *way), 2), way[0]))
 
 
 def equal_sections(pairs: int, most: int) -> int:
@@ -294,7 +295,7 @@ def _blocks(spec: AttentionSpec, config: HopperConfig, tile: int) -> int:
     return max(1, -(-end // config.block_n) - begin // config.block_n)
 
 
-def _busiest(lengths: list[int], pairs: int, programs: int, section: int, snake: int) -> float:
+def busiest(lengths: list[int], pairs: int, programs: int, section: int, snake: int) -> float:
     """The most blocks that a program gets, over the mean."""
     load = [0.0] * programs
     sections = -(-pairs // section)

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import bad_value
 from ..spec import AttentionSpec
 from .configs import padded
-from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, dealt, equal_sections, is_light
+from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, busiest, dealt, equal_sections, is_light
 
 __all__ = [
-    "KeysConfig", "bias_slot_bytes", "dims", "has_bias_tiles", "keys_config", "keys_tiles", "schedule", "shared_memory", "stats_kinds",
-    "stats_length",
+    "KeysConfig", "bias_slot_bytes", "dims", "has_bias_tiles", "head_splits", "keys_config", "keys_tiles", "schedule", "shared_memory",
+    "stats_kinds", "stats_length",
 ]  # fmt: skip
 
 NARROW = 128  # head dims up to which one kernel gives dk, dv and dq; above it ("wide") it gives dk and dv, of half as many keys
 SMALLEST_DIM = 32  # narrower heads are padded, which costs no memory traffic
 APART_DIM = 64  # head dims up to which there are registers for a warpgroup that computes dq
+PART_COST = 4  # what partial sums of a tile's dk and dv cost, written and read, in blocks: 2 KB a key at d 128, at an H100's bandwidth
+LAUNCH_COST = 2  # and one kernel more
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+MANY_HEADS = 4  # query heads one after the other, with which programs that read the same ones drift apart under a band, out of L2's reach:
+DRIFT = 1.1  # at d 128, eight were 7 to 14 % slower than two times four
+WORTH_SPLITTING = 1.03  # how much more than the mean, or than when split, the busiest program must have to do
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class KeysConfig:
     wide: the kernel for head dims above 128, whose consumers share tiles of 64 keys; the others own 64 each. kv_stages: buffers for a
     tile's keys and values; with two, those of the next tile are fetched while this one is at work. apart: where dq is added up, a third
     warpgroup computes it; head dims up to APART_DIM. direct: it is added up straight from registers, else by TMA. unroll: blocks a step of
-    the loop, of which each is started before the one before is done.
+    the loop, of which each is started before the one before is done. head_splits: parts that the query heads of a key head are dealt out
+    in, so that there are more tiles; each gives partial sums of dk and dv.
     """
 
     q_stages: int
@@ -39,6 +46,7 @@ class KeysConfig:
     apart: bool = False
     unroll: int = 1
     direct: bool = False
+    head_splits: int = 1
 
     def __post_init__(self) -> None:
         most = 4 if self.wide else 2  # but in the wide kernel, each buffer has a barrier of the processor, of which there are 11 to spare
@@ -52,8 +60,10 @@ class KeysConfig:
             raise bad_value("direct", "False with apart", True, "the warpgroup that computes dq apart has time for TMA")
         if self.block_m != 64:
             raise bad_value("block_m", "64, which is what the layouts of the kernels are made for", self.block_m)
-        extras = (self.bias_stages, self.kv_stages, self.apart, self.direct, self.unroll)
-        usual = self.o_stages == self.q_stages and extras == (1, 1, False, False, 1)
+        if self.head_splits < 1:
+            raise bad_value("head_splits", "at least 1", self.head_splits)
+        extras = (self.bias_stages, self.kv_stages, self.apart, self.direct, self.unroll, self.head_splits)
+        usual = self.o_stages == self.q_stages and extras == (1, 1, False, False, 1, 1)
         if self.wide and (self.q_stages < 2 or not usual):
             raise bad_value(
                 "wide",
@@ -79,6 +89,7 @@ class KeysConfig:
     def __str__(self) -> str:
         flags = " wide" * self.wide + f" kv{self.kv_stages}" * (self.kv_stages > 1)
         flags += " apart" * self.apart + " direct" * self.direct + f" u{self.unroll}" * (self.unroll > 1)
+        flags += f" h{self.head_splits}" * (self.head_splits > 1)
         return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{flags}"
 
 
@@ -160,21 +171,63 @@ def keys_config(spec: AttentionSpec, adds_dq: bool, limit: int, dbias: bool = Fa
 
 
 def keys_tiles(spec: AttentionSpec, config: KeysConfig) -> tuple[int, int]:
-    """(key tiles of a (batch, key head) pair, tiles of the whole problem)."""
+    """(key tiles of a (batch, key head) pair, tiles of the whole problem, whose ``head_splits`` count)."""
     tiles = -(-spec.keys // config.block_n)
-    return tiles, tiles * spec.batch * spec.kv_heads
+    return tiles, tiles * spec.batch * spec.kv_heads * config.head_splits
+
+
+def head_splits(spec: AttentionSpec, config: KeysConfig, processors: int) -> int:
+    """In how many parts the query heads of a key head should be dealt out: as many as give the busiest processor clearly less to do, with
+    partial sums paid for. At most half as many as there are heads, so that the sums are no larger than a float32 dq.
+    """
+    if spec.groups < 4 or config.wide or spec.is_empty:
+        return 1
+    costs: dict[int, float] = {}
+    for splits in SPLITS:
+        way = replace(config, head_splits=splits)
+        if 2 * splits > max(2, spec.groups) or keys_tiles(spec, way)[1] > MOST_SIMULATED:
+            break
+        costs[splits], unevenness = _busiest(spec, way, processors)
+        if splits == 1 and unevenness < WORTH_SPLITTING:
+            break
+    best = min(costs, key=lambda splits: (costs[splits], splits), default=1)
+    return best if best > 1 and WORTH_SPLITTING * costs[best] + LAUNCH_COST < costs[1] else 1
 
 
 @functools.lru_cache(maxsize=4096)
 def schedule(spec: AttentionSpec, config: KeysConfig, programs: int) -> tuple[int, int]:
     """``(section, snake)`` as of the forward kernel; what tiles share here is the queries and their gradients."""
-    pairs = spec.batch * spec.kv_heads
-    fitting = max(1, L2_SECTION // max(1, spec.groups * spec.queries * (3 * spec.head_dim + spec.value_dim) * 2))
     tiles_n, tiles = keys_tiles(spec, config)
     if (spec.hi is None and spec.lo is None) or tiles <= programs or tiles > MOST_SIMULATED:
-        return equal_sections(pairs, fitting), 0
-    lengths = [spec.groups * _blocks(spec, config, tile) + TILE_COST for tile in range(tiles_n)]
-    return dealt(lengths if spec.hi is not None else lengths[::-1], pairs, programs, fitting)
+        return equal_sections(tiles // tiles_n, _fitting(spec, config)), 0
+    return dealt(_lengths(spec, config), tiles // tiles_n, programs, _fitting(spec, config))
+
+
+def _fitting(spec: AttentionSpec, config: KeysConfig) -> int:
+    """Pairs of batch and key head (or part of one) whose queries and gradients fit in L2 together."""
+    bytes_a_pair = -(-spec.groups // config.head_splits) * spec.queries * (3 * spec.head_dim + spec.value_dim) * 2
+    return max(1, L2_SECTION // max(1, bytes_a_pair))
+
+
+def _busiest(spec: AttentionSpec, config: KeysConfig, programs: int) -> tuple[float, float]:
+    """What the busiest of so many programs has to do, in blocks and over the mean; what it takes longer than that for counts, too."""
+    tiles_n, tiles = keys_tiles(spec, config)
+    lengths, pairs = _lengths(spec, config), tiles // tiles_n
+    mean = sum(lengths) * pairs / programs
+    if (spec.hi is None and spec.lo is None) or tiles <= programs:
+        ratio = max(lengths) * -(-tiles // programs) / mean
+    else:
+        ratio = busiest(lengths, pairs, programs, *schedule(spec, config, programs))
+        if config.direct and spec.groups > MANY_HEADS * config.head_splits:
+            ratio *= DRIFT
+    return ratio * mean, ratio
+
+
+def _lengths(spec: AttentionSpec, config: KeysConfig) -> list[int]:
+    """What the key tiles of a pair cost, in blocks, from what should be the longest to the shortest."""
+    cost = TILE_COST + PART_COST * (config.head_splits > 1)
+    lengths = [-(-spec.groups // config.head_splits) * _blocks(spec, config, tile) + cost for tile in range(keys_tiles(spec, config)[0])]
+    return lengths if spec.hi is not None else lengths[::-1]
 
 
 def _blocks(spec: AttentionSpec, config: KeysConfig, tile: int) -> int:

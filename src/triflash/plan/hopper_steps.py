@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..errors import bad_value
 from ..spec import AttentionSpec, Needs
@@ -96,7 +97,8 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     if gives := tuple(name for name, need in given if need):
         kernel = "dqdkdv" if adding else "dkdv"
         chosen = by_hand.get(kernel)
-        config = chosen if isinstance(chosen, KeysConfig) else keys.keys_config(spec, adding, limit, source == "dkdv")
+        usual = keys.keys_config(spec, adding, limit, source == "dkdv")
+        config = chosen if isinstance(chosen, KeysConfig) else usual and _in_parts(spec, usual, processors)
         if isinstance(chosen, KeysConfig) and chosen.wide != (max(keys.dims(spec)) > keys.NARROW):
             raise bad_value("wide", f"{not chosen.wide} for head dims {spec.head_dim} and {spec.value_dim}", chosen.wide)
         if isinstance(chosen, KeysConfig) and chosen.apart and max(keys.dims(spec)) > keys.APART_DIM:
@@ -104,8 +106,14 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         if isinstance(chosen, KeysConfig) and adding and not chosen.apart and chosen.bias_stages > 1:
             raise bad_value("bias_stages", "1, or 2 with apart", chosen.bias_stages, "there are no barriers of the processor for more")
         assert config is not None, "why_not_backward refuses what fits no candidate"
+        if config.head_splits > spec.groups:
+            raise bad_value("head_splits", f"at most {spec.groups}, the query heads of a key head", config.head_splits)
         programs = min(keys.keys_tiles(spec, config)[1], processors)
         steps.append(Step(kernel, config, programs, order, broadcast_rows(spec) if source == "dkdv" else 1, gives))
+        if config.head_splits > 1:
+            programs = spec.batch * spec.kv_heads * ceil_div(spec.keys, EDGE.block_m)
+            summed = tuple(name for name in ("dk", "dv") if name in gives)
+            steps.append(Step("dkdv_sum", EDGE, programs, splits=config.head_splits, gives=summed))
     if (needs.dq and not adding) or source == "dq":
         gives = ("dq",) * needs.dq + ("dbias",) * (source == "dq")
         chosen = by_hand.get("dq")
@@ -129,6 +137,11 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     elif source == "dkdv":
         steps += sum_steps(spec, broadcast_rows(spec))
     return tuple(steps)
+
+
+def _in_parts(spec: AttentionSpec, config: KeysConfig, processors: int) -> KeysConfig:
+    """The configuration with as many parts of a key head as pay."""
+    return replace(config, head_splits=keys.head_splits(spec, config, processors))
 
 
 def shared_memory(spec: AttentionSpec, step: Step) -> int | None:

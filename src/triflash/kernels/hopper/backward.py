@@ -15,7 +15,7 @@ A producer warp loads q, dout, lse, delta and bias tiles as far ahead as there a
 """
 
 from ..triton.prims import LOG2E, offset
-from .columns import visible_blocks
+from .columns import key_heads, query_heads, visible_blocks
 from .compat import fence_async_shared, gl, gluon, mbarrier, optional, tma_store, tma_store_wait, warpgroup_mma_wait
 from .dropout import stream_of
 from .features import clear_hidden, slope_of, visible_keys
@@ -86,11 +86,21 @@ def _walk_all(
 
 
 @gluon.jit
+def _keep(parts, row, x):
+    """x to float32 rows of its length, from ``row`` on, past the end of no array."""
+    L: gl.constexpr = x.type.layout
+    i = gl.expand_dims(gl.arange(0, x.shape[0], gl.SliceLayout(1, L)), 1)
+    c = gl.expand_dims(gl.arange(0, x.shape[1], gl.SliceLayout(0, L)), 0)
+    i, c = gl.broadcast(i, c)
+    gl.store(parts + (offset(row, x.shape[1]) + (i * x.shape[1] + c)), x)
+
+
+@gluon.jit
 def _consume(
-    dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars,
-    bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale,
-    tiles_n, tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr,
-    BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
+    dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s,
+    dq_s, dq_sum, bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits,
+    batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
     APART: gl.constexpr, UNROLL: gl.constexpr, MILD: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
@@ -99,12 +109,12 @@ def _consume(
     BD: gl.constexpr = k_s.shape[4]
     BDV: gl.constexpr = v_s.shape[4]
     DT: gl.constexpr = k_s.dtype
-    NEED_DK: gl.constexpr = dk_desc is not None
-    NEED_DV: gl.constexpr = dv_desc is not None
+    NEED_DK: gl.constexpr = dk_desc is not None or dk_parts is not None
+    NEED_DV: gl.constexpr = dv_desc is not None or dv_parts is not None
     NEED_DB: gl.constexpr = dbias is not None
     KEY_BIASED: gl.constexpr = bias is not None
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
-    kv_heads = heads // group
+    kv_heads = key_heads(heads, group, splits)
     scale_log2 = scale * LOG2E
     done = 0
     for wave in range(share(tiles, snake)):
@@ -124,8 +134,9 @@ def _consume(
                 clear_hidden(k_s.index(kv * 2 + WG).reshape([HALF, BD]), rows)
                 clear_hidden(v_s.index(kv * 2 + WG).reshape([HALF, BDV]), rows)
         place = 0
-        for member in range(group):
-            head = kv_head * group + member
+        own_head, first_head, members = query_heads(kv_head, group, splits)
+        for member in range(members):
+            head = first_head + member
             sum_base = 0
             if dq_sum is not None:
                 sum_base = first_block(b * heads + head, M, BM)
@@ -173,7 +184,7 @@ def _consume(
                 if dropout is not None:
                     db = db * dropout[2]
                 gl.store(target + j.to(gl.int64) * dbias_strides[3], db.to(dbias.dtype.element_ty), mask=j < N)
-        done += steps * group
+        done += steps * members
         if APART:
             if steps > 0:  # these keys are still read for dq
                 mbarrier.wait(bars[DS_EMPTY].index((done - 1) & 1), ((done - 1) >> 1) & 1)
@@ -193,56 +204,58 @@ def _consume(
         if dropout is not None:
             dk = dk * dropout[2]
             dv = dv * dropout[2]
-        if NEED_DK:
+        part = (b * kv_heads + kv_head) * tiles_n * BN + n0 + WG * HALF
+        if dk_parts is not None:
+            _keep(dk_parts, part, dk * scale)
+        elif NEED_DK:
             k_s.index(kv * 2 + WG).reshape([HALF, BD]).store((dk * scale).to(DT))
-        if NEED_DV:
+        if dv_parts is not None:
+            _keep(dv_parts, part, dv)
+        elif NEED_DV:
             v_s.index(kv * 2 + WG).reshape([HALF, BDV]).store(dv.to(DT))
         fence_async_shared()
-        if NEED_DK:
-            tma_store(dk_desc, [b, n0 + WG * HALF, kv_head, 0], k_s.index(kv * 2 + WG))
-        if NEED_DV:
-            tma_store(dv_desc, [b, n0 + WG * HALF, kv_head, 0], v_s.index(kv * 2 + WG))
+        if dk_desc is not None:
+            tma_store(dk_desc, [b, n0 + WG * HALF, own_head, 0], k_s.index(kv * 2 + WG))
+        if dv_desc is not None:
+            tma_store(dv_desc, [b, n0 + WG * HALF, own_head, 0], v_s.index(kv * 2 + WG))
         tma_store_wait(0)
         mbarrier.arrive(bars[KV_EMPTY].index(kv))
 
 
 @gluon.jit
 def _consume_either(
-    mild, dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum,
-    bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi,
-    scale, tiles_n, tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr,
-    O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
+    mild, dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s,
+    ds_s, dq_s, dq_sum, bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits,
+    batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
     APART: gl.constexpr, UNROLL: gl.constexpr, ROW: gl.constexpr,
 ):  # fmt: skip
     """One consumer: ``_consume`` in the faster way if all statistics are mild (``edges.py``)."""
-    is_mild = 0
-    if mild is not None:
-        is_mild = mildest(mild)
-    if is_mild != 0:
+    if (mild is not None) and (mildest(mild) != 0):
         _consume(
-            dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s,
-            dq_s, dq_sum, bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
-            group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, WG, BM, BN, Q_STAGES, O_STAGES,
+            dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s,
+            ds_s, dq_s, dq_sum, bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
+            group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, WG, BM, BN, Q_STAGES, O_STAGES,
             BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, ALIBI, APART, UNROLL, True, ROW,
         )  # fmt: skip
     else:
         _consume(
-            dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s,
-            dq_s, dq_sum, bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
-            group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, WG, BM, BN, Q_STAGES, O_STAGES,
+            dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s,
+            ds_s, dq_s, dq_sum, bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
+            group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, WG, BM, BN, Q_STAGES, O_STAGES,
             BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, ALIBI, APART, UNROLL, False, ROW,
         )  # fmt: skip
 
 
-COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "section", "snake"]
+COUNTS = ["batch", "heads", "group", "splits", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "section", "snake"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def keys_backward(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, mild, bias_desc, dk_desc, dv_desc, dq_desc, dq_sum, bias, lengths, slopes, dbias,
-    bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
-    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
+    q_desc, k_desc, v_desc, o_desc, stats_desc, mild, bias_desc, dk_desc, dv_desc, dk_parts, dv_parts, dq_desc, dq_sum, bias, lengths,
+    slopes, dbias, bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
+    batch, heads, group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, APART: gl.constexpr, UNROLL: gl.constexpr,
     ROW: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
@@ -251,11 +264,12 @@ def keys_backward(
 
     Descriptors of q, k, v, dout (``o_desc``), dk and dv are over (batch, length, head, dim); that of the table ``stats`` over (batch and
     head, LSE | DELTA | REST, query), written by ``prepare``. The float32 sum of dq is a descriptor over (batch, head, query, dim) or, to be
-    added to straight from registers, a pointer dq_sum, with rows of ROW columns (``keys_dq.py``). A bias tile comes by a
-    descriptor over its five dims, switched off by ``bias_on`` where it broadcasts; a bias that varies over keys alone as a pointer and
-    strides, and its gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). ``group`` query heads share a key head.
-    A mask beside the bias comes in the same two ways. cap: see ``features.squashed``; dropout: see
-    ``stream_of``. None: absent, or not wanted.
+    added to straight from registers, a pointer dq_sum, with rows of ROW columns (``keys_dq.py``). A bias tile comes by a descriptor over
+    its five dims, switched off by ``bias_on`` where it broadcasts; a bias that varies over keys alone as a pointer and strides, and its
+    gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). A mask beside the bias comes in the same two ways.
+    ``group`` query heads share a key head. With ``splits``, they are dealt out in so many parts, which then count as key heads above, and
+    what each sums up to for dk and dv goes to dk_parts and dv_parts, float32 and contiguous (batch, part, whole tiles of keys, dim as the
+    kernel pads it). cap: see ``features.squashed``; dropout: see ``stream_of``. None: absent, or not wanted.
     """
     DT: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES, q_desc.block_shape), q_desc.layout)
@@ -299,98 +313,89 @@ def keys_backward(
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if APART:
         gl.warp_specialize([
-            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths),
-            optional(slopes), q_s,
-                        k_s, v_s, o_s, lse_s, delta_s,
+            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dk_parts), optional(dv_parts),
+                        optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s, k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
                         bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides), batch,
-                        heads, group, batch_inner, M, N, optional(lo),
+                        heads, group, optional(splits), batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths),
-            optional(slopes), q_s,
-                        k_s, v_s, o_s, lse_s, delta_s,
+            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dk_parts), optional(dv_parts),
+                        optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s, k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
                         bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides), batch,
-                        heads, group, batch_inner, M, N, optional(lo),
+                        heads, group, optional(splits), batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (add_up_apart, (dq_desc, optional(lengths), k_s, ds_s, dq_s, bars, batch, heads, group, M, N, optional(lo), optional(hi),
-                             tiles_n, tiles, section, snake, BM, BN, KV_STAGES, BATCH_FASTEST, LONGEST)),
+            (add_up_apart, (dq_desc, optional(lengths), k_s, ds_s, dq_s, bars, batch, heads, group, optional(splits), M, N, optional(lo),
+                             optional(hi), tiles_n, tiles, section, snake, BM, BN, KV_STAGES, BATCH_FASTEST, LONGEST)),
             (produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
-                        optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES,
-                        BIAS_STAGES, KV_STAGES, BATCH_FASTEST,
-                        LONGEST)),
+                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, optional(splits), batch_inner, M,
+                        N, optional(lo), optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN,
+                        Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
         ], [4, 4, 1], [208, 72, 24])  # fmt: skip
     elif dq_desc is not None:
         gl.warp_specialize([
-            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths),
-            optional(slopes), q_s,
-                        k_s, v_s, o_s, lse_s, delta_s,
+            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dk_parts), optional(dv_parts),
+                        optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s, k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
                         bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides), batch,
-                        heads, group, batch_inner, M, N, optional(lo),
+                        heads, group, optional(splits), batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths),
-            optional(slopes), q_s,
-                        k_s, v_s, o_s, lse_s, delta_s,
+            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dk_parts), optional(dv_parts),
+                        optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s, k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
                         bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides), batch,
-                        heads, group, batch_inner, M, N, optional(lo),
+                        heads, group, optional(splits), batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
             (produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
-                        optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES,
-                        BIAS_STAGES, KV_STAGES, BATCH_FASTEST,
-                        LONGEST)),
-            (add_up, (dq_desc, optional(lengths), dq_s, bars, batch, heads, group, M, N, optional(lo), optional(hi), tiles_n, tiles,
-                       section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
+                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, optional(splits), batch_inner, M,
+                        N, optional(lo), optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN,
+                        Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
+            (add_up, (dq_desc, optional(lengths), dq_s, bars, batch, heads, group, optional(splits), M, N, optional(lo), optional(hi),
+                       tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
         ], [4, 1, 1], [240, 24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths),
-            optional(slopes), q_s,
-                        k_s, v_s, o_s, lse_s, delta_s,
+            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dk_parts), optional(dv_parts),
+                        optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s, k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
                         bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides), batch,
-                        heads, group, batch_inner, M, N, optional(lo),
+                        heads, group, optional(splits), batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dbias), optional(bias), optional(lengths),
-            optional(slopes), q_s,
-                        k_s, v_s, o_s, lse_s, delta_s,
+            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dk_parts), optional(dv_parts),
+                        optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s, k_s, v_s, o_s, lse_s, delta_s,
                         optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
                         bars, optional(bias_strides),
                         optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                         optional(mask_strides), batch,
-                        heads, group, batch_inner, M, N, optional(lo),
+                        heads, group, optional(splits), batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
                         IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
             (produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
                         v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
-                        optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES,
-                        BIAS_STAGES, KV_STAGES, BATCH_FASTEST,
-                        LONGEST)),
+                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, optional(splits), batch_inner, M,
+                        N, optional(lo), optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN,
+                        Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
         ], [4, 1], [240, 24])  # fmt: skip

@@ -41,6 +41,26 @@ def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
 
 
 @gluon.jit
+def key_heads(heads, group, splits):
+    """How many key heads there are, of ``group`` query heads each; of the parts that key heads are split into, if there are ``splits``."""
+    if splits is None:
+        return heads // group
+    else:
+        return heads // group * splits
+
+
+@gluon.jit
+def query_heads(kv_head, group, splits):
+    """``(key head, its first query head, how many)``; with ``splits``, what is numbered is a part of a key head, and that part's heads."""
+    if splits is None:
+        return kv_head, kv_head * group, group
+    else:
+        own = kv_head // splits
+        first = kv_head % splits * group // splits
+        return own, own * group + first, (kv_head % splits + 1) * group // splits - first
+
+
+@gluon.jit
 def _exponents(
     s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0, ahead, scale_log2, KEYS: gl.constexpr, BM: gl.constexpr,
     IS_MASK: gl.constexpr, ALIBI: gl.constexpr, KEY_BIASED: gl.constexpr, MILD: gl.constexpr,
@@ -97,8 +117,8 @@ def probabilities(
     IS_MASK: gl.constexpr, ALIBI: gl.constexpr, KEY_BIASED: gl.constexpr, MASKED: gl.constexpr, MILD: gl.constexpr, DT: gl.constexpr,
 ):  # fmt: skip
     """pᵀ of KEYS keys from ``n0`` on and BM queries from ``m0`` on, from their products s: in the 16-bit dtype DT, and in float32 times the
-    derivative of their scores by ``scale * s``, which is 1 but for a soft cap. bias, mask: a tile of it; key_bias, key_mask: a number a key;
-    lse, rest: a number a query, as a row. None: absent. MILD: see ``edges.py``.
+    derivative of their scores by ``scale * s``, which is 1 but for a soft cap. bias, mask: a tile of it; key_bias, key_mask: a number a
+    key; lse, rest: a number a query, as a row. None: absent. MILD: see ``edges.py``.
     """
     S: gl.constexpr = accumulator(BM)
     i = gl.expand_dims(m0 + gl.arange(0, BM, gl.SliceLayout(0, S)), 0)

@@ -375,10 +375,7 @@ def _consume_either(
     TURNS: gl.constexpr,
 ):  # fmt: skip
     """One consumer: ``_consume`` in the faster way if all statistics are mild (``edges.py``)."""
-    is_mild = 0
-    if mild is not None:
-        is_mild = mildest(mild)
-    if is_mild != 0:
+    if (mild is not None) and (mildest(mild) != 0):
         _consume(
             dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars, dbias_strides, slope_strides, cap,
             dropout, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles, places,
@@ -448,10 +445,9 @@ def dbias(
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
         gl.warp_specialize([
-            (_consume_either, (optional(mild), optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s,
-            right_s, bias_s,
-                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
-                        optional(mask_strides),
+            (_consume_either, (optional(mild), optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats,
+                        left_s, right_s, bias_s, bars, optional(dbias_strides), optional(slope_strides), optional(cap),
+                        optional(dropout), optional(mask), optional(mask_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
                         shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS)),
             (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
@@ -467,16 +463,14 @@ def dbias(
         ], [1, 1, 1, 1], [32, 32, 32, 32])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume_either, (optional(mild), optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s,
-            right_s, bias_s,
-                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
-                        optional(mask_strides),
+            (_consume_either, (optional(mild), optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats,
+                        left_s, right_s, bias_s, bars, optional(dbias_strides), optional(slope_strides), optional(cap),
+                        optional(dropout), optional(mask), optional(mask_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
                         shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS)),
-            (_consume_either, (optional(mild), optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats, left_s,
-            right_s, bias_s,
-                        bars, optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
-                        optional(mask_strides),
+            (_consume_either, (optional(mild), optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats,
+                        left_s, right_s, bias_s, bars, optional(dbias_strides), optional(slope_strides), optional(cap),
+                        optional(dropout), optional(mask), optional(mask_strides),
                         batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
                         shuffle, 1, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS)),
             (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),

@@ -41,7 +41,8 @@ def prepare(
 
     stats is contiguous (batch and head, KINDS, padded_M): lse in base 2, +inf where a query saw no key or does not exist, so that its p is
     0; ``delta = rowsum(out * dout) - dlse``, times ``keep``, the share of probabilities that dropout keeps; and
-    rest, if there is one. mild: FLAGS flags, or None. dq_sum, in blocks of BM rows of ROW columns, is laid out as ``keys_dq.py`` says, or None.
+    rest, if there is one. mild: FLAGS flags, or None. dq_sum, in blocks of BM rows of ROW columns, is laid out as ``keys_dq.py`` says, or
+    None.
     """
     tiles = padded_M // BM
     pair_count = tl.num_programs(0) // tiles
@@ -92,3 +93,32 @@ def finish(
     else:
         total = load_rows(block, ROW, 0, BM, BM, D, BD, False, False)
     store_rows(dq, dq_strides[1], m0, M, total * scale, BM, D, BD, True, WIDE)
+
+
+@triton.jit
+def dkdv_sum(
+    dk_parts, dv_parts, dk, dv, dk_strides, dv_strides, kv_heads, N, padded_N, splits,
+    BM: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program owns BM keys of one key head: dk and dv, if not None, from their ``splits`` partial sums, added in order in float32.
+    ``backward.py`` says how those lie.
+    """
+    tiles = tl.cdiv(N, BM)
+    n0 = tl.program_id(0) % tiles * BM
+    pair = tl.program_id(0) // tiles
+    if dk is not None:
+        dk += offset(pair // kv_heads, dk_strides[0]) + offset(pair % kv_heads, dk_strides[2])
+        _add_parts(dk_parts, dk, dk_strides[1], pair * splits, n0, N, padded_N, splits, BM, D, BD, WIDE)
+    if dv is not None:
+        dv += offset(pair // kv_heads, dv_strides[0]) + offset(pair % kv_heads, dv_strides[2])
+        _add_parts(dv_parts, dv, dv_strides[1], pair * splits, n0, N, padded_N, splits, BM, DV, BDV, WIDE)
+
+
+@triton.jit
+def _add_parts(
+    parts, total, stride, first, n0, N, padded_N, splits, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros([BM, BD], tl.float32)
+    for part in range(splits):
+        acc += load_rows(parts, BD, (first + part) * padded_N + n0, 0, BM, BD, BD, False, False)
+    store_rows(total, stride, n0, N, acc, BM, D, BD, True, WIDE)

@@ -7,7 +7,7 @@ rows further down. ``edges.py`` clears and reads it.
 """
 
 from ..triton.prims import offset
-from .columns import turned, visible_blocks
+from .columns import key_heads, query_heads, turned, visible_blocks
 from .compat import fence_async_shared, gl, gluon, mbarrier, tma_add, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from .features import visible_keys
 from .grid import accumulator, locate, meet, share, signal
@@ -47,20 +47,21 @@ def add_to_sum(dq_sum, block, dq, go, FIRST: gl.constexpr, ROW: gl.constexpr):
 
 @gluon.jit
 def add_up(
-    dq_desc, lengths, dq_s, bars, batch, heads, group, M, N, lo, hi, tiles_n, tiles, section, snake,
+    dq_desc, lengths, dq_s, bars, batch, heads, group, splits, M, N, lo, hi, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
     """The warp that adds what the consumers put into ``dq_s``, half of the columns each, to dq in global memory."""
     COLUMNS: gl.constexpr = dq_s.shape[4]
-    kv_heads = heads // group
+    kv_heads = key_heads(heads, group, splits)
     done = 0
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
         begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
         steps = end - begin
-        for step in range(steps * group):
-            head = kv_head * group + step // steps
+        _own, first_head, members = query_heads(kv_head, group, splits)
+        for step in range(steps * members):
+            head = first_head + step // steps
             m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
             meet(DQ_HERE, 288)
             for w in gl.static_range(2):
@@ -69,32 +70,33 @@ def add_up(
             mbarrier.arrive(bars[DQ_EMPTY].index(0))
             tma_store_wait(0)
             mbarrier.arrive(bars[DQ_EMPTY].index(1))
-        done += steps * group
+        done += steps * members
 
 
 @gluon.jit
 def add_up_apart(
-    dq_desc, lengths, k_s, ds_s, dq_s, bars, batch, heads, group, M, N, lo, hi, tiles_n, tiles, section, snake,
+    dq_desc, lengths, k_s, ds_s, dq_s, bars, batch, heads, group, splits, M, N, lo, hi, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, KV_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
     """The warpgroup that computes ``ds k`` of every block and adds it to dq in global memory."""
     BD: gl.constexpr = k_s.shape[4]
     HALF: gl.constexpr = BN // 2
     COLUMNS: gl.constexpr = dq_s.shape[4]
-    kv_heads = heads // group
+    kv_heads = key_heads(heads, group, splits)
     nothing = gl.zeros([BM, BD], gl.float32, accumulator(BD))
     done = 0
     for wave in range(share(tiles, snake)):
         n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
         begin, whole, part, end = visible_blocks(n0, M, visible_keys(lengths, b, N), lo, hi, BM, BN)
         steps = end - begin
+        _own, first_head, members = query_heads(kv_head, group, splits)
         kv = wave % KV_STAGES
         k0 = k_s.index(kv * 2).reshape([HALF, BD])
         k1 = k_s.index(kv * 2 + 1).reshape([HALF, BD])
         if steps > 0:  # else nobody waits for this partition, and it might find them full of another tile
             mbarrier.wait(bars[KV_FULL].index(kv), (wave // KV_STAGES) & 1)
-        for step in range(steps * group):
-            head = kv_head * group + step // steps
+        for step in range(steps * members):
+            head = first_head + step // steps
             m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
             at = done + step
             slot = at & 1
@@ -110,7 +112,7 @@ def add_up_apart(
             fence_async_shared()
             tma_add(dq_desc, [b, head, m0, 0], dq_s.index(slot * 2))
             tma_add(dq_desc, [b, head, m0, COLUMNS], dq_s.index(slot * 2 + 1))
-        done += steps * group
+        done += steps * members
     tma_store_wait(0)
 
 
