@@ -90,6 +90,7 @@ def fold(
     NEED_DQ: gl.constexpr = ds_s is not None and not APART
     DIRECT: gl.constexpr = dq_sum is not None
     NEED_DS: gl.constexpr = ds_s is not None or NEED_DK or NEED_DB
+    ALONE: gl.constexpr = NEED_DV and not NEED_DK and ds_s is None  # no other product follows
     AFTER: gl.constexpr = 1 if NEED_DK else 0  # products of dk started after those of dv and dq
     NEXT: gl.constexpr = 0 if not MORE else 2 if APART and NEED_DS else 1  # products of the next block
     SOON: gl.constexpr = APART and NEED_DV and bias_s is None  # dv's product before ds is there
@@ -160,7 +161,7 @@ def fold(
             ds_s.index((at & 1) * 2 + WG).permute((1, 0)).store(ds16)
     if NEED_DV and not SOON:
         dv_pending = warpgroup_mma(p16, o_s.index(o_stage).reshape([BM, BDV]), dv, is_async=True)
-    if NEED_DV and not NEED_DS:  # here, because the assembler of Triton 3.6 (12.8) dies of a wait further down
+    if ALONE:  # here, because the assembler of Triton 3.6 (12.8) dies of a wait further down
         dv = warpgroup_mma_wait(0, [dv_pending])
     # The fence stands before a buffer that was read by plain loads goes back to TMA, and before others are told of ds. It waits for ds to
     # be stored: where no product here needs that, behind all that can be started.
@@ -195,7 +196,7 @@ def fold(
             place = sum_base + m0 // BM
         else:
             dq_hand_over(dq, go, dq_s, WG)
-    if NEED_DV and NEED_DS:
+    if NEED_DV and not ALONE:
         dv = warpgroup_mma_wait(AFTER + NEXT, [dv_pending])
     signal(O_FREE + o_stage, 288)
     if NEED_DK:
