@@ -108,6 +108,8 @@ def load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Any:
         x = memory[int(pointer.at)]
         return x.clone() if x.is_floating_point() else Scalar(x)
     mask = torch.ones_like(pointer.at, dtype=torch.bool) if mask is None else mask
+    if memory.dtype == torch.uint8:  # read by two: the byte behind an odd number of them belongs to what is read, and may be anything
+        memory = torch.nn.functional.pad(memory, (0, 1), value=1)
     return torch.where(mask, memory[torch.where(mask, pointer.at, 0)], torch.tensor(other, dtype=memory.dtype))
 
 
@@ -326,11 +328,15 @@ def _added_up(pointer: Pointer, x: Tensor, kept: Tensor) -> None:
 
 
 def inline_asm(text: str, _constraints: str, arguments: Sequence[Any], dtype: Any, *_: object) -> Any:
-    """A copy, a wider copy, an addition in memory, a negative, a choice, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, or a barrier of the processor."""
+    """A copy, a wider copy, an addition in memory, a negative, choices, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, or a barrier of the processor."""
     if text == "mov.b32 $0, $1;":
         return arguments[0]
     if text.startswith("shl.b32 $0, $2, 16;"):
         return arguments[0].to(dtype)
+    if "setp.ne.u16" in text:
+        s, shown = arguments
+        assert shown.dtype == torch.uint8
+        return torch.where(shown != 0, s, -math.inf)
     if "red." in text:
         return _added_up(*arguments)
     if text.startswith("neg.f32"):
@@ -468,7 +474,7 @@ def namespace(module: str, loaded: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _stand_ins() -> dict[str, Any]:
     gl = SimpleNamespace(
-        constexpr=lambda x: x, static_range=range, float32=torch.float32, float16=torch.float16,
+        constexpr=lambda x: x, static_range=range, float32=torch.float32, uint8=torch.uint8, float16=torch.float16,
         bfloat16=torch.bfloat16, int16=torch.int16, int32=torch.int32, int64=torch.int64, uint32=32, uint64=64, cast=lambda x, _: x,
         arange=lambda a, b, _=None: torch.arange(a, b), zeros=lambda shape, dtype, _=None: torch.zeros(shape, dtype=dtype),
         cdiv=lambda a, b: (a + b - 1) // b,

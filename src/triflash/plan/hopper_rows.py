@@ -132,8 +132,9 @@ def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
     """The configuration of ``dbias`` within ``limit`` bytes of shared memory; None if no candidate fits.
 
     A wide tile matters most: what a round loads grows with the sum of its sides, what it multiplies with their product. Narrow heads have
-    time to load more, and two programs of one consumer, of which one computes while the other waits, are up to 1.17 times as fast as one of
-    two. Then, for heads whose tiles are short, a second buffer for the bias, if it leaves each ring four slots.
+    time to load more, and two programs of one consumer, of which one computes while the other waits, are up to 1.17 times as fast as one
+    of two, but not beside a mask, which takes registers. Then, for heads whose tiles are short, a second buffer for the bias, if it leaves
+    each ring four slots.
     """
     widest = padded(max(spec.head_dim, spec.value_dim))
     chunk = min(64, widest)
@@ -143,8 +144,7 @@ def dbias_config(spec: AttentionSpec, limit: int) -> RowsConfig | None:
             pair = RowsConfig(1, 128, slots, v_stages=slots, chunk=chunk, together=2)
             if dbias_shared_memory(spec, pair) <= shared_limit(limit, pair.together):
                 return pair
-    sizes = ((2, 128), (2, 64), (1, 64), (1, 32))
-    for consumers, block_n in sizes if spec.mask is None else sizes[1:]:  # a number a key more takes registers: 62 words were spilled
+    for consumers, block_n in ((2, 128), (2, 64), (1, 64), (1, 32)):
         for bias_stages in (2, 1) if widest <= 64 else (1,):
             for slots in range(16, 2 * (least if bias_stages == 1 else max(least, 4)) - 1, -1):  # of both rings
                 config = RowsConfig(consumers, block_n, slots - slots // 2, bias_stages, v_stages=slots // 2, chunk=chunk)

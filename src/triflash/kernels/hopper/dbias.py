@@ -290,7 +290,11 @@ def _consume(
                 j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
                 row = mask + offset(b // batch_inner, mask_strides[0]) + offset(b % batch_inner, mask_strides[1])
                 row += offset(head, mask_strides[2])
-                shown = gl.expand_dims(gl.load(row + j.to(gl.int64) * mask_strides[4], mask=j < N, other=0), 0)
+                # Rows begin at even addresses: read by two, one byte past an odd end.
+                if EVEN:
+                    shown = gl.expand_dims(gl.load(row + j), 0)
+                else:
+                    shown = gl.expand_dims(gl.load(row + j, mask=j < (N + 1) // 2 * 2, other=0), 0)
             if TURNS:
                 mbarrier.wait(bars[TURN + WG].index(0), (at // CHUNKS) & 1)
             s_pending = _multiply(nothing, left_s, right_s, bars, at, WG, WGS, LEFT_FULL, RIGHT_FULL, True)

@@ -44,6 +44,32 @@ def clear_hidden(tile, shown):
     thread_barrier()  # here, else the compiler puts one before every product of the loops behind
 
 
+_HIDING = gl.constexpr("""{
+    .reg .pred p;
+    .reg .b16 t;
+    and.b16 t, $4, 0x00FF;
+    setp.ne.u16 p, t, 0;
+    selp.f32 $0, $2, 0fFF800000, p;
+    and.b16 t, $4, 0xFF00;
+    setp.ne.u16 p, t, 0;
+    selp.f32 $1, $3, 0fFF800000, p;
+}""")
+
+
+@gluon.jit
+def hide(s, shown):
+    """Scores where a mask that broadcasts to them is not 0, else -inf.
+
+    Of bytes in assembly, two instructions a score, because of a comparison of whole tiles LLVM makes a vector of bits, packed and unpacked.
+    By two, because so many neighbours are loaded into a register: of keys, in tiles whose columns are keys.
+    """
+    shown, s = gl.broadcast(shown, s)
+    if shown.dtype == gl.uint8:
+        return gl.inline_asm_elementwise(_HIDING, "=f,=f,f,f,h", [s, shown], gl.float32, True, 2)
+    else:
+        return gl.where(shown != 0, s, float("-inf"))
+
+
 @gluon.jit
 def hide_by(s, buffer, BM: gl.constexpr, BN: gl.constexpr):
     """Scores of BM queries and BN keys, -inf where the mask in a buffer hides them: a tile, or a row of at least 128 keys for all."""
@@ -52,8 +78,7 @@ def hide_by(s, buffer, BM: gl.constexpr, BN: gl.constexpr):
         shown = buffer.reshape([BM, BN]).load(S)
     else:
         shown = gl.expand_dims(buffer.reshape([buffer.shape[4]]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
-    shown, s = gl.broadcast(shown, s)
-    return gl.where(shown != 0, s, float("-inf"))
+    return hide(s, shown)
 
 
 @gluon.jit

@@ -27,7 +27,7 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .dropout import drawn, dropped, stream_of
-from .features import ONE_SIDED, add_alibi, capped, clear_hidden, hide_by, line, opaque, slope_of, squashed, visible_keys, widened
+from .features import ONE_SIDED, add_alibi, capped, clear_hidden, hide, hide_by, line, opaque, slope_of, squashed, visible_keys, widened
 from .grid import accumulator, locate, share, stacked
 from .loads import (
     BIAS_EMPTY,
@@ -58,7 +58,10 @@ def _softmax(
     S: gl.constexpr = accumulator(BN)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
     BIASED: gl.constexpr = (bias_s is not None) or ROW_BIASED or ALIBI
-    LATE_SCALE: gl.constexpr = (POSITIVE_SCALE or cap is not None) and not BIASED
+    # Scores are scaled as they go into the power, in one instruction, unless something is added to them that may be huge: then the maximum
+    # must be one of them to the last bit.
+    ADDED: gl.constexpr = ALIBI or ((bias_s is not None or ROW_BIASED) and not IS_MASK)
+    LATE_SCALE: gl.constexpr = (POSITIVE_SCALE or cap is not None) and not ADDED
     if cap is not None:
         if CUT:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
             s = hide_unseen(s, m0, block * BN, N, None, None, BM, BN, "0f00000000")
@@ -76,7 +79,7 @@ def _softmax(
             WIDE: gl.constexpr = bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
             bias = gl.expand_dims(bias_s.index(slot).reshape([WIDE]).slice(0, BN).load(COLS), 0)
         if IS_MASK:
-            s = gl.where(bias != 0, s, float("-inf"))
+            s = hide(s, bias)
         else:
             bias, s = gl.broadcast(widened(bias), s)
             s = gl.fma(bias, gl.full([BM, BN], LOG2E, gl.float32, S), s)

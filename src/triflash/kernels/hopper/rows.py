@@ -8,7 +8,7 @@ a query that sees no key or does not exist, so that p is 0 there, and delta 0: n
 
 from ..triton.prims import LOG2E, offset
 from .compat import gl, gluon
-from .features import widened
+from .features import hide, widened
 from .grid import accumulator, keep_up_to
 
 
@@ -43,8 +43,7 @@ def column_of(bias, strides, m0, head, b, batch_inner, M, BM: gl.constexpr, BN: 
 def add_bias(s, bias, IS_MASK: gl.constexpr):
     """Scores in base 2 with a bias of 64 rows or one, of BN columns or one; rounded as in the forward kernel."""
     if IS_MASK:
-        bias, s = gl.broadcast(bias, s)
-        return gl.where(bias != 0, s, float("-inf"))
+        return hide(s, bias)
     else:
         bias, s = gl.broadcast(widened(bias), s)
         return gl.fma(bias, gl.full(s.shape, LOG2E, gl.float32, s.type.layout), s)
