@@ -199,6 +199,8 @@ def _candidates(spec: AttentionSpec) -> tuple[HopperConfig, ...]:
         if bias_tiles:
             if head <= 32 and light:
                 narrow = (HopperConfig(2, 64, 3, 2, q_stages=2, together=2), HopperConfig(2, 64, 2, together=2))
+                if spec.bias is not None and spec.bias.is_mask:
+                    narrow = (HopperConfig(1, 64, 3, q_stages=2, together=4), *narrow)
             if short:
                 small = (HopperConfig(1, 64, 2, 2, together=3), HopperConfig(1, 64, 2, together=3))
             large = (HopperConfig(2, 128, 2, 2, turns=True), HopperConfig(2, 128, 2, 1, turns=True), HopperConfig(2, 64, 2, turns=True))
