@@ -28,8 +28,8 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in fo
 CPU, BF16, F16, F32, BOOL = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32, torch.bool
 
 
-def check(case: Case, processors: int = 2, seed: int = 0, edges: bool = True, **configs: Config) -> list[str]:
-    """Run and judge a case, and if statistics might not be mild its backward pass once more as if they were not; the kernels that ran."""
+def check(case: Case, processors: int = 2, seed: int = 0, edges: bool = True, carefully: bool = True, **configs: Config) -> list[str]:
+    """Run and judge a case; the kernels that ran. carefully: if statistics might not be mild, the backward pass once more as if they were not."""
     inputs = build(case, CPU)
     if inputs.alibi_slopes is not None:
         inputs.alibi_slopes.mul_(0.02)  # far from the diagonal, all would be lost beside a sink
@@ -41,7 +41,7 @@ def check(case: Case, processors: int = 2, seed: int = 0, edges: bool = True, **
         ]  # the seed's functions would be deterministic here
         outputs, cotangents = ([out], [inputs.dout]) if inputs.dlse is None else ([out, lse], [inputs.dout, inputs.dlse])
         passes = [torch.autograd.grad(outputs, list(wanted.values()), cotangents, retain_graph=True)] if wanted else []
-    if passes and ((x[3] is not None and x[3].dtype != BOOL) or case.alibi):
+    if passes and carefully and max(case.D, case.Dv or 0) <= 128 and ((x[3] is not None and x[3].dtype != BOOL) or case.alibi):
         with gluon_twin.twin_device(processors, seed, edges, mild=False), override_configs(**configs):
             passes.append(torch.autograd.grad(outputs, list(wanted.values()), cotangents))
     for kernel, config in configs.items():
@@ -72,7 +72,7 @@ KEYS = [
 @pytest.mark.parametrize("case", KEYS, ids=str)
 @pytest.mark.parametrize("config", KEYS_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
 def test_keys_that_add_dq(config: KeysConfig, case: Case) -> None:
-    ran = check(case, dqdkdv=config)
+    ran = check(case, carefully=config.unroll == 1, dqdkdv=config)
     assert [kernel for kernel in ran if kernel != "dbias_sum"] == ["forward", "prepare", "dqdkdv", "finish"]
 
 
@@ -226,7 +226,7 @@ def test_soft_caps(case: Case, D: int) -> None:
     check(replace(case, D=D), 2, D)
     if D <= 64:
         for config in (KeysConfig(2, 2, apart=True), KeysConfig(2, 1)):
-            assert "finish" in check(replace(case, D=D), 2, D, dqdkdv=config) or case.bias == "b1hqk"
+            assert "finish" in check(replace(case, D=D), 2, D, carefully=False, dqdkdv=config) or case.bias == "b1hqk"
 
 
 @pytest.mark.parametrize("case", CAPPED, ids=str)
@@ -253,7 +253,7 @@ def test_masks_beside_biases(case: Case, D: int) -> None:
     check(replace(case, D=D), 2, D)
     if D <= 64:
         for config in (KeysConfig(2, 2, 2, apart=True, unroll=2), KeysConfig(2, 1), KeysConfig(2, 2, direct=True)):
-            check(replace(case, D=D), 3, D, dqdkdv=config)
+            check(replace(case, D=D), 3, D, carefully=False, dqdkdv=config)
 
 
 @pytest.mark.parametrize("case", MASKED, ids=str)
@@ -296,7 +296,7 @@ def test_dropout(case: Case, D: int) -> None:
     check(replace(case, D=D), 2, D)
     if D <= 64:
         for config in (KeysConfig(2, 2, apart=True), KeysConfig(2, 1), KeysConfig(2, 2, direct=True)):
-            check(replace(case, D=D), 3, D, dqdkdv=config)
+            check(replace(case, D=D), 3, D, carefully=False, dqdkdv=config)
 
 
 @pytest.mark.parametrize("case", DROPPED, ids=str)
@@ -473,4 +473,4 @@ def test_heads_of_a_group_in_parts(way: str, case: Case) -> None:
     members = 2 if way == "plain" and 2 * case.key_heads < case.H else 1
     config = KeysConfig(2, 2, apart=way == "apart", direct=way == "direct", head_splits=case.H // case.key_heads // members)
     kernel = "dqdkdv" if "q" in case.grads else "dkdv"
-    assert check(case, **{kernel: config})[2:4] == [kernel, "dkdv_sum"]
+    assert check(case, carefully=False, **{kernel: config})[2:4] == [kernel, "dkdv_sum"]
