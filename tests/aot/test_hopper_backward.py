@@ -127,7 +127,7 @@ TARGETS = [
     Target((32, 16), F16, band=CAUSAL, lengths=True, adds=False),
     Target((32, 32), bias="1hqk", mask="b11k", band=CAUSAL, adds=False, dropout=0.1, spills=96),
     # … and where it is added up: no wider than they are.
-    *(Target((32, 32), bias="1hqk", band=band) for band in (FULL, CAUSAL)),
+    Target((32, 32), bias="1hqk", band=CAUSAL),
     Target((32, 32), length=EVEN),
     Target((24, 64), F16, bias="1h1k", grads="qkvb", softcap=50.0, lengths=True),
     Target((16, 32), bias="1hqk", bias_dtype=F32, band=WINDOW, slopes=True, config=KeysConfig(2, 2)),
@@ -146,7 +146,6 @@ TARGETS = [
     # Candidates that the plan does not choose here.
     Target((128, 128), config=KeysConfig(1, 1), spills=80),
     *(Target((128, 128), band=band, config=KeysConfig(2, 2), spills=LOOP) for band in (FULL, CAUSAL)),
-    Target((64, 64), bias="1hqk", config=KeysConfig(2, 2), band=CAUSAL),
 ]  # fmt: skip
 
 
@@ -207,7 +206,7 @@ def test_other_sizes_are_the_same_kernel() -> None:
         sizes = ((EVEN, 2, 16, 1), (5120, 1, 9, 3), (EVEN, 16, 2, 2), (8192, 3, 12, 3))
         made = [the_call(replace(target, length=length, groups=groups), batch, heads)[2] for length, batch, heads, groups in sizes]
         assert len({ahead.compile_for(call, "sm90").hash for call in made}) == 1
-    parts = [replace(TARGETS[1], groups=8, config=KeysConfig(2, 2, apart=True, head_splits=splits)) for splits in (2, 3, 8)]
+    parts = [replace(TARGETS[1], groups=8, config=KeysConfig(2, 2, apart=True, head_splits=splits)) for splits in (2, 3)]
     assert len({ahead.compile_for(the_call(target)[2], "sm90").hash for target in parts}) == 1
 
 

@@ -131,7 +131,7 @@ TARGETS = [
     dq(64, "bhqk", lengths=True, gradient=True),
     *(dbias(d, "1hqk", band, lengths=True, spills=20) for d, band in MIXED),
     dq(128, "1hqk", CAUSAL, mask="b1qk", lengths=True, softcap=50.0, spills=20),
-    dbias(64, "1hqk", CAUSAL, mask="b11k", lengths=True, softcap=50.0, spills=20),
+    dbias(64, "1hqk", CAUSAL, mask="b11k", lengths=True, softcap=50.0, spills=40),
     # ALiBi, one- and two-sided.
     *(dq(d, band=band, slopes=True) for d, band in MIXED[:2]),
     *(dbias(128, "1hqk", band, slopes=True) for band in (FULL, CAUSAL)),
@@ -141,7 +141,7 @@ TARGETS = [
     *(dbias(d, "1hqk", band, dropout=0.1, spills=48) for d, band in MIXED[:2]),
     # All at once, at wide heads.
     dq(256, "1hqk", CAUSAL, mask="b1qk", lengths=True, softcap=50.0, dropout=0.1, spills=48),
-    dbias(256, "1hqk", mask="b11k", lengths=True, softcap=50.0, dropout=0.1, spills=48),
+    dbias(256, "1hqk", mask="b11k", lengths=True, softcap=50.0, dropout=0.1, spills=56),
     # Several programs a processor.
     dq(32, "1hqk", mask="b11k"),
     dq(32, "bhqk", gradient=True),
