@@ -397,6 +397,17 @@ def test_scratch_of_heads_in_parts(letters: str, keys: int, dim: int) -> None:
     assert memory["partial sums of dk and dv"] > 0 and sum(memory.values()) == sum(allocated)
 
 
+def test_heads_in_parts_for_the_bias_alone() -> None:
+    """There is nothing else to be summed up than what keeps the heads apart."""
+    problem = spec("11h1k", queries=70, keys=200, heads=16, groups=8, head_dim=64, value_dim=64)
+    plan, calls, allocated = launched(problem, "b")
+    assert [step.config.head_splits for step in plan.steps if isinstance(step.config, KeysConfig)] == [4]
+    assert names(plan) == ["prepare", "dkdv", "dbias_sum"] and len(calls) == 3
+    memory = dict(scratch([plan_forward(problem, SM90), plan], problem, needs_of("b")))
+    del memory["lse (until the backward pass)"], memory["rest of lse"]
+    assert sum(memory.values()) == sum(allocated)
+
+
 @pytest.mark.parametrize("group, splits", [(4, 2), (7, 2), (71, 24), (5, 5), (8, 3)])
 def test_parts_of_a_key_head_have_all_its_query_heads(group: int, splits: int) -> None:
     from triflash.kernels.hopper.columns import key_heads, query_heads

@@ -462,6 +462,7 @@ PARTS = [
     Case("lengths, slopes, dims that differ", B=3, M=140, N=200, H=8, Hk=2, D=40, Dv=24, lengths=(70, 0, 200), alibi="h", dlse=True),
     Case("dropout, one gradient of the two", B=2, M=100, N=260, H=4, Hk=1, dropout=0.2, grads="qv"),
     Case("another", B=2, M=100, N=260, H=4, Hk=1, grads="k", hi=30),
+    Case("neither", B=2, M=100, N=260, H=4, Hk=1, bias="1h1k", grads="b", hi=30),
 ]
 
 
@@ -473,4 +474,4 @@ def test_heads_of_a_group_in_parts(way: str, case: Case) -> None:
     members = 2 if way == "plain" and 2 * case.key_heads < case.H else 1
     config = KeysConfig(2, 2, apart=way == "apart", direct=way == "direct", head_splits=case.H // case.key_heads // members)
     kernel = "dqdkdv" if "q" in case.grads else "dkdv"
-    assert check(case, carefully=False, **{kernel: config})[2:4] == [kernel, "dkdv_sum"]
+    assert check(case, carefully=False, **{kernel: config})[2:4] == [kernel, "dkdv_sum" if set(case.grads) & set("kv") else "dbias_sum"]

@@ -110,9 +110,9 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
             raise bad_value("head_splits", f"at most {spec.groups}, the query heads of a key head", config.head_splits)
         programs = min(keys.keys_tiles(spec, config)[1], processors)
         steps.append(Step(kernel, config, programs, order, broadcast_rows(spec) if source == "dkdv" else 1, gives))
-        if config.head_splits > 1:
+        summed = tuple(name for name in ("dk", "dv") if name in gives)
+        if config.head_splits > 1 and summed:  # what is summed up for a bias alone keeps the heads apart anyway
             programs = spec.batch * spec.kv_heads * ceil_div(spec.keys, EDGE.block_m)
-            summed = tuple(name for name in ("dk", "dv") if name in gives)
             steps.append(Step("dkdv_sum", EDGE, programs, splits=config.head_splits, gives=summed))
     if (needs.dq and not adding) or source == "dq":
         gives = ("dq",) * needs.dq + ("dbias",) * (source == "dq")

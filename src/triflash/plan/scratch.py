@@ -35,7 +35,7 @@ def scratch(plans: Sequence[Plan], spec: AttentionSpec, needs: Needs) -> Iterabl
         if backward.backend == "hopper" and any(step.gives == ("dbias",) and step.kernel == "dq" for step in backward.steps):
             yield "dq, which nobody asked for", math.prod(tma_padded((rows, spec.head_dim), 2)) * 2
         for step in backward.steps:
-            if isinstance(step.config, KeysConfig) and step.config.head_splits > 1:
+            if isinstance(step.config, KeysConfig) and step.config.head_splits > 1 and {"dk", "dv"} & set(step.gives):
                 columns = sum(width for name, width in zip(("dk", "dv"), dims(spec), strict=True) if name in step.gives)
                 yield "partial sums of dk and dv", keys_tiles(spec, step.config)[1] * step.config.block_n * columns * 4
             if "dbias" in step.gives and step.splits > 1 and step.kernel != "dbias_sum":
