@@ -18,10 +18,12 @@ import triflash
 from cases import Case, build, judge, kernels
 from pairwise import pairwise
 from triflash.bench.tolerance import assert_close
+from triflash.launch.hopper_backward import new_stats, prepare_call
 from triflash.plan.hopper import HopperConfig
 from triflash.plan.hopper_backward import KeysConfig
 from triflash.plan.hopper_rows import RowsConfig
 from triflash.plan.override import Config, override_configs
+from triflash.spec import spec_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for the GPU that there is, or without Triton's interpreter")
 
@@ -107,6 +109,21 @@ def test_without_a_rest(bias: str) -> None:
             grads = torch.ops.triflash.backward(inputs.dout, None, *x[:4], out, lse, None, *options, [True] * 4, *x[4:])
         for letter, grad in zip("qkvb", grads, strict=False):
             assert_close("d" + letter, grad.view_as(judgements["d" + letter].reference), judgements["d" + letter])
+
+
+@pytest.mark.parametrize("outer, M", [(1, 1), (2, 130), (300, 70), (2, 1100)])  # programs: fewer and more than flags; several goes a head
+def test_whether_statistics_are_mild(outer: int, M: int) -> None:
+    """Of every query, the last one of the last head included; those that see no key have no say."""
+    like = torch.empty(outer, M, 2, 16, dtype=F16)
+    spec = spec_of(like, like, like, torch.empty(1, 1, 2, M, M), 1, None, None, 0.25, "ieee")
+    for value, mild in ((-699.0, 1), (-math.inf, 1), (701.0, 0), (-701.0, 0)):
+        for at in ((0, 0, 0), (-1, -1, -1)):
+            lse = torch.zeros(outer, 2, M)
+            lse[at] = value
+            stats, flags = new_stats(spec, lse, lse), torch.full((512,), 7, dtype=torch.int32)
+            zeros = torch.zeros_like(like)
+            gluon_twin.run(prepare_call(spec, zeros, zeros, None, lse, torch.zeros_like(lse), stats, flags, None))
+            assert set(flags.tolist()) <= {0, 1} and flags.min() == mild and (flags == 0).sum() == 1 - mild
 
 
 @pytest.mark.parametrize("grads", ["q", "k", "v", "b", "s", "qk", "vb", "kvs"])

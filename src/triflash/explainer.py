@@ -259,8 +259,9 @@ def _determinism(plans: list[Plan]) -> tuple[bool, str]:
             reasons.append("PyTorch's matrix products over tiles in a fixed order (on a GPU as far as cuBLAS repeats itself)")
         else:
             reasons.append("no atomics, each element is summed by one program in one order")
-        if last := plan.step("dbias_sum"):
-            reasons.append(f"the {last.splits} partial sums of dbias are added in the order of their numbers")
+        for kernel, sums in (("dkdv_sum", "dk and dv"), ("dbias_sum", "dbias")):
+            if last := plan.step(kernel):
+                reasons.append(f"the {last.splits} partial sums of {sums} are added in the order of their numbers")
     return True, "; ".join(dict.fromkeys(reasons))
 
 

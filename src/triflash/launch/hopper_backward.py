@@ -15,7 +15,7 @@ from ..kernels.triton import dbias as dbias_kernels
 from ..plan.configs import padded
 from ..plan.hopper_backward import KeysConfig, dims, keys_tiles, schedule, stats_kinds, stats_length
 from ..plan.hopper_rows import RowsConfig
-from ..plan.hopper_steps import EDGE, FLAGS, finds_mild
+from ..plan.hopper_steps import EDGE, finds_mild
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
@@ -72,7 +72,8 @@ def backward_calls(
     out, lse, rest = saved
     dq, dk, dv, dbias, _ = grads
     dq_sum = new_dq_sum(spec, lse) if plan.step("finish") else None
-    mild = lse.new_empty(FLAGS, dtype=torch.int32) if stats.shape[1] == 3 and finds_mild(spec, plan.steps) else None
+    looking = stats.shape[1] == 3 and finds_mild(spec, plan.steps)
+    mild = lse.new_empty(edges.FLAGS.value, dtype=torch.int32) if looking else None
     parts = None
     head_parts: HeadParts = (None, None)
     calls = []

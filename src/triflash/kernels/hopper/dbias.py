@@ -290,7 +290,7 @@ def _consume(
                 j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
                 row = mask + offset(b // batch_inner, mask_strides[0]) + offset(b % batch_inner, mask_strides[1])
                 row += offset(head, mask_strides[2])
-                # Rows begin at even addresses: read by two, one byte past an odd end.
+                # A row that TMA could address: keys are neighbours, and it begins at an even address. Read by two, a byte past an odd end.
                 if EVEN:
                     shown = gl.expand_dims(gl.load(row + j), 0)
                 else:
