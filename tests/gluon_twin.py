@@ -28,6 +28,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+import ptx_twin
 import triflash
 from triflash import ops
 from triflash.dropout import philox2x32
@@ -327,10 +328,12 @@ def _added_up(pointer: Pointer, x: Tensor, kept: Tensor) -> None:
     pointer.memory().index_add_(0, at[kept], x[kept])
 
 
-def inline_asm(text: str, _constraints: str, arguments: Sequence[Any], dtype: Any, *_: object) -> Any:
-    """A copy, a wider copy, an addition in memory, a negative, choices, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, or a barrier of the processor."""
+def inline_asm(text: str, constraints: str, arguments: Sequence[Any], dtype: Any, *_: object) -> Any:
+    """A copy, a wider copy, an addition in memory, a negative, choices, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, what warps vote about, or a barrier of the processor."""
     if text == "mov.b32 $0, $1;":
         return arguments[0]
+    if "vote." in text:
+        return ptx_twin.run(text, constraints, arguments, dtype)
     if text.startswith("shl.b32 $0, $2, 16;"):
         return arguments[0].to(dtype)
     if "setp.ne.u16" in text:
@@ -481,14 +484,14 @@ def _stand_ins() -> dict[str, Any]:
         full=lambda shape, x, dtype, _: torch.full(shape, _wrapped(x) if dtype == torch.int32 else x, dtype=dtype), where=where, expand_dims=torch.unsqueeze,
         broadcast=torch.broadcast_tensors, fma=lambda a, b, c: a * b + c, exp2=torch.exp2, log2=torch.log2, abs=torch.abs,
         sum=torch.sum, max=torch.amax, minimum=_smaller, maximum=_larger, min=torch.amin,
-        convert_layout=lambda x, _: x, split=lambda x: (x[..., 0], x[..., 1]), load=load, store=store, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
+        convert_layout=lambda x, *_, **__: x, permute=torch.permute, split=lambda x: (x[..., 0], x[..., 1]), load=load, store=store, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
         inline_asm_elementwise=inline_asm, program_id=lambda _: Scalar(_here.program[0]), num_programs=lambda _: Scalar(_here.program[1]),
-        SliceLayout=_layout, BlockedLayout=_layout, DotOperandLayout=_layout, NVMMADistributedLayout=_layout,
+        SliceLayout=_layout, BlockedLayout=_layout, DistributedLinearLayout=_layout, DotOperandLayout=_layout, NVMMADistributedLayout=_layout,
         NVMMASharedLayout=SimpleNamespace(get_default_for=_layout),
     )  # fmt: skip
     jit = lambda function=None, **_: function or (lambda f: f)  # noqa: E731
     mbarrier = SimpleNamespace(
-        MBarrierLayout=lambda: "barriers", init=Barrier.init, wait=Barrier.wait, arrive=Barrier.arrive, expect=lambda b, size: b.change(1, size),
+        MBarrierLayout=lambda: "barriers", init=Barrier.init, wait=Barrier.wait, arrive=Barrier.arrive, expect=lambda b, size, pred=True: b.change(1, size) if pred else None,
     )  # fmt: skip
     return {
         "gl": gl, "tl": gl, "gluon": SimpleNamespace(jit=jit, constexpr_function=jit), "triton": SimpleNamespace(jit=jit), "mbarrier": mbarrier,

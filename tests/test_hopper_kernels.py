@@ -26,8 +26,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 CONFIGS = [
     *(HopperConfig(consumers, block_n, 2) for consumers, block_n in itertools.product((1, 2, 3), (16, 64, 128))),
     HopperConfig(2, 64, 1),
-    HopperConfig(2, 64, 3, v_stages=2),
-    HopperConfig(2, 64, 2, v_stages=4),
+    HopperConfig(2, 64, 3),
+    HopperConfig(2, 64, 4),
     HopperConfig(2, 64, 2, own_out=False),
     HopperConfig(2, 64, 2, bias_stages=2),
     HopperConfig(1, 32, 2, turns=True),

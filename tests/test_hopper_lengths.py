@@ -120,8 +120,8 @@ def pairs(configs: list[Any], problems: list[Problem]) -> list[Any]:
 FORWARD_CONFIGS = [
     None,
     HopperConfig(1, 64, 1),
-    HopperConfig(2, 64, 3, v_stages=2),
-    HopperConfig(2, 64, 2, v_stages=4, own_out=False, turns=True),
+    HopperConfig(2, 64, 3),
+    HopperConfig(2, 64, 4, own_out=False, turns=True),
     HopperConfig(2, 128, 2, 2, turns=True),
     HopperConfig(3, 16, 2),
     HopperConfig(2, 128, 2, q_stages=2, turns=True),

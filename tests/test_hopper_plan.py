@@ -177,7 +177,7 @@ def test_short_rows_and_biases_are_given_to_several_programs_a_processor() -> No
 def test_shared_memory_counts_every_buffer() -> None:
     """Against a sum written out: 2 consumers of 64 queries, 32 keys, dims 80 and 48 padded to 128 and 64."""
     problem = spec("b1hqk", "fp32", head_dim=80, value_dim=48)
-    config = HopperConfig(2, 32, 3, bias_stages=2, v_stages=4)
+    config = HopperConfig(2, 32, 4, bias_stages=2)
     q, k, v, out, bias = 2 * 64 * 128 * 2, 3 * 32 * 128 * 2, 4 * 32 * 64 * 2, 2 * 64 * 64 * 2, 2 * 2 * 64 * 32 * 4
     used = hopper.shared_memory(problem, config)
     assert q + k + v + out + bias < used < q + k + v + out + bias + 2048
@@ -198,7 +198,7 @@ def test_a_config_checks_itself(wrong: dict[str, int]) -> None:
 def test_block_and_text_of_a_config() -> None:
     config = HopperConfig(3, 64, 2, own_out=False)
     assert config.block_m == 192 and config.num_warps == 4 and str(config).startswith("192x64 ")
-    assert len({str(c) for c in (config, replace(config, turns=True), replace(config, own_out=True), replace(config, v_stages=3))}) == 4
+    assert len({str(c) for c in (config, replace(config, turns=True), replace(config, own_out=True), replace(config, num_stages=3))}) == 4
 
 
 @triton_only

@@ -194,15 +194,15 @@ FORWARD_CONFIGS = [
     None,
     HopperConfig(1, 64, 1),
     HopperConfig(1, 32, 2, turns=True),
-    HopperConfig(2, 64, 3, v_stages=2),
-    HopperConfig(2, 64, 2, v_stages=4, own_out=False, turns=True),
+    HopperConfig(2, 64, 3),
+    HopperConfig(2, 64, 4, own_out=False, turns=True),
     HopperConfig(2, 128, 2, 2, turns=True),
     HopperConfig(3, 64, 3, 3, turns=True, own_out=False),
     HopperConfig(3, 16, 2),
     HopperConfig(2, 64, 2, persistent=False),
     HopperConfig(1, 64, 1, q_stages=2),
     HopperConfig(2, 128, 2, q_stages=2, turns=True),
-    HopperConfig(3, 32, 4, v_stages=3, q_stages=2, turns=True),
+    HopperConfig(3, 32, 4, q_stages=2, turns=True),
 ]
 FORWARD = [
     Case("full", B=2, M=300, N=200),

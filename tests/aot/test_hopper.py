@@ -136,7 +136,7 @@ TARGETS = [
     Target((64, 64), band=CAUSAL, length=512, lengths=True),
     # What the plan does not choose (or not yet), and tests choose by hand.
     Target((64, 64), F16, bias="1hqk", band=WINDOW, config=HopperConfig(1, 16, 1)),
-    Target((128, 128), config=HopperConfig(2, 64, 3, 2, turns=True, own_out=False, v_stages=2)),
+    Target((128, 128), config=HopperConfig(2, 64, 3, 2, turns=True, own_out=False)),
     Target((64, 64), bias="1h1k", config=HopperConfig(3, 64, 2, 2, turns=True, persistent=False)),
     Target((64, 64), band=WINDOW, config=HopperConfig(2, 128, 2, q_stages=2)),
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from ..kernels.hopper import forward as forward_kernels
 from ..kernels.hopper.compat import TensorDescriptor, gl
 from ..plan import layout
 from ..plan.configs import padded
-from ..plan.hopper import ROWS, HopperConfig, bias_block, mask_block, schedule, whole_tiles
+from ..plan.hopper import ROWS, HopperConfig, bias_block, fuses_bias, mask_block, schedule, whole_tiles
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
 from .calls import SMALLEST_SCALE, Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides, start
@@ -80,8 +80,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
         constants: dict[str, Any] = {
             "BN": block_n,
             "WGS": config.consumers,
-            "K_STAGES": config.num_stages,
-            "V_STAGES": config.value_stages,
+            "STAGES": config.num_stages,
             "BIAS_STAGES": config.bias_stages,
             "BATCH_FASTEST": step.order == "batch",
             "IS_MASK": spec.bias is not None and spec.bias.is_mask,
@@ -93,6 +92,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             "OWN_OUT": config.own_out,
             "REGISTERS": config.registers,
             "Q_STAGES": config.q_stages,
+            "FUSING": fuses_bias(spec, config),
         }
         calls.append(Call(forward_kernels.forward, args, constants | register_limit(config), config, step.programs))
     return calls

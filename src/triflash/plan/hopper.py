@@ -19,6 +19,7 @@ __all__ = [
     "dealt",
     "equal_sections",
     "forward_config",
+    "fuses_bias",
     "is_light",
     "mask_block",
     "mask_bytes",
@@ -37,6 +38,8 @@ SHORT = 1088  # keys that a query sees at most, for rows to be short: 1,024 and 
 PRODUCT_REGISTERS = 30  # of a thread, beside a product's result
 PRODUCER_REGISTERS = 24  # of a thread: the kernels say so
 MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even
+UNEVENNESS = 0.02  # of what programs get, that a smaller section is worth
+RESIDENT_BIAS = 2**22  # bytes of a head's bias that stay in the L2 cache beside all else
 TILE_COST = 1  # what a tile costs besides its blocks, in blocks
 SHORTEST = 256
 LARGEST_SOFTCAP = (
@@ -49,8 +52,8 @@ L2_SECTION = 24 * 2**20  # bytes of keys and values that tiles running at the sa
 class HopperConfig:
     """One launch configuration of the forward kernel.
 
-    consumers: warpgroups of 64 queries each. block_n: keys of a block. num_stages: buffers for key blocks, and for value blocks unless
-    v_stages says otherwise. bias_stages: buffers for bias tiles, per consumer. turns: consumers issue their products in turn. own_out: the
+    consumers: warpgroups of 64 queries each. block_n: keys of a block. num_stages: buffers for key blocks, and as many for value blocks.
+    bias_stages: buffers for bias tiles, per consumer. turns: consumers issue their products in turn. own_out: the
     output has a buffer of its own. persistent: a grid of as many programs as run at a time. q_stages: buffers for queries, per consumer;
     the second only where the output has its own. together: programs that a processor runs at a time, so that one begins and ends its
     tiles while another computes; they share its registers and shared memory.
@@ -63,7 +66,6 @@ class HopperConfig:
     turns: bool = False
     own_out: bool = True
     persistent: bool = True
-    v_stages: int = 0
     q_stages: int = 1
     together: int = 1
 
@@ -86,10 +88,6 @@ class HopperConfig:
         return ROWS * self.consumers
 
     @property
-    def value_stages(self) -> int:
-        return self.v_stages or self.num_stages
-
-    @property
     def num_warps(self) -> int:
         """Of the first consumer; the others and the producer are workers of a specialised kernel and bring their own."""
         return 4
@@ -107,7 +105,7 @@ class HopperConfig:
     def __str__(self) -> str:
         flags = " turns" * self.turns + " own-out" * self.own_out + " persistent" * self.persistent
         flags += f" {self.together} together" * (self.together > 1)
-        return f"{self.block_m}x{self.block_n} s{self.num_stages}/{self.value_stages} q{self.q_stages} b{self.bias_stages}{flags}"
+        return f"{self.block_m}x{self.block_n} s{self.num_stages} q{self.q_stages} b{self.bias_stages}{flags}"
 
 
 def bias_block(spec: AttentionSpec, config: HopperConfig) -> tuple[int, int]:
@@ -172,9 +170,9 @@ def shared_memory(spec: AttentionSpec, config: HopperConfig) -> int:
     """Bytes of shared memory of one program of the forward kernel."""
     head, value = padded(spec.head_dim) * 2, padded(spec.value_dim) * 2
     queries = config.block_m * (max(head, value) if not config.own_out else config.q_stages * head + value)
-    keys = config.block_n * (config.num_stages * head + config.value_stages * value)
+    keys = config.block_n * config.num_stages * (head + value)
     bias = config.bias_stages * config.consumers * (bias_bytes(spec, config) + mask_bytes(spec, config))
-    barriers = 8 * (5 * config.consumers + 2 * (config.num_stages + config.value_stages) + 2 * config.bias_stages * config.consumers)
+    barriers = 8 * (2 * config.q_stages * config.consumers + 3 + 2 * config.num_stages + 2 * config.bias_stages * config.consumers)
     return queries + keys + bias + barriers + 1024  # and what alignment of the buffers may cost
 
 
@@ -237,6 +235,14 @@ def _candidates(spec: AttentionSpec) -> tuple[HopperConfig, ...]:
     )
 
 
+def fuses_bias(spec: AttentionSpec, config: HopperConfig) -> bool:
+    """Whether a consumer has registers to add a bias of 16 bits in one instruction with the scale: for a block's products, its bias,
+    probabilities and those of the block before, the output, and 40 more.
+    """
+    scores = config.block_n // 2
+    return scores + 3 * scores // 2 + padded(spec.value_dim) // 2 + 40 <= config.registers
+
+
 def is_light(spec: AttentionSpec) -> bool:
     """Whether there is little that takes registers beside a bias."""
     return not (spec.softcap > 0 or spec.alibi or spec.dropout > 0 or (spec.mask is not None and spec.mask.varies[3]))
@@ -267,21 +273,40 @@ def forward_config(spec: AttentionSpec, limit: int, processors: int = 0) -> Hopp
 def schedule(spec: AttentionSpec, config: HopperConfig, programs: int) -> tuple[int, int]:
     """``(section, snake)``: how tiles are dealt to a grid of ``programs`` (see ``kernels/hopper/grid.locate``).
 
-    A section is as many (batch, head) pairs as keep their keys and values in the L2 cache together. Under a causal mask tiles differ in
-    length, and of the ways to deal them that which gives the busiest program least work is taken.
+    As small a section as can be: then keys and values come from memory at all times, not for all pairs at once, and are read again soon.
+    Where tiles share a bias over the batch, one large enough for that. Under a causal mask tiles differ in length, and of the ways to deal
+    them one is taken that gives the busiest program little more than the least.
     """
     pairs = spec.batch * spec.heads
     fitting = max(1, L2_SECTION // max(1, spec.keys * (spec.head_dim + spec.value_dim) * 2))
+    least = equal_sections(pairs, min(fitting, spec.batch)) if _shares_bias(spec) else 1
     tiles_m, tiles = whole_tiles(spec, config)
     if spec.hi is None or tiles <= programs or tiles > MOST_SIMULATED:
-        return equal_sections(pairs, fitting), 0
-    return dealt([_blocks(spec, config, tile) + TILE_COST for tile in reversed(range(tiles_m))], pairs, programs, fitting)
+        return least, 0
+    lengths = [_blocks(spec, config, tile) + TILE_COST for tile in reversed(range(tiles_m))]
+    sizes = [least * 2**n for n in range(5)] + [size * fitting for size in (1, 2, 4)]
+    return dealt(lengths, pairs, programs, sizes, UNEVENNESS)
 
 
-def dealt(lengths: list[int], pairs: int, programs: int, fitting: int) -> tuple[int, int]:
-    """The most even ``(section, snake)`` for pairs whose tiles have these lengths, from what should be the longest to the shortest."""
-    ways = [(equal_sections(pairs, size), snake) for size in (fitting, 2 * fitting, 4 * fitting) for snake in (1, 0)]
-    return min(dict.fromkeys(ways), key=lambda way: (round(busiest(lengths, pairs, programs, *way), 2), way[0]))
+def _shares_bias(spec: AttentionSpec) -> bool:
+    """Whether tiles of all batch entries read the same bias, and that of a head is too large to stay in the L2 cache by itself."""
+    shares = spec.bias is not None and spec.bias.varies[4] and not (spec.bias.varies[0] or spec.bias.varies[1])
+    return shares and spec.keys * (spec.queries if spec.bias is not None and spec.bias.varies[3] else 1) * 2 > RESIDENT_BIAS
+
+
+def dealt(lengths: list[int], pairs: int, programs: int, sizes: list[int], tolerance: float = 0.0) -> tuple[int, int]:
+    """The ``(section, snake)`` with the smallest section, of these sizes, that is as even as any, or nearly, for pairs whose tiles have
+    these lengths, from what should be the longest to the shortest.
+    """
+    sections = sorted({equal_sections(pairs, size) for size in sizes})
+    unevenness: dict[tuple[int, int], float] = {}
+    for section in sections:
+        for snake in (1, 0):
+            unevenness[section, snake] = busiest(lengths, pairs, programs, section, snake)
+            if unevenness[section, snake] <= 1 + tolerance:
+                return section, snake
+    most = round(min(unevenness.values()), 2) + tolerance
+    return next(way for way, ratio in unevenness.items() if round(ratio, 2) <= most + 1e-9)
 
 
 def equal_sections(pairs: int, most: int) -> int:

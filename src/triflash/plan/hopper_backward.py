@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ..errors import bad_value
 from ..spec import AttentionSpec
 from .configs import padded
-from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, busiest, dealt, equal_sections, is_light
+from .hopper import L2_SECTION, MOST_SIMULATED, TILE_COST, busiest, dealt, is_light
 
 __all__ = [
     "KeysConfig", "bias_slot_bytes", "dims", "has_bias_tiles", "head_splits", "keys_config", "keys_tiles", "schedule", "shared_memory",
@@ -199,8 +199,8 @@ def schedule(spec: AttentionSpec, config: KeysConfig, programs: int) -> tuple[in
     """``(section, snake)`` as of the forward kernel; what tiles share here is the queries and their gradients."""
     tiles_n, tiles = keys_tiles(spec, config)
     if (spec.hi is None and spec.lo is None) or tiles <= programs or tiles > MOST_SIMULATED:
-        return equal_sections(tiles // tiles_n, _fitting(spec, config)), 0
-    return dealt(_lengths(spec, config), tiles // tiles_n, programs, _fitting(spec, config))
+        return 1, 0
+    return dealt(_lengths(spec, config), tiles // tiles_n, programs, [_fitting(spec, config) * n for n in (1, 2, 4)])
 
 
 def _fitting(spec: AttentionSpec, config: KeysConfig) -> int:

@@ -25,7 +25,7 @@ MOST_SIMULATED = 65536  # tiles; with more, any way of dealing them comes out ev
 class RowsConfig(HopperConfig):
     """One launch configuration of ``dq`` or ``dbias``.
 
-    dq: as in the forward kernel; num_stages are buffers for key blocks, v_stages for value blocks, and ahead says that the last product of
+    dq: as in the forward kernel; num_stages are buffers for key blocks, v_stages, if not 0, those for value blocks, and ahead says that the last product of
     a block is issued behind the first two of the next, which takes registers and a second key buffer.
 
     dbias: num_stages are slots of ``chunk`` columns of keys or values, v_stages such of queries or their dout, and bias_stages the tiles
@@ -34,6 +34,7 @@ class RowsConfig(HopperConfig):
 
     ahead: bool = True
     chunk: int = 64
+    v_stages: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,6 +42,10 @@ class RowsConfig(HopperConfig):
             raise bad_value("consumers", "1 or 2", self.consumers)
         if self.chunk not in (16, 32, 64, 128):
             raise bad_value("chunk", "16, 32, 64 or 128", self.chunk)
+
+    @property
+    def value_stages(self) -> int:
+        return self.v_stages or self.num_stages
 
     def __str__(self) -> str:
         flags = " turns" * self.turns + " ahead" * self.ahead + " own-out" * self.own_out + " persistent" * self.persistent

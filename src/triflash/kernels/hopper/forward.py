@@ -6,11 +6,11 @@ shared memory: for every buffer one that says "full" and one that says "empty". 
 so that the loads of one tile run under the arithmetic of the one before.
 
 Within a consumer the products of two neighbouring blocks overlap: q kᵀ of block j is issued together with p v of block j - 1, and the
-softmax of block j runs while the latter is still under way (FlashAttention-3, Shah et al. 2024). With TURNS, consumers issue their products
-in turn, so that the softmax of one runs under the products of another.
+softmax of block j runs while the latter is still under way (FlashAttention-3, Shah et al. 2024). So keys of a block and values of the one
+before share a buffer's barriers: every wait and every arrival takes a step's time longer. With TURNS, consumers issue their products in
+turn, so that the softmax of one runs under the products of another.
 
-Blocks are visited from the last that a tile sees to its first. Recurrence and conventions as in ``kernels/triton/forward.py``. A variable
-that changes inside a loop is recomputed from loop-carried scalars where that is cheap: Triton 3.6 has been seen not to carry one that is
+Blocks are visited from the last that a tile sees to its first; ``softmax.py`` has the recurrence. A variable that changes inside a loop is recomputed from loop-carried scalars where that is cheap: Triton 3.6 has been seen not to carry one that is
 reassigned only under a condition.
 """
 
@@ -27,8 +27,8 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .dropout import drawn, dropped, stream_of
-from .features import ONE_SIDED, add_alibi, capped, clear_hidden, hide, hide_by, line, opaque, slope_of, squashed, visible_keys, widened
-from .grid import accumulator, locate, share, stacked
+from .features import clear_hidden, opaque, slope_of, visible_keys
+from .grid import accumulator, locate, phase_of, share, slot_of, stacked
 from .loads import (
     BIAS_EMPTY,
     BIAS_FULL,
@@ -37,92 +37,39 @@ from .loads import (
     Q_EMPTY,
     Q_FULL,
     TURN,
-    V_EMPTY,
-    V_FULL,
     all_barriers,
     produce,
     visible_blocks,
 )
-from .rows import column_of, hide_unseen
+from .rows import column_of
+from .softmax import by_row, settled, shrunk, softmax
 
 
 @gluon.jit
-def _softmax(
-    s, m, bias_s, mask_s, bars, row_bias, slope, cap, at, m0, ahead, block, N, lo, hi, scale_log2,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr,
-    K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
-    IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr,
-    ALIBI: gl.constexpr, CUT: gl.constexpr,
+def _bias_of(
+    bias_s, bars, at, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    VARIES_M: gl.constexpr,
 ):  # fmt: skip
-    """From the product of one block to ``(p, new maximum, what sums so far shrink by)``, for 64 queries. CUT: a length may end in it."""
+    """A consumer's tile of the bias, of block ``at``, or a row of it for all queries."""
     S: gl.constexpr = accumulator(BN)
-    COLS: gl.constexpr = gl.SliceLayout(0, S)
-    BIASED: gl.constexpr = (bias_s is not None) or ROW_BIASED or ALIBI
-    # Scores are scaled as they go into the power, in one instruction, unless something is added to them that may be huge: then the maximum
-    # must be one of them to the last bit.
-    ADDED: gl.constexpr = ALIBI or ((bias_s is not None or ROW_BIASED) and not IS_MASK)
-    LATE_SCALE: gl.constexpr = (POSITIVE_SCALE or cap is not None) and not ADDED
-    if cap is not None:
-        if CUT:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
-            s = hide_unseen(s, m0, block * BN, N, None, None, BM, BN, "0f00000000")
-        s = squashed(s, cap)
-        if not LATE_SCALE:
-            s = capped(s, cap)
-    elif not LATE_SCALE:
-        s = s * scale_log2
-    if bias_s is not None:
-        slot = at % BIAS_STAGES * WGS + WG
-        mbarrier.wait(bars[BIAS_FULL].index(slot), (at // BIAS_STAGES) & 1)
-        if VARIES_M:
-            bias = bias_s.index(slot).reshape([BM, BN]).load(S)
-        else:
-            WIDE: gl.constexpr = bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
-            bias = gl.expand_dims(bias_s.index(slot).reshape([WIDE]).slice(0, BN).load(COLS), 0)
-        if IS_MASK:
-            s = hide(s, bias)
-        else:
-            bias, s = gl.broadcast(widened(bias), s)
-            s = gl.fma(bias, gl.full([BM, BN], LOG2E, gl.float32, S), s)
-    if mask_s is not None:
-        s = hide_by(s, mask_s.index(slot), BM, BN)
-    if ROW_BIASED:
-        row, s = gl.broadcast(gl.expand_dims(row_bias, 1), s)
-        if IS_MASK:
-            s = gl.where(row != 0, s, float("-inf"))
-        else:
-            s = gl.fma(row, gl.full([BM, BN], LOG2E, gl.float32, S), s)
-    if ALIBI:
-        s = add_alibi(s, slope, block * BN - m0 - ahead, 1, ALIBI)
-    if MASKED:
-        s = hide_unseen(s, m0, block * BN, N, lo, hi, BM, BN, "0fFF800000")
-    top = gl.max(s, 1)
-    if LATE_SCALE:
-        if cap is not None:
-            top = top * (2.0 * cap[1]) + cap[1]
-        else:
-            top = top * scale_log2
-    if ALIBI == ONE_SIDED:
-        shift = line(0.0, -slope, BM, gl.SliceLayout(1, S))
-        top = top + shift
-    m_new = gl.maximum(m, top)
-    m_safe = m_new
-    if MASKED or BIASED:
-        m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: 2^(-inf - 0) = 0, never NaN
-    if LATE_SCALE and cap is not None:
-        p = gl.exp2(s * (2.0 * cap[1]) + gl.expand_dims(cap[1] - m_safe, 1))
-    elif LATE_SCALE:
-        p = gl.exp2(s * scale_log2 - gl.expand_dims(m_safe, 1))
-    elif ALIBI == ONE_SIDED:
-        p = gl.exp2(s - gl.expand_dims(m_safe - shift, 1))
+    slot = slot_of(at, BIAS_STAGES) * WGS + WG
+    mbarrier.wait(bars[BIAS_FULL].index(slot), phase_of(at, BIAS_STAGES))
+    if VARIES_M:
+        return bias_s.index(slot).reshape([BM, BN]).load(S)
     else:
-        p = gl.exp2(s - gl.expand_dims(m_safe, 1))
-    if bias_s is not None:
-        # The fence is not for show. A load from shared memory can wait long behind the operands of products, also after its thread has
-        # passed a barrier, and TMA, which writes by another way, would put the next tile under it. Where this stands does not matter: the
-        # assembler moves fence and release up to the loads.
-        fence_async_shared()
-        mbarrier.arrive(bars[BIAS_EMPTY].index(at % BIAS_STAGES * WGS + WG))
-    return p, m_new, gl.exp2(m - m_safe)
+        WIDE: gl.constexpr = bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
+        return gl.expand_dims(bias_s.index(slot).reshape([WIDE]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
+
+
+@gluon.jit
+def _release_bias(bars, at, WG: gl.constexpr, WGS: gl.constexpr, BIAS_STAGES: gl.constexpr):
+    """Give its buffer back, and that of the mask beside it.
+
+    The fence is not for show. A load from shared memory can wait long behind the operands of products, also after its thread has passed a
+    barrier, and TMA, which writes by another way, would put the next tile under it.
+    """
+    fence_async_shared()
+    mbarrier.arrive(bars[BIAS_EMPTY].index(slot_of(at, BIAS_STAGES) * WGS + WG))
 
 
 @gluon.jit
@@ -133,13 +80,13 @@ def _finish(
     """Divide by the sum and write out (by way of the shared buffer ``target``), lse and rest of 64 queries."""
     O: gl.constexpr = accumulator(BDV)
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
+    l, m = by_row(l, m, ROWS)
     weight = gl.full([BM], 1.0, gl.float32, ROWS)
     if sink is not None:  # a key more, whose value is 0
         z = gl.load(sink + offset(head, sink_stride)).to(gl.float32) * LOG2E
         top = gl.maximum(m, z)
-        top_safe = gl.where(top == float("-inf"), 0.0, top)
-        weight = gl.exp2(m - top_safe)
-        l = l * weight + gl.exp2(z - top_safe)
+        weight = gl.exp2(m - top)
+        l = l * weight + gl.exp2(z - top)
         m = top
     if dropout is not None:  # what was kept, for all
         weight = weight * dropout[2]
@@ -162,10 +109,10 @@ def _finish(
 @gluon.jit
 def _walk(
     o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, ahead, first, last, steps, end, N,
-    lo, hi, scale_log2, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
+    lo, hi, scale_log2, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr,
+    BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
     TURNS: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr, Q_EARLY: gl.constexpr,
-    ALIBI: gl.constexpr,
+    ALIBI: gl.constexpr, FUSING: gl.constexpr,
 ):  # fmt: skip
     """Steps ``first … last`` of a tile's ``steps``: q kᵀ of a block, and p v of the block before under its softmax."""
     BD: gl.constexpr = k_s.shape[4]
@@ -179,37 +126,46 @@ def _walk(
         # may have no steps at all.
         q_slot = opaque(q_slot)
     q = q_s.index(q_slot).reshape([BM, BD])
+    rows = None
+    if ROW_BIASED:
+        rows = row_bias
     for step in range(first, last):
         at = done + step
-        stage = at % K_STAGES
-        before = (at - 1) % V_STAGES
-        mbarrier.wait(bars[K_FULL].index(stage), (at // K_STAGES) & 1)
+        n0 = (end - 1 - step) * BN
+        stage = slot_of(at, STAGES)
+        bias = None
+        if bias_s is not None:  # before the products, behind whose operands it would have to wait
+            bias = _bias_of(bias_s, bars, at, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
+        mbarrier.wait(bars[K_FULL].index(stage), phase_of(at, STAGES))
         if TURNS:
             mbarrier.wait(bars[TURN + WG].index(0), at & 1)
         s_pending = warpgroup_mma(q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        mbarrier.wait(bars[V_FULL].index(before), ((at - 1) // V_STAGES) & 1)
-        o_pending = warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)
+        if bias_s is not None and mask_s is None:
+            _release_bias(bars, at, WG, WGS, BIAS_STAGES)
+        o_pending = warpgroup_mma(p, v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
         if TURNS:
             mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
         s = warpgroup_mma_wait(1, [s_pending])
-        mbarrier.arrive(bars[K_EMPTY].index(stage))
         if Q_EARLY:
             if step == steps - 1:  # no more products with this q: the next can be fetched while the softmax runs
                 mbarrier.arrive(bars[Q_EMPTY].index(q_slot))
-        p32, m, shrink = _softmax(
-            s, m, bias_s, mask_s, bars, row_bias, slope, cap, at, m0, ahead, end - 1 - step, N, lo, hi, scale_log2,
-            WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
-            False,
+        shown = None
+        if mask_s is not None:
+            shown = mask_s.index(slot_of(at, BIAS_STAGES) * WGS + WG)
+        s, p16, more, m = softmax(
+            s, bias, shown, rows, slope, cap, m, m0, n0, ahead, N, lo, hi, scale_log2, q.dtype, IS_MASK, POSITIVE_SCALE, MASKED, ALIBI, False,
+            FUSING,
         )  # fmt: skip
-        l = l * shrink + gl.sum(p32, 1)
-        if stream is not None:  # under the product; drawn any earlier, marks take registers that the softmax needs
-            p16 = dropped(p32.to(q.dtype), drawn(stream, m0, (end - 1 - step) * BN, BM, BN, False))
+        if mask_s is not None:
+            _release_bias(bars, at, WG, WGS, BIAS_STAGES)
         o = warpgroup_mma_wait(0, [o_pending])
-        mbarrier.arrive(bars[V_EMPTY].index(before))
-        if stream is None:
-            p16 = p32.to(q.dtype)
+        mbarrier.arrive(bars[K_EMPTY].index(stage))
+        p16, more, m, factor = settled(s, p16, more, m, bias, rows, slope, cap, scale_log2, IS_MASK, POSITIVE_SCALE, ALIBI, FUSING)
+        l = l * factor + more
+        if stream is not None:  # drawn any earlier, marks take registers that the softmax needs
+            p16 = dropped(p16, drawn(stream, m0, n0, BM, BN, False))
         p = gl.convert_layout(p16, P)
-        o = o * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, O)), 1)
+        o = shrunk(o, factor)
     return o, l, m, p
 
 
@@ -217,9 +173,9 @@ def _walk(
 def _consume(
     out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, mask_s, bars,
     bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section,
-    snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr,
-    V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
-    POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, TURNS: gl.constexpr,
+    snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr,
+    BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
+    POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, TURNS: gl.constexpr, FUSING: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 queries of every tile of the program.
 
@@ -254,22 +210,31 @@ def _consume(
     s_pending = warpgroup_mma(q, k_s.index(0).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
     if TURNS:
         mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
+    ready = None
+    shown = None
+    if bias_s is not None:
+        ready = _bias_of(bias_s, bars, 0, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
+    if mask_s is not None:
+        shown = mask_s.index(WG)
+    elif bias_s is not None:
+        _release_bias(bars, 0, WG, WGS, BIAS_STAGES)
+    rows = None
+    if ROW_BIASED:
+        rows = row_bias
     s = warpgroup_mma_wait(0, [s_pending])
     mbarrier.arrive(bars[K_EMPTY].index(0))
-    p32, m, _shrink = _softmax(
-        s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, mask_s, bars, row_bias,
-        slope_of(slopes, slope_strides, b, head), cap, 0, m0, N - M, first_end - 1, first_keys, lo, hi, scale_log2,
-        WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
-        lengths is not None,
+    _scores, p16, l, m = softmax(
+        s, ready, shown, rows, slope_of(slopes, slope_strides, b, head), cap, None, m0, (first_end - 1) * BN, N - M, first_keys, lo, hi,
+        scale_log2, DT, IS_MASK, POSITIVE_SCALE, MASKED, ALIBI, lengths is not None, False,
     )  # fmt: skip
-    l = gl.sum(p32, 1)
-    p16 = p32.to(DT)
+    if mask_s is not None:
+        _release_bias(bars, 0, WG, WGS, BIAS_STAGES)
     if dropout is not None:
         p16 = dropped(p16, drawn(stream_of(dropout, b, head, heads), m0, (first_end - 1) * BN, BM, BN, False))
     p = gl.convert_layout(p16, P)
     o = gl.zeros([BM, BDV], gl.float32, O)
     for wave in range(waves):
-        q_slot = wave % Q_STAGES * WGS + WG
+        q_slot = slot_of(wave, Q_STAGES) * WGS + WG
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
         n_keys = visible_keys(lengths, b, N)
         slope = slope_of(slopes, slope_strides, b, head)
@@ -280,8 +245,8 @@ def _consume(
         steps = end - begin
         if lengths is not None:
             if (end * BN > n_keys) & (n_keys < N):  # no other block of a tile is cut by a length
-                cut = done % V_STAGES
-                mbarrier.wait(bars[V_FULL].index(cut), (done // V_STAGES) & 1)
+                cut = slot_of(done + 1, STAGES)
+                mbarrier.wait(bars[K_FULL].index(cut), phase_of(done + 1, STAGES))
                 clear_hidden(v_s.index(cut).reshape([BN, BDV]), n_keys - (end - 1) * BN)
         if OVERLAP:
             if steps == 1:
@@ -290,30 +255,29 @@ def _consume(
             o, l, m, p = _walk(
                 o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, N - M, 1, end - full_end,
                 steps, end, n_keys, lo, hi, scale_log2,
-                WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
-                ALIBI,
+                WG, BM, BN, WGS, STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP, ALIBI,
+                FUSING,
             )  # fmt: skip
         whole = max(1, end - full_end)
         o, l, m, p = _walk(
             o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, N - M, whole,
             end - full_begin, steps, end, n_keys, lo, hi,
             scale_log2,
-            WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, False, ROW_BIASED, OVERLAP, ALIBI,
+            WG, BM, BN, WGS, STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, False, ROW_BIASED, OVERLAP, ALIBI, FUSING,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
             o, l, m, p = _walk(
                 o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, N - M, left, steps,
                 steps, end, n_keys, lo, hi, scale_log2,
-                WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP,
-                ALIBI,
+                WG, BM, BN, WGS, STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP, ALIBI,
+                FUSING,
             )  # fmt: skip
         done += steps
-        before = (done - 1) % V_STAGES
+        stage = slot_of(done, STAGES)
         if not OVERLAP:  # the output leaves through q's buffer, so nothing of the next tile can begin before it has
-            mbarrier.wait(bars[V_FULL].index(before), ((done - 1) // V_STAGES) & 1)
-            o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)])
-            mbarrier.arrive(bars[V_EMPTY].index(before))
+            mbarrier.wait(bars[K_FULL].index(stage), phase_of(done, STAGES))
+            o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(stage).reshape([BN, BDV]), o, is_async=True)])
             _finish(o, l, m, out_desc, lse, rest, sink, sink_stride, dropout, q_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
             tma_store_wait(0)
             mbarrier.arrive(bars[Q_EMPTY].index(WG))
@@ -321,17 +285,15 @@ def _consume(
             old_m0 = m0
             old_head = head
             old_b = b
-            stage = done % K_STAGES
-            next_slot = (wave + 1) % Q_STAGES * WGS + WG
-            mbarrier.wait(bars[Q_FULL].index(next_slot), ((wave + 1) // Q_STAGES) & 1)
-            mbarrier.wait(bars[K_FULL].index(stage), (done // K_STAGES) & 1)
+            next_slot = slot_of(wave + 1, Q_STAGES) * WGS + WG
+            mbarrier.wait(bars[Q_FULL].index(next_slot), phase_of(wave + 1, Q_STAGES))
+            mbarrier.wait(bars[K_FULL].index(stage), phase_of(done, STAGES))
             if TURNS:
                 mbarrier.wait(bars[TURN + WG].index(0), done & 1)
             next_q = q_s.index(next_slot).reshape([BM, BD])
             next_pending = warpgroup_mma(next_q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
             if OVERLAP:
-                mbarrier.wait(bars[V_FULL].index(before), ((done - 1) // V_STAGES) & 1)
-                o_pending = warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)
+                o_pending = warpgroup_mma(p, v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
             if TURNS:
                 mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
             # Where the next tile lies takes some divisions, for which its first product leaves time.
@@ -340,21 +302,31 @@ def _consume(
             _begin, _full_begin, _full_end, next_end = visible_blocks(m0, BM * WGS, M, next_keys, lo, hi, BN)
             m0 += WG * BM
             row_bias = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
+            next_bias = None
+            next_shown = None
+            if bias_s is not None:
+                next_bias = _bias_of(bias_s, bars, done, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
+            if mask_s is not None:
+                next_shown = mask_s.index(slot_of(done, BIAS_STAGES) * WGS + WG)
+            elif bias_s is not None:
+                _release_bias(bars, done, WG, WGS, BIAS_STAGES)
+            next_rows = None
+            if ROW_BIASED:
+                next_rows = row_bias
             if OVERLAP:
                 next_s = warpgroup_mma_wait(1, [next_pending])
             else:
                 next_s = warpgroup_mma_wait(0, [next_pending])
-            mbarrier.arrive(bars[K_EMPTY].index(stage))
-            next_p, new_m, _shrink = _softmax(
-                next_s, gl.full([BM], float("-inf"), gl.float32, ROWS), bias_s, mask_s, bars, row_bias,
-                slope_of(slopes, slope_strides, b, head), cap, done, m0, N - M, next_end - 1, next_keys, lo, hi, scale_log2,
-                WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, MASKED, ROW_BIASED, ALIBI,
-                lengths is not None,
+                mbarrier.arrive(bars[K_EMPTY].index(stage))
+            _scores, next_p16, new_l, new_m = softmax(
+                next_s, next_bias, next_shown, next_rows, slope_of(slopes, slope_strides, b, head), cap, None, m0, (next_end - 1) * BN,
+                N - M, next_keys, lo, hi, scale_log2, DT, IS_MASK, POSITIVE_SCALE, MASKED, ALIBI, lengths is not None, False,
             )  # fmt: skip
+            if mask_s is not None:
+                _release_bias(bars, done, WG, WGS, BIAS_STAGES)
             if OVERLAP:
                 o = warpgroup_mma_wait(0, [o_pending])
-                mbarrier.arrive(bars[V_EMPTY].index(before))
-            next_p16 = next_p.to(DT)
+                mbarrier.arrive(bars[K_EMPTY].index(stage))
             if dropout is not None:
                 next_p16 = dropped(next_p16, drawn(stream_of(dropout, b, head, heads), m0, (next_end - 1) * BN, BM, BN, False))
             p = gl.convert_layout(next_p16, P)
@@ -364,13 +336,12 @@ def _consume(
                     BM, BN, BDV, DT,
                 )  # fmt: skip
             m = new_m
-            l = gl.sum(next_p, 1)
+            l = new_l
             o = gl.zeros([BM, BDV], gl.float32, O)
     if OVERLAP:
-        before = (done - 1) % V_STAGES
-        mbarrier.wait(bars[V_FULL].index(before), ((done - 1) // V_STAGES) & 1)
-        o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(before).reshape([BN, BDV]), o, is_async=True)])
-        mbarrier.arrive(bars[V_EMPTY].index(before))
+        stage = slot_of(done, STAGES)
+        mbarrier.wait(bars[K_FULL].index(stage), phase_of(done, STAGES))
+        o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(stage).reshape([BN, BDV]), o, is_async=True)])
         _finish(o, l, m, out_desc, lse, rest, sink, sink_stride, dropout, out_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
         tma_store_wait(0)
 
@@ -384,11 +355,11 @@ def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides, sink_stride,
     cap, dropout, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
-    BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    BN: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr,
     IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
     TURNS: gl.constexpr,
-    OWN_OUT: gl.constexpr, REGISTERS: gl.constexpr, Q_STAGES: gl.constexpr,
+    OWN_OUT: gl.constexpr, REGISTERS: gl.constexpr, Q_STAGES: gl.constexpr, FUSING: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``locate`` says.
 
@@ -405,8 +376,8 @@ def forward(
     BM: gl.constexpr = 64
     DT: gl.constexpr = q_desc.dtype
     q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES * WGS, q_desc.block_shape), q_desc.layout)
-    k_s = gl.allocate_shared_memory(DT, stacked(K_STAGES, k_desc.block_shape), k_desc.layout)
-    v_s = gl.allocate_shared_memory(DT, stacked(V_STAGES, v_desc.block_shape), v_desc.layout)
+    k_s = gl.allocate_shared_memory(DT, stacked(STAGES, k_desc.block_shape), k_desc.layout)
+    v_s = gl.allocate_shared_memory(DT, stacked(STAGES, v_desc.block_shape), v_desc.layout)
     if OWN_OUT:
         out_s = gl.allocate_shared_memory(DT, stacked(WGS, out_desc.block_shape), out_desc.layout)
     else:
@@ -419,7 +390,7 @@ def forward(
         mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIAS_STAGES * WGS, mask_desc.block_shape), mask_desc.layout)
     else:
         mask_s = None
-    bars = all_barriers(WGS, Q_STAGES, K_STAGES, V_STAGES, BIAS_STAGES)
+    bars = all_barriers(WGS, Q_STAGES, STAGES, 0, BIAS_STAGES)
     if TURNS:
         mbarrier.arrive(bars[TURN].index(0))
     scale_log2 = scale * LOG2E
@@ -431,12 +402,12 @@ def forward(
                         optional(out_s), optional(bias_s), optional(mask_s), bars,
                         optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
                         heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS)),
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS, FUSING)),
             (produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
                         optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
-                        BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, VARIES_M)),
         ], [1], [24])  # fmt: skip
     elif WGS == 2:
         gl.warp_specialize([
@@ -444,18 +415,18 @@ def forward(
                         optional(out_s), optional(bias_s), optional(mask_s), bars,
                         optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
                         heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS)),
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS, FUSING)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), optional(mask_s), bars,
                         optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
                         heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS)),
+                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS, FUSING)),
             (produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
                         optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
-                        BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, VARIES_M)),
         ], [4, 1], [REGISTERS, 24])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -463,22 +434,22 @@ def forward(
                         optional(out_s), optional(bias_s), optional(mask_s), bars,
                         optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
                         heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS)),
+                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS, FUSING)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), optional(mask_s), bars,
                         optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
                         heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS)),
+                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS, FUSING)),
             (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
                         optional(out_s), optional(bias_s), optional(mask_s), bars,
                         optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
                         heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, 2, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS)),
+                        tiles_m, tiles, section, snake, 2, BM, BN, WGS, STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS, FUSING)),
             (produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
                         optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES, V_STAGES,
-                        BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
+                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, STAGES, BIAS_STAGES,
+                        BATCH_FASTEST, VARIES_M)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip

@@ -16,6 +16,32 @@ def stacked(count, shape):
     return [count, *shape]
 
 
+@gluon.constexpr_function
+def _exponent(stages):
+    """n, if ``stages`` is 2^n, else -1."""
+    return stages.bit_length() - 1 if stages & (stages - 1) == 0 else -1
+
+
+@gluon.jit
+def slot_of(at, STAGES: gl.constexpr):
+    """Which of STAGES buffers that are used in turn block ``at`` is in. In as few steps as can be: who asks waits for the answer."""
+    BITS: gl.constexpr = _exponent(STAGES)
+    if BITS >= 0:
+        return at & (STAGES - 1)
+    else:
+        return gl.cast(gl.cast(at, gl.uint32) % STAGES, gl.int32)
+
+
+@gluon.jit
+def phase_of(at, STAGES: gl.constexpr):
+    """Which phase of that buffer's barriers is block ``at``'s: 0 or 1."""
+    BITS: gl.constexpr = _exponent(STAGES)
+    if BITS >= 0:
+        return (at >> BITS) & 1
+    else:
+        return gl.cast(gl.cast(at, gl.uint32) // STAGES, gl.int32) & 1
+
+
 @gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """So many barriers, in shared memory of their own: between two accesses to one allocation, the compiler lets all warps of a partition

@@ -3,7 +3,7 @@
 from ..triton.prims import segments
 from .compat import fence_async_shared, gl, gluon, mbarrier, tma_load
 from .features import visible_keys
-from .grid import barriers, locate, share
+from .grid import barriers, locate, phase_of, share, slot_of
 
 # A program's barriers are a tuple with an element a name, which holds one for every buffer.
 Q_FULL, Q_EMPTY, K_FULL, K_EMPTY, V_FULL, V_EMPTY, BIAS_FULL, BIAS_EMPTY, TURN = map(gl.constexpr, range(9))  # of TURN one a consumer
@@ -11,13 +11,18 @@ Q_FULL, Q_EMPTY, K_FULL, K_EMPTY, V_FULL, V_EMPTY, BIAS_FULL, BIAS_EMPTY, TURN =
 
 @gluon.jit
 def all_barriers(WGS: gl.constexpr, Q_STAGES: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr):
-    """The tuple, for WGS consumers that all read every key block, and each queries and a bias of its own."""
+    """The tuple, for WGS consumers that all read every key block, and each queries and a bias of its own. Without V_STAGES values come with
+    keys, by the barriers of keys.
+    """
     q_full = barriers(Q_STAGES * WGS, 1)
     q_empty = barriers(Q_STAGES * WGS, 1)
     k_full = barriers(K_STAGES, 1)
     k_empty = barriers(K_STAGES, WGS)
-    v_full = barriers(V_STAGES, 1)
-    v_empty = barriers(V_STAGES, WGS)
+    v_full = k_full
+    v_empty = k_empty
+    if V_STAGES > 0:
+        v_full = barriers(V_STAGES, 1)
+        v_empty = barriers(V_STAGES, WGS)
     bias_full = barriers(BIAS_STAGES * WGS, 1)
     bias_empty = barriers(BIAS_STAGES * WGS, 1)
     turns = (barriers(1, 1), barriers(1, 1), barriers(1, 1))
@@ -39,8 +44,8 @@ def _fetch_queries(
 ):  # fmt: skip
     """The queries of a tile, for every consumer its own."""
     for w in gl.static_range(WGS):
-        slot = wave % Q_STAGES * WGS + w
-        mbarrier.wait(bars[Q_EMPTY].index(slot), ((wave // Q_STAGES) & 1) ^ 1)
+        slot = slot_of(wave, Q_STAGES) * WGS + w
+        mbarrier.wait(bars[Q_EMPTY].index(slot), phase_of(wave, Q_STAGES) ^ 1)
         mbarrier.expect(bars[Q_FULL].index(slot), q_desc.block_type.nbytes)
         tma_load(q_desc, [b, m0 + w * BM, head, 0], bars[Q_FULL].index(slot), q_s.index(slot))
 
@@ -49,16 +54,23 @@ def _fetch_queries(
 def produce(
     q_desc, k_desc, v_desc, bias_desc, mask_desc, lengths, q_s, k_s, v_s, bias_s, mask_s, bars,
     batch, heads, group, batch_inner, M, N, lo, hi, bias_on, mask_on, tiles_m, tiles, section, snake,
-    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr,
-    VARIES_M: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, VARIES_M: gl.constexpr,
 ):  # fmt: skip
-    """The producer: every load of the program, in the order in which the consumers need them."""
+    """The producer: every load of the program, in the order in which the consumers need them.
+
+    Keys of a block come with the values of the block before, also of another tile: that is what consumers multiply by in one step.
+    """
     Q_STAGES: gl.constexpr = q_s.shape[0] // WGS
     LONGEST: gl.constexpr = "last" if hi is not None else "none"
     BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
     MASK_BYTES: gl.constexpr = mask_desc.block_type.nbytes if mask_desc is not None else 0
+    K_BYTES: gl.constexpr = k_desc.block_type.nbytes
+    V_BYTES: gl.constexpr = v_desc.block_type.nbytes
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
+    n_before = 0  # where the values of the block before lie
+    head_before = 0
+    b_before = 0
     for wave in range(share(tiles, snake)):
         m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
         begin, _a, _b, end = visible_blocks(m0, BM * WGS, M, visible_keys(lengths, b, N), lo, hi, BN)
@@ -68,18 +80,24 @@ def produce(
             if Q_STAGES == 2:  # before the first keys, whose buffer may not be free for long yet
                 if j == 0:
                     _fetch_queries(q_desc, q_s, bars, wave, b, m0, head, BM, WGS, Q_STAGES, Q_FULL, Q_EMPTY)
-            stage = at % K_STAGES
-            mbarrier.wait(bars[K_EMPTY].index(stage), ((at // K_STAGES) & 1) ^ 1)
-            mbarrier.expect(bars[K_FULL].index(stage), k_desc.block_type.nbytes)
-            tma_load(k_desc, [b, n0, head // group, 0], bars[K_FULL].index(stage), k_s.index(stage))
+            stage = slot_of(at, STAGES)
+            full = bars[K_FULL].index(stage)
+            mbarrier.wait(bars[K_EMPTY].index(stage), phase_of(at, STAGES) ^ 1)
+            mbarrier.expect(full, K_BYTES + V_BYTES, pred=at > 0)
+            mbarrier.expect(full, K_BYTES, pred=at == 0)
+            tma_load(k_desc, [b, n0, head // group, 0], full, k_s.index(stage))
+            if at > 0:
+                tma_load(v_desc, [b_before, n_before, head_before, 0], full, v_s.index(stage))
+            n_before = n0
+            head_before = head // group
+            b_before = b
             if Q_STAGES == 1:
                 if j == 0:
                     _fetch_queries(q_desc, q_s, bars, wave, b, m0, head, BM, WGS, Q_STAGES, Q_FULL, Q_EMPTY)
             if bias_desc is not None:
-                bias_phase = (at // BIAS_STAGES) & 1
                 for w in gl.static_range(WGS):
-                    slot = at % BIAS_STAGES * WGS + w
-                    mbarrier.wait(bars[BIAS_EMPTY].index(slot), bias_phase ^ 1)
+                    slot = slot_of(at, BIAS_STAGES) * WGS + w
+                    mbarrier.wait(bars[BIAS_EMPTY].index(slot), phase_of(at, BIAS_STAGES) ^ 1)
                     mbarrier.expect(bars[BIAS_FULL].index(slot), BIAS_BYTES + MASK_BYTES)
                     row = 0
                     if VARIES_M:
@@ -96,8 +114,8 @@ def produce(
                             mask_row = m0 + w * BM
                         at_mask = [b // batch_inner * mask_on[0], b % batch_inner * mask_on[1], head * mask_on[2], mask_row, n0]
                         tma_load(mask_desc, at_mask, bars[BIAS_FULL].index(slot), mask_s.index(slot))
-            stage = at % V_STAGES
-            mbarrier.wait(bars[V_EMPTY].index(stage), ((at // V_STAGES) & 1) ^ 1)
-            mbarrier.expect(bars[V_FULL].index(stage), v_desc.block_type.nbytes)
-            tma_load(v_desc, [b, n0, head // group, 0], bars[V_FULL].index(stage), v_s.index(stage))
         done += end - begin
+    stage = slot_of(done, STAGES)
+    mbarrier.wait(bars[K_EMPTY].index(stage), phase_of(done, STAGES) ^ 1)
+    mbarrier.expect(bars[K_FULL].index(stage), V_BYTES)
+    tma_load(v_desc, [b_before, n_before, head_before, 0], bars[K_FULL].index(stage), v_s.index(stage))

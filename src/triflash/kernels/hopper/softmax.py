@@ -1,0 +1,342 @@
+"""The running softmax of the forward kernel for Hopper, for 64 queries of a consumer: from products to probabilities, sums and maxima.
+
+For every query it keeps a reference m, the sum l of ``2^(score - m)`` and, in its caller, the same sum of values. Textbooks take the maximum
+of all scores so far for m, and scale both sums whenever it grows. Any m gives the same softmax as long as nothing overflows, so here m is the
+maximum as of when it was last looked for: a block's probabilities are worked out with the m that there is, and only where their sum comes out
+above MOST (or as no number) does a warp find the maximum after all, work them out again, and scale the sums. That takes the maximum, the
+exchange between lanes that it needs, and nearly all scaling out of the loop. The idea of not scaling for a little growth is that of
+FlashAttention-4 (2025), which still takes every block's maximum; the branch is a warp's own, and so in assembly.
+
+Everything that a query has one number of is held *by lane*: (64, 4), for the four lanes that share a row of a product's result. Their m are
+equal, l is each lane's own share, added up when a tile ends.
+"""
+
+from ..triton.prims import LOG2E
+from .compat import gl, gluon
+from .features import ONE_SIDED, add_alibi, capped, hide, hide_by, line, squashed, widened
+from .grid import accumulator
+from .rows import hide_unseen
+
+# m of a query that has seen no key: every score is above it, and 2^(-inf - m) is 0 and not NaN.
+LOWEST = gl.constexpr(-3.4028234663852886e38)
+MILD = gl.constexpr(1024.0)  # up to here scores may be summed up in any order: their rounding makes 2^-13 of a probability
+
+
+@gluon.constexpr_function
+def _by_lane(columns):
+    """``accumulator`` of (64, columns), as (64, columns / 8, 4, 2): the third dim are the lanes that share a row."""
+    groups = [[0, 1 << n, 0, 0] for n in range((columns // 8).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 0, 1], [8, 0, 0, 0], *groups],
+        [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]],
+        [[16, 0, 0, 0], [32, 0, 0, 0]],
+        [],
+        [64, columns // 8, 4, 2],
+    )
+
+
+@gluon.constexpr_function
+def _lanes(columns):
+    return gl.SliceLayout(1, gl.SliceLayout(3, _by_lane(columns)))
+
+
+@gluon.jit
+def _split(x):
+    """(64, columns) by lane. Nothing moves, here and below."""
+    return gl.convert_layout(x.reshape([64, x.shape[1] // 8, 4, 2]), _by_lane(x.shape[1]), assert_trivial=True)
+
+
+@gluon.jit
+def _joined(x):
+    return gl.convert_layout(x.reshape([64, x.shape[1] * 8]), accumulator(x.shape[1] * 8), assert_trivial=True)
+
+
+@gluon.jit
+def _spread(x, COLUMNS: gl.constexpr):
+    """A number a lane, to go with its share of so many columns."""
+    return gl.expand_dims(gl.expand_dims(gl.convert_layout(x, _lanes(COLUMNS), assert_trivial=True), 1), 3)
+
+
+@gluon.jit
+def _of_rows(x, COLUMNS: gl.constexpr):
+    """A number a row, for each of its lanes."""
+    x = gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, _lanes(COLUMNS))), 1)
+    x, _zeros = gl.broadcast(x, gl.zeros([64, 4], gl.float32, _lanes(COLUMNS)))
+    return x
+
+
+@gluon.jit
+def by_row(l, m, ROWS: gl.constexpr):
+    """l and m of rows, from what their lanes have: shares of the one, the other alike."""
+    return gl.convert_layout(gl.sum(l, 1), ROWS), gl.convert_layout(gl.max(m, 1), ROWS)
+
+
+@gluon.constexpr_function
+def _halvings(columns):
+    return (columns // 8).bit_length() - 1
+
+
+@gluon.jit
+def _first(x):
+    """The first of what a lane has of each of its rows."""
+    COLUMNS: gl.constexpr = x.shape[1] * 8
+    x, _second = gl.split(x)
+    for _n in gl.static_range(_halvings(COLUMNS)):
+        x = gl.permute(x.reshape([64, 2, x.shape[1] // 2, 4]), (0, 2, 3, 1))
+        x, _second = gl.split(x)
+    return gl.convert_layout(x.reshape([64, 4]), _lanes(COLUMNS), assert_trivial=True)
+
+
+@gluon.constexpr_function
+def _dtype_name(DT):
+    return "bf16" if DT == gl.bfloat16 else "f16"
+
+
+@gluon.constexpr_function
+def _score(n, s, a, b, scaled, shifted, bias):
+    """PTX for y, the score number n of a thread in base 2, as the backward kernels round it: ``s * a + b``, or ``bias log2(e) + s * a``."""
+    if bias is not None:
+        register = f"${b + n // 2}"
+        if bias == "f16":
+            wide = f"mov.b32 {{h0, h1}}, {register}; cvt.f32.f16 w, h{n % 2};"
+        elif n % 2:
+            wide = f"and.b32 v, {register}, 0xFFFF0000; mov.b32 w, v;"
+        else:
+            wide = f"shl.b32 v, {register}, 16; mov.b32 w, v;"
+        hidden = f"setp.eq.f32 r, ${s + n}, 0fFF800000; selp.f32 y, 0fFF800000, y, r;"  # whatever its bias is
+        return f"mul.f32 y, ${s + n}, ${a + n}; {wide} fma.rn.f32 y, w, 0f3FB8AA3B, y; {hidden}"
+    if scaled and shifted:
+        return f"fma.rn.f32 y, ${s + n}, ${a + n}, ${b + n};"
+    if scaled:
+        return f"mul.f32 y, ${s + n}, ${a + n};"
+    if shifted:
+        return f"add.f32 y, ${s + n}, ${b + n};"
+    return f"mov.f32 y, ${s + n};"
+
+
+@gluon.constexpr_function
+def _settling(count, scaled, shifted, bias, dtype):
+    """PTX for ``settle``, of ``count`` scores of a thread: by fours, two in a row and two in the row 8 further down. Operands: p in twos,
+    sums, references, factors; s, p, sums, references, a and b as of ``_score``. Of what there is one of a row the first two rows' are used.
+    """
+    half = count // 2
+    new_p, new_l, new_m, factor = 0, half, half + count, half + 2 * count
+    s = half + 3 * count
+    p, l, m = s + count, s + count + half, s + 2 * count + half
+    a = m + count
+    b = a + count if scaled or bias is not None else a
+    most = "0f53800000" if dtype == "bf16" else "0f47000000"  # MOST: 2^40, 2^15. No probability is above the sum that it is part of
+    lines = [
+        "{ .reg .pred p, q, r;",
+        ".reg .f32 y, z, t0, t1, u0, u1, w;",
+        ".reg .b32 v;",
+        ".reg .b16 h0, h1;",
+        f"setp.gtu.f32 p, ${l}, {most};",
+        f"setp.gtu.or.f32 p, ${l + 2}, {most}, p;",
+        "vote.sync.any.pred q, p, 0xFFFFFFFF;",
+        *(f"mov.b32 ${new_p + n}, ${p + n};" for n in range(half)),
+    ]
+    for row in (0, 2):
+        lines += [f"mov.f32 ${new_l + row}, ${l + row};", f"mov.f32 ${new_m + row}, ${m + row};", f"mov.f32 ${factor + row}, 0f3F800000;"]
+    lines += ["@!q bra.uni SETTLED;", f"mov.f32 t0, ${m};", f"mov.f32 t1, ${m + 2};"]
+    for n in range(count):
+        row = n // 2 % 2
+        lines += [_score(n, s, a, b, scaled, shifted, bias), f"max.f32 t{row}, t{row}, y;"]
+    for distance in (1, 2):
+        for row in (0, 1):
+            lines += [f"shfl.sync.bfly.b32 y, t{row}, {distance}, 31, 0xFFFFFFFF;", f"max.f32 t{row}, t{row}, y;"]
+    for row in (0, 1):
+        lines += [f"mov.f32 ${new_m + 2 * row}, t{row};", f"sub.f32 y, ${m + 2 * row}, t{row};", f"ex2.approx.ftz.f32 ${factor + 2 * row}, y;"]
+        lines += [f"mov.f32 u{row}, 0f00000000;"]
+    for n in range(count):
+        row, last = n // 2 % 2, "zy"[n % 2]
+        lines += [_score(n, s, a, b, scaled, shifted, bias), f"sub.f32 y, y, t{row};", f"ex2.approx.ftz.f32 {last}, y;"]
+        lines += [f"add.f32 u{row}, u{row}, {last};"]
+        if n % 2:
+            lines += [f"cvt.rn.{dtype}x2.f32 ${new_p + n // 2}, y, z;"]
+    lines += [f"mov.f32 ${new_l}, u0;", f"mov.f32 ${new_l + 2}, u1;", "SETTLED: }"]
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _settling_operands(count, scaled, shifted, biased):
+    outputs = ["=&r"] * (count // 2) + ["=&f"] * (3 * count)
+    inputs = ["f"] * count + ["r"] * (count // 2) + ["f"] * (count * (2 + (scaled or biased) + shifted)) + ["r"] * (count // 2 * biased)
+    return ",".join(outputs + inputs)
+
+
+@gluon.jit
+def _settle(s, p, l, m, a, b, bias):
+    """``(p, its sums by lane, m, what earlier sums shrink by)``: as they are, or for a warp with a sum above MOST, with a new m.
+
+    The score of s is ``s * a + b`` (a: for all, b: by lane; None: 1, 0), or with bias, a tile of 16 bits, ``s * a + bias log2(e)``.
+    """
+    COLUMNS: gl.constexpr = s.shape[1] * 8
+    COUNT: gl.constexpr = COLUMNS // 2
+    DT: gl.constexpr = _dtype_name(p.dtype)
+    L: gl.constexpr = _by_lane(COLUMNS)
+    KINDS: gl.constexpr = (a is not None, b is not None, DT if bias is not None else None)
+    TEXT: gl.constexpr = _settling(COUNT, KINDS[0], KINDS[1], KINDS[2], DT)
+    OPERANDS: gl.constexpr = _settling_operands(COUNT, KINDS[0], KINDS[1], bias is not None)
+    p = _split(p)
+    l, s = gl.broadcast(_spread(l, COLUMNS), s)
+    m, s = gl.broadcast(_spread(m, COLUMNS), s)
+    if b is not None:
+        b, s = gl.broadcast(_spread(b, COLUMNS), s)
+    if a is not None:
+        a = gl.full(s.shape, 1.0, gl.float32, L) * a
+    if bias is not None:
+        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m, a, _split(bias)], (p.dtype, gl.float32, gl.float32, gl.float32), True, COUNT)
+    elif a is not None and b is not None:
+        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m, a, b], (p.dtype, gl.float32, gl.float32, gl.float32), True, COUNT)
+    elif a is not None:
+        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m, a], (p.dtype, gl.float32, gl.float32, gl.float32), True, COUNT)
+    elif b is not None:
+        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m, b], (p.dtype, gl.float32, gl.float32, gl.float32), True, COUNT)
+    else:
+        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m], (p.dtype, gl.float32, gl.float32, gl.float32), True, COUNT)
+    return _joined(out[0]), _first(out[1]), _first(out[2]), _first(out[3])
+
+
+@gluon.constexpr_function
+def _shrinking(count):
+    lines = [
+        "{ .reg .pred p, q;",
+        f"setp.neu.f32 p, ${2 * count}, 0f3F800000;",
+        f"setp.neu.or.f32 p, ${2 * count + 2}, 0f3F800000, p;",
+        "vote.sync.any.pred q, p, 0xFFFFFFFF;",
+        "@!q bra.uni SAME;",
+        *(f"mul.f32 ${n}, ${n}, ${2 * count + n};" for n in range(count)),
+        "SAME: }",
+    ]
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _shrinking_operands(count):
+    return ",".join(["=f"] * count + [str(n) for n in range(count)] + ["f"] * count)
+
+
+@gluon.jit
+def shrunk(o, factor):
+    """A product's result times a factor by lane: skipped by warps whose rows all have 1, as nearly always."""
+    COLUMNS: gl.constexpr = o.shape[1]
+    COUNT: gl.constexpr = min(COLUMNS // 2, 64)
+    factor, o = gl.broadcast(_spread(factor, COLUMNS), _split(o))
+    return _joined(gl.inline_asm_elementwise(_shrinking(COUNT), _shrinking_operands(COUNT), [o, factor], gl.float32, True, COUNT))
+
+
+@gluon.constexpr_function
+def _order(bias, row_bias, cap, is_mask, alibi, positive_scale, fusing):
+    """How scores come about: "late", scaled as they go into the power, in one instruction; "fused", a bias of 16 bits with them; "early",
+    where what is added may be huge: then they are rounded as in the backward kernels.
+    """
+    added = alibi or ((bias is not None or row_bias is not None) and not is_mask)
+    if not added:
+        return "late" if positive_scale or cap is not None else "early"
+    narrow = bias is not None and (bias.dtype == gl.bfloat16 or bias.dtype == gl.float16)
+    return "fused" if fusing and narrow and positive_scale and cap is None and row_bias is None and not alibi else "early"
+
+
+@gluon.jit
+def _factor(cap, scale_log2):
+    """What scores that are scaled late are multiplied by: see ``capped``."""
+    if cap is not None:
+        return 2.0 * cap[1]
+    else:
+        return scale_log2
+
+
+@gluon.jit
+def _shift(cap, slope, ALIBI: gl.constexpr, COLUMNS: gl.constexpr):
+    """What is added to the scores of a query, late, by lane: see ``capped`` and ``add_alibi``."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(COLUMNS))
+    if ALIBI == ONE_SIDED:
+        return _of_rows(line(0.0, -slope, 64, ROWS), COLUMNS)
+    else:
+        return _of_rows(gl.full([64], 1.0, gl.float32, ROWS) * cap[1], COLUMNS)
+
+
+@gluon.jit
+def softmax(
+    s, bias, shown, row_bias, slope, cap, m, m0, n0, ahead, N, lo, hi, scale_log2, DT: gl.constexpr, IS_MASK: gl.constexpr,
+    POSITIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, ALIBI: gl.constexpr, CUT: gl.constexpr, FUSING: gl.constexpr,
+):  # fmt: skip
+    """Of one block's products s, of 64 queries from m0 and keys from n0 on: ``(scores, p in DT, sums of p, m)``, the latter by lane.
+
+    bias: a tile or a row of a bias or mask; shown: of a mask beside it, in its buffer; row_bias: a number a query. None: absent. m None:
+    in a tile's first block m is found; in others p, its sums and m are to be ``settled``, which takes the scores. CUT: a length may end in
+    the block. FUSING: there are registers to add a bias of 16 bits in one instruction with the scale.
+    """
+    COLUMNS: gl.constexpr = s.shape[1]
+    ORDER: gl.constexpr = _order(bias, row_bias, cap, IS_MASK, ALIBI, POSITIVE_SCALE, FUSING and m is not None)
+    SHIFTED: gl.constexpr = ALIBI == ONE_SIDED or (cap is not None and ORDER == "late")
+    L: gl.constexpr = _by_lane(COLUMNS)
+    if cap is not None:
+        if CUT:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
+            s = hide_unseen(s, m0, n0, N, None, None, 64, COLUMNS, "0f00000000")
+        s = squashed(s, cap)
+        if ORDER == "early":
+            s = capped(s, cap)
+    elif ORDER == "early":
+        s = s * scale_log2
+    if bias is not None and IS_MASK:
+        s = hide(s, bias)
+    elif bias is not None and ORDER == "early":
+        wide, s = gl.broadcast(widened(bias), s)
+        s = gl.fma(wide, gl.full([64, COLUMNS], LOG2E, gl.float32, accumulator(COLUMNS)), s)
+    if shown is not None:
+        s = hide_by(s, shown, 64, COLUMNS)
+    if row_bias is not None:
+        row, s = gl.broadcast(gl.expand_dims(row_bias, 1), s)
+        if IS_MASK:
+            s = gl.where(row != 0, s, float("-inf"))
+        else:
+            s = gl.fma(row, gl.full([64, COLUMNS], LOG2E, gl.float32, accumulator(COLUMNS)), s)
+    if ALIBI:
+        s = add_alibi(s, slope, n0 - m0 - ahead, 1, ALIBI)
+    if MASKED:
+        s = hide_unseen(s, m0, n0, N, lo, hi, 64, COLUMNS, "0fFF800000")
+    s = _split(s)
+    if m is None:
+        top = gl.max(gl.max(s, 3), 1)
+        if ORDER == "late":
+            top = top * _factor(cap, scale_log2)
+        if SHIFTED:
+            top = top + _shift(cap, slope, ALIBI, COLUMNS)
+        m = _of_rows(gl.maximum(gl.max(top, 1), LOWEST), COLUMNS)
+    less = -m
+    if SHIFTED:
+        less = _shift(cap, slope, ALIBI, COLUMNS) - m
+    if ORDER == "fused":
+        # Beside a huge m sums come out as NaN, so that they are worked out when they are settled, as in the backward kernels.
+        less = gl.where(gl.abs(m) > MILD, gl.where(m == LOWEST, -LOWEST, float("nan")), less)
+        less, s = gl.broadcast(_spread(less, COLUMNS), s)
+        wide, _s = gl.broadcast(widened(bias), _joined(s))
+        p = gl.exp2(s * scale_log2 + gl.fma(_split(wide), gl.full(s.shape, LOG2E, gl.float32, L), less))
+    elif ORDER == "late":
+        p = gl.exp2(s * _factor(cap, scale_log2) + _spread(less, COLUMNS))
+    else:
+        p = gl.exp2(s + _spread(less, COLUMNS))
+    return s, _joined(p).to(DT), gl.sum(gl.sum(p, 3), 1), m
+
+
+@gluon.jit
+def settled(
+    s, p, l, m, bias, row_bias, slope, cap, scale_log2, IS_MASK: gl.constexpr, POSITIVE_SCALE: gl.constexpr, ALIBI: gl.constexpr,
+    FUSING: gl.constexpr,
+):  # fmt: skip
+    """``(p, its sums, m, what earlier sums shrink by)`` of what ``softmax`` gives, by lane: as it is, or with a new m."""
+    COLUMNS: gl.constexpr = s.shape[1] * 8
+    ORDER: gl.constexpr = _order(bias, row_bias, cap, IS_MASK, ALIBI, POSITIVE_SCALE, FUSING)
+    if ORDER == "fused":
+        bias, _s = gl.broadcast(bias, _joined(s))
+        return _settle(s, p, l, m, scale_log2, None, bias)
+    elif ORDER == "late" and cap is not None:
+        return _settle(s, p, l, m, _factor(cap, scale_log2), _shift(cap, slope, ALIBI, COLUMNS), None)
+    elif ORDER == "late":
+        return _settle(s, p, l, m, _factor(cap, scale_log2), None, None)
+    elif ALIBI == ONE_SIDED:
+        return _settle(s, p, l, m, None, _shift(cap, slope, ALIBI, COLUMNS), None)
+    else:
+        return _settle(s, p, l, m, None, None, None)
