@@ -206,6 +206,10 @@ def build(case: Case, device: torch.device) -> Inputs:
             else:
                 bias = torch.randn(shape, generator=generator) * (1e4 if case.bias_values == "huge" else 1.0)
                 hidden = -torch.inf
+                if case.bias_values == "rising":  # towards the first key, not at all, slowly or fast: maxima that keep growing
+                    row = torch.arange(shape[-2])[:, None]
+                    rates = torch.tensor([0.0, 0.05, 0.4, 3.0])[row % 4] * ((row // 8 + row // 32) % 2) if len(row) > 1 else 0.4
+                    bias = bias + rates * torch.arange(shape[-1]).flip(0)
                 if case.bias_values == "inf":
                     bias[torch.rand(shape, generator=generator) < 0.4] = hidden
                 if case.bias_values == "least":  # what many models write for "hidden": a third of the entries, and a whole row

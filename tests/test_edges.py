@@ -106,6 +106,8 @@ VALUES = [
     Case("huge bias float16", bias="h1k", bias_values="huge", bias_dtype=F32, dtype=F16),
     Case("huge scores", M=40, N=50, D=64, magnitude=35.0, scale=1.0, dtype=F32),
     Case("huge scores float16", M=40, N=50, D=64, magnitude=30.0, scale=1.0),
+    Case("rising bias", M=40, N=50, bias="hqk", bias_values="rising", dtype=F32, causal=True),
+    Case("rising bias of keys", M=40, N=300, bias="h1k", bias_values="rising", sink=True),
     Case("scale 0", bias="1hqk", scale=0.0),
     Case("scale 0, no bias", scale=0.0, causal=True),
     Case("negative scale", bias="1hqk", scale=-0.5),

@@ -43,6 +43,8 @@ PROBLEMS = [
     Case("causal with a tile of bias", B=2, M=257, N=321, H=3, D=40, bias="1hqk", causal=True),
     Case("band with a row of bias", B=3, M=200, N=200, H=2, D=64, Dv=32, bias="b11k", lo=-70, hi=20),
     Case("a number a query, rows that see nothing", B=2, M=200, N=150, H=2, D=32, bias="1hq1", bias_dtype=F32, hi=-60),
+    Case("maxima that keep growing", B=2, M=200, N=500, H=2, D=64, bias="1hqk", bias_values="rising", dtype=BF16),
+    Case("maxima that keep growing, bias of keys", B=2, M=200, N=400, H=2, D=64, bias="b11k", bias_values="rising", sink=True, hi=50),
 ]
 
 

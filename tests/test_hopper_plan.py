@@ -178,7 +178,7 @@ def test_shared_memory_counts_every_buffer() -> None:
     """Against a sum written out: 2 consumers of 64 queries, 32 keys, dims 80 and 48 padded to 128 and 64."""
     problem = spec("b1hqk", "fp32", head_dim=80, value_dim=48)
     config = HopperConfig(2, 32, 4, bias_stages=2)
-    q, k, v, out, bias = 2 * 64 * 128 * 2, 3 * 32 * 128 * 2, 4 * 32 * 64 * 2, 2 * 64 * 64 * 2, 2 * 2 * 64 * 32 * 4
+    q, k, v, out, bias = 2 * 64 * 128 * 2, 4 * 32 * 128 * 2, 4 * 32 * 64 * 2, 2 * 64 * 64 * 2, 2 * 2 * 64 * 32 * 4
     used = hopper.shared_memory(problem, config)
     assert q + k + v + out + bias < used < q + k + v + out + bias + 2048
     assert used - hopper.shared_memory(problem, replace(config, own_out=False)) == out

@@ -214,6 +214,9 @@ FORWARD = [
     Case("all", B=3, M=260, N=200, H=4, Hk=1, lengths=(0, 128, 999), alibi="h", sink=True, bias="bhqk", bias_values="inf", hi=90),
     Case("slopes, grouped", B=2, M=128, N=256, H=4, Hk=2, alibi="bh", causal=True, scale=-0.3),
     Case("nothing is seen but the sink", B=2, M=130, N=200, lengths=(0, 0), sink=True),
+    Case("maxima that keep growing", B=1, M=130, N=500, H=2, bias="1hqk", bias_values="rising", dtype=BF16),
+    Case("maxima that keep growing, bias of keys", B=2, M=100, N=400, bias="b11k", bias_values="rising", sink=True, hi=50, dropout=0.1),
+    Case("maxima that keep growing, cap", B=1, M=70, N=300, H=2, bias="1hqk", bias_values="rising", softcap=5.0, causal=True),
 ]
 
 
@@ -295,6 +298,28 @@ def test_slopes_beside_a_huge_bias(adds: bool) -> None:
         (dv,) = torch.autograd.grad(out, [inputs.v], torch.ones_like(out))
     sums = dv.double().sum(1)  # of each column: one for each query
     assert (sums / case.M - 1).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("mild", [True, False])
+def test_maxima_that_become_huge(mild: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias that the forward kernel adds together with the scale: not where it is huge, else p of the two passes would not be the same. mild:
+    were it taken for mild, that would be seen.
+    """
+    case = Case("huge", B=2, M=200, N=300, H=2, bias="1hqk", dtype=BF16, grads="v")
+    inputs = build(case, CPU)
+    assert inputs.bias is not None
+    with torch.no_grad():
+        inputs.bias[..., :100, :] = -1e9
+        inputs.bias[..., 40:140, 17:22] = 1e9  # visited last
+    if mild:
+        source = gluon_twin.source
+        monkeypatch.setattr(gluon_twin, "source", lambda module: source(module).replace("gl.abs(m) > MILD", "m > 1e38"))
+    with gluon_twin.twin_device(2), override_configs(forward=HopperConfig(1, 128, 2, together=2)):
+        x, options = inputs.operands(), (case.batch_inner, *case.band, case.softmax_scale, "", "hopper")
+        out = torch.ops.triflash.forward(*x[:4], *options, *x[4:], 0.0, 0.0)[0]
+        (dv,) = torch.autograd.grad(out, [inputs.v], torch.ones_like(out))
+    sums = dv.double().sum(1)  # of each column: one for each query
+    assert ((sums / case.M - 1).abs().max() < 0.01) is not mild
 
 
 DROPPED = [
@@ -434,15 +459,17 @@ def test_features_together(number: int) -> None:
         ("keys_block", "warpgroup_mma_wait(AFTER + NEXT, [dq_pending])", "warpgroup_mma_wait(AFTER + NEXT + 1, [dq_pending])"),
         ("keys_block", "        fence_async_shared()\n        if bias_s is not None or", "        if bias_s is not None or"),
         ("keys_loads", "expect(bars[BIAS_FULL].index(slot), BIAS_BYTES + MASK_BYTES)", "expect(bars[BIAS_FULL].index(slot), BIAS_BYTES)"),
-        ("forward", "s = hide_by(s, mask_s.index(slot), BM, BN)", "pass"),
+        ("softmax", "s = hide_by(s, shown, 64, COLUMNS)", "pass"),
         ("wide", "mbarrier.wait(bars[KV_EMPTY].index(0), (wave & 1) ^ 1)", "pass"),
         ("wide", "mbarrier.wait(bars[O_EMPTY].index(stage), phase)", "pass"),
         ("wide", "mbarrier.wait(bars[P_FULL].index(at & 1), (at >> 1) & 1)", "pass"),
         ("wide", "mbarrier.wait(bars[Q_EMPTY].index(stage), phase)", "pass"),
         ("wide", "mbarrier.wait(bars[BIAS_EMPTY].index(0), (at & 1) ^ 1)", "pass"),
-        ("loads", "mbarrier.wait(bars[K_EMPTY].index(stage), ((at // K_STAGES) & 1) ^ 1)", "pass"),
-        ("loads", "mbarrier.wait(bars[Q_EMPTY].index(slot), ((wave // Q_STAGES) & 1) ^ 1)", "pass"),
-        ("forward", "mbarrier.wait(bars[V_FULL].index(before), ((at - 1) // V_STAGES) & 1)", "pass"),
+        ("loads", "mbarrier.wait(bars[K_EMPTY].index(stage), phase_of(at, STAGES) ^ 1)", "pass"),
+        ("loads", "mbarrier.wait(bars[K_EMPTY].index(stage), phase_of(done, STAGES) ^ 1)", "pass"),
+        ("loads", "mbarrier.wait(bars[Q_EMPTY].index(slot), phase_of(wave, Q_STAGES) ^ 1)", "pass"),
+        ("loads", "tma_load(v_desc, [b_before, n_before, head_before, 0], full", "tma_load(v_desc, [b, n0, head_before, 0], full"),
+        ("forward", "        mbarrier.wait(bars[K_FULL].index(stage), phase_of(at, STAGES))", "        pass"),
         ("forward", "s = warpgroup_mma_wait(1, [s_pending])", "s = warpgroup_mma_wait(2, [s_pending])"),
         ("columns", "later - count", "later"),
     ],
@@ -460,16 +487,40 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
             N=300,
             bias="1hqk",
             mask="b11k" if kernel == "wide" else "b1qk",
-            grads={"forward": "", "loads": ""}.get(kernel, "qkv"),
+            grads={"forward": "", "loads": "", "softmax": ""}.get(kernel, "qkv"),
             D=136 if kernel == "wide" else 16,
         )
         config = (KeysConfig(2, 2), KeysConfig(2, 2, 2, apart=True, unroll=2), KeysConfig(2, 1, direct=True))[seed % 3]
         try:
-            whole = {"forward": HopperConfig(2, 128, 2, 2, turns=True)} if kernel in ("forward", "loads") else {"dqdkdv": config}
+            whole = {"forward": HopperConfig(2, 128, 2, 2, turns=True)} if kernel in ("forward", "loads", "softmax") else {"dqdkdv": config}
             check(case, 1, seed, **({} if kernel == "wide" else whole))
         except (AssertionError, TimeoutError, AttributeError, TypeError, RuntimeError):
             return
     raise AssertionError("nothing was noticed")
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ('f"setp.gtu.or.f32 p, ${l + 2}, {most}, p;",', ""),  # rows of a thread that have no say
+        ('f"setp.gtu.f32 p, ${l}, {most};"', 'f"setp.gtu.f32 p, ${l + 2}, {most};"'),
+        ("for distance in (1, 2):", "for distance in (1,):"),
+        ("ex2.approx.ftz.f32 ${factor + 2 * row}, y;", "mov.f32 ${factor + 2 * row}, 0f3F800000;"),
+        ("cvt.rn.{dtype}x2.f32 ${new_p + n // 2}, y, z;", "cvt.rn.{dtype}x2.f32 ${new_p + n // 2}, z, y;"),
+        ("shl.b32 v, {register}, 16;", "and.b32 v, {register}, 0xFFFF0000;"),
+        ('f"add.f32 u{row}, u{row}, {last};"', 'f"add.f32 u0, u0, {last};"'),
+        ("l = l * factor + more", "l = l + more"),
+        ("        o = shrunk(o, factor)\n", ""),
+    ],
+)
+def test_growing_maxima_are_looked_after(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever of it is left out or wrong is seen; the parts of the text that the assembler takes are carried out here, too."""
+    source = gluon_twin.source
+    assert old in source("softmax") + source("forward")
+    monkeypatch.setattr(gluon_twin, "source", lambda module: source(module).replace(old, new))
+    case = Case("growing", B=1, M=100, N=500, H=2, D=64, bias="1hqk", bias_values="rising", dtype=BF16, grads="")
+    with pytest.raises(AssertionError):
+        check(case, 1, 0, forward=HopperConfig(1, 128, 2, together=2))
 
 
 PARTS = [

@@ -207,13 +207,13 @@ def _candidates(spec: AttentionSpec) -> tuple[HopperConfig, ...]:
             if head <= 32:
                 narrow = (HopperConfig(1, 64, 3, q_stages=2, together=4),)
             return (*narrow, HopperConfig(1, 64, 3, together=3), HopperConfig(2, 64, 2, turns=True))
-        if spec.alibi and not capped and spec.dropout == 0:
+        if spec.alibi and spec.hi is not None and not capped and spec.dropout == 0:
             return (HopperConfig(1, 128, 2, q_stages=2, together=2), HopperConfig(2, 64, 2, turns=True))
         if light and spec.bias is None and seen >= (4096 if banded else 2048):  # registers of a third consumer leave no room for more
             return (HopperConfig(3, 128, 2, turns=True), HopperConfig(2, 64, 2, turns=True))
-        return (HopperConfig(2, 128, 3, q_stages=2, turns=capped), HopperConfig(2, 64, 2, turns=True))
+        return (HopperConfig(2, 128, 3, q_stages=2), HopperConfig(2, 64, 2, turns=True))
     if head <= 128:
-        turns = bias_tiles or capped or spec.alibi
+        turns = bias_tiles or spec.alibi or (capped and banded)
         if short and (bias_tiles or spec.bias is None):
             small = (HopperConfig(1, 64, 2, together=2),)
         return (

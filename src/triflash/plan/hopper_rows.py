@@ -25,8 +25,8 @@ MOST_SIMULATED = 65536  # tiles; with more, any way of dealing them comes out ev
 class RowsConfig(HopperConfig):
     """One launch configuration of ``dq`` or ``dbias``.
 
-    dq: as in the forward kernel; num_stages are buffers for key blocks, v_stages, if not 0, those for value blocks, and ahead says that the last product of
-    a block is issued behind the first two of the next, which takes registers and a second key buffer.
+    dq: as in the forward kernel; num_stages are buffers for key blocks, v_stages, if not 0, those for value blocks, and ahead says that the
+    last product of a block is issued behind the first two of the next, which takes registers and a second key buffer.
 
     dbias: num_stages are slots of ``chunk`` columns of keys or values, v_stages such of queries or their dout, and bias_stages the tiles
     whose bias has room; of the other fields only turns and together matter.

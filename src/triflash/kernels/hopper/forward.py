@@ -7,11 +7,12 @@ so that the loads of one tile run under the arithmetic of the one before.
 
 Within a consumer the products of two neighbouring blocks overlap: q kᵀ of block j is issued together with p v of block j - 1, and the
 softmax of block j runs while the latter is still under way (FlashAttention-3, Shah et al. 2024). So keys of a block and values of the one
-before share a buffer's barriers: every wait and every arrival takes a step's time longer. With TURNS, consumers issue their products in
+before share barriers, of which every wait and every arrival makes a step longer. With TURNS, consumers issue their products in
 turn, so that the softmax of one runs under the products of another.
 
-Blocks are visited from the last that a tile sees to its first; ``softmax.py`` has the recurrence. A variable that changes inside a loop is recomputed from loop-carried scalars where that is cheap: Triton 3.6 has been seen not to carry one that is
-reassigned only under a condition.
+Blocks are visited from the last that a tile sees to its first; ``softmax.py`` has the recurrence. A variable that changes inside a loop is
+recomputed from loop-carried scalars where that is cheap: Triton 3.6 has been seen not to carry one that is reassigned only under a
+condition.
 """
 
 from ..triton.prims import LN2, LOG2E, offset
@@ -134,13 +135,13 @@ def _walk(
         n0 = (end - 1 - step) * BN
         stage = slot_of(at, STAGES)
         bias = None
-        if bias_s is not None:  # before the products, behind whose operands it would have to wait
+        if bias_s is not None and not IS_MASK:  # before the products, behind whose operands it would have to wait
             bias = _bias_of(bias_s, bars, at, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
         mbarrier.wait(bars[K_FULL].index(stage), phase_of(at, STAGES))
         if TURNS:
             mbarrier.wait(bars[TURN + WG].index(0), at & 1)
         s_pending = warpgroup_mma(q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        if bias_s is not None and mask_s is None:
+        if bias_s is not None and mask_s is None and not IS_MASK:
             _release_bias(bars, at, WG, WGS, BIAS_STAGES)
         o_pending = warpgroup_mma(p, v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
         if TURNS:
@@ -152,11 +153,13 @@ def _walk(
         shown = None
         if mask_s is not None:
             shown = mask_s.index(slot_of(at, BIAS_STAGES) * WGS + WG)
+        elif bias_s is not None and IS_MASK:  # what unpacking its bytes takes is not to be ahead of the products
+            bias = _bias_of(bias_s, bars, at, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
         s, p16, more, m = softmax(
-            s, bias, shown, rows, slope, cap, m, m0, n0, ahead, N, lo, hi, scale_log2, q.dtype, IS_MASK, POSITIVE_SCALE, MASKED, ALIBI, False,
-            FUSING,
+            s, bias, shown, rows, slope, cap, m, m0, n0, ahead, N, lo, hi, scale_log2, q.dtype, IS_MASK, POSITIVE_SCALE, MASKED, ALIBI,
+            False, FUSING,
         )  # fmt: skip
-        if mask_s is not None:
+        if mask_s is not None or (bias_s is not None and IS_MASK):
             _release_bias(bars, at, WG, WGS, BIAS_STAGES)
         o = warpgroup_mma_wait(0, [o_pending])
         mbarrier.arrive(bars[K_EMPTY].index(stage))
@@ -186,7 +189,6 @@ def _consume(
     S: gl.constexpr = accumulator(BN)
     O: gl.constexpr = accumulator(BDV)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    ROWS: gl.constexpr = gl.SliceLayout(1, S)
     MASKED: gl.constexpr = (lo is not None) or (hi is not None) or (not EVEN_N)
     ROW_BIASED: gl.constexpr = bias is not None
     OVERLAP: gl.constexpr = out_s is not None
@@ -366,12 +368,11 @@ def forward(
     Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims,
     whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and
     strides (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). ``group`` query heads share a
-    key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch,
-    head); sink: by head; cap: see ``squashed``; dropout: see ``stream_of``; mask: beside the bias, a tile
-    or a row with every tile of it. None:
-    absent.
+    key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by head; cap: see ``squashed``; dropout: see
+    ``stream_of``; mask: beside the bias, a tile or a row with every tile of it. None: absent.
 
     OWN_OUT: the output leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
+    FUSING: see ``softmax``.
     """
     BM: gl.constexpr = 64
     DT: gl.constexpr = q_desc.dtype

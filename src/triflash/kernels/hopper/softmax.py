@@ -1,11 +1,14 @@
 """The running softmax of the forward kernel for Hopper, for 64 queries of a consumer: from products to probabilities, sums and maxima.
 
-For every query it keeps a reference m, the sum l of ``2^(score - m)`` and, in its caller, the same sum of values. Textbooks take the maximum
-of all scores so far for m, and scale both sums whenever it grows. Any m gives the same softmax as long as nothing overflows, so here m is the
-maximum as of when it was last looked for: a block's probabilities are worked out with the m that there is, and only where their sum comes out
-above MOST (or as no number) does a warp find the maximum after all, work them out again, and scale the sums. That takes the maximum, the
-exchange between lanes that it needs, and nearly all scaling out of the loop. The idea of not scaling for a little growth is that of
-FlashAttention-4 (2025), which still takes every block's maximum; the branch is a warp's own, and so in assembly.
+For every query it keeps a reference m, the sum l of ``p = 2^(score - m)`` and, in its caller, the sum o of p times values:
+
+    l' = l 2^(m - m') + sum p;   o' = o 2^(m - m') + p v
+
+Textbooks take the maximum of all scores so far for m. But any m gives the same softmax as long as nothing overflows. Here m is the maximum
+as of when it was last looked for: p of a block is worked out with the m that there is, and only where its sum comes out above 2^40 (2^15
+for float16), or as no number, does a warp find the maximum after all, work p out again, and scale l and o. That takes the maximum, the exchange
+between lanes that it needs, and all scaling out of the loop. Not to scale for a little growth is an idea of FlashAttention-4 (2025), which
+still takes every block's maximum. The branch is a warp's own, and so in assembly.
 
 Everything that a query has one number of is held *by lane*: (64, 4), for the four lanes that share a row of a product's result. Their m are
 equal, l is each lane's own share, added up when a tile ends.
@@ -125,7 +128,7 @@ def _settling(count, scaled, shifted, bias, dtype):
     p, l, m = s + count, s + count + half, s + 2 * count + half
     a = m + count
     b = a + count if scaled or bias is not None else a
-    most = "0f53800000" if dtype == "bf16" else "0f47000000"  # MOST: 2^40, 2^15. No probability is above the sum that it is part of
+    most = "0f53800000" if dtype == "bf16" else "0f47000000"  # 2^40, 2^15: no p is above the sum that it is part of
     lines = [
         "{ .reg .pred p, q, r;",
         ".reg .f32 y, z, t0, t1, u0, u1, w;",
@@ -146,8 +149,8 @@ def _settling(count, scaled, shifted, bias, dtype):
         for row in (0, 1):
             lines += [f"shfl.sync.bfly.b32 y, t{row}, {distance}, 31, 0xFFFFFFFF;", f"max.f32 t{row}, t{row}, y;"]
     for row in (0, 1):
-        lines += [f"mov.f32 ${new_m + 2 * row}, t{row};", f"sub.f32 y, ${m + 2 * row}, t{row};", f"ex2.approx.ftz.f32 ${factor + 2 * row}, y;"]
-        lines += [f"mov.f32 u{row}, 0f00000000;"]
+        lines += [f"mov.f32 ${new_m + 2 * row}, t{row};", f"sub.f32 y, ${m + 2 * row}, t{row};"]
+        lines += [f"ex2.approx.ftz.f32 ${factor + 2 * row}, y;", f"mov.f32 u{row}, 0f00000000;"]
     for n in range(count):
         row, last = n // 2 % 2, "zy"[n % 2]
         lines += [_score(n, s, a, b, scaled, shifted, bias), f"sub.f32 y, y, t{row};", f"ex2.approx.ftz.f32 {last}, y;"]
@@ -167,9 +170,8 @@ def _settling_operands(count, scaled, shifted, biased):
 
 @gluon.jit
 def _settle(s, p, l, m, a, b, bias):
-    """``(p, its sums by lane, m, what earlier sums shrink by)``: as they are, or for a warp with a sum above MOST, with a new m.
-
-    The score of s is ``s * a + b`` (a: for all, b: by lane; None: 1, 0), or with bias, a tile of 16 bits, ``s * a + bias log2(e)``.
+    """See ``settled``. The score of s is ``s * a + b`` (a: for all, b: by lane; None: 1, 0), or beside a bias, a tile of 16 bits,
+    ``s * a + bias log2(e)``.
     """
     COLUMNS: gl.constexpr = s.shape[1] * 8
     COUNT: gl.constexpr = COLUMNS // 2
@@ -185,16 +187,17 @@ def _settle(s, p, l, m, a, b, bias):
         b, s = gl.broadcast(_spread(b, COLUMNS), s)
     if a is not None:
         a = gl.full(s.shape, 1.0, gl.float32, L) * a
+    f32 = gl.float32
     if bias is not None:
-        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m, a, _split(bias)], (p.dtype, gl.float32, gl.float32, gl.float32), True, COUNT)
+        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m, a, _split(bias)], (p.dtype, f32, f32, f32), True, COUNT)
     elif a is not None and b is not None:
-        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m, a, b], (p.dtype, gl.float32, gl.float32, gl.float32), True, COUNT)
+        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m, a, b], (p.dtype, f32, f32, f32), True, COUNT)
     elif a is not None:
-        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m, a], (p.dtype, gl.float32, gl.float32, gl.float32), True, COUNT)
+        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m, a], (p.dtype, f32, f32, f32), True, COUNT)
     elif b is not None:
-        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m, b], (p.dtype, gl.float32, gl.float32, gl.float32), True, COUNT)
+        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m, b], (p.dtype, f32, f32, f32), True, COUNT)
     else:
-        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m], (p.dtype, gl.float32, gl.float32, gl.float32), True, COUNT)
+        out = gl.inline_asm_elementwise(TEXT, OPERANDS, [s, p, l, m], (p.dtype, f32, f32, f32), True, COUNT)
     return _joined(out[0]), _first(out[1]), _first(out[2]), _first(out[3])
 
 
@@ -326,7 +329,8 @@ def settled(
     s, p, l, m, bias, row_bias, slope, cap, scale_log2, IS_MASK: gl.constexpr, POSITIVE_SCALE: gl.constexpr, ALIBI: gl.constexpr,
     FUSING: gl.constexpr,
 ):  # fmt: skip
-    """``(p, its sums, m, what earlier sums shrink by)`` of what ``softmax`` gives, by lane: as it is, or with a new m."""
+    """``(p, its sums, m, what earlier sums shrink by)`` of what ``softmax`` gives: as it is, or, for a warp with too large a sum, with a new m.
+    """
     COLUMNS: gl.constexpr = s.shape[1] * 8
     ORDER: gl.constexpr = _order(bias, row_bias, cap, IS_MASK, ALIBI, POSITIVE_SCALE, FUSING)
     if ORDER == "fused":
