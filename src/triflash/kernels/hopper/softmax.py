@@ -6,9 +6,9 @@ For every query it keeps a reference m, the sum l of ``p = 2^(score - m)`` and, 
 
 Textbooks take the maximum of all scores so far for m. But any m gives the same softmax as long as nothing overflows. Here m is the maximum
 as of when it was last looked for: p of a block is worked out with the m that there is, and only where its sum comes out above 2^40 (2^15
-for float16), or as no number, does a warp find the maximum after all, work p out again, and scale l and o. That takes the maximum, the exchange
-between lanes that it needs, and all scaling out of the loop. Not to scale for a little growth is an idea of FlashAttention-4 (2025), which
-still takes every block's maximum. The branch is a warp's own, and so in assembly.
+for float16), or as no number, does a warp find the maximum after all, work p out again, and scale l and o. That takes the maximum, the
+exchange between lanes that it needs, and all scaling out of the loop. Not to scale for a little growth is an idea of FlashAttention-4
+(2025), which still takes every block's maximum. The branch is a warp's own, and so in assembly.
 
 Everything that a query has one number of is held *by lane*: (64, 4), for the four lanes that share a row of a product's result. Their m are
 equal, l is each lane's own share, added up when a tile ends.
@@ -329,7 +329,8 @@ def settled(
     s, p, l, m, bias, row_bias, slope, cap, scale_log2, IS_MASK: gl.constexpr, POSITIVE_SCALE: gl.constexpr, ALIBI: gl.constexpr,
     FUSING: gl.constexpr,
 ):  # fmt: skip
-    """``(p, its sums, m, what earlier sums shrink by)`` of what ``softmax`` gives: as it is, or, for a warp with too large a sum, with a new m.
+    """``(p, its sums, m, what earlier sums shrink by)`` of what ``softmax`` gives: as it is, or for a warp with too large a sum, with a new
+    m.
     """
     COLUMNS: gl.constexpr = s.shape[1] * 8
     ORDER: gl.constexpr = _order(bias, row_bias, cap, IS_MASK, ALIBI, POSITIVE_SCALE, FUSING)
