@@ -15,7 +15,11 @@ from torch import Tensor
 
 Registers = dict[str, Any]
 WARP = 32
-_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {"gtu": lambda a, b: ~(a <= b), "neu": lambda a, b: ~(a == b), "eq": lambda a, b: a == b}
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "gtu": lambda a, b: ~(a <= b),
+    "neu": lambda a, b: ~(a == b),
+    "eq": lambda a, b: a == b,
+}
 
 
 def run(text: str, constraints: str, arguments: Sequence[Tensor], dtypes: Any) -> Any:
@@ -119,7 +123,9 @@ def _value(instruction: str, x: list[Any]) -> Any:
         return x[0].view(np.float16).astype(np.float32)
     if kind == "cvt":
         dtype = torch.bfloat16 if kinds[1] == "bf16x2" else torch.float16
-        high, low = (torch.from_numpy(np.ascontiguousarray(y)).to(dtype).view(torch.int16).numpy().view(np.uint16).astype(np.uint32) for y in x)
+        high, low = (
+            torch.from_numpy(np.ascontiguousarray(y)).to(dtype).view(torch.int16).numpy().view(np.uint16).astype(np.uint32) for y in x
+        )
         return low | high << np.uint32(16)
     if kind in ("shl", "and"):
         bits = x[0].view(np.uint32)

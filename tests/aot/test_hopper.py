@@ -91,13 +91,15 @@ TARGETS = [
     Target((96, 96), F16, band=WINDOW),
     Target((192, 128), band=CAUSAL, length=EVEN),
     # A tile of bias a block.
-    *(Target((d, d), bias="1hqk", band=band) for d, band in ((64, CAUSAL), (128, FULL), (128, CAUSAL), (256, FULL))),
-    Target((256, 256), bias="1hqk", bias_dtype=F32),
-    Target((96, 96), F16, bias="bhqk", bias_dtype=F32, band=WINDOW, length=ODD),
+    *(Target((d, d), bias="1hqk", band=band) for d, band in ((64, CAUSAL), (128, CAUSAL), (256, FULL))),
+    Target((128, 128), bias="1hqk", length=EVEN),
+    Target((128, 128), bias="1hqk", spills=24),
+    Target((256, 256), bias="1hqk", bias_dtype=F32, spills=20),
+    Target((96, 96), F16, bias="bhqk", bias_dtype=F32, band=WINDOW, length=ODD, spills=18),
     Target((64, 64), bias="bhqk", bias_dtype=BOOL),
     # A row of bias a block.
     Target((64, 64), bias="1h1k", band=CAUSAL),
-    Target((128, 128), bias="1h1k", bias_dtype=F32),
+    Target((128, 128), bias="1h1k", bias_dtype=F32, spills=28),
     Target((32, 32), bias="b11k", bias_dtype=BOOL),
     # A number a query.
     Target((64, 64), bias="1hq1"),

@@ -182,8 +182,8 @@ def _candidates(spec: AttentionSpec) -> tuple[HopperConfig, ...]:
     H200, Triton 3.6.0, bf16, 2026-11 (docs/tuning.md). Short rows, and those with tiles of bias, want small programs of which several run
     together, so that one begins and ends tiles while another computes; long ones want large tiles, which read keys less often. At d 64
     three consumers hide more of the exponentials, but their tiles of 192 queries waste more of a short triangle, and end more seldom.
-    Turns pay where the softmax is long beside the products: at d 128 with slopes of ALiBi or a soft cap 9 to 11 %, but 1 % and none at d
-    64, and not with dropout.
+    Turns pay where the softmax is long beside the products: at d 128 with slopes of ALiBi and, under a band, a soft cap (3 %), not with
+    dropout.
     """
     head, seen = padded(max(spec.head_dim, spec.value_dim)), _span(spec)
     banded = spec.lo is not None or spec.hi is not None
@@ -225,7 +225,7 @@ def _candidates(spec: AttentionSpec) -> tuple[HopperConfig, ...]:
             HopperConfig(2, 64, 2, own_out=False),
         )
     if short and seen <= 512 and spec.bias is None:
-        small = (HopperConfig(1, 64, 2),)  # whose output has a buffer of its own
+        small = (HopperConfig(1, 64, 2, q_stages=2), HopperConfig(1, 64, 2))  # whose output has a buffer of its own
     return (
         *small,
         HopperConfig(2, 64, 2, own_out=False),
@@ -298,13 +298,12 @@ def dealt(lengths: list[int], pairs: int, programs: int, sizes: list[int], toler
     """The ``(section, snake)`` with the smallest section, of these sizes, that is as even as any, or nearly, for pairs whose tiles have
     these lengths, from what should be the longest to the shortest.
     """
-    sections = sorted({equal_sections(pairs, size) for size in sizes})
     unevenness: dict[tuple[int, int], float] = {}
-    for section in sections:
+    for section in sorted({equal_sections(pairs, size) for size in sizes}):
         for snake in (1, 0):
             unevenness[section, snake] = busiest(lengths, pairs, programs, section, snake)
-            if unevenness[section, snake] <= 1 + tolerance:
-                return section, snake
+        if min(unevenness.values()) <= 1 + tolerance:  # none is much better
+            break
     most = round(min(unevenness.values()), 2) + tolerance
     return next(way for way, ratio in unevenness.items() if round(ratio, 2) <= most + 1e-9)
 

@@ -127,6 +127,7 @@ def _walk(
         # may have no steps at all.
         q_slot = opaque(q_slot)
     q = q_s.index(q_slot).reshape([BM, BD])
+    EARLY: gl.constexpr = bias_s is not None and mask_s is None and not IS_MASK  # not a mask's bytes, which take many instructions
     rows = None
     if ROW_BIASED:
         rows = row_bias
@@ -135,13 +136,13 @@ def _walk(
         n0 = (end - 1 - step) * BN
         stage = slot_of(at, STAGES)
         bias = None
-        if bias_s is not None and not IS_MASK:  # before the products, behind whose operands it would have to wait
+        if EARLY:  # before the products, behind whose operands it would have to wait
             bias = _bias_of(bias_s, bars, at, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
         mbarrier.wait(bars[K_FULL].index(stage), phase_of(at, STAGES))
         if TURNS:
             mbarrier.wait(bars[TURN + WG].index(0), at & 1)
         s_pending = warpgroup_mma(q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        if bias_s is not None and mask_s is None and not IS_MASK:
+        if EARLY:
             _release_bias(bars, at, WG, WGS, BIAS_STAGES)
         o_pending = warpgroup_mma(p, v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
         if TURNS:
@@ -153,13 +154,13 @@ def _walk(
         shown = None
         if mask_s is not None:
             shown = mask_s.index(slot_of(at, BIAS_STAGES) * WGS + WG)
-        elif bias_s is not None and IS_MASK:  # what unpacking its bytes takes is not to be ahead of the products
+        if bias_s is not None and not EARLY:
             bias = _bias_of(bias_s, bars, at, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
         s, p16, more, m = softmax(
             s, bias, shown, rows, slope, cap, m, m0, n0, ahead, N, lo, hi, scale_log2, q.dtype, IS_MASK, POSITIVE_SCALE, MASKED, ALIBI,
             False, FUSING,
         )  # fmt: skip
-        if mask_s is not None or (bias_s is not None and IS_MASK):
+        if bias_s is not None and not EARLY:
             _release_bias(bars, at, WG, WGS, BIAS_STAGES)
         o = warpgroup_mma_wait(0, [o_pending])
         mbarrier.arrive(bars[K_EMPTY].index(stage))
@@ -212,24 +213,22 @@ def _consume(
     s_pending = warpgroup_mma(q, k_s.index(0).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
     if TURNS:
         mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
+    rows = None
+    if ROW_BIASED:
+        rows = row_bias
+    s = warpgroup_mma_wait(0, [s_pending])
+    mbarrier.arrive(bars[K_EMPTY].index(0))
     ready = None
     shown = None
     if bias_s is not None:
         ready = _bias_of(bias_s, bars, 0, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
     if mask_s is not None:
         shown = mask_s.index(WG)
-    elif bias_s is not None:
-        _release_bias(bars, 0, WG, WGS, BIAS_STAGES)
-    rows = None
-    if ROW_BIASED:
-        rows = row_bias
-    s = warpgroup_mma_wait(0, [s_pending])
-    mbarrier.arrive(bars[K_EMPTY].index(0))
     _scores, p16, l, m = softmax(
         s, ready, shown, rows, slope_of(slopes, slope_strides, b, head), cap, None, m0, (first_end - 1) * BN, N - M, first_keys, lo, hi,
         scale_log2, DT, IS_MASK, POSITIVE_SCALE, MASKED, ALIBI, lengths is not None, False,
     )  # fmt: skip
-    if mask_s is not None:
+    if bias_s is not None:
         _release_bias(bars, 0, WG, WGS, BIAS_STAGES)
     if dropout is not None:
         p16 = dropped(p16, drawn(stream_of(dropout, b, head, heads), m0, (first_end - 1) * BN, BM, BN, False))
@@ -304,14 +303,6 @@ def _consume(
             _begin, _full_begin, _full_end, next_end = visible_blocks(m0, BM * WGS, M, next_keys, lo, hi, BN)
             m0 += WG * BM
             row_bias = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
-            next_bias = None
-            next_shown = None
-            if bias_s is not None:
-                next_bias = _bias_of(bias_s, bars, done, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
-            if mask_s is not None:
-                next_shown = mask_s.index(slot_of(done, BIAS_STAGES) * WGS + WG)
-            elif bias_s is not None:
-                _release_bias(bars, done, WG, WGS, BIAS_STAGES)
             next_rows = None
             if ROW_BIASED:
                 next_rows = row_bias
@@ -320,11 +311,17 @@ def _consume(
             else:
                 next_s = warpgroup_mma_wait(0, [next_pending])
                 mbarrier.arrive(bars[K_EMPTY].index(stage))
+            next_bias = None
+            next_shown = None
+            if bias_s is not None:
+                next_bias = _bias_of(bias_s, bars, done, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
+            if mask_s is not None:
+                next_shown = mask_s.index(slot_of(done, BIAS_STAGES) * WGS + WG)
             _scores, next_p16, new_l, new_m = softmax(
                 next_s, next_bias, next_shown, next_rows, slope_of(slopes, slope_strides, b, head), cap, None, m0, (next_end - 1) * BN,
                 N - M, next_keys, lo, hi, scale_log2, DT, IS_MASK, POSITIVE_SCALE, MASKED, ALIBI, lengths is not None, False,
             )  # fmt: skip
-            if mask_s is not None:
+            if bias_s is not None:
                 _release_bias(bars, done, WG, WGS, BIAS_STAGES)
             if OVERLAP:
                 o = warpgroup_mma_wait(0, [o_pending])
