@@ -333,6 +333,26 @@ def test_causal_work_is_dealt_evenly(length: int, pairs: int, monkeypatch: pytes
     assert max(load) <= 1.07 * sum(load) / len(load)
 
 
+def test_sections_are_no_larger_than_they_need_to_be() -> None:
+    config = HopperConfig(2, 128, 2)
+    sizes: dict[str, Any] = dict(queries=2048, keys=2048, heads=16, batch_outer=4, head_dim=128, value_dim=128)
+    assert hopper.schedule(spec(**sizes), config, 132) == (1, 0)
+    assert hopper.schedule(spec("11hqk", **sizes), config, 132) == (4, 0)  # all entries of the batch, which read the same 8 MB of bias a head
+    assert hopper.schedule(spec("bihqk", **sizes), config, 132) == (1, 0)
+    assert hopper.schedule(spec("11hqk", **sizes | dict(queries=512, keys=512)), config, 132) == (1, 0)  # which L2 keeps
+
+
+def test_a_larger_section_must_be_worth_it() -> None:
+    """Two tiles a pair, of 4 blocks and 1, on four programs: one pair after the other gives two programs all the long ones."""
+    lengths, pairs, programs = [4, 1], 8, 4
+    even = {size: min(hopper.busiest(lengths, pairs, programs, size, snake) for snake in (0, 1)) for size in (1, 2, 8)}
+    assert even == {1: 1.6, 2: 1.0, 8: 1.0}
+    assert hopper.dealt(lengths, pairs, programs, [1, 2, 8])[0] == 2  # the smallest of the best
+    assert hopper.dealt(lengths, pairs, programs, [1, 8], near=1, tolerance=0.6)[0] == 1
+    assert hopper.dealt(lengths, pairs, programs, [1, 8], near=1, tolerance=0.5)[0] == 8
+    assert hopper.dealt(lengths, pairs, programs, [1, 2, 8], near=4)[0] == 2
+
+
 @triton_only
 def test_queries_that_see_nothing_get_a_block_to_hide() -> None:
     """The kernel's loops have no empty case: ``visible_blocks`` is ``segments`` with at least one block, which lies inside the axis."""

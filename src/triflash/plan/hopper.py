@@ -38,7 +38,8 @@ SHORT = 1088  # keys that a query sees at most, for rows to be short: 1,024 and 
 PRODUCT_REGISTERS = 30  # of a thread, beside a product's result
 PRODUCER_REGISTERS = 24  # of a thread: the kernels say so
 MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even
-UNEVENNESS = 0.02  # of what programs get, that a smaller section is worth
+NEAR = 6 * 2**20  # bytes of keys and values up to which a section may be as large as it likes
+UNEVENNESS = 0.02  # of what programs get, that a section no larger is worth
 RESIDENT_BIAS = 2**22  # bytes of a head's bias that stay in the L2 cache beside all else
 TILE_COST = 1  # what a tile costs besides its blocks, in blocks
 SHORTEST = 256
@@ -274,38 +275,37 @@ def schedule(spec: AttentionSpec, config: HopperConfig, programs: int) -> tuple[
     """``(section, snake)``: how tiles are dealt to a grid of ``programs`` (see ``kernels/hopper/grid.locate``).
 
     As small a section as can be: then keys and values come from memory at all times, not for all pairs at once, and are read again soon.
-    Where tiles share a bias over the batch, one large enough for that. Under a causal mask tiles differ in length, and of the ways to deal
-    them one is taken that gives the busiest program little more than the least.
+    Where tiles share a bias over the batch, one large enough for that. Under a causal mask tiles differ in length: of sections whose keys
+    and values take at most NEAR bytes that is taken which gives the busiest program least work, and a larger one if it is much better.
     """
     pairs = spec.batch * spec.heads
-    fitting = max(1, L2_SECTION // max(1, spec.keys * (spec.head_dim + spec.value_dim) * 2))
+    bytes_a_pair = max(1, spec.keys * (spec.head_dim + spec.value_dim) * 2)
+    fitting = max(1, L2_SECTION // bytes_a_pair)
     least = equal_sections(pairs, min(fitting, spec.batch)) if _shares_bias(spec) else 1
     tiles_m, tiles = whole_tiles(spec, config)
     if spec.hi is None or tiles <= programs or tiles > MOST_SIMULATED:
         return least, 0
     lengths = [_blocks(spec, config, tile) + TILE_COST for tile in reversed(range(tiles_m))]
     sizes = [least * 2**n for n in range(5)] + [size * fitting for size in (1, 2, 4)]
-    return dealt(lengths, pairs, programs, sizes, UNEVENNESS)
+    return dealt(lengths, pairs, programs, sizes, max(least, NEAR // bytes_a_pair), UNEVENNESS)
 
 
 def _shares_bias(spec: AttentionSpec) -> bool:
     """Whether tiles of all batch entries read the same bias, and that of a head is too large to stay in the L2 cache by itself."""
-    shares = spec.bias is not None and spec.bias.varies[4] and not (spec.bias.varies[0] or spec.bias.varies[1])
-    return shares and spec.keys * (spec.queries if spec.bias is not None and spec.bias.varies[3] else 1) * 2 > RESIDENT_BIAS
+    if spec.bias is None or all(spec.bias.varies[:2]) or not spec.bias.varies[4]:
+        return False
+    return spec.keys * (spec.queries if spec.bias.varies[3] else 1) * _bias_itemsize(spec) > RESIDENT_BIAS
 
 
-def dealt(lengths: list[int], pairs: int, programs: int, sizes: list[int], tolerance: float = 0.0) -> tuple[int, int]:
-    """The ``(section, snake)`` with the smallest section, of these sizes, that is as even as any, or nearly, for pairs whose tiles have
-    these lengths, from what should be the longest to the shortest.
+def dealt(lengths: list[int], pairs: int, programs: int, sizes: list[int], near: int = 0, tolerance: float = 0.0) -> tuple[int, int]:
+    """The most even ``(section, snake)`` of these sizes, the smallest if several are, for pairs whose tiles have these lengths, from what
+    should be the longest to the shortest: of sections of at most ``near`` pairs, unless a larger one is better by more than the tolerance.
     """
-    unevenness: dict[tuple[int, int], float] = {}
-    for section in sorted({equal_sections(pairs, size) for size in sizes}):
-        for snake in (1, 0):
-            unevenness[section, snake] = busiest(lengths, pairs, programs, section, snake)
-        if min(unevenness.values()) <= 1 + tolerance:  # none is much better
-            break
-    most = round(min(unevenness.values()), 2) + tolerance
-    return next(way for way, ratio in unevenness.items() if round(ratio, 2) <= most + 1e-9)
+    ways = [(section, snake) for section in sorted({equal_sections(pairs, size) for size in sizes}) for snake in (1, 0)]
+    unevenness = {way: round(busiest(lengths, pairs, programs, *way), 2) for way in ways}
+    best = min(ways, key=unevenness.__getitem__)
+    closest = min((way for way in ways if way[0] <= near), key=unevenness.__getitem__, default=best)
+    return closest if unevenness[closest] <= unevenness[best] + tolerance + 1e-9 else best
 
 
 def equal_sections(pairs: int, most: int) -> int:
