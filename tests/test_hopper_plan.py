@@ -337,7 +337,10 @@ def test_sections_are_no_larger_than_they_need_to_be() -> None:
     config = HopperConfig(2, 128, 2)
     sizes: dict[str, Any] = dict(queries=2048, keys=2048, heads=16, batch_outer=4, head_dim=128, value_dim=128)
     assert hopper.schedule(spec(**sizes), config, 132) == (1, 0)
-    assert hopper.schedule(spec("11hqk", **sizes), config, 132) == (4, 0)  # all entries of the batch, which read the same 8 MB of bias a head
+    assert hopper.schedule(spec("11hqk", **sizes), config, 132) == (
+        4,
+        0,
+    )  # all entries of the batch, which read the same 8 MB of bias a head
     assert hopper.schedule(spec("bihqk", **sizes), config, 132) == (1, 0)
     assert hopper.schedule(spec("11hqk", **sizes | dict(queries=512, keys=512)), config, 132) == (1, 0)  # which L2 keeps
 
