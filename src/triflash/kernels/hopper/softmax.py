@@ -5,9 +5,9 @@ For every query it keeps a reference m, the sum l of ``p = 2^(score - m)`` and, 
     l' = l 2^(m - m') + sum p;   o' = o 2^(m - m') + p v
 
 Textbooks take the maximum of all scores so far for m. But any m gives the same softmax as long as nothing overflows. Here m is the maximum
-as of when it was last looked for: p of a block is worked out with the m that there is, and only where its sum comes out above 2^40 (2^15
-for float16), or as no number, does a warp find the maximum after all, work p out again, and scale l and o. That takes the maximum, the
-exchange between lanes that it needs, and all scaling out of the loop. Not to scale for a little growth is an idea of FlashAttention-4
+as of when it was last looked for: p of a block is worked out with the m that there is, and only where its sum comes out above 2^15, which
+a float16 still holds, or as no number, does a warp find the maximum after all, work p out again, and scale l and o. That takes the maximum,
+the exchange between lanes that it needs, and all scaling out of the loop. Not to scale for a little growth is an idea of FlashAttention-4
 (2025), which still takes every block's maximum. The branch is a warp's own, and so in assembly.
 
 Everything that a query has one number of is held *by lane*: (64, 4), for the four lanes that share a row of a product's result. Their m are
@@ -128,7 +128,7 @@ def _settling(count, scaled, shifted, bias, dtype):
     p, l, m = s + count, s + count + half, s + 2 * count + half
     a = m + count
     b = a + count if scaled or bias is not None else a
-    most = "0f53800000" if dtype == "bf16" else "0f47000000"  # 2^40, 2^15: no p is above the sum that it is part of
+    most = "0f47000000"  # 2^15: no p is above the sum that it is part of
     lines = [
         "{ .reg .pred p, q, r;",
         ".reg .f32 y, z, t0, t1, u0, u1, w;",
