@@ -61,7 +61,7 @@ def _by_lane(x: Tensor) -> Tensor:
 def _registers(x: Tensor) -> list[Any]:
     """Columns of 32 bits, two elements of 16 in each."""
     columns = x.contiguous() if x.dtype == torch.float32 else x.contiguous().view(torch.int32)
-    return [c.copy() for c in columns.numpy().T]
+    return list(columns.numpy().T)
 
 
 @functools.lru_cache(maxsize=64)

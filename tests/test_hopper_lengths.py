@@ -198,7 +198,7 @@ def test_gradients_of_a_bias_by_a_kernel_of_their_own(config: RowsConfig | None,
     "kernel, old",
     [
         ("forward", "clear_hidden(v_s.index(cut).reshape([BN, BDV]), n_keys - (end - 1) * BN)"),
-        ("forward", 's = hide_unseen(s, m0, block * BN, N, None, None, BM, BN, "0f00000000")'),
+        ("softmax", 's = hide_unseen(s, m0, n0, N, None, None, 64, COLUMNS, "0f00000000")'),
         ("features", "fence_async_shared()"),
         ("backward", "clear_hidden(k_s.index(kv * 2 + WG).reshape([HALF, BD]), rows)"),
         ("backward", "clear_hidden(v_s.index(kv * 2 + WG).reshape([HALF, BDV]), rows)"),
@@ -216,7 +216,9 @@ def test_each_of_these_is_needed(kernel: str, old: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(gluon_twin, "source", lambda module: source(module).replace(old, "pass") if module == kernel else source(module))
     monkeypatch.setattr(gluon_twin, "PATIENCE", 0.5)
     problem = Problem("broken", softcap=1.5, N=130, lengths=(129, 65), bias="1hqk" if kernel == "dbias" else "")
-    problem = replace(problem, D=136, Dv=136) if kernel == "wide" else replace(problem, grads="") if kernel == "forward" else problem
+    problem = (
+        replace(problem, D=136, Dv=136) if kernel == "wide" else replace(problem, grads="") if kernel in ("forward", "softmax") else problem
+    )
     for seed in range(12):
         try:
             check(problem, seed, **({"dqdkdv": KeysConfig(2, 2)} if kernel == "backward" else {}))
