@@ -38,7 +38,7 @@ SHORT = 1088  # keys that a query sees at most, for rows to be short: 1,024 and 
 PRODUCT_REGISTERS = 30  # of a thread, beside a product's result
 PRODUCER_REGISTERS = 24  # of a thread: the kernels say so
 MOST_SIMULATED = 8192  # tiles; with more, any way of dealing them comes out even
-NEAR = 6 * 2**20  # bytes of keys and values up to which a section may be as large as it likes
+NEAR = 6 * 2**20  # bytes of keys and values of a section up to which its size makes no difference
 UNEVENNESS = 0.02  # of what programs get, that a section no larger is worth
 RESIDENT_BIAS = 2**22  # bytes of a head's bias that stay in the L2 cache beside all else
 TILE_COST = 1  # what a tile costs besides its blocks, in blocks
@@ -54,9 +54,9 @@ class HopperConfig:
     """One launch configuration of the forward kernel.
 
     consumers: warpgroups of 64 queries each. block_n: keys of a block. num_stages: buffers for key blocks, and as many for value blocks.
-    bias_stages: buffers for bias tiles, per consumer. turns: consumers issue their products in turn. own_out: the
-    output has a buffer of its own. persistent: a grid of as many programs as run at a time. q_stages: buffers for queries, per consumer;
-    the second only where the output has its own. together: programs that a processor runs at a time, so that one begins and ends its
+    bias_stages: buffers for bias tiles, per consumer. turns: consumers issue their products in turn. own_out: the output has a buffer of
+    its own. persistent: a grid of as many programs as run at a time. q_stages: buffers for queries, per consumer; the second only where the
+    output has its own. together: programs that a processor runs at a time, so that one begins and ends its
     tiles while another computes; they share its registers and shared memory.
     """
 

@@ -119,7 +119,7 @@ def _score(n, s, a, b, scaled, shifted, bias):
 
 @gluon.constexpr_function
 def _settling(count, scaled, shifted, bias, dtype):
-    """PTX for ``settle``, of ``count`` scores of a thread: by fours, two in a row and two in the row 8 further down. Operands: p in twos,
+    """PTX for ``_settle``, of ``count`` scores of a thread: by fours, two in a row and two in the row 8 further down. Operands: p in twos,
     sums, references, factors; s, p, sums, references, a and b as of ``_score``. Of what there is one of a row the first two rows' are used.
     """
     half = count // 2
@@ -127,7 +127,7 @@ def _settling(count, scaled, shifted, bias, dtype):
     s = half + 3 * count
     p, l, m = s + count, s + count + half, s + 2 * count + half
     a = m + count
-    b = a + count if scaled or bias is not None else a
+    b = a + count if scaled else a
     most = "0f47000000"  # 2^15: no p is above the sum that it is part of
     lines = [
         "{ .reg .pred p, q, r;",
@@ -164,22 +164,23 @@ def _settling(count, scaled, shifted, bias, dtype):
 @gluon.constexpr_function
 def _settling_operands(count, scaled, shifted, biased):
     outputs = ["=&r"] * (count // 2) + ["=&f"] * (3 * count)
-    inputs = ["f"] * count + ["r"] * (count // 2) + ["f"] * (count * (2 + (scaled or biased) + shifted)) + ["r"] * (count // 2 * biased)
+    inputs = ["f"] * count + ["r"] * (count // 2) + ["f"] * (count * (2 + scaled + shifted)) + ["r"] * (count // 2 * biased)
     return ",".join(outputs + inputs)
 
 
 @gluon.jit
 def _settle(s, p, l, m, a, b, bias):
     """See ``settled``. The score of s is ``s * a + b`` (a: for all, b: by lane; None: 1, 0), or beside a bias, a tile of 16 bits,
-    ``s * a + bias log2(e)``.
+    ``s * a + bias log2(e)``, with an a and without a b.
     """
     COLUMNS: gl.constexpr = s.shape[1] * 8
     COUNT: gl.constexpr = COLUMNS // 2
     DT: gl.constexpr = _dtype_name(p.dtype)
     L: gl.constexpr = _by_lane(COLUMNS)
-    KINDS: gl.constexpr = (a is not None, b is not None, DT if bias is not None else None)
-    TEXT: gl.constexpr = _settling(COUNT, KINDS[0], KINDS[1], KINDS[2], DT)
-    OPERANDS: gl.constexpr = _settling_operands(COUNT, KINDS[0], KINDS[1], bias is not None)
+    SCALED: gl.constexpr = a is not None
+    SHIFTED: gl.constexpr = b is not None
+    TEXT: gl.constexpr = _settling(COUNT, SCALED, SHIFTED, DT if bias is not None else None, DT)
+    OPERANDS: gl.constexpr = _settling_operands(COUNT, SCALED, SHIFTED, bias is not None)
     p = _split(p)
     l, s = gl.broadcast(_spread(l, COLUMNS), s)
     m, s = gl.broadcast(_spread(m, COLUMNS), s)
