@@ -4,6 +4,7 @@ asserts that exactly the kernels ran that were asked for."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import triflash
-from triflash import ops, oracle, tiled
+from triflash import oracle, tiled
 from triflash.bench.tolerance import (
     FLOAT32_ULPS,
     GRADIENT_FACTOR,
@@ -28,6 +29,7 @@ from triflash.bench.tolerance import (
     rounding_backward,
     unit_roundoff,
 )
+from triflash.bound import signature
 from triflash.dropout import keep_mask, rescale
 from triflash.plan.configs import MAX_HEAD_DIM, TileConfig
 from triflash.plan.device import facts_of
@@ -403,7 +405,8 @@ def small_tiles(tiles: tuple[int, int] | None, backend: str = "") -> Iterator[No
 @contextlib.contextmanager
 def few_processors(count: int = FEW_PROCESSORS) -> Iterator[None]:
     """Plans are made for a device like this one with so many processors."""
-    with mock.patch.object(ops, "facts_of", lambda device: replace(facts_of(device), processors=count)):
+    facts = functools.cache(lambda device: replace(facts_of(device), processors=count))
+    with mock.patch.object(signature, "facts_of", facts):
         yield
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 import ptx_twin
 import triflash
-from triflash import ops
+from triflash.bound import signature
 from triflash.dropout import philox2x32
 from triflash.launch.calls import Call
 from triflash.plan.device import KNOWN_DEVICES
@@ -540,5 +540,5 @@ def twin_device(processors: int, seed: int = 0, edges: bool = True, mild: bool =
             call.args[6].zero_()
 
     facts = replace(KNOWN_DEVICES["sm90"], processors=processors)
-    with mock.patch.object(Call, "start", carry_out), mock.patch.object(ops, "facts_of", lambda _: facts):
+    with mock.patch.object(Call, "start", carry_out), mock.patch.object(signature, "facts_of", lambda _: facts):
         yield

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import triflash
 from cases import BACKENDS, kernels, small_tiles
-from triflash import ops, oracle
+from triflash import oracle
 from triflash import triton_flash_attention as seed
+from triflash.bound import call, signature
 from triflash.plan.select import plan_backward
 
 SIGNATURES = {
@@ -267,7 +268,8 @@ def test_deterministic_algorithms_are_asked_for_as_the_forward_pass_was(
         seen.append(spec.deterministic)
         return plan_backward(spec, *rest)
 
-    monkeypatch.setattr(ops, "plan_backward", spying)
+    monkeypatch.setattr(call, "plan_backward", spying)
+    signature.CALLS.clear()
     q, kv, qkv = (torch.randn(1, 5, *count, 2, 8, device=device, requires_grad=True) for count in ((), (2,), (3,)))
     arguments = {"flash_attn_func": (q, q, q), "flash_attn_kvpacked_func": (q, kv), "flash_attn_qkvpacked_func": (qkv,)}[function]
     torch.use_deterministic_algorithms(wanted)

@@ -1,8 +1,9 @@
-"""From what a caller of ``attention`` writes to what the operators take: every check, and every option folded. Computes next to nothing."""
+"""Every check of a call's arguments, and every option folded: what comes out has one meaning each. Computes next to nothing."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -11,91 +12,117 @@ from torch import Tensor
 from .checks import (
     check_bias,
     check_bool,
+    check_key_lengths,
     check_number,
     check_scale,
+    check_seed,
+    check_sink,
+    check_slopes,
     check_tensors,
-    key_lengths_of,
     same_device_and_dtype,
-    seed_of,
-    sink_of,
-    slopes_of,
 )
 from .errors import bad_type, bad_value, unsupported
+from .form import Form
 from .plan.select import check_backend, requested_backend
-from .spec import AttentionSpec, Operands, resolve_precision, spec_of
+from .spec import resolve_precision
 
-__all__ = ["LAYOUTS", "Arguments", "arguments_of"]
+__all__ = ["ATTENTION", "LAYOUTS", "SEED", "Checked", "Face", "Given", "Options", "checked"]
 
 LAYOUTS = ("bshd", "bhsd")
 
 
-class Arguments(NamedTuple):
-    """One call of ``attention``, checked. ``batch``: the leading dims that ``operands`` have in one."""
+class Options(NamedTuple):
+    """What a caller writes beside the tensors, as given. Code that torch.compile traces names all: it takes a default for an input."""
 
-    operands: Operands
-    batch: tuple[int, ...]
-    batch_inner: int
+    causal: bool | str = False
+    window: tuple[int | None, int | None] | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    deterministic: bool | None = None
+    layout: str = "bshd"
+    precision: str | None = None
+    backend: str | None = None
+
+
+class Given(NamedTuple):
+    """The tensors of a call as given, in the order of :class:`~triflash.spec.Operands`: packed ones in place of their first part."""
+
+    q: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    key_lengths: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sink: Tensor | None = None
+    dropout_seed: int | Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Face:
+    """A public function's own words: the dims of the tensors that hold q, k and v (None: those of :func:`triflash.attention`, with any
+    batch dims and grouped heads), and what it calls the scale. name: tells faces apart.
+    """
+
+    name: str
+    shapes: tuple[tuple[str, str], ...] | None = None
+    scale: str = "scale"
+
+    @property
+    def tensors(self) -> int:
+        return 3 if self.shapes is None else len(self.shapes)
+
+
+ATTENTION = Face("attention")
+# The seed's functions, by the number of tensors that hold q, k and v.
+SEED = {
+    3: Face("seed 3", (("q", "B M H D"), ("k", "B N H D"), ("v", "B N H D")), "softmax_scale"),
+    2: Face("seed 2", (("q", "B M H D"), ("kv", "B N 2 H D")), "softmax_scale"),
+    1: Face("seed 1", (("qkv", "B M 3 H D"),), "softmax_scale"),
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One call, checked: the layout of its tensors and its options, folded."""
+
+    form: Form
     lo: int | None
     hi: int | None
     scale: float
-    precision: str
-    backend: str
     softcap: float
     dropout_p: float
     deterministic: bool
-
-    @property
-    def for_operator(self) -> tuple[Any, ...]:
-        """As ``torch.ops.triflash.forward`` takes them."""
-        x = self.operands
-        options = (self.batch_inner, self.lo, self.hi, self.scale, self.precision, self.backend)
-        return (*x[:4], *options, *x[4:], self.softcap, self.dropout_p, self.deterministic)
-
-    @property
-    def spec(self) -> AttentionSpec:
-        x = self.operands
-        more: Any = (*x[4:], self.softcap, self.dropout_p, self.deterministic)
-        return spec_of(*x[:4], self.batch_inner, self.lo, self.hi, self.scale, self.precision, *more)
+    precision: str
+    backend: str
 
 
-def arguments_of(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-    causal: bool | str = False,
-    window: tuple[int | None, int | None] | None = None,
-    key_lengths: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    sink: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
-    deterministic: bool | None = None,
-    layout: str = "bshd",
-    precision: str | None = None,
-    backend: str | None = None,
-) -> Arguments:
-    """The arguments of :func:`triflash.attention`, with its errors."""
+def checked(face: Face, given: Given, options: Options) -> Checked:
+    """The errors of a public function, or its call in one canonical meaning."""
+    causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend = options
+    q, k, v, bias, mask, lengths, slopes, sink, seed = given
     if layout not in LAYOUTS:
         raise bad_value("layout", f"one of {', '.join(LAYOUTS)}", repr(layout))
-    if layout == "bhsd":
-        q, k, v = (_swapped(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-    batch, sizes = _check_inputs(q, k, v)
-    M, N, H = sizes["M"], sizes["N"], sizes["H"]
-    softmax_scale = check_scale("scale", scale, sizes["D"])
+    if face.shapes is not None:
+        names = {name: x for (name, _), x in zip(face.shapes, given, strict=False)}
+        sizes = check_tensors(names, dict(face.shapes))
+        same_device_and_dtype(names)  # type: ignore[arg-type]
+        batch, (M, N, H) = (sizes["B"],), (sizes["M"], sizes.get("N", sizes["M"]), sizes["H"])
+    else:
+        if layout == "bhsd":
+            q, k, v = (_swapped(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+        batch, sizes = _check_inputs(q, k, v)
+        M, N, H = sizes["M"], sizes["N"], sizes["H"]
+    softmax_scale = check_scale(face.scale, scale, sizes["D"])
     lo, hi = _band(causal, window, M, N)
-    scores = (*batch, H, M, N)
-    bias, mask = _bias_and_mask(q, bias, mask, scores)
+    _check_bias_and_mask(q, bias, mask, (*batch, H, M, N))
     cap = 0.0 if softcap is None else check_number("softcap", softcap, 0.0, math.inf, "a positive number, or None (or 0) for none")
-    lengths = key_lengths_of(key_lengths, q, batch, N)
-    slopes = slopes_of(alibi_slopes, q, batch, H)
-    sink_of(sink, q, H)
+    check_key_lengths(lengths, q, batch)
+    check_slopes(slopes, q, batch, H)
+    check_sink(sink, q, H)
     chance = check_number("dropout_p", dropout_p, 0.0, 1.0, "a number from 0 up to but not including 1")
-    seed = seed_of(dropout_seed, q, chance)
+    check_seed(seed, q)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     check_bool("deterministic", deterministic)
@@ -105,14 +132,8 @@ def arguments_of(
         resolve_precision(precision)
     elif q.dtype == torch.float32 and not torch.compiler.is_compiling():
         precision = resolve_precision("")  # now, so that a backward pass multiplies as its forward pass did
-    bias5, mask5, batch_inner = _two_levels(bias, mask, batch)
-    if bias5 is None:  # one mask alone is one more kind of bias
-        bias5, mask5 = mask5, None
-    q, k, v = (x.reshape(math.prod(batch), *x.shape[-3:]) if len(batch) > 1 else x for x in (q, k, v))
-    operands = Operands(q, k, v, bias5, mask5, lengths, slopes, sink, seed)
-    return Arguments(
-        operands, batch, batch_inner, lo, hi, softmax_scale, precision or "", backend or requested_backend(), cap, chance, deterministic
-    )
+    form = Form(batch, _split(bias, mask, batch), layout == "bhsd", face.tensors, contiguous=face.shapes is not None)
+    return Checked(form, lo, hi, softmax_scale, cap, chance, deterministic, precision or "", backend or requested_backend())
 
 
 def _swapped(name: str, x: Any) -> Tensor:
@@ -162,25 +183,23 @@ def _band(causal: Any, window: Any, M: int, N: int) -> tuple[int | None, int | N
     return lo, hi
 
 
-def _bias_and_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None, scores: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the scores and what hides some, checked; not yet of a canonical shape."""
+def _check_bias_and_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None, scores: tuple[int, ...]) -> None:
+    """Check what is added to the scores and what hides some."""
     check_bias(bias, q, scores)
     check_bias(mask, q, scores, "mask")
     if mask is not None and mask.dtype != torch.bool:
         raise bad_type("mask", "a bool tensor, True = visible", mask.dtype, "a float one is a bias")
     if mask is not None and bias is not None and bias.dtype == torch.bool:
         raise unsupported("two masks, one of them as the bias", "auto", "pass one: mask=bias & mask")
-    return bias, mask
 
 
-def _two_levels(bias: Tensor | None, mask: Tensor | None, batch: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None, int]:
-    """Bias and mask as the operators' five dims, and how many batch entries make the inner of their two batch levels.
-
-    Neighbouring batch dims over which each of the two varies, or does not, are gathered in one level.
+def _split(bias: Tensor | None, mask: Tensor | None, batch: tuple[int, ...]) -> int:
+    """How many batch dims are the outer of the two batch levels that kernels tell apart, so that bias and mask each vary, or do not, over
+    all of a level.
     """
+    if (bias is None and mask is None) or len(batch) == 1:
+        return len(batch)
     given = {name: x for name, x in (("bias", bias), ("mask", mask)) if x is not None}
-    if not given:
-        return None, None, 1
     wide = {name: x[(None,) * (len(batch) + 3 - x.dim())] for name, x in given.items()}
     # A batch dim of size 1 goes with either level.
     counted = [n for n, size in enumerate(batch) if size > 1]
@@ -188,12 +207,7 @@ def _two_levels(bias: Tensor | None, mask: Tensor | None, batch: tuple[int, ...]
     changes = [n for n in range(1, len(flags)) if flags[n] != flags[n - 1]]
     if len(changes) > 1:
         raise unsupported(*_too_many_levels({name: [n for n in counted if x.shape[n] > 1] for name, x in wide.items()}, len(batch)))
-    split = counted[changes[0]] if changes else len(batch)
-    inner = math.prod(batch[split:])
-    five = {}
-    for name, x in wide.items():
-        five[name] = x.reshape(math.prod(x.shape[:split]), math.prod(x.shape[split : len(batch)]), *x.shape[-3:])
-    return five.get("bias"), five.get("mask"), inner
+    return counted[changes[0]] if changes else len(batch)
 
 
 def _too_many_levels(varies: dict[str, list[int]], dims: int) -> tuple[str, str, str]:

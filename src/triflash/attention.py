@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import arguments_of
+from .arguments import ATTENTION, Given, Options
 from .checks import check_bool
+from .door import attend
 from .errors import bad_value
-from .ops import attention_forward
 
 __all__ = ["attention", "merge_states"]
 
@@ -92,18 +92,9 @@ def attention(
     Sources: grouped heads (Ainslie et al. 2023), ALiBi (Press et al. 2022), soft cap (Gemma 2, 2024), sinks (gpt-oss, 2025).
     """
     check_bool("return_lse", return_lse)
-    call = arguments_of(
-        q, k, v, bias=bias, mask=mask, causal=causal, window=window, key_lengths=key_lengths, scale=scale, softcap=softcap,
-        alibi_slopes=alibi_slopes, sink=sink, dropout_p=dropout_p, dropout_seed=dropout_seed, deterministic=deterministic, layout=layout,
-        precision=precision, backend=backend,
-    )  # fmt: skip
-    out, lse, _ = attention_forward(*call.for_operator)
-    batch = call.batch
-    if len(batch) > 1:
-        out, lse = out.reshape(*batch, *out.shape[1:]), lse.reshape(*batch, *lse.shape[1:])
-    if layout == "bhsd":
-        out = out.transpose(-3, -2)
-    return (out, lse) if return_lse else out
+    given = Given(q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed)
+    options = Options(causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend)
+    return attend(ATTENTION, given, options, return_lse)
 
 
 def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

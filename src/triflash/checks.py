@@ -6,7 +6,7 @@ Nothing is computed, allocated or launched before these return. Messages read ``
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,17 +16,18 @@ from torch import Tensor
 from .errors import bad_type, bad_value
 
 __all__ = [
-    "canonical_bias",
     "check_bias",
     "check_bool",
+    "check_key_lengths",
     "check_number",
     "check_scale",
+    "check_seed",
+    "check_seed_range",
+    "check_sink",
+    "check_slopes",
     "check_tensors",
-    "key_lengths_of",
     "same_device_and_dtype",
-    "seed_of",
-    "sink_of",
-    "slopes_of",
+    "seed_tensor",
 ]
 
 _LARGEST = sys.float_info.max
@@ -120,63 +121,74 @@ def check_number(name: str, value: Any, least: float, below: float, wanted: str)
     return float(value)
 
 
-def key_lengths_of(lengths: Any, q: Tensor, batch: tuple[int, ...], keys: int) -> Tensor | None:
-    """Key lengths, unless they are None, as the operators take them: int32 ``(B,)``, from 0 to ``keys``."""
+def check_key_lengths(lengths: Any, q: Tensor, batch: tuple[int, ...]) -> None:
+    """Check that key lengths, unless they are None, are one integer of any dtype for each batch entry. Kernels clamp them."""
     if lengths is None:
-        return None
+        return
     if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise bad_type("key_lengths", "a tensor of integers", str(lengths.dtype) if isinstance(lengths, Tensor) else type(lengths).__name__)
-    if tuple(lengths.shape) != batch or lengths.device != q.device:
+    if not _same(lengths.shape, batch) or lengths.device != q.device:
         got = f"{tuple(lengths.shape)} on {lengths.device}"
         raise bad_value("key_lengths", f"one for each batch entry, shape {batch} on {q.device}", got)
-    return lengths.clamp(0, keys).to(torch.int32).reshape(-1).contiguous()
 
 
-def slopes_of(slopes: Any, q: Tensor, batch: tuple[int, ...], heads: int) -> Tensor | None:
-    """ALiBi's slopes, unless they are None, as the operators take them: float32 ``(B|1, Hq)``."""
+def check_slopes(slopes: Any, q: Tensor, batch: tuple[int, ...], heads: int) -> None:
+    """Check that ALiBi's slopes, unless they are None, are one number for each query head, of each batch entry or of all."""
     if slopes is None:
-        return None
-    _check_floats("alibi_slopes", slopes, q, ((heads,), (*batch, heads)), f"one for each head, shape ({heads},) or {(*batch, heads)}")
+        return
+    _check_floats(
+        "alibi_slopes", slopes, q, ((heads,), (*batch, heads)), lambda: f"one for each head, shape ({heads},) or {(*batch, heads)}"
+    )
     if slopes.requires_grad and torch.is_grad_enabled():
         raise bad_value("alibi_slopes", "a tensor that requires no gradient", "one that does", "detach it, or learn a bias instead")
-    return slopes.detach().to(torch.float32).reshape(-1, heads) if heads else slopes.new_zeros(1, 0, dtype=torch.float32)
 
 
-def sink_of(sink: Any, q: Tensor, heads: int) -> None:
+def check_sink(sink: Any, q: Tensor, heads: int) -> None:
     """Check that a sink, unless it is None, is one number for each query head."""
     if sink is not None:
-        _check_floats("sink", sink, q, ((heads,),), f"one for each query head, shape ({heads},)")
+        _check_floats("sink", sink, q, ((heads,),), lambda: f"one for each query head, shape ({heads},)")
 
 
-def seed_of(seed: Any, q: Tensor, p: float) -> Tensor | None:
-    """The (seed, offset) of dropout as an int64 tensor where q is; drawn from PyTorch's generator of that device if there is none.
-
-    None where ``p`` is 0, which drops nothing.
-    """
+def check_seed(seed: Any, q: Tensor) -> None:
+    """Check a dropout_seed: None, an int of 64 bits, or an int64 tensor (seed, offset) where q is."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise bad_type("dropout_seed", "an int, or an int64 tensor (seed, offset)", seed.dtype)
-        if tuple(seed.shape) != (2,) or seed.device != q.device:
+        if not _same(seed.shape, (2,)) or seed.device != q.device:
             raise bad_value("dropout_seed", f"(seed, offset), shape (2,) on {q.device}", f"{tuple(seed.shape)} on {seed.device}")
-        return seed.contiguous() if p else None
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise bad_type("dropout_seed", "an int, an int64 tensor (seed, offset), or None", type(seed).__name__)
-    if seed is not None and not -(2**63) <= seed < 2**63:
+    elif seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise bad_type("dropout_seed", "an int, an int64 tensor (seed, offset), or None", type(seed).__name__)
+        check_seed_range(seed)
+
+
+def check_seed_range(seed: int) -> None:
+    """Check an int as the seed of dropout: of an argument that was checked before, only its value can be wrong."""
+    if not -(2**63) <= seed < 2**63:
         raise bad_value("dropout_seed", "a number of 64 bits", seed)
-    if not p:
-        return None
+
+
+def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """(seed, offset) of dropout as the operators take it, int64 and contiguous; drawn from PyTorch's generator of the device for None."""
+    if isinstance(seed, Tensor):
+        return seed.contiguous()
     if seed is None:
-        return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=q.device)
-    made = torch.zeros(2, dtype=torch.int64, device=q.device)
+        return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
+    made = torch.zeros(2, dtype=torch.int64, device=device)
     made[:1].fill_(seed)  # no copy from the host, for which a captured graph could not wait
     return made
 
 
-def _check_floats(name: str, x: Any, q: Tensor, shapes: tuple[tuple[int, ...], ...], wanted: str) -> None:
+def _same(shape: Sequence[Any], wanted: Sequence[Any]) -> bool:
+    """Whether two shapes are the same; sizes may be symbolic, of which a tuple would compare identities first."""
+    return len(shape) == len(wanted) and all(own == size for own, size in zip(shape, wanted, strict=True))
+
+
+def _check_floats(name: str, x: Any, q: Tensor, shapes: tuple[tuple[int, ...], ...], wanted: Callable[[], str]) -> None:
     if not isinstance(x, Tensor) or x.dtype not in INPUT_DTYPES:
         raise bad_type(name, "a tensor of floats, or None", str(x.dtype) if isinstance(x, Tensor) else type(x).__name__)
-    if tuple(x.shape) not in shapes:
-        raise bad_value(name, wanted, tuple(x.shape))
+    if not any(_same(x.shape, shape) for shape in shapes):
+        raise bad_value(name, wanted(), tuple(x.shape))
     if x.device != q.device:
         raise bad_value(name, f"q's device {q.device}", x.device)
 
@@ -198,18 +210,6 @@ def check_bias(bias: Any, q: Tensor, full: tuple[int, ...], name: str = "bias") 
         raise bad_value(name, f"q's device {q.device}", bias.device)
     if bias.layout != torch.strided:
         raise bad_type(name, "a dense (strided) tensor", bias.layout)
-
-
-def canonical_bias(bias: Tensor | None) -> Tensor | None:
-    """A checked bias as the operators' 5 dims ``(B|1, 1, H|1, M|1, N|1)``.
-
-    A view, so that the gradient of what the caller passed has the caller's own shape.
-    """
-    if bias is None:
-        return None
-    while bias.dim() < 4:
-        bias = bias.unsqueeze(0)
-    return bias.unsqueeze(1)
 
 
 def _bias_wanted(full: tuple[int, ...]) -> str:

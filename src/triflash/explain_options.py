@@ -13,7 +13,7 @@ from . import shorthand
 from .errors import bad_value
 from .explainer import explain
 from .explanation import Explanation
-from .plan.device import KNOWN_DEVICES
+from .plan.device import KNOWN_DEVICES, NAMED_DEVICES
 from .plan.overlay import load, tuned
 from .plan.select import BACKENDS
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--b", type=size, default=4, metavar="B", help="batch (default 4)")
     parser.add_argument("--h", type=size, default=16, metavar="H", help="heads (default 16)")
     parser.add_argument("--dtype", type=dtype, default=torch.bfloat16, metavar="TYPE", help="bf16 (default), fp16, fp32, fp64")
-    parser.add_argument("--causal", action="store_true", help="hide later keys")
+    parser.add_argument("--causal", action="store_true", help="hide later keys, aligned to the bottom right")
     parser.add_argument(
         "--bias", type=shorthand.option(shorthand.bias_pattern), metavar="1hqk", help="shape of a bias: a letter where it varies"
     )
@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", choices=BACKENDS, help="as with triflash.backend (default: TRIFLASH_BACKEND, else auto)")
     parser.add_argument(
-        "--device", metavar="DEVICE", help=f"{', '.join(KNOWN_DEVICES)}, cuda, cuda:1 … (default: this machine's GPU, else its CPU)"
+        "--device",
+        metavar="DEVICE",
+        help=f"{', '.join((*KNOWN_DEVICES, *NAMED_DEVICES))}, cuda, cuda:1 … (default: this machine's GPU, else its CPU)",
     )
     parser.add_argument(
         "--compile", action="store_true", help="compile the kernels and tell registers, spills and shared memory; needs no GPU"
@@ -77,7 +79,6 @@ def explanation(given: argparse.Namespace) -> Explanation:
         "alibi_slopes": empty(given.h, dtype=torch.float32) if given.alibi else None,
         "sink": empty(given.h) if given.sink else None,
         "dropout_p": given.dropout,
-        "layout": "bshd" if given.hk else None,
     }
     if given.tuned is not None:
         load(given.tuned, "--tuned")
@@ -87,7 +88,7 @@ def explanation(given: argparse.Namespace) -> Explanation:
             k,
             k,
             bias,
-            given.causal,
+            causal=given.causal,
             grads=_gradients(given.grads, bias is not None, given.sink),
             backend=given.backend,
             device=given.device,

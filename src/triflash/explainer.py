@@ -5,7 +5,7 @@ Starts nothing on a device, works for GPUs that are not here, and does without T
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import arguments_of
-from .copies import copies_of
+from .arguments import ATTENTION, Given, Options
+from .bound.passes import BoundPass
+from .door import bind
 from .errors import UnsupportedError, bad_type, bad_value
-from .explanation import ExplainedStep, Explanation, Pass
+from .explanation import Copy, ExplainedStep, Explanation, Pass
 from .plan import hopper, hopper_steps
 from .plan.configs import TileConfig, shared_memory
-from .plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
+from .plan.device import KNOWN_DEVICES, NAMED_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
 from .plan.hopper import HopperConfig
 from .plan.override import KERNELS
-from .plan.scratch import scratch
 from .plan.select import (
     BACKENDS,
     Plan,
@@ -37,14 +37,14 @@ from .plan.select import (
     problem_of,
     why_not,
 )
-from .spec import AttentionSpec, Needs, Operands, spec_of
-from .triton_flash_attention import _arguments
+from .plan.steps import IN_PYTORCH
+from .spec import AttentionSpec, Needs
 
 __all__ = ["explain"]
 
 _INPUTS = ("q", "k", "v", "bias", "sink")
-_OPTIONS = tuple(name for name, p in inspect.signature(arguments_of).parameters.items() if p.kind == p.KEYWORD_ONLY)
-_IN_PYTORCH = ("tiled", "oracle")  # backends that launch no kernels of ours
+_TENSORS = tuple(name for name in Given._fields if name not in ("q", "k", "v", "bias"))
+_OPTIONS = (*_TENSORS, *(name for name in Options._fields if name != "backend"), "return_lse")
 
 
 def explain(
@@ -52,8 +52,6 @@ def explain(
     k: Tensor,
     v: Tensor,
     bias: Tensor | None = None,
-    causal: bool = False,
-    softmax_scale: float | None = None,
     *,
     grads: Iterable[str] | None = None,
     backend: str | None = None,
@@ -61,21 +59,22 @@ def explain(
     compile: bool = False,
     **options: Any,
 ) -> Explanation:
-    """What ``flash_attn_func`` or ``attention`` with these arguments would run, and why: ``print(triflash.explain(q, k, v, bias))``.
+    """What ``attention`` with these arguments would run, and why: ``print(triflash.explain(q, k, v, bias, causal=True))``.
 
-    It is the plan that the call itself would carry out, under the same ``with triflash.backend(...)``, ``triflash.tuned(...)`` and
-    environment; no tensor is read, and nothing is launched.
+    It is the call's own bound pass, put into words: the same plan, allocations, copies and launches, under the same
+    ``with triflash.backend(...)``, ``triflash.tuned(...)`` and environment. No tensor is read, and nothing is launched.
 
     Args:
-        q, k, v, bias, causal, softmax_scale: as for :func:`triflash.flash_attn_func`, with the same checks. Meta tensors will do.
-        options: of :func:`triflash.attention` (``mask=``, ``window=``, ``key_lengths=``, ``softcap=``, ``alibi_slopes=``, ``sink=``,
-            ``dropout_p=``, ``layout=``, …). With any of them (``layout="bshd"`` changes nothing else), or more than one batch dim, it is
-            that function which is explained, with its grouped heads and its meaning of ``causal``.
+        q, k, v, bias: as for :func:`triflash.attention`, with the same checks. Meta tensors will do.
+        options: :func:`triflash.attention`'s other keywords, of the same meaning (``causal=``, ``mask=``, ``window=``, ``scale=``,
+            ``key_lengths=``, ``softcap=``, ``alibi_slopes=``, ``sink=``, ``dropout_p=``, ``layout=``, …). The seed's functions align causal to the
+            top left: ``causal="top_left"``.
         grads: which of ``"q", "k", "v", "bias", "sink"`` a backward pass gives gradients for; default those that require one.
         backend: as in ``with triflash.backend(backend)``.
-        device: what to explain it for: a kind of device (``"sm80"``, ``"sm86"``, ``"sm90"``, ``"sm100"``, ``"gfx942"``, ``"cpu"``, …;
-            if this machine has one, that one), a ``torch.device`` of this machine, or :class:`~triflash.plan.device.DeviceFacts`.
-            Default: where the tensors are; for meta tensors this machine's GPU, if it has one, else its CPU.
+        device: what to explain it for: a kind of device (``"sm80"``, ``"sm90"``, ``"gfx942"``, ``"cpu"``, …; if this machine has one, that
+            one), a product (``"a100"``, ``"h100"``, ``"h200"``, ``"rtx4090"``, ``"mi300x"``, …), a ``torch.device`` of this machine, or
+            :class:`~triflash.plan.device.DeviceFacts`. Default: where the tensors are; for meta tensors this machine's GPU, if it has one,
+            else its CPU.
         compile: also compile the kernels ahead of time for that device, which takes some seconds and needs no GPU, and report
             their registers, spills and shared memory.
 
@@ -87,17 +86,19 @@ def explain(
             compile (it is not installed, or ``TRITON_INTERPRET`` is on).
         UnsupportedError: the backend asked for by name cannot do this.
     """
+    given, chosen = _arguments(q, k, v, bias, options)
     with _requested(backend):
-        x, spec, requested = _call(q, k, v, bias, causal, softmax_scale, options)
-    needs = _needs(grads, (q, k, v, bias, options.get("sink")))
-    facts, here = _facts(device, q.device)
-    plans = [plan_forward(spec, facts, requested)]
+        facts, here = _facts(device, q.device if isinstance(q, Tensor) else torch.device("meta"))
+        call = bind(ATTENTION, given, chosen, facts)
+    needs = _needs(grads, (q, k, v, bias, given.sink))
+    spec, requested = call.spec, call.backend
+    bound = [call.forward]
     if any(vars(needs).values()):
-        plans.append(plan_backward(spec, needs, facts, requested))
-    passes = [Pass(plan.backend, tuple(_explained(plan, step, spec, facts) for step in plan.steps)) for plan in plans]
-    copies = copies_of(plans, spec, facts, x)
+        bound.append(call.describe_backward(needs))
+    plans = [each.plan for each in bound]
+    passes = [_pass(each, spec, facts) for each in bound]
     if compile:
-        passes = _with_resources(passes, plans, spec, needs, facts, x)
+        passes = _with_resources(passes, bound, facts)
     deterministic, determinism = _determinism(plans)
     return Explanation(
         spec=spec,
@@ -108,8 +109,8 @@ def explain(
         not_taken=tuple(_not_taken(plans, spec, needs, facts, requested)),
         forward=passes[0],
         backward=passes[1] if len(passes) > 1 else None,
-        copies=copies,
-        memory=tuple(scratch(plans, spec, needs)),
+        copies=_copies(bound),
+        memory=tuple(_memory(bound)),
         deterministic=deterministic,
         determinism=determinism,
         changed=_changed(plans, spec, needs, facts),
@@ -117,19 +118,48 @@ def explain(
     )
 
 
-def _call(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float | None, options: dict[str, Any]
-) -> tuple[Operands, AttentionSpec, str]:
-    """The call as the operators would get it, and the backend that it asks for."""
+def _arguments(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: dict[str, Any]) -> tuple[Given, Options]:
     for name in options:
+        if name == "softmax_scale":
+            raise bad_type("softmax_scale", "scale=, as attention calls it", "softmax_scale=")
         if name not in _OPTIONS:
             raise bad_type("explain", f"options of attention ({', '.join(_OPTIONS)})", repr(name))
-    if options or (isinstance(q, Tensor) and q.dim() > 4):
-        call = arguments_of(q, k, v, bias=bias, causal=causal, scale=scale, **options)
-        return call.operands, call.spec, call.backend
-    canonical, own = _arguments(q, k, v, bias, causal, scale)
-    spec = replace(spec_of(q, k, v, canonical, *own[:-1]), deterministic=torch.are_deterministic_algorithms_enabled())
-    return Operands(q, k, v, canonical), spec, own[-1]
+    given = Given(q, k, v, bias, **{name: options[name] for name in _TENSORS if name in options})
+    return given, Options(**{name: options[name] for name in Options._fields if name in options})
+
+
+def _pass(bound: BoundPass, spec: AttentionSpec, device: DeviceFacts) -> Pass:
+    calls = bound.calls or ()
+    tensor_maps = [sum(type(x).__name__ == "TensorDescriptor" for x in call.args) for call in calls] or [0] * len(bound.plan.steps)
+    steps = tuple(
+        replace(_explained(bound.plan, step, spec, device), tensor_maps=count)
+        for step, count in zip(bound.plan.steps, tensor_maps, strict=True)
+    )
+    results = tuple((each.name, each.nbytes) for each in bound.room.allocations if each.use == "result")
+    return Pass(bound.plan.backend, steps, results)
+
+
+def _copies(bound: Sequence[BoundPass]) -> tuple[Copy, ...]:
+    """The copies of both passes; one that both make is named once."""
+    passes: dict[tuple[str, int, str], list[str]] = {}
+    for name, each in zip(("forward", "backward"), bound, strict=False):
+        for copy in each.room.copies:
+            passes.setdefault((copy.name, copy.nbytes, copy.reason), []).append(name)
+    return tuple(Copy(*found, tuple(names)) for found, names in passes.items())
+
+
+def _memory(bound: Sequence[BoundPass]) -> Iterable[tuple[str, int]]:
+    """(what, bytes) beyond inputs, outputs, gradients and copies."""
+    for each in bound[0].room.allocations:
+        if each.use == "result" and each.name != "out":
+            until = " (until the backward pass)" if each.name == "lse" and len(bound) > 1 else ""
+            yield each.name + until, each.nbytes
+    for each_pass in bound:
+        for each in each_pass.room.allocations:
+            if each.use in ("scratch", "pytorch"):
+                yield each.name, each.nbytes
+        for sink in each_pass.room.sinks:
+            yield "probabilities of the sink", math.prod(sink.lse.shape) * sink.lse.dtype.itemsize
 
 
 def _requested(name: str | None) -> Any:
@@ -154,12 +184,12 @@ def _facts(device: str | torch.device | DeviceFacts | None, tensors: torch.devic
     """Facts about the device to explain for, and whether it is in this machine."""
     if isinstance(device, DeviceFacts):
         return device, device in (facts_of(own) for own in _own_devices())
-    if isinstance(device, str) and device in KNOWN_DEVICES:
-        own = next((facts_of(own) for own in _own_devices() if facts_of(own).arch == device), None)
-        return own or KNOWN_DEVICES[device], own is not None or device == "cpu"
+    if isinstance(device, str) and (typical := KNOWN_DEVICES.get(device) or NAMED_DEVICES.get(device.lower())):
+        own = next((facts_of(own) for own in _own_devices() if facts_of(own).arch == typical.arch), None)
+        return own or typical, own is not None or device == "cpu"
     if device is None:
         device = _own_devices()[-1] if tensors.type == "meta" else tensors
-    wanted = f"one of {', '.join(KNOWN_DEVICES)}, or a device of this machine"
+    wanted = f"one of {', '.join((*KNOWN_DEVICES, *NAMED_DEVICES))}, or a device of this machine"
     if not isinstance(device, (str, torch.device)):
         raise bad_type("device", wanted, type(device).__name__)
     try:
@@ -255,7 +285,7 @@ def _determinism(plans: list[Plan]) -> tuple[bool, str]:
         )
     reasons = []
     for plan in plans:
-        if plan.backend in _IN_PYTORCH:
+        if plan.backend in IN_PYTORCH:
             reasons.append("PyTorch's matrix products over tiles in a fixed order (on a GPU as far as cuBLAS repeats itself)")
         else:
             reasons.append("no atomics, each element is summed by one program in one order")
@@ -268,30 +298,27 @@ def _determinism(plans: list[Plan]) -> tuple[bool, str]:
 def _notes(device: DeviceFacts, plans: list[Plan], compiled: bool) -> Iterable[str]:
     if problem := triton_problem():
         yield f"{problem}: this is what runs without it, on any device"
-    if compiled and all(plan.backend in _IN_PYTORCH for plan in plans):
+    if compiled and all(plan.backend in IN_PYTORCH for plan in plans):
         yield f"nothing was compiled: only kernels of backends triton and hopper can be, and {plans[0].backend} runs"
     choices = current_choices()
     if choices.tuned is not None and device.arch not in ("cpu", "interpreter"):
         yield f"tuned configurations are read from {choices.tuned.path} (they hold for one GPU, Triton {triton_version() or 'unknown'})"
 
 
-def _with_resources(
-    passes: list[Pass], plans: list[Plan], spec: AttentionSpec, needs: Needs, device: DeviceFacts, x: Operands
-) -> list[Pass]:
+def _with_resources(passes: list[Pass], bound: Sequence[BoundPass], device: DeviceFacts) -> list[Pass]:
     """The passes with what the compiler makes of their kernels."""
     if problem := triton_problem():
         raise bad_value("compile", "False", "True", problem)
     if interpreting() or device.arch == "interpreter":
         raise bad_value("compile", "False", "True", "Triton's interpreter does not compile: unset TRITON_INTERPRET, or name a GPU's device")
-    from .launch import ahead
-
     compiled = []
-    for each, plan in zip(passes, plans, strict=True):
-        if plan.backend in _IN_PYTORCH:
+    for each, own in zip(passes, bound, strict=True):
+        if own.calls is None:
             compiled.append(each)
             continue
-        calls = ahead.calls_of(plan, spec, needs, *x)
-        used = [ahead.resources(ahead.compile_for(call, device.arch)) for call in calls]
+        from .launch import ahead
+
+        used = [ahead.resources(ahead.compile_for(call, device.arch)) for call in own.calls]
         steps = tuple(replace(step, compiled=found) for step, found in zip(each.steps, used, strict=True))
-        compiled.append(Pass(each.backend, steps))
+        compiled.append(replace(each, steps=steps))
     return compiled

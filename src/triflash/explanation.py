@@ -32,21 +32,26 @@ class ExplainedStep:
     """One kernel: its step of the plan, where the configuration comes from, and what it takes.
 
     source: empty if the kernel has no configuration. shared_memory: bytes a program takes at most, by the estimate that planning uses
-    (None: no estimate). compiled: registers, spills and shared memory of the compiled kernel, if that was asked for.
+    (None: no estimate). compiled: registers, spills and shared memory of the compiled kernel, if that was asked for. tensor_maps: how many
+    descriptors of tensors in memory, by which TMA loads and stores, travel with a launch.
     """
 
     step: Step
     source: str = ""
     shared_memory: int | None = None
     compiled: Resources | None = None
+    tensor_maps: int = 0
 
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward or a backward pass: the backend that runs it and its kernels in order (none for an empty problem)."""
+    """A forward or a backward pass: the backend that runs it, its kernels in order (none for an empty problem), and what it allocates for
+    its results, ``(what, bytes)``.
+    """
 
     backend: str
     steps: tuple[ExplainedStep, ...]
+    results: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ class Explanation:
                 text = [line for explained in each.steps for line in _step(explained, each.backend, self.device)] or [
                     "nothing to run: there are no scores"
                 ]
+                if each.results:
+                    text.append("results  " + ", ".join(f"{what} {human(size)}" for what, size in each.results))
                 lines += [(name if at == 0 else "", line) for at, line in enumerate(text)]
         copies = [f"{copy.tensor}, {human(copy.nbytes)} {_where(copy)}: {copy.reason}" for copy in self.copies] or ["none"]
         lines += [("copies" if at == 0 else "", line) for at, line in enumerate(copies)]
@@ -187,7 +194,8 @@ def _step(explained: ExplainedStep, backend: str, device: DeviceFacts) -> list[s
     gives = f", gives {', '.join(step.gives)}" if step.gives else ""
     splits = f", {step.splits} partial sums" if step.splits > 1 else ""
     order = f", {_order(step, backend)}" if step.kernel in ("forward", "dkdv", "dqdkdv", "dq") else ""
-    lines = [f"{step}: {step.programs} programs{order}{splits}{gives}"]
+    maps = f", {explained.tensor_maps} tensor maps" if explained.tensor_maps else ""
+    lines = [f"{step}: {step.programs} programs{maps}{order}{splits}{gives}"]
     lines.append(f"  configuration  {explained.source}")
     if explained.compiled is not None:
         used = explained.compiled

@@ -1,4 +1,7 @@
-"""The torch.library operators: schemas, fakes and autograd. The only module that knows autograd; called by the public faces.
+"""Everything that autograd and PyTorch's tracers know of attention. Called by ``door.py``.
+
+Eager calls go through one ``autograd.Function``, :class:`Attention`, whose passes are bound (``bound/``). What traces takes the
+``torch.library`` operators, whose bodies use bound passes too:
 
 ``triflash::forward``   (q, k, v, bias, …) -> (out, lse, rest), differentiable; rest is what lse, a float32, lost of a huge one
 ``triflash::backward``  (dout, dlse, q, k, v, bias, out, lse, rest, …, needs, …) -> (dq, dk, dv, dbias, dsink), empty where not needed
@@ -16,13 +19,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .bound.call import GRADIENTS, BoundCall
+from .bound.signature import CALLS, ambient, describe
 from .errors import UnsupportedError, bad_value
-from .launch import run_backward, run_forward
-from .plan.device import facts_of
-from .plan.select import plan_backward, plan_forward
-from .spec import AttentionSpec, Gradients, Operands, Saved, check_gradients, check_saved, keeps_rest, spec_of
+from .form import Form
+from .launch.room import twin
+from .spec import Gradients, Saved, check_gradients, check_saved, keeps_rest, spec_of
 
-__all__ = ["attention_backward", "attention_backward_", "attention_forward", "differentiable_once"]
+__all__ = ["Attention", "attention_backward", "attention_backward_", "attention_forward", "differentiable_once"]
 
 _OPTIONS = "SymInt batch_inner, SymInt? lo, SymInt? hi, float scale, str precision, str backend"
 _MORE = (
@@ -39,7 +43,10 @@ _library.define(f"backward_({_SAVED}, {_OPTIONS}, {_GIVEN}, {_MORE}, Tensor(e!)?
 
 
 class _Options(NamedTuple):
-    """The operators' arguments after the bias (forward) and rest (backward), in order. PyTorch leaves out trailing defaults."""
+    """The operators' arguments after the bias (forward) and rest (backward), in order. PyTorch leaves out trailing defaults.
+
+    Between ``backend`` and ``mask`` the backward operators have what they give; here that is left out.
+    """
 
     batch_inner: int
     lo: int | None
@@ -56,40 +63,45 @@ class _Options(NamedTuple):
     dropout_p: float = 0.0
     deterministic: bool = False
 
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """What is no tensor."""
+        return (*self[:6], *self[11:])
 
-_BEFORE_MORE = 6  # options before mask
-_SINK = 4 + _Options._fields.index("sink")  # its place among the arguments of forward
-
-
-def _operands(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: _Options) -> Operands:
-    mask = options.mask
-    if bias is None and mask is not None:  # one mask alone is one more kind of bias
-        bias, mask = mask, None
-    return Operands(q, k, v, bias, mask, options.key_lengths, options.alibi_slopes, options.sink, options.dropout_seed)
-
-
-def _spec(x: Operands, options: _Options) -> AttentionSpec:
-    more: Any = (*x[4:], options.softcap, options.dropout_p, options.deterministic)
-    return spec_of(*x[:4], options.batch_inner, options.lo, options.hi, options.scale, options.precision, *more)
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """mask, key_lengths, alibi_slopes, sink and dropout_seed."""
+        return self[6:11]
 
 
-def _allocate_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    batch, queries, heads, _dim = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(batch, heads, queries, dtype=lse_dtype)
-    kept = keeps_rest(q.dtype, None if bias is None else bias.dtype, _Options(*rest).alibi_slopes is not None)
-    lost = q.new_empty(lse.shape if kept else 0, dtype=torch.float32)
-    return q.new_empty(batch, queries, heads, v.shape[3]), lse, lost
+def _bound(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: _Options) -> tuple[BoundCall, tuple[Tensor | None, ...]]:
+    """What an operator's arguments bind to, and its tensors in order. Only a new signature is checked."""
+    given = (q, k, v, bias, *options.tensors)
+    numbers = options.numbers
+    facts, around = ambient(q)
+    key = ("operator", tuple([describe(x) for x in given]), numbers, tuple(map(type, numbers)), around)
+    call = CALLS.get(key)
+    if call is None:
+        form = Form((q.shape[0],), 1, canonical=True, contiguous=True)
+        x = form.operands(given)
+        spec = spec_of(
+            *x[:4], options.batch_inner, options.lo, options.hi, options.scale, options.precision, *x[4:], options.softcap,
+            options.dropout_p, options.deterministic,
+        )  # fmt: skip
+        call = BoundCall(form, [None if each is None else twin(each) for each in given], spec, facts, options.backend, q.device)
+        CALLS.add(key, call)
+    return call, given
 
 
-def _allocate_backward(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _, *options, needs = rest[: _BEFORE_MORE + 2]
-    sink = _Options(*options, *rest[_BEFORE_MORE + 2 :]).sink
-    wanted = [x if need else None for x, need in zip((q, k, v, bias, sink), _all_needs(needs), strict=True)]
-    dq, dk, dv, dbias, dsink = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
-    return dq, dk, dv, dbias, dsink
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call, given = _bound(q, k, v, bias, _Options(*rest))
+    out, lse, *lost = call.run_forward(given)
+    return out, lse, lost[0] if lost else q.new_empty(0, dtype=torch.float32)
+
+
+def _kept(rest: Tensor | None) -> Tensor | None:
+    """The forward operator returns a tensor of one dim, empty, where there is no rest to keep."""
+    return None if rest is None or rest.dim() == 1 else rest
 
 
 def _all_needs(needs: Sequence[bool]) -> list[bool]:
@@ -99,85 +111,64 @@ def _all_needs(needs: Sequence[bool]) -> list[bool]:
     return [*needs, False][:5]
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    options = _Options(*rest)
-    operands = _operands(q, k, v, bias, options)
-    spec = _spec(operands, options)
-    plan = plan_forward(spec, facts_of(q.device), options.backend)
-    out, lse, lost = _allocate_forward(q, k, v, bias, *rest)
-    run_forward(plan, spec, operands, Saved(out, lse, _kept(lost)))
-    return out, lse, lost
-
-
-def _kept(rest: Tensor | None) -> Tensor | None:
-    """The forward operator returns a tensor of one dim, empty, where there is no rest to keep."""
-    return None if rest is None or rest.dim() == 1 else rest
-
-
-def _backward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    saved, options, more = args[:9], args[9 : 9 + _BEFORE_MORE], args[10 + _BEFORE_MORE :]
-    needs, bias, sink = _all_needs(args[9 + _BEFORE_MORE]), args[5], _Options(*options, *more).sink
+def _backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    rest: Tensor | None, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str,
+    needs: Sequence[bool], *more: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    options = _Options(batch_inner, lo, hi, scale, precision, backend, *more)
+    needs = _all_needs(needs)
     if needs[3] and (bias is None or bias.dtype == torch.bool):
         raise bad_value("needs", "False for a bias that is absent or a mask", needs)
-    if needs[4] and sink is None:
+    if needs[4] and options.sink is None:
         raise bad_value("needs", "False for a sink that is absent", needs)
-    grads = _allocate_backward(*args)
-    *given, dsink = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    more = _Options(*options, *more)[_BEFORE_MORE:]
-    _backward_(*saved, *options, *given, *more, dsink)
-    return grads
+    call, given = _bound(q, k, v, bias, options)
+    saved = Saved(out, lse, _kept(rest))
+    check_saved(q, v, dout, dlse, saved)
+    grads = call.run_backward(given, [x for x in saved if x is not None], dout, dlse, needs)
+    dq, dk, dv, dbias, dsink = (q.new_empty(0) if grad is None else grad for grad in grads)
+    return dq, dk, dv, dbias, dsink
 
 
 def _backward_(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *args: Any
-) -> None:
-    rest, *args = args  # type: ignore[assignment]
-    given, more = args[_BEFORE_MORE : _BEFORE_MORE + 4], args[_BEFORE_MORE + 4 :]
-    count = len(_Options._fields) - _BEFORE_MORE
-    options = _Options(*args[:_BEFORE_MORE], *more[:count])
-    grads = Gradients(*given, *more[count:])
-    x = _operands(q, k, v, bias, options)
-    spec = _spec(x, options)
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    rest: Tensor | None, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dbias: Tensor | None, *more: Any,
+) -> None:  # fmt: skip
+    count = len(_Options._fields) - _Options._fields.index("mask")
+    options = _Options(batch_inner, lo, hi, scale, precision, backend, *more[:count])
+    grads = Gradients(dq, dk, dv, dbias, *more[count:])
+    call, given = _bound(q, k, v, bias, options)
     saved = Saved(out, lse, _kept(rest))
     check_saved(q, v, dout, dlse, saved)
-    inputs = {"q": x.q, "k": x.k, "v": x.v, "bias": x.bias, "sink": x.sink}
+    inputs = {"q": q, "k": k, "v": v, "bias": bias, "sink": options.sink}
     check_gradients(inputs, grads._asdict(), {"dout": dout, "out": out})
-    plan = plan_backward(spec, grads.needs, facts_of(q.device), options.backend)
-    run_backward(plan, spec, x, saved, dout, dlse, grads)
+    needs = [grad is not None for grad in grads]
+    call.run_backward(given, [x for x in saved if x is not None], dout, dlse, needs, into=grads)
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    options = _Options(*rest)
+    batch, queries, heads, _dim = q.shape
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+    kept = keeps_rest(q.dtype, None if bias is None else bias.dtype, options.alibi_slopes is not None)
+    lost = q.new_empty(lse.shape if kept else 0, dtype=torch.float32)
+    return q.new_empty(batch, queries, heads, v.shape[3]), lse, lost
+
+
+def _fake_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    rest: Tensor | None, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str,
+    needs: Sequence[bool], *more: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    sink = _Options(batch_inner, lo, hi, scale, precision, backend, *more).sink
+    wanted = [x if need else None for x, need in zip((q, k, v, bias, sink), _all_needs(needs), strict=True)]
+    dq, dk, dv, dbias, dsink = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
+    return dq, dk, dv, dbias, dsink
 
 
 def _fake_backward_(*_: Any) -> None:
     return None
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, bias, *rest = inputs
-    out, lse, lost = output
-    options = _Options(*rest)
-    ctx.mark_non_differentiable(lost)
-    tensors = options[_BEFORE_MORE : _BEFORE_MORE + 5]
-    ctx.save_for_backward(q, k, v, bias, *tensors, out, lse, lost)
-    ctx.options = (*options[:_BEFORE_MORE], *(None for _ in tensors), *options[_BEFORE_MORE + 5 :])
-    ctx.set_materialize_grads(False)
-
-
-def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    q, k, v, bias, *tensors, out, lse, rest = ctx.saved_tensors
-    wants = ctx.needs_input_grad
-    needs = [*map(bool, wants[:4]), len(wants) > _SINK and bool(wants[_SINK])]
-    result: list[Tensor | None] = [None] * len(wants)
-    if (dout is None and dlse is None) or not any(needs):
-        return tuple(result)
-    if dout is None:
-        dout = torch.zeros_like(out)
-    options, more = ctx.options[:_BEFORE_MORE], ctx.options[_BEFORE_MORE + 5 :]
-    with torch.no_grad():
-        grads = attention_backward(dout, dlse, q, k, v, bias, out, lse, rest, *options, needs, *tensors, *more)
-    wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    *result[:4], dsink = differentiable_once(wanted, (dout, dlse, q, k, v, bias, *tensors))
-    if len(wants) > _SINK:
-        result[_SINK] = dsink
-    return tuple(result)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -203,9 +194,68 @@ def differentiable_once(grads: list[Tensor | None], inputs: tuple[Tensor | None,
     return tied
 
 
+class Attention(torch.autograd.Function):
+    """Eager attention with gradients: ``Attention.apply(call, return_lse, *given)``, given being the tensors of a bound call in order."""
+
+    @staticmethod
+    def forward(ctx: Any, call: BoundCall, return_lse: bool, *given: Tensor | None) -> Any:
+        results = call.run_forward(given)
+        ctx.call = call
+        ctx.save_for_backward(*given, *results)
+        ctx.set_materialize_grads(False)
+        return (results[0], results[1]) if return_lse else results[0]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        wants = ctx.needs_input_grad[2:]
+        needs = [wants[at] for at in GRADIENTS]
+        result: list[Tensor | None] = [None] * (2 + len(wants))
+        if (dout is None and dlse is None) or True not in needs:
+            return tuple(result)
+        call, saved = ctx.call, ctx.saved_tensors
+        given, outputs = saved[: len(wants)], saved[len(wants) :]
+        if dout is None:
+            dout = torch.zeros_like(outputs[0])
+        with torch.no_grad():
+            grads = call.run_backward(given, outputs, dout, dlse, needs)
+        if torch.is_grad_enabled():
+            grads = differentiable_once(grads, (dout, dlse, *given))
+        for at, grad in zip(GRADIENTS, grads, strict=True):
+            result[2 + at] = grad
+        return tuple(result)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, bias, *rest = inputs
+    options = _Options(*rest)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(q, k, v, bias, *options.tensors, *output)
+    ctx.numbers, ctx.sink_at = options.numbers, 4 + _Options._fields.index("sink")
+    ctx.set_materialize_grads(False)
+
+
+def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    q, k, v, bias, *tensors, out, lse, rest = ctx.saved_tensors
+    wants = ctx.needs_input_grad
+    needs = [*map(bool, wants[:4]), len(wants) > ctx.sink_at and bool(wants[ctx.sink_at])]
+    result: list[Tensor | None] = [None] * len(wants)
+    if (dout is None and dlse is None) or not any(needs):
+        return tuple(result)
+    if dout is None:
+        dout = torch.zeros_like(out)
+    options, more = ctx.numbers[:6], ctx.numbers[6:]
+    with torch.no_grad():
+        grads = attention_backward(dout, dlse, q, k, v, bias, out, lse, rest, *options, needs, *tensors, *more)
+    wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+    *result[:4], dsink = differentiable_once(wanted, (dout, dlse, q, k, v, bias, *tensors))
+    if needs[4]:
+        result[ctx.sink_at] = dsink
+    return tuple(result)
+
+
 for _name, _fn, _fake in (
-    ("forward", _forward, _allocate_forward),
-    ("backward", _backward, _allocate_backward),
+    ("forward", _forward, _fake_forward),
+    ("backward", _backward, _fake_backward),
     ("backward_", _backward_, _fake_backward_),
 ):
     _library.impl(_name, _fn, "CompositeExplicitAutograd")

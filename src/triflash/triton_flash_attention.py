@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import canonical_bias, check_bias, check_bool, check_scale, check_tensors, same_device_and_dtype
+from .arguments import SEED, Given, Options, checked
+from .checks import check_bool, check_tensors, same_device_and_dtype
+from .door import attend
 from .errors import bad_type, bad_value
-from .ops import attention_backward_, attention_forward, differentiable_once
-from .plan.select import requested_backend
-from .spec import causal_band, resolve_precision
+from .ops import attention_backward_
 
 __all__ = [
     "FlashAttnFunc",
@@ -32,23 +32,6 @@ __all__ = [
 ]
 
 LSE_ROW_MULTIPLE = 128  # rows of the lse that _flash_attn_forward returns are padded to a multiple of this, as they were in the seed
-
-_QKV = {"q": "B M H D", "k": "B N H D", "v": "B N H D"}
-
-
-def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, softmax_scale: float | None
-) -> tuple[Tensor | None, tuple[Any, ...]]:
-    """Check the arguments of one call; return the canonical bias and the options that every operator takes."""
-    given = {"q": q, "k": k, "v": v}
-    sizes = check_tensors(given, _QKV)
-    same_device_and_dtype(given)
-    lo, hi = causal_band(check_bool("causal", causal))
-    scale = check_scale("softmax_scale", softmax_scale, sizes["D"])
-    check_bias(bias, q, (sizes["B"], sizes["H"], sizes["M"], sizes["N"]))
-    # Resolved here, so that a backward pass multiplies as its forward pass did. torch.compile cannot trace the setting: "" is read later.
-    precision = resolve_precision("") if q.dtype == torch.float32 and not torch.compiler.is_compiling() else ""
-    return canonical_bias(bias), (1, lo, hi, scale, precision, requested_backend())
 
 
 def flash_attn_func(
@@ -84,113 +67,69 @@ def flash_attn_func(
     but for dq on backend ``hopper``, unless ``torch.use_deterministic_algorithms(True)`` is in force when this is called.
     Autocast does not change the inputs' dtypes: cast them yourself. Not differentiable twice, nor by ``torch.func``.
     """
-    if not torch.compiler.is_compiling():  # the same operators, with less of a host's time than their registered autograd takes
-        return FlashAttnFunc.apply(q, k, v, bias, causal, softmax_scale)
-    bias, options = _arguments(q, k, v, bias, causal, softmax_scale)
-    return attention_forward(q, k, v, bias, *options, deterministic=torch.are_deterministic_algorithms_enabled())[0]
+    return _attend((q, k, v), bias, causal, softmax_scale)
 
 
 def flash_attn_kvpacked_func(
     q: Tensor, kv: Tensor, bias: Tensor | None = None, causal: bool = False, softmax_scale: float | None = None
 ) -> Tensor:
     """:func:`flash_attn_func` with k and v in one tensor ``kv (batch, seqlen_k, 2, nheads, headdim)``; so is their gradient."""
-    return FlashAttnKVPackedFunc.apply(q, kv, bias, causal, softmax_scale)
+    return _attend((q, kv), bias, causal, softmax_scale)
 
 
 def flash_attn_qkvpacked_func(qkv: Tensor, bias: Tensor | None = None, causal: bool = False, softmax_scale: float | None = None) -> Tensor:
     """:func:`flash_attn_func` with all three in one tensor ``qkv (batch, seqlen, 3, nheads, headdim)``; so is their gradient."""
-    return FlashAttnQKVPackedFunc.apply(qkv, bias, causal, softmax_scale)
+    return _attend((qkv,), bias, causal, softmax_scale)
 
 
-def _forward(ctx: Any, inputs: tuple[Tensor, ...], bias: Tensor | None, causal: bool, softmax_scale: float | None) -> Tensor:
-    """Forward of the autograd classes: ``inputs`` are q, k, v however they are packed."""
-    q, k, v = _unpack(*inputs)
-    canonical, options = _arguments(q, k, v, bias, causal, softmax_scale)
-    out, lse, rest = attention_forward(q, k, v, canonical, *options)
-    ctx.save_for_backward(*inputs, bias, out, lse, rest)
-    ctx.options, ctx.deterministic = options, torch.are_deterministic_algorithms_enabled()
-    return out
+def _attend(inputs: tuple[Tensor, ...], bias: Tensor | None, causal: bool, softmax_scale: float | None) -> Tensor:
+    """Attention of q, k and v however they are packed; a packed input gets a packed gradient, written in place by the kernels."""
+    return attend(SEED[len(inputs)], _given(*inputs, bias=bias), _options(causal, softmax_scale))
 
 
-def _unpack(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, k, v) from q, k, v, or from q and kv, or from qkv; views."""
-    if len(inputs) == 3:
-        return inputs
-    *q, packed = inputs
-    return (*q, *packed.unbind(2))  # type: ignore[return-value]
+def _given(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, bias: Tensor | None = None) -> Given:
+    return Given(q, k, v, bias)
 
 
-def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    """Backward of the autograd classes: a packed input gets a packed gradient, written in place by the kernels."""
-    *inputs, bias, out, lse, rest = ctx.saved_tensors
-    q, k, v = _unpack(*inputs)
-    canonical = canonical_bias(bias)
-    wanted = ctx.needs_input_grad
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) if need else None for x, need in zip(inputs, wanted, strict=False)]
-    parts: list[Tensor | None] = []
-    for grad, count in zip(grads, {3: (1, 1, 1), 2: (1, 2), 1: (3,)}[len(inputs)], strict=True):
-        parts += [None] * count if grad is None else [grad] if count == 1 else grad.unbind(2)
-    dbias = None
-    if canonical is not None and wanted[len(inputs)]:
-        dbias = torch.empty_like(canonical, memory_format=torch.contiguous_format)
-    with torch.no_grad():
-        saved = (out, lse, rest)
-        attention_backward_(dout, None, q, k, v, canonical, *saved, *ctx.options, *parts, dbias, deterministic=ctx.deterministic)
-    grads.append(None if dbias is None else dbias.view(bias.shape))
-    return (*differentiable_once(grads, (dout, *inputs, bias)), None, None)
+def _options(causal: bool, softmax_scale: float | None) -> Options:
+    return Options("top_left" if check_bool("causal", causal) else False, None, softmax_scale, None, 0.0, None, "bshd", None, None)
 
 
-class FlashAttnFunc(torch.autograd.Function):
+class _SeedFunction(torch.autograd.Function):
+    """One of the seed's autograd functions: what autograd needs of it, :func:`_attend` brings along."""
+
+    @classmethod
+    def apply(cls, *args: Any, **options: Any) -> Tensor:
+        result: Tensor = cls.forward(None, *args, **options)
+        return result
+
+
+class FlashAttnFunc(_SeedFunction):
     """The seed's autograd function: ``FlashAttnFunc.apply(q, k, v, bias, causal, softmax_scale)``, as :func:`flash_attn_func`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None = None,
-        causal: bool = False,
-        softmax_scale: float | None = None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = False, softmax_scale: float | None = None
     ) -> Tensor:
-        return _forward(ctx, (q, k, v), bias, causal, softmax_scale)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, do)
+        return _attend((q, k, v), bias, causal, softmax_scale)
 
 
-class FlashAttnKVPackedFunc(torch.autograd.Function):
+class FlashAttnKVPackedFunc(_SeedFunction):
     """The seed's autograd function: ``FlashAttnKVPackedFunc.apply(q, kv, bias, causal, softmax_scale)``."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        kv: Tensor,
-        bias: Tensor | None = None,
-        causal: bool = False,
-        softmax_scale: float | None = None,
+        ctx: Any, q: Tensor, kv: Tensor, bias: Tensor | None = None, causal: bool = False, softmax_scale: float | None = None
     ) -> Tensor:
-        check_tensors({"q": q, "kv": kv}, {"q": "B M H D", "kv": "B N 2 H D"})
-        return _forward(ctx, (q, kv), bias, causal, softmax_scale)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, do)
+        return _attend((q, kv), bias, causal, softmax_scale)
 
 
-class FlashAttnQKVPackedFunc(torch.autograd.Function):
+class FlashAttnQKVPackedFunc(_SeedFunction):
     """The seed's autograd function: ``FlashAttnQKVPackedFunc.apply(qkv, bias, causal, softmax_scale)``."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor | None = None, causal: bool = False, softmax_scale: float | None = None) -> Tensor:
-        check_tensors({"qkv": qkv}, {"qkv": "B M 3 H D"})
-        return _forward(ctx, (qkv,), bias, causal, softmax_scale)
-
-    @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, do)
+        return _attend((qkv,), bias, causal, softmax_scale)
 
 
 def _flash_attn_forward(
@@ -208,11 +147,12 @@ def _flash_attn_forward(
         inputs), natural log of the sum of exponentials of each query's scores, -inf for a query that sees no key and for the padded
         rows; and the scale that was used.
     """
-    canonical, options = _arguments(q, k, v, bias, causal, softmax_scale)
+    given, options = _given(q, k, v, bias), _options(causal, softmax_scale)
+    scale = checked(SEED[3], given, options).scale
     with torch.no_grad():
-        out, lse, _ = attention_forward(q, k, v, canonical, *options)
+        out, lse = attend(SEED[3], given, options, return_lse=True)
         lse = torch.nn.functional.pad(lse, (0, -lse.shape[2] % LSE_ROW_MULTIPLE), value=-torch.inf)
-    return out, lse, options[3]
+    return out, lse, scale
 
 
 def _flash_attn_backward(
@@ -237,10 +177,10 @@ def _flash_attn_backward(
         o, lse: as it returned them; lse may have any number of rows from seqlen_q up.
         dq, dk, dv: outputs in the shapes, dtype and device of q, k, v; any strides. Untouched if an argument is wrong.
     """
-    canonical, options = _arguments(q, k, v, bias, causal, softmax_scale)
+    call = checked(SEED[3], _given(q, k, v, bias), _options(causal, softmax_scale))
+    shapes = dict(SEED[3].shapes or ())
     given = {"q": q, "k": k, "v": v, "do": do, "o": o, "dq": dq, "dk": dk, "dv": dv}
-    rows, cols = _QKV["q"], _QKV["k"]
-    check_tensors(given, {**_QKV, "do": rows, "o": rows, "dq": rows, "dk": cols, "dv": cols})
+    check_tensors(given, {**shapes, "do": shapes["q"], "o": shapes["q"], "dq": shapes["q"], "dk": shapes["k"], "dv": shapes["k"]})
     same_device_and_dtype(given)
     check_tensors({"q": q, "lse": lse}, {"q": "B M H D", "lse": "B H _"})
     if lse.shape[2] < q.shape[1]:
@@ -250,6 +190,8 @@ def _flash_attn_backward(
         raise bad_type("lse", str(wanted), lse.dtype)
     if lse.device != q.device:
         raise bad_value("lse", f"q's device {q.device}", lse.device)
+    x = call.form.operands((q, k, v, bias, *(None,) * 5))
+    options = (call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend)
     with torch.no_grad():
-        saved, fixed = (o, lse[:, :, : q.shape[1]], None), torch.are_deterministic_algorithms_enabled()
-        attention_backward_(do, None, q, k, v, canonical, *saved, *options, dq, dk, dv, None, deterministic=fixed)
+        saved = (o, lse[:, :, : q.shape[1]], None)
+        attention_backward_(do, None, *x[:4], *saved, *options, dq, dk, dv, None, deterministic=call.deterministic)

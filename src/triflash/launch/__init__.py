@@ -1,4 +1,4 @@
-"""Carrying a plan out: the only package that starts kernels. Called by ``ops.py``."""
+"""Carrying a plan out: the only package that starts kernels. Called by ``bound/``, which repeats what it finds here."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from .. import oracle, tiled
 from ..plan.select import Plan
 from ..spec import AttentionSpec, Gradients, Operands, Saved
-from .calls import sink_gradient
+from .calls import Call, on, sink_gradient, start
+from .room import Real, Room
 
-__all__ = ["record_launches", "run_backward", "run_forward"]
+__all__ = ["backward_calls", "forward_calls", "on", "record", "record_launches", "recorders", "run_backward", "run_forward"]
 
 # Process-wide, because autograd runs the backward of GPU tensors on threads of its own.
-_recorders: list[list[str]] = []
+recorders: list[list[str]] = []
 
 
 @contextmanager
@@ -30,28 +31,45 @@ def record_launches() -> Iterator[list[str]]:
     ['tiled: forward']
     """
     seen: list[str] = []
-    _recorders.append(seen)
+    recorders.append(seen)
     try:
         yield seen
     finally:
-        _recorders[:] = [r for r in _recorders if r is not seen]
+        recorders[:] = [r for r in recorders if r is not seen]
 
 
-def _record(plan: Plan) -> None:
-    for recorder in _recorders:
+def record(plan: Plan) -> None:
+    """Tell whoever is recording what ran."""
+    for recorder in recorders:
         recorder.extend(f"{plan.backend}: {step}" for step in plan.steps)
+
+
+def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
+    """The launches of a forward pass by kernels, on real tensors or meta tensors."""
+    if plan.backend == "hopper":
+        from . import hopper as family
+    else:
+        from . import triton as family  # type: ignore[no-redef]
+    return family.forward(room, plan, spec, x, saved)
+
+
+def backward_calls(
+    room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients
+) -> list[Call]:
+    """The launches of a backward pass by kernels, on real tensors or meta tensors."""
+    if plan.backend == "hopper":
+        from . import hopper_backward as family
+    else:
+        from . import triton as family  # type: ignore[no-redef]
+    return family.backward(room, plan, spec, x, saved, dout, dlse, grads)
 
 
 def run_forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> None:
     """Fill ``out (B, M, H, Dv)``, ``lse (B, H, M)`` and, if given, ``rest (B, H, M)``."""
-    if plan.backend == "triton":
-        from . import triton
-
-        triton.forward(plan, spec, x, saved)
-    elif plan.backend == "hopper":
-        from . import hopper
-
-        hopper.forward(plan, spec, x, saved)
+    if plan.backend in ("triton", "hopper"):
+        room = Real(x.q)
+        start(x.q.device, forward_calls(room, plan, spec, x, saved))
+        room.finish()
     elif plan.backend == "tiled":
         with _without_autocast(x.q):
             tiled.forward(x.q, x.k, x.v, _scores(spec, x), x.sink, **saved._asdict())
@@ -62,20 +80,14 @@ def run_forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> N
         saved.lse.copy_(dense_lse)
         if saved.rest is not None:
             saved.rest.zero_()  # its own backward pass differentiates the forward pass and reads no lse
-    if _recorders:
-        _record(plan)
 
 
 def run_backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
     """Fill those of dq, dk, dv, dbias, dsink that are given."""
-    if plan.backend == "triton":
-        from . import triton
-
-        triton.backward(plan, spec, x, saved, dout, dlse, grads)
-    elif plan.backend == "hopper":
-        from . import hopper_backward
-
-        hopper_backward.backward(plan, spec, x, saved, dout, dlse, grads)
+    if plan.backend in ("triton", "hopper"):
+        room = Real(x.q)
+        start(x.q.device, backward_calls(room, plan, spec, x, saved, dout, dlse, grads))
+        room.finish()
     elif plan.backend == "tiled":
         with _without_autocast(x.q):
             delta = tiled.delta_of(saved.out, dout, dlse)
@@ -86,8 +98,6 @@ def run_backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dou
     else:
         with _without_autocast(x.q):
             _oracle_backward(dout, dlse, x, grads, _options(spec))
-    if _recorders:
-        _record(plan)
 
 
 def _options(spec: AttentionSpec) -> dict[str, Any]:

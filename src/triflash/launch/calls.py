@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "bias_strides",
     "cap_of",
     "dropout_of",
+    "on",
     "sink_gradient",
     "slope_strides",
     "start",
@@ -46,14 +47,24 @@ class Call:
     programs: int
 
     def start(self) -> None:
-        """Launch it on the current device."""
-        self.kernel[(self.programs,)](*self.args, **self.constants, num_warps=self.config.num_warps, num_stages=self.config.num_stages)
+        """Launch it on the current device, by Triton's own way."""
+        self.kernel[(self.programs,)](*self.args, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything that goes to the kernel by keyword."""
+        return {**self.constants, "num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Within it that device is the current one, on which Triton compiles and launches."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 def start(device: torch.device, calls: Iterable[Call]) -> None:
     """Launch them in order on that device."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()  # Triton launches on the current device
-    with torch.cuda.device(device) if elsewhere else nullcontext():
+    with on(device):
         for call in calls:
             call.start()
 
@@ -99,12 +110,13 @@ def address_of(x: Tensor) -> int:
     return int(x.storage_offset()) * x.element_size() if x.device.type == "meta" else x.data_ptr()
 
 
-def sink_gradient(sink: Tensor, saved: Saved, delta: Tensor) -> Tensor:
-    """``dsink (Hq,)``, summed in float32 in a fixed order, from ``delta = rowsum(out * dout) - dlse`` ``(B, Hq, M)``.
+def sink_gradient(sink: Tensor, saved: Saved, delta: Tensor, factor: float = 1.0) -> Tensor:
+    """``dsink (Hq,)``, summed in float32 in a fixed order, from ``factor * delta = rowsum(out * dout) - dlse`` ``(B, Hq, M)``.
 
     A sink is a key of probability ``p = exp(sink - lse)`` whose value is 0: its ds is ``p * (0 - delta)``, summed over queries and batch.
     """
     lse = saved.lse
     s = sink.to(lse.dtype)[:, None] - lse
     p = torch.exp(s if saved.rest is None else s - saved.rest * LN2)
-    return -p.masked_fill_(lse == -torch.inf, 0.0).mul_(delta).sum((0, 2))
+    p = p.masked_fill_(lse == -torch.inf, 0.0)
+    return -p.mul_(delta if factor == 1.0 else delta * factor).sum((0, 2))

@@ -20,7 +20,8 @@ from ..plan.configs import padded
 from ..plan.hopper import ROWS, HopperConfig, bias_block, fuses_bias, mask_block, schedule, whole_tiles
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
-from .calls import SMALLEST_SCALE, Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides, start
+from .calls import SMALLEST_SCALE, Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides
+from .room import Room
 
 __all__ = [
     "addressable",
@@ -28,23 +29,23 @@ __all__ = [
     "forward",
     "forward_calls",
     "mask_tiles",
-    "padded_rows",
     "ready",
-    "ready_bias",
     "ready_operands",
     "register_limit",
+    "writable",
 ]
 
 _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
 _ALIGNMENT = 16  # bytes
 
 
-def forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> None:
-    """Fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); lse and rest are contiguous."""
-    target = saved.out if addressable(saved.out) else padded_rows(saved.out)
-    start(x.q.device, forward_calls(plan, spec, ready_operands(spec, x), saved._replace(out=target)))
-    if target is not saved.out:
-        saved.out.copy_(target)
+_READ_REASON = "TMA reads rows that are contiguous and start at multiples of 16 bytes"
+_WRITE_REASON = "its rows are not a multiple of 16 bytes, so it is written with padding and copied from there"
+
+
+def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
+    """The launches that fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); lse and rest are contiguous."""
+    return forward_calls(plan, spec, ready_operands(room, spec, x), saved._replace(out=writable(room, "out", saved.out)))
 
 
 def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
@@ -128,27 +129,28 @@ def addressable(x: Tensor) -> bool:
     return layout.tma_addressable(x.shape, x.stride(), x.element_size(), x.data_ptr())
 
 
-def padded_rows(x: Tensor) -> Tensor:
-    """An uninitialised tensor of x's shape whose rows begin at multiples of 16 bytes."""
-    return x.new_empty(layout.tma_padded(x.shape, x.element_size()))[..., : x.shape[-1]]
-
-
-def ready(x: Tensor) -> Tensor:
+def ready(room: Room, name: str, x: Tensor) -> Tensor:
     """x itself, or a copy that TMA can address."""
-    return x if addressable(x) else padded_rows(x).copy_(x)
+    if addressable(x):
+        return x
+    target = room.new(name, layout.tma_padded(x.shape, x.element_size()), x.dtype)[..., : x.shape[-1]]
+    return room.copied(name, x, target, _READ_REASON)
 
 
-def ready_operands(spec: AttentionSpec, x: Operands) -> Operands:
+def writable(room: Room, name: str, x: Tensor) -> Tensor:
+    """x itself, or memory that TMA can write, from where x is filled."""
+    if addressable(x):
+        return x
+    return room.target(name, layout.tma_padded(x.shape, x.element_size()), x.dtype, x, _WRITE_REASON)
+
+
+def ready_operands(room: Room, spec: AttentionSpec, x: Operands) -> Operands:
     """The operands, or copies, as the kernels read them."""
-    mask = None if x.mask is None else ready(once(x.mask))
-    return x._replace(q=ready(x.q), k=ready(x.k), v=ready(x.v), bias=ready_bias(spec, x.bias), mask=mask)
-
-
-def ready_bias(spec: AttentionSpec, bias: Tensor | None) -> Tensor | None:
-    """The bias without what ``expand`` repeats, ready for TMA if it has a dim of keys."""
-    if bias is None or not (spec.bias and spec.bias.varies[4]):
-        return bias
-    return ready(once(bias))
+    q, k, v = (ready(room, name, each) for name, each in zip("qkv", x, strict=False))
+    bias, mask = x.bias, x.mask
+    if bias is not None and spec.bias is not None and spec.bias.varies[4]:  # else the bias is read through a pointer, of any strides
+        bias = ready(room, "bias", once(bias))
+    return x._replace(q=q, k=k, v=v, bias=bias, mask=None if mask is None else ready(room, "mask", once(mask)))
 
 
 def once(bias: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from ..kernels.hopper import backward as keys_kernels
 from ..kernels.hopper import edges
 from ..kernels.hopper import wide as wide_kernels
 from ..kernels.triton import dbias as dbias_kernels
+from ..plan import layout
 from ..plan.configs import padded
 from ..plan.hopper_backward import KeysConfig, dims, keys_tiles, schedule, stats_kinds, stats_length
 from ..plan.hopper_rows import RowsConfig
@@ -19,9 +20,10 @@ from ..plan.hopper_steps import EDGE, finds_mild
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
-from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, sink_gradient, slope_strides, start
-from .hopper import addressable, descriptor, padded_rows, ready, ready_operands
-from .triton import partial_sums, row_strides
+from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides
+from .hopper import descriptor, ready, ready_operands, writable
+from .room import Room
+from .triton import contiguous, partial_sums, row_strides, rows
 
 __all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_head_parts", "new_stats", "prepare_call", "targets"]
 
@@ -30,34 +32,35 @@ HeadParts = tuple[Tensor | None, Tensor | None]  # partial sums of dk and dv
 DELTA = 1  # row of the table of statistics: see kernels/hopper/columns.py
 
 
-def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
-    """Fill those of dq, dk, dv, dbias, dsink that are given, of any strides."""
+def backward(
+    room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients
+) -> list[Call]:
+    """The launches that fill those of dq, dk, dv, dbias, dsink that are given, of any strides."""
     out, lse, rest = saved
-    out = out if out.stride(3) == 1 or out.shape[3] == 1 else out.contiguous()
-    saved = Saved(out, lse, None if rest is None else rest.contiguous())
-    written = targets(plan, grads)
-    stats = new_stats(spec, lse, rest)
-    start(x.q.device, backward_calls(plan, spec, ready_operands(spec, x), saved, ready(dout), dlse, stats, written))
-    for grad, filled in zip(grads, written, strict=True):
-        if grad is not None and filled is not None and filled is not grad:
-            grad.copy_(filled)
+    rest = rest if rest is None or rest.is_contiguous() else contiguous(room, "rest", rest, "it is not contiguous")
+    saved = Saved(rows(room, "out", out), lse, rest)
+    written = targets(room, plan, grads)
+    stats = new_stats(room, spec, rest is not None)
+    calls = backward_calls(room, plan, spec, ready_operands(room, spec, x), saved, ready(room, "dout", dout), dlse, stats, written)
     if grads.dsink is not None and x.sink is not None:
-        delta = stats[:, DELTA, : spec.queries].unflatten(0, (spec.batch, spec.heads)) * rescale(spec.dropout)
-        grads.dsink.copy_(sink_gradient(x.sink, saved, delta))
+        delta = stats[:, DELTA, : spec.queries].unflatten(0, (spec.batch, spec.heads))
+        room.sum_sink(grads.dsink, x.sink, saved, delta, rescale(spec.dropout))
+    return calls
 
 
-def targets(plan: Plan, grads: Gradients) -> Gradients:
+def targets(room: Room, plan: Plan, grads: Gradients) -> Gradients:
     """Where kernels write the gradients: what TMA can address, and a contiguous dbias; the rest is filled by way of these, copied."""
-    dq, dk, dv = (None if grad is None else grad if addressable(grad) else padded_rows(grad) for grad in grads[:3])
+    dq, dk, dv = (None if grad is None else writable(room, name, grad) for name, grad in zip(("dq", "dk", "dv"), grads, strict=False))
     dbias = grads.dbias
     if dbias is not None and any(step.kernel == "dq" and "dbias" in step.gives for step in plan.steps):
-        dbias = dbias if addressable(dbias) else padded_rows(dbias)
-    elif dbias is not None:
-        dbias = dbias.contiguous()
+        dbias = writable(room, "dbias", dbias)
+    elif dbias is not None and not dbias.is_contiguous():
+        dbias = room.target("dbias", dbias.shape, dbias.dtype, dbias, "it is not contiguous")
     return Gradients(dq, dk, dv, dbias, grads.dsink)
 
 
 def backward_calls(
+    room: Room,
     plan: Plan,
     spec: AttentionSpec,
     x: Operands,
@@ -71,9 +74,9 @@ def backward_calls(
     q, k, v, bias, *_ = x
     out, lse, rest = saved
     dq, dk, dv, dbias, _ = grads
-    dq_sum = new_dq_sum(spec, lse) if plan.step("finish") else None
+    dq_sum = new_dq_sum(room, spec) if plan.step("finish") else None
     looking = stats.shape[1] == 3 and finds_mild(spec, plan.steps)
-    mild = lse.new_empty(edges.FLAGS.value, dtype=torch.int32) if looking else None
+    mild = room.new("whether lse is mild", (edges.FLAGS.value,), torch.int32) if looking else None
     parts = None
     head_parts: HeadParts = (None, None)
     calls = []
@@ -81,16 +84,19 @@ def backward_calls(
         if step.kernel == "prepare":
             calls.append(prepare_call(spec, out, dout, dlse, lse, rest, stats, mild, dq_sum))
         elif step.kernel in ("dkdv", "dqdkdv"):
-            parts = partial_sums(step, dbias)
+            parts = partial_sums(room, step, dbias)
             strides = row_strides(spec, parts) if parts is not None else None
             wanted = (dk if "dk" in step.gives else None, dv if "dv" in step.gives else None)
-            head_parts = new_head_parts(spec, step, lse)
+            head_parts = new_head_parts(room, spec, step)
             calls.append(keys_call(spec, step, x, dout, stats, mild, *wanted, head_parts, dq_sum, parts, strides))
         elif step.kernel == "dkdv_sum":
             calls.append(dkdv_sum_call(spec, step, head_parts, dk if "dk" in step.gives else None, dv if "dv" in step.gives else None))
         elif step.kernel == "dq":
             assert isinstance(step.config, RowsConfig)
-            target = dq if dq is not None else padded_rows(q)
+            target = dq
+            if target is None:  # it is the kernel's own result, and dbias beside it what was asked for
+                shape = layout.tma_padded(q.shape, q.element_size())
+                target = room.new("dq, which nobody asked for", shape, q.dtype)[..., : q.shape[-1]]
             full = dbias if "dbias" in step.gives else None
             features = (x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed)
             calls.append(hopper_rows.dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full, *features))
@@ -98,7 +104,7 @@ def backward_calls(
             assert dq_sum is not None and dq is not None
             calls.append(finish_call(spec, dq_sum, dq, adds_directly(plan)))
         elif step.kernel == "dbias":
-            parts = partial_sums(step, dbias)
+            parts = partial_sums(room, step, dbias)
             assert isinstance(step.config, RowsConfig) and bias is not None and parts is not None
             operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed)
             calls.append(hopper_rows.dbias_call(spec, step.config, step.programs, step.splits, *operands, mild=mild))
@@ -109,16 +115,16 @@ def backward_calls(
     return calls
 
 
-def new_stats(spec: AttentionSpec, like: Tensor, rest: Tensor | None) -> Tensor:
-    """Room for the table of statistics, (batch and head, lse | delta | rest, query)."""
-    kinds = stats_kinds(spec) if rest is not None else 2  # the seed's backward function is given lse alone
-    return like.new_empty(spec.batch * spec.heads, kinds, stats_length(spec), dtype=torch.float32)
+def new_stats(room: Room, spec: AttentionSpec, rest: bool) -> Tensor:
+    """Room for the table of statistics, (batch and head, lse | delta | rest, query). The seed's backward function is given no rest."""
+    kinds = stats_kinds(spec) if rest else 2
+    return room.new("lse and delta for TMA", (spec.batch * spec.heads, kinds, stats_length(spec)), torch.float32)
 
 
-def new_dq_sum(spec: AttentionSpec, like: Tensor) -> Tensor:
+def new_dq_sum(room: Room, spec: AttentionSpec) -> Tensor:
     """Room for the float32 sum of dq, (batch, head, query, dim): whole blocks of queries, whole groups of 8 columns."""
-    rows = -(-spec.queries // EDGE.block_m) * EDGE.block_m
-    return like.new_empty(spec.batch, spec.heads, rows, -(-spec.head_dim // 8) * 8, dtype=torch.float32)
+    length = -(-spec.queries // EDGE.block_m) * EDGE.block_m
+    return room.new("float32 sum of dq", (spec.batch, spec.heads, length, -(-spec.head_dim // 8) * 8), torch.float32)
 
 
 def prepare_call(
@@ -151,14 +157,17 @@ def prepare_call(
     return Call(edges.prepare, args, constants, EDGE, stats.shape[0] * stats.shape[2] // EDGE.block_m)
 
 
-def new_head_parts(spec: AttentionSpec, step: Step, like: Tensor) -> HeadParts:
+def new_head_parts(room: Room, spec: AttentionSpec, step: Step) -> HeadParts:
     """Room for float32 partial sums of dk and dv, (batch and part of a key head, whole tiles of keys, padded dim); None: not wanted."""
     assert isinstance(step.config, KeysConfig)
     if step.config.head_splits == 1:
         return None, None
     tiles_n, tiles = keys_tiles(spec, step.config)
     sizes = [(tiles // tiles_n, tiles_n * step.config.block_n, columns) for columns in dims(spec)]
-    dk, dv = (like.new_empty(size) if name in step.gives else None for name, size in zip(("dk", "dv"), sizes, strict=True))
+    dk, dv = (
+        room.new(f"partial sums of {name}", size, torch.float32) if name in step.gives else None
+        for name, size in zip(("dk", "dv"), sizes, strict=True)
+    )
     return dk, dv
 
 

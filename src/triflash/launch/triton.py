@@ -1,7 +1,7 @@
 """Arguments and launches of the portable Triton kernels. Imports triton, so it is itself imported only when a plan needs it.
 
-``*_calls`` turn a plan and tensors into :class:`Call` values and touch no device: the ahead-of-time tests compile the very same calls
-for GPUs that are not here, from meta tensors. ``forward`` and ``backward`` start them.
+They turn a plan and tensors, which may be meta tensors, into :class:`Call` values and start none; a :class:`~.room.Room` gives the memory.
+The ahead-of-time tests compile the very same calls for GPUs that are not here.
 """
 
 from __future__ import annotations
@@ -22,49 +22,60 @@ from ..plan import layout
 from ..plan.configs import TileConfig, padded
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
-from .calls import SMALLEST_SCALE, Call, bias_strides, sink_gradient, start
+from .calls import SMALLEST_SCALE, Call, bias_strides
+from .room import Room
 
-__all__ = ["backward", "backward_calls", "forward", "forward_calls", "partial_sums", "row_strides", "scratch"]
+__all__ = ["backward", "backward_calls", "contiguous", "forward", "forward_calls", "partial_sums", "row_strides", "rows", "scratch"]
 
 _NO_FEATURES = Features()
 _WIDE_STRIDE = 2**22  # from this stride on, an offset inside a tile of up to 256 rows and columns might not fit 31 bits
 
 
-def forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> None:
-    """Fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); the outputs are contiguous."""
-    start(x.q.device, forward_calls(plan, spec, _ready(x), saved))
+_NOT_CONTIGUOUS = "its last dim is not contiguous"
+_BIAS_REASON = f"its rows are not a multiple of {layout.BIAS_STRIDE} elements apart, or do not start at 16 bytes"
 
 
-def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
-    """Fill those of dq, dk, dv, dbias, dsink that are given, of any strides."""
+def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
+    """The launches that fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); the outputs are contiguous."""
+    return forward_calls(plan, spec, _ready(room, x), saved)
+
+
+def backward(
+    room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients
+) -> list[Call]:
+    """The launches that fill those of dq, dk, dv, dbias, dsink that are given, of any strides."""
     if spec.is_empty:
-        for grad in grads:
+        for grad in grads[:4]:
             if grad is not None:
-                grad.zero_()
-        _fill_dsink(x, saved, torch.zeros_like(saved.lse) if dlse is None else -dlse, grads)
-        return
+                room.fill_zero(grad)
+        _sum_sink(room, x, saved, dlse, grads, -1.0)
+        return []
     out, lse, rest = saved
-    lse = lse if lse.stride(2) == 1 or lse.shape[2] == 1 else lse.contiguous()
-    saved = Saved(_rows(out), lse, None if rest is None else rest.contiguous())
+    lse = lse if lse.stride(2) == 1 or lse.shape[2] == 1 else contiguous(room, "lse", lse, _NOT_CONTIGUOUS)
+    rest = rest if rest is None or rest.is_contiguous() else contiguous(room, "rest", rest, "it is not contiguous")
+    saved = Saved(rows(room, "out", out), lse, rest)
     # Kernels write rows whose last dim is contiguous, and a contiguous dbias; what is laid out otherwise is filled by way of a copy.
-    dq, dk, dv = (None if grad is None else _rows(grad) for grad in grads[:3])
-    written = Gradients(dq, dk, dv, None if grads.dbias is None else grads.dbias.contiguous(), grads.dsink)
-    delta = scratch(plan, saved)
-    start(x.q.device, backward_calls(plan, spec, _ready(x), saved, _rows(dout), dlse, delta, written))
-    for grad, filled in zip(grads, written, strict=True):
-        if grad is not None and filled is not None and filled is not grad:
-            grad.copy_(filled)
-    _fill_dsink(x, saved, delta, grads)
+    dq, dk, dv = (None if grad is None else _writable(room, name, grad) for name, grad in zip(("dq", "dk", "dv"), grads, strict=False))
+    dbias = grads.dbias
+    if dbias is not None and not dbias.is_contiguous():
+        dbias = room.target("dbias", dbias.shape, dbias.dtype, dbias, "it is not contiguous")
+    delta = scratch(room, plan, saved)
+    calls = backward_calls(room, plan, spec, _ready(room, x), saved, rows(room, "dout", dout), dlse, delta, Gradients(dq, dk, dv, dbias))
+    _sum_sink(room, x, saved, delta, grads, 1.0)
+    return calls
 
 
-def scratch(plan: Plan, saved: Saved) -> Tensor | None:
+def scratch(room: Room, plan: Plan, saved: Saved) -> Tensor | None:
     """Where a backward plan puts delta, for the kernels after it."""
-    return saved.lse.new_empty(saved.lse.shape) if plan.step("delta") is not None else None
+    return room.new("delta", saved.lse.shape, saved.lse.dtype) if plan.step("delta") is not None else None
 
 
-def _fill_dsink(x: Operands, saved: Saved, delta: Tensor | None, grads: Gradients) -> None:
-    if grads.dsink is not None and x.sink is not None and delta is not None:
-        grads.dsink.copy_(sink_gradient(x.sink, saved, delta))
+def _sum_sink(room: Room, x: Operands, saved: Saved, delta: Tensor | None, grads: Gradients, factor: float) -> None:
+    if grads.dsink is not None and x.sink is not None:
+        if delta is None:
+            room.fill_zero(grads.dsink)
+        else:
+            room.sum_sink(grads.dsink, x.sink, saved, delta, factor)
 
 
 def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
@@ -86,6 +97,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
 
 
 def backward_calls(
+    room: Room,
     plan: Plan,
     spec: AttentionSpec,
     x: Operands,
@@ -95,7 +107,7 @@ def backward_calls(
     delta: Tensor | None,
     grads: Gradients,
 ) -> list[Call]:
-    """The launches of a backward pass, of which the first fills ``delta`` (:func:`scratch`); allocates partial sums of a split dbias."""
+    """The launches of a backward pass, of which the first fills ``delta`` (:func:`scratch`)."""
     q, k, v, bias, mask, *_ = x
     out, lse, rest = saved
     dq, dk, dv, dbias, _ = grads
@@ -112,7 +124,7 @@ def backward_calls(
             constants = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
             calls.append(Call(backward_kernels.delta, (*args, spec.heads, spec.queries), constants, config, step.programs))
         elif step.kernel == "dkdv":
-            parts = partial_sums(step, dbias)
+            parts = partial_sums(room, step, dbias)
             target_strides = row_strides(spec, parts) if parts is not None else None
             outputs = (dk, dv, parts, *strides, _strides(dk), _strides(dv), target_strides)
             args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale)
@@ -126,7 +138,7 @@ def backward_calls(
             calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
         elif step.kernel == "dbias":
             assert dbias is not None and spec.bias is not None
-            parts = partial_sums(step, dbias)
+            parts = partial_sums(room, step, dbias)
             assert parts is not None
             sizes = (spec.heads, spec.groups, spec.batch_outer, spec.batch_inner, spec.queries, spec.keys)
             args = (*inputs, parts, *strides, (parts.stride(0), *bias_strides(parts[0])))  # type: ignore[misc]
@@ -172,12 +184,14 @@ def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | 
     return (*strides[:3], *(stride if on else None for stride, on in zip(strides[3:], spec.varies[3:], strict=True)))
 
 
-def partial_sums(step: Step, dbias: Tensor | None) -> Tensor | None:
+def partial_sums(room: Room, step: Step, dbias: Tensor | None) -> Tensor | None:
     """Where a kernel writes dbias: ``(splits, *dbias.shape)``, scratch if there are several parts, else dbias itself."""
     if "dbias" not in step.gives:
         return None
     assert dbias is not None
-    return dbias.new_empty((step.splits, *dbias.shape), dtype=torch.float32) if step.splits > 1 else dbias.unsqueeze(0)
+    if step.splits == 1:
+        return dbias.unsqueeze(0)
+    return room.new("partial sums of dbias", (step.splits, *dbias.shape), torch.float32)
 
 
 def row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int]:
@@ -192,29 +206,41 @@ def row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int]
     return strides[0], strides[1], strides[2], parts.stride(5) if parts.shape[5] > 1 else 0
 
 
-def _ready(x: Operands) -> Operands:
+def _ready(room: Room, x: Operands) -> Operands:
     """The operands with copies in place of those that the kernels cannot read as they lie."""
-    return x._replace(q=_rows(x.q), k=_rows(x.k), v=_rows(x.v), bias=_vectorisable(x.bias), mask=_vectorisable(x.mask))
+    q, k, v = (rows(room, name, each) for name, each in zip("qkv", x, strict=False))
+    return x._replace(q=q, k=k, v=v, bias=_vectorisable(room, "bias", x.bias), mask=_vectorisable(room, "mask", x.mask))
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(room: Room, name: str, x: Tensor) -> Tensor:
     """x itself if its last dim is contiguous, else a copy."""
-    return x.contiguous() if layout.copies_rows(x.size(-1), x.stride(-1)) else x
+    return contiguous(room, name, x, _NOT_CONTIGUOUS) if layout.copies_rows(x.size(-1), x.stride(-1)) else x
 
 
-def _vectorisable(bias: Tensor | None) -> Tensor | None:
+def contiguous(room: Room, name: str, x: Tensor, reason: str) -> Tensor:
+    """A contiguous copy of x."""
+    return room.copied(name, x, room.new(name, x.shape, x.dtype), reason)
+
+
+def _writable(room: Room, name: str, grad: Tensor) -> Tensor:
+    if not layout.copies_rows(grad.size(-1), grad.stride(-1)):
+        return grad
+    return room.target(name, grad.shape, grad.dtype, grad, _NOT_CONTIGUOUS)
+
+
+def _vectorisable(room: Room, name: str, bias: Tensor | None) -> Tensor | None:
     """The bias itself, or where ``layout.copies_bias`` says so a copy with padded rows.
 
     The copy has the size of the bias (expanded dims are not materialised) and lives as long as the launches.
     """
-    if bias is None or not bias.is_cuda:
+    if bias is None or not room.gpu:
         return bias
     shape, strides = bias.shape, bias.stride()
     if not layout.copies_bias(shape, strides, bias.data_ptr()):
         return bias
     stored = bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
-    copy = bias.new_empty(layout.copied_bias_shape(shape, strides))[..., : stored.shape[4]]
-    return copy.copy_(stored).expand(shape)
+    copy = room.new(name, layout.copied_bias_shape(shape, strides), bias.dtype)[..., : stored.shape[4]]
+    return room.copied(name, stored, copy, _BIAS_REASON).expand(shape)
 
 
 def _config(step: Step) -> TileConfig:

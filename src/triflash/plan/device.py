@@ -12,7 +12,7 @@ import torch
 
 OLDEST_TRITON = (3, 6)
 
-__all__ = ["KNOWN_DEVICES", "DeviceFacts", "facts_of", "triton_problem", "triton_version"]
+__all__ = ["KNOWN_DEVICES", "NAMED_DEVICES", "DeviceFacts", "facts_of", "triton_problem", "triton_version"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,28 @@ KNOWN_DEVICES = {
         DeviceFacts("gfx942", 304, 65_536),
         DeviceFacts("gfx950", 256, 163_840),
     )
+}
+
+
+def _product(arch: str, processors: int) -> DeviceFacts:
+    return DeviceFacts(arch, processors, KNOWN_DEVICES[arch].shared_memory)
+
+
+NAMED_DEVICES = {
+    "a100": _product("sm80", 108),
+    "a10": _product("sm86", 72),
+    "a40": _product("sm86", 84),
+    "rtx3090": _product("sm86", 82),
+    "l4": _product("sm89", 58),
+    "l40s": _product("sm89", 142),
+    "rtx4090": _product("sm89", 128),
+    "h100": _product("sm90", 132),
+    "h200": _product("sm90", 132),
+    "h20": _product("sm90", 78),
+    "b200": _product("sm100", 148),
+    "rtx5090": _product("sm120", 170),
+    "mi300x": _product("gfx942", 304),
+    "mi355x": _product("gfx950", 256),
 }
 
 

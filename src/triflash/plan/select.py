@@ -34,6 +34,9 @@ __all__ = [
 
 BACKENDS = ("auto", "tiled", "triton", "hopper", "oracle")
 _ENVIRONMENT = "TRIFLASH_BACKEND"
+_ENVIRONMENT_BYTES = _ENVIRONMENT.encode()
+# Every eager call asks, and os.environ.get takes 2 microseconds to encode its argument.
+_lookup = os.environ._data.get if os.name == "posix" and hasattr(os.environ, "_data") else None
 
 
 class _Requested(threading.local):
@@ -86,6 +89,8 @@ def requested_backend() -> str:
     """What the caller asked for: the innermost ``with backend(...)``, else ``TRIFLASH_BACKEND``, else ``auto``."""
     name = _requested.name
     if name is None:
+        if _lookup is not None and not _lookup(_ENVIRONMENT_BYTES):
+            return "auto"
         name = os.environ.get(_ENVIRONMENT) or "auto"
         check_backend(_ENVIRONMENT, name)
     return name
@@ -248,7 +253,7 @@ def plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str = "aut
     return _or_tiled(requested, lambda name: _plan_forward(spec, device, name, current_choices()))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
     name = _choose(requested, spec, device)
     if name == "hopper":
@@ -288,7 +293,7 @@ def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reques
     return _or_tiled(requested, lambda name: _plan_backward(spec, needs, device, name, current_choices()))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
     name = _choose(requested, spec, device, needs)
     if name == "hopper":

@@ -9,8 +9,9 @@ from .configs import TileConfig
 from .hopper import HopperConfig
 from .hopper_backward import KeysConfig
 
-__all__ = ["SUM_BLOCK", "Plan", "Step", "broadcast_rows", "ceil_div", "dbias_source", "sum_steps"]
+__all__ = ["IN_PYTORCH", "SUM_BLOCK", "Plan", "Step", "broadcast_rows", "ceil_div", "dbias_source", "sum_steps"]
 
+IN_PYTORCH = ("tiled", "oracle")  # backends that launch no kernels of ours
 SUM_BLOCK = 1024  # elements of dbias that one program of dbias_sum adds up
 
 

@@ -1,0 +1,197 @@
+"""One call of attention, bound: its forward pass, and its backward passes as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import launch
+from ..form import Form
+from ..launch.room import Described, meta, twin
+from ..plan.device import DeviceFacts
+from ..plan.select import Plan, plan_backward, plan_forward
+from ..plan.steps import IN_PYTORCH
+from ..spec import AttentionSpec, Gradients, Needs, Saved
+from .cache import Recent
+from .passes import BoundPass
+
+__all__ = ["GRADIENTS", "BoundCall"]
+
+_BACKWARD_PASSES = 16  # kept for one call's signature: by the gradients asked for and the strides of what comes back
+GRADIENTS = (0, 1, 2, 3, 7)  # the operands that have one: q, k, v, bias, sink
+
+Given = Sequence[Tensor | None]
+
+
+class BoundCall:
+    """What calls of one signature do.
+
+    Args:
+        form: the layout of the tensors given.
+        given: these, as meta tensors, in the order of :class:`~triflash.spec.Operands`.
+        spec: the problem. facts: of the device. backend: the one asked for. device: where the tensors are.
+    """
+
+    stamp = 0
+
+    def __init__(self, form: Form, given: Given, spec: AttentionSpec, facts: DeviceFacts, backend: str, device: torch.device) -> None:
+        self.form, self.given, self.spec, self.facts, self.backend, self.device = form, tuple(given), spec, facts, backend, device
+        self._gpu = facts.arch not in ("cpu", "interpreter")
+        self._backward: Recent[BoundPass] = Recent(_BACKWARD_PASSES)
+        self._layout = _layout(given)
+        self.forward = self._bind_forward(plan_forward(spec, facts, backend))
+
+    def _bind_forward(self, plan: Plan) -> BoundPass:
+        spec, form = self.spec, self.form
+        room = Described(self._gpu)
+        for x in self.given:
+            room.give(x)
+        q = self.given[0]
+        assert q is not None
+        wide = torch.float64 if spec.dtype == "fp64" else torch.float32
+        out = torch.empty((spec.batch, spec.queries, spec.heads, spec.value_dim), dtype=q.dtype, device="meta")
+        lse = torch.empty((spec.batch, spec.heads, spec.queries), dtype=wide, device="meta")
+        rest = torch.empty(lse.shape, dtype=torch.float32, device="meta") if spec.keeps_rest else None
+        room.result("out", form.out_of(out))
+        room.result("lse", form.lse_of(lse))
+        if rest is not None:
+            room.result("rest of lse", rest)
+        calls = None
+        if plan.backend not in IN_PYTORCH:
+            operands = form.operands(self.given, room.contiguous)
+            calls = launch.forward_calls(room, plan, spec, operands, Saved(out, lse, rest))
+        elif plan.backend == "oracle":
+            room.mention("every score in float64, several times", spec.batch * spec.heads * spec.queries * spec.keys * 8)
+
+        def aside(tensors: Given) -> None:
+            count = len(self.given)
+            launch.run_forward(plan, spec, form.operands(tensors[:count]), self._saved(tensors[count:]))
+
+        return BoundPass(plan, spec, room, calls, aside, self.device)
+
+    def _saved(self, results: Given) -> Saved:
+        """out, lse and, where it was kept, rest, in canonical form."""
+        out, lse, *rest = results
+        assert out is not None and lse is not None
+        return Saved(self.form.rows("out", out), self.form.lse("lse", lse), rest[0] if rest else None)
+
+    def run_forward(self, given: Given) -> list[Tensor]:
+        """out and lse in the caller's layout and, if the spec keeps it, rest ``(B, H, M)``."""
+        return self.forward.run(given, given[0])  # type: ignore[arg-type]
+
+    def run_backward(
+        self, given: Given, saved: Given, dout: Tensor, dlse: Tensor | None, needs: Sequence[bool], into: Given | None = None
+    ) -> list[Tensor | None]:
+        """The gradients of q, k, v (as they are packed), bias and sink; None where they are not needed.
+
+        Args:
+            given: as the forward pass had them; their strides may have changed (hooks that offload what is saved).
+            saved: out, lse and, where there is one, rest. dout, dlse: in the layouts of out and lse.
+            needs: of each gradient whether it is needed. into: tensors to fill, in the form given; None: new ones.
+        """
+        all_given = (*given, *saved, dout, dlse, *(() if into is None else into))
+        key = (tuple(needs), into is None, _layout(all_given))
+        bound = self._backward.get(key)
+        if bound is None:
+            bound = self.bind_backward(all_given, len(saved), needs, into is not None)
+            self._backward.add(key, bound)
+        made = iter(bound.run(all_given, dout))
+        return [next(made) if need and into is None else None for need in needs]
+
+    def bind_backward(self, tensors: Given, saved_count: int, needs: Sequence[bool], into: bool) -> BoundPass:
+        """The backward pass for tensors of such layouts: the operands, what was saved, dout, dlse, and if ``into`` the gradients."""
+        spec, form = self.spec, self.form
+        twins = [None if x is None else twin(x) for x in tensors]
+        room = Described(self._gpu)
+        for x in twins:
+            room.give(x)
+        count = len(self.given)
+        behind = count + saved_count + 2
+        given, saved = twins[:count], self._saved(twins[count : count + saved_count])
+        dout, dlse = twins[behind - 2 : behind]
+        assert dout is not None
+        grads: list[Tensor | None] = list(twins[behind:]) if into else self._new_gradients(room, given, needs)
+        written = self._gradients(grads)
+        copy = room.contiguous
+        plan = plan_backward(spec, self._needs(needs), self.facts, self.backend)
+        calls = None
+        if plan.backend not in IN_PYTORCH:
+            operands = form.operands(given, copy)
+            rows = form.rows("dout", dout, copy)
+            dlse = None if dlse is None else form.lse("dlse", dlse, copy)
+            calls = launch.backward_calls(room, plan, spec, operands, saved, rows, dlse, written)
+        elif plan.backend == "tiled":
+            _mention_tiled(room, spec, written)
+
+        def aside(tensors: Given) -> None:
+            saved = self._saved(tensors[count : count + saved_count])
+            dout, dlse = tensors[behind - 2 : behind]
+            assert dout is not None
+            dlse = None if dlse is None else form.lse("dlse", dlse)
+            results = iter(tensors[behind:])
+            written = self._gradients([next(results) if need or into else None for need in needs])
+            launch.run_backward(plan, spec, form.operands(tensors[:count]), saved, form.rows("dout", dout), dlse, written)
+
+        return BoundPass(plan, spec, room, calls, aside, self.device)
+
+    def describe_backward(self, needs: Needs) -> BoundPass:
+        """The backward pass that gives such gradients, for an output gradient that lies as out does, and none of lse."""
+        results = [meta(each.shape, each.strides, each.dtype) for each in self.forward.room.allocations if each.use == "result"]
+        wanted = (needs.dq, needs.dk, needs.dv, needs.dbias, needs.dsink)
+        return self.bind_backward((*self.given, *results, twin(results[0]), None), len(results), wanted, into=False)
+
+    def _needs(self, needs: Sequence[bool]) -> Needs:
+        q, k, v, bias, sink = needs
+        if self.form.tensors == 2:
+            v = k
+        elif self.form.tensors == 1:
+            k = v = q
+        return Needs(q, k, v, bias, sink)
+
+    def _new_gradients(self, room: Described, given: Given, needs: Sequence[bool]) -> list[Tensor | None]:
+        """Meta tensors for the gradients needed, each with its operand's strides where these leave no gaps, as autograd likes them."""
+        made: list[Tensor | None] = []
+        for name, at, need in zip(("dq", "dk", "dv", "dbias", "dsink"), GRADIENTS, needs, strict=True):
+            x = given[at]
+            if not need or x is None:
+                made.append(None)
+                continue
+            like = torch.empty(x.shape, dtype=x.dtype, device="meta")
+            if at < 3 and not self.form.contiguous and self._folds(name, dense := torch.empty_like(x)):
+                like = dense
+            made.append(room.result(name, like))
+        return made
+
+    def _folds(self, name: str, like: Tensor) -> bool:
+        """Whether kernels can write such a gradient: rows whose last dim is contiguous, and batch dims that fold without a copy."""
+        rows = self.form.rows(name, like) if self.form.tensors == 3 or like.dim() == 4 else like
+        return rows.untyped_storage()._cdata == like.untyped_storage()._cdata and (rows.stride(-1) == 1 or rows.shape[-1] == 1)
+
+    def _gradients(self, grads: Given) -> Gradients:
+        """Gradients in the form given as the kernels write them: views."""
+        q, k, v, bias, sink = grads
+        form = self.form
+        if form.tensors == 2:
+            k, v = (None, None) if k is None else k.unbind(2)
+        elif form.tensors == 1:
+            q, k, v = (None, None, None) if q is None else q.unbind(2)
+        rows = (None if x is None else form.rows(name, x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
+        return Gradients(*rows, None if bias is None else form.bias(bias), sink)
+
+
+def _mention_tiled(room: Described, spec: AttentionSpec, grads: Gradients) -> None:
+    """What the backward pass in PyTorch allocates beside its results."""
+    rows, wide = spec.batch * spec.heads * spec.queries, 8 if spec.dtype == "fp64" else 4
+    room.mention("delta", rows * wide)
+    if grads.dsink is not None:
+        room.mention("probabilities of the sink", rows * wide)
+    for name, grad in (("dq", grads.dq), ("dbias", grads.dbias)):
+        if grad is not None and grad.dtype in (torch.float16, torch.bfloat16):
+            room.mention(f"float32 sum of {name}", grad.numel() * 4)
+
+
+def _layout(tensors: Given) -> tuple[tuple[tuple[int, ...], int] | None, ...]:
+    """Strides, and address modulo 16 bytes, of each tensor: what may change between a forward pass and its backward pass."""
+    return tuple([None if x is None else (x.stride(), x.data_ptr() & 15) for x in tensors])

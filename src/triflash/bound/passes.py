@@ -1,0 +1,193 @@
+"""One pass, bound: its allocations, copies and launches, repeated with the addresses of each call.
+
+Tensors of a pass have *slots*: first those that a call hands in, then those that the pass allocates. A bound pass is made from the shapes,
+strides, dtypes and alignments of its tensors alone, on meta tensors, and holds no tensor of a caller and no scratch: calls of any thread
+share it.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import launch
+from ..launch.calls import Call, sink_gradient
+from ..launch.room import Allocation, Described, View
+from ..plan.steps import Plan
+from ..spec import AttentionSpec, Saved
+
+if TYPE_CHECKING:
+    from ..launch.native import Launch
+
+__all__ = ["BoundPass"]
+
+_ALIGNMENT = 256  # bytes, of each part of the scratch: what any load or tensor map wants
+
+Given = Sequence[Tensor | None]
+_Allocated = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+class BoundPass:
+    """A forward or a backward pass of one signature.
+
+    plan, spec: what it carries out. room: what it allocates and copies, as ``explain`` prints it. calls: its launches on meta tensors; None
+    where the backend works in PyTorch, or there is nothing to compute. aside: runs the pass without anything bound, from the tensors of
+    all slots, whose allocations have been made.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        spec: AttentionSpec,
+        room: Described,
+        calls: list[Call] | None,
+        aside: Callable[[Given], None],
+        device: torch.device,
+    ) -> None:
+        self.plan, self.spec, self.room, self.calls, self._aside = plan, spec, room, calls, aside
+        self._device = device
+        self._results: list[_Allocated] = [_shape_of(each) for each in room.allocations if each.use == "result"]
+        assert all(each.use == "result" for each in room.allocations[: len(self._results)]), "results come first"
+        self._steps: _Native | None = None
+        self._tried = calls is None
+        self._lock = threading.Lock()
+
+    def run(self, given: Given, like: Tensor) -> list[Tensor]:
+        """Carry the pass out on the tensors of the given slots; returns the results, in the order of their allocation.
+
+        ``like`` is one of them, where all memory is allocated.
+        """
+        new = like.new_empty_strided
+        results = [new(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
+        native = self._steps
+        if native is None and not self._tried:
+            native = self._bind()
+        if native is None or not native.run(given, results, like):
+            self._aside([*given, *results])
+        if launch.recorders:
+            launch.record(self.plan)
+        return results
+
+    def _bind(self) -> _Native | None:
+        from ..launch import native as _native  # needs Triton
+
+        if _native.stands_aside():
+            return None  # for now
+        assert self.calls is not None
+        with self._lock, launch.on(self._device):
+            if not self._tried:
+                bound = [_native.bind(call, self.room.place) for call in self.calls]
+                known = [each for each in bound if each is not None]
+                self._steps = _Native(self.room, known, self._device) if len(known) == len(bound) else None
+                self._tried = True
+        return self._steps
+
+
+def _shape_of(each: Allocation) -> _Allocated:
+    return each.shape, each.strides, each.dtype
+
+
+class _Native:
+    """The launches of a pass, bound, with the memory that they share."""
+
+    def __init__(self, room: Described, launches: list[Launch], device: torch.device) -> None:
+        from ..launch import native
+
+        self._launches = launches
+        self._state = native.state()
+        self._native = native
+        self._index = device.index if device.type == "cuda" else None
+        self._device = device
+        given, results = room.given, sum(each.use == "result" for each in room.allocations)
+        # Behind given and results: copies, then all scratch in one.
+        copies = [(room.given + at, each) for at, each in enumerate(room.allocations) if each.use == "copy"]
+        self._copies_made: list[_Allocated] = [_shape_of(each) for _, each in copies]
+        places = {slot: (slot, 0) for slot in range(given + results)}
+        places |= {slot: (given + results + at, 0) for at, (slot, _) in enumerate(copies)}
+        shared, size = given + results + len(copies), 0
+        for at, each in enumerate(room.allocations):
+            if each.use == "scratch":
+                places[room.given + at] = (shared, size)
+                size += -(-each.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self._scratch = size
+        for each in launches:
+            each.move(places)
+        used = sorted({slot for each in launches for slot in each.slots})
+        self._used, self._count = [slot for slot in used if slot < given + results], shared + 1
+        self._first_own, self._shared = given + results, shared
+        moved = lambda view: _moved(view, places)  # noqa: E731
+        self._before = [(moved(each.target), moved(each.source)) for each in room.copies if not each.after]
+        self._after = [(moved(each.target), moved(each.source)) for each in room.copies if each.after]
+        self._zeros = [moved(view) for view in room.zeros]
+        self._sinks = [
+            (moved(s.dsink), moved(s.sink), moved(s.lse), None if s.rest is None else moved(s.rest), moved(s.delta), s.factor)
+            for s in room.sinks
+        ]
+        self._plain = not (self._before or self._after or self._zeros or self._sinks or copies)
+
+    def run(self, given: Given, results: list[Tensor], like: Tensor) -> bool:
+        """Whether it ran; False: launches have to go Triton's own way now."""
+        native = self._native
+        if native.stands_aside() or native.state() != self._state:
+            return False
+        for each in self._launches:
+            if each.kernel.pre_run_hooks:
+                return False
+        if self._index is not None and self._index != torch.cuda.current_device():
+            with torch.cuda.device(self._device):
+                self._run(given, results, like)
+        else:
+            self._run(given, results, like)
+        return True
+
+    def _run(self, given: Given, results: list[Tensor], like: Tensor) -> None:
+        addresses = [0] * self._count
+        tensors = [*given, *results]
+        for slot in self._used:
+            addresses[slot] = tensors[slot].data_ptr()  # type: ignore[union-attr]
+        if not self._plain:
+            new = like.new_empty_strided
+            for at, (shape, strides, dtype) in enumerate(self._copies_made, self._first_own):
+                made = new(shape, strides, dtype=dtype)
+                tensors.append(made)
+                addresses[at] = made.data_ptr()
+        if self._scratch:
+            scratch = like.new_empty_strided((self._scratch,), (1,), dtype=torch.uint8)
+            addresses[self._shared] = scratch.data_ptr()
+            tensors.append(scratch)
+        for target, source in self._before:
+            _seen(target, tensors).copy_(_seen(source, tensors))
+        stream = self._native.stream_of(self._index)
+        for each in self._launches:
+            each(stream, addresses)
+        if not self._plain:
+            for target, source in self._after:
+                _seen(target, tensors).copy_(_seen(source, tensors))
+            for view in self._zeros:
+                _seen(view, tensors).zero_()
+            for dsink, sink, lse, rest, delta, factor in self._sinks:
+                saved = Saved(lse, _seen(lse, tensors), None if rest is None else _seen(rest, tensors))  # type: ignore[arg-type]
+                _seen(dsink, tensors).copy_(sink_gradient(_seen(sink, tensors), saved, _seen(delta, tensors), factor))
+
+
+def _moved(view: View, places: dict[int, tuple[int, int]]) -> View:
+    slot, offset = places[view.slot]
+    return view._replace(slot=slot, offset=view.offset + offset // view.dtype.itemsize)
+
+
+def _seen(view: View, tensors: list[Tensor | None]) -> Tensor:
+    """The part of a slot that a view means."""
+    whole = tensors[view.slot]
+    assert whole is not None
+    if whole.dtype != view.dtype:
+        if whole.dtype == torch.uint8 and view.dtype.itemsize > 1:  # scratch
+            size = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True)) if math.prod(view.shape) else 0
+            begin = view.offset * view.dtype.itemsize
+            return whole[begin : begin + size * view.dtype.itemsize].view(view.dtype).as_strided(view.shape, view.strides, None)
+        whole = whole.view(view.dtype)
+    return whole.as_strided(view.shape, view.strides, whole.storage_offset() + view.offset)

@@ -1,0 +1,34 @@
+"""What tells one call from another: everything that a bound pass depends on, and nothing else. And the calls that are bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..plan.device import DeviceFacts, facts_of
+from ..plan.select import Choices, current_choices
+from .cache import Recent
+from .call import BoundCall
+
+__all__ = ["CALLS", "Ambient", "ambient", "describe"]
+
+CAPACITY = 1024  # signatures; one takes some 50 kB
+
+CALLS: Recent[BoundCall] = Recent(CAPACITY)
+
+Ambient = tuple[int, Choices]
+
+
+def describe(x: Tensor | None) -> tuple[Any, ...] | None:
+    """Of a tensor what a pass depends on, the address modulo 16 bytes included."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)
+
+
+def ambient(q: Tensor) -> tuple[DeviceFacts, Ambient]:
+    """What is known of q's device, and what stands for it and for chosen configurations in a signature.
+
+    The facts of a device are one object, which the bound calls keep alive: its number is looked up faster than its contents.
+    """
+    facts = facts_of(q.device)
+    return facts, (id(facts), current_choices())

@@ -1,0 +1,131 @@
+"""The one way in: from what a caller of a public function writes to a bound call, or to the operators where PyTorch traces.
+
+A call is checked once for each signature (``arguments.py``); a repeat finds what was bound then and hands its tensors over. Eager calls
+wait for every microsecond spent here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import profiler
+from torch.nn import Parameter
+
+from .arguments import Checked, Face, Given, Options, checked
+from .bound.call import BoundCall
+from .bound.signature import CALLS, ambient, describe
+from .checks import check_seed_range, seed_tensor
+from .launch.room import meta, twin
+from .ops import Attention, attention_forward
+from .plan.device import DeviceFacts
+from .plan.select import requested_backend
+from .spec import resolve_precision, spec_of
+
+__all__ = ["attend", "bind"]
+
+_PLAIN = frozenset({Tensor, Parameter, type(None)})  # classes whose tensors are what they look like
+_SEED = meta((2,), (1,), torch.int64)
+_CASTS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes
+
+# Looked up once: an eager call asks all of them.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_transforms = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
+_apply = super(torch.autograd.Function, Attention).apply  # less what Function.apply asks of functorch, which attend did
+_compiling = torch.compiler.is_compiling
+_autocast = torch.is_autocast_enabled
+_deterministic = torch.are_deterministic_algorithms_enabled
+
+
+def attend(face: Face, given: Given, options: Options, return_lse: bool = False) -> Any:
+    """Attention of the tensors given: out, or with ``return_lse`` out and lse, in the caller's layout, with gradients.
+
+    Raises what :func:`~triflash.arguments.checked` does, in the first call of a signature and in every other.
+    """
+    if _compiling():
+        return _by_operators(face, given, options, return_lse)
+    q, k, v, bias, mask, lengths, slopes, sink, seed = given
+    if _dispatch_modes() or _transforms() or _tracing() is not None or not _PLAIN.issuperset(map(type, given[:8])):
+        return _by_operators(face, given, options, return_lse)
+    call = None
+    try:
+        if _autocast(q.device.type):
+            return _autocasted(face, given, options, return_lse)
+        facts, around = ambient(q)
+        key: Any = (
+            face.name, describe(q), describe(k), describe(v), describe(bias),
+            None if mask is lengths is slopes is sink is None else (describe(mask), describe(lengths), describe(slopes), describe(sink)),
+            describe(seed) if isinstance(seed, Tensor) else seed is None or type(seed),
+            options, *map(type, options), None if options.window is None else tuple(map(type, options.window)),
+            options.backend or requested_backend(), _deterministic(),
+            resolve_precision("") if q.dtype is torch.float32 and options.precision is None else "",
+            around,
+        )  # fmt: skip
+        if slopes is None or not slopes.requires_grad:
+            call = CALLS.get(key)
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+        key = None  # a tensor that is none, or has no memory, or an option that cannot be hashed: the checks have words for it
+    if call is None:
+        settled = checked(face, given, options)
+        if key is None or q.device.type == "meta" or any(x is not None and x.is_neg() for x in given[:8]):
+            return _by_operators(face, given, options, return_lse)
+        call = _bound(settled, given, facts, q.device)
+        CALLS.add(key, call)
+    if isinstance(seed, int):
+        check_seed_range(seed)
+    tensors = (q, k, v, bias, mask, lengths, slopes, sink, seed_tensor(seed, q.device) if options.dropout_p else None)
+    if profiler._is_profiler_enabled:
+        with profiler.record_function("triflash::attention"):
+            return _run(call, tensors, return_lse)
+    return _run(call, tensors, return_lse)
+
+
+def _run(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) -> Any:
+    if torch.is_grad_enabled():
+        for x in given:
+            if x is not None and x.requires_grad:
+                return _apply(call, return_lse, *given)
+    results = call.run_forward(given)
+    return (results[0], results[1]) if return_lse else results[0]
+
+
+def bind(face: Face, given: Given, options: Options, facts: DeviceFacts) -> BoundCall:
+    """What a call would run on a device, from its arguments, of which no tensor's memory is read."""
+    return _bound(checked(face, given, options), given, facts, given.q.device)
+
+
+def _bound(call: Checked, given: Given, facts: DeviceFacts, device: torch.device) -> BoundCall:
+    seed = given.dropout_seed
+    drawn = None
+    if call.dropout_p:
+        drawn = twin(seed) if isinstance(seed, Tensor) and seed.is_contiguous() else _SEED
+    twins = [*(None if x is None else twin(x) for x in given[:8]), drawn]
+    x = call.form.operands(twins)
+    spec = spec_of(
+        *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, *x[4:], call.softcap, call.dropout_p, call.deterministic
+    )
+    return BoundCall(call.form, twins, spec, facts, call.backend, device)
+
+
+def _by_operators(face: Face, given: Given, options: Options, return_lse: bool) -> Any:
+    """The same by operators, which tracers, transforms and subclasses see."""
+    call = checked(face, given, options)
+    seed = seed_tensor(given.dropout_seed, given.q.device) if call.dropout_p else None
+    x = call.form.operands((*given[:8], seed))  # type: ignore[arg-type]
+    out, lse, _ = attention_forward(
+        *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend, *x[4:], call.softcap, call.dropout_p,
+        call.deterministic,
+    )  # fmt: skip
+    out = call.form.out_of(out)
+    return (out, call.form.lse_of(lse)) if return_lse else out
+
+
+def _autocasted(face: Face, given: Given, options: Options, return_lse: bool) -> Any:
+    """Under autocast q, k and v are of its dtype, as those of SDPA; bias, sink and slopes keep theirs. Casts are differentiable."""
+    device = given.q.device.type
+    dtype = torch.get_autocast_dtype(device)
+    q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in _CASTS else x for x in given[:3])
+    with torch.autocast(device, enabled=False):
+        return attend(face, given._replace(q=q, k=k, v=v), options, return_lse)

@@ -1,0 +1,121 @@
+"""How a caller lays the tensors of one call out, and the way to the canonical form of the operators: views, wherever strides allow.
+
+Used on a caller's tensors, on fake ones while PyTorch traces, and on meta tensors while a pass is bound. Torch only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .spec import Operands
+
+__all__ = ["Form"]
+
+Copy = Callable[[str, Tensor], Tensor]  # (name, x) -> a contiguous copy of x
+
+
+@dataclass(frozen=True)
+class Form:
+    """The layout of a call's tensors.
+
+    batch: the leading dims of q, k and v, in one in the canonical form. split: how many of them are the outer of the two batch levels that
+    a bias and a mask know. heads_first: q is ``(*batch, H, M, D)``, not ``(*batch, M, H, D)``, and k, v, out alike. tensors: in how many q,
+    k and v come: 3, 2 (q, and k and v stacked in dim 2) or 1 (all three stacked there); those that are absent are None. canonical: the
+    tensors are in the operators' form already, bias and mask with five dims. contiguous: gradients of q, k and v are; else they have their
+    operands' strides where these leave no gaps, as PyTorch's own do.
+    """
+
+    batch: tuple[int, ...]
+    split: int
+    heads_first: bool = False
+    tensors: int = 3
+    canonical: bool = False
+    contiguous: bool = False
+
+    @property
+    def inner(self) -> int:
+        """The batch entries of the inner level."""
+        return math.prod(self.batch[self.split :])
+
+    def operands(self, given: Sequence[Tensor | None], copy: Copy | None = None) -> Operands:
+        """The canonical operands of the tensors given (in the order of :class:`~triflash.spec.Operands`, packed ones as above).
+
+        Where a fold of batch dims is no view, ``copy`` makes what is folded; None: PyTorch does, differentiably.
+        """
+        q, k, v, bias, mask, lengths, slopes, sink, seed = given
+        if bias is None:  # one mask alone is one more kind of bias
+            bias, mask = mask, None
+        q, k, v = self.unpacked(q, k, v)
+        if self.canonical:
+            return Operands(q, k, v, bias, mask, lengths, slopes, sink, seed)
+        return Operands(
+            *(self.rows(name, x, copy) for name, x in (("q", q), ("k", k), ("v", v))),
+            bias=self._five("bias", bias, copy),
+            mask=self._five("mask", mask, copy),
+            key_lengths=None if lengths is None else _fold("key_lengths", lengths, (math.prod(lengths.shape),), copy),
+            alibi_slopes=None if slopes is None else self._heads(slopes, copy),
+            sink=sink,
+            dropout_seed=seed,
+        )
+
+    def unpacked(self, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v however they are packed; views."""
+        if self.tensors == 1:
+            q, k, v = q.unbind(2)  # type: ignore[union-attr]
+        elif self.tensors == 2:
+            k, v = k.unbind(2)  # type: ignore[union-attr]
+        return q, k, v  # type: ignore[return-value]
+
+    def rows(self, name: str, x: Tensor, copy: Copy | None = None) -> Tensor:
+        """q, k, v, out or a gradient of them, one tensor, as ``(B, L, H, D)``."""
+        if self.canonical:
+            return x
+        if self.heads_first:
+            x = x.transpose(-3, -2)
+        return x if len(self.batch) == 1 else _fold(name, x, (math.prod(self.batch), *x.shape[-3:]), copy)
+
+    def lse(self, name: str, x: Tensor, copy: Copy | None = None) -> Tensor:
+        """An lse or its gradient ``(*batch, H, M)`` as ``(B, H, M)``."""
+        return x if self.canonical or len(self.batch) == 1 else _fold(name, x, (math.prod(self.batch), *x.shape[-2:]), copy)
+
+    def out_of(self, rows: Tensor) -> Tensor:
+        """A contiguous canonical out as the caller gets it; a view."""
+        if self.canonical:
+            return rows
+        out = rows if len(self.batch) == 1 else rows.reshape(*self.batch, *rows.shape[1:])
+        return out.transpose(-3, -2) if self.heads_first else out
+
+    def lse_of(self, lse: Tensor) -> Tensor:
+        """A contiguous canonical lse as the caller gets it; a view."""
+        return lse if self.canonical or len(self.batch) == 1 else lse.reshape(*self.batch, *lse.shape[1:])
+
+    def bias(self, bias: Tensor) -> Tensor:
+        """The gradient of a bias, contiguous and of its shape, with five dims; a view."""
+        return bias if self.canonical else self._five("dbias", bias, None)  # type: ignore[return-value]
+
+    def _five(self, name: str, bias: Tensor | None, copy: Copy | None) -> Tensor | None:
+        if bias is None:
+            return None
+        wide = bias[(None,) * (len(self.batch) + 3 - bias.dim())]
+        if len(self.batch) == 1:
+            return wide[:, None] if self.split == 1 else wide[None]
+        outer, inner = wide.shape[: self.split], wide.shape[self.split : len(self.batch)]
+        return _fold(name, wide, (math.prod(outer), math.prod(inner), *wide.shape[-3:]), copy)
+
+    def _heads(self, slopes: Tensor, copy: Copy | None) -> Tensor:
+        if slopes.dim() == 1:
+            return slopes[None]
+        return slopes if slopes.dim() == 2 else _fold("alibi_slopes", slopes, (math.prod(self.batch), slopes.shape[-1]), copy)
+
+
+def _fold(name: str, x: Tensor, shape: tuple[int, ...], copy: Copy | None) -> Tensor:
+    if copy is None:
+        return x.reshape(shape)
+    try:
+        return x.view(shape)
+    except RuntimeError:  # "view size is not compatible": the dims do not lie one behind the other
+        return copy(name, x).view(shape)
