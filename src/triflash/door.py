@@ -20,7 +20,7 @@ from .checks import check_seed_range, seed_tensor
 from .launch.room import meta, twin
 from .ops import Attention, attention_forward
 from .plan.device import DeviceFacts
-from .plan.select import requested_backend
+from .plan.select import requested_backend_soon
 from .spec import resolve_precision, spec_of
 
 __all__ = ["attend", "bind"]
@@ -59,7 +59,7 @@ def attend(face: Face, given: Given, options: Options, return_lse: bool = False)
             None if mask is lengths is slopes is sink is None else (describe(mask), describe(lengths), describe(slopes), describe(sink)),
             describe(seed) if isinstance(seed, Tensor) else seed is None or type(seed),
             options, *map(type, options), None if options.window is None else tuple(map(type, options.window)),
-            options.backend or requested_backend(), _deterministic(),
+            options.backend or requested_backend_soon(), _deterministic(),
             resolve_precision("") if q.dtype is torch.float32 and options.precision is None else "",
             around,
         )  # fmt: skip

@@ -29,13 +29,13 @@ __all__ = [
     "plan_backward",
     "plan_forward",
     "requested_backend",
+    "requested_backend_soon",
     "why_not",
 ]
 
 BACKENDS = ("auto", "tiled", "triton", "hopper", "oracle")
 _ENVIRONMENT = "TRIFLASH_BACKEND"
 _ENVIRONMENT_BYTES = _ENVIRONMENT.encode()
-# Every eager call asks, and os.environ.get takes 2 microseconds to encode its argument.
 _lookup = os.environ._data.get if os.name == "posix" and hasattr(os.environ, "_data") else None
 
 
@@ -89,11 +89,16 @@ def requested_backend() -> str:
     """What the caller asked for: the innermost ``with backend(...)``, else ``TRIFLASH_BACKEND``, else ``auto``."""
     name = _requested.name
     if name is None:
-        if _lookup is not None and not _lookup(_ENVIRONMENT_BYTES):
-            return "auto"
         name = os.environ.get(_ENVIRONMENT) or "auto"
         check_backend(_ENVIRONMENT, name)
     return name
+
+
+def requested_backend_soon() -> str:
+    """The same, for eager calls, which wait for it: without what ``os.environ`` does to encode a name, and not to be traced."""
+    if _requested.name is None and _lookup is not None and not _lookup(_ENVIRONMENT_BYTES):
+        return "auto"
+    return requested_backend()
 
 
 def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool = False) -> tuple[str, str] | None:
