@@ -42,11 +42,23 @@ PATIENCE = 10.0  # seconds that a barrier may be waited for
 _here = threading.local()  # of a partition: what is under way; the program's index
 
 
+def _kind(dtype: torch.dtype) -> SimpleNamespace:
+    """What kernels ask about a dtype of integers."""
+    return SimpleNamespace(is_int_unsigned=lambda: not dtype.is_signed, primitive_bitwidth=8 * dtype.itemsize)
+
+
+INT32 = _kind(torch.int32)
+
+
 class Scalar(int):
     """An integer that a kernel computes with: divides as the GPU does, towards zero, and a comparison of it is one of its kind."""
 
+    dtype = INT32
+
     def to(self, dtype: object, bitcast: bool = False) -> Scalar:
-        return Scalar(self & 2**dtype - 1) if isinstance(dtype, int) else self  # unsigned dtypes are their bits here
+        if isinstance(dtype, int):  # unsigned dtypes are their bits here
+            return Scalar(self & 2**dtype - 1)
+        return Scalar(_wrapped(self)) if dtype == torch.int32 else self
 
 
 def _quotient(a: int, b: int) -> int:
@@ -107,7 +119,11 @@ def load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Any:
     memory = pointer.memory()
     if not isinstance(pointer.at, Tensor):
         x = memory[int(pointer.at)]
-        return x.clone() if x.is_floating_point() else Scalar(x)
+        if x.is_floating_point():
+            return x.clone()
+        scalar = Scalar(x.item())
+        scalar.dtype = _kind(x.dtype)
+        return scalar
     mask = torch.ones_like(pointer.at, dtype=torch.bool) if mask is None else mask
     if memory.dtype == torch.uint8:  # read by two: the byte behind an odd number of them belongs to what is read, and may be anything
         memory = torch.nn.functional.pad(memory, (0, 1), value=1)
@@ -438,7 +454,7 @@ def _smaller(a: Any, b: Any) -> Any:
 
 
 def _larger(a: Any, b: Any) -> Any:
-    return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+    return Scalar(max(a, b)) if isinstance(a, int) and isinstance(b, int) else torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
 
 
 def _layout(*_: object, **__: object) -> None:

@@ -91,7 +91,7 @@ def arguments_of(
     scores = (*batch, H, M, N)
     bias, mask = _bias_and_mask(q, bias, mask, scores)
     cap = 0.0 if softcap is None else check_number("softcap", softcap, 0.0, math.inf, "a positive number, or None (or 0) for none")
-    lengths = key_lengths_of(key_lengths, q, batch, N)
+    lengths = key_lengths_of(key_lengths, q, batch)
     slopes = slopes_of(alibi_slopes, q, batch, H)
     sink_of(sink, q, H)
     chance = check_number("dropout_p", dropout_p, 0.0, 1.0, "a number from 0 up to but not including 1")

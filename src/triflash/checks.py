@@ -120,8 +120,8 @@ def check_number(name: str, value: Any, least: float, below: float, wanted: str)
     return float(value)
 
 
-def key_lengths_of(lengths: Any, q: Tensor, batch: tuple[int, ...], keys: int) -> Tensor | None:
-    """Key lengths, unless they are None, as the operators take them: int32 ``(B,)``, from 0 to ``keys``."""
+def key_lengths_of(lengths: Any, q: Tensor, batch: tuple[int, ...]) -> Tensor | None:
+    """Key lengths, unless they are None, as the operators take them: ``(B,)``, of any integer dtype. Kernels clamp them to the keys."""
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -129,17 +129,17 @@ def key_lengths_of(lengths: Any, q: Tensor, batch: tuple[int, ...], keys: int) -
     if tuple(lengths.shape) != batch or lengths.device != q.device:
         got = f"{tuple(lengths.shape)} on {lengths.device}"
         raise bad_value("key_lengths", f"one for each batch entry, shape {batch} on {q.device}", got)
-    return lengths.clamp(0, keys).to(torch.int32).reshape(-1).contiguous()
+    return lengths.reshape(-1)
 
 
 def slopes_of(slopes: Any, q: Tensor, batch: tuple[int, ...], heads: int) -> Tensor | None:
-    """ALiBi's slopes, unless they are None, as the operators take them: float32 ``(B|1, Hq)``."""
+    """ALiBi's slopes, unless they are None, as the operators take them: ``(B|1, Hq)``, of any float dtype."""
     if slopes is None:
         return None
     _check_floats("alibi_slopes", slopes, q, ((heads,), (*batch, heads)), f"one for each head, shape ({heads},) or {(*batch, heads)}")
     if slopes.requires_grad and torch.is_grad_enabled():
         raise bad_value("alibi_slopes", "a tensor that requires no gradient", "one that does", "detach it, or learn a bias instead")
-    return slopes.detach().to(torch.float32).reshape(-1, heads) if heads else slopes.new_zeros(1, 0, dtype=torch.float32)
+    return slopes.detach().reshape(-1, heads) if heads else slopes.new_zeros(1, 0)
 
 
 def sink_of(sink: Any, q: Tensor, heads: int) -> None:

@@ -20,7 +20,7 @@ from ..plan.configs import padded
 from ..plan.hopper import ROWS, HopperConfig, bias_block, fuses_bias, mask_block, schedule, whole_tiles
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
-from .calls import SMALLEST_SCALE, Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides, start
+from .calls import SMALLEST_SCALE, Call, address_of, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides, start
 
 __all__ = [
     "addressable",
@@ -70,7 +70,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             descriptor(k, (1, block_n, 1, head)),
             descriptor(v, (1, block_n, 1, value)),
             descriptor(out, (1, ROWS, 1, value)),
-            *(bias_desc, pointer, lengths, slopes, sink, lse, rest),
+            *(bias_desc, pointer, lengths_of(lengths), slopes, sink, lse, rest),
             *(None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
             *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), dropout_of(spec, seed)),
             *mask_tiles(spec, mask, config),

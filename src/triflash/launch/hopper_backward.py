@@ -19,7 +19,7 @@ from ..plan.hopper_steps import EDGE, finds_mild
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
-from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, sink_gradient, slope_strides, start
+from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, sink_gradient, slope_strides, start
 from .hopper import addressable, descriptor, padded_rows, ready, ready_operands
 from .triton import partial_sums, row_strides
 
@@ -247,7 +247,7 @@ def keys_call(
         *sums,
         *(
             pointer,
-            lengths,
+            lengths_of(lengths),
             slopes,
             dbias,
             strides,

@@ -18,7 +18,7 @@ from ..plan.configs import padded
 from ..plan.hopper import ROWS, bias_block, schedule, whole_tiles
 from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_places, dbias_rounds, dbias_shuffle, dbias_tiles, slots_needed
 from ..spec import AttentionSpec
-from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides
+from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
 from .hopper import addressable, descriptor, mask_tiles, register_limit
 
 __all__ = ["STATISTICS_MULTIPLE", "dbias_call", "dq_call"]
@@ -52,7 +52,7 @@ def dq_call(
         descriptor(k, (1, block_n, 1, head)),
         descriptor(v, (1, block_n, 1, value)),
         descriptor(dq, (1, ROWS, 1, head)),
-        *(bias_desc, dbias_desc, pointer, lengths, slopes, stats),
+        *(bias_desc, dbias_desc, pointer, lengths_of(lengths), slopes, stats),
         *(
             None if pointer is None else bias_strides(pointer)[:4],  # type: ignore[index]
             slope_strides(slopes),
@@ -109,7 +109,7 @@ def dbias_call(
         *(
             descriptor(parts[0], (1, 1, 1, ROWS, block_n)) if direct else None,
             None if direct else parts,
-            lengths,
+            lengths_of(lengths),
             slopes,
             stats,
             mild,
