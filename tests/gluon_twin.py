@@ -189,6 +189,15 @@ class Descriptor:
         ranges = [slice(s, e) for s, e in zip(starts, ends, strict=True)]
         return tuple(ranges), tuple(slice(0, r.stop - r.start) for r in ranges)
 
+    def written(self, at: Sequence[Any]) -> tuple[Tensor, tuple[slice, ...], tuple[slice, ...]]:
+        """What a store of a block writes, and what of the block: rows in whole 16 bytes, also past where they end."""
+        ranges, inside = self.part(at)
+        unit, (*shape, width) = 16 // self.tensor.element_size(), self.tensor.shape
+        whole = self.tensor.as_strided((*shape, -(-width // unit) * unit), self.tensor.stride())  # past its memory an error of its own
+        end = min(-(-ranges[-1].stop // unit) * unit, ranges[-1].start + self.block_shape[-1])
+        last = slice(ranges[-1].start, max(end, ranges[-1].start))
+        return whole, (*ranges[:-1], last), (*inside[:-1], slice(0, last.stop - last.start))
+
 
 class Barrier:
     def __init__(self) -> None:
@@ -253,14 +262,14 @@ def land_some() -> None:
 def tma_store(descriptor: Descriptor, at: Sequence[Any], source: Shared, adds: bool = False) -> None:
     assert source.buffer not in _here.unfenced, "TMA would not see what was stored"
     assert source.dtype == descriptor.dtype and source.shape == descriptor.block_shape
-    target, inside = descriptor.part(at)
+    tensor, target, inside = descriptor.written(at)
     x = source.x.clone() if random.random() < 0.5 else source.x
 
     def leave() -> None:
         if adds:
-            descriptor.tensor[target] += x[inside]
+            tensor[target] += x[inside]
         else:
-            descriptor.tensor[target] = x[inside]
+            tensor[target] = x[inside]
 
     _here.stores.append(leave)
 

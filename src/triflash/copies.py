@@ -84,7 +84,7 @@ def _hopper(plan: Plan, spec: AttentionSpec, operands: Operands) -> Iterator[_Fo
 
 def _written(name: str, like: Tensor) -> Iterator[_Found]:
     """A fresh contiguous tensor of that shape and dtype, where TMA cannot write it."""
-    if not layout.tma_addressable(like.shape, _contiguous(like.shape), like.element_size(), 0):
+    if not layout.tma_writable(like.shape, _contiguous(like.shape), like.element_size(), 0):
         yield name, math.prod(layout.tma_padded(like.shape, like.element_size())) * like.element_size(), _PADDED
 
 

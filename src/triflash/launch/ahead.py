@@ -110,7 +110,7 @@ def pass_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout:
     """The launches of a plan: a forward pass writes ``saved``, a backward pass those of ``grads`` that are given."""
     if plan.backend == "hopper":
         if any(step.kernel == "forward" for step in plan.steps):
-            out = saved.out if hopper.addressable(saved.out) else hopper.padded_rows(saved.out)
+            out = saved.out if hopper.writable(saved.out) else hopper.padded_rows(saved.out)
             return hopper.forward_calls(plan, spec, x, saved._replace(out=out))
         dout = dout if hopper.addressable(dout) else hopper.padded_rows(dout)
         targets, stats = hopper_backward.targets(plan, grads), hopper_backward.new_stats(spec, saved.lse, saved.rest)

@@ -1,7 +1,8 @@
 """Arguments and launches of the Hopper kernels. Imports triton, so it is itself imported only when a plan needs it.
 
 What TMA can address: a contiguous last dim, an address and strides that are multiples of 16 bytes. Tensors that are laid out otherwise are
-copied to rows that are padded to that; their copies live as long as the launch.
+copied to rows that are padded to that; their copies live as long as the launch. It writes whole 16 bytes: what ends between two of them is
+written to such a copy too.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ __all__ = [
     "ready_bias",
     "ready_operands",
     "register_limit",
+    "writable",
 ]
 
 _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
@@ -41,7 +43,7 @@ _ALIGNMENT = 16  # bytes
 
 def forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> None:
     """Fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); lse and rest are contiguous."""
-    target = saved.out if addressable(saved.out) else padded_rows(saved.out)
+    target = saved.out if writable(saved.out) else padded_rows(saved.out)
     start(x.q.device, forward_calls(plan, spec, ready_operands(spec, x), saved._replace(out=target)))
     if target is not saved.out:
         saved.out.copy_(target)
@@ -125,7 +127,12 @@ def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
 
 def addressable(x: Tensor) -> bool:
     """Whether TMA can address the tensor as it lies."""
-    return layout.tma_addressable(x.shape, x.stride(), x.element_size(), x.data_ptr())
+    return layout.tma_addressable(x.shape, x.stride(), x.element_size(), address_of(x))
+
+
+def writable(x: Tensor) -> bool:
+    """Whether TMA can write the tensor as it lies, and nothing beside it."""
+    return layout.tma_writable(x.shape, x.stride(), x.element_size(), address_of(x))
 
 
 def padded_rows(x: Tensor) -> Tensor:

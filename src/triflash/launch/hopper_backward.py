@@ -20,7 +20,7 @@ from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, sink_gradient, slope_strides, start
-from .hopper import addressable, descriptor, padded_rows, ready, ready_operands
+from .hopper import descriptor, padded_rows, ready, ready_operands, writable
 from .triton import partial_sums, row_strides
 
 __all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_head_parts", "new_stats", "prepare_call", "targets"]
@@ -47,11 +47,11 @@ def backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: T
 
 
 def targets(plan: Plan, grads: Gradients) -> Gradients:
-    """Where kernels write the gradients: what TMA can address, and a contiguous dbias; the rest is filled by way of these, copied."""
-    dq, dk, dv = (None if grad is None else grad if addressable(grad) else padded_rows(grad) for grad in grads[:3])
+    """Where kernels write the gradients: what TMA can write, and a contiguous dbias; the rest is filled by way of these, copied."""
+    dq, dk, dv = (None if grad is None else grad if writable(grad) else padded_rows(grad) for grad in grads[:3])
     dbias = grads.dbias
     if dbias is not None and any(step.kernel == "dq" and "dbias" in step.gives for step in plan.steps):
-        dbias = dbias if addressable(dbias) else padded_rows(dbias)
+        dbias = dbias if writable(dbias) else padded_rows(dbias)
     elif dbias is not None:
         dbias = dbias.contiguous()
     return Gradients(dq, dk, dv, dbias, grads.dsink)
