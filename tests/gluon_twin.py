@@ -42,11 +42,23 @@ PATIENCE = 10.0  # seconds that a barrier may be waited for
 _here = threading.local()  # of a partition: what is under way; the program's index
 
 
+def _kind(dtype: torch.dtype) -> SimpleNamespace:
+    """What kernels ask about a dtype of integers."""
+    return SimpleNamespace(is_int_unsigned=lambda: not dtype.is_signed, primitive_bitwidth=8 * dtype.itemsize)
+
+
+INT32 = _kind(torch.int32)
+
+
 class Scalar(int):
     """An integer that a kernel computes with: divides as the GPU does, towards zero, and a comparison of it is one of its kind."""
 
+    dtype = INT32
+
     def to(self, dtype: object, bitcast: bool = False) -> Scalar:
-        return Scalar(self & 2**dtype - 1) if isinstance(dtype, int) else self  # unsigned dtypes are their bits here
+        if isinstance(dtype, int):  # unsigned dtypes are their bits here
+            return Scalar(self & 2**dtype - 1)
+        return Scalar(_wrapped(self)) if dtype == torch.int32 else self
 
 
 def _quotient(a: int, b: int) -> int:
@@ -107,7 +119,11 @@ def load(pointer: Pointer, mask: Any = None, other: float = 0.0) -> Any:
     memory = pointer.memory()
     if not isinstance(pointer.at, Tensor):
         x = memory[int(pointer.at)]
-        return x.clone() if x.is_floating_point() else Scalar(x)
+        if x.is_floating_point():
+            return x.clone()
+        scalar = Scalar(x.item())
+        scalar.dtype = _kind(x.dtype)
+        return scalar
     mask = torch.ones_like(pointer.at, dtype=torch.bool) if mask is None else mask
     if memory.dtype == torch.uint8:  # read by two: the byte behind an odd number of them belongs to what is read, and may be anything
         memory = torch.nn.functional.pad(memory, (0, 1), value=1)
@@ -173,6 +189,15 @@ class Descriptor:
         ranges = [slice(s, e) for s, e in zip(starts, ends, strict=True)]
         return tuple(ranges), tuple(slice(0, r.stop - r.start) for r in ranges)
 
+    def written(self, at: Sequence[Any]) -> tuple[Tensor, tuple[slice, ...], tuple[slice, ...]]:
+        """What a store of a block writes, and what of the block: rows in whole 16 bytes, also past where they end."""
+        ranges, inside = self.part(at)
+        unit, (*shape, width) = 16 // self.tensor.element_size(), self.tensor.shape
+        whole = self.tensor.as_strided((*shape, -(-width // unit) * unit), self.tensor.stride())  # past its memory an error of its own
+        end = min(-(-ranges[-1].stop // unit) * unit, ranges[-1].start + self.block_shape[-1])
+        last = slice(ranges[-1].start, max(end, ranges[-1].start))
+        return whole, (*ranges[:-1], last), (*inside[:-1], slice(0, last.stop - last.start))
+
 
 class Barrier:
     def __init__(self) -> None:
@@ -237,14 +262,14 @@ def land_some() -> None:
 def tma_store(descriptor: Descriptor, at: Sequence[Any], source: Shared, adds: bool = False) -> None:
     assert source.buffer not in _here.unfenced, "TMA would not see what was stored"
     assert source.dtype == descriptor.dtype and source.shape == descriptor.block_shape
-    target, inside = descriptor.part(at)
+    tensor, target, inside = descriptor.written(at)
     x = source.x.clone() if random.random() < 0.5 else source.x
 
     def leave() -> None:
         if adds:
-            descriptor.tensor[target] += x[inside]
+            tensor[target] += x[inside]
         else:
-            descriptor.tensor[target] = x[inside]
+            tensor[target] = x[inside]
 
     _here.stores.append(leave)
 
@@ -438,7 +463,7 @@ def _smaller(a: Any, b: Any) -> Any:
 
 
 def _larger(a: Any, b: Any) -> Any:
-    return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+    return Scalar(max(a, b)) if isinstance(a, int) and isinstance(b, int) else torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
 
 
 def _layout(*_: object, **__: object) -> None:

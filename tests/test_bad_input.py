@@ -215,7 +215,7 @@ RAW_WRONG: list[Row] = [
     ("heads of k", {"k": rand(B, N, H + 1, D)}, ValueError, "k, v", ["(2, N, 4, 8)", "(2, 7, 3, 8)"]),
     ("heads of k and v", {n: rand(B, N, H - 1, D) for n in "kv"}, ValueError, "k, v", ["divides q's 3", "got 2"]),
     ("mask without a bias of numbers", {"bias": torch.zeros(1, 1, 1, M, N) > 0, "mask": torch.zeros(1, 1, 1, M, N) > 0}, TypeError, "mask", ["beside a bias"]),
-    ("key lengths of int64", {"key_lengths": torch.ones(B, dtype=torch.int64)}, TypeError, "key_lengths", ["torch.int32"]),
+    ("key lengths of floats", {"key_lengths": torch.ones(B)}, TypeError, "key_lengths", ["torch.int32", "torch.uint64"]),
     ("slopes of one dim", {"alibi_slopes": torch.ones(H)}, ValueError, "alibi_slopes", ["(1, 3)"]),
     ("sink of two", {"sink": torch.ones(2)}, ValueError, "sink", ["(3,)"]),
     ("dropout without a seed", {"dropout_p": 0.1}, ValueError, "dropout_p", ["with a dropout_seed"]),

@@ -182,7 +182,7 @@ def test_copies_for_tma_are_those_that_a_launch_makes(name: str, head_dim: int) 
     k = torch.zeros(B, N, H, head_dim, dtype=torch.float16)
     out = torch.empty(B, M, H, head_dim, dtype=torch.float16)
     wanted = {n: allocated(launch.ready(x)) for n, x in (("q", q), ("k", k), ("v", k)) if launch.ready(x) is not x}
-    if not launch.addressable(out):
+    if not launch.writable(out):
         wanted["out"] = allocated(launch.padded_rows(out))
     assert hopper_copies(q, k, None) == wanted
     assert ("out" in wanted) == ("k" in wanted) == (head_dim == 20) and ("q" in wanted) == (
@@ -291,7 +291,11 @@ def test_rules_of_layouts() -> None:
         ((2, 8, 64), (1024, 128, 2), 0, False),
         ((2, 8, 64), (2**39, 64, 1), 0, False),  # 2**40 bytes apart
     ):
-        assert layout.tma_addressable(shape, strides, 2, address) == fits
+        assert layout.tma_addressable(shape, strides, 2, address) == layout.tma_writable(shape, strides, 2, address) == fits
+    for width, itemsize, fits in ((20, 2, False), (24, 2, True), (20, 4, True), (18, 4, False)):  # rows that begin at 16 bytes
+        assert layout.tma_addressable((2, 8, width), (256, 32, 1), itemsize, 0)
+        assert layout.tma_writable((2, 8, width), (256, 32, 1), itemsize, 0) == fits
+    assert layout.tma_addressable((1, 1, 20), (20, 20, 1), 2, 0) and not layout.tma_writable((1, 1, 20), (20, 20, 1), 2, 0)
     assert (
         layout.tma_padded((3, 20), 2) == (3, 24) and layout.tma_padded((3, 20), 1) == (3, 32) and layout.tma_padded((3, 20), 4) == (3, 20)
     )

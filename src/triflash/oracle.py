@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .dropout import keep_mask, rescale
+from .lengths import comparable
 
 __all__ = ["LEAST_BIAS", "attention", "visible"]
 
@@ -72,6 +73,7 @@ def attention(
     scale = D**-0.5 if scale is None else scale
     k, v = (x.to(dtype).repeat_interleave(group, 2) for x in (k, v))
     if key_lengths is not None:  # what is hidden may hold anything, and 0 times that need not be 0
+        key_lengths = comparable(key_lengths)
         beyond = torch.arange(N, device=q.device)[:, None, None] >= key_lengths[:, None, None, None]
         k, v = k.masked_fill(beyond, 0.0), v.masked_fill(beyond, 0.0)
     s = torch.einsum("bmhd,bnhd->bhmn", q.to(dtype), k) * scale

@@ -39,6 +39,7 @@ DTYPE_NAMES = {
     torch.bool: "bool",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
@@ -221,7 +222,8 @@ def spec_of(
     """The spec of canonical tensors.
 
     q (B, M, Hq, D), k (B, N, Hk, D), v (B, N, Hk, Dv); bias and mask (B0|1, B1|1, Hq|1, M|1, N|1) with B1 = batch_inner, a mask without a
-    bias being the bias; key_lengths int32 (B,); alibi_slopes float32 (B|1, Hq); sink (Hq,); dropout_seed int64 (2,), contiguous.
+    bias being the bias; key_lengths (B,), any integers; alibi_slopes (B|1, Hq) and sink (Hq,), any floats; dropout_seed int64 (2,),
+    contiguous.
 
     The public faces have checked their arguments already, with better words; these few comparisons guard the kernels from whoever
     calls the operators directly.
@@ -297,10 +299,11 @@ def _check_extras(
     softcap: float,
     dropout_p: float,
 ) -> None:
+    floats = tuple(dtype for dtype in DTYPE_NAMES if dtype.is_floating_point)
     for name, x, dtypes, shapes in (
-        ("key_lengths", key_lengths, (torch.int32,), ((batch,),)),
-        ("alibi_slopes", alibi_slopes, (torch.float32,), ((1, heads), (batch, heads))),
-        ("sink", sink, tuple(dtype for dtype in DTYPE_NAMES if dtype.is_floating_point), ((heads,),)),
+        ("key_lengths", key_lengths, INTEGERS, ((batch,),)),
+        ("alibi_slopes", alibi_slopes, floats, ((1, heads), (batch, heads))),
+        ("sink", sink, floats, ((heads,),)),
         ("dropout_seed", dropout_seed, (torch.int64,), ((2,),)),
     ):
         if x is None:
@@ -309,7 +312,7 @@ def _check_extras(
             raise bad_type(name, " or ".join(map(str, dtypes)), x.dtype)
         if tuple(x.shape) not in shapes:
             raise bad_value(name, f"shape {' or '.join(map(str, shapes))}", tuple(x.shape))
-        if name in ("key_lengths", "dropout_seed") and not x.is_contiguous():
+        if name == "dropout_seed" and not x.is_contiguous():
             raise bad_value(name, "a contiguous tensor", f"strides {x.stride()}")
     if not 0 <= softcap < math.inf:
         raise bad_value("softcap", "a finite number, 0 for none", softcap)

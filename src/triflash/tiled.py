@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .dropout import keep_mask, rescale
+from .lengths import comparable
 
 _LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
 _LEAST_BIAS = -torch.finfo(torch.float32).max / _LOG2E  # below it a bias counts as -inf: see oracle.py
@@ -85,7 +86,7 @@ class Scores:
             if self.lo is not None:
                 s.masked_fill_(offset < self.lo, -torch.inf)
         if self.key_lengths is not None:
-            s.masked_fill_(j >= self.key_lengths[:, None, None, None], -torch.inf)
+            s.masked_fill_(j >= comparable(self.key_lengths)[:, None, None, None], -torch.inf)
         return s, slope
 
     def shown(self, x: Tensor, cols: slice) -> Tensor:
@@ -93,7 +94,7 @@ class Scores:
         if self.key_lengths is None:
             return x
         j = torch.arange(cols.start, cols.stop, device=x.device)
-        return x.masked_fill(j[:, None] >= self.key_lengths[:, None, None, None], 0.0)
+        return x.masked_fill(j[:, None] >= comparable(self.key_lengths)[:, None, None, None], 0.0)
 
     def dropped(self, x: Tensor, rows: slice, cols: slice) -> Tensor:
         """What dropout leaves of a tile, unscaled."""

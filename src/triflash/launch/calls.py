@@ -24,6 +24,8 @@ __all__ = [
     "bias_strides",
     "cap_of",
     "dropout_of",
+    "lengths_of",
+    "lengths_stride",
     "on",
     "sink_gradient",
     "slope_strides",
@@ -77,6 +79,16 @@ def bias_strides(bias: Tensor | None) -> tuple[int, ...] | None:
 def slope_strides(slopes: Tensor | None) -> tuple[int, int] | None:
     """(batch, head) strides of ALiBi slopes (B|1, Hq), 0 where all batch entries share them."""
     return None if slopes is None else (slopes.stride(0) if slopes.shape[0] > 1 else 0, slopes.stride(1))
+
+
+def lengths_of(lengths: Tensor | None) -> tuple[Tensor, int] | None:
+    """What the Hopper kernels take of key lengths (``kernels/hopper/features.visible_keys``); None: there are none."""
+    return None if lengths is None else (lengths, lengths_stride(lengths))
+
+
+def lengths_stride(lengths: Tensor) -> int:
+    """Between the lengths of two batch entries. Of a single one it is 1, so that no kernel is compiled for another."""
+    return lengths.stride(0) if lengths.shape[0] > 1 else 1
 
 
 def cap_of(spec: AttentionSpec) -> tuple[float, float] | None:

@@ -1,7 +1,8 @@
 """Arguments and launches of the Hopper kernels. Imports triton, so it is itself imported only when a plan needs it.
 
 What TMA can address: a contiguous last dim, an address and strides that are multiples of 16 bytes. Tensors that are laid out otherwise are
-copied to rows that are padded to that; their copies live as long as the launch.
+copied to rows that are padded to that; their copies live as long as the launch. It writes whole 16 bytes: what ends between two of them is
+written to such a copy too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..plan.configs import padded
 from ..plan.hopper import ROWS, HopperConfig, bias_block, fuses_bias, mask_block, schedule, whole_tiles
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
-from .calls import SMALLEST_SCALE, Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides
+from .calls import SMALLEST_SCALE, Call, address_of, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
 from .room import Room
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "ready_operands",
     "register_limit",
     "writable",
+    "written",
 ]
 
 _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32, torch.uint8: gl.uint8}
@@ -45,7 +47,7 @@ _WRITE_REASON = "its rows are not a multiple of 16 bytes, so it is written with 
 
 def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches that fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); lse and rest are contiguous."""
-    return forward_calls(plan, spec, ready_operands(room, spec, x), saved._replace(out=writable(room, "out", saved.out)))
+    return forward_calls(plan, spec, ready_operands(room, spec, x), saved._replace(out=written(room, "out", saved.out)))
 
 
 def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
@@ -71,7 +73,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             descriptor(k, (1, block_n, 1, head)),
             descriptor(v, (1, block_n, 1, value)),
             descriptor(out, (1, ROWS, 1, value)),
-            *(bias_desc, pointer, lengths, slopes, sink, lse, rest),
+            *(bias_desc, pointer, lengths_of(lengths), slopes, sink, lse, rest),
             *(None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
             *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), dropout_of(spec, seed)),
             *mask_tiles(spec, mask, config),
@@ -126,7 +128,12 @@ def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
 
 def addressable(x: Tensor) -> bool:
     """Whether TMA can address the tensor as it lies."""
-    return layout.tma_addressable(x.shape, x.stride(), x.element_size(), x.data_ptr())
+    return layout.tma_addressable(x.shape, x.stride(), x.element_size(), address_of(x))
+
+
+def writable(x: Tensor) -> bool:
+    """Whether TMA can write the tensor as it lies, and nothing beside it."""
+    return layout.tma_writable(x.shape, x.stride(), x.element_size(), address_of(x))
 
 
 def ready(room: Room, name: str, x: Tensor) -> Tensor:
@@ -137,9 +144,9 @@ def ready(room: Room, name: str, x: Tensor) -> Tensor:
     return room.copied(name, x, target, _READ_REASON)
 
 
-def writable(room: Room, name: str, x: Tensor) -> Tensor:
+def written(room: Room, name: str, x: Tensor) -> Tensor:
     """x itself, or memory that TMA can write, from where x is filled."""
-    if addressable(x):
+    if writable(x):
         return x
     return room.target(name, layout.tma_padded(x.shape, x.element_size()), x.dtype, x, _WRITE_REASON)
 

@@ -20,8 +20,8 @@ from ..plan.hopper_steps import EDGE, finds_mild
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
-from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides
-from .hopper import descriptor, ready, ready_operands, writable
+from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
+from .hopper import descriptor, ready, ready_operands, written
 from .room import Room
 from .triton import contiguous, partial_sums, row_strides, rows
 
@@ -49,11 +49,11 @@ def backward(
 
 
 def targets(room: Room, plan: Plan, grads: Gradients) -> Gradients:
-    """Where kernels write the gradients: what TMA can address, and a contiguous dbias; the rest is filled by way of these, copied."""
-    dq, dk, dv = (None if grad is None else writable(room, name, grad) for name, grad in zip(("dq", "dk", "dv"), grads, strict=False))
+    """Where kernels write the gradients: what TMA can write, and a contiguous dbias; the rest is filled by way of these, copied."""
+    dq, dk, dv = (None if grad is None else written(room, name, grad) for name, grad in zip(("dq", "dk", "dv"), grads, strict=False))
     dbias = grads.dbias
     if dbias is not None and any(step.kernel == "dq" and "dbias" in step.gives for step in plan.steps):
-        dbias = writable(room, "dbias", dbias)
+        dbias = written(room, "dbias", dbias)
     elif dbias is not None and not dbias.is_contiguous():
         dbias = room.target("dbias", dbias.shape, dbias.dtype, dbias, "it is not contiguous")
     return Gradients(dq, dk, dv, dbias, grads.dsink)
@@ -256,7 +256,7 @@ def keys_call(
         *sums,
         *(
             pointer,
-            lengths,
+            lengths_of(lengths),
             slopes,
             dbias,
             strides,

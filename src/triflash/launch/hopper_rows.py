@@ -1,5 +1,6 @@
 """Arguments of the Hopper kernels ``dq`` and ``dbias``. Touches no device: tensors may be meta tensors. All must be addressable by TMA
-(``launch/hopper.addressable``), except what the kernel ``dbias`` writes, which may have any strides and is written faster if it is.
+(``launch/hopper.addressable``), and what they write ``writable``, except by the kernel ``dbias``: that may have any strides and is written
+faster if it is.
 
 ``stats`` is what both read of a query: a contiguous float32 tensor (B * H, 2 or 3, M up to a multiple of 128) of lse in base 2 (+inf where
 the query sees no key or does not exist), delta, and if the spec keeps it rest.
@@ -18,8 +19,8 @@ from ..plan.configs import padded
 from ..plan.hopper import ROWS, bias_block, schedule, whole_tiles
 from ..plan.hopper_rows import RowsConfig, batch_fastest, dbias_places, dbias_rounds, dbias_shuffle, dbias_tiles, slots_needed
 from ..spec import AttentionSpec
-from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, slope_strides
-from .hopper import addressable, descriptor, mask_tiles, register_limit
+from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
+from .hopper import descriptor, mask_tiles, register_limit, writable
 
 __all__ = ["STATISTICS_MULTIPLE", "dbias_call", "dq_call"]
 
@@ -52,7 +53,7 @@ def dq_call(
         descriptor(k, (1, block_n, 1, head)),
         descriptor(v, (1, block_n, 1, value)),
         descriptor(dq, (1, ROWS, 1, head)),
-        *(bias_desc, dbias_desc, pointer, lengths, slopes, stats),
+        *(bias_desc, dbias_desc, pointer, lengths_of(lengths), slopes, stats),
         *(
             None if pointer is None else bias_strides(pointer)[:4],  # type: ignore[index]
             slope_strides(slopes),
@@ -101,7 +102,7 @@ def dbias_call(
     rows, keys = (1, ROWS, 1, chunk), (1, block_n, 1, chunk)
     tiles_m, tiles_n, own = dbias_tiles(spec, config)
     fold, full = dbias_places(spec, config)
-    direct = splits == 1 and parts.dtype == bias.dtype and addressable(parts[0])
+    direct = splits == 1 and parts.dtype == bias.dtype and writable(parts[0])
     strides = None if direct else tuple(0 if size == 1 else stride for size, stride in zip(parts.shape, parts.stride(), strict=True))
     args = (
         *(descriptor(q, rows), descriptor(dout, rows), descriptor(k, keys), descriptor(v, keys)),
@@ -109,7 +110,7 @@ def dbias_call(
         *(
             descriptor(parts[0], (1, 1, 1, ROWS, block_n)) if direct else None,
             None if direct else parts,
-            lengths,
+            lengths_of(lengths),
             slopes,
             stats,
             mild,

@@ -22,7 +22,7 @@ from ..plan import layout
 from ..plan.configs import TileConfig, padded
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
-from .calls import SMALLEST_SCALE, Call, bias_strides
+from .calls import SMALLEST_SCALE, Call, bias_strides, lengths_stride, slope_strides
 from .room import Room
 
 __all__ = ["backward", "backward_calls", "contiguous", "forward", "forward_calls", "partial_sums", "row_strides", "rows", "scratch"]
@@ -167,8 +167,9 @@ def _features(spec: AttentionSpec, x: Operands) -> Features:
         mask=None if mask is None else mask.view(torch.uint8),  # Triton has no loads of single bits
         mask_strides=_varying_strides(mask, mask_spec),
         lengths=x.key_lengths,
+        lengths_stride=None if x.key_lengths is None else lengths_stride(x.key_lengths),
         slopes=slopes,
-        slope_strides=None if slopes is None else (slopes.stride(0) if slopes.shape[0] == spec.batch > 1 else 0, slopes.stride(1)),
+        slope_strides=slope_strides(slopes),
         sink=sink,
         sink_stride=None if sink is None else sink.stride(0),
         softcap=spec.softcap or None,

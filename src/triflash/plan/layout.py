@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["BIAS_STRIDE", "copied_bias_shape", "copies_bias", "copies_rows", "tma_addressable", "tma_bias_shape", "tma_padded"]
+__all__ = [
+    "BIAS_STRIDE",
+    "copied_bias_shape",
+    "copies_bias",
+    "copies_rows",
+    "tma_addressable",
+    "tma_bias_shape",
+    "tma_padded",
+    "tma_writable",
+]
 
 BIAS_STRIDE = 16  # elements: what Triton can prove about a stride is that it is a multiple of 16, or nothing
 _ALIGNMENT = 16  # bytes of one wide load, and what TMA wants of addresses and strides
@@ -49,6 +58,14 @@ def tma_addressable(shape: Sequence[int], strides: Sequence[int], itemsize: int,
         if size != 1 and not (0 < stride * itemsize < _TMA_STRIDE_LIMIT and stride * itemsize % _ALIGNMENT == 0):
             return False
     return True
+
+
+def tma_writable(shape: Sequence[int], strides: Sequence[int], itemsize: int, address: int) -> bool:
+    """Whether TMA can store such a tensor and touches nothing else: it writes rows in whole 16 bytes, past an end between two of them.
+
+    In padding of our own (:func:`tma_padded`) that is well. In a caller's tensor the rest of those 16 bytes may be anybody's.
+    """
+    return tma_addressable(shape, strides, itemsize, address) and shape[-1] * itemsize % _ALIGNMENT == 0
 
 
 def tma_padded(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What the Hopper kernels know beyond a band and one bias or mask. ``None`` stands for an absent feature and compiles its branch away."""
 
-from ..triton.prims import LOG2E, offset
+from ..triton.prims import LOG2E, clamped, offset
 from .compat import fence_async_shared, gl, gluon, thread_barrier
 
 ONE_SIDED = gl.constexpr(2)  # ALIBI of the kernels: 0 without slopes, 2 where no query sees a key behind it, else 1
@@ -8,9 +8,9 @@ ONE_SIDED = gl.constexpr(2)  # ALIBI of the kernels: 0 without slopes, 2 where n
 
 @gluon.jit
 def visible_keys(lengths, b, N):
-    """How many keys batch entry b shows, of N."""
+    """How many keys batch entry b shows, of N. lengths: a pointer to any integers, and their stride; or None."""
     if lengths is not None:
-        return min(max(gl.load(lengths + b), 0), N)
+        return clamped(gl.load(lengths[0] + offset(b, lengths[1])), N)
     else:
         return N
 
@@ -85,7 +85,7 @@ def hide_by(s, buffer, BM: gl.constexpr, BN: gl.constexpr):
 def slope_of(slopes, slope_strides, b, head):
     """The ALiBi slope of a query head, in base 2; nothing that anybody reads if there are none."""
     if slopes is not None:
-        return gl.load(slopes + offset(b, slope_strides[0]) + offset(head, slope_strides[1])) * LOG2E
+        return gl.load(slopes + offset(b, slope_strides[0]) + offset(head, slope_strides[1])).to(gl.float32) * LOG2E
     else:
         return 0.0
 

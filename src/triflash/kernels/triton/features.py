@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .prims import LOG2E, add_bias, offset, stride_in_tile
+from .prims import LOG2E, add_bias, clamped, offset, stride_in_tile
 
 ROUNDS: tl.constexpr = tl.constexpr(7)  # of Philox, and its constants below: as dropout.py
 
@@ -18,9 +18,9 @@ class Features(NamedTuple):
     """Everything beyond q, k, v and a band; a field is None where the feature is absent.
 
     Strides of bias and mask are (outer batch, inner batch, head, row, column); row and column are None where all rows or columns share
-    one value. A mask is bytes, nonzero = visible. lengths: int32, keys that each batch entry shows. slopes: float32, by
-    (batch, head). sink: any float, by head. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 15-bit random number,
-    below which a probability is dropped; rescale: what the others are multiplied by.
+    one value. A mask is bytes, nonzero = visible. lengths: keys that each batch entry shows, any integers. slopes: by (batch, head), and
+    sink: by head, any floats. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 15-bit random number, below which a
+    probability is dropped; rescale: what the others are multiplied by.
     """
 
     bias: Any = None
@@ -28,6 +28,7 @@ class Features(NamedTuple):
     mask: Any = None
     mask_strides: Any = None
     lengths: Any = None
+    lengths_stride: Any = None
     slopes: Any = None
     slope_strides: Any = None
     sink: Any = None
@@ -42,7 +43,7 @@ class Features(NamedTuple):
 def visible_keys(f, b, N):
     """How many keys batch entry b shows, of N."""
     if f.lengths is not None:
-        return tl.minimum(tl.maximum(tl.load(f.lengths + b), 0), N)
+        return clamped(tl.load(f.lengths + offset(b, f.lengths_stride)), N)
     else:
         return N
 
@@ -64,7 +65,7 @@ def at_head(f, b, head, heads, batch_inner):
     if f.mask is not None:
         mask = f.mask + offset(b0, f.mask_strides[0]) + offset(b1, f.mask_strides[1]) + offset(head, f.mask_strides[2])
     if f.slopes is not None:
-        slope = tl.load(f.slopes + offset(b, f.slope_strides[0]) + offset(head, f.slope_strides[1])) * LOG2E
+        slope = tl.load(f.slopes + offset(b, f.slope_strides[0]) + offset(head, f.slope_strides[1])).to(tl.float32) * LOG2E
     if f.seed is not None:
         seed = tl.load(f.seed)
         start = tl.load(f.seed + 1)

@@ -74,6 +74,17 @@ def offset(index, stride):
 
 
 @triton.jit
+def clamped(x, N):
+    """x, an integer of any dtype, from 0 to N, as an int32."""
+    if x.dtype.is_int_unsigned():
+        return tl.minimum(x.to(tl.uint64), tl.cast(N, tl.uint64)).to(tl.int32)
+    elif x.dtype.primitive_bitwidth == 64:
+        return tl.minimum(tl.maximum(x, 0), tl.cast(N, tl.int64)).to(tl.int32)
+    else:
+        return tl.minimum(tl.maximum(x.to(tl.int32), 0), N)
+
+
+@triton.jit
 def stride_in_tile(stride, WIDE: tl.constexpr):
     """The stride as used inside a tile: 32-bit unless a tile spans more than 2^31 elements."""
     if WIDE:
