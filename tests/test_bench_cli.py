@@ -325,15 +325,16 @@ def test_compiling_ahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_progress_goes_to_standard_error_line_by_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    words = ["--d", "8", "--s", "16", "--h", "1", "--causal", "no", "--bias", "none", "--pass", "fwd,host"]
+    words = ["--d", "8", "--s", "16", "--h", "1", "--causal", "no", "--bias", "none", "--pass", "fwd,host", "--breakdown"]
     assert main(["bench", *TINY, *words, "--providers", "triflash,dense", "--out", str(tmp_path)]) == 0
     said = capfd.readouterr()
     lines = said.err.splitlines()
-    assert [line.split(" ")[0] for line in lines] == [f"[{n}/7" for n in range(1, 8)]
+    assert [line.split(" ")[0] for line in lines] == [f"[{n}/8" for n in range(1, 9)]
     assert [line.split("] ")[1] for line in lines] == [
         "ceilings",
         *(f"d8 s16 full: judging {name}" for name in ("triflash", "dense")),
         *(f"d8 s16 full: timing {which}" for which in ("fwd", "host-nograd", "host-fwd", "host-step")),
+        "d8 s16 full: where the time of triflash goes",
     ]
     assert "judging" not in said.out and "host-step" in said.out
 

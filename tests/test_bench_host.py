@@ -1,10 +1,11 @@
-"""What an eager call costs: who is called and how, the passes of the host, and the sweep with its bars. No clock is judged."""
+"""What an eager call costs: who is called and how, the passes of the host, their breakdown, and the sweep with its bars. No clock is judged."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,7 @@ pytest.importorskip("matplotlib")
 
 import triflash
 from triflash.__main__ import main
-from triflash.bench import compiling, measure
+from triflash.bench import breakdown, compiling, measure
 from triflash.bench.contest import Contest, Settings, Side
 from triflash.bench.entry import Entry
 from triflash.bench.gate import verdict
@@ -153,6 +154,97 @@ def test_who_compiles_for_every_length_has_no_first_step() -> None:
     with mock.patch.object(Dense, "compiles_lengths", True):
         rows = measure.measure(PLAIN, [Dense("x")], Settings(("first", "step"), CPU, 0.001, 2, 0), lambda _: None)
     assert [(row.status, row.reason) for row in rows] == [("dash", "compiles anew for every length"), ("ok", "")]
+
+
+def entry(code: Any, calls: int, own: float, whole: float) -> Any:
+    return SimpleNamespace(code=code, callcount=calls, inlinetime=own, totaltime=whole)
+
+
+def function_in(path: str) -> Any:
+    return compile("def f(): pass", path, "exec").co_consts[0]
+
+
+def test_a_profile_is_summed_by_file_and_package() -> None:
+    grad, generated = torch.autograd.grad.__code__, function_in("<string>")
+    here = breakdown._roots()["triflash"] + "attention.py"
+    entries = [
+        entry(function_in(here), 10, 20e-6, 90e-6),
+        entry(function_in(here), 5, 5e-6, 5e-6),
+        entry(grad, 10, 30e-6, 60e-6),
+        entry("<built-in method torch.empty>", 40, 25e-6, 25e-6),
+        entry("<built-in method launch at 0x7f00deadbeef>", 40, 8e-6, 8e-6),
+        entry("<built-in method builtins.len>", 10, 1e-6, 1e-6),
+        entry(generated, 10, 1e-6, 1e-6),
+        entry(test_a_profile_is_summed_by_file_and_package.__code__, 10, 10e-6, 10e-6),
+    ]
+    found = breakdown.tables(entries, 10)
+    assert found["profiled"] == 10.0
+    assert found["groups"] == [
+        ("torch/autograd", 1.0, 3.0),
+        ("triflash/attention.py", 1.5, 2.5),
+        ("torch, C++", 4.0, 2.5),
+        ("python", 1.0, 1.0),
+        ("triton, C", 4.0, 0.8),
+        ("python, C", 1.0, 0.1),
+        ("generated code", 1.0, 0.1),
+    ]
+    assert found["functions"][0][0].startswith("torch/autograd/__init__.py:") and found["functions"][0][0].endswith(" grad")
+    assert ("built-in method launch", 4.0, 0.8, 0.8) in found["functions"]
+    assert not any("0x" in f[0] or f[0].startswith("/") for f in found["functions"])
+
+
+def test_many_files_end_in_one_line() -> None:
+    codes = [function_in(breakdown._roots()["triflash"] + f"m{n}.py") for n in range(30)]
+    found = breakdown.tables([entry(code, 1, 1e-6, 1e-6) for code in codes], 1)
+    assert len(found["groups"]) == breakdown.GROUPS + 1 and found["groups"][-1] == ("all others", 6.0, 6.0)
+    assert sum(own for _, _, own in found["groups"]) == found["profiled"] == 30.0
+
+
+@pytest.mark.parametrize("workload", [PLAIN, BIASED], ids=["plain", "biased"])
+def test_a_step_is_taken_apart(workload: Workload) -> None:
+    """The backward pass too, wherever autograd runs it; every own time is in the sum, and no path of this machine."""
+    side = Side(Contest(workload, STEP), provider("triflash-tiled"))
+    found = breakdown.breakdown(side, CPU, 0.001)
+    assert list(found["pieces"]) == [
+        "allocating outputs and gradients",
+        "a step of a bare autograd.Function that allocates them",
+        "forward without autograd",
+        "forward",
+        "step",
+    ]
+    assert all(us > 0 for us in found["pieces"].values())
+    groups = {name: calls for name, calls, _ in found["groups"]}
+    assert groups["triflash/tiled.py"] > 1 and groups["torch, C++"] > 1
+    assert sum(own for _, _, own in found["groups"]) == pytest.approx(found["profiled"], rel=0.01)
+    names = [name for name, *_ in found["functions"]]
+    assert any("tiled.py" in name and name.endswith("backward") for name in names)
+    assert str(Path(triflash.__file__).parent) not in json.dumps(found)
+
+
+def test_the_bare_function_has_a_gradient_for_every_leaf() -> None:
+    side = Side(Contest(BIASED, STEP), provider("triflash-tiled"))
+    out = breakdown._Bare.apply(side.train().detach(), *side.inputs)
+    grads = torch.autograd.grad(out, side.leaves, side.dout)
+    assert [x.shape for x in grads] == [x.shape for x in side.leaves]
+
+
+def test_breakdown_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked for alone it measures the host; a breakdown that fails says so and leaves the times."""
+    words = ["bench", "--device", "cpu", "--budget", "0.002", "--min-samples", "2", "--d", "8", "--s", "16", "--h", "1", "--causal", "yes"]
+    words += ["--bias", "none", "--providers", "triflash,sdpa", "--breakdown", "--out", str(tmp_path)]
+    assert main(words) == 0
+    found = Run.load(tmp_path / "bench.json")
+    assert found.passes == ["host-nograd", "host-fwd", "host-step"]
+    assert [(row.provider, row.which) for row in found.rows if row.breakdown] == [("triflash", "host-step")]
+    page = (tmp_path / "bench.md").read_text()
+    for expected in ("| forward without autograd |", "| triflash/tiled.py |", "own µs", "by file or package"):
+        assert expected in page
+    assert main(["bench", "plot", str(tmp_path / "bench.json")]) == 0 and (tmp_path / "bench.md").read_text() == page
+    with mock.patch.object(measure, "breakdown", side_effect=ValueError("Another profiling tool is already active")):
+        assert main([*words, "--pass", "fwd"]) == 0
+    found = Run.load(tmp_path / "bench.json")
+    assert found.passes == ["fwd", "host-step"] and all(row.status == "ok" for row in found.rows)
+    assert "ValueError: Another profiling tool is already active" in (tmp_path / "bench.md").read_text()
 
 
 def test_the_sweep_of_the_host() -> None:

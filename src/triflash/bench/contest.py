@@ -23,13 +23,14 @@ Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: which passes, where, seconds for each provider and pass, samples at least, seed of the inputs."""
+    """How to measure: which passes, where, seconds for each provider and pass, samples at least, seed of the inputs, breakdowns or none."""
 
     passes: tuple[str, ...]
     device: torch.device
     budget: float
     min_samples: int
     seed: int
+    breakdown: bool = False
 
 
 class Contest:

@@ -13,6 +13,7 @@ import torch
 
 import triflash
 
+from .breakdown import breakdown
 from .compiling import forget
 from .contest import FORWARD_ONLY, Contest, Settings, Side
 from .flops import HOST_PASSES
@@ -53,9 +54,9 @@ def measure(workload: Workload, providers: Sequence[Provider], settings: Setting
     return list(rows.values())
 
 
-def pieces(providers: Sequence[Provider], passes: Sequence[str]) -> int:
-    """How often :func:`measure` tells of work: for each provider and each pass."""
-    return len(providers) + len(passes)
+def pieces(providers: Sequence[Provider], passes: Sequence[str], breakdown: bool = False) -> int:
+    """How often :func:`measure` tells of work: for each provider and each pass, and for each breakdown."""
+    return len(providers) + len(passes) + (sum(p.is_ours for p in providers) if breakdown else 0)
 
 
 def _measure(
@@ -85,6 +86,12 @@ def _measure(
             _time_first(workload, [p for p in providers if p.name in ready], own_rows, settings)
         else:
             _time(ready, which, own_rows, settings)
+    for provider in providers if settings.breakdown else ():
+        if provider.is_ours:
+            tell(f"{workload.name}: where the time of {provider.name} goes")
+            row = rows.get((provider.name, "host-step"))
+            if row is not None and row.status == "ok":
+                _break_down(sides[provider.name], row, settings)
 
 
 def compile_only(workload: Workload, provider: Provider, settings: Settings) -> None:
@@ -201,6 +208,16 @@ def _time_first(workload: Workload, providers: Sequence[Provider], rows: dict[st
                         row.samples_ms.append(1e3 * seconds)
                 except Exception as error:  # noqa: BLE001
                     _fail(row, error, settings.device)
+
+
+def _break_down(side: Side, row: Row, settings: Settings) -> None:
+    """Fill a row's breakdown; a failure leaves it empty, and says so in its place."""
+    try:
+        with side.around("host-step"):
+            row.breakdown = breakdown(side, settings.device, settings.budget)
+    except Exception as error:  # noqa: BLE001
+        _check_alive(settings.device, error)
+        row.breakdown = {"failed": one_line(error)}
 
 
 def _wait(device: torch.device) -> None:

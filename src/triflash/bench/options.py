@@ -38,11 +38,12 @@ class Options:
     """A run, resolved: its jobs, in order.
 
     words: the command line, for the record. prepare: worker processes; part: this process is one of them, (i, n). sweep: the name of the
-    one that the jobs are from, or nothing.
+    one that the jobs are from, or nothing. breakdown: whether steps of triflash are taken apart.
     """
 
     jobs: tuple[Job, ...]
     sweep: str
+    breakdown: bool
     device: str
     budget: float
     min_samples: int
@@ -61,10 +62,14 @@ class Options:
         if kind == "cuda" and not gpu:
             raise ValueError(f"--device {device}: PyTorch sees no GPU here")
         chosen = {name: getattr(given, name) or default for name, default in _DEFAULTS[kind].items()}
+        if given.breakdown and not getattr(given, "pass"):
+            chosen["pass"] = _HOST
         dtypes = _choices("--dtype", chosen["dtype"], tuple(DTYPES))
         passes = [
             name for word in _choices("--pass", chosen["pass"], (*PASSES, _HOST)) for name in (HOST_PASSES if word == _HOST else (word,))
         ]
+        if given.breakdown and "host-step" not in passes:
+            passes.append("host-step")
         providers = list(PROVIDERS) if chosen["providers"] == "all" else _some("--providers", _list(chosen["providers"]))
         for name in providers:
             provider(name)
@@ -77,6 +82,7 @@ class Options:
         return cls(
             jobs=tuple(replace(job, workload=replace(job.workload, dtype=dtype)) for dtype in dtypes for job in jobs),
             sweep=given.sweep or "",
+            breakdown=given.breakdown,
             device=device,
             budget=given.budget or (_SWEEP_BUDGET if given.sweep else _BUDGET),
             min_samples=given.min_samples,
@@ -247,6 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=words(f"of {', '.join(PASSES)}, or {_HOST} for all of its own; docs/bench.md tells what they time", "pass"),
     )
     add("--providers", metavar="NAMES", help=words("see --list, or all", "providers"))
+    add("--breakdown", action="store_true", help="also where the host's time of a step of triflash goes, by piece, file and function")
     words_of_budget = f"seconds of samples for each provider and pass (default {_BUDGET}; of a sweep {_SWEEP_BUDGET})"
     add("--budget", type=_seconds, metavar="S", help=words_of_budget)
     add("--min-samples", type=_size, default=10, metavar="N", help="samples even if the budget is spent (default 10)")

@@ -51,6 +51,7 @@ class Row:
 
     status: ``ok``, ``dash`` (cannot, see ``reason``) or ``WRONG`` (the gate's words in ``reason``). samples_ms: every sample, in order.
     peak_bytes: above inputs and outputs, of the passes that time the device. ran: which kernels triflash started, or nothing.
+    breakdown: of a ``host-step``, if it was asked for: see :mod:`triflash.bench.breakdown`.
     """
 
     cell: str
@@ -61,6 +62,7 @@ class Row:
     samples_ms: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     ran: list[str] = field(default_factory=list)
+    breakdown: dict[str, Any] = field(default_factory=dict)
 
     @property
     def median_ms(self) -> float:

@@ -111,6 +111,9 @@ def _sheets(run: Run) -> Iterable[_Sheet]:
             yield _sheet(run, which, title, lambda run, cell, row: _rate_cell(run, cell, row, factor))
         if any(row.peak_bytes is not None for row in run.rows if row.which == which):
             yield _sheet(run, which, f"{which}: peak memory beyond inputs and outputs, MiB", _memory_cell, ratio=False)
+    for row in run.rows:
+        if row.breakdown:
+            yield from _breakdown(run, row)
 
 
 def _sweep_of(run: Run) -> Sweep | None:
@@ -134,6 +137,23 @@ def _bars(run: Run, sweep: Sweep) -> _Sheet:
         missed = sum(line[-1].endswith("MISSED") for line in mine)
         sheet.note(f"{bar.name}: " + (f"met in {len(mine) - missed} of {len(mine)}" if mine else "not measured"))
     return sheet
+
+
+def _breakdown(run: Run, row: Row) -> Iterable[_Sheet]:
+    """Where the host's time of a step goes."""
+    case = f"{next(cell.name for cell in run.cells if cell.key == row.cell)}, {row.provider}"
+    found = row.breakdown
+    if "failed" in found:
+        yield _Sheet(f"{case}: no breakdown", ["why"], [[found["failed"]]])
+        return
+    pieces = [[name, f"{us:.1f}"] for name, us in found["pieces"].items()]
+    yield _Sheet(f"{case}: what keeps the host busy, each alone", ["piece", "µs"], pieces)
+    total = found["profiled"] or 1.0
+    title = f"{case}: a step under the profiler, {found['profiled']:.0f} µs, by file or package"
+    lines = [[name, f"{calls:g}", f"{own:.1f}", f"{100 * own / total:.0f}%"] for name, calls, own in found["groups"]]
+    yield _Sheet(title, ["file or package", "calls", "own µs", "share"], lines)
+    lines = [[name, f"{calls:g}", f"{own:.1f}", f"{whole:.1f}"] for name, calls, own, whole in found["functions"]]
+    yield _Sheet(f"{case}: the functions with the most time of their own", ["function", "calls", "own µs", "with what it calls, µs"], lines)
 
 
 def _sheet(run: Run, which: str, title: str, text: Callable[[Run, Cell, Row], str], ratio: bool = True) -> _Sheet:

@@ -32,7 +32,7 @@ def run(options: Options) -> int:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-    settings = Settings(tuple(options.passes), device, options.budget, options.min_samples, options.seed)
+    settings = Settings(tuple(options.passes), device, options.budget, options.min_samples, options.seed, options.breakdown)
     if options.part is not None:
         return _prepare_part(options, settings)
     console = table_console()
@@ -46,7 +46,7 @@ def run(options: Options) -> int:
     started = time.monotonic()
     try:
         crews = [[provider(name) for name in job.providers] for job in options.jobs]
-        total = sum(pieces(crew, job.passes) for job, crew in zip(options.jobs, crews, strict=True))
+        total = sum(pieces(crew, job.passes, options.breakdown) for job, crew in zip(options.jobs, crews, strict=True))
         with steps_on_stderr(total + 1) as tell:
             tell("ceilings")
             found.ceilings = machine.ceilings(device, dict.fromkeys(w.dtype for w in options.workloads))
