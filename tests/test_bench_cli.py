@@ -53,7 +53,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--note",
         "a note",
     ]
-    with mock.patch.object(measure, "FIRST_LENGTHS", 2), mock.patch.object(timing, "EAGER_SECONDS", 0.005):
+    with mock.patch.object(measure, "FIRST_LENGTHS", 2), mock.patch.multiple(timing, EAGER_SECONDS=0.005, HOST_CALLS=4):
         assert main(words) == 0
     return out
 

@@ -82,7 +82,7 @@ class Clock:
     ],
 )
 def test_the_host_alone_and_the_eager_program(clock: str, host: float, device: float, wanted: float) -> None:
-    """On a clock of the test's own; milliseconds. A batch of the host is 8 calls, one of the eager program here 24."""
+    """On a clock of the test's own; milliseconds. A batch of the host is 16 calls, one of the eager program here 24."""
     time_ = Clock()
     with (
         mock.patch.object(timing.time, "perf_counter", time_.perf_counter),
@@ -91,7 +91,7 @@ def test_the_host_alone_and_the_eager_program(clock: str, host: float, device: f
         calls = {"a": lambda: time_.call(host / 1e3, device / 1e3)}
         found = measure_interleaved(calls, device=torch.device("cuda"), max_samples=5, clock=clock)["a"]
     assert found.ms == pytest.approx([wanted] * 5)
-    batch = ["wait", *["call"] * 8] if clock == "host" else ["wait", *["call"] * 24, "wait"]
+    batch = ["wait", *["call"] * 16] if clock == "host" else ["wait", *["call"] * 24, "wait"]
     assert time_.log[-len(batch) :] == batch
 
 
@@ -105,7 +105,7 @@ def test_what_is_entered_is_entered_around_each_sample_and_not_timed() -> None:
         log.append("leave")
 
     measure_interleaved({"a": lambda: log.append("call")}, device=CPU, max_samples=3, clock="host", around={"a": around})
-    assert log == ["enter", *["call"] * 4, "leave", *["enter", *["call"] * 8, "leave"] * 3]
+    assert log == ["enter", *["call"] * 4, "leave", *["enter", *["call"] * 16, "leave"] * 3]
     with pytest.raises(ValueError, match="^clock: wanted one of device, host, eager, got 'wall'"):
         measure_interleaved({}, device=CPU, clock="wall")
 

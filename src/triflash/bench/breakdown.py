@@ -22,7 +22,7 @@ from .timing import HOST_CALLS, measure_interleaved
 
 __all__ = ["breakdown", "place", "tables"]
 
-MOST_BATCHES = 25  # of HOST_CALLS steps under the profiler, or fewer where those take longer than the budget
+MOST_BATCHES = 12  # of HOST_CALLS steps under the profiler, or fewer where those take longer than the budget
 GROUPS, FUNCTIONS = 24, 24  # lines of the tables; what is left is one more line of the former
 _PACKAGES = ("triflash", "torch", "triton")
 

@@ -181,7 +181,6 @@ def _time_first(workload: Workload, providers: Sequence[Provider], rows: dict[st
 
     Lengths are 16 apart, so that all are divisible alike: what a compiler tells apart was compiled for the lengths on either side.
     """
-    forget()
 
     def step_at(n: int, provider: Provider) -> float:
         longer = replace(workload, queries=workload.queries + 16 * n, keys=workload.keys + 16 * n)

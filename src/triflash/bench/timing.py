@@ -35,7 +35,7 @@ QUEUED = 16  # samples queued on a GPU before waiting for them: enough to keep i
 LONGEST_SLEEP = 2e-3  # seconds of head start; a call that needs more of the host's time is bound by it anyway
 FASTEST_CLOCK = 2.5e9  # Hz; sleeping is counted in cycles, and too long a sleep costs only time
 FLUSH_AT_LEAST = 64 * 2**20
-HOST_CALLS = 8  # of a sample of the host: a GPU takes some 1000 launches before it makes the host wait
+HOST_CALLS = 16  # of a sample of the host: a GPU takes some 1000 launches before it makes the host wait
 EAGER_SECONDS, EAGER_MOST_CALLS = 0.03, 200  # of a sample of an eager program: long enough for its ends to weigh little
 
 
