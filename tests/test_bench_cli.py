@@ -17,10 +17,11 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from rich.console import Console
-
+from triflash import terminal
 from triflash.__main__ import main
-from triflash.bench import measure, memory, options, report, run
+from triflash.bench import contest, measure, memory, options, report, run, timing
+from triflash.bench.entry import Entry
+from triflash.bench.flops import PASSES
 from triflash.bench.measure import DeviceLostError, Settings
 from triflash.bench.providers import PROVIDERS, Dense, Provider
 from triflash.bench.record import Run
@@ -36,15 +37,15 @@ PNG = b"\x89PNG"
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one whole run."""
     out = tmp_path_factory.mktemp("bench") / "new" / "folder"
-    names = "triflash,triflash-tiled,sdpa,sdpa-cudnn,flex,fa4,dense"
+    names = "triflash,triflash-tiled,sdpa,sdpa-cudnn,sdpa-nobias,triflash-compiled,flex,fa4,dense"
     words = [
         "bench",
         *TINY,
         *GRID,
         "--causal",
-        "both",
+        "yes",
         "--pass",
-        "fwd,bwd,step",
+        "fwd,bwd,step,eager,host,first",
         "--providers",
         names,
         "--out",
@@ -52,29 +53,36 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--note",
         "a note",
     ]
-    assert main(words) == 0
+    with mock.patch.object(measure, "FIRST_LENGTHS", 2), mock.patch.multiple(timing, EAGER_SECONDS=0.005, HOST_CALLS=4):
+        assert main(words) == 0
     return out
 
 
 def test_every_cell_has_every_row(finished: Path) -> None:
     found = Run.load(finished / "bench.json")
     assert found.complete
-    assert len(found.cells) == 2 * 2 * 2 * 2
-    assert len(found.rows) == 16 * 7 * 3
+    assert len(found.cells) == 2 * 2 * 2
+    assert len(found.rows) == 8 * 9 * len(PASSES)
     for row in found.rows:
-        assert row.status == ("dash" if row.provider in ("sdpa-cudnn", "flex", "fa4") else "ok"), row
-        assert (len(row.samples_ms) >= 2) == (row.status == "ok") == (row.peak_bytes is not None) == (row.reason == "")
-        assert len(row.wall_ms) == (len(row.samples_ms) if row.which == "step" else 0)
+        unbiased = row.provider == "sdpa-nobias" and "1h1k" not in row.cell
+        dash = unbiased or row.provider in ("sdpa-cudnn", "triflash-compiled", "flex", "fa4")
+        assert row.status == ("dash" if dash else "ok"), row
+        assert (len(row.samples_ms) >= 2) == (row.status == "ok") == (row.reason == "")
+        assert (row.peak_bytes is not None) == (row.status == "ok" and row.which in ("fwd", "bwd", "step"))
     ran = {row.which: row.ran for row in found.rows if row.provider == "triflash-tiled"}
     assert ran["fwd"] == ["tiled: forward"] and ran["bwd"] == ["tiled: forward", "tiled: backward"]
-    assert {row.reason for row in found.rows if row.status == "dash"} == {"needs a GPU", "flash-attn-4 is not installed"}
+    assert {row.reason for row in found.rows if row.status == "dash"} == {
+        "needs a GPU",
+        "flash-attn-4 is not installed",
+        "there is no bias to leave out",
+    }
 
 
 def test_what_is_recorded(finished: Path) -> None:
     text = (finished / "bench.json").read_text()
     found = json.loads(text)
     machine = found["machine"]
-    assert found["schema"] == "triflash-bench/1" and machine["torch"] == torch.__version__ and machine["device"] == "cpu"
+    assert found["schema"] == "triflash-bench/2" and machine["torch"] == torch.__version__ and machine["device"] == "cpu"
     assert {"commit", "dirty", "date", "python", "triton", "threads", "seconds"} <= set(machine)
     assert set(found["ceilings"]) == {"matmul fp32", "copy"} and all(len(c["samples_ms"]) >= 10 for c in found["ceilings"].values())
     assert found["options"]["note"] == "a note" and found["options"]["words"][:3] == ["bench", "--device", "cpu"]
@@ -94,7 +102,10 @@ def test_tables_and_pictures(finished: Path) -> None:
     for expected in ("d16x8 s40x48 causal 1h1k+db", "flash-attn-4 is not installed", "needs a GPU", "to best peer", "a note", "GFLOP/s"):
         assert expected in page
     pictures = sorted(path.name for path in finished.glob("*.png"))
-    assert pictures == ["ratio.png", *(f"speed-{which}-{bias}-fp32.png" for which in ("bwd", "fwd") for bias in ("1h1k-db", "none"))]
+    assert pictures == [
+        "ratio.png",
+        *(f"speed-{which}-{bias}-fp32.png" for which in ("bwd", "eager", "fwd", "step") for bias in ("1h1k-db", "none")),
+    ]
     assert all((finished / name).read_bytes().startswith(PNG) for name in pictures)
     assert not list(finished.glob("*.part"))
 
@@ -113,13 +124,13 @@ def test_compare_with_itself(finished: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_named_workloads_and_bars(tmp_path: Path) -> None:
-    words = ["--workload", "gemma2-9b,swin-b", "--tiny", "--providers", "triflash,dense", "--pass", "fwd+bwd", "--dtype", "fp32,bf16"]
+    words = ["--workload", "gemma2-9b,swin-b", "--tiny", "--providers", "triflash,dense", "--pass", "step", "--dtype", "fp32,bf16"]
     assert main(["bench", *TINY, *words, "--out", str(tmp_path)]) == 0
     found = Run.load(tmp_path / "bench.json")
     assert [cell.name for cell in found.cells] == ["gemma2-9b-local (tiny)", "gemma2-9b-global (tiny)", "swin-b (tiny)"] * 2
     reasons = {row.cell.split(" ")[0]: row.reason for row in found.rows if row.provider == "triflash"}
     assert reasons == {"gemma2-9b-local": "", "gemma2-9b-global": "", "swin-b": ""}
-    assert (tmp_path / "speed-fwd-bwd.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "speed-step.png").read_bytes().startswith(PNG)
 
 
 class Wrong(Dense):
@@ -129,7 +140,7 @@ class Wrong(Dense):
         super().__init__(name)
         self.gradient = gradient
 
-    def attend(self, workload: Any, problem: Any) -> Any:
+    def attend(self, workload: Workload, problem: Any) -> Entry:
         attend = super().attend(workload, problem)
 
         class Spoil(torch.autograd.Function):
@@ -151,7 +162,7 @@ class Wrong(Dense):
             out[0, 0, 0, 0] += 1.0
             return out
 
-        return run
+        return Entry(run)
 
 
 class Broken(Dense):
@@ -161,7 +172,7 @@ class Broken(Dense):
         super().__init__(name)
         self.backward = backward
 
-    def attend(self, workload: Any, problem: Any) -> Any:
+    def attend(self, workload: Workload, problem: Any) -> Entry:
         attend = super().attend(workload, problem)
 
         def run(q: Any, k: Any, v: Any, bias: Any) -> Any:
@@ -169,7 +180,7 @@ class Broken(Dense):
                 raise NotImplementedError("no such kernel\nand a long story")
             return attend(q, k, v, bias)
 
-        return run
+        return Entry(run)
 
 
 def rows(providers: list[Provider], passes: tuple[str, ...] = ("fwd", "bwd")) -> dict[tuple[str, str], Any]:
@@ -205,7 +216,7 @@ def test_who_fails_gets_a_dash_and_the_others_go_on() -> None:
 
 
 def test_a_reference_that_does_not_fit_is_a_dash_for_all() -> None:
-    with mock.patch.object(measure, "reference", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
+    with mock.patch.object(contest, "reference", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
         workload = Workload("x", 2, 2, 24, 24, 8, dtype="fp32")
         found = measure.measure(workload, [PROVIDERS["dense"]], Settings(("fwd",), CPU, 0.001, 2, 0), lambda _: None)
     assert [(row.status, row.reason) for row in found] == [("dash", "out of memory")]
@@ -244,6 +255,10 @@ def test_what_was_measured_is_kept(error: BaseException, status: int, tmp_path: 
         (["--providers", "sdpa,fa5"], "--providers fa5: wanted some of triflash"),
         (["--dtype", "fp8"], "--dtype fp8: wanted some of bf16, fp16, fp32"),
         (["--pass", "sideways"], "--pass sideways: wanted some of fwd, bwd"),
+        (["--sweep", "host", "--d", "64"], "--d: a sweep has its own problems; drop them, or drop --sweep"),
+        (["--sweep", "host", "--workload", "vit-l"], "--workload: a sweep has its own problems"),
+        (["--sweep", "host", "--providers", "flex"], "--providers, --pass: the sweep has none of these together"),
+        (["--sweep", "hosts"], "invalid choice: 'hosts'"),
         (["--workload", "gpt2"], "--workload gpt2: wanted all or one of"),
         (["--workload", "vit-l", "--d", "64"], "--d: a named workload has its own shape"),
         (["--tiny"], "--tiny: is for named workloads"),
@@ -288,7 +303,7 @@ def test_no_gpu_here(capsys: pytest.CaptureFixture[str]) -> None:
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--list"]) == 0
     shown = capsys.readouterr().out
-    for expected in ("llama3-8b", "boltz-triangle", "sdpa-efficient", "triflash-tiled", "fa4"):
+    for expected in ("llama3-8b", "boltz-triangle", "sdpa-efficient", "triflash-tiled", "fa4", "host  what an eager call costs"):
         assert expected in shown
 
 
@@ -300,13 +315,38 @@ def test_compiling_ahead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     parser = argparse.ArgumentParser()
     options.add_arguments(parser)
     chosen = options.Options.of(parser.parse_args([*words[1:], "--prepare", "1"]), False, words)
-    settings = Settings(chosen.passes, CPU, 0.1, 2, 0)
+    settings = Settings(tuple(chosen.passes), CPU, 0.1, 2, 0)
     assert run._compilations(chosen, settings) == [(at, "triflash") for at in range(len(chosen.workloads))]
-    run._prepare(chosen, settings, Console())
-    said = capsys.readouterr().out
+    run._prepare(chosen, settings)
+    said = capsys.readouterr().err
     assert f"Compiling {len(chosen.workloads)} times in 1 processes" in said and "Compiled in" in said and "stopped" not in said
-    run._prepare(dataclasses.replace(chosen, words=("bench", "--d", "none")), settings, Console(width=200))
-    assert "A compiling process stopped with status 2: triflash bench: error: argument --d: size: wanted" in capsys.readouterr().out
+    run._prepare(dataclasses.replace(chosen, words=("bench", "--d", "none")), settings)
+    assert "A compiling process stopped with status 2: triflash bench: error: argument --d: size: wanted" in capsys.readouterr().err
+
+
+def test_progress_goes_to_standard_error_line_by_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--d", "8", "--s", "16", "--h", "1", "--causal", "no", "--bias", "none", "--pass", "fwd,host", "--breakdown"]
+    assert main(["bench", *TINY, *words, "--providers", "triflash,dense", "--out", str(tmp_path)]) == 0
+    said = capfd.readouterr()
+    lines = said.err.splitlines()
+    assert [line.split(" ")[0] for line in lines] == [f"[{n}/8" for n in range(1, 9)]
+    assert [line.split("] ")[1] for line in lines] == [
+        "ceilings",
+        *(f"d8 s16 full: judging {name}" for name in ("triflash", "dense")),
+        *(f"d8 s16 full: timing {which}" for which in ("fwd", "host-nograd", "host-fwd", "host-step")),
+        "d8 s16 full: where the time of triflash goes",
+    ]
+    assert "judging" not in said.out and "host-step" in said.out
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(terminal.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    with terminal.steps_on_stderr(2) as tell:
+        tell("one")
+        tell("two")
+    said = capsys.readouterr()
+    assert "two" in said.err and "1/2" in said.err and "[1/2" not in said.err and said.out == ""
 
 
 def test_tokens_and_hd(tmp_path: Path) -> None:
@@ -319,14 +359,16 @@ def test_tokens_and_hd(tmp_path: Path) -> None:
 def test_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import sys
 
-    for name in [name for name in sys.modules if name.split(".")[0] == "rich" or name == "triflash.bench.run"]:
+    hidden = ("triflash.bench.run", "triflash.terminal")
+    for name in [name for name in sys.modules if name.split(".")[0] == "rich" or name in hidden]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.delattr("triflash.bench.run", raising=False)
     monkeypatch.setattr("sys.meta_path", [_Without("rich"), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "rich")
     assert main(["bench", "--device", "cpu"]) == 2
-    assert "triflash bench needs rich: pip install '.[bench]'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "triflash bench needs rich: pip install 'rich>=13' 'matplotlib>=3.8', or in a clone of triflash pip install '.[bench]'" in said
 
 
 class _Without:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 from pathlib import Path
 
@@ -83,10 +84,26 @@ def test_files_round_trip(tmp_path: Path) -> None:
     run = make(3)
     (tmp_path / "a.json").write_text(run.dump())
     assert Run.load(tmp_path / "a.json") == run
-    (tmp_path / "b.json").write_text(run.dump().replace("triflash-bench/1", "triflash-bench/0"))
-    with pytest.raises(ValueError, match="wanted schema triflash-bench/1, got triflash-bench/0"):
+    (tmp_path / "b.json").write_text(run.dump().replace("triflash-bench/2", "triflash-bench/0"))
+    with pytest.raises(ValueError, match="wanted schema triflash-bench/2, got triflash-bench/0"):
         Run.load(tmp_path / "b.json")
     for text in ("", "[]", "{}", "3", '"text"'):
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(ValueError, match="wanted a file of triflash bench"):
             Run.load(tmp_path / "c.json")
+
+
+def test_an_older_file_has_its_passes_by_their_names_of_today(tmp_path: Path) -> None:
+    run = make(4, rows=2)
+    older = json.loads(run.dump())
+    older["schema"] = "triflash-bench/1"
+    for counts in (older["cells"][0]["flops"], older["cells"][0]["bytes"]):
+        counts |= {"fwd+bwd": 7, "step": 8}
+    for row, which in zip(older["rows"], ("fwd+bwd", "step"), strict=True):
+        row.pop("breakdown")
+        row |= {"which": which, "wall_ms": [2.0] * len(row["samples_ms"])}
+    (tmp_path / "a.json").write_text(json.dumps(older))
+    found = Run.load(tmp_path / "a.json")
+    assert [row.which for row in found.rows] == ["step", "host-step"]
+    assert (found.cells[0].flops["step"], found.cells[0].bytes["host-step"]) == (7, 8) and "fwd+bwd" not in found.cells[0].flops
+    assert [row.samples_ms for row in found.rows] == [row.samples_ms for row in run.rows]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from triflash import oracle
-from triflash.bench.flops import attention_bytes, attention_flops, visible_pairs
+from triflash.bench.flops import PASSES, attention_bytes, attention_flops, visible_pairs
 from triflash.bench.workloads import DTYPES, NAMED, Workload
 
 
@@ -43,8 +43,11 @@ def test_flops_of_every_product() -> None:
     assert attention_flops(pairs, d, dv, "fwd") == qk + pv
     assert attention_flops(pairs, d, dv, "bwd") == qk + dp + dvalue + dk + dq
     assert attention_flops(pairs, 64, 64, "bwd") == 2.5 * attention_flops(pairs, 64, 64, "fwd")
-    for both in ("fwd+bwd", "step"):
-        assert attention_flops(pairs, d, dv, both) == attention_flops(pairs, d, dv, "fwd") + attention_flops(pairs, d, dv, "bwd")
+    forward, backward = (attention_flops(pairs, d, dv, which) for which in ("fwd", "bwd"))
+    for which in PASSES:
+        if which != "bwd":
+            wanted = forward if which in ("fwd", "host-nograd", "host-fwd") else forward + backward
+            assert attention_flops(pairs, d, dv, which) == wanted, which
 
 
 @pytest.mark.parametrize("dbias", [False, True])
@@ -58,5 +61,5 @@ def test_bytes_of_every_tensor(dtype: str, dbias: bool) -> None:
     backward = [x.q, x.k, x.v, x.bias, x.dout, x.dout, lse, x.q, x.k, x.v, *([x.bias] if dbias else [])]
     assert w.bytes("fwd") == sum(t.nbytes for t in forward)
     assert w.bytes("bwd") == sum(t.nbytes for t in backward)
-    assert w.bytes("fwd+bwd") == w.bytes("step") == w.bytes("fwd") + w.bytes("bwd")
+    assert w.bytes("eager") == w.bytes("step") == w.bytes("fwd") + w.bytes("bwd")
     assert attention_bytes(x.q.shape, x.k.shape, x.v.shape, None, x.q.itemsize, dbias, "fwd") == w.bytes("fwd") - x.bias.nbytes

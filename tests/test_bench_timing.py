@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -50,10 +51,63 @@ def test_a_failing_call_leaves_the_others_alone() -> None:
     assert found["fine"].error is None and len(found["fine"].ms) == 20
 
 
-def test_the_host_and_the_wall() -> None:
-    found = measure_interleaved({"a": lambda: time.sleep(0.001)}, device=CPU, max_samples=5, wall=True)["a"]
-    assert len(found.wall_ms) == len(found.ms) == 5
-    assert all(wall >= host >= 1.0 for host, wall in zip(found.ms, found.wall_ms, strict=True))
+class Clock:
+    """Time that passes only where a test says so, and a device that does its work after the host has gone on."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.device_done = 0.0
+        self.log: list[str] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def call(self, host: float, device: float) -> None:
+        self.log.append("call")
+        self.now += host
+        self.device_done = max(self.device_done, self.now) + device
+
+    def synchronize(self, _: Any = None) -> None:
+        self.log.append("wait")
+        self.now = max(self.now, self.device_done)
+
+
+@pytest.mark.parametrize(
+    "clock, host, device, wanted",
+    [
+        ("host", 0.25, 1.0, 0.25),
+        ("host", 1.0, 0.25, 1.0),
+        ("eager", 1.0, 0.25, 1.0 + 0.25 / 24),  # the host's, and the last call's on the device
+        ("eager", 0.25, 1.0, 1.0 + 0.25 / 24),  # the device's, and the first call's on the host
+    ],
+)
+def test_the_host_alone_and_the_eager_program(clock: str, host: float, device: float, wanted: float) -> None:
+    """On a clock of the test's own; milliseconds. A batch of the host is 16 calls, one of the eager program here 24."""
+    time_ = Clock()
+    with (
+        mock.patch.object(timing.time, "perf_counter", time_.perf_counter),
+        mock.patch.object(torch.cuda, "synchronize", time_.synchronize),
+    ):
+        calls = {"a": lambda: time_.call(host / 1e3, device / 1e3)}
+        found = measure_interleaved(calls, device=torch.device("cuda"), max_samples=5, clock=clock)["a"]
+    assert found.ms == pytest.approx([wanted] * 5)
+    batch = ["wait", *["call"] * 16] if clock == "host" else ["wait", *["call"] * 24, "wait"]
+    assert time_.log[-len(batch) :] == batch
+
+
+def test_what_is_entered_is_entered_around_each_sample_and_not_timed() -> None:
+    log: list[str] = []
+
+    @contextmanager
+    def around() -> Any:
+        log.append("enter")
+        yield
+        log.append("leave")
+
+    measure_interleaved({"a": lambda: log.append("call")}, device=CPU, max_samples=3, clock="host", around={"a": around})
+    assert log == ["enter", *["call"] * 4, "leave", *["enter", *["call"] * 16, "leave"] * 3]
+    with pytest.raises(ValueError, match="^clock: wanted one of device, host, eager, got 'wall'"):
+        measure_interleaved({}, device=CPU, clock="wall")
 
 
 def test_quantiles() -> None:

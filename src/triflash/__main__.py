@@ -47,14 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command(own, given)
 
 
+def _needs(command: str, extra: str, package: str) -> int:
+    """Say what is missing, and how it is installed with a clone of triflash at hand and without."""
+    hint = f"pip install 'rich>=13' 'matplotlib>=3.8', or in a clone of triflash pip install '.[{extra}]'"
+    print(f"triflash {command} needs {package}: {hint}", file=sys.stderr)
+    return _BAD_USE
+
+
 def _demo(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     try:
         from .demo import run, text
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in ("rich", "matplotlib", "numpy"):
             raise
-        print(f"triflash demo needs {error.name}: pip install '.[demo]' in a clone", file=sys.stderr)
-        return _BAD_USE
+        return _needs("demo", "demo", error.name)
     try:
         options = Options.of(given, torch.cuda.is_available())
         text.load(text.read(given.text), options.seq_len)
@@ -77,8 +83,7 @@ def _bench(parser: argparse.ArgumentParser, given: argparse.Namespace, words: li
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in ("rich", "matplotlib", "numpy"):
             raise
-        print(f"triflash bench needs {error.name}: pip install '.[bench]' in a clone", file=sys.stderr)
-        return _BAD_USE
+        return _needs("bench", "bench", error.name)
     try:
         if given.bench_command == "compare":
             return run.compare(given.before, given.after, given.effect, given.alpha, given.all)
@@ -116,8 +121,7 @@ def _tune(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "rich":
             raise
-        print(f"triflash tune needs {error.name}: pip install '.[bench]' in a clone", file=sys.stderr)
-        return _BAD_USE
+        return _needs("tune", "bench", error.name)
     try:
         return run.run(tune_options.Options.of(given))
     except (ValueError, OSError, UnsupportedError) as error:

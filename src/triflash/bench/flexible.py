@@ -2,41 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .compiling import compiled
+from .entry import Entry, heads_first
 from .gate import Problem
 from .workloads import Workload
 
-__all__ = ["attend", "forget"]
+__all__ = ["attend"]
 
 
-@functools.cache
-def _compiled() -> Any:
-    """``torch.compile(flex_attention)``, for fixed shapes, with a backward pass that may run more than once."""
-    import torch._functorch.config
-    from torch.nn.attention.flex_attention import flex_attention
-
-    torch._functorch.config.donated_buffer = False  # bwd is timed with retain_graph=True
-    return torch.compile(flex_attention, dynamic=False)
-
-
-def forget() -> None:
-    """Drop compiled code, if there is any: every cell compiles anew, and would soon reach the limit of recompilations."""
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()
-
-
-def attend(workload: Workload, problem: Problem, compiled: bool) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-    """The function to be timed; the block mask is made here. ``compiled=False`` runs FlexAttention's own dense emulation (tests)."""
+def attend(workload: Workload, problem: Problem, dense: bool = False) -> Entry:
+    """The function to be timed; the block mask is made here. ``dense`` runs FlexAttention's own dense emulation (tests)."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    flex = _compiled() if compiled else flex_attention
+    flex: Any = flex_attention if dense else compiled(flex_attention)
     w, sinks = workload, problem.options.sinks
     block_mask = None
     if w.is_banded:
@@ -48,15 +32,15 @@ def attend(workload: Workload, problem: Problem, compiled: bool) -> Callable[[Te
         more |= _wants_lse()
 
     def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         found = flex(q, k, v, score_mod=_score_mod(bias, w.batch_inner, w.softcap), **more)
         if sinks is None:
-            return found.transpose(1, 2)
+            return found
         out, lse = found[0], getattr(found[1], "lse", found[1])
         weight = torch.sigmoid(lse - sinks[:, None])  # what the sink leaves to the keys: e^lse / (e^lse + e^sink)
-        return (out * weight[..., None].to(out.dtype)).transpose(1, 2)
+        scaled: Tensor = out * weight[..., None].to(out.dtype)
+        return scaled
 
-    return run
+    return Entry(run, lay=heads_first, unlay=heads_first)
 
 
 def _wants_lse() -> dict[str, Any]:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["PASSES", "attention_bytes", "attention_flops", "visible_pairs"]
+__all__ = ["HOST_PASSES", "PASSES", "attention_bytes", "attention_flops", "visible_pairs"]
 
-PASSES = ("fwd", "bwd", "fwd+bwd", "step")
+HOST_PASSES = ("host-nograd", "host-fwd", "host-step")
+PASSES = ("fwd", "bwd", "step", "eager", *HOST_PASSES, "first")
+_FORWARD = ("fwd", "host-nograd", "host-fwd")
 
 
 def visible_pairs(queries: int, keys: int, lo: int | None = None, hi: int | None = None) -> int:
@@ -31,7 +33,7 @@ def attention_flops(pairs: int, head_dim: int, value_dim: int, which: str) -> in
     """FLOPs of a pass over ``pairs`` visible pairs, counted over all batch entries and query heads."""
     forward = pairs * 2 * (head_dim + value_dim)
     backward = pairs * 2 * (3 * head_dim + 2 * value_dim)
-    return {"fwd": forward, "bwd": backward}.get(which, forward + backward)
+    return forward if which in _FORWARD else backward if which == "bwd" else forward + backward
 
 
 def attention_bytes(
@@ -48,4 +50,4 @@ def attention_bytes(
     out = B * M * Hq * Dv
     forward = (inputs + biases + out) * itemsize
     backward = (inputs + biases + 2 * out + inputs + (biases if dbias else 0)) * itemsize + 4 * B * Hq * M
-    return {"fwd": forward, "bwd": backward}.get(which, forward + backward)
+    return forward if which in _FORWARD else backward if which == "bwd" else forward + backward

@@ -2,93 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 import triflash
 
-from . import flexible
-from .gate import Part, Problem, reference, verdict
+from .breakdown import breakdown
+from .compiling import forget
+from .contest import FORWARD_ONLY, Contest, Settings, Side
+from .flops import HOST_PASSES
+from .gate import verdict
 from .memory import peak_bytes
-from .providers import Attend, Provider, one_line
+from .providers import Provider, one_line
 from .record import Row
-from .timing import MAX_SAMPLES, measure_interleaved
+from .timing import MAX_SAMPLES, Call, measure_interleaved
 from .workloads import Workload
 
-__all__ = ["DeviceLostError", "Settings", "compile_only", "measure"]
+__all__ = ["DeviceLostError", "Settings", "compile_only", "measure", "pieces"]
 
-Call = Callable[[], Any]
+FIRST_LENGTHS = 20  # that the pass ``first`` measures, at least
 
 
 class DeviceLostError(RuntimeError):
     """The GPU's context is beyond repair: nothing else can run in this process."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to measure: which passes, where, seconds for each provider and pass, samples at least, seed of the inputs."""
-
-    passes: tuple[str, ...]
-    device: torch.device
-    budget: float
-    min_samples: int
-    seed: int
-
-
-class _Contest:
-    """The tensors of a workload, and what a pass of a provider is."""
-
-    def __init__(self, workload: Workload, settings: Settings) -> None:
-        self.workload, self.settings = workload, settings
-        self.problem: Problem = workload.build(settings.device, settings.seed)
-        self.backward = any(which != "fwd" for which in settings.passes)
-        x = self.problem
-        self.leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
-        bias = x.bias
-        self.names = ["out", "dq", "dk", "dv"] if self.backward else ["out"]
-        self.bias = bias
-        if workload.dbias and bias is not None:
-            self.bias = bias.detach().requires_grad_()
-            self.leaves.append(self.bias)
-            self.names += ["dbias"] if self.backward else []
-
-    def forward(self, attend: Attend) -> Tensor:
-        """Without autograd."""
-        x = self.problem
-        with torch.no_grad():
-            return attend(x.q, x.k, x.v, x.bias)
-
-    def train(self, attend: Attend) -> Tensor:
-        """With autograd."""
-        return attend(self.leaves[0], self.leaves[1], self.leaves[2], self.bias)
-
-    def gradients(self, out: Tensor, retain_graph: bool) -> tuple[Tensor, ...]:
-        """Of everything that asks for one."""
-        return torch.autograd.grad(out, self.leaves, self.problem.dout, retain_graph=retain_graph)
-
-    def step(self, attend: Attend) -> tuple[Tensor, ...]:
-        """Forward and backward; the output comes along, so that it is alive at the peak as it is in training."""
-        out = self.train(attend)
-        return (out.detach(), *self.gradients(out, retain_graph=False))
-
-    def call(self, attend: Attend, which: str) -> Call:
-        """What is timed for a pass."""
-        if which == "fwd":
-            return lambda: self.forward(attend)
-        if which == "bwd":
-            out = self.train(attend)
-            return lambda: self.gradients(out, retain_graph=True)
-        return lambda: self.step(attend)
-
-
 def measure(workload: Workload, providers: Sequence[Provider], settings: Settings, tell: Callable[[str], None]) -> list[Row]:
-    """The rows of every provider and pass; ``tell`` hears of each piece of work as it starts: one for each provider and each pass.
+    """The rows of every provider and pass; ``tell`` hears of each piece of work as it starts: :func:`pieces` of them.
 
     Whatever a provider raises becomes a dash with its reason. Raises :class:`DeviceLostError` where the GPU cannot go on.
     """
@@ -108,6 +54,11 @@ def measure(workload: Workload, providers: Sequence[Provider], settings: Setting
     return list(rows.values())
 
 
+def pieces(providers: Sequence[Provider], passes: Sequence[str], breakdown: bool = False) -> int:
+    """How often :func:`measure` tells of work: for each provider and each pass, and for each breakdown."""
+    return len(providers) + len(passes) + (sum(p.is_ours for p in providers) if breakdown else 0)
+
+
 def _measure(
     workload: Workload,
     providers: Sequence[Provider],
@@ -115,100 +66,167 @@ def _measure(
     tell: Callable[[str], None],
     rows: dict[tuple[str, str], Row],
 ) -> None:
-    flexible.forget()
-    contest = _Contest(workload, settings)
-    parts = reference(contest.problem, contest.names)
-    runners: dict[str, Attend] = {}
+    forget()
+    contest = Contest(workload, settings, judged=True)
+    without_bias: Contest | None = None
+    sides: dict[str, Side] = {}
     for provider in providers:
         tell(f"{workload.name}: judging {provider.name}")
-        attend = _judge(contest, provider, parts, [rows[provider.name, which] for which in settings.passes])
-        if attend is not None:
-            runners[provider.name] = attend
+        own = contest
+        if provider.drops_bias and workload.bias is not None:
+            own = without_bias = without_bias or Contest(workload.without_bias(), settings, judged=True)
+        side = _judge(own, workload, provider, [rows[provider.name, which] for which in settings.passes])
+        if side is not None:
+            sides[provider.name] = side
     for which in settings.passes:
         tell(f"{workload.name}: timing {which}")
-        _time(contest, runners, which, [rows[name, which] for name in runners if rows[name, which].status == "ok"])
+        ready = {name: side for name, side in sides.items() if rows[name, which].status == "ok"}
+        own_rows = {name: rows[name, which] for name in ready}
+        if which == "first":
+            _time_first(workload, [p for p in providers if p.name in ready], own_rows, settings)
+        else:
+            _time(ready, which, own_rows, settings)
+    for provider in providers if settings.breakdown else ():
+        if provider.is_ours:
+            tell(f"{workload.name}: where the time of {provider.name} goes")
+            row = rows.get((provider.name, "host-step"))
+            if row is not None and row.status == "ok":
+                _break_down(sides[provider.name], row, settings)
 
 
 def compile_only(workload: Workload, provider: Provider, settings: Settings) -> None:
     """Run every pass of one provider once, so that compilers' caches on disk have what it needs. Raises what it raises."""
-    flexible.forget()
-    contest = _Contest(workload, settings)
-    attend = provider.attend(workload, contest.problem)
-    contest.forward(attend)
-    if contest.backward:
-        contest.step(attend)
+    forget()
+    side = Side(Contest(workload, settings), provider)
+    for which in ("fwd", "step") if side.contest.backward else ("fwd",):
+        with side.around(which):
+            side.call(which)()
 
 
-def _judge(contest: _Contest, provider: Provider, parts: list[Part], rows: list[Row]) -> Attend | None:
-    """Fill status and reason of a provider's rows; the function to time unless nothing is to be timed."""
-    why = provider.why_not(contest.workload, contest.settings.device)
+def _judge(contest: Contest, workload: Workload, provider: Provider, rows: list[Row]) -> Side | None:
+    """Fill status and reason of a provider's rows; what to time unless nothing is to be timed."""
+    device = contest.settings.device
+    why = provider.why_not(workload, device)
     if why is not None:
         for row in rows:
             row.reason = why
         return None
     ran: list[str] = []
     wrong: str | None = None
-    attend: Attend | None = None
+    side: Side | None = None
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         todo = rows
         try:
-            attend = provider.attend(contest.workload, contest.problem)
+            side = Side(contest, provider)
             with triflash.record_launches() as ran:
-                wrong = verdict(parts, {"out": contest.forward(attend)})
+                wrong = verdict(contest.parts, side.results("fwd"))
             for row in rows:
-                row.status = "ok" if row.which == "fwd" else "dash"
-            todo = [row for row in rows if row.which != "fwd"]
+                row.status = "ok" if row.which in FORWARD_ONLY else "dash"
+            todo = [row for row in rows if row.which not in FORWARD_ONLY]
             if todo and wrong is None:
                 with triflash.record_launches() as ran:
-                    found = contest.step(attend)
-                wrong = verdict(parts, dict(zip(contest.names, found, strict=True)))
+                    found = side.results("step")
+                wrong = verdict(contest.parts, found)
                 for row in todo:
                     row.status = "ok"
         except Exception as error:  # noqa: BLE001
-            _check_alive(contest.settings.device, error)
+            _check_alive(device, error)
             for row in todo:
                 row.status, row.reason = "dash", one_line(error, warned)
     for row in rows:
         if wrong is not None:
             row.status, row.reason = "WRONG", wrong
+        elif row.which == "first" and provider.compiles_lengths and row.status == "ok":
+            row.status, row.reason = "dash", "compiles anew for every length"
         if provider.is_ours and not row.reason:
-            row.ran = [line for line in ran if row.which != "fwd" or "forward" in line]
-    return attend if any(row.status == "ok" for row in rows) else None
+            row.ran = [line for line in ran if row.which not in FORWARD_ONLY or "forward" in line]
+    return side if any(row.status == "ok" for row in rows) else None
 
 
-def _time(contest: _Contest, runners: dict[str, Attend], which: str, rows: list[Row]) -> None:
-    settings = contest.settings
+def _time(sides: dict[str, Side], which: str, rows: dict[str, Row], settings: Settings) -> None:
+    """Fill samples and peak memory of one pass."""
     calls: dict[str, Call] = {}
-    by_name = {row.provider: row for row in rows}
-    for name, row in by_name.items():
+    for name, side in sides.items():
         try:
-            calls[name] = contest.call(runners[name], which)
+            calls[name] = side.call(which)
         except Exception as error:  # noqa: BLE001
-            _fail(row, error, settings.device)
+            _fail(rows[name], error, settings.device)
     found = measure_interleaved(
         calls,
         device=settings.device,
         budget=settings.budget,
         min_samples=settings.min_samples,
         max_samples=max(MAX_SAMPLES, settings.min_samples),
-        wall=which == "step",
+        clock="host" if which in HOST_PASSES else "eager" if which == "eager" else "device",
+        around={name: functools.partial(sides[name].around, which) for name in calls},
     )
     for name, samples in found.items():
-        row = by_name[name]
+        row = rows[name]
         if samples.error is not None:
             _fail(row, samples.error, settings.device)
             continue
-        row.samples_ms, row.wall_ms = samples.ms, samples.wall_ms
+        row.samples_ms = samples.ms
+        if which not in ("fwd", "bwd", "step"):
+            continue
         try:
-            row.peak_bytes = peak_bytes(calls[name], settings.device)
+            with sides[name].around(which):
+                row.peak_bytes = peak_bytes(sides[name].step_with_output if which == "step" else calls[name], settings.device)
         except Exception as error:  # noqa: BLE001
             _fail(row, error, settings.device)
 
 
+def _time_first(workload: Workload, providers: Sequence[Provider], rows: dict[str, Row], settings: Settings) -> None:
+    """Fill samples of the pass ``first``: the host's time of a step at a length for the first time, after steps at lengths round it.
+
+    Lengths are 16 apart, so that all are divisible alike: what a compiler tells apart was compiled for the lengths on either side.
+    """
+
+    def step_at(n: int, provider: Provider) -> float:
+        longer = replace(workload, queries=workload.queries + 16 * n, keys=workload.keys + 16 * n)
+        longer = longer.without_bias() if provider.drops_bias else longer
+        side = Side(Contest(longer, settings), provider)
+        with side.around("first"):
+            _wait(settings.device)
+            start = time.perf_counter()
+            found = side.step()
+            seconds = time.perf_counter() - start
+            _wait(settings.device)
+        del found
+        return seconds
+
+    count = 2 * max(FIRST_LENGTHS, settings.min_samples)
+    turns = [n for n in range(count + 1) if n % 2 == 0] + [n for n in range(count + 1) if n % 2]
+    for n in turns:
+        for provider in providers:
+            row = rows[provider.name]
+            if row.status == "ok":
+                try:
+                    seconds = step_at(n, provider)
+                    if n % 2:
+                        row.samples_ms.append(1e3 * seconds)
+                except Exception as error:  # noqa: BLE001
+                    _fail(row, error, settings.device)
+
+
+def _break_down(side: Side, row: Row, settings: Settings) -> None:
+    """Fill a row's breakdown; a failure leaves it empty, and says so in its place."""
+    try:
+        with side.around("host-step"):
+            row.breakdown = breakdown(side, settings.device, settings.budget)
+    except Exception as error:  # noqa: BLE001
+        _check_alive(settings.device, error)
+        row.breakdown = {"failed": one_line(error)}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _fail(row: Row, error: Exception, device: torch.device) -> None:
     _check_alive(device, error)
-    row.status, row.reason, row.samples_ms, row.wall_ms = "dash", one_line(error), [], []
+    row.status, row.reason, row.samples_ms = "dash", one_line(error), []
 
 
 def _check_alive(device: torch.device, error: Exception) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import shorthand
-from .flops import PASSES
+from .flops import HOST_PASSES, PASSES
 from .providers import PROVIDERS, provider
+from .sweeps import SWEEPS, Job
 from .workloads import DTYPES, NAMED, Workload, named, short
 
 __all__ = ["Options", "add_arguments", "listing"]
@@ -24,6 +25,8 @@ _DEFAULTS = {
     "cuda": {"dtype": "bf16", "pass": "fwd,bwd", "providers": "triflash,sdpa-flash,sdpa-cudnn,sdpa-efficient,flex,fa4"},
     "cpu": {"dtype": "fp32", "pass": "fwd,bwd", "providers": "triflash,sdpa,dense"},
 }
+_BUDGET, _SWEEP_BUDGET = 0.25, 0.15  # seconds for each provider and pass
+_HOST = "host"  # on the command line: all of the host's passes
 _ON = {"off": (False,), "on": (True,), "both": (False, True)}
 _pairs = shorthand.option(shorthand.items(shorthand.pair))
 _biases = shorthand.option(shorthand.items(shorthand.bias_pattern))
@@ -32,11 +35,15 @@ _size, _causal = shorthand.option(shorthand.size), shorthand.option(shorthand.ca
 
 @dataclass(frozen=True)
 class Options:
-    """A run, resolved. words: the command line, for the record. prepare: worker processes; part: this process is one of them, (i, n)."""
+    """A run, resolved: its jobs, in order.
 
-    workloads: tuple[Workload, ...]
-    providers: tuple[str, ...]
-    passes: tuple[str, ...]
+    words: the command line, for the record. prepare: worker processes; part: this process is one of them, (i, n). sweep: the name of the
+    one that the jobs are from, or nothing. breakdown: whether steps of triflash are taken apart.
+    """
+
+    jobs: tuple[Job, ...]
+    sweep: str
+    breakdown: bool
     device: str
     budget: float
     min_samples: int
@@ -55,27 +62,29 @@ class Options:
         if kind == "cuda" and not gpu:
             raise ValueError(f"--device {device}: PyTorch sees no GPU here")
         chosen = {name: getattr(given, name) or default for name, default in _DEFAULTS[kind].items()}
-        dtypes, passes = (_choices(f"--{n}", chosen[n], known) for n, known in (("dtype", tuple(DTYPES)), ("pass", PASSES)))
+        if given.breakdown and not getattr(given, "pass"):
+            chosen["pass"] = _HOST
+        dtypes = _choices("--dtype", chosen["dtype"], tuple(DTYPES))
+        passes = [
+            name for word in _choices("--pass", chosen["pass"], (*PASSES, _HOST)) for name in (HOST_PASSES if word == _HOST else (word,))
+        ]
+        if given.breakdown and "host-step" not in passes:
+            passes.append("host-step")
         providers = list(PROVIDERS) if chosen["providers"] == "all" else _some("--providers", _list(chosen["providers"]))
         for name in providers:
             provider(name)
-        if given.workload:
-            used = [f"--{name}" for name in (*_SHAPE_DEFAULTS[kind], "tokens", "hd") if getattr(given, name) is not None]
-            if used:
-                raise ValueError(f"{', '.join(used)}: a named workload has its own shape; drop them, or drop --workload")
-            chosen_workloads = [w for name in _some("--workload", _list(given.workload)) for w in named(name)]
-            chosen_workloads = list(dict.fromkeys(w.shrunk() if given.tiny else w for w in chosen_workloads))
-        elif given.tiny:
-            raise ValueError("--tiny: is for named workloads; choose small --s yourself")
+        shape = [f"--{name}" for name in (*_SHAPE_DEFAULTS[kind], "tokens", "hd") if getattr(given, name) is not None]
+        if given.sweep:
+            only = {name: found if getattr(given, name) else None for name, found in (("providers", providers), ("pass", passes))}
+            jobs = _swept(given, shape, only)
         else:
-            chosen_workloads = _grid(given, kind)
-        workloads = tuple(replace(w, dtype=dtype) for dtype in dtypes for w in chosen_workloads)
+            jobs = [Job(w, tuple(dict.fromkeys(providers)), tuple(dict.fromkeys(passes))) for w in _workloads(given, shape, kind)]
         return cls(
-            workloads=workloads,
-            providers=tuple(dict.fromkeys(providers)),
-            passes=tuple(dict.fromkeys(passes)),
+            jobs=tuple(replace(job, workload=replace(job.workload, dtype=dtype)) for dtype in dtypes for job in jobs),
+            sweep=given.sweep or "",
+            breakdown=given.breakdown,
             device=device,
-            budget=given.budget,
+            budget=given.budget or (_SWEEP_BUDGET if given.sweep else _BUDGET),
             min_samples=given.min_samples,
             seed=given.seed,
             prepare=min(8, (os.cpu_count() or 2) // 2) if given.prepare is None else given.prepare,
@@ -84,6 +93,44 @@ class Options:
             note=given.note,
             words=tuple(words),
         )
+
+    @property
+    def workloads(self) -> list[Workload]:
+        """Each once."""
+        return list(dict.fromkeys(job.workload for job in self.jobs))
+
+    @property
+    def passes(self) -> list[str]:
+        """Of all jobs."""
+        return list(dict.fromkeys(which for job in self.jobs for which in job.passes))
+
+
+def _workloads(given: argparse.Namespace, shape: list[str], kind: str) -> list[Workload]:
+    """The named ones, or the grid's."""
+    if not given.workload:
+        if given.tiny:
+            raise ValueError("--tiny: is for named workloads and sweeps; choose small --s yourself")
+        return _grid(given, kind)
+    if shape:
+        raise ValueError(f"{', '.join(shape)}: a named workload has its own shape; drop them, or drop --workload")
+    found = [w for name in _some("--workload", _list(given.workload)) for w in named(name)]
+    return list(dict.fromkeys(w.shrunk() if given.tiny else w for w in found))
+
+
+def _swept(given: argparse.Namespace, shape: list[str], only: dict[str, list[str] | None]) -> list[Job]:
+    """The jobs of a sweep, of which ``--providers`` and ``--pass`` choose some."""
+    if shape or given.workload:
+        raise ValueError(f"{', '.join(shape or ['--workload'])}: a sweep has its own problems; drop them, or drop --sweep")
+    jobs = []
+    for job in SWEEPS[given.sweep].jobs:
+        providers = [name for name in job.providers if only["providers"] is None or name in only["providers"]]
+        passes = [which for which in job.passes if only["pass"] is None or which in only["pass"]]
+        if providers and passes:
+            workload = job.workload.shrunk() if given.tiny else job.workload
+            jobs.append(Job(workload, tuple(providers), tuple(passes)))
+    if not jobs:
+        raise ValueError("--providers, --pass: the sweep has none of these together")
+    return jobs
 
 
 def _grid(given: argparse.Namespace, kind: str) -> list[Workload]:
@@ -188,7 +235,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--workload", metavar="NAMES", help="named workloads, comma-separated; a family such as gemma2, or all; --list shows them")
-    add("--tiny", action="store_true", help="shrink the named workloads to try something out; says nothing about the models' speed")
+    add("--sweep", choices=tuple(SWEEPS), help="a set of problems, providers and passes with bars to hold them to; --list shows them")
+    add("--tiny", action="store_true", help="shrink named workloads and sweeps to try something out; says nothing about their speed")
     add("--d", type=_pairs, metavar="SIZES", help=words("head dims; 192x128 is q, k by v", "d"))
     add("--s", type=_pairs, metavar="SIZES", help=words("lengths; 1kx2k is queries by keys", "s"))
     add("--b", type=_size, metavar="N", help=words("batch", "b"))
@@ -199,9 +247,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bias", type=_biases, metavar="KINDS", help=words("none, or bhqk with any letter replaced by 1", "bias"))
     add("--dbias", choices=tuple(_ON), help=words("whether a bias asks for its gradient", "dbias"))
     add("--dtype", metavar="NAMES", help=words(f"of {', '.join(DTYPES)}", "dtype"))
-    add("--pass", metavar="NAMES", help=words(f"of {', '.join(PASSES)}; step is the host's time of an eager fwd+bwd", "pass"))
+    add(
+        "--pass",
+        metavar="NAMES",
+        help=words(f"of {', '.join(PASSES)}, or {_HOST} for all of its own; docs/bench.md tells what they time", "pass"),
+    )
     add("--providers", metavar="NAMES", help=words("see --list, or all", "providers"))
-    add("--budget", type=_seconds, default=0.25, metavar="S", help="seconds of samples for each provider and pass (default 0.25)")
+    add("--breakdown", action="store_true", help="also where the host's time of a step of triflash goes, by piece, file and function")
+    words_of_budget = f"seconds of samples for each provider and pass (default {_BUDGET}; of a sweep {_SWEEP_BUDGET})"
+    add("--budget", type=_seconds, metavar="S", help=words_of_budget)
     add("--min-samples", type=_size, default=10, metavar="N", help="samples even if the budget is spent (default 10)")
     add("--seed", type=_seed, default=0, metavar="N", help="of the random inputs (default 0)")
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
@@ -236,4 +290,5 @@ def listing() -> str:
         )
         features = [w.mask if w.is_banded else "", f"bias {w.bias}" if w.bias else "", "with its gradient" if w.dbias else ""]
         lines.append(f"  {w.name:<{width}}  {w.about} ({', '.join(x for x in (sizes, *features) if x)})")
+    lines += ["Sweeps:", *(f"  {name}  {sweep.about}" for name, sweep in SWEEPS.items())]
     return "\n".join([*lines, "Providers:", "  " + ", ".join(PROVIDERS)])

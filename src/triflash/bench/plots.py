@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from .flops import HOST_PASSES
 from .record import Cell, Run, write_whole
 from .report import best_peer_ratio
 from .workloads import short
@@ -38,7 +39,7 @@ def draw(run: Run, folder: Path) -> list[Path]:
     drawn = {cell.key for cells in lines.values() for cell in cells}
     bars = [cell for cell in run.cells if cell.key not in drawn]
     for which in run.passes:
-        if which == "step":
+        if which in HOST_PASSES or which == "first":
             continue
         safe = which.replace("+", "-")
         for (dtype, bias), cells in lines.items():

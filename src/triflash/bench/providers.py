@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,27 +14,27 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import triflash
-from triflash import ops
 from triflash.plan.select import BACKENDS
 
 from . import flexible, formula
+from .compiling import compiled
+from .entry import Entry, heads_first
 from .gate import Problem
 from .workloads import Workload
 
-__all__ = ["PROVIDERS", "Attend", "Provider", "one_line", "provider"]
-
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v (B, S, H, D) and a five-dim bias or None -> out (B, M, Hq, Dv)
+__all__ = ["PROVIDERS", "Entry", "Provider", "one_line", "provider"]
 
 
 class Provider(ABC):
     """One way to compute attention.
 
     name: as the command line and the tables have it. is_ours: triflash, not a peer. compiles: has something to compile first, which
-    ``--prepare`` does ahead.
+    ``--prepare`` does ahead; compiles_lengths: anew for every length. drops_bias: computes the workload without its bias.
     """
 
     is_ours = False
-    compiles = False
+    compiles = compiles_lengths = False
+    drops_bias = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -43,12 +44,12 @@ class Provider(ABC):
         return None
 
     @abstractmethod
-    def attend(self, workload: Workload, problem: Problem) -> Attend:
-        """The function to be timed. What can be prepared once per shape (masks that ask for no gradient) is prepared here."""
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """The function to be timed, and its layout. Masks that ask for no gradient are prepared here, once."""
 
 
 class Triflash(Provider):
-    """A backend of triflash; ``auto`` is its own choice."""
+    """``triflash.attention`` on a backend by name; ``auto`` names none."""
 
     is_ours = True
 
@@ -56,31 +57,45 @@ class Triflash(Provider):
         super().__init__("triflash" if backend == "auto" else f"triflash-{backend}")
         self.backend, self.compiles = backend, backend != "tiled"
 
-    def attend(self, workload: Workload, problem: Problem) -> Attend:
-        """The seed's function where it has the arguments, else the operator below ``attention``; padding is passed as key lengths.
-
-        Not to backend ``hopper``, which takes it as the bias that it is given.
-        """
-        name, w, options = self.backend, workload, problem.options
-        lengths = None
-        if w.lengths is not None and w.bias_values == "padding" and not w.dbias and name != "hopper":
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """Two batch levels are two batch dims; padding without a gradient is passed as key lengths."""
+        w, options = workload, problem.options
+        levels = (w.batch // w.batch_inner, w.batch_inner)
+        more = _band(w)
+        if self.backend != "auto":
+            more["backend"] = self.backend
+        if w.scale is not None:
+            more["scale"] = w.scale
+        if w.softcap is not None:
+            more["softcap"] = w.softcap
+        if options.sinks is not None:
+            more["sink"] = options.sinks
+        padded = w.lengths is not None and w.bias_values == "padding" and not w.dbias
+        if padded:
             lengths = torch.tensor(w.lengths, dtype=torch.int32, device=problem.q.device)
-        plain = w.kv_heads == w.heads and w.softcap is None and options.sinks is None and lengths is None
-        if plain and w.lo is None and w.hi in (None, 0) and w.batch_inner == 1 and w.value_dim == w.head_dim:
+            more["key_lengths"] = lengths if w.batch_inner == 1 else lengths.unflatten(0, levels)
 
-            def public(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-                four = None if bias is None else bias.squeeze(1)  # indexing would make autograd fill a second tensor of the bias's size
-                with triflash.backend(name):
-                    return triflash.flash_attn_func(q, k, v, four, w.is_causal, w.softmax_scale)
+        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            out: Tensor = triflash.attention(q, k, v, bias=bias, **more)
+            return out
 
-            return public
+        def lay_bias(bias: Tensor) -> Tensor | None:
+            return None if padded else bias.squeeze(1) if w.batch_inner == 1 else bias
 
-        def operator(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-            band = (w.batch_inner, w.lo, w.hi, w.softmax_scale, "", name)
-            extras = (None, lengths, None, options.sinks, None, w.softcap or 0.0)
-            return ops.attention_forward(q, k, v, bias if lengths is None else None, *band, *extras)[0]
+        if w.batch_inner == 1:
+            return Entry(call, lay_bias=lay_bias)
+        return Entry(call, lay=lambda x: x.unflatten(0, levels), unlay=lambda x: x.flatten(0, 1), lay_bias=lay_bias)
 
-        return operator
+
+def _band(w: Workload) -> dict[str, Any]:
+    """A workload's visible offsets as ``attention`` takes them. Workloads are aligned to the top left; squares to both corners."""
+    if w.hi == 0:
+        causal: dict[str, Any] = {"causal": True if w.queries == w.keys else "top_left"}
+        return causal if w.lo is None else {**causal, "window": (-w.lo, None)}
+    if not w.is_banded:
+        return {}
+    diagonal = w.keys - w.queries
+    return {"window": (None if w.lo is None else diagonal - w.lo, None if w.hi is None else w.hi - diagonal)}
 
 
 class Sdpa(Provider):
@@ -101,7 +116,7 @@ class Sdpa(Provider):
             return "needs a GPU"
         return None
 
-    def attend(self, workload: Workload, problem: Problem) -> Attend:
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
         """A mask that asks for no gradient is folded with the band here, once; a bias that does is folded inside the call."""
         w, options = workload, problem.options
         causal = w.is_causal and w.bias is None
@@ -110,41 +125,40 @@ class Sdpa(Provider):
         def mask_of(bias: Tensor | None) -> Tensor | None:
             if bias is None:
                 return None if hidden is None else ~hidden
-            bias = formula.dense_bias(bias, w.batch, options.batch_inner)
+            if bias.dim() == 5:
+                bias = formula.dense_bias(bias, w.batch, options.batch_inner)
             return bias if hidden is None else bias.masked_fill(hidden, -torch.inf)
 
+        def lay_bias(bias: Tensor) -> Tensor:
+            return bias.squeeze(1) if bias.shape[1] == 1 and (bias.shape[0] == 1 or w.batch_inner == 1) else bias
+
         folded = None if w.dbias else mask_of(problem.bias)
-        more = {} if w.kv_heads == w.heads else {"enable_gqa": True}
+        more: dict[str, Any] = {"is_causal": causal, "scale": w.scale}
+        if w.kv_heads != w.heads:
+            more["enable_gqa"] = True
 
-        def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-            mask = mask_of(bias) if w.dbias else folded
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=w.softmax_scale, **more)
-            return out.transpose(1, 2)
+        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_of(bias) if w.dbias else folded, **more)
 
+        entry = Entry(call, lay=heads_first, unlay=heads_first, lay_bias=lay_bias)
         if self.backend is None:
-            return run
-        backend = self.backend
-
-        def chosen(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-            with sdpa_kernel([backend]):
-                return run(q, k, v, bias)
-
-        return chosen
+            return entry
+        backends = [self.backend]
+        return replace(entry, around=lambda: sdpa_kernel(backends))
 
 
 class Flex(Provider):
     """FlexAttention, compiled for each shape."""
 
-    compiles = True
+    compiles = compiles_lengths = True
 
     def why_not(self, workload: Workload, device: torch.device) -> str | None:
         """Its CPU code has no backward pass, and compiles C++."""
         return "needs a GPU" if device.type != "cuda" else None
 
-    def attend(self, workload: Workload, problem: Problem) -> Attend:
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
         """See :mod:`triflash.bench.flexible`."""
-        return flexible.attend(workload, problem, compiled=True)
+        return flexible.attend(workload, problem)
 
 
 class Fa4(Provider):
@@ -166,7 +180,7 @@ class Fa4(Provider):
             return "takes no bias tensor"
         return "aligns causal to the bottom right" if workload.is_banded and workload.queries != workload.keys else None
 
-    def attend(self, workload: Workload, problem: Problem) -> Attend:
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
         """``flash_attn_func`` of ``flash_attn.cute``."""
         from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
 
@@ -186,17 +200,54 @@ class Fa4(Provider):
             out: Tensor = found[0] if isinstance(found, tuple) else found
             return out
 
-        return run
+        return Entry(run)
 
 
 class Dense(Provider):
     """The formula in plain PyTorch: products in the inputs' dtype, softmax in float32, every score in memory."""
 
-    def attend(self, workload: Workload, problem: Problem) -> Attend:
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
         """See :mod:`triflash.bench.formula`."""
         precise = torch.promote_types(problem.q.dtype, torch.float32)
         hidden = formula.hidden(workload.queries, workload.keys, problem.options, problem.q.device)
-        return lambda q, k, v, bias: formula.attention(q, k, v, bias, problem.options, precise, hidden)
+        return Entry(lambda q, k, v, bias: formula.attention(q, k, v, bias, problem.options, precise, hidden))
+
+
+class Compiled(Provider):
+    """Another provider's function under ``torch.compile``, whole and for fixed shapes."""
+
+    compiles = compiles_lengths = True
+
+    def __init__(self, inner: Provider) -> None:
+        super().__init__(f"{inner.name}-compiled")
+        self.inner, self.is_ours = inner, inner.is_ours
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """Compiled C++ is nobody's measure."""
+        return "needs a GPU" if device.type != "cuda" else self.inner.why_not(workload, device)
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """The other's, compiled."""
+        entry = self.inner.attend(workload, problem)
+        return replace(entry, call=compiled(entry.call, fullgraph=True))
+
+
+class WithoutBias(Provider):
+    """Another provider on the workload without its bias: no peer, but a measure of what the bias costs."""
+
+    drops_bias = True
+
+    def __init__(self, inner: Provider) -> None:
+        super().__init__(f"{inner.name}-nobias")
+        self.inner = inner
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """It is handed the workload with its bias still there."""
+        return "there is no bias to leave out" if workload.bias is None else self.inner.why_not(workload.without_bias(), device)
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """Of the workload that has no bias any more."""
+        return self.inner.attend(workload, problem)
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -210,6 +261,9 @@ PROVIDERS: dict[str, Provider] = {
         Flex("flex"),
         Fa4("fa4"),
         Dense("dense"),
+        Compiled(Triflash("auto")),
+        Compiled(Sdpa("sdpa", None)),
+        WithoutBias(Sdpa("sdpa", None)),
     )
 }
 

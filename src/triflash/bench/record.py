@@ -13,7 +13,8 @@ from .workloads import Workload
 
 __all__ = ["SCHEMA", "Cell", "Row", "Run", "write_whole"]
 
-SCHEMA = "triflash-bench/1"
+SCHEMA = "triflash-bench/2"
+_OLD_SCHEMA, _OLD_PASSES = "triflash-bench/1", {"fwd+bwd": "step", "step": "host-step"}  # and what they are called now
 
 
 @dataclass
@@ -48,9 +49,9 @@ class Cell:
 class Row:
     """What one provider did in one pass of one cell.
 
-    status: ``ok``, ``dash`` (cannot, see ``reason``) or ``WRONG`` (the gate's words in ``reason``). samples_ms: every sample, in order;
-    for ``step`` the host's time until the call returned, and wall_ms until the device was done. peak_bytes: above inputs and outputs.
-    ran: which kernels triflash started, or nothing.
+    status: ``ok``, ``dash`` (cannot, see ``reason``) or ``WRONG`` (the gate's words in ``reason``). samples_ms: every sample, in order.
+    peak_bytes: above inputs and outputs, of the passes that time the device. ran: which kernels triflash started, or nothing.
+    breakdown: of a ``host-step``, if it was asked for: see :mod:`triflash.bench.breakdown`.
     """
 
     cell: str
@@ -59,9 +60,9 @@ class Row:
     status: str = "dash"
     reason: str = ""
     samples_ms: list[float] = field(default_factory=list)
-    wall_ms: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     ran: list[str] = field(default_factory=list)
+    breakdown: dict[str, Any] = field(default_factory=dict)
 
     @property
     def median_ms(self) -> float:
@@ -128,13 +129,25 @@ class Run:
             schema = found.pop("schema")
         except (ValueError, AttributeError, KeyError, TypeError):
             raise ValueError(f"{path}: wanted a file of triflash bench, got something else") from None
-        if schema != SCHEMA:
+        if schema not in (SCHEMA, _OLD_SCHEMA):
             raise ValueError(f"{path}: wanted schema {SCHEMA}, got {schema}")
         try:
+            if schema == _OLD_SCHEMA:
+                _renew(found)
             cells, rows = [Cell(**c) for c in found.pop("cells")], [Row(**r) for r in found.pop("rows")]
             return cls(**found, cells=cells, rows=rows)
         except (KeyError, TypeError):
             raise ValueError(f"{path}: wanted a whole file of triflash bench, got one whose parts are missing or unknown") from None
+
+
+def _renew(found: dict[str, Any]) -> None:
+    """Passes of an older file by their names of today. The wall time of a step between synchronisations is dropped."""
+    for cell in found["cells"]:
+        for counts in (cell["flops"], cell["bytes"]):
+            counts.update({_OLD_PASSES[which]: counts.pop(which) for which in list(counts) if which in _OLD_PASSES})
+    for row in found["rows"]:
+        row["which"] = _OLD_PASSES.get(row["which"], row["which"])
+        row.pop("wall_ms", None)
 
 
 def write_whole(path: Path, data: str | bytes) -> None:

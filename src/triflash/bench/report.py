@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .record import Cell, Row, Run, write_whole
+from .sweeps import SWEEPS, Sweep, verdicts
 from .timing import quantiles
 
 __all__ = ["best_peer_ratio", "save", "save_samples", "show"]
+
+_WORDS = ("case", "peer")  # headings of columns that hold no numbers, beside the first
 
 
 @dataclass
@@ -39,17 +44,26 @@ def show(run: Run, console: Console) -> None:
         table = Table(title="\n" + escape(sheet.title), title_justify="left")
         for at, heading in enumerate(sheet.headings):
             style = "bold" if heading.startswith("triflash") else None
-            table.add_column(escape(heading), justify="left" if at == 0 else "right", style=style, overflow="fold")
+            justify: Any = "left" if at == 0 or heading in _WORDS else "right"
+            table.add_column(escape(heading), justify=justify, style=style, overflow="fold")
         for line in sheet.lines:
-            table.add_row(*(f"[red]{escape(text)}[/red]" if text.startswith("WRONG") else escape(text) for text in line))
+            table.add_row(
+                *(f"[red]{escape(text)}[/red]" if text.startswith("WRONG") or text.endswith("MISSED") else escape(text) for text in line)
+            )
         console.print(table)
         for number, text in enumerate(sheet.notes, 1):
             console.print(f"  [{number}] {text}", markup=False, highlight=False)
 
 
 def save(run: Run, folder: Path) -> list[Path]:
-    """Write ``bench.json``, ``bench.csv``, ``samples.csv`` and ``bench.md``, each whole or not at all; returns their paths."""
+    """Write ``bench.json``, ``bench.csv``, ``samples.csv``, ``bench.md`` and, of a sweep, ``bars.json``, each whole or not at all.
+
+    Returns their paths.
+    """
     files = {"bench.json": run.dump(), "bench.csv": _summary(run), "samples.csv": _samples(run), "bench.md": _markdown(run)}
+    sweep = _sweep_of(run)
+    if sweep is not None:
+        files["bars.json"] = json.dumps([verdict.facts for verdict in verdicts(run, sweep.bars)], indent=1) + "\n"
     for name, text in files.items():
         write_whole(folder / name, text)
     return [folder / name for name in files]
@@ -61,8 +75,13 @@ def save_samples(run: Run, folder: Path) -> None:
 
 
 def best_peer_ratio(run: Run, cell: Cell, which: str) -> float | None:
-    """Time of the fastest peer over that of triflash (its own choice, else its fastest backend); None if either is missing."""
+    """Time of the fastest peer over that of triflash (its own choice, else its fastest backend); None if either is missing.
+
+    Who leaves out the bias is no peer, and compiled code is held to compiled code only where there is nothing else.
+    """
     found = {name: row.median_ms for name in run.providers if (row := run.row(cell, name, which)) is not None and row.status == "ok"}
+    found = {name: ms for name, ms in found.items() if not name.endswith("-nobias")}
+    found = {name: ms for name, ms in found.items() if not name.endswith("-compiled")} or found
     peers = [ms for name, ms in found.items() if not name.startswith("triflash")]
     ours = {name: ms for name, ms in found.items() if name.startswith("triflash")}
     if not peers or not ours:
@@ -70,24 +89,85 @@ def best_peer_ratio(run: Run, cell: Cell, which: str) -> float | None:
     return min(peers) / ours.get("triflash", min(ours.values()))
 
 
+_HOST_TITLES = {
+    "eager": "eager: wall time of a step in a program that runs step after step, µs",
+    "host-nograd": "host-nograd: how long a forward pass without autograd keeps the host busy, µs",
+    "host-fwd": "host-fwd: how long a forward pass keeps the host busy, µs",
+    "host-step": "host-step: how long a forward and backward pass keep the host busy, µs",
+    "first": "first: how long the first step at a new length keeps the host busy, kernels compiled before, µs: median / longest",
+}
+
+
 def _sheets(run: Run) -> Iterable[_Sheet]:
     unit, factor = ("TFLOP/s", 1e12) if run.machine["device"] == "cuda" else ("GFLOP/s", 1e9)
+    sweep = _sweep_of(run)
+    if sweep is not None:
+        yield _bars(run, sweep)
     for which in run.passes:
-        if which == "step":
-            yield _sheet(run, which, "step: host's time until the call returned / wall time until the device was done, µs", _host_cell)
+        if which in _HOST_TITLES:
+            yield _sheet(run, which, _HOST_TITLES[which], _first_cell if which == "first" else _host_cell)
         else:
             title = f"{which}: {unit} at the median, and % of the ceiling that binds (c: compute, m: memory)"
             yield _sheet(run, which, title, lambda run, cell, row: _rate_cell(run, cell, row, factor))
         if any(row.peak_bytes is not None for row in run.rows if row.which == which):
             yield _sheet(run, which, f"{which}: peak memory beyond inputs and outputs, MiB", _memory_cell, ratio=False)
+    for row in run.rows:
+        if row.breakdown:
+            yield from _breakdown(run, row)
+
+
+def _sweep_of(run: Run) -> Sweep | None:
+    return SWEEPS.get(run.options.get("sweep", ""))
+
+
+def _bars(run: Run, sweep: Sweep) -> _Sheet:
+    """What the sweep's bars say."""
+    headings = ["bar", "case", "triflash, µs", "peer", "peer, µs", "to peer", "allowed", "of what is allowed"]
+    sheet = _Sheet(f"sweep {run.options['sweep']}: medians held to its bars", headings)
+    for found in verdicts(run, sweep.bars):
+        bar, peer_ms = found.bar, found.peer_ms
+        words = f"{100 * found.share:.1f}%" + ("" if found.share <= 1 else " MISSED")
+        if peer_ms is None:
+            peer = ["", "", "", f"{1e3 * bar.factor:.0f} µs"]
+        else:
+            peer = [found.peer, f"{1e3 * peer_ms:.0f}", f"{found.ours_ms / peer_ms:.2f}x", f"{bar.factor:g}x"]
+        sheet.lines.append([bar.name, found.cell.name, f"{1e3 * found.ours_ms:.0f}", *peer, words])
+    for bar in sweep.bars:
+        mine = [line for line in sheet.lines if line[0] == bar.name]
+        missed = sum(line[-1].endswith("MISSED") for line in mine)
+        sheet.note(f"{bar.name}: " + (f"met in {len(mine) - missed} of {len(mine)}" if mine else "not measured"))
+    return sheet
+
+
+def _breakdown(run: Run, row: Row) -> Iterable[_Sheet]:
+    """Where the host's time of a step goes."""
+    case = f"{next(cell.name for cell in run.cells if cell.key == row.cell)}, {row.provider}"
+    found = row.breakdown
+    if "failed" in found:
+        yield _Sheet(f"{case}: no breakdown", ["why"], [[found["failed"]]])
+        return
+    pieces = [[name, f"{us:.1f}"] for name, us in found["pieces"].items()]
+    yield _Sheet(f"{case}: what keeps the host busy, each alone", ["piece", "µs"], pieces)
+    total = found["profiled"] or 1.0
+    title = f"{case}: a step under the profiler, {found['profiled']:.0f} µs, by file or package"
+    lines = [[name, f"{calls:g}", f"{own:.1f}", f"{100 * own / total:.0f}%"] for name, calls, own in found["groups"]]
+    yield _Sheet(title, ["file or package", "calls", "own µs", "share"], lines)
+    lines = [[name, f"{calls:g}", f"{own:.1f}", f"{whole:.1f}"] for name, calls, own, whole in found["functions"]]
+    yield _Sheet(f"{case}: the functions with the most time of their own", ["function", "calls", "own µs", "with what it calls, µs"], lines)
 
 
 def _sheet(run: Run, which: str, title: str, text: Callable[[Run, Cell, Row], str], ratio: bool = True) -> _Sheet:
+    """A line for each cell and a column for each provider that the pass was measured for."""
     several = len({cell.dtype for cell in run.cells}) > 1
-    sheet = _Sheet(title, ["case", *run.providers, *(["to best peer"] if ratio else [])])
+    mine = [row for row in run.rows if row.which == which]
+    cells, names = {row.cell for row in mine}, {row.provider for row in mine}
+    providers = [name for name in run.providers if name in names]
+    sheet = _Sheet(title, ["case", *providers, *(["to best peer"] if ratio else [])])
     for cell in run.cells:
+        if cell.key not in cells:
+            continue
         line = [cell.name + (f" {cell.dtype}" if several else "")]
-        for provider in run.providers:
+        for provider in providers:
             row = run.row(cell, provider, which)
             if row is None:
                 line.append("")
@@ -112,7 +192,11 @@ def _rate_cell(run: Run, cell: Cell, row: Row, factor: float) -> str:
 
 
 def _host_cell(run: Run, cell: Cell, row: Row) -> str:
-    return f"{1e3 * row.median_ms:.0f} / {1e3 * quantiles(row.wall_ms)['p50']:.0f}"
+    return f"{1e3 * row.median_ms:.0f}"
+
+
+def _first_cell(run: Run, cell: Cell, row: Row) -> str:
+    return f"{1e3 * row.median_ms:.0f} / {1e3 * max(row.samples_ms):.0f}"
 
 
 def _memory_cell(run: Run, cell: Cell, row: Row) -> str:
@@ -134,7 +218,10 @@ def _markdown(run: Run) -> str:
         lines.append(f"- {name}: " + (f"{rate / 1e12:.3g} TFLOP/s" if rate else f"{ceiling['bytes_per_second'] / 1e9:.4g} GB/s"))
     for sheet in _sheets(run):
         lines += ["", f"## {sheet.title[0].upper()}{sheet.title[1:]}", ""]
-        lines += ["| " + " | ".join(sheet.headings) + " |", "| --- " + "| ---: " * (len(sheet.headings) - 1) + "|"]
+        lines += [
+            "| " + " | ".join(sheet.headings) + " |",
+            "| --- " + "".join("| --- " if heading in _WORDS else "| ---: " for heading in sheet.headings[1:]) + "|",
+        ]
         lines += ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in sheet.lines]
         lines += ["", *(f"[{number}] {text}  " for number, text in enumerate(sheet.notes, 1))]
     return "\n".join(lines).rstrip() + "\n"
@@ -143,7 +230,7 @@ def _markdown(run: Run) -> str:
 def _summary(run: Run) -> str:
     sizes = [name for name in (run.cells[0].workload if run.cells else {}) if name not in ("name", "about")]
     head = ["case", *sizes, "provider", "pass", "status", "reason", "samples", "p10_ms", "p25_ms", "median_ms", "p75_ms", "p90_ms"]
-    head += ["wall_median_ms", "flops", "bytes", "tflops_per_s", "gbytes_per_s", "of_matmul", "of_copy", "peak_bytes", "ran"]
+    head += ["flops", "bytes", "tflops_per_s", "gbytes_per_s", "of_matmul", "of_copy", "peak_bytes", "ran"]
     cells = {cell.key: cell for cell in run.cells}
     lines: list[list[object]] = [list(head)]
     for row in run.rows:
@@ -151,20 +238,17 @@ def _summary(run: Run) -> str:
         found = list(quantiles(row.samples_ms).values()) if row.samples_ms else [""] * 5
         rate, shares = run.rate(cell, row), run.of_ceiling(cell, row)
         moved = 1e3 * cell.bytes[row.which] / row.median_ms / 1e9 if row.status == "ok" else ""
-        wall = quantiles(row.wall_ms)["p50"] if row.wall_ms else ""
         line = [cell.name, *(cell.workload[name] for name in sizes), row.provider, row.which, row.status, row.reason, len(row.samples_ms)]
-        line += [*found, wall, cell.flops[row.which], cell.bytes[row.which], "" if rate is None else rate / 1e12, moved]
+        line += [*found, cell.flops[row.which], cell.bytes[row.which], "" if rate is None else rate / 1e12, moved]
         lines.append([*line, shares.get("matmul", ""), shares.get("copy", ""), row.peak_bytes, "; ".join(row.ran)])
     return _csv(lines)
 
 
 def _samples(run: Run) -> str:
     names = {cell.key: cell.name for cell in run.cells}
-    lines: list[list[object]] = [["case", "key", "provider", "pass", "sample", "ms", "wall_ms"]]
+    lines: list[list[object]] = [["case", "key", "provider", "pass", "sample", "ms"]]
     for row in run.rows:
-        walls: list[object] = [*row.wall_ms] or [""] * len(row.samples_ms)
-        for at, (ms, wall) in enumerate(zip(row.samples_ms, walls, strict=True)):
-            lines.append([names[row.cell], row.cell, row.provider, row.which, at, ms, wall])
+        lines += [[names[row.cell], row.cell, row.provider, row.which, at, ms] for at, ms in enumerate(row.samples_ms)]
     return _csv(lines)
 
 

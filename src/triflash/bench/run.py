@@ -8,17 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ..terminal import table_console
+from ..terminal import line_on_stderr, steps_on_stderr, table_console
 from . import compare as comparison
 from . import machine, plots, report
-from .measure import DeviceLostError, Settings, compile_only, measure
+from .measure import DeviceLostError, Settings, compile_only, measure, pieces
 from .options import Options
 from .providers import one_line, provider
 from .record import Cell, Run
@@ -34,26 +32,27 @@ def run(options: Options) -> int:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-    settings = Settings(options.passes, device, options.budget, options.min_samples, options.seed)
+    settings = Settings(tuple(options.passes), device, options.budget, options.min_samples, options.seed, options.breakdown)
     if options.part is not None:
         return _prepare_part(options, settings)
     console = table_console()
     options.out.mkdir(parents=True, exist_ok=True)
     if options.prepare and device.type == "cuda":
-        _prepare(options, settings, console)
-    kept = {name: getattr(options, name) for name in ("note", "budget", "min_samples", "seed", "passes")}
+        _prepare(options, settings)
+    kept = {name: getattr(options, name) for name in ("note", "budget", "min_samples", "seed", "passes", "sweep")}
     kept["words"] = _without_out(options.words)
     found = Run(machine.facts(device), kept)
     lost = ""
     started = time.monotonic()
     try:
-        with _progress(console, len(options.workloads) * (len(options.providers) + len(options.passes)) + 1) as tell:
+        crews = [[provider(name) for name in job.providers] for job in options.jobs]
+        total = sum(pieces(crew, job.passes, options.breakdown) for job, crew in zip(options.jobs, crews, strict=True))
+        with steps_on_stderr(total + 1) as tell:
             tell("ceilings")
             found.ceilings = machine.ceilings(device, dict.fromkeys(w.dtype for w in options.workloads))
-            providers = [provider(name) for name in options.providers]
-            for workload in options.workloads:
-                rows = measure(workload, providers, settings, tell)
-                found.cells.append(Cell.of(workload, options.passes))
+            for job, crew in zip(options.jobs, crews, strict=True):
+                rows = measure(job.workload, crew, replace(settings, passes=job.passes), tell)
+                found.cells.append(Cell.of(job.workload, job.passes))
                 found.rows += rows
                 report.save_samples(found, options.out)
         found.complete = True
@@ -97,27 +96,13 @@ def _without_out(words: tuple[str, ...]) -> list[str]:
     return [word for word in kept if not word.startswith("--out=")]
 
 
-@contextlib.contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=total)
-        begun = [False]
-
-        def tell(what: str) -> None:
-            progress.update(task, description=what, advance=1 if begun[0] else 0)
-            begun[0] = True
-
-        yield tell
-
-
-def _prepare(options: Options, settings: Settings, console: Console) -> None:
+def _prepare(options: Options, settings: Settings) -> None:
     """Start the workers and wait for them. What fails in one fails again, with its reason, in the run itself."""
     work = _compilations(options, settings)
     count = min(options.prepare, len(work))
     if not count:
         return
-    console.print(f"Compiling {len(work)} times in {count} processes …", highlight=False)
+    line_on_stderr(f"Compiling {len(work)} times in {count} processes …")
     started = time.monotonic()
     # Inductor's own pool of compilers would be one more pool in each worker.
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -131,35 +116,37 @@ def _prepare(options: Options, settings: Settings, console: Console) -> None:
             if worker.wait():
                 errors[at].seek(0)
                 last = (errors[at].read().strip().splitlines() or ["no message"])[-1]
-                console.print(f"A compiling process stopped with status {worker.returncode}: {last}", markup=False, highlight=False)
+                line_on_stderr(f"A compiling process stopped with status {worker.returncode}: {last}")
     finally:
         for worker in workers:
             worker.kill()
             worker.wait()
         for file in errors:
             file.close()
-    console.print(f"Compiled in {time.monotonic() - started:.0f} s.", highlight=False)
+    line_on_stderr(f"Compiled in {time.monotonic() - started:.0f} s.")
 
 
 def _compilations(options: Options, settings: Settings) -> list[tuple[int, str]]:
-    """(index of a workload, provider) of everything that has something to compile."""
-    return [
+    """(index of a job, provider) of everything that has something to compile, providers in their order."""
+    found = [
         (at, name)
-        for name in options.providers
-        if provider(name).compiles
-        for at, workload in enumerate(options.workloads)
-        if provider(name).why_not(workload, settings.device) is None
+        for at, job in enumerate(options.jobs)
+        for name in job.providers
+        if provider(name).compiles and provider(name).why_not(job.workload, settings.device) is None
     ]
+    order = list(dict.fromkeys(name for _, name in found))
+    return sorted(found, key=lambda item: order.index(item[1]))
 
 
 def _prepare_part(options: Options, settings: Settings) -> int:
     assert options.part is not None
     part, parts = options.part
     for at, name in _compilations(options, settings)[part::parts]:
+        job = options.jobs[at]
         try:
-            compile_only(options.workloads[at], provider(name), settings)
+            compile_only(job.workload, provider(name), replace(settings, passes=job.passes))
         except Exception as error:  # noqa: BLE001 (the run itself will say so in its table)
-            sys.stderr.write(f"{options.workloads[at].name}, {name}: {one_line(error)}\n")
+            sys.stderr.write(f"{job.workload.name}, {name}: {one_line(error)}\n")
         if settings.device.type == "cuda":
             torch.cuda.empty_cache()
     return FINE

@@ -146,6 +146,10 @@ class Workload:
         sinks = normal(self.heads).float() if self.sinks else None
         return Problem(q, k, v, bias, dout, Options(self.softmax_scale, self.batch_inner, self.lo, self.hi, self.softcap, sinks))
 
+    def without_bias(self) -> Workload:
+        """The same, bias and padding left out. Its random q, k and v are the same."""
+        return replace(self, bias=None, bias_values="normal", dbias=False)
+
     def shrunk(self, length: int = 48) -> Workload:
         """The same features at a size for trying out and testing: says nothing about the model's speed."""
         if self.bias_values == "windows":
