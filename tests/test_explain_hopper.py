@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triflash.copies import copies_of
 
 from cases import triton_only, with_layout
 from triflash import explain
 from triflash.__main__ import main
-from triflash.copies import copies_of
 from triflash.plan import hopper, hopper_backward, hopper_rows, layout
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES

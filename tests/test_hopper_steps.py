@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from triflash.plan.scratch import scratch
 
 from cases import triton_only
 from test_hopper_plan import SM90, spec, visits
@@ -20,7 +21,6 @@ from triflash.plan.configs import TileConfig
 from triflash.plan.hopper_backward import KeysConfig
 from triflash.plan.hopper_rows import RowsConfig
 from triflash.plan.override import override_configs
-from triflash.plan.scratch import scratch
 from triflash.plan.select import Plan, plan_backward, plan_forward
 from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Saved
 
