@@ -86,7 +86,10 @@ def _run(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) ->
     if torch.is_grad_enabled():
         for x in given:
             if x is not None and x.requires_grad:
-                return _apply(call, return_lse, *given)
+                count = len(given)
+                while given[count - 1] is None:  # autograd looks at each of them
+                    count -= 1
+                return _apply(call, return_lse, *given[:count])
     results = call.run_forward(given)
     return (results[0], results[1]) if return_lse else results[0]
 

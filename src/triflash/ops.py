@@ -24,7 +24,7 @@ from .bound.signature import CALLS, ambient, describe
 from .errors import UnsupportedError, bad_value
 from .form import Form
 from .launch.room import twin
-from .spec import Gradients, Saved, check_gradients, check_saved, keeps_rest, spec_of
+from .spec import Gradients, Operands, Saved, check_gradients, check_saved, keeps_rest, spec_of
 
 __all__ = ["Attention", "attention_backward", "attention_backward_", "attention_forward", "differentiable_once"]
 
@@ -104,11 +104,11 @@ def _kept(rest: Tensor | None) -> Tensor | None:
     return None if rest is None or rest.dim() == 1 else rest
 
 
-def _all_needs(needs: Sequence[bool]) -> list[bool]:
+def _all_needs(needs: Sequence[bool]) -> tuple[bool, ...]:
     """Whether dq, dk, dv, dbias and dsink are wanted; the last may be left out."""
     if not 4 <= len(needs) <= 5:
         raise bad_value("needs", "4 or 5 of them: of q, k, v, bias and sink", list(needs))
-    return [*needs, False][:5]
+    return (*needs, False)[:5]
 
 
 def _backward(
@@ -143,7 +143,7 @@ def _backward_(
     check_saved(q, v, dout, dlse, saved)
     inputs = {"q": q, "k": k, "v": v, "bias": bias, "sink": options.sink}
     check_gradients(inputs, grads._asdict(), {"dout": dout, "out": out})
-    needs = [grad is not None for grad in grads]
+    needs = tuple(grad is not None for grad in grads)
     call.run_backward(given, [x for x in saved if x is not None], dout, dlse, needs, into=grads)
 
 
@@ -194,12 +194,17 @@ def differentiable_once(grads: list[Tensor | None], inputs: tuple[Tensor | None,
     return tied
 
 
+_MISSING = (None,) * len(Operands._fields)
+
+
 class Attention(torch.autograd.Function):
-    """Eager attention with gradients: ``Attention.apply(call, return_lse, *given)``, given being the tensors of a bound call in order."""
+    """Eager attention with gradients: ``Attention.apply(call, return_lse, *given)``, given being the tensors of a bound call in order, less
+    those that are missing at the end.
+    """
 
     @staticmethod
     def forward(ctx: Any, call: BoundCall, return_lse: bool, *given: Tensor | None) -> Any:
-        results = call.run_forward(given)
+        results = call.run_forward(given + _MISSING[len(given) :])
         ctx.call = call
         ctx.save_for_backward(*given, *results)
         ctx.set_materialize_grads(False)
@@ -207,21 +212,25 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        wants = ctx.needs_input_grad[2:]
-        needs = [wants[at] for at in GRADIENTS]
-        result: list[Tensor | None] = [None] * (2 + len(wants))
-        if (dout is None and dlse is None) or True not in needs:
+        _, _, *wants = ctx.needs_input_grad
+        count = len(wants)
+        result: list[Tensor | None] = [None] * (2 + count)
+        if dout is None and dlse is None:
             return tuple(result)
         call, saved = ctx.call, ctx.saved_tensors
-        given, outputs = saved[: len(wants)], saved[len(wants) :]
+        given, outputs = saved[:count] + _MISSING[count:], saved[count:]
         if dout is None:
             dout = torch.zeros_like(outputs[0])
-        with torch.no_grad():
+        needs = tuple([at < count and wants[at] for at in GRADIENTS])
+        if not torch.is_grad_enabled():
             grads = call.run_backward(given, outputs, dout, dlse, needs)
-        if torch.is_grad_enabled():
+        else:
+            with torch.no_grad():
+                grads = call.run_backward(given, outputs, dout, dlse, needs)
             grads = differentiable_once(grads, (dout, dlse, *given))
         for at, grad in zip(GRADIENTS, grads, strict=True):
-            result[2 + at] = grad
+            if grad is not None:
+                result[2 + at] = grad
         return tuple(result)
 
 

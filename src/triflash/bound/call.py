@@ -82,7 +82,7 @@ class BoundCall:
         return self.forward.run(given, given[0])  # type: ignore[arg-type]
 
     def run_backward(
-        self, given: Given, saved: Given, dout: Tensor, dlse: Tensor | None, needs: Sequence[bool], into: Given | None = None
+        self, given: Given, saved: Given, dout: Tensor, dlse: Tensor | None, needs: tuple[bool, ...], into: Given | None = None
     ) -> list[Tensor | None]:
         """The gradients of q, k, v (as they are packed), bias and sink; None where they are not needed.
 
@@ -92,13 +92,16 @@ class BoundCall:
             needs: of each gradient whether it is needed. into: tensors to fill, in the form given; None: new ones.
         """
         all_given = (*given, *saved, dout, dlse, *(() if into is None else into))
-        key = (tuple(needs), into is None, _layout(all_given))
+        key = (needs, into is None, _layout(all_given))
         bound = self._backward.get(key)
         if bound is None:
             bound = self.bind_backward(all_given, len(saved), needs, into is not None)
             self._backward.add(key, bound)
-        made = iter(bound.run(all_given, dout))
-        return [next(made) if need and into is None else None for need in needs]
+        made = bound.run(all_given, dout)
+        if into is not None:
+            return []
+        results = iter(made)
+        return [next(results) if need else None for need in needs]
 
     def bind_backward(self, tensors: Given, saved_count: int, needs: Sequence[bool], into: bool) -> BoundPass:
         """The backward pass for tensors of such layouts: the operands, what was saved, dout, dlse, and if ``into`` the gradients."""
@@ -159,8 +162,9 @@ class BoundCall:
                 made.append(None)
                 continue
             like = torch.empty(x.shape, dtype=x.dtype, device="meta")
-            if at < 3 and not self.form.contiguous and self._folds(name, dense := torch.empty_like(x)):
-                like = dense
+            if at < 3 and not self.form.contiguous and not x.is_contiguous() and _leaves_no_gaps(x):
+                dense = meta(x.shape, x.stride(), x.dtype)
+                like = dense if self._folds(name, dense) else like
             made.append(room.result(name, like))
         return made
 
@@ -179,6 +183,16 @@ class BoundCall:
             q, k, v = (None, None, None) if q is None else q.unbind(2)
         rows = (None if x is None else form.rows(name, x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
         return Gradients(*rows, None if bias is None else form.bias(bias), sink)
+
+
+def _leaves_no_gaps(x: Tensor) -> bool:
+    """Whether x's elements fill its memory, each place once."""
+    size = 1
+    for stride, own in sorted((stride, own) for stride, own in zip(x.stride(), x.shape, strict=True) if own != 1):
+        if stride != size:
+            return False
+        size *= own
+    return True
 
 
 def _mention_tiled(room: Described, spec: AttentionSpec, grads: Gradients) -> None:

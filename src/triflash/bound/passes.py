@@ -52,7 +52,6 @@ class BoundPass:
         self.plan, self.spec, self.room, self.calls, self._aside = plan, spec, room, calls, aside
         self._device = device
         self._results: list[_Allocated] = [_shape_of(each) for each in room.allocations if each.use == "result"]
-        assert all(each.use == "result" for each in room.allocations[: len(self._results)]), "results come first"
         self._steps: _Native | None = None
         self._tried = calls is None
         self._lock = threading.Lock()
@@ -100,6 +99,7 @@ class _Native:
 
         self._launches = launches
         self._state = native.state()
+        self._watched = [each.watched for each in launches]
         self._native = native
         self._index = device.index if device.type == "cuda" else None
         self._device = device
@@ -107,7 +107,9 @@ class _Native:
         # Behind given and results: copies, then all scratch in one.
         copies = [(room.given + at, each) for at, each in enumerate(room.allocations) if each.use == "copy"]
         self._copies_made: list[_Allocated] = [_shape_of(each) for _, each in copies]
-        places = {slot: (slot, 0) for slot in range(given + results)}
+        places = {slot: (slot, 0) for slot in range(given)}
+        kept = [room.given + at for at, each in enumerate(room.allocations) if each.use == "result"]
+        places |= {slot: (given + at, 0) for at, slot in enumerate(kept)}
         places |= {slot: (given + results + at, 0) for at, (slot, _) in enumerate(copies)}
         shared, size = given + results + len(copies), 0
         for at, each in enumerate(room.allocations):
@@ -135,8 +137,8 @@ class _Native:
         native = self._native
         if native.stands_aside() or native.state() != self._state:
             return False
-        for each in self._launches:
-            if each.kernel.pre_run_hooks:
+        for module, name, kernel, hooks in self._watched:
+            if hooks or module.get(name) is not kernel:
                 return False
         if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(self._device):
@@ -171,7 +173,7 @@ class _Native:
             for view in self._zeros:
                 _seen(view, tensors).zero_()
             for dsink, sink, lse, rest, delta, factor in self._sinks:
-                saved = Saved(lse, _seen(lse, tensors), None if rest is None else _seen(rest, tensors))  # type: ignore[arg-type]
+                saved = Saved(_seen(lse, tensors), _seen(lse, tensors), None if rest is None else _seen(rest, tensors))
                 _seen(dsink, tensors).copy_(sink_gradient(_seen(sink, tensors), saved, _seen(delta, tensors), factor))
 
 
@@ -188,6 +190,6 @@ def _seen(view: View, tensors: list[Tensor | None]) -> Tensor:
         if whole.dtype == torch.uint8 and view.dtype.itemsize > 1:  # scratch
             size = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True)) if math.prod(view.shape) else 0
             begin = view.offset * view.dtype.itemsize
-            return whole[begin : begin + size * view.dtype.itemsize].view(view.dtype).as_strided(view.shape, view.strides, None)
+            return whole[begin : begin + size * view.dtype.itemsize].view(view.dtype).as_strided(view.shape, view.strides)
         whole = whole.view(view.dtype)
     return whole.as_strided(view.shape, view.strides, whole.storage_offset() + view.offset)
