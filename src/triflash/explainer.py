@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .arguments import ATTENTION, Given, Options
 from .bound.passes import BoundPass
+from .checks import check_bool
 from .door import bind
 from .errors import UnsupportedError, bad_type, bad_value
 from .explanation import Copy, ExplainedStep, Explanation, Pass
@@ -123,6 +124,7 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: di
             raise bad_type("softmax_scale", "scale=, as attention calls it", "softmax_scale=")
         if name not in _OPTIONS:
             raise bad_type("explain", f"options of attention ({', '.join(_OPTIONS)})", repr(name))
+    check_bool("return_lse", options.get("return_lse", False))
     given = Given(q, k, v, bias, **{name: options[name] for name in _TENSORS if name in options})
     return given, Options(**{name: options[name] for name in Options._fields if name in options})
 
