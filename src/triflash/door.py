@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
+from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
 from .arguments import Checked, Face, Given, Options, checked
 from .bound.call import BoundCall
 from .bound.signature import CALLS, ambient, describe
 from .checks import check_seed_range, seed_tensor
+from .errors import UnsupportedError
 from .launch.room import meta, twin
 from .ops import Attention, attention_forward
 from .plan.device import DeviceFacts
 from .plan.select import requested_backend_soon
 from .spec import resolve_precision, spec_of
+from .transforms import Transformed
 
 __all__ = ["attend", "bind"]
 
@@ -44,6 +46,8 @@ def attend(face: Face, given: Given, options: Options, return_lse: bool = False)
 
     Raises what :func:`~triflash.arguments.checked` does, in the first call of a signature and in every other.
     """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(given)
     if _compiling():
         return _by_operators(face, given, options, return_lse)
     q, k, v, bias, mask, lengths, slopes, sink, seed = given
@@ -117,12 +121,23 @@ def _by_operators(face: Face, given: Given, options: Options, return_lse: bool) 
     call = checked(face, given, options)
     seed = seed_tensor(given.dropout_seed, given.q.device) if call.dropout_p else None
     x = call.form.operands((*given[:8], seed))  # type: ignore[arg-type]
-    out, lse, _ = attention_forward(
+    forward = Transformed.apply if _transforms() else attention_forward
+    out, lse, _ = forward(
         *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend, *x[4:], call.softcap, call.dropout_p,
         call.deterministic,
     )  # fmt: skip
     out = call.form.out_of(out)
     return (out, call.form.lse_of(lse)) if return_lse else out
+
+
+def _refuse_tangents(given: Given) -> None:
+    """Forward-mode derivatives (``torch.func.jvp``, ``jacfwd``, ``linearize``, dual tensors) are refused: they would come out as zero."""
+    for name, x in zip(Given._fields, given, strict=True):
+        if isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
+            raise UnsupportedError(
+                f"forward-mode derivatives by {name} (torch.func.jvp, jacfwd, linearize, dual tensors): no backend has them; use reverse "
+                "mode (torch.func.vjp, jacrev, grad), or differentiate dense attention in PyTorch"
+            )
 
 
 def _autocasted(face: Face, given: Given, options: Options, return_lse: bool) -> Any:

@@ -67,11 +67,11 @@ class BoundCall:
 
         def aside(tensors: Given) -> None:
             count = len(self.given)
-            launch.run_forward(plan, spec, form.operands(tensors[:count]), self._saved(tensors[count:]))
+            launch.run_forward(plan, spec, form.operands(tensors[:count]), self.saved(tensors[count:]))
 
         return BoundPass(plan, spec, room, calls, aside, self.device)
 
-    def _saved(self, results: Given) -> Saved:
+    def saved(self, results: Given) -> Saved:
         """out, lse and, where it was kept, rest, in canonical form."""
         out, lse, *rest = results
         assert out is not None and lse is not None
@@ -112,13 +112,13 @@ class BoundCall:
             room.give(x)
         count = len(self.given)
         behind = count + saved_count + 2
-        given, saved = twins[:count], self._saved(twins[count : count + saved_count])
+        given, saved = twins[:count], self.saved(twins[count : count + saved_count])
         dout, dlse = twins[behind - 2 : behind]
         assert dout is not None
         grads: list[Tensor | None] = list(twins[behind:]) if into else self._new_gradients(room, given, needs)
         written = self._gradients(grads)
         copy = room.contiguous
-        plan = plan_backward(spec, self._needs(needs), self.facts, self.backend)
+        plan = plan_backward(spec, self.needs(needs), self.facts, self.backend)
         calls = None
         if plan.backend not in IN_PYTORCH:
             operands = form.operands(given, copy)
@@ -129,7 +129,7 @@ class BoundCall:
             _mention_tiled(room, spec, written)
 
         def aside(tensors: Given) -> None:
-            saved = self._saved(tensors[count : count + saved_count])
+            saved = self.saved(tensors[count : count + saved_count])
             dout, dlse = tensors[behind - 2 : behind]
             assert dout is not None
             dlse = None if dlse is None else form.lse("dlse", dlse)
@@ -145,7 +145,8 @@ class BoundCall:
         wanted = (needs.dq, needs.dk, needs.dv, needs.dbias, needs.dsink)
         return self.bind_backward((*self.given, *results, twin(results[0]), None), len(results), wanted, into=False)
 
-    def _needs(self, needs: Sequence[bool]) -> Needs:
+    def needs(self, needs: Sequence[bool]) -> Needs:
+        """The gradients of canonical operands that are needed, from those of what was given."""
         q, k, v, bias, sink = needs
         if self.form.tensors == 2:
             v = k

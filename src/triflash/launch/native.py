@@ -88,8 +88,8 @@ class Launch:
     """One compiled kernel with its grid and every argument but the addresses.
 
     pointers: (place among the arguments, slot, offset in bytes). maps: (place, slot, offset, what a tensor map is made of beside its
-    address, those made so far). nested: tuples among the arguments that hold addresses. watched: the module that the kernel comes from, the name it has
-    there, the kernel, and its hooks.
+    address, those made so far). nested: tuples among the arguments that hold addresses. watched: the module that the kernel comes from,
+    its name there, the kernel, and its hooks.
     """
 
     __slots__ = (
@@ -207,7 +207,7 @@ def _in_order(call: Call) -> list[Any]:
     """The kernel's arguments, one for each of its parameters."""
     parameters = list(call.kernel.signature.parameters.values())
     behind = parameters[len(call.args) :]
-    return [*call.args, *(call.constants[each.name] if each.name in call.constants else each.default for each in behind)]
+    return [*call.args, *(call.constants.get(each.name, each.default) for each in behind)]
 
 
 def _is_descriptor(value: Any) -> bool:
