@@ -53,10 +53,9 @@ def attend(face: Face, given: Given, options: Options, return_lse: bool = False)
     q, k, v, bias, mask, lengths, slopes, sink, seed = given
     if _dispatch_modes() or _transforms() or _tracing() is not None or not _PLAIN.issuperset(map(type, given[:8])):
         return _by_operators(face, given, options, return_lse)
-    call = None
+    call, cast = None, False
     try:
-        if _autocast(q.device.type):
-            return _autocasted(face, given, options, return_lse)
+        cast = _autocast(q.device.type)
         facts, around = ambient(q)
         key: Any = (
             face.name, describe(q), describe(k), describe(v), describe(bias),
@@ -71,6 +70,8 @@ def attend(face: Face, given: Given, options: Options, return_lse: bool = False)
             call = CALLS.get(key)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         key = None  # a tensor that is none, or has no memory, or an option that cannot be hashed: the checks have words for it
+    if cast:
+        return _autocasted(face, given, options, return_lse)
     if call is None:
         settled = checked(face, given, options)
         if key is None or q.device.type == "meta" or any(x is not None and x.is_neg() for x in given[:8]):
@@ -120,7 +121,7 @@ def _by_operators(face: Face, given: Given, options: Options, return_lse: bool) 
     """The same by operators, which tracers, transforms and subclasses see."""
     call = checked(face, given, options)
     seed = seed_tensor(given.dropout_seed, given.q.device) if call.dropout_p else None
-    x = call.form.operands((*given[:8], seed))  # type: ignore[arg-type]
+    x = call.form.operands((*given[:8], seed))
     forward = Transformed.apply if _transforms() else attention_forward
     out, lse, _ = forward(
         *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend, *x[4:], call.softcap, call.dropout_p,
@@ -145,5 +146,6 @@ def _autocasted(face: Face, given: Given, options: Options, return_lse: bool) ->
     device = given.q.device.type
     dtype = torch.get_autocast_dtype(device)
     q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in _CASTS else x for x in given[:3])
+    assert q is not None
     with torch.autocast(device, enabled=False):
         return attend(face, given._replace(q=q, k=k, v=v), options, return_lse)

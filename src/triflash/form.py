@@ -54,7 +54,9 @@ class Form:
         if self.canonical:
             return Operands(q, k, v, bias, mask, lengths, slopes, sink, seed)
         return Operands(
-            *(self.rows(name, x, copy) for name, x in (("q", q), ("k", k), ("v", v))),
+            self.rows("q", q, copy),
+            self.rows("k", k, copy),
+            self.rows("v", v, copy),
             bias=self._five("bias", bias, copy),
             mask=self._five("mask", mask, copy),
             key_lengths=None if lengths is None else _fold("key_lengths", lengths, (math.prod(lengths.shape),), copy),

@@ -84,7 +84,7 @@ def flash_attn_qkvpacked_func(qkv: Tensor, bias: Tensor | None = None, causal: b
 
 def _attend(inputs: tuple[Tensor, ...], bias: Tensor | None, causal: bool, softmax_scale: float | None) -> Tensor:
     """Attention of q, k and v however they are packed; a packed input gets a packed gradient, written in place by the kernels."""
-    return attend(SEED[len(inputs)], _given(*inputs, bias=bias), _options(causal, softmax_scale))
+    return attend(SEED[len(inputs)], _given(*inputs)._replace(bias=bias), _options(causal, softmax_scale))
 
 
 def _given(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, bias: Tensor | None = None) -> Given:

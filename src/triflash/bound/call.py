@@ -182,8 +182,8 @@ class BoundCall:
             k, v = (None, None) if k is None else k.unbind(2)
         elif form.tensors == 1:
             q, k, v = (None, None, None) if q is None else q.unbind(2)
-        rows = (None if x is None else form.rows(name, x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
-        return Gradients(*rows, None if bias is None else form.bias(bias), sink)
+        dq, dk, dv = (None if x is None else form.rows(name, x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
+        return Gradients(dq, dk, dv, None if bias is None else form.bias(bias), sink)
 
 
 def _leaves_no_gaps(x: Tensor) -> bool:

@@ -40,6 +40,8 @@ class BoundPass:
     all slots, whose allocations have been made.
     """
 
+    stamp = 0
+
     def __init__(
         self,
         plan: Plan,
@@ -117,8 +119,8 @@ class _Native:
                 places[room.given + at] = (shared, size)
                 size += -(-each.nbytes // _ALIGNMENT) * _ALIGNMENT
         self._scratch = size
-        for each in launches:
-            each.move(places)
+        for one in launches:
+            one.move(places)
         used = sorted({slot for each in launches for slot in each.slots})
         self._used, self._count = [slot for slot in used if slot < given + results], shared + 1
         self._first_own, self._shared = given + results, shared

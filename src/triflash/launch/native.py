@@ -138,8 +138,8 @@ class Launch:
     @property
     def slots(self) -> set[int]:
         """Those whose addresses the launch takes."""
-        inside = (place for _, _, places in self._nested for place in places)
-        return {slot for _, slot, *_ in (*self._pointers, *self._maps, *inside)}
+        nested = {slot for _, _, inside in self._nested for _, slot, _ in inside}
+        return {each[1] for each in self._pointers} | {each[1] for each in self._maps} | nested
 
     def move(self, places: Mapping[int, tuple[int, int]]) -> None:
         """Take slots for others: each is found at an offset, in bytes, of another."""
