@@ -217,6 +217,9 @@ def test_negated_views_are_what_they_look_like() -> None:
     negated = torch.conj(z).imag
     assert negated.is_neg()
     q = torch.randn(1, 5, 2, 4)
+    plain = torch.randn(1, 5, 2, 8)[..., 1::2]
+    assert plain.stride() == negated.stride()
+    attention(plain, q, q)  # the same signature, but for the bit that negates
     torch.testing.assert_close(attention(negated, q, q), attention(-z.imag, q, q))
     leaf = q.clone().requires_grad_()
     out = attention(leaf, q, q)

@@ -66,7 +66,7 @@ def attend(face: Face, given: Given, options: Options, return_lse: bool = False)
             resolve_precision("") if q.dtype is torch.float32 and options.precision is None else "",
             around,
         )  # fmt: skip
-        if slopes is None or not slopes.requires_grad:
+        if slopes is None or not (slopes.requires_grad and torch.is_grad_enabled()):
             call = CALLS.get(key)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         key = None  # a tensor that is none, or has no memory, or an option that cannot be hashed: the checks have words for it
@@ -74,6 +74,8 @@ def attend(face: Face, given: Given, options: Options, return_lse: bool = False)
         return _autocasted(face, given, options, return_lse)
     if call is None:
         settled = checked(face, given, options)
+        if isinstance(options.window, list):
+            return attend(face, given, options._replace(window=tuple(options.window)), return_lse)
         if key is None or q.device.type == "meta" or any(x is not None and x.is_neg() for x in given[:8]):
             return _by_operators(face, given, options, return_lse)
         call = _bound(settled, given, facts, q.device)
