@@ -33,7 +33,7 @@ from multiprocessing.connection import Connection, wait
 import torch
 from torch import Tensor
 
-from triflash import oracle
+from triflash import launch, oracle
 from triflash.plan.configs import padded
 from triflash.plan.device import KNOWN_DEVICES, facts_of
 from triflash.plan.hopper import HopperConfig, products_fit, shared_limit, shared_memory
@@ -118,14 +118,12 @@ def cotangent(problem: Problem, q: Tensor, v: Tensor) -> Tensor:
 
 def starter(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], results: Results) -> Callable[[], None]:
     """What launches the kernel of a problem."""
-    from triflash.launch import hopper, hopper_backward
-
     spec = problem.spec(*tensors)
     x, saved = Operands(*tensors), Saved(results[0], results[1], results[2])  # type: ignore[arg-type]
     with override_configs(forward=problem.config) if problem.config else nullcontext():
         plan = plan_forward(spec, replace(facts_of(tensors[0].device), processors=problem.processors), "hopper")
     if not problem.gradients:
-        return lambda: hopper.forward(plan, spec, x, saved)
+        return lambda: launch.run_forward(plan, spec, x, saved)
     facts = replace(facts_of(tensors[0].device), processors=problem.processors)
     adding = keys_config(spec, True, facts.shared_memory) if problem.gradients == "added" and max(problem.D, problem.Dv) <= 128 else None
     with override_configs(dqdkdv=adding) if adding else nullcontext():
@@ -135,8 +133,8 @@ def starter(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | No
     dout = cotangent(problem, tensors[0], tensors[2])
 
     def start() -> None:
-        hopper.forward(plan, spec, x, saved)
-        hopper_backward.backward(back, fixed, x, saved, dout, None, grads)
+        launch.run_forward(plan, spec, x, saved)
+        launch.run_backward(back, fixed, x, saved, dout, None, grads)
 
     return start
 

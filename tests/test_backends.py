@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
 import triflash
 from cases import triton_only
-from triflash import UnsupportedError, backend, flash_attn_func, record_launches
+from triflash import UnsupportedError, attention, backend, flash_attn_func, record_launches
 
 ON_GPU = torch.cuda.is_available()
 
@@ -180,18 +183,63 @@ except triflash.UnsupportedError as error:
     assert "TRITON_INTERPRET=1" in run.stdout and "backend('tiled')" in run.stdout
 
 
-@pytest.mark.parametrize("name", ["tiled", "oracle", pytest.param("triton", marks=triton_only)])
-def test_autocast_does_not_reach_the_arithmetic(name: str) -> None:
-    """Sums and exponentials are float32 whatever the caller's autocast says: the same bits with and without."""
+NAMES = ["tiled", "oracle", pytest.param("triton", marks=triton_only)]
+
+
+def results(function: Any, tensors: Sequence[torch.Tensor], **options: Any) -> list[torch.Tensor]:
+    """An output and the gradients of what it is made of."""
+    out = function(*tensors, **options)
+    return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_autocast_is_that_of_sdpa(dtype: torch.dtype) -> None:
+    """q, k and v become autocast's dtype, gradients come back in the given one; float64 stays; bias, sink and slopes keep theirs."""
     device = "cuda" if ON_GPU else "cpu"
-    q, k, v = (torch.randn(1, 40, 2, 16, device=device, requires_grad=True) for _ in range(3))
+    tensors = [torch.randn(1, 40, 2, 16, device=device).to(dtype).requires_grad_() for _ in range(3)]
+    heads_first = [x.detach().transpose(1, 2).requires_grad_() for x in tensors]
+    for to in (torch.bfloat16, torch.float16):
+        cast = dtype if dtype == torch.float64 else to
+        with torch.autocast(device, dtype=to):
+            got = results(attention, tensors, causal=True)
+            peer = results(torch.nn.functional.scaled_dot_product_attention, heads_first, is_causal=True)
+        assert [x.dtype for x in got] == [x.dtype for x in peer] == [cast, dtype, dtype, dtype]
+        with torch.no_grad():
+            low = [x.to(cast) for x in tensors]
+        wanted = results(attention, [x.requires_grad_() for x in low], causal=True)
+        assert all(torch.equal(a, b.to(a.dtype)) for a, b in zip(got, wanted, strict=True))
+        for a, b in zip(got, peer, strict=True):
+            torch.testing.assert_close(a, b.transpose(1, 2), rtol=5e-2, atol=5e-2)
+    bias, sink = torch.randn(40, 40, device=device, requires_grad=True), torch.randn(2, device=device, requires_grad=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        function = lambda *x: attention(*x[:3], bias=x[3], sink=x[4])  # noqa: E731
+        got = results(function, [*tensors, bias, sink])
+    assert got[4].dtype == bias.dtype and got[5].dtype == sink.dtype
+    with torch.no_grad():
+        cast = dtype if dtype == torch.float64 else torch.bfloat16
+        assert torch.equal(got[0], attention(*(x.to(cast) for x in tensors), bias=bias, sink=sink))
 
-    def results() -> list[torch.Tensor]:
-        out = flash_attn_func(q, k, v, causal=True)
-        return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))]
 
+def test_autocast_of_another_device_or_switched_off_changes_nothing() -> None:
+    q = torch.randn(1, 40, 2, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there may be no such device
+        elsewhere = torch.autocast("cuda", dtype=torch.bfloat16)
+    with elsewhere:
+        assert torch.equal(attention(q, q, q), flash_attn_func(q, q, q)) and attention(q, q, q).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attention(q, q, q).dtype == flash_attn_func(q, q, q).dtype == torch.bfloat16
+        with torch.autocast("cpu", enabled=False):
+            assert attention(q, q, q).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_does_not_reach_the_arithmetic(name: str) -> None:
+    """Sums and exponentials are float32 whatever the caller's autocast says: the same bits as of inputs that were cast before."""
+    device = "cuda" if ON_GPU else "cpu"
+    tensors = [torch.randn(1, 40, 2, 16, device=device).half().requires_grad_() for _ in range(3)]
     with backend(name):
-        wanted = results()
-        with torch.autocast(device, dtype=torch.bfloat16):
-            got = results()
+        wanted = results(flash_attn_func, tensors, causal=True)
+        with torch.autocast(device, dtype=torch.float16):
+            got = results(flash_attn_func, tensors, causal=True)
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))

@@ -13,7 +13,7 @@ from torch import Tensor
 import triflash
 from cases import EVERY_BACKEND, ON_HOPPER, small_tiles
 from triflash import attention
-from triflash.checks import key_lengths_of, slopes_of
+from triflash.form import Form
 from triflash.spec import INTEGERS
 
 ALL = ["oracle", *EVERY_BACKEND]
@@ -80,10 +80,9 @@ def test_nothing_is_computed_of_them() -> None:
     """A call launches no kernels for its lengths and slopes: what the operators get are views of what was given."""
     q = torch.empty(2, 4, 8, 2, 16)
     lengths, slopes = torch.ones(2, 4, dtype=torch.uint8), torch.ones(2, 4, 2, dtype=F16)
-    for given, taken in (
-        (lengths, key_lengths_of(lengths, q, (2, 4))),
-        (slopes, slopes_of(slopes, q, (2, 4), 2)),
-        (slopes[0, 0], slopes_of(slopes[0, 0], q, (2, 4), 2)),
-    ):
-        assert taken is not None and taken.data_ptr() == given.data_ptr() and taken.dtype == given.dtype
+    form = Form((2, 4), 2)
+    for slopes_given in (slopes, slopes[0, 0]):
+        x = form.operands((q, q, q, None, None, lengths, slopes_given, None, None), lambda name, _: pytest.fail(f"copies {name}"))
+        for given, taken in ((lengths, x.key_lengths), (slopes_given, x.alibi_slopes)):
+            assert taken is not None and taken.data_ptr() == given.data_ptr() and taken.dtype == given.dtype
     assert triflash.attention(q[0], q[0], q[0], key_lengths=lengths[0]).shape == q[0].shape

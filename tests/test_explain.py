@@ -7,26 +7,27 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import triflash
-from cases import HAVE_TRITON, five_dims, triton_only, with_layout
-from test_bad_input import OPTIONS, TENSORS, assert_refuses, ids, qkv
+from cases import HAVE_TRITON, triton_only, with_layout
+from test_attention import WRONG, Q
+from test_bad_input import OPTIONS, TENSORS, ids, qkv
 from test_structure import run_python
-from triflash import UnsupportedError, explain, flash_attn_func
+from triflash import UnsupportedError, attention, explain
 from triflash.__main__ import main
 from triflash.explanation import Explanation, human
-from triflash.plan import overlay
+from triflash.plan import layout, overlay
 from triflash.plan.configs import TileConfig
-from triflash.plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, interpreting, triton_version
+from triflash.plan.device import KNOWN_DEVICES, NAMED_DEVICES, DeviceFacts, facts_of, interpreting, triton_version
 from triflash.plan.override import override_configs
 from triflash.plan.select import BACKENDS, plan_backward, plan_forward, problem_of, why_not
 from triflash.shorthand import bias_shape
 from triflash.spec import Needs
+from unlaunched import check_bytes, unlaunched
 
 NAMES = ("q", "k", "v", "bias")
 B, M, N, H, D = 3, 33, 40, 2, 16
@@ -54,7 +55,7 @@ def ran(arguments: list[Any], causal: bool, backend: str) -> list[str]:
     """What a forward and a backward pass of those tensors record."""
     with triflash.record_launches() as seen:
         with triflash.backend(backend):
-            out = flash_attn_func(*arguments, causal)
+            out = attention(*arguments[:3], bias=arguments[3], causal=causal)
         if out.requires_grad:
             out.sum().backward()
     return seen
@@ -69,9 +70,9 @@ def ran(arguments: list[Any], causal: bool, backend: str) -> list[str]:
 def test_it_names_what_runs(backend: str, bias: str | None, causal: bool, grads: tuple[str, ...], device: torch.device) -> None:
     arguments = tensors(bias, device, grads=grads)
     with triflash.backend(backend):
-        explained = explain(*arguments, causal)
+        explained = explain(*arguments, causal=causal)
     assert explained.launches == ran(arguments, causal, backend)
-    assert explained.launches == explain(*arguments, causal, backend=backend).launches
+    assert explained.launches == explain(*arguments, causal=causal, backend=backend).launches
     assert explained.here and explained.device == facts_of(device) and explained.requested == backend
     assert explained.deterministic
     text = str(explained)
@@ -90,7 +91,7 @@ def test_it_is_the_plan_for_devices_that_are_not_here(arch: str) -> None:
     for bias, causal, dtype, d in itertools.product(patterns, (False, True), (torch.bfloat16, torch.float32), (64, 80, 256)):
         q = torch.empty(2, 1000, 4, d, device="meta", dtype=dtype)
         b = None if bias is None else torch.empty(bias_shape(bias, 2, 4, 1000, 1000), device="meta", dtype=dtype)
-        explained = explain(q, q, q, b, causal, grads=NAMES if bias else NAMES[:3], device=arch)
+        explained = explain(q, q, q, b, causal=causal, grads=NAMES if bias else NAMES[:3], device=arch)
         facts = explained.device
         assert facts == KNOWN_DEVICES[arch] or (facts.arch == arch and explained.here)
         forward = plan_forward(explained.spec, facts)
@@ -108,6 +109,17 @@ def test_it_is_the_plan_for_devices_that_are_not_here(arch: str) -> None:
             assert (step.source == "") == (step.step.config is None)
             if step.step.kernel in ("forward", "dkdv", "dqdkdv", "dq", "dbias") and forward.backend in ("triton", "hopper"):
                 assert step.shared_memory
+
+
+@pytest.mark.parametrize("product, arch", [("h100", "sm90"), ("H200", "sm90"), ("a100", "sm80"), ("rtx4090", "sm89"), ("mi300x", "gfx942")])
+def test_devices_by_product(product: str, arch: str, capsys: pytest.CaptureFixture[str]) -> None:
+    q = torch.empty(2, 1000, 4, 64, device="meta", dtype=torch.bfloat16)
+    explained = explain(q, q, q, device=product)
+    assert explained.device.arch == arch and (explained.here or explained.device == NAMED_DEVICES[product.lower()])
+    if arch in KNOWN_DEVICES:
+        assert explained.launches[0].split()[0] == explain(q, q, q, device=arch).launches[0].split()[0]
+    assert main(["explain", "--device", product]) == 0
+    assert arch in capsys.readouterr().out
 
 
 @triton_only
@@ -137,11 +149,28 @@ def test_a_backend_asked_for_by_name_raises_as_the_call_does() -> None:
     assert why_not("triton", explain(q, q, q, device="sm90").spec, KNOWN_DEVICES["sm90"])
 
 
+def error_of(function: Any, arguments: dict[str, Any]) -> tuple[type[Exception], str] | None:
+    try:
+        function(**arguments)
+    except Exception as error:  # noqa: BLE001
+        return type(error), str(error)
+    return None
+
+
 @pytest.mark.parametrize("row", TENSORS + OPTIONS, ids=ids(TENSORS + OPTIONS))
 def test_bad_input_is_refused_as_by_the_call(row: Any) -> None:
-    _, wrong, exception, name, parts = row
-    arguments = {**qkv(), "bias": None, "causal": False, "softmax_scale": None, **wrong}
-    assert_refuses(lambda: explain(**arguments), exception, name, parts)
+    _, wrong, *_ = row
+    arguments = {**qkv(), "bias": None, **{"scale" if name == "softmax_scale" else name: x for name, x in wrong.items()}}
+    wanted = error_of(attention, arguments)
+    assert error_of(explain, arguments) == wanted
+    assert wanted is not None or row[0] in ("head dim of v", "complex bias")  # attention takes values of another width
+
+
+@pytest.mark.parametrize("row", WRONG, ids=lambda row: row[0].replace(" ", "-"))
+def test_a_wrong_option_is_refused_as_by_the_call(row: Any) -> None:
+    arguments = {"q": Q, "k": Q, "v": Q, **row[1]}
+    wanted = error_of(attention, arguments)
+    assert wanted is not None and wanted[0] is row[2] and error_of(explain, arguments) == wanted
 
 
 @pytest.mark.parametrize("options, exception, words", [
@@ -151,6 +180,7 @@ def test_bad_input_is_refused_as_by_the_call(row: Any) -> None:
     ({"device": "sm1"}, ValueError, "device: wanted one of cpu, .*, or a device of this machine, got 'sm1'"),
     ({"device": "cuda:99"}, ValueError, "device: wanted .*, got 'cuda:99'; PyTorch sees"),
     ({"device": 3}, TypeError, "device: wanted .*, got int"),
+    ({"softmax_scale": 0.5}, TypeError, "softmax_scale: wanted scale=, as attention calls it, got softmax_scale="),
     ({"backend": "x"}, ValueError, "backend: wanted one of .*, got 'x'"),
 ], ids=str)  # fmt: skip
 def test_bad_options(options: dict[str, Any], exception: type[Exception], words: str) -> None:
@@ -171,7 +201,7 @@ def test_options_of_attention() -> None:
         dropout_p=0.1,
     )
     bias = torch.empty(2, 1, 4, 64, 48, device="meta")
-    explained = explain(q, k, k, bias, True, device="sm90", grads=["q", "sink", "bias"], **options)
+    explained = explain(q, k, k, bias, causal=True, device="sm90", grads=["q", "sink", "bias"], **options)
     text = str(explained)
     words = "4 query heads on 2 key heads, a mask beside a bias, key lengths, ALiBi slopes, a sink, a soft cap, dropout"
     assert f"{words}, keys from the end to -16 of a query" in text and "gradients  dq, dbias, dsink" in text
@@ -219,96 +249,82 @@ def test_where_configurations_come_from(tmp_path: Path) -> None:
             assert sources(here)["dq"].startswith("chosen by hand") and explained.launches[-1] == "triton: dq 16x16 w4 s1"
 
 
+def contiguously(out: Tensor) -> None:
+    """A backward pass of an output gradient that lies as the output does."""
+    out.backward(torch.zeros_like(out))
+
+
 LAYOUTS = ("plain", "transposed", "sliced", "step", "expanded", "packed")
 
 
 @triton_only
 @pytest.mark.parametrize("layout_name", LAYOUTS)
-def test_copies_of_rows_are_those_that_a_launch_makes(layout_name: str) -> None:
-    from triflash.launch import triton as launch
-
-    q = with_layout((B, M, H, D), layout_name, torch.zeros)
-    copied = launch._rows(q) is not q
-    assert copied == (layout_name == "step")
+def test_copies_of_rows_are_those_that_a_call_makes(layout_name: str) -> None:
+    q = with_layout((B, M, H, D), layout_name, torch.zeros).requires_grad_()
     k = torch.zeros(B, N, H, D)
-    named = [copy.tensor for copy in explain(q, k, k, device="sm80").copies]
-    assert named == (["q"] if copied else [])
+    explained = explain(q, k, k, device="sm80")
+    assert [copy.tensor for copy in explained.copies] == (["q"] if layout_name == "step" else [])
+    with unlaunched(KNOWN_DEVICES["sm80"]) as seen:
+        contiguously(attention(q, k, k))
+    check_bytes(explained, seen)
     assert explain(q, k, k, device="sm80", backend="tiled").copies == ()
-
-
-class OnGPU:
-    """A tensor that says it is on a GPU, and counts the elements of the copy that a launch makes of it."""
-
-    is_cuda = True
-
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.shape, self.elements = x, x.shape, 0
-
-    def stride(self) -> tuple[int, ...]:
-        return self.x.stride()
-
-    def data_ptr(self) -> int:
-        return self.x.data_ptr()
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.x[index]
-
-    def new_empty(self, shape: tuple[int, ...]) -> Tensor:
-        self.elements = torch.Size(shape).numel()
-        return self.x.new_empty(shape)
 
 
 @triton_only
 @pytest.mark.parametrize("columns", [32, 40, 48])
 @pytest.mark.parametrize("layout_name", [*LAYOUTS, "keys_first"])
-def test_copies_of_a_bias_are_those_that_a_launch_makes(layout_name: str, columns: int) -> None:
-    from triflash.launch import triton as launch
-
+def test_copies_of_a_bias_are_those_that_a_call_makes(layout_name: str, columns: int) -> None:
     for rows, dtype in itertools.product((1, 32, 33), (torch.float16, torch.float32)):
         for shape in ((H, rows, columns), (B, H, rows, columns), (H, rows, 1)):
             bias = with_layout(shape, layout_name, lambda shape, dtype=dtype: torch.zeros(shape, dtype=dtype))  # type: ignore[misc]
             if layout_name == "expanded":
                 bias = bias[..., :1].expand(shape)
             canonical = bias[(None,) * (4 - bias.dim())].unsqueeze(1)
-            stand_in = OnGPU(canonical)
-            copied = launch._vectorisable(stand_in) is not stand_in  # type: ignore[arg-type]
+            copied = layout.copies_bias(canonical.shape, canonical.stride(), bias.data_ptr())
             q, k = torch.zeros(B, rows, H, D, dtype=dtype), torch.zeros(B, columns if shape[-1] > 1 else 5, H, D, dtype=dtype)
-            found = explain(q, k, k, bias, device="sm80").copies
-            assert [copy.nbytes for copy in found] == ([stand_in.elements * bias.element_size()] if copied else [])
+            explained = explain(q, k, k, bias, device="sm80")
+            assert [copy.tensor for copy in explained.copies] == ["bias"] * copied
+            with unlaunched(KNOWN_DEVICES["sm80"]) as seen:
+                attention(q, k, k, bias=bias)
+            check_bytes(explained, seen)
             assert explain(q, k, k, bias, device="interpreter", backend="triton").copies == () or dtype == torch.bfloat16
 
 
 @triton_only
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_lengths_copy_nothing(backend: str) -> None:
+    """Kernels read key lengths of any integers, and the keys as they lie."""
+    q, k, v, _ = tensors(None, "cpu")
+    lengths = torch.tensor([5, 7, 9])
+    explained = explain(q, k, v, key_lengths=lengths, device="sm90", backend=backend)
+    assert explained.copies == () and "copies     none" in str(explained)
+    with unlaunched(explained.device) as seen:
+        contiguously(attention(q, k, v, key_lengths=lengths, backend=backend))
+    check_bytes(explained, seen)
+
+
+@triton_only
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_batch_dims_that_do_not_fold_are_copied(backend: str) -> None:
+    """Two batch levels swapped in memory: no view makes one of them."""
+    q = torch.zeros(3, 2, M, H, D, dtype=torch.float16).transpose(0, 1)
+    explained = explain(q, q.contiguous(), q.contiguous(), device="sm90", backend=backend)
+    (copy,) = explained.copies
+    assert (copy.tensor, copy.nbytes, copy.passes) == ("q", q.numel() * 2, ("forward",)) and "batch dims" in copy.reason
+
+
+@triton_only
 @pytest.mark.parametrize("bias", [None, "1hqk", "bhqk", "b11k", "11q1"])
-def test_scratch_is_what_a_launch_allocates(bias: str | None, device: torch.device) -> None:
-    from triflash.launch import triton as launch
-
-    arguments = tensors(bias, device, torch.float32)
-    explained = explain(*arguments, backend="triton")
-    with triflash.backend("triton"):
-        out = flash_attn_func(*arguments)
-    _, lse, rest = torch.ops.triflash.forward(*arguments[:3], five_dims(arguments[3]), 1, None, None, 1.0, "", "triton")
-    allocated: list[int] = []
-    new_empty = Tensor.new_empty
-
-    def recorded(self: Tensor, *size: Any, **options: Any) -> Tensor:
-        made = new_empty(self, *size, **options)
-        allocated.append(made.numel() * made.element_size())
-        return made
-
-    def watched(function: Any) -> Any:
-        def call(*given: Any) -> Any:
-            with mock.patch.object(Tensor, "new_empty", recorded):
-                return function(*given)
-
-        return mock.patch.object(launch, function.__name__, call)
-
-    with watched(launch.scratch), watched(launch.backward_calls):
-        out.sum().backward()
+def test_scratch_is_what_a_call_allocates(bias: str | None) -> None:
+    arguments = tensors(bias, "cpu", torch.float32)
+    explained = explain(*arguments, device="sm80", backend="triton")
+    with unlaunched(KNOWN_DEVICES["sm80"]) as seen:
+        contiguously(attention(*arguments[:3], bias=arguments[3], backend="triton"))
+    check_bytes(explained, seen)
     memory = dict(explained.memory)
-    assert memory.pop("lse (until the backward pass)") == lse.nbytes == B * H * M * 4
-    assert memory.pop("rest of lse", 0) == rest.nbytes
-    assert sorted(memory.values()) == sorted(allocated)
+    assert memory["lse (until the backward pass)"] == B * H * M * 4
+    assert memory.get("rest of lse", 0) == (B * H * M * 4 if bias else 0)
+    assert memory["delta"] == B * H * M * 4
 
 
 def test_determinism_names_the_order_of_partial_sums() -> None:
@@ -397,7 +413,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in text, part
     q = torch.empty(4, 4096, 16, 128, device="meta", dtype=torch.bfloat16)
     bias = q.new_empty(1, 16, 4096, 4096)
-    explained = explain(q, q, q, bias, True, grads=NAMES, device="sm90")
+    explained = explain(q, q, q, bias, causal=True, grads=NAMES, device="sm90")
     assert text == f"{explained}\n"
     assert f"backend    {explained.backend}" in text and ", the automatic choice" in text
     assert main(["explain", "--sk", "1k", "--grads", "qb", "--bias", "qk", "--bias-dtype", "fp32", "--device", "gfx942", "--b", "1"]) == 0

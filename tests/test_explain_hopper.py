@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from triflash.copies import copies_of
 
 from cases import triton_only, with_layout
-from triflash import explain
+from triflash import attention, explain
 from triflash.__main__ import main
 from triflash.plan import hopper, hopper_backward, hopper_rows, layout
 from triflash.plan.configs import TileConfig
@@ -20,9 +19,8 @@ from triflash.plan.hopper import HopperConfig
 from triflash.plan.hopper_backward import KeysConfig
 from triflash.plan.hopper_rows import RowsConfig
 from triflash.plan.override import override_configs
-from triflash.plan.select import plan_backward, plan_forward
 from triflash.shorthand import bias_shape
-from triflash.spec import Gradients, Needs, Operands, Saved, spec_of
+from unlaunched import check_bytes, unlaunched
 
 pytestmark = triton_only
 
@@ -36,7 +34,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def test_both_passes_by_hopper() -> None:
     q = empty(2, 1000, 4, 64)
-    explained = explain(q, q, q, None, True, grads=("q", "k", "v"), device="sm90")
+    explained = explain(q, q, q, causal=True, grads=("q", "k", "v"), device="sm90")
     assert explained.backward is not None and explained.backward.backend == explained.backend == "hopper" and explained.changed == ""
     prepare, keys, rows = explained.backward.steps
     assert prepare.source.startswith("fixed") and prepare.shared_memory is None
@@ -86,7 +84,7 @@ def test_a_gradient_nobody_asked_for() -> None:
 def test_forward_by_hopper_backward_by_triton() -> None:
     """With a bias that does not vary over keys."""
     q = empty(2, 1000, 4, 64)
-    explained = explain(q, q, q, empty(4, 1000, 1), True, grads=("q", "k", "v"), device="sm90")
+    explained = explain(q, q, q, empty(4, 1000, 1), causal=True, grads=("q", "k", "v"), device="sm90")
     assert explained.backward is not None
     assert (explained.forward.backend, explained.backward.backend) == ("hopper", "triton")
     (forward,) = explained.forward.steps
@@ -164,50 +162,45 @@ def test_backward_configurations_by_hand() -> None:
 
 
 def hopper_copies(q: Tensor, k: Tensor, bias: Tensor | None, backend: str = "hopper") -> dict[str, int]:
-    found = explain(q, k, k, bias, device="sm90", backend=backend).copies
-    assert all(copy.passes == ("forward",) for copy in found)
-    return {copy.tensor: copy.nbytes for copy in found}
-
-
-def allocated(copy: Tensor) -> int:
-    return copy.untyped_storage().nbytes()
+    """The copies of a forward pass as explained, which are those that are made."""
+    explained = explain(q, k, k, bias, device="sm90", backend=backend)
+    assert all(copy.passes == ("forward",) for copy in explained.copies)
+    with unlaunched(KNOWN_DEVICES["sm90"]) as seen:
+        attention(q, k, k, bias=bias, backend=backend)
+    check_bytes(explained, seen)
+    return {copy.tensor: copy.nbytes for copy in explained.copies}
 
 
 @pytest.mark.parametrize("head_dim", [16, 20, 24])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_copies_for_tma_are_those_that_a_launch_makes(name: str, head_dim: int) -> None:
+def test_copies_for_tma_are_those_that_a_call_makes(name: str, head_dim: int) -> None:
     from triflash.launch import hopper as launch
 
     q = with_layout((B, M, H, head_dim), name, lambda shape: torch.zeros(shape, dtype=torch.float16))
     k = torch.zeros(B, N, H, head_dim, dtype=torch.float16)
-    out = torch.empty(B, M, H, head_dim, dtype=torch.float16)
-    wanted = {n: allocated(launch.ready(x)) for n, x in (("q", q), ("k", k), ("v", k)) if launch.ready(x) is not x}
-    if not launch.writable(out):
-        wanted["out"] = allocated(launch.padded_rows(out))
-    assert hopper_copies(q, k, None) == wanted
-    assert ("out" in wanted) == ("k" in wanted) == (head_dim == 20) and ("q" in wanted) == (
-        head_dim == 20 or name in ("sliced", "step", "expanded")
-    )
-    assert layout.tma_addressable(q.shape, q.stride(), q.element_size(), q.data_ptr()) == launch.addressable(q)
+    copied = hopper_copies(q, k, None)
+    padded = 2 * B * H * (24 if head_dim == 20 else head_dim)
+    sizes = {"q": padded * M, "k": padded * N, "v": padded * N, "out": padded * M}
+    assert copied == {n: sizes[n] for n in copied}
+    assert ("out" in copied) == ("k" in copied) == ("v" in copied) == (head_dim == 20)
+    assert ("q" in copied) == (head_dim == 20 or name in ("sliced", "step", "expanded"))
+    assert layout.tma_addressable(q.shape, q.stride(), q.element_size(), q.data_ptr()) == launch.addressable(q) == ("q" not in copied)
 
 
 @pytest.mark.parametrize("columns", [40, 41])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bool], ids=str)
 @pytest.mark.parametrize("name", [*LAYOUTS, "keys_first"])
 def test_copies_of_a_bias_for_tma(name: str, dtype: torch.dtype, columns: int) -> None:
-    from triflash.launch import hopper as launch
-
+    """Expanded batch and head dims once, expanded queries and keys whole; a bias that does not vary over keys is read as it lies."""
     q, k = (torch.zeros(B, length, H, 16, dtype=torch.float16) for length in (M, columns))
     for shape in ((H, M, columns), (B, H, M, columns), (B, 1, 1, columns), (H, M, 1)):
         bias = with_layout(shape, name, lambda shape: torch.zeros(shape, dtype=dtype))
-        canonical = bias[(None,) * (4 - bias.dim())].unsqueeze(1)
-        spec = explain(q, k, k, bias, device="sm90").spec
-        ready = launch.ready_bias(spec, canonical)
-        assert ready is not None
-        copied = shape[-1] > 1 and ready.data_ptr() != canonical.data_ptr()
-        assert hopper_copies(q, k, bias) == ({"bias": allocated(ready)} if copied else {})
-        if shape[-1] > 1:
-            assert tuple(ready.shape) == layout.tma_bias_shape(canonical.shape, canonical.stride())
+        wide = bias[(None,) * (4 - bias.dim())]
+        stored = wide[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in wide.stride()[:2])]
+        fits = layout.tma_addressable(stored.shape, stored.stride(), stored.element_size(), stored.data_ptr())
+        copied = shape[-1] > 1 and not fits
+        size = math.prod(layout.tma_padded(stored.shape, bias.element_size())) * bias.element_size()
+        assert hopper_copies(q, k, bias) == ({"bias": size} if copied else {})
 
 
 def test_a_pass_copies_by_the_rules_of_its_own_backend() -> None:
@@ -231,39 +224,20 @@ def test_a_pass_copies_by_the_rules_of_its_own_backend() -> None:
 @pytest.mark.parametrize("name", ["plain", "sliced"])
 @pytest.mark.parametrize("head_dim, value_dim", [(16, 16), (20, 16), (24, 20)])
 def test_copies_of_a_backward_pass(head_dim: int, value_dim: int, name: str, bias: str | None, columns: int) -> None:
-    """Those that its launcher makes, of contiguous gradients: of what it reads, and of what TMA cannot write."""
-    from triflash.launch import hopper, hopper_backward
+    """Those that a call makes: of what it reads, and of gradients that TMA cannot write."""
 
     def zeros(*shape: int) -> Tensor:
-        return with_layout(shape, name, lambda shape: torch.zeros(shape, dtype=torch.float16))
+        return with_layout(shape, name, lambda shape: torch.zeros(shape, dtype=torch.float16)).requires_grad_()
 
     q, k, v = zeros(B, M, H, head_dim), zeros(B, columns, H, head_dim), zeros(B, columns, H, value_dim)
     given = None if bias is None else zeros(*bias_shape(bias, B, H, M, columns))
-    canonical = None if given is None else given[:, None]
-    mask = None if bias is None else torch.ones(B, 1, 1, 1, columns, dtype=torch.bool)
-    spec = spec_of(q, k, v, canonical, 1, None, None, 1.0, "", mask)
-    needs = Needs(True, True, True, bias is not None)
-    facts = KNOWN_DEVICES["sm90"]
-    plans = [plan_forward(spec, facts, "hopper"), plan_backward(spec, needs, facts, "hopper")]
-    found = [copy for copy in copies_of(plans, spec, facts, Operands(q, k, v, canonical, mask)) if "backward" in copy.passes]
-
-    allocated_here: list[int] = []
-    padded_rows = hopper.padded_rows
-
-    def recorded(x: Tensor) -> Tensor:
-        allocated_here.append(allocated(padded_rows(x)))
-        return padded_rows(x)
-
-    out, lse = torch.zeros(B, M, H, value_dim, dtype=torch.float16), torch.zeros(B, H, M)
-    grads = [None if x is None else torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v, canonical)]
-    with pytest.MonkeyPatch.context() as patched:
-        for module in (hopper, hopper_backward):
-            patched.setattr(module, "padded_rows", recorded)
-        patched.setattr(hopper_backward, "start", lambda *_: None)
-        saved = Saved(out, lse, torch.zeros_like(lse) if spec.keeps_rest else None)
-        hopper_backward.backward(plans[1], spec, Operands(q, k, v, canonical, mask), saved, torch.zeros_like(out), None, Gradients(*grads))
-    assert sorted(copy.nbytes for copy in found) == sorted(allocated_here)
-    names = {copy.tensor for copy in found}
+    options: Any = {} if bias is None else {"mask": torch.ones(B, 1, 1, columns, dtype=torch.bool)}
+    explained = explain(q, k, v, given, device="sm90", backend="hopper", **options)
+    with unlaunched(KNOWN_DEVICES["sm90"]) as seen:
+        out = attention(q, k, v, bias=given, backend="hopper", **options)
+        out.backward(torch.zeros_like(out))
+    check_bytes(explained, seen)
+    names = {copy.tensor for copy in explained.copies if "backward" in copy.passes}
     assert ("mask" in names) == (bias is not None)
     assert ({"dq", "dk"} <= names) == (head_dim == 20) and ({"dout", "dv"} <= names) == (value_dim == 20)
     assert ("dbias" in names) == (bias == "bhqk" and columns == 41)
@@ -299,4 +273,3 @@ def test_rules_of_layouts() -> None:
     assert (
         layout.tma_padded((3, 20), 2) == (3, 24) and layout.tma_padded((3, 20), 1) == (3, 32) and layout.tma_padded((3, 20), 4) == (3, 20)
     )
-    assert math.prod(layout.tma_bias_shape((2, 3, 4, 5, 6), (0, 30, 0, 0, 1))) == 3 * 5 * 6

@@ -14,6 +14,7 @@ import triflash
 from cases import kernels, small_tiles, triton_only
 from test_dtypes import on
 from triflash import launch, ops
+from triflash.bound import signature
 from triflash.plan.hopper_backward import KeysConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_forward
@@ -136,7 +137,7 @@ def test_rows_of_the_output(Dv: int, M: int, backend: str, device: torch.device)
     wanted, lse = (torch.empty(1, M, 1, Dv, device=device, dtype=F16), torch.empty(1, 1, M, device=device))
     given = Guarded(wanted.shape, F16, device)
     with backends(backend):
-        plan = plan_forward(spec, ops.facts_of(device), backend)
+        plan = plan_forward(spec, signature.facts_of(device), backend)
         for out in (wanted, given.tensor):
             launch.run_forward(plan, spec, Operands(q, k, v), Saved(out, lse, None))
     given.check(wanted, "out")

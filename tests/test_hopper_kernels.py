@@ -205,7 +205,7 @@ def test_neighbours_of_inputs_are_not_read_into_results(device: torch.device) ->
 
 def test_nothing_is_written_past_the_last_row(device: torch.device) -> None:
     """Tiles are larger than the problem: what lies behind out and lse stays as it was."""
-    from triflash.launch import hopper as launch
+    from triflash import launch
     from triflash.plan.device import facts_of
     from triflash.plan.select import plan_forward
     from triflash.spec import Operands, Saved, spec_of
@@ -218,7 +218,7 @@ def test_nothing_is_written_past_the_last_row(device: torch.device) -> None:
         spec = spec_of(q, k, v, None, 1, None, 0, 0.125, "")
         with override_configs(**({"forward": config} if config else {})):
             plan = plan_forward(spec, facts_of(device), "hopper")
-        launch.forward(plan, spec, Operands(q, k, v), Saved(out, lse, None))
+        launch.run_forward(plan, spec, Operands(q, k, v), Saved(out, lse, None))
         assert (whole[:, :50] == 7).all() and (whole[:, 120:] == 7).all() and (lses[2 * 2 * 70 :] == 7).all(), config
         wanted = oracle.attention(q, k, v, scale=0.125, hi=0)
         torch.testing.assert_close(out.double(), wanted[0], rtol=2e-2, atol=2e-2)

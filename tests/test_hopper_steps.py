@@ -6,16 +6,15 @@ import itertools
 import math
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from triflash.plan.scratch import scratch
 
 from cases import triton_only
 from test_hopper_plan import SM90, spec, visits
 from triflash import UnsupportedError
+from triflash.launch.room import Described, Real, twin
 from triflash.plan import hopper_backward, hopper_rows, hopper_steps
 from triflash.plan.configs import TileConfig
 from triflash.plan.hopper_backward import KeysConfig
@@ -23,6 +22,7 @@ from triflash.plan.hopper_rows import RowsConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import Plan, plan_backward, plan_forward
 from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Saved
+from unlaunched import watching
 
 pytestmark = triton_only
 SHORT, LONG = 200, 4096  # keys: below where adding up dq is worth it, and above it whatever is hidden
@@ -336,8 +336,10 @@ def test_blocks_in_turn_are_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- what a launch allocates and hands out, on tensors of this machine's own
 
 
-def launched(problem: AttentionSpec, letters: str, rest: bool = True) -> tuple[Plan, list[Any], list[int]]:
-    """The calls of a backward pass on zeros, none of them started, and the bytes of what was allocated between them."""
+def launched(problem: AttentionSpec, letters: str, rest: bool = True) -> tuple[Plan, list[Any], dict[str, int]]:
+    """The calls of a backward pass on zeros, none of them started, and the bytes of what was allocated between them, which are those that
+    a description of it names.
+    """
     from triflash.launch import hopper_backward as launch
 
     plan = planned(problem, letters)
@@ -352,22 +354,26 @@ def launched(problem: AttentionSpec, letters: str, rest: bool = True) -> tuple[P
         sizes = (problem.batch_outer, problem.batch_inner, H, M, N)
         x = x._replace(bias=zeros(*(size if on else 1 for size, on in zip(sizes, problem.bias.varies, strict=True))))
     out, lse = zeros(B, M, H, problem.value_dim), zeros(B, H, M, dtype=torch.float32)
-    grads = [
-        torch.zeros_like(y) if need and y is not None else None for y, need in zip(x[:4], vars(needs_of(letters)).values(), strict=False)
-    ]
-    allocated: list[int] = []
-    new_empty = Tensor.new_empty
-
-    def recorded(self: Tensor, *size: Any, **options: Any) -> Tensor:
-        made = new_empty(self, *size, **options)
-        allocated.append(made.numel() * made.element_size())
-        return made
-
-    calls: list[Any] = []
+    grads = Gradients(
+        *(torch.zeros_like(y) if need and y is not None else None for y, need in zip(x[:4], vars(needs_of(letters)).values(), strict=False))
+    )
     saved = Saved(out, lse, torch.zeros_like(lse) if problem.keeps_rest and rest else None)
-    with mock.patch.object(Tensor, "new_empty", recorded), mock.patch.object(launch, "start", lambda _, made: calls.extend(made)):
-        launch.backward(plan, problem, x, saved, torch.zeros_like(out), None, Gradients(*grads))
-    return plan, calls, allocated
+    allocated: list[int] = []
+    with watching(allocated, "new_empty"):
+        calls = launch.backward(Real(x.q), plan, problem, x, saved, torch.zeros_like(out), None, grads)
+
+    room = Described()
+    twins = [None if each is None else twin(each) for each in (*x, *saved, out, *grads)]
+    for each in twins:
+        room.give(each)
+    *operands, out, lse, rests, dout, dq, dk, dv, dbias, _ = twins  # type: ignore[assignment]
+    written = Gradients(dq, dk, dv, dbias)
+    described = launch.backward(room, plan, problem, Operands(*operands), Saved(out, lse, rests), dout, None, written)  # type: ignore[arg-type]
+    assert [(call.kernel, call.programs, call.constants) for call in described] == [
+        (call.kernel, call.programs, call.constants) for call in calls
+    ]
+    assert [each.nbytes for each in room.allocations] == allocated
+    return plan, calls, {each.name: each.nbytes for each in room.allocations}
 
 
 @pytest.mark.parametrize("letters, bias", [
@@ -377,35 +383,31 @@ def launched(problem: AttentionSpec, letters: str, rest: bool = True) -> tuple[P
 @pytest.mark.parametrize("keys, dim", [(SHORT, 64), (2048, 40), (SHORT, 256)])
 def test_scratch_is_what_a_launch_allocates(letters: str, bias: str | None, keys: int, dim: int) -> None:
     problem = spec(bias, batch_inner=1, queries=70, keys=keys, heads=2, head_dim=dim, value_dim=dim)
-    plan, calls, allocated = launched(problem, letters)
+    plan, calls, memory = launched(problem, letters)
     assert [call.programs for call in calls] == [step.programs for step in plan.steps]
-    memory = dict(scratch([plan_forward(problem, SM90), plan], problem, needs_of(letters)))
-    assert memory.pop("lse (until the backward pass)") == 2 * 2 * 70 * 4
-    assert memory.pop("rest of lse", 0) == (2 * 2 * 70 * 4 if bias else 0)
-    assert sorted(memory.values()) == sorted(allocated)
+    assert memory["lse and delta for TMA"] == 2 * 2 * (3 if bias else 2) * 128 * 4
+    assert ("float32 sum of dq" in memory) == ("finish" in names(plan)) and ("partial sums of dbias" in memory) == (
+        "dbias_sum" in names(plan)
+    )
 
 
 @pytest.mark.parametrize("letters", ["qkv", "qk", "v"])
 @pytest.mark.parametrize("keys, dim", [(200, 64), (SHORT, 40), (2048, 128)])
 def test_scratch_of_heads_in_parts(letters: str, keys: int, dim: int) -> None:
     problem = spec(batch_inner=1, queries=70, keys=keys, heads=16, groups=8, head_dim=dim, value_dim=64)
-    plan, calls, allocated = launched(problem, letters)
+    plan, calls, memory = launched(problem, letters)
     assert [step.kernel for step in plan.steps].count("dkdv_sum") == 1
     assert [call.programs for call in calls] == [step.programs for step in plan.steps]
-    memory = dict(scratch([plan_forward(problem, SM90), plan], problem, needs_of(letters)))
-    assert memory.pop("lse (until the backward pass)") == 2 * 16 * 70 * 4
-    assert memory["partial sums of dk and dv"] > 0 and sum(memory.values()) == sum(allocated)
+    assert {name for name in memory if name.startswith("partial")} == {f"partial sums of d{letter}" for letter in letters if letter != "q"}
 
 
 def test_heads_in_parts_for_the_bias_alone() -> None:
     """There is nothing else to be summed up than what keeps the heads apart."""
     problem = spec("11h1k", queries=70, keys=200, heads=16, groups=8, head_dim=64, value_dim=64)
-    plan, calls, allocated = launched(problem, "b")
+    plan, calls, memory = launched(problem, "b")
     assert [step.config.head_splits for step in plan.steps if isinstance(step.config, KeysConfig)] == [4]
     assert names(plan) == ["prepare", "dkdv", "dbias_sum"] and len(calls) == 3
-    memory = dict(scratch([plan_forward(problem, SM90), plan], problem, needs_of("b")))
-    del memory["lse (until the backward pass)"], memory["rest of lse"]
-    assert sum(memory.values()) == sum(allocated)
+    assert set(memory) == {"lse and delta for TMA", "whether lse is mild", "partial sums of dbias"}
 
 
 @pytest.mark.parametrize("group, splits", [(4, 2), (7, 2), (71, 24), (5, 5), (8, 3)])

@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton")
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
+from triflash.launch.room import Real
 from triflash.launch.triton import backward_calls, forward_calls, scratch
 from triflash.plan import tables
 from triflash.plan.configs import MAX_HEAD_DIM
@@ -126,7 +127,8 @@ def calls(target: Target) -> tuple[Plan, list[Call]]:
         return forward, forward_calls(forward, spec, x, saved)
     backward = plan_backward(spec, Needs(True, True, True, x.bias is not None), facts, "triton")
     made = forward_calls(forward, spec, x, saved)
-    made += backward_calls(backward, spec, x, saved, out, None, scratch(backward, saved), Gradients(x.q, x.k, x.v, x.bias))
+    room, grads = Real(x.q), Gradients(x.q, x.k, x.v, x.bias)
+    made += backward_calls(room, backward, spec, x, saved, out, None, scratch(room, backward, saved), grads)
     return Plan("triton", forward.steps + backward.steps), made
 
 

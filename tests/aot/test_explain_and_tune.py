@@ -15,6 +15,7 @@ from test_compile import Target, calls
 import triflash
 from triflash.__main__ import main
 from triflash.launch import ahead
+from triflash.launch.room import Real
 from triflash.plan import hopper as hopper_plan
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES
@@ -29,7 +30,9 @@ def test_compiled_numbers_are_those_of_the_launches(arch: str) -> None:
     wanted = [ahead.resources(ahead.compile_for(call, arch)) for call in made]
     q = torch.empty(2, 2032, 16, 64, device="meta", dtype=torch.bfloat16)
     bias = q.new_empty(1, 16, 2032, 2032)
-    explained = triflash.explain(q, q, q, bias, True, 0.125, grads=("q", "k", "v", "bias"), device=arch, backend="triton", compile=True)
+    explained = triflash.explain(
+        q, q, q, bias, causal=True, scale=0.125, grads=("q", "k", "v", "bias"), device=arch, backend="triton", compile=True
+    )
     assert explained.backward is not None
     steps = (*explained.forward.steps, *explained.backward.steps)
     assert tuple(step.step for step in steps) == plan.steps and [step.compiled for step in steps] == wanted
@@ -53,7 +56,7 @@ def test_a_copied_input_is_compiled_as_its_copy() -> None:
 @pytest.mark.parametrize("head_dim, columns", [(64, 480), (24, 481)])
 def test_the_hopper_kernel_is_compiled_as_it_is_launched(head_dim: int, columns: int) -> None:
     """From real tensors through the launcher's own copies, and from meta tensors through explain."""
-    from triflash.launch import hopper
+    from triflash import launch
     from triflash.plan.select import plan_forward
 
     q, k = (torch.zeros(2, length, 4, head_dim, dtype=torch.bfloat16) for length in (512, columns))
@@ -61,8 +64,8 @@ def test_the_hopper_kernel_is_compiled_as_it_is_launched(head_dim: int, columns:
     explained = triflash.explain(q, k, k, bias[:, 0], grads=(), device="sm90", backend="hopper", compile=True)
     plan = plan_forward(explained.spec, KNOWN_DEVICES["sm90"], "hopper")
     lse = torch.zeros(2, 4, 512)
-    saved = Saved(hopper.ready(torch.empty_like(q)), lse, torch.zeros_like(lse))
-    (call,) = hopper.forward_calls(plan, explained.spec, hopper.ready_operands(explained.spec, Operands(q, k, k, bias)), saved)
+    saved = Saved(torch.empty_like(q), lse, torch.zeros_like(lse))
+    (call,) = launch.forward_calls(Real(q), plan, explained.spec, Operands(q, k, k, bias), saved)
     compiled = explained.forward.steps[0].compiled
     assert plan.backend == "hopper" and compiled == ahead.resources(ahead.compile_for(call, "sm90"))
     assert compiled.shared_memory <= hopper_plan.shared_memory(explained.spec, call.config)  # type: ignore[arg-type]
@@ -87,13 +90,10 @@ def outline(x: Any) -> Any:
 @pytest.mark.parametrize("head_dim, columns, bias", [
     (64, 480, None), (64, 2000, "1h1k"), (24, 481, "bhqk"), (20, 481, "1hqk"), (256, 480, "b1qk"), (40, 481, "expanded"),
 ])  # fmt: skip
-def test_the_hopper_backward_kernels_are_compiled_as_they_are_launched(
-    head_dim: int, columns: int, bias: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_hopper_backward_kernels_are_compiled_as_they_are_launched(head_dim: int, columns: int, bias: str | None) -> None:
     """The launcher's calls for real tensors, none of them started, and those made up for meta tensors: the same layouts and constants."""
-    from triflash.launch import hopper_backward
+    from triflash import launch
     from triflash.plan.select import plan_backward
-    from triflash.spec import Operands, Saved
 
     B, H, M = 2, 4, 300
     q, k = (torch.zeros(B, length, H, head_dim, dtype=torch.bfloat16) for length in (M, columns))
@@ -108,10 +108,8 @@ def test_the_hopper_backward_kernels_are_compiled_as_they_are_launched(
     plan = plan_backward(spec, needs, KNOWN_DEVICES["sm90"], "hopper")
     out, lse = torch.zeros_like(q), torch.zeros(B, H, M)
     grads = Gradients(*(None if x is None else torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, k, given)))
-    real: list[Any] = []
-    monkeypatch.setattr(hopper_backward, "start", lambda _, calls: real.extend(calls))
     saved = Saved(out, lse, torch.zeros_like(lse) if spec.keeps_rest else None)
-    hopper_backward.backward(plan, spec, Operands(q, k, k, given), saved, torch.zeros_like(out), None, grads)
+    real = launch.backward_calls(Real(q), plan, spec, Operands(q, k, k, given), saved, torch.zeros_like(out), None, grads)
     made_up = ahead.calls_of(plan, spec, needs, q, k, k, given)
     assert len(made_up) == len(real) == len(plan.steps)
     for own, launched in zip(made_up, real, strict=True):

@@ -13,7 +13,6 @@ __all__ = [
     "copies_bias",
     "copies_rows",
     "tma_addressable",
-    "tma_bias_shape",
     "tma_padded",
     "tma_writable",
 ]
@@ -71,11 +70,6 @@ def tma_writable(shape: Sequence[int], strides: Sequence[int], itemsize: int, ad
 def tma_padded(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     """What a copy for TMA allocates: rows padded to a multiple of 16 bytes."""
     return (*shape[:-1], _padded(shape[-1], _ALIGNMENT // itemsize))
-
-
-def tma_bias_shape(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
-    """The part of a canonical bias that the Hopper kernels read: expanded batch and head dims once, expanded queries and keys whole."""
-    return (*(1 if stride == 0 else size for size, stride in zip(shape[:3], strides[:3], strict=True)), *shape[3:])
 
 
 def _padded(size: int, multiple: int) -> int:
