@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import os
 import random
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+
+from quick_interpreter import quick_interpreter
 
 # Deterministic mode (see `poisoned_allocations`) wants this from cuBLAS; it must be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -44,28 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def patched_once_a_launch() -> Iterator[None]:
-    """Triton's interpreter makes ``triton.language`` its own for every launch, and again at every call of a device function, which changes
-    nothing but took half of the time of these tests. Here it does so once a launch.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        yield
-        return
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch, patched = interpreter._patch_lang, set()
-
-    def patch_once(function: Any) -> Any:
-        languages = {id(x) for x in function.__globals__.values() if x is interpreter.tl or x is interpreter.tl.core}
-        if languages <= patched:
-            return interpreter._LangPatchScope()
-        scope, outermost = patch(function), not patched
-        patched.update(languages)
-        if outermost:
-            restore = scope.restore
-            scope.restore = lambda: (restore(), patched.clear())
-        return scope
-
-    with mock.patch.object(interpreter, "_patch_lang", patch_once):
+def quick() -> Iterator[None]:
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        with quick_interpreter():
+            yield
+    else:
         yield
 
 
