@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import time
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -16,18 +16,40 @@ from triflash.bench.timing import measure_interleaved, quantiles
 CPU = torch.device("cpu")
 
 
-def test_calls_take_turns_and_slow_ones_are_spread() -> None:
+class Clock:
+    """Stands in for the host's: time goes by in calls alone."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def call(self, seconds: float) -> Callable[[], None]:
+        def take() -> None:
+            self.now += seconds
+
+        return take
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return clock
+
+
+def test_calls_take_turns_and_slow_ones_are_spread(clock: Clock) -> None:
     turns: list[str] = []
-    calls = {"quick": lambda: time.sleep(0.001), "slow": lambda: time.sleep(0.02)}  # apart by more than a busy machine is late
-    found = measure_interleaved(calls, device=CPU, budget=0.4, after=turns.append)
-    assert len(found["quick"].ms) > len(found["slow"].ms) >= 10
-    assert 1.0 <= found["quick"].median < 20.0 <= found["slow"].median
+    found = measure_interleaved({"quick": clock.call(2**-10), "slow": clock.call(2**-6)}, device=CPU, budget=0.5, after=turns.append)
+    assert len(found["quick"].ms) == 512 and len(found["slow"].ms) == 32  # what fits the budget
+    assert set(found["quick"].ms) == {1000 * 2**-10} and set(found["slow"].ms) == {1000 * 2**-6}
     at = [i / len(turns) for i, name in enumerate(turns) if name == "slow"]
     assert min(at) < 0.25 and max(at) > 0.75 and all(b - a < 0.25 for a, b in itertools.pairwise(at))
 
 
-def test_fewest_and_most_samples() -> None:
-    found = measure_interleaved({"a": lambda: time.sleep(0.002)}, device=CPU, budget=0.0, min_samples=4)
+def test_fewest_and_most_samples(clock: Clock) -> None:
+    found = measure_interleaved({"a": clock.call(0.002)}, device=CPU, budget=0.0, min_samples=4)
     assert len(found["a"].ms) == 4
     found = measure_interleaved({"a": lambda: None}, device=CPU, budget=1.0, max_samples=7)
     assert len(found["a"].ms) == 7
@@ -50,10 +72,11 @@ def test_a_failing_call_leaves_the_others_alone() -> None:
     assert found["fine"].error is None and len(found["fine"].ms) == 20
 
 
-def test_the_host_and_the_wall() -> None:
-    found = measure_interleaved({"a": lambda: time.sleep(0.001)}, device=CPU, max_samples=5, wall=True)["a"]
-    assert len(found.wall_ms) == len(found.ms) == 5
-    assert all(wall >= host >= 1.0 for host, wall in zip(found.ms, found.wall_ms, strict=True))
+def test_the_host_and_the_wall(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the device takes after the call has returned is the wall's alone."""
+    monkeypatch.setattr(timing._Clock, "wait", lambda _: clock.call(0.25)())
+    found = measure_interleaved({"a": clock.call(0.5)}, device=CPU, budget=3.75, min_samples=1, wall=True)["a"]
+    assert found.ms == [500.0] * 5 and found.wall_ms == [750.0] * 5
 
 
 def test_quantiles() -> None:
