@@ -171,9 +171,8 @@ def test_no_asserts_on_user_input() -> None:
 
 def run_python(program: str, **environment: str) -> str:
     path = os.pathsep.join(p for p in sys.path if p)
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path, **environment}, timeout=300
-    )
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
