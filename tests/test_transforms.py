@@ -160,6 +160,11 @@ def test_dropout_follows_the_randomness_of_vmap() -> None:
     assert not torch.equal(drawn[0], drawn[1])
 
 
+def dual(f: Callable[[Tensor], Tensor], q: Tensor) -> Any:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(q, q))).tangent
+
+
 FORWARD_MODE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
     "jvp": lambda f, q: torch.func.jvp(f, (q,), (q,)),
     "jacfwd": lambda f, q: torch.func.jacfwd(f)(q),
@@ -168,11 +173,6 @@ FORWARD_MODE: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Any]] = {
     "compiled jvp": lambda f, q: torch.compile(lambda q: torch.func.jvp(f, (q,), (q,)), backend="eager")(q),
     "autograd's jvp by forward mode": dual,
 }
-
-
-def dual(f: Callable[[Tensor], Tensor], q: Tensor) -> Any:
-    with forward_ad.dual_level():
-        return forward_ad.unpack_dual(f(forward_ad.make_dual(q, q))).tangent
 
 
 @pytest.mark.parametrize("mode", FORWARD_MODE)
