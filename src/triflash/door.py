@@ -6,6 +6,7 @@ wait for every microsecond spent here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _apply = super(torch.autograd.Function, Attention).apply  # less what Function.apply asks of functorch, which attend did
 _compiling = torch.compiler.is_compiling
-_autocast = torch.is_autocast_enabled
+_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _deterministic = torch.are_deterministic_algorithms_enabled
 
 
@@ -55,7 +56,7 @@ def attend(face: Face, given: Given, options: Options, return_lse: bool = False)
         return _by_operators(face, given, options, return_lse)
     call, cast = None, False
     try:
-        cast = _autocast(q.device.type)
+        cast = _autocast() and torch.is_autocast_enabled(q.device.type)
         facts, around = ambient(q)
         key: Any = (
             face.name, describe(q), describe(k), describe(v), describe(bias),

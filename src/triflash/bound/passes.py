@@ -29,7 +29,7 @@ __all__ = ["BoundPass"]
 _ALIGNMENT = 256  # bytes, of each part of the scratch: what any load or tensor map wants
 
 Given = Sequence[Tensor | None]
-_Allocated = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+_Allocated = tuple[tuple[int, ...], tuple[int, ...], "torch.dtype | None"]  # None: the dtype of what it is allocated like
 
 
 class BoundPass:
@@ -53,7 +53,7 @@ class BoundPass:
     ) -> None:
         self.plan, self.spec, self.room, self.calls, self._aside = plan, spec, room, calls, aside
         self._device = device
-        self._results: list[_Allocated] = [_shape_of(each) for each in room.allocations if each.use == "result"]
+        self._results = [_shape_of(each, spec.tensor_dtype) for each in room.allocations if each.use == "result"]
         self._steps: _Native | None = None
         self._tried = calls is None
         self._lock = threading.Lock()
@@ -61,10 +61,11 @@ class BoundPass:
     def run(self, given: Given, like: Tensor) -> list[Tensor]:
         """Carry the pass out on the tensors of the given slots; returns the results, in the order of their allocation.
 
-        ``like`` is one of them, where all memory is allocated.
+        ``like``, in the spec's dtype, is one of them, where all memory is allocated.
         """
         new = like.new_empty_strided
-        results = [new(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
+        # Parsing a dtype takes PyTorch longer than finding the memory.
+        results = [new(shape, strides) if dtype is None else new(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
         native = self._steps
         if native is None and not self._tried:
             native = self._bind()
@@ -84,19 +85,19 @@ class BoundPass:
             if not self._tried:
                 bound = [_native.bind(call, self.room.place) for call in self.calls]
                 known = [each for each in bound if each is not None]
-                self._steps = _Native(self.room, known, self._device) if len(known) == len(bound) else None
+                self._steps = _Native(self.room, known, self._device, self.spec.tensor_dtype) if len(known) == len(bound) else None
                 self._tried = True
         return self._steps
 
 
-def _shape_of(each: Allocation) -> _Allocated:
-    return each.shape, each.strides, each.dtype
+def _shape_of(each: Allocation, like: torch.dtype) -> _Allocated:
+    return each.shape, each.strides, None if each.dtype == like else each.dtype
 
 
 class _Native:
     """The launches of a pass, bound, with the memory that they share."""
 
-    def __init__(self, room: Described, launches: list[Launch], device: torch.device) -> None:
+    def __init__(self, room: Described, launches: list[Launch], device: torch.device, like: torch.dtype) -> None:
         from ..launch import native
 
         self._launches = launches
@@ -108,7 +109,7 @@ class _Native:
         given, results = room.given, sum(each.use == "result" for each in room.allocations)
         # Behind given and results: copies, then all scratch in one.
         copies = [(room.given + at, each) for at, each in enumerate(room.allocations) if each.use == "copy"]
-        self._copies_made: list[_Allocated] = [_shape_of(each) for _, each in copies]
+        self._copies_made = [_shape_of(each, like) for _, each in copies]
         places = {slot: (slot, 0) for slot in range(given)}
         kept = [room.given + at for at, each in enumerate(room.allocations) if each.use == "result"]
         places |= {slot: (given + at, 0) for at, slot in enumerate(kept)}
@@ -118,7 +119,7 @@ class _Native:
             if each.use == "scratch":
                 places[room.given + at] = (shared, size)
                 size += -(-each.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._scratch = size
+        self._scratch = size // like.itemsize
         for one in launches:
             one.move(places)
         used = sorted({slot for each in launches for slot in each.slots})
@@ -157,11 +158,11 @@ class _Native:
         if not self._plain:
             new = like.new_empty_strided
             for at, (shape, strides, dtype) in enumerate(self._copies_made, self._first_own):
-                made = new(shape, strides, dtype=dtype)
+                made = new(shape, strides) if dtype is None else new(shape, strides, dtype=dtype)
                 tensors.append(made)
                 addresses[at] = made.data_ptr()
         if self._scratch:
-            scratch = like.new_empty_strided((self._scratch,), (1,), dtype=torch.uint8)
+            scratch = like.new_empty_strided((self._scratch,), (1,))
             addresses[self._shared] = scratch.data_ptr()
             tensors.append(scratch)
         for target, source in self._before:
@@ -189,9 +190,10 @@ def _seen(view: View, tensors: list[Tensor | None]) -> Tensor:
     whole = tensors[view.slot]
     assert whole is not None
     if whole.dtype != view.dtype:
-        if whole.dtype == torch.uint8 and view.dtype.itemsize > 1:  # scratch
+        if whole.dtype.itemsize == view.dtype.itemsize:  # bool read as bytes
+            whole = whole.view(view.dtype)
+        else:  # in the scratch
             size = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True)) if math.prod(view.shape) else 0
-            begin = view.offset * view.dtype.itemsize
-            return whole[begin : begin + size * view.dtype.itemsize].view(view.dtype).as_strided(view.shape, view.strides)
-        whole = whole.view(view.dtype)
+            begin, width = view.offset * view.dtype.itemsize, view.dtype.itemsize
+            return whole.view(torch.uint8)[begin : begin + size * width].view(view.dtype).as_strided(view.shape, view.strides)
     return whole.as_strided(view.shape, view.strides, whole.storage_offset() + view.offset)
