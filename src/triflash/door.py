@@ -75,8 +75,9 @@ def attend(face: Face, given: Given, options: Options, return_lse: bool = False)
         return _autocasted(face, given, options, return_lse)
     if call is None:
         settled = checked(face, given, options)
-        if isinstance(options.window, list):
-            return attend(face, given, options._replace(window=tuple(options.window)), return_lse)
+        window: Any = options.window
+        if isinstance(window, list):  # which has no hash
+            return attend(face, given, options._replace(window=(window[0], window[1])), return_lse)
         if key is None or q.device.type == "meta" or any(x is not None and x.is_neg() for x in given[:8]):
             return _by_operators(face, given, options, return_lse)
         call = _bound(settled, given, facts, q.device)
