@@ -167,7 +167,7 @@ class _Native:
             tensors.append(scratch)
         for target, source in self._before:
             _seen(target, tensors).copy_(_seen(source, tensors))
-        stream = self._native.stream_of(self._index)
+        stream = self._native.stream_of(self._index) if self._launches else 0
         for each in self._launches:
             each(stream, addresses)
         if not self._plain:
