@@ -33,6 +33,7 @@ RULES: dict[str, list[str]] = {
     "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.prims"],
     "triflash.dropout": ["torch"],
     "triflash.lengths": ["torch"],
+    "triflash.flops": [],
     "triflash.tiled": ["torch", "triflash.dropout", "triflash.lengths"],
     "triflash.oracle": ["torch", "triflash.dropout", "triflash.lengths"],
     "triflash.errors": [],
@@ -63,7 +64,7 @@ RULES: dict[str, list[str]] = {
         "triflash.launch.hopper_rows", "triflash.launch.triton", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
-    "triflash.ops": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
+    "triflash.ops": ["torch", "triflash.flops", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.plan.select", "triflash.spec"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.errors", "triflash.ops"],
     "triflash.triton_flash_attention": [

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import UnsupportedError, bad_value
+from .flops import register_formulas
 from .launch import run_backward, run_forward
 from .plan.device import facts_of
 from .plan.select import plan_backward, plan_forward
@@ -213,5 +214,7 @@ for _name, _fn, _fake in (
 torch.library.register_autograd("triflash::forward", _autograd_backward, setup_context=_setup_context, lib=_library)
 
 attention_forward = torch.ops.triflash.forward.default
+register_formulas(torch.ops.triflash.forward, torch.ops.triflash.backward, torch.ops.triflash.backward_)
+
 attention_backward = torch.ops.triflash.backward.default
 attention_backward_ = torch.ops.triflash.backward_.default
