@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import triflash
 from triflash import oracle
 from triflash.bench.flops import PASSES, attention_bytes, attention_flops, visible_pairs
 from triflash.bench.workloads import DTYPES, NAMED, Workload
@@ -48,6 +52,57 @@ def test_flops_of_every_product() -> None:
         if which != "bwd":
             wanted = forward if which in ("fwd", "host-nograd", "host-fwd") else forward + backward
             assert attention_flops(pairs, d, dv, which) == wanted, which
+
+
+@pytest.mark.parametrize("grads", ["qkv", "q", "kv", "b", ""])
+@pytest.mark.parametrize(("causal", "window"), [(False, None), (True, None), (False, (3, 2))])
+def test_pytorchs_counter(grads: str, causal: bool, window: tuple[int, int] | None, device: torch.device) -> None:
+    """``FlopCounterMode`` counts calls of the front door, forward and backward, of the operators and of compiled functions alike."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    B, M, N, H, Hk, D, Dv = 2, 9, 12, 4, 2, 8, 16
+    shapes = {"q": (B, M, H, D), "k": (B, N, Hk, D), "v": (B, N, Hk, Dv), "b": (1, 1, M, N)}
+    q, k, v, bias = (torch.randn(shape, device=device, requires_grad=name in grads) for name, shape in shapes.items())
+    lo, hi = (None, N - M if causal else None) if window is None else (N - M - 3, N - M + 2)
+    pairs = B * H * visible_pairs(M, N, lo, hi)
+    with FlopCounterMode(display=False) as counter:
+        out = triflash.attention(q, k, v, bias=bias, causal=causal, window=window, key_lengths=torch.tensor([3, 12], device=device))
+    assert counter.get_total_flops() == attention_flops(pairs, D, Dv, "fwd")
+    if grads:
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        wanted = D + Dv * (grads != "") + D * ("q" in grads) + D * ("k" in grads) + Dv * ("v" in grads)
+        assert counter.get_total_flops() == 2 * pairs * wanted
+        assert grads != "qkv" or counter.get_total_flops() == attention_flops(pairs, D, Dv, "bwd")
+
+
+@pytest.mark.parametrize("first", ["triflash", "torch.utils.flop_counter"])
+def test_pytorchs_counter_knows_the_operators_whatever_is_imported_first(first: str) -> None:
+    program = f"""if True:
+    import {first}, torch, triflash
+    from torch.utils.flop_counter import FlopCounterMode
+    q = torch.randn(1, 3, 1, 4)
+    with FlopCounterMode(display=False) as counter:
+        triflash.attention(q, q, q, backend="tiled")
+    print(counter.get_total_flops())
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    )
+    assert run.stdout.split() == [str(9 * 2 * 8)], run.stderr
+
+
+@pytest.mark.unpoisoned
+def test_pytorchs_counter_of_the_operators(device: torch.device) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, k, v = (torch.randn(1, 6, 2, 8, device=device) for _ in range(3))
+    options = (1, None, 0, 0.3, "", "auto")
+    with FlopCounterMode(display=False) as counter:
+        out, lse, rest = torch.ops.triflash.forward(q, k, v, None, *options)
+        saved = (out, None, q, k, v, None, out, lse, rest)
+        torch.ops.triflash.backward_(*saved, *options, torch.empty_like(q), None, torch.empty_like(v), None)
+    assert counter.get_total_flops() == 2 * 21 * 2 * (2 * 8 + 4 * 8)
 
 
 @pytest.mark.parametrize("dbias", [False, True])

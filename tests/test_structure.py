@@ -33,6 +33,7 @@ RULES: dict[str, list[str]] = {
     "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.prims"],
     "triflash.dropout": ["torch"],
     "triflash.lengths": ["torch"],
+    "triflash.flops": [],
     "triflash.tiled": ["torch", "triflash.dropout", "triflash.lengths"],
     "triflash.oracle": ["torch", "triflash.dropout", "triflash.lengths"],
     "triflash.errors": [],
@@ -69,7 +70,7 @@ RULES: dict[str, list[str]] = {
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.bound": ["torch", "triflash.bound", "triflash.form", "triflash.launch", "triflash.plan", "triflash.spec"],
     "triflash.bound.cache": [],
-    "triflash.ops": ["torch", "triflash.bound", "triflash.errors", "triflash.form", "triflash.launch.room", "triflash.spec"],
+    "triflash.ops": ["torch", "triflash.bound", "triflash.errors", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.spec"],
     "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.form", "triflash.plan.select", "triflash.spec"],
     "triflash.door": [
         "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.ops",

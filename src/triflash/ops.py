@@ -22,6 +22,7 @@ from torch import Tensor
 from .bound.call import GRADIENTS, BoundCall
 from .bound.signature import CALLS, ambient, describe
 from .errors import UnsupportedError, bad_value
+from .flops import register_formulas
 from .form import Form
 from .launch.room import twin
 from .spec import Gradients, Operands, Saved, check_gradients, check_saved, keeps_rest, spec_of
@@ -321,5 +322,7 @@ for _name, _fn, _fake in (
 torch.library.register_autograd("triflash::forward", _autograd_backward, setup_context=_setup_context, lib=_library)
 
 attention_forward = torch.ops.triflash.forward.default
+register_formulas(torch.ops.triflash.forward, torch.ops.triflash.backward, torch.ops.triflash.backward_)
+
 attention_backward = torch.ops.triflash.backward.default
 attention_backward_ = torch.ops.triflash.backward_.default

@@ -1,8 +1,4 @@
-"""How much arithmetic and how much memory traffic a problem cannot do without. Plain integers.
-
-FLOPs count what visible pairs of query and key cost: a product of two numbers and its addition are 2. The forward pass has two products of
-length D and Dv a pair (q kᵀ, p v), the backward pass five (q kᵀ again, dout vᵀ, and those of dq, dk and dv): 2.5 times as many where
-D = Dv. Softmax, the bias and its gradient are not counted, nor is what an implementation computes twice or for hidden pairs.
+"""How much arithmetic and memory traffic a pass that the bench times cannot do without (``triflash/flops.py``). Plain integers.
 
 Bytes count each tensor of the pass once: what any implementation must read and write at least.
 """
@@ -12,6 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from .. import flops
+from ..flops import visible_pairs
+
 __all__ = ["HOST_PASSES", "PASSES", "attention_bytes", "attention_flops", "visible_pairs"]
 
 HOST_PASSES = ("host-nograd", "host-fwd", "host-step")
@@ -19,21 +18,9 @@ PASSES = ("fwd", "bwd", "step", "eager", *HOST_PASSES, "first")
 _FORWARD = ("fwd", "host-nograd", "host-fwd")
 
 
-def visible_pairs(queries: int, keys: int, lo: int | None = None, hi: int | None = None) -> int:
-    """How many pairs of query i and key j have ``lo <= j - i <= hi``; None leaves a side open."""
-    pairs = 0
-    for i in range(queries):
-        first = 0 if lo is None else max(i + lo, 0)
-        last = keys - 1 if hi is None else min(i + hi, keys - 1)
-        pairs += max(last - first + 1, 0)
-    return pairs
-
-
 def attention_flops(pairs: int, head_dim: int, value_dim: int, which: str) -> int:
     """FLOPs of a pass over ``pairs`` visible pairs, counted over all batch entries and query heads."""
-    forward = pairs * 2 * (head_dim + value_dim)
-    backward = pairs * 2 * (3 * head_dim + 2 * value_dim)
-    return forward if which in _FORWARD else backward if which == "bwd" else forward + backward
+    return flops.attention_flops(pairs, head_dim, value_dim, "fwd" if which in _FORWARD else which)
 
 
 def attention_bytes(
