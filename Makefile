@@ -1,15 +1,19 @@
-# make demo   trains the demo model             make test         lint, types, and every test that needs no GPU
-# make lint   ruff and mypy only                make test-newest  compiles the kernels with the newest Triton
-# make clean  removes what these made           make test-gpu     the tests on this machine's own python and GPU
+# make demo   trains the demo model          make test       lint, types, and the tests that every change should pass, in minutes
+# make lint   ruff and mypy only             make test-full  every test that needs no GPU, on the newest Triton as well
+# make clean  removes what these made        make test-gpu   the tests on this machine's own python and GPU
 #
 # Everything but test-gpu sets itself up in .venv. PYTHON=... picks the interpreter, PIP_ARGS=... adds options to pip install.
 
 PYTHON ?= python3
 PIP_ARGS ?=
 WORKERS ?= 2
-# One more than processors: in the tests of the Hopper kernels' stand-in, threads wait for each other.
-HOST_WORKERS ?= 3
 PY := .venv/bin/python
+
+# Interpreted or run by stand-ins, without a GPU even where there is one; and compiled. What is compiled is kept, by the hash of its source.
+INTERPRETED = CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(WORKERS) tests --ignore=tests/aot
+COMPILED = TRITON_CACHE_DIR=$(CURDIR)/.triton-cache $(PY) -m pytest -q -n $(WORKERS) tests/aot
+# Of what not every run can hold, the commit picks a tenth (tests/tiers.py); TENTH=0 to 9 picks another.
+CHOICE = $(if $(TENTH),--tenth $(TENTH))
 
 # Without a GPU: PyTorch's small CPU build, and everything pinned. With one: the PyTorch and Triton that belong together.
 GPU := $(shell command -v nvidia-smi rocm-smi 2>/dev/null)
@@ -17,7 +21,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
 UNPINNED := $(if $(GPU),^(torch|triton)==,^$$)
 INSTALL = -m pip install --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: demo test test-newest test-gpu lint clean
+.PHONY: demo test test-full test-rest test-newest test-oldest test-gpu durations lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -29,18 +33,38 @@ lint: .venv/.dev
 	$(PY) -m mypy
 
 test: lint
-	CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PY) -m pytest -q -n $(HOST_WORKERS) tests --ignore=tests/aot
-	$(PY) -m pytest -q -n $(WORKERS) tests/aot
+	$(INTERPRETED) --tier first $(CHOICE)
+	$(COMPILED) --tier first $(CHOICE)
+
+# What test leaves out, and every compilation once more with the newest Triton (NEWEST='--shard 1/4': a quarter of them).
+test-rest: .venv/.dev
+	$(INTERPRETED) --tier rest $(CHOICE)
+	$(COMPILED) --tier rest $(CHOICE)
+	$(MAKE) test-oldest
+	$(MAKE) test-newest ARGS="$(NEWEST)"
+
+test-full:
+	$(MAKE) test
+	$(MAKE) test-rest
+
+# What each test costs and which kernels it runs, which decides what is tested first: tests/durations.json.
+durations: .venv/.dev
+	$(INTERPRETED) --record
+	$(COMPILED) --record
 
 test-newest: .venv/.dev .triton-newest/.installed
 	PYTHONPATH=.triton-newest $(PY) -c 'import triton; print("Triton", triton.__version__)'
-	PYTHONPATH=.triton-newest $(PY) -m pytest -q -n $(WORKERS) tests/aot $(ARGS)
+	PYTHONPATH=.triton-newest $(COMPILED) $(ARGS)
+
+# The lowest versions that pyproject.toml allows. Those of Triton and PyTorch: the README says which are tested.
+test-oldest: .venv/.dev .oldest/.installed
+	PYTHONPATH=.oldest $(PY) -m pytest -q -n $(WORKERS) tests/test_demo.py tests/test_bench_compare.py tests/test_bench_gate.py tests/test_bench_workloads.py
 
 test-gpu:
 	PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m pytest -q tests $(ARGS)
 
 clean:
-	rm -rf .venv .triton-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info demo-out
+	rm -rf .venv .triton-newest .oldest .triton-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info demo-out
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per set of extras; a change of pins or of the package's metadata installs again.
@@ -52,6 +76,11 @@ clean:
 
 .venv/.%: .venv/.constraints pyproject.toml
 	$(PY) $(INSTALL) --quiet --constraint .venv/pins.txt --editable '.[$*]'
+	touch $@
+
+.oldest/.installed: pyproject.toml | .venv/.constraints
+	rm -rf .oldest
+	$(PY) $(INSTALL) --quiet --target .oldest --no-deps $$(sed -nE '/^demo = /{s/^demo = \[([^]]*)\].*/\1/; s/[",]//g; s/>=/==/g; p}' pyproject.toml)
 	touch $@
 
 .triton-newest/.installed: Makefile | .venv/.constraints

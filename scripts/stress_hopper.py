@@ -283,11 +283,16 @@ class Worker:
     replaced: int = 0
 
 
+def silent(patience: float) -> Callable[[Worker], bool]:
+    """Whether a process counts as stuck: it has said nothing for so many seconds."""
+    return lambda worker: time.monotonic() - worker.heard > (patience if worker.problem else max(patience, STARTING))
+
+
 def run_random(
     total: int,
     processes: int,
     seed: int,
-    patience: float,
+    stuck: Callable[[Worker], bool],
     device: str = "cuda",
     solver: Callable[..., Results] = solve,
     backward: bool = False,
@@ -341,10 +346,10 @@ def run_random(
                         worker.process.join()
                         running.remove(worker)
                         continue
-            elif time.monotonic() - worker.heard > (patience if worker.problem else max(patience, STARTING)):
+            elif stuck(worker):
                 worker.process.kill()
                 worker.process.join(10)
-                outcome = f"HANG, no progress for {patience:.0f} s"
+                outcome = f"HANG, no progress for {time.monotonic() - worker.heard:.0f} s"
             if outcome is not None:
                 bad += 1
                 print(f"{outcome}: {worker.number}:{worker.index} {worker.problem or 'before its first problem'}", flush=True)
@@ -465,7 +470,7 @@ def main() -> int:
     if given.repeat is not None:
         bad = run_repeats(given.repeat, backward=given.backward)
     elif given.random is not None:
-        bad = run_random(given.random, given.processes, given.seed, given.patience, backward=given.backward)
+        bad = run_random(given.random, given.processes, given.seed, silent(given.patience), backward=given.backward)
     elif given.only:
         worker, number = map(int, given.only.split(":"))
         *_, problem = drawn(given.seed, worker, number + 1, given.backward)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import os
 import random
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
+
+import tiers
+from quick_interpreter import quick_interpreter
 
 # Deterministic mode (see `poisoned_allocations`) wants this from cuBLAS; it must be set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -28,9 +32,17 @@ torch.set_num_threads(1)  # the tensors are tiny, and several workers share the 
 # Folders that need the real Triton, each in a process of its own: kernels compiled for GPUs that are not there, and a stub of a driver.
 APART = tuple(Path(__file__).parent / name for name in ("aot", "stub"))
 
+# As torch.use_deterministic_algorithms, which tells Inductor as well and imports it for that: seconds, in every worker.
+set_deterministic = torch._C._set_deterministic_algorithms
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shard", metavar="I/N", help="run the I-th of N equal parts: several processes share a GPU without pytest-xdist")
+    parser.addoption("--shard", metavar="I/N", help="run the I-th of N parts: several processes share a GPU without pytest-xdist")
+    parser.addoption("--tier", choices=["first", "rest"], help="run what every change should pass, or what that leaves out (tiers.py)")
+    parser.addoption(
+        "--tenth", type=int, choices=range(tiers.TENTHS), help="of what the first tier takes only a tenth of (default: the commit's)"
+    )
+    parser.addoption("--record", action="store_true", help="measure the tests and write what they cost to durations.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,31 +51,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: allocations are left alone (tests of compilation)")
     if not chosen_apart(config) and not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if config.getoption("--tier") and config.getoption("--tenth") is None:
+        config.option.tenth = tiers.tenth_of_commit()
+    if config.getoption("--record"):
+        parts = any("::" in arg for arg in config.args) or config.option.keyword or config.option.markexpr or config.option.tier
+        recorder = tiers.Recorder(whole=not parts and not config.option.shard, writes=not hasattr(config, "workerinput"))
+        config.pluginmanager.register(recorder)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def patched_once_a_launch() -> Iterator[None]:
-    """Triton's interpreter makes ``triton.language`` its own for every launch, and again at every call of a device function, which changes
-    nothing but took half of the time of these tests. Here it does so once a launch.
-    """
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        yield
-        return
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch, patched = interpreter._patch_lang, set()
-
-    def patch_once(function: Any) -> Any:
-        languages = {id(x) for x in function.__globals__.values() if x is interpreter.tl or x is interpreter.tl.core}
-        if languages <= patched:
-            return interpreter._LangPatchScope()
-        scope, outermost = patch(function), not patched
-        patched.update(languages)
-        if outermost:
-            restore = scope.restore
-            scope.restore = lambda: (restore(), patched.clear())
-        return scope
-
-    with mock.patch.object(interpreter, "_patch_lang", patch_once):
+def quick() -> Iterator[None]:
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        with quick_interpreter():
+            yield
+    else:
         yield
 
 
@@ -79,13 +80,32 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if shard := config.getoption("--shard", None):
+    if shard := config.getoption("--shard"):
         part, parts = map(int, shard.split("/"))
-        items[:] = items[part - 1 :: parts]
+        keep(config, items, {item.nodeid for item in items if zlib.crc32(item.nodeid.encode()) % parts == part - 1})
+    if tier := config.getoption("--tier"):
+        budget = tiers.BUDGET["compiled" if chosen_apart(config) else "interpreted"]
+        fixed, tenth = tiers.split([tiers.described(item) for item in items], tiers.read(), budget, config.getoption("--tenth"))
+        keep(config, items, fixed | tenth if tier == "first" else {item.nodeid for item in items} - fixed - tenth)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def keep(config: pytest.Config, items: list[pytest.Item], names: set[str]) -> None:
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in names])
+    items[:] = [item for item in items if item.nodeid in names]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """How to run the same tests again, and how many of them nobody has measured."""
+    if not config.getoption("--tier"):
+        return
+    known, ran = tiers.read(), {report.nodeid for report in terminalreporter.getreports("passed")}
+    terminalreporter.write_line(f"the same tests again: make test TENTH={config.getoption('--tenth')}")
+    if new := ran - known.keys():
+        terminalreporter.write_line(f"{len(new)} of them were never measured and ran for that reason: make durations")
 
 
 @pytest.fixture(scope="session")
@@ -108,6 +128,6 @@ def poisoned_allocations(request: pytest.FixtureRequest) -> Iterator[None]:
     """
     wanted = request.node.get_closest_marker("unpoisoned") is None
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    set_deterministic(wanted, warn_only=True)
     yield
-    torch.use_deterministic_algorithms(False)
+    set_deterministic(False, warn_only=False)

@@ -1,10 +1,12 @@
 """Runs a Gluon kernel's own source on the CPU, on tensors of PyTorch: no performance, no layouts, but its arithmetic and its protocol.
 
-Every partition is a thread. What is asynchronous on the GPU happens here at once or as late as it may, by chance: a product or a store reads
-its buffers when it is issued, so one that has not arrived is seen, or when it is waited for, so one that was released too early has other
-contents by then; a load lands before or after the next few steps of its partition. Barriers count arrivals and bytes like mbarriers, a wait
-that nothing ends is a failure, and so is telling another partition of plain stores that no fence has made visible to TMA and products. What
-it cannot see is what a compiler does to the order of instructions (``aot/``), nor programs that run at the same time.
+Every partition is a thread, of which one runs at a time: a ``Schedule`` picks it, by chance, wherever others could notice the order, so a
+seed runs the same every time. What is asynchronous on the GPU happens here at once or as late as it may, by chance as well: a product or a
+store reads its buffers when it is issued, so one that has not arrived is seen, or when it is waited for, so one that was released too early
+has other contents by then; a load lands some steps later, and until a product has been waited for its registers hold NaN. Barriers count
+arrivals and bytes like mbarriers. It is a failure (``Hang``) if every partition waits, no load is under way and so none can go on, and so is
+telling another partition of plain stores that no fence has made visible to TMA and products. What it cannot see is what a compiler does to
+the order of instructions (``aot/``), nor programs that run at the same time.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import math
 import operator
 import random
 import re
+import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +40,7 @@ from triflash.plan.hopper import HopperConfig
 from triflash.plan.hopper_backward import KeysConfig
 
 KERNELS = Path(triflash.__file__).parent / "kernels" / "hopper"
-PATIENCE = 10.0  # seconds that a barrier may be waited for
-_here = threading.local()  # of a partition: what is under way; the program's index
+_here = threading.local()  # of a partition: its schedule, and what is under way; the program's index
 
 
 def _kind(dtype: torch.dtype) -> SimpleNamespace:
@@ -157,10 +158,12 @@ class Shared:
         return Shared(self.x.narrow(dim, start, length))
 
     def load(self, layout: object) -> Tensor:
+        step()
         return self.x.clone()
 
     def store(self, x: Tensor) -> None:
         assert x.dtype == self.x.dtype and x.shape == self.x.shape
+        step()
         self.x.copy_(x)
         _here.unfenced.add(self.buffer)
 
@@ -199,42 +202,148 @@ class Descriptor:
         return whole, (*ranges[:-1], last), (*inside[:-1], slice(0, last.stop - last.start))
 
 
+class Hang(Exception):
+    """Every partition waits, and none of them can arrive."""
+
+
+class Stopped(BaseException):
+    """Ends a partition because another one has failed."""
+
+
+class Schedule:
+    """Lets one partition run at a time. Who goes on is drawn at every ``step``, and so is when loads land; one of four draws, at most, favours
+    everybody but one partition, whose loads are late as well.
+    """
+
+    def __init__(self, partitions: int) -> None:
+        self.turns = [threading.Semaphore(0) for _ in range(partitions)]
+        self.until: dict[int, Callable[[], bool] | None] = dict.fromkeys(range(partitions))  # what those wait for that have not ended
+        self.idents: dict[int, int | None] = {}
+        self.loads: list[tuple[int, Callable[[], None]]] = []
+        self.laggard = random.randrange(max(4, partitions))
+        self.failure: BaseException | None = None
+
+    def step(self, me: int, until: Callable[[], bool] | None = None) -> None:
+        """Called by the partition that runs: others may go first. Returns when ``until`` holds."""
+        self.land_some()
+        if random.random() < (0.3 if me == self.laggard else 0.6) and (until is None or until()):
+            return
+        self.until[me] = until
+        if (chosen := self.chosen()) != me:
+            self.turns[chosen].release()
+            self.turns[me].acquire()
+            if self.failure is not None:
+                raise Stopped
+        self.until[me] = None
+
+    def chosen(self) -> int:
+        """Who goes on: any partition that does not wait for something."""
+        while True:
+            able = [number for number, until in self.until.items() if until is None or until()]
+            if able:
+                swift = [number for number in able if number != self.laggard]
+                return random.choice(swift if swift and random.random() < 0.8 else able)
+            if not self.loads:
+                raise Hang("; ".join(map(self.place, self.until)))
+            self.land(random.randrange(len(self.loads)))
+
+    def land(self, number: int) -> None:
+        """Loads land in any order."""
+        self.loads.pop(number)[1]()
+
+    def land_some(self) -> None:
+        while self.loads:
+            number = random.randrange(len(self.loads))
+            if random.random() > (0.1 if self.loads[number][0] == self.laggard else 0.4):
+                return
+            self.land(number)
+
+    def place(self, number: int) -> str:
+        """Where in the kernels' source a partition waits."""
+        frame = sys._current_frames().get(self.idents[number] or 0)
+        while frame is not None and not frame.f_code.co_filename.startswith(str(KERNELS)):
+            frame = frame.f_back
+        return f"partition {number} waits at " + ("?" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+
+    def ended(self, me: int, failure: BaseException | None) -> None:
+        """The partition that ran is through; the next one goes on, or all end."""
+        del self.until[me]
+        if self.failure is None and failure is None and self.until:
+            try:
+                self.turns[self.chosen()].release()
+            except BaseException as found:  # noqa: BLE001 - the kernel's failure, raised again by ``run``
+                failure = found
+        if self.failure is None and failure is not None:
+            self.failure = failure
+            for number in self.until:
+                self.turns[number].release()
+
+    def run(self, partitions: Sequence[Callable[[], None]]) -> None:
+        """Carry all of them out; raises what the first that fails raises."""
+
+        @torch.no_grad()
+        def carry_out(me: int) -> None:
+            self.turns[me].acquire()
+            failure = None
+            try:
+                if self.failure is None:
+                    partitions[me]()
+            except Stopped:
+                pass
+            except BaseException as found:  # noqa: BLE001
+                failure = found
+            self.ended(me, failure)
+
+        threads = [threading.Thread(target=carry_out, args=(me,), name=f"partition {me}") for me in range(len(partitions))]
+        for me, thread in enumerate(threads):
+            thread.start()
+            self.idents[me] = thread.ident
+        self.turns[self.chosen()].release()
+        for thread in threads:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure
+        with torch.no_grad():
+            while self.loads:
+                self.land(0)
+
+
+def step(until: Callable[[], bool] | None = None) -> None:
+    """Whoever may go on, does."""
+    if _here.schedule is not None:
+        _here.schedule.step(_here.number, until)
+    elif until is not None and not until():
+        raise Hang("the only partition waits")
+
+
 class Barrier:
     def __init__(self) -> None:
-        self.changed = threading.Condition()
         self.phase = self.pending = self.count = self.bytes = 0
 
     def init(self, count: int) -> None:
         self.count = self.pending = count
 
     def change(self, arrivals: int, bytes: int) -> None:
-        with self.changed:
-            self.pending -= arrivals
-            self.bytes += bytes
-            assert self.pending >= 0, "more arrivals than a phase expects"
-            if self.pending == 0 and self.bytes == 0:
-                self.phase, self.pending = self.phase + 1, self.count
-                self.changed.notify_all()
+        self.pending -= arrivals
+        self.bytes += bytes
+        assert self.pending >= 0, "more arrivals than a phase expects"
+        if self.pending == 0 and self.bytes == 0:
+            self.phase, self.pending = self.phase + 1, self.count
 
     def arrive(self, count: int = 1, pred: Any = True) -> None:
         assert not _here.unfenced, "others would be told before what was stored can be seen by TMA and products"
         if pred:
+            step()
             self.change(count, 0)
 
+    def expect(self, size: int, pred: Any = True) -> None:
+        if pred:
+            self.change(1, size)
+
     def wait(self, parity: Any, pred: Any = True) -> None:
-        if not pred:
-            return
-        parity = int(parity)
-        land_some()
-        while _here.loads and self.phase & 1 == parity:  # nothing else may happen before one of these lands
-            time.sleep(1e-4)
-            linger()
-            land_one()
-        end = time.monotonic() + PATIENCE
-        with self.changed:
-            while not self.changed.wait_for(lambda: self.phase & 1 != parity, 0.1):
-                if _here.failures or time.monotonic() > end:
-                    raise TimeoutError(f"{threading.current_thread().name} waits in vain")
+        if pred:
+            parity = int(parity)
+            step(lambda: self.phase & 1 != parity)
 
 
 def tma_load(descriptor: Descriptor, at: Sequence[Any], barrier: Barrier, target: Shared) -> None:
@@ -245,18 +354,8 @@ def tma_load(descriptor: Descriptor, at: Sequence[Any], barrier: Barrier, target
         target.x[inside] = descriptor.tensor[source]
         barrier.change(0, -descriptor.block_type.nbytes)
 
-    _here.loads.append(land)
-    land_some()
-
-
-def land_one() -> None:
-    """Loads land in any order."""
-    _here.loads.pop(random.randrange(len(_here.loads)))()
-
-
-def land_some() -> None:
-    while _here.loads and random.random() < (0.2 if _here.lags else 0.6):
-        land_one()
+    _here.schedule.loads.append((_here.number, land))
+    step()
 
 
 def tma_store(descriptor: Descriptor, at: Sequence[Any], source: Shared, adds: bool = False) -> None:
@@ -278,15 +377,8 @@ def tma_add(descriptor: Descriptor, at: Sequence[Any], source: Shared) -> None:
     tma_store(descriptor, at, source, adds=True)
 
 
-def linger() -> None:
-    """Whoever may go on, does."""
-    probability, seconds = (0.3, 2e-3) if _here.lags else (0.05, 2e-4)
-    if random.random() < probability:
-        time.sleep(seconds)
-
-
 def tma_store_wait(pendings: int) -> None:
-    linger()
+    step()
     while len(_here.stores) > pendings:
         _here.stores.pop(0)()
 
@@ -294,13 +386,29 @@ def tma_store_wait(pendings: int) -> None:
 class Product:
     """A product under way: its operands in shared memory are read when it is issued, or when it is waited for."""
 
-    def __init__(self, run: Callable[[], Tensor]) -> None:
-        self.run, self.value = run, None
+    def __init__(self, run: Callable[[], Tensor], shape: tuple[int, int]) -> None:
+        self.run, self.value, self.unfinished = run, None, torch.full(shape, torch.nan)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unfinished, name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*(x.unfinished if isinstance(x, Product) else x for x in args), **(kwargs or {}))
+
+
+def _of_unfinished(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self.unfinished, name)(*(x.unfinished if isinstance(x, Product) else x for x in others))
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg", "lt", "le", "gt", "ge", "getitem"):
+    setattr(Product, f"__{_name}__", _of_unfinished(f"__{_name}__"))
 
 
 def warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
     assert is_async and a.dtype == b.dtype
     assert not any(isinstance(x, Shared) and x.buffer in _here.unfenced for x in (a, b)), "a product would not see what was stored"
+    step()
     left, right = a.x if isinstance(a, Shared) else a, b.x
     if random.random() < 0.5:
         left, right = left.clone(), right.clone()
@@ -309,13 +417,13 @@ def warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: b
         before = acc.value if isinstance(acc, Product) else acc
         return left.float() @ right.float() + (before if use_acc else 0.0)
 
-    product = Product(run)
+    product = Product(run, (left.shape[0], right.shape[1]))
     _here.products.append(product)
     return product
 
 
 def warpgroup_mma_wait(pendings: int, deps: Sequence[Any]) -> Any:
-    linger()
+    step()
     while len(_here.products) > pendings:
         product = _here.products.pop(0)
         product.value = product.run()
@@ -392,27 +500,19 @@ class Processor:
     """The numbered barriers of a processor, at which whole partitions arrive or wait."""
 
     def __init__(self) -> None:
-        self.changed, self.arrived, self.phase = threading.Condition(), [0] * 16, [0] * 16
+        self.arrived, self.phase = [0] * 16, [0] * 16
 
     def reach(self, number: int, threads: int, waits: bool) -> None:
         assert 5 <= number < 16, "Triton uses the others"
         assert not _here.unfenced, "others would be told before what was stored can be seen by TMA and products"
-        land_some()
-        end = time.monotonic() + PATIENCE
-        with self.changed:
-            phase = self.phase[number]
-            self.arrived[number] += _here.threads
-            assert self.arrived[number] <= threads, "more arrivals than a phase expects"
-            if self.arrived[number] == threads:
-                self.arrived[number], self.phase[number] = 0, phase + 1
-                self.changed.notify_all()
-        while waits and self.phase[number] == phase:
-            if _here.loads:  # nothing else may happen before one of these lands
-                land_one()
-            with self.changed:
-                self.changed.wait_for(lambda: self.phase[number] != phase, 0.01 if _here.loads else 0.1)
-            if _here.failures or time.monotonic() > end:
-                raise TimeoutError(f"{threading.current_thread().name} waits in vain")
+        step()
+        phase = self.phase[number]
+        self.arrived[number] += _here.threads
+        assert self.arrived[number] <= threads, "more arrivals than a phase expects"
+        if self.arrived[number] == threads:
+            self.arrived[number], self.phase[number] = 0, phase + 1
+        elif waits:
+            step(lambda: self.phase[number] != phase)
 
 
 def _sharing(u: Tensor) -> Tensor:
@@ -422,34 +522,20 @@ def _sharing(u: Tensor) -> Tensor:
 
 
 def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: Sequence[int], registers: object) -> None:
-    failures: list[BaseException] = []
-    program, processor, laggard = _here.program, Processor(), random.randrange(max(4, len(partitions)))
+    program, processor, schedule = _here.program, Processor(), Schedule(len(partitions))
 
-    def run(number: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        _here.program, _here.failures, _here.processor, _here.lags = program, failures, processor, number == laggard
+    def partition(number: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+        _here.program, _here.processor, _here.schedule, _here.number = program, processor, schedule, number
         _here.threads = 32 * [4, *warps][number]
         begin()
-        try:
-            with torch.no_grad():
-                function(*arguments)
-            assert not _here.products and not _here.stores, "left without waiting"
-            with torch.no_grad():
-                for land in _here.loads:
-                    land()
-        except BaseException as failure:  # noqa: BLE001 - raised again by the thread that waits
-            failures.append(failure)
+        function(*arguments)
+        assert not _here.products and not _here.stores, "left without waiting"
 
-    threads = [threading.Thread(target=run, args=(n, *partition), name=f"partition {n}") for n, partition in enumerate(partitions)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
+    schedule.run([functools.partial(partition, number, *each) for number, each in enumerate(partitions)])
 
 
 def begin() -> None:
-    _here.products, _here.stores, _here.loads, _here.unfenced = [], [], [], set()
+    _here.products, _here.stores, _here.unfenced = [], [], set()
 
 
 def allocate(dtype: Any, shape: Sequence[int], layout: object) -> Any:
@@ -516,7 +602,7 @@ def _stand_ins() -> dict[str, Any]:
     )  # fmt: skip
     jit = lambda function=None, **_: function or (lambda f: f)  # noqa: E731
     mbarrier = SimpleNamespace(
-        MBarrierLayout=lambda: "barriers", init=Barrier.init, wait=Barrier.wait, arrive=Barrier.arrive, expect=lambda b, size, pred=True: b.change(1, size) if pred else None,
+        MBarrierLayout=lambda: "barriers", init=Barrier.init, wait=Barrier.wait, arrive=Barrier.arrive, expect=Barrier.expect,
     )  # fmt: skip
     return {
         "gl": gl, "tl": gl, "gluon": SimpleNamespace(jit=jit, constexpr_function=jit), "triton": SimpleNamespace(jit=jit), "mbarrier": mbarrier,
@@ -543,7 +629,7 @@ def run(call: Any, seed: int = 0) -> None:
     function = call.kernel.fn
     kernel = namespace(function.__module__.rpartition(".")[2], {})[function.__name__]
     for program in range(call.programs):
-        _here.program = (program, call.programs)
+        _here.program, _here.schedule = (program, call.programs), None
         begin()
         kernel(*map(value, call.args), **{name: x for name, x in call.constants.items() if name != "maxnreg"})  # which is no argument
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -17,18 +17,49 @@ from triflash.bench.timing import measure_interleaved, quantiles
 CPU = torch.device("cpu")
 
 
-def test_calls_take_turns_and_slow_ones_are_spread() -> None:
+class Clock:
+    """Time that passes only where a test says so, and a device that does its work after the host has gone on."""
+
+    def __init__(self) -> None:
+        self.now = self.device_done = 0.0
+        self.log: list[str] = []
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def call(self, host: float, device: float = 0.0) -> Callable[[], None]:
+        """What takes the host and the device so many seconds."""
+
+        def take() -> None:
+            self.log.append("call")
+            self.now += host
+            self.device_done = max(self.device_done, self.now) + device
+
+        return take
+
+    def synchronize(self, _: Any = None) -> None:
+        self.log.append("wait")
+        self.now = max(self.now, self.device_done)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(timing, "time", clock)
+    return clock
+
+
+def test_calls_take_turns_and_slow_ones_are_spread(clock: Clock) -> None:
     turns: list[str] = []
-    calls = {"quick": lambda: time.sleep(0.001), "slow": lambda: time.sleep(0.02)}  # apart by more than a busy machine is late
-    found = measure_interleaved(calls, device=CPU, budget=0.4, after=turns.append)
-    assert len(found["quick"].ms) > len(found["slow"].ms) >= 10
-    assert 1.0 <= found["quick"].median < 20.0 <= found["slow"].median
+    found = measure_interleaved({"quick": clock.call(2**-10), "slow": clock.call(2**-6)}, device=CPU, budget=0.5, after=turns.append)
+    assert len(found["quick"].ms) == 512 and len(found["slow"].ms) == 32  # what fits the budget
+    assert set(found["quick"].ms) == {1000 * 2**-10} and set(found["slow"].ms) == {1000 * 2**-6}
     at = [i / len(turns) for i, name in enumerate(turns) if name == "slow"]
     assert min(at) < 0.25 and max(at) > 0.75 and all(b - a < 0.25 for a, b in itertools.pairwise(at))
 
 
-def test_fewest_and_most_samples() -> None:
-    found = measure_interleaved({"a": lambda: time.sleep(0.002)}, device=CPU, budget=0.0, min_samples=4)
+def test_fewest_and_most_samples(clock: Clock) -> None:
+    found = measure_interleaved({"a": clock.call(0.002)}, device=CPU, budget=0.0, min_samples=4)
     assert len(found["a"].ms) == 4
     found = measure_interleaved({"a": lambda: None}, device=CPU, budget=1.0, max_samples=7)
     assert len(found["a"].ms) == 7
@@ -51,29 +82,8 @@ def test_a_failing_call_leaves_the_others_alone() -> None:
     assert found["fine"].error is None and len(found["fine"].ms) == 20
 
 
-class Clock:
-    """Time that passes only where a test says so, and a device that does its work after the host has gone on."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.device_done = 0.0
-        self.log: list[str] = []
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    def call(self, host: float, device: float) -> None:
-        self.log.append("call")
-        self.now += host
-        self.device_done = max(self.device_done, self.now) + device
-
-    def synchronize(self, _: Any = None) -> None:
-        self.log.append("wait")
-        self.now = max(self.now, self.device_done)
-
-
 @pytest.mark.parametrize(
-    "clock, host, device, wanted",
+    "which, host, device, wanted",
     [
         ("host", 0.25, 1.0, 0.25),
         ("host", 1.0, 0.25, 1.0),
@@ -81,18 +91,14 @@ class Clock:
         ("eager", 0.25, 1.0, 1.0 + 0.25 / 24),  # the device's, and the first call's on the host
     ],
 )
-def test_the_host_alone_and_the_eager_program(clock: str, host: float, device: float, wanted: float) -> None:
-    """On a clock of the test's own; milliseconds. A batch of the host is 16 calls, one of the eager program here 24."""
-    time_ = Clock()
-    with (
-        mock.patch.object(timing.time, "perf_counter", time_.perf_counter),
-        mock.patch.object(torch.cuda, "synchronize", time_.synchronize),
-    ):
-        calls = {"a": lambda: time_.call(host / 1e3, device / 1e3)}
-        found = measure_interleaved(calls, device=torch.device("cuda"), max_samples=5, clock=clock)["a"]
+def test_the_host_alone_and_the_eager_program(which: str, host: float, device: float, wanted: float, clock: Clock) -> None:
+    """Milliseconds. A batch of the host is 16 calls, one of the eager program here 24."""
+    with mock.patch.object(torch.cuda, "synchronize", clock.synchronize):
+        calls = {"a": clock.call(host / 1e3, device / 1e3)}
+        found = measure_interleaved(calls, device=torch.device("cuda"), max_samples=5, clock=which)["a"]
     assert found.ms == pytest.approx([wanted] * 5)
-    batch = ["wait", *["call"] * 16] if clock == "host" else ["wait", *["call"] * 24, "wait"]
-    assert time_.log[-len(batch) :] == batch
+    batch = ["wait", *["call"] * 16] if which == "host" else ["wait", *["call"] * 24, "wait"]
+    assert clock.log[-len(batch) :] == batch
 
 
 def test_what_is_entered_is_entered_around_each_sample_and_not_timed() -> None:

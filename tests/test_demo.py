@@ -18,7 +18,6 @@ from triflash.demo.model import BUCKETS, MAX_DISTANCE, relative_buckets
 TINY = ["--steps", "3", "--seq-len", "48", "--batch", "2", "--layers", "1", "--heads", "2", "--dim", "16", "--device", "cpu"]
 
 
-@pytest.mark.timeout(240)  # it starts two processes that import torch
 def test_trains_compares_and_writes(tmp_path, capsys):
     assert main(["demo", *TINY, "--backend", "tiled", "--out", str(tmp_path / "new" / "folder")]) == 0
     found = json.loads((tmp_path / "new" / "folder" / "demo.json").read_text())

@@ -108,12 +108,12 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
         names = {name: x for (name, _), x in zip(face.shapes, given, strict=False)}
         sizes = check_tensors(names, dict(face.shapes))
         same_device_and_dtype(names)  # type: ignore[arg-type]
-        batch, (M, N, H) = (sizes["B"],), (sizes["M"], sizes.get("N", sizes["M"]), sizes["H"])
+        batch: tuple[int, ...] = (sizes["B"],)
     else:
         if layout == "bhsd":
             q, k, v = (_swapped(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
         batch, sizes = _check_inputs(q, k, v)
-        M, N, H = sizes["M"], sizes["N"], sizes["H"]
+    M, N, H = sizes["M"], sizes.get("N", sizes["M"]), sizes["H"]
     softmax_scale = check_scale(face.scale, scale, sizes["D"])
     lo, hi = _band(causal, window, M, N)
     _check_bias_and_mask(q, bias, mask, (*batch, H, M, N))

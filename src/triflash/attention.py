@@ -87,7 +87,9 @@ def attention(
         UnsupportedError: no backend, or not the one that was asked for by name, can do this combination (docs/features.md).
 
     Memory beyond inputs and outputs is O(M + N) per head, but for copies of inputs whose layout kernels cannot read. Results are bitwise
-    reproducible, gradients included. Not differentiable twice, nor by ``torch.func``.
+    reproducible, gradients included, but for dq on backend ``hopper`` unless ``deterministic``. Under autocast q, k and v become its dtype,
+    as those of SDPA do. ``torch.func``'s ``grad``, ``vjp``, ``jacrev`` and ``vmap`` work; forward-mode and second derivatives raise
+    UnsupportedError.
 
     Sources: grouped heads (Ainslie et al. 2023), ALiBi (Press et al. 2022), soft cap (Gemma 2, 2024), sinks (gpt-oss, 2025).
     """

@@ -6,22 +6,25 @@ wait for every microsecond spent here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
+from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
 from .arguments import Checked, Face, Given, Options, checked
 from .bound.call import BoundCall
 from .bound.signature import CALLS, ambient, describe
 from .checks import check_seed_range, seed_tensor
+from .errors import UnsupportedError
 from .launch.room import meta, twin
 from .ops import Attention, attention_forward
 from .plan.device import DeviceFacts
 from .plan.select import requested_backend_soon
 from .spec import resolve_precision, spec_of
+from .transforms import Transformed
 
 __all__ = ["attend", "bind"]
 
@@ -35,7 +38,7 @@ _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _apply = super(torch.autograd.Function, Attention).apply  # less what Function.apply asks of functorch, which attend did
 _compiling = torch.compiler.is_compiling
-_autocast = torch.is_autocast_enabled
+_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _deterministic = torch.are_deterministic_algorithms_enabled
 
 
@@ -44,15 +47,16 @@ def attend(face: Face, given: Given, options: Options, return_lse: bool = False)
 
     Raises what :func:`~triflash.arguments.checked` does, in the first call of a signature and in every other.
     """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(given)
     if _compiling():
         return _by_operators(face, given, options, return_lse)
     q, k, v, bias, mask, lengths, slopes, sink, seed = given
     if _dispatch_modes() or _transforms() or _tracing() is not None or not _PLAIN.issuperset(map(type, given[:8])):
         return _by_operators(face, given, options, return_lse)
-    call = None
+    call, cast = None, False
     try:
-        if _autocast(q.device.type):
-            return _autocasted(face, given, options, return_lse)
+        cast = _autocast() and torch.is_autocast_enabled(q.device.type)
         facts, around = ambient(q)
         key: Any = (
             face.name, describe(q), describe(k), describe(v), describe(bias),
@@ -63,12 +67,17 @@ def attend(face: Face, given: Given, options: Options, return_lse: bool = False)
             resolve_precision("") if q.dtype is torch.float32 and options.precision is None else "",
             around,
         )  # fmt: skip
-        if slopes is None or not slopes.requires_grad:
+        if slopes is None or not (slopes.requires_grad and torch.is_grad_enabled()):
             call = CALLS.get(key)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         key = None  # a tensor that is none, or has no memory, or an option that cannot be hashed: the checks have words for it
+    if cast:
+        return _autocasted(face, given, options, return_lse)
     if call is None:
         settled = checked(face, given, options)
+        window: Any = options.window
+        if isinstance(window, list):  # which has no hash
+            return attend(face, given, options._replace(window=(window[0], window[1])), return_lse)
         if key is None or q.device.type == "meta" or any(x is not None and x.is_neg() for x in given[:8]):
             return _by_operators(face, given, options, return_lse)
         call = _bound(settled, given, facts, q.device)
@@ -86,7 +95,10 @@ def _run(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) ->
     if torch.is_grad_enabled():
         for x in given:
             if x is not None and x.requires_grad:
-                return _apply(call, return_lse, *given)
+                count = len(given)
+                while given[count - 1] is None:  # autograd looks at each of them
+                    count -= 1
+                return _apply(call, return_lse, *given[:count])
     results = call.run_forward(given)
     return (results[0], results[1]) if return_lse else results[0]
 
@@ -113,8 +125,9 @@ def _by_operators(face: Face, given: Given, options: Options, return_lse: bool) 
     """The same by operators, which tracers, transforms and subclasses see."""
     call = checked(face, given, options)
     seed = seed_tensor(given.dropout_seed, given.q.device) if call.dropout_p else None
-    x = call.form.operands((*given[:8], seed))  # type: ignore[arg-type]
-    out, lse, _ = attention_forward(
+    x = call.form.operands((*given[:8], seed))
+    forward = Transformed.apply if _transforms() else attention_forward
+    out, lse, _ = forward(
         *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend, *x[4:], call.softcap, call.dropout_p,
         call.deterministic,
     )  # fmt: skip
@@ -122,10 +135,21 @@ def _by_operators(face: Face, given: Given, options: Options, return_lse: bool) 
     return (out, call.form.lse_of(lse)) if return_lse else out
 
 
+def _refuse_tangents(given: Given) -> None:
+    """Forward-mode derivatives (``torch.func.jvp``, ``jacfwd``, ``linearize``, dual tensors) are refused: they would come out as zero."""
+    for name, x in zip(Given._fields, given, strict=True):
+        if isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
+            raise UnsupportedError(
+                f"forward-mode derivatives by {name} (torch.func.jvp, jacfwd, linearize, dual tensors): no backend has them; use reverse "
+                "mode (torch.func.vjp, jacrev, grad), or differentiate dense attention in PyTorch"
+            )
+
+
 def _autocasted(face: Face, given: Given, options: Options, return_lse: bool) -> Any:
     """Under autocast q, k and v are of its dtype, as those of SDPA; bias, sink and slopes keep theirs. Casts are differentiable."""
     device = given.q.device.type
     dtype = torch.get_autocast_dtype(device)
     q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in _CASTS else x for x in given[:3])
+    assert q is not None
     with torch.autocast(device, enabled=False):
         return attend(face, given._replace(q=q, k=k, v=v), options, return_lse)

@@ -67,9 +67,8 @@ def explain(
 
     Args:
         q, k, v, bias: as for :func:`triflash.attention`, with the same checks. Meta tensors will do.
-        options: :func:`triflash.attention`'s other keywords, of the same meaning (``causal=``, ``mask=``, ``window=``, ``scale=``,
-            ``key_lengths=``, ``softcap=``, ``alibi_slopes=``, ``sink=``, ``dropout_p=``, ``layout=``, …). The seed's functions align
-            causal to the top left: ``causal="top_left"``.
+        options: :func:`triflash.attention`'s other keywords, of the same meaning (``causal=``, ``mask=``, ``window=``, ``scale=``, …). The
+            seed's functions align causal to the top left: that is ``causal="top_left"``.
         grads: which of ``"q", "k", "v", "bias", "sink"`` a backward pass gives gradients for; default those that require one.
         backend: as in ``with triflash.backend(backend)``.
         device: what to explain it for: a kind of device (``"sm80"``, ``"sm90"``, ``"gfx942"``, ``"cpu"``, …; if this machine has one, that

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .spec import Operands
@@ -53,7 +54,9 @@ class Form:
         if self.canonical:
             return Operands(q, k, v, bias, mask, lengths, slopes, sink, seed)
         return Operands(
-            *(self.rows(name, x, copy) for name, x in (("q", q), ("k", k), ("v", v))),
+            self.rows("q", q, copy),
+            self.rows("k", k, copy),
+            self.rows("v", v, copy),
             bias=self._five("bias", bias, copy),
             mask=self._five("mask", mask, copy),
             key_lengths=None if lengths is None else _fold("key_lengths", lengths, (math.prod(lengths.shape),), copy),
@@ -92,6 +95,16 @@ class Form:
     def lse_of(self, lse: Tensor) -> Tensor:
         """A contiguous canonical lse as the caller gets it; a view."""
         return lse if self.canonical or len(self.batch) == 1 else lse.reshape(*self.batch, *lse.shape[1:])
+
+    def gradients_of(self, grads: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of canonical q, k, v, bias and sink in the layouts of what was given; views, and a copy of what is packed."""
+        q, k, v = (None if x is None else self.out_of(x) for x in grads[:3])
+        bias, like = grads[3], given[3]
+        if self.tensors == 2:
+            k, v = (None if k is None or v is None else torch.stack([k, v], 2)), None
+        elif self.tensors == 1:
+            q, k, v = (None if q is None or k is None or v is None else torch.stack([q, k, v], 2)), None, None
+        return [q, k, v, None if bias is None or like is None else bias.reshape(like.shape), grads[4]]
 
     def bias(self, bias: Tensor) -> Tensor:
         """The gradient of a bias, contiguous and of its shape, with five dims; a view."""

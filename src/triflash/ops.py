@@ -24,9 +24,17 @@ from .bound.signature import CALLS, ambient, describe
 from .errors import UnsupportedError, bad_value
 from .form import Form
 from .launch.room import twin
-from .spec import Gradients, Saved, check_gradients, check_saved, keeps_rest, spec_of
+from .spec import Gradients, Operands, Saved, check_gradients, check_saved, keeps_rest, spec_of
 
-__all__ = ["Attention", "attention_backward", "attention_backward_", "attention_forward", "differentiable_once"]
+__all__ = [
+    "SECOND_DERIVATIVE",
+    "Attention",
+    "OperatorOptions",
+    "attention_backward",
+    "attention_backward_",
+    "attention_forward",
+    "differentiable_once",
+]
 
 _OPTIONS = "SymInt batch_inner, SymInt? lo, SymInt? hi, float scale, str precision, str backend"
 _MORE = (
@@ -42,7 +50,7 @@ _library.define(f"backward({_SAVED}, {_OPTIONS}, bool[] needs, {_MORE}) -> (Tens
 _library.define(f"backward_({_SAVED}, {_OPTIONS}, {_GIVEN}, {_MORE}, Tensor(e!)? dsink=None) -> ()")
 
 
-class _Options(NamedTuple):
+class OperatorOptions(NamedTuple):
     """The operators' arguments after the bias (forward) and rest (backward), in order. PyTorch leaves out trailing defaults.
 
     Between ``backend`` and ``mask`` the backward operators have what they give; here that is left out.
@@ -74,7 +82,7 @@ class _Options(NamedTuple):
         return self[6:11]
 
 
-def _bound(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: _Options) -> tuple[BoundCall, tuple[Tensor | None, ...]]:
+def _bound(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: OperatorOptions) -> tuple[BoundCall, tuple[Tensor | None, ...]]:
     """What an operator's arguments bind to, and its tensors in order. Only a new signature is checked."""
     given = (q, k, v, bias, *options.tensors)
     numbers = options.numbers
@@ -94,7 +102,7 @@ def _bound(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: _Optio
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, given = _bound(q, k, v, bias, _Options(*rest))
+    call, given = _bound(q, k, v, bias, OperatorOptions(*rest))
     out, lse, *lost = call.run_forward(given)
     return out, lse, lost[0] if lost else q.new_empty(0, dtype=torch.float32)
 
@@ -104,11 +112,11 @@ def _kept(rest: Tensor | None) -> Tensor | None:
     return None if rest is None or rest.dim() == 1 else rest
 
 
-def _all_needs(needs: Sequence[bool]) -> list[bool]:
+def _all_needs(needs: Sequence[bool]) -> tuple[bool, ...]:
     """Whether dq, dk, dv, dbias and dsink are wanted; the last may be left out."""
     if not 4 <= len(needs) <= 5:
         raise bad_value("needs", "4 or 5 of them: of q, k, v, bias and sink", list(needs))
-    return [*needs, False][:5]
+    return (*needs, False)[:5]
 
 
 def _backward(
@@ -116,7 +124,7 @@ def _backward(
     rest: Tensor | None, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str,
     needs: Sequence[bool], *more: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = _Options(batch_inner, lo, hi, scale, precision, backend, *more)
+    options = OperatorOptions(batch_inner, lo, hi, scale, precision, backend, *more)
     needs = _all_needs(needs)
     if needs[3] and (bias is None or bias.dtype == torch.bool):
         raise bad_value("needs", "False for a bias that is absent or a mask", needs)
@@ -135,20 +143,20 @@ def _backward_(
     rest: Tensor | None, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dbias: Tensor | None, *more: Any,
 ) -> None:  # fmt: skip
-    count = len(_Options._fields) - _Options._fields.index("mask")
-    options = _Options(batch_inner, lo, hi, scale, precision, backend, *more[:count])
+    count = len(OperatorOptions._fields) - OperatorOptions._fields.index("mask")
+    options = OperatorOptions(batch_inner, lo, hi, scale, precision, backend, *more[:count])
     grads = Gradients(dq, dk, dv, dbias, *more[count:])
     call, given = _bound(q, k, v, bias, options)
     saved = Saved(out, lse, _kept(rest))
     check_saved(q, v, dout, dlse, saved)
     inputs = {"q": q, "k": k, "v": v, "bias": bias, "sink": options.sink}
     check_gradients(inputs, grads._asdict(), {"dout": dout, "out": out})
-    needs = [grad is not None for grad in grads]
+    needs = tuple(grad is not None for grad in grads)
     call.run_backward(given, [x for x in saved if x is not None], dout, dlse, needs, into=grads)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    options = _Options(*rest)
+    options = OperatorOptions(*rest)
     batch, queries, heads, _dim = q.shape
     lse = q.new_empty(batch, heads, queries, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
     kept = keeps_rest(q.dtype, None if bias is None else bias.dtype, options.alibi_slopes is not None)
@@ -161,7 +169,7 @@ def _fake_backward(
     rest: Tensor | None, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str,
     needs: Sequence[bool], *more: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    sink = _Options(batch_inner, lo, hi, scale, precision, backend, *more).sink
+    sink = OperatorOptions(batch_inner, lo, hi, scale, precision, backend, *more).sink
     wanted = [x if need else None for x, need in zip((q, k, v, bias, sink), _all_needs(needs), strict=True)]
     dq, dk, dv, dbias, dsink = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
     return dq, dk, dv, dbias, dsink
@@ -169,6 +177,12 @@ def _fake_backward(
 
 def _fake_backward_(*_: Any) -> None:
     return None
+
+
+SECOND_DERIVATIVE = (
+    "second derivative of attention (create_graph=True, torch.func.hessian): no backend has one; dense attention in PyTorch, such as "
+    "torch.nn.functional.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH), can be differentiated any number of times"
+)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -180,10 +194,7 @@ class _NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(
-            "second derivative of attention (create_graph=True): no backend has one; triflash.oracle.attention can be "
-            "differentiated any number of times"
-        )
+        raise UnsupportedError(SECOND_DERIVATIVE)
 
 
 def differentiable_once(grads: list[Tensor | None], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -194,12 +205,53 @@ def differentiable_once(grads: list[Tensor | None], inputs: tuple[Tensor | None,
     return tied
 
 
+def _watched() -> bool:
+    """Whether a transform of ``torch.func`` or a dispatch mode is to see what runs: they see operators alone."""
+    return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+
+
+def _opaque(x: Tensor | None) -> bool:
+    """Whether a tensor is not what its memory holds: a subclass, one of several of a vmap, a negated view."""
+    if x is None:
+        return False
+    if type(x) is not Tensor or x.is_neg():
+        return True
+    try:
+        x.data_ptr()
+    except RuntimeError:  # "Cannot access data pointer of Tensor that doesn't have storage"
+        return True
+    return False
+
+
+def _backward_by_operator(
+    call: BoundCall, given: Sequence[Tensor | None], outputs: Sequence[Tensor], dout: Tensor, dlse: Tensor | None, needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """The gradients of an eager call by the operator, in the layouts of what was given."""
+    form, spec = call.form, call.spec
+    x = form.operands(given)
+    saved = call.saved(outputs)
+    rest = x.q.new_empty(0, dtype=torch.float32) if saved.rest is None else saved.rest
+    dlse = None if dlse is None else form.lse("dlse", dlse)
+    all_needs = vars(call.needs(needs))
+    grads = attention_backward(
+        form.rows("dout", dout), dlse, *x[:4], saved.out, saved.lse, rest, form.inner if not form.canonical else spec.batch_inner,
+        spec.lo, spec.hi, spec.scale, spec.precision, call.backend, list(all_needs.values()), *x[4:], spec.softcap, spec.dropout,
+        spec.deterministic,
+    )  # fmt: skip
+    return form.gradients_of([grad if need else None for grad, need in zip(grads, all_needs.values(), strict=True)], given)
+
+
+_MISSING = (None,) * len(Operands._fields)
+
+
 class Attention(torch.autograd.Function):
-    """Eager attention with gradients: ``Attention.apply(call, return_lse, *given)``, given being the tensors of a bound call in order."""
+    """Eager attention with gradients: ``Attention.apply(call, return_lse, *given)``, given being the tensors of a bound call in order, less
+    those that are missing at the end.
+    """
 
     @staticmethod
     def forward(ctx: Any, call: BoundCall, return_lse: bool, *given: Tensor | None) -> Any:
-        results = call.run_forward(given)
+        results = call.run_forward(given + _MISSING[len(given) :])
         ctx.call = call
         ctx.save_for_backward(*given, *results)
         ctx.set_materialize_grads(False)
@@ -207,30 +259,36 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        wants = ctx.needs_input_grad[2:]
-        needs = [wants[at] for at in GRADIENTS]
-        result: list[Tensor | None] = [None] * (2 + len(wants))
-        if (dout is None and dlse is None) or True not in needs:
+        _, _, *wants = ctx.needs_input_grad
+        count = len(wants)
+        result: list[Tensor | None] = [None] * (2 + count)
+        if dout is None and dlse is None:
             return tuple(result)
         call, saved = ctx.call, ctx.saved_tensors
-        given, outputs = saved[: len(wants)], saved[len(wants) :]
+        given, outputs = saved[:count] + _MISSING[count:], saved[count:]
         if dout is None:
             dout = torch.zeros_like(outputs[0])
-        with torch.no_grad():
+        needs = tuple([at < count and wants[at] for at in GRADIENTS])
+        if _watched() or _opaque(dout) or _opaque(dlse):
+            grads = _backward_by_operator(call, given, outputs, dout, dlse, needs)
+        elif not torch.is_grad_enabled():
             grads = call.run_backward(given, outputs, dout, dlse, needs)
-        if torch.is_grad_enabled():
-            grads = differentiable_once(grads, (dout, dlse, *given))
+        else:
+            with torch.no_grad():
+                grads = call.run_backward(given, outputs, dout, dlse, needs)
+            grads = list(differentiable_once(grads, (dout, dlse, *given)))
         for at, grad in zip(GRADIENTS, grads, strict=True):
-            result[2 + at] = grad
+            if grad is not None:
+                result[2 + at] = grad
         return tuple(result)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, bias, *rest = inputs
-    options = _Options(*rest)
+    options = OperatorOptions(*rest)
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(q, k, v, bias, *options.tensors, *output)
-    ctx.numbers, ctx.sink_at = options.numbers, 4 + _Options._fields.index("sink")
+    ctx.numbers, ctx.sink_at = options.numbers, 4 + OperatorOptions._fields.index("sink")
     ctx.set_materialize_grads(False)
 
 

@@ -143,6 +143,11 @@ class AttentionSpec:
     deterministic: bool = False
 
     @property
+    def tensor_dtype(self) -> torch.dtype:
+        """PyTorch's name of the dtype of q, k and v."""
+        return _DTYPES[self.dtype]
+
+    @property
     def batch(self) -> int:
         return self.batch_outer * self.batch_inner
 

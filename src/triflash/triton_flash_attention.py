@@ -65,7 +65,7 @@ def flash_attn_func(
     Memory beyond inputs and outputs is O(seqlen_q + seqlen_k), but for copies of inputs whose layout kernels cannot read: a last dim that
     is not contiguous, or a bias whose rows are not a multiple of 16 elements apart. Results are bitwise reproducible, gradients included,
     but for dq on backend ``hopper``, unless ``torch.use_deterministic_algorithms(True)`` is in force when this is called.
-    Autocast does not change the inputs' dtypes: cast them yourself. Not differentiable twice, nor by ``torch.func``.
+    Autocast and ``torch.func``: as for :func:`triflash.attention`.
     """
     return _attend((q, k, v), bias, causal, softmax_scale)
 
@@ -84,7 +84,7 @@ def flash_attn_qkvpacked_func(qkv: Tensor, bias: Tensor | None = None, causal: b
 
 def _attend(inputs: tuple[Tensor, ...], bias: Tensor | None, causal: bool, softmax_scale: float | None) -> Tensor:
     """Attention of q, k and v however they are packed; a packed input gets a packed gradient, written in place by the kernels."""
-    return attend(SEED[len(inputs)], _given(*inputs, bias=bias), _options(causal, softmax_scale))
+    return attend(SEED[len(inputs)], _given(*inputs)._replace(bias=bias), _options(causal, softmax_scale))
 
 
 def _given(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, bias: Tensor | None = None) -> Given:

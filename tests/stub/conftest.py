@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import gpu
@@ -16,9 +17,10 @@ NAME = "NVIDIA H200"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Before anything imports Triton's driver. Kernels that were compiled stay in pytest's cache for the next run."""
+    """Before anything imports Triton's driver. Kernels that were compiled, as far as they are here, are kept for the next run."""
     assert config.cache is not None
-    os.environ["TRITON_CACHE_DIR"] = str(config.cache.mkdir("triflash-stub"))
+    kept = Path(os.environ["TRITON_CACHE_DIR"]) / "stub" if "TRITON_CACHE_DIR" in os.environ else config.cache.mkdir("triflash-stub")
+    os.environ["TRITON_CACHE_DIR"] = str(kept)
 
 
 @pytest.fixture(scope="session", autouse=True)

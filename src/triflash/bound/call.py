@@ -67,11 +67,11 @@ class BoundCall:
 
         def aside(tensors: Given) -> None:
             count = len(self.given)
-            launch.run_forward(plan, spec, form.operands(tensors[:count]), self._saved(tensors[count:]))
+            launch.run_forward(plan, spec, form.operands(tensors[:count]), self.saved(tensors[count:]))
 
         return BoundPass(plan, spec, room, calls, aside, self.device)
 
-    def _saved(self, results: Given) -> Saved:
+    def saved(self, results: Given) -> Saved:
         """out, lse and, where it was kept, rest, in canonical form."""
         out, lse, *rest = results
         assert out is not None and lse is not None
@@ -82,7 +82,7 @@ class BoundCall:
         return self.forward.run(given, given[0])  # type: ignore[arg-type]
 
     def run_backward(
-        self, given: Given, saved: Given, dout: Tensor, dlse: Tensor | None, needs: Sequence[bool], into: Given | None = None
+        self, given: Given, saved: Given, dout: Tensor, dlse: Tensor | None, needs: tuple[bool, ...], into: Given | None = None
     ) -> list[Tensor | None]:
         """The gradients of q, k, v (as they are packed), bias and sink; None where they are not needed.
 
@@ -92,13 +92,16 @@ class BoundCall:
             needs: of each gradient whether it is needed. into: tensors to fill, in the form given; None: new ones.
         """
         all_given = (*given, *saved, dout, dlse, *(() if into is None else into))
-        key = (tuple(needs), into is None, _layout(all_given))
+        key = (needs, into is None, _layout(all_given))
         bound = self._backward.get(key)
         if bound is None:
             bound = self.bind_backward(all_given, len(saved), needs, into is not None)
             self._backward.add(key, bound)
-        made = iter(bound.run(all_given, dout))
-        return [next(made) if need and into is None else None for need in needs]
+        made = bound.run(all_given, dout)
+        if into is not None:
+            return []
+        results = iter(made)
+        return [next(results) if need else None for need in needs]
 
     def bind_backward(self, tensors: Given, saved_count: int, needs: Sequence[bool], into: bool) -> BoundPass:
         """The backward pass for tensors of such layouts: the operands, what was saved, dout, dlse, and if ``into`` the gradients."""
@@ -109,13 +112,13 @@ class BoundCall:
             room.give(x)
         count = len(self.given)
         behind = count + saved_count + 2
-        given, saved = twins[:count], self._saved(twins[count : count + saved_count])
+        given, saved = twins[:count], self.saved(twins[count : count + saved_count])
         dout, dlse = twins[behind - 2 : behind]
         assert dout is not None
         grads: list[Tensor | None] = list(twins[behind:]) if into else self._new_gradients(room, given, needs)
         written = self._gradients(grads)
         copy = room.contiguous
-        plan = plan_backward(spec, self._needs(needs), self.facts, self.backend)
+        plan = plan_backward(spec, self.needs(needs), self.facts, self.backend)
         calls = None
         if plan.backend not in IN_PYTORCH:
             operands = form.operands(given, copy)
@@ -126,7 +129,7 @@ class BoundCall:
             _mention_tiled(room, spec, written)
 
         def aside(tensors: Given) -> None:
-            saved = self._saved(tensors[count : count + saved_count])
+            saved = self.saved(tensors[count : count + saved_count])
             dout, dlse = tensors[behind - 2 : behind]
             assert dout is not None
             dlse = None if dlse is None else form.lse("dlse", dlse)
@@ -142,7 +145,8 @@ class BoundCall:
         wanted = (needs.dq, needs.dk, needs.dv, needs.dbias, needs.dsink)
         return self.bind_backward((*self.given, *results, twin(results[0]), None), len(results), wanted, into=False)
 
-    def _needs(self, needs: Sequence[bool]) -> Needs:
+    def needs(self, needs: Sequence[bool]) -> Needs:
+        """The gradients of canonical operands that are needed, from those of what was given."""
         q, k, v, bias, sink = needs
         if self.form.tensors == 2:
             v = k
@@ -159,8 +163,9 @@ class BoundCall:
                 made.append(None)
                 continue
             like = torch.empty(x.shape, dtype=x.dtype, device="meta")
-            if at < 3 and not self.form.contiguous and self._folds(name, dense := torch.empty_like(x)):
-                like = dense
+            if at < 3 and not self.form.contiguous and not x.is_contiguous() and _leaves_no_gaps(x):
+                dense = meta(x.shape, x.stride(), x.dtype)
+                like = dense if self._folds(name, dense) else like
             made.append(room.result(name, like))
         return made
 
@@ -177,8 +182,18 @@ class BoundCall:
             k, v = (None, None) if k is None else k.unbind(2)
         elif form.tensors == 1:
             q, k, v = (None, None, None) if q is None else q.unbind(2)
-        rows = (None if x is None else form.rows(name, x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
-        return Gradients(*rows, None if bias is None else form.bias(bias), sink)
+        dq, dk, dv = (None if x is None else form.rows(name, x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
+        return Gradients(dq, dk, dv, None if bias is None else form.bias(bias), sink)
+
+
+def _leaves_no_gaps(x: Tensor) -> bool:
+    """Whether x's elements fill its memory, each place once."""
+    size = 1
+    for stride, own in sorted((stride, own) for stride, own in zip(x.stride(), x.shape, strict=True) if own != 1):
+        if stride != size:
+            return False
+        size *= own
+    return True
 
 
 def _mention_tiled(room: Described, spec: AttentionSpec, grads: Gradients) -> None:

@@ -29,7 +29,7 @@ __all__ = ["BoundPass"]
 _ALIGNMENT = 256  # bytes, of each part of the scratch: what any load or tensor map wants
 
 Given = Sequence[Tensor | None]
-_Allocated = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+_Allocated = tuple[tuple[int, ...], tuple[int, ...], "torch.dtype | None"]  # None: the dtype of what it is allocated like
 
 
 class BoundPass:
@@ -39,6 +39,8 @@ class BoundPass:
     where the backend works in PyTorch, or there is nothing to compute. aside: runs the pass without anything bound, from the tensors of
     all slots, whose allocations have been made.
     """
+
+    stamp = 0
 
     def __init__(
         self,
@@ -51,8 +53,7 @@ class BoundPass:
     ) -> None:
         self.plan, self.spec, self.room, self.calls, self._aside = plan, spec, room, calls, aside
         self._device = device
-        self._results: list[_Allocated] = [_shape_of(each) for each in room.allocations if each.use == "result"]
-        assert all(each.use == "result" for each in room.allocations[: len(self._results)]), "results come first"
+        self._results = [_shape_of(each, spec.tensor_dtype) for each in room.allocations if each.use == "result"]
         self._steps: _Native | None = None
         self._tried = calls is None
         self._lock = threading.Lock()
@@ -60,10 +61,11 @@ class BoundPass:
     def run(self, given: Given, like: Tensor) -> list[Tensor]:
         """Carry the pass out on the tensors of the given slots; returns the results, in the order of their allocation.
 
-        ``like`` is one of them, where all memory is allocated.
+        ``like``, in the spec's dtype, is one of them, where all memory is allocated.
         """
         new = like.new_empty_strided
-        results = [new(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
+        # Parsing a dtype takes PyTorch longer than finding the memory.
+        results = [new(shape, strides) if dtype is None else new(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
         native = self._steps
         if native is None and not self._tried:
             native = self._bind()
@@ -83,40 +85,43 @@ class BoundPass:
             if not self._tried:
                 bound = [_native.bind(call, self.room.place) for call in self.calls]
                 known = [each for each in bound if each is not None]
-                self._steps = _Native(self.room, known, self._device) if len(known) == len(bound) else None
+                self._steps = _Native(self.room, known, self._device, self.spec.tensor_dtype) if len(known) == len(bound) else None
                 self._tried = True
         return self._steps
 
 
-def _shape_of(each: Allocation) -> _Allocated:
-    return each.shape, each.strides, each.dtype
+def _shape_of(each: Allocation, like: torch.dtype) -> _Allocated:
+    return each.shape, each.strides, None if each.dtype == like else each.dtype
 
 
 class _Native:
     """The launches of a pass, bound, with the memory that they share."""
 
-    def __init__(self, room: Described, launches: list[Launch], device: torch.device) -> None:
+    def __init__(self, room: Described, launches: list[Launch], device: torch.device, like: torch.dtype) -> None:
         from ..launch import native
 
         self._launches = launches
         self._state = native.state()
+        self._watched = [each.watched for each in launches]
         self._native = native
         self._index = device.index if device.type == "cuda" else None
         self._device = device
         given, results = room.given, sum(each.use == "result" for each in room.allocations)
         # Behind given and results: copies, then all scratch in one.
         copies = [(room.given + at, each) for at, each in enumerate(room.allocations) if each.use == "copy"]
-        self._copies_made: list[_Allocated] = [_shape_of(each) for _, each in copies]
-        places = {slot: (slot, 0) for slot in range(given + results)}
+        self._copies_made = [_shape_of(each, like) for _, each in copies]
+        places = {slot: (slot, 0) for slot in range(given)}
+        kept = [room.given + at for at, each in enumerate(room.allocations) if each.use == "result"]
+        places |= {slot: (given + at, 0) for at, slot in enumerate(kept)}
         places |= {slot: (given + results + at, 0) for at, (slot, _) in enumerate(copies)}
         shared, size = given + results + len(copies), 0
         for at, each in enumerate(room.allocations):
             if each.use == "scratch":
                 places[room.given + at] = (shared, size)
                 size += -(-each.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._scratch = size
-        for each in launches:
-            each.move(places)
+        self._scratch = size // like.itemsize
+        for one in launches:
+            one.move(places)
         used = sorted({slot for each in launches for slot in each.slots})
         self._used, self._count = [slot for slot in used if slot < given + results], shared + 1
         self._first_own, self._shared = given + results, shared
@@ -135,8 +140,8 @@ class _Native:
         native = self._native
         if native.stands_aside() or native.state() != self._state:
             return False
-        for each in self._launches:
-            if each.kernel.pre_run_hooks:
+        for module, name, kernel, hooks in self._watched:
+            if hooks or module.get(name) is not kernel:
                 return False
         if self._index is not None and self._index != torch.cuda.current_device():
             with torch.cuda.device(self._device):
@@ -153,11 +158,11 @@ class _Native:
         if not self._plain:
             new = like.new_empty_strided
             for at, (shape, strides, dtype) in enumerate(self._copies_made, self._first_own):
-                made = new(shape, strides, dtype=dtype)
+                made = new(shape, strides) if dtype is None else new(shape, strides, dtype=dtype)
                 tensors.append(made)
                 addresses[at] = made.data_ptr()
         if self._scratch:
-            scratch = like.new_empty_strided((self._scratch,), (1,), dtype=torch.uint8)
+            scratch = like.new_empty_strided((self._scratch,), (1,))
             addresses[self._shared] = scratch.data_ptr()
             tensors.append(scratch)
         for target, source in self._before:
@@ -171,7 +176,7 @@ class _Native:
             for view in self._zeros:
                 _seen(view, tensors).zero_()
             for dsink, sink, lse, rest, delta, factor in self._sinks:
-                saved = Saved(lse, _seen(lse, tensors), None if rest is None else _seen(rest, tensors))  # type: ignore[arg-type]
+                saved = Saved(_seen(lse, tensors), _seen(lse, tensors), None if rest is None else _seen(rest, tensors))
                 _seen(dsink, tensors).copy_(sink_gradient(_seen(sink, tensors), saved, _seen(delta, tensors), factor))
 
 
@@ -185,9 +190,10 @@ def _seen(view: View, tensors: list[Tensor | None]) -> Tensor:
     whole = tensors[view.slot]
     assert whole is not None
     if whole.dtype != view.dtype:
-        if whole.dtype == torch.uint8 and view.dtype.itemsize > 1:  # scratch
+        if whole.dtype.itemsize == view.dtype.itemsize:  # bool read as bytes
+            whole = whole.view(view.dtype)
+        else:  # in the scratch
             size = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True)) if math.prod(view.shape) else 0
-            begin = view.offset * view.dtype.itemsize
-            return whole[begin : begin + size * view.dtype.itemsize].view(view.dtype).as_strided(view.shape, view.strides, None)
-        whole = whole.view(view.dtype)
+            begin, width = view.offset * view.dtype.itemsize, view.dtype.itemsize
+            return whole.view(torch.uint8)[begin : begin + size * width].view(view.dtype).as_strided(view.shape, view.strides)
     return whole.as_strided(view.shape, view.strides, whole.storage_offset() + view.offset)

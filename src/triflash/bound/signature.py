@@ -21,8 +21,8 @@ Ambient = tuple[int, Choices]
 
 
 def describe(x: Tensor | None) -> tuple[Any, ...] | None:
-    """Of a tensor what a pass depends on, the address modulo 16 bytes included."""
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15)
+    """Of a tensor what a pass depends on: its address modulo 16 bytes included, and whether its memory holds its values negated."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, x.is_neg())
 
 
 def ambient(q: Tensor) -> tuple[DeviceFacts, Ambient]:

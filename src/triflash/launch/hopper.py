@@ -153,7 +153,7 @@ def written(room: Room, name: str, x: Tensor) -> Tensor:
 
 def ready_operands(room: Room, spec: AttentionSpec, x: Operands) -> Operands:
     """The operands, or copies, as the kernels read them."""
-    q, k, v = (ready(room, name, each) for name, each in zip("qkv", x, strict=False))
+    q, k, v = (ready(room, name, each) for name, each in zip("qkv", x[:3], strict=True))
     bias, mask = x.bias, x.mask
     if bias is not None and spec.bias is not None and spec.bias.varies[4]:  # else the bias is read through a pointer, of any strides
         bias = ready(room, "bias", once(bias))

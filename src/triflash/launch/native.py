@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -67,16 +68,28 @@ def state() -> tuple[Any, ...]:
 
 def stream_of(index: int | None) -> int:
     """The current stream of a device, as the driver knows it."""
-    from triton.runtime.driver import driver
+    stream: int = _driver().active.get_current_stream(index or 0)
+    return stream
 
-    return driver.active.get_current_stream(index or 0)
+
+def _driver() -> Any:
+    global _triton_driver
+    if _triton_driver is None:
+        from triton.runtime.driver import driver
+
+        _triton_driver = driver
+    return _triton_driver
+
+
+_triton_driver: Any = None
 
 
 class Launch:
     """One compiled kernel with its grid and every argument but the addresses.
 
     pointers: (place among the arguments, slot, offset in bytes). maps: (place, slot, offset, what a tensor map is made of beside its
-    address, those made so far). nested: tuples among the arguments that hold addresses.
+    address, those made so far). nested: tuples among the arguments that hold addresses. watched: the module that the kernel comes from,
+    its name there, the kernel, and its hooks.
     """
 
     __slots__ = (
@@ -90,24 +103,23 @@ class Launch:
         "_raw",
         "_template",
         "compiled",
-        "kernel",
-        "state",
+        "watched",
     )
 
     def __init__(self, call: Call, compiled: Any, place: Callable[[Tensor], tuple[int, int]]) -> None:
         launcher = compiled.run
-        self.kernel, self.compiled, self.state = call.kernel, compiled, state()
+        self.compiled = compiled
+        kernel = call.kernel
+        # What changes if somebody replaces the kernel, or wants to see its launches.
+        self.watched = (sys.modules[kernel.__module__].__dict__, kernel.__name__, kernel, getattr(kernel, "pre_run_hooks", ()))
         self._encode = _encoder()
         self._raw, self._before, self._after, self._last = _c_launcher(launcher, compiled, call.programs)
         self._template: list[Any] = []
         self._pointers: list[tuple[int, int, int]] = []
         self._maps: list[tuple[int, int, int, tuple[Any, ...], dict[int, Any]]] = []
         self._nested: list[tuple[int, tuple[Any, ...], tuple[tuple[int, int, int], ...]]] = []
-        parameters = call.kernel.signature
-        bound = parameters.bind(*call.args, **{name: x for name, x in call.constants.items() if name in parameters.parameters})
-        bound.apply_defaults()
         metadata = list(getattr(compiled.metadata, "tensordesc_meta", None) or ())
-        for value in bound.arguments.values():
+        for value in _in_order(call):
             at = len(self._template)
             if isinstance(value, Tensor):
                 self._pointers.append((at, *place(value)))
@@ -126,8 +138,8 @@ class Launch:
     @property
     def slots(self) -> set[int]:
         """Those whose addresses the launch takes."""
-        inside = (place for _, _, places in self._nested for place in places)
-        return {slot for _, slot, *_ in (*self._pointers, *self._maps, *inside)}
+        nested = {slot for _, _, inside in self._nested for _, slot, _ in inside}
+        return {each[1] for each in self._pointers} | {each[1] for each in self._maps} | nested
 
     def move(self, places: Mapping[int, tuple[int, int]]) -> None:
         """Take slots for others: each is found at an offset, in bytes, of another."""
@@ -191,14 +203,19 @@ def bind(call: Call, place: Callable[[Tensor], tuple[int, int]]) -> Launch | Non
         return None
 
 
+def _in_order(call: Call) -> list[Any]:
+    """The kernel's arguments, one for each of its parameters."""
+    parameters = list(call.kernel.signature.parameters.values())
+    behind = parameters[len(call.args) :]
+    return [*call.args, *(call.constants.get(each.name, each.default) for each in behind)]
+
+
 def _is_descriptor(value: Any) -> bool:
     return type(value).__name__ == "TensorDescriptor"
 
 
 def _encoder() -> Callable[..., Any]:
-    from triton.runtime.driver import driver
-
-    utils = driver.active.utils
+    utils = _driver().active.utils
     encode: Callable[..., Any] | None = getattr(utils, "fill_tma_descriptor_tiled", None) or getattr(utils, "fill_tma_descriptor", None)
     if encode is None:
         raise _Unknown
@@ -230,14 +247,13 @@ def _c_launcher(launcher: Any, compiled: Any, programs: int) -> tuple[Callable[.
     grid = (programs, 1, 1)
     head = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
     if hasattr(launcher, "arg_annotations") and hasattr(launcher, "kernel_signature"):  # 3.7 and up: one C function for all kernels
-        from triton.runtime.driver import driver
-
         after = (*head, compiled.packed_metadata, None, None, None, None, None)
-        return driver.active.utils.launch, grid, after, (launcher.arg_annotations, launcher.kernel_signature)
+        return _driver().active.utils.launch, grid, after, (launcher.arg_annotations, launcher.kernel_signature)
     after = (*head, None, None, compiled.packed_metadata, None, None, None)  # 3.6: one made for the kernel's signature
     function = launcher.launch
     if inspect.isfunction(function):  # what decomposes descriptors, around it
-        function = inspect.getclosurevars(function).nonlocals.get("launcher")
+        inside = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        function = inside["launcher"].cell_contents if "launcher" in inside else None
     if not inspect.isbuiltin(function):
         raise _Unknown
     return function, grid, after, None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..spec import Saved
-from .calls import sink_gradient
+from .calls import address_of, sink_gradient
 
 __all__ = ["Allocation", "Copied", "Described", "Real", "Room", "SinkSum", "View", "twin"]
 
@@ -122,7 +122,7 @@ class SinkSum(NamedTuple):
 
 def twin(x: Tensor) -> Tensor:
     """A meta tensor of x's shape, strides, dtype and address modulo 16 bytes."""
-    return meta(x.shape, x.stride(), x.dtype, x.data_ptr() % 16 if x.device.type != "meta" else x.storage_offset() * x.element_size() % 16)
+    return meta(x.shape, x.stride(), x.dtype, address_of(x) % 16)
 
 
 def meta(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, address: int = 0) -> Tensor:
@@ -192,7 +192,7 @@ class Described:
     def place(self, x: Tensor) -> tuple[int, int]:
         """(slot, bytes from where the slot's tensor begins) of a meta tensor."""
         slot, begin = self._slots[x.untyped_storage()._cdata]
-        return slot, x.storage_offset() * x.element_size() - begin
+        return slot, int(x.storage_offset()) * x.element_size() - begin
 
     def view(self, x: Tensor) -> View:
         """A meta tensor as a part of its slot."""
@@ -211,5 +211,5 @@ class Described:
         return self.allocations[at].nbytes
 
     def _remember(self, x: Tensor, slot: int) -> None:
-        self._slots[x.untyped_storage()._cdata] = (slot, x.storage_offset() * x.element_size())
+        self._slots[x.untyped_storage()._cdata] = (slot, int(x.storage_offset()) * x.element_size())
         self._kept.append(x)

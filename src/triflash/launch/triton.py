@@ -209,7 +209,7 @@ def row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int]
 
 def _ready(room: Room, x: Operands) -> Operands:
     """The operands with copies in place of those that the kernels cannot read as they lie."""
-    q, k, v = (rows(room, name, each) for name, each in zip("qkv", x, strict=False))
+    q, k, v = (rows(room, name, each) for name, each in zip("qkv", x[:3], strict=True))
     return x._replace(q=q, k=k, v=v, bias=_vectorisable(room, "bias", x.bias), mask=_vectorisable(room, "mask", x.mask))
 
 
