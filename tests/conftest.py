@@ -29,10 +29,11 @@ if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
 
 torch.set_num_threads(1)  # the tensors are tiny, and several workers share the processors
 
+# Folders that need the real Triton, each in a process of its own: kernels compiled for GPUs that are not there, and a stub of a driver.
+APART = tuple(Path(__file__).parent / name for name in ("aot", "stub"))
+
 # As torch.use_deterministic_algorithms, which tells Inductor as well and imports it for that: seconds, in every worker.
 set_deterministic = torch._C._set_deterministic_algorithms
-
-AHEAD_OF_TIME = Path(__file__).parent / "aot"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,13 +46,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Turn Triton's interpreter on where there is no GPU, before anything imports Triton.
-
-    ``pytest tests/aot`` compiles kernels for GPUs that are not there and so needs the real Triton: it gets no interpreter.
-    """
+    """Turn Triton's interpreter on where there is no GPU, before anything imports Triton; not for a folder of ``APART`` alone."""
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped elsewhere")
     config.addinivalue_line("markers", "unpoisoned: allocations are left alone (tests of compilation)")
-    if not only_ahead_of_time(config) and not torch.cuda.is_available():
+    if not chosen_apart(config) and not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if config.getoption("--tier") and config.getoption("--tenth") is None:
         config.option.tenth = tiers.tenth_of_commit()
@@ -70,14 +68,15 @@ def quick() -> Iterator[None]:
         yield
 
 
-def only_ahead_of_time(config: pytest.Config) -> bool:
+def chosen_apart(config: pytest.Config) -> Path | None:
+    """The folder of ``APART`` that all of the command line is about."""
     chosen = [Path(arg.split("::")[0]).resolve() for arg in config.args]
-    return bool(chosen) and all(path.is_relative_to(AHEAD_OF_TIME) for path in chosen)
+    return next((folder for folder in APART if chosen and all(path.is_relative_to(folder) for path in chosen)), None)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """``pytest tests`` leaves ``tests/aot`` out: one process cannot have Triton both interpreted and compiled."""
-    return True if collection_path == AHEAD_OF_TIME and not only_ahead_of_time(config) else None
+    """``pytest tests`` leaves the folders of ``APART`` out: one process cannot have Triton both interpreted and compiled."""
+    return True if collection_path in APART and collection_path != chosen_apart(config) else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -85,7 +84,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         part, parts = map(int, shard.split("/"))
         keep(config, items, {item.nodeid for item in items if zlib.crc32(item.nodeid.encode()) % parts == part - 1})
     if tier := config.getoption("--tier"):
-        budget = tiers.BUDGET["compiled" if only_ahead_of_time(config) else "interpreted"]
+        budget = tiers.BUDGET["compiled" if chosen_apart(config) else "interpreted"]
         fixed, tenth = tiers.split([tiers.described(item) for item in items], tiers.read(), budget, config.getoption("--tenth"))
         keep(config, items, fixed | tenth if tier == "first" else {item.nodeid for item in items} - fixed - tenth)
     if not torch.cuda.is_available():

@@ -28,7 +28,7 @@ class Seen:
     allocated: list[int] = field(default_factory=list)
 
 
-class _OnGPU(Real):
+class OnGPU(Real):
     """Takes tensors for those of a GPU, whose layouts matter."""
 
     def __init__(self, like: Tensor) -> None:
@@ -56,7 +56,7 @@ def unlaunched(facts: DeviceFacts) -> Iterator[Seen]:
     """The package believes that all tensors are on such a device, and launches nothing."""
     seen = Seen()
     with (
-        mock.patch.object(launch, "Real", _OnGPU),
+        mock.patch.object(launch, "Real", OnGPU),
         mock.patch.object(launch, "start", lambda _, calls: seen.calls.extend(calls)),
         mock.patch.object(signature, "facts_of", lambda _: facts),
         mock.patch.dict(os.environ, TRIFLASH_BIND="0"),
