@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import ATTENTION, Given, Options
+from .arguments import ATTENTION
 from .checks import check_bool
 from .door import attend
 from .errors import bad_value
@@ -94,8 +94,8 @@ def attention(
     Sources: grouped heads (Ainslie et al. 2023), ALiBi (Press et al. 2022), soft cap (Gemma 2, 2024), sinks (gpt-oss, 2025).
     """
     check_bool("return_lse", return_lse)
-    given = Given(q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed)
-    options = Options(causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend)
+    given = (q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed)
+    options = (causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend)
     return attend(ATTENTION, given, options, return_lse)
 
 

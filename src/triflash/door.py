@@ -28,7 +28,7 @@ from .transforms import Transformed
 
 __all__ = ["attend", "bind"]
 
-_PLAIN = frozenset({Tensor, Parameter, type(None)})  # classes whose tensors are what they look like
+_PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they look like
 _SEED = meta((2,), (1,), torch.int64)
 _CASTS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes
 
@@ -42,29 +42,34 @@ _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 _deterministic = torch.are_deterministic_algorithms_enabled
 
 
-def attend(face: Face, given: Given, options: Options, return_lse: bool = False) -> Any:
+def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool = False) -> Any:
     """Attention of the tensors given: out, or with ``return_lse`` out and lse, in the caller's layout, with gradients.
 
-    Raises what :func:`~triflash.arguments.checked` does, in the first call of a signature and in every other.
+    ``given`` and ``options`` are the fields of :class:`~triflash.arguments.Given` and :class:`~triflash.arguments.Options`, of which plain
+    tuples are made faster. Raises what :func:`~triflash.arguments.checked` does, in the first call of a signature and in every other.
     """
     if forward_ad._current_level >= 0:
         _refuse_tangents(given)
     if _compiling():
         return _by_operators(face, given, options, return_lse)
     q, k, v, bias, mask, lengths, slopes, sink, seed = given
-    if _dispatch_modes() or _transforms() or _tracing() is not None or not _PLAIN.issuperset(map(type, given[:8])):
+    if _dispatch_modes() or _transforms() or _tracing() is not None:
         return _by_operators(face, given, options, return_lse)
+    causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend = options
     call, cast = None, False
     try:
+        more: Any = None
+        if not (mask is lengths is slopes is sink is seed is None):
+            tensor = isinstance(seed, Tensor)
+            more = (describe(mask), describe(lengths), describe(slopes), describe(sink), describe(seed) if tensor else type(seed))
         cast = _autocast() and torch.is_autocast_enabled(q.device.type)
         facts, around = ambient(q)
         key: Any = (
-            face.name, describe(q), describe(k), describe(v), describe(bias),
-            None if mask is lengths is slopes is sink is None else (describe(mask), describe(lengths), describe(slopes), describe(sink)),
-            describe(seed) if isinstance(seed, Tensor) else seed is None or type(seed),
-            options, *map(type, options), None if options.window is None else tuple(map(type, options.window)),
-            options.backend or requested_backend_soon(), _deterministic(),
-            resolve_precision("") if q.dtype is torch.float32 and options.precision is None else "",
+            face.name, describe(q), describe(k), describe(v), None if bias is None else describe(bias), more,
+            causal, window, scale, softcap, dropout_p, layout, precision, backend or requested_backend_soon(),
+            deterministic, _deterministic(), type(causal), type(scale), type(softcap), type(dropout_p), type(deterministic),
+            None if window is None else tuple(map(type, window)),
+            resolve_precision("") if precision is None and q.dtype is torch.float32 else "",
             around,
         )  # fmt: skip
         if slopes is None or not (slopes.requires_grad and torch.is_grad_enabled()):
@@ -74,17 +79,17 @@ def attend(face: Face, given: Given, options: Options, return_lse: bool = False)
     if cast:
         return _autocasted(face, given, options, return_lse)
     if call is None:
-        settled = checked(face, given, options)
-        window: Any = options.window
+        named = Given(*given)
+        settled = checked(face, named, Options(*options))
         if isinstance(window, list):  # which has no hash
-            return attend(face, given, options._replace(window=(window[0], window[1])), return_lse)
-        if key is None or q.device.type == "meta" or any(x is not None and x.is_neg() for x in given[:8]):
+            return attend(face, given, Options(*options)._replace(window=(window[0], window[1])), return_lse)
+        if key is None or q.device.type == "meta" or any(x is not None and (type(x) not in _PLAIN or x.is_neg()) for x in given[:8]):
             return _by_operators(face, given, options, return_lse)
-        call = _bound(settled, given, facts, q.device)
+        call = _bound(settled, named, facts, q.device)
         CALLS.add(key, call)
     if isinstance(seed, int):
         check_seed_range(seed)
-    tensors = (q, k, v, bias, mask, lengths, slopes, sink, seed_tensor(seed, q.device) if options.dropout_p else None)
+    tensors = (q, k, v, bias, mask, lengths, slopes, sink, seed_tensor(seed, q.device) if dropout_p else None)
     if profiler._is_profiler_enabled:
         with profiler.record_function("triflash::attention"):
             return _run(call, tensors, return_lse)
@@ -93,12 +98,13 @@ def attend(face: Face, given: Given, options: Options, return_lse: bool = False)
 
 def _run(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) -> Any:
     if torch.is_grad_enabled():
-        for x in given:
-            if x is not None and x.requires_grad:
-                count = len(given)
-                while given[count - 1] is None:  # autograd looks at each of them
-                    count -= 1
-                return _apply(call, return_lse, *given[:count])
+        q, k, v, bias, *_, sink, _ = given
+        wanted = q.requires_grad or (k is not None and k.requires_grad) or (v is not None and v.requires_grad)  # type: ignore[union-attr]
+        if wanted or (bias is not None and bias.requires_grad) or (sink is not None and sink.requires_grad):
+            count = len(given)
+            while given[count - 1] is None:  # autograd looks at each of them
+                count -= 1
+            return _apply(call, return_lse, *given[:count])
     results = call.run_forward(given)
     return (results[0], results[1]) if return_lse else results[0]
 
@@ -121,10 +127,10 @@ def _bound(call: Checked, given: Given, facts: DeviceFacts, device: torch.device
     return BoundCall(call.form, twins, spec, facts, call.backend, device)
 
 
-def _by_operators(face: Face, given: Given, options: Options, return_lse: bool) -> Any:
+def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     """The same by operators, which tracers, transforms and subclasses see."""
-    call = checked(face, given, options)
-    seed = seed_tensor(given.dropout_seed, given.q.device) if call.dropout_p else None
+    call = checked(face, Given(*given), Options(*options))
+    seed = seed_tensor(given[8], given[0].device) if call.dropout_p else None
     x = call.form.operands((*given[:8], seed))
     forward = Transformed.apply if _transforms() else attention_forward
     out, lse, _ = forward(
@@ -135,7 +141,7 @@ def _by_operators(face: Face, given: Given, options: Options, return_lse: bool) 
     return (out, call.form.lse_of(lse)) if return_lse else out
 
 
-def _refuse_tangents(given: Given) -> None:
+def _refuse_tangents(given: tuple[Any, ...]) -> None:
     """Forward-mode derivatives (``torch.func.jvp``, ``jacfwd``, ``linearize``, dual tensors) are refused: they would come out as zero."""
     for name, x in zip(Given._fields, given, strict=True):
         if isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
@@ -145,11 +151,10 @@ def _refuse_tangents(given: Given) -> None:
             )
 
 
-def _autocasted(face: Face, given: Given, options: Options, return_lse: bool) -> Any:
+def _autocasted(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     """Under autocast q, k and v are of its dtype, as those of SDPA; bias, sink and slopes keep theirs. Casts are differentiable."""
-    device = given.q.device.type
+    device = given[0].device.type
     dtype = torch.get_autocast_dtype(device)
     q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in _CASTS else x for x in given[:3])
-    assert q is not None
     with torch.autocast(device, enabled=False):
-        return attend(face, given._replace(q=q, k=k, v=v), options, return_lse)
+        return attend(face, (q, k, v, *given[3:]), options, return_lse)

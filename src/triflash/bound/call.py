@@ -40,7 +40,6 @@ class BoundCall:
         self.form, self.given, self.spec, self.facts, self.backend, self.device = form, tuple(given), spec, facts, backend, device
         self._gpu = facts.arch not in ("cpu", "interpreter")
         self._backward: Recent[BoundPass] = Recent(_BACKWARD_PASSES)
-        self._layout = _layout(given)
         self.forward = self._bind_forward(plan_forward(spec, facts, backend))
 
     def _bind_forward(self, plan: Plan) -> BoundPass:
@@ -92,8 +91,8 @@ class BoundCall:
             needs: of each gradient whether it is needed. into: tensors to fill, in the form given; None: new ones.
         """
         all_given = (*given, *saved, dout, dlse, *(() if into is None else into))
-        key = (needs, into is None, _layout(all_given))
-        bound = self._backward.get(key)
+        key = (needs, into is None, tuple([None if x is None else (x.stride(), x.data_ptr() & 15) for x in all_given]))
+        bound = self._backward.get(key)  # strides and alignment may change between a forward pass and its backward pass
         if bound is None:
             bound = self.bind_backward(all_given, len(saved), needs, into is not None)
             self._backward.add(key, bound)
@@ -205,8 +204,3 @@ def _mention_tiled(room: Described, spec: AttentionSpec, grads: Gradients) -> No
     for name, grad in (("dq", grads.dq), ("dbias", grads.dbias)):
         if grad is not None and grad.dtype in (torch.float16, torch.bfloat16):
             room.mention(f"float32 sum of {name}", grad.numel() * 4)
-
-
-def _layout(tensors: Given) -> tuple[tuple[tuple[int, ...], int] | None, ...]:
-    """Strides, and address modulo 16 bytes, of each tensor: what may change between a forward pass and its backward pass."""
-    return tuple([None if x is None else (x.stride(), x.data_ptr() & 15) for x in tensors])

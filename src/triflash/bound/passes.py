@@ -69,8 +69,13 @@ class BoundPass:
         native = self._steps
         if native is None and not self._tried:
             native = self._bind()
-        if native is None or not native.run(given, results, like):
+        if native is None or native.changed():
             self._aside([*given, *results])
+        elif native.index is None or native.index == _current_device():
+            native.run(given, results, like)
+        else:
+            with torch.cuda.device(self._device):
+                native.run(given, results, like)
         if launch.recorders:
             launch.record(self.plan)
         return results
@@ -94,18 +99,21 @@ def _shape_of(each: Allocation, like: torch.dtype) -> _Allocated:
     return each.shape, each.strides, None if each.dtype == like else each.dtype
 
 
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)  # which is not there in builds for CPUs
+
+
 class _Native:
-    """The launches of a pass, bound, with the memory that they share."""
+    """The launches of a pass, bound, with the memory that they share. changed: whether they have to go Triton's own way now. index: of the
+    device that must be the current one; None: any.
+    """
 
     def __init__(self, room: Described, launches: list[Launch], device: torch.device, like: torch.dtype) -> None:
         from ..launch import native
 
         self._launches = launches
-        self._state = native.state()
-        self._watched = [each.watched for each in launches]
-        self._native = native
-        self._index = device.index if device.type == "cuda" else None
-        self._device = device
+        self.changed = native.watch(launches)
+        self.index = device.index if device.type == "cuda" else None
+        self._stream: Callable[[int], int] = native.streams() if launches else int
         given, results = room.given, sum(each.use == "result" for each in room.allocations)
         # Behind given and results: copies, then all scratch in one.
         copies = [(room.given + at, each) for at, each in enumerate(room.allocations) if each.use == "copy"]
@@ -135,22 +143,8 @@ class _Native:
         ]
         self._plain = not (self._before or self._after or self._zeros or self._sinks or copies)
 
-    def run(self, given: Given, results: list[Tensor], like: Tensor) -> bool:
-        """Whether it ran; False: launches have to go Triton's own way now."""
-        native = self._native
-        if native.stands_aside() or native.state() != self._state:
-            return False
-        for module, name, kernel, hooks in self._watched:
-            if hooks or module.get(name) is not kernel:
-                return False
-        if self._index is not None and self._index != torch.cuda.current_device():
-            with torch.cuda.device(self._device):
-                self._run(given, results, like)
-        else:
-            self._run(given, results, like)
-        return True
-
-    def _run(self, given: Given, results: list[Tensor], like: Tensor) -> None:
+    def run(self, given: Given, results: list[Tensor], like: Tensor) -> None:
+        """Fill the results, on the current device."""
         addresses = [0] * self._count
         tensors = [*given, *results]
         for slot in self._used:
@@ -167,9 +161,10 @@ class _Native:
             tensors.append(scratch)
         for target, source in self._before:
             _seen(target, tensors).copy_(_seen(source, tensors))
-        stream = self._native.stream_of(self._index) if self._launches else 0
-        for each in self._launches:
-            each(stream, addresses)
+        if self._launches:
+            stream = self._stream(self.index or 0)
+            for each in self._launches:
+                each(stream, addresses)
         if not self._plain:
             for target, source in self._after:
                 _seen(target, tensors).copy_(_seen(source, tensors))

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .calls import Call
 
-__all__ = ["Launch", "bind", "stands_aside", "stream_of"]
+__all__ = ["Launch", "bind", "stands_aside", "streams", "watch"]
 
 _MAPS = 64  # tensor maps kept for each descriptor of a launch, by address
 
@@ -28,19 +28,15 @@ _environment = getattr(os.environ, "_data", None)  # a look-up by bytes takes a 
 
 
 def stands_aside() -> bool:
-    """Whether launches go Triton's own way now, whatever was bound: hooks want to see them, or the environment says so."""
-    if _environment is None:
-        if os.environ.get("TRIFLASH_BIND") == "0":
-            return True
-    elif _environment.get(b"TRIFLASH_BIND") == b"0":
+    """Whether launches go Triton's own way now, whatever was bound: hooks want to see them, or the environment says so.
+
+    A hook is None, or a chain of functions, which may be empty, or one.
+    """
+    if (os.environ.get("TRIFLASH_BIND") == "0") if _environment is None else (_environment.get(b"TRIFLASH_BIND") == b"0"):
         return True
-    runtime = _knobs().runtime
-    return _calls(runtime.launch_enter_hook) or _calls(runtime.launch_exit_hook)
-
-
-def _calls(hook: Any) -> bool:
-    """Whether a launch hook does anything: it is None, or a chain of functions, or one."""
-    return hook is not None and bool(getattr(hook, "calls", True))
+    runtime = (_triton_knobs or _knobs()).runtime
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return (before is not None and bool(getattr(before, "calls", True))) or (after is not None and bool(getattr(after, "calls", True)))
 
 
 def _knobs() -> Any:
@@ -57,7 +53,8 @@ _triton_knobs: Any = None
 
 def state() -> tuple[Any, ...]:
     """The knobs by which Triton compiles one or another kernel for the same arguments."""
-    runtime, compilation = _knobs().runtime, _knobs().compilation
+    knobs = _triton_knobs or _knobs()
+    runtime, compilation = knobs.runtime, knobs.compilation
     return (
         runtime.debug,
         getattr(compilation, "instrumentation_mode", ""),
@@ -66,10 +63,10 @@ def state() -> tuple[Any, ...]:
     )
 
 
-def stream_of(index: int | None) -> int:
-    """The current stream of a device, as the driver knows it."""
-    stream: int = _driver().active.get_current_stream(index or 0)
-    return stream
+def streams() -> Callable[[int], int]:
+    """What tells the current stream of a device, by its index."""
+    current: Callable[[int], int] = _driver().active.get_current_stream
+    return current
 
 
 def _driver() -> Any:
@@ -178,6 +175,24 @@ class Launch:
             self._raw(*self._before, stream, *self._after, *arguments)
         else:
             self._raw(*self._before, stream, *self._after, *self._last, tuple(arguments))
+
+
+def watch(launches: Sequence[Launch]) -> Callable[[], bool]:
+    """What tells, before each run of bound launches, whether they have to go Triton's own way now: hooks want to see them, the environment
+    says so, knobs are others than at binding time, a kernel was replaced or somebody watches it. Every eager call waits for the answer.
+    """
+    then = state()
+    watched = [each.watched for each in launches]
+
+    def changed() -> bool:
+        if stands_aside() or state() != then:
+            return True
+        for module, name, kernel, hooks in watched:  # noqa: SIM110 (a generator would take longer than the rest)
+            if hooks or module.get(name) is not kernel:
+                return True
+        return False
+
+    return changed
 
 
 class _Unknown(Exception):
