@@ -80,7 +80,7 @@ def build(directory: Path) -> str | None:
 
 _library: Any = None
 _compiled: dict[int, tuple[str, list[tuple[str, int]]]] = {}  # function -> its kernel's name, and its parameters
-stream = [0]  # what counts as the current one
+stream = {"current": 0}
 
 
 def activate() -> None:
@@ -95,7 +95,7 @@ def activate() -> None:
         def __init__(self) -> None:
             self.utils, self.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
             self.get_current_device = lambda: 0
-            self.get_current_stream = lambda index: stream[0]
+            self.get_current_stream = lambda index: stream["current"]
             self.get_device_capability = lambda index=0: (9, 0)
             self.set_current_device = lambda index: None
 

@@ -1,107 +1,25 @@
-"""What the driver gets of a bound pass is what it gets of ``kernel[grid]``: grids, functions, numbers, addresses, tensor maps, and what lies there."""
+"""What the driver gets of a bound pass is what it gets of ``kernel[grid]``: functions, grids, numbers, addresses, tensor maps, what lies there."""
 
 from __future__ import annotations
 
-import os
-from unittest import mock
-
-import gpu
-import numpy as np
 import pytest
-import torch
-from gpu import Argument, Launch
-from problems import Problem, Step, many, step_of
-from torch import Tensor
+from problems import Problem, many, step_of
+from ways import check_both_ways, nothing_compiled
 
 import triflash
-from triflash.launch import native
 
 PROBLEMS = [*many("hopper"), *many("triton")]
-# What poisoned memory begins with, by the dtype that it was allocated in.
-FILLED = {bytes.fromhex(text) for text in ("ffffffff", "c07fc07f", "007e007e", "0000c07f", "ffffff7f")}
-
-
-class Names:
-    """Addresses of a pass in words that hold in another run: given tensors and results by name, all other memory by order of appearance."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._ranges = [(name, x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) for name, x in tensors.items()]
-        self._own: dict[int, str] = {}
-
-    def of(self, address: int) -> str:
-        for name, begin, size in self._ranges:
-            if begin <= address < begin + size:
-                return f"{name} + {address - begin}"
-        return self._own.setdefault(address, f"own {len(self._own)}") if address else "null"
-
-
-def run(step: Step, bound: bool) -> tuple[list[list[Launch]], dict[str, Tensor], list[Names]]:
-    """The launches of a step's forward and backward pass, its results, and what addresses are called in either."""
-    counted: list[int] = []
-    forward = step.forward
-
-    def counting() -> object:
-        out = forward()
-        counted.append(len(seen))
-        return out
-
-    given = {**step.given, **step.cotangents}
-    calls: list[object] = []
-    called = native.Launch.__call__
-    with (
-        mock.patch.object(step, "forward", counting),
-        mock.patch.dict(os.environ, {} if bound else {"TRIFLASH_BIND": "0"}),
-        mock.patch.object(native.Launch, "__call__", lambda self, *x: (calls.append(self), called(self, *x))[1]),
-        gpu.watching(given.values()) as seen,
-    ):
-        results = step.run()
-    assert len(calls) == (len(seen) if bound else 0), "which way they went"
-    before = {name: x for name, x in results.items() if name in ("out", "lse")}  # memory of gradients may have been another's then
-    return [seen[: counted[0]], seen[counted[0] :]], results, [Names(given | before), Names(given | results)]
-
-
-def check_argument(one: Argument, other: Argument, names: list[Names]) -> None:
-    assert one.kind == other.kind and one.recipe == other.recipe
-    if one.kind == "number":
-        assert one.value == other.value
-        return
-    assert names[0].of(one.value) == names[1].of(other.value), (names[0].of(one.value), names[1].of(other.value))
-    assert one.value % 16 == other.value % 16, "alignment"
-    if one.kind == "map":
-        assert np.array_equal(one.content, other.content), "what lies there"
-    else:
-        assert one.content == other.content or FILLED & {one.content, other.content}, "what lies there"
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_both_ways_hand_over_the_same(problem: Problem) -> None:
-    step = step_of(problem)
-    with triflash.record_launches() as first:
-        step.run()
-    with triflash.record_launches() as recorded:
-        bound, results, names = run(step, True)
-    with triflash.record_launches() as recorded_unbound:
-        unbound, wanted, other_names = run(step, False)
-    assert first == recorded == recorded_unbound and sum(map(len, bound)) == len(recorded)
-    assert {line.split(":")[0] for line in recorded} <= {problem.backend}
-    for own, others, *naming in zip(bound, unbound, names, other_names, strict=True):
-        for one, other in zip(own, others, strict=True):
-            assert (one.kernel, one.function, one.shape, one.stream) == (other.kernel, other.function, other.shape, other.stream)
-            for number, pair in enumerate(zip(one.arguments, other.arguments, strict=True)):
-                try:
-                    check_argument(*pair, naming)
-                except AssertionError as error:
-                    raise AssertionError(f"{one.kernel}, argument {number}: {error}, {pair}") from error
-    assert results.keys() == wanted.keys()
-    for name, x in results.items():
-        assert x.stride() == wanted[name].stride(), name
-        torch.testing.assert_close(x, wanted[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    check_both_ways(step_of(problem), problem.backend)
 
 
 def test_the_table_reaches_every_kernel() -> None:
     reached = set()
     for problem in PROBLEMS:
-        with triflash.record_launches() as recorded:
+        with triflash.record_launches() as recorded, nothing_compiled():
             step_of(problem).run()
         reached |= {" ".join(line.split()[:2]) for line in recorded}
     hopper = ("forward", "prepare", "dkdv", "dqdkdv", "dq", "finish", "dbias", "dbias_sum", "dkdv_sum")

@@ -11,7 +11,7 @@ from .. import launch
 from ..form import Form
 from ..launch.room import Described, meta, twin
 from ..plan.device import DeviceFacts
-from ..plan.select import Plan, plan_backward, plan_forward
+from ..plan.select import Plan, current_choices, plan_backward, plan_forward
 from ..plan.steps import IN_PYTORCH
 from ..spec import AttentionSpec, Gradients, Needs, Saved
 from .cache import Recent
@@ -91,7 +91,7 @@ class BoundCall:
             needs: of each gradient whether it is needed. into: tensors to fill, in the form given; None: new ones.
         """
         all_given = (*given, *saved, dout, dlse, *(() if into is None else into))
-        key = (needs, into is None, tuple([None if x is None else (x.stride(), x.data_ptr() & 15) for x in all_given]))
+        key = (needs, into is None, current_choices(), tuple([None if x is None else (x.stride(), x.data_ptr() & 15) for x in all_given]))
         bound = self._backward.get(key)  # strides and alignment may change between a forward pass and its backward pass
         if bound is None:
             bound = self.bind_backward(all_given, len(saved), needs, into is not None)

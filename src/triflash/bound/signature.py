@@ -21,7 +21,7 @@ Ambient = tuple[int, Choices]
 
 
 def describe(x: Tensor | None) -> tuple[Any, ...] | None:
-    """Of a tensor what a pass depends on, its address modulo 16 bytes included, and whether its memory is its values: class and negation."""
+    """Of a tensor what a pass depends on, its address modulo 16 bytes included, and whether memory holds its values: class, negation."""
     return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, x.is_neg(), type(x))
 
 

@@ -1,0 +1,192 @@
+"""When launches step aside for Triton's own way, and that they go the bound way otherwise."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import gpu
+import pytest
+import torch
+from torch import Tensor
+from triton import knobs
+from ways import bound_launches
+
+from triflash import attention, launch
+from triflash.bound.signature import CALLS
+
+BACKENDS = ["triton", "hopper"]
+Q = torch.zeros(1, 72, 2, 32, dtype=torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def warm() -> None:
+    """Both kinds of the kernel are bound before anything changes."""
+    CALLS.clear()
+    for backend in BACKENDS:
+        assert ways(backend) == (1, 1)
+
+
+def ways(backend: str) -> tuple[int, int]:
+    """How many launches one call makes, and how many of them go the bound way."""
+    before = gpu.launches()
+    with bound_launches() as bound:
+        attention(Q, Q, Q, backend=backend)
+    return gpu.launches() - before, len(bound)
+
+
+def kernel_of(backend: str) -> tuple[Any, str]:
+    """Where a forward kernel lies, and under which name."""
+    from triflash.kernels.hopper import forward as hopper
+    from triflash.kernels.triton import forward as triton
+
+    return {"hopper": hopper, "triton": triton}[backend], "forward"
+
+
+@contextmanager
+def hooked(name: str, hook: Any) -> Iterator[None]:
+    """One of Triton's launch hooks, as profilers set it."""
+    chain = getattr(knobs.runtime, name)
+    if hasattr(chain, "add"):
+        chain.add(hook)
+        try:
+            yield
+        finally:
+            chain.remove(hook)
+    else:
+        with mock.patch.object(knobs.runtime, name, hook):
+            yield
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_launch_hooks_see_every_launch(backend: str, name: str) -> None:
+    seen: list[str] = []
+    for _ in range(2):
+        with hooked(name, lambda metadata: seen.append(metadata.get()["name"])):
+            assert ways(backend) == (1, 0)
+        assert ways(backend) == (1, 1)
+    assert seen == ["forward"] * 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_hook_that_is_there_from_the_first(backend: str) -> None:
+    """What is bound under it goes the bound way once it is gone."""
+    CALLS.clear()
+    with hooked("launch_enter_hook", lambda _: None):
+        assert ways(backend) == ways(backend) == (1, 0)
+    assert ways(backend) == (1, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_environment_switches_it_off(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        monkeypatch.setenv("TRIFLASH_BIND", "0")
+        assert ways(backend) == (1, 0)
+        monkeypatch.setenv("TRIFLASH_BIND", "1")
+        assert ways(backend) == (1, 1)
+    monkeypatch.delenv("TRIFLASH_BIND")
+    assert ways(backend) == (1, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hooks_of_a_kernel(backend: str) -> None:
+    module, name = kernel_of(backend)
+    kernel, seen = getattr(module, name), []
+    kernel.add_pre_run_hook(lambda *_, **__: seen.append(1))
+    try:
+        assert ways(backend) == (1, 0) and seen == [1]
+        CALLS.clear()
+        assert ways(backend) == (1, 0)
+    finally:
+        kernel.pre_run_hooks.clear()
+    CALLS.clear()
+    assert ways(backend) == (1, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_kernel_that_somebody_replaced(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tools that trace kernels do: whatever stands under its name is what runs."""
+    module, name = kernel_of(backend)
+    kernel, grids = getattr(module, name), []
+
+    class Wrapped:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            grids.append(grid)
+            return kernel[grid]
+
+    for _ in range(2):
+        with mock.patch.object(module, name, Wrapped()):
+            assert ways(backend) == (1, 0)
+            CALLS.clear()
+            assert ways(backend) == (1, 0)  # bound, as far as that goes, to the stand-in
+        CALLS.clear()
+        assert ways(backend) == (1, 1)
+    assert len(grids) == 4
+
+
+def test_a_call_bound_to_a_stand_in_finds_the_kernel_again() -> None:
+    module, name = kernel_of("triton")
+    kernel = getattr(module, name)
+    CALLS.clear()
+    with mock.patch.object(module, name, {(1,): None}), pytest.raises((KeyError, TypeError)):
+        attention(Q, Q, Q, backend="triton")
+    assert getattr(module, name) is kernel
+    attention(Q, Q, Q, backend="triton")
+    CALLS.clear()
+    assert ways("triton") == (1, 1)
+
+
+def test_knobs_that_make_another_kernel() -> None:
+    """Debug kernels check themselves: a call bound without steps aside, and is bound again when the knob is back."""
+    before = knobs.runtime.debug
+    for _ in range(2):
+        knobs.runtime.debug = True
+        try:
+            with gpu.watching([Q]) as seen:
+                assert ways("triton") == (1, 0)
+        finally:
+            knobs.runtime.debug = before
+        with gpu.watching([Q]) as plain:
+            assert ways("triton") == (1, 1)
+        assert seen[0].function != plain[0].function, "another kernel"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_unknown_launcher_is_left_alone(backend: str) -> None:
+    """A release of Triton that nobody here has seen."""
+    from triflash.launch import native
+
+    CALLS.clear()
+    with mock.patch.object(native, "_c_launcher", side_effect=native._Unknown):
+        assert ways(backend) == ways(backend) == (1, 0)
+    CALLS.clear()
+    assert ways(backend) == (1, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_stream_is_read_at_each_call(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with gpu.watching([Q]) as seen:
+        for stream in (0, 0x70, 0, 0x90):
+            monkeypatch.setitem(gpu.stream, "current", stream)
+            assert ways(backend) == (1, 1)
+    assert [each.stream for each in seen] == [0, 0x70, 0, 0x90]
+
+
+def test_records_while_stepping_aside() -> None:
+    for value in ("0", "1"):
+        with mock.patch.dict(os.environ, TRIFLASH_BIND=value), launch.record_launches() as ran:
+            attention(Q, Q, Q, backend="triton")
+        assert [line.split()[:2] for line in ran] == [["triton:", "forward"]]
+
+
+def test_the_profiler_sees_a_range() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        q: Tensor = Q.clone().requires_grad_()
+        attention(q, q, q, backend="triton")
+        assert ways("hopper") == (1, 1)
+    ranges = {each.key: each.count for each in profile.key_averages()}
+    assert ranges["triflash::attention"] == 2
