@@ -126,7 +126,7 @@ def key_lengths_of(lengths: Any, q: Tensor, batch: tuple[int, ...]) -> Tensor | 
         return None
     if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise bad_type("key_lengths", "a tensor of integers", str(lengths.dtype) if isinstance(lengths, Tensor) else type(lengths).__name__)
-    if tuple(lengths.shape) != batch or lengths.device != q.device:
+    if not _has_shape(lengths, batch) or lengths.device != q.device:
         got = f"{tuple(lengths.shape)} on {lengths.device}"
         raise bad_value("key_lengths", f"one for each batch entry, shape {batch} on {q.device}", got)
     return lengths.reshape(-1)
@@ -136,7 +136,7 @@ def slopes_of(slopes: Any, q: Tensor, batch: tuple[int, ...], heads: int) -> Ten
     """ALiBi's slopes, unless they are None, as the operators take them: ``(B|1, Hq)``, of any float dtype."""
     if slopes is None:
         return None
-    _check_floats("alibi_slopes", slopes, q, ((heads,), (*batch, heads)), f"one for each head, shape ({heads},) or {(*batch, heads)}")
+    _check_floats("alibi_slopes", slopes, q, ((heads,), (*batch, heads)), "one for each head")
     if slopes.requires_grad and torch.is_grad_enabled():
         raise bad_value("alibi_slopes", "a tensor that requires no gradient", "one that does", "detach it, or learn a bias instead")
     return slopes.detach().reshape(-1, heads) if heads else slopes.new_zeros(1, 0)
@@ -145,7 +145,7 @@ def slopes_of(slopes: Any, q: Tensor, batch: tuple[int, ...], heads: int) -> Ten
 def sink_of(sink: Any, q: Tensor, heads: int) -> None:
     """Check that a sink, unless it is None, is one number for each query head."""
     if sink is not None:
-        _check_floats("sink", sink, q, ((heads,),), f"one for each query head, shape ({heads},)")
+        _check_floats("sink", sink, q, ((heads,),), "one for each query head")
 
 
 def seed_of(seed: Any, q: Tensor, p: float) -> Tensor | None:
@@ -175,10 +175,16 @@ def seed_of(seed: Any, q: Tensor, p: float) -> Tensor | None:
 def _check_floats(name: str, x: Any, q: Tensor, shapes: tuple[tuple[int, ...], ...], wanted: str) -> None:
     if not isinstance(x, Tensor) or x.dtype not in INPUT_DTYPES:
         raise bad_type(name, "a tensor of floats, or None", str(x.dtype) if isinstance(x, Tensor) else type(x).__name__)
-    if tuple(x.shape) not in shapes:
-        raise bad_value(name, wanted, tuple(x.shape))
+    if not any(_has_shape(x, shape) for shape in shapes):
+        # Worded only here: formatting a symbolic size would make torch.compile specialise on it.
+        raise bad_value(name, f"{wanted}, shape {' or '.join(str(tuple(shape)) for shape in shapes)}", tuple(x.shape))
     if x.device != q.device:
         raise bad_value(name, f"q's device {q.device}", x.device)
+
+
+def _has_shape(x: Tensor, shape: tuple[int, ...]) -> bool:
+    """Size by size: torch.compile finds a tuple with a symbolic size equal to none."""
+    return x.dim() == len(shape) and all(own == size for own, size in zip(x.shape, shape, strict=True))
 
 
 def check_bias(bias: Any, q: Tensor, full: tuple[int, ...], name: str = "bias") -> None:
