@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import sys
+import typing
 from typing import Any
 
 import pytest
@@ -302,3 +305,16 @@ def test_merging_what_does_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             merge_states(outs, lses)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python does not tell of overloads")
+def test_what_type_checkers_are_told() -> None:
+    """A tensor, or with ``return_lse=True`` two; otherwise the overloads are the function."""
+    told = {"Literal[False]": "Tensor", "Literal[True]": "tuple[Tensor, Tensor]", "bool": "Tensor | tuple[Tensor, Tensor]"}
+    own = inspect.signature(attention).parameters
+    for overload in typing.get_overloads(attention):
+        parameters = inspect.signature(overload).parameters
+        assert parameters.keys() == own.keys() and overload.__annotations__["return"] == told.pop(parameters["return_lse"].annotation)
+        for name, parameter in parameters.items():
+            assert name == "return_lse" or (parameter.annotation, parameter.default) == (own[name].annotation, own[name].default)
+    assert not told

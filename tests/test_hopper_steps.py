@@ -385,7 +385,7 @@ def test_scratch_is_what_a_launch_allocates(letters: str, bias: str | None, keys
     problem = spec(bias, batch_inner=1, queries=70, keys=keys, heads=2, head_dim=dim, value_dim=dim)
     plan, calls, memory = launched(problem, letters)
     assert [call.programs for call in calls] == [step.programs for step in plan.steps]
-    assert memory["lse and delta for TMA"] == 2 * 2 * (3 if bias else 2) * 128 * 4
+    assert memory["lse and delta for TMA"] == 2 * 2 * 3 * 128 * 4
     assert ("float32 sum of dq" in memory) == ("finish" in names(plan)) and ("partial sums of dbias" in memory) == (
         "dbias_sum" in names(plan)
     )

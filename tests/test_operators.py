@@ -261,3 +261,36 @@ def test_cuda_graph(device: torch.device) -> None:
     torch.cuda.synchronize()
     for a, b in zip(captured, results(functional, [q, k, v, bias]), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dynamic", [None, True, False, "marked"])
+def test_every_keyword_under_dynamic_shapes(dynamic: bool | str | None, device: torch.device) -> None:
+    """Sinks, slopes and all else with symbolic sizes: no graph break, the same results, and no more frames than sizes call for."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def function(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
+        fixed: dict[str, Any] = {"causal": True, "window": (5, 0), "softcap": 3.0, "dropout_p": 0.1, "dropout_seed": 3, "backend": "tiled"}
+        out, lse = triflash.attention(q, k, v, **more, **fixed, return_lse=True)
+        return out.square().mean() + lse.mean()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, dynamic=None if dynamic == "marked" else dynamic, fullgraph=True)
+    for B, M in ((4, 7), (3, 9), (5, 12)):  # sizes that are equal at first are taken for the same
+        q, k, v = (torch.randn(B, n, 2, 8, device=device, requires_grad=True) for n in (M, M + 3, M + 3))
+        more = {
+            "sink": torch.randn(2, device=device, requires_grad=True),
+            "alibi_slopes": torch.rand(2, device=device),
+            "key_lengths": torch.full((B,), M, device=device),
+            "mask": torch.rand(M, M + 3, device=device) < 0.9,
+            "bias": torch.randn(B, 2, M, M + 3, device=device, requires_grad=True),
+        }
+        if dynamic == "marked":
+            for x in (q, k, v, more["bias"], more["key_lengths"]):
+                torch._dynamo.mark_dynamic(x, 0)
+        leaves = [q, k, v, more["sink"], more["bias"]]
+        results = [(y, *torch.autograd.grad(y, leaves)) for y in (function(q, k, v, **more), compiled(q, k, v, **more))]
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+    assert counter.frame_count == {True: 1, None: 2, "marked": 2, False: 3}[dynamic]

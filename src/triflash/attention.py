@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +20,75 @@ from .errors import bad_value
 __all__ = ["attention", "merge_states"]
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: Literal[False] = False,
+    deterministic: bool | None = None,
+    layout: str = "bshd",
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: Literal[True],
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    deterministic: bool | None = None,
+    layout: str = "bshd",
+    precision: str | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    return_lse: bool,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    deterministic: bool | None = None,
+    layout: str = "bshd",
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -41,7 +110,7 @@ def attention(
     layout: str = "bshd",
     precision: str | None = None,
     backend: str | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention, ``softmax(scale * q kᵀ + bias) v`` over the visible keys, with gradients for q, k, v, the bias and the sink.
 
     Written out, for query i and key j of one head: ``s = scale * q·k``; ``s = softcap * tanh(s / softcap)``; ``s += bias``;
@@ -85,6 +154,8 @@ def attention(
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or option; the message names the argument.
         UnsupportedError: no backend, or not the one that was asked for by name, can do this combination (docs/features.md).
+
+    What causal, window, mask or a bias of −inf hides must be finite; what only key_lengths hides may hold anything.
 
     Memory beyond inputs and outputs is O(M + N) per head, but for copies of inputs whose layout kernels cannot read. Results are bitwise
     reproducible, gradients included, but for dq on backend ``hopper`` unless ``deterministic``. Under autocast q, k and v become its dtype,

@@ -160,7 +160,7 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: A
     options = OperatorOptions(*rest)
     batch, queries, heads, _dim = q.shape
     lse = q.new_empty(batch, heads, queries, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    kept = keeps_rest(q.dtype, None if bias is None else bias.dtype, options.alibi_slopes is not None)
+    kept = keeps_rest(None if bias is None else bias.dtype, options.alibi_slopes is not None, options.softcap)
     lost = q.new_empty(lse.shape if kept else 0, dtype=torch.float32)
     return q.new_empty(batch, queries, heads, v.shape[3]), lse, lost
 
@@ -321,8 +321,8 @@ for _name, _fn, _fake in (
     torch.library.register_fake(f"triflash::{_name}", _fake, lib=_library)
 torch.library.register_autograd("triflash::forward", _autograd_backward, setup_context=_setup_context, lib=_library)
 
-attention_forward = torch.ops.triflash.forward.default
 register_formulas(torch.ops.triflash.forward, torch.ops.triflash.backward, torch.ops.triflash.backward_)
 
+attention_forward = torch.ops.triflash.forward.default
 attention_backward = torch.ops.triflash.backward.default
 attention_backward_ = torch.ops.triflash.backward_.default

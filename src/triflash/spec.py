@@ -39,6 +39,7 @@ DTYPE_NAMES = {
     torch.bool: "bool",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+SMALL_CAP = 500.0  # scores up to here leave a float32 lse its digits
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
@@ -177,15 +178,15 @@ class AttentionSpec:
     @property
     def keeps_rest(self) -> bool:
         """Whether a forward pass keeps what a float32 lse lost of a huge one."""
-        return keeps_rest(_DTYPES[self.dtype], None if self.bias is None else _DTYPES[self.bias.dtype], self.alibi)
+        return keeps_rest(None if self.bias is None else _DTYPES[self.bias.dtype], self.alibi, self.softcap)
 
 
-def keeps_rest(dtype: torch.dtype, bias: torch.dtype | None, alibi: bool = False) -> bool:
-    """Whether a forward pass of q, k, v and a bias (None: no bias) of these dtypes keeps what a float32 lse lost of a huge one.
+def keeps_rest(bias: torch.dtype | None, alibi: bool = False, softcap: float = 0.0) -> bool:
+    """Whether a forward pass with a bias of this dtype (None: no bias) keeps what lse lost of a huge one.
 
-    Scores are huge only by a bias, or far from ALiBi's diagonal; float64 has room for the logarithm beside any that matters.
+    It does, unless a soft cap keeps scores small to which nothing is added.
     """
-    return (alibi or (bias is not None and bias != torch.bool)) and dtype != torch.float64
+    return alibi or (bias is not None and bias != torch.bool) or not 0 < softcap <= SMALL_CAP
 
 
 def causal_band(causal: bool) -> tuple[int | None, int | None]:

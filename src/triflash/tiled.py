@@ -269,8 +269,10 @@ def _negated(bound: int | None) -> int | None:
 def _visible_slices(own: slice, length: int, lo: int | None, hi: int | None, size: int) -> Iterator[slice]:
     """Tiles of the other axis (``length`` long) of which something lies in the band ``lo <= other - own <= hi`` of the rows ``own``."""
     first = 0 if lo is None else max(0, own.start + lo) // size * size
-    last = length if hi is None else min(length, own.stop + hi)
-    return _slices(first, last, size)
+    last = length if hi is None else max(0, own.stop + hi)
+    # Whole tiles, so that forward and backward passes ask for the same products, which a library may add up in an order for each shape:
+    # where they are huge, p of the backward pass would else be another one.
+    return _slices(first, min(length, -(-last // size) * size), size)
 
 
 def _part(bias: Tensor, rows: slice, cols: slice) -> Tensor:

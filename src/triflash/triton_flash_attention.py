@@ -175,7 +175,11 @@ def _flash_attn_backward(
         do: gradient of o, ``(batch, seqlen_q, nheads, headdim)``.
         q, k, v, bias, causal, softmax_scale: as given to :func:`_flash_attn_forward`.
         o, lse: as it returned them; lse may have any number of rows from seqlen_q up.
-        dq, dk, dv: outputs in the shapes, dtype and device of q, k, v; any strides. Untouched if an argument is wrong.
+        dq, dk, dv: outputs in the shapes, dtype and device of q, k, v; any strides; nothing beside their elements is touched. Untouched if
+            an argument is wrong.
+
+    A float32 lse has no room for the logarithm of a sum beside a huge maximum, and nothing else is handed over: where ``|lse|`` is beyond
+    some 10⁴, gradients are off, and without a bias beyond 10⁷ they need not be finite. Those of the functions above are right.
     """
     call = checked(SEED[3], _given(q, k, v, bias), _options(causal, softmax_scale))
     shapes = dict(SEED[3].shapes or ())

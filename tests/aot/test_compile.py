@@ -21,7 +21,7 @@ from triflash.plan.select import Plan, plan_backward, plan_forward, problem_of
 from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Saved, spec_of
 
 ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "gfx942")
-DEFAULT_SPILLS = 64  # words a thread that an unmeasured configuration may spill; a measured row declares its own
+DEFAULT_SPILLS = 96  # words a thread that an unmeasured configuration may spill, half of it in a loop for huge scores alone; a measured row declares its own
 WIDE_BIAS_SPILLS = 160  # the same for a measured row, which declares what it spills with a 16-bit bias, under a float32 one
 FEATURE_SPILLS = 72  # with one of FEATURES, or all; the most is dropout's, d 128 on sm90, where other kernels are chosen
 LENGTH = 2032  # a multiple of 16, so that loads are wide, but of no tile, so that every masked loop is compiled

@@ -183,7 +183,7 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
     lengths = lengths_of(target.lengths, batch)
     slopes, seed = slopes_of(target.slopes, heads), seed_of(target.dropout)
     spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, lengths, slopes, None, seed, target.softcap, target.dropout)
-    kept = torch.empty_like(lse) if bias is not None and bias.dtype != BOOL else None
+    kept = torch.empty_like(lse) if spec.keeps_rest else None
     with override_configs(forward=target.config) if target.config else nullcontext():
         plan = plan_forward(spec, SM90, "hopper")
     (call,) = forward_calls(plan, spec, Operands(q, k, v, bias, mask, lengths, slopes, dropout_seed=seed), Saved(out, lse, kept))

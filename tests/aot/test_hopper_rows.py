@@ -40,6 +40,8 @@ from triflash.launch.calls import Call
 from triflash.launch.hopper_rows import dbias_call, dq_call
 from triflash.plan import hopper_rows as plan
 from triflash.plan.hopper_rows import RowsConfig
+from triflash.plan.hopper_steps import FLAGS, gains_by_mild
+from triflash.plan.steps import Step
 from triflash.spec import spec_of
 
 SPILLS = {64: 8, 128: 8, 256: 16}  # 4-byte words of a thread, by padded head dim; in what a tile does once, not in what a block does
@@ -192,8 +194,9 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Call, int
     config = target.config or plan.dq_config(spec, SM90.shared_memory, target.gradient)
     assert config is not None
     full = make(*bias.shape, dtype=bias.dtype) if bias is not None and target.gradient else None
-    operands = (q, k, v, bias, dout, stats, grad, full, lengths, slopes, mask, seed)
-    call = dq_call(spec, config, plan.dq_programs(spec, config, SM90.processors), *operands)
+    programs = plan.dq_programs(spec, config, SM90.processors)
+    mild = torch.empty(FLAGS, device="meta", dtype=torch.int32) if gains_by_mild(spec, Step("dq", config, programs)) else None
+    call = dq_call(spec, config, programs, q, k, v, bias, dout, stats, grad, full, lengths, slopes, mask, seed, mild)
     return call, plan.dq_shared_memory(spec, config, target.gradient)
 
 

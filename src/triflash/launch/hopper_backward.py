@@ -16,7 +16,7 @@ from ..plan import layout
 from ..plan.configs import padded
 from ..plan.hopper_backward import KeysConfig, dims, keys_tiles, schedule, stats_kinds, stats_length
 from ..plan.hopper_rows import RowsConfig
-from ..plan.hopper_steps import EDGE, finds_mild
+from ..plan.hopper_steps import EDGE, finds_mild, gains_by_mild
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_rows
@@ -98,7 +98,7 @@ def backward_calls(
                 shape = layout.tma_padded(q.shape, q.element_size())
                 target = room.new("dq, which nobody asked for", shape, q.dtype)[..., : q.shape[-1]]
             full = dbias if "dbias" in step.gives else None
-            features = (x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed)
+            features = (x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, mild if gains_by_mild(spec, step) else None)
             calls.append(hopper_rows.dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full, *features))
         elif step.kernel == "finish":
             assert dq_sum is not None and dq is not None
@@ -248,7 +248,7 @@ def keys_call(
         descriptor(v, (1, half, 1, value)),
         descriptor(dout, (1, rows, 1, value)),
         descriptor(stats, (1, 1, rows)),
-        *(() if config.wide else (mild,)),
+        mild if gains_by_mild(spec, step) else None,
         bias_desc,
         None if dk is None or splits > 1 else descriptor(dk, (1, half, 1, head)),
         None if dv is None or splits > 1 else descriptor(dv, (1, half, 1, value)),

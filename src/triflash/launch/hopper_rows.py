@@ -30,7 +30,7 @@ STATISTICS_MULTIPLE = 128  # queries
 def dq_call(
     spec: AttentionSpec, config: RowsConfig, programs: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dout: Tensor,
     stats: Tensor, dq: Tensor, dbias: Tensor | None = None, lengths: Tensor | None = None, slopes: Tensor | None = None,
-    mask: Tensor | None = None, seed: Tensor | None = None,
+    mask: Tensor | None = None, seed: Tensor | None = None, mild: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q."""
     assert config.num_stages > config.ahead, "the last product lags behind the block that would take its only key buffer: a deadlock"
@@ -53,7 +53,7 @@ def dq_call(
         descriptor(k, (1, block_n, 1, head)),
         descriptor(v, (1, block_n, 1, value)),
         descriptor(dq, (1, ROWS, 1, head)),
-        *(bias_desc, dbias_desc, pointer, lengths_of(lengths), slopes, stats),
+        *(bias_desc, dbias_desc, pointer, lengths_of(lengths), slopes, stats, mild),
         *(
             None if pointer is None else bias_strides(pointer)[:4],  # type: ignore[index]
             slope_strides(slopes),

@@ -16,7 +16,7 @@ from .hopper_backward import KeysConfig
 from .hopper_rows import RowsConfig
 from .steps import Step, broadcast_rows, ceil_div, sum_steps
 
-__all__ = ["EDGE", "FLAGS", "adds_dq", "backward_steps", "finds_mild", "shared_memory", "source_of", "why_not_backward"]
+__all__ = ["EDGE", "FLAGS", "adds_dq", "backward_steps", "finds_mild", "gains_by_mild", "shared_memory", "source_of", "why_not_backward"]
 
 EDGE = TileConfig(64, 16, 4, 1)  # rows of a program of prepare and finish, which have no tiles of scores
 FLAGS = 512  # which prepare sets if statistics are mild: kernels/hopper/edges.py says so
@@ -79,8 +79,16 @@ def _worth_adding(spec: AttentionSpec) -> bool:
 
 def finds_mild(spec: AttentionSpec, steps: Sequence[Step]) -> bool:
     """Whether ``prepare`` looks if statistics are mild (``kernels/hopper/edges.py``): where a kernel is the faster for it."""
-    faster = (step.kernel == "dbias" or (isinstance(step.config, KeysConfig) and not step.config.wide) for step in steps)
-    return spec.keeps_rest and any(faster)
+    return any(gains_by_mild(spec, step) for step in steps)
+
+
+def gains_by_mild(spec: AttentionSpec, step: Step) -> bool:
+    """Whether that kernel is the faster for it: beside a bias the ones for dq and for wide heads are not."""
+    if not spec.keeps_rest:
+        return False
+    if step.kernel == "dq" or (isinstance(step.config, KeysConfig) and step.config.wide):
+        return spec.bias is None or spec.bias.is_mask
+    return step.kernel == "dbias" or isinstance(step.config, KeysConfig)
 
 
 def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:

@@ -2,7 +2,7 @@
 
 from ..triton.prims import LOG2E, segments
 from .compat import gl, gluon
-from .features import ONE_SIDED, add_alibi, capped, line, opaque, squashed, weighed, widened
+from .features import ONE_SIDED, add_alibi, capped, line, opaque, rounded, squashed, weighed, widened
 from .grid import accumulator, keep_up_to
 
 LSE = gl.constexpr(0)  # rows of the table of statistics
@@ -69,7 +69,8 @@ def _exponents(
     rest; else rounded as in the forward kernel.
     """
     S: gl.constexpr = accumulator(BM)
-    EARLY: gl.constexpr = MILD or (bias is None and mask is None and key_mask is None and not KEY_BIASED and not ALIBI)
+    PLAIN: gl.constexpr = bias is None and mask is None and key_mask is None and not KEY_BIASED and not ALIBI
+    EARLY: gl.constexpr = MILD or (PLAIN and (cap is not None or rest is None))
     if ALIBI == ONE_SIDED:  # the other way round: the line over columns, which are queries here, goes along with their lse
         first = (n0 - m0 - ahead).to(gl.float32)
         lse = lse - gl.expand_dims(line(opaque(slope * first), -slope, BM, gl.SliceLayout(0, S)), 0)
@@ -81,7 +82,7 @@ def _exponents(
     elif EARLY:
         x = s * scale_log2 - lse
     else:
-        x = s * scale_log2
+        x = rounded(s, scale_log2)
     if bias is not None:
         if IS_MASK:
             x = gl.where(bias != 0, x, float("-inf"))
@@ -106,6 +107,8 @@ def _exponents(
         x = x - lse
     if rest is not None and not MILD:
         x = x - rest
+        if PLAIN:  # nobody waits for this
+            x = gl.minimum(x, 0.0)
     elif (bias is not None or KEY_BIASED) and not (IS_MASK or MILD):  # nobody kept it, and a bias may be huge: p is at least kept to 1
         x = gl.minimum(x, 0.0)
     return x

@@ -34,13 +34,14 @@ from .features import (
     clear_hidden,
     hide_by,
     line,
+    rounded,
     slope_at,
     slope_of,
     squashed,
     visible_keys,
     weighed,
 )
-from .grid import accumulator, locate, share, stacked
+from .grid import accumulator, locate, mildest, share, stacked
 from .loads import BIAS_EMPTY, BIAS_FULL, K_EMPTY, K_FULL, Q_EMPTY, Q_FULL, TURN, V_EMPTY, V_FULL, all_barriers, visible_blocks
 from .rows import add_bias, column_of, exponents, hide_unseen, statistics
 
@@ -118,13 +119,17 @@ def _step(
     ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
-    AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, CUT: gl.constexpr,
+    AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, MILD: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
+    CUT: gl.constexpr,
 ):  # fmt: skip
-    """One key block: ``(dq, ds)`` with the block before in dq (AHEAD), or the block itself. CUT: a length may end in it."""
+    """One key block: ``(dq, ds)`` with the block before in dq (AHEAD), or the block itself. MILD: see ``edges.py``. CUT: a length may end
+    in it.
+    """
     BD: gl.constexpr = k_s.shape[4]
     BDV: gl.constexpr = v_s.shape[4]
     S: gl.constexpr = accumulator(BN)
     DS: gl.constexpr = gl.DotOperandLayout(0, accumulator(BD), 2)
+    BIASED: gl.constexpr = (bias_s is not None or COLUMN) and not IS_MASK
     nothing = gl.zeros([BM, BN], gl.float32, S)
     k_stage = at % K_STAGES
     v_stage = at % V_STAGES
@@ -151,8 +156,10 @@ def _step(
     if cap is not None:
         u = squashed(s, cap)
         s = capped(u, cap)
-    else:
+    elif MILD or BIASED or ALIBI or not HAS_REST:
         s = s * scale_log2
+    else:
+        s = rounded(s, scale_log2)
     if bias_s is not None:
         slot = at % BIAS_STAGES * WGS + WG
         mbarrier.wait(bars[BIAS_FULL].index(slot), (at // BIAS_STAGES) & 1)
@@ -175,8 +182,7 @@ def _step(
         lse = lse - line(0.0, -slope, BM, gl.SliceLayout(1, S))
     if MASKED:
         s = hide_unseen(s, m0, n0, N, lo, hi, BM, BN, "0fFF800000")
-    BIASED: gl.constexpr = (bias_s is not None or COLUMN) and not IS_MASK
-    x = exponents(s, lse, rest, HAS_REST, BIASED)
+    x = exponents(s, lse, rest, HAS_REST and not MILD, BIASED)
     if cap is not None and dbias_desc is None:
         _, p = weighed(x, u, q.dtype)
     else:
@@ -227,7 +233,7 @@ def _walk(
     m0, head, outer, inner, ahead, N, lo, hi, scale_log2,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
-    AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, Q_EARLY: gl.constexpr,
+    AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, MILD: gl.constexpr, MASKED: gl.constexpr, Q_EARLY: gl.constexpr,
 ):  # fmt: skip
     """Steps ``first … last`` of a tile's ``steps``."""
     for step in range(first, last):
@@ -235,7 +241,7 @@ def _walk(
             dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done + step, m0,
             (end - 1 - step) * BN,
             head, outer, inner, ahead, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
-            HAS_REST, AHEAD, TURNS, ALIBI, False, MASKED, False,
+            HAS_REST, AHEAD, TURNS, ALIBI, MILD, False, MASKED, False,
         )  # fmt: skip
         if Q_EARLY:
             if step == steps - 1:  # no more products with this q and dout: the next can be fetched
@@ -249,7 +255,7 @@ def _consume(
     bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr, MILD: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 queries of every tile of the program."""
     BD: gl.constexpr = q_s.shape[4]
@@ -292,7 +298,7 @@ def _consume(
             dq, dq, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, m0,
             (end - 1) * BN,
             head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
-            COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, MASKED, lengths is not None,
+            COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, MILD, True, MASKED, lengths is not None,
         )  # fmt: skip
         if Q_EARLY:
             if steps == 1:
@@ -303,14 +309,14 @@ def _consume(
                 dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, 1,
                 end - full_end, steps, end,
                 m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
-                VARIES_M, COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
+                VARIES_M, COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, MILD, True, Q_EARLY,
             )  # fmt: skip
         whole = max(1, end - full_end)
         dq, ds = _walk(
             dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, whole,
             end - full_begin, steps, end,
             m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
-            COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, False, Q_EARLY,
+            COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, MILD, False, Q_EARLY,
         )  # fmt: skip
         if lo is not None:
             left = max(1, end - full_begin)
@@ -318,7 +324,7 @@ def _consume(
                 dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, left,
                 steps,
                 steps, end, m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                IS_MASK, VARIES_M, COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, True, Q_EARLY,
+                IS_MASK, VARIES_M, COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, MILD, True, Q_EARLY,
             )  # fmt: skip
         done += steps
         if AHEAD:
@@ -337,14 +343,39 @@ def _consume(
     tma_store_wait(0)
 
 
+@gluon.jit
+def _consume_either(
+    mild, dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, bars,
+    bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """One consumer: ``_consume`` in the faster way if all statistics are mild (``edges.py``)."""
+    if (mild is not None) and (mildest(mild) != 0):
+        _consume(
+            dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, bars,
+            bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+            WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, AHEAD, TURNS,
+            True,
+        )  # fmt: skip
+    else:
+        _consume(
+            dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, bars,
+            bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+            WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, AHEAD, TURNS,
+            False,
+        )  # fmt: skip
+
+
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
 COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
-    q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, bias_strides, slope_strides, bias_on,
-    cap, dropout, mask_desc, mask_on,
+    q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, mild, bias_strides, slope_strides,
+    bias_on, cap, dropout, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
     BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr, EVEN_N: gl.constexpr,
@@ -354,7 +385,7 @@ def dq(
     """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``grid.locate`` says.
 
     Descriptors, bias and its strides as in the forward kernel; dbias_desc is over a bias of full shape, in blocks like the bias's. stats:
-    see ``rows.py``. cap: see ``features.squashed``; dropout: see ``stream_of``; mask: beside the bias,
+    see ``rows.py``; mild: ``prepare``'s flags, or None. cap: see ``features.squashed``; dropout: see ``stream_of``; mask: beside the bias,
     a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent.
 
     OWN_OUT: dq leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
@@ -389,8 +420,8 @@ def dq(
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if WGS == 1:
         gl.warp_specialize([
-            (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), optional(mask_s),
+            (_consume_either, (optional(mild), dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats,
+                        q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s), optional(mask_s),
                         bars, optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), batch, heads,
                         batch_inner, M, N, optional(lo),
                         optional(hi), scale,
@@ -404,15 +435,15 @@ def dq(
         ], [1], [24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), optional(mask_s),
+            (_consume_either, (optional(mild), dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats,
+                        q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s), optional(mask_s),
                         bars, optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), batch, heads,
                         batch_inner, M, N, optional(lo),
                         optional(hi), scale,
                         tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
                         BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, AHEAD, TURNS)),
-            (_consume, (dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats, q_s, dout_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), optional(mask_s),
+            (_consume_either, (optional(mild), dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats,
+                        q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s), optional(mask_s),
                         bars, optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), batch, heads,
                         batch_inner, M, N, optional(lo),
                         optional(hi), scale,

@@ -111,6 +111,13 @@ def opaque(x):
 
 
 @gluon.jit
+def rounded(x, factor):
+    """``x * factor``, rounded: what is added to it does not melt into one instruction with it."""
+    L: gl.constexpr = x.type.layout
+    return gl.fma(x, gl.full(x.shape, factor, gl.float32, L), gl.zeros(x.shape, gl.float32, L))
+
+
+@gluon.jit
 def line(first, slope, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
     """``first + slope * (0 … COUNT - 1)``. A thread knows all but the low bits of its elements' numbers at compile time; these alone are
     converted.

@@ -66,10 +66,14 @@ def hide_unseen(x, m0, n0, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr, HIDDEN
 
 @gluon.jit
 def exponents(s, lse, rest, HAS_REST: gl.constexpr, BIASED: gl.constexpr):
-    """``s - lse``; ``rest`` is what lse has no room for. Where nobody kept it and a bias may be huge, p is at least kept to 1."""
+    """``s - lse``; ``rest`` is what lse has no room for. Where nobody kept it, and a bias may be huge, p is at least kept to 1; so it is
+    without a bias, where this is for huge products alone and need not be fast.
+    """
     x = s - gl.expand_dims(lse, 1)
     if HAS_REST:
         x = x - gl.expand_dims(rest, 1)
+        if not BIASED:
+            x = gl.minimum(x, 0.0)
     elif BIASED:
         x = gl.minimum(x, 0.0)
     return x

@@ -16,7 +16,7 @@ equal, l is each lane's own share, added up when a tile ends.
 
 from ..triton.prims import LOG2E
 from .compat import gl, gluon
-from .features import ONE_SIDED, add_alibi, capped, hide, hide_by, line, squashed, widened
+from .features import ONE_SIDED, add_alibi, capped, hide, hide_by, line, rounded, squashed, widened
 from .grid import accumulator
 from .rows import hide_unseen
 
@@ -111,7 +111,7 @@ def _score(n, s, a, b, scaled, shifted, bias):
     if scaled and shifted:
         return f"fma.rn.f32 y, ${s + n}, ${a + n}, ${b + n};"
     if scaled:
-        return f"mul.f32 y, ${s + n}, ${a + n};"
+        return f"mul.rn.f32 y, ${s + n}, ${a + n};"  # else the assembler melts it into the subtraction of m
     if shifted:
         return f"add.f32 y, ${s + n}, ${b + n};"
     return f"mov.f32 y, ${s + n};"
@@ -203,6 +203,48 @@ def _settle(s, p, l, m, a, b, bias):
 
 
 @gluon.constexpr_function
+def _nearing(count):
+    """PTX for ``_near``. Operands: scores, in place, factors, shifts; scores, m, factors, flags."""
+    factor, less = count, 2 * count
+    m, a, flag = 4 * count, 5 * count, 6 * count
+    lines = [
+        "{ .reg .pred p, q;",
+        f"setp.neu.f32 p, ${flag}, 0f00000000;",
+        f"setp.neu.or.f32 p, ${flag + 2}, 0f00000000, p;",
+        "vote.sync.any.pred q, p, 0xFFFFFFFF;",
+    ]
+    for row in (0, 2):
+        lines += [f"mov.f32 ${factor + row}, ${a + row};", f"sub.f32 ${less + row}, 0f00000000, ${m + row};"]
+    lines.append("@!q bra.uni SMALL;")
+    for n in range(count):
+        lines += [f"mul.rn.f32 ${n}, ${n}, ${a + n // 2 % 2 * 2};", f"sub.f32 ${n}, ${n}, ${m + n // 2 % 2 * 2};"]
+    for row in (0, 2):
+        lines += [f"mov.f32 ${factor + row}, 0f3F800000;", f"mov.f32 ${less + row}, 0f00000000;"]
+    return "\n".join([*lines, "SMALL: }"])
+
+
+@gluon.constexpr_function
+def _nearing_operands(count):
+    return ",".join(["=f"] * count + ["=&f"] * (2 * count) + [str(n) for n in range(count)] + ["f"] * (3 * count))
+
+
+@gluon.jit
+def _near(s, m, factor):
+    """``(s', factor', less)``, of which the scores less m are ``s' * factor' + less``: s as it is, or in a warp with a huge m these
+    differences, of scores that have been rounded as in the backward kernels.
+    """
+    COLUMNS: gl.constexpr = s.shape[1] * 8
+    COUNT: gl.constexpr = COLUMNS // 2
+    flag = gl.where((gl.abs(m) > MILD) & (m != LOWEST), 1.0, 0.0)
+    spread_m, s = gl.broadcast(_spread(m, COLUMNS), s)
+    factor = gl.full(s.shape, factor, gl.float32, _by_lane(COLUMNS))
+    flag, s = gl.broadcast(_spread(flag, COLUMNS), s)
+    f32 = gl.float32
+    out = gl.inline_asm_elementwise(_nearing(COUNT), _nearing_operands(COUNT), [s, spread_m, factor, flag], (f32, f32, f32), True, COUNT)
+    return out[0], _first(out[1]), _first(out[2])
+
+
+@gluon.constexpr_function
 def _shrinking(count):
     lines = [
         "{ .reg .pred p, q;",
@@ -231,12 +273,17 @@ def shrunk(o, factor):
 
 
 @gluon.constexpr_function
+def _adds(bias, row_bias, is_mask, alibi):
+    """Whether something is added to scores."""
+    return bool(alibi) or ((bias is not None or row_bias is not None) and not is_mask)
+
+
+@gluon.constexpr_function
 def _order(bias, row_bias, cap, is_mask, alibi, positive_scale, fusing):
     """How scores come about: "late", scaled as they go into the power, in one instruction; "fused", a bias of 16 bits with them; "early",
     where what is added may be huge: then they are rounded as in the backward kernels.
     """
-    added = alibi or ((bias is not None or row_bias is not None) and not is_mask)
-    if not added:
+    if not _adds(bias, row_bias, is_mask, alibi):
         return "late" if positive_scale or cap is not None else "early"
     narrow = bias is not None and (bias.dtype == gl.bfloat16 or bias.dtype == gl.float16)
     return "fused" if fusing and narrow and positive_scale and cap is None and row_bias is None and not alibi else "early"
@@ -269,11 +316,14 @@ def softmax(
     """Of one block's products s, of 64 queries from m0 and keys from n0 on: ``(scores, p in DT, sums of p, m)``, the latter by lane.
 
     bias: a tile or a row of a bias or mask; shown: of a mask beside it, in its buffer; row_bias: a number a query. None: absent. m None:
-    in a tile's first block m is found; in others p, its sums and m are to be ``settled``, which takes the scores. CUT: a length may end in
-    the block. FUSING: there are registers to add a bias of 16 bits in one instruction with the scale.
+    in a tile's first block m is found; in others p, its sums and m are to be ``settled``, which takes the scores. Beside a huge m
+    sums that are scaled or added up late come out as NaN, so that they are worked out when they are settled, as in the backward kernels.
+    CUT: a length may end in the block. FUSING: there are registers to add a bias of 16 bits in one instruction with the scale.
     """
     COLUMNS: gl.constexpr = s.shape[1]
-    ORDER: gl.constexpr = _order(bias, row_bias, cap, IS_MASK, ALIBI, POSITIVE_SCALE, FUSING and m is not None)
+    FIRST: gl.constexpr = m is None
+    ORDER: gl.constexpr = _order(bias, row_bias, cap, IS_MASK, ALIBI, POSITIVE_SCALE, FUSING and not FIRST)
+    HUGE: gl.constexpr = ORDER == "fused" or (ORDER == "late" and cap is None)  # whether m may be huge where it must not
     SHIFTED: gl.constexpr = ALIBI == ONE_SIDED or (cap is not None and ORDER == "late")
     L: gl.constexpr = _by_lane(COLUMNS)
     if cap is not None:
@@ -282,8 +332,10 @@ def softmax(
         s = squashed(s, cap)
         if ORDER == "early":
             s = capped(s, cap)
-    elif ORDER == "early":
+    elif ORDER == "early" and _adds(bias, row_bias, IS_MASK, ALIBI):
         s = s * scale_log2
+    elif ORDER == "early":
+        s = rounded(s, scale_log2)
     if bias is not None and IS_MASK:
         s = hide(s, bias)
     elif bias is not None and ORDER == "early":
@@ -302,7 +354,7 @@ def softmax(
     if MASKED:
         s = hide_unseen(s, m0, n0, N, lo, hi, 64, COLUMNS, "0fFF800000")
     s = _split(s)
-    if m is None:
+    if FIRST:
         top = gl.max(gl.max(s, 3), 1)
         if ORDER == "late":
             top = top * _factor(cap, scale_log2)
@@ -312,12 +364,16 @@ def softmax(
     less = -m
     if SHIFTED:
         less = _shift(cap, slope, ALIBI, COLUMNS) - m
-    if ORDER == "fused":
-        # Beside a huge m sums come out as NaN, so that they are worked out when they are settled, as in the backward kernels.
+    if HUGE and FIRST:
+        s, factor, less = _near(s, m, scale_log2)
+    elif HUGE:
         less = gl.where(gl.abs(m) > MILD, gl.where(m == LOWEST, -LOWEST, float("nan")), less)
+    if ORDER == "fused":
         less, s = gl.broadcast(_spread(less, COLUMNS), s)
         wide, _s = gl.broadcast(widened(bias), _joined(s))
         p = gl.exp2(s * scale_log2 + gl.fma(_split(wide), gl.full(s.shape, LOG2E, gl.float32, L), less))
+    elif HUGE and FIRST:
+        p = gl.exp2(s * _spread(factor, COLUMNS) + _spread(less, COLUMNS))
     elif ORDER == "late":
         p = gl.exp2(s * _factor(cap, scale_log2) + _spread(less, COLUMNS))
     else:

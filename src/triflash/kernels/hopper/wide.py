@@ -22,7 +22,7 @@ from .compat import (
 )
 from .dropout import drawn, dropped, of_scores, signed, stream_of
 from .features import clear_hidden, slope_of, visible_keys
-from .grid import accumulator, barriers, locate, share, stacked
+from .grid import accumulator, barriers, locate, mildest, share, stacked
 
 # A program's barriers are a tuple with an element a name, which holds one for every buffer.
 KV_FULL, KV_EMPTY, Q_FULL, Q_EMPTY, O_FULL, O_EMPTY, P_FULL, P_EMPTY, BIAS_FULL, BIAS_EMPTY = map(gl.constexpr, range(10))
@@ -83,7 +83,7 @@ def _produce(
 def _walk_values(
     dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, stream, cap, done, base, first, last, n0,
     ahead, N, lo, hi, scale_log2, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr,
-    NEED_DV: gl.constexpr, NEED_DS: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr,
+    NEED_DV: gl.constexpr, NEED_DS: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, MILD: gl.constexpr,
 ):  # fmt: skip
     """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next. Numbers as in
     ``backward.py``.
@@ -128,7 +128,7 @@ def _walk_values(
             rest = gl.expand_dims(rest_s.index(stage).reshape([BM]).load(COLS), 0)
         p, weight = probabilities(
             s, bias, mask, key_bias, key_mask, slope, cap, lse, rest, m0, n0, ahead, N, lo, hi, scale_log2, BN, BM, IS_MASK, ALIBI,
-            KEY_BIASED, MASKED, False, k_s.dtype,
+            KEY_BIASED, MASKED, MILD, k_s.dtype,
         )  # fmt: skip
         undropped = p
         if stream is not None:
@@ -162,7 +162,7 @@ def _values(
     dv_desc, bias, lengths, slopes, q_s, k_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars,
     bias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles,
     section, snake, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
-    IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, NEED_DS: gl.constexpr,
+    IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, NEED_DS: gl.constexpr, MILD: gl.constexpr,
 ):  # fmt: skip
     """The consumer of scores: pᵀ for itself and for the other one, and dv."""
     W: gl.constexpr = k_s.shape[3]
@@ -208,18 +208,18 @@ def _values(
                 dv, p16 = _walk_values(
                     dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, stream, cap, done, base,
                     begin, whole, n0, N - M, n_keys, lo, hi,
-                    scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
+                    scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True, MILD,
                 )  # fmt: skip
             dv, p16 = _walk_values(
                 dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, stream, cap, done, base,
                 whole, part, n0, N - M, n_keys, lo,
-                hi, scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, False,
+                hi, scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, False, MILD,
             )  # fmt: skip
             if (lo is not None) or (hi is not None):
                 dv, p16 = _walk_values(
                     dv, p16, k_s, q_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars, key_bias, key_mask, slope, stream, cap, done, base,
                     part, end, n0, N - M, n_keys, lo, hi,
-                    scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True,
+                    scale_log2, BM, BN, STAGES, IS_MASK, KEY_BIASED, NEED_DV, NEED_DS, ALIBI, True, MILD,
                 )  # fmt: skip
         done += steps * group
         if NEED_DV:
@@ -235,6 +235,28 @@ def _values(
             tma_store(dv_desc, [b, n0, kv_head, 0], k_s)
             tma_store_wait(0)
         mbarrier.arrive(bars[KV_EMPTY].index(0))
+
+
+@gluon.jit
+def _values_either(
+    mild, dv_desc, bias, lengths, slopes, q_s, k_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars,
+    bias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles,
+    section, snake, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+    IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, NEED_DS: gl.constexpr,
+):  # fmt: skip
+    """``_values`` in the faster way if all statistics are mild (``edges.py``)."""
+    if (mild is not None) and (mildest(mild) != 0):
+        _values(
+            dv_desc, bias, lengths, slopes, q_s, k_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars,
+            bias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n,
+            tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, ALIBI, NEED_DS, True,
+        )  # fmt: skip
+    else:
+        _values(
+            dv_desc, bias, lengths, slopes, q_s, k_s, o_s, lse_s, rest_s, bias_s, mask_s, p_s, bars,
+            bias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n,
+            tiles, section, snake, BM, BN, STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, ALIBI, NEED_DS, False,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -343,8 +365,8 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 
 @gluon.jit(do_not_specialize=COUNTS)
 def wide_keys_backward(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, dk_desc, dv_desc, bias, lengths, slopes, dbias, bias_strides, dbias_strides,
-    slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
+    q_desc, k_desc, v_desc, o_desc, stats_desc, mild, bias_desc, dk_desc, dv_desc, bias, lengths, slopes, dbias, bias_strides,
+    dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr,
     ALIBI: gl.constexpr,
@@ -394,8 +416,8 @@ def wide_keys_backward(
     # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
     if NEED_DS:
         gl.warp_specialize([
-            (_values, (optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s, optional(rest_s),
-                       optional(bias_s), optional(mask_s), p_s, bars,
+            (_values_either, (optional(mild), optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s,
+                       optional(rest_s), optional(bias_s), optional(mask_s), p_s, bars,
                        optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                        optional(mask_strides), batch,
                        heads, group, batch_inner, M, N, optional(lo), optional(hi), scale,
@@ -411,8 +433,8 @@ def wide_keys_backward(
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_values, (optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s, optional(rest_s),
-                       optional(bias_s), optional(mask_s), p_s, bars,
+            (_values_either, (optional(mild), optional(dv_desc), optional(bias), optional(lengths), optional(slopes), q_s, k_s, o_s, lse_s,
+                       optional(rest_s), optional(bias_s), optional(mask_s), p_s, bars,
                        optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
                        optional(mask_strides), batch,
                        heads, group, batch_inner, M, N, optional(lo), optional(hi), scale,

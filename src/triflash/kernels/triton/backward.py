@@ -14,7 +14,22 @@ import triton
 import triton.language as tl
 
 from .features import at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, through_cap, visible_keys
-from .prims import in_band, load_lse_log2, load_rows, load_vector, locate, offset, probabilities, segments, store_rows, store_tile
+from .prims import (
+    LOG2E,
+    MILDEST,
+    heads_are_mild,
+    in_band,
+    is_mild,
+    load_lse_log2,
+    load_rows,
+    load_vector,
+    locate,
+    offset,
+    probabilities,
+    segments,
+    store_rows,
+    store_tile,
+)
 
 
 @triton.jit
@@ -42,21 +57,21 @@ def _fold_queries(
     dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, at, seen, q_row, dout_row, m0, n0, i, j, M, N, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN_N: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DB: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold one query block into (dk, dv, db) of one key tile. ``seen`` is its tile of the mask."""
+    """Fold one query block into (dk, dv, db) of one key tile. ``seen`` is its tile of the mask. EXACT: also where scores are huge."""
     q_tile = load_rows(q, q_row, m0, M, BM, D, BD, MASKED, WIDE)  # [BM, BD]
     lse_log2 = load_lse_log2(lse, m0, M, BM, MASKED)
     st = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)  # [BN, BM]
     bias = bias_tile(f, at, m0, n0, i, j, M, N, MASKED, not EVEN_N, WIDE)
-    st, slope = scored(f, at, st, bias, seen, scale, m0, n0, i, j, M, N)
+    st, slope = scored(f, at, st, bias, seen, scale, m0, n0, i, j, M, N, EXACT)
     if MASKED:
         st = tl.where(in_band(m0 + i, n0 + j, N, lo, hi), st, float("-inf"))
-    CLAMPED: tl.constexpr = f.bias is not None or f.slopes is not None
-    if rest is not None:
-        pt = probabilities(st, lse_log2[None, :], load_vector(rest, m0, M, BM, MASKED)[None, :], True, CLAMPED)
+    ADDS: tl.constexpr = f.bias is not None or f.slopes is not None
+    if EXACT and rest is not None:
+        pt = probabilities(st, lse_log2[None, :], load_vector(rest, m0, M, BM, MASKED)[None, :], True, not ADDS)
     else:
-        pt = probabilities(st, lse_log2[None, :], 0.0, False, CLAMPED)
+        pt = probabilities(st, lse_log2[None, :], 0.0, False, ADDS)
     do_tile = load_rows(dout, dout_row, m0, M, BM, DV, BDV, MASKED, WIDE)  # [BM, BDV]
     if NEED_DV:
         kept = dropped(f, at, pt, m0, n0, BM, BN, True)
@@ -80,7 +95,7 @@ def _walk_queries(
     heads, groups, batch_inner, n0, begin, end, M, N, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN_N: tl.constexpr, GROUPED: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DB: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Fold the query blocks ``[begin, end)`` of each query head of the key head into (dk, dv, db), on transposed tiles ``[BN, BM]``."""
     i = tl.arange(0, BM)[None, :]
@@ -123,12 +138,14 @@ def _walk_queries(
             if shows_anything(seen):
                 dk, dv, db = _fold_queries(
                     dk, dv, db, k, v, q_at, do_at, lse_at, rest_at, delta_at, f, here, seen, q_strides[1], dout_strides[1],
-                    m0, n0, i, j, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, MASKED,
+                    m0, n0, i, j, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, EXACT,
+                    MASKED,
                 )  # fmt: skip
         else:
             dk, dv, db = _fold_queries(
                 dk, dv, db, k, v, q_at, do_at, lse_at, rest_at, delta_at, f, here, seen, q_strides[1], dout_strides[1],
-                m0, n0, i, j, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, MASKED,
+                m0, n0, i, j, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, EXACT,
+                MASKED,
             )  # fmt: skip
     return dk, dv, db
 
@@ -173,22 +190,39 @@ def dkdv(
     low = -hi if hi is not None else None  # the band as keys see queries
     high = -lo if lo is not None else None
     begin, full_begin, full_end, end = segments(n0, min(n0 + BN, N) - 1, queries, low, high, BM)
+    # Beside what is added, scores are always taken for huge. Else it is asked for once, and the loops that need not care are the faster.
+    ADDS: tl.constexpr = f.bias is not None or f.slopes is not None
+    ASKED: tl.constexpr = rest is not None and not ADDS
+    first = begin
+    last = end
+    if ASKED:
+        mild = heads_are_mild(lse, lse_strides[1], kv_head * groups, groups, begin * BM, min(end * BM, M))
+        first = tl.where(mild, end, begin)  # of the blocks for the loop that cares
+        full_begin = tl.where(mild, full_begin, begin)
+        full_end = tl.where(mild, full_end, begin)
+        last = tl.where(mild, end, begin)
     if hi is not None:
         dk, dv, db = _walk_queries(
             dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
             heads, groups, batch_inner, n0, begin, full_begin, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, GROUPED,
-            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True,
+            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, ADDS, True,
         )  # fmt: skip
     dk, dv, db = _walk_queries(
         dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
         heads, groups, batch_inner, n0, full_begin, full_end, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, GROUPED,
-        NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, False,
+        NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, ADDS, False,
     )  # fmt: skip
     if lo is not None or not EVEN_M:
         dk, dv, db = _walk_queries(
             dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
-            heads, groups, batch_inner, n0, full_end, end, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, GROUPED,
-            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True,
+            heads, groups, batch_inner, n0, full_end, last, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, GROUPED,
+            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, ADDS, True,
+        )  # fmt: skip
+    if ASKED:
+        dk, dv, db = _walk_queries(
+            dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
+            heads, groups, batch_inner, n0, first, end, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, GROUPED,
+            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True, True,
         )  # fmt: skip
     cols = n0 + tl.arange(0, BN)
     if HIDES:  # hidden keys of a tile that shows others: their rows hold what nobody masked
@@ -218,10 +252,11 @@ def _fold_keys(
     k_tile = load_rows(k, k_row, n0, shown, BN, D, BD, MASKED, WIDE)  # [BN, BD]
     s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
     bias = bias_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, MASKED, WIDE)
-    s, slope = scored(f, at, s, bias, seen, scale, m0, n0, i, j, M, N)
+    s, slope = scored(f, at, s, bias, seen, scale, m0, n0, i, j, M, N, HAS_REST)
     if MASKED:
         s = tl.where(in_band(m0 + i, n0 + j, shown, lo, hi), s, float("-inf"))
-    p = probabilities(s, lse_log2[:, None], rest[:, None], HAS_REST, f.bias is not None or f.slopes is not None)
+    ADDS: tl.constexpr = f.bias is not None or f.slopes is not None
+    p = probabilities(s, lse_log2[:, None], rest[:, None], HAS_REST, HAS_REST != ADDS)
     v_tile = load_rows(v, v_row, n0, shown, BN, DV, BDV, MASKED, WIDE)  # [BN, BDV]
     dp = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BN]
     dp = rescaled(f, dropped(f, at, dp, m0, n0, BM, BN, False))
@@ -306,29 +341,44 @@ def dq(
     q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)  # [BM, BD]
     do_tile = load_rows(dout, dout_strides[1], m0, M, BM, DV, BDV, not EVEN_M, WIDE)  # [BM, BDV]
     lse_log2 = load_lse_log2(lse, m0, M, BM, not EVEN_M)
-    HAS_REST: tl.constexpr = rest is not None
     rest_row = lse_log2
-    if HAS_REST:
+    if rest is not None:
         rest_row = load_vector(rest + offset(b * heads + head, M), m0, M, BM, not EVEN_M)
     row = load_vector(delta_in, m0, M, BM, not EVEN_M)
     acc = tl.zeros([BM, BD], tl.float32)
     begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, shown, lo, hi, BN)
+    # As in dkdv: which blocks are for the loops that need not care if scores are huge.
+    ADDS: tl.constexpr = rest is not None and (f.bias is not None or f.slopes is not None)
+    ASKED: tl.constexpr = rest is not None and not ADDS
+    first = begin
+    last = end
+    if ASKED:
+        mild = is_mild(lse_log2, MILDEST * LOG2E)
+        first = tl.where(mild, end, begin)
+        full_begin = tl.where(mild, full_begin, begin)
+        full_end = tl.where(mild, full_end, begin)
+        last = tl.where(mild, end, begin)
     if lo is not None:
         acc = _walk_keys(
             acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, f, at, dbias_out, dbias_row, dbias_col, k_strides[1], v_strides[1],
             m0, begin, full_begin, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M,
-            HAS_REST, NEED_DQ, PRECISION, WIDE, True,
+            ADDS, NEED_DQ, PRECISION, WIDE, True,
         )  # fmt: skip
     acc = _walk_keys(
         acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, f, at, dbias_out, dbias_row, dbias_col, k_strides[1], v_strides[1],
         m0, full_begin, full_end, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M,
-        HAS_REST, NEED_DQ, PRECISION, WIDE, False,
+        ADDS, NEED_DQ, PRECISION, WIDE, False,
     )  # fmt: skip
     if hi is not None or not EVEN_N or f.lengths is not None:
         acc = _walk_keys(
             acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, f, at, dbias_out, dbias_row, dbias_col, k_strides[1], v_strides[1],
-            m0, full_end, end, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M,
-            HAS_REST, NEED_DQ, PRECISION, WIDE, True,
+            m0, full_end, last, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M,
+            ADDS, NEED_DQ, PRECISION, WIDE, True,
+        )  # fmt: skip
+    if ASKED:
+        acc = _walk_keys(
+            acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, f, at, dbias_out, dbias_row, dbias_col, k_strides[1], v_strides[1],
+            m0, first, end, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, True, NEED_DQ, PRECISION, WIDE, True,
         )  # fmt: skip
     if NEED_DQ:
         store_rows(dq_out, dq_strides[1], m0, M, acc * scale, BM, D, BD, not EVEN_M, WIDE)

@@ -20,10 +20,10 @@ def _ds(
     q_tile = load_rows(q, q_row, m0, M, BM, D, BD, not EVEN_M, WIDE)
     k_tile = load_rows(k, k_row, n0, shown, BN, D, BD, MASK_N, WIDE)
     s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
-    s, _ = scored(f, at, s, bias, seen, scale, m0, n0, i, j, M, N)
+    s, _ = scored(f, at, s, bias, seen, scale, m0, n0, i, j, M, N, True)
     lse_log2 = load_lse_log2(lse, m0, M, BM, not EVEN_M)
     if rest is not None:
-        p = probabilities(s, lse_log2[:, None], load_vector(rest, m0, M, BM, not EVEN_M)[:, None], True, True)
+        p = probabilities(s, lse_log2[:, None], load_vector(rest, m0, M, BM, not EVEN_M)[:, None], True, False)
     else:
         p = probabilities(s, lse_log2[:, None], 0.0, False, True)
     do_tile = load_rows(dout, dout_row, m0, M, BM, DV, BDV, not EVEN_M, WIDE)

@@ -143,18 +143,28 @@ def tanh(x):
 
 
 @triton.jit
-def scored(f, at, products, bias, mask, scale, m0, n0, i, j, M, N):
+def _multiplied(x, factor, ROUNDED: tl.constexpr):
+    if ROUNDED:
+        return tl.fma(x, factor, 0.0)
+    else:
+        return x * factor
+
+
+@triton.jit
+def scored(f, at, products, bias, mask, scale, m0, n0, i, j, M, N, ROUNDED: tl.constexpr):
     """Of a tile of products q kᵀ: the scores that its bias and mask leave, and (soft cap) their derivative by ``scale * products``.
 
-    N is the number of keys that there are, to which ALiBi's diagonal is aligned, not that of the keys that are visible.
+    ROUNDED: a subtraction behind them does not melt into one instruction with the last multiplication, so that forward and backward passes
+    have the same scores, however huge. N is the number of keys that there are, to which ALiBi's diagonal is aligned, not that of the keys
+    that are visible.
     """
     slope = products
     if f.softcap is not None:
         t = tanh(products * (scale / f.softcap))
-        s = t * (f.softcap * LOG2E)
+        s = _multiplied(t, f.softcap * LOG2E, ROUNDED and f.bias is None and f.slopes is None)
         slope = 1.0 - t * t
     else:
-        s = products * (scale * LOG2E)
+        s = _multiplied(products, scale * LOG2E, ROUNDED and f.bias is None and f.slopes is None)
     # Explicit fused products, so that forward and backward passes round a huge score alike: see `prims.probabilities`.
     if f.bias is not None:
         s = add_bias(s, bias)

@@ -4,34 +4,36 @@ import triton
 import triton.language as tl
 
 from .features import at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, visible_keys
-from .prims import LN2, LOG2E, in_band, load_rows, locate, lse_rest, offset, segments, store_rows
+from .prims import LN2, LOG2E, MILD, in_band, is_mild, load_rows, locate, lse_rest, offset, segments, store_rows
 
 
 @triton.jit
 def _fold(
     acc, l, m, q, k, v, f, at, seen, k_row, v_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_M: tl.constexpr, POSITIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    EVEN_M: tl.constexpr, LATE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold one key block into the running (acc, l, m). ``seen`` is its tile of the mask."""
+    """Fold one key block into the running (acc, l, m). ``seen`` is its tile of the mask.
+
+    LATE: scores are scaled after their maximum was taken, which saves a product for each of them, but rounds otherwise than the backward
+    kernels.
+    """
     k_tile = load_rows(k, k_row, n0, shown, BN, D, BD, MASKED, WIDE)
     s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
-    # Scaling after the maximum saves a product per score; what is added or capped, or a scale that is not positive, must come first.
-    LATE_SCALE: tl.constexpr = POSITIVE_SCALE and f.bias is None and f.slopes is None and f.softcap is None and f.mask is None
-    if not LATE_SCALE:
+    if not LATE:
         bias = bias_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, MASKED, WIDE)
-        s, _ = scored(f, at, s, bias, seen, scale, m0, n0, i, j, M, N)
+        s, _ = scored(f, at, s, bias, seen, scale, m0, n0, i, j, M, N, True)
     if MASKED:
         s = tl.where(in_band(m0 + i, n0 + j, shown, lo, hi), s, float("-inf"))
     top = tl.max(s, 1)
-    if LATE_SCALE:
+    if LATE:
         top = top * (scale * LOG2E)
     m_new = tl.maximum(m, top)
     if MASKED or f.bias is not None or f.mask is not None:
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: 2^(-inf - 0) = 0, never NaN
     else:
         m_safe = m_new
-    if LATE_SCALE:
+    if LATE:
         p = tl.exp2(s * (scale * LOG2E) - m_safe[:, None])
     else:
         p = tl.exp2(s - m_safe[:, None])
@@ -48,9 +50,11 @@ def _fold(
 def _walk(
     acc, l, m, q, k, v, f, at, k_row, v_row, m0, begin, end, M, N, shown, lo, hi, scale,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_M: tl.constexpr, POSITIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
+    EVEN_M: tl.constexpr, LATE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, RARE: tl.constexpr,
 ):  # fmt: skip
-    """Fold the key blocks ``[begin, end)`` into the running (acc, l, m); ``MASKED`` where some query does not see some key."""
+    """Fold the key blocks ``[begin, end)`` into the running (acc, l, m); ``MASKED`` where some query does not see some key. RARE: with
+    as few registers as can be.
+    """
     i = tl.arange(0, BM)[:, None]
     j = tl.arange(0, BN)[None, :]
     # A branch keeps the compiler from loading ahead: it is worth that only for a mask that hides blocks, of queries and keys.
@@ -58,19 +62,19 @@ def _walk(
         SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
     else:
         SKIPS: tl.constexpr = False
-    for block in tl.range(begin, end):
+    for block in tl.range(begin, end, num_stages=1 if RARE else None):
         n0 = block * BN
         seen = mask_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, MASKED, WIDE)
         if SKIPS:
             if shows_anything(seen):
                 acc, l, m = _fold(
                     acc, l, m, q, k, v, f, at, seen, k_row, v_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
-                    BM, BN, D, DV, BD, BDV, EVEN_M, POSITIVE_SCALE, PRECISION, WIDE, MASKED,
+                    BM, BN, D, DV, BD, BDV, EVEN_M, LATE, PRECISION, WIDE, MASKED,
                 )  # fmt: skip
         else:
             acc, l, m = _fold(
                 acc, l, m, q, k, v, f, at, seen, k_row, v_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
-                BM, BN, D, DV, BD, BDV, EVEN_M, POSITIVE_SCALE, PRECISION, WIDE, MASKED,
+                BM, BN, D, DV, BD, BDV, EVEN_M, LATE, PRECISION, WIDE, MASKED,
             )  # fmt: skip
     return acc, l, m
 
@@ -110,21 +114,33 @@ def forward(
     else:
         m = tl.full([BM], float("-inf"), tl.float32)
         l = tl.zeros([BM], tl.float32)
+    start = m
     acc = tl.zeros([BM, BDV], tl.float32)
+    # What is added or capped, or a scale that is not positive, must come before the maximum.
+    LATE: tl.constexpr = POSITIVE_SCALE and f.bias is None and f.slopes is None and f.softcap is None and f.mask is None
     begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, shown, lo, hi, BN)
     if lo is not None:
         acc, l, m = _walk(
             acc, l, m, q_tile, k, v, f, at, k_strides[1], v_strides[1], m0, begin, full_begin, M, N, shown, lo, hi, scale,
-            BM, BN, D, DV, BD, BDV, EVEN_M, POSITIVE_SCALE, PRECISION, WIDE, True,
+            BM, BN, D, DV, BD, BDV, EVEN_M, LATE, PRECISION, WIDE, True, False,
         )  # fmt: skip
     acc, l, m = _walk(
         acc, l, m, q_tile, k, v, f, at, k_strides[1], v_strides[1], m0, full_begin, full_end, M, N, shown, lo, hi, scale,
-        BM, BN, D, DV, BD, BDV, EVEN_M, POSITIVE_SCALE, PRECISION, WIDE, False,
+        BM, BN, D, DV, BD, BDV, EVEN_M, LATE, PRECISION, WIDE, False, False,
     )  # fmt: skip
     if hi is not None or not EVEN_N or f.lengths is not None:
         acc, l, m = _walk(
             acc, l, m, q_tile, k, v, f, at, k_strides[1], v_strides[1], m0, full_end, end, M, N, shown, lo, hi, scale,
-            BM, BN, D, DV, BD, BDV, EVEN_M, POSITIVE_SCALE, PRECISION, WIDE, True,
+            BM, BN, D, DV, BD, BDV, EVEN_M, LATE, PRECISION, WIDE, True, False,
+        )  # fmt: skip
+    if LATE:  # once more where that was too coarse
+        mild = is_mild(m, MILD)
+        acc = tl.where(mild, acc, 0.0)
+        l = tl.where(mild, l, 0.0 if f.sink is None else 1.0)
+        m = tl.where(mild, m, start)
+        acc, l, m = _walk(
+            acc, l, m, q_tile, k, v, f, at, k_strides[1], v_strides[1], m0, begin, tl.where(mild, begin, end), M, N, shown, lo, hi, scale,
+            BM, BN, D, DV, BD, BDV, EVEN_M, False, PRECISION, WIDE, True, True,
         )  # fmt: skip
 
     unseen = l == 0.0

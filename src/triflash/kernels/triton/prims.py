@@ -10,6 +10,10 @@ import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+# Up to here scores in base 2 may be summed up and scaled in any order: their rounding makes 2^-13 of a probability.
+MILD: tl.constexpr = tl.constexpr(1024.0)
+MILDEST: tl.constexpr = tl.constexpr(700.0)  # the same for lse
+SCANNED: tl.constexpr = tl.constexpr(4096)  # of lse at a time
 
 
 @triton.jit
@@ -207,12 +211,30 @@ def lse_rest(m, l, lse):
 
 
 @triton.jit
+def is_mild(x, LIMIT: tl.constexpr):
+    """Whether all of these lse, or maxima, are at most LIMIT, not counting -inf."""
+    return tl.max(tl.where(tl.abs(x) == float("inf"), 0.0, tl.abs(x)), 0) <= LIMIT
+
+
+@triton.jit
+def heads_are_mild(lse, head_stride, first_head, heads, start, end):
+    """Whether the lse of queries ``start … end`` of so many heads are."""
+    largest = tl.zeros([SCANNED], tl.float32)
+    for head in range(first_head, first_head + heads):
+        for at in range(start, end, SCANNED):
+            rows = at + tl.arange(0, SCANNED)
+            some = tl.abs(tl.load(lse + offset(head, head_stride) + rows, mask=rows < end, other=0.0))
+            largest = tl.maximum(largest, tl.where(some == float("inf"), 0.0, some))
+    return tl.max(largest, 0) <= MILDEST
+
+
+@triton.jit
 def probabilities(s_log2, lse_log2, rest, HAS_REST: tl.constexpr, CLAMPED: tl.constexpr):
-    """``2^(s - lse)``. ``rest`` is what lse lost (``lse_rest``); where a bias can be huge and nobody kept it, p is at least kept to 1."""
+    """``2^(s - lse)``. ``rest`` is what lse lost (``lse_rest``). CLAMPED: p is at least kept to 1."""
     x = s_log2 - lse_log2
     if HAS_REST:
         x = x - rest
-    elif CLAMPED:
+    if CLAMPED:
         x = tl.minimum(x, 0.0)
     return tl.exp2(x)
 
