@@ -20,6 +20,7 @@ from mutations import mutate, noticed
 from pairwise import pairwise
 from triflash.bench.tolerance import assert_close
 from triflash.launch.hopper_backward import new_stats, prepare_call
+from triflash.launch.room import Real
 from triflash.plan.hopper import HopperConfig
 from triflash.plan.hopper_backward import KeysConfig
 from triflash.plan.hopper_rows import RowsConfig
@@ -121,7 +122,7 @@ def test_whether_statistics_are_mild(outer: int, M: int) -> None:
         for at in ((0, 0, 0), (-1, -1, -1)):
             lse = torch.zeros(outer, 2, M)
             lse[at] = value
-            stats, flags = new_stats(spec, lse, lse), torch.full((512,), 7, dtype=torch.int32)
+            stats, flags = new_stats(Real(lse), spec, True), torch.full((512,), 7, dtype=torch.int32)
             zeros = torch.zeros_like(like)
             gluon_twin.run(prepare_call(spec, zeros, zeros, None, lse, torch.zeros_like(lse), stats, flags, None))
             assert set(flags.tolist()) <= {0, 1} and flags.min() == mild and (flags == 0).sum() == 1 - mild
