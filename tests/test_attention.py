@@ -318,3 +318,17 @@ def test_what_type_checkers_are_told() -> None:
         for name, parameter in parameters.items():
             assert name == "return_lse" or (parameter.annotation, parameter.default) == (own[name].annotation, own[name].default)
     assert not told
+
+
+def test_tensors_that_hold_something_else_are_refused_by_name(device: torch.device) -> None:
+    """They are never read as their raw data."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    q = torch.randn(2, 9, 3, 8, device=device)
+    with pytest.raises(TypeError, match="bias: wanted a tensor of numbers.*CausalBias; causal=True is lower right"):
+        attention(q, q, q, bias=causal_lower_right(9, 9))
+    rows = [torch.randn(n, 2, 8, device=device) for n in (3, 5)]
+    for layout in (torch.strided, torch.jagged):
+        nested = torch.nested.nested_tensor(rows, layout=layout)
+        with pytest.raises(TypeError, match="q: wanted a dense .strided. tensor, got a NestedTensor; pad it"):
+            attention(nested, nested, nested)

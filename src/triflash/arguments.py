@@ -19,6 +19,7 @@ from .checks import (
     check_sink,
     check_slopes,
     check_tensors,
+    refuse_foreign,
     same_device_and_dtype,
 )
 from .errors import bad_type, bad_value, unsupported
@@ -101,6 +102,9 @@ class Checked:
 def checked(face: Face, given: Given, options: Options) -> Checked:
     """The errors of a public function, or its call in one canonical meaning."""
     causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend = options
+    if not torch.compiler.is_compiling():
+        for name, x in zip(Given._fields, given, strict=True):
+            refuse_foreign(name, x)
     q, k, v, bias, mask, lengths, slopes, sink, seed = given
     if layout not in LAYOUTS:
         raise bad_value("layout", f"one of {', '.join(LAYOUTS)}", repr(layout))

@@ -26,6 +26,7 @@ __all__ = [
     "check_sink",
     "check_slopes",
     "check_tensors",
+    "refuse_foreign",
     "same_device_and_dtype",
     "seed_tensor",
 ]
@@ -79,6 +80,17 @@ def _shape_hint(name: str, dim: str, shapes: Mapping[str, str]) -> str:
     others = [other for other, line in shapes.items() if other != name and dim in line.split()]
     word = _DIM_WORDS.get(dim, dim)
     return f"{' and '.join([*others[:1], name])} must share {word}"
+
+
+def refuse_foreign(name: str, x: Any) -> None:
+    """Refuse tensors that are not what their memory holds, and that nobody here can read: nested ones and PyTorch's CausalBias."""
+    if type(x) in (Tensor, torch.nn.Parameter) and not x.is_nested:
+        return
+    if isinstance(x, Tensor) and x.is_nested:
+        raise bad_type(name, "a dense (strided) tensor", "a NestedTensor", "pad it (x.to_padded_tensor(0.0)) and pass key_lengths=")
+    if type(x).__name__ == "CausalBias":
+        hint = "causal=True is lower right, causal='top_left' is upper left"
+        raise bad_type(name, "a tensor of numbers or a mask", "a CausalBias", hint)
 
 
 def same_device_and_dtype(tensors: Mapping[str, Tensor]) -> None:
