@@ -39,7 +39,7 @@ test: lint
 	$(COMPILED) --tier first $(CHOICE)
 	$(STUBBED) --tier first $(CHOICE)
 
-# What test leaves out, and every compilation once more with the newest Triton (NEWEST='--shard 1/4': a quarter of them).
+# What test leaves out, and every compilation once more with the newest Triton (NEWEST='--shard 1/8': an eighth of them).
 test-rest: .venv/.dev
 	$(INTERPRETED) --tier rest $(CHOICE)
 	$(COMPILED) --tier rest $(CHOICE)

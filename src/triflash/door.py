@@ -129,6 +129,9 @@ def _bound(call: Checked, given: Given, facts: DeviceFacts, device: torch.device
 
 def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     """The same by operators, which tracers, transforms and subclasses see."""
+    q = given[0]
+    if isinstance(q, Tensor) and torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+        return _autocasted(face, given, options, return_lse)
     call = checked(face, Given(*given), Options(*options))
     seed = seed_tensor(given[8], given[0].device) if call.dropout_p else None
     x = call.form.operands((*given[:8], seed))

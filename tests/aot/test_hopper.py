@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -30,7 +30,7 @@ from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.hopper import HopperConfig, shared_memory
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_forward
-from triflash.spec import AttentionSpec, Operands, Saved, spec_of
+from triflash.spec import INTEGERS, AttentionSpec, Operands, Saved, spec_of
 
 BF16, F16, F32, BOOL = torch.bfloat16, torch.float16, torch.float32, torch.bool
 SM90 = KNOWN_DEVICES["sm90"]
@@ -259,3 +259,16 @@ def test_releases_without_a_fence_are_found() -> None:
     """The check above can fail."""
     code = disassembled(ahead.compile_for(the_call(Target((64, 64), bias="1hqk"))[1], "sm90"))
     assert unfenced_releases(code.replace("MEMBAR", "NOP")) > 0
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_key_lengths_of_any_integers(dtype: torch.dtype) -> None:
+    """No dtype of theirs costs registers that are spilled; int32 lengths are the ones above."""
+    target = Target((64, 64), band=CAUSAL, length=512, lengths=True)
+    plain = ahead.resources(ahead.compile_for(the_call(target)[1], "sm90"))
+    _spec, call = the_call(target)
+    args = tuple(
+        (torch.empty(2, device="meta", dtype=dtype), 1) if isinstance(x, tuple) and isinstance(x[0], torch.Tensor) else x for x in call.args
+    )
+    used = ahead.resources(ahead.compile_for(replace(call, args=args), "sm90"))
+    assert used.spills <= plain.spills and used.registers <= plain.registers + 8
