@@ -125,7 +125,8 @@ TARGETS = [
     *(Target((d, d), band=band, slopes=True) for d, band in MIXED[:2]),
     Target((64, 64), bias="1hqk", band=CAUSAL, slopes=True, softcap=50.0),
     # Dropout.
-    *(Target((d, d), band=band, dropout=0.1) for d, band in MIXED[:2]),
+    Target((64, 64), band=CAUSAL, dropout=0.1),
+    Target((128, 128), dropout=0.1, spills=28),  # in the block of one consumer
     Target((128, 128), bias="1hqk", band=CAUSAL, dropout=0.1),
     # All at once, with spills outside the loops, but for one word in a block that the band cuts.
     Target((128, 128), F16, bias="1h1k", mask="b11k", band=WINDOW, lengths=True, softcap=50.0, dropout=0.1, spills=16),

@@ -68,7 +68,7 @@ class Target:
         return "dqdkdv" if adds else "dkdv"
 
 
-LOOP = 60  # at d 128 what the loop keeps fills the registers: scalars that it does not need in every step are spilled once a tile
+LOOP = 72  # at d 128 what the loop keeps fills the registers: scalars that it does not need in every step are spilled once a tile
 TARGETS = [
     # The sizes that matter most, causal and not, at lengths with and without a rest; with dq and, as where bits must repeat, without.
     Target((64, 64), length=EVEN),

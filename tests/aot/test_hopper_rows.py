@@ -44,7 +44,7 @@ from triflash.plan.hopper_steps import FLAGS, gains_by_mild
 from triflash.plan.steps import Step
 from triflash.spec import spec_of
 
-SPILLS = {64: 8, 128: 8, 256: 16}  # 4-byte words of a thread, by padded head dim; in what a tile does once, not in what a block does
+SPILLS = {64: 8, 128: 8, 256: 20}  # 4-byte words of a thread, by padded head dim; in what a tile does once, not in what a block does
 
 
 @dataclass(frozen=True)
