@@ -143,7 +143,7 @@ TARGETS = [
     *(Target((d, d), F16, band=CAUSAL, grads=grads, dropout=0.1, spills=96) for d, grads in ((64, "k"), (128, "v"))),
     Target((64, 64), bias="1h1k", grads="qkvb", softcap=50.0, lengths=True, dropout=0.1, spills=96),
     # Candidates that the plan does not choose here.
-    Target((128, 128), config=KeysConfig(1, 1), spills=80),
+    Target((128, 128), config=KeysConfig(1, 1), spills=108),
     Target((128, 128), band=CAUSAL, config=KeysConfig(2, 2), spills=LOOP),
 ]  # fmt: skip
 
