@@ -290,7 +290,7 @@ def test_parts_bands_and_shapes_of_dbias(config: RowsConfig, device: torch.devic
 def test_repeats(kernel: str, dim: int, device: torch.device) -> None:
     """Many tiles a program, 200 launches: programs, warps, loads and stores really race, and the bits are the same every time."""
     for band in ((None, None), (None, 0)):
-        case = Problem(B=4, M=520, N=500, H=16, D=dim, Dv=dim, band=band)
+        case = Problem(B=4, M=520, N=504, H=16, D=dim, Dv=dim, band=band)
         bias = {"dq": "11h1k", "dq and dbias": "b1hqk", "dbias": "11hqk"}[kernel]
         call = (run_dbias if kernel == "dbias" else run_dq)(replace(case, bias=bias), device, processors=132)
         written = [x.base for x in call.args[4:7] if hasattr(x, "base")] if kernel != "dbias" else [call.args[5].base]
@@ -328,7 +328,7 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
             run_dq(Problem(M=300, N=600, bias="" if "K_EMPTY" in old else "b1hqk"), torch.device("cpu"), config, seed=seed)
         else:
             config = RowsConfig(2, 64, 5, v_stages=4) if seed % 2 else None
-            run_dbias(Problem(B=8, M=300, N=300, bias="11hqk"), torch.device("cpu"), config, seed=seed)
+            run_dbias(Problem(B=8, M=300, N=304, bias="11hqk"), torch.device("cpu"), config, seed=seed)
 
     assert noticed(run, 8)
 
