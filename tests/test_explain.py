@@ -323,7 +323,7 @@ def test_scratch_is_what_a_call_allocates(bias: str | None) -> None:
     check_bytes(explained, seen)
     memory = dict(explained.memory)
     assert memory["lse (until the backward pass)"] == B * H * M * 4
-    assert memory.get("rest of lse", 0) == (B * H * M * 4 if bias else 0)
+    assert memory["rest of lse"] == B * H * M * 4
     assert memory["delta"] == B * H * M * 4
 
 

@@ -6,12 +6,13 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gpu
 import pytest
 import torch
-from problems import BF16, Problem, step_of
+from problems import BF16, Problem, Step, step_of
 from torch import Tensor
 from ways import binding, bound_launches, nothing_compiled
 
@@ -65,6 +66,37 @@ def test_threads_share_a_bound_call(problem: Problem) -> None:
                  if any(begin <= x.value < begin + size for begin, size in spans[id(step)])}  # fmt: skip
         assert given == {own} or (not given and each.kernel == "dbias_sum"), "a launch of one thread with another's tensors"
     assert len(set(launched.values())) == 1
+
+
+def test_threads_bind_cold_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All threads need the same kernels, which nobody ever compiled: one does, the others wait."""
+    from triton import knobs
+
+    compiled: list[str] = []
+
+    def listening(*, metadata: dict[str, Any], **_: Any) -> None:
+        compiled.append(metadata["name"])
+
+    monkeypatch.setattr(knobs.compilation, "listener", listening)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    steps = [step_of(Problem("cold", M=16, N=16, D=16, options={"softcap": 2.0**-number}, backend="triton")) for number in range(1, 7)]
+    barrier, failures = threading.Barrier(len(steps)), []
+
+    def work(step: Step) -> None:
+        barrier.wait()
+        try:
+            step.run()
+        except Exception as error:  # noqa: BLE001
+            failures.append(error)
+
+    with binding() as bound, bound_launches() as launched:
+        started = [threading.Thread(target=work, args=(step,)) for step in steps]
+        for thread in started:
+            thread.start()
+        for thread in started:
+            thread.join()
+    assert not failures and len(compiled) == len(set(compiled)) > 0
+    assert len(bound) == len(steps) and len(launched) >= 3 * len(steps)
 
 
 def test_more_signatures_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from .calls import Call
 __all__ = ["Launch", "bind", "stands_aside", "streams", "watch"]
 
 _MAPS = 64  # tensor maps kept for each descriptor of a launch, by address
+
+_compiling = threading.Lock()  # threads that need the same new kernel would each compile it, and parsing in two at once has failed
 
 _environment = getattr(os.environ, "_data", None)  # a look-up by bytes takes a fortieth of os.environ.get
 
@@ -209,7 +212,8 @@ def bind(call: Call, place: Callable[[Tensor], tuple[int, int]]) -> Launch | Non
         return None
     if not hasattr(kernel, "warmup") or getattr(kernel, "pre_run_hooks", None):
         return None  # somebody watches it
-    compiled = kernel.run(*call.args, grid=(call.programs,), warmup=True, **call.options)
+    with _compiling:
+        compiled = kernel.run(*call.args, grid=(call.programs,), warmup=True, **call.options)
     if hasattr(compiled, "result"):  # compiled by a thread of its own
         compiled = compiled.result()
     try:
