@@ -105,7 +105,7 @@ TARGETS = [
     dq(128, "bhqk", bias_dtype=BOOL),
     dq(64, "1h1k", CAUSAL, group=4),
     dq(128, "b11k", bias_dtype=F32),
-    dq(128, "1hq1", CAUSAL, bias_dtype=BOOL),
+    dq(128, "1hq1", CAUSAL, bias_dtype=BOOL, spills=12),
     *(dq(d, "bhqk", band, True) for d, band in ((64, FULL), (128, CAUSAL))),
     dq(128, "bhqk", WINDOW, True),
     dq(32, "bhqk", CAUSAL, True, dtype=F16),
