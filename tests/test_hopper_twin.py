@@ -184,8 +184,8 @@ ADDING = [KeysConfig(2, 2, apart=True), KeysConfig(2, 1), KeysConfig(2, 2, 2, ap
 @pytest.mark.parametrize("D", [16, 64, 136])
 @pytest.mark.parametrize("case", FEATURES, ids=str)
 def test_features(case: Case, D: int) -> None:
-    """In every kernel: those of narrow and of wide heads, dq added up and by itself, and every kernel that gives a bias its gradient. Each way
-    to add up dq runs at one of the two narrow widths; that it takes every width is in ``test_features_together``.
+    """In every kernel: those of narrow and of wide heads, dq added up and by itself, and every kernel that gives a bias its gradient. Of the two
+    narrow widths each way to add up dq has one: ``test_features_together`` has ways beside widths.
     """
     check(replace(case, D=D), 2, D)
     if D <= 64:
@@ -303,8 +303,6 @@ def test_features_together(number: int) -> None:
     (M, N), (H, Hk), (outer, inner), (D, Dv), (lo, hi) = (row[name] for name in ("lengths", "heads", "batch", "dims", "band"))
     if row["bias_dtype"] == BOOL or row["bias"] is None:
         row["mask"] = None  # one mask at a time
-    if row["mask"] == "1i1qk" and row["bias"] not in ("bihqk", "11h1k", "b111k"):
-        row["grads"] = row["grads"].replace("b", "")  # whose gradient has a kernel of its own, that takes no such mask
     if row["bias_dtype"] == BOOL and row["bias_values"] == "inf":
         row["bias_values"] = "normal"
     row["dlse"] = row["dlse"] and row["grads"] not in ("v", "")  # which lse does not depend on
