@@ -1,5 +1,8 @@
 """A test case is data. ``Case`` says what to compute; ``run_case`` computes it on a backend, judges every result by the tolerance rule, and
-asserts that exactly the kernels ran that were asked for."""
+asserts that exactly the kernels ran that were asked for.
+
+A backend is one of the package's own or ``stand-in``: ``hopper`` on the CPU's stand-in for such a GPU (``gluon_twin.py``).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import contextlib
 import functools
 import importlib.util
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -32,19 +36,26 @@ from triflash.bench.tolerance import (
 from triflash.bound import signature
 from triflash.dropout import keep_mask, rescale
 from triflash.plan.configs import MAX_HEAD_DIM, TileConfig
-from triflash.plan.device import facts_of
+from triflash.plan.device import KNOWN_DEVICES, facts_of
 from triflash.plan.hopper import HopperConfig
 from triflash.plan.hopper_backward import KeysConfig
-from triflash.plan.override import override_configs
+from triflash.plan.hopper_steps import adds_dq
+from triflash.plan.override import Config, override_configs
 from triflash.plan.select import plan_backward, plan_forward
-from triflash.spec import Needs, Operands, spec_of
+from triflash.spec import AttentionSpec, Needs, Operands, spec_of
 
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
 triton_only = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
 ON_HOPPER = torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability() == (9, 0)
 hopper_only = pytest.mark.skipif(not ON_HOPPER, reason="needs an sm90 GPU")  # together with the marker gpu
+stand_in_only = pytest.mark.skipif(
+    not HAVE_TRITON or torch.cuda.is_available(), reason="a stand-in for the GPU that there is, or without Triton's interpreter"
+)
 BACKENDS = ["tiled", pytest.param("triton", marks=triton_only)]
 EVERY_BACKEND = [*BACKENDS, pytest.param("hopper", marks=triton_only)]
+HOPPER = ("hopper", "stand-in")
+NEAREST = pytest.param("hopper" if torch.cuda.is_available() else "stand-in", marks=triton_only)  # what there is to run Hopper's kernels
+Configs = Mapping[str, Config]  # of kernels, by their names
 FEW_PROCESSORS = 3  # what a persistent grid is made to believe in, so that a program gets several tiles of a small problem
 KERNELS = ("forward", "delta", "dkdv", "dq", "dbias")
 
@@ -172,6 +183,11 @@ def with_layout(shape: tuple[int, ...], layout: str, make: Any) -> Tensor:
         return make((1, *shape[1:])).expand(shape) if rank != 4 else make((1, shape[1], 1, shape[3])).expand(shape)
     if layout == "packed":  # one of three in the middle of a packed tensor
         return make((*shape[:2], 3, *shape[2:]))[:, :, 1]
+    if layout == "padded":  # rows of multiples of 16 elements, with NaN or True between them
+        x = make(shape)
+        whole = x.new_full((*shape[:-1], -(-shape[-1] // 16) * 16), True if x.dtype == torch.bool else torch.nan)
+        whole[..., : shape[-1]] = x
+        return whole[..., : shape[-1]]
     raise ValueError(layout)
 
 
@@ -243,6 +259,8 @@ def build(case: Case, device: torch.device) -> Inputs:
         lengths = torch.tensor(list(itertools.islice(itertools.cycle(case.lengths), case.B)), dtype=torch.int32, device=device)
     if case.alibi is not None:
         slopes = torch.rand((case.B if case.alibi == "bh" else 1, case.H), generator=generator).to(device)
+        if max(case.M, case.N) >= 100:  # far from the diagonal, all would be lost beside a sink
+            slopes.mul_(0.02)
     sink = normal((case.H,)) if case.sink else None
     if case.dropout:
         seed = torch.tensor([case.seed, 1], device=device)
@@ -252,6 +270,26 @@ def build(case: Case, device: torch.device) -> Inputs:
             leaf.requires_grad_()
     *leaves, sink = leaves
     return Inputs(*leaves, dout, dlse, mask, lengths, slopes, sink, seed)  # type: ignore[arg-type]
+
+
+def hidden_of(inputs: Inputs, tensors: Iterable[Tensor | None], extras: Iterable[Tensor | None]) -> Iterator[Tensor]:
+    """Views of what key lengths hide: of tensors like k or v, and of extras like a bias of which every batch entry has keys of its own."""
+    assert inputs.key_lengths is not None
+    B, N = inputs.k.shape[:2]
+    parts = [x.detach() for x in tensors if x is not None]
+    fives = [x.detach() for x in map(five_dims, extras) if x is not None]
+    entries = [x.view(B, *x.shape[2:]).movedim(-1, 1) for x in fives if x.shape[0] * x.shape[1] == B and x.shape[-1] == N]
+    for b, n in enumerate(inputs.key_lengths.tolist()):
+        yield from (x[b, n:] for x in (*parts, *entries))
+
+
+def fill_hidden(inputs: Inputs, junk: bool) -> None:
+    """Hidden keys and values, and what bias and mask have for them, are junk, or zeros."""
+    generator = torch.Generator().manual_seed(1)
+    for x in hidden_of(inputs, (inputs.k, inputs.v), (inputs.bias, inputs.mask)):
+        most = 1.0 if x.dtype == torch.bool else torch.finfo(x.dtype).max
+        values = torch.tensor([math.nan, math.inf, -math.inf, most] if junk else [0.0])
+        x.copy_(values[torch.randint(len(values), x.shape, generator=generator)])
 
 
 def five_dims(bias: Tensor | None) -> Tensor | None:
@@ -265,16 +303,15 @@ def attend(case: Case, inputs: Inputs, backend: str, raw: bool = False) -> tuple
     """out and, from the raw operator, lse."""
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
     if case.is_raw or raw:
-        lo, hi = case.band
         x = inputs.operands()
-        options = (case.batch_inner, lo, hi, case.softmax_scale, "", backend)
+        options = (case.batch_inner, *case.band, case.softmax_scale, "", "hopper" if backend == "stand-in" else backend)
         return torch.ops.triflash.forward(*x[:4], *options, *x[4:], case.softcap, case.dropout)[:2]
     with triflash.backend(backend):
         return triflash.flash_attn_func(q, k, v, bias, case.causal, case.scale), None
 
 
 def judge(case: Case, inputs: Inputs, backend: str = "") -> dict[str, Judgement]:
-    """What every result of the case is held against; ``hopper`` rounds capped scores as if all were as large as the cap."""
+    """What every result of the case is held against; Hopper's kernels round capped scores as if all were as large as the cap."""
     lo, hi = case.band
     numbers = dict(softcap=case.softcap, dropout_p=case.dropout)
     options: dict[str, Any] = dict(batch_inner=case.batch_inner, lo=lo, hi=hi, scale=case.softmax_scale, **numbers)
@@ -334,7 +371,7 @@ def judge(case: Case, inputs: Inputs, backend: str = "") -> dict[str, Judgement]
     out_slack = ulps * torch.einsum("bhmn,bnhd->bmhd", p * (1 + size) * (1 if kept is None else kept), v.abs())
     judgements = {
         "out": Judgement(out, plain_out, OUTPUT_FACTOR, case.dtype, out_slack),
-        "lse": Judgement(lse, plain_lse, OUTPUT_FACTOR, lse_dtype, ulps * (1 + top) + 8e-7 * case.softcap * (backend == "hopper")),
+        "lse": Judgement(lse, plain_lse, OUTPUT_FACTOR, lse_dtype, ulps * (1 + top) + 8e-7 * case.softcap * (backend in HOPPER)),
     }
     for letter in wanted:
         judgements["d" + letter] = Judgement(grads[letter], plain_grads[letter], GRADIENT_FACTOR, case.dtype, slack(letter))
@@ -393,7 +430,7 @@ def small_tiles(tiles: tuple[int, int] | None, backend: str = "") -> Iterator[No
     if tiles is None:
         yield
         return
-    if backend == "hopper":
+    if backend in HOPPER:
         with override_configs(forward=HopperConfig(1 if tiles[0] <= 32 else 2, tiles[1], 2), dqdkdv=KeysConfig(1, 1)), few_processors():
             yield
         return
@@ -428,19 +465,22 @@ def dbias_kernel(case: Case, shape: tuple[int, ...]) -> str:
     return "dkdv" if varies[4] and not varies[3] and case.key_heads == case.H else "dbias"
 
 
-def expected_kernels(case: Case, backend: str, bias: Tensor | None) -> list[str]:
-    """What must run, in order, and nothing else; where something is summed up in parts, a ``…_sum`` may follow."""
+def expected_kernels(case: Case, backend: str, bias: Tensor | None, adds: bool = False) -> list[str]:
+    """What must run, in order, and nothing else; where something is summed up in parts, a ``…_sum`` may follow.
+
+    adds: on Hopper, the kernel that gives dk or dv adds up dq wherever it can.
+    """
     there = {"b": case.bias is not None and case.bias_dtype != torch.bool, "s": case.sink}
     wanted = [n for n in case.grads if there.get(n, True)]
-    if backend not in ("triton", "hopper"):
+    if backend not in ("triton", *HOPPER):
         return ["forward", "backward"] if wanted else ["forward"]
     if 0 in (case.B, case.H, case.M):
         return []
     if case.N == 0:
         return ["forward"]
     steps = ["forward"]
-    if backend == "hopper":
-        return steps + _expected_on_hopper(case, wanted, bias) if wanted else steps
+    if backend in HOPPER:
+        return steps + _expected_on_hopper(case, wanted, bias, adds) if wanted else steps
     steps += ["delta"] if set(wanted) & set("qkbs") else []
     source = dbias_kernel(case, tuple(bias.shape)) if "b" in wanted and bias is not None else None
     steps += ["dkdv"] if set(wanted) & set("kv") or source == "dkdv" else []
@@ -448,15 +488,10 @@ def expected_kernels(case: Case, backend: str, bias: Tensor | None) -> list[str]
     return steps + (["dbias"] if source == "dbias" else [])
 
 
-def _expected_on_hopper(case: Case, wanted: list[str], bias: Tensor | None) -> list[str]:
-    """With ``small_tiles``, which has dq added up wherever a kernel gives dk or dv; else at these sizes it has a kernel of its own.
-
-    So it has in the seed's functions under PyTorch's deterministic algorithms, which ``poisoned_allocations`` turns on.
-    """
+def _expected_on_hopper(case: Case, wanted: list[str], bias: Tensor | None, adds: bool) -> list[str]:
     source = dbias_kernel(replace(case, Hk=None), tuple(bias.shape)) if "b" in wanted and bias is not None else None
     narrow = max(case.D, case.Dv or case.D) <= 128
-    free = case.is_raw or not torch.are_deterministic_algorithms_enabled()
-    adding = case.tiles is not None and free and narrow and "q" in wanted and bool(set(wanted) & set("kv")) and source != "dq"
+    adding = adds and narrow and "q" in wanted and bool(set(wanted) & set("kv")) and source != "dq"
     steps = ["prepare"]
     if set(wanted) & set("kv") or source == "dkdv":
         steps += ["dqdkdv" if adding else "dkdv"]
@@ -465,43 +500,65 @@ def _expected_on_hopper(case: Case, wanted: list[str], bias: Tensor | None) -> l
     return steps + (["dbias"] if source == "dbias" else [])
 
 
-def expected_launches(case: Case, backend: str, inputs: Inputs) -> list[str]:
+def is_to_add_dq(case: Case, inputs: Inputs, raw: bool, configs: Configs) -> bool:
+    """Whether Hopper is to add up dq wherever it can: if ``small_tiles`` or the test has a configuration for that, else by the plan's own
+    rule, which test_hopper_steps.py is about.
+
+    Not in the seed's functions under PyTorch's deterministic algorithms, which ``poisoned_allocations`` turns on.
+    """
+    if torch.are_deterministic_algorithms_enabled() and not (case.is_raw or raw):
+        return False
+    if "dqdkdv" in configs or (case.tiles is not None and not configs):
+        return True
+    return adds_dq(spec_of_case(case, inputs), Needs(True, True, True, False), KNOWN_DEVICES["sm90"].shared_memory)
+
+
+def spec_of_case(case: Case, inputs: Inputs) -> AttentionSpec:
+    x = inputs.operands()
+    return spec_of(*x[:4], case.batch_inner, *case.band, case.softmax_scale, "", *x[4:], case.softcap, case.dropout)
+
+
+def expected_launches(case: Case, backend: str, inputs: Inputs, adds: bool = False) -> list[str]:
     """``expected_kernels`` as they are recorded. The automatic choice may take its forward pass from another backend than its backward pass."""
     forward = backward = backend
     if backend == "auto":
-        x = inputs.operands()
-        spec = spec_of(*x[:4], case.batch_inner, *case.band, case.softmax_scale, "", *x[4:], case.softcap, case.dropout)
-        facts = facts_of(inputs.q.device)
-        needs = Needs(
-            *(
-                "q" in case.grads,
-                "k" in case.grads,
-                "v" in case.grads,
-                "b" in case.grads and case.bias is not None and case.bias_dtype != torch.bool,
-            )
-        )
+        spec, facts = spec_of_case(case, inputs), facts_of(inputs.q.device)
+        wanted = inputs.wanted()
+        needs = Needs(*(letter in wanted for letter in "qkvb"))
         forward, backward = plan_forward(spec, facts).backend, plan_backward(spec, needs, facts).backend
-    return [f"{forward if name == 'forward' else backward}: {name}" for name in expected_kernels(case, backward, inputs.bias)]
+    names = expected_kernels(case, backward, inputs.bias, adds)
+    forward, backward = ("hopper" if each == "stand-in" else each for each in (forward, backward))
+    return [f"{forward if name == 'forward' else backward}: {name}" for name in names]
 
 
 def lacks_backward(case: Case, inputs: Inputs) -> bool:
-    """Whether ``hopper`` runs the forward pass alone: with a bias (or a mask without one) that does not vary over keys."""
+    """Whether Hopper runs the forward pass alone: with a bias (or a mask without one) that does not vary over keys."""
     bias = inputs.operands().bias
     return bias is not None and bias.shape[-1] != case.N
 
 
 def lacks_dbias(case: Case, inputs: Inputs) -> bool:
-    """Whether ``hopper`` gives every gradient but the bias's: beside a mask of queries, one that is summed by a kernel of its own."""
+    """Whether Hopper gives every gradient but the bias's: beside a mask of queries, one that is summed by a kernel of its own."""
     if inputs.bias is None or inputs.mask is None or inputs.bias.dtype == torch.bool:
         return False
     return inputs.mask.shape[-2] == case.M > 1 and dbias_kernel(replace(case, Hk=None), tuple(inputs.bias.shape)) == "dbias"
 
 
+def what_hopper_gives(case: Case, inputs: Inputs) -> Case:
+    """The case, asking for those gradients alone."""
+    if lacks_backward(case, inputs):
+        return replace(case, grads="", dlse=False)
+    if lacks_dbias(case, inputs):
+        return replace(case, grads=case.grads.replace("b", ""), dlse=case.dlse and case.grads != "b")
+    return case
+
+
 def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
     on_interpreter = device.type == "cpu"
     dtypes = (case.dtype, case.bias_dtype if case.bias else None)
-    if backend == "hopper":
-        can = ON_HOPPER and case.dtype in (torch.float16, torch.bfloat16) and torch.float64 not in dtypes
+    if backend in HOPPER:
+        there = ON_HOPPER or backend == "stand-in"
+        can = there and case.dtype in (torch.float16, torch.bfloat16) and torch.float64 not in dtypes
         empty = 0 in (case.B, case.H, case.M, case.N)
         masked = case.mask is not None and case.bias is not None  # beside a bias, both must vary over keys
         apart = masked and any(bias_shape(case, pattern)[-1] != case.N for pattern in (case.bias, case.mask))
@@ -509,37 +566,121 @@ def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
     return backend == "triton" and (torch.float64 in dtypes or (on_interpreter and torch.bfloat16 in dtypes))
 
 
-def run_case(case: Case, backend: str, device: torch.device) -> None:
-    """Compute the case on the backend and judge all of it."""
-    inputs = build(case, device)
-    if backend == "hopper" and lacks_backward(case, inputs):
-        case = replace(case, grads="", dlse=False)
-        inputs = build(case, device)
-    elif backend == "hopper" and lacks_dbias(case, inputs):
-        case = replace(case, grads=case.grads.replace("b", ""), dlse=case.dlse and case.grads != "b")
-        inputs = build(case, device)
-    if is_unsupported(case, backend, device):
-        with triflash.record_launches() as ran, pytest.raises(triflash.UnsupportedError):
-            attend(case, inputs, backend)
-        assert ran == []
-        return
-    before = {n: x.detach().clone() for n, x in vars(inputs).items() if x is not None}
-    with small_tiles(case.tiles, backend), triflash.record_launches() as ran:
-        out, lse = attend(case, inputs, backend)
-        wanted = inputs.wanted()
-        outputs, cotangents = ([out], [inputs.dout]) if inputs.dlse is None else ([out, lse], [inputs.dout, inputs.dlse])
-        grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents) if wanted else ()
+def may_not_be_mild(case: Case, inputs: Inputs) -> bool:
+    """Whether Hopper's ``prepare`` is asked if statistics are mild, and may say no."""
+    bias = inputs.operands().bias
+    return max(case.D, case.Dv or 0) <= 128 and ((bias is not None and bias.dtype != torch.bool) or case.alibi is not None)
 
+
+@contextlib.contextmanager
+def on_backend(
+    case: Case, backend: str, configs: Configs, processors: int | None = None, seed: int = 0, edges: bool = True, mild: bool = True
+) -> Iterator[list[str]]:
+    """Where a case runs: with the configurations given, or without any with ``small_tiles``; the record of what is launched.
+
+    processors: that a device of Hopper's is believed to have. seed, edges, mild: of the stand-in (``gluon_twin.twin_device``).
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(override_configs(**configs) if configs else small_tiles(case.tiles, backend))
+        if backend == "stand-in":  # last, so that it says what the device is
+            import gluon_twin
+
+            stack.enter_context(gluon_twin.twin_device(processors or FEW_PROCESSORS, seed, edges, mild))
+        elif processors is not None:
+            stack.enter_context(few_processors(processors))
+        yield stack.enter_context(triflash.record_launches())
+
+
+def results_of(
+    case: Case, inputs: Inputs, backend: str, configs: Configs | None = None, carefully: bool = False, **device: Any
+) -> tuple[list[dict[str, Tensor]], list[str]]:
+    """out, lse (from the operator alone) and every gradient asked for, by name; and the record of launches. device: see ``on_backend``.
+
+    With configurations and on the stand-in by the operator, else by the seed's functions if they can. carefully: if statistics might not be
+    mild, the stand-in computes the gradients once more as if they were not.
+    """
+    configs, wanted = configs or {}, inputs.wanted()
+    twice = backend == "stand-in" and carefully and bool(wanted) and may_not_be_mild(case, inputs)
+    with on_backend(case, backend, configs, **device) as ran:
+        out, lse = attend(case, inputs, backend, is_raw_on(backend, configs))
+        outputs, cotangents = ([out], [inputs.dout]) if inputs.dlse is None else ([out, lse], [inputs.dout, inputs.dlse])
+        grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents, retain_graph=twice) if wanted else ()
+    results = {"out": out.detach()} if lse is None else {"out": out.detach(), "lse": lse.detach()}
+    found = [results | named_gradients(wanted, grads)]
+    if twice:
+        with on_backend(case, backend, configs, mild=False, **device) as again:
+            grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents)
+        assert again == ran[1:]
+        found.append(named_gradients(wanted, grads))
+    return found, ran
+
+
+def named_gradients(letters: Iterable[str], grads: Iterable[Tensor]) -> dict[str, Tensor]:
+    return {"d" + letter: grad for letter, grad in zip(letters, grads, strict=True)}
+
+
+def is_raw_on(backend: str, configs: Configs) -> bool:
+    return backend == "stand-in" or bool(configs)
+
+
+def assert_right(case: Case, inputs: Inputs, *results: dict[str, Tensor], backend: str = "") -> None:
+    """What was computed, by name, has the dtype, the shape and the values that it must have."""
+    judgements, wanted = judge(case, inputs, backend), inputs.wanted()
+    dtypes = {"out": case.dtype, "lse": torch.float64 if case.dtype == torch.float64 else torch.float32}
+    dtypes |= {"d" + letter: x.dtype for letter, x in wanted.items()}
+    for name, x in itertools.chain.from_iterable(each.items() for each in results):
+        assert x.dtype == dtypes[name] and x.shape == judgements[name].reference.shape, name
+        assert_close(name, x, judgements[name])
+
+
+def assert_launched(case: Case, inputs: Inputs, backend: str, configs: Configs, ran: list[str]) -> None:
+    """The kernels that must run did, and no other, with the configurations given."""
+    adds = backend in (*HOPPER, "auto") and is_to_add_dq(case, inputs, is_raw_on(backend, configs), configs)
     launched = [" ".join(line.split()[:2]) for line in ran]
-    assert [line for line in launched if not line.split()[1].endswith("_sum")] == expected_launches(case, backend, inputs)
+    assert [line for line in launched if not line.split()[1].endswith("_sum")] == expected_launches(case, backend, inputs, adds)
+    for kernel, config in configs.items():
+        assert kernel not in kernels(ran) or f"hopper: {kernel} {config}" in ran
+
+
+def run_case(
+    case: Case, backend: str, device: torch.device, configs: Configs | None = None, carefully: bool = True, **how: Any
+) -> list[str]:
+    """Compute the case on the backend and judge all of it; the kernels that ran. The options are those of ``results_of``."""
+    inputs, configs = build(case, device), configs or {}
+    if backend in HOPPER and (less := what_hopper_gives(case, inputs)) != case:
+        if set(inputs.wanted()) - set(less.grads):
+            with pytest.raises(triflash.UnsupportedError):
+                results_of(case, inputs, backend, configs, **how)
+        case, inputs = less, build(less, device)
+    if is_unsupported(case, backend, device):
+        with on_backend(case, backend, configs, **how) as ran, pytest.raises(triflash.UnsupportedError):
+            attend(case, inputs, backend, is_raw_on(backend, configs))
+        assert ran == []
+        return ran
+    before = {n: x.detach().clone() for n, x in vars(inputs).items() if x is not None}
+    results, ran = results_of(case, inputs, backend, configs, carefully, **how)
+    assert_launched(case, inputs, backend, configs, ran)
     for name, old in before.items():
         assert torch.equal(getattr(inputs, name), old), f"{name} was modified"
-    judgements = judge(case, inputs, "hopper" if ON_HOPPER and backend == "auto" else backend)
-    assert out.dtype == case.dtype
-    assert_close("out", out.detach(), judgements["out"])
-    if lse is not None:
-        assert lse.dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
-        assert_close("lse", lse.detach(), judgements["lse"])
-    for (letter, x), grad in zip(wanted.items(), grads, strict=True):
-        assert grad.dtype == x.dtype and grad.shape == x.shape
-        assert_close("d" + letter, grad, judgements["d" + letter])
+    assert_right(case, inputs, *results, backend="hopper" if ON_HOPPER and backend == "auto" else backend)
+    return kernels(ran)
+
+
+def run_hidden(case: Case, backend: str, device: torch.device, configs: Configs | None = None, seed: int = 0, **how: Any) -> list[str]:
+    """Junk behind key lengths changes no bit of a result and gets no gradient; the kernels that ran. That results are right, ``run_case`` says."""
+    found = []
+    for junk in (False, True):
+        inputs = build(case, device)
+        fill_hidden(inputs, junk)
+        (results,), ran = results_of(case, inputs, backend, configs, seed=seed + junk, **how)
+        assert_launched(case, inputs, backend, configs or {}, ran)
+        found.append(results)
+        assert not any(x.any() for x in hidden_of(inputs, map(results.get, ("dk", "dv")), [results.get("db")]))
+    for name, clean in found[0].items():
+        dirty = found[1][name]
+        assert not dirty.isnan().any(), name
+        if name == "dq" and "finish" in kernels(ran):  # added up in no fixed order
+            torch.testing.assert_close(dirty, clean, rtol=1e-2, atol=1e-3)
+        else:
+            assert torch.equal(dirty, clean), name
+    return kernels(ran)

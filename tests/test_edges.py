@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import triflash
-from cases import BACKENDS, EVERY_BACKEND, ON_HOPPER, Case, run_case, small_tiles, triton_only
+from cases import BACKENDS, EVERY_BACKEND, NEAREST, ON_HOPPER, Case, run_case, small_tiles, triton_only
+from table import FEATURES as FEATURES_IN_TILES
 from triflash import oracle
 from triflash.triton_flash_attention import _flash_attn_backward, _flash_attn_forward
 
@@ -200,11 +201,11 @@ EVERYTHING = [
 GRAD_SUBSETS = ["".join(letters) for n in range(5) for letters in itertools.combinations("qkvb", n)]
 
 
-# On the stand-in for a GPU every other case, which is slow; all of them on one.
+# On Hopper problems of several tiles run with many configurations: test_hopper_twin.py, test_hopper_backward.py.
 ON_BACKENDS = [
-    *(pytest.param(case, "tiled", id=f"{case}-tiled") for case in EVERYTHING),
-    *(pytest.param(case, "triton", id=f"{case}-triton", marks=triton_only) for case in EVERYTHING),
-    *(pytest.param(case, "hopper", id=f"{case}-hopper", marks=triton_only) for case in EVERYTHING[:: 1 if ON_HOPPER else 2]),
+    *(pytest.param(case, "tiled", id=f"{case}-tiled") for case in (*EVERYTHING, *FEATURES_IN_TILES)),
+    *(pytest.param(case, "triton", id=f"{case}-triton", marks=triton_only) for case in (*EVERYTHING, *FEATURES_IN_TILES)),
+    *(pytest.param(case, *NEAREST.values, id=f"{case}-{NEAREST.values[0]}", marks=triton_only) for case in EVERYTHING),
 ]
 
 

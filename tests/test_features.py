@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import BACKENDS, HAVE_TRITON, small_tiles
+from cases import BACKENDS, HAVE_TRITON, Case, hopper_only, run_hidden, small_tiles
 from test_attention import agree, inputs
 from triflash import attention, ops
 from triflash.dropout import keep_mask, philox2x32, philox4x32, rescale, threshold
@@ -45,21 +45,12 @@ def test_key_lengths(lengths: tuple[int, int], backend: str, device: torch.devic
         agree(inputs(2, device=device), backend, torch.randn(shape, device=device, requires_grad=True), key_lengths=shown, causal=True)
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", [*ALL, pytest.param("hopper", marks=[pytest.mark.gpu, hopper_only])])
 def test_hidden_keys_may_hold_anything(backend: str, device: torch.device) -> None:
-    """What lies beyond a key length is never read into a result: caches are not initialised."""
-    tensors = inputs(2, device=device)
-    shown = torch.tensor([5, 20], device=device)
-    bias = torch.randn(2, 27, device=device).view(2, 1, 1, 27).requires_grad_()
-    wanted = attention(*tensors, bias=bias, key_lengths=shown, backend=backend)
-    grads = torch.autograd.grad(wanted.sum(), [*tensors, bias])
-    for b, n in enumerate(shown.tolist()):
-        for x in (*tensors[1:], bias.view(2, 27)):
-            x.data[b, n:] = torch.nan
-    got = attention(*tensors, bias=bias, key_lengths=shown, backend=backend)
-    assert torch.equal(got, wanted)
-    for a, b in zip(torch.autograd.grad(got.sum(), [*tensors, bias]), grads, strict=True):
-        assert torch.equal(a, b)
+    """What lies beyond a key length is never read into a result: caches are not initialised. (Hopper's kernels: test_hopper_lengths.py.)"""
+    run_hidden(Case("hidden", B=2, M=20, N=27, bias="b11k", lengths=(5, 20), tiles=(16, 16)), backend, device)
+    run_hidden(Case("hidden", B=3, M=33, N=70, H=1, bias="bhqk", mask="b11k", lengths=(65, 40, 0), tiles=None), backend, device)
+    run_hidden(Case("hidden", B=2, M=40, N=150, H=1, D=64, lengths=(150, 70), tiles=None), backend, device)
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -7,6 +7,7 @@ the backward pass in test_hopper_backward.py.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import Case, attend, build, few_processors, hopper_only, judge, run_case
+from cases import Case, attend, build, few_processors, hopper_only, run_case
+from table import FORWARD, GROWING
 from triflash import ops, oracle
-from triflash.bench.tolerance import assert_close
 from triflash.plan.hopper import HopperConfig
 from triflash.plan.override import override_configs
 
@@ -38,13 +39,10 @@ CONFIGS = [
     HopperConfig(2, 128, 2, turns=True, q_stages=2),
     HopperConfig(3, 64, 3, turns=True, q_stages=2),
 ]
+NARROWER = Case("values narrower than keys", B=3, M=200, N=200, H=2, D=64, Dv=32, bias="b11k", lo=-70, hi=20)
 PROBLEMS = [
-    Case("no bias", B=2, M=321, N=257, H=3, D=64),
-    Case("causal with a tile of bias", B=2, M=257, N=321, H=3, D=40, bias="1hqk", causal=True),
-    Case("band with a row of bias", B=3, M=200, N=200, H=2, D=64, Dv=32, bias="b11k", lo=-70, hi=20),
-    Case("a number a query, rows that see nothing", B=2, M=200, N=150, H=2, D=32, bias="1hq1", bias_dtype=F32, hi=-60),
-    Case("maxima that keep growing", B=2, M=200, N=500, H=2, D=64, bias="1hqk", bias_values="rising", dtype=BF16),
-    Case("maxima that keep growing, bias of keys", B=2, M=200, N=400, H=2, D=64, bias="b11k", bias_values="rising", sink=True, hi=50),
+    *(replace(case, D=dim) for case, dim in zip((*FORWARD[:2], FORWARD[3], *GROWING[:2]), (64, 40, 32, 64, 64), strict=True)),
+    NARROWER,
 ]
 
 
@@ -55,14 +53,7 @@ def test_every_configuration(config: HopperConfig, case: Case, processors: int, 
     """With two programs for all tiles, buffers and barriers wrap around many times and from tile to tile; with many, each has one tile."""
     if case.Dv is not None and not config.own_out:
         pytest.skip("the output leaves through q's buffer, which has other rows")
-    inputs = build(case, device)
-    judgements = judge(case, inputs)
-    with override_configs(forward=config), few_processors(processors), triflash.record_launches() as ran, torch.no_grad():
-        out, lse = attend(case, inputs, "hopper", raw=True)
-    assert ran == [f"hopper: forward {config}"]
-    assert_close("out", out, judgements["out"])
-    assert lse is not None
-    assert_close("lse", lse, judgements["lse"])
+    run_case(replace(case, grads=""), "hopper", device, {"forward": config}, processors=processors)
 
 
 @pytest.mark.parametrize("processors", [1, 3, 5, 7])

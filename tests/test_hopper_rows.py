@@ -5,8 +5,8 @@ On the GPU that they are for they run on it; without a GPU their source runs on 
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import gluon_twin
-from cases import ON_HOPPER, hopper_only
+from cases import ON_HOPPER, Case, Inputs, assert_right, build, hopper_only, named_gradients, spec_of_case, with_layout
 from mutations import mutate, noticed
 from triflash import oracle
 from triflash.launch.calls import Call, start
@@ -28,86 +28,30 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not ON_HOPPER, rea
 
 BF16, F16, F32, BOOL = torch.bfloat16, torch.float16, torch.float32, torch.bool
 LIMIT = 232448
-ERROR = {BF16: 6e-3, F16: 1e-3}  # of a whole tensor, relative; rounding the results alone is a quarter of it
 
 
-@dataclass(frozen=True)
-class Problem:
-    """bias: five letters over (outer batch, inner batch, head, query, key), 1 where it broadcasts. group: query heads of a key head."""
-
-    B: int = 2
-    M: int = 200
-    N: int = 150
-    H: int = 2
-    D: int = 64
-    Dv: int = 64
-    bias: str = ""
-    bias_dtype: torch.dtype | None = None
-    band: tuple[int | None, int | None] = (None, None)
-    group: int = 1
-    batch_inner: int = 1
-    dtype: torch.dtype = BF16
-
-    def __str__(self) -> str:
-        def text(x: object) -> str:
-            return re.sub(r"[^\w.-]+", ".", str(x).replace("torch.", "").replace("None", "open")).strip(".")
-
-        return "-".join(f"{name}{text(value)}" for name, value in vars(self).items() if value != getattr(Problem, name)) or "plain"
+def problem(band: tuple[int | None, int | None] = (None, None), group: int = 1, **options: Any) -> Case:
+    """group: query heads of a key head."""
+    usual: dict[str, Any] = dict(B=2, M=200, N=150, H=2, D=64, dtype=BF16, lo=band[0], hi=band[1])
+    usual |= options
+    return Case("rows", **usual, Hk=usual["H"] // group, layout="padded", dout_layout="padded", bias_layout="padded")
 
 
-@dataclass
-class Inputs:
-    spec: AttentionSpec
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    bias: Tensor | None
-    dout: Tensor
-    stats: Tensor
-    dq: Tensor
-    dbias: Tensor | None
-
-
-def wide(x: Tensor) -> Tensor:
-    """x with rows of multiples of 16 elements, and NaN or True between them."""
-    whole = x.new_full((*x.shape[:-1], -(-x.shape[-1] // 16) * 16), True if x.dtype == BOOL else torch.nan)
-    whole[..., : x.shape[-1]] = x
-    return whole[..., : x.shape[-1]]
-
-
-def build(case: Problem, device: torch.device, seed: int = 0) -> Inputs:
-    """Tensors, statistics and exact gradients of a problem. The split of lse into lse and rest is a random one."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
-        return wide(torch.randn(shape, generator=generator).to(device, dtype))
-
-    B, M, N, H, K = case.B, case.M, case.N, case.H, case.H // case.group
-    q, k, v, dout = normal(B, M, H, case.D), normal(B, N, K, case.D), normal(B, N, K, case.Dv), normal(B, M, H, case.Dv)
-    bias = None
-    if case.bias:
-        full = {"b": B // case.batch_inner, "i": case.batch_inner, "h": H, "q": M, "k": N, "1": 1}
-        shape = [full[letter] for letter in case.bias]
-        bias = wide(normal(*shape, dtype=F32) > -0.3) if case.bias_dtype == BOOL else normal(*shape, dtype=case.bias_dtype or case.dtype)
-    scale = case.D**-0.5
-    keys, values = (x.repeat_interleave(case.group, 2) for x in (k, v))
-    spec = spec_of(q, keys, values, bias, case.batch_inner, *case.band, scale, "")
-
-    leaves = [q.double().requires_grad_()]
-    if bias is not None and bias.dtype != BOOL:
-        leaves.append(bias.double().requires_grad_())
-    options = {"batch_inner": case.batch_inner, "lo": spec.lo, "hi": spec.hi, "scale": scale}
-    exact_bias = leaves[1] if len(leaves) == 2 else bias
-    out, lse = oracle.attention(leaves[0], keys.double(), values.double(), exact_bias, **options)  # type: ignore[arg-type]
-    gradients = torch.autograd.grad(out, leaves, dout.double())
-
-    lse, delta = lse.detach() * 1.4426950408889634, (out.detach() * dout.double()).sum(-1).mT
-    rest = torch.rand(lse.shape, generator=generator).to(device) if spec.keeps_rest else torch.zeros_like(lse)
+def statistics(case: Case, x: Inputs, spec: AttentionSpec) -> Tensor:
+    """What ``prepare`` would have left, from exact results. The split of lse into lse and rest is a random one."""
+    options = {"batch_inner": case.batch_inner, "lo": spec.lo, "hi": spec.hi, "scale": spec.scale}
+    with torch.no_grad():
+        out, lse = oracle.attention(**x.operands()._asdict(), **options)
+    lse, delta = lse * 1.4426950408889634, (out * x.dout.double()).sum(-1).mT
+    rest = torch.zeros_like(lse)
+    if spec.keeps_rest:
+        rest = torch.rand(lse.shape, generator=torch.Generator().manual_seed(case.seed)).to(lse.device)
     rows = [torch.where(lse == -torch.inf, torch.inf, lse - rest), delta, *([rest] if spec.keeps_rest else [])]
-    stats = torch.zeros((B * H, len(rows), -(-M // STATISTICS_MULTIPLE) * STATISTICS_MULTIPLE), device=device)
+    B, H, M = lse.shape
+    stats = torch.zeros((B * H, len(rows), -(-M // STATISTICS_MULTIPLE) * STATISTICS_MULTIPLE), device=lse.device)
     stats[:, 0] = torch.inf
     stats[..., :M] = torch.stack(rows, 2).flatten(0, 1)
-    return Inputs(spec, q, k, v, bias, dout, stats, gradients[0], gradients[1] if len(gradients) == 2 else None)
+    return stats
 
 
 def carry_out(call: Call, device: torch.device, seed: int = 0) -> None:
@@ -117,47 +61,42 @@ def carry_out(call: Call, device: torch.device, seed: int = 0) -> None:
         gluon_twin.run(call, seed)
 
 
-def assert_right(name: str, got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
-    assert got.isfinite().all(), f"{name}: {(~got.isfinite()).sum().item()} elements are not finite"
-    error, size = (got.double() - wanted).norm().item(), wanted.norm().item()
-    least = 1e-3 * wanted.numel() ** 0.5  # a query that sees a single key has gradients of rounding errors alone
-    assert error <= ERROR[dtype] * size + least, f"{name}: error {error:.3g} of {size:.3g}"
-    assert (got.double() - wanted).abs().max() <= 0.03 * wanted.abs().max() + 0.02, name
-
-
 def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return wide(torch.full_like(x, torch.nan, dtype=dtype or x.dtype))
+    return with_layout(tuple(x.shape), "padded", lambda shape: x.new_full(shape, torch.nan, dtype=dtype or x.dtype))
 
 
-def run_dq(case: Problem, device: torch.device, config: RowsConfig | None = None, processors: int = 2, seed: int = 0) -> Call:
+def run_dq(case: Case, device: torch.device, config: RowsConfig | None = None, processors: int = 2, seed: int = 0) -> Call:
     """dq, and dbias if the bias is of full shape."""
-    x = build(case, device, seed)
-    gradient = x.dbias is not None and all(x.spec.bias.varies)  # type: ignore[union-attr]
-    config = config or plan.dq_config(x.spec, LIMIT, gradient)
+    case = replace(case, seed=seed)
+    x = build(case, device)
+    spec = spec_of_case(case, x)
+    given = {"q": x.q} | ({"b": x.bias} if "b" in x.wanted() and spec.bias is not None and all(spec.bias.varies) else {})
+    config = config or plan.dq_config(spec, LIMIT, "b" in given)
     assert config is not None
-    dq, dbias = empty(x.q), empty(x.bias) if gradient and x.bias is not None else None
-    call = dq_call(x.spec, config, plan.dq_programs(x.spec, config, processors), x.q, x.k, x.v, x.bias, x.dout, x.stats, dq, dbias)
+    grads = {letter: empty(leaf) for letter, leaf in given.items() if leaf is not None}
+    programs = plan.dq_programs(spec, config, processors)
+    call = dq_call(spec, config, programs, x.q, x.k, x.v, x.bias, x.dout, statistics(case, x, spec), grads["q"], grads.get("b"))
     carry_out(call, device, seed)
-    assert_right("dq", dq, x.dq, case.dtype)
-    if dbias is not None and x.dbias is not None:
-        assert_right("dbias", dbias, x.dbias, case.dtype)
+    assert_right(case, x, named_gradients(grads, grads.values()))
     return call
 
 
 def run_dbias(
-    case: Problem, device: torch.device, config: RowsConfig | None = None, processors: int = 2, splits: int = 1, seed: int = 0
+    case: Case, device: torch.device, config: RowsConfig | None = None, processors: int = 2, splits: int = 1, seed: int = 0
 ) -> Call:
-    x = build(case, device, seed)
-    assert plan.dbias_works(x.spec) and x.bias is not None and x.dbias is not None
-    config = config or plan.dbias_config(x.spec, LIMIT)
+    case = replace(case, seed=seed)
+    x = build(case, device)
+    spec = spec_of_case(case, x)
+    assert plan.dbias_works(spec) and x.bias is not None and "b" in x.wanted()
+    config = config or plan.dbias_config(spec, LIMIT)
     assert config is not None
-    splits = min(splits, plan.dbias_rounds(x.spec))
+    splits = min(splits, plan.dbias_rounds(spec))
     shape = x.bias.new_empty(splits, *x.bias.shape)
     parts = empty(shape) if splits == 1 else torch.full_like(shape, torch.nan, dtype=F32)
-    programs = plan.dbias_programs(x.spec, config, splits, processors)
-    call = dbias_call(x.spec, config, programs, splits, x.q, x.k, x.v, x.bias, x.dout, x.stats, parts)
+    programs = plan.dbias_programs(spec, config, splits, processors)
+    call = dbias_call(spec, config, programs, splits, x.q, x.k, x.v, x.bias, x.dout, statistics(case, x, spec), parts)
     carry_out(call, device, seed)
-    assert_right("dbias", parts.double().sum(0), x.dbias, case.dtype)
+    assert_right(case, x, {"db": parts.double().sum(0).to(x.bias.dtype)})
     return call
 
 
@@ -167,7 +106,7 @@ BANDS = [(None, None), (None, 0), (-70, 20), (None, -60), (40, None), (-30, -10)
 @pytest.mark.parametrize("band", BANDS, ids=str)
 @pytest.mark.parametrize("sizes", [(257, 321), (321, 257), (128, 128)], ids=str)
 def test_bands(band: tuple[int | None, int | None], sizes: tuple[int, int], device: torch.device) -> None:
-    case = Problem(M=sizes[0], N=sizes[1], band=band)
+    case = problem(M=sizes[0], N=sizes[1], band=band)
     run_dq(case, device, processors=3)
     run_dq(replace(case, bias="b1hqk"), device, processors=3)
     run_dbias(replace(case, bias="11hqk"), device, processors=3)
@@ -178,8 +117,8 @@ def test_bands(band: tuple[int | None, int | None], sizes: tuple[int, int], devi
 @pytest.mark.parametrize("N", [1, 31, 64, 65, 128, 200])
 def test_lengths(M: int, N: int, device: torch.device) -> None:
     for band in ((None, None), (None, 0)):
-        run_dq(Problem(B=1, M=M, N=N, bias="b1hqk", band=band), device)
-        run_dbias(Problem(M=M, N=N, D=32, Dv=32, bias="11hqk", band=band), device)
+        run_dq(problem(B=1, M=M, N=N, bias="b1hqk", band=band), device)
+        run_dbias(problem(M=M, N=N, D=32, Dv=32, bias="11hqk", band=band), device)
 
 
 BIASES = [
@@ -192,7 +131,7 @@ BIASES = [
 @pytest.mark.parametrize("bias, bias_dtype", BIASES, ids=str)
 def test_biases(bias: str, bias_dtype: torch.dtype | None, device: torch.device) -> None:
     for D, band, dtype in ((128, (None, 0), BF16), (64, (None, None), F16)):
-        case = Problem(B=3, D=D, Dv=D, bias=bias, bias_dtype=bias_dtype, band=band, dtype=dtype)
+        case = problem(B=3, D=D, Dv=D, bias=bias, bias_dtype=bias_dtype, band=band, dtype=dtype)
         run_dq(case, device)
         if bias[3:] == "qk" and bias != "b1hqk" and bias_dtype != BOOL:
             run_dbias(case, device)
@@ -201,7 +140,7 @@ def test_biases(bias: str, bias_dtype: torch.dtype | None, device: torch.device)
 
 @pytest.mark.parametrize("bias", ["bihqk", "1ihqk", "b1hqk", "1i1qk", "b11qk", "11hqk"])
 def test_two_levels_of_batch(bias: str, device: torch.device) -> None:
-    case = Problem(B=6, M=70, N=70, batch_inner=2, bias=bias)
+    case = problem(B=6, M=70, N=70, batch_inner=2, bias=bias)
     run_dq(case, device)
     if bias != "bihqk":
         run_dbias(case, device)
@@ -211,7 +150,7 @@ def test_two_levels_of_batch(bias: str, device: torch.device) -> None:
 @pytest.mark.parametrize("dims", [(256, 256), (192, 128), (16, 256), (256, 16), (80, 80), (32, 32), (8, 96)], ids=str)
 def test_head_dims(dims: tuple[int, int], device: torch.device) -> None:
     for dtype, bias_dtype in ((BF16, None), (F16, F32)):
-        case = Problem(M=130, N=130, D=dims[0], Dv=dims[1], dtype=dtype, band=(None, 0))
+        case = problem(M=130, N=130, D=dims[0], Dv=dims[1], dtype=dtype, band=(None, 0))
         run_dq(case, device)
         run_dq(replace(case, bias="b1hqk", bias_dtype=bias_dtype), device)
         run_dbias(replace(case, bias="11hqk", bias_dtype=bias_dtype), device)
@@ -220,7 +159,7 @@ def test_head_dims(dims: tuple[int, int], device: torch.device) -> None:
 @pytest.mark.parametrize("group", [2, 4])
 def test_fewer_key_heads(group: int, device: torch.device) -> None:
     for bias in ("11hqk", "b11qk", "b1hqk"):
-        case = Problem(H=4, M=70, N=70, group=group, bias=bias)
+        case = problem(H=4, M=70, N=70, group=group, bias=bias)
         run_dq(case, device)
         if bias != "b1hqk":
             run_dbias(case, device)
@@ -253,15 +192,15 @@ DBIAS_CONFIGS = [
 @pytest.mark.parametrize("processors", [2, 132])
 @pytest.mark.parametrize("config", DQ_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
 def test_configurations_of_dq(config: RowsConfig, processors: int, device: torch.device) -> None:
-    for bias, band in (("", (None, None)), ("b1hqk", (None, 0)), ("11hqk", (-50, 50)), ("b111k", (None, None))):
-        run_dq(Problem(M=300, N=333, bias=bias, band=band), device, config, processors)
+    for bias, band in ((None, (None, None)), ("b1hqk", (None, 0)), ("11hqk", (-50, 50)), ("b111k", (None, None))):
+        run_dq(problem(M=300, N=333, bias=bias, band=band), device, config, processors)
 
 
 @pytest.mark.parametrize("processors", [2, 132])
 @pytest.mark.parametrize("config", DBIAS_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
 def test_configurations_of_dbias(config: RowsConfig, processors: int, device: torch.device) -> None:
     for bias, band in (("11hqk", (None, None)), ("b11qk", (None, 0))):
-        run_dbias(Problem(M=300, N=333, H=3, bias=bias, band=band), device, config, processors)
+        run_dbias(problem(M=300, N=333, H=3, bias=bias, band=band), device, config, processors)
 
 
 @pytest.mark.parametrize(
@@ -269,17 +208,17 @@ def test_configurations_of_dbias(config: RowsConfig, processors: int, device: to
 )
 def test_parts_bands_and_shapes_of_dbias(config: RowsConfig, device: torch.device) -> None:
     cases = [
-        *(Problem(M=257, N=700, bias="11hqk", band=band) for band in ((None, None), (None, 0), (-70, 20), (None, -500), (-300, None))),
-        Problem(B=6, M=70, N=300, batch_inner=2, bias="1i1qk", bias_dtype=F32),
-        Problem(H=4, M=300, N=200, group=2, bias="b11qk", dtype=F16, band=(None, 0)),
-        Problem(M=130, N=600, D=128, Dv=128, bias="11hqk", band=(None, 0)),
-        Problem(M=130, N=300, D=16, Dv=96, bias="111qk"),
-        Problem(M=1, N=1, bias="11hqk"),
-        Problem(M=400, N=65, D=96, Dv=32, bias="111qk", band=(None, 300)),
+        *(problem(M=257, N=700, bias="11hqk", band=band) for band in ((None, None), (None, 0), (-70, 20), (None, -500), (-300, None))),
+        problem(B=6, M=70, N=300, batch_inner=2, bias="1i1qk", bias_dtype=F32),
+        problem(H=4, M=300, N=200, group=2, bias="b11qk", dtype=F16, band=(None, 0)),
+        problem(M=130, N=600, D=128, Dv=128, bias="11hqk", band=(None, 0)),
+        problem(M=130, N=300, D=16, Dv=96, bias="111qk"),
+        problem(M=1, N=1, bias="11hqk"),
+        problem(M=400, N=65, D=96, Dv=32, bias="111qk", band=(None, 300)),
     ]
     for case in cases:
         for splits in (1, 2):
-            fits = plan.dbias_shared_memory(build(case, device, 0).spec, config) <= LIMIT
+            fits = plan.dbias_shared_memory(spec_of_case(case, build(case, device)), config) <= LIMIT
             run_dbias(case, device, config if fits else None, 3, splits)
 
 
@@ -290,7 +229,7 @@ def test_parts_bands_and_shapes_of_dbias(config: RowsConfig, device: torch.devic
 def test_repeats(kernel: str, dim: int, device: torch.device) -> None:
     """Many tiles a program, 200 launches: programs, warps, loads and stores really race, and the bits are the same every time."""
     for band in ((None, None), (None, 0)):
-        case = Problem(B=4, M=520, N=504, H=16, D=dim, Dv=dim, band=band)
+        case = problem(B=4, M=520, N=504, H=16, D=dim, Dv=dim, band=band)
         bias = {"dq": "11h1k", "dq and dbias": "b1hqk", "dbias": "11hqk"}[kernel]
         call = (run_dbias if kernel == "dbias" else run_dq)(replace(case, bias=bias), device, processors=132)
         written = [x.base for x in call.args[4:7] if hasattr(x, "base")] if kernel != "dbias" else [call.args[5].base]
@@ -325,10 +264,10 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
     def run(seed: int) -> None:
         if kernel == "dq":
             config = RowsConfig(2, 64, 3, 2, v_stages=2 + 2 * ("K_EMPTY" in old))
-            run_dq(Problem(M=300, N=600, bias="" if "K_EMPTY" in old else "b1hqk"), torch.device("cpu"), config, seed=seed)
+            run_dq(problem(M=300, N=600, bias=None if "K_EMPTY" in old else "b1hqk"), torch.device("cpu"), config, seed=seed)
         else:
             config = RowsConfig(2, 64, 5, v_stages=4) if seed % 2 else None
-            run_dbias(Problem(B=8, M=300, N=304, bias="11hqk"), torch.device("cpu"), config, seed=seed)
+            run_dbias(problem(B=8, M=300, N=304, bias="11hqk"), torch.device("cpu"), config, seed=seed)
 
     assert noticed(run, 8)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from cases import EVERY_BACKEND, Case, run_case
+from cases import BACKENDS, NEAREST, Case, run_case
 from pairwise import pairs_of, pairwise
 
 ON_GPU = torch.cuda.is_available()
@@ -52,7 +52,7 @@ def case_of(number: int, row: dict[str, Any]) -> Case:
     return Case(f"pairwise {number}", seed=number, **sizes, **features, **plain)
 
 
-@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("backend", [*BACKENDS, NEAREST])
 @pytest.mark.parametrize("number", range(len(ROWS)))
 def test_pairwise(number: int, backend: str, device: torch.device) -> None:
     run_case(case_of(number, ROWS[number]), backend, device)
