@@ -1,0 +1,268 @@
+"""Machine code of a table of problems, compiled for sm90 without a GPU: for whoever rearranges kernels and must not change them.
+
+    python3 scripts/sass.py write before           before/<problem>.<number>.<kernel>.sass and .ptx, one a launch, and before/launches.txt
+    python3 scripts/sass.py write after --only bias --only d64
+    python3 scripts/sass.py compare before after   exit status 1 if any kernel differs
+
+``launches.txt`` has grids and arguments of every launch; the first line of a kernel's machine code has its registers, spilled words and
+shared memory. Compiling all of it takes two cores four minutes. ptxas 12.8 makes now and then another order of instructions of the very
+same PTX: such kernels are named and do not count. Code of two Triton releases differs: compare what one release makes of two trees, of
+which ``PYTHONPATH=<other tree>/src`` chooses the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same instructions at other lines of the source are the same
+
+import torch
+import triton
+
+from triflash.arguments import ATTENTION, Given, Options
+from triflash.door import bind
+from triflash.launch import ahead
+from triflash.launch.calls import Call
+from triflash.plan.device import KNOWN_DEVICES
+from triflash.plan.hopper import HopperConfig
+from triflash.plan.hopper_backward import KeysConfig
+from triflash.plan.hopper_rows import RowsConfig
+from triflash.plan.override import override_configs
+from triflash.plan.select import plan_backward, plan_forward
+from triflash.spec import Needs
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Problem:
+    """bias, mask: letters where they vary over (batch, head, query, key), 1 where they broadcast. wants: gradients, letters of qkvb.
+    features: of "lengths", "slopes", "sink". configs: chosen by hand. S: queries and keys.
+    """
+
+    name: str
+    D: int = 64
+    S: int = 2048
+    N: int | None = None
+    dtype: torch.dtype = BF16
+    Hk: int = 8
+    bias: str = ""
+    bias_dtype: torch.dtype | None = None
+    mask: str = ""
+    features: tuple[str, ...] = ()
+    wants: str = "qkv"
+    backend: str = "hopper"
+    options: dict[str, Any] = field(default_factory=dict)
+    configs: dict[str, Any] = field(default_factory=dict)
+
+
+B, H = 4, 8
+P, CAUSAL, WINDOW = Problem, {"causal": True}, {"window": (500, 100)}
+SLOW = {"own_out": False, "ahead": False}
+EVERY = {"dropout_p": 0.1, "softcap": 30.0, "causal": True}
+PROBLEMS = (
+    P("d64 full"),
+    P("d64 causal", options=CAUSAL),
+    P("d64 causal, short", S=512, options=CAUSAL),
+    P("d64 uneven, fp16", S=2000, dtype=F16),
+    P("d64 fixed order", options={"deterministic": True}),
+    P("d64 fixed order, causal", S=2000, options={"deterministic": True, "causal": True}),
+    P("d64 window", options=WINDOW),
+    P("d64 grouped, window", Hk=2, options=WINDOW),
+    P("d64 one key head", S=512, Hk=1, options=CAUSAL),
+    P("d64 by TMA", options=CAUSAL, configs={"dqdkdv": KeysConfig(2, 1), "forward": HopperConfig(2, 64, 2, turns=True, own_out=False)}),
+    P("d64 apart", configs={"dqdkdv": KeysConfig(2, 2, apart=True, unroll=2), "forward": HopperConfig(2, 128, 2, q_stages=2)}),
+    P("d64 direct", options=CAUSAL, configs={"dqdkdv": KeysConfig(2, 2, direct=True, unroll=2), "forward": HopperConfig(1, 64, 2)}),
+    P("d64 three consumers", configs={"forward": HopperConfig(3, 128, 2, turns=True)}, wants=""),
+    P("d128 full", D=128),
+    P("d128 causal", D=128, options=CAUSAL),
+    P("d128 fixed order", D=128, options={"deterministic": True}),
+    P("d128 window, uneven", D=128, S=2000, options=WINDOW),
+    P("d256 full", D=256),
+    P("d256 causal, fp16", D=256, dtype=F16, options=CAUSAL),
+    P("d256 bias, mask, all else", D=256, bias="1hqk", mask="b11k", features=("lengths", "slopes"), options=EVERY),
+    P("d32 causal", D=32, options=CAUSAL),
+    P("d40 fp16", D=40, dtype=F16, S=1000),
+    P("d64 bias", bias="1hqk", wants="qkvb"),
+    P("d64 bias, causal", bias="1hqk", wants="qkvb", options=CAUSAL),
+    P("d64 float32 bias", bias="1hqk", bias_dtype=F32, wants="qkvb", S=2000),
+    P("d64 full bias, causal", bias="bhqk", wants="qkvb", S=1024, options=CAUSAL),
+    P("d64 full bias", bias="bhqk", wants="qkvb", S=1024),
+    P("d64 bias of keys", bias="b11k", wants="qkvb"),
+    P("d64 bias of queries", bias="1hq1", wants=""),
+    P("d64 boolean bias", bias="11qk", bias_dtype=torch.bool, options=CAUSAL),
+    P("d64 bias, mask, lengths", bias="1hqk", mask="b11k", features=("lengths",), wants="qkvb"),
+    P("d64 bias, mask of queries", bias="1hqk", mask="b1qk", wants="qkv"),
+    P("d64 all", bias="1hqk", mask="b11k", features=("lengths", "slopes", "sink"), wants="qkvb", options=EVERY),
+    P("d64 slopes", features=("slopes",)),
+    P("d64 slopes, causal", features=("slopes",), options=CAUSAL),
+    P("d64 soft cap", options={"softcap": 30.0}),
+    P("d64 dropout", options={"dropout_p": 0.1}),
+    P("d64 lengths, sink", features=("lengths", "sink"), options=CAUSAL),
+    P("d128 bias", D=128, bias="1hqk", wants="qkvb"),
+    P("d128 bias, causal", D=128, bias="1hqk", wants="qkvb", options=CAUSAL),
+    P("d128 bias of keys", D=128, bias="1h1k", wants="qkvb"),
+    P("d128 slopes, soft cap, dropout, sink", D=128, features=("slopes", "sink"), options=EVERY),
+    P("d128 dbias of one consumer", D=128, bias="1hqk", wants="b", configs={"dbias": RowsConfig(1, 64, 6, v_stages=6)}),
+    P("d128 dq not ahead", D=128, S=1000, options={"deterministic": True}, configs={"dq": RowsConfig(2, 64, 2, turns=True, **SLOW)}),
+    P("portable d64", backend="triton", options=CAUSAL),
+    P("portable d128, bias", D=128, backend="triton", bias="1hqk", wants="qkvb"),
+    P("portable, all", backend="triton", bias="1hqk", mask="b11k", features=("lengths", "slopes", "sink"), wants="qkvb", options=EVERY),
+    P("portable, bias of keys, fp32", backend="triton", dtype=F32, bias="b11k", wants="qkvb", S=1000),
+    P("portable, full bias", backend="triton", bias="bhqk", wants="qkvb", S=1000),
+)  # fmt: skip
+
+
+def empty(*shape: int, dtype: torch.dtype, wanted: bool = False) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=wanted)
+
+
+def launches(p: Problem) -> list[Call]:
+    """Of the forward and the backward pass."""
+
+    def of(pattern: str, dtype: torch.dtype) -> torch.Tensor | None:
+        sizes = (B, H, p.S, p.N or p.S)
+        return empty(*(1 if c == "1" else n for c, n in zip(pattern, sizes, strict=True)), dtype=dtype) if pattern else None
+
+    k = empty(B, p.N or p.S, p.Hk, p.D, dtype=p.dtype)
+    given = Given(
+        q=empty(B, p.S, H, p.D, dtype=p.dtype), k=k, v=k, bias=of(p.bias, p.bias_dtype or p.dtype), mask=of(p.mask, torch.bool),
+        key_lengths=empty(B, dtype=torch.int32) if "lengths" in p.features else None,
+        alibi_slopes=empty(H, dtype=F32) if "slopes" in p.features else None,
+        sink=empty(H, dtype=p.dtype) if "sink" in p.features else None,
+        dropout_seed=empty(2, dtype=torch.int64) if p.options.get("dropout_p") else None,
+    )  # fmt: skip
+    facts = KNOWN_DEVICES["sm90"]
+    with override_configs(**p.configs):
+        call = bind(ATTENTION, given, Options(**p.options, backend=p.backend), facts)
+        operands = call.form.operands(given)
+        nothing, needs = Needs(*[False] * 4), Needs(*(letter in p.wants for letter in "qkvb"))
+        calls = ahead.calls_of(plan_forward(call.spec, facts, p.backend), call.spec, nothing, *operands)
+        if p.wants:
+            calls += ahead.calls_of(plan_backward(call.spec, needs, facts, p.backend), call.spec, needs, *operands)
+    for kernel, config in p.configs.items():
+        assert any(each.config == config for each in calls), f"{p.name}: {kernel} is not launched by {config}"
+    return calls
+
+
+def described(call: Call) -> str:
+    """What a launch hands over: tensors by dtype, shape and strides."""
+
+    def text(x: Any) -> str:
+        if isinstance(x, torch.Tensor):
+            return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}{list(x.stride())}"
+        if type(x).__name__ == "TensorDescriptor":
+            return f"map({text(x.base)}, {x.shape}, {x.strides}, {x.block_shape})"
+        return f"({', '.join(map(text, x))})" if isinstance(x, tuple) else repr(x)
+
+    names = list(call.kernel.signature.parameters)
+    given = {**dict(zip(names, map(text, call.args), strict=False)), **{name: text(x) for name, x in call.constants.items()}}
+    return f"{kernel_name(call)} {call.config} programs={call.programs} " + " ".join(f"{n}={x}" for n, x in given.items())
+
+
+def kernel_name(call: Call) -> str:
+    return str(call.kernel.fn.__name__)
+
+
+def compiled(name: str, number: int) -> tuple[str, str, str]:
+    """The name of a problem's launch, its machine code and its PTX."""
+    problem = next(p for p in PROBLEMS if p.name == name)
+    call = launches(problem)[number]
+    kernel = ahead.compile_for(call, "sm90")
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    lines = [re.sub(r"/\*[0-9a-f]+\*/", "", line).strip() for line in text.splitlines()]
+    code = [line for line in lines if line and not line.startswith(DIRECTIVES)]
+    file_name = re.sub(r"[ ,]+", "-", name) + f".{number}.{kernel_name(call)}"
+    return file_name, "\n".join([f"// {ahead.resources(kernel)}", *code, ""]), kernel.asm["ptx"]
+
+
+def chosen(only: Sequence[str]) -> list[Problem]:
+    return [p for p in PROBLEMS if not only or any(text in p.name for text in only)]
+
+
+def distinct(problems: Sequence[Problem]) -> Iterator[tuple[Problem, int, Call]]:
+    """Launches whose kernel is compiled in another way than that of any launch before."""
+    seen = set()
+    for problem in problems:
+        for number, call in enumerate(launches(problem)):
+            kinds = tuple(re.sub(r"\d+", "#", text) for text in map(described_kind, call.args))
+            key = (kernel_name(call), call.kernel.fn.__module__, kinds, str(call.constants), str(call.config))
+            if key not in seen:
+                seen.add(key)
+                yield problem, number, call
+
+
+DIRECTIVES = ("//", ".section", ".text", ".type", ".size", ".global", ".other", ".align")
+
+
+def described_kind(x: Any) -> str:
+    return f"{x.base.dtype}{x.block_shape}" if type(x).__name__ == "TensorDescriptor" else str(getattr(x, "dtype", None) or type(x))
+
+
+def write(folder: Path, only: Sequence[str], workers: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    work = list(distinct(chosen(only)))
+    (folder / "launches.txt").write_text("".join(f"{p.name}: {described(call)}\n" for p in chosen(only) for call in launches(p)))
+    with ProcessPoolExecutor(workers) as pool:
+        running = [pool.submit(compiled, problem.name, number) for problem, number, _ in work]
+        for count, each in enumerate(as_completed(running), 1):
+            name, text, ptx = each.result()
+            (folder / f"{name}.sass").write_text(text)
+            (folder / f"{name}.ptx").write_text(ptx)
+            print(f"{count}/{len(work)} {name} {text.partition(chr(10))[0]}", flush=True)
+
+
+def compare(before: Path, after: Path, only: Sequence[str]) -> int:
+    """How many kernels of ``after`` differ from those of ``before``, or are in one of them alone; prints a table."""
+    wanted = [re.sub(r"[ ,]+", "-", text) for text in only]
+    names = [{f.name for f in folder.glob("*.sass") if not wanted or any(w in f.name for w in wanted)} for folder in (before, after)]
+    bad = 0
+    for name in sorted(names[0] | names[1]):
+        if name not in names[0] or name not in names[1]:
+            same, result = False, f"only in {before if name in names[0] else after}"
+        else:
+            one, other = ((folder / name).read_text().splitlines() for folder in (before, after))
+            ptx = [(folder / name).with_suffix(".ptx").read_text() for folder in (before, after)]
+            changed = sum(line[:1] in "+-" for line in difflib.unified_diff(one, other, n=0)) if one != other else 0
+            same = one == other or ptx[0] == ptx[1]
+            result = f"{len(one) - 1} lines" if one == other else f"{changed} lines in another order, of the same PTX"
+            result = result if same else f"DIFFERS in {changed} lines: {one[0]}, {other[0]}"
+        bad += not same
+        print(f"{name}: {result}")
+    print(f"{len(names[0] | names[1])} kernels, {bad} differ")
+    return bad
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("what", choices=["write", "compare"])
+    parser.add_argument("folder", type=Path, nargs="+")
+    parser.add_argument("--only", action="append", default=[], help="part of a problem's name")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    options = parser.parse_args(argv)
+    if len(options.folder) != (1 if options.what == "write" else 2):
+        parser.error("write takes one folder, compare two")
+    if options.what == "write":
+        write(options.folder[0], options.only, options.workers)
+        return 0
+    return int(compare(*options.folder, options.only) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
