@@ -14,7 +14,7 @@ from triflash.plan.configs import MAX_HEAD_DIM, Problem, TileConfig, default_con
 from triflash.plan.device import KNOWN_DEVICES, DeviceFacts, facts_of
 from triflash.plan.override import active, override_configs
 from triflash.plan.select import Plan, Step, plan_backward, plan_forward, why_not
-from triflash.spec import AttentionSpec, BiasSpec, Needs, causal_band, resolve_precision, spec_of
+from triflash.spec import AttentionSpec, Band, BiasSpec, Needs, resolve_precision, spec_of
 
 GPU = KNOWN_DEVICES["sm90"]
 KERNELS = ("forward", "delta", "dkdv", "dq", "dbias")
@@ -221,7 +221,9 @@ def test_precision_follows_pytorch() -> None:
 
 
 def test_small_facts() -> None:
-    assert causal_band(True) == (None, 0) and causal_band(False) == (None, None)
+    assert (
+        Band(None, 0, "top_left").offsets(3, 5) == (None, 0) and Band(2, 0).offsets(3, 5) == (0, 2) and Band().offsets(3, 5) == (None, None)
+    )
     assert facts_of(torch.device("cpu")).arch in ("cpu", "interpreter")
     assert all(arch == facts.arch for arch, facts in KNOWN_DEVICES.items())
 

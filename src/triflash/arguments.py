@@ -25,7 +25,7 @@ from .checks import (
 from .errors import bad_type, bad_value, unsupported
 from .form import Form
 from .plan.select import check_backend, requested_backend
-from .spec import resolve_precision
+from .spec import Band, resolve_precision
 
 __all__ = ["ATTENTION", "LAYOUTS", "SEED", "Checked", "Face", "Given", "Options", "checked"]
 
@@ -86,7 +86,7 @@ SEED = {
 
 @dataclass(frozen=True)
 class Checked:
-    """One call, checked: the layout of its tensors and its options, folded."""
+    """One call, checked: the layout of its tensors and its options, folded. lo, hi: of its band, see :class:`~triflash.spec.Band`."""
 
     form: Form
     lo: int | None
@@ -119,7 +119,7 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
         batch, sizes = _check_inputs(q, k, v)
     M, N, H = sizes["M"], sizes.get("N", sizes["M"]), sizes["H"]
     softmax_scale = check_scale(face.scale, scale, sizes["D"])
-    lo, hi = _band(causal, window, M, N)
+    lo, hi = _band(causal, window).offsets(M, N)
     _check_bias_and_mask(q, bias, mask, (*batch, H, M, N))
     cap = 0.0 if softcap is None else check_number("softcap", softcap, 0.0, math.inf, "a positive number, or None (or 0) for none")
     check_key_lengths(lengths, q, batch)
@@ -166,12 +166,11 @@ def _check_inputs(q: Any, k: Any, v: Any) -> tuple[tuple[int, ...], dict[str, in
     return tuple(q.shape[:-3]), sizes
 
 
-def _band(causal: Any, window: Any, M: int, N: int) -> tuple[int | None, int | None]:
-    """Visible offsets ``lo <= j - i <= hi`` of causal and window together."""
+def _band(causal: Any, window: Any) -> Band:
+    """Of causal and window together."""
     if causal != "top_left" and not isinstance(causal, bool):
         raise bad_type("causal", "True, False or 'top_left'", repr(causal))
-    diagonal = 0 if causal == "top_left" else N - M
-    lo, hi = None, diagonal if causal else None
+    left = right = None
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise bad_type("window", "a pair (left, right) or None", repr(window))
@@ -181,10 +180,7 @@ def _band(causal: Any, window: Any, M: int, N: int) -> tuple[int | None, int | N
             if side is not None and side < -1:
                 raise bad_value("window", "integers from 0 up, None or -1 for an open side", repr(window))
         left, right = (None if side is None or side == -1 else side for side in window)
-        lo = None if left is None else diagonal - left
-        if right is not None and not causal:
-            hi = diagonal + right
-    return lo, hi
+    return Band(left, 0 if causal else right, "top_left" if causal == "top_left" else "bottom_right")
 
 
 def _check_bias_and_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None, scores: tuple[int, ...]) -> None:

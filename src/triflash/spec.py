@@ -1,7 +1,7 @@
 """One attention problem as plain numbers: no tensors, hashable, canonical. Built by ``ops.py``; read by ``plan/`` and ``launch/``.
 
-Options are folded here, once. Causal attention (later: windows, lengths) becomes a *band* ``lo <= j - i <= hi`` of visible
-key-minus-query offsets, so kernels know two optional integers instead of a list of features.
+Options are folded here, once. Causal attention and windows are a :class:`Band` about a diagonal; of one sequence, as all are that are not
+packed, that becomes ``lo <= j - i <= hi``, so kernels know two optional integers instead of a list of features.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .errors import bad_type, bad_value
 __all__ = [
     "DTYPE_NAMES",
     "AttentionSpec",
+    "Band",
     "BiasSpec",
     "Gradients",
     "Needs",
     "Operands",
     "Saved",
-    "causal_band",
     "check_gradients",
     "check_saved",
     "keeps_rest",
@@ -110,6 +110,22 @@ class Gradients(NamedTuple):
         return Needs(*(x is not None for x in self))
 
 
+class Band(NamedTuple):
+    """Which keys a query sees: those from ``left`` before the diagonal to ``right`` behind it; None leaves a side open.
+
+    anchor: the diagonal is ``j = i + N - M``, so that the last query meets the last key ("bottom_right"), or ``j = i`` ("top_left").
+    """
+
+    left: int | None = None
+    right: int | None = None
+    anchor: str = "bottom_right"
+
+    def offsets(self, queries: int, keys: int) -> tuple[int | None, int | None]:
+        """``(lo, hi)`` of the visible ``lo <= j - i <= hi`` in a sequence of so many queries and keys."""
+        diagonal = 0 if self.anchor == "top_left" else keys - queries
+        return (None if self.left is None else diagonal - self.left, None if self.right is None else diagonal + self.right)
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
     """Sizes and options of one attention problem.
@@ -187,11 +203,6 @@ def keeps_rest(bias: torch.dtype | None, alibi: bool = False, softcap: float = 0
     It does, unless a soft cap keeps scores small to which nothing is added.
     """
     return alibi or (bias is not None and bias != torch.bool) or not 0 < softcap <= SMALL_CAP
-
-
-def causal_band(causal: bool) -> tuple[int | None, int | None]:
-    """``(lo, hi)`` of the seed's causal option: top-left aligned, key j is visible to query i when ``i >= j``."""
-    return (None, 0) if causal else (None, None)
 
 
 def resolve_precision(precision: str) -> str:

@@ -16,7 +16,7 @@ from ..plan.overlay import TUNABLE, tuned
 from ..plan.override import override_configs
 from ..plan.select import Plan, plan_backward, plan_forward, problem_of
 from ..shorthand import bias_shape
-from ..spec import DTYPE_NAMES, AttentionSpec, Needs, causal_band, spec_of
+from ..spec import DTYPE_NAMES, AttentionSpec, Needs, spec_of
 
 if TYPE_CHECKING:
     from ..launch.calls import Call
@@ -77,7 +77,7 @@ class Case:
     def spec(self) -> AttentionSpec:
         """The spec of the case."""
         x = self.tensors(meta)
-        return spec_of(x.q, x.k, x.v, x.bias, 1, *causal_band(self.causal), self.head_dim**-0.5, "")
+        return spec_of(x.q, x.k, x.v, x.bias, 1, None, 0 if self.causal else None, self.head_dim**-0.5, "")
 
     def problem(self, kernel: str) -> Problem:
         """What a configuration of the kernel is chosen by in this case."""

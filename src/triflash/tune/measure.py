@@ -14,7 +14,7 @@ from ..bench.gate import Problem, reference, verdict
 from ..bench.timing import Samples, measure_interleaved
 from ..plan.configs import TileConfig
 from ..plan.device import DeviceFacts
-from ..spec import Gradients, Operands, Saved, causal_band
+from ..spec import Gradients, Operands, Saved
 from .cases import Case, launches, plan_of
 
 __all__ = ["Bench", "Measured"]
@@ -50,7 +50,7 @@ class Bench:
         self.saved = self._forward_outputs()
         for call in self._calls("forward", case.default("forward", facts), self.saved, {}):
             call.start()
-        lo, hi = causal_band(case.causal)
+        lo, hi = None, 0 if case.causal else None
         options = Options(scale=self.spec.scale, lo=lo, hi=hi)
         problem = Problem(self.x.q, self.x.k, self.x.v, self.x.bias, self.x.dout, options)
         wanted = ("out", "dq", "dk", "dv", *(["dbias"] if case.dbias else []))
