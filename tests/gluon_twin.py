@@ -556,6 +556,18 @@ def _layout(*_: object, **__: object) -> None:
     return None
 
 
+def record(cls: type) -> type:
+    """A kernel's record: a class of the values that its constructor takes in the order of the annotations."""
+    names = tuple(cls.__annotations__)
+
+    def init(self: Any, *values: Any) -> None:
+        for name, value in zip(names, values, strict=True):
+            setattr(self, name, value)
+
+    cls.__init__ = init  # type: ignore[misc]
+    return cls
+
+
 def source(module: str) -> str:
     return _path(module).read_text()
 
@@ -607,7 +619,7 @@ def _stand_ins() -> dict[str, Any]:
     return {
         "gl": gl, "tl": gl, "gluon": SimpleNamespace(jit=jit, constexpr_function=jit), "triton": SimpleNamespace(jit=jit), "mbarrier": mbarrier,
         "tma_load": tma_load, "tma_store": tma_store, "tma_add": tma_add, "tma_store_wait": tma_store_wait, "warpgroup_mma": warpgroup_mma,
-        "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": fence, "thread_barrier": lambda: None, "optional": lambda x: x,
+        "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": fence, "thread_barrier": lambda: None, "record": record,
         "range": lambda *bounds: scalars(range(*bounds)), "min": lambda *x: Scalar(min(x)), "max": lambda *x: Scalar(max(x)),
     }  # fmt: skip
 

@@ -5,6 +5,7 @@ Which kernels a backward pass has is in test_hopper_steps.py.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from triflash.plan import hopper
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.hopper import HopperConfig
+from triflash.plan.hopper_backward import KeysConfig
 from triflash.plan.hopper_rows import RowsConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import Step, plan_backward, plan_forward, why_not
@@ -244,18 +246,22 @@ class Scalar(int):
 
 def visits(monkeypatch: pytest.MonkeyPatch, programs: int, tiles: int, *problem: Any) -> list[list[tuple[int, int, int]]]:
     """(first query, head, batch) of the tiles that each program works through, by the kernel's own functions; tiles of 128 queries."""
-    from triflash.kernels.hopper import grid
+    from triflash.kernels.hopper import schedule
+
+    tiles_each, batch, heads, section, snake, batch_fastest, longest = problem
+    grid = SimpleNamespace(
+        tiles_each=tiles_each, tiles=tiles, batch=batch, heads=heads, section=section, snake=snake, TILE=128, LONGEST=longest,
+        BATCH_FASTEST=batch_fastest,
+    )  # fmt: skip
 
     def tiles_of(pid: int) -> list[tuple[int, int, int]]:
         language = SimpleNamespace(
             program_id=lambda _: Scalar(pid), num_programs=lambda _: programs, where=lambda c, a, b: Scalar(a if c else b), int32=None
         )
-        snake, (*rest, batch_fastest, longest) = problem[4], problem
         with monkeypatch.context() as patched:
-            patched.setattr(grid, "gl", language)
-            patched.setattr(grid, "_place", grid._place.fn)
-            waves = grid.share.fn(tiles, snake)
-            return [grid.locate.fn(wave, *rest, batch_fastest, 128, longest) for wave in range(waves)]
+            patched.setattr(schedule, "gl", language)
+            patched.setattr(schedule, "_place", schedule._place.fn)
+            return [schedule.Uniform.locate.fn(grid, wave) for wave in range(schedule.Uniform.waves.fn(grid))]
 
     return [tiles_of(pid) for pid in range(programs)]
 
@@ -362,11 +368,14 @@ def test_queries_that_see_nothing_get_a_block_to_hide() -> None:
     from triflash.kernels.hopper import loads
     from triflash.kernels.triton import prims
 
-    bounds = (None, -200, -70, -1, 0, 1, 40, 100, 300)
+    config, bounds = SimpleNamespace(consumers=2, block_n=32), (None, -200, -70, -1, 0, 1, 40, 100, 300)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(loads, "segments", prims.segments.fn)
+        patched.setattr(loads, "BM", 64)
         for m0, M, N, lo, hi in itertools.product((0, 128, 256), (257, 300), (1, 31, 32, 200), bounds, bounds):
-            begin, full_begin, full_end, end = loads.visible_blocks.fn(m0, 128, M, N, lo, hi, 32)
+            begin, full_begin, full_end, end = loads.visible_blocks.fn(
+                SimpleNamespace(C=config, lo=lo, hi=hi), SimpleNamespace(queries=M, keys=N), m0
+            )
             before = prims.segments.fn(m0, min(m0 + 128, M) - 1, N, lo, hi, 32)
             problem = (m0, M, N, lo, hi, (begin, full_begin, full_end, end))
             assert (begin, full_begin, full_end) == before[:3] and end == max(before[3], begin + 1), problem
@@ -374,3 +383,18 @@ def test_queries_that_see_nothing_get_a_block_to_hide() -> None:
             assert begin < end and (not hidden or full_begin == full_end), problem  # the block that is there for form's sake is masked
             if not hidden:
                 assert end == before[3] and end * 32 < N + 32, problem
+
+
+@pytest.mark.parametrize("config", [HopperConfig(2, 64, 2), RowsConfig(2, 64, 2), KeysConfig(2, 2)], ids=lambda c: type(c).__name__)
+def test_a_configuration_says_all_of_itself(config: Any) -> None:
+    """Kernels take it as one compile-time constant, which Triton tells from another by its text."""
+    others = {
+        "consumers": 1, "block_n": 32, "num_stages": 1, "bias_stages": 2, "turns": True, "own_out": False, "persistent": False, "q_stages": 2,
+        "together": 2, "ahead": False, "chunk": 32, "v_stages": 1, "o_stages": 1, "kv_stages": 2, "apart": True, "unroll": 2, "direct": True,
+        "head_splits": 2, "wide": True, "block_m": None,
+    }  # fmt: skip
+    unread = {"RowsConfig": {"q_stages"}}.get(type(config).__name__, set())  # by its kernels
+    for field in dataclasses.fields(config):
+        other = 1 if field.name == "q_stages" and isinstance(config, KeysConfig) else others[field.name]
+        if other is not None and field.name not in unread:
+            assert str(dataclasses.replace(config, **{field.name: other})) != str(config), field.name

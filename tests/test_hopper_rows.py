@@ -6,6 +6,7 @@ On the GPU that they are for they run on it; without a GPU their source runs on 
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -242,18 +243,18 @@ def test_repeats(kernel: str, dim: int, device: torch.device) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU's stand-in")
 @pytest.mark.parametrize("kernel, old, new", [
-    ("dq", "mbarrier.wait(bars[V_FULL].index(_), _)", "pass"),
-    ("dq", "mbarrier.wait(bars[V_EMPTY].index(_), _)", "pass"),
-    ("dq", "mbarrier.wait(bars[K_EMPTY].index(_), _)", "pass"),
-    ("dq", "mbarrier.arrive(bars[K_EMPTY].index(before))", "pass"),
+    ("dq", "mbarrier.wait(p.values.full.index(_), _)", "pass"),
+    ("dq", "p.values.acquire(_1, _2)", "p.values.full.index(p.values.slot(_1, _2))"),
+    ("dq", "p.keys.acquire(_1, _2)", "p.keys.full.index(p.keys.slot(_1, _2))"),
+    ("dq", "mbarrier.arrive(p.keys.empty.index(before))", "pass"),
     ("dq", "warpgroup_mma_wait(2, [s_pending])", "warpgroup_mma_wait(3, [s_pending])"),
     ("dq", "tma_store_wait(1)", "pass"),
-    ("dbias", "mbarrier.wait(bars[EMPTY].index(_), _)", "pass"),
-    ("dbias", "mbarrier.wait(bars[LEFT_FULL].index(_), _)", "pass"),
-    ("dbias", "mbarrier.wait(bars[RIGHT_FULL].index(at % RIGHT), _)", "pass"),
-    ("dbias", "mbarrier.arrive(bars[LEFT_EMPTY].index(_))", "pass"),
-    ("dbias", "mbarrier.wait(bars[BIAS_FULL].index(_), _)", "pass"),
-    ("dbias", "mbarrier.wait(bars[BIAS_EMPTY].index(_), _)", "pass"),
+    ("dbias", "slots.acquire(_, _)", "pass"),
+    ("dbias", "p.left.wait(_, _)", "pass"),
+    ("dbias", "p.right.wait(at, _)", "pass"),
+    ("dbias", "p.left.release(_, _)", "pass"),
+    ("dbias", "mbarrier.wait(p.biases.full.index(_), _)", "pass"),
+    ("dbias", "p.biases.acquire(_, _)", "pass"),
     ("dbias", "warpgroup_mma_wait(DP_CHUNKS, [s_pending])", "warpgroup_mma_wait(DP_CHUNKS + 1, [s_pending])"),
     ("dbias", "tma_store(_1, _2, _3)\ntma_store_wait(0)", "tma_store(_1, _2, _3)"),
 ])  # fmt: skip
@@ -263,8 +264,8 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
 
     def run(seed: int) -> None:
         if kernel == "dq":
-            config = RowsConfig(2, 64, 3, 2, v_stages=2 + 2 * ("K_EMPTY" in old))
-            run_dq(problem(M=300, N=600, bias=None if "K_EMPTY" in old else "b1hqk"), torch.device("cpu"), config, seed=seed)
+            config = RowsConfig(2, 64, 3, 2, v_stages=2 + 2 * ("p.keys" in old))
+            run_dq(problem(M=300, N=600, bias=None if "p.keys" in old else "b1hqk"), torch.device("cpu"), config, seed=seed)
         else:
             config = RowsConfig(2, 64, 5, v_stages=4) if seed % 2 else None
             run_dbias(problem(B=8, M=300, N=304, bias="11hqk"), torch.device("cpu"), config, seed=seed)
@@ -288,12 +289,13 @@ def test_every_tile_that_anybody_sees_has_one_place(sizes: tuple[int, int], band
         wanted = [(m, n) for m in range(0, sizes[0], M) for n in range(0, sizes[1], N) if seen[m : m + M, n : n + N].any()]
         (fold, full), tiles_m = plan.dbias_places(spec, config), plan.dbias_tiles(spec, config)[0]
         shuffle = plan.dbias_shuffle(spec, config, 1, 132)
-        counts = (4, 1, 16, tiles_m, len(full), fold, shuffle, *sizes)
+        counts = dict(batch_outer=4, batch_inner=1, heads=16, tiles_m=tiles_m, places=len(full), fold=fold, shuffle=shuffle)
+        counts = {name: gluon_twin.Scalar(count) for name, count in (counts | dict(M=sizes[0], N=sizes[1])).items()}
+        varies = dict(VARIES_B0=False, VARIES_B1=False, VARIES_H=True)
+        program = SimpleNamespace(C=config, lo=spec.lo, hi=spec.hi, splits=1, **counts, **varies)
         found = []
         for place in range(len(full)):
-            *_, head, m0, n0, first, last = tile(
-                *gluon_twin.scalars((5 * len(full) + place, *counts)), spec.lo, spec.hi, 1, False, False, True, M, N
-            )
+            *_, head, m0, n0, first, last = tile(program, gluon_twin.Scalar(5 * len(full) + place))
             assert head == 5 and first == 0 and last == 4 * full[place * shuffle % len(full)]
             found += [(m0, n0)] * (first < last)
         assert len(set(found)) == len(found) and set(wanted) <= set(found)

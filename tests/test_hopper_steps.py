@@ -318,7 +318,12 @@ def test_blocks_in_turn_are_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     for M, N, lo, hi in itertools.product((1, 64, 300, 1024), (128, 300, 1024), (None, -200, 3), (None, 0, 90, -130)):
         firsts = set()
         for n0 in range(0, N, 128):
-            begin, whole, part, end = (int(x) for x in columns.visible_blocks.fn(n0, M, N, lo, hi, 64, 128))
+            begin, whole, part, end = (
+                int(x)
+                for x in columns.visible_blocks.fn(
+                    SimpleNamespace(C=KeysConfig(2, 2), lo=lo, hi=hi), SimpleNamespace(queries=M, keys=N), n0
+                )
+            )
             blocks = blocks_that_see(spec(queries=M, keys=N, lo=lo, hi=hi), KeysConfig(1, 1), n0 // 128)
             assert begin <= whole <= part <= end and end - begin == blocks, (M, N, lo, hi, n0)
             for member in range(2):  # of a group of heads

@@ -81,20 +81,13 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             *(tiles_m, tiles, *schedule(spec, config, step.programs)),
         )
         constants: dict[str, Any] = {
-            "BN": block_n,
-            "WGS": config.consumers,
-            "STAGES": config.num_stages,
-            "BIAS_STAGES": config.bias_stages,
+            "C": config,
             "BATCH_FASTEST": step.order == "batch",
             "IS_MASK": spec.bias is not None and spec.bias.is_mask,
             "VARIES_M": spec.bias is not None and spec.bias.varies[3],
             "POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE,
             "EVEN_N": spec.keys % block_n == 0 and not spec.key_lengths,
             "ALIBI": alibi_of(spec),
-            "TURNS": config.turns,
-            "OWN_OUT": config.own_out,
-            "REGISTERS": config.registers,
-            "Q_STAGES": config.q_stages,
             "FUSING": fuses_bias(spec, config),
         }
         calls.append(Call(forward_kernels.forward, args, constants | register_limit(config), config, step.programs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -241,7 +242,6 @@ def keys_call(
         assert not config.wide
         sums = (None, dq_sum) if config.direct else (descriptor(dq_sum, (1, 1, rows, head // 2)), None)
     tiles_n, tiles = keys_tiles(spec, config)
-    longest = "first" if spec.hi is not None else "none" if spec.lo is None else "last"
     args: tuple[Any, ...] = (
         descriptor(q, (1, rows, 1, head)),
         descriptor(k, (1, half, 1, head)),
@@ -276,18 +276,15 @@ def keys_call(
         *(tiles_n, tiles, *schedule(spec, config, step.programs)),
     )
     constants: dict[str, Any] = {
-        "BM": rows,
-        "BN": config.block_n,
+        "C": replace(config, head_splits=1),
         "HAS_REST": stats.shape[1] == 3,
         "IS_MASK": spec.bias is not None and spec.bias.is_mask,
         "EVEN_N": spec.keys % config.block_n == 0 and not spec.key_lengths,
         "ALIBI": alibi_of(spec),
         "BATCH_FASTEST": step.order == "batch",
-        "LONGEST": longest,
+        "LONGEST": "first" if spec.hi is not None else "none" if spec.lo is None else "last",
     }
     if config.wide:
-        return Call(wide_kernels.wide_keys_backward, args, constants | {"STAGES": config.q_stages}, config, step.programs)
-    constants |= {"Q_STAGES": config.q_stages, "O_STAGES": config.o_stages, "BIAS_STAGES": config.bias_stages}
-    constants |= {"KV_STAGES": config.kv_stages, "APART": config.apart and dq_sum is not None, "UNROLL": config.unroll}
+        return Call(wide_kernels.wide_keys_backward, args, constants, config, step.programs)
     constants["ROW"] = dq_sum.shape[3] if dq_sum is not None and config.direct else 0
     return Call(keys_kernels.keys_backward, args, constants, config, step.programs)

@@ -66,21 +66,13 @@ def dq_call(
         *(tiles_m, tiles, *schedule(spec, config, programs)),
     )
     constants: dict[str, Any] = {
-        "BN": block_n,
-        "WGS": config.consumers,
-        "K_STAGES": config.num_stages,
-        "V_STAGES": config.value_stages,
-        "BIAS_STAGES": config.bias_stages,
+        "C": config,
         "BATCH_FASTEST": batch_fastest(spec),
         "IS_MASK": spec.bias is not None and spec.bias.is_mask,
         "VARIES_M": spec.bias is not None and spec.bias.varies[3],
         "HAS_REST": stats.shape[1] == 3,
         "EVEN_N": spec.keys % block_n == 0 and lengths is None,
         "ALIBI": alibi_of(spec),
-        "OWN_OUT": config.own_out,
-        "AHEAD": config.ahead,
-        "TURNS": config.turns,
-        "REGISTERS": config.registers,
     }
     return Call(dq_kernels.dq, args, constants | register_limit(config), config, programs)
 
@@ -126,19 +118,14 @@ def dbias_call(
         dbias_shuffle(spec, config, splits, programs),
     )
     constants: dict[str, Any] = {
+        "C": config,
         "D": spec.head_dim,
         "DV": spec.value_dim,
-        "WGS": config.consumers,
-        "LEFT": config.value_stages,
-        "RIGHT": config.num_stages,
-        "BIAS_STAGES": config.bias_stages,
         "VARIES_B0": spec.bias.varies[0],
         "VARIES_B1": spec.bias.varies[1],
         "VARIES_H": spec.bias.varies[2],
         "HAS_REST": stats.shape[1] == 3,
         "EVEN": spec.queries % config.block_m == 0 and spec.keys % block_n == 0,
         "ALIBI": alibi_of(spec),
-        "TURNS": config.turns,
-        "REGISTERS": config.registers,
     }
     return Call(dbias_kernels.dbias, args, constants | register_limit(config), config, programs)

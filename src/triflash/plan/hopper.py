@@ -272,7 +272,7 @@ def forward_config(spec: AttentionSpec, limit: int, processors: int = 0) -> Hopp
 
 @functools.lru_cache(maxsize=4096)
 def schedule(spec: AttentionSpec, config: HopperConfig, programs: int) -> tuple[int, int]:
-    """``(section, snake)``: how tiles are dealt to a grid of ``programs`` (see ``kernels/hopper/grid.locate``).
+    """``(section, snake)``: how tiles are dealt to a grid of ``programs`` (see ``kernels/hopper/schedule.Uniform``).
 
     As small a section as can be: then keys and values come from memory at all times, not for all pairs at once, and are read again soon.
     Where tiles share a bias over the batch, one large enough for that. Under a causal mask tiles differ in length: of sections whose keys

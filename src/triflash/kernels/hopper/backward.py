@@ -15,26 +15,125 @@ A producer warp loads q, dout, lse, delta and bias tiles as far ahead as there a
 """
 
 from ..triton.prims import LOG2E, offset
-from .columns import key_heads, query_heads, visible_blocks
-from .compat import fence_async_shared, gl, gluon, mbarrier, optional, tma_store, tma_store_wait, warpgroup_mma_wait
+from .columns import grid_of, query_heads, visible_blocks
+from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store, tma_store_wait, warpgroup_mma_wait
 from .dropout import stream_of
-from .features import clear_hidden, slope_of, visible_keys
-from .grid import accumulator, barriers, locate, meet, mildest, share, stacked
-from .keys_block import fold, less_delta, score, weigh
+from .extent import Extent, extent_of
+from .features import clear_hidden, mildest, slope_of
+from .keys_block import fold, score, weigh
 from .keys_dq import add_to_sum, add_up, add_up_apart, dq_hand_over, dq_product, first_block
-from .keys_loads import DQ_EMPTY, DS_EMPTY, DS_HERE, KV_EMPTY, KV_FULL, TOGETHER, produce
+from .keys_loads import DS_HERE, Feed, produce
+from .layouts import accumulator, stacked
+from .rings import Ring, barriers, meet, ring
+
+
+@record
+class Program:
+    """What all partitions of a program work with. C: the configuration (``plan/hopper_backward.KeysConfig``); the rest as
+    ``keys_backward`` says.
+    """
+
+    mild: object
+    dk_desc: object
+    dv_desc: object
+    dk_parts: object
+    dv_parts: object
+    dbias: object
+    bias: object
+    lengths: object
+    slopes: object
+    q_s: object
+    k_s: object
+    v_s: object
+    o_s: object
+    lse_s: object
+    delta_s: object
+    rest_s: object
+    bias_s: object
+    mask_s: object
+    ds_s: object
+    dq_s: object
+    dq_sum: object
+    kv: Ring
+    q_full: object
+    o_full: object
+    bias_full: object
+    ds_empty: object
+    dq_empty: object
+    together: object
+    bias_strides: object
+    dbias_strides: object
+    slope_strides: object
+    cap: object
+    dropout: object
+    mask: object
+    mask_strides: object
+    batch: object
+    heads: object
+    group: object
+    splits: object
+    batch_inner: object
+    M: object
+    N: object
+    lo: object
+    hi: object
+    scale: object
+    tiles_n: object
+    tiles: object
+    section: object
+    snake: object
+    C: gl.constexpr
+    NEED_DK: gl.constexpr
+    NEED_DV: gl.constexpr
+    NEED_DB: gl.constexpr
+    NEED_DS: gl.constexpr
+    APART: gl.constexpr
+    ROW: gl.constexpr
+    IS_MASK: gl.constexpr
+    EVEN_N: gl.constexpr
+    ALIBI: gl.constexpr
+    BATCH_FASTEST: gl.constexpr
+    LONGEST: gl.constexpr
+
+
+@record
+class Keys:
+    """A consumer's 64 keys of a tile, whose first is n0, in buffer kv, and what they have for one query head.
+
+    The tile's first block of queries is number ``done`` of the program, the t-th of the head ``base + t``, and in the sum of dq
+    ``sum_base + t``.
+    """
+
+    x: Extent
+    diagonal: object
+    n0: object
+    kv: object
+    key_bias: object
+    key_mask: object
+    slope: object
+    stream: object
+    scale_log2: object
+    done: object
+    base: object
+    sum_base: object
+    WG: gl.constexpr
+    MILD: gl.constexpr
+
+
+@record
+class Span:
+    """The query blocks ``start … stop`` of a tile, MASKED or not, in the order of ``turned``, and its keys and values as operands."""
+
+    start: object
+    stop: object
+    k: object
+    v: object
+    MASKED: gl.constexpr
 
 
 @gluon.jit
-def _walk(
-    dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias, key_mask, slope,
-    stream, cap, done, base, sum_base, first, last, start, stop, n0, ahead, N, lo, hi, scale_log2,
-    WG: gl.constexpr, BM: gl.constexpr, HALF: gl.constexpr, BIAS_STAGES: gl.constexpr,
-    IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr, NEED_DK: gl.constexpr, NEED_DV: gl.constexpr, NEED_DB: gl.constexpr,
-    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, UNROLL: gl.constexpr, MILD: gl.constexpr, ROW: gl.constexpr,
-):  # fmt: skip
-    """Fold the query blocks ``first … last`` (of ``start … stop``, in the order of ``turned``), a multiple of UNROLL, into (dk, dv, db).
-    The tile's first is number ``done`` of the program, the t-th of a head ``base + t``.
+def _walk(p, t, start, stop, dk, dv, db, place, first, last, MASKED: gl.constexpr, UNROLL: gl.constexpr):
+    """Fold the query blocks ``first … last`` of ``start … stop``, a multiple of UNROLL, into (dk, dv, db).
 
     Unless it is computed APART, dq of a block is computed in the step of the next one, so that the consumers need not wait for each other's
     ds. In the first step of a tile there is none yet; what is computed then is nothing that anybody reads. The last one is left to the
@@ -43,46 +142,28 @@ def _walk(
     Of UNROLL blocks, the scores of one are started before the products of the one before are waited for, so that the matrix units do not
     run dry. From one step of the loop to the next that cannot be: ptxas would make every product wait for the one before.
     """
-    BD: gl.constexpr = k_s.shape[4]
-    BDV: gl.constexpr = v_s.shape[4]
-    NEED_DS: gl.constexpr = ds_s is not None or NEED_DK or NEED_DB
-    LESS_DELTA: gl.constexpr = less_delta(stream is not None, APART)
-    k = k_s.index(kv * 2 + WG).reshape([HALF, BD])  # in registers they would save a fifth of what is read, but see docs/tuning.md
-    v = v_s.index(kv * 2 + WG).reshape([HALF, BDV])
-    for group in range(first, last, UNROLL):
-        s, lse = score(k, q_s, lse_s, bars, base + group, BM)
-        dp = weigh(v, o_s, delta_s, bars, base + group, s, BM, NEED_DS, LESS_DELTA)
+    HALF: gl.constexpr = p.C.block_n // 2
+    BD: gl.constexpr = p.k_s.shape[4]
+    BDV: gl.constexpr = p.v_s.shape[4]
+    k = p.k_s.index(t.kv * 2 + t.WG).reshape([HALF, BD])  # in registers they would save a fifth of what is read, but see docs/tuning.md
+    v = p.v_s.index(t.kv * 2 + t.WG).reshape([HALF, BDV])
+    span = Span(start, stop, k, v, MASKED)
+    for number in range(first, last, UNROLL):
+        s, lse = score(p, span, t.base + number)
+        dp = weigh(p, t, span, t.base + number, s)
         for u in gl.static_range(UNROLL):
-            s, dp, lse, dk, dv, db, place = fold(
-                s, dp, lse, dk, dv, db, place, k, v, k_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars,
-                key_bias, key_mask, slope, stream, cap, done, base, sum_base, group + u, start, stop, n0, ahead, N, lo, hi, scale_log2, WG,
-                BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, u + 1 < UNROLL, MILD, ROW,
-            )  # fmt: skip
+            s, dp, lse, dk, dv, db, place = fold(p, t, span, number + u, s, dp, lse, dk, dv, db, place, u + 1 < UNROLL)
     return dk, dv, db, place
 
 
 @gluon.jit
-def _walk_all(
-    dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias, key_mask, slope,
-    stream, cap, done, base, sum_base, first, last, n0, ahead, N, lo, hi, scale_log2,
-    WG: gl.constexpr, BM: gl.constexpr, HALF: gl.constexpr, BIAS_STAGES: gl.constexpr,
-    IS_MASK: gl.constexpr, KEY_BIASED: gl.constexpr, NEED_DK: gl.constexpr, NEED_DV: gl.constexpr, NEED_DB: gl.constexpr,
-    APART: gl.constexpr, ALIBI: gl.constexpr, MASKED: gl.constexpr, UNROLL: gl.constexpr, MILD: gl.constexpr, ROW: gl.constexpr,
-):  # fmt: skip
-    """``_walk``, UNROLL blocks a step as long as there are so many, and then one by one."""
-    alone = first
+def _walk_all(p, t, start, stop, dk, dv, db, place, MASKED: gl.constexpr, UNROLL: gl.constexpr):
+    """``_walk`` through all blocks ``start … stop``, UNROLL a step as long as there are so many, and then one by one."""
+    alone = start
     if UNROLL > 1:
-        alone = first + max(last - first, 0) // UNROLL * UNROLL
-        dk, dv, db, place = _walk(
-            dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias, key_mask,
-            slope, stream, cap, done, base, sum_base, first, alone, first, last, n0, ahead, N, lo, hi, scale_log2, WG, BM, HALF,
-            BIAS_STAGES, IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, UNROLL, MILD, ROW,
-        )  # fmt: skip
-    return _walk(
-        dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias, key_mask,
-        slope, stream, cap, done, base, sum_base, alone, last, first, last, n0, ahead, N, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES,
-        IS_MASK, KEY_BIASED, NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, MASKED, 1, MILD, ROW,
-    )  # fmt: skip
+        alone = start + max(stop - start, 0) // UNROLL * UNROLL
+        dk, dv, db, place = _walk(p, t, start, stop, dk, dv, db, place, start, alone, MASKED, UNROLL)
+    return _walk(p, t, start, stop, dk, dv, db, place, alone, stop, MASKED, 1)
 
 
 @gluon.jit
@@ -96,156 +177,115 @@ def _keep(parts, row, x):
 
 
 @gluon.jit
-def _consume(
-    dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s,
-    dq_s, dq_sum, bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits,
-    batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
-    APART: gl.constexpr, UNROLL: gl.constexpr, MILD: gl.constexpr, ROW: gl.constexpr,
-):  # fmt: skip
+def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
     """One consumer: 64 keys of every tile of the program."""
+    BM: gl.constexpr = p.C.block_m
+    BN: gl.constexpr = p.C.block_n
     HALF: gl.constexpr = BN // 2
-    BD: gl.constexpr = k_s.shape[4]
-    BDV: gl.constexpr = v_s.shape[4]
-    DT: gl.constexpr = k_s.dtype
-    NEED_DK: gl.constexpr = dk_desc is not None or dk_parts is not None
-    NEED_DV: gl.constexpr = dv_desc is not None or dv_parts is not None
-    NEED_DB: gl.constexpr = dbias is not None
-    KEY_BIASED: gl.constexpr = bias is not None
+    UNROLL: gl.constexpr = p.C.unroll
+    BD: gl.constexpr = p.k_s.shape[4]
+    BDV: gl.constexpr = p.v_s.shape[4]
+    DT: gl.constexpr = p.k_s.dtype
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
-    kv_heads = key_heads(heads, group, splits)
-    scale_log2 = scale * LOG2E
+    grid = grid_of(p)
+    scale_log2 = p.scale * LOG2E
     done = 0
-    for wave in range(share(tiles, snake)):
-        n0, kv_head, b = locate(wave, tiles_n, batch, kv_heads, section, snake, BATCH_FASTEST, BN, LONGEST)
-        n_keys = visible_keys(lengths, b, N)
-        begin, whole, part, end = visible_blocks(n0, M, n_keys, lo, hi, BM, BN)
+    for wave in range(grid.waves()):
+        n0, kv_head, b = grid.locate(wave)
+        x = extent_of(b, p.M, p.N, p.lengths)
+        begin, whole, part, end = visible_blocks(p, x, n0)
         steps = end - begin
         dk = gl.zeros([HALF, BD], gl.float32, accumulator(BD))
         dv = gl.zeros([HALF, BDV], gl.float32, accumulator(BDV))
         j = n0 + WG * HALF + gl.arange(0, HALF, ROWS)
-        kv = wave % KV_STAGES
-        mbarrier.wait(bars[KV_FULL].index(kv), (wave // KV_STAGES) & 1)
-        if lengths is not None:
+        kv = p.kv.slot(wave, 0)
+        p.kv.wait(wave, 0)
+        if p.lengths is not None:
             # The own half; the other consumer meets it in dq, after it has got ds from here.
-            rows = n_keys - (n0 + WG * HALF)
-            if (steps > 0) & (rows < HALF) & (n_keys < N):
-                clear_hidden(k_s.index(kv * 2 + WG).reshape([HALF, BD]), rows)
-                clear_hidden(v_s.index(kv * 2 + WG).reshape([HALF, BDV]), rows)
+            rows = x.keys - (n0 + WG * HALF)
+            if (steps > 0) & (rows < HALF) & (x.keys < p.N):
+                clear_hidden(p.k_s.index(kv * 2 + WG).reshape([HALF, BD]), rows)
+                clear_hidden(p.v_s.index(kv * 2 + WG).reshape([HALF, BDV]), rows)
         place = 0
-        own_head, first_head, members = query_heads(kv_head, group, splits)
+        own_head, first_head, members = query_heads(kv_head, p.group, p.splits)
         for member in range(members):
             head = first_head + member
             sum_base = 0
-            if dq_sum is not None:
-                sum_base = first_block(b * heads + head, M, BM)
-            slope = slope_of(slopes, slope_strides, b, head)
+            if p.dq_sum is not None:
+                sum_base = first_block(b * p.heads + head, p.M, BM)
+            slope = slope_of(p.slopes, p.slope_strides, b, head)
             stream = None
-            if dropout is not None:
-                stream = stream_of(dropout, b, head, heads)
+            if p.dropout is not None:
+                stream = stream_of(p.dropout, b, head, p.heads)
             key_bias = gl.zeros([HALF], gl.float32, ROWS)
-            if KEY_BIASED:
-                row = bias + offset(b // batch_inner, bias_strides[0]) + offset(b % batch_inner, bias_strides[1])
-                row += offset(head, bias_strides[2])
-                key_bias = gl.load(row + j.to(gl.int64) * bias_strides[4], mask=j < N, other=0).to(gl.float32)
+            if p.bias is not None:
+                row = p.bias + offset(b // p.batch_inner, p.bias_strides[0]) + offset(b % p.batch_inner, p.bias_strides[1])
+                row += offset(head, p.bias_strides[2])
+                key_bias = gl.load(row + j.to(gl.int64) * p.bias_strides[4], mask=j < p.N, other=0).to(gl.float32)
             key_mask = None
-            if mask is not None:
-                shown = mask + offset(b // batch_inner, mask_strides[0]) + offset(b % batch_inner, mask_strides[1])
-                shown += offset(head, mask_strides[2])
-                key_mask = gl.load(shown + j.to(gl.int64) * mask_strides[4], mask=j < N, other=0)
+            if p.mask is not None:
+                shown = p.mask + offset(b // p.batch_inner, p.mask_strides[0]) + offset(b % p.batch_inner, p.mask_strides[1])
+                shown += offset(head, p.mask_strides[2])
+                key_mask = gl.load(shown + j.to(gl.int64) * p.mask_strides[4], mask=j < p.N, other=0)
             db = gl.zeros([HALF], gl.float32, ROWS)
             base = done + member * steps - begin
-            if (hi is not None) or (not EVEN_N):
-                dk, dv, db, place = _walk_all(
-                    dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias,
-                    key_mask, slope, stream, cap, done, base, sum_base, begin,
-                    whole,
-                    n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED,
-                    NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, True, 1, MILD, ROW,
-                )  # fmt: skip
-            dk, dv, db, place = _walk_all(
-                dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias,
-                key_mask, slope, stream, cap, done, base, sum_base, whole,
-                part, n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED,
-                NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, False, UNROLL, MILD, ROW,
-            )  # fmt: skip
-            if lo is not None:
-                dk, dv, db, place = _walk_all(
-                    dk, dv, db, place, k_s, v_s, kv, q_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, bars, key_bias,
-                    key_mask, slope, stream, cap, done, base, sum_base, part,
-                    end,
-                    n0, N - M, n_keys, lo, hi, scale_log2, WG, BM, HALF, BIAS_STAGES, IS_MASK, KEY_BIASED,
-                    NEED_DK, NEED_DV, NEED_DB, APART, ALIBI, True, 1, MILD, ROW,
-                )  # fmt: skip
-            if NEED_DB:
-                target = dbias + offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
-                target += offset(head, dbias_strides[2])
-                if dropout is not None:
-                    db = db * dropout[2]
-                gl.store(target + j.to(gl.int64) * dbias_strides[3], db.to(dbias.dtype.element_ty), mask=j < N)
+            t = Keys(x, x.diagonal(), n0, kv, key_bias, key_mask, slope, stream, scale_log2, done, base, sum_base, WG, MILD)
+            if (p.hi is not None) or (not p.EVEN_N):
+                dk, dv, db, place = _walk_all(p, t, begin, whole, dk, dv, db, place, True, 1)
+            dk, dv, db, place = _walk_all(p, t, whole, part, dk, dv, db, place, False, UNROLL)
+            if p.lo is not None:
+                dk, dv, db, place = _walk_all(p, t, part, end, dk, dv, db, place, True, 1)
+            if p.NEED_DB:
+                target = p.dbias + offset(b // p.batch_inner, p.dbias_strides[0]) + offset(b % p.batch_inner, p.dbias_strides[1])
+                target += offset(head, p.dbias_strides[2])
+                if p.dropout is not None:
+                    db = db * p.dropout[2]
+                gl.store(target + j.to(gl.int64) * p.dbias_strides[3], db.to(p.dbias.dtype.element_ty), mask=j < p.N)
         done += steps * members
-        if APART:
+        if p.APART:
             if steps > 0:  # these keys are still read for dq
-                mbarrier.wait(bars[DS_EMPTY].index((done - 1) & 1), ((done - 1) >> 1) & 1)
-        elif ds_s is not None:
+                mbarrier.wait(p.ds_empty.index((done - 1) & 1), ((done - 1) >> 1) & 1)
+        elif p.ds_s is not None:
             if steps > 0:
-                if dq_sum is None:
-                    mbarrier.wait(bars[DQ_EMPTY].index(WG), ((done - 1) & 1) ^ 1)
+                if p.dq_sum is None:
+                    mbarrier.wait(p.dq_empty.index(WG), ((done - 1) & 1) ^ 1)
                 meet(DS_HERE + 8 * WG + ((done - 1) & 1), 256)
-                dq = warpgroup_mma_wait(0, [dq_product(done - 1, ds_s, k_s, kv, WG)])
-                if dq_sum is None:
-                    dq_hand_over(dq, True, dq_s, WG)
+                dq = warpgroup_mma_wait(0, [dq_product(p, done - 1, kv, WG)])
+                if p.dq_sum is None:
+                    dq_hand_over(p, dq, True, WG)
                 else:
-                    add_to_sum(dq_sum, place, dq, None, WG * (BD // 2), ROW)
+                    add_to_sum(p.dq_sum, place, dq, None, WG * (BD // 2), p.ROW)
             # The other consumer may still be reading these keys for its half of dq.
-            mbarrier.arrive(bars[TOGETHER].index(0))
-            mbarrier.wait(bars[TOGETHER].index(0), wave & 1)
-        if dropout is not None:
-            dk = dk * dropout[2]
-            dv = dv * dropout[2]
-        part = (b * kv_heads + kv_head) * tiles_n * BN + n0 + WG * HALF
-        if dk_parts is not None:
-            _keep(dk_parts, part, dk * scale)
-        elif NEED_DK:
-            k_s.index(kv * 2 + WG).reshape([HALF, BD]).store((dk * scale).to(DT))
-        if dv_parts is not None:
-            _keep(dv_parts, part, dv)
-        elif NEED_DV:
-            v_s.index(kv * 2 + WG).reshape([HALF, BDV]).store(dv.to(DT))
+            mbarrier.arrive(p.together.index(0))
+            mbarrier.wait(p.together.index(0), wave & 1)
+        if p.dropout is not None:
+            dk = dk * p.dropout[2]
+            dv = dv * p.dropout[2]
+        row_of_parts = (b * grid.heads + kv_head) * p.tiles_n * BN + n0 + WG * HALF
+        if p.dk_parts is not None:
+            _keep(p.dk_parts, row_of_parts, dk * p.scale)
+        elif p.NEED_DK:
+            p.k_s.index(kv * 2 + WG).reshape([HALF, BD]).store((dk * p.scale).to(DT))
+        if p.dv_parts is not None:
+            _keep(p.dv_parts, row_of_parts, dv)
+        elif p.NEED_DV:
+            p.v_s.index(kv * 2 + WG).reshape([HALF, BDV]).store(dv.to(DT))
         fence_async_shared()
-        if dk_desc is not None:
-            tma_store(dk_desc, [b, n0 + WG * HALF, own_head, 0], k_s.index(kv * 2 + WG))
-        if dv_desc is not None:
-            tma_store(dv_desc, [b, n0 + WG * HALF, own_head, 0], v_s.index(kv * 2 + WG))
+        if p.dk_desc is not None:
+            tma_store(p.dk_desc, [b, n0 + WG * HALF, own_head, 0], p.k_s.index(kv * 2 + WG))
+        if p.dv_desc is not None:
+            tma_store(p.dv_desc, [b, n0 + WG * HALF, own_head, 0], p.v_s.index(kv * 2 + WG))
         tma_store_wait(0)
-        mbarrier.arrive(bars[KV_EMPTY].index(kv))
+        p.kv.release(wave, 0)
 
 
 @gluon.jit
-def _consume_either(
-    mild, dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s,
-    ds_s, dq_s, dq_sum, bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits,
-    batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
-    APART: gl.constexpr, UNROLL: gl.constexpr, ROW: gl.constexpr,
-):  # fmt: skip
+def _consume_either(p, WG: gl.constexpr):
     """One consumer: ``_consume`` in the faster way if all statistics are mild (``edges.py``)."""
-    if (mild is not None) and (mildest(mild) != 0):
-        _consume(
-            dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s,
-            ds_s, dq_s, dq_sum, bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
-            group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, WG, BM, BN, Q_STAGES, O_STAGES,
-            BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, ALIBI, APART, UNROLL, True, ROW,
-        )  # fmt: skip
+    if (p.mild is not None) and (mildest(p.mild) != 0):
+        _consume(p, WG, True)
     else:
-        _consume(
-            dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s,
-            ds_s, dq_s, dq_sum, bars, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
-            group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, WG, BM, BN, Q_STAGES, O_STAGES,
-            BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST, IS_MASK, EVEN_N, ALIBI, APART, UNROLL, False, ROW,
-        )  # fmt: skip
+        _consume(p, WG, False)
 
 
 COUNTS = ["batch", "heads", "group", "splits", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "section", "snake"]
@@ -256,11 +296,10 @@ def keys_backward(
     q_desc, k_desc, v_desc, o_desc, stats_desc, mild, bias_desc, dk_desc, dv_desc, dk_parts, dv_parts, dq_desc, dq_sum, bias, lengths,
     slopes, dbias, bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
-    BM: gl.constexpr, BN: gl.constexpr, Q_STAGES: gl.constexpr, O_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr, KV_STAGES: gl.constexpr,
-    HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, APART: gl.constexpr, UNROLL: gl.constexpr,
-    ROW: gl.constexpr, BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+    C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, ROW: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of BN = 128 keys of a key head; ``tiles`` of them, ``tiles_n`` a (batch, key head) pair, dealt out as ``locate`` says.
+    """Tiles of 128 keys of a key head; ``tiles`` of them, ``tiles_n`` a (batch, key head) pair, dealt out as ``schedule.Uniform`` says.
 
     Descriptors of q, k, v, dout (``o_desc``), dk and dv are over (batch, length, head, dim); that of the table ``stats`` over (batch and
     head, LSE | DELTA | REST, query), written by ``prepare``. The float32 sum of dq is a descriptor over (batch, head, query, dim) or, to be
@@ -272,130 +311,66 @@ def keys_backward(
     kernel pads it). cap: see ``features.squashed``; dropout: see ``stream_of``. None: absent, or not wanted.
     """
     DT: gl.constexpr = q_desc.dtype
-    q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES, q_desc.block_shape), q_desc.layout)
-    o_s = gl.allocate_shared_memory(DT, stacked(O_STAGES, o_desc.block_shape), o_desc.layout)
-    k_s = gl.allocate_shared_memory(DT, stacked(2 * KV_STAGES, k_desc.block_shape), k_desc.layout)
-    v_s = gl.allocate_shared_memory(DT, stacked(2 * KV_STAGES, v_desc.block_shape), v_desc.layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, stacked(Q_STAGES, stats_desc.block_shape), stats_desc.layout)
-    delta_s = gl.allocate_shared_memory(gl.float32, stacked(O_STAGES, stats_desc.block_shape), stats_desc.layout)
+    BM: gl.constexpr = C.block_m
+    KEYS: gl.constexpr = 2 * C.kv_stages
+    BIASES: gl.constexpr = 2 * C.bias_stages
+    APART: gl.constexpr = C.apart and dq_desc is not None
+    NEED_DK: gl.constexpr = dk_desc is not None or dk_parts is not None
+    NEED_DV: gl.constexpr = dv_desc is not None or dv_parts is not None
+    NEED_DB: gl.constexpr = dbias is not None
+    NEED_DS: gl.constexpr = dq_desc is not None or dq_sum is not None or NEED_DK or NEED_DB
+    q_s = gl.allocate_shared_memory(DT, stacked(C.q_stages, q_desc.block_shape), q_desc.layout)
+    o_s = gl.allocate_shared_memory(DT, stacked(C.o_stages, o_desc.block_shape), o_desc.layout)
+    k_s = gl.allocate_shared_memory(DT, stacked(KEYS, k_desc.block_shape), k_desc.layout)
+    v_s = gl.allocate_shared_memory(DT, stacked(KEYS, v_desc.block_shape), v_desc.layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, stacked(C.q_stages, stats_desc.block_shape), stats_desc.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, stacked(C.o_stages, stats_desc.block_shape), stats_desc.layout)
     if HAS_REST:
-        rest_s = gl.allocate_shared_memory(gl.float32, stacked(Q_STAGES, stats_desc.block_shape), stats_desc.layout)
+        rest_s = gl.allocate_shared_memory(gl.float32, stacked(C.q_stages, stats_desc.block_shape), stats_desc.layout)
     else:
         rest_s = None
     if bias_desc is not None:
-        bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(2 * BIAS_STAGES, bias_desc.block_shape), bias_desc.layout)
+        bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIASES, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
     if mask_desc is not None:
-        mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(2 * BIAS_STAGES, mask_desc.block_shape), mask_desc.layout)
+        mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIASES, mask_desc.block_shape), mask_desc.layout)
     else:
         mask_s = None
     if dq_desc is not None or dq_sum is not None:
-        SWIZZLED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BN // 2], DT)
-        ds_s = gl.allocate_shared_memory(DT, [4, BM, BN // 2], SWIZZLED)
+        SWIZZLED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, C.block_n // 2], DT)
+        ds_s = gl.allocate_shared_memory(DT, [4, BM, C.block_n // 2], SWIZZLED)
     else:
         ds_s = None
     if dq_desc is not None:
         dq_s = gl.allocate_shared_memory(gl.float32, stacked(4 if APART else 2, dq_desc.block_shape), dq_desc.layout)
     else:
         dq_s = None
-    kv_full = barriers(KV_STAGES, 1)
-    kv_empty = barriers(KV_STAGES, 2)
-    q_full = barriers(Q_STAGES, 1)
-    o_full = barriers(O_STAGES, 1)
-    bias_full = barriers(2 * BIAS_STAGES, 1)
+    kv = ring(C.kv_stages, 1, 2, True)
+    q_full = barriers(C.q_stages, 1)
+    o_full = barriers(C.o_stages, 1)
+    bias_full = barriers(BIASES, 1)
     ds_empty = barriers(2, 1)
     dq_empty = barriers(2, 1)
     together = barriers(1, 2)
-    bars = (kv_full, kv_empty, q_full, o_full, bias_full, ds_empty, dq_empty, together)
     fence_async_shared()
 
-    # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
+    p = Program(
+        mild, dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s,
+        bias_s, mask_s, ds_s, dq_s, dq_sum, kv, q_full, o_full, bias_full, ds_empty, dq_empty, together, bias_strides,
+        dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits, batch_inner, M, N, lo, hi,
+        scale, tiles_n, tiles, section, snake, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, APART, ROW, IS_MASK, EVEN_N, ALIBI,
+        BATCH_FASTEST, LONGEST,
+    )  # fmt: skip
+    f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
     if APART:
-        gl.warp_specialize([
-            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dk_parts), optional(dv_parts),
-                        optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s, k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
-                        bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
-                        optional(mask_strides), batch,
-                        heads, group, optional(splits), batch_inner, M, N, optional(lo),
-                        optional(hi), scale,
-                        tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dk_parts), optional(dv_parts),
-                        optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s, k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
-                        bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
-                        optional(mask_strides), batch,
-                        heads, group, optional(splits), batch_inner, M, N, optional(lo),
-                        optional(hi), scale,
-                        tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (add_up_apart, (dq_desc, optional(lengths), k_s, ds_s, dq_s, bars, batch, heads, group, optional(splits), M, N, optional(lo),
-                             optional(hi), tiles_n, tiles, section, snake, BM, BN, KV_STAGES, BATCH_FASTEST, LONGEST)),
-            (produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
-                        v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, optional(splits), batch_inner, M,
-                        N, optional(lo), optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN,
-                        Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
-        ], [4, 4, 1], [208, 72, 24])  # fmt: skip
+        gl.warp_specialize(
+            [(_consume_either, (p, 0)), (_consume_either, (p, 1)), (add_up_apart, (p, dq_desc)), (produce, (p, f))],
+            [4, 4, 1], [208, 72, 24],
+        )  # fmt: skip
     elif dq_desc is not None:
-        gl.warp_specialize([
-            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dk_parts), optional(dv_parts),
-                        optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s, k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
-                        bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
-                        optional(mask_strides), batch,
-                        heads, group, optional(splits), batch_inner, M, N, optional(lo),
-                        optional(hi), scale,
-                        tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dk_parts), optional(dv_parts),
-                        optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s, k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
-                        bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
-                        optional(mask_strides), batch,
-                        heads, group, optional(splits), batch_inner, M, N, optional(lo),
-                        optional(hi), scale,
-                        tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
-                        v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, optional(splits), batch_inner, M,
-                        N, optional(lo), optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN,
-                        Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
-            (add_up, (dq_desc, optional(lengths), dq_s, bars, batch, heads, group, optional(splits), M, N, optional(lo), optional(hi),
-                       tiles_n, tiles, section, snake, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
-        ], [4, 1, 1], [240, 24, 24])  # fmt: skip
+        gl.warp_specialize(
+            [(_consume_either, (p, 0)), (_consume_either, (p, 1)), (produce, (p, f)), (add_up, (p, dq_desc))], [4, 1, 1], [240, 24, 24]
+        )
     else:
-        gl.warp_specialize([
-            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dk_parts), optional(dv_parts),
-                        optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s, k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
-                        bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
-                        optional(mask_strides), batch,
-                        heads, group, optional(splits), batch_inner, M, N, optional(lo),
-                        optional(hi), scale,
-                        tiles_n, tiles, section, snake, 0, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (_consume_either, (optional(mild), optional(dk_desc), optional(dv_desc), optional(dk_parts), optional(dv_parts),
-                        optional(dbias), optional(bias), optional(lengths), optional(slopes), q_s, k_s, v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), optional(ds_s), optional(dq_s), optional(dq_sum),
-                        bars, optional(bias_strides),
-                        optional(dbias_strides), optional(slope_strides), optional(cap), optional(dropout), optional(mask),
-                        optional(mask_strides), batch,
-                        heads, group, optional(splits), batch_inner, M, N, optional(lo),
-                        optional(hi), scale,
-                        tiles_n, tiles, section, snake, 1, BM, BN, Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST,
-                        IS_MASK, EVEN_N, ALIBI, APART, UNROLL, ROW)),
-            (produce, (q_desc, k_desc, v_desc, o_desc, stats_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s,
-                        v_s, o_s, lse_s, delta_s,
-                        optional(rest_s), optional(bias_s), optional(mask_s), bars, batch, heads, group, optional(splits), batch_inner, M,
-                        N, optional(lo), optional(hi), optional(bias_on), optional(mask_on), tiles_n, tiles, section, snake, BM, BN,
-                        Q_STAGES, O_STAGES, BIAS_STAGES, KV_STAGES, BATCH_FASTEST, LONGEST)),
-        ], [4, 1], [240, 24])  # fmt: skip
+        gl.warp_specialize([(_consume_either, (p, 0)), (_consume_either, (p, 1)), (produce, (p, f))], [4, 1], [240, 24])

@@ -7,13 +7,15 @@ from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from ..triton.records import record
+
 __all__ = [
     "TensorDescriptor",
     "fence_async_shared",
     "gl",
     "gluon",
     "mbarrier",
-    "optional",
+    "record",
     "thread_barrier",
     "tma_add",
     "tma_load",
@@ -27,12 +29,6 @@ tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 tma_store_wait = tma.store_wait
 thread_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-
-@builtin
-def optional(x, _semantic=None):
-    """x, or where it is None a None that can be an element of a partition's tuple of arguments."""
-    return gl.constexpr(None) if x is None else x
 
 
 @builtin

@@ -20,7 +20,7 @@ from .compat import (
     gl,
     gluon,
     mbarrier,
-    optional,
+    record,
     tma_load,
     tma_store,
     tma_store_wait,
@@ -28,12 +28,62 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .dropout import drawn, of_scores, signed, stream_of
-from .features import add_alibi, capped, slope_of, squashed, visible_keys
-from .grid import accumulator, barriers, mildest, stacked
+from .features import add_alibi, capped, mildest, slope_of, squashed, visible_keys
+from .layouts import accumulator, stacked
+from .rings import Ring, barriers, ring
 from .rows import add_bias, exponents, hide_unseen, statistics
 
-# A program's barriers are a tuple with an element a name, which holds one for every buffer.
-LEFT_FULL, LEFT_EMPTY, RIGHT_FULL, RIGHT_EMPTY, BIAS_FULL, BIAS_EMPTY, TURN = map(gl.constexpr, range(7))  # of TURN one a consumer
+BM = gl.constexpr(64)  # queries of a consumer
+
+
+@record
+class Program:
+    """What all partitions of a program work with. C: the configuration (``plan/hopper_rows.RowsConfig``); the rest as ``dbias`` says."""
+
+    mild: object
+    dbias_desc: object
+    dbias: object
+    lengths: object
+    slopes: object
+    stats: object
+    left_s: object
+    right_s: object
+    bias_s: object
+    left: Ring
+    right: Ring
+    biases: Ring
+    turns: object
+    dbias_strides: object
+    slope_strides: object
+    cap: object
+    dropout: object
+    mask: object
+    mask_strides: object
+    batch_outer: object
+    batch_inner: object
+    heads: object
+    M: object
+    N: object
+    lo: object
+    hi: object
+    scale: object
+    splits: object
+    tiles_m: object
+    tiles: object
+    places: object
+    fold: object
+    shuffle: object
+    zeros_s: object
+    tiles_n: object
+    C: gl.constexpr
+    S_CHUNKS: gl.constexpr
+    DP_CHUNKS: gl.constexpr
+    VARIES_B0: gl.constexpr
+    VARIES_B1: gl.constexpr
+    VARIES_H: gl.constexpr
+    HAS_REST: gl.constexpr
+    EVEN: gl.constexpr
+    ALIBI: gl.constexpr
 
 
 @gluon.constexpr_function
@@ -43,356 +93,301 @@ def chunks_of(dim, CHUNK):
 
 
 @gluon.jit
-def _entry(
-    left, batch_outer, batch_inner, heads, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
-):  # fmt: skip
+def _entry(p, left):
     """(part, outer batch, inner batch, head, rounds) of a copy of the tiles of a head, the part slowest."""
     rounds = 1
     head = 0
     b1 = 0
     b0 = 0
-    if VARIES_H:
-        head = left % heads
-        left = left // heads
+    if p.VARIES_H:
+        head = left % p.heads
+        left = left // p.heads
     else:
-        rounds = rounds * heads
-    if VARIES_B1:
-        b1 = left % batch_inner
-        left = left // batch_inner
+        rounds = rounds * p.heads
+    if p.VARIES_B1:
+        b1 = left % p.batch_inner
+        left = left // p.batch_inner
     else:
-        rounds = rounds * batch_inner
-    if VARIES_B0:
-        b0 = left % batch_outer
-        left = left // batch_outer
+        rounds = rounds * p.batch_inner
+    if p.VARIES_B0:
+        b0 = left % p.batch_outer
+        left = left // p.batch_outer
     else:
-        rounds = rounds * batch_outer
+        rounds = rounds * p.batch_outer
     return left, b0, b1, head, rounds
 
 
 @gluon.jit
-def _seen(tm, M, N, lo, hi, ROWS: gl.constexpr, BN: gl.constexpr):
+def _seen(p, tm):
     """Which tiles of keys some query of a tile of queries sees: (first, end); none of a tile of queries before the first."""
-    begin, _a, _b, end = segments(tm * ROWS, min(tm * ROWS + ROWS, M) - 1, N, lo, hi, BN)
+    ROWS: gl.constexpr = BM * p.C.consumers
+    begin, _a, _b, end = segments(tm * ROWS, min(tm * ROWS + ROWS, p.M) - 1, p.N, p.lo, p.hi, p.C.block_n)
     return begin, gl.where(tm < 0, 0, end)
 
 
 @gluon.jit
-def _tile(
-    index, batch_outer, batch_inner, heads, tiles_m, places, fold, shuffle, M, N, lo, hi, splits,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr,
-):  # fmt: skip
+def _tile(p, index):
     """(part, outer batch, inner batch, head, first query, first key, first round, last round) of a tile; no rounds where nobody sees it.
 
     The tiles of a head have ``places``, in rows of ``fold``, taken in steps of ``shuffle``, which has no divisor in common with their
     number. A triangle is folded: its last row of tiles lies turned round behind its first, and so on; of an odd number the last is alone.
     """
-    left = index // places
-    place = (index - left * places) * shuffle % places
-    tm = place // fold
-    tn = place - tm * fold
-    if lo is None and hi is not None:
-        opposite = tiles_m - 1 - tm
-        tm -= tiles_m % 2
-        _begin, own = _seen(tm, M, N, lo, hi, ROWS, BN)
+    left = index // p.places
+    place = (index - left * p.places) * p.shuffle % p.places
+    tm = place // p.fold
+    tn = place - tm * p.fold
+    if p.lo is None and p.hi is not None:
+        opposite = p.tiles_m - 1 - tm
+        tm -= p.tiles_m % 2
+        _begin, own = _seen(p, tm)
         tm = gl.where(tn < own, tm, opposite)
-        tn = gl.where(tn < own, tn, fold - 1 - tn)
-    part, b0, b1, head, rounds = _entry(left, batch_outer, batch_inner, heads, VARIES_B0, VARIES_B1, VARIES_H)
-    if lo is not None or hi is not None:
-        begin, end = _seen(tm, M, N, lo, hi, ROWS, BN)
+        tn = gl.where(tn < own, tn, p.fold - 1 - tn)
+    part, b0, b1, head, rounds = _entry(p, left)
+    if p.lo is not None or p.hi is not None:
+        begin, end = _seen(p, tm)
         rounds = gl.where((tn >= begin) & (tn < end), rounds, 0)
     first = 0
     last = rounds
-    if splits > 1:  # two divisions of 64 bits
-        first = (offset(rounds, part) // splits).to(gl.int32)
-        last = (offset(rounds, part + 1) // splits).to(gl.int32)
-    return part, b0, b1, head, tm * ROWS, tn * BN, first, last
+    if p.splits > 1:  # two divisions of 64 bits
+        first = (offset(rounds, part) // p.splits).to(gl.int32)
+        last = (offset(rounds, part + 1) // p.splits).to(gl.int32)
+    return part, b0, b1, head, tm * (BM * p.C.consumers), tn * p.C.block_n, first, last
 
 
 @gluon.jit
-def _round(
-    r, b0, b1, head, batch_outer, batch_inner,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
-):  # fmt: skip
+def _round(p, r, b0, b1, head):
     """(batch, head) of a round of a tile."""
-    if not VARIES_B1:
-        b1 = r % batch_inner
-        r = r // batch_inner
-    if not VARIES_B0:
-        b0 = r % batch_outer
-        r = r // batch_outer
-    if not VARIES_H:
+    if not p.VARIES_B1:
+        b1 = r % p.batch_inner
+        r = r // p.batch_inner
+    if not p.VARIES_B0:
+        b0 = r % p.batch_outer
+        r = r // p.batch_outer
+    if not p.VARIES_H:
         head = r
-    return b0 * batch_inner + b1, head
+    return b0 * p.batch_inner + b1, head
 
 
 @gluon.jit
-def _fetch(
-    desc, ring, bars, at, b, row, head, column, FULL: gl.constexpr, EMPTY: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr,
-):  # fmt: skip
+def _fetch(desc, buffers, slots, at, b, row, head, column, PARTS: gl.constexpr):
     """One chunk of an operand into its slot, in PARTS buffers of rows that follow one another."""
-    slot = at % SLOTS
-    full = bars[FULL].index(slot)
-    mbarrier.wait(bars[EMPTY].index(slot), ((at // SLOTS) & 1) ^ 1)
+    slot = slots.slot(at, 0)
+    full = slots.full.index(slot)
+    slots.acquire(at, 0)
     mbarrier.expect(full, PARTS * desc.block_type.nbytes)
     for w in gl.static_range(PARTS):
-        tma_load(desc, [b, row + w * ring.shape[2], head, column], full, ring.index(slot * PARTS + w))
+        tma_load(desc, [b, row + w * buffers.shape[2], head, column], full, buffers.index(slot * PARTS + w))
 
 
 @gluon.jit
-def _produce(
-    s_desc, dp_desc, ring, bars, batch_outer, batch_inner, heads, group, M, N, lo, hi, splits, tiles_m, tiles, places, fold, shuffle,
-    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, FULL: gl.constexpr, EMPTY: gl.constexpr, S_CHUNKS: gl.constexpr,
-    DP_CHUNKS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, OF_KEYS: gl.constexpr,
-):  # fmt: skip
+def _produce(p, s_desc, dp_desc, buffers, slots, group, OF_KEYS: gl.constexpr):
     """A producer: every load of one side of both products, in the order in which the consumers need them."""
-    CHUNK: gl.constexpr = ring.shape[4]
-    PARTS: gl.constexpr = 1 if OF_KEYS else WGS
-    SLOTS: gl.constexpr = ring.shape[0] // PARTS
+    CHUNK: gl.constexpr = buffers.shape[4]
+    PARTS: gl.constexpr = 1 if OF_KEYS else p.C.consumers
     at = 0  # chunks so far
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        _part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
-            BM * WGS, BN,
-        )  # fmt: skip
+    for index in range(gl.program_id(0), p.tiles, gl.num_programs(0)):
+        _part, b0, b1, own_head, m0, n0, first, last = _tile(p, index)
         row = n0 if OF_KEYS else m0
         for r in range(first, last):
-            b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
+            b, head = _round(p, r, b0, b1, own_head)
             if OF_KEYS:
                 head = head // group
-            for c in gl.static_range(S_CHUNKS):
-                _fetch(s_desc, ring, bars, at + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
-            for c in gl.static_range(DP_CHUNKS):
-                _fetch(dp_desc, ring, bars, at + S_CHUNKS + c, b, row, head, c * CHUNK, FULL, EMPTY, SLOTS, PARTS)
-            at += S_CHUNKS + DP_CHUNKS
+            for c in gl.static_range(p.S_CHUNKS):
+                _fetch(s_desc, buffers, slots, at + c, b, row, head, c * CHUNK, PARTS)
+            for c in gl.static_range(p.DP_CHUNKS):
+                _fetch(dp_desc, buffers, slots, at + p.S_CHUNKS + c, b, row, head, c * CHUNK, PARTS)
+            at += p.S_CHUNKS + p.DP_CHUNKS
 
 
 @gluon.jit
-def _supply(
-    bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, lo, hi, splits, tiles_m, tiles, places, fold, shuffle,
-    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BIAS_FULL: gl.constexpr, BIAS_EMPTY: gl.constexpr,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
-):  # fmt: skip
+def _supply(p, bias_desc):
     """The third producer: the bias of every tile that somebody sees, as soon as its buffer is free."""
-    BIAS_STAGES: gl.constexpr = bias_s.shape[0] // WGS
+    WGS: gl.constexpr = p.C.consumers
     wave = 0  # tiles so far
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        _part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
-            BM * WGS, BN,
-        )  # fmt: skip
+    for index in range(gl.program_id(0), p.tiles, gl.num_programs(0)):
+        _part, b0, b1, own_head, m0, n0, first, last = _tile(p, index)
         if first < last:
             for w in gl.static_range(WGS):
-                buffer = wave % BIAS_STAGES * WGS + w
-                full = bars[BIAS_FULL].index(buffer)
-                mbarrier.wait(bars[BIAS_EMPTY].index(buffer), ((wave // BIAS_STAGES) & 1) ^ 1)
+                buffer = p.biases.slot(wave, w)
+                full = p.biases.full.index(buffer)
+                p.biases.acquire(wave, w)
                 mbarrier.expect(full, bias_desc.block_type.nbytes)
-                tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0], full, bias_s.index(buffer))
+                tma_load(bias_desc, [b0, b1, own_head, m0 + w * BM, n0], full, p.bias_s.index(buffer))
             wave += 1
 
 
 @gluon.jit
-def _clear(
-    dbias_desc, dbias, zeros_s, dbias_strides, batch_outer, batch_inner, heads, M, N, lo, hi, splits, tiles_m, tiles_n,
-    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr,
-):  # fmt: skip
+def _clear(p):
     """A warp for the tiles that nobody sees: zeros, which wait for nothing and which nobody waits for."""
+    BN: gl.constexpr = p.C.block_n
+    WGS: gl.constexpr = p.C.consumers
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    if lo is not None or hi is not None:
-        own = tiles_m * tiles_n
-        tiles = own * splits
-        tiles *= heads if VARIES_H else 1
-        tiles *= batch_inner if VARIES_B1 else 1
-        tiles *= batch_outer if VARIES_B0 else 1
+    if p.lo is not None or p.hi is not None:
+        own = p.tiles_m * p.tiles_n
+        tiles = own * p.splits
+        tiles *= p.heads if p.VARIES_H else 1
+        tiles *= p.batch_inner if p.VARIES_B1 else 1
+        tiles *= p.batch_outer if p.VARIES_B0 else 1
         for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-            tm = index % own // tiles_n
-            tn = index % tiles_n
+            tm = index % own // p.tiles_n
+            tn = index % p.tiles_n
             m0 = tm * (BM * WGS)
             n0 = tn * BN
-            begin, end = _seen(tm, M, N, lo, hi, BM * WGS, BN)
+            begin, end = _seen(p, tm)
             if (tn < begin) | (tn >= end):
-                part, b0, b1, head, _rounds = _entry(index // own, batch_outer, batch_inner, heads, VARIES_B0, VARIES_B1, VARIES_H)
-                if dbias_desc is not None:
+                part, b0, b1, head, _rounds = _entry(p, index // own)
+                if p.dbias_desc is not None:
                     for w in gl.static_range(WGS):
-                        tma_store(dbias_desc, [b0, b1, head, m0 + w * BM, n0], zeros_s)
+                        tma_store(p.dbias_desc, [b0, b1, head, m0 + w * BM, n0], p.zeros_s)
                 else:
                     j = gl.arange(0, BN, LINE)
-                    row = _own(dbias, dbias_strides, part, b0, b1, head, m0, n0) + j.to(gl.int64) * dbias_strides[5]
-                    for i in range(min(BM * WGS, M - m0)):
-                        gl.store(row + offset(i, dbias_strides[4]), gl.zeros([BN], dbias.dtype.element_ty, LINE), mask=n0 + j < N)
-        if dbias_desc is not None:
+                    row = _own(p, part, b0, b1, head, m0, n0) + j.to(gl.int64) * p.dbias_strides[5]
+                    for i in range(min(BM * WGS, p.M - m0)):
+                        zeros = gl.zeros([BN], p.dbias.dtype.element_ty, LINE)
+                        gl.store(row + offset(i, p.dbias_strides[4]), zeros, mask=n0 + j < p.N)
+        if p.dbias_desc is not None:
             tma_store_wait(0)
 
 
 @gluon.jit
-def _own(dbias, strides, part, b0, b1, head, m0, n0):
+def _own(p, part, b0, b1, head, m0, n0):
     """Where a tile begins in a gradient of any strides."""
-    base = dbias + offset(part, strides[0]) + offset(b0, strides[1]) + offset(b1, strides[2])
+    strides = p.dbias_strides
+    base = p.dbias + offset(part, strides[0]) + offset(b0, strides[1]) + offset(b1, strides[2])
     return base + offset(head, strides[3]) + offset(m0, strides[4]) + offset(n0, strides[5])
 
 
 @gluon.jit
-def _multiply(
-    acc, left_s, right_s, bars, at, WG: gl.constexpr, WGS: gl.constexpr, LEFT_FULL: gl.constexpr, RIGHT_FULL: gl.constexpr,
-    FIRST: gl.constexpr,
-):  # fmt: skip
+def _multiply(p, acc, at, WG: gl.constexpr, FIRST: gl.constexpr):
     """Issue the product of one chunk, as soon as it is there."""
-    LEFT: gl.constexpr = left_s.shape[0] // WGS
-    RIGHT: gl.constexpr = right_s.shape[0]
-    mbarrier.wait(bars[LEFT_FULL].index(at % LEFT), (at // LEFT) & 1)
-    mbarrier.wait(bars[RIGHT_FULL].index(at % RIGHT), (at // RIGHT) & 1)
-    left = left_s.index(at % LEFT * WGS + WG).reshape([left_s.shape[2], left_s.shape[4]])
-    right = right_s.index(at % RIGHT).reshape([right_s.shape[2], right_s.shape[4]]).permute((1, 0))
+    WGS: gl.constexpr = p.C.consumers
+    p.left.wait(at, 0)
+    p.right.wait(at, 0)
+    left = p.left_s.index(p.left.slot(at, 0) * WGS + WG).reshape([p.left_s.shape[2], p.left_s.shape[4]])
+    right = p.right_s.index(p.right.slot(at, 0)).reshape([p.right_s.shape[2], p.right_s.shape[4]]).permute((1, 0))
     return warpgroup_mma(left, right, acc, use_acc=not FIRST, is_async=True)
 
 
 @gluon.jit
-def _release(bars, at, COUNT: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, LEFT_EMPTY: gl.constexpr, RIGHT_EMPTY: gl.constexpr):
+def _release(p, at, COUNT: gl.constexpr):
     """COUNT chunks, of both sides, are no longer needed."""
     for c in gl.static_range(COUNT):
-        mbarrier.arrive(bars[LEFT_EMPTY].index((at + c) % LEFT))
-        mbarrier.arrive(bars[RIGHT_EMPTY].index((at + c) % RIGHT))
+        p.left.release(at + c, 0)
+        p.right.release(at + c, 0)
 
 
 @gluon.jit
-def _consume(
-    dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars, dbias_strides, slope_strides, cap, dropout,
-    mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles, places, fold, shuffle,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
-    ALIBI: gl.constexpr,
-    TURNS: gl.constexpr, MILD: gl.constexpr,
-):  # fmt: skip
+def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
     """One consumer: 64 queries of every tile of the program that somebody sees."""
+    BN: gl.constexpr = p.C.block_n
     S: gl.constexpr = accumulator(BN)
-    LEFT: gl.constexpr = left_s.shape[0] // WGS
-    RIGHT: gl.constexpr = right_s.shape[0]
-    BIASES: gl.constexpr = bias_s.shape[0]
-    BIAS_STAGES: gl.constexpr = BIASES // WGS
+    S_CHUNKS: gl.constexpr = p.S_CHUNKS
+    DP_CHUNKS: gl.constexpr = p.DP_CHUNKS
     CHUNKS: gl.constexpr = S_CHUNKS + DP_CHUNKS
-    EARLY: gl.constexpr = 0 if CHUNKS <= min(LEFT, RIGHT) else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
-    scale_log2 = scale * LOG2E
+    SLOTS: gl.constexpr = min(p.C.num_stages, p.C.value_stages)
+    EARLY: gl.constexpr = 0 if CHUNKS <= SLOTS else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
+    scale_log2 = p.scale * LOG2E
     nothing = gl.zeros([BM, BN], gl.float32, S)
     at = 0
     wave = 0
-    for index in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        part, b0, b1, own_head, m0, n0, first, last = _tile(
-            index, batch_outer, batch_inner, heads, tiles_m, places, fold, shuffle, M, N, lo, hi, splits, VARIES_B0, VARIES_B1, VARIES_H,
-            BM * WGS, BN,
-        )  # fmt: skip
+    for index in range(gl.program_id(0), p.tiles, gl.num_programs(0)):
+        part, b0, b1, own_head, m0, n0, first, last = _tile(p, index)
         m0 += WG * BM
-        buffer = wave % BIAS_STAGES * WGS + WG
+        buffer = p.biases.slot(wave, WG)
         acc = gl.zeros([BM, BN], gl.float32, S)
         for r in range(first, last):
-            b, head = _round(r, b0, b1, own_head, batch_outer, batch_inner, VARIES_B0, VARIES_B1, VARIES_H)
-            lse, delta, rest = statistics(stats, b * heads + head, m0, M, HAS_REST, BM, BN)
-            n_keys = visible_keys(lengths, b, N)
-            if mask is not None:
+            b, head = _round(p, r, b0, b1, own_head)
+            lse, delta, rest = statistics(p.stats, b * p.heads + head, m0, p.M, p.HAS_REST, BM, BN)
+            n_keys = visible_keys(p.lengths, b, p.N)
+            if p.mask is not None:
                 j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
-                row = mask + offset(b // batch_inner, mask_strides[0]) + offset(b % batch_inner, mask_strides[1])
-                row += offset(head, mask_strides[2])
+                row = p.mask + offset(b // p.batch_inner, p.mask_strides[0]) + offset(b % p.batch_inner, p.mask_strides[1])
+                row += offset(head, p.mask_strides[2])
                 # A row that TMA could address: keys are neighbours, and it begins at an even address. Read by two, a byte past an odd end.
-                if EVEN:
+                if p.EVEN:
                     shown = gl.expand_dims(gl.load(row + j), 0)
                 else:
-                    shown = gl.expand_dims(gl.load(row + j, mask=j < (N + 1) // 2 * 2, other=0), 0)
-            if TURNS:
-                mbarrier.wait(bars[TURN + WG].index(0), (at // CHUNKS) & 1)
-            s_pending = _multiply(nothing, left_s, right_s, bars, at, WG, WGS, LEFT_FULL, RIGHT_FULL, True)
+                    shown = gl.expand_dims(gl.load(row + j, mask=j < (p.N + 1) // 2 * 2, other=0), 0)
+            if p.C.turns:
+                mbarrier.wait(p.turns[WG].index(0), (at // CHUNKS) & 1)
+            s_pending = _multiply(p, nothing, at, WG, True)
             for c in gl.static_range(1, S_CHUNKS):
-                s_pending = _multiply(s_pending, left_s, right_s, bars, at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False)
+                s_pending = _multiply(p, s_pending, at + c, WG, False)
                 if c <= EARLY:
                     s_pending = warpgroup_mma_wait(1, [s_pending])
-                    _release(bars, at + c - 1, 1, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
-            dp_pending = _multiply(nothing, left_s, right_s, bars, at + S_CHUNKS, WG, WGS, LEFT_FULL, RIGHT_FULL, True)
+                    _release(p, at + c - 1, 1)
+            dp_pending = _multiply(p, nothing, at + S_CHUNKS, WG, True)
             for c in gl.static_range(S_CHUNKS + 1, CHUNKS):
-                dp_pending = _multiply(dp_pending, left_s, right_s, bars, at + c, WG, WGS, LEFT_FULL, RIGHT_FULL, False)
-            if TURNS:
-                mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
+                dp_pending = _multiply(p, dp_pending, at + c, WG, False)
+            if p.C.turns:
+                mbarrier.arrive(p.turns[(WG + 1) % p.C.consumers].index(0))
             s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
-            _release(bars, at + EARLY, S_CHUNKS - EARLY, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
+            _release(p, at + EARLY, S_CHUNKS - EARLY)
 
-            mbarrier.wait(bars[BIAS_FULL].index(buffer), (wave // BIAS_STAGES) & 1)
-            bias = bias_s.index(buffer).reshape([BM, BN]).load(S)
-            if cap is not None:
-                if lengths is not None:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
+            mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
+            bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
+            if p.cap is not None:
+                if p.lengths is not None:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
                     s = hide_unseen(s, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
-                s = capped(squashed(s, cap), cap)
+                s = capped(squashed(s, p.cap), p.cap)
             else:
                 s = s * scale_log2
             if MILD:
                 s = s - gl.expand_dims(lse, 1)
             s = add_bias(s, bias, False)
-            if ALIBI:
-                slope = slope_of(slopes, slope_strides, b, head)
-                s = add_alibi(s, slope, n0 - m0 - (N - M), 1, ALIBI)
-            if mask is not None:
+            if p.ALIBI:
+                slope = slope_of(p.slopes, p.slope_strides, b, head)
+                s = add_alibi(s, slope, n0 - m0 - (p.N - p.M), 1, p.ALIBI)
+            if p.mask is not None:
                 s = add_bias(s, shown, True)
-            if lengths is not None:
+            if p.lengths is not None:
                 s = hide_unseen(s, m0, n0, n_keys, None, None, BM, BN, "0fFF800000")
             if not MILD:
-                s = exponents(s, lse, rest, HAS_REST, True)
-            p = gl.exp2(s)
-            if dropout is not None:
-                p = signed(p, drawn(stream_of(dropout, b, head, heads), m0, n0, BM, BN, False))
+                s = exponents(s, lse, rest, p.HAS_REST, True)
+            weight = gl.exp2(s)
+            if p.dropout is not None:
+                weight = signed(weight, drawn(stream_of(p.dropout, b, head, p.heads), m0, n0, BM, BN, False))
 
-            done = at + CHUNKS - 1  # long since full: waited for to keep ptxas from moving the wait for dp up
-            mbarrier.wait(bars[RIGHT_FULL].index(done % RIGHT), (done // RIGHT) & 1)
+            p.right.wait(at + CHUNKS - 1, 0)  # long since full: waited for to keep ptxas from moving the wait for dp up
             dp = warpgroup_mma_wait(0, [dp_pending])
-            _release(bars, at + S_CHUNKS, DP_CHUNKS, LEFT, RIGHT, LEFT_EMPTY, RIGHT_EMPTY)
-            if lengths is not None:  # values that are hidden may be anything
+            _release(p, at + S_CHUNKS, DP_CHUNKS)
+            if p.lengths is not None:  # values that are hidden may be anything
                 dp = hide_unseen(dp, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
-            acc += of_scores(p, dp, gl.expand_dims(delta, 1), dropout is not None)
+            acc += of_scores(weight, dp, gl.expand_dims(delta, 1), p.dropout is not None)
             at += CHUNKS
 
         if first < last:
             # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
-            if lo is not None or hi is not None:
-                acc = hide_unseen(acc, m0, n0, N, lo, hi, BM, BN, "0f00000000")
-            if dropout is not None:
-                acc = acc * dropout[2]
-            if dbias_desc is not None:
-                bias_s.index(buffer).reshape([BM, BN]).store(acc.to(dbias_desc.dtype))
+            if p.lo is not None or p.hi is not None:
+                acc = hide_unseen(acc, m0, n0, p.N, p.lo, p.hi, BM, BN, "0f00000000")
+            if p.dropout is not None:
+                acc = acc * p.dropout[2]
+            if p.dbias_desc is not None:
+                p.bias_s.index(buffer).reshape([BM, BN]).store(acc.to(p.dbias_desc.dtype))
                 fence_async_shared()
-                tma_store(dbias_desc, [b0, b1, own_head, m0, n0], bias_s.index(buffer))
+                tma_store(p.dbias_desc, [b0, b1, own_head, m0, n0], p.bias_s.index(buffer))
                 tma_store_wait(0)
             else:
-                base = _own(dbias, dbias_strides, part, b0, b1, own_head, m0, n0)
+                base = _own(p, part, b0, b1, own_head, m0, n0)
                 i = gl.expand_dims(gl.arange(0, BM, gl.SliceLayout(1, S)), 1)
                 j = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
-                pointers = base + i.to(gl.int64) * dbias_strides[4] + j.to(gl.int64) * dbias_strides[5]
-                if EVEN:
-                    gl.store(pointers, acc.to(dbias.dtype.element_ty))
+                pointers = base + i.to(gl.int64) * p.dbias_strides[4] + j.to(gl.int64) * p.dbias_strides[5]
+                if p.EVEN:
+                    gl.store(pointers, acc.to(p.dbias.dtype.element_ty))
                 else:
-                    gl.store(pointers, acc.to(dbias.dtype.element_ty), mask=(m0 + i < M) & (n0 + j < N))
+                    gl.store(pointers, acc.to(p.dbias.dtype.element_ty), mask=(m0 + i < p.M) & (n0 + j < p.N))
                 fence_async_shared()  # behind the loads of the bias: see the forward kernel
-            mbarrier.arrive(bars[BIAS_EMPTY].index(buffer))
+            mbarrier.arrive(p.biases.empty.index(buffer))
             wave += 1
 
 
 @gluon.jit
-def _consume_either(
-    mild, dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars, dbias_strides, slope_strides, cap, dropout,
-    mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles, places, fold, shuffle,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, S_CHUNKS: gl.constexpr, DP_CHUNKS: gl.constexpr,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
-    ALIBI: gl.constexpr,
-    TURNS: gl.constexpr,
-):  # fmt: skip
+def _consume_either(p, WG: gl.constexpr):
     """One consumer: ``_consume`` in the faster way if all statistics are mild (``edges.py``)."""
-    if (mild is not None) and (mildest(mild) != 0):
-        _consume(
-            dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars, dbias_strides, slope_strides, cap,
-            dropout, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles, places,
-            fold, shuffle, WG, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS,
-            True,
-        )  # fmt: skip
+    if (p.mild is not None) and (mildest(p.mild) != 0):
+        _consume(p, WG, True)
     else:
-        _consume(
-            dbias_desc, dbias, lengths, slopes, stats, left_s, right_s, bias_s, bars, dbias_strides, slope_strides, cap,
-            dropout, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m, tiles, places,
-            fold, shuffle, WG, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS,
-            False,
-        )  # fmt: skip
+        _consume(p, WG, False)
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
@@ -406,10 +401,8 @@ COUNTS = [
 def dbias(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, mild, dbias_strides, slope_strides, cap,
     dropout, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places,
-    fold, shuffle, D: gl.constexpr, DV: gl.constexpr, WGS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, BIAS_STAGES: gl.constexpr,
-    VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr,
-    ALIBI: gl.constexpr,
-    TURNS: gl.constexpr, REGISTERS: gl.constexpr,
+    fold, shuffle, C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr,
+    VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
     """``tiles_m`` by ``tiles_n`` tiles a head of the bias, which have ``places`` (``_tile``); ``tiles`` are the places of all heads of the
     bias, times ``splits``, the part slowest.
@@ -420,71 +413,37 @@ def dbias(
     ``dropout.stream_of``. Query head h reads key head
     ``h // group``.
     """
-    BM: gl.constexpr = 64
-    BN: gl.constexpr = k_desc.block_shape[1]
-    CHUNK: gl.constexpr = k_desc.block_shape[3]
-    S_CHUNKS: gl.constexpr = chunks_of(D, CHUNK)
-    DP_CHUNKS: gl.constexpr = chunks_of(DV, CHUNK)
-    BIASES: gl.constexpr = BIAS_STAGES * WGS
+    BN: gl.constexpr = C.block_n
+    WGS: gl.constexpr = C.consumers
     DT: gl.constexpr = q_desc.dtype
-    left_s = gl.allocate_shared_memory(DT, stacked(LEFT * WGS, q_desc.block_shape), q_desc.layout)
-    right_s = gl.allocate_shared_memory(DT, stacked(RIGHT, k_desc.block_shape), k_desc.layout)
-    bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIASES, bias_desc.block_shape), bias_desc.layout)
+    left_s = gl.allocate_shared_memory(DT, stacked(C.value_stages * WGS, q_desc.block_shape), q_desc.layout)
+    right_s = gl.allocate_shared_memory(DT, stacked(C.num_stages, k_desc.block_shape), k_desc.layout)
+    bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(C.bias_stages * WGS, bias_desc.block_shape), bias_desc.layout)
     zeros_s = None
     if dbias_desc is not None and (lo is not None or hi is not None):
         zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
         zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
-    left_full = barriers(LEFT, 1)  # every consumer reads every chunk
-    left_empty = barriers(LEFT, WGS)
-    right_full = barriers(RIGHT, 1)
-    right_empty = barriers(RIGHT, WGS)
-    bias_full = barriers(BIASES, 1)
-    bias_empty = barriers(BIASES, 1)
+    left = ring(C.value_stages, 1, WGS, True)  # every consumer reads every chunk
+    right = ring(C.num_stages, 1, WGS, True)
+    biases = ring(C.bias_stages, WGS, 1, True)
     turns = (barriers(1, 1), barriers(1, 1))
-    bars = (left_full, left_empty, right_full, right_empty, bias_full, bias_empty, turns[0], turns[1])
     fence_async_shared()
-    if TURNS:
-        mbarrier.arrive(bars[TURN].index(0))
+    if C.turns:
+        mbarrier.arrive(turns[0].index(0))
 
-    # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
+    p = Program(
+        mild, dbias_desc, dbias_out, lengths, slopes, stats, left_s, right_s, bias_s, left, right, biases, turns, dbias_strides,
+        slope_strides, cap, dropout, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m,
+        tiles, places, fold, shuffle, zeros_s, tiles_n, C, chunks_of(D, C.chunk), chunks_of(DV, C.chunk), VARIES_B0, VARIES_B1,
+        VARIES_H, HAS_REST, EVEN, ALIBI,
+    )  # fmt: skip
     if WGS == 1:
         gl.warp_specialize([
-            (_consume_either, (optional(mild), optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats,
-                        left_s, right_s, bias_s, bars, optional(dbias_strides), optional(slope_strides), optional(cap),
-                        optional(dropout), optional(mask), optional(mask_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
-                        shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS)),
-            (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
-                        splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, LEFT_FULL, LEFT_EMPTY, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, False)),
-            (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
-                        splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, RIGHT_FULL, RIGHT_EMPTY, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, True)),
-            (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles,
-                       places, fold, shuffle, BM, BN, WGS, BIAS_FULL, BIAS_EMPTY, VARIES_B0, VARIES_B1, VARIES_H)),
-            (_clear, (optional(dbias_desc), optional(dbias_out), optional(zeros_s), optional(dbias_strides), batch_outer, batch_inner,
-                      heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, BM, BN, WGS, VARIES_B0, VARIES_B1, VARIES_H)),
+            (_consume_either, (p, 0)), (_produce, (p, q_desc, dout_desc, left_s, left, group, False)),
+            (_produce, (p, k_desc, v_desc, right_s, right, group, True)), (_supply, (p, bias_desc)), (_clear, (p,)),
         ], [1, 1, 1, 1], [32, 32, 32, 32])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume_either, (optional(mild), optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats,
-                        left_s, right_s, bias_s, bars, optional(dbias_strides), optional(slope_strides), optional(cap),
-                        optional(dropout), optional(mask), optional(mask_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
-                        shuffle, 0, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS)),
-            (_consume_either, (optional(mild), optional(dbias_desc), optional(dbias_out), optional(lengths), optional(slopes), stats,
-                        left_s, right_s, bias_s, bars, optional(dbias_strides), optional(slope_strides), optional(cap),
-                        optional(dropout), optional(mask), optional(mask_strides),
-                        batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), scale, splits, tiles_m, tiles, places, fold,
-                        shuffle, 1, BM, BN, WGS, S_CHUNKS, DP_CHUNKS, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, TURNS)),
-            (_produce, (q_desc, dout_desc, left_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
-                        splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, LEFT_FULL, LEFT_EMPTY, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, False)),
-            (_produce, (k_desc, v_desc, right_s, bars, batch_outer, batch_inner, heads, group, M, N, optional(lo), optional(hi),
-                        splits, tiles_m, tiles, places, fold, shuffle, BM, BN, WGS, RIGHT_FULL, RIGHT_EMPTY, S_CHUNKS, DP_CHUNKS,
-                        VARIES_B0, VARIES_B1, VARIES_H, True)),
-            (_supply, (bias_desc, bias_s, bars, batch_outer, batch_inner, heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles,
-                       places, fold, shuffle, BM, BN, WGS, BIAS_FULL, BIAS_EMPTY, VARIES_B0, VARIES_B1, VARIES_H)),
-            (_clear, (optional(dbias_desc), optional(dbias_out), optional(zeros_s), optional(dbias_strides), batch_outer, batch_inner,
-                      heads, M, N, optional(lo), optional(hi), splits, tiles_m, tiles_n, BM, BN, WGS, VARIES_B0, VARIES_B1, VARIES_H)),
-        ], [4, 1, 1, 1, 1], [REGISTERS, 32, 32, 32, 32])  # fmt: skip
+            (_consume_either, (p, 0)), (_consume_either, (p, 1)), (_produce, (p, q_desc, dout_desc, left_s, left, group, False)),
+            (_produce, (p, k_desc, v_desc, right_s, right, group, True)), (_supply, (p, bias_desc)), (_clear, (p,)),
+        ], [4, 1, 1, 1, 1], [C.registers, 32, 32, 32, 32])  # fmt: skip

@@ -1,7 +1,7 @@
 """The backward kernel for Hopper that gives dq, and with it the gradient of a bias of full shape.
 
 Built like the forward kernel: a producer warp that loads by TMA, one or two consumers of 64 queries, a persistent grid whose tiles
-``grid.locate`` deals out. A consumer keeps q and dout of its queries in shared memory and walks the key blocks that they see, from the
+``schedule.Uniform`` deals out. A consumer keeps q and dout of its queries in shared memory and walks the key blocks that they see, from the
 last to the first:
 
     s = scale q kᵀ (+ bias);   dp = dout vᵀ;   ds = 2^(s - lse) * (dp - delta);   dq += ds k
@@ -19,7 +19,7 @@ from .compat import (
     gl,
     gluon,
     mbarrier,
-    optional,
+    record,
     tma_load,
     tma_store,
     tma_store_wait,
@@ -27,6 +27,7 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .dropout import drawn, of_scores, signed, stream_of
+from .extent import Extent, extent_of
 from .features import (
     ONE_SIDED,
     add_alibi,
@@ -34,338 +35,367 @@ from .features import (
     clear_hidden,
     hide_by,
     line,
+    mildest,
     rounded,
     slope_at,
     slope_of,
     squashed,
-    visible_keys,
     weighed,
 )
-from .grid import accumulator, locate, mildest, share, stacked
-from .loads import BIAS_EMPTY, BIAS_FULL, K_EMPTY, K_FULL, Q_EMPTY, Q_FULL, TURN, V_EMPTY, V_FULL, all_barriers, visible_blocks
+from .layouts import accumulator, stacked
+from .loads import BM, grid_of, visible_blocks
+from .rings import Ring, barriers, ring
 from .rows import add_bias, column_of, exponents, hide_unseen, statistics
 
 
+@record
+class Program:
+    """What all partitions of a program work with. C: the configuration (``plan/hopper_rows.RowsConfig``); the rest as ``dq`` says."""
+
+    mild: object
+    dq_desc: object
+    dbias_desc: object
+    bias: object
+    lengths: object
+    slopes: object
+    stats: object
+    q_s: object
+    dout_s: object
+    k_s: object
+    v_s: object
+    out_s: object
+    bias_s: object
+    mask_s: object
+    queries: Ring
+    keys: Ring
+    values: Ring
+    biases: Ring
+    turns: object
+    bias_strides: object
+    slope_strides: object
+    cap: object
+    dropout: object
+    batch: object
+    heads: object
+    batch_inner: object
+    M: object
+    N: object
+    lo: object
+    hi: object
+    scale: object
+    tiles_m: object
+    tiles: object
+    section: object
+    snake: object
+    C: gl.constexpr
+    BATCH_FASTEST: gl.constexpr
+    IS_MASK: gl.constexpr
+    VARIES_M: gl.constexpr
+    HAS_REST: gl.constexpr
+    EVEN_N: gl.constexpr
+    ALIBI: gl.constexpr
+
+
+@record
+class Feed:
+    """What the producer alone needs: descriptors of what it loads, along which outer dims the bias and the mask vary, how many query heads
+    share a key head, and a block of zeros for what nobody sees of dbias.
+    """
+
+    q_desc: object
+    dout_desc: object
+    k_desc: object
+    v_desc: object
+    bias_desc: object
+    bias_on: object
+    mask_desc: object
+    mask_on: object
+    group: object
+    zeros_s: object
+
+
+@record
+class Rows:
+    """A consumer's 64 queries of a tile, from m0 on, of which q and dout are operands: their statistics and what else belongs to them."""
+
+    x: Extent
+    diagonal: object
+    m0: object
+    head: object
+    outer: object
+    inner: object
+    q: object
+    dout: object
+    lse: object
+    delta: object
+    rest: object
+    column: object
+    slope: object
+    stream: object
+    scale_log2: object
+
+
+@record
+class Walk:
+    """A tile's ``steps`` blocks of keys, the last of which ends at block ``end``; done: blocks of the program's earlier tiles."""
+
+    done: object
+    steps: object
+    end: object
+
+
 @gluon.jit
-def _produce(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, mask_desc, dbias_desc, lengths, q_s, dout_s, k_s, v_s, bias_s, mask_s, zeros_s, bars,
-    batch, heads, group, batch_inner, M, N, lo, hi, bias_on, mask_on, tiles_m, tiles, section, snake,
-    BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, VARIES_M: gl.constexpr,
-):  # fmt: skip
+def _produce(p, f):
     """The producer: every load of the program, in the order in which the consumers need them."""
-    BIAS_BYTES: gl.constexpr = bias_desc.block_type.nbytes if bias_desc is not None else 0
-    MASK_BYTES: gl.constexpr = mask_desc.block_type.nbytes if mask_desc is not None else 0
+    BN: gl.constexpr = p.C.block_n
+    WGS: gl.constexpr = p.C.consumers
+    BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes if f.bias_desc is not None else 0
+    MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
+    grid = grid_of(p)
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
-    LONGEST: gl.constexpr = "last" if hi is not None else "none"
-    for wave in range(share(tiles, snake)):
-        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
-        begin, _a, _b, end = visible_blocks(m0, BM * WGS, M, visible_keys(lengths, b, N), lo, hi, BN)
-        outer = b // batch_inner
-        inner = b % batch_inner
-        key_head = head // group
+    for wave in range(grid.waves()):
+        m0, head, b = grid.locate(wave)
+        begin, _a, _b, end = visible_blocks(p, extent_of(b, p.M, p.N, p.lengths), m0)
+        outer = b // p.batch_inner
+        inner = b % p.batch_inner
+        key_head = head // f.group
         for j in range(end - begin):
             n0 = (end - 1 - j) * BN
             at = done + j
-            stage = at % K_STAGES
-            mbarrier.wait(bars[K_EMPTY].index(stage), ((at // K_STAGES) & 1) ^ 1)
-            mbarrier.expect(bars[K_FULL].index(stage), k_desc.block_type.nbytes)
-            tma_load(k_desc, [b, n0, key_head, 0], bars[K_FULL].index(stage), k_s.index(stage))
+            k_full = p.keys.acquire(at, 0)
+            mbarrier.expect(k_full, f.k_desc.block_type.nbytes)
+            tma_load(f.k_desc, [b, n0, key_head, 0], k_full, p.k_s.index(p.keys.slot(at, 0)))
             if j == 0:
                 for w in gl.static_range(WGS):
-                    mbarrier.wait(bars[Q_EMPTY].index(w), (wave & 1) ^ 1)
-                    mbarrier.expect(bars[Q_FULL].index(w), q_desc.block_type.nbytes + dout_desc.block_type.nbytes)
-                    tma_load(q_desc, [b, m0 + w * BM, head, 0], bars[Q_FULL].index(w), q_s.index(w))
-                    tma_load(dout_desc, [b, m0 + w * BM, head, 0], bars[Q_FULL].index(w), dout_s.index(w))
-            stage = at % V_STAGES
-            mbarrier.wait(bars[V_EMPTY].index(stage), ((at // V_STAGES) & 1) ^ 1)
-            mbarrier.expect(bars[V_FULL].index(stage), v_desc.block_type.nbytes)
-            tma_load(v_desc, [b, n0, key_head, 0], bars[V_FULL].index(stage), v_s.index(stage))
-            if bias_desc is not None:
+                    q_full = p.queries.acquire(wave, w)
+                    mbarrier.expect(q_full, f.q_desc.block_type.nbytes + f.dout_desc.block_type.nbytes)
+                    tma_load(f.q_desc, [b, m0 + w * BM, head, 0], q_full, p.q_s.index(w))
+                    tma_load(f.dout_desc, [b, m0 + w * BM, head, 0], q_full, p.dout_s.index(w))
+            v_full = p.values.acquire(at, 0)
+            mbarrier.expect(v_full, f.v_desc.block_type.nbytes)
+            tma_load(f.v_desc, [b, n0, key_head, 0], v_full, p.v_s.index(p.values.slot(at, 0)))
+            if f.bias_desc is not None:
                 for w in gl.static_range(WGS):
-                    slot = at % BIAS_STAGES * WGS + w
-                    mbarrier.wait(bars[BIAS_EMPTY].index(slot), ((at // BIAS_STAGES) & 1) ^ 1)
-                    mbarrier.expect(bars[BIAS_FULL].index(slot), BIAS_BYTES + MASK_BYTES)
+                    slot = p.biases.slot(at, w)
+                    bias_full = p.biases.acquire(at, w)
+                    mbarrier.expect(bias_full, BIAS_BYTES + MASK_BYTES)
                     row = 0
-                    if VARIES_M:
+                    if p.VARIES_M:
                         row = m0 + w * BM
-                    tma_load(
-                        bias_desc,
-                        [outer * bias_on[0], inner * bias_on[1], head * bias_on[2], row, n0],
-                        bars[BIAS_FULL].index(slot),
-                        bias_s.index(slot),
-                    )
-                    if mask_desc is not None:
+                    at_bias = [outer * f.bias_on[0], inner * f.bias_on[1], head * f.bias_on[2], row, n0]
+                    tma_load(f.bias_desc, at_bias, bias_full, p.bias_s.index(slot))
+                    if f.mask_desc is not None:
                         mask_row = 0
-                        if mask_s.shape[4] > 1:
+                        if p.mask_s.shape[4] > 1:
                             mask_row = m0 + w * BM
-                        at_mask = [outer * mask_on[0], inner * mask_on[1], head * mask_on[2], mask_row, n0]
-                        tma_load(mask_desc, at_mask, bars[BIAS_FULL].index(slot), mask_s.index(slot))
+                        at_mask = [outer * f.mask_on[0], inner * f.mask_on[1], head * f.mask_on[2], mask_row, n0]
+                        tma_load(f.mask_desc, at_mask, bias_full, p.mask_s.index(slot))
         done += end - begin
-        if zeros_s is not None:
+        if f.zeros_s is not None:
             for w in gl.static_range(WGS):
                 for block in range(begin):
-                    tma_store(dbias_desc, [outer, inner, head, m0 + w * BM, block * BN], zeros_s)
-                for block in range(end, (N + BN - 1) // BN):
-                    tma_store(dbias_desc, [outer, inner, head, m0 + w * BM, block * BN], zeros_s)
-    if zeros_s is not None:
+                    tma_store(p.dbias_desc, [outer, inner, head, m0 + w * BM, block * BN], f.zeros_s)
+                for block in range(end, (p.N + BN - 1) // BN):
+                    tma_store(p.dbias_desc, [outer, inner, head, m0 + w * BM, block * BN], f.zeros_s)
+    if f.zeros_s is not None:
         tma_store_wait(0)
 
 
 @gluon.jit
-def _step(
-    dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, at, m0, n0, head, outer,
-    inner,
-    ahead, N, lo, hi, scale_log2,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
-    AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, MILD: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr,
-    CUT: gl.constexpr,
-):  # fmt: skip
-    """One key block: ``(dq, ds)`` with the block before in dq (AHEAD), or the block itself. MILD: see ``edges.py``. CUT: a length may end
-    in it.
+def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, MILD: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, CUT: gl.constexpr):
+    """One key block: ``(dq, ds)`` with the block before in dq (``p.C.ahead``), or the block itself. MILD: see ``edges.py``. CUT: a length
+    may end in it.
     """
-    BD: gl.constexpr = k_s.shape[4]
-    BDV: gl.constexpr = v_s.shape[4]
+    BN: gl.constexpr = p.C.block_n
+    BD: gl.constexpr = p.k_s.shape[4]
+    BDV: gl.constexpr = p.v_s.shape[4]
     S: gl.constexpr = accumulator(BN)
     DS: gl.constexpr = gl.DotOperandLayout(0, accumulator(BD), 2)
-    BIASED: gl.constexpr = (bias_s is not None or COLUMN) and not IS_MASK
+    BIASED: gl.constexpr = (p.bias_s is not None or p.bias is not None) and not p.IS_MASK
+    LAGGING: gl.constexpr = p.C.ahead and not FIRST  # the block before is folded into dq here
     nothing = gl.zeros([BM, BN], gl.float32, S)
-    k_stage = at % K_STAGES
-    v_stage = at % V_STAGES
-    before = (at + K_STAGES - 1) % K_STAGES
-    v_phase = (at // V_STAGES) & 1
-    k = k_s.index(k_stage).reshape([BN, BD])
-    mbarrier.wait(bars[K_FULL].index(k_stage), (at // K_STAGES) & 1)
-    if TURNS:
-        mbarrier.wait(bars[TURN + WG].index(0), at & 1)
-    s_pending = warpgroup_mma(q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    mbarrier.wait(bars[V_FULL].index(v_stage), v_phase)
-    dp_pending = warpgroup_mma(dout, v_s.index(v_stage).reshape([BN, BDV]).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    if AHEAD and not FIRST:
-        dq_pending = warpgroup_mma(ds, k_s.index(before).reshape([BN, BD]), dq, is_async=True)
-    if TURNS:
-        mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
-    if stream is not None:  # under the products
-        marks = drawn(stream, m0, n0, BM, BN, False)
-    if AHEAD and not FIRST:
+    k_slot = p.keys.slot(at, 0)
+    v_slot = p.values.slot(at, 0)
+    before = (at + p.C.num_stages - 1) % p.C.num_stages
+    v_phase = p.values.phase(at)
+    k = p.k_s.index(k_slot).reshape([BN, BD])
+    p.keys.wait(at, 0)
+    if p.C.turns:
+        mbarrier.wait(p.turns[WG].index(0), at & 1)
+    s_pending = warpgroup_mma(t.q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    mbarrier.wait(p.values.full.index(v_slot), v_phase)
+    v = p.v_s.index(v_slot).reshape([BN, BDV])
+    dp_pending = warpgroup_mma(t.dout, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if LAGGING:
+        dq_pending = warpgroup_mma(ds, p.k_s.index(before).reshape([BN, BD]), dq, is_async=True)
+    if p.C.turns:
+        mbarrier.arrive(p.turns[(WG + 1) % p.C.consumers].index(0))
+    if t.stream is not None:  # under the products
+        marks = drawn(t.stream, t.m0, n0, BM, BN, False)
+    if LAGGING:
         s = warpgroup_mma_wait(2, [s_pending])
     else:
         s = warpgroup_mma_wait(1, [s_pending])
 
-    if cap is not None:
-        u = squashed(s, cap)
-        s = capped(u, cap)
-    elif MILD or BIASED or ALIBI or not HAS_REST:
-        s = s * scale_log2
+    if p.cap is not None:
+        u = squashed(s, p.cap)
+        s = capped(u, p.cap)
+    elif MILD or BIASED or p.ALIBI or not p.HAS_REST:
+        s = s * t.scale_log2
     else:
-        s = rounded(s, scale_log2)
-    if bias_s is not None:
-        slot = at % BIAS_STAGES * WGS + WG
-        mbarrier.wait(bars[BIAS_FULL].index(slot), (at // BIAS_STAGES) & 1)
-        if VARIES_M:
-            bias = bias_s.index(slot).reshape([BM, BN]).load(S)
+        s = rounded(s, t.scale_log2)
+    if p.bias_s is not None:
+        slot = p.biases.slot(at, WG)
+        p.biases.wait(at, WG)
+        if p.VARIES_M:
+            bias = p.bias_s.index(slot).reshape([BM, BN]).load(S)
         else:
-            WIDE: gl.constexpr = bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
-            bias = gl.expand_dims(bias_s.index(slot).reshape([WIDE]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
-        s = add_bias(s, bias, IS_MASK)
-        if mask_s is not None:
-            s = hide_by(s, mask_s.index(slot), BM, BN)
-        if dbias_desc is None:
+            WIDE: gl.constexpr = p.bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
+            bias = gl.expand_dims(p.bias_s.index(slot).reshape([WIDE]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
+        s = add_bias(s, bias, p.IS_MASK)
+        if p.mask_s is not None:
+            s = hide_by(s, p.mask_s.index(slot), BM, BN)
+        if p.dbias_desc is None:
             fence_async_shared()  # a load may wait behind the operands of products, and TMA overtake it: see the forward kernel
-            mbarrier.arrive(bars[BIAS_EMPTY].index(slot))
-    if COLUMN:
-        s = add_bias(s, gl.expand_dims(column, 1), IS_MASK)
-    if ALIBI:
-        s = add_alibi(s, slope, n0 - m0 - ahead, 1, ALIBI)
-    if ALIBI == ONE_SIDED:
-        lse = lse - line(0.0, -slope, BM, gl.SliceLayout(1, S))
+            p.biases.release(at, WG)
+    if p.bias is not None:
+        s = add_bias(s, gl.expand_dims(t.column, 1), p.IS_MASK)
+    if p.ALIBI:
+        s = add_alibi(s, t.slope, n0 - t.m0 - t.diagonal, 1, p.ALIBI)
+    lse = t.lse
+    if p.ALIBI == ONE_SIDED:
+        lse = lse - line(0.0, -t.slope, BM, gl.SliceLayout(1, S))
     if MASKED:
-        s = hide_unseen(s, m0, n0, N, lo, hi, BM, BN, "0fFF800000")
-    x = exponents(s, lse, rest, HAS_REST and not MILD, BIASED)
-    if cap is not None and dbias_desc is None:
-        _, p = weighed(x, u, q.dtype)
+        s = hide_unseen(s, t.m0, n0, t.x.keys, p.lo, p.hi, BM, BN, "0fFF800000")
+    x = exponents(s, lse, t.rest, p.HAS_REST and not MILD, BIASED)
+    if p.cap is not None and p.dbias_desc is None:
+        _, weight = weighed(x, u, t.q.dtype)
     else:
-        p = gl.exp2(x)
-    if stream is not None:
-        p = signed(p, marks)
+        weight = gl.exp2(x)
+    if t.stream is not None:
+        weight = signed(weight, marks)
 
-    mbarrier.wait(bars[V_FULL].index(v_stage), v_phase)  # long since full: ptxas does not move the wait below up past it
-    if AHEAD and not FIRST:
+    mbarrier.wait(p.values.full.index(v_slot), v_phase)  # long since full: ptxas does not move the wait below up past it
+    if LAGGING:
         dp = warpgroup_mma_wait(1, [dp_pending])
     else:
         dp = warpgroup_mma_wait(0, [dp_pending])
-    mbarrier.arrive(bars[V_EMPTY].index(v_stage))
+    p.values.release(at, 0)
     if CUT:  # values that are hidden may be anything; keys have been cleared
-        dp = hide_unseen(dp, m0, n0, N, None, None, BM, BN, "0f00000000")
-    ds32 = of_scores(p, dp, gl.expand_dims(delta, 1), stream is not None)
-    if AHEAD and not FIRST:  # before anything is rounded: the product under way reads the registers that the rounded ds will take
+        dp = hide_unseen(dp, t.m0, n0, t.x.keys, None, None, BM, BN, "0f00000000")
+    ds32 = of_scores(weight, dp, gl.expand_dims(t.delta, 1), t.stream is not None)
+    if LAGGING:  # before anything is rounded: the product under way reads the registers that the rounded ds will take
         dq = warpgroup_mma_wait(0, [dq_pending])
-        mbarrier.arrive(bars[K_EMPTY].index(before))
-    if dbias_desc is not None:
-        own = at % BIAS_STAGES * WGS + WG
+        mbarrier.arrive(p.keys.empty.index(before))
+    if p.dbias_desc is not None:
+        own = p.biases.slot(at, WG)
         dbias = ds32
-        if stream is not None:
-            dbias = ds32 * stream[3]
-        bias_s.index(own).reshape([BM, BN]).store(dbias.to(dbias_desc.dtype))
+        if t.stream is not None:
+            dbias = ds32 * t.stream[3]
+        p.bias_s.index(own).reshape([BM, BN]).store(dbias.to(p.dbias_desc.dtype))
         fence_async_shared()
-        tma_store(dbias_desc, [outer, inner, head, m0, n0], bias_s.index(own))
-        if BIAS_STAGES == 1:
+        tma_store(p.dbias_desc, [t.outer, t.inner, t.head, t.m0, n0], p.bias_s.index(own))
+        if p.C.bias_stages == 1:
             tma_store_wait(0)
-            mbarrier.arrive(bars[BIAS_EMPTY].index(own))
+            p.biases.release(at, WG)
         else:  # what the step before stored has had this one's time to leave its buffer
             tma_store_wait(1)
             if at > 0:
-                mbarrier.arrive(bars[BIAS_EMPTY].index((at - 1) % BIAS_STAGES * WGS + WG))
-        if cap is not None:  # the bias is added behind it
+                p.biases.release(at - 1, WG)
+        if p.cap is not None:  # the bias is added behind it
             ds32 = ds32 * slope_at(u)
-    ds16 = gl.convert_layout(ds32.to(q.dtype), DS)
-    if not AHEAD:
+    ds16 = gl.convert_layout(ds32.to(t.q.dtype), DS)
+    if not p.C.ahead:
         dq = warpgroup_mma_wait(0, [warpgroup_mma(ds16, k, dq, is_async=True)])
-        mbarrier.arrive(bars[K_EMPTY].index(k_stage))
+        p.keys.release(at, 0)
     return dq, ds16
 
 
 @gluon.jit
-def _walk(
-    dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, first, last, steps,
-    end,
-    m0, head, outer, inner, ahead, N, lo, hi, scale_log2,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, COLUMN: gl.constexpr, HAS_REST: gl.constexpr,
-    AHEAD: gl.constexpr, TURNS: gl.constexpr, ALIBI: gl.constexpr, MILD: gl.constexpr, MASKED: gl.constexpr, Q_EARLY: gl.constexpr,
-):  # fmt: skip
-    """Steps ``first … last`` of a tile's ``steps``."""
+def _walk(p, t, w, dq, ds, first, last, WG: gl.constexpr, MILD: gl.constexpr, MASKED: gl.constexpr):
+    """Steps ``first … last`` of a tile."""
     for step in range(first, last):
-        dq, ds = _step(
-            dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done + step, m0,
-            (end - 1 - step) * BN,
-            head, outer, inner, ahead, N, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M, COLUMN,
-            HAS_REST, AHEAD, TURNS, ALIBI, MILD, False, MASKED, False,
-        )  # fmt: skip
-        if Q_EARLY:
-            if step == steps - 1:  # no more products with this q and dout: the next can be fetched
-                mbarrier.arrive(bars[Q_EMPTY].index(WG))
+        dq, ds = _step(p, t, dq, ds, w.done + step, (w.end - 1 - step) * p.C.block_n, WG, MILD, False, MASKED, False)
+        if p.C.own_out:
+            if step == w.steps - 1:  # no more products with this q and dout: the next can be fetched
+                mbarrier.arrive(p.queries.empty.index(WG))
     return dq, ds
 
 
 @gluon.jit
-def _consume(
-    dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, bars,
-    bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr, MILD: gl.constexpr,
-):  # fmt: skip
+def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
     """One consumer: 64 queries of every tile of the program."""
-    BD: gl.constexpr = q_s.shape[4]
-    BDV: gl.constexpr = v_s.shape[4]
-    DQ: gl.constexpr = accumulator(BD)
-    MASKED: gl.constexpr = (lo is not None) or (hi is not None) or (not EVEN_N)
-    COLUMN: gl.constexpr = bias is not None
-    Q_EARLY: gl.constexpr = out_s is not None
-    scale_log2 = scale * LOG2E
-    q = q_s.index(WG).reshape([BM, BD])
-    dout = dout_s.index(WG).reshape([BM, BDV])
-    if Q_EARLY:
-        target = out_s.index(WG)
+    BN: gl.constexpr = p.C.block_n
+    BD: gl.constexpr = p.q_s.shape[4]
+    BDV: gl.constexpr = p.v_s.shape[4]
+    MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
+    scale_log2 = p.scale * LOG2E
+    q = p.q_s.index(WG).reshape([BM, BD])
+    dout = p.dout_s.index(WG).reshape([BM, BDV])
+    if p.C.own_out:
+        target = p.out_s.index(WG)
     else:
-        target = q_s.index(WG)
+        target = p.q_s.index(WG)
+    grid = grid_of(p)
     done = 0  # blocks of earlier tiles
-    LONGEST: gl.constexpr = "last" if hi is not None else "none"
-    for wave in range(share(tiles, snake)):
-        m0, head, b = locate(wave, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
-        n_keys = visible_keys(lengths, b, N)
-        slope = slope_of(slopes, slope_strides, b, head)
+    for wave in range(grid.waves()):
+        m0, head, b = grid.locate(wave)
+        x = extent_of(b, p.M, p.N, p.lengths)
+        slope = slope_of(p.slopes, p.slope_strides, b, head)
         stream = None
-        if dropout is not None:
-            stream = stream_of(dropout, b, head, heads)
-        begin, full_begin, full_end, end = visible_blocks(m0, BM * WGS, M, n_keys, lo, hi, BN)
+        if p.dropout is not None:
+            stream = stream_of(p.dropout, b, head, p.heads)
+        begin, full_begin, full_end, end = visible_blocks(p, x, m0)
         steps = end - begin
         m0 += WG * BM
-        outer = b // batch_inner
-        inner = b % batch_inner
-        lse, delta, rest = statistics(stats, b * heads + head, m0, M, HAS_REST, BM, BN)
-        column = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
-        dq = gl.zeros([BM, BD], gl.float32, DQ)
-        mbarrier.wait(bars[Q_FULL].index(WG), wave & 1)
-        if lengths is not None:
-            if (end * BN > n_keys) & (n_keys < N):  # no other block of a tile is cut by a length
-                cut = done % K_STAGES
-                mbarrier.wait(bars[K_FULL].index(cut), (done // K_STAGES) & 1)
-                clear_hidden(k_s.index(cut).reshape([BN, BD]), n_keys - (end - 1) * BN)
-        dq, ds = _step(
-            dq, dq, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, m0,
-            (end - 1) * BN,
-            head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
-            COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, MILD, True, MASKED, lengths is not None,
-        )  # fmt: skip
-        if Q_EARLY:
+        outer = b // p.batch_inner
+        inner = b % p.batch_inner
+        lse, delta, rest = statistics(p.stats, b * p.heads + head, m0, p.M, p.HAS_REST, BM, BN)
+        column = column_of(p.bias, p.bias_strides, m0, head, b, p.batch_inner, p.M, BM, BN)
+        dq = gl.zeros([BM, BD], gl.float32, accumulator(BD))
+        p.queries.wait(wave, WG)
+        if p.lengths is not None:
+            if (end * BN > x.keys) & (x.keys < p.N):  # no other block of a tile is cut by a length
+                p.keys.wait(done, 0)
+                clear_hidden(p.k_s.index(p.keys.slot(done, 0)).reshape([BN, BD]), x.keys - (end - 1) * BN)
+        t = Rows(x, x.diagonal(), m0, head, outer, inner, q, dout, lse, delta, rest, column, slope, stream, scale_log2)
+        w = Walk(done, steps, end)
+        dq, ds = _step(p, t, dq, dq, done, (end - 1) * BN, WG, MILD, True, MASKED, p.lengths is not None)
+        if p.C.own_out:
             if steps == 1:
-                mbarrier.arrive(bars[Q_EMPTY].index(WG))
+                mbarrier.arrive(p.queries.empty.index(WG))
         # What is left: partly visible on the right, whole, partly visible on the left.
-        if hi is not None:
-            dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, 1,
-                end - full_end, steps, end,
-                m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK,
-                VARIES_M, COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, MILD, True, Q_EARLY,
-            )  # fmt: skip
+        if p.hi is not None:
+            dq, ds = _walk(p, t, w, dq, ds, 1, end - full_end, WG, MILD, True)
         whole = max(1, end - full_end)
-        dq, ds = _walk(
-            dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, whole,
-            end - full_begin, steps, end,
-            m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, IS_MASK, VARIES_M,
-            COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, MILD, False, Q_EARLY,
-        )  # fmt: skip
-        if lo is not None:
+        dq, ds = _walk(p, t, w, dq, ds, whole, end - full_begin, WG, MILD, False)
+        if p.lo is not None:
             left = max(1, end - full_begin)
-            dq, ds = _walk(
-                dq, ds, q, dout, lse, delta, rest, column, slope, stream, cap, k_s, v_s, bias_s, mask_s, dbias_desc, bars, done, left,
-                steps,
-                steps, end, m0, head, outer, inner, N - M, n_keys, lo, hi, scale_log2, WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                IS_MASK, VARIES_M, COLUMN, HAS_REST, AHEAD, TURNS, ALIBI, MILD, True, Q_EARLY,
-            )  # fmt: skip
+            dq, ds = _walk(p, t, w, dq, ds, left, steps, WG, MILD, True)
         done += steps
-        if AHEAD:
-            stage = (done - 1) % K_STAGES
-            dq = warpgroup_mma_wait(0, [warpgroup_mma(ds, k_s.index(stage).reshape([BN, BD]), dq, is_async=True)])
-            mbarrier.arrive(bars[K_EMPTY].index(stage))
+        if p.C.ahead:
+            k = p.k_s.index(p.keys.slot(done - 1, 0)).reshape([BN, BD])
+            dq = warpgroup_mma_wait(0, [warpgroup_mma(ds, k, dq, is_async=True)])
+            p.keys.release(done - 1, 0)
         tma_store_wait(0)  # what the target held before must have left it
-        if dropout is not None:
-            dq = dq * dropout[2]
-        target.reshape([BM, BD]).store((dq * scale).to(q.dtype))
+        if p.dropout is not None:
+            dq = dq * p.dropout[2]
+        target.reshape([BM, BD]).store((dq * p.scale).to(q.dtype))
         fence_async_shared()
-        tma_store(dq_desc, [b, m0, head, 0], target)
-        if not Q_EARLY:
+        tma_store(p.dq_desc, [b, m0, head, 0], target)
+        if not p.C.own_out:
             tma_store_wait(0)
-            mbarrier.arrive(bars[Q_EMPTY].index(WG))
+            mbarrier.arrive(p.queries.empty.index(WG))
     tma_store_wait(0)
 
 
 @gluon.jit
-def _consume_either(
-    mild, dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, bars,
-    bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
-    WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
-    BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
-):  # fmt: skip
+def _consume_either(p, WG: gl.constexpr):
     """One consumer: ``_consume`` in the faster way if all statistics are mild (``edges.py``)."""
-    if (mild is not None) and (mildest(mild) != 0):
-        _consume(
-            dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, bars,
-            bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
-            WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, AHEAD, TURNS,
-            True,
-        )  # fmt: skip
+    if (p.mild is not None) and (mildest(p.mild) != 0):
+        _consume(p, WG, True)
     else:
-        _consume(
-            dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, bars,
-            bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
-            WG, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, AHEAD, TURNS,
-            False,
-        )  # fmt: skip
+        _consume(p, WG, False)
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
@@ -375,37 +405,37 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, mild, bias_strides, slope_strides,
-    bias_on, cap, dropout, mask_desc, mask_on,
-    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
-    BN: gl.constexpr, WGS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr, EVEN_N: gl.constexpr,
-    ALIBI: gl.constexpr,
-    OWN_OUT: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr, REGISTERS: gl.constexpr,
+    bias_on, cap, dropout, mask_desc, mask_on, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+    C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``grid.locate`` says.
+    """Tiles of 64 queries a consumer; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``schedule.Uniform`` says.
 
     Descriptors, bias and its strides as in the forward kernel; dbias_desc is over a bias of full shape, in blocks like the bias's. stats:
     see ``rows.py``; mild: ``prepare``'s flags, or None. cap: see ``features.squashed``; dropout: see ``stream_of``; mask: beside the bias,
     a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent.
 
-    OWN_OUT: dq leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
+    C: the configuration, ``plan/hopper_rows.RowsConfig``; where its ``own_out`` is false dq leaves through q's buffer, and the next tile
+    begins when it has left.
     """
-    BM: gl.constexpr = 64
     DT: gl.constexpr = q_desc.dtype
+    WGS: gl.constexpr = C.consumers
+    BN: gl.constexpr = C.block_n
+    BIASES: gl.constexpr = C.bias_stages * WGS
     q_s = gl.allocate_shared_memory(DT, stacked(WGS, q_desc.block_shape), q_desc.layout)
     dout_s = gl.allocate_shared_memory(DT, stacked(WGS, dout_desc.block_shape), dout_desc.layout)
-    k_s = gl.allocate_shared_memory(DT, stacked(K_STAGES, k_desc.block_shape), k_desc.layout)
-    v_s = gl.allocate_shared_memory(DT, stacked(V_STAGES, v_desc.block_shape), v_desc.layout)
-    if OWN_OUT:
+    k_s = gl.allocate_shared_memory(DT, stacked(C.num_stages, k_desc.block_shape), k_desc.layout)
+    v_s = gl.allocate_shared_memory(DT, stacked(C.value_stages, v_desc.block_shape), v_desc.layout)
+    if C.own_out:
         out_s = gl.allocate_shared_memory(DT, stacked(WGS, dq_desc.block_shape), dq_desc.layout)
     else:
         out_s = None
     if bias_desc is not None:
-        bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIAS_STAGES * WGS, bias_desc.block_shape), bias_desc.layout)
+        bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIASES, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
     if mask_desc is not None:
-        mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIAS_STAGES * WGS, mask_desc.block_shape), mask_desc.layout)
+        mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIASES, mask_desc.block_shape), mask_desc.layout)
     else:
         mask_s = None
     if dbias_desc is not None and (lo is not None or hi is not None or lengths is not None):
@@ -413,45 +443,22 @@ def dq(
         zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
     else:
         zeros_s = None
-    bars = all_barriers(WGS, 1, K_STAGES, V_STAGES, BIAS_STAGES)
-    if TURNS:
-        mbarrier.arrive(bars[TURN].index(0))
+    queries = ring(1, WGS, 1, True)
+    keys = ring(C.num_stages, 1, WGS, True)
+    values = ring(C.value_stages, 1, WGS, True)
+    biases = ring(C.bias_stages, WGS, 1, True)
+    turns = (barriers(1, 1), barriers(1, 1), barriers(1, 1))
+    fence_async_shared()
+    if C.turns:
+        mbarrier.arrive(turns[0].index(0))
 
-    # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
+    p = Program(
+        mild, dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, queries, keys,
+        values, biases, turns, bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m,
+        tiles, section, snake, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI,
+    )  # fmt: skip
+    f = Feed(q_desc, dout_desc, k_desc, v_desc, bias_desc, bias_on, mask_desc, mask_on, group, zeros_s)
     if WGS == 1:
-        gl.warp_specialize([
-            (_consume_either, (optional(mild), dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats,
-                        q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s), optional(mask_s),
-                        bars, optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), batch, heads,
-                        batch_inner, M, N, optional(lo),
-                        optional(hi), scale,
-                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, AHEAD, TURNS)),
-            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(dbias_desc),
-                        optional(lengths), q_s, dout_s, k_s, v_s,
-                        optional(bias_s), optional(mask_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
-                        optional(hi), optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES,
-                        V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
-        ], [1], [24])  # fmt: skip
+        gl.warp_specialize([(_consume_either, (p, 0)), (_produce, (p, f))], [1], [24])
     else:
-        gl.warp_specialize([
-            (_consume_either, (optional(mild), dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats,
-                        q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s), optional(mask_s),
-                        bars, optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), batch, heads,
-                        batch_inner, M, N, optional(lo),
-                        optional(hi), scale,
-                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, AHEAD, TURNS)),
-            (_consume_either, (optional(mild), dq_desc, optional(dbias_desc), optional(bias), optional(lengths), optional(slopes), stats,
-                        q_s, dout_s, k_s, v_s, optional(out_s), optional(bias_s), optional(mask_s),
-                        bars, optional(bias_strides), optional(slope_strides), optional(cap), optional(dropout), batch, heads,
-                        batch_inner, M, N, optional(lo),
-                        optional(hi), scale,
-                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, K_STAGES, V_STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, AHEAD, TURNS)),
-            (_produce, (q_desc, dout_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(dbias_desc),
-                        optional(lengths), q_s, dout_s, k_s, v_s,
-                        optional(bias_s), optional(mask_s), optional(zeros_s), bars, batch, heads, group, batch_inner, M, N, optional(lo),
-                        optional(hi), optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, K_STAGES,
-                        V_STAGES, BIAS_STAGES, BATCH_FASTEST, VARIES_M)),
-        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+        gl.warp_specialize([(_consume_either, (p, 0)), (_consume_either, (p, 1)), (_produce, (p, f))], [4, 1], [C.registers, 24])

@@ -11,7 +11,7 @@ A backward pass needs p twice: as it is for delta, and 0 where it was dropped. S
 from ..triton.prims import offset
 from .compat import gl, gluon
 from .features import opaque
-from .grid import accumulator
+from .layouts import accumulator
 
 ROUNDS = gl.constexpr(7)  # of Philox, and its constants below: as triflash/dropout.py
 

@@ -2,6 +2,7 @@
 
 from ..triton.prims import LOG2E, clamped, offset
 from .compat import fence_async_shared, gl, gluon, thread_barrier
+from .edges import FLAGS
 
 ONE_SIDED = gl.constexpr(2)  # ALIBI of the kernels: 0 without slopes, 2 where no query sees a key behind it, else 1
 
@@ -42,6 +43,22 @@ def clear_hidden(tile, shown):
             rows.store(gl.where(number < shown, x, gl.zeros([ROWS, COLUMNS], tile.dtype, SPREAD)))
     fence_async_shared()
     thread_barrier()  # here, else the compiler puts one before every product of the loops behind
+
+
+@gluon.constexpr_function
+def _selection(hidden):
+    return "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, " + hidden + ", p; }"
+
+
+@gluon.jit
+def keep_up_to(x, at, last, HIDDEN: gl.constexpr):
+    """x, float32, where ``at <= last``, else HIDDEN, a float32 as PTX writes it; numbers of 32 bits that broadcast to x.
+
+    In assembly, because of a comparison of whole tiles LLVM makes a vector of bits, packed and unpacked: twice the instructions.
+    """
+    at, x = gl.broadcast(at, x)
+    last, x = gl.broadcast(last, x)
+    return gl.inline_asm_elementwise(_selection(HIDDEN), "=f,f,r,r", [x, at, last], gl.float32, True, 1)
 
 
 _HIDING = gl.constexpr("""{
@@ -223,3 +240,10 @@ def weighed(x, u, DT: gl.constexpr):
         return gl.inline_asm_elementwise(_weighing("bf16"), "=r,=f,=f,f,f,f,f", [x, u], (gl.bfloat16, gl.float32), True, 2)
     else:
         return gl.inline_asm_elementwise(_weighing("f16"), "=r,=f,=f,f,f,f,f", [x, u], (gl.float16, gl.float32), True, 2)
+
+
+@gluon.jit
+def mildest(mild):
+    """1 if all statistics are mild, else 0: what ``prepare`` found."""
+    EACH_WARP: gl.constexpr = gl.BlockedLayout([FLAGS // 32], [32], [4], [0])  # so that they need not meet
+    return gl.min(gl.load(mild + gl.arange(0, FLAGS, EACH_WARP)), 0)

@@ -16,332 +16,344 @@ condition.
 """
 
 from ..triton.prims import LN2, LOG2E, offset
-from .compat import (
-    fence_async_shared,
-    gl,
-    gluon,
-    mbarrier,
-    optional,
-    tma_store,
-    tma_store_wait,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from .dropout import drawn, dropped, stream_of
-from .features import clear_hidden, opaque, slope_of, visible_keys
-from .grid import accumulator, locate, phase_of, share, slot_of, stacked
-from .loads import (
-    BIAS_EMPTY,
-    BIAS_FULL,
-    K_EMPTY,
-    K_FULL,
-    Q_EMPTY,
-    Q_FULL,
-    TURN,
-    all_barriers,
-    produce,
-    visible_blocks,
-)
+from .extent import Extent, extent_of
+from .features import clear_hidden, opaque, slope_of
+from .layouts import accumulator, stacked
+from .loads import BM, Feed, grid_of, produce, visible_blocks
+from .rings import Ring, barriers, ring
 from .rows import column_of
 from .softmax import by_row, settled, shrunk, softmax
 
 
+@record
+class Program:
+    """What all partitions of a program work with. C: the configuration (``plan/hopper.HopperConfig``); the rest as ``forward`` says."""
+
+    out_desc: object
+    bias: object
+    lengths: object
+    slopes: object
+    sink: object
+    lse: object
+    rest: object
+    q_s: object
+    k_s: object
+    v_s: object
+    out_s: object
+    bias_s: object
+    mask_s: object
+    queries: Ring
+    kv: Ring
+    biases: Ring
+    turns: object
+    bias_strides: object
+    slope_strides: object
+    sink_stride: object
+    cap: object
+    dropout: object
+    batch: object
+    heads: object
+    batch_inner: object
+    M: object
+    N: object
+    lo: object
+    hi: object
+    scale_log2: object
+    tiles_m: object
+    tiles: object
+    section: object
+    snake: object
+    C: gl.constexpr
+    BATCH_FASTEST: gl.constexpr
+    IS_MASK: gl.constexpr
+    VARIES_M: gl.constexpr
+    POSITIVE_SCALE: gl.constexpr
+    EVEN_N: gl.constexpr
+    ALIBI: gl.constexpr
+    FUSING: gl.constexpr
+
+
+@record
+class Rows:
+    """A consumer's 64 queries of a tile, from m0 on. row_bias: a number each; slope: of ALiBi; stream: of dropout."""
+
+    x: Extent
+    diagonal: object
+    m0: object
+    row_bias: object
+    slope: object
+    stream: object
+
+
+@record
+class Walk:
+    """A tile's ``steps`` blocks of keys, the last of which ends at block ``end``; done: blocks of the program's earlier tiles."""
+
+    q_slot: object
+    done: object
+    steps: object
+    end: object
+
+
 @gluon.jit
-def _bias_of(
-    bias_s, bars, at, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, BIAS_STAGES: gl.constexpr,
-    VARIES_M: gl.constexpr,
-):  # fmt: skip
-    """A consumer's tile of the bias, of block ``at``, or a row of it for all queries."""
-    S: gl.constexpr = accumulator(BN)
-    slot = slot_of(at, BIAS_STAGES) * WGS + WG
-    mbarrier.wait(bars[BIAS_FULL].index(slot), phase_of(at, BIAS_STAGES))
-    if VARIES_M:
-        return bias_s.index(slot).reshape([BM, BN]).load(S)
+def _rows(p, x, m0, row_bias, slope, stream):
+    if p.bias is not None:
+        return Rows(x, x.diagonal(), m0, row_bias, slope, stream)
     else:
-        WIDE: gl.constexpr = bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
-        return gl.expand_dims(bias_s.index(slot).reshape([WIDE]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
+        return Rows(x, x.diagonal(), m0, None, slope, stream)
 
 
 @gluon.jit
-def _release_bias(bars, at, WG: gl.constexpr, WGS: gl.constexpr, BIAS_STAGES: gl.constexpr):
+def _bias_of(p, at, WG: gl.constexpr):
+    """A consumer's tile of the bias, of block ``at``, or a row of it for all queries."""
+    BN: gl.constexpr = p.C.block_n
+    S: gl.constexpr = accumulator(BN)
+    p.biases.wait(at, WG)
+    tile = p.bias_s.index(p.biases.slot(at, WG))
+    if p.VARIES_M:
+        return tile.reshape([BM, BN]).load(S)
+    else:
+        WIDE: gl.constexpr = p.bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
+        return gl.expand_dims(tile.reshape([WIDE]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
+
+
+@gluon.jit
+def _release_bias(p, at, WG: gl.constexpr):
     """Give its buffer back, and that of the mask beside it.
 
     The fence is not for show. A load from shared memory can wait long behind the operands of products, also after its thread has passed a
     barrier, and TMA, which writes by another way, would put the next tile under it.
     """
     fence_async_shared()
-    mbarrier.arrive(bars[BIAS_EMPTY].index(slot_of(at, BIAS_STAGES) * WGS + WG))
+    p.biases.release(at, WG)
 
 
 @gluon.jit
-def _finish(
-    o, l, m, out_desc, lse, rest, sink, sink_stride, dropout, target, m0, head, b, heads, M,
-    BM: gl.constexpr, BN: gl.constexpr, BDV: gl.constexpr, DT: gl.constexpr,
-):  # fmt: skip
+def _finish(p, o, l, m, target, m0, head, b):
     """Divide by the sum and write out (by way of the shared buffer ``target``), lse and rest of 64 queries."""
+    BDV: gl.constexpr = p.v_s.shape[4]
     O: gl.constexpr = accumulator(BDV)
-    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(p.C.block_n))
     l, m = by_row(l, m, ROWS)
     weight = gl.full([BM], 1.0, gl.float32, ROWS)
-    if sink is not None:  # a key more, whose value is 0
-        z = gl.load(sink + offset(head, sink_stride)).to(gl.float32) * LOG2E
+    if p.sink is not None:  # a key more, whose value is 0
+        z = gl.load(p.sink + offset(head, p.sink_stride)).to(gl.float32) * LOG2E
         top = gl.maximum(m, z)
         weight = gl.exp2(m - top)
         l = l * weight + gl.exp2(z - top)
         m = top
-    if dropout is not None:  # what was kept, for all
-        weight = weight * dropout[2]
+    if p.dropout is not None:  # what was kept, for all
+        weight = weight * p.dropout[2]
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
-    o = (o * gl.expand_dims(gl.convert_layout(weight / l, gl.SliceLayout(1, O)), 1)).to(DT)
+    o = (o * gl.expand_dims(gl.convert_layout(weight / l, gl.SliceLayout(1, O)), 1)).to(p.q_s.dtype)
     tma_store_wait(0)  # what this buffer held before must have left it
     target.reshape([BM, BDV]).store(o)
     fence_async_shared()
-    tma_store(out_desc, [b, m0, head, 0], target)
+    tma_store(p.out_desc, [b, m0, head, 0], target)
     i = m0 + gl.arange(0, BM, ROWS)
     row_lse = gl.where(unseen, float("-inf"), (m + gl.log2(l)) * LN2)
-    at_row = offset(b * heads + head, M) + i
-    gl.store(lse + at_row, row_lse, mask=i < M)
-    if rest is not None:  # see lse_rest of the portable kernels
+    at_row = offset(b * p.heads + head, p.M) + i
+    gl.store(p.lse + at_row, row_lse, mask=i < p.M)
+    if p.rest is not None:  # see lse_rest of the portable kernels
         again = gl.where(unseen, 0.0, row_lse * LOG2E)
-        gl.store(rest + at_row, gl.where(unseen, 0.0, (m - again) + gl.log2(l)), mask=i < M)
+        gl.store(p.rest + at_row, gl.where(unseen, 0.0, (m - again) + gl.log2(l)), mask=i < p.M)
 
 
 @gluon.jit
-def _walk(
-    o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, ahead, first, last, steps, end, N,
-    lo, hi, scale_log2, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr,
-    BIAS_STAGES: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
-    TURNS: gl.constexpr, MASKED: gl.constexpr, ROW_BIASED: gl.constexpr, Q_EARLY: gl.constexpr,
-    ALIBI: gl.constexpr, FUSING: gl.constexpr,
-):  # fmt: skip
-    """Steps ``first … last`` of a tile's ``steps``: q kᵀ of a block, and p v of the block before under its softmax."""
-    BD: gl.constexpr = k_s.shape[4]
-    BDV: gl.constexpr = v_s.shape[4]
-    S: gl.constexpr = accumulator(BN)
-    O: gl.constexpr = accumulator(BDV)
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    nothing = gl.zeros([BM, BN], gl.float32, S)
-    if q_s.shape[0] > WGS:
+def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr):
+    """Steps ``first … last`` of a tile: q kᵀ of a block, and p v of the block before, of which ``weights`` are p, under its softmax."""
+    BN: gl.constexpr = p.C.block_n
+    BD: gl.constexpr = p.k_s.shape[4]
+    BDV: gl.constexpr = p.v_s.shape[4]
+    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(BDV), 2)
+    EARLY: gl.constexpr = p.bias_s is not None and p.mask_s is None and not p.IS_MASK  # not a mask's bytes, which take many instructions
+    nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
+    q_slot = w.q_slot
+    if p.C.q_stages > 1:
         # ptxas 12.8 takes two of these loops to share their queries' descriptors and works them out where only the first needs them, which
         # may have no steps at all.
         q_slot = opaque(q_slot)
-    q = q_s.index(q_slot).reshape([BM, BD])
-    EARLY: gl.constexpr = bias_s is not None and mask_s is None and not IS_MASK  # not a mask's bytes, which take many instructions
-    rows = None
-    if ROW_BIASED:
-        rows = row_bias
+    q = p.q_s.index(q_slot).reshape([BM, BD])
     for step in range(first, last):
-        at = done + step
-        n0 = (end - 1 - step) * BN
-        stage = slot_of(at, STAGES)
+        at = w.done + step
+        n0 = (w.end - 1 - step) * BN
+        stage = p.kv.slot(at, 0)
         bias = None
         if EARLY:  # before the products, behind whose operands it would have to wait
-            bias = _bias_of(bias_s, bars, at, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
-        mbarrier.wait(bars[K_FULL].index(stage), phase_of(at, STAGES))
-        if TURNS:
-            mbarrier.wait(bars[TURN + WG].index(0), at & 1)
-        s_pending = warpgroup_mma(q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            bias = _bias_of(p, at, WG)
+        p.kv.wait(at, 0)
+        if p.C.turns:
+            mbarrier.wait(p.turns[WG].index(0), at & 1)
+        s_pending = warpgroup_mma(q, p.k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
         if EARLY:
-            _release_bias(bars, at, WG, WGS, BIAS_STAGES)
-        o_pending = warpgroup_mma(p, v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
-        if TURNS:
-            mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
+            _release_bias(p, at, WG)
+        o_pending = warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
+        if p.C.turns:
+            mbarrier.arrive(p.turns[(WG + 1) % p.C.consumers].index(0))
         s = warpgroup_mma_wait(1, [s_pending])
-        if Q_EARLY:
-            if step == steps - 1:  # no more products with this q: the next can be fetched while the softmax runs
-                mbarrier.arrive(bars[Q_EMPTY].index(q_slot))
+        if p.C.own_out:
+            if step == w.steps - 1:  # no more products with this q: the next can be fetched while the softmax runs
+                mbarrier.arrive(p.queries.empty.index(q_slot))
         shown = None
-        if mask_s is not None:
-            shown = mask_s.index(slot_of(at, BIAS_STAGES) * WGS + WG)
-        if bias_s is not None and not EARLY:
-            bias = _bias_of(bias_s, bars, at, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
-        s, p16, more, m = softmax(
-            s, bias, shown, rows, slope, cap, m, m0, n0, ahead, N, lo, hi, scale_log2, q.dtype, IS_MASK, POSITIVE_SCALE, MASKED, ALIBI,
-            False, FUSING,
-        )  # fmt: skip
-        if bias_s is not None and not EARLY:
-            _release_bias(bars, at, WG, WGS, BIAS_STAGES)
+        if p.mask_s is not None:
+            shown = p.mask_s.index(p.biases.slot(at, WG))
+        if p.bias_s is not None and not EARLY:
+            bias = _bias_of(p, at, WG)
+        s, p16, more, m = softmax(p, t, s, bias, shown, m, n0, MASKED, False)
+        if p.bias_s is not None and not EARLY:
+            _release_bias(p, at, WG)
         o = warpgroup_mma_wait(0, [o_pending])
-        mbarrier.arrive(bars[K_EMPTY].index(stage))
-        p16, more, m, factor = settled(s, p16, more, m, bias, rows, slope, cap, scale_log2, IS_MASK, POSITIVE_SCALE, ALIBI, FUSING)
+        p.kv.release(at, 0)
+        p16, more, m, factor = settled(p, t, s, p16, more, m, bias)
         l = l * factor + more
-        if stream is not None:  # drawn any earlier, marks take registers that the softmax needs
-            p16 = dropped(p16, drawn(stream, m0, n0, BM, BN, False))
-        p = gl.convert_layout(p16, P)
+        if t.stream is not None:  # drawn any earlier, marks take registers that the softmax needs
+            p16 = dropped(p16, drawn(t.stream, t.m0, n0, BM, BN, False))
+        weights = gl.convert_layout(p16, P)
         o = shrunk(o, factor)
-    return o, l, m, p
+    return o, l, m, weights
 
 
 @gluon.jit
-def _consume(
-    out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, mask_s, bars,
-    bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale_log2, tiles_m, tiles, section,
-    snake, WG: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr,
-    BIAS_STAGES: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
-    POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, TURNS: gl.constexpr, FUSING: gl.constexpr,
-):  # fmt: skip
+def _consume(p, WG: gl.constexpr):
     """One consumer: 64 queries of every tile of the program.
 
     With a buffer for the output, the first step of a tile also issues the last p v of the tile before, which is finished under it.
     """
-    BD: gl.constexpr = q_s.shape[4]
-    BDV: gl.constexpr = v_s.shape[4]
-    S: gl.constexpr = accumulator(BN)
+    BN: gl.constexpr = p.C.block_n
+    BD: gl.constexpr = p.q_s.shape[4]
+    BDV: gl.constexpr = p.v_s.shape[4]
     O: gl.constexpr = accumulator(BDV)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    MASKED: gl.constexpr = (lo is not None) or (hi is not None) or (not EVEN_N)
-    ROW_BIASED: gl.constexpr = bias is not None
-    OVERLAP: gl.constexpr = out_s is not None
-    DT: gl.constexpr = q_s.dtype
-    nothing = gl.zeros([BM, BN], gl.float32, S)
-    LONGEST: gl.constexpr = "last" if hi is not None else "none"
-    Q_STAGES: gl.constexpr = q_s.shape[0] // WGS
-    waves = share(tiles, snake)
+    MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
+    OVERLAP: gl.constexpr = p.C.own_out
+    CUT: gl.constexpr = p.lengths is not None
+    nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
+    grid = grid_of(p)
+    waves = grid.waves()
     done = 0  # blocks of earlier tiles
 
-    m0, head, b = locate(0, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
-    first_keys = visible_keys(lengths, b, N)
-    _begin, _full_begin, _full_end, first_end = visible_blocks(m0, BM * WGS, M, first_keys, lo, hi, BN)
+    m0, head, b = grid.locate(0)
+    first_x = extent_of(b, p.M, p.N, p.lengths)
+    _begin, _full_begin, _full_end, first_end = visible_blocks(p, first_x, m0)
     m0 += WG * BM
-    row_bias = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
-    mbarrier.wait(bars[Q_FULL].index(WG), 0)
-    mbarrier.wait(bars[K_FULL].index(0), 0)
-    if TURNS:
-        mbarrier.wait(bars[TURN + WG].index(0), 0)
-    q = q_s.index(WG).reshape([BM, BD])
-    s_pending = warpgroup_mma(q, k_s.index(0).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    if TURNS:
-        mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
-    rows = None
-    if ROW_BIASED:
-        rows = row_bias
+    row_bias = column_of(p.bias, p.bias_strides, m0, head, b, p.batch_inner, p.M, BM, BN)
+    p.queries.wait(0, WG)
+    p.kv.wait(0, 0)
+    if p.C.turns:
+        mbarrier.wait(p.turns[WG].index(0), 0)
+    q = p.q_s.index(WG).reshape([BM, BD])
+    s_pending = warpgroup_mma(q, p.k_s.index(0).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if p.C.turns:
+        mbarrier.arrive(p.turns[(WG + 1) % p.C.consumers].index(0))
     s = warpgroup_mma_wait(0, [s_pending])
-    mbarrier.arrive(bars[K_EMPTY].index(0))
-    ready = None
-    shown = None
-    if bias_s is not None:
-        ready = _bias_of(bias_s, bars, 0, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
-    if mask_s is not None:
-        shown = mask_s.index(WG)
-    _scores, p16, l, m = softmax(
-        s, ready, shown, rows, slope_of(slopes, slope_strides, b, head), cap, None, m0, (first_end - 1) * BN, N - M, first_keys, lo, hi,
-        scale_log2, DT, IS_MASK, POSITIVE_SCALE, MASKED, ALIBI, lengths is not None, False,
-    )  # fmt: skip
-    if bias_s is not None:
-        _release_bias(bars, 0, WG, WGS, BIAS_STAGES)
-    if dropout is not None:
-        p16 = dropped(p16, drawn(stream_of(dropout, b, head, heads), m0, (first_end - 1) * BN, BM, BN, False))
-    p = gl.convert_layout(p16, P)
+    p.kv.release(0, 0)
+    first_bias = None
+    first_shown = None
+    if p.bias_s is not None:
+        first_bias = _bias_of(p, 0, WG)
+    if p.mask_s is not None:
+        first_shown = p.mask_s.index(WG)
+    first_slope = slope_of(p.slopes, p.slope_strides, b, head)
+    first_n0 = (first_end - 1) * BN
+    first_t = _rows(p, first_x, m0, row_bias, first_slope, None)
+    _scores, p16, l, m = softmax(p, first_t, s, first_bias, first_shown, None, first_n0, MASKED, CUT)
+    if p.bias_s is not None:
+        _release_bias(p, 0, WG)
+    if p.dropout is not None:
+        p16 = dropped(p16, drawn(stream_of(p.dropout, b, head, p.heads), m0, first_n0, BM, BN, False))
+    weights = gl.convert_layout(p16, P)
     o = gl.zeros([BM, BDV], gl.float32, O)
     for wave in range(waves):
-        q_slot = slot_of(wave, Q_STAGES) * WGS + WG
+        q_slot = p.queries.slot(wave, WG)
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
-        n_keys = visible_keys(lengths, b, N)
-        slope = slope_of(slopes, slope_strides, b, head)
+        x = extent_of(b, p.M, p.N, p.lengths)
+        slope = slope_of(p.slopes, p.slope_strides, b, head)
         stream = None
-        if dropout is not None:
-            stream = stream_of(dropout, b, head, heads)
-        begin, full_begin, full_end, end = visible_blocks(m0 - WG * BM, BM * WGS, M, n_keys, lo, hi, BN)
+        if p.dropout is not None:
+            stream = stream_of(p.dropout, b, head, p.heads)
+        begin, full_begin, full_end, end = visible_blocks(p, x, m0 - WG * BM)
         steps = end - begin
-        if lengths is not None:
-            if (end * BN > n_keys) & (n_keys < N):  # no other block of a tile is cut by a length
-                cut = slot_of(done + 1, STAGES)
-                mbarrier.wait(bars[K_FULL].index(cut), phase_of(done + 1, STAGES))
-                clear_hidden(v_s.index(cut).reshape([BN, BDV]), n_keys - (end - 1) * BN)
+        if p.lengths is not None:
+            if (end * BN > x.keys) & (x.keys < p.N):  # no other block of a tile is cut by a length
+                p.kv.wait(done + 1, 0)
+                clear_hidden(p.v_s.index(p.kv.slot(done + 1, 0)).reshape([BN, BDV]), x.keys - (end - 1) * BN)
         if OVERLAP:
             if steps == 1:
-                mbarrier.arrive(bars[Q_EMPTY].index(q_slot))
-        if hi is not None:
-            o, l, m, p = _walk(
-                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, N - M, 1, end - full_end,
-                steps, end, n_keys, lo, hi, scale_log2,
-                WG, BM, BN, WGS, STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP, ALIBI,
-                FUSING,
-            )  # fmt: skip
+                mbarrier.arrive(p.queries.empty.index(q_slot))
+        t = _rows(p, x, m0, row_bias, slope, stream)
+        w = Walk(q_slot, done, steps, end)
+        if p.hi is not None:
+            o, l, m, weights = _walk(p, t, w, o, l, m, weights, 1, end - full_end, WG, True)
         whole = max(1, end - full_end)
-        o, l, m, p = _walk(
-            o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, N - M, whole,
-            end - full_begin, steps, end, n_keys, lo, hi,
-            scale_log2,
-            WG, BM, BN, WGS, STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, False, ROW_BIASED, OVERLAP, ALIBI, FUSING,
-        )  # fmt: skip
-        if lo is not None:
+        o, l, m, weights = _walk(p, t, w, o, l, m, weights, whole, end - full_begin, WG, False)
+        if p.lo is not None:
             left = max(1, end - full_begin)
-            o, l, m, p = _walk(
-                o, l, m, p, q_s, q_slot, k_s, v_s, bias_s, mask_s, bars, row_bias, slope, stream, cap, done, m0, N - M, left, steps,
-                steps, end, n_keys, lo, hi, scale_log2,
-                WG, BM, BN, WGS, STAGES, BIAS_STAGES, IS_MASK, VARIES_M, POSITIVE_SCALE, TURNS, True, ROW_BIASED, OVERLAP, ALIBI,
-                FUSING,
-            )  # fmt: skip
+            o, l, m, weights = _walk(p, t, w, o, l, m, weights, left, steps, WG, True)
         done += steps
-        stage = slot_of(done, STAGES)
+        stage = p.kv.slot(done, 0)
         if not OVERLAP:  # the output leaves through q's buffer, so nothing of the next tile can begin before it has
-            mbarrier.wait(bars[K_FULL].index(stage), phase_of(done, STAGES))
-            o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(stage).reshape([BN, BDV]), o, is_async=True)])
-            _finish(o, l, m, out_desc, lse, rest, sink, sink_stride, dropout, q_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
+            p.kv.wait(done, 0)
+            o = warpgroup_mma_wait(0, [warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)])
+            _finish(p, o, l, m, p.q_s.index(WG), m0, head, b)
             tma_store_wait(0)
-            mbarrier.arrive(bars[Q_EMPTY].index(WG))
+            mbarrier.arrive(p.queries.empty.index(WG))
         if wave + 1 < waves:  # the first block of the next tile, and under it the last product of this one
             old_m0 = m0
             old_head = head
             old_b = b
-            next_slot = slot_of(wave + 1, Q_STAGES) * WGS + WG
-            mbarrier.wait(bars[Q_FULL].index(next_slot), phase_of(wave + 1, Q_STAGES))
-            mbarrier.wait(bars[K_FULL].index(stage), phase_of(done, STAGES))
-            if TURNS:
-                mbarrier.wait(bars[TURN + WG].index(0), done & 1)
-            next_q = q_s.index(next_slot).reshape([BM, BD])
-            next_pending = warpgroup_mma(next_q, k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            p.queries.wait(wave + 1, WG)
+            p.kv.wait(done, 0)
+            if p.C.turns:
+                mbarrier.wait(p.turns[WG].index(0), done & 1)
+            next_q = p.q_s.index(p.queries.slot(wave + 1, WG)).reshape([BM, BD])
+            k = p.k_s.index(stage).reshape([BN, BD])
+            next_pending = warpgroup_mma(next_q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
             if OVERLAP:
-                o_pending = warpgroup_mma(p, v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
-            if TURNS:
-                mbarrier.arrive(bars[TURN + (WG + 1) % WGS].index(0))
+                o_pending = warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
+            if p.C.turns:
+                mbarrier.arrive(p.turns[(WG + 1) % p.C.consumers].index(0))
             # Where the next tile lies takes some divisions, for which its first product leaves time.
-            m0, head, b = locate(wave + 1, tiles_m, batch, heads, section, snake, BATCH_FASTEST, BM * WGS, LONGEST)
-            next_keys = visible_keys(lengths, b, N)
-            _begin, _full_begin, _full_end, next_end = visible_blocks(m0, BM * WGS, M, next_keys, lo, hi, BN)
+            m0, head, b = grid.locate(wave + 1)
+            next_x = extent_of(b, p.M, p.N, p.lengths)
+            _begin, _full_begin, _full_end, next_end = visible_blocks(p, next_x, m0)
             m0 += WG * BM
-            row_bias = column_of(bias, bias_strides, m0, head, b, batch_inner, M, BM, BN)
-            next_rows = None
-            if ROW_BIASED:
-                next_rows = row_bias
+            row_bias = column_of(p.bias, p.bias_strides, m0, head, b, p.batch_inner, p.M, BM, BN)
             if OVERLAP:
                 next_s = warpgroup_mma_wait(1, [next_pending])
             else:
                 next_s = warpgroup_mma_wait(0, [next_pending])
-                mbarrier.arrive(bars[K_EMPTY].index(stage))
+                p.kv.release(done, 0)
             next_bias = None
             next_shown = None
-            if bias_s is not None:
-                next_bias = _bias_of(bias_s, bars, done, WG, BM, BN, WGS, BIAS_STAGES, VARIES_M)
-            if mask_s is not None:
-                next_shown = mask_s.index(slot_of(done, BIAS_STAGES) * WGS + WG)
-            _scores, next_p16, new_l, new_m = softmax(
-                next_s, next_bias, next_shown, next_rows, slope_of(slopes, slope_strides, b, head), cap, None, m0, (next_end - 1) * BN,
-                N - M, next_keys, lo, hi, scale_log2, DT, IS_MASK, POSITIVE_SCALE, MASKED, ALIBI, lengths is not None, False,
-            )  # fmt: skip
-            if bias_s is not None:
-                _release_bias(bars, done, WG, WGS, BIAS_STAGES)
+            if p.bias_s is not None:
+                next_bias = _bias_of(p, done, WG)
+            if p.mask_s is not None:
+                next_shown = p.mask_s.index(p.biases.slot(done, WG))
+            next_slope = slope_of(p.slopes, p.slope_strides, b, head)
+            next_n0 = (next_end - 1) * BN
+            next_t = _rows(p, next_x, m0, row_bias, next_slope, None)
+            _scores, next_p16, new_l, new_m = softmax(p, next_t, next_s, next_bias, next_shown, None, next_n0, MASKED, CUT)
+            if p.bias_s is not None:
+                _release_bias(p, done, WG)
             if OVERLAP:
                 o = warpgroup_mma_wait(0, [o_pending])
-                mbarrier.arrive(bars[K_EMPTY].index(stage))
-            if dropout is not None:
-                next_p16 = dropped(next_p16, drawn(stream_of(dropout, b, head, heads), m0, (next_end - 1) * BN, BM, BN, False))
-            p = gl.convert_layout(next_p16, P)
+                p.kv.release(done, 0)
+            if p.dropout is not None:
+                next_p16 = dropped(next_p16, drawn(stream_of(p.dropout, b, head, p.heads), m0, next_n0, BM, BN, False))
+            weights = gl.convert_layout(next_p16, P)
             if OVERLAP:
-                _finish(
-                    o, l, m, out_desc, lse, rest, sink, sink_stride, dropout, out_s.index(WG), old_m0, old_head, old_b, heads, M,
-                    BM, BN, BDV, DT,
-                )  # fmt: skip
+                _finish(p, o, l, m, p.out_s.index(WG), old_m0, old_head, old_b)
             m = new_m
             l = new_l
             o = gl.zeros([BM, BDV], gl.float32, O)
     if OVERLAP:
-        stage = slot_of(done, STAGES)
-        mbarrier.wait(bars[K_FULL].index(stage), phase_of(done, STAGES))
-        o = warpgroup_mma_wait(0, [warpgroup_mma(p, v_s.index(stage).reshape([BN, BDV]), o, is_async=True)])
-        _finish(o, l, m, out_desc, lse, rest, sink, sink_stride, dropout, out_s.index(WG), m0, head, b, heads, M, BM, BN, BDV, DT)
+        p.kv.wait(done, 0)
+        v = p.v_s.index(p.kv.slot(done, 0)).reshape([BN, BDV])
+        o = warpgroup_mma_wait(0, [warpgroup_mma(weights, v, o, is_async=True)])
+        _finish(p, o, l, m, p.out_s.index(WG), m0, head, b)
         tma_store_wait(0)
 
 
@@ -352,15 +364,11 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides, sink_stride,
-    cap, dropout, mask_desc, mask_on,
-    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
-    BN: gl.constexpr, WGS: gl.constexpr, STAGES: gl.constexpr, BIAS_STAGES: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr,
-    IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
-    TURNS: gl.constexpr,
-    OWN_OUT: gl.constexpr, REGISTERS: gl.constexpr, Q_STAGES: gl.constexpr, FUSING: gl.constexpr,
+    cap, dropout, mask_desc, mask_on, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+    C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``locate`` says.
+    """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``schedule.Uniform`` says.
 
     Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims,
     whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and
@@ -368,86 +376,47 @@ def forward(
     key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by head; cap: see ``squashed``; dropout: see
     ``stream_of``; mask: beside the bias, a tile or a row with every tile of it. None: absent.
 
-    OWN_OUT: the output leaves through a buffer of its own, so that the next tile can begin before it has left; else through q's.
-    FUSING: see ``softmax``.
+    C: the configuration, ``plan/hopper.HopperConfig``; where its ``own_out`` is false the output leaves through q's buffer, and the next
+    tile begins when it has left. FUSING: see ``softmax``.
     """
-    BM: gl.constexpr = 64
     DT: gl.constexpr = q_desc.dtype
-    q_s = gl.allocate_shared_memory(DT, stacked(Q_STAGES * WGS, q_desc.block_shape), q_desc.layout)
+    WGS: gl.constexpr = C.consumers
+    STAGES: gl.constexpr = C.num_stages
+    BIASES: gl.constexpr = C.bias_stages * WGS
+    q_s = gl.allocate_shared_memory(DT, stacked(C.q_stages * WGS, q_desc.block_shape), q_desc.layout)
     k_s = gl.allocate_shared_memory(DT, stacked(STAGES, k_desc.block_shape), k_desc.layout)
     v_s = gl.allocate_shared_memory(DT, stacked(STAGES, v_desc.block_shape), v_desc.layout)
-    if OWN_OUT:
+    if C.own_out:
         out_s = gl.allocate_shared_memory(DT, stacked(WGS, out_desc.block_shape), out_desc.layout)
     else:
         out_s = None
     if bias_desc is not None:
-        bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIAS_STAGES * WGS, bias_desc.block_shape), bias_desc.layout)
+        bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIASES, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
     if mask_desc is not None:
-        mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIAS_STAGES * WGS, mask_desc.block_shape), mask_desc.layout)
+        mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIASES, mask_desc.block_shape), mask_desc.layout)
     else:
         mask_s = None
-    bars = all_barriers(WGS, Q_STAGES, STAGES, 0, BIAS_STAGES)
-    if TURNS:
-        mbarrier.arrive(bars[TURN].index(0))
-    scale_log2 = scale * LOG2E
+    queries = ring(C.q_stages, WGS, 1, False)
+    kv = ring(STAGES, 1, WGS, False)
+    biases = ring(C.bias_stages, WGS, 1, False)
+    turns = (barriers(1, 1), barriers(1, 1), barriers(1, 1))
+    fence_async_shared()
+    if C.turns:
+        mbarrier.arrive(turns[0].index(0))
 
-    # Tuples of arguments are written out: bound to a name, their compile-time constants would become tensors.
+    p = Program(
+        out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, mask_s, queries, kv, biases, turns,
+        bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale * LOG2E, tiles_m,
+        tiles, section, snake, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING,
+    )  # fmt: skip
+    f = Feed(q_desc, k_desc, v_desc, bias_desc, bias_on, mask_desc, mask_on, group)
     if WGS == 1:
-        gl.warp_specialize([
-            (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), optional(mask_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
-                        heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS, FUSING)),
-            (produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
-                        optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, VARIES_M)),
-        ], [1], [24])  # fmt: skip
+        gl.warp_specialize([(_consume, (p, 0)), (produce, (p, f))], [1], [24])
     elif WGS == 2:
-        gl.warp_specialize([
-            (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), optional(mask_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
-                        heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS, FUSING)),
-            (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), optional(mask_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
-                        heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS, FUSING)),
-            (produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
-                        optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, VARIES_M)),
-        ], [4, 1], [REGISTERS, 24])  # fmt: skip
+        gl.warp_specialize([(_consume, (p, 0)), (_consume, (p, 1)), (produce, (p, f))], [4, 1], [C.registers, 24])
     else:
-        gl.warp_specialize([
-            (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), optional(mask_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
-                        heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, 0, BM, BN, WGS, STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS, FUSING)),
-            (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), optional(mask_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
-                        heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, 1, BM, BN, WGS, STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS, FUSING)),
-            (_consume, (out_desc, optional(bias), optional(lengths), optional(slopes), optional(sink), lse, optional(rest), q_s, k_s, v_s,
-                        optional(out_s), optional(bias_s), optional(mask_s), bars,
-                        optional(bias_strides), optional(slope_strides), optional(sink_stride), optional(cap), optional(dropout), batch,
-                        heads, batch_inner, M, N, optional(lo), optional(hi), scale_log2,
-                        tiles_m, tiles, section, snake, 2, BM, BN, WGS, STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, TURNS, FUSING)),
-            (produce, (q_desc, k_desc, v_desc, optional(bias_desc), optional(mask_desc), optional(lengths), q_s, k_s, v_s,
-                        optional(bias_s), optional(mask_s), bars, batch, heads, group, batch_inner, M, N, optional(lo), optional(hi),
-                        optional(bias_on), optional(mask_on), tiles_m, tiles, section, snake, BM, BN, WGS, STAGES, BIAS_STAGES,
-                        BATCH_FASTEST, VARIES_M)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])  # fmt: skip
+        gl.warp_specialize(
+            [(_consume, (p, 0)), (_consume, (p, 1)), (_consume, (p, 2)), (produce, (p, f))], [4, 4, 1], [C.registers, C.registers, 24]
+        )

@@ -8,8 +8,8 @@ a query that sees no key or does not exist, so that p is 0 there, and delta 0: n
 
 from ..triton.prims import LOG2E, offset
 from .compat import gl, gluon
-from .features import hide, widened
-from .grid import accumulator, keep_up_to
+from .features import hide, keep_up_to, widened
+from .layouts import accumulator
 
 
 @gluon.jit

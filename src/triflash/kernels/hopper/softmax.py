@@ -17,7 +17,7 @@ equal, l is each lane's own share, added up when a tile ends.
 from ..triton.prims import LOG2E
 from .compat import gl, gluon
 from .features import ONE_SIDED, add_alibi, capped, hide, hide_by, line, rounded, squashed, widened
-from .grid import accumulator
+from .layouts import accumulator
 from .rows import hide_unseen
 
 # m of a query that has seen no key: every score is above it, and 2^(-inf - m) is 0 and not NaN.
@@ -309,96 +309,91 @@ def _shift(cap, slope, ALIBI: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def softmax(
-    s, bias, shown, row_bias, slope, cap, m, m0, n0, ahead, N, lo, hi, scale_log2, DT: gl.constexpr, IS_MASK: gl.constexpr,
-    POSITIVE_SCALE: gl.constexpr, MASKED: gl.constexpr, ALIBI: gl.constexpr, CUT: gl.constexpr, FUSING: gl.constexpr,
-):  # fmt: skip
-    """Of one block's products s, of 64 queries from m0 and keys from n0 on: ``(scores, p in DT, sums of p, m)``, the latter by lane.
+def softmax(p, t, s, bias, shown, m, n0, MASKED: gl.constexpr, CUT: gl.constexpr):
+    """Of one block's products s, of the 64 queries of ``t`` and keys from n0 on: ``(scores, p in 16 bits, sums of p, m)``, the latter by
+    lane.
 
-    bias: a tile or a row of a bias or mask; shown: of a mask beside it, in its buffer; row_bias: a number a query. None: absent. m None:
-    in a tile's first block m is found; in others p, its sums and m are to be ``settled``, which takes the scores. Beside a huge m
-    sums that are scaled or added up late come out as NaN, so that they are worked out when they are settled, as in the backward kernels.
-    CUT: a length may end in the block. FUSING: there are registers to add a bias of 16 bits in one instruction with the scale.
+    bias: a tile or a row of a bias or mask; shown: of a mask beside it, in its buffer. None: absent. m None: in a tile's first block m is
+    found; in others p, its sums and m are to be ``settled``, which takes the scores. Beside a huge m sums that are scaled or added up late
+    come out as NaN, so that they are worked out when they are settled, as in the backward kernels. CUT: a length may end in the block.
+    ``p.FUSING``: there are registers to add a bias of 16 bits in one instruction with the scale.
     """
     COLUMNS: gl.constexpr = s.shape[1]
     FIRST: gl.constexpr = m is None
-    ORDER: gl.constexpr = _order(bias, row_bias, cap, IS_MASK, ALIBI, POSITIVE_SCALE, FUSING and not FIRST)
-    HUGE: gl.constexpr = ORDER == "fused" or (ORDER == "late" and cap is None)  # whether m may be huge where it must not
-    SHIFTED: gl.constexpr = ALIBI == ONE_SIDED or (cap is not None and ORDER == "late")
+    ORDER: gl.constexpr = _order(bias, t.row_bias, p.cap, p.IS_MASK, p.ALIBI, p.POSITIVE_SCALE, p.FUSING and not FIRST)
+    HUGE: gl.constexpr = ORDER == "fused" or (ORDER == "late" and p.cap is None)  # whether m may be huge where it must not
+    SHIFTED: gl.constexpr = p.ALIBI == ONE_SIDED or (p.cap is not None and ORDER == "late")
     L: gl.constexpr = _by_lane(COLUMNS)
-    if cap is not None:
+    if p.cap is not None:
         if CUT:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
-            s = hide_unseen(s, m0, n0, N, None, None, 64, COLUMNS, "0f00000000")
-        s = squashed(s, cap)
+            s = hide_unseen(s, t.m0, n0, t.x.keys, None, None, 64, COLUMNS, "0f00000000")
+        s = squashed(s, p.cap)
         if ORDER == "early":
-            s = capped(s, cap)
-    elif ORDER == "early" and _adds(bias, row_bias, IS_MASK, ALIBI):
-        s = s * scale_log2
+            s = capped(s, p.cap)
+    elif ORDER == "early" and _adds(bias, t.row_bias, p.IS_MASK, p.ALIBI):
+        s = s * p.scale_log2
     elif ORDER == "early":
-        s = rounded(s, scale_log2)
-    if bias is not None and IS_MASK:
+        s = rounded(s, p.scale_log2)
+    if bias is not None and p.IS_MASK:
         s = hide(s, bias)
     elif bias is not None and ORDER == "early":
         wide, s = gl.broadcast(widened(bias), s)
         s = gl.fma(wide, gl.full([64, COLUMNS], LOG2E, gl.float32, accumulator(COLUMNS)), s)
     if shown is not None:
         s = hide_by(s, shown, 64, COLUMNS)
-    if row_bias is not None:
-        row, s = gl.broadcast(gl.expand_dims(row_bias, 1), s)
-        if IS_MASK:
+    if t.row_bias is not None:
+        row, s = gl.broadcast(gl.expand_dims(t.row_bias, 1), s)
+        if p.IS_MASK:
             s = gl.where(row != 0, s, float("-inf"))
         else:
             s = gl.fma(row, gl.full([64, COLUMNS], LOG2E, gl.float32, accumulator(COLUMNS)), s)
-    if ALIBI:
-        s = add_alibi(s, slope, n0 - m0 - ahead, 1, ALIBI)
+    if p.ALIBI:
+        s = add_alibi(s, t.slope, n0 - t.m0 - t.diagonal, 1, p.ALIBI)
     if MASKED:
-        s = hide_unseen(s, m0, n0, N, lo, hi, 64, COLUMNS, "0fFF800000")
+        s = hide_unseen(s, t.m0, n0, t.x.keys, p.lo, p.hi, 64, COLUMNS, "0fFF800000")
     s = _split(s)
     if FIRST:
         top = gl.max(gl.max(s, 3), 1)
         if ORDER == "late":
-            top = top * _factor(cap, scale_log2)
+            top = top * _factor(p.cap, p.scale_log2)
         if SHIFTED:
-            top = top + _shift(cap, slope, ALIBI, COLUMNS)
+            top = top + _shift(p.cap, t.slope, p.ALIBI, COLUMNS)
         m = _of_rows(gl.maximum(gl.max(top, 1), LOWEST), COLUMNS)
     less = -m
     if SHIFTED:
-        less = _shift(cap, slope, ALIBI, COLUMNS) - m
+        less = _shift(p.cap, t.slope, p.ALIBI, COLUMNS) - m
     if HUGE and FIRST:
-        s, factor, less = _near(s, m, scale_log2)
+        s, factor, less = _near(s, m, p.scale_log2)
     elif HUGE:
         less = gl.where(gl.abs(m) > MILD, gl.where(m == LOWEST, -LOWEST, float("nan")), less)
     if ORDER == "fused":
         less, s = gl.broadcast(_spread(less, COLUMNS), s)
         wide, _s = gl.broadcast(widened(bias), _joined(s))
-        p = gl.exp2(s * scale_log2 + gl.fma(_split(wide), gl.full(s.shape, LOG2E, gl.float32, L), less))
+        weights = gl.exp2(s * p.scale_log2 + gl.fma(_split(wide), gl.full(s.shape, LOG2E, gl.float32, L), less))
     elif HUGE and FIRST:
-        p = gl.exp2(s * _spread(factor, COLUMNS) + _spread(less, COLUMNS))
+        weights = gl.exp2(s * _spread(factor, COLUMNS) + _spread(less, COLUMNS))
     elif ORDER == "late":
-        p = gl.exp2(s * _factor(cap, scale_log2) + _spread(less, COLUMNS))
+        weights = gl.exp2(s * _factor(p.cap, p.scale_log2) + _spread(less, COLUMNS))
     else:
-        p = gl.exp2(s + _spread(less, COLUMNS))
-    return s, _joined(p).to(DT), gl.sum(gl.sum(p, 3), 1), m
+        weights = gl.exp2(s + _spread(less, COLUMNS))
+    return s, _joined(weights).to(p.q_s.dtype), gl.sum(gl.sum(weights, 3), 1), m
 
 
 @gluon.jit
-def settled(
-    s, p, l, m, bias, row_bias, slope, cap, scale_log2, IS_MASK: gl.constexpr, POSITIVE_SCALE: gl.constexpr, ALIBI: gl.constexpr,
-    FUSING: gl.constexpr,
-):  # fmt: skip
+def settled(p, t, s, p16, l, m, bias):
     """``(p, its sums, m, what earlier sums shrink by)`` of what ``softmax`` gives: as it is, or for a warp with too large a sum, with a new
     m.
     """
     COLUMNS: gl.constexpr = s.shape[1] * 8
-    ORDER: gl.constexpr = _order(bias, row_bias, cap, IS_MASK, ALIBI, POSITIVE_SCALE, FUSING)
+    ORDER: gl.constexpr = _order(bias, t.row_bias, p.cap, p.IS_MASK, p.ALIBI, p.POSITIVE_SCALE, p.FUSING)
     if ORDER == "fused":
         bias, _s = gl.broadcast(bias, _joined(s))
-        return _settle(s, p, l, m, scale_log2, None, bias)
-    elif ORDER == "late" and cap is not None:
-        return _settle(s, p, l, m, _factor(cap, scale_log2), _shift(cap, slope, ALIBI, COLUMNS), None)
+        return _settle(s, p16, l, m, p.scale_log2, None, bias)
+    elif ORDER == "late" and p.cap is not None:
+        return _settle(s, p16, l, m, _factor(p.cap, p.scale_log2), _shift(p.cap, t.slope, p.ALIBI, COLUMNS), None)
     elif ORDER == "late":
-        return _settle(s, p, l, m, _factor(cap, scale_log2), None, None)
-    elif ALIBI == ONE_SIDED:
-        return _settle(s, p, l, m, None, _shift(cap, slope, ALIBI, COLUMNS), None)
+        return _settle(s, p16, l, m, _factor(p.cap, p.scale_log2), None, None)
+    elif p.ALIBI == ONE_SIDED:
+        return _settle(s, p16, l, m, None, _shift(p.cap, t.slope, p.ALIBI, COLUMNS), None)
     else:
-        return _settle(s, p, l, m, None, None, None)
+        return _settle(s, p16, l, m, None, None, None)

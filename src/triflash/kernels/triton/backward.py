@@ -30,6 +30,7 @@ from .prims import (
     store_rows,
     store_tile,
 )
+from .records import record
 
 
 @triton.jit
@@ -52,101 +53,143 @@ def delta(
     tl.store(delta_out + offset(b * heads + head, M) + rows, row, mask=rows < M)
 
 
+@record
+class Program:
+    """What is the same for all blocks: lengths, band and scale, and how tiles are made."""
+
+    M: object
+    N: object
+    lo: object
+    hi: object
+    scale: object
+    BM: tl.constexpr
+    BN: tl.constexpr
+    D: tl.constexpr
+    DV: tl.constexpr
+    BD: tl.constexpr
+    BDV: tl.constexpr
+    EVEN_M: tl.constexpr
+    EVEN_N: tl.constexpr
+    PRECISION: tl.constexpr
+    WIDE: tl.constexpr
+
+
+@record
+class Keys:
+    """BN keys of one key head of batch entry b, from n0 on: k and v, tiles, and where the rows of that entry's query heads begin."""
+
+    k: object
+    v: object
+    n0: object
+    b: object
+    kv_head: object
+    heads: object
+    groups: object
+    batch_inner: object
+    q: object
+    dout: object
+    lse: object
+    rest: object
+    delta: object
+    q_strides: object
+    dout_strides: object
+    lse_strides: object
+    GROUPED: tl.constexpr
+    NEED_DK: tl.constexpr
+    NEED_DV: tl.constexpr
+    NEED_DB: tl.constexpr
+
+
+@record
+class Rows:
+    """Where the rows of one query head lie; at: ``features.at_head``."""
+
+    q: object
+    dout: object
+    lse: object
+    rest: object
+    delta: object
+    at: object
+
+
 @triton.jit
-def _fold_queries(
-    dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, at, seen, q_row, dout_row, m0, n0, i, j, M, N, lo, hi, scale,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_N: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DB: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Fold one query block into (dk, dv, db) of one key tile. ``seen`` is its tile of the mask. EXACT: also where scores are huge."""
-    q_tile = load_rows(q, q_row, m0, M, BM, D, BD, MASKED, WIDE)  # [BM, BD]
-    lse_log2 = load_lse_log2(lse, m0, M, BM, MASKED)
-    st = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)  # [BN, BM]
-    bias = bias_tile(f, at, m0, n0, i, j, M, N, MASKED, not EVEN_N, WIDE)
-    st, slope = scored(f, at, st, bias, seen, scale, m0, n0, i, j, M, N, EXACT)
+def _fold_queries(sums, p, t, f, rows, seen, m0, i, j, EXACT: tl.constexpr, MASKED: tl.constexpr):
+    """Fold one query block into sums, (dk, dv, db) of one key tile. ``seen`` is its tile of the mask. EXACT: also where scores are huge."""
+    dk, dv, db = sums
+    q_tile = load_rows(rows.q, t.q_strides[1], m0, p.M, p.BM, p.D, p.BD, MASKED, p.WIDE)  # [BM, BD]
+    lse_log2 = load_lse_log2(rows.lse, m0, p.M, p.BM, MASKED)
+    st = tl.dot(t.k, tl.trans(q_tile), input_precision=p.PRECISION)  # [BN, BM]
+    bias = bias_tile(f, rows.at, m0, t.n0, i, j, p.M, p.N, MASKED, not p.EVEN_N, p.WIDE)
+    st, slope = scored(p, f, rows.at, st, bias, seen, m0, t.n0, i, j, EXACT)
     if MASKED:
-        st = tl.where(in_band(m0 + i, n0 + j, N, lo, hi), st, float("-inf"))
+        st = tl.where(in_band(m0 + i, t.n0 + j, p.N, p.lo, p.hi), st, float("-inf"))
     ADDS: tl.constexpr = f.bias is not None or f.slopes is not None
-    if EXACT and rest is not None:
-        pt = probabilities(st, lse_log2[None, :], load_vector(rest, m0, M, BM, MASKED)[None, :], True, not ADDS)
+    if EXACT and rows.rest is not None:
+        pt = probabilities(st, lse_log2[None, :], load_vector(rows.rest, m0, p.M, p.BM, MASKED)[None, :], True, not ADDS)
     else:
         pt = probabilities(st, lse_log2[None, :], 0.0, False, ADDS)
-    do_tile = load_rows(dout, dout_row, m0, M, BM, DV, BDV, MASKED, WIDE)  # [BM, BDV]
-    if NEED_DV:
-        kept = dropped(f, at, pt, m0, n0, BM, BN, True)
-        dv = tl.dot(kept.to(do_tile.dtype), do_tile, dv, input_precision=PRECISION)
-    if NEED_DK or NEED_DB:
-        row = load_vector(delta_in, m0, M, BM, MASKED)
-        dpt = tl.dot(v, tl.trans(do_tile), input_precision=PRECISION)  # [BN, BM]
-        dpt = rescaled(f, dropped(f, at, dpt, m0, n0, BM, BN, True))
+    do_tile = load_rows(rows.dout, t.dout_strides[1], m0, p.M, p.BM, p.DV, p.BDV, MASKED, p.WIDE)  # [BM, BDV]
+    if t.NEED_DV:
+        kept = dropped(f, rows.at, pt, m0, t.n0, p.BM, p.BN, True)
+        dv = tl.dot(kept.to(do_tile.dtype), do_tile, dv, input_precision=p.PRECISION)
+    if t.NEED_DK or t.NEED_DB:
+        row = load_vector(rows.delta, m0, p.M, p.BM, MASKED)
+        dpt = tl.dot(t.v, tl.trans(do_tile), input_precision=p.PRECISION)  # [BN, BM]
+        dpt = rescaled(f, dropped(f, rows.at, dpt, m0, t.n0, p.BM, p.BN, True))
         dst = pt * (dpt - row[None, :])
-        if NEED_DB:
+        if t.NEED_DB:
             db += tl.sum(dst, 1)
-        if NEED_DK:
+        if t.NEED_DK:
             dst = through_cap(f, dst, slope)
-            dk = tl.dot(dst.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+            dk = tl.dot(dst.to(q_tile.dtype), q_tile, dk, input_precision=p.PRECISION)
     return dk, dv, db
 
 
 @triton.jit
-def _walk_queries(
-    dk, dv, db, k, v, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
-    heads, groups, batch_inner, n0, begin, end, M, N, lo, hi, scale,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_N: tl.constexpr, GROUPED: tl.constexpr, NEED_DK: tl.constexpr, NEED_DV: tl.constexpr, NEED_DB: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def _walk_queries(dk, dv, db, p, t, f, begin, end, EXACT: tl.constexpr, MASKED: tl.constexpr):
     """Fold the query blocks ``[begin, end)`` of each query head of the key head into (dk, dv, db), on transposed tiles ``[BN, BM]``."""
-    i = tl.arange(0, BM)[None, :]
-    j = tl.arange(0, BN)[:, None]
+    i = tl.arange(0, p.BM)[None, :]
+    j = tl.arange(0, p.BN)[:, None]
     # One loop over heads and blocks, not one in the other: what the compiler hoists out of it need not outlive it, and it loads ahead
     # across heads.
     count = end - begin
     first = begin
     last = end
-    if GROUPED:
+    if t.GROUPED:
         first = 0
-        last = count * groups
-    at = at_head(f, b, kv_head, heads, batch_inner)
+        last = count * t.groups
+    at = at_head(f, t.b, t.kv_head, t.heads, t.batch_inner)
     # A branch keeps the compiler from loading ahead: it is worth that only for a mask that hides blocks, of queries and keys.
     if f.mask is not None:
         SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
     else:
         SKIPS: tl.constexpr = False
     for step in tl.range(first, last):
-        if GROUPED:
-            head = kv_head * groups + step // count
+        if t.GROUPED:
+            head = t.kv_head * t.groups + step // count
             block = begin + step % count
-            here = at_head(f, b, head, heads, batch_inner)
+            here = at_head(f, t.b, head, t.heads, t.batch_inner)
         else:
-            head = kv_head
+            head = t.kv_head
             block = step
             here = at
-        m0 = block * BM
-        q_at = q + offset(head, q_strides[2])
-        do_at = dout + offset(head, dout_strides[2])
-        lse_at = lse + offset(head, lse_strides[1])
-        delta_at = delta_in
-        rest_at = rest
-        if NEED_DK or NEED_DB:
-            delta_at = delta_in + offset(b * heads + head, M)
-        if rest is not None:
-            rest_at = rest + offset(b * heads + head, M)
-        seen = mask_tile(f, here, m0, n0, i, j, M, N, MASKED, not EVEN_N, WIDE)
+        m0 = block * p.BM
+        q_at = t.q + offset(head, t.q_strides[2])
+        do_at = t.dout + offset(head, t.dout_strides[2])
+        lse_at = t.lse + offset(head, t.lse_strides[1])
+        delta_at = t.delta
+        rest_at = t.rest
+        if t.NEED_DK or t.NEED_DB:
+            delta_at = t.delta + offset(t.b * t.heads + head, p.M)
+        if t.rest is not None:
+            rest_at = t.rest + offset(t.b * t.heads + head, p.M)
+        rows = Rows(q_at, do_at, lse_at, rest_at, delta_at, here)
+        seen = mask_tile(f, here, m0, t.n0, i, j, p.M, p.N, MASKED, not p.EVEN_N, p.WIDE)
         if SKIPS:
             if shows_anything(seen):
-                dk, dv, db = _fold_queries(
-                    dk, dv, db, k, v, q_at, do_at, lse_at, rest_at, delta_at, f, here, seen, q_strides[1], dout_strides[1],
-                    m0, n0, i, j, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, EXACT,
-                    MASKED,
-                )  # fmt: skip
+                dk, dv, db = _fold_queries((dk, dv, db), p, t, f, rows, seen, m0, i, j, EXACT, MASKED)
         else:
-            dk, dv, db = _fold_queries(
-                dk, dv, db, k, v, q_at, do_at, lse_at, rest_at, delta_at, f, here, seen, q_strides[1], dout_strides[1],
-                m0, n0, i, j, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, EXACT,
-                MASKED,
-            )  # fmt: skip
+            dk, dv, db = _fold_queries((dk, dv, db), p, t, f, rows, seen, m0, i, j, EXACT, MASKED)
     return dk, dv, db
 
 
@@ -190,6 +233,11 @@ def dkdv(
     low = -hi if hi is not None else None  # the band as keys see queries
     high = -lo if lo is not None else None
     begin, full_begin, full_end, end = segments(n0, min(n0 + BN, N) - 1, queries, low, high, BM)
+    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
+    t = Keys(
+        k_tile, v_tile, n0, b, kv_head, heads, groups, batch_inner, q, dout, lse, rest, delta_in, q_strides, dout_strides, lse_strides,
+        GROUPED, NEED_DK, NEED_DV, NEED_DB,
+    )  # fmt: skip
     # Beside what is added, scores are always taken for huge. Else it is asked for once, and the loops that need not care are the faster.
     ADDS: tl.constexpr = f.bias is not None or f.slopes is not None
     ASKED: tl.constexpr = rest is not None and not ADDS
@@ -202,28 +250,12 @@ def dkdv(
         full_end = tl.where(mild, full_end, begin)
         last = tl.where(mild, end, begin)
     if hi is not None:
-        dk, dv, db = _walk_queries(
-            dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
-            heads, groups, batch_inner, n0, begin, full_begin, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, GROUPED,
-            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, ADDS, True,
-        )  # fmt: skip
-    dk, dv, db = _walk_queries(
-        dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
-        heads, groups, batch_inner, n0, full_begin, full_end, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, GROUPED,
-        NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, ADDS, False,
-    )  # fmt: skip
+        dk, dv, db = _walk_queries(dk, dv, db, p, t, f, begin, full_begin, ADDS, True)
+    dk, dv, db = _walk_queries(dk, dv, db, p, t, f, full_begin, full_end, ADDS, False)
     if lo is not None or not EVEN_M:
-        dk, dv, db = _walk_queries(
-            dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
-            heads, groups, batch_inner, n0, full_end, last, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, GROUPED,
-            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, ADDS, True,
-        )  # fmt: skip
+        dk, dv, db = _walk_queries(dk, dv, db, p, t, f, full_end, last, ADDS, True)
     if ASKED:
-        dk, dv, db = _walk_queries(
-            dk, dv, db, k_tile, v_tile, q, dout, lse, rest, delta_in, f, q_strides, dout_strides, lse_strides, b, kv_head,
-            heads, groups, batch_inner, n0, first, end, M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_N, GROUPED,
-            NEED_DK, NEED_DV, NEED_DB, PRECISION, WIDE, True, True,
-        )  # fmt: skip
+        dk, dv, db = _walk_queries(dk, dv, db, p, t, f, first, end, True, True)
     cols = n0 + tl.arange(0, BN)
     if HIDES:  # hidden keys of a tile that shows others: their rows hold what nobody masked
         dk = tl.where(cols[:, None] < shown, dk, 0.0)
@@ -241,65 +273,74 @@ def dkdv(
         tl.store(dbias_out + offset(cols, dbias_strides[3]), db.to(dbias_out.dtype.element_ty), mask=cols < N)
 
 
+@record
+class Queries:
+    """BM queries of one head, from m0 on: q, dout and their statistics, tiles, and where keys, values and dbias lie; at:
+    ``features.at_head``.
+    """
+
+    q: object
+    dout: object
+    lse_log2: object
+    rest: object
+    delta: object
+    k: object
+    v: object
+    k_row: object
+    v_row: object
+    dbias: object
+    dbias_row: object
+    dbias_col: object
+    at: object
+    m0: object
+    shown: object
+    NEED_DQ: tl.constexpr
+
+
 @triton.jit
-def _fold_keys(
-    dq, q, dout, lse_log2, rest, row, k, v, f, at, seen, dbias, dbias_row, dbias_col, k_row, v_row,
-    m0, n0, i, j, M, N, shown, lo, hi, scale,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_M: tl.constexpr, HAS_REST: tl.constexpr, NEED_DQ: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Fold one key block into dq of one query tile, and write its ds if ``dbias`` is given. ``seen`` is its tile of the mask."""
-    k_tile = load_rows(k, k_row, n0, shown, BN, D, BD, MASKED, WIDE)  # [BN, BD]
-    s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
-    bias = bias_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, MASKED, WIDE)
-    s, slope = scored(f, at, s, bias, seen, scale, m0, n0, i, j, M, N, HAS_REST)
+def _fold_keys(dq, p, t, f, seen, n0, i, j, HAS_REST: tl.constexpr, MASKED: tl.constexpr):
+    """Fold one key block into dq of one query tile, and write its ds if dbias is wanted. ``seen`` is its tile of the mask."""
+    k_tile = load_rows(t.k, t.k_row, n0, t.shown, p.BN, p.D, p.BD, MASKED, p.WIDE)  # [BN, BD]
+    s = tl.dot(t.q, tl.trans(k_tile), input_precision=p.PRECISION)  # [BM, BN]
+    bias = bias_tile(f, t.at, t.m0, n0, i, j, p.M, t.shown, not p.EVEN_M, MASKED, p.WIDE)
+    s, slope = scored(p, f, t.at, s, bias, seen, t.m0, n0, i, j, HAS_REST)
     if MASKED:
-        s = tl.where(in_band(m0 + i, n0 + j, shown, lo, hi), s, float("-inf"))
+        s = tl.where(in_band(t.m0 + i, n0 + j, t.shown, p.lo, p.hi), s, float("-inf"))
     ADDS: tl.constexpr = f.bias is not None or f.slopes is not None
-    p = probabilities(s, lse_log2[:, None], rest[:, None], HAS_REST, HAS_REST != ADDS)
-    v_tile = load_rows(v, v_row, n0, shown, BN, DV, BDV, MASKED, WIDE)  # [BN, BDV]
-    dp = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)  # [BM, BN]
-    dp = rescaled(f, dropped(f, at, dp, m0, n0, BM, BN, False))
-    ds = p * (dp - row[:, None])
-    if dbias is not None:
-        store_tile(dbias, dbias_row, dbias_col, m0, n0, i, j, M, N, ds, not EVEN_M, MASKED)
-    if NEED_DQ:
+    weights = probabilities(s, t.lse_log2[:, None], t.rest[:, None], HAS_REST, HAS_REST != ADDS)
+    v_tile = load_rows(t.v, t.v_row, n0, t.shown, p.BN, p.DV, p.BDV, MASKED, p.WIDE)  # [BN, BDV]
+    dp = tl.dot(t.dout, tl.trans(v_tile), input_precision=p.PRECISION)  # [BM, BN]
+    dp = rescaled(f, dropped(f, t.at, dp, t.m0, n0, p.BM, p.BN, False))
+    ds = weights * (dp - t.delta[:, None])
+    if t.dbias is not None:
+        store_tile(t.dbias, t.dbias_row, t.dbias_col, t.m0, n0, i, j, p.M, p.N, ds, not p.EVEN_M, MASKED)
+    if t.NEED_DQ:
         ds = through_cap(f, ds, slope)
-        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+        dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=p.PRECISION)
     return dq
 
 
 @triton.jit
-def _walk_keys(
-    dq, q, dout, lse_log2, rest, row, k, v, f, at, dbias, dbias_row, dbias_col, k_row, v_row,
-    m0, begin, end, M, N, shown, lo, hi, scale,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_M: tl.constexpr, HAS_REST: tl.constexpr, NEED_DQ: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Fold the key blocks ``[begin, end)`` into dq of one query tile, and write their ds if ``dbias`` is given."""
-    i = tl.arange(0, BM)[:, None]
-    j = tl.arange(0, BN)[None, :]
+def _walk_keys(dq, p, t, f, begin, end, HAS_REST: tl.constexpr, MASKED: tl.constexpr):
+    """Fold the key blocks ``[begin, end)`` into dq of one query tile, and write their ds if dbias is wanted."""
+    i = tl.arange(0, p.BM)[:, None]
+    j = tl.arange(0, p.BN)[None, :]
     # A branch keeps the compiler from loading ahead: it is worth that only for a mask that hides blocks, of queries and keys.
     if f.mask is not None:
         SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
     else:
         SKIPS: tl.constexpr = False
     for block in tl.range(begin, end):
-        n0 = block * BN
-        seen = mask_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, MASKED, WIDE)
+        n0 = block * p.BN
+        seen = mask_tile(f, t.at, t.m0, n0, i, j, p.M, t.shown, not p.EVEN_M, MASKED, p.WIDE)
         if SKIPS:
             if shows_anything(seen):
-                dq = _fold_keys(
-                    dq, q, dout, lse_log2, rest, row, k, v, f, at, seen, dbias, dbias_row, dbias_col, k_row, v_row,
-                    m0, n0, i, j, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, HAS_REST, NEED_DQ, PRECISION, WIDE, MASKED,
-                )  # fmt: skip
-            elif dbias is not None:
-                store_tile(dbias, dbias_row, dbias_col, m0, n0, i, j, M, N, tl.zeros([BM, BN], tl.float32), not EVEN_M, MASKED)
+                dq = _fold_keys(dq, p, t, f, seen, n0, i, j, HAS_REST, MASKED)
+            elif t.dbias is not None:
+                nothing = tl.zeros([p.BM, p.BN], tl.float32)
+                store_tile(t.dbias, t.dbias_row, t.dbias_col, t.m0, n0, i, j, p.M, p.N, nothing, not p.EVEN_M, MASKED)
         else:
-            dq = _fold_keys(
-                dq, q, dout, lse_log2, rest, row, k, v, f, at, seen, dbias, dbias_row, dbias_col, k_row, v_row,
-                m0, n0, i, j, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, HAS_REST, NEED_DQ, PRECISION, WIDE, MASKED,
-            )  # fmt: skip
+            dq = _fold_keys(dq, p, t, f, seen, n0, i, j, HAS_REST, MASKED)
     return dq
 
 
@@ -347,6 +388,10 @@ def dq(
     row = load_vector(delta_in, m0, M, BM, not EVEN_M)
     acc = tl.zeros([BM, BD], tl.float32)
     begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, shown, lo, hi, BN)
+    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
+    t = Queries(
+        q_tile, do_tile, lse_log2, rest_row, row, k, v, k_strides[1], v_strides[1], dbias_out, dbias_row, dbias_col, at, m0, shown, NEED_DQ,
+    )  # fmt: skip
     # As in dkdv: which blocks are for the loops that need not care if scores are huge.
     ADDS: tl.constexpr = rest is not None and (f.bias is not None or f.slopes is not None)
     ASKED: tl.constexpr = rest is not None and not ADDS
@@ -359,27 +404,12 @@ def dq(
         full_end = tl.where(mild, full_end, begin)
         last = tl.where(mild, end, begin)
     if lo is not None:
-        acc = _walk_keys(
-            acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, f, at, dbias_out, dbias_row, dbias_col, k_strides[1], v_strides[1],
-            m0, begin, full_begin, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M,
-            ADDS, NEED_DQ, PRECISION, WIDE, True,
-        )  # fmt: skip
-    acc = _walk_keys(
-        acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, f, at, dbias_out, dbias_row, dbias_col, k_strides[1], v_strides[1],
-        m0, full_begin, full_end, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M,
-        ADDS, NEED_DQ, PRECISION, WIDE, False,
-    )  # fmt: skip
+        acc = _walk_keys(acc, p, t, f, begin, full_begin, ADDS, True)
+    acc = _walk_keys(acc, p, t, f, full_begin, full_end, ADDS, False)
     if hi is not None or not EVEN_N or f.lengths is not None:
-        acc = _walk_keys(
-            acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, f, at, dbias_out, dbias_row, dbias_col, k_strides[1], v_strides[1],
-            m0, full_end, last, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M,
-            ADDS, NEED_DQ, PRECISION, WIDE, True,
-        )  # fmt: skip
+        acc = _walk_keys(acc, p, t, f, full_end, last, ADDS, True)
     if ASKED:
-        acc = _walk_keys(
-            acc, q_tile, do_tile, lse_log2, rest_row, row, k, v, f, at, dbias_out, dbias_row, dbias_col, k_strides[1], v_strides[1],
-            m0, first, end, M, N, shown, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, True, NEED_DQ, PRECISION, WIDE, True,
-        )  # fmt: skip
+        acc = _walk_keys(acc, p, t, f, first, end, True, True)
     if NEED_DQ:
         store_rows(dq_out, dq_strides[1], m0, M, acc * scale, BM, D, BD, not EVEN_M, WIDE)
     if dbias_out is not None and (lo is not None or hi is not None or f.lengths is not None):

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .prims import LOG2E, add_bias, clamped, offset, stride_in_tile
+from .records import record
 
 ROUNDS: tl.constexpr = tl.constexpr(7)  # of Philox, and its constants below: as dropout.py
 
@@ -48,16 +49,27 @@ def visible_keys(f, b, N):
         return N
 
 
+@record
+class Head:
+    """What the features are for one query head of one batch entry: where its bias and its mask begin, its slope in base 2, and the key and
+    twist of its random numbers.
+    """
+
+    bias: object
+    mask: object
+    slope: object
+    key: object
+    twist: object
+
+
 @triton.jit
 def at_head(f, b, head, heads, batch_inner):
-    """What the features are for one query head of one batch entry, for the functions below.
-
-    (where its bias begins, where its mask begins, its slope in base 2, its stream of random numbers).
-    """
+    """The record of a query head, for the functions below."""
     bias = 0
     mask = 0
     slope = 0.0
-    stream = (0, 0)
+    key = 0
+    twist = 0
     b0 = b // batch_inner
     b1 = b % batch_inner
     if f.bias is not None:
@@ -79,8 +91,7 @@ def at_head(f, b, head, heads, batch_inner):
             (seed >> 32).to(tl.uint32),
             ROUNDS,
         )
-        stream = (key, twist)
-    return bias, mask, slope, stream
+    return Head(bias, mask, slope, key, twist)
 
 
 @triton.jit
@@ -91,7 +102,7 @@ def bias_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.conste
     transposed one.
     """
     if f.bias is not None:
-        return _tile(at[0], f.bias_strides[3], f.bias_strides[4], m0, n0, i, j, M, N, MASK_M, MASK_N, WIDE)
+        return _tile(at.bias, f.bias_strides[3], f.bias_strides[4], m0, n0, i, j, M, N, MASK_M, MASK_N, WIDE)
     else:
         return 0.0
 
@@ -100,7 +111,7 @@ def bias_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.conste
 def mask_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
     """The mask of the tile at ``(m0, n0)``, nonzero = visible, as ``bias_tile``."""
     if f.mask is not None:
-        return _tile(at[1], f.mask_strides[3], f.mask_strides[4], m0, n0, i, j, M, N, MASK_M, MASK_N, WIDE)
+        return _tile(at.mask, f.mask_strides[3], f.mask_strides[4], m0, n0, i, j, M, N, MASK_M, MASK_N, WIDE)
     else:
         return 1
 
@@ -151,26 +162,26 @@ def _multiplied(x, factor, ROUNDED: tl.constexpr):
 
 
 @triton.jit
-def scored(f, at, products, bias, mask, scale, m0, n0, i, j, M, N, ROUNDED: tl.constexpr):
+def scored(p, f, at, products, bias, mask, m0, n0, i, j, ROUNDED: tl.constexpr):
     """Of a tile of products q kᵀ: the scores that its bias and mask leave, and (soft cap) their derivative by ``scale * products``.
 
-    ROUNDED: a subtraction behind them does not melt into one instruction with the last multiplication, so that forward and backward passes
-    have the same scores, however huge. N is the number of keys that there are, to which ALiBi's diagonal is aligned, not that of the keys
-    that are visible.
+    p: a program's record, of which this reads scale, M and N. ROUNDED: a subtraction behind them does not melt into one instruction with
+    the last multiplication, so that forward and backward passes have the same scores, however huge. N is the number of keys that there are,
+    to which ALiBi's diagonal is aligned, not that of the keys that are visible.
     """
     slope = products
     if f.softcap is not None:
-        t = tanh(products * (scale / f.softcap))
+        t = tanh(products * (p.scale / f.softcap))
         s = _multiplied(t, f.softcap * LOG2E, ROUNDED and f.bias is None and f.slopes is None)
         slope = 1.0 - t * t
     else:
-        s = _multiplied(products, scale * LOG2E, ROUNDED and f.bias is None and f.slopes is None)
+        s = _multiplied(products, p.scale * LOG2E, ROUNDED and f.bias is None and f.slopes is None)
     # Explicit fused products, so that forward and backward passes round a huge score alike: see `prims.probabilities`.
     if f.bias is not None:
         s = add_bias(s, bias)
     if f.slopes is not None:
-        distance = tl.abs((m0 + N - M - n0) + (i - j)).to(tl.float32)
-        s = tl.fma(distance, -at[2], s)
+        distance = tl.abs((m0 + p.N - p.M - n0) + (i - j)).to(tl.float32)
+        s = tl.fma(distance, -at.slope, s)
     if f.mask is not None:
         s = tl.where(mask != 0, s, float("-inf"))
     return s, slope
@@ -192,14 +203,14 @@ def dropped(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl
     The keep-mask is a function of (seed, offset, batch entry, head, query, key), the same as ``triflash.dropout.keep_mask``.
     """
     if f.seed is not None:
-        key, twist = at[3]
+        key = at.key
         keys = (n0 + tl.arange(0, BN)).to(tl.uint32)
         queries = (m0 + tl.arange(0, BM)).to(tl.uint32)
         if TRANSPOSED:
             keys, queries = keys[:, None], queries[None, :]
         else:
             keys, queries = keys[None, :], queries[:, None]
-        c0, c1 = tl.broadcast(keys & 0xFFFFFFF7, (queries & 0xFFFFFFF7) ^ twist)
+        c0, c1 = tl.broadcast(keys & 0xFFFFFFF7, (queries & 0xFFFFFFF7) ^ at.twist)
         for _ in tl.static_range(ROUNDS):
             product = c0.to(tl.uint64) * 0xD256D193
             c0, c1 = (product >> 32).to(tl.uint32) ^ key ^ c1, product.to(tl.uint32)

@@ -5,77 +5,98 @@ import triton.language as tl
 
 from .features import at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, visible_keys
 from .prims import LN2, LOG2E, MILD, in_band, is_mild, load_rows, locate, lse_rest, offset, segments, store_rows
+from .records import record
+
+
+@record
+class Program:
+    """What is the same for all blocks: lengths, band and scale, and how tiles are made."""
+
+    M: object
+    N: object
+    lo: object
+    hi: object
+    scale: object
+    k_row: object
+    v_row: object
+    BM: tl.constexpr
+    BN: tl.constexpr
+    D: tl.constexpr
+    DV: tl.constexpr
+    BD: tl.constexpr
+    BDV: tl.constexpr
+    EVEN_M: tl.constexpr
+    PRECISION: tl.constexpr
+    WIDE: tl.constexpr
+
+
+@record
+class Tile:
+    """BM queries of one head, from m0 on: q, a tile, and where its keys and values lie, ``shown`` of them; at: ``features.at_head``."""
+
+    q: object
+    k: object
+    v: object
+    at: object
+    m0: object
+    shown: object
 
 
 @triton.jit
-def _fold(
-    acc, l, m, q, k, v, f, at, seen, k_row, v_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_M: tl.constexpr, LATE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
+def _fold(acc, l, m, p, t, f, seen, n0, i, j, LATE: tl.constexpr, MASKED: tl.constexpr):
     """Fold one key block into the running (acc, l, m). ``seen`` is its tile of the mask.
 
     LATE: scores are scaled after their maximum was taken, which saves a product for each of them, but rounds otherwise than the backward
     kernels.
     """
-    k_tile = load_rows(k, k_row, n0, shown, BN, D, BD, MASKED, WIDE)
-    s = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)  # [BM, BN]
+    k_tile = load_rows(t.k, p.k_row, n0, t.shown, p.BN, p.D, p.BD, MASKED, p.WIDE)
+    s = tl.dot(t.q, tl.trans(k_tile), input_precision=p.PRECISION)  # [BM, BN]
     if not LATE:
-        bias = bias_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, MASKED, WIDE)
-        s, _ = scored(f, at, s, bias, seen, scale, m0, n0, i, j, M, N, True)
+        bias = bias_tile(f, t.at, t.m0, n0, i, j, p.M, t.shown, not p.EVEN_M, MASKED, p.WIDE)
+        s, _ = scored(p, f, t.at, s, bias, seen, t.m0, n0, i, j, True)
     if MASKED:
-        s = tl.where(in_band(m0 + i, n0 + j, shown, lo, hi), s, float("-inf"))
+        s = tl.where(in_band(t.m0 + i, n0 + j, t.shown, p.lo, p.hi), s, float("-inf"))
     top = tl.max(s, 1)
     if LATE:
-        top = top * (scale * LOG2E)
+        top = top * (p.scale * LOG2E)
     m_new = tl.maximum(m, top)
     if MASKED or f.bias is not None or f.mask is not None:
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: 2^(-inf - 0) = 0, never NaN
     else:
         m_safe = m_new
     if LATE:
-        p = tl.exp2(s * (scale * LOG2E) - m_safe[:, None])
+        weights = tl.exp2(s * (p.scale * LOG2E) - m_safe[:, None])
     else:
-        p = tl.exp2(s - m_safe[:, None])
+        weights = tl.exp2(s - m_safe[:, None])
     shrink = tl.exp2(m - m_safe)
-    l = l * shrink + tl.sum(p, 1)
+    l = l * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None]
-    v_tile = load_rows(v, v_row, n0, shown, BN, DV, BDV, MASKED, WIDE)
-    p = dropped(f, at, p, m0, n0, BM, BN, False)
-    acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+    v_tile = load_rows(t.v, p.v_row, n0, t.shown, p.BN, p.DV, p.BDV, MASKED, p.WIDE)
+    weights = dropped(f, t.at, weights, t.m0, n0, p.BM, p.BN, False)
+    acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=p.PRECISION)
     return acc, l, m_new
 
 
 @triton.jit
-def _walk(
-    acc, l, m, q, k, v, f, at, k_row, v_row, m0, begin, end, M, N, shown, lo, hi, scale,
-    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_M: tl.constexpr, LATE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MASKED: tl.constexpr, RARE: tl.constexpr,
-):  # fmt: skip
+def _walk(acc, l, m, p, t, f, begin, end, LATE: tl.constexpr, MASKED: tl.constexpr, RARE: tl.constexpr):
     """Fold the key blocks ``[begin, end)`` into the running (acc, l, m); ``MASKED`` where some query does not see some key. RARE: with
     as few registers as can be.
     """
-    i = tl.arange(0, BM)[:, None]
-    j = tl.arange(0, BN)[None, :]
+    i = tl.arange(0, p.BM)[:, None]
+    j = tl.arange(0, p.BN)[None, :]
     # A branch keeps the compiler from loading ahead: it is worth that only for a mask that hides blocks, of queries and keys.
     if f.mask is not None:
         SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
     else:
         SKIPS: tl.constexpr = False
     for block in tl.range(begin, end, num_stages=1 if RARE else None):
-        n0 = block * BN
-        seen = mask_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, MASKED, WIDE)
+        n0 = block * p.BN
+        seen = mask_tile(f, t.at, t.m0, n0, i, j, p.M, t.shown, not p.EVEN_M, MASKED, p.WIDE)
         if SKIPS:
             if shows_anything(seen):
-                acc, l, m = _fold(
-                    acc, l, m, q, k, v, f, at, seen, k_row, v_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
-                    BM, BN, D, DV, BD, BDV, EVEN_M, LATE, PRECISION, WIDE, MASKED,
-                )  # fmt: skip
+                acc, l, m = _fold(acc, l, m, p, t, f, seen, n0, i, j, LATE, MASKED)
         else:
-            acc, l, m = _fold(
-                acc, l, m, q, k, v, f, at, seen, k_row, v_row, m0, n0, i, j, M, N, shown, lo, hi, scale,
-                BM, BN, D, DV, BD, BDV, EVEN_M, LATE, PRECISION, WIDE, MASKED,
-            )  # fmt: skip
+            acc, l, m = _fold(acc, l, m, p, t, f, seen, n0, i, j, LATE, MASKED)
     return acc, l, m
 
 
@@ -108,6 +129,8 @@ def forward(
     shown = visible_keys(f, b, N)
 
     q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)  # [BM, BD]
+    p = Program(M, N, lo, hi, scale, k_strides[1], v_strides[1], BM, BN, D, DV, BD, BDV, EVEN_M, PRECISION, WIDE)
+    t = Tile(q_tile, k, v, at, m0, shown)
     if f.sink is not None:
         m = tl.zeros([BM], tl.float32) + tl.load(f.sink + head * f.sink_stride).to(tl.float32) * LOG2E
         l = tl.full([BM], 1.0, tl.float32)
@@ -120,28 +143,16 @@ def forward(
     LATE: tl.constexpr = POSITIVE_SCALE and f.bias is None and f.slopes is None and f.softcap is None and f.mask is None
     begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, shown, lo, hi, BN)
     if lo is not None:
-        acc, l, m = _walk(
-            acc, l, m, q_tile, k, v, f, at, k_strides[1], v_strides[1], m0, begin, full_begin, M, N, shown, lo, hi, scale,
-            BM, BN, D, DV, BD, BDV, EVEN_M, LATE, PRECISION, WIDE, True, False,
-        )  # fmt: skip
-    acc, l, m = _walk(
-        acc, l, m, q_tile, k, v, f, at, k_strides[1], v_strides[1], m0, full_begin, full_end, M, N, shown, lo, hi, scale,
-        BM, BN, D, DV, BD, BDV, EVEN_M, LATE, PRECISION, WIDE, False, False,
-    )  # fmt: skip
+        acc, l, m = _walk(acc, l, m, p, t, f, begin, full_begin, LATE, True, False)
+    acc, l, m = _walk(acc, l, m, p, t, f, full_begin, full_end, LATE, False, False)
     if hi is not None or not EVEN_N or f.lengths is not None:
-        acc, l, m = _walk(
-            acc, l, m, q_tile, k, v, f, at, k_strides[1], v_strides[1], m0, full_end, end, M, N, shown, lo, hi, scale,
-            BM, BN, D, DV, BD, BDV, EVEN_M, LATE, PRECISION, WIDE, True, False,
-        )  # fmt: skip
+        acc, l, m = _walk(acc, l, m, p, t, f, full_end, end, LATE, True, False)
     if LATE:  # once more where that was too coarse
         mild = is_mild(m, MILD)
         acc = tl.where(mild, acc, 0.0)
         l = tl.where(mild, l, 0.0 if f.sink is None else 1.0)
         m = tl.where(mild, m, start)
-        acc, l, m = _walk(
-            acc, l, m, q_tile, k, v, f, at, k_strides[1], v_strides[1], m0, begin, tl.where(mild, begin, end), M, N, shown, lo, hi, scale,
-            BM, BN, D, DV, BD, BDV, EVEN_M, False, PRECISION, WIDE, True, True,
-        )  # fmt: skip
+        acc, l, m = _walk(acc, l, m, p, t, f, begin, tl.where(mild, begin, end), False, True, True)
 
     unseen = l == 0.0
     l = tl.where(unseen, 1.0, l)

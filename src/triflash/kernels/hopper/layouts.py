@@ -1,0 +1,15 @@
+"""How tiles lie in registers, and blocks in shared memory: called by every Hopper kernel."""
+
+from .compat import gl, gluon
+
+
+@gluon.constexpr_function
+def accumulator(columns):
+    """How a warpgroup holds the result of a product: 64 rows, 16 a warp."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def stacked(count, shape):
+    """The shape of ``count`` blocks."""
+    return [count, *shape]
