@@ -1,6 +1,11 @@
-# make demo   trains the demo model          make test       lint, types, and the tests that every change should pass, in minutes
-# make lint   ruff and mypy only             make test-full  every test that needs no GPU, on the newest Triton as well
-# make clean  removes what these made        make test-gpu   the tests on this machine's own python and GPU
+# make demo        train the demo model
+# make test        lint, types, and the tests that every change should pass, in minutes
+# make test-full   every test that needs no GPU, on the newest and the oldest versions as well
+# make test-gpu    the tests on this machine's own python and GPU (ARGS="-k dbias")
+# make lint        ruff and mypy only
+# make durations   measure what each test costs, which decides what make test runs
+# make clean       remove what these made
+# make help        this list
 #
 # Everything but test-gpu sets itself up in .venv. PYTHON=... picks the interpreter, PIP_ARGS=... adds options to pip install.
 
@@ -23,11 +28,14 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
 UNPINNED := $(if $(GPU),^(torch|triton)==,^$$)
 INSTALL = -m pip install --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: demo test test-full test-rest test-newest test-oldest test-gpu durations lint clean
+.PHONY: demo help test test-full test-rest test-newest test-oldest test-gpu durations lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
 	$(PY) -m triflash demo $(ARGS)
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +32,7 @@ OUTSIDE_THE_RULES = (
 RULES: dict[str, list[str]] = {
     "triflash.kernels": [],
     "triflash.kernels.triton": ["triton", "triflash.kernels.triton"],
-    "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.prims"],
+    "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.prims", "triflash.kernels.triton.records"],
     "triflash.dropout": ["torch"],
     "triflash.lengths": ["torch"],
     "triflash.flops": [],
@@ -168,6 +170,31 @@ def test_a_file_opens_with_what_it_is(name: str) -> None:
         docstring = ast.get_docstring(ast.parse(text))
         assert docstring, f"{name} wants a first line that says what it holds"
         assert text.count("\n") <= 550, f"{name} is probably two files"
+
+
+def house() -> Any:
+    spec = importlib.util.spec_from_file_location("house", Path(__file__).parents[1] / "scripts" / "house.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_kernels_hand_records_on() -> None:
+    """No function that runs on the device takes more than 12 parameters, and few lines only hand them on."""
+    for folder in ("hopper", "triton"):
+        handed, total, signatures = house().plumbing(ROOT / "kernels" / folder)
+        assert handed < 0.03 * total and total > 1000
+        assert [(count, name) for count, name, entry in signatures if not entry and count > 12] == []
+        assert {name.partition(": ")[2] for count, name, entry in signatures if entry and count > 30} == {
+            "hopper": {"keys_backward", "dbias", "dq", "forward", "wide_keys_backward"}, "triton": {"forward", "dkdv", "dq", "dbias"},
+        }[folder]  # fmt: skip
+
+
+def test_the_import_graph_is_drawn_as_it_is() -> None:
+    """After a change: python3 scripts/house.py imports --write."""
+    module = house()
+    assert module.graph() in module.DESIGN.read_text()
 
 
 def test_no_asserts_on_user_input() -> None:
