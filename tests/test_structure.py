@@ -76,8 +76,9 @@ RULES: dict[str, list[str]] = {
     "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.form", "triflash.plan.select", "triflash.spec"],
     "triflash.door": [
         "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.ops",
-        "triflash.plan", "triflash.spec", "triflash.transforms",
+        "triflash.plan", "triflash.sharded", "triflash.spec", "triflash.transforms",
     ],
+    "triflash.sharded": ["torch", "triflash.arguments", "triflash.errors"],
     "triflash.transforms": ["torch", "triflash.errors", "triflash.ops"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors"],
     "triflash.triton_flash_attention": [
@@ -211,17 +212,19 @@ def run_python(program: str, **environment: str) -> str:
 
 
 def test_importing_starts_nothing() -> None:
-    """No Triton, no CUDA context; nor does a call on the CPU need them."""
+    """No Triton, no CUDA context, no DTensor; nor does a call on the CPU need them."""
     program = """
 import sys, torch
 before = "triton" in sys.modules
 import triflash, triflash.triton_flash_attention
 print("triton" in sys.modules and not before, torch.cuda.is_initialized())
+tensors = "torch.distributed.tensor" in sys.modules
 q = torch.randn(1, 3, 1, 4, requires_grad=True)
 triflash.flash_attn_func(q, q, q).sum().backward()
 print(any(f"triflash.launch.{name}" in sys.modules for name in ("triton", "hopper")), torch.cuda.is_initialized())
+print("triflash.sharded" in sys.modules or tensors)
 """
-    assert run_python(program, TRITON_INTERPRET="0").split() == ["False"] * 4
+    assert run_python(program, TRITON_INTERPRET="0").split() == ["False"] * 5
 
 
 def test_without_triton() -> None:

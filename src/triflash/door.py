@@ -83,7 +83,7 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
         settled = checked(face, named, Options(*options))
         if isinstance(window, list):  # which has no hash
             return attend(face, given, Options(*options)._replace(window=(window[0], window[1])), return_lse)
-        if key is None or q.device.type == "meta" or any(x is not None and (type(x) not in _PLAIN or x.is_neg()) for x in given[:8]):
+        if key is None or q.device.type == "meta" or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg()) for x in given):
             return _by_operators(face, given, options, return_lse)
         call = _bound(settled, named, facts, q.device)
         CALLS.add(key, call)
@@ -132,6 +132,14 @@ def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], 
     q = given[0]
     if isinstance(q, Tensor) and torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         return _autocasted(face, given, options, return_lse)
+    if any(isinstance(x, Tensor) and _is_dtensor(x) for x in given):
+        if _transforms():
+            raise UnsupportedError(
+                "torch.func transforms of DTensors: use torch.autograd, or transform what each process does with its part, x.to_local()"
+            )
+        from .sharded import attend_sharded  # here: DTensor's imports take more than half a second
+
+        return attend_sharded(attend, face, Given(*given), Options(*options), return_lse)
     call = checked(face, Given(*given), Options(*options))
     seed = seed_tensor(given[8], given[0].device) if call.dropout_p else None
     x = call.form.operands((*given[:8], seed))
@@ -142,6 +150,14 @@ def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], 
     )  # fmt: skip
     out = call.form.out_of(out)
     return (out, call.form.lse_of(lse)) if return_lse else out
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    """Whether a tensor is a DTensor, or under a transform stands for one. By its name: only who has one should have to import the class."""
+    if not _compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(x):
+            x = torch._C._functorch.get_unwrapped(x)
+    return type(x).__name__ == "DTensor" and type(x).__module__.startswith("torch.distributed.tensor")
 
 
 def _refuse_tangents(given: tuple[Any, ...]) -> None:
