@@ -25,7 +25,9 @@ __all__ = ["Launch", "bind", "stands_aside", "streams", "watch"]
 
 _MAPS = 64  # tensor maps kept for each descriptor of a launch, by address
 
-_compiling = threading.Lock()  # threads that need the same new kernel would each compile it, and parsing in two at once has failed
+# Threads that need the same new kernel would each compile it, and parsing in two at once has failed. Triton loads a kernel when its
+# launcher is first asked for, in steps of which another thread may see the first.
+_compiling = threading.Lock()
 
 _environment = getattr(os.environ, "_data", None)  # a look-up by bytes takes a fortieth of os.environ.get
 
@@ -214,12 +216,12 @@ def bind(call: Call, place: Callable[[Tensor], tuple[int, int]]) -> Launch | Non
         return None  # somebody watches it
     with _compiling:
         compiled = kernel.run(*call.args, grid=(call.programs,), warmup=True, **call.options)
-    if hasattr(compiled, "result"):  # compiled by a thread of its own
-        compiled = compiled.result()
-    try:
-        return Launch(call, compiled, place)
-    except _Unknown:
-        return None
+        if hasattr(compiled, "result"):  # compiled by a thread of its own
+            compiled = compiled.result()
+        try:
+            return Launch(call, compiled, place)
+        except _Unknown:
+            return None
 
 
 def _in_order(call: Call) -> list[Any]:
