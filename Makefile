@@ -2,6 +2,7 @@
 # make test        lint, types, and the tests that every change should pass, in minutes
 # make test-full   every test that needs no GPU, on the newest and the oldest versions as well
 # make test-gpu    the tests on this machine's own python and GPU (ARGS="-k dbias")
+# make test-torch  the interpreted tests with the lowest PyTorch (TORCH=2.10.0), whose CUDA build is gigabytes: not part of test-full
 # make lint        ruff and mypy only
 # make durations   measure what each test costs, which decides what make test runs
 # make clean       remove what these made
@@ -12,6 +13,7 @@
 PYTHON ?= python3
 PIP_ARGS ?=
 WORKERS ?= 2
+TORCH ?= 2.10.0
 PY := .venv/bin/python
 
 # Interpreted or run by stand-ins, without a GPU even where there is one; and compiled. What is compiled is kept, by the hash of its source.
@@ -28,7 +30,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
 UNPINNED := $(if $(GPU),^(torch|triton)==,^$$)
 INSTALL = -m pip install --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: demo help test test-full test-rest test-newest test-oldest test-gpu durations lint clean
+.PHONY: demo help test test-full test-rest test-newest test-oldest test-torch test-gpu durations lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -74,11 +76,14 @@ test-newest: .venv/.dev .triton-newest/.installed
 test-oldest: .venv/.dev .oldest/.installed
 	PYTHONPATH=.oldest $(PY) -m pytest -q -n $(WORKERS) tests/test_demo.py tests/test_bench_compare.py tests/test_bench_gate.py tests/test_bench_workloads.py
 
+test-torch: .torch-$(TORCH)/.installed
+	$(subst $(PY),.torch-$(TORCH)/bin/python,$(INTERPRETED)) $(ARGS)
+
 test-gpu:
 	PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m pytest -q tests $(ARGS)
 
 clean:
-	rm -rf .venv .triton-newest .oldest .triton-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info demo-out
+	rm -rf .venv .triton-newest .oldest .torch-* .triton-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info demo-out
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One stamp per set of extras; a change of pins or of the package's metadata installs again.
@@ -95,6 +100,12 @@ clean:
 .oldest/.installed: pyproject.toml | .venv/.constraints
 	rm -rf .oldest
 	$(PY) $(INSTALL) --quiet --target .oldest --no-deps $$(sed -nE '/^demo = /{s/^demo = \[([^]]*)\].*/\1/; s/[",]//g; s/>=/==/g; p}' pyproject.toml)
+	touch $@
+
+.torch-$(TORCH)/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv .torch-$(TORCH)
+	grep -vE '^(torch|triton)==' constraints.txt > .torch-$(TORCH)/pins.txt
+	.torch-$(TORCH)/bin/python $(INSTALL) --quiet --constraint .torch-$(TORCH)/pins.txt torch==$(TORCH) --editable '.[dev]'
 	touch $@
 
 .triton-newest/.installed: Makefile | .venv/.constraints

@@ -31,6 +31,8 @@ __all__ = ["attend", "bind"]
 _PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they look like
 _SEED = meta((2,), (1,), torch.int64)
 _CASTS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes
+# Where autocast exists; Dynamo of PyTorch 2.10 cannot trace the question.
+_CASTING = tuple([kind for kind in ("cpu", "cuda", "xpu") if torch.amp.is_autocast_available(kind)])
 
 # Looked up once: an eager call asks all of them.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -130,7 +132,7 @@ def _bound(call: Checked, given: Given, facts: DeviceFacts, device: torch.device
 def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     """The same by operators, which tracers, transforms and subclasses see."""
     q = given[0]
-    if isinstance(q, Tensor) and torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and q.device.type in _CASTING and torch.is_autocast_enabled(q.device.type):
         return _autocasted(face, given, options, return_lse)
     if any(isinstance(x, Tensor) and _is_dtensor(x) for x in given):
         if _transforms():

@@ -81,7 +81,7 @@ def _score_mod(bias: Tensor | None, inner: int, softcap: float | None) -> Callab
         if outer_varies:
             entry: Any = b if inner_varies else b // inner
         else:
-            entry = b % inner if inner_varies else 0
-        return s + x[entry, h if head_varies else 0, i if query_varies else 0, j if key_varies else 0]
+            entry = b % inner if inner_varies else b * 0  # PyTorch 2.10 takes no constants among captured tensors' indices
+        return s + x[entry, h if head_varies else h * 0, i if query_varies else i * 0, j if key_varies else j * 0]
 
     return score_mod
