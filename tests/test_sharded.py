@@ -26,6 +26,8 @@ pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
 ]
 
+OLD = torch.__version__.startswith("2.10.")  # gathers some gradients while it accumulates them
+
 PLACEMENTS: dict[str, Placement] = {"R": Replicate(), "P": Partial(), **{f"S{n}": Shard(n) for n in range(5)}}
 
 
@@ -178,7 +180,8 @@ def check(case: Case, meshes: dict[tuple[int, ...], DeviceMesh], run: Callable[.
     for name in learned:
         grad: Any = parts[name].grad
         wanted = case.grads.get(name, case.placed[name])
-        assert isinstance(grad, DTensor) and grad.placements == placements(wanted), (case.name, name, wanted, grad.placements)
+        gathered = OLD and all(p.is_replicate() for p in grad.placements)
+        assert isinstance(grad, DTensor) and (gathered or grad.placements == placements(wanted)), (case.name, name, wanted, grad.placements)
         assert grad.shape == whole[name].shape
         torch.testing.assert_close(
             grad.full_tensor(), whole[name].grad, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{case.name}, {name}: {text}"
@@ -282,8 +285,9 @@ def check_around(mesh: DeviceMesh) -> None:
     triflash.attention(whole, whole, whole).square().sum().backward()
     torch.testing.assert_close(q.grad.full_tensor(), whole.grad)
     (grad,) = torch.autograd.grad(triflash.attention(q, q, q).square().sum(), q, create_graph=True)
-    with pytest.raises(triflash.UnsupportedError, match="second derivative"):
-        grad.sum().backward()
+    if not OLD:  # whose to_local ends the graph
+        with pytest.raises(triflash.UnsupportedError, match="second derivative"):
+            grad.sum().backward()
 
 
 def check_compiled(mesh: DeviceMesh) -> None:
