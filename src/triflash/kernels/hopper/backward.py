@@ -15,7 +15,7 @@ A producer warp loads q, dout, lse, delta and bias tiles as far ahead as there a
 """
 
 from ..triton.prims import LOG2E, offset
-from .columns import grid_of, query_heads, visible_blocks
+from .columns import grid_of, of_keys, query_heads, store_dbias, visible_blocks
 from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store, tma_store_wait, warpgroup_mma_wait
 from .dropout import stream_of
 from .extent import Extent, extent_of
@@ -219,14 +219,10 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
                 stream = stream_of(p.dropout, b, head, p.heads)
             key_bias = gl.zeros([HALF], gl.float32, ROWS)
             if p.bias is not None:
-                row = p.bias + offset(b // p.batch_inner, p.bias_strides[0]) + offset(b % p.batch_inner, p.bias_strides[1])
-                row += offset(head, p.bias_strides[2])
-                key_bias = gl.load(row + j.to(gl.int64) * p.bias_strides[4], mask=j < p.N, other=0).to(gl.float32)
+                key_bias = of_keys(p, p.bias, p.bias_strides, b, head, j).to(gl.float32)
             key_mask = None
             if p.mask is not None:
-                shown = p.mask + offset(b // p.batch_inner, p.mask_strides[0]) + offset(b % p.batch_inner, p.mask_strides[1])
-                shown += offset(head, p.mask_strides[2])
-                key_mask = gl.load(shown + j.to(gl.int64) * p.mask_strides[4], mask=j < p.N, other=0)
+                key_mask = of_keys(p, p.mask, p.mask_strides, b, head, j)
             db = gl.zeros([HALF], gl.float32, ROWS)
             base = done + member * steps - begin
             t = Keys(x, x.diagonal(), n0, kv, key_bias, key_mask, slope, stream, scale_log2, done, base, sum_base, WG, MILD)
@@ -236,11 +232,7 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
             if p.lo is not None:
                 dk, dv, db, place = _walk_all(p, t, part, end, dk, dv, db, place, True, 1)
             if p.NEED_DB:
-                target = p.dbias + offset(b // p.batch_inner, p.dbias_strides[0]) + offset(b % p.batch_inner, p.dbias_strides[1])
-                target += offset(head, p.dbias_strides[2])
-                if p.dropout is not None:
-                    db = db * p.dropout[2]
-                gl.store(target + j.to(gl.int64) * p.dbias_strides[3], db.to(p.dbias.dtype.element_ty), mask=j < p.N)
+                store_dbias(p, db, b, head, j)
         done += steps * members
         if p.APART:
             if steps > 0:  # these keys are still read for dq

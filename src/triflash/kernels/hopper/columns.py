@@ -1,6 +1,6 @@
 """What the backward kernels for Hopper share that own keys, and so hold scores in columns: a query is a column of a tile, a key a row."""
 
-from ..triton.prims import LOG2E, segments
+from ..triton.prims import LOG2E, offset, segments
 from .compat import gl, gluon
 from .features import ONE_SIDED, add_alibi, capped, keep_up_to, line, opaque, rounded, squashed, weighed, widened
 from .layouts import accumulator
@@ -69,6 +69,24 @@ def query_heads(kv_head, group, splits):
         own = kv_head // splits
         first = kv_head % splits * group // splits
         return own, own * group + first, (kv_head % splits + 1) * group // splits - first
+
+
+@gluon.jit
+def of_keys(p, x, strides, b, head, j):
+    """The numbers of the keys j, one each, of a bias or mask that varies over keys alone."""
+    row = x + offset(b // p.batch_inner, strides[0]) + offset(b % p.batch_inner, strides[1])
+    row += offset(head, strides[2])
+    return gl.load(row + j.to(gl.int64) * strides[4], mask=j < p.N, other=0)
+
+
+@gluon.jit
+def store_dbias(p, db, b, head, j):
+    """Write the gradient of a bias that varies over keys alone, of the keys j."""
+    target = p.dbias + offset(b // p.batch_inner, p.dbias_strides[0]) + offset(b % p.batch_inner, p.dbias_strides[1])
+    target += offset(head, p.dbias_strides[2])
+    if p.dropout is not None:
+        db = db * p.dropout[2]
+    gl.store(target + j.to(gl.int64) * p.dbias_strides[3], db.to(p.dbias.dtype.element_ty), mask=j < p.N)
 
 
 @gluon.jit

@@ -30,10 +30,9 @@ from .compat import (
 from .dropout import drawn, of_scores, signed, stream_of
 from .features import add_alibi, capped, mildest, slope_of, squashed, visible_keys
 from .layouts import accumulator, stacked
+from .loads import BM
 from .rings import Ring, barriers, ring
 from .rows import add_bias, exponents, hide_unseen, statistics
-
-BM = gl.constexpr(64)  # queries of a consumer
 
 
 @record

@@ -19,9 +19,10 @@ class Ring:
     @gluon.jit
     def slot(self, at, PART: gl.constexpr):
         """Which buffer a part of block ``at`` is in."""
-        slot = slot_of(at, self.STAGES)
         if self.SIGNED:
             slot = at % self.STAGES
+        else:
+            slot = slot_of(at, self.STAGES)
         if self.PARTS > 1:
             slot = slot * self.PARTS + PART
         return slot

@@ -6,8 +6,8 @@ second through shared memory, in q's dtype, in which it is the operand of dv any
 the next.
 """
 
-from ..triton.prims import LOG2E, offset
-from .columns import DELTA, LSE, REST, grid_of, in_turn, probabilities, turned, visible_blocks
+from ..triton.prims import LOG2E
+from .columns import DELTA, LSE, REST, grid_of, in_turn, of_keys, probabilities, store_dbias, turned, visible_blocks
 from .compat import (
     fence_async_shared,
     gl,
@@ -258,14 +258,10 @@ def _values(p, MILD: gl.constexpr):
             j = n0 + gl.arange(0, BN, ROWS)
             key_bias = gl.zeros([BN], gl.float32, ROWS)
             if p.bias is not None:
-                row = p.bias + offset(b // p.batch_inner, p.bias_strides[0]) + offset(b % p.batch_inner, p.bias_strides[1])
-                row += offset(kv_head * p.group + member, p.bias_strides[2])
-                key_bias = gl.load(row + j.to(gl.int64) * p.bias_strides[4], mask=j < p.N, other=0).to(gl.float32)
+                key_bias = of_keys(p, p.bias, p.bias_strides, b, kv_head * p.group + member, j).to(gl.float32)
             key_mask = None
             if p.mask is not None:
-                shown = p.mask + offset(b // p.batch_inner, p.mask_strides[0]) + offset(b % p.batch_inner, p.mask_strides[1])
-                shown += offset(kv_head * p.group + member, p.mask_strides[2])
-                key_mask = gl.load(shown + j.to(gl.int64) * p.mask_strides[4], mask=j < p.N, other=0)
+                key_mask = of_keys(p, p.mask, p.mask_strides, b, kv_head * p.group + member, j)
             t = Keys(x, x.diagonal(), n0, key_bias, key_mask, slope, stream, scale_log2, done, done + member * steps - begin, MILD)
             # Both masked walks are there whenever there is any bound, one of them perhaps without a block: with one of them missing, the
             # assembler of Triton 3.6 (12.8) lets products wait for one another (C7513).
@@ -374,11 +370,7 @@ def _keys(p):
             dk, db, ds16 = _walk_keys(p, t, dk, db, ds16, begin, end)
             if p.dbias is not None:
                 j = n0 + gl.arange(0, BN, ROWS)
-                target = p.dbias + offset(b // p.batch_inner, p.dbias_strides[0]) + offset(b % p.batch_inner, p.dbias_strides[1])
-                target += offset(kv_head * p.group + member, p.dbias_strides[2])
-                if p.dropout is not None:
-                    db = db * p.dropout[2]
-                gl.store(target + j.to(gl.int64) * p.dbias_strides[3], db.to(p.dbias.dtype.element_ty), mask=j < p.N)
+                store_dbias(p, db, b, kv_head * p.group + member, j)
         done += steps * p.group
         if p.dk_desc is not None:
             if steps > 0:

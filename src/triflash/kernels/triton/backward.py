@@ -13,7 +13,7 @@ straight from ``k qᵀ`` and ``v doutᵀ``: no tile is transposed in registers (
 import triton
 import triton.language as tl
 
-from .features import at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, through_cap, visible_keys
+from .features import Program, at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, through_cap, visible_keys
 from .prims import (
     LOG2E,
     MILDEST,
@@ -51,27 +51,6 @@ def delta(
         dlse += offset(b, dlse_strides[0]) + offset(head, dlse_strides[1])
         row -= tl.load(dlse + rows * dlse_strides[2], mask=rows < M, other=0.0)
     tl.store(delta_out + offset(b * heads + head, M) + rows, row, mask=rows < M)
-
-
-@record
-class Program:
-    """What is the same for all blocks: lengths, band and scale, and how tiles are made."""
-
-    M: object
-    N: object
-    lo: object
-    hi: object
-    scale: object
-    BM: tl.constexpr
-    BN: tl.constexpr
-    D: tl.constexpr
-    DV: tl.constexpr
-    BD: tl.constexpr
-    BDV: tl.constexpr
-    EVEN_M: tl.constexpr
-    EVEN_N: tl.constexpr
-    PRECISION: tl.constexpr
-    WIDE: tl.constexpr
 
 
 @record

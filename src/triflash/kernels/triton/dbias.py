@@ -6,45 +6,23 @@ A bias of full shape, and one that varies over keys only, get theirs from the pa
 import triton
 import triton.language as tl
 
-from .features import at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, visible_keys
+from .features import Program, at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, visible_keys
 from .prims import in_band, load_lse_log2, load_rows, load_vector, offset, probabilities, segments, store_tile
 from .records import record
 
 
 @record
-class Program:
-    """What is the same in every round: lengths, band and scale, strides of rows, and how tiles are made."""
-
-    M: object
-    N: object
-    lo: object
-    hi: object
-    scale: object
-    q_row: object
-    k_row: object
-    v_row: object
-    dout_row: object
-    BM: tl.constexpr
-    BN: tl.constexpr
-    D: tl.constexpr
-    DV: tl.constexpr
-    BD: tl.constexpr
-    BDV: tl.constexpr
-    EVEN_M: tl.constexpr
-    MASK_N: tl.constexpr
-    FIXED: tl.constexpr
-    PRECISION: tl.constexpr
-    WIDE: tl.constexpr
-
-
-@record
 class Round:
-    """One (batch, head) pair: where its rows lie, of which ``shown`` keys, and ``features.at_head``."""
+    """One (batch, head) pair: where its rows lie, how far apart, of which ``shown`` keys, and ``features.at_head``."""
 
     q: object
     k: object
     v: object
     dout: object
+    q_row: object
+    k_row: object
+    v_row: object
+    dout_row: object
     lse: object
     rest: object
     delta: object
@@ -53,10 +31,11 @@ class Round:
 
 
 @triton.jit
-def _ds(p, t, f, bias, seen, m0, n0, i, j):
+def _ds(p, t, f, bias, seen, m0, n0, i, j, FIXED: tl.constexpr):
     """The gradient of one tile of scores; FIXED leaves it to the caller to mask it by the band. ``seen`` is its tile of the mask."""
-    q_tile = load_rows(t.q, p.q_row, m0, p.M, p.BM, p.D, p.BD, not p.EVEN_M, p.WIDE)
-    k_tile = load_rows(t.k, p.k_row, n0, t.shown, p.BN, p.D, p.BD, p.MASK_N, p.WIDE)
+    MASK_N: tl.constexpr = not p.EVEN_N or f.lengths is not None
+    q_tile = load_rows(t.q, t.q_row, m0, p.M, p.BM, p.D, p.BD, not p.EVEN_M, p.WIDE)
+    k_tile = load_rows(t.k, t.k_row, n0, t.shown, p.BN, p.D, p.BD, MASK_N, p.WIDE)
     s = tl.dot(q_tile, tl.trans(k_tile), input_precision=p.PRECISION)  # [BM, BN]
     s, _ = scored(p, f, t.at, s, bias, seen, m0, n0, i, j, True)
     lse_log2 = load_lse_log2(t.lse, m0, p.M, p.BM, not p.EVEN_M)
@@ -64,13 +43,13 @@ def _ds(p, t, f, bias, seen, m0, n0, i, j):
         weights = probabilities(s, lse_log2[:, None], load_vector(t.rest, m0, p.M, p.BM, not p.EVEN_M)[:, None], True, False)
     else:
         weights = probabilities(s, lse_log2[:, None], 0.0, False, True)
-    do_tile = load_rows(t.dout, p.dout_row, m0, p.M, p.BM, p.DV, p.BDV, not p.EVEN_M, p.WIDE)
-    v_tile = load_rows(t.v, p.v_row, n0, t.shown, p.BN, p.DV, p.BDV, p.MASK_N, p.WIDE)
+    do_tile = load_rows(t.dout, t.dout_row, m0, p.M, p.BM, p.DV, p.BDV, not p.EVEN_M, p.WIDE)
+    v_tile = load_rows(t.v, t.v_row, n0, t.shown, p.BN, p.DV, p.BDV, MASK_N, p.WIDE)
     dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=p.PRECISION)  # [BM, BN]
     dp = rescaled(f, dropped(f, t.at, dp, m0, n0, p.BM, p.BN, False))
     row = load_vector(t.delta, m0, p.M, p.BM, not p.EVEN_M)
     ds = weights * (dp - row[:, None])
-    if not p.FIXED:
+    if not FIXED:
         ds = tl.where(in_band(m0 + i, n0 + j, t.shown, p.lo, p.hi), ds, 0.0)
     elif f.lengths is not None:
         ds = tl.where(n0 + j < t.shown, ds, 0.0)
@@ -167,10 +146,7 @@ def dbias(
         SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
     else:
         SKIPS: tl.constexpr = False
-    p = Program(
-        M, N, lo, hi, scale, q_strides[1], k_strides[1], v_strides[1], dout_strides[1], BM, BN, D, DV, BD, BDV, EVEN_M,
-        not EVEN_N or HIDES, FIXED, PRECISION, WIDE,
-    )  # fmt: skip
+    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
     for r in tl.range(first, last):
         head = own_head
         b1 = own_b1
@@ -209,15 +185,17 @@ def dbias(
         else:
             tile = bias_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, not EVEN_N or HIDES, WIDE)
         seen = mask_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, not EVEN_N or HIDES, WIDE)
-        t = Round(q_at, k_at, v_at, do_at, lse_at, rest_at, delta_at, at, shown)
+        t = Round(
+            q_at, k_at, v_at, do_at, q_strides[1], k_strides[1], v_strides[1], dout_strides[1], lse_at, rest_at, delta_at, at, shown,
+        )  # fmt: skip
         if SKIPS or HIDES:
             shows = n0 < shown
             if SKIPS:
                 shows = shows & shows_anything(seen)
             if shows:
-                acc += _ds(p, t, f, tile, seen, m0, n0, i, j)
+                acc += _ds(p, t, f, tile, seen, m0, n0, i, j, FIXED)
         else:
-            acc += _ds(p, t, f, tile, seen, m0, n0, i, j)
+            acc += _ds(p, t, f, tile, seen, m0, n0, i, j, FIXED)
 
     own = dbias_out + offset(part, dbias_strides[0])
     own += offset(own_b0, dbias_strides[1]) + offset(own_b1, dbias_strides[2]) + offset(own_head, dbias_strides[3])

@@ -50,6 +50,27 @@ def visible_keys(f, b, N):
 
 
 @record
+class Program:
+    """What is the same for all blocks of a program: lengths, band and scale, and how tiles are made."""
+
+    M: object
+    N: object
+    lo: object
+    hi: object
+    scale: object
+    BM: tl.constexpr
+    BN: tl.constexpr
+    D: tl.constexpr
+    DV: tl.constexpr
+    BD: tl.constexpr
+    BDV: tl.constexpr
+    EVEN_M: tl.constexpr
+    EVEN_N: tl.constexpr
+    PRECISION: tl.constexpr
+    WIDE: tl.constexpr
+
+
+@record
 class Head:
     """What the features are for one query head of one batch entry: where its bias and its mask begin, its slope in base 2, and the key and
     twist of its random numbers.
@@ -165,7 +186,7 @@ def _multiplied(x, factor, ROUNDED: tl.constexpr):
 def scored(p, f, at, products, bias, mask, m0, n0, i, j, ROUNDED: tl.constexpr):
     """Of a tile of products q kᵀ: the scores that its bias and mask leave, and (soft cap) their derivative by ``scale * products``.
 
-    p: a program's record, of which this reads scale, M and N. ROUNDED: a subtraction behind them does not melt into one instruction with
+    ROUNDED: a subtraction behind them does not melt into one instruction with
     the last multiplication, so that forward and backward passes have the same scores, however huge. N is the number of keys that there are,
     to which ALiBi's diagonal is aligned, not that of the keys that are visible.
     """

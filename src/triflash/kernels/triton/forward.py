@@ -3,31 +3,9 @@
 import triton
 import triton.language as tl
 
-from .features import at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, visible_keys
+from .features import Program, at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, visible_keys
 from .prims import LN2, LOG2E, MILD, in_band, is_mild, load_rows, locate, lse_rest, offset, segments, store_rows
 from .records import record
-
-
-@record
-class Program:
-    """What is the same for all blocks: lengths, band and scale, and how tiles are made."""
-
-    M: object
-    N: object
-    lo: object
-    hi: object
-    scale: object
-    k_row: object
-    v_row: object
-    BM: tl.constexpr
-    BN: tl.constexpr
-    D: tl.constexpr
-    DV: tl.constexpr
-    BD: tl.constexpr
-    BDV: tl.constexpr
-    EVEN_M: tl.constexpr
-    PRECISION: tl.constexpr
-    WIDE: tl.constexpr
 
 
 @record
@@ -37,6 +15,8 @@ class Tile:
     q: object
     k: object
     v: object
+    k_row: object
+    v_row: object
     at: object
     m0: object
     shown: object
@@ -49,7 +29,7 @@ def _fold(acc, l, m, p, t, f, seen, n0, i, j, LATE: tl.constexpr, MASKED: tl.con
     LATE: scores are scaled after their maximum was taken, which saves a product for each of them, but rounds otherwise than the backward
     kernels.
     """
-    k_tile = load_rows(t.k, p.k_row, n0, t.shown, p.BN, p.D, p.BD, MASKED, p.WIDE)
+    k_tile = load_rows(t.k, t.k_row, n0, t.shown, p.BN, p.D, p.BD, MASKED, p.WIDE)
     s = tl.dot(t.q, tl.trans(k_tile), input_precision=p.PRECISION)  # [BM, BN]
     if not LATE:
         bias = bias_tile(f, t.at, t.m0, n0, i, j, p.M, t.shown, not p.EVEN_M, MASKED, p.WIDE)
@@ -71,7 +51,7 @@ def _fold(acc, l, m, p, t, f, seen, n0, i, j, LATE: tl.constexpr, MASKED: tl.con
     shrink = tl.exp2(m - m_safe)
     l = l * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None]
-    v_tile = load_rows(t.v, p.v_row, n0, t.shown, p.BN, p.DV, p.BDV, MASKED, p.WIDE)
+    v_tile = load_rows(t.v, t.v_row, n0, t.shown, p.BN, p.DV, p.BDV, MASKED, p.WIDE)
     weights = dropped(f, t.at, weights, t.m0, n0, p.BM, p.BN, False)
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=p.PRECISION)
     return acc, l, m_new
@@ -129,8 +109,8 @@ def forward(
     shown = visible_keys(f, b, N)
 
     q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)  # [BM, BD]
-    p = Program(M, N, lo, hi, scale, k_strides[1], v_strides[1], BM, BN, D, DV, BD, BDV, EVEN_M, PRECISION, WIDE)
-    t = Tile(q_tile, k, v, at, m0, shown)
+    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
+    t = Tile(q_tile, k, v, k_strides[1], v_strides[1], at, m0, shown)
     if f.sink is not None:
         m = tl.zeros([BM], tl.float32) + tl.load(f.sink + head * f.sink_stride).to(tl.float32) * LOG2E
         l = tl.full([BM], 1.0, tl.float32)
