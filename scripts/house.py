@@ -15,7 +15,7 @@ import io
 import re
 import sys
 import tokenize
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,40 +30,43 @@ SIGNS = frozenset("(),.:=*")
 
 
 def modules() -> dict[str, Path]:
-    found = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
+    """The package's modules, by their absolute names."""
+    found = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in sorted(PACKAGE.rglob("*.py"))}
     return {name.removesuffix(".__init__"): path for name, path in found.items()}
+
+
+def imports(name: str, everywhere: bool = True) -> set[str]:
+    """What a module imports, as absolute names; with ``everywhere`` inside functions too, else only when it is imported itself."""
+    known = modules()
+    path = known[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            # "from . import x" and "from ..plan import x" import the modules x, if that is what they are
+            found |= {f"{module}.{a.name}" if f"{module}.{a.name}" in known else module for a in node.names}
+    return found
 
 
 def room_of(name: str) -> str:
     """A file of the package itself, or the folder that a module lies in, two levels deep."""
-    parts = name.split(".")
+    parts = name.split(".")[1:]
     return ".".join(parts[:2]) if parts[0] == "kernels" else parts[0]
-
-
-def imports(name: str, path: Path) -> Iterator[str]:
-    """The package's modules that a module imports, whenever it does."""
-    known = modules()
-    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = package[: len(package) - node.level + 1]
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            for alias in node.names:
-                inner = f"{module}.{alias.name}".lstrip(".")
-                target = inner if inner in known else module
-                if target in known and target != "__init__":
-                    yield target
 
 
 def graph() -> str:
     """Arrows between rooms; those that follow from others are left out."""
     arrows: dict[str, set[str]] = {}
-    for name, path in modules().items():
-        if name in ("__init__", "__main__"):
-            continue
+    known = {name for name in modules() if name not in ("triflash", "triflash.__main__")}
+    for name in sorted(known):
         own = room_of(name)
         arrows.setdefault(own, set())
-        arrows[own] |= {room_of(target) for target in imports(name, path)} - {own}
+        arrows[own] |= {room_of(target) for target in imports(name) & known} - {own}
 
     def reach(start: str, skip: str) -> set[str]:
         seen, queue = set(), [x for x in arrows[start] if x != skip]

@@ -231,6 +231,9 @@ def check_errors(mesh: DeviceMesh) -> None:
         triflash.attention(
             q.full_tensor(), q.full_tensor(), q.full_tensor(), bias=distribute_tensor(torch.randn(5, 5), mesh, [Replicate()])
         )
+    elsewhere = distribute_tensor(torch.randn(5, 5), DeviceMesh("cpu", torch.arange(2).view(1, 2)), [Replicate(), Replicate()])
+    with pytest.raises(ValueError, match="^bias: wanted a DTensor on the mesh of the others"):
+        triflash.attention(q, q, q, bias=elsewhere)
     for transformed in (
         torch.func.grad(lambda x: triflash.attention(x, q, q).sum()),
         torch.func.vmap(lambda x: triflash.attention(*[x[None]] * 3), randomness="error"),

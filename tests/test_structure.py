@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import triflash
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+import house
+from house import imports
+
 ROOT = Path(triflash.__file__).parent
-MODULES = {
-    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(ROOT.rglob("*.py"))
-}
+MODULES = house.modules()
 OUTSIDE_THE_RULES = (
     "triflash.bench",
     "triflash.demo",
@@ -89,24 +89,6 @@ RULES: dict[str, list[str]] = {
 THIRD_PARTY = ("torch", "triton", "numpy", "triflash")
 
 
-def imports(name: str, everywhere: bool = True) -> set[str]:
-    """What a module imports, as absolute names; with ``everywhere`` inside functions too, else only when it is imported itself."""
-    path = MODULES[name]
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if everywhere else (n for n in tree.body)
-    found = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            # "from . import x" and "from ..plan import x" import the modules x, if that is what they are
-            found |= {f"{module}.{a.name}" if f"{module}.{a.name}" in MODULES else module for a in node.names}
-    return found
-
-
 def within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
@@ -173,18 +155,10 @@ def test_a_file_opens_with_what_it_is(name: str) -> None:
         assert text.count("\n") <= 550, f"{name} is probably two files"
 
 
-def house() -> Any:
-    spec = importlib.util.spec_from_file_location("house", Path(__file__).parents[1] / "scripts" / "house.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_kernels_hand_records_on() -> None:
     """No function that runs on the device takes more than 12 parameters, and few lines only hand them on."""
     for folder in ("hopper", "triton"):
-        handed, total, signatures = house().plumbing(ROOT / "kernels" / folder)
+        handed, total, signatures = house.plumbing(ROOT / "kernels" / folder)
         assert handed < 0.03 * total and total > 1000
         assert [(count, name) for count, name, entry in signatures if not entry and count > 12] == []
         assert {name.partition(": ")[2] for count, name, entry in signatures if entry and count > 30} == {
@@ -194,8 +168,7 @@ def test_kernels_hand_records_on() -> None:
 
 def test_the_import_graph_is_drawn_as_it_is() -> None:
     """After a change: python3 scripts/house.py imports --write."""
-    module = house()
-    assert module.graph() in module.DESIGN.read_text()
+    assert house.graph() in house.DESIGN.read_text()
 
 
 def test_no_asserts_on_user_input() -> None:
