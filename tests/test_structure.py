@@ -76,10 +76,10 @@ RULES: dict[str, list[str]] = {
     "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.form", "triflash.plan.select", "triflash.spec"],
     "triflash.door": [
         "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.ops",
-        "triflash.plan", "triflash.sharded", "triflash.spec", "triflash.transforms",
+        "triflash.plan", "triflash.sharded", "triflash.spec",
     ],
     "triflash.sharded": ["torch", "triflash.arguments", "triflash.errors"],
-    "triflash.transforms": ["torch", "triflash.errors", "triflash.ops"],
+    "triflash.vmap": ["torch", "triflash.ops"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors"],
     "triflash.triton_flash_attention": [
         "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.ops", "triflash.plan.select",
@@ -141,7 +141,7 @@ def test_autograd_lives_in_three_places() -> None:
         assert "register_autograd" not in text or name == "triflash.ops", name
         assert "(torch.autograd.Function):" not in text or name in (
             "triflash.ops",
-            "triflash.transforms",
+            "triflash.vmap",
             "triflash.triton_flash_attention",
         ), name
 

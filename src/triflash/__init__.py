@@ -3,7 +3,7 @@
 Importing it starts no GPU and compiles nothing; Triton itself is imported with the first call that needs it.
 """
 
-from . import ops as _ops  # registers torch.ops.triflash
+from . import vmap as _vmap  # registers torch.ops.triflash, and how vmap takes them
 from .attention import attention, merge_states
 from .errors import UnsupportedError
 from .explainer import explain

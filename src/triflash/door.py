@@ -24,7 +24,6 @@ from .ops import Attention, attention_forward
 from .plan.device import DeviceFacts
 from .plan.select import requested_backend_soon
 from .spec import resolve_precision, spec_of
-from .transforms import Transformed
 
 __all__ = ["attend", "bind"]
 
@@ -145,8 +144,7 @@ def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], 
     call = checked(face, Given(*given), Options(*options))
     seed = seed_tensor(given[8], given[0].device) if call.dropout_p else None
     x = call.form.operands((*given[:8], seed))
-    forward = Transformed.apply if _transforms() else attention_forward
-    out, lse, _ = forward(
+    out, lse, _ = attention_forward(
         *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend, *x[4:], call.softcap, call.dropout_p,
         call.deterministic,
     )  # fmt: skip
