@@ -11,6 +11,7 @@ from .launch import record_launches
 from .plan.overlay import tuned
 from .plan.select import backend
 from .triton_flash_attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from .varlen import attention_varlen
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "attention",
+    "attention_varlen",
     "backend",
     "explain",
     "flash_attn_func",
