@@ -55,9 +55,15 @@ RULES: dict[str, list[str]] = {
     "triflash.launch.room": ["torch", "triflash.launch.calls", "triflash.spec"],
     "triflash.launch.native": ["torch", "triton", "triflash.launch.calls"],
     "triflash.launch.triton": [
-        "torch", "triton", "triflash.dropout", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.room", "triflash.plan",
-        "triflash.spec", "triflash.errors",
+        "torch", "triton", "triflash.dropout", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common",
+        "triflash.launch.packed", "triflash.launch.room", "triflash.plan", "triflash.spec", "triflash.errors",
     ],
+    "triflash.launch.common": ["torch", "triflash.plan", "triflash.spec"],
+    "triflash.launch.packed": [
+        "torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.room", "triflash.plan",
+        "triflash.spec",
+    ],
+    "triflash.launch.sequences": ["torch", "triflash.spec"],
     "triflash.launch.hopper": [
         "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.room", "triflash.plan", "triflash.spec",
         "triflash.errors",
@@ -73,14 +79,19 @@ RULES: dict[str, list[str]] = {
     "triflash.bound": ["torch", "triflash.bound", "triflash.form", "triflash.launch", "triflash.plan", "triflash.spec"],
     "triflash.bound.cache": [],
     "triflash.ops": ["torch", "triflash.bound", "triflash.errors", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.spec"],
+    "triflash.ops_varlen": [
+        "torch", "triflash.bound", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.ops", "triflash.plan.device",
+        "triflash.spec",
+    ],
     "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.form", "triflash.plan.select", "triflash.spec"],
     "triflash.door": [
         "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.ops",
-        "triflash.plan", "triflash.sharded", "triflash.spec",
+        "triflash.ops_varlen", "triflash.plan", "triflash.sharded", "triflash.spec",
     ],
     "triflash.sharded": ["torch", "triflash.arguments", "triflash.errors"],
     "triflash.vmap": ["torch", "triflash.ops"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors"],
+    "triflash.varlen": ["torch", "triflash.checks", "triflash.door", "triflash.errors"],
     "triflash.triton_flash_attention": [
         "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.ops", "triflash.plan.select",
         "triflash.spec",

@@ -243,10 +243,8 @@ def _backward_by_operator(
 ) -> list[Tensor | None]:
     """The gradients of an eager call by the operator, in the layouts of what was given."""
     form, spec = call.form, call.spec
-    if spec.packed is not None:
-        from .ops_varlen import backward_of  # which needs this file
-
-        return backward_of(call, given, outputs, dout, dlse, needs)
+    if call.by_operator is not None:
+        return call.by_operator(call, given, outputs, dout, dlse, needs)
     x = form.operands(given)
     saved = call.saved(outputs)
     rest = x.q.new_empty(0, dtype=torch.float32) if saved.rest is None else saved.rest
@@ -270,7 +268,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: BoundCall, return_lse: bool, *given: Tensor | None) -> Any:
-        results = call.run_forward(given + _MISSING[len(given) :])
+        results = call.run_forward(given + _MISSING[len(given) : len(call.given)])
         ctx.call = call
         ctx.save_for_backward(*given, *results)
         ctx.set_materialize_grads(False)
@@ -284,7 +282,7 @@ class Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return tuple(result)
         call, saved = ctx.call, ctx.saved_tensors
-        given, outputs = saved[:count] + _MISSING[count:], saved[count:]
+        given, outputs = saved[:count] + _MISSING[count : len(call.given)], saved[count:]
         if dout is None:
             dout = torch.zeros_like(outputs[0])
         needs = tuple([at < count and wants[at] for at in GRADIENTS])

@@ -93,7 +93,7 @@ def bind_varlen(tensors: VarlenTensors, options: VarlenOptions, facts: DeviceFac
     if tensors.bias is None:  # a mask alone is a bias, and its layout that of one
         options = options._replace(bias_layout=options.mask_layout)
     spec = packed_spec_of(form.operands(twins), *options[:-1])
-    return BoundCall(form, twins, spec, facts, options.backend, device)
+    return BoundCall(form, twins, spec, facts, options.backend, device, backward_of)
 
 
 def _bound(tensors: VarlenTensors, options: VarlenOptions) -> BoundCall:
