@@ -81,6 +81,7 @@ RULES: dict[str, list[str]] = {
     "triflash.sharded": ["torch", "triflash.arguments", "triflash.errors"],
     "triflash.transforms": ["torch", "triflash.errors", "triflash.ops"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors"],
+    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.errors"],
     "triflash.triton_flash_attention": [
         "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.ops", "triflash.plan.select",
         "triflash.spec",
