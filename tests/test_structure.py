@@ -81,7 +81,11 @@ RULES: dict[str, list[str]] = {
     "triflash.sharded": ["torch", "triflash.arguments", "triflash.errors"],
     "triflash.transforms": ["torch", "triflash.errors", "triflash.ops"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors"],
-    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.errors"],
+    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.errors"],
+    "triflash.compat.words": [],
+    "triflash.compat.flash_attn": [
+        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.errors", "triflash.ops",
+    ],
     "triflash.triton_flash_attention": [
         "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.ops", "triflash.plan.select",
         "triflash.spec",

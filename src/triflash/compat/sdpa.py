@@ -19,6 +19,7 @@ from torch import Tensor
 from ..attention import attention
 from ..checks import check_bias, check_bool
 from ..errors import bad_type, bad_value
+from .words import renamed
 
 __all__ = ["replace", "scaled_dot_product_attention"]
 
@@ -78,7 +79,10 @@ def scaled_dot_product_attention(
         check_bias(attn_mask, q, (*batch, q.shape[-3], q.shape[-2], k.shape[-2]), "attn_mask")
         shown = _two_levels(attn_mask, batch)
         bias, mask = (None, shown) if shown.dtype == torch.bool else (shown, None)
-    out = attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, layout="bhsd")
+    try:
+        out = attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, layout="bhsd")
+    except (ValueError, TypeError) as error:
+        raise renamed(error, {"q": "query", "k": "key", "v": "value"}) from None
     while out.dim() > dims:
         out = out.squeeze(0)
     return out
