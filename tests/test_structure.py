@@ -82,7 +82,7 @@ RULES: dict[str, list[str]] = {
     "triflash.transforms": ["torch", "triflash.errors", "triflash.ops"],
     "triflash.hints": ["triflash.errors"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
-    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.errors"],
+    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors"],
     "triflash.compat.words": [],
     "triflash.compat.flash_attn": [
         "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.errors", "triflash.ops",
@@ -196,6 +196,7 @@ def test_importing_starts_nothing() -> None:
 import sys, torch
 before = "triton" in sys.modules
 import triflash, triflash.triton_flash_attention
+assert not any(name.startswith("triflash.compat") for name in sys.modules)
 print("triton" in sys.modules and not before, torch.cuda.is_initialized())
 tensors = "torch.distributed.tensor" in sys.modules
 q = torch.randn(1, 3, 1, 4, requires_grad=True)

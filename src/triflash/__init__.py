@@ -1,7 +1,11 @@
 """triflash: exact, fused attention for PyTorch in Triton, with any bias and its gradient.
 
-Importing it starts no GPU and compiles nothing; Triton itself is imported with the first call that needs it.
+Importing it starts no GPU and compiles nothing; Triton itself is imported with the first call that needs it, ``triflash.compat`` where it
+is named first.
 """
+
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from . import ops as _ops  # registers torch.ops.triflash
 from .attention import attention, merge_states
@@ -11,6 +15,9 @@ from .launch import record_launches
 from .plan.overlay import tuned
 from .plan.select import backend
 from .triton_flash_attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+
+if _TYPE_CHECKING:
+    from . import compat as compat
 
 __version__ = "0.1.0"
 
@@ -27,3 +34,11 @@ __all__ = [
     "record_launches",
     "tuned",
 ]
+
+_LATER = ("compat",)
+
+
+def __getattr__(name: str) -> object:
+    if name in _LATER:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

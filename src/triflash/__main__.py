@@ -19,7 +19,7 @@ __all__ = ["main"]
 
 _BAD_USE, _INTERRUPTED = 2, 130
 _GREETING = f"""triflash {__version__}: exact fused attention for PyTorch, with any bias and its gradient
-in a program    from triflash import attention; help(attention) tells of it, help(triflash.compat) of SDPA's, flash_attn's and xformers' calls
+in a program    from triflash import attention; help(attention), and help(triflash.compat) for calls of SDPA, flash_attn and xformers
 here            triflash demo, bench, explain, tune or env; triflash --help says what each does"""
 
 
