@@ -1,7 +1,7 @@
 """triflash: exact, fused attention for PyTorch in Triton, with any bias and its gradient.
 
-Importing it starts no GPU and compiles nothing; Triton itself is imported with the first call that needs it, ``triflash.compat`` where it
-is named first.
+Importing it starts no GPU and compiles nothing; Triton itself is imported with the first call that needs it, ``triflash.compat`` and
+``triflash.nn`` where they are named first.
 """
 
 import importlib as _importlib
@@ -18,6 +18,7 @@ from .triton_flash_attention import flash_attn_func, flash_attn_kvpacked_func, f
 
 if _TYPE_CHECKING:
     from . import compat as compat
+    from . import nn as nn
 
 __version__ = "0.1.0"
 
@@ -35,7 +36,7 @@ __all__ = [
     "tuned",
 ]
 
-_LATER = ("compat",)
+_LATER = ("compat", "nn")
 
 
 def __getattr__(name: str) -> object:
