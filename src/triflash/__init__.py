@@ -20,7 +20,7 @@ if _TYPE_CHECKING:
     from . import compat as compat
     from . import nn as nn
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "UnsupportedError",
