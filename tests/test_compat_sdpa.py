@@ -371,3 +371,12 @@ def test_compiled() -> None:
         compare(out, expected, [q, mask], 1e-5)
         assert "tiled: forward" in ran
     assert ran_in(compiled, q, mask) == []  # guarded: PyTorch's own again
+
+
+@pytest.mark.unpoisoned
+def test_compiled_with_symbolic_sizes_and_grouped_heads() -> None:
+    compiled = torch.compile(sdpa.scaled_dot_product_attention, fullgraph=True, backend="aot_eager", dynamic=True)
+    for B, M, N in ((2, 5, 6), (3, 7, 4)):
+        q, k = drawn((B, 4, M, 8), (B, 2, N, 8))
+        out = compiled(q, k, k, is_causal=True, enable_gqa=True)
+        compare(out, BUILTIN(q, k, k, is_causal=True, enable_gqa=True), [q, k])

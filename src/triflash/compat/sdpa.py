@@ -5,7 +5,6 @@ Called by programs; imports the public front door and the checks alone.
 
 from __future__ import annotations
 
-import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -104,7 +103,7 @@ def _with_heads(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> tuple[Tensor,
         for name, H in (("key", Hk), ("value", Hv)):
             if H == 0 or Hq % H:
                 raise bad_value(name, f"a number of heads that divides query's {Hq}", H)
-        common = math.lcm(Hk, Hv)
+        common = Hk if Hk == Hv else Hq  # not their least common multiple, of which Dynamo knows nothing
         k = k if common == Hk else k.repeat_interleave(common // Hk, -3)
         v = v if common == Hv else v.repeat_interleave(common // Hv, -3)
         return q, k, v
