@@ -144,7 +144,7 @@ def _segments(side: int, max_distance: int, bidirectional: bool) -> list[tuple[i
     """(lowest, highest, row) of key minus query, ascending and without gaps; None: no end. side: buckets of one direction."""
     exact = side // 2
     far = torch.arange(exact, max_distance + 1)
-    # In float32, as everyone's code for T5 has it: at whole numbers of this logarithm rounding decides.
+    # In float32, as code for T5 has it: where this is a whole number rounding decides (10 buckets a side up to 160).
     scaled = torch.log(far.float() / exact) / math.log(max_distance / exact) * (side - exact)
     shared = (exact + scaled.to(torch.int64)).clamp(max=side - 1)
     shared[-1] = side - 1
