@@ -45,7 +45,7 @@ RULES: dict[str, list[str]] = {
     "triflash.explanation": ["triflash.plan", "triflash.spec", "triflash.launch.ahead"],
     "triflash.explainer": [
         "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.door", "triflash.errors", "triflash.explanation",
-        "triflash.launch.ahead", "triflash.plan", "triflash.spec",
+        "triflash.hints", "triflash.launch.ahead", "triflash.plan", "triflash.spec",
     ],
     "triflash.shorthand": ["torch", "triflash.errors", "triflash.spec"],
     "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.errors"],
@@ -90,7 +90,14 @@ RULES: dict[str, list[str]] = {
     ],
     "triflash.sharded": ["torch", "triflash.arguments", "triflash.errors"],
     "triflash.vmap": ["torch", "triflash.ops"],
-    "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors"],
+    "triflash.hints": ["triflash.errors"],
+    "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
+    "triflash.nn": ["torch", "triflash.checks", "triflash.errors", "triflash.nn"],
+    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors"],
+    "triflash.compat.words": [],
+    "triflash.compat.flash_attn": [
+        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.errors", "triflash.ops",
+    ],
     "triflash.varlen": ["torch", "triflash.checks", "triflash.door", "triflash.errors"],
     "triflash.triton_flash_attention": [
         "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.ops", "triflash.plan.select",
@@ -201,6 +208,7 @@ def test_importing_starts_nothing() -> None:
 import sys, torch
 before = "triton" in sys.modules
 import triflash, triflash.triton_flash_attention
+assert not any(name.startswith("triflash.compat") for name in sys.modules)
 print("triton" in sys.modules and not before, torch.cuda.is_initialized())
 tensors = "torch.distributed.tensor" in sys.modules
 q = torch.randn(1, 3, 1, 4, requires_grad=True)
@@ -209,6 +217,27 @@ print(any(f"triflash.launch.{name}" in sys.modules for name in ("triton", "hoppe
 print("triflash.sharded" in sys.modules or tensors)
 """
     assert run_python(program, TRITON_INTERPRET="0").split() == ["False"] * 5
+
+
+def test_help_needs_little_beyond_torch() -> None:
+    """`triflash --help` and the greeting answer at once: nothing heavy is imported. Counted, because clocks differ."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+from triflash.__main__ import main
+for words in (["--help"], []):
+    try:
+        main(words)
+    except SystemExit as left:
+        assert not left.code
+new = [name for name in sys.modules if name not in before]
+print("modules", len([name for name in new if not name.startswith("triflash")]), *{name.partition(".")[0] for name in new})
+"""
+    *answer, modules = run_python(program, TRITON_INTERPRET="0").splitlines()
+    assert any("usage: triflash" in line for line in answer) and any("triflash --help says" in line for line in answer)
+    _, count, *roots = modules.split()
+    assert int(count) <= 12, modules  # 5 on 2026-11-29; rich alone has 60
+    assert not {"triton", "rich", "matplotlib", "numpy", "transformers", "sympy"} & set(roots), roots
 
 
 def test_without_triton() -> None:
