@@ -305,7 +305,7 @@ def attend(case: Case, inputs: Inputs, backend: str, raw: bool = False) -> tuple
     if case.is_raw or raw:
         x = inputs.operands()
         options = (case.batch_inner, *case.band, case.softmax_scale, "", "hopper" if backend == "stand-in" else backend)
-        return torch.ops.triflash.forward(*x[:4], *options, *x[4:], case.softcap, case.dropout)[:2]
+        return torch.ops.triflash.forward(*x[:4], *options, *x[4:9], case.softcap, case.dropout)[:2]
     with triflash.backend(backend):
         return triflash.flash_attn_func(q, k, v, bias, case.causal, case.scale), None
 
@@ -515,7 +515,7 @@ def is_to_add_dq(case: Case, inputs: Inputs, raw: bool, configs: Configs) -> boo
 
 def spec_of_case(case: Case, inputs: Inputs) -> AttentionSpec:
     x = inputs.operands()
-    return spec_of(*x[:4], case.batch_inner, *case.band, case.softmax_scale, "", *x[4:], case.softcap, case.dropout)
+    return spec_of(*x[:4], case.batch_inner, *case.band, case.softmax_scale, "", *x[4:9], case.softcap, case.dropout)
 
 
 def expected_launches(case: Case, backend: str, inputs: Inputs, adds: bool = False) -> list[str]:

@@ -196,7 +196,7 @@ def _flash_attn_backward(
         raise bad_type("softmax_lse", str(wanted), softmax_lse.dtype)
     x = call.form.operands((q, k, v, None, None, None, alibi_slopes, None, given.dropout_seed))  # type: ignore[arg-type]
     numbers = (call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend)
-    more = (*x[4:], call.softcap, call.dropout_p, call.deterministic)
+    more = (*x[4:9], call.softcap, call.dropout_p, call.deterministic)
     with torch.no_grad():
         attention_backward_(dout, None, *x[:4], out, softmax_lse[:, :, : q.shape[1]], None, *numbers, dq, dk, dv, None, *more)
 
