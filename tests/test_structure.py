@@ -96,7 +96,8 @@ RULES: dict[str, list[str]] = {
     "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors"],
     "triflash.compat.words": [],
     "triflash.compat.flash_attn": [
-        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.errors", "triflash.ops",
+        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.door", "triflash.errors",
+        "triflash.ops", "triflash.ops_varlen", "triflash.varlen",
     ],
     "triflash.varlen": ["torch", "triflash.checks", "triflash.door", "triflash.errors"],
     "triflash.triton_flash_attention": [

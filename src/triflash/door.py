@@ -29,7 +29,7 @@ from .plan.device import DeviceFacts
 from .plan.select import requested_backend_soon
 from .spec import resolve_precision, spec_of
 
-__all__ = ["attend", "attend_varlen", "bind"]
+__all__ = ["attend", "attend_varlen", "bind", "varlen_options"]
 
 _PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they look like
 _SEED = meta((2,), (1,), torch.int64)
@@ -142,7 +142,7 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
         drawn = None
         if settled.dropout_p:
             drawn = twin(seed) if isinstance(seed, Tensor) and seed.is_contiguous() else _SEED
-        call = bind_varlen(VarlenTensors(*named[:7], drawn, *named[8:]), _varlen_options(settled), facts, q.device)
+        call = bind_varlen(VarlenTensors(*named[:7], drawn, *named[8:]), varlen_options(settled), facts, q.device)
         CALLS.add(key, call)
     if isinstance(seed, int):
         check_seed_range(seed)
@@ -154,7 +154,8 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
     return _run(call, all_given, return_lse)
 
 
-def _varlen_options(settled: CheckedVarlen) -> Varlen:
+def varlen_options(settled: CheckedVarlen) -> Varlen:
+    """What the operators of packed sequences take beside the tensors."""
     band = settled.band
     return Varlen(
         band.left, band.right, band.anchor == "bottom_right", settled.scale, settled.precision, settled.bias_layout, settled.mask_layout,
@@ -171,7 +172,7 @@ def _varlen_by_operators(given: tuple[Any, ...], options: tuple[Any, ...], retur
         raise UnsupportedError("packed sequences as DTensors: call attention_varlen on what each process has, x.to_local()")
     settled = checked_varlen(named, VarlenOptions(*options))
     seed = seed_tensor(named.dropout_seed, q.device) if settled.dropout_p else None
-    out, lse, _ = varlen_forward(*named[:7], seed, *named[8:], *_varlen_options(settled))
+    out, lse, _ = varlen_forward(*named[:7], seed, *named[8:], *varlen_options(settled))
     return (out, lse) if return_lse else out
 
 

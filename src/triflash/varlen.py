@@ -14,7 +14,7 @@ from .checks import check_bool
 from .door import attend_varlen
 from .errors import bad_value
 
-__all__ = ["attention_varlen"]
+__all__ = ["attention_varlen", "near"]
 
 
 @overload
@@ -140,7 +140,7 @@ def attention_varlen(
     check_bool("return_lse", return_lse)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    cu_seqlens_q, cu_seqlens_k = _near(q, "cu_seqlens_q", cu_seqlens_q), _near(q, "cu_seqlens_k", cu_seqlens_k)
+    cu_seqlens_q, cu_seqlens_k = near(q, "cu_seqlens_q", cu_seqlens_q), near(q, "cu_seqlens_k", cu_seqlens_k)
     given = (q, k, v, bias, mask, alibi_slopes, sink, dropout_seed, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     options = (
         bias_layout, mask_layout, causal, window, scale, softcap, dropout_p, deterministic, precision, backend, max_seqlen_q, max_seqlen_k
@@ -148,8 +148,8 @@ def attention_varlen(
     return attend_varlen(given, options, return_lse)
 
 
-def _near(q: Tensor, name: str, offsets: Tensor) -> Tensor:
-    """Offsets on q's device."""
+def near(q: Tensor, name: str, offsets: Tensor) -> Tensor:
+    """Offsets on q's device: those on the CPU are copied, without waiting. Raises ValueError while a CUDA graph is captured."""
     if not isinstance(offsets, Tensor) or not isinstance(q, Tensor) or offsets.device == q.device or offsets.device.type != "cpu":
         return offsets
     if q.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
