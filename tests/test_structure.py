@@ -93,7 +93,7 @@ RULES: dict[str, list[str]] = {
     "triflash.hints": ["triflash.errors"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
     "triflash.nn": ["torch", "triflash.checks", "triflash.errors", "triflash.nn"],
-    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors"],
+    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors", "triflash.varlen"],
     "triflash.compat.words": [],
     "triflash.compat.flash_attn": [
         "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.door", "triflash.errors",
