@@ -30,7 +30,9 @@ class Aux(NamedTuple):
     lse: bool = False
 
 
-def formula(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: tuple[int, int], used: int | None = None) -> tuple[Tensor, Tensor]:
+def formula(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: tuple[int, int], used: int | None = None
+) -> tuple[Tensor, Tensor]:
     """(out, lse) of one sequence, (m, H, D), keys (n, Hk, D)."""
     k, v = (x[:used].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     s = torch.einsum("ihd,jhd->hij", q, k) * (q.shape[2] ** -0.5 if scale is None else scale)

@@ -85,9 +85,10 @@ RULES: dict[str, list[str]] = {
     ],
     "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.form", "triflash.plan.select", "triflash.spec"],
     "triflash.door": [
-        "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.ops",
-        "triflash.ops_varlen", "triflash.plan", "triflash.sharded", "triflash.spec",
+        "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.nested",
+        "triflash.ops", "triflash.ops_varlen", "triflash.plan", "triflash.sharded", "triflash.spec",
     ],
+    "triflash.nested": ["torch", "triflash.arguments", "triflash.errors"],
     "triflash.sharded": ["torch", "triflash.arguments", "triflash.errors"],
     "triflash.vmap": ["torch", "triflash.ops"],
     "triflash.hints": ["triflash.errors"],

@@ -22,6 +22,7 @@ from .bound.signature import CALLS, ambient, describe
 from .checks import check_seed_range, seed_tensor
 from .errors import UnsupportedError
 from .launch.room import meta, twin
+from .nested import attend_nested, is_nested
 from .ops import Attention, attention_forward
 from .ops_varlen import VarlenOptions as Varlen
 from .ops_varlen import VarlenTensors, bind_varlen, varlen_forward
@@ -84,6 +85,8 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
     if cast:
         return _autocasted(face, given, options, return_lse)
     if call is None:
+        if face.shapes is None and is_nested(given):
+            return _by_operators(face, given, options, return_lse)
         named = Given(*given)
         settled = checked(face, named, Options(*options))
         if isinstance(window, list):  # which has no hash
@@ -217,6 +220,8 @@ def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], 
     q = given[0]
     if isinstance(q, Tensor) and q.device.type in _CASTING and torch.is_autocast_enabled(q.device.type):
         return _autocasted(face, given, options, return_lse)
+    if face.shapes is None and is_nested(given):
+        return attend_nested(attend_varlen, Given(*given), Options(*options), return_lse)
     if any(isinstance(x, Tensor) and _is_dtensor(x) for x in given):
         if _transforms():
             raise UnsupportedError(

@@ -86,8 +86,7 @@ _library.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
-    "varlen_backward_(Tensor dout, Tensor out, Tensor lse, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, "
-    f"{_TENSORS}, {_OPTIONS}) -> ()"
+    f"varlen_backward_(Tensor dout, Tensor out, Tensor lse, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, {_TENSORS}, {_OPTIONS}) -> ()"
 )
 
 
