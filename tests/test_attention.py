@@ -327,7 +327,7 @@ def test_what_type_checkers_are_told() -> None:
     ({"dropout": 0.1}, "dropout: .*; dropout_p="),
     ({"window_size": (3, 0)}, r"window_size: .*; window=\(left, right\)"),
     ({"enable_gqa": True}, "enable_gqa: .*; leave it out"),
-    ({"cu_seqlens_q": None}, "cu_seqlens_q: .*; packed sequences do not exist yet"),
+    ({"cu_seqlens_q": None}, "cu_seqlens_q: .*; triflash.attention_varlen takes packed sequences"),
     ({"cuasal": True}, r"cuasal: .*; did you mean causal=\?"),
     ({"nonsense": 1}, "nonsense: wanted an argument of attention .*, got a name that it does not have$"),
 ])  # fmt: skip

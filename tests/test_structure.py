@@ -44,8 +44,9 @@ RULES: dict[str, list[str]] = {
     "triflash.form": ["torch", "triflash.spec"],
     "triflash.explanation": ["triflash.plan", "triflash.spec", "triflash.launch.ahead"],
     "triflash.explainer": [
-        "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.door", "triflash.errors", "triflash.explanation",
-        "triflash.hints", "triflash.launch.ahead", "triflash.plan", "triflash.spec",
+        "torch", "triflash.arguments", "triflash.attention", "triflash.bound", "triflash.checks", "triflash.door", "triflash.errors",
+        "triflash.explanation", "triflash.hints", "triflash.launch.ahead", "triflash.nested", "triflash.plan", "triflash.spec",
+        "triflash.varlen",
     ],
     "triflash.shorthand": ["torch", "triflash.errors", "triflash.spec"],
     "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.errors"],
@@ -100,7 +101,7 @@ RULES: dict[str, list[str]] = {
         "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.door", "triflash.errors",
         "triflash.ops", "triflash.ops_varlen", "triflash.varlen",
     ],
-    "triflash.varlen": ["torch", "triflash.checks", "triflash.door", "triflash.errors"],
+    "triflash.varlen": ["torch", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
     "triflash.triton_flash_attention": [
         "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.ops", "triflash.plan.select",
         "triflash.spec",

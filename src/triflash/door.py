@@ -30,7 +30,7 @@ from .plan.device import DeviceFacts
 from .plan.select import requested_backend_soon
 from .spec import resolve_precision, spec_of
 
-__all__ = ["attend", "attend_varlen", "bind", "varlen_options"]
+__all__ = ["attend", "attend_varlen", "bind", "bind_sequences", "varlen_options"]
 
 _PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they look like
 _SEED = meta((2,), (1,), torch.int64)
@@ -142,10 +142,7 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
             return attend_varlen(given, VarlenOptions(*options)._replace(window=tuple(options[3])), return_lse)
         if key is None or q.device.type == "meta" or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg()) for x in given):
             return _varlen_by_operators(given, options, return_lse)
-        drawn = None
-        if settled.dropout_p:
-            drawn = twin(seed) if isinstance(seed, Tensor) and seed.is_contiguous() else _SEED
-        call = bind_varlen(VarlenTensors(*named[:7], drawn, *named[8:]), varlen_options(settled), facts, q.device)
+        call = _bound_sequences(settled, named, facts)
         CALLS.add(key, call)
     if isinstance(seed, int):
         check_seed_range(seed)
@@ -155,6 +152,18 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
         with profiler.record_function("triflash::attention_varlen"):
             return _run(call, all_given, return_lse)
     return _run(call, all_given, return_lse)
+
+
+def bind_sequences(given: VarlenGiven, options: VarlenOptions, facts: DeviceFacts) -> BoundCall:
+    """:func:`bind`, of packed sequences."""
+    return _bound_sequences(checked_varlen(given, options), given, facts)
+
+
+def _bound_sequences(settled: CheckedVarlen, given: VarlenGiven, facts: DeviceFacts) -> BoundCall:
+    seed, drawn = given.dropout_seed, None
+    if settled.dropout_p:
+        drawn = twin(seed) if isinstance(seed, Tensor) and seed.is_contiguous() else _SEED
+    return bind_varlen(VarlenTensors(*given[:7], drawn, *given[8:]), varlen_options(settled), facts, given.q.device)
 
 
 def varlen_options(settled: CheckedVarlen) -> Varlen:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .arguments import LAYOUTS, Given, Options, VarlenGiven, VarlenOptions
 from .errors import bad_type, bad_value
 
-__all__ = ["attend_nested", "is_nested"]
+__all__ = ["attend_nested", "is_nested", "packed"]
 
 
 def is_nested(given: Sequence[Any]) -> bool:
@@ -20,7 +20,17 @@ def is_nested(given: Sequence[Any]) -> bool:
 
 
 def attend_nested(attend_varlen: Callable[..., Any], given: Given, options: Options, return_lse: bool) -> Any:
-    """Attention of jagged q, k and v by ``attend_varlen``: out, or out and lse, jagged, with q's offsets.
+    """Attention of jagged q, k and v by ``attend_varlen``: out, or out and lse, jagged, with q's offsets."""
+    rows, more = packed(given, options)
+    result = attend_varlen(tuple(rows), tuple(more), return_lse)
+    q: Any = given.q
+    out = result[0] if return_lse else result
+    out = _like(q, out.transpose(0, 1), 2) if options.layout == "bhsd" else _like(q, out, 1)
+    return (out, _like(q, result[1], 2)) if return_lse else out
+
+
+def packed(given: Given, options: Options) -> tuple[VarlenGiven, VarlenOptions]:
+    """The call of packed sequences that one of jagged q, k and v is. Raises ValueError or TypeError where they do not fit each other.
 
     Offsets are handed on as they are; the longest sequence is a hint only where PyTorch knows it already: nothing waits for a device.
     """
@@ -31,9 +41,7 @@ def attend_nested(attend_varlen: Callable[..., Any], given: Given, options: Opti
     if k.shape[0] != q.shape[0]:
         raise bad_value("k", f"q's {q.shape[0]} sequences", k.shape[0])
     if v.shape[0] != k.shape[0] or v.shape[ragged] != k.shape[ragged] or (v.lengths() is not None and v.offsets() is not k.offsets()):
-        hint = (
-            "torch.nested.nested_tensor_from_jagged(values, k.offsets()) makes one; equal numbers in another tensor would have to be read"
-        )
+        hint = "torch.nested.nested_tensor_from_jagged(values, k.offsets()) makes one; the numbers in another tensor would have to be read"
         raise bad_value("v", "k's sequences, by the same offsets", "others", hint)
     if given.key_lengths is not None:
         raise bad_value("key_lengths", "None, as jagged tensors have lengths of their own", "a tensor")
@@ -41,7 +49,7 @@ def attend_nested(attend_varlen: Callable[..., Any], given: Given, options: Opti
     bias, mask = (_wide(name, x, q.shape[0], heads) for name, x in (("bias", given.bias), ("mask", given.mask)))
     causal, window, scale, softcap, dropout_p, deterministic, _, precision, backend = options
     q_rows, k_rows, v_rows = (x.values() if ragged == 1 else x.values().transpose(0, 1) for x in (q, k, v))
-    packed = VarlenGiven(
+    rows = VarlenGiven(
         q_rows, k_rows, v_rows, bias, mask, given.alibi_slopes, given.sink, given.dropout_seed, q.offsets(), k.offsets(), q.lengths(),
         k.lengths(),
     )  # fmt: skip
@@ -49,10 +57,7 @@ def attend_nested(attend_varlen: Callable[..., Any], given: Given, options: Opti
         "padded", "padded", causal, window, scale, softcap, dropout_p, deterministic, precision, backend, q._maybe_max_seqlen,
         k._maybe_max_seqlen,
     )  # fmt: skip
-    result = attend_varlen(tuple(packed), tuple(more), return_lse)
-    out = result[0] if return_lse else result
-    out = _like(q, out if ragged == 1 else out.transpose(0, 1), ragged)
-    return (out, _like(q, result[1], 2)) if return_lse else out
+    return rows, more
 
 
 def _jagged(name: str, x: Any, ragged: int, layout: str) -> Any:
