@@ -12,6 +12,7 @@ from torch import Tensor
 
 import triflash
 from test_compat_flash_attn import CASES, PARAMETERS, drawn, formula
+from triflash import ops_varlen
 from triflash.compat import flash_attn as compat
 from triflash.compat.flash_attn import flash_attn_varlen_func, flash_attn_varlen_kvpacked_func, flash_attn_varlen_qkvpacked_func
 
@@ -272,3 +273,37 @@ def test_bad_input_of_the_others() -> None:
         backward()
     with pytest.raises(ValueError, match="dq: wanted q's shape"):
         backward(dq=torch.zeros(12, 2, 8))
+
+
+def operands(dtype: torch.dtype = torch.float32) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Arguments of the operator that fills gradients, less these; and its options, causal."""
+    q, k, v, dout = (x.detach() for x in drawn((13, 2, 8), (22, 1, 8), (22, 1, 8), (13, 2, 8), dtype=dtype))
+    cu_q, cu_k = offsets()
+    out, lse, _, _ = compat._flash_attn_varlen_forward(q, k, v, cu_q, cu_k, 7, 9, 0.0, None, True)
+    options = (None, 0, True, 8**-0.5, "ieee", "padded", "padded", 0.0, 0.0, False, None, None, "tiled")
+    return (dout, out, lse), (q, k, v, *[None] * 5, cu_q, cu_k, None, None, *options)
+
+
+def test_the_operator() -> None:
+    saved, rest = operands()
+    given = [torch.empty_like(x) for x in rest[:3]]
+    torch.library.opcheck(ops_varlen.varlen_backward_, (*saved, *given, *rest))
+    ops_varlen.varlen_backward_(*saved, *given, *rest)
+    leaves = [x.clone().requires_grad_() for x in rest[:3]]
+    right = torch.autograd.grad(flash_attn_varlen_func(*leaves, *offsets(), 7, 9, causal=True), leaves, saved[0])
+    torch.testing.assert_close(tuple(given), right)
+    with pytest.raises(ValueError, match="out: wanted shape"):
+        ops_varlen.varlen_backward_(saved[0], saved[1][:5], saved[2], *given, *rest)
+
+
+def test_flops_of_both_passes() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    saved, rest = operands()
+    pairs = 2 * sum(sum(max(0, n - m + i + 1) for i in range(m)) for m, n in ((5, 7), (0, 2), (7, 4), (1, 9)))
+    with FlopCounterMode(display=False) as counter:
+        ops_varlen.varlen_backward_(*saved, *[torch.empty_like(x) for x in rest[:3]], *rest)
+    assert counter.get_total_flops() == pairs * 2 * 5 * 8
+    with FlopCounterMode(display=False) as counter:
+        ops_varlen.varlen_backward_(*saved, None, torch.empty_like(rest[1]), None, *rest)
+    assert counter.get_total_flops() == pairs * 2 * 3 * 8
