@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import ATTENTION, Given, Options
+from .arguments import ATTENTION, Given, Options, two_biases
 from .bound.passes import BoundPass
 from .checks import check_bool
 from .door import bind
@@ -70,7 +70,8 @@ def explain(
         q, k, v, bias: as for :func:`triflash.attention`, with the same checks. Meta tensors will do.
         options: :func:`triflash.attention`'s other keywords, of the same meaning (``causal=``, ``mask=``, ``window=``, ``scale=``, …). The
             seed's functions align causal to the top left: that is ``causal="top_left"``.
-        grads: which of ``"q", "k", "v", "bias", "sink"`` a backward pass gives gradients for; default those that require one.
+        grads: which of ``"q", "k", "v", "bias", "sink"`` a backward pass gives gradients for; ``"bias"`` stands for both of two. Default:
+            those that require one.
         backend: as in ``with triflash.backend(backend)``.
         device: what to explain it for: a kind of device (``"sm80"``, ``"sm90"``, ``"gfx942"``, ``"cpu"``, …; if this machine has one, that
             one), a product (``"a100"``, ``"h100"``, ``"h200"``, ``"rtx4090"``, ``"mi300x"``, …), a ``torch.device`` of this machine, or
@@ -91,7 +92,7 @@ def explain(
     with _requested(backend):
         facts, here = _facts(device, q.device if isinstance(q, Tensor) else torch.device("meta"))
         call = bind(ATTENTION, given, chosen, facts)
-    needs = _needs(grads, (q, k, v, bias, given.sink))
+    needs = _needs(grads, (q, k, v, given.bias, given.sink, given.second_bias))
     spec, requested = call.spec, call.backend
     bound = [call.forward]
     if any(vars(needs).values()):
@@ -124,7 +125,8 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: di
         if name not in _OPTIONS:
             raise not_ours("attention", _OPTIONS, (), {name: value})
     check_bool("return_lse", options.get("return_lse", False))
-    given = Given(q, k, v, bias, **{name: options[name] for name in _TENSORS if name in options})
+    first, second = two_biases(bias)
+    given = Given(q, k, v, first, **{name: options[name] for name in _TENSORS if name in options}, second_bias=second)
     return given, Options(**{name: options[name] for name in Options._fields if name in options})
 
 
@@ -177,7 +179,7 @@ def _needs(grads: Iterable[str] | None, tensors: Sequence[Tensor | None]) -> Nee
         raise bad_value("grads", "no bias", "bias", "there is none" if tensors[3] is None else "a mask has no gradient")
     if "sink" in names and tensors[4] is None:
         raise bad_value("grads", "no sink", "sink", "there is none")
-    return Needs(*(name in names for name in _INPUTS))
+    return replace(Needs(*(name in names for name in _INPUTS)), dsecond="bias" in names and tensors[5] is not None)
 
 
 def _facts(device: str | torch.device | DeviceFacts | None, tensors: torch.device) -> tuple[DeviceFacts, bool]:

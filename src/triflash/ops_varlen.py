@@ -1,7 +1,8 @@
 """The operators of packed sequences, for what traces; eager calls take :class:`~triflash.ops.Attention`. Called by ``door.py``.
 
 ``triflash::varlen_forward``   (tensors, options) -> (out, lse, rest), differentiable
-``triflash::varlen_backward``  (dout, dlse, out, lse, rest, needs, tensors, options) -> (dq, dk, dv, dbias, dsink), empty where not needed
+``triflash::varlen_backward``  (dout, dlse, out, lse, rest, needs, tensors, options) -> (dq, dk, dv, dbias, dsink, dsecond), empty where
+not needed
 
 Tensors and options are the fields of :class:`VarlenTensors` and :class:`VarlenOptions`; every tensor is as the caller of
 :func:`triflash.attention_varlen` gave it.
@@ -42,6 +43,7 @@ class VarlenTensors(NamedTuple):
     cu_seqlens_k: Tensor
     seqused_q: Tensor | None
     seqused_k: Tensor | None
+    second_bias: Tensor | None
 
     @property
     def given(self) -> tuple[Tensor | None, ...]:
@@ -68,10 +70,10 @@ class VarlenOptions(NamedTuple):
 
 
 _COUNT = len(VarlenTensors._fields)
-_WANTED = tuple(VarlenTensors._fields.index(name) for name in ("q", "k", "v", "bias", "sink"))
+_WANTED = tuple(VarlenTensors._fields.index(name) for name in ("q", "k", "v", "bias", "sink", "second_bias"))
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sink, Tensor? dropout_seed, "
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? second_bias"
 )
 _OPTIONS = (
     "SymInt? left, SymInt? right, bool bottom_right, float scale, str precision, str bias_layout, str mask_layout, float softcap, "
@@ -82,7 +84,7 @@ _library = torch.library.Library("triflash", "FRAGMENT")
 _library.define(f"varlen_forward({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 _library.define(
     f"varlen_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor? rest, bool[] needs, {_TENSORS}, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
