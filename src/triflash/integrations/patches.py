@@ -6,6 +6,8 @@ names, and returns what that returns, with None for the probabilities.
 
 from __future__ import annotations
 
+import math
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -119,8 +121,6 @@ def falcon(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Falcon: with ALiBi its model hands over a float mask that holds it; keys are not repeated where it has one head for all."""
-    import sys
-
     _no_probabilities(output_attentions)
     query, key, value = self._split_heads(self.query_key_value(hidden_states))
     B, M = query.shape[:2]
@@ -158,15 +158,78 @@ def swin(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None,
     return self.o_proj(out.reshape(windows, S, -1)), None
 
 
+def swin_v2(
+    self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool = False, **kwargs: Any
+) -> tuple[Tensor]:
+    """Swin V2: cosines times a learned scale of each head, and a bias ``(1, H, S, S)`` from a small network over log-spaced offsets."""
+    _no_probabilities(output_attentions)
+    windows, S, width = hidden_states.shape
+    H = self.num_attention_heads
+    shown = attention_mask.shape[0] if attention_mask is not None else 1
+    heads = (windows // shown, shown, S, H, -1)
+    query, key, value = (layer(hidden_states).view(heads) for layer in (self.query, self.key, self.value))
+    largest = math.log(1.0 / 0.01)
+    query = nn.functional.normalize(query, dim=-1) * torch.clamp(self.logit_scale, max=largest).exp().view(H, 1)
+    table = self.continuous_position_bias_mlp(self.relative_coords_table).view(-1, H)
+    bias = 16 * torch.sigmoid(table[self.relative_position_index.view(-1)].view(S, S, H).permute(2, 0, 1))
+    out = attention(
+        query.to(value.dtype),
+        nn.functional.normalize(key, dim=-1).to(value.dtype),
+        value,
+        bias=bias[None],
+        mask=None if attention_mask is None else (attention_mask == 0)[:, None],
+        scale=1.0,
+        dropout_p=self.dropout.p if self.training else 0.0,
+    )
+    return (out.reshape(windows, S, width),)
+
+
+def deberta_v2(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor,
+    output_attentions: bool = False,
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+) -> tuple[Tensor, None]:
+    """DeBERTa V2 and V3: scores of contents with positions are a bias ``(B, H, M, N)`` that the module itself makes, with its gradient."""
+    _no_probabilities(output_attentions)
+    H = self.num_attention_heads
+    given = ((self.query_proj, hidden_states if query_states is None else query_states), (self.key_proj, hidden_states))
+    query, key = (self.transpose_for_scores(layer(x), H) for layer, x in given)  # (B · H, length, D)
+    parts = 1 + sum(kind in self.pos_att_type for kind in ("c2p", "p2c"))
+    bias = None
+    if self.relative_attention:
+        positions = self.pos_dropout(rel_embeddings)
+        bias = self.disentangled_attention_bias(query, key, relative_pos, positions, parts).view(-1, H, query.shape[1], key.shape[1])
+    query, key = (x.view(-1, H, *x.shape[1:]).transpose(1, 2) for x in (query, key))
+    value = self.value_proj(hidden_states).view(key.shape)
+    dropout = self.dropout.p if self.training else 0.0
+    scale = (query.shape[-1] * parts) ** -0.5
+    out = attention(query, key, value, bias=bias, mask=attention_mask.bool(), scale=scale, dropout_p=dropout)
+    return out.flatten(2), None
+
+
 # The class of an attention module, whose name alone tells: transformers copies classes from file to file under names of their own.
-FORWARDS: dict[str, Callable[..., tuple[Tensor, None]]] = {
+FORWARDS: dict[str, Callable[..., tuple[Any, ...]]] = {
     "BloomAttention": bloom,
+    "DisentangledSelfAttention": deberta_v2,
     "FalconAttention": falcon,
     "MptAttention": mpt,
     "SwinAttention": swin,
+    "Swinv2SelfAttention": swin_v2,
 }
 # What each forward pass takes for granted of its module. A version whose modules lack it is refused.
 NEEDS = {
+    "DisentangledSelfAttention": (
+        "query_proj",
+        "disentangled_attention_bias",
+        "transpose_for_scores",
+        "pos_att_type",
+        "relative_attention",
+    ),
+    "Swinv2SelfAttention": ("query", "logit_scale", "continuous_position_bias_mlp", "relative_coords_table", "relative_position_index"),
     "BloomAttention": ("query_key_value", "inv_norm_factor", "layer_idx", "pretraining_tp", "slow_but_exact", "hidden_dropout"),
     "FalconAttention": ("query_key_value", "_split_heads", "dense", "attention_dropout", "layer_idx"),
     "MptAttention": ("Wqkv", "softmax_scale", "clip_qkv", "attn_dropout_p", "layer_idx"),

@@ -19,7 +19,7 @@ from .visible import Visible, lean_mask
 __all__ = ["NAME", "OLDEST", "attention_forward", "patch", "register", "unpatch"]
 
 NAME = "triattention"  # transformers takes every name with "flash" in it for FlashAttention
-OLDEST = (5, 0)  # the first version that the tests ran with
+OLDEST = (5, 20)  # before it T5 does not hand every implementation on to its encoder and decoder
 
 # What reaches an attention function and changes nothing in it: most of a model's own keywords are handed through.
 HARMLESS = frozenset({
@@ -37,7 +37,7 @@ def register(*, lean: bool = True) -> None:
             one, for models that compute with their mask.
 
     Raises:
-        ImportError: transformers is not installed, or older than 5.0.
+        ImportError: transformers is not installed, or older than 5.20.
 
     Models with the name are refused, by a ValueError in their forward pass, if they do not use transformers' attention interface and would
     misread a bool mask. Calling it again changes ``lean`` for every model.

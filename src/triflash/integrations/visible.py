@@ -52,6 +52,10 @@ class Visible:
         device = options.get("device", next((x for x in args if isinstance(x, (str, int, torch.device))), None))
         return self._with(*(x if x is None or device is None else x.to(device) for x in (self.keys, self.lengths, self.bias)))
 
+    def contiguous(self) -> Visible:
+        """Itself: generation with static caches asks its masks for this."""
+        return self
+
     def _with(self, keys: Tensor | None, lengths: Tensor | None, bias: Tensor | None) -> Visible:
         return Visible(self.shape, self.left, self.right, self.top_left, keys, lengths, bias)
 
