@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import bad_value
 
-__all__ = ["Visible", "lean_mask", "refuse_unrouted"]
+__all__ = ["Visible", "lean_mask", "own_attention", "refuse_unrouted"]
 
 
 class Visible:
@@ -238,8 +238,13 @@ def refuse_unrouted(config: type) -> None:
             "attn_implementation",
             f"'eager' for the models of {name}",
             "'triattention'",
-            "they do not use transformers' attention interface; triflash.integrations.transformers.patch(model) knows some of them",
+            "not all their attention uses transformers' interface; triflash.integrations.transformers.patch(model) is for some",
         )
+
+
+# Own attention beside the interface, whose class does not name its configuration; and one that makes masks of its own for it.
+_PARTLY = frozenset({"BigBirdPegasusConfig", "GitConfig", "InformerConfig"})
+_OWN_MASKS = frozenset({"LongT5Config"})
 
 
 @functools.cache
@@ -247,12 +252,30 @@ def _unrouted(config: type) -> str:
     """The module that has attention of its own for this configuration, or an empty string."""
     package = config.__module__.rpartition(".")[0]
     for name, module in list(sys.modules.items()):
-        if name.startswith(package + ".") and name.rpartition(".")[2].startswith("modeling_") and name.rpartition(".")[0] == package:
-            try:
-                text = inspect.getsource(module)
-            except (OSError, TypeError):
-                continue
-            own = re.search(r"^class \w*Attention\w*\(nn\.Module\):", text, re.MULTILINE)
-            if own and "ALL_ATTENTION_FUNCTIONS" not in text and re.search(rf"\b{config.__name__}\b", text):
-                return name.rpartition(".")[2]
+        parent, _, file = name.rpartition(".")
+        if parent != package or not file.startswith("modeling_"):
+            continue
+        try:
+            text = inspect.getsource(module)
+        except (OSError, TypeError):
+            continue
+        used = re.compile(rf"\b{config.__name__}\b")
+        if "ALL_ATTENTION_FUNCTIONS" not in text:
+            found = bool(re.search(r"^class \w*Attention\w*\(nn\.Module\):", text, re.MULTILINE) and used.search(text))
+        else:
+            found = config.__name__ in _PARTLY or any(used.search(body) for body in own_attention(text).values())
+            found = found and config.__name__ not in _OWN_MASKS
+        if found:
+            return file
     return ""
+
+
+def own_attention(text: str) -> dict[str, str]:
+    """The classes of a modeling file that take a mask to a softmax of their own, and their text."""
+    classes = re.split(r"^(?=class |def |@)", text, flags=re.MULTILINE)
+    named = ((match[1], body) for body in classes if (match := re.match(r"class (\w*Attention\w*)\(", body)))
+    own = re.compile(r"softmax\(|scaled_dot_product_attention\(")
+    return {
+        name: body for name, body in named
+        if own.search(body) and "ALL_ATTENTION_FUNCTIONS" not in body and re.search(r"attention_mask|\bmask\b", body)
+    }  # fmt: skip
