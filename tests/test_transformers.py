@@ -27,7 +27,7 @@ import transformers
 import triflash
 from triflash.integrations import patches
 from triflash.integrations import transformers as adapter
-from triflash.integrations.visible import Visible, own_attention, refuse_unrouted
+from triflash.integrations.visible import Visible, lean_mask, own_attention, refuse_unrouted
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY, B, L = 40, 3, 12
@@ -52,6 +52,7 @@ class Family:
     lean: bool = True
     why: str = ""
     reference: str = "eager"
+    since: tuple[int, int] = (5, 20)  # of transformers
 
 
 FAMILIES = [
@@ -98,7 +99,7 @@ FAMILIES = [
            "layerdrop": 0.0, "final_dropout": 0.0, "mask_time_prob": 0.0, "apply_spec_augment": False}, "speech", why="its bias is (B, H, M, N), of queries"),
     Family("LayoutLMv3", "LayoutLMv3ForTokenClassification", "LayoutLMv3Config", {**DECODER, **NO_DROPOUT, "max_2d_position_embeddings": 32,
            "coordinate_size": 6, "shape_size": 4, "visual_embed": False, "pad_token_id": 0, "has_relative_attention_bias": True,
-           "has_spatial_attention_bias": True, "rel_pos_bins": 8, "max_rel_pos": 16, "rel_2d_pos_bins": 8, "max_rel_2d_pos": 16}, "layout", why="its bias is (B, H, M, N), of positions on a page"),
+           "has_spatial_attention_bias": True, "rel_pos_bins": 8, "max_rel_pos": 16, "rel_2d_pos_bins": 8, "max_rel_2d_pos": 16}, "layout", why="its bias is (B, H, M, N), of positions on a page; from transformers 5.24", since=(5, 24)),
     Family("Swin", "SwinForImageClassification", "SwinConfig", {**NO_DROPOUT, "image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2],
            "num_heads": [2], "window_size": 4, "drop_path_rate": 0.0}, "image", lean=False,
            why="bias plus the mask of shifted windows, (windows · B, H, S, S); patch(model) keeps them apart"),
@@ -249,6 +250,8 @@ def sides(family: Family) -> list[str]:
 @pytest.mark.parametrize(("name", "side"), [(family.name, side) for family in FAMILIES for side in sides(family)])
 def test_family(name: str, side: str, calls: list[Seen]) -> None:
     family = BY_NAME[name]
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < family.since:
+        pytest.skip(f"from transformers {family.since} on")
     model, batch = made(family, family.reference), inputs(family.kind, side)
     want = results(model, batch)
     calls.clear()
@@ -310,6 +313,61 @@ def test_what_hides(name: str, side: str, want: dict[str, Any], calls: list[Seen
 def test_a_chunk_that_holds_everything_is_causal(calls: list[Seen]) -> None:
     assert [said(call) for call in first_call("Llama-4", calls, attention_chunk_size=L)] == [{"causal": True, "key_lengths": (B,)}] * 2
     assert all(call.lean for call in calls)
+
+
+def dense(seen: Visible | Tensor) -> Tensor:
+    """What a mask of either kind shows, (B, 1, M, N)."""
+    if isinstance(seen, Tensor):
+        return seen
+    B, _, M, N = seen.shape
+    distance = torch.arange(N)[None] - torch.arange(M)[:, None] - (0 if seen.top_left else N - M)
+    shown = torch.ones(B, 1, M, N, dtype=torch.bool)
+    if seen.left is not None:
+        shown &= distance >= -seen.left
+    if seen.right is not None:
+        shown &= distance <= seen.right
+    if seen.keys is not None:
+        shown &= seen.keys
+    return shown if seen.lengths is None else shown & (torch.arange(N) < seen.lengths[:, None, None, None])
+
+
+@pytest.mark.parametrize("kind", ["causal", "window", "chunk", "both sides", "both sides, window"])
+@pytest.mark.parametrize("side", ["no mask", "none", "right", "left", "holes"])
+def test_masks_say_what_transformers_says(kind: str, side: str) -> None:
+    """Every place of queries and keys that a cache may have, against transformers' own mask of (M, N)."""
+    from transformers import masking_utils as theirs
+
+    size = 4
+    functions = {
+        "causal": theirs.causal_mask_function,
+        "window": theirs.sliding_window_causal_mask_function(size),
+        "chunk": theirs.chunked_causal_mask_function(size, torch.zeros(B, dtype=torch.long)),
+        "both sides": theirs.bidirectional_mask_function,
+        "both sides, window": theirs.sliding_window_bidirectional_mask_function(size),
+    }
+    causal = not kind.startswith("both")
+    config = transformers.PreTrainedConfig()
+    config.sliding_window, config.attention_chunk_size = size if "window" in kind else None, size if kind == "chunk" else None
+    lean = 0
+    for M, N, q_offset, kv_offset in (
+        (6, 6, 0, 0),
+        (1, 6, 5, 0),
+        (3, 6, 3, 0),
+        (6, 9, 0, 0),
+        (2, 9, 3, 0),
+        (1, 9, 4, 0),
+        (3, 5, 6, 4),
+        (4, 4, 0, 0),
+    ):
+        given = dict(
+            batch_size=B, q_length=M, kv_length=N, q_offset=q_offset, kv_offset=kv_offset, mask_function=functions[kind],
+            attention_mask=None if side == "no mask" else padding(side, max(q_offset + M, 8)).bool(),
+        )  # fmt: skip
+        options = dict(allow_is_causal_skip=causal, allow_is_bidirectional_skip=not causal, config=config)
+        seen = lean_mask(**given, **options, local_size=size if "window" in kind or kind == "chunk" else None, use_vmap=False)
+        assert torch.equal(dense(seen), theirs.sdpa_mask(**given, allow_is_causal_skip=False)), (M, N, q_offset, kv_offset, seen)
+        lean += isinstance(seen, Visible)
+    assert lean >= (1 if kind == "chunk" else 5)
 
 
 def test_heads_are_not_repeated(calls: list[Seen]) -> None:

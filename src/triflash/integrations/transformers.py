@@ -100,7 +100,11 @@ def attention_forward(
     for name, x in options.items():
         if x is None or x is False or name in HARMLESS or (whole and name in PACKED):
             continue
-        hint = "pass position_ids, from which a mask follows" if name in PACKED else "attn_implementation='eager' or 'sdpa' may know it"
+        hint = (
+            "pass position_ids and use_cache=False, from which a mask follows"
+            if name in PACKED
+            else "attn_implementation='eager' or 'sdpa' may know it"
+        )
         raise bad_type(name, "no such keyword for attention", type(x).__name__, hint)
     if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries, the same for every entry
         query = query.expand(key.shape[0], -1, -1, -1)
