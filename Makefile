@@ -3,6 +3,7 @@
 # make test-full   every test that needs no GPU, on the newest and the oldest versions as well
 # make test-gpu    the tests on this machine's own python and GPU (ARGS="-k dbias")
 # make test-torch  the interpreted tests with the lowest PyTorch (TORCH=2.10.0), whose CUDA build is gigabytes: not part of test-full
+# make package     build sdist and wheel, check them, and run the wheel in a fresh environment (ARGS=--release: RELEASING.md)
 # make lint        ruff and mypy only
 # make durations   measure what each test costs, which decides what make test runs
 # make clean       remove what these made
@@ -30,7 +31,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
 UNPINNED := $(if $(GPU),^(torch|triton)==,^$$)
 INSTALL = -m pip install --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: demo help test test-full test-rest test-newest test-oldest test-torch test-gpu durations lint clean
+.PHONY: demo help package test test-full test-rest test-newest test-oldest test-torch test-gpu durations lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -81,6 +82,9 @@ test-torch: .torch-$(TORCH)/.installed
 
 test-gpu:
 	PYTHONPATH=src$(if $(PYTHONPATH),:$(PYTHONPATH)) $(PYTHON) -m pytest -q tests $(ARGS)
+
+package: .venv/.package
+	$(PY) scripts/package.py $(ARGS)
 
 clean:
 	rm -rf .venv .triton-newest .oldest .torch-* .triton-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info demo-out

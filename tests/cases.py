@@ -305,7 +305,7 @@ def attend(case: Case, inputs: Inputs, backend: str, raw: bool = False) -> tuple
     if case.is_raw or raw:
         x = inputs.operands()
         options = (case.batch_inner, *case.band, case.softmax_scale, "", "hopper" if backend == "stand-in" else backend)
-        return torch.ops.triflash.forward(*x[:4], *options, *x[4:], case.softcap, case.dropout)[:2]
+        return torch.ops.triflash.forward(*x[:4], *options, *x[4:9], case.softcap, case.dropout)[:2]
     with triflash.backend(backend):
         return triflash.flash_attn_func(q, k, v, bias, case.causal, case.scale), None
 
@@ -319,7 +319,7 @@ def judge(case: Case, inputs: Inputs, backend: str = "") -> dict[str, Judgement]
 
     def dense(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         leaves = {n: x.detach().clone().requires_grad_() for n, x in wanted.items()}
-        out, lse = oracle.attention(**inputs.replaced(leaves)._asdict(), **options, dtype=dtype)
+        out, lse = oracle.attention(**inputs.replaced(leaves).dense, **options, dtype=dtype)
         if not leaves:
             return out, lse, {}
         outputs, cotangents = [out], [inputs.dout.to(dtype)]
@@ -340,7 +340,7 @@ def judge(case: Case, inputs: Inputs, backend: str = "") -> dict[str, Judgement]
     plain_out, _, plain_grads = dense(case.dtype)
     lse_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        plain_lse = oracle.attention(**inputs.operands()._asdict(), **options, dtype=lse_dtype)[1]
+        plain_lse = oracle.attention(**inputs.operands().dense, **options, dtype=lse_dtype)[1]
 
     # Slack: see triflash/bench/tolerance.py.
     x = exact_inputs
@@ -405,7 +405,7 @@ def _exact(x: Inputs, wanted: dict[str, Tensor], options: dict[str, Any]) -> tup
     """The oracle in float64 and, by autograd, the gradients that are wanted."""
     named = zip("qkvbs", (x.q, x.k, x.v, x.bias, x.sink), strict=True)
     leaves = {n: t.requires_grad_() for n, t in named if n in wanted and t is not None}
-    out, lse = oracle.attention(**x.replaced(leaves)._asdict(), **options)
+    out, lse = oracle.attention(**x.replaced(leaves).dense, **options)
     grads: tuple[Tensor, ...] = ()
     if leaves:
         outputs, cotangents = ([out], [x.dout]) if x.dlse is None else ([out, lse], [x.dout, x.dlse])
@@ -515,7 +515,7 @@ def is_to_add_dq(case: Case, inputs: Inputs, raw: bool, configs: Configs) -> boo
 
 def spec_of_case(case: Case, inputs: Inputs) -> AttentionSpec:
     x = inputs.operands()
-    return spec_of(*x[:4], case.batch_inner, *case.band, case.softmax_scale, "", *x[4:], case.softcap, case.dropout)
+    return spec_of(*x[:4], case.batch_inner, *case.band, case.softmax_scale, "", *x[4:9], case.softcap, case.dropout)
 
 
 def expected_launches(case: Case, backend: str, inputs: Inputs, adds: bool = False) -> list[str]:

@@ -320,6 +320,39 @@ def test_what_type_checkers_are_told() -> None:
     assert not told
 
 
+@pytest.mark.parametrize("others, words", [
+    ({"is_causal": True}, r"is_causal: wanted an argument of attention \(bias, mask, causal, .*; causal='top_left' is aligned as"),
+    ({"attn_mask": None}, "attn_mask: .*; mask= for a bool tensor .*, bias= for floats"),
+    ({"softmax_scale": 1.0}, "softmax_scale: .*; scale="),
+    ({"dropout": 0.1}, "dropout: .*; dropout_p="),
+    ({"window_size": (3, 0)}, r"window_size: .*; window=\(left, right\)"),
+    ({"enable_gqa": True}, "enable_gqa: .*; leave it out"),
+    ({"cu_seqlens_q": None}, "cu_seqlens_q: .*; packed sequences do not exist yet"),
+    ({"cuasal": True}, r"cuasal: .*; did you mean causal=\?"),
+    ({"nonsense": 1}, "nonsense: wanted an argument of attention .*, got a name that it does not have$"),
+])  # fmt: skip
+def test_names_of_other_packages(others: dict[str, Any], words: str) -> None:
+    q = torch.zeros(1, 2, 1, 4)
+    with pytest.raises(TypeError, match=words):
+        attention(q, q, q, **others)
+
+
+def test_a_bias_by_position() -> None:
+    q = torch.zeros(1, 2, 1, 4)
+    with pytest.raises(TypeError, match="attention: wanted q, k and v by position, got 4 arguments; name what follows v: bias="):
+        attention(q, q, q, torch.zeros(2, 2))  # type: ignore[call-overload]
+    assert "more" not in inspect.signature(attention).parameters and "others" not in inspect.signature(attention).parameters
+    with pytest.raises(TypeError, match="'k'"):
+        attention(q)  # type: ignore[call-overload]
+
+
+@pytest.mark.unpoisoned
+def test_a_wrong_name_under_compilation() -> None:
+    q = torch.zeros(1, 2, 1, 4)
+    with pytest.raises(TypeError, match="dropout: .*; dropout_p="):
+        torch.compile(lambda q: attention(q, q, q, dropout=0.1), backend="eager")(q)  # type: ignore[call-overload]
+
+
 def test_tensors_that_hold_something_else_are_refused_by_name(device: torch.device) -> None:
     """They are never read as their raw data."""
     from torch.nn.attention.bias import causal_lower_right

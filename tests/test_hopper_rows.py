@@ -42,7 +42,7 @@ def statistics(case: Case, x: Inputs, spec: AttentionSpec) -> Tensor:
     """What ``prepare`` would have left, from exact results. The split of lse into lse and rest is a random one."""
     options = {"batch_inner": case.batch_inner, "lo": spec.lo, "hi": spec.hi, "scale": spec.scale}
     with torch.no_grad():
-        out, lse = oracle.attention(**x.operands()._asdict(), **options)
+        out, lse = oracle.attention(**x.operands().dense, **options)
     lse, delta = lse * 1.4426950408889634, (out * x.dout.double()).sum(-1).mT
     rest = torch.zeros_like(lse)
     if spec.keeps_rest:

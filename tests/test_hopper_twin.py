@@ -87,8 +87,8 @@ def test_without_a_rest(bias: str) -> None:
         inputs = build(case, CPU)
         x, options = inputs.operands(), (1, *case.band, case.softmax_scale, "", "hopper")
         with gluon_twin.twin_device(2, edges=False), override_configs(**({} if config is None else {"dqdkdv": config})), torch.no_grad():
-            out, lse, _ = torch.ops.triflash.forward(*x[:4], *options, *x[4:])
-            grads = torch.ops.triflash.backward(inputs.dout, None, *x[:4], out, lse, None, *options, [True] * 4, *x[4:])
+            out, lse, _ = torch.ops.triflash.forward(*x[:4], *options, *x[4:9])
+            grads = torch.ops.triflash.backward(inputs.dout, None, *x[:4], out, lse, None, *options, [True] * 4, *x[4:9])
         found = {f"d{letter}": grad.view_as(leaf) for (letter, leaf), grad in zip(inputs.wanted().items(), grads, strict=False)}
         assert list(found) == ["dq", "dk", "dv", "db"]
         assert_right(case, inputs, found)

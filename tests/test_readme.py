@@ -19,5 +19,5 @@ def test_programs_run_as_written() -> None:
     for program in programs:
         exec(compile(program.replace("b, s, h, d = 2, 1024, 8, 64", "b, s, h, d = 2, 1024, 8, 8"), str(README), "exec"), names)
     assert names["sink"].grad.shape == (8,) and names["out"].shape == (2, 1024, 8, 8)
-    table, out = names["table"], names["attention"](names["q"], names["k"], names["v"], bias=None)
+    table, out = names["positions"].weight, names["attention"](names["q"], names["k"], names["v"], bias=None)
     assert table.requires_grad and torch.isfinite(out).all()

@@ -45,7 +45,7 @@ RULES: dict[str, list[str]] = {
     "triflash.explanation": ["triflash.plan", "triflash.spec", "triflash.launch.ahead"],
     "triflash.explainer": [
         "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.door", "triflash.errors", "triflash.explanation",
-        "triflash.launch.ahead", "triflash.plan", "triflash.spec",
+        "triflash.hints", "triflash.launch.ahead", "triflash.plan", "triflash.spec",
     ],
     "triflash.shorthand": ["torch", "triflash.errors", "triflash.spec"],
     "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.errors"],
@@ -55,9 +55,15 @@ RULES: dict[str, list[str]] = {
     "triflash.launch.room": ["torch", "triflash.launch.calls", "triflash.spec"],
     "triflash.launch.native": ["torch", "triton", "triflash.launch.calls"],
     "triflash.launch.triton": [
-        "torch", "triton", "triflash.dropout", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.room", "triflash.plan",
-        "triflash.spec", "triflash.errors",
+        "torch", "triton", "triflash.dropout", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common",
+        "triflash.launch.packed", "triflash.launch.room", "triflash.plan", "triflash.spec", "triflash.errors",
     ],
+    "triflash.launch.common": ["torch", "triflash.plan", "triflash.spec"],
+    "triflash.launch.packed": [
+        "torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.room", "triflash.plan",
+        "triflash.spec",
+    ],
+    "triflash.launch.sequences": ["torch", "triflash.spec"],
     "triflash.launch.hopper": [
         "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.room", "triflash.plan", "triflash.spec",
         "triflash.errors",
@@ -73,14 +79,26 @@ RULES: dict[str, list[str]] = {
     "triflash.bound": ["torch", "triflash.bound", "triflash.form", "triflash.launch", "triflash.plan", "triflash.spec"],
     "triflash.bound.cache": [],
     "triflash.ops": ["torch", "triflash.bound", "triflash.errors", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.spec"],
+    "triflash.ops_varlen": [
+        "torch", "triflash.bound", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.ops", "triflash.plan.device",
+        "triflash.spec",
+    ],
     "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.form", "triflash.plan.select", "triflash.spec"],
     "triflash.door": [
         "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.ops",
-        "triflash.plan", "triflash.sharded", "triflash.spec", "triflash.transforms",
+        "triflash.ops_varlen", "triflash.plan", "triflash.sharded", "triflash.spec",
     ],
     "triflash.sharded": ["torch", "triflash.arguments", "triflash.errors"],
-    "triflash.transforms": ["torch", "triflash.errors", "triflash.ops"],
-    "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors"],
+    "triflash.vmap": ["torch", "triflash.ops"],
+    "triflash.hints": ["triflash.errors"],
+    "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
+    "triflash.nn": ["torch", "triflash.checks", "triflash.errors", "triflash.nn"],
+    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors"],
+    "triflash.compat.words": [],
+    "triflash.compat.flash_attn": [
+        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.errors", "triflash.ops",
+    ],
+    "triflash.varlen": ["torch", "triflash.checks", "triflash.door", "triflash.errors"],
     "triflash.triton_flash_attention": [
         "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.ops", "triflash.plan.select",
         "triflash.spec",
@@ -142,7 +160,7 @@ def test_autograd_lives_in_three_places() -> None:
         assert "register_autograd" not in text or name == "triflash.ops", name
         assert "(torch.autograd.Function):" not in text or name in (
             "triflash.ops",
-            "triflash.transforms",
+            "triflash.vmap",
             "triflash.triton_flash_attention",
         ), name
 
@@ -191,6 +209,7 @@ def test_importing_starts_nothing() -> None:
 import sys, torch
 before = "triton" in sys.modules
 import triflash, triflash.triton_flash_attention
+assert not any(name.startswith("triflash.compat") for name in sys.modules)
 print("triton" in sys.modules and not before, torch.cuda.is_initialized())
 tensors = "torch.distributed.tensor" in sys.modules
 q = torch.randn(1, 3, 1, 4, requires_grad=True)
@@ -201,6 +220,27 @@ import triflash.integrations.transformers
 print("transformers" in sys.modules)
 """
     assert run_python(program, TRITON_INTERPRET="0").split() == ["False"] * 6
+
+
+def test_help_needs_little_beyond_torch() -> None:
+    """`triflash --help` and the greeting answer at once: nothing heavy is imported. Counted, because clocks differ."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+from triflash.__main__ import main
+for words in (["--help"], []):
+    try:
+        main(words)
+    except SystemExit as left:
+        assert not left.code
+new = [name for name in sys.modules if name not in before]
+print("modules", len([name for name in new if not name.startswith("triflash")]), *{name.partition(".")[0] for name in new})
+"""
+    *answer, modules = run_python(program, TRITON_INTERPRET="0").splitlines()
+    assert any("usage: triflash" in line for line in answer) and any("triflash --help says" in line for line in answer)
+    _, count, *roots = modules.split()
+    assert int(count) <= 12, modules  # 5 on 2026-11-29; rich alone has 60
+    assert not {"triton", "rich", "matplotlib", "numpy", "transformers", "sympy"} & set(roots), roots
 
 
 def test_without_triton() -> None:

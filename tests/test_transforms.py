@@ -126,6 +126,30 @@ def test_the_seeds_functions(call: Callable[..., Tensor], shapes: tuple[tuple[in
     same(torch.func.vmap(call)(*many), torch.stack([call(*inputs), call(*(2 * x for x in inputs))]))
 
 
+COMPILED: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "grad": torch.func.grad(lambda q, bias: attention(q, q, q, bias=bias, causal=True).sin().sum(), argnums=(0, 1)),
+    "vjp": lambda q, bias: torch.func.vjp(lambda q: attention(q, q, q, bias=bias), q)[1](q.cos()),
+    "jacrev": torch.func.jacrev(lambda q, bias: attention(q, q, q, bias=bias)[0, 1, :2], argnums=(0, 1)),
+    "vmap": torch.func.vmap(lambda q, bias: attention(q, q, q, bias=bias[None]), (1, 0), out_dims=1),
+    "vmap of grad": torch.func.vmap(torch.func.grad(lambda q, bias: attention(q, q, q, bias=bias[None]).sin().sum(), argnums=(0, 1)), (1, 0)),
+    "grad of vmap": torch.func.grad(
+        lambda q, bias: torch.func.vmap(lambda q, bias: attention(q, q, q, bias=bias[None]), (1, 0))(q, bias).sin().sum(), argnums=(0, 1)
+    ),
+    "grad beside autograd": lambda q, bias: attention(q, q, q).sum() + torch.func.grad(lambda q: attention(q, q, q, bias=bias).sum())(q).sum(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_transforms(name: str) -> None:
+    """In one graph, and as in eager calls; entries are the heads."""
+    torch.compiler.reset()
+    f = COMPILED[name]
+    q, bias = draw(B, M, H, D), draw(H, M, M)
+    if name.startswith(("vmap", "grad of vmap")):
+        q = draw(B, H, M, 1, D)
+    same(torch.compile(f, backend="aot_eager", fullgraph=True)(q, bias), f(q, bias))
+
+
 def test_nested_vmap_and_other_dims() -> None:
     q, k, v = draw(B, V, M, 2, H, D), draw(V, B, N, H, D), draw(2, B, N, H, D)
     got = torch.func.vmap(torch.func.vmap(attention, (None, None, 0)), (1, 0, None))(q[..., 0, :, :], k, v)
@@ -196,6 +220,7 @@ def test_tangents_of_others_do_not_matter() -> None:
 @pytest.mark.parametrize("second", [
     lambda f, q: torch.func.hessian(f)(q), lambda f, q: torch.func.grad(lambda x: torch.func.grad(f)(x).sum())(q),
     torch.autograd.functional.hessian, lambda f, q: torch.func.jacrev(torch.func.jacrev(f))(q),
+    lambda f, q: torch.compile(torch.func.grad(lambda x: torch.func.grad(f)(x).sum()), backend="aot_eager")(q),
 ])  # fmt: skip
 def test_second_derivatives_are_refused(second: Callable[[Callable[[Tensor], Tensor], Tensor], Any]) -> None:
     q = draw(1, 3, 1, 4)

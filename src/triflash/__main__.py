@@ -18,13 +18,16 @@ from .tune import options as tune_options
 __all__ = ["main"]
 
 _BAD_USE, _INTERRUPTED = 2, 130
+_GREETING = f"""triflash {__version__}: exact fused attention for PyTorch, with any bias and its gradient
+in a program    from triflash import attention; help(attention), and help(triflash.compat) for calls of SDPA, flash_attn and xformers
+here            triflash demo, bench, explain, tune or env; triflash --help says what each does"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 fine, 1 the command failed, 2 it was used wrongly."""
     parser = argparse.ArgumentParser(prog="triflash", description="Exact fused attention with any bias and its gradient.")
     parser.add_argument("--version", action="version", version=f"triflash {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="command")
     words = "train a small transformer with a learned position bias by triflash and by dense PyTorch attention, and compare"
     demo = commands.add_parser("demo", help=words, description=words)
     add_arguments(demo, BACKENDS)
@@ -40,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tune = commands.add_parser("tune", help=words, description=words, allow_abbrev=False)
     tune_options.add_arguments(tune)
     given = parser.parse_args(argv)
+    if given.command is None:
+        print(_GREETING)
+        return 0
     if given.command == "bench":
         return _bench(bench, given, list(sys.argv[1:] if argv is None else argv))
     run = {"demo": (_demo, demo), "explain": (_explain, explain), "env": (_env, env), "tune": (_tune, tune)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from .checks import (
     check_bias,
     check_bool,
+    check_dtype_and_place,
     check_key_lengths,
     check_number,
     check_scale,
@@ -25,9 +27,24 @@ from .checks import (
 from .errors import bad_type, bad_value, unsupported
 from .form import Form
 from .plan.select import check_backend, requested_backend
+from .spec import LAYOUTS as PACKED_LAYOUTS
 from .spec import Band, resolve_precision
 
-__all__ = ["ATTENTION", "LAYOUTS", "SEED", "Checked", "Face", "Given", "Options", "checked"]
+__all__ = [
+    "ATTENTION",
+    "LAYOUTS",
+    "SEED",
+    "Checked",
+    "CheckedVarlen",
+    "Face",
+    "Given",
+    "Options",
+    "VarlenGiven",
+    "VarlenOptions",
+    "check_sequences",
+    "checked",
+    "checked_varlen",
+]
 
 LAYOUTS = ("bshd", "bhsd")
 
@@ -140,6 +157,165 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
     return Checked(form, lo, hi, softmax_scale, cap, chance, deterministic, precision or "", backend or requested_backend())
 
 
+class VarlenOptions(NamedTuple):
+    """What a caller of :func:`triflash.attention_varlen` writes beside the tensors, as given."""
+
+    bias_layout: str = "padded"
+    mask_layout: str | None = None
+    causal: bool | str = False
+    window: tuple[int | None, int | None] | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    dropout_p: float = 0.0
+    deterministic: bool | None = None
+    precision: str | None = None
+    backend: str | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+
+
+class VarlenGiven(NamedTuple):
+    """The tensors of such a call as given, in the order of :class:`~triflash.ops_varlen.VarlenTensors`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+    alibi_slopes: Tensor | None
+    sink: Tensor | None
+    dropout_seed: int | Tensor | None
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+
+
+@dataclass(frozen=True)
+class CheckedVarlen:
+    """One such call, checked: its options, folded."""
+
+    band: Band
+    scale: float
+    softcap: float
+    dropout_p: float
+    deterministic: bool
+    precision: str
+    backend: str
+    bias_layout: str
+    mask_layout: str
+    longest_q: int | None
+    longest_k: int | None
+
+
+def checked_varlen(given: VarlenGiven, options: VarlenOptions) -> CheckedVarlen:
+    """The errors of :func:`triflash.attention_varlen`, or its call in one canonical meaning. No offset is read."""
+    bias_layout, mask_layout, causal, window, scale, softcap, dropout_p, deterministic, precision, backend, longest_q, longest_k = options
+    if not torch.compiler.is_compiling():
+        for name, x in zip(VarlenGiven._fields, given, strict=True):
+            refuse_foreign(name, x)
+    q, k, v = given[:3]
+    sizes = check_tensors({"q": q, "k": k, "v": v}, {"q": "Tq H D", "k": "Tk Hk D", "v": "Tk Hk Dv"})
+    H, Hk = sizes["H"], sizes["Hk"]
+    if Hk != H and (Hk == 0 or H % Hk):
+        raise bad_value("k", f"a number of heads that divides q's {H}", Hk, "as many query heads read each key head")
+    same_device_and_dtype({"q": q, "k": k, "v": v})
+    count = _check_offsets("cu_seqlens_q", given.cu_seqlens_q, q, None)
+    _check_offsets("cu_seqlens_k", given.cu_seqlens_k, q, count)
+    for name, used in (("seqused_q", given.seqused_q), ("seqused_k", given.seqused_k)):
+        check_key_lengths(used, q, (count,), name)
+    if mask_layout is None:
+        mask_layout = bias_layout
+    for name, layout in (("bias_layout", bias_layout), ("mask_layout", mask_layout)):
+        if layout not in PACKED_LAYOUTS:
+            raise bad_value(name, f"one of {', '.join(PACKED_LAYOUTS)}, or None for bias_layout's" if name[0] == "m" else
+                            f"one of {', '.join(PACKED_LAYOUTS)}", repr(layout))  # fmt: skip
+    _check_packed("bias", given.bias, q, k, count, bias_layout)
+    _check_packed("mask", given.mask, q, k, count, mask_layout)
+    _check_kinds(given.bias, given.mask)
+    for name, longest in (("max_seqlen_q", longest_q), ("max_seqlen_k", longest_k)):
+        if longest is not None and (isinstance(longest, bool) or not isinstance(longest, (int, torch.SymInt)) or longest < 0):
+            raise bad_type(name, "an integer from 0 up, or None", repr(longest))
+    cap = 0.0 if softcap is None else check_number("softcap", softcap, 0.0, math.inf, "a positive number, or None (or 0) for none")
+    check_slopes(given.alibi_slopes, q, (count,), H)
+    check_sink(given.sink, q, H)
+    chance = check_number("dropout_p", dropout_p, 0.0, 1.0, "a number from 0 up to but not including 1")
+    check_seed(given.dropout_seed, q)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    check_bool("deterministic", deterministic)
+    if backend is not None:
+        check_backend("backend", backend)
+    if precision is not None:
+        resolve_precision(precision)
+    elif q.dtype == torch.float32 and not torch.compiler.is_compiling():
+        precision = resolve_precision("")
+    return CheckedVarlen(
+        _band(causal, window), check_scale("scale", scale, sizes["D"]), cap, chance, deterministic, precision or "",
+        backend or requested_backend(), bias_layout, mask_layout, longest_q, longest_k,
+    )  # fmt: skip
+
+
+def check_sequences(given: VarlenGiven, options: VarlenOptions) -> None:
+    """For ``TRIFLASH_CHECK=1``: read the offsets, waiting for the device, and name what is wrong with them."""
+    checked_varlen(given, options)
+    lengths = []
+    for name, offsets, used, rows in (
+        ("cu_seqlens_q", given.cu_seqlens_q, given.seqused_q, given.q.shape[0]),
+        ("cu_seqlens_k", given.cu_seqlens_k, given.seqused_k, given.k.shape[0]),
+    ):
+        values = offsets.tolist()
+        if values[0] != 0:
+            raise bad_value(name, "0 as the first offset", values[0])
+        own = [end - start for start, end in pairwise(values)]
+        if min(own, default=0) < 0:
+            at = next(n for n, length in enumerate(own) if length < 0)
+            raise bad_value(name, "offsets that do not decrease", f"{values[at]} before {values[at + 1]}, sequence {at}")
+        if values[-1] > rows:
+            raise bad_value(name, f"offsets up to the {rows} rows", values[-1])
+        counted = own if used is None else used.tolist()
+        for at, (length, some) in enumerate(zip(own, counted, strict=True)):
+            if not 0 <= some <= length:
+                raise bad_value(name.replace("cu_seqlens", "seqused"), f"0 to the {length} rows of sequence {at}", some)
+        lengths.append(max(counted, default=0))
+    for name, x, layout in (("bias", given.bias, options.bias_layout), ("mask", given.mask, options.mask_layout or options.bias_layout)):
+        if x is None or layout == "keys":
+            continue
+        for dim, longest in ((-2, lengths[0]), (-1, lengths[1])):
+            if (dim == -1 or layout == "padded") and x.shape[dim] not in (1,) and x.shape[dim] < longest:
+                raise bad_value(name, f"{longest} or more in dim {dim}, the longest sequence", tuple(x.shape))
+
+
+def _check_offsets(name: str, offsets: Any, q: Tensor, count: int | None) -> int:
+    """Check offsets of sequences (their values are never looked at) and return how many sequences there are."""
+    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
+        raise bad_type(name, "an int32 or int64 tensor", str(offsets.dtype) if isinstance(offsets, Tensor) else type(offsets).__name__)
+    if offsets.dim() != 1 or offsets.shape[0] < 1 or (count is not None and offsets.shape[0] != count + 1):
+        wanted = "one number more than sequences, shape (B + 1,)" if count is None else f"as many as cu_seqlens_q, shape ({count + 1},)"
+        raise bad_value(name, wanted, tuple(offsets.shape))
+    if offsets.device != q.device:
+        raise bad_value(name, f"q's device {q.device}, or the CPU", offsets.device)
+    return int(offsets.shape[0]) - 1
+
+
+def _check_packed(name: str, x: Any, q: Tensor, k: Tensor, count: int, layout: str) -> None:
+    """Check a bias or mask of packed sequences."""
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise bad_type(name, "a tensor or None", type(x).__name__)
+    (Tq, H, _), Tk = q.shape, k.shape[0]
+    wanted = {
+        "padded": (f"(B={count}|1, H={H}|1, Mmax|1, Nmax|1)", ((1, count), (1, H), None, None)),
+        "rows": (f"(H={H}|1, Tq={Tq}, Nmax|1)", ((1, H), (Tq,), None)),
+        "keys": (f"(H={H}|1, Tk={Tk})", ((1, H), (Tk,))),
+    }[layout]
+    words, dims = wanted
+    if x.dim() != len(dims) or any(own is not None and size not in own for own, size in zip(dims, x.shape, strict=True)):
+        raise bad_value(name, f"{words}, the layout {layout!r}", tuple(x.shape), f"{name}_layout= names another one")
+    check_dtype_and_place(name, x, q)
+
+
 def _swapped(name: str, x: Any) -> Tensor:
     """``(*batch, H, L, D)`` seen as ``(*batch, L, H, D)``."""
     if not isinstance(x, Tensor):
@@ -187,6 +363,10 @@ def _check_bias_and_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None, sc
     """Check what is added to the scores and what hides some."""
     check_bias(bias, q, scores)
     check_bias(mask, q, scores, "mask")
+    _check_kinds(bias, mask)
+
+
+def _check_kinds(bias: Tensor | None, mask: Tensor | None) -> None:
     if mask is not None and mask.dtype != torch.bool:
         raise bad_type("mask", "a bool tensor, True = visible", mask.dtype, "a float one is a bias")
     if mask is not None and bias is not None and bias.dtype == torch.bool:

@@ -5,9 +5,10 @@ Method: FlashAttention (Dao et al. 2022), FlashAttention-2 (Dao 2023); merging: 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from .arguments import ATTENTION
 from .checks import check_bool
 from .door import attend
 from .errors import bad_value
+from .hints import not_ours
 
 __all__ = ["attention", "merge_states"]
 
@@ -93,7 +95,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
+    *more: Any,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     causal: bool | str = False,
@@ -110,6 +112,7 @@ def attention(
     layout: str = "bshd",
     precision: str | None = None,
     backend: str | None = None,
+    **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention, ``softmax(scale * q kᵀ + bias) v`` over the visible keys, with gradients for q, k, v, the bias and the sink.
 
@@ -152,7 +155,8 @@ def attention(
         the sink.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device or option; the message names the argument.
+        ValueError, TypeError: a wrong shape, dtype, device or option; the message names the argument. For a name that another package
+            has for it (is_causal, attn_mask, softmax_scale, dropout, window_size, …) or a bias by position, it names ours.
         UnsupportedError: no backend, or not the one that was asked for by name, can do this combination (docs/features.md).
 
     What causal, window, mask or a bias of −inf hides must be finite; what only key_lengths hides may hold anything.
@@ -164,10 +168,17 @@ def attention(
 
     Sources: grouped heads (Ainslie et al. 2023), ALiBi (Press et al. 2022), soft cap (Gemma 2, 2024), sinks (gpt-oss, 2025).
     """
+    if more or others:
+        raise not_ours("attention", [*inspect.signature(attention).parameters][3:], more, others)
     check_bool("return_lse", return_lse)
     given = (q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed)
     options = (causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend)
     return attend(ATTENTION, given, options, return_lse)
+
+
+# more and others are for errors alone: help() shows the rest.
+_parameters = [each for each in inspect.signature(attention).parameters.values() if each.name not in ("more", "others")]
+attention.__signature__ = inspect.signature(attention).replace(parameters=_parameters)  # type: ignore[attr-defined]
 
 
 def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

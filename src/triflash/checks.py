@@ -18,6 +18,7 @@ from .errors import bad_type, bad_value
 __all__ = [
     "check_bias",
     "check_bool",
+    "check_dtype_and_place",
     "check_key_lengths",
     "check_number",
     "check_scale",
@@ -133,15 +134,15 @@ def check_number(name: str, value: Any, least: float, below: float, wanted: str)
     return float(value)
 
 
-def check_key_lengths(lengths: Any, q: Tensor, batch: tuple[int, ...]) -> None:
+def check_key_lengths(lengths: Any, q: Tensor, batch: tuple[int, ...], name: str = "key_lengths") -> None:
     """Check that key lengths, unless they are None, are one integer of any dtype for each batch entry. Kernels clamp them."""
     if lengths is None:
         return
     if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise bad_type("key_lengths", "a tensor of integers", str(lengths.dtype) if isinstance(lengths, Tensor) else type(lengths).__name__)
+        raise bad_type(name, "a tensor of integers", str(lengths.dtype) if isinstance(lengths, Tensor) else type(lengths).__name__)
     if not _same(lengths.shape, batch) or lengths.device != q.device:
         got = f"{tuple(lengths.shape)} on {lengths.device}"
-        raise bad_value("key_lengths", f"one for each batch entry, shape {batch} on {q.device}", got)
+        raise bad_value(name, f"one for each batch entry, shape {batch} on {q.device}", got)
 
 
 def check_slopes(slopes: Any, q: Tensor, batch: tuple[int, ...], heads: int) -> None:
@@ -216,6 +217,11 @@ def check_bias(bias: Any, q: Tensor, full: tuple[int, ...], name: str = "bias") 
     for own, size in zip(reversed(bias.shape), reversed(full), strict=False):
         if own != 1 and own != size:
             raise bad_value(name, _bias_wanted(full), tuple(bias.shape), _bias_hint(name, tuple(bias.shape), full))
+    check_dtype_and_place(name, bias, q)
+
+
+def check_dtype_and_place(name: str, bias: Tensor, q: Tensor) -> None:
+    """Check that a bias (or mask) is of numbers or bools, dense and where q is."""
     if bias.dtype not in BIAS_DTYPES and not (bias.dtype == q.dtype == torch.float64):
         raise bad_type(name, "float16, bfloat16, float32 or bool (True = visible)", bias.dtype)
     if bias.device != q.device:

@@ -6,7 +6,9 @@ wait for every microsecond spent here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,19 +16,20 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
-from .arguments import Checked, Face, Given, Options, checked
+from .arguments import Checked, CheckedVarlen, Face, Given, Options, VarlenGiven, VarlenOptions, check_sequences, checked, checked_varlen
 from .bound.call import BoundCall
 from .bound.signature import CALLS, ambient, describe
 from .checks import check_seed_range, seed_tensor
 from .errors import UnsupportedError
 from .launch.room import meta, twin
 from .ops import Attention, attention_forward
+from .ops_varlen import VarlenOptions as Varlen
+from .ops_varlen import VarlenTensors, bind_varlen, varlen_forward
 from .plan.device import DeviceFacts
 from .plan.select import requested_backend_soon
 from .spec import resolve_precision, spec_of
-from .transforms import Transformed
 
-__all__ = ["attend", "bind"]
+__all__ = ["attend", "attend_varlen", "bind"]
 
 _PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they look like
 _SEED = meta((2,), (1,), torch.int64)
@@ -98,6 +101,85 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
     return _run(call, tensors, return_lse)
 
 
+def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool = False) -> Any:
+    """Attention of packed sequences, as :func:`attend`.
+
+    ``given`` and ``options`` are the fields of :class:`~triflash.arguments.VarlenGiven` and :class:`~triflash.arguments.VarlenOptions`.
+    """
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(given, VarlenGiven._fields)
+    q, seed = given[0], given[7]
+    traced = _compiling() or _dispatch_modes() or _transforms() or _tracing() is not None
+    if traced:
+        return _varlen_by_operators(given, options, return_lse)
+    if os.environ.get("TRIFLASH_CHECK") == "1":
+        check_sequences(VarlenGiven(*given), VarlenOptions(*options))
+    call, key, cast = None, None, False
+    try:
+        cast = _autocast() and torch.is_autocast_enabled(q.device.type)
+        facts, around = ambient(q)
+        tensors = (*given[:7], *given[8:])
+        key = (
+            "varlen", tuple([None if x is None else describe(x) for x in tensors]),
+            describe(seed) if isinstance(seed, Tensor) else type(seed), options, tuple(map(type, options)),
+            None if options[3] is None else tuple(map(type, options[3])),
+            options[9] or requested_backend_soon(), _deterministic(),
+            resolve_precision("") if options[8] is None and q.dtype is torch.float32 else "", around,
+        )  # fmt: skip
+        if given[5] is None or not (given[5].requires_grad and torch.is_grad_enabled()):
+            call = CALLS.get(key)
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+        key = None
+    if cast:
+        return _autocasted_varlen(given, options, return_lse)
+    if call is None:
+        named = VarlenGiven(*given)
+        settled = checked_varlen(named, VarlenOptions(*options))
+        if isinstance(options[3], list):
+            return attend_varlen(given, VarlenOptions(*options)._replace(window=tuple(options[3])), return_lse)
+        if key is None or q.device.type == "meta" or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg()) for x in given):
+            return _varlen_by_operators(given, options, return_lse)
+        drawn = None
+        if settled.dropout_p:
+            drawn = twin(seed) if isinstance(seed, Tensor) and seed.is_contiguous() else _SEED
+        call = bind_varlen(VarlenTensors(*named[:7], drawn, *named[8:]), _varlen_options(settled), facts, q.device)
+        CALLS.add(key, call)
+    if isinstance(seed, int):
+        check_seed_range(seed)
+    drawn = seed_tensor(seed, q.device) if call.spec.dropout else None
+    all_given = (*given[:5], None, *given[5:7], drawn, *given[8:])
+    if profiler._is_profiler_enabled:
+        with profiler.record_function("triflash::attention_varlen"):
+            return _run(call, all_given, return_lse)
+    return _run(call, all_given, return_lse)
+
+
+def _varlen_options(settled: CheckedVarlen) -> Varlen:
+    band = settled.band
+    return Varlen(
+        band.left, band.right, band.anchor == "bottom_right", settled.scale, settled.precision, settled.bias_layout, settled.mask_layout,
+        settled.softcap, settled.dropout_p, settled.deterministic, settled.longest_q, settled.longest_k, settled.backend,
+    )  # fmt: skip
+
+
+def _varlen_by_operators(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
+    q = given[0]
+    if isinstance(q, Tensor) and q.device.type in _CASTING and torch.is_autocast_enabled(q.device.type):
+        return _autocasted_varlen(given, options, return_lse)
+    named = VarlenGiven(*given)
+    if any(isinstance(x, Tensor) and _is_dtensor(x) for x in given):
+        raise UnsupportedError("packed sequences as DTensors: call attention_varlen on what each process has, x.to_local()")
+    settled = checked_varlen(named, VarlenOptions(*options))
+    seed = seed_tensor(named.dropout_seed, q.device) if settled.dropout_p else None
+    out, lse, _ = varlen_forward(*named[:7], seed, *named[8:], *_varlen_options(settled))
+    return (out, lse) if return_lse else out
+
+
+def _autocasted_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
+    with _casting(given) as cast:
+        return attend_varlen((*cast, *given[3:]), options, return_lse)
+
+
 def _run(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) -> Any:
     if torch.is_grad_enabled():
         q, k, v, bias, *_, sink, _ = given
@@ -124,7 +206,7 @@ def _bound(call: Checked, given: Given, facts: DeviceFacts, device: torch.device
     twins = [*(None if x is None else twin(x) for x in given[:8]), drawn]
     x = call.form.operands(twins)
     spec = spec_of(
-        *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, *x[4:], call.softcap, call.dropout_p, call.deterministic
+        *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, *x[4:9], call.softcap, call.dropout_p, call.deterministic
     )
     return BoundCall(call.form, twins, spec, facts, call.backend, device)
 
@@ -145,9 +227,8 @@ def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], 
     call = checked(face, Given(*given), Options(*options))
     seed = seed_tensor(given[8], given[0].device) if call.dropout_p else None
     x = call.form.operands((*given[:8], seed))
-    forward = Transformed.apply if _transforms() else attention_forward
-    out, lse, _ = forward(
-        *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend, *x[4:], call.softcap, call.dropout_p,
+    out, lse, _ = attention_forward(
+        *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend, *x[4:9], call.softcap, call.dropout_p,
         call.deterministic,
     )  # fmt: skip
     out = call.form.out_of(out)
@@ -162,9 +243,9 @@ def _is_dtensor(x: Tensor) -> bool:
     return type(x).__name__ == "DTensor" and type(x).__module__.startswith("torch.distributed.tensor")
 
 
-def _refuse_tangents(given: tuple[Any, ...]) -> None:
+def _refuse_tangents(given: tuple[Any, ...], names: tuple[str, ...] = Given._fields) -> None:
     """Forward-mode derivatives (``torch.func.jvp``, ``jacfwd``, ``linearize``, dual tensors) are refused: they would come out as zero."""
-    for name, x in zip(Given._fields, given, strict=True):
+    for name, x in zip(names, given, strict=True):
         if isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
             raise UnsupportedError(
                 f"forward-mode derivatives by {name} (torch.func.jvp, jacfwd, linearize, dual tensors): no backend has them; use reverse "
@@ -174,8 +255,15 @@ def _refuse_tangents(given: tuple[Any, ...]) -> None:
 
 def _autocasted(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     """Under autocast q, k and v are of its dtype, as those of SDPA; bias, sink and slopes keep theirs. Casts are differentiable."""
+    with _casting(given) as cast:
+        return attend(face, (*cast, *given[3:]), options, return_lse)
+
+
+@contextmanager
+def _casting(given: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """q, k and v in autocast's dtype, for a call in the block, in which there is none."""
     device = given[0].device.type
     dtype = torch.get_autocast_dtype(device)
-    q, k, v = (x.to(dtype) if isinstance(x, Tensor) and x.dtype in _CASTS else x for x in given[:3])
+    cast = tuple([x.to(dtype) if isinstance(x, Tensor) and x.dtype in _CASTS else x for x in given[:3]])
     with torch.autocast(device, enabled=False):
-        return attend(face, (q, k, v, *given[3:]), options, return_lse)
+        yield cast

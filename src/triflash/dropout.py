@@ -61,14 +61,15 @@ def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
     return high, (a * b) & _WORD
 
 
-def keep_mask(seed: Tensor, p: float, batch: int, heads: int, rows: slice, cols: slice) -> Tensor:
+def keep_mask(seed: Tensor, p: float, batch: int, heads: int, rows: slice, cols: slice, first: int = 0) -> Tensor:
     """``[batch, heads, rows, cols]`` bool, True where a probability is kept, which each is with probability ``1 - p``.
 
-    seed: int64 ``(2,)``, seed and offset. The stream of a head: the first two words (key, twist) of Philox-4x32 of the counter (batch entry
-    and head, 0, offset) with the seed as key. The number of a score of query i and key j: of Philox-2x32 of the counter (j, i ^ twist), bit
-    3 of both i and j taken as 0, the word that bit 3 of i says, its upper or lower half as bit 3 of j says, without the half's highest bit.
+    seed: int64 ``(2,)``, seed and offset. first: the number of the first of the ``batch`` entries. The stream of a head: the first two
+    words (key, twist) of Philox-4x32 of the counter (batch entry and head, 0, offset) with the seed as key. The number of a score of query
+    i and key j: of Philox-2x32 of the counter (j, i ^ twist), bit 3 of both i and j taken as 0, the word that bit 3 of i says, its upper or
+    lower half as bit 3 of j says, without the half's highest bit.
     """
-    pair = torch.arange(batch * heads, device=seed.device)
+    pair = torch.arange(first * heads, (first + batch) * heads, device=seed.device)
     low, high = seed & _WORD, (seed >> 32) & _WORD
     key, twist, _, _ = philox4x32((pair, torch.zeros_like(pair), low[1], high[1]), (low[0], high[0]))
     i = torch.arange(rows.start, rows.stop, device=seed.device)[:, None]

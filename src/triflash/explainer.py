@@ -20,6 +20,7 @@ from .checks import check_bool
 from .door import bind
 from .errors import UnsupportedError, bad_type, bad_value
 from .explanation import Copy, ExplainedStep, Explanation, Pass
+from .hints import not_ours
 from .plan import hopper, hopper_steps
 from .plan.configs import TileConfig, shared_memory
 from .plan.device import KNOWN_DEVICES, NAMED_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
@@ -119,11 +120,9 @@ def explain(
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: dict[str, Any]) -> tuple[Given, Options]:
-    for name in options:
-        if name == "softmax_scale":
-            raise bad_type("softmax_scale", "scale=, as attention calls it", "softmax_scale=")
+    for name, value in options.items():
         if name not in _OPTIONS:
-            raise bad_type("explain", f"options of attention ({', '.join(_OPTIONS)})", repr(name))
+            raise not_ours("attention", _OPTIONS, (), {name: value})
     check_bool("return_lse", options.get("return_lse", False))
     given = Given(q, k, v, bias, **{name: options[name] for name in _TENSORS if name in options})
     return given, Options(**{name: options[name] for name in Options._fields if name in options})

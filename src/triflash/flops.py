@@ -12,10 +12,11 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
-__all__ = ["attention_flops", "register_formulas", "visible_pairs"]
+__all__ = ["attention_flops", "register_formulas", "register_varlen_formulas", "visible_pairs"]
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -66,6 +67,50 @@ def register_formulas(forward: Any, backward: Any, backward_: Any) -> None:
         counter.register_flop_formula(backward)(functools.partial(of_backward, lambda more: list(map(bool, more[0][:4]))))
         counter.register_flop_formula(backward_)(functools.partial(of_backward, lambda more: [x is not None for x in more[:4]]))
 
+    _when_imported(register)
+
+
+def register_varlen_formulas(forward: Any, backward: Any) -> None:
+    """The same for the operators of packed sequences. Offsets are read; of fake tensors, which have none, sequences count as equally long,
+    or as long as the caller says the longest is.
+    """
+
+    def lengths(offsets: Any, used: Any, rows: int, longest: int | None) -> list[int]:
+        count = offsets.shape[0] - 1
+        try:
+            ends = [max(0, min(int(x), rows)) for x in offsets.tolist()]
+            own = [max(end - start, 0) for start, end in pairwise(ends)]
+            return own if used is None else [max(0, min(x, int(y))) for x, y in zip(own, used.tolist(), strict=True)]
+        except Exception:  # noqa: BLE001 (each kind of tensor without values has an error of its own)
+            return [rows // max(count, 1) if longest is None else longest] * count
+
+    def pairs(q: Any, k: Any, at: Sequence[Any]) -> int:
+        cu_q, cu_k, used_q, used_k, left, right, bottom_right, *_, longest_q, longest_k, _backend = at
+        total = 0
+        own = zip(lengths(cu_q, used_q, q.shape[0], longest_q), lengths(cu_k, used_k, k.shape[0], longest_k), strict=True)
+        for m, n in own:
+            diagonal = n - m if bottom_right else 0
+            lo, hi = None if left is None else diagonal - left, None if right is None else diagonal + right
+            total += visible_pairs(m, n, lo, hi)
+        return int(q.shape[1]) * total
+
+    def of_forward(q: Any, k: Any, v: Any, *more: Any, **_: Any) -> int:
+        return attention_flops(pairs(q, k, more[5:]), q.shape[2], v.shape[2], "fwd")
+
+    def of_backward(dout: Any, dlse: Any, out: Any, lse: Any, rest: Any, needs: Any, q: Any, k: Any, v: Any, *more: Any, **_: Any) -> int:
+        dq, dk, dv, dbias = map(bool, needs[:4])
+        D, Dv = q.shape[2], v.shape[2]
+        terms = D + Dv * (dq or dk or dbias) + D * dq + D * dk + Dv * dv
+        return pairs(q, k, more[5:]) * 2 * terms if dq or dk or dv or dbias else 0
+
+    def register(counter: ModuleType) -> None:
+        counter.register_flop_formula(forward, get_raw=True)(of_forward)
+        counter.register_flop_formula(backward, get_raw=True)(of_backward)
+
+    _when_imported(register)
+
+
+def _when_imported(register: Callable[[ModuleType], None]) -> None:
     if _COUNTER in sys.modules:
         register(sys.modules[_COUNTER])
     else:

@@ -27,7 +27,8 @@ class Form:
     a bias and a mask know. heads_first: q is ``(*batch, H, M, D)``, not ``(*batch, M, H, D)``, and k, v, out alike. tensors: in how many q,
     k and v come: 3, 2 (q, and k and v stacked in dim 2) or 1 (all three stacked there); those that are absent are None. canonical: the
     tensors are in the operators' form already, bias and mask with five dims. contiguous: gradients of q, k and v are; else they have their
-    operands' strides where these leave no gaps, as PyTorch's own do.
+    operands' strides where these leave no gaps, as PyTorch's own do. layouts: of the bias and the mask of packed sequences
+    (``spec.LAYOUTS``), of which q is ``(Tq, H, D)`` and ``batch`` is ``()``; None: there are none.
     """
 
     batch: tuple[int, ...]
@@ -36,6 +37,7 @@ class Form:
     tensors: int = 3
     canonical: bool = False
     contiguous: bool = False
+    layouts: tuple[str, str] | None = None
 
     @property
     def inner(self) -> int:
@@ -47,22 +49,24 @@ class Form:
 
         Where a fold of batch dims is no view, ``copy`` makes what is folded; None: PyTorch does, differentiably.
         """
-        q, k, v, bias, mask, lengths, slopes, sink, seed = given
+        q, k, v, bias, mask, lengths, slopes, sink, seed, *offsets = given
+        first, second = self.layouts or ("", "")
         if bias is None:  # one mask alone is one more kind of bias
-            bias, mask = mask, None
+            bias, mask, first = mask, None, second
         q, k, v = self.unpacked(q, k, v)
         if self.canonical:
-            return Operands(q, k, v, bias, mask, lengths, slopes, sink, seed)
+            return Operands(q, k, v, bias, mask, lengths, slopes, sink, seed, *offsets)
         return Operands(
             self.rows("q", q, copy),
             self.rows("k", k, copy),
             self.rows("v", v, copy),
-            bias=self._five("bias", bias, copy),
-            mask=self._five("mask", mask, copy),
+            bias=self._five("bias", bias, copy, first),
+            mask=self._five("mask", mask, copy, second),
             key_lengths=None if lengths is None else _fold("key_lengths", lengths, (math.prod(lengths.shape),), copy),
             alibi_slopes=None if slopes is None else self._heads(slopes, copy),
             sink=sink,
             dropout_seed=seed,
+            **dict(zip(Operands._fields[9:], offsets, strict=False)),
         )
 
     def unpacked(self, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,11 +112,13 @@ class Form:
 
     def bias(self, bias: Tensor) -> Tensor:
         """The gradient of a bias, contiguous and of its shape, with five dims; a view."""
-        return bias if self.canonical else self._five("dbias", bias, None)  # type: ignore[return-value]
+        return bias if self.canonical else self._five("dbias", bias, None, (self.layouts or ("",))[0])  # type: ignore[return-value]
 
-    def _five(self, name: str, bias: Tensor | None, copy: Copy | None) -> Tensor | None:
+    def _five(self, name: str, bias: Tensor | None, copy: Copy | None, layout: str) -> Tensor | None:
         if bias is None:
             return None
+        if layout:
+            return {"padded": lambda x: x[:, None], "rows": lambda x: x[None, None], "keys": lambda x: x[None, None, :, None]}[layout](bias)
         wide = bias[(None,) * (len(self.batch) + 3 - bias.dim())]
         if len(self.batch) == 1:
             return wide[:, None] if self.split == 1 else wide[None]

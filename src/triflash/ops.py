@@ -13,11 +13,13 @@ an argument, so that the backward pass, which may run on another thread after th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function as _single_level
 
 from .bound.call import GRADIENTS, BoundCall
 from .bound.signature import CALLS, ambient, describe
@@ -34,7 +36,9 @@ __all__ = [
     "attention_backward",
     "attention_backward_",
     "attention_forward",
+    "differentiable",
     "differentiable_once",
+    "kept",
 ]
 
 _OPTIONS = "SymInt batch_inner, SymInt? lo, SymInt? hi, float scale, str precision, str backend"
@@ -94,7 +98,7 @@ def _bound(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Operat
         form = Form((q.shape[0],), 1, canonical=True, contiguous=True)
         x = form.operands(given)
         spec = spec_of(
-            *x[:4], options.batch_inner, options.lo, options.hi, options.scale, options.precision, *x[4:], options.softcap,
+            *x[:4], options.batch_inner, options.lo, options.hi, options.scale, options.precision, *x[4:9], options.softcap,
             options.dropout_p, options.deterministic,
         )  # fmt: skip
         call = BoundCall(form, [None if each is None else twin(each) for each in given], spec, facts, options.backend, q.device)
@@ -108,7 +112,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -
     return out, lse, lost[0] if lost else q.new_empty(0, dtype=torch.float32)
 
 
-def _kept(rest: Tensor | None) -> Tensor | None:
+def kept(rest: Tensor | None) -> Tensor | None:
     """The forward operator returns a tensor of one dim, empty, where there is no rest to keep."""
     return None if rest is None or rest.dim() == 1 else rest
 
@@ -132,7 +136,7 @@ def _backward(
     if needs[4] and options.sink is None:
         raise bad_value("needs", "False for a sink that is absent", needs)
     call, given = _bound(q, k, v, bias, options)
-    saved = Saved(out, lse, _kept(rest))
+    saved = Saved(out, lse, kept(rest))
     check_saved(q, v, dout, dlse, saved)
     grads = call.run_backward(given, [x for x in saved if x is not None], dout, dlse, needs)
     dq, dk, dv, dbias, dsink = (q.new_empty(0) if grad is None else grad for grad in grads)
@@ -148,7 +152,7 @@ def _backward_(
     options = OperatorOptions(batch_inner, lo, hi, scale, precision, backend, *more[:count])
     grads = Gradients(dq, dk, dv, dbias, *more[count:])
     call, given = _bound(q, k, v, bias, options)
-    saved = Saved(out, lse, _kept(rest))
+    saved = Saved(out, lse, kept(rest))
     check_saved(q, v, dout, dlse, saved)
     inputs = {"q": q, "k": k, "v": v, "bias": bias, "sink": options.sink}
     check_gradients(inputs, grads._asdict(), {"dout": dout, "out": out})
@@ -189,12 +193,22 @@ SECOND_DERIVATIVE = (
 class _NoSecondDerivative(torch.autograd.Function):
     """Passes gradients through, tied to what they depend on, so that differentiating them again raises instead of counting as zero."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, count: int, *gradients_and_inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(count: int, *gradients_and_inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(None if grad is None else grad.view_as(grad) for grad in gradients_and_inputs[:count])
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
+        raise UnsupportedError(SECOND_DERIVATIVE)
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
         raise UnsupportedError(SECOND_DERIVATIVE)
 
 
@@ -229,6 +243,8 @@ def _backward_by_operator(
 ) -> list[Tensor | None]:
     """The gradients of an eager call by the operator, in the layouts of what was given."""
     form, spec = call.form, call.spec
+    if call.by_operator is not None:
+        return call.by_operator(call, given, outputs, dout, dlse, needs)
     x = form.operands(given)
     saved = call.saved(outputs)
     rest = x.q.new_empty(0, dtype=torch.float32) if saved.rest is None else saved.rest
@@ -236,7 +252,7 @@ def _backward_by_operator(
     all_needs = vars(call.needs(needs))
     grads = attention_backward(
         form.rows("dout", dout), dlse, *x[:4], saved.out, saved.lse, rest, form.inner if not form.canonical else spec.batch_inner,
-        spec.lo, spec.hi, spec.scale, spec.precision, call.backend, list(all_needs.values()), *x[4:], spec.softcap, spec.dropout,
+        spec.lo, spec.hi, spec.scale, spec.precision, call.backend, list(all_needs.values()), *x[4:9], spec.softcap, spec.dropout,
         spec.deterministic,
     )  # fmt: skip
     return form.gradients_of([grad if need else None for grad, need in zip(grads, all_needs.values(), strict=True)], given)
@@ -252,7 +268,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: BoundCall, return_lse: bool, *given: Tensor | None) -> Any:
-        results = call.run_forward(given + _MISSING[len(given) :])
+        results = call.run_forward(given + _MISSING[len(given) : len(call.given)])
         ctx.call = call
         ctx.save_for_backward(*given, *results)
         ctx.set_materialize_grads(False)
@@ -266,7 +282,7 @@ class Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return tuple(result)
         call, saved = ctx.call, ctx.saved_tensors
-        given, outputs = saved[:count] + _MISSING[count:], saved[count:]
+        given, outputs = saved[:count] + _MISSING[count : len(call.given)], saved[count:]
         if dout is None:
             dout = torch.zeros_like(outputs[0])
         needs = tuple([at < count and wants[at] for at in GRADIENTS])
@@ -284,22 +300,71 @@ class Attention(torch.autograd.Function):
         return tuple(result)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, bias, *rest = inputs
+# What says of an operator how it is differentiated: keep, of a context, its arguments and its results, what the backward pass needs; and
+# give, of the context, which arguments want a gradient and the gradients of the results, those of all arguments.
+Keep = Callable[[Any, tuple[Any, ...], Any], None]
+Give = Callable[..., Sequence[Tensor | None]]
+
+_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+_BELOW_VIEWS = torch._C._after_ADInplaceOrView_keyset
+_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+
+
+def differentiable(library: torch.library.Library, op: Any, body: Callable[..., Any], keep: Keep, give: Give) -> None:
+    """Make an operator differentiable, once. ``torch.library.register_autograd`` makes the like, which costs a call 6 µs more and which
+    transforms of ``torch.func`` that are compiled cannot take apart.
+    """
+
+    class Differentiable(torch.autograd.Function):
+        """The operator where a gradient is wanted: the dispatch keys below autograd, then its arguments in order."""
+
+        @staticmethod
+        def forward(ctx: Any, below: Any, *args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op.redispatch(below, *args)
+            ctx.set_materialize_grads(False)
+            keep(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return None, *give(ctx, ctx.needs_input_grad[1:], *grads)
+
+        @staticmethod
+        def jvp(ctx: Any, *_: Any) -> Any:
+            raise UnsupportedError(
+                "forward-mode derivatives of attention: no backend has them; use reverse mode (torch.func.vjp, jacrev, grad)"
+            )
+
+    # Less what Function.apply asks of functorch: where an operator gets here, its levels have been told apart.
+    apply = super(torch.autograd.Function, Differentiable).apply
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            with _single_level() if torch._C._are_functorch_transforms_active() else nullcontext():
+                return apply(keyset & _BELOW_AUTOGRAD, *args)
+        if (keyset & _BELOW_VIEWS).highestPriorityTypeId() in _DEVICES:  # nobody else wants to see it
+            return body(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & _BELOW_AUTOGRAD, *args)
+
+    library.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
+
+
+def _keep(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, bias, *rest = args
     options = OperatorOptions(*rest)
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(q, k, v, bias, *options.tensors, *output)
     ctx.numbers, ctx.sink_at = options.numbers, 4 + OperatorOptions._fields.index("sink")
-    ctx.set_materialize_grads(False)
 
 
-def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _give(ctx: Any, wants: Sequence[bool], dout: Tensor | None, dlse: Tensor | None, _: Any) -> list[Tensor | None]:
     q, k, v, bias, *tensors, out, lse, rest = ctx.saved_tensors
-    wants = ctx.needs_input_grad
     needs = [*map(bool, wants[:4]), len(wants) > ctx.sink_at and bool(wants[ctx.sink_at])]
     result: list[Tensor | None] = [None] * len(wants)
     if (dout is None and dlse is None) or not any(needs):
-        return tuple(result)
+        return result
     if dout is None:
         dout = torch.zeros_like(out)
     options, more = ctx.numbers[:6], ctx.numbers[6:]
@@ -309,7 +374,7 @@ def _autograd_backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: An
     *result[:4], dsink = differentiable_once(wanted, (dout, dlse, q, k, v, bias, *tensors))
     if needs[4]:
         result[ctx.sink_at] = dsink
-    return tuple(result)
+    return result
 
 
 for _name, _fn, _fake in (
@@ -319,10 +384,10 @@ for _name, _fn, _fake in (
 ):
     _library.impl(_name, _fn, "CompositeExplicitAutograd")
     torch.library.register_fake(f"triflash::{_name}", _fake, lib=_library)
-torch.library.register_autograd("triflash::forward", _autograd_backward, setup_context=_setup_context, lib=_library)
 
 register_formulas(torch.ops.triflash.forward, torch.ops.triflash.backward, torch.ops.triflash.backward_)
 
 attention_forward = torch.ops.triflash.forward.default
 attention_backward = torch.ops.triflash.backward.default
 attention_backward_ = torch.ops.triflash.backward_.default
+differentiable(_library, attention_forward, _forward, _keep, _give)

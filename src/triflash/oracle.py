@@ -46,6 +46,7 @@ def attention(
     scale: float | None = None,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    first_entry: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q kᵀ + bias) v`` and its log-sum-exp, every step in ``dtype``, differentiable by autograd.
@@ -61,6 +62,7 @@ def attention(
         dropout_seed: int64 ``(2,)``, seed and offset; probabilities are dropped with probability ``dropout_p``. See ``dropout.py``.
         lo, hi: key j is visible to query i when ``lo <= j - i <= hi``; None leaves a side open.
         scale: default ``1 / sqrt(D)``.
+        first_entry: the number of the first batch entry, to dropout.
         softcap: if positive, scaled products become ``softcap * tanh(· / softcap)`` before anything is added.
         dtype: what everything is computed in; float64 makes this the reference, the inputs' own dtype the "plain PyTorch" yardstick.
 
@@ -111,7 +113,7 @@ def attention(
     p = e / safe
     if dropout_p:
         assert dropout_seed is not None
-        p = p * keep_mask(dropout_seed, dropout_p, batch, H, slice(0, M), slice(0, N)) * rescale(dropout_p)
+        p = p * keep_mask(dropout_seed, dropout_p, batch, H, slice(0, M), slice(0, N), first_entry) * rescale(dropout_p)
     out = torch.einsum("bhmn,bnhd->bmhd", p, v)
     lse = (finite + torch.log(safe)).masked_fill(~seen, -torch.inf).squeeze(-1)
     return out, lse

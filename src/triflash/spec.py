@@ -7,8 +7,8 @@ packed, that becomes ``lo <= j - i <= hi``, so kernels know two optional integer
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,14 +22,19 @@ __all__ = [
     "BiasSpec",
     "Gradients",
     "Needs",
+    "LAYOUTS",
     "Operands",
+    "Packed",
     "Saved",
     "check_gradients",
     "check_saved",
     "keeps_rest",
+    "packed_spec_of",
     "resolve_precision",
     "spec_of",
 ]
+
+LAYOUTS = ("padded", "rows", "keys")  # of a bias or mask of packed sequences
 
 DTYPE_NAMES = {
     torch.float16: "fp16",
@@ -86,6 +91,15 @@ class Operands(NamedTuple):
     alibi_slopes: Tensor | None = None
     sink: Tensor | None = None
     dropout_seed: Tensor | None = None
+    offsets_q: Tensor | None = None
+    offsets_k: Tensor | None = None
+    used_q: Tensor | None = None
+    used_k: Tensor | None = None
+
+    @property
+    def dense(self) -> dict[str, Any]:
+        """Those that a dense batch may have, by name."""
+        return dict(zip(self._fields[:9], self, strict=False))
 
 
 class Saved(NamedTuple):
@@ -127,6 +141,31 @@ class Band(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Packed:
+    """What the host knows of sequences that are packed into one batch entry: not how long they are.
+
+    sequences: how many. bottom_right: a sequence's diagonal meets its last query and last key, else its first ones. used_q, used_k: whether
+    there are numbers of rows of each that count. bias_layout, mask_layout: of :data:`LAYOUTS`. bias_rows, bias_cols: sizes of the dims of
+    queries and keys of a bias that it has for each sequence ("padded" ones, and the keys of "rows"); 1 for others. most_queries, most_keys:
+    of a sequence, behind which bias or mask have none; None: they have all.
+    longest_q, longest_k: what the caller says of the longest sequence, for the choice of tiles; None: nothing.
+    """
+
+    sequences: int
+    bottom_right: bool = True
+    used_q: bool = False
+    used_k: bool = False
+    bias_layout: str = "padded"
+    mask_layout: str = "padded"
+    bias_rows: int = 1
+    bias_cols: int = 1
+    most_queries: int | None = None
+    most_keys: int | None = None
+    longest_q: int | None = None
+    longest_k: int | None = None
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """Sizes and options of one attention problem.
 
@@ -134,7 +173,8 @@ class AttentionSpec:
     ``lo`` and ``hi`` bound the visible offsets ``lo <= j - i <= hi`` of key j and query i; None leaves that side open. ``heads`` are those
     of the queries; ``groups`` of them read the same key head. A boolean mask without a bias is ``bias``, of dtype bool; ``mask`` is one
     beside a bias. ``key_lengths``, ``alibi``, ``sink``: whether there are such. ``softcap`` and ``dropout`` (a probability): 0 for none.
-    ``deterministic``: the backward pass must give the same bits every time.
+    ``deterministic``: the backward pass must give the same bits every time. ``packed``: its one batch entry holds several sequences; then
+    lo and hi count from a sequence's diagonal, and outer batch entries, to a bias, are sequences.
     """
 
     dtype: str
@@ -158,6 +198,7 @@ class AttentionSpec:
     softcap: float = 0.0
     dropout: float = 0.0
     deterministic: bool = False
+    packed: Packed | None = None
 
     @property
     def tensor_dtype(self) -> torch.dtype:
@@ -183,6 +224,7 @@ class AttentionSpec:
             "a sink": self.sink,
             "a soft cap": self.softcap > 0,
             "dropout": self.dropout > 0,
+            "packed sequences": self.packed is not None,
         }
         return tuple(name for name, there in named.items() if there)
 
@@ -294,6 +336,87 @@ def spec_of(
         dropout=float(dropout_p),
         deterministic=deterministic,
     )
+
+
+def packed_spec_of(
+    x: Operands,
+    left: int | None,
+    right: int | None,
+    bottom_right: bool,
+    scale: float,
+    precision: str,
+    bias_layout: str,
+    mask_layout: str,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    deterministic: bool = False,
+    longest_q: int | None = None,
+    longest_k: int | None = None,
+) -> AttentionSpec:
+    """The spec of packed sequences.
+
+    q (1, Tq, Hq, D), k (1, Tk, Hk, D), v (1, Tk, Hk, Dv); offsets_q, offsets_k (B + 1,) int32 or int64; used_q, used_k (B,) integers.
+    Bias and mask (B|1, 1, Hq|1, Mmax|1, Nmax|1) if "padded", (1, 1, Hq|1, Tq, Nmax|1) if "rows", (1, 1, Hq|1, 1, Tk) if "keys";
+    alibi_slopes (B|1, Hq). The rest as of :func:`spec_of`.
+    """
+    offsets_q, offsets_k = x.offsets_q, x.offsets_k
+    assert offsets_q is not None and offsets_k is not None
+    B = offsets_q.shape[0] - 1
+    for name, own, wanted, dtypes in (
+        ("cu_seqlens_q", offsets_q, B + 1, INTEGERS[2:4]), ("cu_seqlens_k", offsets_k, B + 1, INTEGERS[2:4]),
+        ("seqused_q", x.used_q, B, INTEGERS), ("seqused_k", x.used_k, B, INTEGERS),
+    ):  # fmt: skip
+        if own is None:
+            continue
+        if own.dtype not in dtypes:
+            raise bad_type(name, "int32 or int64" if len(dtypes) == 2 else "integers", own.dtype)
+        if tuple(own.shape) != (wanted,) or wanted < 1 - (own is x.used_q or own is x.used_k):
+            raise bad_value(name, f"shape ({max(wanted, 1)},)", tuple(own.shape))
+        if own.device != x.q.device:
+            raise bad_value(name, f"q's device {x.q.device}", own.device)
+    slopes = x.alibi_slopes
+    dense = spec_of(
+        x.q, x.k, x.v, None, 1, None, None, scale, precision, None, None, None if slopes is None else slopes[:1], x.sink,
+        x.dropout_seed, softcap, dropout_p, deterministic,
+    )  # fmt: skip
+    if dense.batch != 1:
+        raise bad_value("q", "packed sequences in one batch entry", dense.batch)
+    if slopes is not None:
+        _check_extras(B, dense.heads, None, slopes, None, None, 0.0, 0.0)
+    bias = None if x.bias is None else _packed_bias_spec("bias", x.bias, dense, B, bias_layout)
+    mask = None if x.mask is None else _packed_bias_spec("mask", x.mask, dense, B, mask_layout)
+    most: list[int | None] = [None, None]
+    for own, layout in ((x.bias, bias_layout), (x.mask, mask_layout)):
+        if own is None or layout == "keys":
+            continue
+        for at, size in ((0, own.shape[3] if layout == "padded" else 1), (1, own.shape[4])):
+            if size != 1 and size < (dense.queries, dense.keys)[at]:
+                most[at] = min(size, size if most[at] is None else most[at])  # type: ignore[type-var]
+    packed = Packed(
+        B, bottom_right, x.used_q is not None, x.used_k is not None, bias_layout, mask_layout,
+        1 if x.bias is None or bias_layout != "padded" else x.bias.shape[3],
+        1 if x.bias is None or bias_layout == "keys" else x.bias.shape[4],
+        most[0], most[1], longest_q, longest_k,
+    )  # fmt: skip
+    lo = None if left is None or left >= dense.keys + dense.queries else -left
+    hi = None if right is None or right >= dense.keys + dense.queries else right
+    return replace(dense, bias=bias, mask=mask, alibi=slopes is not None, lo=lo, hi=hi, packed=packed)
+
+
+def _packed_bias_spec(name: str, bias: Tensor, spec: AttentionSpec, sequences: int, layout: str) -> BiasSpec:
+    """A dim of size 1 is one that a bias shares."""
+    B, _, H, M, N = shape = tuple(bias.shape)
+    fits = {
+        "padded": B in (1, sequences),
+        "rows": B == 1 and spec.queries == M,
+        "keys": B == 1 and M == 1 and spec.keys == N,
+    }
+    if layout not in fits:
+        raise bad_value(f"{name}_layout", f"one of {', '.join(LAYOUTS)}", layout)
+    if len(shape) != 5 or shape[1] != 1 or H not in (1, spec.heads) or not fits[layout]:
+        raise bad_value(name, f"the shape of {layout!r} in 5 dims", shape)
+    per_sequence = layout != "padded" or sequences == B
+    return BiasSpec(_dtype_name(name, bias), (per_sequence, True, spec.heads == H, layout == "rows" or M > 1, layout == "keys" or N > 1))
 
 
 def _bias_spec(name: str, bias: Tensor | None, full: tuple[int, ...]) -> BiasSpec | None:

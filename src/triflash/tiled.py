@@ -51,6 +51,7 @@ class Scores:
     scale: float = 1.0
     softcap: float = 0.0
     dropout_p: float = 0.0
+    first_entry: int = 0
 
     def tile(self, products: Tensor, rows: slice, cols: slice, diagonal: int) -> tuple[Tensor, Tensor | None]:
         """Of the products ``[B, H, BM, BN]`` of one tile: its scores in base 2, and their derivative by ``scale * products`` (None: 1).
@@ -101,7 +102,7 @@ class Scores:
         if not self.dropout_p:
             return x
         assert self.dropout_seed is not None
-        return x * keep_mask(self.dropout_seed, self.dropout_p, x.shape[0], x.shape[1], rows, cols)
+        return x * keep_mask(self.dropout_seed, self.dropout_p, x.shape[0], x.shape[1], rows, cols, self.first_entry)
 
     @property
     def rescale(self) -> float:

@@ -112,7 +112,7 @@ def operands(target: Target, batch: int = 2, heads: int = HEADS) -> Operands:
 
 def spec_for(target: Target, x: Operands) -> AttentionSpec:
     numbers = (50.0 if "softcap" in target.features else 0.0, 0.1 if "dropout" in target.features else 0.0)
-    return spec_of(*x[:4], 1, None, 0 if target.causal else None, 0.125, "ieee", *x[4:], *numbers)
+    return spec_of(*x[:4], 1, None, 0 if target.causal else None, 0.125, "ieee", *x[4:9], *numbers)
 
 
 def calls(target: Target) -> tuple[Plan, list[Call]]:

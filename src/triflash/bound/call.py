@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,11 +32,22 @@ class BoundCall:
         form: the layout of the tensors given.
         given: these, as meta tensors, in the order of :class:`~triflash.spec.Operands`.
         spec: the problem. facts: of the device. backend: the one asked for. device: where the tensors are.
+        by_operator: gives the gradients by an operator, where something wants to see one; None: ``triflash::backward`` does.
     """
 
     stamp = 0
 
-    def __init__(self, form: Form, given: Given, spec: AttentionSpec, facts: DeviceFacts, backend: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        form: Form,
+        given: Given,
+        spec: AttentionSpec,
+        facts: DeviceFacts,
+        backend: str,
+        device: torch.device,
+        by_operator: Callable[..., list[Tensor | None]] | None = None,
+    ) -> None:
+        self.by_operator = by_operator
         self.form, self.given, self.spec, self.facts, self.backend, self.device = form, tuple(given), spec, facts, backend, device
         self._gpu = facts.arch not in ("cpu", "interpreter")
         self._backward: Recent[BoundPass] = Recent(_BACKWARD_PASSES)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import oracle, tiled
 from ..plan.select import Plan
 from ..spec import AttentionSpec, Gradients, Operands, Saved
+from . import sequences
 from .calls import Call, on, sink_gradient, start
 from .room import Real, Room
 
@@ -64,43 +65,62 @@ def backward_calls(
     return family.backward(room, plan, spec, x, saved, dout, dlse, grads)
 
 
-def run_forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> None:
-    """Fill ``out (B, M, H, Dv)``, ``lse (B, H, M)`` and, if given, ``rest (B, H, M)``."""
+def run_forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, first_entry: int = 0) -> None:
+    """Fill ``out (B, M, H, Dv)``, ``lse (B, H, M)`` and, if given, ``rest (B, H, M)``. first_entry: the number of the first batch entry."""
     if plan.backend in ("triton", "hopper"):
         room = Real(x.q)
         start(x.q.device, forward_calls(room, plan, spec, x, saved))
         room.finish()
+    elif spec.packed is not None:
+        sequences.forward(spec, x, saved, lambda each, own: run_forward(plan, each.spec, each.operands, own, each.number))
     elif plan.backend == "tiled":
         with _without_autocast(x.q):
-            tiled.forward(x.q, x.k, x.v, _scores(spec, x), x.sink, **saved._asdict())
+            tiled.forward(x.q, x.k, x.v, _scores(spec, x, first_entry), x.sink, **saved._asdict())
     else:
         with _without_autocast(x.q):
-            dense_out, dense_lse = oracle.attention(**x._asdict(), **_options(spec))
+            dense_out, dense_lse = oracle.attention(**x.dense, **_options(spec, first_entry))
         saved.out.copy_(dense_out)
         saved.lse.copy_(dense_lse)
         if saved.rest is not None:
             saved.rest.zero_()  # its own backward pass differentiates the forward pass and reads no lse
 
 
-def run_backward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients) -> None:
-    """Fill those of dq, dk, dv, dbias, dsink that are given."""
+def run_backward(
+    plan: Plan,
+    spec: AttentionSpec,
+    x: Operands,
+    saved: Saved,
+    dout: Tensor,
+    dlse: Tensor | None,
+    grads: Gradients,
+    first_entry: int = 0,
+) -> None:
+    """Fill those of dq, dk, dv, dbias, dsink that are given. first_entry: as of the forward pass."""
     if plan.backend in ("triton", "hopper"):
         room = Real(x.q)
         start(x.q.device, backward_calls(room, plan, spec, x, saved, dout, dlse, grads))
         room.finish()
+    elif spec.packed is not None:
+
+        def run(each: sequences.Sequence, own: Saved, dout: Tensor, dlse: Tensor | None, part: Gradients) -> None:
+            run_backward(plan, each.spec, each.operands, own, dout, dlse, part, each.number)
+
+        sequences.backward(spec, x, saved, dout, dlse, grads, run)
     elif plan.backend == "tiled":
         with _without_autocast(x.q):
             delta = tiled.delta_of(saved.out, dout, dlse)
             dq, dk, dv, dbias, _ = grads
-            tiled.backward(dout, delta, x.q, x.k, x.v, _scores(spec, x), saved.lse, saved.rest, dq=dq, dk=dk, dv=dv, dbias=dbias)
+            tiled.backward(
+                dout, delta, x.q, x.k, x.v, _scores(spec, x, first_entry), saved.lse, saved.rest, dq=dq, dk=dk, dv=dv, dbias=dbias
+            )
             if grads.dsink is not None and x.sink is not None:
                 grads.dsink.copy_(sink_gradient(x.sink, saved, delta))
     else:
         with _without_autocast(x.q):
-            _oracle_backward(dout, dlse, x, grads, _options(spec))
+            _oracle_backward(dout, dlse, x, grads, _options(spec, first_entry))
 
 
-def _options(spec: AttentionSpec) -> dict[str, Any]:
+def _options(spec: AttentionSpec, first_entry: int) -> dict[str, Any]:
     """What is no tensor, as the backends in PyTorch name it."""
     return {
         "batch_inner": spec.batch_inner,
@@ -109,11 +129,12 @@ def _options(spec: AttentionSpec) -> dict[str, Any]:
         "scale": spec.scale,
         "softcap": spec.softcap,
         "dropout_p": spec.dropout,
+        "first_entry": first_entry,
     }
 
 
-def _scores(spec: AttentionSpec, x: Operands) -> tiled.Scores:
-    return tiled.Scores(x.bias, x.mask, x.key_lengths, x.alibi_slopes, x.dropout_seed, **_options(spec))
+def _scores(spec: AttentionSpec, x: Operands, first_entry: int) -> tiled.Scores:
+    return tiled.Scores(x.bias, x.mask, x.key_lengths, x.alibi_slopes, x.dropout_seed, **_options(spec, first_entry))
 
 
 def _without_autocast(q: Tensor) -> torch.autocast:
@@ -127,7 +148,7 @@ def _oracle_backward(dout: Tensor, dlse: Tensor | None, x: Operands, given: Grad
     with torch.enable_grad():
         # One leaf per argument, by position: q, k and v may be the very same tensor.
         leaves = {name: getattr(x, name).detach().requires_grad_() for name, grad in zip(names, given, strict=True) if grad is not None}
-        outputs = oracle.attention(**x._replace(**leaves)._asdict(), **options)
+        outputs = oracle.attention(**x._replace(**leaves).dense, **options)
     cotangents = (dout.to(outputs[0].dtype), torch.zeros_like(outputs[1]) if dlse is None else dlse.to(outputs[1].dtype))
     reached = [(y, dy) for y, dy in zip(outputs, cotangents, strict=True) if y.requires_grad]  # the lse does not depend on v
     grads = torch.autograd.grad([y for y, _ in reached], list(leaves.values()), [dy for _, dy in reached], allow_unused=True)

@@ -52,7 +52,7 @@ def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Sav
 
 def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches of a forward pass; all tensors are addressable."""
-    q, k, v, bias, mask, lengths, slopes, sink, seed = x
+    q, k, v, bias, mask, lengths, slopes, sink, seed, *_ = x
     out, lse, rest = saved
     calls = []
     for step in plan.steps:

@@ -6,8 +6,6 @@ The ahead-of-time tests compile the very same calls for GPUs that are not here.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,16 +17,19 @@ from ..kernels.triton import dbias as dbias_kernels
 from ..kernels.triton import forward as forward_kernels
 from ..kernels.triton.features import Features
 from ..plan import layout
-from ..plan.configs import TileConfig, padded
+from ..plan.configs import padded
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from .calls import SMALLEST_SCALE, Call, bias_strides, lengths_stride, slope_strides
+from .common import config_of, constants_of, is_wide
+from .packed import backward_calls as packed_backward_calls
+from .packed import forward_calls as packed_forward_calls
+from .packed import packed_features
 from .room import Room
 
 __all__ = ["backward", "backward_calls", "contiguous", "forward", "forward_calls", "partial_sums", "row_strides", "rows", "scratch"]
 
 _NO_FEATURES = Features()
-_WIDE_STRIDE = 2**22  # from this stride on, an offset inside a tile of up to 256 rows and columns might not fit 31 bits
 
 
 _NOT_CONTIGUOUS = "its last dim is not contiguous"
@@ -37,7 +38,10 @@ _BIAS_REASON = f"its rows are not a multiple of {layout.BIAS_STRIDE} elements ap
 
 def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches that fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); the outputs are contiguous."""
-    return forward_calls(plan, spec, _ready(room, x), saved)
+    x = _ready(room, x)
+    return (
+        forward_calls(plan, spec, x, saved) if spec.packed is None else packed_forward_calls(room, plan, spec, x, _features(spec, x), saved)
+    )
 
 
 def backward(
@@ -88,11 +92,11 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             *(q, k, v, _features(spec, x), out, lse, rest),
             *(_strides(q), _strides(k), _strides(v), _strides(out), lse.stride()[:2]),
             *_sizes(spec),
-            *(spec.lo, spec.hi, spec.scale),
+            *(spec.lo, spec.hi, spec.scale, None),
         )
-        constants = _constants(spec, _config(step), _wide((q, k, v, out, bias, mask)))
+        constants = constants_of(spec, config_of(step), is_wide((q, k, v, out, bias, mask)))
         constants = constants | {"POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": step.order}
-        calls.append(Call(forward_kernels.forward, args, constants, _config(step), step.programs))
+        calls.append(Call(forward_kernels.forward, args, constants, config_of(step), step.programs))
     return calls
 
 
@@ -108,17 +112,19 @@ def backward_calls(
     grads: Gradients,
 ) -> list[Call]:
     """The launches of a backward pass, of which the first fills ``delta`` (:func:`scratch`)."""
+    if spec.packed is not None:
+        return packed_backward_calls(room, plan, spec, x, _features(spec, x), saved, dout, dlse, delta, grads)
     q, k, v, bias, mask, *_ = x
     out, lse, rest = saved
     dq, dk, dv, dbias, _ = grads
     inputs = (q, k, v, _features(spec, x), dout, lse, rest, delta)
     strides = (_strides(q), _strides(k), _strides(v), _strides(dout), lse.stride()[:2])
-    wide = _wide((q, k, v, out, dout, bias, mask, dq, dk, dv))
+    wide = is_wide((q, k, v, out, dout, bias, mask, dq, dk, dv))
     parts = None
     outputs: tuple[Any, ...]
     calls = []
     for step in plan.steps:
-        config = _config(step)
+        config = config_of(step)
         if step.kernel == "delta":
             args: tuple[Any, ...] = (out, dout, dlse, delta, _strides(out), _strides(dout), None if dlse is None else dlse.stride())
             constants = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
@@ -127,14 +133,14 @@ def backward_calls(
             parts = partial_sums(room, step, dbias)
             target_strides = row_strides(spec, parts) if parts is not None else None
             outputs = (dk, dv, parts, *strides, _strides(dk), _strides(dv), target_strides)
-            args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale)
-            constants = _constants(spec, config, wide) | {"GROUPED": spec.groups > 1, "ORDER": step.order}
+            args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale, None)
+            constants = constants_of(spec, config, wide) | {"GROUPED": spec.groups > 1, "ORDER": step.order}
             calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
         elif step.kernel == "dq":
             target = dbias if "dbias" in step.gives else None
             outputs = (dq, target, *strides, _strides(dq), bias_strides(target))
-            args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale)
-            constants = _constants(spec, config, wide) | {"ORDER": step.order}
+            args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale, None)
+            constants = constants_of(spec, config, wide) | {"ORDER": step.order}
             calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
         elif step.kernel == "dbias":
             assert dbias is not None and spec.bias is not None
@@ -144,7 +150,7 @@ def backward_calls(
             args = (*inputs, parts, *strides, (parts.stride(0), *bias_strides(parts[0])))  # type: ignore[misc]
             args += (*sizes, spec.lo, spec.hi, spec.scale, step.splits)
             varies = dict(zip(("VARIES_B0", "VARIES_B1", "VARIES_H", "VARIES_M", "VARIES_N"), spec.bias.varies, strict=True))
-            calls.append(Call(dbias_kernels.dbias, args, _constants(spec, config, wide) | varies, config, step.programs))
+            calls.append(Call(dbias_kernels.dbias, args, constants_of(spec, config, wide) | varies, config, step.programs))
         elif step.kernel == "dbias_sum":
             assert dbias is not None
             args = (parts, dbias, dbias.numel(), step.splits)
@@ -154,14 +160,14 @@ def backward_calls(
 
 def _features(spec: AttentionSpec, x: Operands) -> Features:
     """Everything beyond q, k, v and a band, as the kernels take it."""
-    if all(each is None for each in x[3:]) and not spec.softcap:
+    if all(each is None for each in x[3:9]) and not spec.softcap:
         return _NO_FEATURES
     bias, bias_spec, mask, mask_spec = x.bias, spec.bias, x.mask, spec.mask
     if bias_spec is not None and bias_spec.is_mask:
         bias, bias_spec, mask, mask_spec = None, None, bias, bias_spec
     slopes, sink = x.alibi_slopes, x.sink
     dropped = {"seed": x.dropout_seed, "threshold": threshold(spec.dropout), "rescale": rescale(spec.dropout)} if spec.dropout else {}
-    return Features(
+    f = Features(
         bias=bias,
         bias_strides=_varying_strides(bias, bias_spec),
         mask=None if mask is None else mask.view(torch.uint8),  # Triton has no loads of single bits
@@ -175,6 +181,7 @@ def _features(spec: AttentionSpec, x: Operands) -> Features:
         softcap=spec.softcap or None,
         **dropped,
     )
+    return f if spec.packed is None else packed_features(spec, x, f)
 
 
 def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | None, ...] | None:
@@ -244,11 +251,6 @@ def _vectorisable(room: Room, name: str, bias: Tensor | None) -> Tensor | None:
     return room.copied(name, stored, copy, _BIAS_REASON).expand(shape)
 
 
-def _config(step: Step) -> TileConfig:
-    assert isinstance(step.config, TileConfig), f"{step.kernel} was planned with {step.config} for a tile configuration"
-    return step.config
-
-
 def _strides(x: Tensor | None) -> tuple[int, int, int] | None:
     """(batch, row, head) strides of a (B, L, H, D) tensor."""
     return None if x is None else x.stride()[:3]  # type: ignore[return-value]
@@ -256,30 +258,3 @@ def _strides(x: Tensor | None) -> tuple[int, int, int] | None:
 
 def _sizes(spec: AttentionSpec) -> tuple[int, int, int, int, int, int]:
     return spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys
-
-
-def _wide(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether offsets inside a tile need 64 bits: the stride of a row (of a bias: of a row or a column) is huge."""
-    for x in tensors:
-        if x is not None:
-            strides = x.stride()
-            if max(strides[3:] if len(strides) == 5 else strides[1:2]) >= _WIDE_STRIDE:
-                return True
-    return False
-
-
-@functools.lru_cache(maxsize=4096)
-def _constants(spec: AttentionSpec, config: TileConfig, wide: bool) -> dict[str, Any]:
-    """The compile-time constants that the kernels share. Cached: add to it with ``|``, never ``|=``."""
-    return {
-        "BM": config.block_m,
-        "BN": config.block_n,
-        "D": spec.head_dim,
-        "DV": spec.value_dim,
-        "BD": padded(spec.head_dim),
-        "BDV": padded(spec.value_dim),
-        "EVEN_M": spec.queries % config.block_m == 0,
-        "EVEN_N": spec.keys % config.block_n == 0,
-        "PRECISION": spec.precision,
-        "WIDE": wide,
-    }

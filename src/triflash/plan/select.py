@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..errors import UnsupportedError, bad_type, bad_value, unsupported
 from ..spec import AttentionSpec, Needs
-from . import hopper, hopper_steps, overlay, override, tables
+from . import hopper, hopper_steps, overlay, override, packed, tables
 from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_features, with_wide_bias
 from .device import DeviceFacts, triton_problem
 from .hopper import HopperConfig
@@ -127,6 +127,8 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool 
 
 
 def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
+    if spec.packed is not None:
+        return "packed sequences", "it has no kernels for them yet: use backend('triton')"
     if device.arch != "sm90":
         return f"{device.arch}", "its kernels are made for sm90 (H100, H200, H20): use backend('triton')"
     if spec.dtype not in ("fp16", "bf16"):
@@ -265,6 +267,8 @@ def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choi
         return _plan_hopper_forward(spec, device, choices)
     if name != "triton":
         return Plan(name, (Step("forward"),))
+    if spec.packed is not None:
+        return Plan(name, packed.forward_steps(spec, lambda kernel: _config(kernel, spec, device, choices)))
     config = _config("forward", spec, device, choices)
     programs = ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
     return Plan(name, (Step("forward", config, programs, _order(spec)),) if programs else ())
@@ -307,6 +311,8 @@ def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reque
         return Plan(name, (Step("backward"),))
     if spec.is_empty:
         return Plan(name, ())
+    if spec.packed is not None:
+        return Plan(name, packed.backward_steps(spec, needs, lambda kernel: _config(kernel, spec, device, choices), device.processors))
     batch_heads, batch_key_heads = spec.batch * spec.heads, spec.batch * spec.kv_heads
     steps = []
     source = dbias_source(spec) if needs.dbias else None

@@ -75,11 +75,12 @@ def broadcast_rows(spec: AttentionSpec) -> int:
     return rows
 
 
-def sum_steps(spec: AttentionSpec, splits: int) -> list[Step]:
-    """Adding up ``splits`` partial sums of dbias, in a fixed order, if there are several."""
+def sum_steps(spec: AttentionSpec, splits: int, elements: int | None = None) -> list[Step]:
+    """Adding up ``splits`` partial sums of dbias, in a fixed order, if there are several. elements: of the bias, if it is a packed one."""
     assert spec.bias is not None
-    elements = 1
-    for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys), spec.bias.varies, strict=True):
-        elements *= size if varies else 1
+    if elements is None:
+        elements = 1
+        for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys), spec.bias.varies, strict=True):
+            elements *= size if varies else 1
     config = TileConfig(64, 16, 4, 1)
     return [Step("dbias_sum", config, ceil_div(elements, SUM_BLOCK), splits=splits, gives=("dbias",))] if splits > 1 else []

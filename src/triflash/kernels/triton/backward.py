@@ -13,7 +13,20 @@ straight from ``k qᵀ`` and ``v doutᵀ``: no tile is transposed in registers (
 import triton
 import triton.language as tl
 
-from .features import Program, at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, through_cap, visible_keys
+from .extent import diagonal, of_program, statistics
+from .features import (
+    Program,
+    at_head,
+    bias_tile,
+    dropped,
+    mask_tile,
+    rescaled,
+    scored,
+    shown_queries,
+    shows_anything,
+    through_cap,
+    visible_keys,
+)
 from .prims import (
     LOG2E,
     MILDEST,
@@ -61,6 +74,9 @@ class Keys:
     v: object
     n0: object
     b: object
+    first_query: object
+    first_key: object
+    all_queries: object
     kv_head: object
     heads: object
     groups: object
@@ -77,6 +93,7 @@ class Keys:
     NEED_DK: tl.constexpr
     NEED_DV: tl.constexpr
     NEED_DB: tl.constexpr
+    PACKED: tl.constexpr
 
 
 @record
@@ -137,7 +154,7 @@ def _walk_queries(dk, dv, db, p, t, f, begin, end, EXACT: tl.constexpr, MASKED: 
     if t.GROUPED:
         first = 0
         last = count * t.groups
-    at = at_head(f, t.b, t.kv_head, t.heads, t.batch_inner)
+    at = at_head(f, t.b, t.kv_head, t.heads, t.batch_inner, t.first_query, t.first_key)
     # A branch keeps the compiler from loading ahead: it is worth that only for a mask that hides blocks, of queries and keys.
     if f.mask is not None:
         SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
@@ -147,7 +164,7 @@ def _walk_queries(dk, dv, db, p, t, f, begin, end, EXACT: tl.constexpr, MASKED: 
         if t.GROUPED:
             head = t.kv_head * t.groups + step // count
             block = begin + step % count
-            here = at_head(f, t.b, head, t.heads, t.batch_inner)
+            here = at_head(f, t.b, head, t.heads, t.batch_inner, t.first_query, t.first_key)
         else:
             head = t.kv_head
             block = step
@@ -159,9 +176,9 @@ def _walk_queries(dk, dv, db, p, t, f, begin, end, EXACT: tl.constexpr, MASKED: 
         delta_at = t.delta
         rest_at = t.rest
         if t.NEED_DK or t.NEED_DB:
-            delta_at = t.delta + offset(t.b * t.heads + head, p.M)
+            delta_at = statistics(t.delta, t.b, head, t.heads, t.all_queries, t.first_query, t.PACKED)
         if t.rest is not None:
-            rest_at = t.rest + offset(t.b * t.heads + head, p.M)
+            rest_at = statistics(t.rest, t.b, head, t.heads, t.all_queries, t.first_query, t.PACKED)
         rows = Rows(q_at, do_at, lse_at, rest_at, delta_at, here)
         seen = mask_tile(f, here, m0, t.n0, i, j, p.M, p.N, MASKED, not p.EVEN_N, p.WIDE)
         if SKIPS:
@@ -176,7 +193,7 @@ def _walk_queries(dk, dv, db, p, t, f, begin, end, EXACT: tl.constexpr, MASKED: 
 def dkdv(
     q, k, v, f, dout, lse, rest, delta_in, dk_out, dv_out, dbias_out,
     q_strides, k_strides, v_strides, dout_strides, lse_strides, dk_strides, dv_strides, dbias_strides,
-    batch, heads, groups, batch_inner, M, N, lo, hi, scale,
+    batch, heads, groups, batch_inner, M, N, lo, hi, scale, packed,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, GROUPED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -187,17 +204,28 @@ def dkdv(
     An output that is None is not computed; GROUPED says that groups is not 1, and then dbias_out is None. It holds a row of keys per
     (outer batch, inner batch, head), which are three of its strides; the fourth is along keys. Other strides and f as in ``forward``.
     """
-    tile, kv_head, b = locate(tl.cdiv(N, BN), heads // groups, batch, ORDER, lo is not None)
+    all_queries = M
+    if packed is None:
+        tile, kv_head, b = locate(tl.cdiv(N, BN), heads // groups, batch, ORDER, lo is not None)
+        first_query = b
+        first_key = b
+    else:
+        e = of_program(packed, batch, BN, True, lo is not None)
+        tile, kv_head, b, first_query, M, first_key, N = e.tile, e.head, e.sequence, e.first_query, e.queries, e.first_key, e.keys
+        if lo is not None:
+            lo += diagonal(packed, M, N)
+        if hi is not None:
+            hi += diagonal(packed, M, N)
     n0 = tile * BN
-    q += offset(b, q_strides[0])
-    k += offset(b, k_strides[0]) + offset(kv_head, k_strides[2])
-    v += offset(b, v_strides[0]) + offset(kv_head, v_strides[2])
-    dout += offset(b, dout_strides[0])
-    lse += offset(b, lse_strides[0])
+    q += offset(first_query, q_strides[0])
+    k += offset(first_key, k_strides[0]) + offset(kv_head, k_strides[2])
+    v += offset(first_key, v_strides[0]) + offset(kv_head, v_strides[2])
+    dout += offset(first_query, dout_strides[0])
+    lse += offset(first_query, lse_strides[0])
     NEED_DK: tl.constexpr = dk_out is not None
     NEED_DV: tl.constexpr = dv_out is not None
     NEED_DB: tl.constexpr = dbias_out is not None
-    HIDES: tl.constexpr = f.lengths is not None
+    HIDES: tl.constexpr = f.lengths is not None or f.most_keys is not None
     shown = visible_keys(f, b, N)
     queries = M
     if HIDES:
@@ -214,8 +242,9 @@ def dkdv(
     begin, full_begin, full_end, end = segments(n0, min(n0 + BN, N) - 1, queries, low, high, BM)
     p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
     t = Keys(
-        k_tile, v_tile, n0, b, kv_head, heads, groups, batch_inner, q, dout, lse, rest, delta_in, q_strides, dout_strides, lse_strides,
-        GROUPED, NEED_DK, NEED_DV, NEED_DB,
+        k_tile, v_tile, n0, b, first_query, first_key, all_queries, kv_head, heads, groups, batch_inner, q, dout, lse, rest, delta_in,
+        q_strides, dout_strides, lse_strides,
+        GROUPED, NEED_DK, NEED_DV, NEED_DB, packed is not None,
     )  # fmt: skip
     # Beside what is added, scores are always taken for huge. Else it is asked for once, and the loops that need not care are the faster.
     ADDS: tl.constexpr = f.bias is not None or f.slopes is not None
@@ -241,14 +270,18 @@ def dkdv(
         dv = tl.where(cols[:, None] < shown, dv, 0.0)
         db = tl.where(cols < shown, db, 0.0)
     if NEED_DK:
-        dk_out += offset(b, dk_strides[0]) + offset(kv_head, dk_strides[2])
+        dk_out += offset(first_key, dk_strides[0]) + offset(kv_head, dk_strides[2])
         store_rows(dk_out, dk_strides[1], n0, N, dk * scale, BN, D, BD, not EVEN_N, WIDE)
     if NEED_DV:
-        dv_out += offset(b, dv_strides[0]) + offset(kv_head, dv_strides[2])
+        dv_out += offset(first_key, dv_strides[0]) + offset(kv_head, dv_strides[2])
         store_rows(dv_out, dv_strides[1], n0, N, rescaled(f, dv), BN, DV, BDV, not EVEN_N, WIDE)
     if NEED_DB:
         dbias_out += offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
         dbias_out += offset(kv_head, dbias_strides[2])
+        if packed is not None:
+            if f.bias_by_key is not None:
+                dbias_out += offset(first_key, dbias_strides[3])
+            N = shown
         tl.store(dbias_out + offset(cols, dbias_strides[3]), db.to(dbias_out.dtype.element_ty), mask=cols < N)
 
 
@@ -274,6 +307,7 @@ class Queries:
     m0: object
     shown: object
     NEED_DQ: tl.constexpr
+    CLEARED: tl.constexpr
 
 
 @triton.jit
@@ -292,7 +326,11 @@ def _fold_keys(dq, p, t, f, seen, n0, i, j, HAS_REST: tl.constexpr, MASKED: tl.c
     dp = rescaled(f, dropped(f, t.at, dp, t.m0, n0, p.BM, p.BN, False))
     ds = weights * (dp - t.delta[:, None])
     if t.dbias is not None:
-        store_tile(t.dbias, t.dbias_row, t.dbias_col, t.m0, n0, i, j, p.M, p.N, ds, not p.EVEN_M, MASKED)
+        M = shown_queries(f, p.M)
+        N = p.N
+        if f.most_keys is not None:
+            N = t.shown
+        store_tile(t.dbias, t.dbias_row, t.dbias_col, t.m0, n0, i, j, M, N, ds, not p.EVEN_M, MASKED)
     if t.NEED_DQ:
         ds = through_cap(f, ds, slope)
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=p.PRECISION)
@@ -315,7 +353,7 @@ def _walk_keys(dq, p, t, f, begin, end, HAS_REST: tl.constexpr, MASKED: tl.const
         if SKIPS:
             if shows_anything(seen):
                 dq = _fold_keys(dq, p, t, f, seen, n0, i, j, HAS_REST, MASKED)
-            elif t.dbias is not None:
+            elif t.dbias is not None and not t.CLEARED:
                 nothing = tl.zeros([p.BM, p.BN], tl.float32)
                 store_tile(t.dbias, t.dbias_row, t.dbias_col, t.m0, n0, i, j, p.M, p.N, nothing, not p.EVEN_M, MASKED)
         else:
@@ -327,7 +365,7 @@ def _walk_keys(dq, p, t, f, begin, end, HAS_REST: tl.constexpr, MASKED: tl.const
 def dq(
     q, k, v, f, dout, lse, rest, delta_in, dq_out, dbias_out,
     q_strides, k_strides, v_strides, dout_strides, lse_strides, dq_strides, dbias_strides,
-    batch, heads, groups, batch_inner, M, N, lo, hi, scale,
+    batch, heads, groups, batch_inner, M, N, lo, hi, scale, packed,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -336,26 +374,39 @@ def dq(
     An output that is None is not computed. dbias_out has the full shape, and zeros are written where nothing is visible; its strides are
     (outer batch, inner batch, head, row, column). Other strides, f and groups as in ``forward``.
     """
-    tile, head, b = locate(tl.cdiv(M, BM), heads, batch, ORDER, hi is not None)
+    all_queries = M
+    if packed is None:
+        tile, head, b = locate(tl.cdiv(M, BM), heads, batch, ORDER, hi is not None)
+        first_query = b
+        first_key = b
+    else:
+        e = of_program(packed, batch, BM, False, hi is not None)
+        tile, head, b, first_query, M, first_key, N = e.tile, e.head, e.sequence, e.first_query, e.queries, e.first_key, e.keys
+        if lo is not None:
+            lo += diagonal(packed, M, N)
+        if hi is not None:
+            hi += diagonal(packed, M, N)
     m0 = tile * BM
-    q += offset(b, q_strides[0]) + offset(head, q_strides[2])
-    k += offset(b, k_strides[0]) + offset(head // groups, k_strides[2])
-    v += offset(b, v_strides[0]) + offset(head // groups, v_strides[2])
-    dout += offset(b, dout_strides[0]) + offset(head, dout_strides[2])
+    q += offset(first_query, q_strides[0]) + offset(head, q_strides[2])
+    k += offset(first_key, k_strides[0]) + offset(head // groups, k_strides[2])
+    v += offset(first_key, v_strides[0]) + offset(head // groups, v_strides[2])
+    dout += offset(first_query, dout_strides[0]) + offset(head, dout_strides[2])
     NEED_DQ: tl.constexpr = dq_out is not None
     if NEED_DQ:
-        dq_out += offset(b, dq_strides[0]) + offset(head, dq_strides[2])
+        dq_out += offset(first_query, dq_strides[0]) + offset(head, dq_strides[2])
     if dbias_out is not None:
         dbias_out += offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
         dbias_out += offset(head, dbias_strides[2])
         dbias_row = dbias_strides[3]
         dbias_col = dbias_strides[4]
+        if f.bias_by_query is not None:
+            dbias_out += offset(first_query, dbias_row)
     else:
         dbias_row = 0
         dbias_col = 0
-    lse += offset(b, lse_strides[0]) + offset(head, lse_strides[1])
-    delta_in += offset(b * heads + head, M)
-    at = at_head(f, b, head, heads, batch_inner)
+    lse += offset(first_query, lse_strides[0]) + offset(head, lse_strides[1])
+    delta_in = statistics(delta_in, b, head, heads, all_queries, first_query, packed is not None)
+    at = at_head(f, b, head, heads, batch_inner, first_query, first_key)
     shown = visible_keys(f, b, N)
 
     q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)  # [BM, BD]
@@ -363,13 +414,14 @@ def dq(
     lse_log2 = load_lse_log2(lse, m0, M, BM, not EVEN_M)
     rest_row = lse_log2
     if rest is not None:
-        rest_row = load_vector(rest + offset(b * heads + head, M), m0, M, BM, not EVEN_M)
+        rest_row = load_vector(statistics(rest, b, head, heads, all_queries, first_query, packed is not None), m0, M, BM, not EVEN_M)
     row = load_vector(delta_in, m0, M, BM, not EVEN_M)
     acc = tl.zeros([BM, BD], tl.float32)
     begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, shown, lo, hi, BN)
     p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
     t = Queries(
         q_tile, do_tile, lse_log2, rest_row, row, k, v, k_strides[1], v_strides[1], dbias_out, dbias_row, dbias_col, at, m0, shown, NEED_DQ,
+        packed is not None,
     )  # fmt: skip
     # As in dkdv: which blocks are for the loops that need not care if scores are huge.
     ADDS: tl.constexpr = rest is not None and (f.bias is not None or f.slopes is not None)
@@ -385,13 +437,13 @@ def dq(
     if lo is not None:
         acc = _walk_keys(acc, p, t, f, begin, full_begin, ADDS, True)
     acc = _walk_keys(acc, p, t, f, full_begin, full_end, ADDS, False)
-    if hi is not None or not EVEN_N or f.lengths is not None:
+    if hi is not None or not EVEN_N or f.lengths is not None or f.most_keys is not None:
         acc = _walk_keys(acc, p, t, f, full_end, last, ADDS, True)
     if ASKED:
         acc = _walk_keys(acc, p, t, f, first, end, True, True)
     if NEED_DQ:
         store_rows(dq_out, dq_strides[1], m0, M, acc * scale, BM, D, BD, not EVEN_M, WIDE)
-    if dbias_out is not None and (lo is not None or hi is not None or f.lengths is not None):
+    if dbias_out is not None and packed is None and (lo is not None or hi is not None or f.lengths is not None):
         i = tl.arange(0, BM)[:, None]
         j = tl.arange(0, BN)[None, :]
         nothing = tl.zeros([BM, BN], tl.float32)

@@ -135,7 +135,7 @@ def dbias(
     FIXED: tl.constexpr = VARIES_M and VARIES_N  # the same tile of scores every round: mask once, after the loop
     own_bias = 0.0
     if FIXED:
-        own_at = at_head(f, own_b0 * batch_inner + own_b1, own_head, heads, batch_inner)
+        own_at = at_head(f, own_b0 * batch_inner + own_b1, own_head, heads, batch_inner, 0, 0)
         BANDED: tl.constexpr = lo is not None or hi is not None
         rows = M
         if BANDED:
@@ -169,7 +169,7 @@ def dbias(
         m0 = tm * BM
         n0 = tn * BN
         b = b0 * batch_inner + b1
-        at = at_head(f, b, head, heads, batch_inner)
+        at = at_head(f, b, head, heads, batch_inner, 0, 0)
         shown = visible_keys(f, b, N)
         q_at = q + offset(b, q_strides[0]) + offset(head, q_strides[2])
         k_at = k + offset(b, k_strides[0]) + offset(head // groups, k_strides[2])

@@ -19,15 +19,23 @@ class Features(NamedTuple):
     """Everything beyond q, k, v and a band; a field is None where the feature is absent.
 
     Strides of bias and mask are (outer batch, inner batch, head, row, column); row and column are None where all rows or columns share
-    one value. A mask is bytes, nonzero = visible. lengths: keys that each batch entry shows, any integers. slopes: by (batch, head), and
+    one value. bias_by_query and so on: by what a sequence's first query, or its first key, moves a bias or mask that is packed as these
+    are; else None. most_queries, most_keys: of the sequence, behind which bias or mask have none, so that nothing is visible. A mask is
+    bytes, nonzero = visible. lengths: keys that each batch entry shows, any integers. slopes: by (batch, head), and
     sink: by head, any floats. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 15-bit random number, below which a
     probability is dropped; rescale: what the others are multiplied by.
     """
 
     bias: Any = None
     bias_strides: Any = None
+    bias_by_query: Any = None
+    bias_by_key: Any = None
     mask: Any = None
     mask_strides: Any = None
+    mask_by_query: Any = None
+    mask_by_key: Any = None
+    most_queries: Any = None
+    most_keys: Any = None
     lengths: Any = None
     lengths_stride: Any = None
     slopes: Any = None
@@ -45,8 +53,19 @@ def visible_keys(f, b, N):
     """How many keys batch entry b shows, of N."""
     if f.lengths is not None:
         return clamped(tl.load(f.lengths + offset(b, f.lengths_stride)), N)
+    elif f.most_keys is not None:
+        return tl.minimum(N, f.most_keys)
     else:
         return N
+
+
+@triton.jit
+def shown_queries(f, M):
+    """Of M queries of a sequence those that see anything."""
+    if f.most_queries is not None:
+        return tl.minimum(M, f.most_queries)
+    else:
+        return M
 
 
 @record
@@ -84,8 +103,8 @@ class Head:
 
 
 @triton.jit
-def at_head(f, b, head, heads, batch_inner):
-    """The record of a query head, for the functions below."""
+def at_head(f, b, head, heads, batch_inner, first_query, first_key):
+    """The record of a query head, for the functions below. first_query, first_key: of ``extent.Extent``."""
     bias = 0
     mask = 0
     slope = 0.0
@@ -95,8 +114,16 @@ def at_head(f, b, head, heads, batch_inner):
     b1 = b % batch_inner
     if f.bias is not None:
         bias = f.bias + offset(b0, f.bias_strides[0]) + offset(b1, f.bias_strides[1]) + offset(head, f.bias_strides[2])
+        if f.bias_by_query is not None:
+            bias += offset(first_query, f.bias_by_query)
+        if f.bias_by_key is not None:
+            bias += offset(first_key, f.bias_by_key)
     if f.mask is not None:
         mask = f.mask + offset(b0, f.mask_strides[0]) + offset(b1, f.mask_strides[1]) + offset(head, f.mask_strides[2])
+        if f.mask_by_query is not None:
+            mask += offset(first_query, f.mask_by_query)
+        if f.mask_by_key is not None:
+            mask += offset(first_key, f.mask_by_key)
     if f.slopes is not None:
         slope = tl.load(f.slopes + offset(b, f.slope_strides[0]) + offset(head, f.slope_strides[1])).to(tl.float32) * LOG2E
     if f.seed is not None:
@@ -123,7 +150,12 @@ def bias_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.conste
     transposed one.
     """
     if f.bias is not None:
-        return _tile(at.bias, f.bias_strides[3], f.bias_strides[4], m0, n0, i, j, M, N, MASK_M, MASK_N, WIDE)
+        LEAST_M: tl.constexpr = MASK_M or f.most_queries is not None
+        LEAST_N: tl.constexpr = MASK_N or f.most_keys is not None
+        M = shown_queries(f, M)
+        if f.most_keys is not None:
+            N = tl.minimum(N, f.most_keys)
+        return _tile(at.bias, f.bias_strides[3], f.bias_strides[4], m0, n0, i, j, M, N, LEAST_M, LEAST_N, WIDE)
     else:
         return 0.0
 
@@ -132,7 +164,12 @@ def bias_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.conste
 def mask_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
     """The mask of the tile at ``(m0, n0)``, nonzero = visible, as ``bias_tile``."""
     if f.mask is not None:
-        return _tile(at.mask, f.mask_strides[3], f.mask_strides[4], m0, n0, i, j, M, N, MASK_M, MASK_N, WIDE)
+        LEAST_M: tl.constexpr = MASK_M or f.most_queries is not None
+        LEAST_N: tl.constexpr = MASK_N or f.most_keys is not None
+        M = shown_queries(f, M)
+        if f.most_keys is not None:
+            N = tl.minimum(N, f.most_keys)
+        return _tile(at.mask, f.mask_strides[3], f.mask_strides[4], m0, n0, i, j, M, N, LEAST_M, LEAST_N, WIDE)
     else:
         return 1
 
@@ -205,6 +242,8 @@ def scored(p, f, at, products, bias, mask, m0, n0, i, j, ROUNDED: tl.constexpr):
         s = tl.fma(distance, -at.slope, s)
     if f.mask is not None:
         s = tl.where(mask != 0, s, float("-inf"))
+    if f.most_queries is not None:
+        s = tl.where(m0 + i < f.most_queries, s, float("-inf"))
     return s, slope
 
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .extent import diagonal, of_program, statistics
 from .features import Program, at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, visible_keys
 from .prims import LN2, LOG2E, MILD, in_band, is_mild, load_rows, locate, lse_rest, offset, segments, store_rows
 from .records import record
@@ -83,7 +84,7 @@ def _walk(acc, l, m, p, t, f, begin, end, LATE: tl.constexpr, MASKED: tl.constex
 @triton.jit
 def forward(
     q, k, v, f, out, lse, rest, q_strides, k_strides, v_strides, out_strides, lse_strides,
-    batch, heads, groups, batch_inner, M, N, lo, hi, scale,
+    batch, heads, groups, batch_inner, M, N, lo, hi, scale, packed,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
     POSITIVE_SCALE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr,
@@ -97,15 +98,29 @@ def forward(
 
     Strides are (batch, row, head), of lse (batch, head); rest is contiguous. f: ``features.Features``. ``groups`` query heads read the same
     key head. None: no such bound, not wanted. EVEN_M, EVEN_N: the length is a whole number of tiles.
+
+    packed: see ``extent.py``; then ``batch`` is the most tiles that a head can have, lo and hi count from a sequence's diagonal, and
+    where a stride counts batch entries it counts rows.
     """
-    tile, head, b = locate(tl.cdiv(M, BM), heads, batch, ORDER, hi is not None)
+    all_queries = M
+    if packed is None:
+        tile, head, b = locate(tl.cdiv(M, BM), heads, batch, ORDER, hi is not None)
+        first_query = b
+        first_key = b
+    else:
+        e = of_program(packed, batch, BM, False, hi is not None)
+        tile, head, b, first_query, M, first_key, N = e.tile, e.head, e.sequence, e.first_query, e.queries, e.first_key, e.keys
+        if lo is not None:
+            lo += diagonal(packed, M, N)
+        if hi is not None:
+            hi += diagonal(packed, M, N)
     m0 = tile * BM
-    q += offset(b, q_strides[0]) + offset(head, q_strides[2])
-    k += offset(b, k_strides[0]) + offset(head // groups, k_strides[2])
-    v += offset(b, v_strides[0]) + offset(head // groups, v_strides[2])
-    out += offset(b, out_strides[0]) + offset(head, out_strides[2])
-    lse += offset(b, lse_strides[0]) + offset(head, lse_strides[1])
-    at = at_head(f, b, head, heads, batch_inner)
+    q += offset(first_query, q_strides[0]) + offset(head, q_strides[2])
+    k += offset(first_key, k_strides[0]) + offset(head // groups, k_strides[2])
+    v += offset(first_key, v_strides[0]) + offset(head // groups, v_strides[2])
+    out += offset(first_query, out_strides[0]) + offset(head, out_strides[2])
+    lse += offset(first_query, lse_strides[0]) + offset(head, lse_strides[1])
+    at = at_head(f, b, head, heads, batch_inner, first_query, first_key)
     shown = visible_keys(f, b, N)
 
     q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)  # [BM, BD]
@@ -125,7 +140,7 @@ def forward(
     if lo is not None:
         acc, l, m = _walk(acc, l, m, p, t, f, begin, full_begin, LATE, True, False)
     acc, l, m = _walk(acc, l, m, p, t, f, full_begin, full_end, LATE, False, False)
-    if hi is not None or not EVEN_N or f.lengths is not None:
+    if hi is not None or not EVEN_N or f.lengths is not None or f.most_keys is not None:
         acc, l, m = _walk(acc, l, m, p, t, f, full_end, end, LATE, True, False)
     if LATE:  # once more where that was too coarse
         mild = is_mild(m, MILD)
@@ -142,4 +157,6 @@ def forward(
     rows = m0 + tl.arange(0, BM)
     tl.store(lse + rows, row_lse, mask=rows < M)
     if rest is not None:
-        tl.store(rest + offset(b * heads + head, M) + rows, lse_rest(m, l, row_lse), mask=rows < M)
+        tl.store(
+            statistics(rest, b, head, heads, all_queries, first_query, packed is not None) + rows, lse_rest(m, l, row_lse), mask=rows < M
+        )

@@ -1,92 +1,18 @@
-"""Attention under ``torch.func``: reverse-mode derivatives by functions that transforms can take apart, and vmap as one more batch dim.
-
-Called by ``door.py`` where a transform is active. Forward-mode and second derivatives raise: no backend has them.
-"""
+"""The operators under ``torch.func.vmap``, whose entries become one more batch dim. PyTorch calls it."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import UnsupportedError
-from .ops import SECOND_DERIVATIVE, OperatorOptions, attention_backward, attention_forward
-
-__all__ = ["Transformed"]
+from .ops import OperatorOptions, attention_backward, attention_forward
 
 _INPUTS = 4  # q, k, v, bias: in front of the options
 _SAVED = 9  # dout, dlse, q, k, v, bias, out, lse, rest: in front of the options of a backward pass
-
-
-class Transformed(torch.autograd.Function):
-    """``triflash::forward``, with its arguments in order."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return attention_forward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        options = OperatorOptions(*inputs[_INPUTS:])
-        ctx.mark_non_differentiable(output[2])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:_INPUTS], *options.tensors, *output)
-        ctx.numbers = options.numbers
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any) -> Any:
-        q, k, v, bias, *tensors, out, lse, rest = ctx.saved_tensors
-        wants = ctx.needs_input_grad
-        sink_at = _INPUTS + OperatorOptions._fields.index("sink")
-        needs = [*map(bool, wants[:_INPUTS]), bool(wants[sink_at])]
-        result: list[Any] = [None] * len(wants)
-        if (dout is None and dlse is None) or not any(needs):
-            return tuple(result)
-        if dout is None:
-            dout = torch.zeros_like(out)
-        front, behind = ctx.numbers[:6], ctx.numbers[6:]
-        grads = _Backward.apply(dout, dlse, q, k, v, bias, out, lse, rest, *front, needs, *tensors, *behind)
-        for at, grad, need in zip((0, 1, 2, 3, sink_at), grads, needs, strict=True):
-            result[at] = grad if need else None
-        return tuple(result)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(
-            "forward-mode derivatives of attention: no backend has them; use reverse mode (torch.func.vjp, jacrev, grad)"
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _forward_of_entries(Transformed.apply, info, in_dims, *args)
-
-
-class _Backward(torch.autograd.Function):
-    """``triflash::backward``, with its arguments in order."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return attention_backward(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(SECOND_DERIVATIVE)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(SECOND_DERIVATIVE)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        return _backward_of_entries(_Backward.apply, info, in_dims, *args)
 
 
 class _Batch:
@@ -171,21 +97,21 @@ class _Batch:
         return [x.select(dim, n) if isinstance(x, Tensor) and dim is not None else x for x, dim in zip(args, dims, strict=True)]
 
 
-def _forward_of_entries(run: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+def _forward_of_entries(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     """The forward operator for all entries of a vmap."""
     options = OperatorOptions(*args[_INPUTS:])
     batch = _Batch(info, args[:_INPUTS], options, in_dims[:_INPUTS], in_dims[_INPUTS:])
     if batch.inner is None:
-        outs = [run(*batch.entry(args, in_dims, n)) for n in range(info.batch_size)]
+        outs = [attention_forward(*batch.entry(args, in_dims, n)) for n in range(info.batch_size)]
         return tuple(torch.stack(each) for each in zip(*outs, strict=True)), (0, 0, 0)
     q, k, v = (batch.folded(x, dim) for x, dim in zip(args[:3], in_dims[:3], strict=True))
     folded = batch.options(options, in_dims[_INPUTS:])
-    out, lse, rest = run(q, k, v, batch.leveled(args[3], in_dims[3]), *folded)
+    out, lse, rest = attention_forward(q, k, v, batch.leveled(args[3], in_dims[3]), *folded)
     kept = rest.dim() > 1
     return (batch.unfolded(out), batch.unfolded(lse), batch.unfolded(rest) if kept else rest), (0, 0, 0 if kept else None)
 
 
-def _backward_of_entries(run: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+def _backward_of_entries(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     """The backward operator for all entries of a vmap."""
     at = _SAVED + 6
     needs = args[at]
@@ -194,14 +120,14 @@ def _backward_of_entries(run: Callable[..., Any], info: Any, in_dims: tuple[Any,
     dout, dlse, q, k, v, bias, out, lse, rest = args[:_SAVED]
     batch = _Batch(info, (q, k, v, bias), options, in_dims[2:6], dims, needs)
     if batch.inner is None:
-        grads = [run(*batch.entry(args, in_dims, n)) for n in range(info.batch_size)]
+        grads = [attention_backward(*batch.entry(args, in_dims, n)) for n in range(info.batch_size)]
         return tuple(torch.stack(each) for each in zip(*grads, strict=True)), (0,) * 5
     rows = [None if x is None else batch.folded(x, dim) for x, dim in zip((dout, dlse, q, k, v), in_dims[:5], strict=True)]
     kept = rest is not None and rest.dim() - (in_dims[8] is not None) > 1
     saved = [batch.folded(x, dim) for x, dim in zip((out, lse), in_dims[6:8], strict=True)]
     saved.append(batch.folded(rest, in_dims[8]) if kept else q.new_empty(0, dtype=torch.float32))
     folded = batch.options(options, dims)
-    grads = run(*rows, batch.leveled(bias, in_dims[5]), *saved, *folded[:6], needs, *folded[6:])
+    grads = attention_backward(*rows, batch.leveled(bias, in_dims[5]), *saved, *folded[:6], needs, *folded[6:])
     dq, dk, dv, dbias, dsink = grads
     results = [batch.unfolded(x) if need else x for x, need in zip((dq, dk, dv), needs, strict=False)]
     if needs[3]:
@@ -211,6 +137,5 @@ def _backward_of_entries(run: Callable[..., Any], info: Any, in_dims: tuple[Any,
     return (*results, dbias, dsink), (*given[:4], None)
 
 
-# Where an operator itself meets a vmap: an eager call's backward pass with is_grads_batched=True.
-torch.library.register_vmap(attention_forward, functools.partial(_forward_of_entries, attention_forward))
-torch.library.register_vmap(attention_backward, functools.partial(_backward_of_entries, attention_backward))
+torch.library.register_vmap(attention_forward, _forward_of_entries)
+torch.library.register_vmap(attention_backward, _backward_of_entries)

@@ -1,0 +1,24 @@
+"""Other packages' attention calls, computed by triflash: one module for each package. Nothing here is imported until it is asked for.
+
+``triflash.compat.sdpa``        ``torch.nn.functional.scaled_dot_product_attention``
+``triflash.compat.flash_attn``  FlashAttention-2's Python functions
+``triflash.compat.xformers``    ``xformers.ops.memory_efficient_attention``
+
+docs/migration.md says what differs.
+"""
+
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+if _TYPE_CHECKING:
+    from . import flash_attn as flash_attn
+    from . import sdpa as sdpa
+    from . import xformers as xformers
+
+__all__ = ["flash_attn", "sdpa", "xformers"]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,64 @@
+"""What other packages call the arguments of attention: errors for a name that is not ours say which is. Only errors come here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import bad_type
+
+__all__ = ["not_ours"]
+
+_HINTS = {
+    "is_causal": "causal='top_left' is aligned as PyTorch's is_causal is, causal=True to the bottom right",
+    "causal_mask": "causal=True (bottom right) or 'top_left'",
+    "attn_mask": "mask= for a bool tensor (True = visible), bias= for floats that are added to the scores",
+    "attention_mask": "mask=attention_mask[:, None, None, :].bool() for one of keys (True = visible), or key_lengths=; bias= for floats",
+    "key_padding_mask": "mask=~key_padding_mask[:, None, None, :] (True = visible), or key_lengths=",
+    "attn_bias": "bias=",
+    "position_bias": "bias=",
+    "block_mask": "mask= for a bool tensor, or causal=, window=, key_lengths=",
+    "score_mod": "bias= for what is added to the scores, softcap= for a soft cap",
+    "softmax_scale": "scale=",
+    "sm_scale": "scale=",
+    "scaling": "scale=",
+    "dropout": "dropout_p=",
+    "dropout_rate": "dropout_p=",
+    "p": "dropout_p=",
+    "training": "dropout_p=0.0 where nothing is to be dropped",
+    "generator": "dropout_seed=, an int or an int64 tensor (seed, offset)",
+    "rng_state": "dropout_seed=, an int or an int64 tensor (seed, offset)",
+    "seed": "dropout_seed=",
+    "window_size": "window=(left, right)",
+    "sliding_window": "window=(sliding_window - 1, 0)",
+    "local_window_size": "window=(left, right)",
+    "soft_cap": "softcap=",
+    "logits_soft_cap": "softcap=",
+    "alibi": "alibi_slopes=",
+    "sinks": "sink=",
+    "s_aux": "sink=",
+    "enable_gqa": "leave it out: k and v with fewer heads than q are shared by groups of query heads",
+    "return_attn_probs": "return_lse=True; probabilities are not kept",
+    "return_softmax_lse": "return_lse=True",
+    "return_attn_weights": "return_lse=True; probabilities are not kept",
+    "need_weights": "return_lse=True; probabilities are not kept",
+    "seqlens_k": "key_lengths=",
+    "seqused_k": "key_lengths=",
+    "cache_seqlens": "key_lengths=",
+    "cu_seqlens_q": "packed sequences do not exist yet; pad the batch and pass key_lengths=",
+    "cu_seqlens_k": "packed sequences do not exist yet; pad the batch and pass key_lengths=",
+}
+
+
+def not_ours(function: str, names: Sequence[str], more: Sequence[Any], others: Mapping[str, Any]) -> TypeError:
+    """The error of a call with tensors beyond v by position, or with names that ``function`` does not have among its ``names``."""
+    if more:
+        hint = "name what follows v: bias= for floats that are added to the scores, mask= for a bool tensor, causal=, …"
+        return bad_type(function, "q, k and v by position", f"{3 + len(more)} arguments", hint)
+    name = next(iter(others))
+    hint = _HINTS.get(name.lower(), "")
+    if not hint:
+        near = difflib.get_close_matches(name.lower(), names, 1)
+        hint = f"did you mean {near[0]}=?" if near else ""
+    return bad_type(name, f"an argument of {function} ({', '.join(names)})", "a name that it does not have", hint)

@@ -1,0 +1,50 @@
+"""What launches of the portable kernels share, of dense batches and of packed sequences. Needs torch only."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from ..plan.configs import TileConfig, padded
+from ..plan.steps import Step
+from ..spec import AttentionSpec
+
+__all__ = ["config_of", "constants_of", "is_wide"]
+
+_WIDE_STRIDE = 2**22  # from this stride on, an offset inside a tile of up to 256 rows and columns might not fit 31 bits
+
+
+def config_of(step: Step) -> TileConfig:
+    """The configuration of a kernel of this family."""
+    assert isinstance(step.config, TileConfig), f"{step.kernel} was planned with {step.config} for a tile configuration"
+    return step.config
+
+
+def is_wide(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether offsets inside a tile need 64 bits: the stride of a row (of a bias: of a row or a column) is huge."""
+    for x in tensors:
+        if x is not None:
+            strides = x.stride()
+            if max(strides[3:] if len(strides) == 5 else strides[1:2]) >= _WIDE_STRIDE:
+                return True
+    return False
+
+
+@functools.lru_cache(maxsize=4096)
+def constants_of(spec: AttentionSpec, config: TileConfig, wide: bool) -> dict[str, Any]:
+    """The compile-time constants that the kernels share. Cached: add to it with ``|``, never ``|=``."""
+    return {
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "D": spec.head_dim,
+        "DV": spec.value_dim,
+        "BD": padded(spec.head_dim),
+        "BDV": padded(spec.value_dim),
+        "EVEN_M": spec.packed is None and spec.queries % config.block_m == 0,
+        "EVEN_N": spec.packed is None and spec.keys % config.block_n == 0,
+        "PRECISION": spec.precision,
+        "WIDE": wide,
+    }

@@ -1,0 +1,249 @@
+"""Arguments and launches of the portable Triton kernels for packed sequences. Called by ``launch/triton.py``; imports triton."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.triton import backward as backward_kernels
+from ..kernels.triton import dbias as dbias_kernels
+from ..kernels.triton import forward as forward_kernels
+from ..kernels.triton import packed as packed_kernels
+from ..kernels.triton.features import Features
+from ..plan.configs import padded
+from ..plan.packed import ROWS_A_PROGRAM, most_tiles
+from ..plan.steps import SUM_BLOCK, Plan, Step
+from ..spec import AttentionSpec, Gradients, Operands, Saved
+from .calls import SMALLEST_SCALE, Call, bias_strides
+from .common import config_of, constants_of, is_wide
+from .room import Room
+
+__all__ = ["backward_calls", "forward_calls"]
+
+_SEQUENCES = 1024  # of one step of the kernel that tells their extents
+
+
+class _Tables(NamedTuple):
+    """What the device works out first. extents: (sequences, 4); first_q, first_k: (sequences + 1,), the first tile of each; tiles_q,
+    tiles_k: (most tiles, 2). None: not wanted.
+    """
+
+    extents: Tensor
+    first_q: Tensor | None
+    first_k: Tensor | None
+    tiles_q: Tensor | None
+    tiles_k: Tensor | None
+    bound_q: int
+    bound_k: int
+
+
+def _sequences(spec: AttentionSpec) -> int:
+    assert spec.packed is not None
+    return spec.packed.sequences
+
+
+def _tables(room: Room, plan: Plan, spec: AttentionSpec) -> _Tables:
+    count = _sequences(spec)
+    wanted = {step.gives for step in plan.steps if step.kernel == "tiles"}
+    config = config_of(next(step for step in plan.steps if step.kernel == "extents"))
+    bound_q, bound_k = most_tiles(spec.queries, count, config.block_m), most_tiles(spec.keys, count, config.block_n)
+
+    def new(name: str, *shape: int) -> Tensor:
+        return room.new(name, shape, torch.int32)
+
+    first, tiles = [], []
+    for name, bound in (("queries", bound_q), ("keys", bound_k)):
+        there = (f"tiles of {name}",) in wanted
+        first.append(new(f"first tiles of {name}", count + 1) if there else None)
+        tiles.append(new(f"tiles of {name}", max(bound, 1), 2) if there else None)
+    extents = new("extents of sequences", max(count, 1), 4)
+    return _Tables(extents, first[0], first[1], tiles[0], tiles[1], bound_q, bound_k)
+
+
+def _table_call(step: Step, spec: AttentionSpec, x: Operands, t: _Tables) -> Call:
+    config, count = config_of(step), _sequences(spec)
+    if step.kernel == "extents":
+        args: tuple[Any, ...] = (
+            *(x.offsets_q, x.offsets_k, x.used_q, x.used_k, t.extents, t.first_q, t.first_k),
+            *(count, spec.queries, spec.keys),
+        )
+        constants = {"BM": config.block_m, "BN": config.block_n, "BLOCK": _SEQUENCES}
+        return Call(packed_kernels.extents, args, constants, config, step.programs)
+    of_queries = step.gives == ("tiles of queries",)
+    first, tiles, bound = (t.first_q, t.tiles_q, t.bound_q) if of_queries else (t.first_k, t.tiles_k, t.bound_k)
+    args = (first, tiles, count, bound, count.bit_length())
+    return Call(packed_kernels.tiles, args, {"BLOCK": ROWS_A_PROGRAM}, config, step.programs)
+
+
+def _unowned_call(step: Step, spec: AttentionSpec, t: _Tables, given: dict[str, Tensor | None], saved: Saved | None = None) -> Call:
+    """Zeros in the rows of one or two tensors, and in ``saved``, that belong to no sequence."""
+    tensors = [given[name] for name in step.gives if name != "lse"]
+    x, y = [*tensors, None][:2]
+    assert x is not None
+    of_keys = step.gives[0] in ("dk", "dv")
+    lse, rest = (None, None) if saved is None else (saved.lse, saved.rest)
+    args = (
+        *(t.extents.view(-1)[2:] if of_keys else t.extents, x, y, lse, rest, _row_and_head(x), None if y is None else _row_and_head(y)),
+        *(None if lse is None else lse.stride(1), _sequences(spec), x.shape[1], x.shape[2], _sequences(spec).bit_length()),
+    )
+    widest = max(x.shape[3], 0 if y is None else y.shape[3])
+    constants = {"DX": x.shape[3], "DY": 0 if y is None else y.shape[3], "BLOCK": ROWS_A_PROGRAM, "BLOCK_DIM": padded(widest)}
+    return Call(packed_kernels.unowned, args, constants, config_of(step), step.programs)
+
+
+def _row_and_head(x: Tensor) -> tuple[int, int]:
+    return x.stride(1), x.stride(2)
+
+
+def _strides(x: Tensor | None) -> tuple[int, int, int] | None:
+    """(row, row, head): the kernels' stride of batch entries is by what a sequence's first row moves it."""
+    return None if x is None else (x.stride(1), x.stride(1), x.stride(2))
+
+
+def _packed(spec: AttentionSpec, t: _Tables, tiles: Tensor | None) -> tuple[Tensor | None, Tensor, int]:
+    assert spec.packed is not None
+    return tiles, t.extents, int(spec.packed.bottom_right)
+
+
+def _starts(layout: str, bias: Tensor | None) -> tuple[int | None, int | None]:
+    """By what a sequence's first query, and its first key, move a packed bias or mask."""
+    if bias is None or layout == "padded":
+        return None, None
+    return (bias.stride(3), None) if layout == "rows" else (None, bias.stride(4))
+
+
+def packed_features(spec: AttentionSpec, x: Operands, f: Features) -> Features:
+    """The features of a dense batch, of sequences: which of bias and mask is which, and where each sequence's begins."""
+    packed = spec.packed
+    assert packed is not None
+    bias, layout, mask, mask_layout = x.bias, packed.bias_layout, x.mask, packed.mask_layout
+    if spec.bias is not None and spec.bias.is_mask:
+        bias, mask, mask_layout = None, bias, layout
+    (bias_by_query, bias_by_key), (mask_by_query, mask_by_key) = _starts(layout, bias), _starts(mask_layout, mask)
+    return f._replace(
+        bias_by_query=bias_by_query,
+        bias_by_key=bias_by_key,
+        mask_by_query=mask_by_query,
+        mask_by_key=mask_by_key,
+        most_queries=packed.most_queries,
+        most_keys=packed.most_keys,
+    )
+
+
+def _sizes(spec: AttentionSpec, bound: int) -> tuple[Any, ...]:
+    return bound, spec.heads, spec.groups, 1, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale
+
+
+def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: Features, saved: Saved) -> list[Call]:
+    """The launches of a forward pass."""
+    out, lse, rest = saved
+    calls = []
+    t = _tables(room, plan, spec) if plan.steps else None
+    for step in plan.steps:
+        assert t is not None
+        if step.kernel == "forward":
+            strides = (_strides(x.q), _strides(x.k), _strides(x.v), _strides(out), (1, lse.stride(1)))
+            args = (x.q, x.k, x.v, f, out, lse, rest, *strides, *_sizes(spec, t.bound_q), _packed(spec, t, t.tiles_q))
+            constants = constants_of(spec, config_of(step), is_wide((x.q, x.k, x.v, out, x.bias, x.mask)))
+            constants = constants | {"POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": "tile"}
+            calls.append(Call(forward_kernels.forward, args, constants, config_of(step), step.programs))
+        elif step.kernel == "unowned":
+            calls.append(_unowned_call(step, spec, t, {"out": out}, saved))
+        else:
+            calls.append(_table_call(step, spec, x, t))
+    return calls
+
+
+def backward_calls(
+    room: Room,
+    plan: Plan,
+    spec: AttentionSpec,
+    x: Operands,
+    f: Features,
+    saved: Saved,
+    dout: Tensor,
+    dlse: Tensor | None,
+    delta: Tensor | None,
+    grads: Gradients,
+) -> list[Call]:
+    """The launches of a backward pass."""
+    out, lse, rest = saved
+    dq, dk, dv, dbias, _ = grads
+    t = _tables(room, plan, spec)
+    inputs = (x.q, x.k, x.v, f, dout, lse, rest, delta)
+    strides = (_strides(x.q), _strides(x.k), _strides(x.v), _strides(dout), (1, lse.stride(1)))
+    wide = is_wide((x.q, x.k, x.v, out, dout, x.bias, x.mask, dq, dk, dv))
+    given = {"dq": dq, "dk": dk, "dv": dv}
+    parts = None
+    calls = []
+    for step in plan.steps:
+        config = config_of(step)
+        constants = constants_of(spec, config, wide)
+        if step.kernel == "delta":
+            rows = (out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride())
+            own = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
+            args: tuple[Any, ...] = (out, dout, dlse, delta, *rows, spec.heads, spec.queries)
+            calls.append(Call(backward_kernels.delta, args, own, config, step.programs))
+        elif step.kernel == "cleared":
+            assert dbias is not None
+            calls.append(Call(packed_kernels.cleared, (dbias, dbias.numel()), {"BLOCK": SUM_BLOCK}, config, step.programs))
+        elif step.kernel == "dkdv":
+            target = dbias if "dbias" in step.gives else None
+            args = (*inputs, dk, dv, target, *strides, _strides(dk), _strides(dv), _key_strides(target))
+            args += (*_sizes(spec, t.bound_k), _packed(spec, t, t.tiles_k))
+            constants = constants | {"GROUPED": spec.groups > 1, "ORDER": "tile"}
+            calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
+        elif step.kernel == "dq":
+            target = dbias if "dbias" in step.gives else None
+            args = (*inputs, dq, target, *strides, _strides(dq), bias_strides(target), *_sizes(spec, t.bound_q))
+            constants = constants | {"ORDER": "tile"}
+            calls.append(Call(backward_kernels.dq, (*args, _packed(spec, t, t.tiles_q)), constants, config, step.programs))
+        elif step.kernel == "unowned":
+            calls.append(_unowned_call(step, spec, t, given))
+        elif step.kernel == "packed_dbias":
+            assert dbias is not None
+            parts = dbias.unsqueeze(0)
+            if step.splits > 1:
+                parts = room.new("partial sums of dbias", (step.splits, *dbias.shape), torch.float32)
+            calls.append(_dbias_call(step, spec, t, inputs, strides, parts, constants))
+        elif step.kernel == "dbias_sum":
+            assert dbias is not None
+            args = (parts, dbias, dbias.numel(), step.splits)
+            calls.append(Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, config, step.programs))
+        else:
+            calls.append(_table_call(step, spec, x, t))
+    return calls
+
+
+def _key_strides(dbias: Tensor | None) -> tuple[int, int, int, int] | None:
+    """Of the gradient of a bias of keys, by (sequence, nothing, head, key)."""
+    if dbias is None:
+        return None
+    sequence, _, head, _, key = bias_strides(dbias)  # type: ignore[misc]
+    return sequence, 0, head, key
+
+
+def _dbias_call(
+    step: Step,
+    spec: AttentionSpec,
+    t: _Tables,
+    inputs: tuple[Any, ...],
+    strides: tuple[Any, ...],
+    parts: Tensor,
+    constants: dict[str, Any],
+) -> Call:
+    packed, bias = spec.packed, spec.bias
+    assert packed is not None and bias is not None
+    listed = "" if packed.bias_layout == "padded" else packed.bias_layout
+    tiles, bound = {"rows": (t.tiles_q, t.bound_q), "keys": (t.tiles_k, t.bound_k)}.get(listed, (t.extents, 1))
+    sequence, _, head, row, col = bias_strides(parts[0])  # type: ignore[misc]
+    varies = dict(zip(("VARIES_B", "VARIES_H", "VARIES_M", "VARIES_N"), (bias.varies[0], *bias.varies[2:]), strict=True))
+    args = (
+        *(*inputs, parts, _packed(spec, t, tiles), *strides, (parts.stride(0), sequence, head, row, col), (row, col)),
+        *(spec.heads, spec.groups, packed.sequences, spec.queries, bound, packed.bias_rows, packed.bias_cols),
+        *(spec.lo, spec.hi, spec.scale, step.splits),
+    )
+    constants = constants | varies | {"LISTED": listed}
+    return Call(packed_kernels.packed_dbias, args, constants, step.config, step.programs)  # type: ignore[arg-type]

@@ -1,0 +1,157 @@
+"""Packed sequences: attention of sequences that lie one behind the other in one tensor, with everything that ``attention`` takes.
+
+Method: FlashAttention's variable lengths (Dao et al. 2022), with any bias and its gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .checks import check_bool
+from .door import attend_varlen
+from .errors import bad_value
+
+__all__ = ["attention_varlen"]
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_layout: str = "padded",
+    mask: Tensor | None = None,
+    mask_layout: str | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: Literal[False] = False,
+    deterministic: bool | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    return_lse: bool,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_layout: str = "padded",
+    mask: Tensor | None = None,
+    mask_layout: str | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    deterministic: bool | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_layout: str = "padded",
+    mask: Tensor | None = None,
+    mask_layout: str | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention within each of many sequences packed one behind the other, with gradients for q, k, v, the bias and the sink.
+
+    What :func:`triflash.attention` computes, of each sequence on its own: no sequence sees another's values, NaN included.
+
+    Args:
+        q: queries ``(Tq, Hq, D)`` of all sequences; fp16, bf16 or fp32 (fp64 on backend ``tiled``).
+        k: keys ``(Tk, Hk, D)``; Hq is a multiple of Hk. v: values ``(Tk, Hk, Dv)``.
+        cu_seqlens_q: int32 or int64 ``(B + 1,)``: sequence b's queries are rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``. On q's
+            device, or on the CPU, from where they are copied without waiting (not while a CUDA graph is captured). The host never reads
+            them: wrong ones read or write nothing out of bounds, but results are then undefined; with ``TRIFLASH_CHECK=1`` in the
+            environment they are read and named.
+        cu_seqlens_k: the same of the keys; default cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: the longest sequence, a hint for the choice of tiles; results do not depend on it.
+        seqused_q, seqused_k: integers ``(B,)``: how many of a sequence's rows count. Causal, windows and ALiBi follow them.
+        bias: added to the scaled scores, in one of three layouts; fp16, bf16 or fp32. Its gradient has its shape, 0 in padding.
+        bias_layout: ``"padded"``: ``(B|1, Hq|1, Mmax|1, Nmax|1)``, by position in the sequence; what a sequence needs past a dim that is
+            not 1 counts as −inf. ``"rows"``: ``(Hq|1, Tq, Nmax|1)``, packed along queries. ``"keys"``: ``(Hq|1, Tk)``, a number a key.
+        mask: bool, True = visible, in one of the same layouts, also beside a bias.
+        mask_layout: of the mask; default bias_layout.
+        causal: aligned to the bottom right of each sequence (True), or ``"top_left"``. window: see :func:`triflash.attention`, likewise.
+        scale, softcap: see :func:`triflash.attention`. alibi_slopes: ``(Hq,)`` or ``(B, Hq)``. sink: ``(Hq,)``.
+        dropout_p, dropout_seed: the marks of the padded batch: by sequence, head and position in the sequence.
+        return_lse, deterministic, precision, backend: see :func:`triflash.attention`; backends ``tiled`` and ``oracle`` read the offsets.
+
+    Returns:
+        out ``(Tq, Hq, Dv)``, or ``(out, lse)`` with lse ``(Hq, Tq)``, differentiable. Rows that no sequence owns, or behind seqused_q, get
+        0 and −inf, and give and get zero gradient.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or option; the message names the argument.
+        UnsupportedError: no backend, or not the one that was asked for by name, can do this combination.
+
+    >>> out = attention_varlen(q, k, v, torch.tensor([0, 5, 12], device=q.device), causal=True)
+    """
+    check_bool("return_lse", return_lse)
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    cu_seqlens_q, cu_seqlens_k = _near(q, "cu_seqlens_q", cu_seqlens_q), _near(q, "cu_seqlens_k", cu_seqlens_k)
+    given = (q, k, v, bias, mask, alibi_slopes, sink, dropout_seed, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    options = (
+        bias_layout, mask_layout, causal, window, scale, softcap, dropout_p, deterministic, precision, backend, max_seqlen_q, max_seqlen_k
+    )  # fmt: skip
+    return attend_varlen(given, options, return_lse)
+
+
+def _near(q: Tensor, name: str, offsets: Tensor) -> Tensor:
+    """Offsets on q's device."""
+    if not isinstance(offsets, Tensor) or not isinstance(q, Tensor) or offsets.device == q.device or offsets.device.type != "cpu":
+        return offsets
+    if q.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise bad_value(name, f"offsets on {q.device} while a CUDA graph is captured", "offsets on the CPU", "a replay would not copy them")
+    return offsets.to(q.device, non_blocking=True)
