@@ -1,6 +1,6 @@
 """Looks for races in every Hopper kernel on an sm90 GPU: for whoever changes a barrier, a fence or a buffer.
 
-    python3 scripts/races.py                       racecheck, synccheck and Triton's concurrency sanitizer, in nine minutes
+    python3 scripts/races.py                       racecheck, synccheck and Triton's concurrency sanitizer, in at most nine minutes
     python3 scripts/races.py --tools racecheck --cases 'apart;wide' --logs races
     python3 scripts/races.py --case apart          one case, here, under nothing
 
