@@ -290,7 +290,7 @@ def dropped(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl
         for _ in tl.static_range(ROUNDS):
             product = c0.to(tl.uint64) * 0xD256D193
             c0, c1 = (product >> 32).to(tl.uint32) ^ key ^ c1, product.to(tl.uint32)
-            key = key + 0x9E3779B9
+            key = tl.add(key, 0x9E3779B9, sanitize_overflow=False)  # which TRITON_DEBUG would stop at
         number = tl.where((queries & 8) == 0, c0, c1) << (17 - (keys & 8) * 2)  # its 15 bits uppermost; those below do not matter
         return tl.where(number >= (tl.cast(f.threshold, tl.uint32) << 17), x, 0.0)
     else:
