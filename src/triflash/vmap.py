@@ -132,7 +132,7 @@ def _backward_of_entries(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any
     saved = [batch.folded(x, dim) for x, dim in zip((out, lse), in_dims[6:8], strict=True)]
     saved.append(batch.folded(rest, in_dims[8]) if kept else q.new_empty(0, dtype=torch.float32))
     folded = batch.options(options, dims)
-    grads = attention_backward(*rows, batch.leveled(bias, in_dims[5]), *saved, *folded[:6], needs, *folded[6:])
+    grads = attention_backward(*rows, batch.leveled(bias, in_dims[5]), *saved, *folded[:6], needs, *folded[6:14])
     dq, dk, dv, dbias, dsink = grads
     results = [batch.unfolded(x) if need else x for x, need in zip((dq, dk, dv), needs, strict=False)]
     if needs[3]:
