@@ -281,7 +281,7 @@ def operands(dtype: torch.dtype = torch.float32) -> tuple[tuple[Any, ...], tuple
     cu_q, cu_k = offsets()
     out, lse, _, _ = compat._flash_attn_varlen_forward(q, k, v, cu_q, cu_k, 7, 9, 0.0, None, True)
     options = (None, 0, True, 8**-0.5, "ieee", "padded", "padded", 0.0, 0.0, False, None, None, "tiled")
-    return (dout, out, lse), (q, k, v, *[None] * 5, cu_q, cu_k, None, None, *options)
+    return (dout, out, lse), (q, k, v, *[None] * 5, cu_q, cu_k, *[None] * 3, *options)
 
 
 def test_the_operator() -> None:

@@ -65,6 +65,7 @@ def reference(x: dict[str, Tensor], causal: Any, window: Any, slopes: Any, bias:
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal, a bias of all, with its gradient": {"causal": True, "bias": (H, 17, 17)},
+    "two biases, each with its gradient": {"bias": (H, 17, 17), "bias[1]": (4, 1, 1, 17), "causal": True},
     "a bias of each, top left": {"causal": "top_left", "bias": (4, 1, 17, 17)},
     "a bias of keys and a mask": {"bias": (4, H, 1, 17), "mask": (17, 17)},
     "a mask": {"mask": (4, 1, 17, 17)},
@@ -80,7 +81,7 @@ def test_each_part_by_itself(name: str, backend: str, layout: str, device: torch
     options = dict(CASES[name])
     x = inputs(device)
     leaves = dict(x)
-    for key in ("bias", "sink"):
+    for key in ("bias", "bias[1]", "sink"):
         if key in options:
             leaves[key] = options[key] = torch.randn(options[key], device=device, requires_grad=True)
     if "mask" in options:
@@ -88,16 +89,21 @@ def test_each_part_by_itself(name: str, backend: str, layout: str, device: torch
     if "alibi_slopes" in options:
         options["alibi_slopes"] = torch.rand(options["alibi_slopes"], device=device)
     given = [y.transpose(1, 2) if layout == "bhsd" else y for y in x.values()]
-    out, lse = attention(*given, **options, layout=layout, backend=backend, return_lse=True)
+    asked = {key: y for key, y in options.items() if key != "bias[1]"}
+    if "bias[1]" in options:
+        asked["bias"] = (options["bias"], options["bias[1]"])
+    out, lse = attention(*given, **asked, layout=layout, backend=backend, return_lse=True)
     assert out.is_nested and out.offsets() is x["q"].offsets() and lse.offsets() is x["q"].offsets()
     out = out.transpose(1, 2) if layout == "bhsd" else out
     assert out.shape == (4, x["q"].shape[1], H, DV) and lse.shape == (4, H, x["q"].shape[1]) and lse.dtype == torch.float32
 
     wide = {key: [p.detach().double().cpu().requires_grad_() for p in y.unbind()] for key, y in x.items()}
-    exact = {key: y.detach().double().cpu().requires_grad_() for key, y in leaves.items() if key in ("bias", "sink")}
+    exact = {key: y.detach().double().cpu().requires_grad_() for key, y in leaves.items() if key in ("bias", "bias[1]", "sink")}
     names = ("causal", "window", "bias", "mask")
     more = {key: y for key, y in options.items() if key in ("softcap", "scale")}
     asked = {key: y.cpu() if isinstance(y, Tensor) else y for key, y in options.items()} | exact
+    if "bias[1]" in asked:
+        asked["bias"] = asked["bias"] + asked.pop("bias[1]")
     slopes = asked.get("alibi_slopes")
     outs, lses = reference(wide, slopes=slopes, sink=exact.get("sink"), **{key: asked.get(key) for key in names}, **more)
     for got, right in ((out.unbind(), outs), (lse.unbind(), lses)):

@@ -101,13 +101,14 @@ RULES: dict[str, list[str]] = {
         "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.door", "triflash.errors",
         "triflash.ops", "triflash.ops_varlen", "triflash.varlen",
     ],
-    "triflash.varlen": ["torch", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
+    "triflash.varlen": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
     "triflash.triton_flash_attention": [
         "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.ops", "triflash.plan.select",
         "triflash.spec",
     ],
+    "triflash.integrations": ["torch", "transformers", "triflash.attention", "triflash.errors", "triflash.integrations"],
 }  # fmt: skip
-THIRD_PARTY = ("torch", "triton", "numpy", "triflash")
+THIRD_PARTY = ("torch", "transformers", "triton", "numpy", "triflash")
 
 
 def within(name: str, prefix: str) -> bool:
@@ -183,7 +184,7 @@ def test_kernels_hand_records_on() -> None:
         assert handed < 0.03 * total and total > 1000
         assert [(count, name) for count, name, entry in signatures if not entry and count > 12] == []
         assert {name.partition(": ")[2] for count, name, entry in signatures if entry and count > 30} == {
-            "hopper": {"keys_backward", "dbias", "dq", "forward", "wide_keys_backward"}, "triton": {"forward", "dkdv", "dq", "dbias"},
+            "hopper": {"keys_backward", "dbias", "dq", "forward", "wide_keys_backward"}, "triton": {"forward", "dkdv", "dq", "dbias", "packed_dbias"},
         }[folder]  # fmt: skip
 
 
@@ -206,7 +207,7 @@ def run_python(program: str, **environment: str) -> str:
 
 
 def test_importing_starts_nothing() -> None:
-    """No Triton, no CUDA context, no DTensor; nor does a call on the CPU need them."""
+    """No Triton, no CUDA context, no DTensor; nor does a call on the CPU need them. Adapters import what they adapt to when called."""
     program = """
 import sys, torch
 before = "triton" in sys.modules
@@ -218,8 +219,10 @@ q = torch.randn(1, 3, 1, 4, requires_grad=True)
 triflash.flash_attn_func(q, q, q).sum().backward()
 print(any(f"triflash.launch.{name}" in sys.modules for name in ("triton", "hopper")), torch.cuda.is_initialized())
 print("triflash.sharded" in sys.modules or tensors)
+import triflash.integrations.transformers
+print("transformers" in sys.modules)
 """
-    assert run_python(program, TRITON_INTERPRET="0").split() == ["False"] * 5
+    assert run_python(program, TRITON_INTERPRET="0").split() == ["False"] * 6
 
 
 def test_help_needs_little_beyond_torch() -> None:

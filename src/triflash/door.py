@@ -58,16 +58,16 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
         _refuse_tangents(given)
     if _compiling():
         return _by_operators(face, given, options, return_lse)
-    q, k, v, bias, mask, lengths, slopes, sink, seed = given
+    q, k, v, bias, mask, lengths, slopes, sink, seed, second = given
     if _dispatch_modes() or _transforms() or _tracing() is not None:
         return _by_operators(face, given, options, return_lse)
     causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend = options
     call, cast = None, False
     try:
         more: Any = None
-        if not (mask is lengths is slopes is sink is seed is None):
-            tensor = isinstance(seed, Tensor)
-            more = (describe(mask), describe(lengths), describe(slopes), describe(sink), describe(seed) if tensor else type(seed))
+        if not (mask is lengths is slopes is sink is seed is second is None):
+            drawn = describe(seed) if isinstance(seed, Tensor) else type(seed)
+            more = (describe(mask), describe(lengths), describe(slopes), describe(sink), drawn, describe(second))
         cast = _autocast() and torch.is_autocast_enabled(q.device.type)
         facts, around = ambient(q)
         key: Any = (
@@ -97,7 +97,9 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
         CALLS.add(key, call)
     if isinstance(seed, int):
         check_seed_range(seed)
-    tensors = (q, k, v, bias, mask, lengths, slopes, sink, seed_tensor(seed, q.device) if dropout_p else None)
+    tensors: Any = (q, k, v, bias, mask, lengths, slopes, sink, seed_tensor(seed, q.device) if dropout_p else None)
+    if second is not None:
+        tensors = (*tensors, None, None, None, None, second)
     if profiler._is_profiler_enabled:
         with profiler.record_function("triflash::attention"):
             return _run(call, tensors, return_lse)
@@ -195,8 +197,10 @@ def _autocasted_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_
 
 def _run(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) -> Any:
     if torch.is_grad_enabled():
-        q, k, v, bias, *_, sink, _ = given
+        q, k, v, bias, _, _, _, sink, *_ = given
         wanted = q.requires_grad or (k is not None and k.requires_grad) or (v is not None and v.requires_grad)  # type: ignore[union-attr]
+        second = given[13] if len(given) == 14 else None
+        wanted = wanted or (second is not None and second.requires_grad)
         if wanted or (bias is not None and bias.requires_grad) or (sink is not None and sink.requires_grad):
             count = len(given)
             while given[count - 1] is None:  # autograd looks at each of them
@@ -217,10 +221,13 @@ def _bound(call: Checked, given: Given, facts: DeviceFacts, device: torch.device
     if call.dropout_p:
         drawn = twin(seed) if isinstance(seed, Tensor) and seed.is_contiguous() else _SEED
     twins = [*(None if x is None else twin(x) for x in given[:8]), drawn]
+    if given.second_bias is not None:
+        twins += [None, None, None, None, twin(given.second_bias)]
     x = call.form.operands(twins)
     spec = spec_of(
-        *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, *x[4:9], call.softcap, call.dropout_p, call.deterministic
-    )
+        *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, *x[4:9], call.softcap, call.dropout_p, call.deterministic,
+        x.second_bias,
+    )  # fmt: skip
     return BoundCall(call.form, twins, spec, facts, call.backend, device)
 
 
@@ -241,10 +248,10 @@ def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], 
         return attend_sharded(attend, face, Given(*given), Options(*options), return_lse)
     call = checked(face, Given(*given), Options(*options))
     seed = seed_tensor(given[8], given[0].device) if call.dropout_p else None
-    x = call.form.operands((*given[:8], seed))
+    x = call.form.operands((*given[:8], seed, None, None, None, None, given[9]))
     out, lse, _ = attention_forward(
         *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend, *x[4:9], call.softcap, call.dropout_p,
-        call.deterministic,
+        call.deterministic, x.second_bias,
     )  # fmt: skip
     out = call.form.out_of(out)
     return (out, call.form.lse_of(lse)) if return_lse else out

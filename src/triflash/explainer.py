@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import ATTENTION, Given, Options, VarlenGiven, VarlenOptions
+from .arguments import ATTENTION, Given, Options, VarlenGiven, VarlenOptions, two_biases
 from .attention import attention
 from .bound.call import BoundCall
 from .bound.passes import BoundPass
@@ -52,8 +52,16 @@ _INPUTS = ("q", "k", "v", "bias", "sink")
 # Of each function that is explained: what may follow v by position, and its other arguments.
 _BY_POSITION = {attention: ("bias",), attention_varlen: ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")}
 _NAMES = {
-    attention: (*Given._fields[3:], *(name for name in Options._fields if name != "backend"), "return_lse"),
-    attention_varlen: (*VarlenGiven._fields[3:], *(name for name in VarlenOptions._fields if name != "backend"), "return_lse"),
+    attention: (
+        *(name for name in Given._fields[3:] if name != "second_bias"),
+        *(name for name in Options._fields if name != "backend"),
+        "return_lse",
+    ),
+    attention_varlen: (
+        *(name for name in VarlenGiven._fields[3:] if name != "second_bias"),
+        *(name for name in VarlenOptions._fields if name != "backend"),
+        "return_lse",
+    ),
 }
 
 
@@ -80,7 +88,8 @@ def explain(
         of: the function: ``triflash.attention``, or ``triflash.attention_varlen``, whose offsets are not read either.
         options: its other keywords, of the same meaning (``causal=``, ``mask=``, ``window=``, ``scale=``, …). The
             seed's functions align causal to the top left: that is ``causal="top_left"``.
-        grads: which of ``"q", "k", "v", "bias", "sink"`` a backward pass gives gradients for; default those that require one.
+        grads: which of ``"q", "k", "v", "bias", "sink"`` a backward pass gives gradients for; ``"bias"`` stands for both of two. Default:
+            those that require one.
         backend: as in ``with triflash.backend(backend)``.
         device: what to explain it for: a kind of device (``"sm80"``, ``"sm90"``, ``"gfx942"``, ``"cpu"``, …; if this machine has one, that
             one), a product (``"a100"``, ``"h100"``, ``"h200"``, ``"rtx4090"``, ``"mi300x"``, …), a ``torch.device`` of this machine, or
@@ -101,7 +110,7 @@ def explain(
     with _requested(backend):
         facts, here = _facts(device, q.device if isinstance(q, Tensor) else torch.device("meta"))
         call, given = _bound(of, q, k, v, named, facts)
-    needs = _needs(grads, (given.q, given.k, given.v, given.bias, given.sink))
+    needs = _needs(grads, (given.q, given.k, given.v, given.bias, given.sink, given.second_bias))
     spec, requested = call.spec, call.backend
     bound = [call.forward]
     if any(vars(needs).values()):
@@ -143,7 +152,9 @@ def _named(of: Callable[..., Any], more: Sequence[Any], options: dict[str, Any])
         if key in places[: len(more)]:
             raise bad_type(key, f"one {key}", "two, by position and by name")
     check_bool("return_lse", options.get("return_lse", False))
-    return dict(zip(places, more, strict=False)) | options
+    found = dict(zip(places, more, strict=False)) | options
+    found["bias"], found["second_bias"] = two_biases(found.get("bias"))
+    return found
 
 
 def _bound(
@@ -216,7 +227,7 @@ def _needs(grads: Iterable[str] | None, tensors: Sequence[Tensor | None]) -> Nee
         raise bad_value("grads", "no bias", "bias", "there is none" if tensors[3] is None else "a mask has no gradient")
     if "sink" in names and tensors[4] is None:
         raise bad_value("grads", "no sink", "sink", "there is none")
-    return Needs(*(name in names for name in _INPUTS))
+    return replace(Needs(*(name in names for name in _INPUTS)), dsecond="bias" in names and tensors[5] is not None)
 
 
 def _facts(device: str | torch.device | DeviceFacts | None, tensors: torch.device) -> tuple[DeviceFacts, bool]:

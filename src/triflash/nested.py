@@ -46,12 +46,13 @@ def packed(given: Given, options: Options) -> tuple[VarlenGiven, VarlenOptions]:
     if given.key_lengths is not None:
         raise bad_value("key_lengths", "None, as jagged tensors have lengths of their own", "a tensor")
     heads = q.shape[3 - ragged]
-    bias, mask = (_wide(name, x, q.shape[0], heads) for name, x in (("bias", given.bias), ("mask", given.mask)))
+    biases = (("bias", given.bias), ("mask", given.mask), ("bias[1]", given.second_bias))
+    bias, mask, second = (_wide(name, x, q.shape[0], heads) for name, x in biases)
     causal, window, scale, softcap, dropout_p, deterministic, _, precision, backend = options
     q_rows, k_rows, v_rows = (x.values() if ragged == 1 else x.values().transpose(0, 1) for x in (q, k, v))
     rows = VarlenGiven(
         q_rows, k_rows, v_rows, bias, mask, given.alibi_slopes, given.sink, given.dropout_seed, q.offsets(), k.offsets(), q.lengths(),
-        k.lengths(),
+        k.lengths(), second,
     )  # fmt: skip
     more = VarlenOptions(
         "padded", "padded", causal, window, scale, softcap, dropout_p, deterministic, precision, backend, q._maybe_max_seqlen,

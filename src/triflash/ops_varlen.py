@@ -1,8 +1,9 @@
 """The operators of packed sequences, for what traces; eager calls take :class:`~triflash.ops.Attention`. Called by ``door.py``.
 
 ``triflash::varlen_forward``   (tensors, options) -> (out, lse, rest), differentiable
-``triflash::varlen_backward``  (dout, dlse, out, lse, rest, needs, tensors, options) -> (dq, dk, dv, dbias, dsink), empty where not needed
-``triflash::varlen_backward_`` (dout, out, lse, dq, dk, dv, tensors, options): the same, filling the three tensors it is given
+``triflash::varlen_backward``  (dout, dlse, out, lse, rest, needs, tensors, options) -> (dq, dk, dv, dbias, dsink, dsecond), empty where
+not needed
+``triflash::varlen_backward_`` (dout, out, lse, dq, dk, dv, tensors, options): the first three, filling the tensors it is given
 
 Tensors and options are the fields of :class:`VarlenTensors` and :class:`VarlenOptions`; every tensor is as the caller of
 :func:`triflash.attention_varlen` gave it.
@@ -43,6 +44,7 @@ class VarlenTensors(NamedTuple):
     cu_seqlens_k: Tensor
     seqused_q: Tensor | None
     seqused_k: Tensor | None
+    second_bias: Tensor | None
 
     @property
     def given(self) -> tuple[Tensor | None, ...]:
@@ -69,10 +71,10 @@ class VarlenOptions(NamedTuple):
 
 
 _COUNT = len(VarlenTensors._fields)
-_WANTED = tuple(VarlenTensors._fields.index(name) for name in ("q", "k", "v", "bias", "sink"))
+_WANTED = tuple(VarlenTensors._fields.index(name) for name in ("q", "k", "v", "bias", "sink", "second_bias"))
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mask, Tensor? alibi_slopes, Tensor? sink, Tensor? dropout_seed, "
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k"
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, Tensor? second_bias"
 )
 _OPTIONS = (
     "SymInt? left, SymInt? right, bool bottom_right, float scale, str precision, str bias_layout, str mask_layout, float softcap, "
@@ -83,7 +85,7 @@ _library = torch.library.Library("triflash", "FRAGMENT")
 _library.define(f"varlen_forward({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)")
 _library.define(
     f"varlen_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor? rest, bool[] needs, {_TENSORS}, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     f"varlen_backward_(Tensor dout, Tensor out, Tensor lse, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, {_TENSORS}, {_OPTIONS}) -> ()"
@@ -130,7 +132,7 @@ def _backward_(dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor | None, dk: Te
     q, k, v = tensors[:3]
     check_saved(q[None], v[None], dout[None], None, Saved(out[None], lse[None], None))
     check_gradients({"q": q, "k": k, "v": v}, {"dq": dq, "dk": dk, "dv": dv}, {"dout": dout, "out": out})
-    into = (dq, dk, dv, None, None)
+    into = (dq, dk, dv, None, None, None)
     needs = tuple(grad is not None for grad in into)
     _bound(tensors, VarlenOptions(*args[_COUNT:])).run_backward(tensors.given, (out, lse), dout, None, needs, into)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
+from .arguments import two_biases
 from .checks import check_bool
 from .door import attend_varlen
 from .errors import bad_value
@@ -31,7 +32,7 @@ def attention_varlen(
     *,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
     bias_layout: str = "padded",
     mask: Tensor | None = None,
     mask_layout: str | None = None,
@@ -61,7 +62,7 @@ def attention_varlen(
     return_lse: bool,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
     bias_layout: str = "padded",
     mask: Tensor | None = None,
     mask_layout: str | None = None,
@@ -88,7 +89,7 @@ def attention_varlen(
     *more: Any,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
     bias_layout: str = "padded",
     mask: Tensor | None = None,
     mask_layout: str | None = None,
@@ -120,7 +121,8 @@ def attention_varlen(
         cu_seqlens_k: the same of the keys; default cu_seqlens_q.
         max_seqlen_q, max_seqlen_k: the longest sequence, a hint for the choice of tiles; results do not depend on it.
         seqused_q, seqused_k: integers ``(B,)``: how many of a sequence's rows count. Causal, windows and ALiBi follow them.
-        bias: added to the scaled scores, in one of three layouts; fp16, bf16 or fp32. Its gradient has its shape, 0 in padding.
+        bias: added to the scaled scores, in one of three layouts; fp16, bf16 or fp32. Its gradient has its shape, 0 in padding. Or a tuple
+            of two, in the same layout, each of its own shape and dtype and with its own gradient.
         bias_layout: ``"padded"``: ``(B|1, Hq|1, Mmax|1, Nmax|1)``, by position in the sequence; what a sequence needs past a dim that is
             not 1 counts as −inf. ``"rows"``: ``(Hq|1, Tq, Nmax|1)``, packed along queries. ``"keys"``: ``(Hq|1, Tk)``, a number a key.
         mask: bool, True = visible, in one of the same layouts, also beside a bias.
@@ -147,7 +149,10 @@ def attention_varlen(
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
     cu_seqlens_q, cu_seqlens_k = near(q, "cu_seqlens_q", cu_seqlens_q), near(q, "cu_seqlens_k", cu_seqlens_k)
-    given = (q, k, v, bias, mask, alibi_slopes, sink, dropout_seed, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    second = None
+    if isinstance(bias, (tuple, list)):
+        bias, second = two_biases(bias)
+    given = (q, k, v, bias, mask, alibi_slopes, sink, dropout_seed, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, second)
     options = (
         bias_layout, mask_layout, causal, window, scale, softcap, dropout_p, deterministic, precision, backend, max_seqlen_q, max_seqlen_k
     )  # fmt: skip

@@ -21,7 +21,7 @@ from ..checks import check_bool, check_tensors, same_device_and_dtype, seed_tens
 from ..door import varlen_options
 from ..errors import UnsupportedError, bad_type, bad_value
 from ..ops import attention_backward_
-from ..ops_varlen import varlen_backward_
+from ..ops_varlen import VarlenTensors, varlen_backward_
 from ..varlen import attention_varlen, near
 from .words import renamed
 
@@ -386,7 +386,7 @@ def _flash_attn_varlen_backward(
     same_device_and_dtype(named)
     _check_lse(softmax_lse, q, "Tq H D", "H _", q.shape[0])
     with torch.no_grad():
-        tensors = (q, k, v, None, None, alibi_slopes, None, seed, cu_seqlens_q, cu_seqlens_k, None, None)
+        tensors = VarlenTensors(q, k, v, None, None, alibi_slopes, None, seed, cu_seqlens_q, cu_seqlens_k, None, None, None)
         varlen_backward_(dout, out, softmax_lse[:, : q.shape[0]], dq, dk, dv, *tensors, *varlen_options(settled))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import bad_value
-from ..spec import AttentionSpec, Needs
+from ..spec import AttentionSpec, BiasSpec, Needs
 from . import hopper_backward as keys
 from . import hopper_rows as rows
 from .configs import TileConfig
@@ -117,7 +117,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         if config.head_splits > spec.groups:
             raise bad_value("head_splits", f"at most {spec.groups}, the query heads of a key head", config.head_splits)
         programs = min(keys.keys_tiles(spec, config)[1], processors)
-        steps.append(Step(kernel, config, programs, order, broadcast_rows(spec) if source == "dkdv" else 1, gives))
+        steps.append(Step(kernel, config, programs, order, _rows(spec) if source == "dkdv" else 1, gives))
         summed = tuple(name for name in ("dk", "dv") if name in gives)
         if config.head_splits > 1 and summed:  # what is summed up for a bias alone keeps the heads apart anyway
             programs = spec.batch * spec.kv_heads * ceil_div(spec.keys, EDGE.block_m)
@@ -141,10 +141,19 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         own, rounds = rows.dbias_tiles(spec, config_b)[2], rows.dbias_rounds(spec)
         splits = max(1, min(rounds, ceil_div(processors * config_b.together, own)))
         steps.append(Step("dbias", config_b, rows.dbias_programs(spec, config_b, splits, processors), order, splits, ("dbias",)))
-        steps += sum_steps(spec, splits)
+        steps += sum_steps(spec, _bias(spec), splits)
     elif source == "dkdv":
-        steps += sum_steps(spec, broadcast_rows(spec))
+        steps += sum_steps(spec, _bias(spec), _rows(spec))
     return tuple(steps)
+
+
+def _bias(spec: AttentionSpec) -> BiasSpec:
+    assert spec.bias is not None
+    return spec.bias
+
+
+def _rows(spec: AttentionSpec) -> int:
+    return broadcast_rows(spec, _bias(spec))
 
 
 def _in_parts(spec: AttentionSpec, config: KeysConfig, processors: int) -> KeysConfig:
