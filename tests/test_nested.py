@@ -162,6 +162,16 @@ def test_with_holes(device: torch.device) -> None:
         assert torch.equal(got, right)
 
 
+def test_holes_are_no_wrong_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIFLASH_CHECK", "1")
+    whole = torch.randn(2, 10, 2, 16)
+    x = torch.nested.narrow(whole, 1, torch.tensor([3, 0]), torch.tensor([7, 2]), layout=torch.jagged)
+    torch.testing.assert_close(attention(x, x, x).unbind()[0], attention(*[whole[:1, 3:]] * 3)[0])
+    x = torch.nested.nested_tensor_from_jagged(torch.randn(9, 2, 16), torch.tensor([0, 6, 4, 9]))
+    with pytest.raises(ValueError, match="cu_seqlens_q: wanted offsets that do not decrease"):
+        attention(x, x, x)
+
+
 def test_dropout_of_packed_sequences(device: torch.device) -> None:
     x = inputs(device)
     options: dict[str, Any] = {"dropout_p": 0.4, "dropout_seed": 3, "causal": True}
