@@ -37,9 +37,9 @@ from triflash.bound import signature
 from triflash.dropout import keep_mask, rescale
 from triflash.plan.configs import MAX_HEAD_DIM, TileConfig
 from triflash.plan.device import KNOWN_DEVICES, facts_of
-from triflash.plan.hopper import HopperConfig
-from triflash.plan.hopper_backward import KeysConfig
-from triflash.plan.hopper_steps import adds_dq
+from triflash.plan.hopper import adds_dq
+from triflash.plan.kernels.dkdv import DkdvConfig
+from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import Config, override_configs
 from triflash.plan.select import plan_backward, plan_forward
 from triflash.spec import AttentionSpec, Needs, Operands, spec_of
@@ -431,7 +431,7 @@ def small_tiles(tiles: tuple[int, int] | None, backend: str = "") -> Iterator[No
         yield
         return
     if backend in HOPPER:
-        with override_configs(forward=HopperConfig(1 if tiles[0] <= 32 else 2, tiles[1], 2), dqdkdv=KeysConfig(1, 1)), few_processors():
+        with override_configs(forward=ForwardConfig(1 if tiles[0] <= 32 else 2, tiles[1], 2), dqdkdv=DkdvConfig(1, 1)), few_processors():
             yield
         return
     config = TileConfig(*tiles, num_warps=4, num_stages=1)
@@ -442,7 +442,7 @@ def small_tiles(tiles: tuple[int, int] | None, backend: str = "") -> Iterator[No
 @contextlib.contextmanager
 def few_processors(count: int = FEW_PROCESSORS) -> Iterator[None]:
     """Plans are made for a device like this one with so many processors."""
-    facts = functools.cache(lambda device: replace(facts_of(device), processors=count))
+    facts = functools.cache(lambda device: replace(facts_of(device), sms=count))
     with mock.patch.object(signature, "facts_of", facts):
         yield
 
@@ -492,11 +492,11 @@ def _expected_on_hopper(case: Case, wanted: list[str], bias: Tensor | None, adds
     source = dbias_kernel(replace(case, Hk=None), tuple(bias.shape)) if "b" in wanted and bias is not None else None
     narrow = max(case.D, case.Dv or case.D) <= 128
     adding = adds and narrow and "q" in wanted and bool(set(wanted) & set("kv")) and source != "dq"
-    steps = ["prepare"]
+    steps = ["preprocess"]
     if set(wanted) & set("kv") or source == "dkdv":
         steps += ["dqdkdv" if adding else "dkdv"]
     steps += ["dq"] if ("q" in wanted and not adding) or source == "dq" else []
-    steps += ["finish"] if adding else []
+    steps += ["postprocess"] if adding else []
     return steps + (["dbias"] if source == "dbias" else [])
 
 
@@ -567,7 +567,7 @@ def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
 
 
 def may_not_be_mild(case: Case, inputs: Inputs) -> bool:
-    """Whether Hopper's ``prepare`` is asked if statistics are mild, and may say no."""
+    """Whether Hopper's ``preprocess`` is asked if statistics are mild, and may say no."""
     bias = inputs.operands().bias
     return max(case.D, case.Dv or 0) <= 128 and ((bias is not None and bias.dtype != torch.bool) or case.alibi is not None)
 
@@ -679,7 +679,7 @@ def run_hidden(case: Case, backend: str, device: torch.device, configs: Configs 
     for name, clean in found[0].items():
         dirty = found[1][name]
         assert not dirty.isnan().any(), name
-        if name == "dq" and "finish" in kernels(ran):  # added up in no fixed order
+        if name == "dq" and "postprocess" in kernels(ran):  # added up in no fixed order
             torch.testing.assert_close(dirty, clean, rtol=1e-2, atol=1e-3)
         else:
             assert torch.equal(dirty, clean), name

@@ -36,8 +36,7 @@ from triflash.bound import signature
 from triflash.dropout import philox2x32
 from triflash.launch.calls import Call
 from triflash.plan.device import KNOWN_DEVICES
-from triflash.plan.hopper import HopperConfig
-from triflash.plan.hopper_backward import KeysConfig
+from triflash.plan.kernels.shared import HopperConfig
 
 KERNELS = Path(triflash.__file__).parent / "kernels" / "hopper"
 _here = threading.local()  # of a partition: its schedule, and what is under way; the program's index
@@ -462,7 +461,7 @@ def _added_up(pointer: Pointer, x: Tensor, kept: Tensor) -> None:
 
 
 def inline_asm(text: str, constraints: str, arguments: Sequence[Any], dtype: Any, *_: object) -> Any:
-    """A copy, a wider copy, an addition in memory, a negative, choices, ``squashed`` and ``weighed`` of a soft cap, what dropout draws, what warps vote about, or a barrier of the processor."""
+    """A copy, a wider copy, an addition in memory, a negative, choices, ``tanh`` and ``p_and_ds_factor`` of a soft cap, what dropout draws, what warps vote about, or a barrier of the processor."""
     if text == "mov.b32 $0, $1;":
         return arguments[0]
     if "vote." in text:
@@ -654,14 +653,14 @@ def twin_device(processors: int, seed: int = 0, edges: bool = True, mild: bool =
     interpreted = Call.start
 
     def carry_out(call: Call) -> None:
-        if isinstance(call.config, (HopperConfig, KeysConfig)) or (edges and call.kernel.fn.__module__.endswith(".edges")):
+        if isinstance(call.config, HopperConfig) or (edges and call.kernel.fn.__module__.endswith((".preprocess", ".postprocess"))):
             run(call, seed)
         else:
             interpreted(call)
-        if not mild and call.kernel.fn.__name__ == "prepare" and call.args[6] is not None:
+        if not mild and call.kernel.fn.__name__ == "preprocess" and call.args[6] is not None:
             assert call.args[6].dtype == torch.int32
             call.args[6].zero_()
 
-    facts = replace(KNOWN_DEVICES["sm90"], processors=processors)
+    facts = replace(KNOWN_DEVICES["sm90"], sms=processors)
     with mock.patch.object(Call, "start", carry_out), mock.patch.object(signature, "facts_of", lambda _: facts):
         yield

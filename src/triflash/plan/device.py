@@ -20,13 +20,13 @@ class DeviceFacts:
     """What planning needs to know, as plain numbers, so that a plan for any GPU can be made on any machine.
 
     arch: ``cpu``, ``interpreter`` (Triton's, on the CPU), ``sm80`` … or ``gfx942`` ….
-    processors: multiprocessors or compute units that a grid should fill.
+    sms: SMs (of NVIDIA) or compute units (of AMD) that a grid should fill.
     shared_memory: bytes of shared memory that one program may use.
     name: what its vendor calls a GPU that is here; empty elsewhere. Tuned configurations hold for one name.
     """
 
     arch: str
-    processors: int
+    sms: int
     shared_memory: int
     name: str = ""
 
@@ -48,8 +48,8 @@ KNOWN_DEVICES = {
 }
 
 
-def _product(arch: str, processors: int) -> DeviceFacts:
-    return DeviceFacts(arch, processors, KNOWN_DEVICES[arch].shared_memory)
+def _product(arch: str, sms: int) -> DeviceFacts:
+    return DeviceFacts(arch, sms, KNOWN_DEVICES[arch].shared_memory)
 
 
 NAMED_DEVICES = {

@@ -79,7 +79,7 @@ def dbias_source(spec: AttentionSpec) -> str:
     return "dq" if query else "dkdv" if spec.groups == 1 else "packed_dbias"
 
 
-def backward_steps(spec: AttentionSpec, needs: Needs, config: Config, processors: int) -> tuple[Step, ...]:
+def backward_steps(spec: AttentionSpec, needs: Needs, config: Config, sms: int) -> tuple[Step, ...]:
     """The kernels of a backward pass: only those that the gradients asked for need."""
     packed = _packed(spec)
     source = dbias_source(spec) if needs.dbias else None
@@ -116,7 +116,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, config: Config, processors
             block_m = shared.block_m
         elif packed.bias_layout == "keys":
             block_n = shared.block_n
-        steps += _dbias_steps(spec, shared, processors)
+        steps += _dbias_steps(spec, shared, sms)
     return (*_table_steps(spec, block_m, block_n), *steps)
 
 
@@ -132,7 +132,7 @@ def _elements(spec: AttentionSpec) -> int:
     return heads * (packed.sequences if spec.bias.varies[0] else 1) * packed.bias_rows * packed.bias_cols
 
 
-def _dbias_steps(spec: AttentionSpec, config: TileConfig, processors: int) -> list[Step]:
+def _dbias_steps(spec: AttentionSpec, config: TileConfig, sms: int) -> list[Step]:
     """One program for each tile of the bias's own shape; where all sequences share it and tiles are few, the sequences are split."""
     assert spec.bias is not None
     packed = _packed(spec)
@@ -147,7 +147,7 @@ def _dbias_steps(spec: AttentionSpec, config: TileConfig, processors: int) -> li
         programs *= (ceil_div(packed.bias_rows, config.block_m) if query else 1) * (
             ceil_div(packed.bias_cols, config.block_n) if key else 1
         )
-    splits = 1 if sequence else max(1, min(packed.sequences, ceil_div(2 * processors, max(programs, 1))))
+    splits = 1 if sequence else max(1, min(packed.sequences, ceil_div(2 * sms, max(programs, 1))))
     if programs * splits >= 2**31:
         raise unsupported(f"the gradient of a bias of {programs} tiles", "triton", "use 'tiled'")
     steps = [Step("packed_dbias", config, programs * splits, splits=splits, gives=("dbias",))]

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from ..spec import AttentionSpec
 from .configs import TileConfig
-from .hopper import HopperConfig
-from .hopper_backward import KeysConfig
+from .kernels.shared import HopperConfig
 
 __all__ = ["IN_PYTORCH", "SUM_BLOCK", "Plan", "Step", "broadcast_rows", "ceil_div", "dbias_source", "sum_steps"]
 
@@ -25,7 +24,7 @@ class Step:
     """
 
     kernel: str
-    config: TileConfig | HopperConfig | KeysConfig | None = None
+    config: TileConfig | HopperConfig | None = None
     programs: int = 1
     order: str = "tile"
     splits: int = 1

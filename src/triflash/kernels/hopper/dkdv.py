@@ -1,39 +1,48 @@
-"""The backward kernel for Hopper that owns keys: dk, dv and, added up in global memory, dq.
+"""The backward kernel for Hopper that owns keys: dk, dv and, summed in global memory, dq. Launched by ``launch/hopper_backward.py``.
 
-A program owns tiles of 128 keys of one key head, 64 for each of its two consumer warpgroups, and walks the queries that see them. With p
-and delta as in ``kernels/triton/backward.py``, a consumer computes its part of sᵀ and dpᵀ, keeps pᵀ and dsᵀ in registers as operands of
+A CTA owns tiles of 128 keys of one key head, 64 for each of its two consumer warpgroups, and walks the queries that see them. With p and
+delta as in ``kernels/triton/backward.py``, a consumer computes its part of sᵀ and dpᵀ and keeps pᵀ and dsᵀ in registers as operands of
 
     dv += pᵀ dout;   dk += scale dsᵀ q
 
-and puts dsᵀ into shared memory, where the two parts meet as the operand of ``dq += ds k``; each consumer computes half of its columns
-(FlashAttention-3, Shah et al. 2024), or a third warpgroup all (APART). That sum runs over all key tiles, so it is formed in memory, by TMA
-or straight from registers, float32 numbers in no fixed order; where results must be the same bits on every run, ``dq.py`` computes dq and
-this kernel runs without.
+dsᵀ also goes to shared memory, as the operand of ``dq += ds k``. Each consumer computes half of dq's columns (FlashAttention-3, Shah et al.
+2024), or a third warpgroup computes all (``dq_warpgroup``). The sum over key tiles is formed in global memory, in float32 and in no fixed
+order, by TMA or by red.global. Where results must be the same bits on every run, ``dq.py`` computes dq and this kernel does not.
 
-A producer warp loads q, dout, lse, delta and bias tiles as far ahead as there are buffers (``keys_loads.py``); dq's product and sum are in
-``keys_dq.py``. Barriers as in ``forward.py``, but for buffers that consumers give back, which are told of at barriers of the processor.
+``dkdv_step.py`` has one block of queries and the sum of dq. mbarriers as in ``forward.py``, but buffers that consumers give back are
+announced at named barriers (``rings.bar_arrive``).
 """
 
 from ..triton.prims import LOG2E, offset
-from .columns import grid_of, of_keys, query_heads, store_dbias, visible_blocks
-from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store, tma_store_wait, warpgroup_mma_wait
-from .dropout import stream_of
-from .extent import Extent, extent_of
-from .features import clear_hidden, mildest, slope_of
-from .keys_block import fold, score, weigh
-from .keys_dq import add_to_sum, add_up, add_up_apart, dq_hand_over, dq_product, first_block
-from .keys_loads import DS_HERE, Feed, produce
+from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_load, tma_store, tma_store_wait, warpgroup_mma_wait
+from .dkdv_step import (
+    BIAS_FREE,
+    DS_HERE,
+    O_FREE,
+    Q_FREE,
+    add_dq_by_tma,
+    dq_mma,
+    first_block,
+    fold,
+    hand_dq_to_tma,
+    red_add_dq,
+    run_dq_warpgroup,
+    score,
+    weigh,
+)
+from .dropout import philox_of
+from .extent import Extent, extent_of, outer_at
+from .features import all_lse_small, clear_masked, slope_of
 from .layouts import accumulator, stacked
-from .rings import Ring, barriers, meet, ring
+from .rings import Ring, bar_sync, barriers, ring
+from .scores_kq import DELTA, LSE, REST, Feed, grid_of, of_keys, query_heads, store_dbias, turned, visible_blocks
 
 
 @record
 class Program:
-    """What all partitions of a program work with. C: the configuration (``plan/hopper_backward.KeysConfig``); the rest as
-    ``keys_backward`` says.
-    """
+    """What all partitions of a CTA share. C: the configuration (``plan/kernels/dkdv.DkdvConfig``); the rest as of ``dkdv``."""
 
-    mild: object
+    small_lse: object
     dk_desc: object
     dv_desc: object
     dk_parts: object
@@ -60,7 +69,7 @@ class Program:
     bias_full: object
     ds_empty: object
     dq_empty: object
-    together: object
+    consumers_done: object
     bias_strides: object
     dbias_strides: object
     slope_strides: object
@@ -80,14 +89,14 @@ class Program:
     scale: object
     tiles_n: object
     tiles: object
-    section: object
-    snake: object
+    l2_group: object
+    serpentine: object
     C: gl.constexpr
     NEED_DK: gl.constexpr
     NEED_DV: gl.constexpr
     NEED_DB: gl.constexpr
     NEED_DS: gl.constexpr
-    APART: gl.constexpr
+    DQ_WARPGROUP: gl.constexpr
     ROW: gl.constexpr
     IS_MASK: gl.constexpr
     EVEN_N: gl.constexpr
@@ -111,13 +120,13 @@ class Keys:
     key_bias: object
     key_mask: object
     slope: object
-    stream: object
+    philox: object
     scale_log2: object
     done: object
     base: object
     sum_base: object
     WG: gl.constexpr
-    MILD: gl.constexpr
+    SMALL_LSE: gl.constexpr
 
 
 @record
@@ -132,15 +141,78 @@ class Span:
 
 
 @gluon.jit
+def _produce(p, f):
+    """The producer: every load of the program, in the order in which the consumers need them."""
+    BM: gl.constexpr = p.C.block_m
+    HALF: gl.constexpr = p.C.block_n // 2
+    STATS: gl.constexpr = BM * 4
+    Q_STAGES: gl.constexpr = p.C.q_stages
+    O_STAGES: gl.constexpr = p.C.o_stages
+    BIAS_STAGES: gl.constexpr = p.C.bias_stages
+    BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes if f.bias_desc is not None else 0
+    MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
+    grid = grid_of(p)
+    done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
+    for wave in range(grid.waves()):
+        n0, kv_head, b = grid.locate(wave)
+        begin, whole, part, end = visible_blocks(p, extent_of(b, p.M, p.N, p.lengths), n0)
+        own_head, first_head, members = query_heads(kv_head, p.group, p.splits)
+        kv = p.kv.slot(wave, 0)
+        kv_full = p.kv.full.index(kv)
+        p.kv.acquire(wave, 0)
+        mbarrier.expect(kv_full, 2 * (f.k_desc.block_type.nbytes + f.v_desc.block_type.nbytes))
+        for w in gl.static_range(2):
+            tma_load(f.k_desc, [b, n0 + w * HALF, own_head, 0], kv_full, p.k_s.index(kv * 2 + w))
+            tma_load(f.v_desc, [b, n0 + w * HALF, own_head, 0], kv_full, p.v_s.index(kv * 2 + w))
+        steps = end - begin
+        for step in range(steps * members):
+            head = first_head + step // steps
+            m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
+            row = b * p.heads + head
+            at = done + step
+            stage = at % Q_STAGES
+            if at >= Q_STAGES:
+                bar_sync(Q_FREE + stage, 288)
+            q_full = p.q_full.index(stage)
+            if p.rest_s is not None:
+                mbarrier.expect(q_full, f.q_desc.block_type.nbytes + 2 * STATS)
+                tma_load(f.stats_desc, [row, REST, m0], q_full, p.rest_s.index(stage))
+            else:
+                mbarrier.expect(q_full, f.q_desc.block_type.nbytes + STATS)
+            tma_load(f.stats_desc, [row, LSE, m0], q_full, p.lse_s.index(stage))
+            tma_load(f.q_desc, [b, m0, head, 0], q_full, p.q_s.index(stage))
+            if f.bias_desc is not None or f.mask_desc is not None:
+                for w in gl.static_range(2):
+                    slot = at % BIAS_STAGES * 2 + w
+                    if at >= BIAS_STAGES:
+                        bar_sync(BIAS_FREE + slot, 160)
+                    bias_full = p.bias_full.index(slot)
+                    mbarrier.expect(bias_full, BIAS_BYTES + MASK_BYTES)
+                    if f.bias_desc is not None:
+                        outer, inner, bias_head = outer_at(b, p.batch_inner, head, f.bias_on)
+                        tma_load(f.bias_desc, [outer, inner, bias_head, m0, n0 + w * HALF], bias_full, p.bias_s.index(slot))
+                    if f.mask_desc is not None:
+                        mask_outer, mask_inner, mask_head = outer_at(b, p.batch_inner, head, f.mask_on)
+                        tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, m0, n0 + w * HALF], bias_full, p.mask_s.index(slot))
+            o_stage = at % O_STAGES
+            if at >= O_STAGES:
+                bar_sync(O_FREE + o_stage, 288)
+            o_full = p.o_full.index(o_stage)
+            mbarrier.expect(o_full, f.o_desc.block_type.nbytes + STATS)
+            tma_load(f.stats_desc, [row, DELTA, m0], o_full, p.delta_s.index(o_stage))
+            tma_load(f.o_desc, [b, m0, head, 0], o_full, p.o_s.index(o_stage))
+        done += steps * members
+
+
+@gluon.jit
 def _walk(p, t, start, stop, dk, dv, db, place, first, last, MASKED: gl.constexpr, UNROLL: gl.constexpr):
     """Fold the query blocks ``first … last`` of ``start … stop``, a multiple of UNROLL, into (dk, dv, db).
 
-    Unless it is computed APART, dq of a block is computed in the step of the next one, so that the consumers need not wait for each other's
-    ds. In the first step of a tile there is none yet; what is computed then is nothing that anybody reads. The last one is left to the
-    caller.
+    Without DQ_WARPGROUP, dq of a block is computed in the step of the next, so that consumers do not wait for each other's ds. In the first
+    step of a tile there is none: what is computed then is not read. The last block is left to the caller.
 
-    Of UNROLL blocks, the scores of one are started before the products of the one before are waited for, so that the matrix units do not
-    run dry. From one step of the loop to the next that cannot be: ptxas would make every product wait for the one before.
+    Within UNROLL blocks, the scores of one start before the MMAs of the one before have ended, which keeps the tensor cores busy. Across
+    steps of the loop ptxas would serialise the MMAs.
     """
     HALF: gl.constexpr = p.C.block_n // 2
     BD: gl.constexpr = p.k_s.shape[4]
@@ -168,7 +240,7 @@ def _walk_all(p, t, start, stop, dk, dv, db, place, MASKED: gl.constexpr, UNROLL
 
 @gluon.jit
 def _keep(parts, row, x):
-    """x to float32 rows of its length, from ``row`` on, past the end of no array."""
+    """Store x to rows of a contiguous float32 array, from ``row`` on; the array has whole tiles."""
     L: gl.constexpr = x.type.layout
     i = gl.expand_dims(gl.arange(0, x.shape[0], gl.SliceLayout(1, L)), 1)
     c = gl.expand_dims(gl.arange(0, x.shape[1], gl.SliceLayout(0, L)), 0)
@@ -177,7 +249,7 @@ def _keep(parts, row, x):
 
 
 @gluon.jit
-def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
+def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     """One consumer: 64 keys of every tile of the program."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
@@ -204,8 +276,8 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
             # The own half; the other consumer meets it in dq, after it has got ds from here.
             rows = x.keys - (n0 + WG * HALF)
             if (steps > 0) & (rows < HALF) & (x.keys < p.N):
-                clear_hidden(p.k_s.index(kv * 2 + WG).reshape([HALF, BD]), rows)
-                clear_hidden(p.v_s.index(kv * 2 + WG).reshape([HALF, BDV]), rows)
+                clear_masked(p.k_s.index(kv * 2 + WG).reshape([HALF, BD]), rows)
+                clear_masked(p.v_s.index(kv * 2 + WG).reshape([HALF, BDV]), rows)
         place = 0
         own_head, first_head, members = query_heads(kv_head, p.group, p.splits)
         for member in range(members):
@@ -214,9 +286,9 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
             if p.dq_sum is not None:
                 sum_base = first_block(b * p.heads + head, p.M, BM)
             slope = slope_of(p.slopes, p.slope_strides, b, head)
-            stream = None
+            philox = None
             if p.dropout is not None:
-                stream = stream_of(p.dropout, b, head, p.heads)
+                philox = philox_of(p.dropout, b, head, p.heads)
             key_bias = gl.zeros([HALF], gl.float32, ROWS)
             if p.bias is not None:
                 key_bias = of_keys(p, p.bias, p.bias_strides, b, head, j).to(gl.float32)
@@ -225,7 +297,7 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
                 key_mask = of_keys(p, p.mask, p.mask_strides, b, head, j)
             db = gl.zeros([HALF], gl.float32, ROWS)
             base = done + member * steps - begin
-            t = Keys(x, x.diagonal(), n0, kv, key_bias, key_mask, slope, stream, scale_log2, done, base, sum_base, WG, MILD)
+            t = Keys(x, x.diagonal(), n0, kv, key_bias, key_mask, slope, philox, scale_log2, done, base, sum_base, WG, SMALL_LSE)
             if (p.hi is not None) or (not p.EVEN_N):
                 dk, dv, db, place = _walk_all(p, t, begin, whole, dk, dv, db, place, True, 1)
             dk, dv, db, place = _walk_all(p, t, whole, part, dk, dv, db, place, False, UNROLL)
@@ -234,22 +306,22 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
             if p.NEED_DB:
                 store_dbias(p, db, b, head, j)
         done += steps * members
-        if p.APART:
+        if p.DQ_WARPGROUP:
             if steps > 0:  # these keys are still read for dq
                 mbarrier.wait(p.ds_empty.index((done - 1) & 1), ((done - 1) >> 1) & 1)
         elif p.ds_s is not None:
             if steps > 0:
                 if p.dq_sum is None:
                     mbarrier.wait(p.dq_empty.index(WG), ((done - 1) & 1) ^ 1)
-                meet(DS_HERE + 8 * WG + ((done - 1) & 1), 256)
-                dq = warpgroup_mma_wait(0, [dq_product(p, done - 1, kv, WG)])
+                bar_sync(DS_HERE + 8 * WG + ((done - 1) & 1), 256)
+                dq = warpgroup_mma_wait(0, [dq_mma(p, done - 1, kv, WG)])
                 if p.dq_sum is None:
-                    dq_hand_over(p, dq, True, WG)
+                    hand_dq_to_tma(p, dq, True, WG)
                 else:
-                    add_to_sum(p.dq_sum, place, dq, None, WG * (BD // 2), p.ROW)
+                    red_add_dq(p.dq_sum, place, dq, None, WG * (BD // 2), p.ROW)
             # The other consumer may still be reading these keys for its half of dq.
-            mbarrier.arrive(p.together.index(0))
-            mbarrier.wait(p.together.index(0), wave & 1)
+            mbarrier.arrive(p.consumers_done.index(0))
+            mbarrier.wait(p.consumers_done.index(0), wave & 1)
         if p.dropout is not None:
             dk = dk * p.dropout[2]
             dv = dv * p.dropout[2]
@@ -273,40 +345,40 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
 
 @gluon.jit
 def _consume_either(p, WG: gl.constexpr):
-    """One consumer: ``_consume`` in the faster way if all statistics are mild (``edges.py``)."""
-    if (p.mild is not None) and (mildest(p.mild) != 0):
+    """One consumer: ``_consume`` with the faster loop if every lse is small (``preprocess.py``)."""
+    if (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
         _consume(p, WG, True)
     else:
         _consume(p, WG, False)
 
 
-COUNTS = ["batch", "heads", "group", "splits", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "section", "snake"]
+COUNTS = ["batch", "heads", "group", "splits", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "l2_group", "serpentine"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
-def keys_backward(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, mild, bias_desc, dk_desc, dv_desc, dk_parts, dv_parts, dq_desc, dq_sum, bias, lengths,
+def dkdv(
+    q_desc, k_desc, v_desc, o_desc, stats_desc, small_lse, bias_desc, dk_desc, dv_desc, dk_parts, dv_parts, dq_desc, dq_sum, bias, lengths,
     slopes, dbias, bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
-    batch, heads, group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
+    batch, heads, group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, ROW: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 128 keys of a key head; ``tiles`` of them, ``tiles_n`` a (batch, key head) pair, dealt out as ``schedule.Uniform`` says.
+    """Tiles of 128 keys of a key head: ``tiles`` of them, ``tiles_n`` a (batch, key head) pair, dealt out by ``schedule.Uniform``.
 
     Descriptors of q, k, v, dout (``o_desc``), dk and dv are over (batch, length, head, dim); that of the table ``stats`` over (batch and
-    head, LSE | DELTA | REST, query), written by ``prepare``. The float32 sum of dq is a descriptor over (batch, head, query, dim) or, to be
-    added to straight from registers, a pointer dq_sum, with rows of ROW columns (``keys_dq.py``). A bias tile comes by a descriptor over
-    its five dims, switched off by ``bias_on`` where it broadcasts; a bias that varies over keys alone as a pointer and strides, and its
-    gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). A mask beside the bias comes in the same two ways.
-    ``group`` query heads share a key head. With ``splits``, they are dealt out in so many parts, which then count as key heads above, and
-    what each sums up to for dk and dv goes to dk_parts and dv_parts, float32 and contiguous (batch, part, whole tiles of keys, dim as the
-    kernel pads it). cap: see ``features.squashed``; dropout: see ``stream_of``. None: absent, or not wanted.
+    head, LSE | DELTA | REST, query), which ``preprocess`` fills. The float32 sum of dq is a descriptor over (batch, head, query, dim) or,
+    for red.global, a pointer dq_sum with rows of ROW columns (``dkdv_step.py``). A bias tile comes by a descriptor over its five dims,
+    switched off by ``bias_on`` where it broadcasts. A bias over keys alone comes as a pointer and strides; its gradient goes to ``dbias``
+    with strides (outer batch, inner batch, head, key). A mask beside the bias comes in the same two ways. ``group`` query heads share a key
+    head. With ``splits`` they are dealt out in so many parts, which count as key heads above; each part's sums of dk and dv go to dk_parts
+    and dv_parts, float32 and contiguous (batch, part, whole tiles of keys, padded dim). cap: see ``features.tanh``; dropout: see
+    ``philox_of``. None: absent, or not wanted.
     """
     DT: gl.constexpr = q_desc.dtype
     BM: gl.constexpr = C.block_m
     KEYS: gl.constexpr = 2 * C.kv_stages
     BIASES: gl.constexpr = 2 * C.bias_stages
-    APART: gl.constexpr = C.apart and dq_desc is not None
+    DQ_WARPGROUP: gl.constexpr = C.dq_warpgroup and dq_desc is not None
     NEED_DK: gl.constexpr = dk_desc is not None or dk_parts is not None
     NEED_DV: gl.constexpr = dv_desc is not None or dv_parts is not None
     NEED_DB: gl.constexpr = dbias is not None
@@ -335,7 +407,7 @@ def keys_backward(
     else:
         ds_s = None
     if dq_desc is not None:
-        dq_s = gl.allocate_shared_memory(gl.float32, stacked(4 if APART else 2, dq_desc.block_shape), dq_desc.layout)
+        dq_s = gl.allocate_shared_memory(gl.float32, stacked(4 if DQ_WARPGROUP else 2, dq_desc.block_shape), dq_desc.layout)
     else:
         dq_s = None
     kv = ring(C.kv_stages, 1, 2, True)
@@ -344,25 +416,27 @@ def keys_backward(
     bias_full = barriers(BIASES, 1)
     ds_empty = barriers(2, 1)
     dq_empty = barriers(2, 1)
-    together = barriers(1, 2)
+    consumers_done = barriers(1, 2)
     fence_async_shared()
 
     p = Program(
-        mild, dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s,
-        bias_s, mask_s, ds_s, dq_s, dq_sum, kv, q_full, o_full, bias_full, ds_empty, dq_empty, together, bias_strides,
+        small_lse, dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s,
+        bias_s, mask_s, ds_s, dq_s, dq_sum, kv, q_full, o_full, bias_full, ds_empty, dq_empty, consumers_done, bias_strides,
         dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits, batch_inner, M, N, lo, hi,
-        scale, tiles_n, tiles, section, snake, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, APART, ROW, IS_MASK, EVEN_N, ALIBI,
+        scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, DQ_WARPGROUP, ROW, IS_MASK, EVEN_N, ALIBI,
         BATCH_FASTEST, LONGEST,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
-    if APART:
+    if DQ_WARPGROUP:
         gl.warp_specialize(
-            [(_consume_either, (p, 0)), (_consume_either, (p, 1)), (add_up_apart, (p, dq_desc)), (produce, (p, f))],
+            [(_consume_either, (p, 0)), (_consume_either, (p, 1)), (run_dq_warpgroup, (p, dq_desc)), (_produce, (p, f))],
             [4, 4, 1], [208, 72, 24],
         )  # fmt: skip
     elif dq_desc is not None:
         gl.warp_specialize(
-            [(_consume_either, (p, 0)), (_consume_either, (p, 1)), (produce, (p, f)), (add_up, (p, dq_desc))], [4, 1, 1], [240, 24, 24]
+            [(_consume_either, (p, 0)), (_consume_either, (p, 1)), (_produce, (p, f)), (add_dq_by_tma, (p, dq_desc))],
+            [4, 1, 1],
+            [240, 24, 24],
         )
     else:
-        gl.warp_specialize([(_consume_either, (p, 0)), (_consume_either, (p, 1)), (produce, (p, f))], [4, 1], [240, 24])
+        gl.warp_specialize([(_consume_either, (p, 0)), (_consume_either, (p, 1)), (_produce, (p, f))], [4, 1], [240, 24])

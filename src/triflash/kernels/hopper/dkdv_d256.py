@@ -1,13 +1,12 @@
-"""The backward kernel for Hopper that owns keys, for head dims above 128: dk and dv. dq comes from ``dq.py``.
+"""The backward kernel for Hopper that owns keys, for head dims above 128: dk and dv. Launched by ``launch/hopper_backward.py``.
 
-dk and dv of 64 keys with 256 dims fill a consumer's registers each, so the two consumers share the work another way than in
-``backward.py``: one computes sᵀ, pᵀ and ``dv += pᵀ dout``, the other dpᵀ, dsᵀ and ``dk += scale dsᵀ q``. pᵀ goes from the first to the
-second through shared memory, in q's dtype, in which it is the operand of dv anyway. The second product of a block runs under the first of
-the next.
+dk and dv of 64 keys with 256 dims fill a consumer's registers each, so the two consumers split the work by MMA, not by key as in
+``dkdv.py``: one computes sᵀ, pᵀ and ``dv += pᵀ dout``, the other dpᵀ, dsᵀ and ``dk += scale dsᵀ q``. pᵀ goes from the first to the second
+through shared memory in q's dtype, in which it is the operand of dv anyway. The second MMA of a block runs under the first of the next. dq
+comes from ``dq.py``.
 """
 
 from ..triton.prims import LOG2E
-from .columns import DELTA, LSE, REST, grid_of, in_turn, of_keys, probabilities, store_dbias, turned, visible_blocks
 from .compat import (
     fence_async_shared,
     gl,
@@ -20,21 +19,19 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .dropout import drawn, dropped, of_scores, signed, stream_of
+from .dropout import drop, ds_of, keep_bits, philox_of, sign_dropped
 from .extent import Extent, extent_of, outer_at
-from .features import clear_hidden, mildest, slope_of
-from .keys_loads import Feed
+from .features import all_lse_small, clear_masked, slope_of
 from .layouts import accumulator, stacked
 from .rings import Ring, ring
+from .scores_kq import DELTA, LSE, REST, Feed, grid_of, in_turn, of_keys, probabilities, store_dbias, turned, visible_blocks
 
 
 @record
 class Program:
-    """What all partitions of a program work with. C: the configuration (``plan/hopper_backward.KeysConfig``); the rest as
-    ``backward.keys_backward`` says.
-    """
+    """What all partitions of a CTA share. C: the configuration (``plan/kernels/dkdv.DkdvConfig``); the rest as of ``dkdv.dkdv``."""
 
-    mild: object
+    small_lse: object
     dk_desc: object
     dv_desc: object
     dbias: object
@@ -75,8 +72,8 @@ class Program:
     scale: object
     tiles_n: object
     tiles: object
-    section: object
-    snake: object
+    l2_group: object
+    serpentine: object
     C: gl.constexpr
     NEED_DS: gl.constexpr
     IS_MASK: gl.constexpr
@@ -88,7 +85,7 @@ class Program:
 
 @record
 class Keys:
-    """The 64 keys of a tile, from n0 on, and what they have for one query head. Numbers of blocks as in ``backward.Keys``."""
+    """The 64 keys of a tile, from n0 on, and what they have for one query head. Numbers of blocks as in ``dkdv.Keys``."""
 
     x: Extent
     diagonal: object
@@ -96,11 +93,11 @@ class Keys:
     key_bias: object
     key_mask: object
     slope: object
-    stream: object
+    philox: object
     scale_log2: object
     done: object
     base: object
-    MILD: gl.constexpr
+    SMALL_LSE: gl.constexpr
 
 
 @gluon.jit
@@ -163,7 +160,7 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
     COLS: gl.constexpr = gl.SliceLayout(0, S)
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
     NEED_DV: gl.constexpr = p.dv_desc is not None
-    DROPPED: gl.constexpr = t.stream is not None
+    DROPPED: gl.constexpr = t.philox is not None
     UNDROPPED: gl.constexpr = p.p_s.shape[0] == 4  # the other consumer asks for these too
     nothing = gl.zeros([BN, BM], gl.float32, S)
     k = p.k_s.reshape([BN, W])
@@ -182,8 +179,8 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
         if NEED_DV:
             p.douts.wait(before, 0)
             dv_pending = warpgroup_mma(operand, p.o_s.index(p.douts.slot(before, 0)).reshape([BM, W]), dv, is_async=True)
-        if DROPPED:  # under the products
-            marks = drawn(t.stream, m0, t.n0, BN, BM, True)
+        if DROPPED:  # under the MMAs
+            bits = keep_bits(t.philox, m0, t.n0, BN, BM, True)
         if NEED_DV:
             s = warpgroup_mma_wait(1, [s_pending])
         else:
@@ -203,11 +200,11 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
         undropped = p16
         if DROPPED:
             if p.NEED_DS and UNDROPPED:
-                undropped = signed(p16.to(gl.float32), marks).to(p.k_s.dtype)
+                undropped = sign_dropped(p16.to(gl.float32), bits).to(p.k_s.dtype)
             if p.NEED_DS:
-                weight = signed(weight, marks)
+                weight = sign_dropped(weight, bits)
             if NEED_DV:
-                p16 = dropped(p16, marks)
+                p16 = drop(p16, bits)
         if p.NEED_DS:
             mbarrier.wait(p.weights.empty.index(at & 1), ((at >> 1) & 1) ^ 1)
             p.p_s.index(at & 1).permute((1, 0)).store(weight.to(p.k_s.dtype))
@@ -228,7 +225,7 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def _values(p, MILD: gl.constexpr):
+def _values(p, SMALL_LSE: gl.constexpr):
     """The consumer of scores: pᵀ for itself and for the other one, and dv."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
@@ -249,12 +246,12 @@ def _values(p, MILD: gl.constexpr):
         p.kv.wait(wave, 0)
         if p.lengths is not None:
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
-                clear_hidden(p.k_s.reshape([BN, W]), x.keys - n0)
+                clear_masked(p.k_s.reshape([BN, W]), x.keys - n0)
         for member in range(p.group):
             slope = slope_of(p.slopes, p.slope_strides, b, kv_head * p.group + member)
-            stream = None
+            philox = None
             if p.dropout is not None:
-                stream = stream_of(p.dropout, b, kv_head * p.group + member, p.heads)
+                philox = philox_of(p.dropout, b, kv_head * p.group + member, p.heads)
             j = n0 + gl.arange(0, BN, ROWS)
             key_bias = gl.zeros([BN], gl.float32, ROWS)
             if p.bias is not None:
@@ -262,9 +259,9 @@ def _values(p, MILD: gl.constexpr):
             key_mask = None
             if p.mask is not None:
                 key_mask = of_keys(p, p.mask, p.mask_strides, b, kv_head * p.group + member, j)
-            t = Keys(x, x.diagonal(), n0, key_bias, key_mask, slope, stream, scale_log2, done, done + member * steps - begin, MILD)
+            t = Keys(x, x.diagonal(), n0, key_bias, key_mask, slope, philox, scale_log2, done, done + member * steps - begin, SMALL_LSE)
             # Both masked walks are there whenever there is any bound, one of them perhaps without a block: with one of them missing, the
-            # assembler of Triton 3.6 (12.8) lets products wait for one another (C7513).
+            # assembler of Triton 3.6 (12.8) serialises the MMAs (C7513).
             if (p.hi is not None) or (p.lo is not None) or (not p.EVEN_N):
                 dv, operand = _walk_values(p, t, dv, operand, begin, whole, True)
             dv, operand = _walk_values(p, t, dv, operand, whole, part, False)
@@ -288,8 +285,8 @@ def _values(p, MILD: gl.constexpr):
 
 @gluon.jit
 def _values_either(p):
-    """``_values`` in the faster way if all statistics are mild (``edges.py``)."""
-    if (p.mild is not None) and (mildest(p.mild) != 0):
+    """``_values`` with the faster loop if every lse is small (``preprocess.py``)."""
+    if (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
         _values(p, True)
     else:
         _values(p, False)
@@ -322,10 +319,10 @@ def _walk_keys(p, t, dk, db, ds16, first, last):
         mbarrier.wait(p.weights.full.index(at & 1), (at >> 1) & 1)
         weight = p.p_s.index(at & 1).permute((1, 0)).load(S)
         dp = warpgroup_mma_wait(1 if NEED_DK else 0, [dp_pending])
-        ds = of_scores(weight.to(gl.float32), dp, delta, DROPPED)
+        ds = ds_of(weight.to(gl.float32), dp, delta, DROPPED)
         if p.dbias is not None and p.p_s.shape[0] == 4:
             own = p.p_s.index(2 + (at & 1)).permute((1, 0)).load(S).to(gl.float32)
-            db += gl.sum(of_scores(own, dp, delta, DROPPED), 1)
+            db += gl.sum(ds_of(own, dp, delta, DROPPED), 1)
         elif p.dbias is not None:
             db += gl.sum(ds, 1)
         fence_async_shared()  # before buffers that were read by plain loads go back
@@ -363,7 +360,7 @@ def _keys(p):
         p.kv.wait(wave, 0)
         if p.lengths is not None:
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
-                clear_hidden(p.v_s.reshape([BN, W]), x.keys - n0)
+                clear_masked(p.v_s.reshape([BN, W]), x.keys - n0)
         for member in range(p.group):
             db = gl.zeros([BN], gl.float32, ROWS)
             t = Keys(x, None, n0, None, None, None, None, None, done, done + member * steps - begin, False)
@@ -387,18 +384,18 @@ def _keys(p):
         p.kv.release(wave, 0)
 
 
-COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "section", "snake"]
+COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "l2_group", "serpentine"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
-def wide_keys_backward(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, mild, bias_desc, dk_desc, dv_desc, bias, lengths, slopes, dbias, bias_strides,
+def dkdv_d256(
+    q_desc, k_desc, v_desc, o_desc, stats_desc, small_lse, bias_desc, dk_desc, dv_desc, bias, lengths, slopes, dbias, bias_strides,
     dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
-    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake,
+    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 64 keys of a key head. Arguments as of ``backward.keys_backward``, but all blocks have the same number of columns."""
+    """Tiles of 64 keys of a key head. Arguments as of ``dkdv.dkdv``, but all blocks have the same number of columns."""
     DT: gl.constexpr = q_desc.dtype
     STAGES: gl.constexpr = C.q_stages
     NEED_DS: gl.constexpr = (dk_desc is not None) or (dbias is not None)
@@ -435,9 +432,9 @@ def wide_keys_backward(
     fence_async_shared()
 
     p = Program(
-        mild, dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s, kv,
+        small_lse, dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s, kv,
         queries, douts, weights, biases, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
-        group, None, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, section, snake, C, NEED_DS, IS_MASK, EVEN_N, ALIBI,
+        group, None, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DS, IS_MASK, EVEN_N, ALIBI,
         BATCH_FASTEST, LONGEST,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)

@@ -1,15 +1,36 @@
-"""What the backward kernels for Hopper share that hold scores in rows, 64 queries a consumer: their statistics, and from s to ds.
+"""What Hopper's kernels share that own queries: s = q kᵀ, a query a row, 64 a consumer. Called by ``forward.py``, ``dq.py``, ``dbias.py``.
 
     p = 2^(s - lse);   ds = p * (dp - delta),   dp = dout vᵀ
 
-lse (in base 2), delta and ``rest`` come in one float32 tensor (batch * head, 2 or 3, queries up to a multiple of 128). Its lse is +inf for
-a query that sees no key or does not exist, so that p is 0 there, and delta 0: no mask of queries is needed.
+lse (base 2), delta and ``rest`` come in one float32 table (batch * head, 2 or 3, queries up to a multiple of 128). Its lse is +inf for a
+query that sees no key or does not exist: p is 0 there, and no mask of queries is needed.
 """
 
-from ..triton.prims import LOG2E, offset
+from ..triton.prims import LOG2E, offset, segments
 from .compat import gl, gluon
-from .features import hide, keep_up_to, widened
+from .features import mask_scores, select_le, widened
 from .layouts import accumulator
+from .schedule import Uniform
+
+BM = gl.constexpr(64)  # queries of a consumer
+
+
+@gluon.jit
+def grid_of(p):
+    """A program's tiles of queries: 64 a consumer."""
+    TILE: gl.constexpr = BM * p.C.consumers
+    LONGEST: gl.constexpr = "last" if p.hi is not None else "none"
+    return Uniform(p.tiles_m, p.tiles, p.batch, p.heads, p.l2_group, p.serpentine, TILE, LONGEST, p.BATCH_FASTEST)
+
+
+@gluon.jit
+def visible_blocks(p, x, m0):
+    """``segments`` of a tile's queries, of which m0 is the first, but never empty: queries that see no key get one block to hide
+    altogether.
+    """
+    last = min(m0 + BM * p.C.consumers, x.queries) - 1
+    begin, full_begin, full_end, end = segments(m0, last, x.keys, p.lo, p.hi, p.C.block_n)
+    return begin, full_begin, full_end, max(end, begin + 1)
 
 
 @gluon.jit
@@ -43,31 +64,31 @@ def column_of(bias, strides, m0, head, b, batch_inner, M, BM: gl.constexpr, BN: 
 def add_bias(s, bias, IS_MASK: gl.constexpr):
     """Scores in base 2 with a bias of 64 rows or one, of BN columns or one; rounded as in the forward kernel."""
     if IS_MASK:
-        return hide(s, bias)
+        return mask_scores(s, bias)
     else:
         bias, s = gl.broadcast(widened(bias), s)
         return gl.fma(bias, gl.full(s.shape, LOG2E, gl.float32, s.type.layout), s)
 
 
 @gluon.jit
-def hide_unseen(x, m0, n0, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr, HIDDEN: gl.constexpr):
-    """x of BM queries from m0 and BN keys from n0 on where the key exists and the query sees it, else HIDDEN (``keep_up_to``)."""
+def mask_band(x, m0, n0, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr, MASKED_VALUE: gl.constexpr):
+    """x of BM queries from m0 and BN keys from n0 on where the key exists and the query sees it, else HIDDEN (``select_le``)."""
     S: gl.constexpr = accumulator(BN)
     j = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
     i = m0 + gl.arange(0, BM, gl.SliceLayout(1, S))
     if hi is not None:  # one comparison a score: the last key that exists and that the query sees
-        x = keep_up_to(x, j, gl.expand_dims(gl.minimum(i + hi, N - 1), 1), HIDDEN)
+        x = select_le(x, j, gl.expand_dims(gl.minimum(i + hi, N - 1), 1), MASKED_VALUE)
     else:
-        x = keep_up_to(x, j, j * 0 + (N - 1), HIDDEN)
+        x = select_le(x, j, j * 0 + (N - 1), MASKED_VALUE)
     if lo is not None:
-        x = keep_up_to(x, gl.expand_dims(i + lo, 1), j, HIDDEN)
+        x = select_le(x, gl.expand_dims(i + lo, 1), j, MASKED_VALUE)
     return x
 
 
 @gluon.jit
 def exponents(s, lse, rest, HAS_REST: gl.constexpr, BIASED: gl.constexpr):
-    """``s - lse``; ``rest`` is what lse has no room for. Where nobody kept it, and a bias may be huge, p is at least kept to 1; so it is
-    without a bias, where this is for huge products alone and need not be fast.
+    """``s - lse``, less ``rest``, what a float32 lse loses of a huge one. Without a rest, and beside a bias that may be huge, p is kept to
+    1. With one and without a bias it is, too: that case is for huge q k alone and need not be fast.
     """
     x = s - gl.expand_dims(lse, 1)
     if HAS_REST:

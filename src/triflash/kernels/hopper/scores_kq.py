@@ -1,8 +1,8 @@
-"""What the backward kernels for Hopper share that own keys, and so hold scores in columns: a query is a column of a tile, a key a row."""
+"""What the backward kernels for Hopper share that own keys: sᵀ = k qᵀ, a key a row and a query a column. Called by ``dkdv*.py``."""
 
 from ..triton.prims import LOG2E, offset, segments
-from .compat import gl, gluon
-from .features import ONE_SIDED, add_alibi, capped, keep_up_to, line, opaque, rounded, squashed, weighed, widened
+from .compat import gl, gluon, record
+from .features import ONE_SIDED, add_alibi, line, opaque, p_and_ds_factor, rounded, select_le, softcapped, tanh, widened
 from .layouts import accumulator
 from .schedule import Uniform
 
@@ -11,11 +11,34 @@ DELTA = gl.constexpr(1)
 REST = gl.constexpr(2)
 
 
+@record
+class Feed:
+    """What the producer alone needs: descriptors of what it loads, and along which outer dims the bias and the mask vary."""
+
+    q_desc: object
+    k_desc: object
+    v_desc: object
+    o_desc: object
+    stats_desc: object
+    bias_desc: object
+    bias_on: object
+    mask_desc: object
+    mask_on: object
+
+
 @gluon.jit
 def grid_of(p):
     """A program's tiles of keys: of key heads, or of the parts that they are split into."""
     return Uniform(
-        p.tiles_n, p.tiles, p.batch, key_heads(p.heads, p.group, p.splits), p.section, p.snake, p.C.block_n, p.LONGEST, p.BATCH_FASTEST
+        p.tiles_n,
+        p.tiles,
+        p.batch,
+        key_heads(p.heads, p.group, p.splits),
+        p.l2_group,
+        p.serpentine,
+        p.C.block_n,
+        p.LONGEST,
+        p.BATCH_FASTEST,
     )
 
 
@@ -36,8 +59,8 @@ def visible_blocks(p, x, n0):
 
 @gluon.jit
 def in_turn(block, whole, part, n0, BM: gl.constexpr):
-    """Which block comes in the place of ``block``. Whole ones are visited in turn from a place that differs from tile to tile, else
-    programs that work on one head would all add to the same rows of dq at one time.
+    """The block that is visited in the place of ``block``. Whole blocks are visited in turn from a start that differs from tile to tile;
+    else CTAs that work on one head would all add to the same rows of dq at a time.
     """
     count = max(part - whole, 1)
     later = block + n0 // BM % count
@@ -91,15 +114,15 @@ def store_dbias(p, db, b, head, j):
 
 @gluon.jit
 def _exponents(p, t, s, bias, mask, lse, rest, m0, n0):
-    """Scores in base 2, less lse and rest. s: products, or what ``squashed`` makes of them. ``t.MILD``: in the order that takes least,
-    without rest; else rounded as in the forward kernel.
+    """Scores in base 2, less lse and rest. s: q k, or what ``tanh`` makes of it. ``t.SMALL_LSE``: in the cheapest order and without rest,
+    else rounded as in the forward kernel.
     """
     KEYS: gl.constexpr = s.shape[0]
     BM: gl.constexpr = s.shape[1]
     S: gl.constexpr = accumulator(BM)
     KEY_BIASED: gl.constexpr = p.bias is not None
     PLAIN: gl.constexpr = bias is None and mask is None and t.key_mask is None and not KEY_BIASED and not p.ALIBI
-    EARLY: gl.constexpr = t.MILD or (PLAIN and (p.cap is not None or rest is None))
+    EARLY: gl.constexpr = t.SMALL_LSE or (PLAIN and (p.cap is not None or rest is None))
     if p.ALIBI == ONE_SIDED:  # the other way round: the line over columns, which are queries here, goes along with their lse
         first = (n0 - m0 - t.diagonal).to(gl.float32)
         lse = lse - gl.expand_dims(line(opaque(t.slope * first), -t.slope, BM, gl.SliceLayout(0, S)), 0)
@@ -107,7 +130,7 @@ def _exponents(p, t, s, bias, mask, lse, rest, m0, n0):
         if EARLY:
             x = s * (2.0 * p.cap[1]) + (p.cap[1] - lse)
         else:
-            x = capped(s, p.cap)
+            x = softcapped(s, p.cap)
     elif EARLY:
         x = s * t.scale_log2 - lse
     else:
@@ -126,28 +149,32 @@ def _exponents(p, t, s, bias, mask, lse, rest, m0, n0):
     if mask is not None:
         x = gl.where(mask != 0, x, float("-inf"))
     if t.key_mask is not None:
-        shown, x = gl.broadcast(gl.expand_dims(t.key_mask, 1), x)
-        x = gl.where(shown != 0, x, float("-inf"))
+        mask_column, x = gl.broadcast(gl.expand_dims(t.key_mask, 1), x)
+        x = gl.where(mask_column != 0, x, float("-inf"))
     if p.ALIBI == ONE_SIDED:
         x = x + gl.expand_dims(line(0.0, t.slope, KEYS, gl.SliceLayout(1, S)), 1)
     elif p.ALIBI:
         x = add_alibi(x, t.slope, n0 - m0 - t.diagonal, -1, p.ALIBI)
     if not EARLY:
         x = x - lse
-    if rest is not None and not t.MILD:
+    if rest is not None and not t.SMALL_LSE:
         x = x - rest
         if PLAIN:  # nobody waits for this
             x = gl.minimum(x, 0.0)
-    elif (bias is not None or KEY_BIASED) and not (p.IS_MASK or t.MILD):  # nobody kept it, and a bias may be huge: p is at least kept to 1
+    elif (bias is not None or KEY_BIASED) and not (
+        p.IS_MASK or t.SMALL_LSE
+    ):  # nobody kept it, and a bias may be huge: p is at least kept to 1
         x = gl.minimum(x, 0.0)
     return x
 
 
 @gluon.jit
 def probabilities(p, t, s, bias, mask, lse, rest, m0, n0, MASKED: gl.constexpr):
-    """pᵀ of a consumer's keys, from ``n0`` on, and queries from ``m0`` on, from their products s: in q's dtype, and in float32 times the
-    derivative of their scores by ``scale * s``, which is 1 but for a soft cap. bias, mask: a tile of it; lse, rest: a number a query, as a
-    row. None: absent. p: the program; t: the tile, with a number a key of what varies over keys alone, and MILD (``edges.py``).
+    """``(pᵀ, weight)`` of the keys from ``n0`` on and the queries from ``m0`` on: pᵀ in q's dtype, and in float32 times the derivative of
+    the scores by ``scale * s``, which is 1 without a soft cap.
+
+    s: q k. bias, mask: a tile. lse, rest: a number a query, as a row. p: the program. t: the tile, with a number a key of what varies over
+    keys alone, and SMALL_LSE (``preprocess.py``). None: absent.
     """
     KEYS: gl.constexpr = s.shape[0]
     BM: gl.constexpr = s.shape[1]
@@ -156,20 +183,20 @@ def probabilities(p, t, s, bias, mask, lse, rest, m0, n0, MASKED: gl.constexpr):
     j = gl.expand_dims(n0 + gl.arange(0, KEYS, gl.SliceLayout(1, S)), 1)
     u = s
     if p.cap is not None:
-        u = squashed(s, p.cap)
+        u = tanh(s, p.cap)
     x = _exponents(p, t, u, bias, mask, lse, rest, m0, n0)
     weight = x
     if p.cap is None:
         weight = gl.exp2(x)
     if MASKED:
-        HIDDEN: gl.constexpr = "0f00000000" if p.cap is None else "0fFF800000"  # 0, or -inf
+        MASKED_VALUE: gl.constexpr = "0f00000000" if p.cap is None else "0fFF800000"  # 0, or -inf
         if p.hi is not None:  # one comparison a score: the first query that sees the key, none if there is no such key
-            weight = keep_up_to(weight, gl.where(j < t.x.keys, j - p.hi, 0x7FFFFFFF), i, HIDDEN)
+            weight = select_le(weight, gl.where(j < t.x.keys, j - p.hi, 0x7FFFFFFF), i, MASKED_VALUE)
         else:
-            weight = keep_up_to(weight, j, j * 0 + (t.x.keys - 1), HIDDEN)
+            weight = select_le(weight, j, j * 0 + (t.x.keys - 1), MASKED_VALUE)
         if p.lo is not None:
-            weight = keep_up_to(weight, i, j - p.lo, HIDDEN)
+            weight = select_le(weight, i, j - p.lo, MASKED_VALUE)
     if p.cap is not None:
-        return weighed(weight, u, p.q_s.dtype)
+        return p_and_ds_factor(weight, u, p.q_s.dtype)
     else:
         return weight.to(p.q_s.dtype), weight

@@ -1,9 +1,8 @@
-"""The producer of the forward kernel for Hopper, and which blocks of keys a tile sees."""
+"""The producer of the forward kernel for Hopper: every TMA load of a CTA. Called by ``forward.py``."""
 
-from ..triton.prims import segments
 from .compat import gl, gluon, mbarrier, record, tma_load
 from .extent import extent_of, outer_at
-from .schedule import Uniform
+from .scores_qk import BM, grid_of, visible_blocks
 
 
 @record
@@ -20,27 +19,6 @@ class Feed:
     mask_desc: object
     mask_on: object
     group: object
-
-
-BM = gl.constexpr(64)  # queries of a consumer
-
-
-@gluon.jit
-def grid_of(p):
-    """A program's tiles of queries: 64 a consumer."""
-    TILE: gl.constexpr = BM * p.C.consumers
-    LONGEST: gl.constexpr = "last" if p.hi is not None else "none"
-    return Uniform(p.tiles_m, p.tiles, p.batch, p.heads, p.section, p.snake, TILE, LONGEST, p.BATCH_FASTEST)
-
-
-@gluon.jit
-def visible_blocks(p, x, m0):
-    """``segments`` of a tile's queries, of which m0 is the first, but never empty: queries that see no key get one block to hide
-    altogether.
-    """
-    last = min(m0 + BM * p.C.consumers, x.queries) - 1
-    begin, full_begin, full_end, end = segments(m0, last, x.keys, p.lo, p.hi, p.C.block_n)
-    return begin, full_begin, full_end, max(end, begin + 1)
 
 
 @gluon.jit
