@@ -22,7 +22,8 @@ from torch import Tensor
 
 import triflash
 from triflash import oracle, tiled
-from triflash.bench.tolerance import (
+from triflash.bound import signature
+from triflash.cli.bench.tolerance import (
     FLOAT32_ULPS,
     GRADIENT_FACTOR,
     OUTPUT_FACTOR,
@@ -33,7 +34,6 @@ from triflash.bench.tolerance import (
     rounding_backward,
     unit_roundoff,
 )
-from triflash.bound import signature
 from triflash.dropout import keep_mask, rescale
 from triflash.plan.configs import MAX_HEAD_DIM, TileConfig
 from triflash.plan.device import KNOWN_DEVICES, facts_of
@@ -342,7 +342,7 @@ def judge(case: Case, inputs: Inputs, backend: str = "") -> dict[str, Judgement]
     with torch.no_grad():
         plain_lse = oracle.attention(**inputs.operands().dense, **options, dtype=lse_dtype)[1]
 
-    # Slack: see triflash/bench/tolerance.py.
+    # Slack: see triflash/cli/bench/tolerance.py.
     x = exact_inputs
     s, slope, kept = _scores(case, x)
     bias5, group = five_dims(x.bias), case.H // case.key_heads if case.key_heads else 1

@@ -12,6 +12,7 @@ from torch import Tensor
 from cases import triton_only, with_layout
 from triflash import attention, explain
 from triflash.__main__ import main
+from triflash.cli.shorthand import bias_shape
 from triflash.plan import layout
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES
@@ -19,7 +20,6 @@ from triflash.plan.kernels.dkdv import DkdvConfig
 from triflash.plan.kernels.dq import DqConfig
 from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import override_configs
-from triflash.shorthand import bias_shape
 from unlaunched import check_bytes, unlaunched
 
 pytestmark = triton_only

@@ -14,13 +14,13 @@ from test_compile import Target, calls
 
 import triflash
 from triflash.__main__ import main
+from triflash.cli.tune.candidates import Compiler, Job
+from triflash.cli.tune.cases import Case
 from triflash.launch import ahead
 from triflash.launch.room import Real
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.spec import Gradients, Needs, Operands, Saved, spec_of
-from triflash.tune.candidates import Compiler, Job
-from triflash.tune.cases import Case
 
 
 @pytest.mark.parametrize("arch", ["sm90", "gfx942"])
@@ -153,7 +153,7 @@ def test_a_crash_of_the_compiler_costs_one_configuration() -> None:
 
 
 def test_compile_only(capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triflash.tune import candidates
+    from triflash.cli.tune import candidates
 
     monkeypatch.setattr(candidates, "_LARGE", {"dq": [(64, 64, 4, 2)]})
     log = tmp_path / "log.json"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import flash_attn_func
+from ... import flash_attn_func
 
 __all__ = ["ATTENTIONS", "Decoder", "dense_attention", "relative_buckets"]
 

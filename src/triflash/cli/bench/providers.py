@@ -157,7 +157,7 @@ class Flex(Provider):
         return "needs a GPU" if device.type != "cuda" else None
 
     def attend(self, workload: Workload, problem: Problem) -> Entry:
-        """See :mod:`triflash.bench.flexible`."""
+        """See :mod:`triflash.cli.bench.flexible`."""
         return flexible.attend(workload, problem)
 
 
@@ -207,7 +207,7 @@ class Dense(Provider):
     """The formula in plain PyTorch: products in the inputs' dtype, softmax in float32, every score in memory."""
 
     def attend(self, workload: Workload, problem: Problem) -> Entry:
-        """See :mod:`triflash.bench.formula`."""
+        """See :mod:`triflash.cli.bench.formula`."""
         precise = torch.promote_types(problem.q.dtype, torch.float32)
         hidden = formula.hidden(workload.queries, workload.keys, problem.options, problem.q.device)
         return Entry(lambda q, k, v, bias: formula.attention(q, k, v, bias, problem.options, precise, hidden))

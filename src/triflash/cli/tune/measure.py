@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...plan.configs import TileConfig
+from ...plan.device import DeviceFacts
+from ...spec import Gradients, Operands, Saved
 from ..bench.formula import Options
 from ..bench.gate import Problem, reference, verdict
 from ..bench.timing import Samples, measure_interleaved
-from ..plan.configs import TileConfig
-from ..plan.device import DeviceFacts
-from ..spec import Gradients, Operands, Saved
 from .cases import Case, launches, plan_of
 
 __all__ = ["Bench", "Measured"]
@@ -130,7 +130,7 @@ class Bench:
     def _calls(
         self, kernel: str, config: TileConfig, outputs: tuple[Tensor, Tensor, Tensor | None], grads: Mapping[str, Tensor]
     ) -> list[Any]:
-        from ..launch import ahead
+        from ...launch import ahead
 
         x, plan = self.x, plan_of(self.case, kernel, self.facts, config)
         given = Gradients(*(grads.get(name) for name in ("dq", "dk", "dv", "dbias")))

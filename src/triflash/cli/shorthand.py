@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import torch
 
-from .errors import bad_value
-from .spec import DTYPE_NAMES
+from ..errors import bad_value
+from ..spec import DTYPE_NAMES
 
 __all__ = ["bias_pattern", "bias_shape", "causal", "dtype", "items", "option", "pair", "quotient", "size"]
 

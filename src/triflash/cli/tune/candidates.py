@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..plan.configs import Problem, TileConfig, with_wide_bias
-from ..plan.device import DeviceFacts
+from ...plan.configs import Problem, TileConfig, with_wide_bias
+from ...plan.device import DeviceFacts
 from .cases import Case, launches, meta, plan_of
 
 if TYPE_CHECKING:
-    from ..launch.ahead import Resources
+    from ...launch.ahead import Resources
 
 __all__ = ["Built", "Compiler", "Job", "build", "candidates", "shares"]
 
@@ -102,7 +102,7 @@ def shares(job: Job) -> list[Job]:
 
 def build(job: Job) -> Built:
     """Compile a job ahead of time; a launch of the same kernel finds it in Triton's cache."""
-    from ..launch import ahead
+    from ...launch import ahead
 
     try:
         plan = plan_of(job.case, job.kernel, job.device, job.config)

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..plan.configs import Problem, TileConfig
-from ..plan.device import DeviceFacts
-from ..plan.layout import BIAS_STRIDE
-from ..plan.overlay import TUNABLE, tuned
-from ..plan.override import override_configs
-from ..plan.select import Plan, plan_backward, plan_forward, problem_of
+from ...plan.configs import Problem, TileConfig
+from ...plan.device import DeviceFacts
+from ...plan.layout import BIAS_STRIDE
+from ...plan.overlay import TUNABLE, tuned
+from ...plan.override import override_configs
+from ...plan.select import Plan, plan_backward, plan_forward, problem_of
+from ...spec import DTYPE_NAMES, AttentionSpec, Needs, spec_of
 from ..shorthand import bias_shape
-from ..spec import DTYPE_NAMES, AttentionSpec, Needs, spec_of
 
 if TYPE_CHECKING:
-    from ..launch.calls import Call
+    from ...launch.calls import Call
 
 __all__ = ["Case", "Tensors", "launches", "meta", "plan_of"]
 

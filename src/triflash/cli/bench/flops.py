@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from .. import flops
-from ..flops import visible_pairs
+from ... import flops
+from ...flops import visible_pairs
 
 __all__ = ["HOST_PASSES", "PASSES", "attention_bytes", "attention_flops", "visible_pairs"]
 

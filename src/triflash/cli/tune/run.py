@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 
-from .. import __version__
-from ..errors import bad_value
-from ..plan import overlay
-from ..plan.configs import Problem, TileConfig
-from ..plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
+from ... import __version__
+from ...errors import bad_value
+from ...plan import overlay
+from ...plan.configs import Problem, TileConfig
+from ...plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
 from ..terminal import table_console
 from . import report
 from .candidates import Built, Compiler, Job, candidates, shares

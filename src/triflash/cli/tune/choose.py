@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from ..plan.configs import TileConfig
+from ...plan.configs import TileConfig
 from .measure import Measured
 
 __all__ = ["FINALISTS", "finalists", "ranking"]

@@ -51,7 +51,7 @@ class Row:
 
     status: ``ok``, ``dash`` (cannot, see ``reason``) or ``WRONG`` (the gate's words in ``reason``). samples_ms: every sample, in order.
     peak_bytes: above inputs and outputs, of the passes that time the device. ran: which kernels triflash started, or nothing.
-    breakdown: of a ``host-step``, if it was asked for: see :mod:`triflash.bench.breakdown`.
+    breakdown: of a ``host-step``, if it was asked for: see :mod:`triflash.cli.bench.breakdown`.
     """
 
     cell: str

@@ -60,7 +60,7 @@ def _train(name: str, options: Options, progress: Progress, task: TaskID) -> dic
     error = ""
     # Idle OpenMP threads sleep instead of spinning: on cores shared with other programs, spinning costs a factor of ten.
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
-    command = [sys.executable, "-m", "triflash.demo.train", name, json.dumps(asdict(options))]
+    command = [sys.executable, "-m", "triflash.cli.demo.train", name, json.dumps(asdict(options))]
     with (
         tempfile.TemporaryFile("w+") as stderr,
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True) as process,

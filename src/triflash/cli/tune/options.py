@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from ...plan.configs import MAX_HEAD_DIM
+from ...plan.device import KNOWN_DEVICES
+from ...plan.overlay import TUNABLE
 from .. import shorthand
-from ..plan.configs import MAX_HEAD_DIM
-from ..plan.device import KNOWN_DEVICES
-from ..plan.overlay import TUNABLE
 from .cases import Case
 
 __all__ = ["Options", "add_arguments"]

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from .plan import overlay
-from .plan.device import DeviceFacts, facts_of, triton_version
-from .plan.select import BACKENDS, why_not
-from .spec import AttentionSpec
+from ..plan import overlay
+from ..plan.device import DeviceFacts, facts_of, triton_version
+from ..plan.select import BACKENDS, why_not
+from ..spec import AttentionSpec
 
 __all__ = ["collect", "commit", "output", "text", "version"]
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 _PREFIXES = ("TRIFLASH_", "TRITON_", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "PYTORCH_", "TORCH_", "CUBLAS_")
 _SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)
 _WAIT = 20  # seconds that a helper program may take
@@ -34,7 +34,7 @@ def text() -> str:
 
 def collect() -> Iterator[tuple[str, str]]:
     """(label, value) pairs."""
-    from . import __version__
+    from .. import __version__
 
     hash_, changed = commit()
     at = f" (commit {hash_[:12]}{', with changes' if changed else ''})" if hash_ else ""

@@ -26,7 +26,7 @@ class Workload:
     when ``lo <= j - i <= hi``. bias: a letter where it varies and 1 where it broadcasts, over ``bhqk`` or ``bihqk`` (i is the inner batch);
     None is no bias. bias_values: ``normal`` (random), ``alibi``, ``padding`` (keys beyond a batch entry's length are hidden),
     ``alibi+padding`` or ``windows``. dbias: its gradient is asked for. scale: default ``1 / sqrt(head_dim)``. softcap, sinks: see
-    :class:`triflash.bench.formula.Options`. about: where the shape is from.
+    :class:`triflash.cli.bench.formula.Options`. about: where the shape is from.
     """
 
     name: str
@@ -111,7 +111,7 @@ class Workload:
         return (B, M, self.heads, self.head_dim), (B, N, self.kv_heads, self.head_dim), (B, N, self.kv_heads, self.value_dim)
 
     def flops(self, which: str) -> int:
-        """Of a pass: see :mod:`triflash.bench.flops`."""
+        """Of a pass: see :mod:`triflash.cli.bench.flops`."""
         return attention_flops(self.pairs, self.head_dim, self.value_dim, which)
 
     def bytes(self, which: str) -> int:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
+from ..errors import bad_value
+from ..explainer import explain
+from ..explanation import Explanation
+from ..plan.device import KNOWN_DEVICES, NAMED_DEVICES
+from ..plan.overlay import load, tuned
+from ..plan.select import BACKENDS
 from . import shorthand
-from .errors import bad_value
-from .explainer import explain
-from .explanation import Explanation
-from .plan.device import KNOWN_DEVICES, NAMED_DEVICES
-from .plan.overlay import load, tuned
-from .plan.select import BACKENDS
 
 __all__ = ["add_arguments", "explanation"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import oracle
+from ... import oracle
 from . import formula
 from .formula import Options
 from .tolerance import closed_backward, rounding_backward
@@ -17,7 +17,7 @@ __all__ = ["Box", "Problem", "as_slice"]
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention problem: tensors as :class:`triflash.bench.formula.Options` names them, dout like the output, bias five-dim or None."""
+    """One attention problem: tensors as :class:`.formula.Options` names them, dout like the output, bias five-dim or None."""
 
     q: Tensor
     k: Tensor

@@ -1,4 +1,4 @@
-"""One training run in a process of its own, so that its peak memory is its own: ``python -m triflash.demo.train NAME OPTIONS_AS_JSON``.
+"""One training run in a process of its own, so that its peak memory is its own: ``python -m triflash.cli.demo.train NAME OPTIONS_AS_JSON``.
 
 Started by ``run``. Writes one JSON object per line to stdout: ``{"step", "loss"}`` after each step, ``{"at", "train", "val"}`` at each
 checkpoint, ``{"result": …}`` at the end, or ``{"error": …}``.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import oracle
+from ... import oracle
 
 __all__ = ["Options", "attention", "dense_bias", "grouped", "hidden", "probabilities", "scores"]
 

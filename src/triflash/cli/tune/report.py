@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..plan.configs import TileConfig
+from ...plan.configs import TileConfig
 from .candidates import Built
 from .cases import Case
 from .measure import Measured
