@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import Case, build, judge
+from cases import Case, build
+from judging import judge
 from triflash import oracle
 from triflash.cli.bench.tolerance import Judgement, assert_close, closed_backward, disagreement
 
