@@ -73,7 +73,7 @@ def _devices() -> Iterator[tuple[str, str]]:
             yield "cpu", f"{os.cpu_count()} logical processors, {torch.get_num_threads()} threads of PyTorch"
         else:
             name = torch.cuda.get_device_properties(place).name
-            limits = f"{facts.sms} processors, {facts.shared_memory} bytes of shared memory a program"
+            limits = f"{facts.sms} {facts.units}, {facts.shared_memory} bytes of shared memory a program"
             yield str(place), f"{name}: {facts.arch}, {limits}"
         for backend in BACKENDS:
             if backend != "auto":

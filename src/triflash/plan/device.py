@@ -30,6 +30,11 @@ class DeviceFacts:
     shared_memory: int
     name: str = ""
 
+    @property
+    def units(self) -> str:
+        """What the vendor calls them."""
+        return "compute units" if self.arch.startswith("gfx") else "SMs"
+
 
 KNOWN_DEVICES = {
     facts.arch: facts
@@ -48,25 +53,25 @@ KNOWN_DEVICES = {
 }
 
 
-def _product(arch: str, sms: int) -> DeviceFacts:
+def _named(arch: str, sms: int) -> DeviceFacts:
     return DeviceFacts(arch, sms, KNOWN_DEVICES[arch].shared_memory)
 
 
 NAMED_DEVICES = {
-    "a100": _product("sm80", 108),
-    "a10": _product("sm86", 72),
-    "a40": _product("sm86", 84),
-    "rtx3090": _product("sm86", 82),
-    "l4": _product("sm89", 58),
-    "l40s": _product("sm89", 142),
-    "rtx4090": _product("sm89", 128),
-    "h100": _product("sm90", 132),
-    "h200": _product("sm90", 132),
-    "h20": _product("sm90", 78),
-    "b200": _product("sm100", 148),
-    "rtx5090": _product("sm120", 170),
-    "mi300x": _product("gfx942", 304),
-    "mi355x": _product("gfx950", 256),
+    "a100": _named("sm80", 108),
+    "a10": _named("sm86", 72),
+    "a40": _named("sm86", 84),
+    "rtx3090": _named("sm86", 82),
+    "l4": _named("sm89", 58),
+    "l40s": _named("sm89", 142),
+    "rtx4090": _named("sm89", 128),
+    "h100": _named("sm90", 132),
+    "h200": _named("sm90", 132),
+    "h20": _named("sm90", 78),
+    "b200": _named("sm100", 148),
+    "rtx5090": _named("sm120", 170),
+    "mi300x": _named("gfx942", 304),
+    "mi355x": _named("gfx950", 256),
 }
 
 
