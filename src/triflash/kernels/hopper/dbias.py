@@ -325,7 +325,7 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
             bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
             if p.cap is not None:
-                if p.lengths is not None:  # what a hidden key holds may make NaN of its score, and ``tanh`` of those beside it
+                if p.lengths is not None:  # a hidden key may be NaN, and ``tanh`` spreads NaN to the three scores that share its reciprocal
                     s = mask_band(s, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
                 s = softcapped(tanh(s, p.cap), p.cap)
             else:
@@ -355,7 +355,7 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             at += CHUNKS
 
         if first < last:
-            # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
+            # Masked scores were summed like the others and may have overflowed; queries past the end gave 0.
             if p.lo is not None or p.hi is not None:
                 acc = mask_band(acc, m0, n0, p.N, p.lo, p.hi, BM, BN, "0f00000000")
             if p.dropout is not None:

@@ -14,8 +14,8 @@ from .layouts import accumulator
 from .rings import bar_arrive, bar_sync
 from .scores_kq import grid_of, in_turn, probabilities, query_heads, turned, visible_blocks
 
-# Two a name, a buffer each, but for BIAS_FREE with two a buffer, and DQ_HERE: both halves of dq are to be added. DS_HERE: a buffer of ds is
-# full; without DQ_WARPGROUP, the other consumer says so to consumer WG at DS_HERE + 8 WG.
+# Named barriers, two a name, one a buffer; BIAS_FREE two a buffer; DQ_HERE one, when both halves of dq are there. DS_HERE: a buffer of ds
+# is full; without DQ_WARPGROUP, the other consumer says so to consumer WG at DS_HERE + 8 WG.
 DS_HERE, Q_FREE, O_FREE, BIAS_FREE, DQ_HERE = map(gl.constexpr, (5, 7, 9, 11, 15))
 
 
@@ -29,14 +29,14 @@ _OPERANDS = gl.constexpr("=r,=r,=r,=r,l,l,l,l,f,f,f,f,r,r,r,r")
 
 @gluon.jit
 def first_block(pair, M, BM: gl.constexpr):
-    """The number, in the sum, of the first block of queries of a pair of batch and head."""
+    """The number of a (batch, head) pair's first query block in the sum."""
     return pair * ((M + BM - 1) // BM)
 
 
 @gluon.jit
 def red_add_dq(dq_sum, block, dq, go, FIRST: gl.constexpr, ROW: gl.constexpr):
-    """Add dq, the columns from FIRST on of a block of queries, to their sum, of whose rows ROW columns are kept, straight from registers.
-    With ``go``, a scalar, only if that is true.
+    """Add dq, columns from FIRST on of a block of queries, to their sum by red.global; rows of the sum have ROW columns. ``go``: a scalar
+    predicate, or None.
     """
     LAYOUT: gl.constexpr = dq.type.layout
     ROWS: gl.constexpr = dq.shape[0]
@@ -54,7 +54,7 @@ def red_add_dq(dq_sum, block, dq, go, FIRST: gl.constexpr, ROW: gl.constexpr):
 
 @gluon.jit
 def add_dq_by_tma(p, dq_desc):
-    """The warp that adds what the consumers put into ``dq_s``, half of the columns each, to dq in global memory."""
+    """The warp that adds ``dq_s``, half of the columns from each consumer, to dq in global memory."""
     BM: gl.constexpr = p.C.block_m
     COLUMNS: gl.constexpr = p.dq_s.shape[4]
     grid = grid_of(p)
@@ -77,7 +77,7 @@ def add_dq_by_tma(p, dq_desc):
 
 @gluon.jit
 def run_dq_warpgroup(p, dq_desc):
-    """The warpgroup that computes ``ds k`` of every block and adds it to dq in global memory."""
+    """The warpgroup that computes ``ds k`` of every block and adds it to dq in global memory by TMA."""
     BM: gl.constexpr = p.C.block_m
     BD: gl.constexpr = p.k_s.shape[4]
     HALF: gl.constexpr = p.C.block_n // 2
@@ -118,7 +118,7 @@ def run_dq_warpgroup(p, dq_desc):
 
 @gluon.jit
 def dq_mma(p, number, kv, WG: gl.constexpr):
-    """Start ``ds k`` of block ``number``, for half of the columns."""
+    """Issue ``ds k`` of block ``number``, half of the columns."""
     BM: gl.constexpr = p.C.block_m
     HALF: gl.constexpr = p.C.block_n // 2
     BD: gl.constexpr = p.k_s.shape[4]
@@ -133,7 +133,7 @@ def dq_mma(p, number, kv, WG: gl.constexpr):
 
 @gluon.jit
 def hand_dq_to_tma(p, dq, go, WG: gl.constexpr):
-    """Give what ``dq_product`` came to to the warp that adds it up. Without ``go`` nobody is told."""
+    """Store half of a block's dq for the warp that adds it. Without ``go`` the warp is not told."""
     p.dq_s.index(WG).reshape(dq.shape).store(dq)
     fence_async_shared()
     if go:
@@ -142,15 +142,15 @@ def hand_dq_to_tma(p, dq, go, WG: gl.constexpr):
 
 @gluon.constexpr_function
 def less_delta(drop, dq_warpgroup):
-    """Whether the accumulator of dp starts from -delta: where registers are short, as they are not beside a third warpgroup, whose
-    consumers lose more by it than they save. Under dropout delta is not subtracted from dp itself.
+    """Whether the accumulator of dp starts from -delta: where registers are short. Beside a third warpgroup they are not, and the consumers
+    lose more than they save. Under dropout delta is not subtracted from dp itself.
     """
     return not drop and not dq_warpgroup
 
 
 @gluon.jit
 def score(p, span, at):
-    """Start ``sᵀ = k qᵀ`` of block ``at`` when its queries are there: ``(MMA, lse as a row)``."""
+    """Wait for Q of block ``at`` and issue ``sᵀ = k qᵀ``: ``(MMA, lse as a row)``."""
     BM: gl.constexpr = p.C.block_m
     S: gl.constexpr = accumulator(BM)
     STAGES: gl.constexpr = p.C.q_stages
@@ -170,9 +170,7 @@ _NEGATED = gl.constexpr("neg.f32 $0, $4; neg.f32 $1, $5; xor.b32 $2, $6, 0x80000
 
 @gluon.jit
 def weigh(p, t, span, at, nothing):
-    """Wait for dout of block ``at``, and start ``dpᵀ = v doutᵀ``, less delta where ``less_delta`` says so; if that is not needed, return
-    ``nothing``.
-    """
+    """Wait for dO of block ``at`` and issue ``dpᵀ = v doutᵀ``, less delta if ``less_delta``; return ``nothing`` if dp is not needed."""
     BM: gl.constexpr = p.C.block_m
     S: gl.constexpr = accumulator(BM)
     STAGES: gl.constexpr = p.C.o_stages
@@ -195,7 +193,7 @@ def weigh(p, t, span, at, nothing):
 
 @gluon.jit
 def _tell_of_ds(at, bias_slot, TILES: gl.constexpr):
-    """With DQ_WARPGROUP: ds of block ``at`` is there, and its tiles of a bias and a mask have been read."""
+    """With DQ_WARPGROUP: announce ds of block ``at``, and give back its bias and mask tiles."""
     fence_async_shared()
     bar_arrive(DS_HERE + (at & 1), 384)
     if TILES:
@@ -204,8 +202,10 @@ def _tell_of_ds(at, bias_slot, TILES: gl.constexpr):
 
 @gluon.jit
 def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE: gl.constexpr):
-    """Fold one query block of ``span``, whose s and dp are under way, into (dk, dv, db). MORE: start those of the next, s as soon as the
-    last MMA of this one has been issued. place: where in the sum the block before lies, if dq is added to it straight from registers.
+    """Fold one query block of ``span``, whose s and dp are under way, into (dk, dv, db).
+
+    MORE: issue s and dp of the next block, s right behind the last MMA of this one. place: of the block before in the sum of dq, with
+    red.global.
     """
     WG: gl.constexpr = t.WG
     BM: gl.constexpr = p.C.block_m
@@ -270,7 +270,7 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
         delta = None
         if not LESS_DELTA:
             delta = gl.expand_dims(p.delta_s.index(o_stage).reshape([BM]).load(COLS), 0)
-        # A wait is where a basic block ends: it keeps the assembler from moving the next wait for an MMA up, before the exponentials
+        # A wait ends a basic block: ptxas cannot move the next wait for an MMA up past it, before the exponentials
         # that are to run under it. Where ds needs none it is one for a phase that is over: of a barrier that nothing else touches, for a
         # second look at any other syncs the partition's warps. RED_DQ lets it: then they need no sync before ds is stored.
         if DQ_WARPGROUP:
@@ -293,7 +293,7 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
             p.ds_s.index((at & 1) * 2 + WG).permute((1, 0)).store(ds16)
     if p.NEED_DV and not SOON:
         dv_pending = warpgroup_mma(operand, p.o_s.index(o_stage).reshape([BM, BDV]), dv, is_async=True)
-    if ALONE:  # here, because the assembler of Triton 3.6 (12.8) dies of a wait further down
+    if ALONE:  # here, because ptxas 12.8 (Triton 3.6) crashes on a wait further down
         dv = warpgroup_mma_wait(0, [dv_pending])
     # The fence stands before a buffer that was read by plain loads goes back to TMA, and before others are told of ds. It waits for ds to
     # be stored: where no MMA here needs that, behind all that can be started.
@@ -319,7 +319,7 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
         dq = warpgroup_mma_wait(AFTER + NEXT, [dq_pending])
         bar_arrive(DS_HERE + 8 * (1 - WG) + (at & 1), 256)
         if RED_DQ:
-            # What the assembler makes of a branch is 2 % faster than with predicates, but 3 % slower where a band takes registers.
+            # A branch is 2 % faster than predicates, but 3 % slower where a band takes registers.
             if p.lo is None and p.hi is None:
                 if go:
                     red_add_dq(p.dq_sum, place, dq, None, WG * (BD // 2), p.ROW)

@@ -280,7 +280,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     else:
         dp = warpgroup_mma_wait(0, [dp_pending])
     p.values.release(at, 0)
-    if CUT:  # values that are hidden may be anything; keys have been cleared
+    if CUT:  # hidden values may be NaN; hidden keys have been cleared
         dp = mask_band(dp, t.m0, n0, t.x.keys, None, None, BM, BN, "0f00000000")
     ds32 = ds_of(weight, dp, gl.expand_dims(t.delta, 1), t.philox is not None)
     if LAGGING:  # before anything is rounded: the MMA under way reads the registers that the rounded ds will take
@@ -297,7 +297,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
         if p.C.bias_stages == 1:
             tma_store_wait(0)
             p.biases.release(at, WG)
-        else:  # what the step before stored has had this one's time to leave its buffer
+        else:  # the store of the step before has had this step to finish
             tma_store_wait(1)
             if at > 0:
                 p.biases.release(at - 1, WG)

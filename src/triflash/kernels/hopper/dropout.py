@@ -1,11 +1,11 @@
-"""Dropout in the Hopper kernels: ``triflash.dropout.keep_mask``, in assembly, because four scores share one counter.
+"""Dropout in the Hopper kernels: ``triflash.dropout.keep_mask`` in assembly. Called by every kernel that has p.
 
-An accumulator gives a thread, of every 16 by 16 scores, two rows that lie 8 apart and two columns that lie 8 apart (and their
-neighbours): the four scores of one counter, whether rows are queries or keys. Eight elements that follow one another in a thread's
-registers are two such fours: bit 0 of the element's number is that of its column, bit 1 says which row, bit 2 which of the columns.
+Four scores share one Philox counter: of two queries and two keys that lie 8 apart. An accumulator gives a thread just those, of every 16 by
+16 scores two rows and two columns 8 apart (and their neighbours), whether rows are queries or keys. Eight elements in a row of a thread's
+registers are two such fours: bit 0 of an element's number is its column's, bit 1 says which row, bit 2 which of the columns.
 
-A backward pass needs p twice: as it is for delta, and 0 where it was dropped. So ``sign_dropped`` marks the dropped ones by their sign, and
-``ds_of`` computes ``ds = p * (keep * dp - delta)`` of it.
+A backward pass needs p for delta and 0 where it was dropped. ``sign_dropped`` negates what was dropped, and ``ds_of`` computes
+``ds = p * (keep * dp - delta)`` of it.
 """
 
 from ..triton.prims import offset
@@ -18,8 +18,8 @@ ROUNDS = gl.constexpr(7)  # of Philox, and its constants below: as triflash/drop
 
 @gluon.jit
 def philox_of(dropout, b, head, heads):
-    """``(key, twist, keep, rescale)`` of a query head: of its Philox-2x32; in both halves of a word, what a kept number adds up with to
-    2^15 or more; and what is kept is multiplied by.
+    """``(key, twist, keep, rescale)`` of a query head. key, twist: of its Philox-2x32. keep: in both halves of a word, what brings a kept
+    number to 2^15 or more. rescale: the factor of kept probabilities.
 
     dropout: ``(seed, threshold, rescale)``, a pointer to (seed, offset), ``dropout.threshold``, and 1 / (1 - p).
     """
@@ -73,9 +73,9 @@ _OPERANDS = gl.constexpr(",".join(["=r"] * 4 + ["r"] * 32))
 
 @gluon.jit
 def keep_bits(philox, m0, n0, ROWS: gl.constexpr, COLUMNS: gl.constexpr, KEYS_BY_ROW: gl.constexpr):
-    """Marks of a tile's probabilities, int16, -1 where they are kept, 0 where not. Queries from m0 on, keys from n0 on, multiples of 16.
+    """int16, -1 where a tile's probability is kept, else 0. Queries from m0 on, keys from n0 on, multiples of 16.
 
-    They depend on no product, so that they can be drawn while one is waited for.
+    It depends on no score, so it can run while an MMA is waited for.
     """
     L: gl.constexpr = accumulator(COLUMNS)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, L))
@@ -96,19 +96,19 @@ _SIGN = gl.constexpr("{ .reg .b32 m; shl.b32 m, $4, 16; lop3.b32 $0, $2, m, 0x80
 
 @gluon.jit
 def drop(p16, bits):
-    """16-bit probabilities, 0 where they are dropped; not rescaled."""
+    """16-bit probabilities, 0 where dropped; not rescaled."""
     return gl.inline_asm_elementwise(_DROP, "=r,r,r", [p16, bits], p16.dtype, True, 2)
 
 
 @gluon.jit
 def sign_dropped(w, bits):
-    """Float32 numbers of probabilities, not negative: -w, or -0, where they are dropped."""
+    """w >= 0, float32, as -w (or -0) where dropped."""
     return gl.inline_asm_elementwise(_SIGN, "=f,=f,f,f,r", [w, bits], gl.float32, True, 2)
 
 
 @gluon.jit
 def ds_of(w, dp, delta, DROPPED: gl.constexpr):
-    """``w * (dp - delta)``, or with what ``sign_dropped`` gave ``|w| * (keep * dp - delta)``. delta None: dp is without it already."""
+    """``w * (dp - delta)``, or of what ``sign_dropped`` gave ``|w| * (keep * dp - delta)``. delta None: dp has it subtracted already."""
     if delta is None:
         return w * dp
     elif DROPPED:

@@ -1,4 +1,6 @@
-"""What the Hopper kernels know beyond a band and one bias or mask. ``None`` stands for an absent feature and compiles its branch away."""
+"""Key lengths, masks, ALiBi and soft caps in the Hopper kernels. Called by all of them. None: the feature is absent, its branch compiled
+out.
+"""
 
 from ..triton.prims import LOG2E, clamped, offset
 from .compat import fence_async_shared, gl, gluon, thread_barrier
@@ -18,18 +20,18 @@ def visible_keys(lengths, b, N):
 
 @gluon.constexpr_function
 def _spread(columns):
-    """How a warpgroup holds rows of 16-bit numbers to load and store them: 16 bytes a thread."""
+    """A warpgroup's layout of rows of 16-bit numbers, 16 bytes a thread."""
     across = min(columns // 8, 32)
     return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
 
 
 @gluon.jit
 def clear_masked(tile, visible):
-    """Zeros into the rows of a tile in shared memory, of 16-bit numbers, from number ``visible`` on: keys or values that a length hides.
+    """Store zeros to the rows of a 16-bit tile in shared memory from number ``visible`` on: keys or values that a length hides.
 
-    A tile that a length cuts through is loaded whole, and what it hides may be anything: NaN, whose product with p = 0 is NaN. Whoever
-    multiplies by a tile clears it first, by itself, also if others do the same: they write the same, and nobody waits. To be called by a
-    warpgroup that has seen the tile arrive and has not released it; MMAs issued behind it see the zeros.
+    TMA loads a tile that a length cuts through whole, and what it hides may be NaN, whose product with p = 0 is NaN. Every consumer clears
+    the tile before it multiplies by it; several write the same zeros, and none waits. The caller is a warpgroup that has waited for the
+    tile and not released it. MMAs issued behind it see the zeros.
     """
     COLUMNS: gl.constexpr = tile.shape[1]
     ROWS: gl.constexpr = min(tile.shape[0], 4096 // COLUMNS)  # a go: 16 registers
@@ -89,7 +91,7 @@ def mask_scores(s, mask_tile):
 
 @gluon.jit
 def mask_by_tile(s, buffer, BM: gl.constexpr, BN: gl.constexpr):
-    """Scores of BM queries and BN keys, -inf where the mask in a buffer hides them: a tile, or a row of at least 128 keys for all."""
+    """Scores of BM queries and BN keys, -inf where the mask in ``buffer`` is 0: a tile, or a row of at least 128 keys for all queries."""
     S: gl.constexpr = s.type.layout
     if buffer.shape[3] > 1:
         mask_tile = buffer.reshape([BM, BN]).load(S)
@@ -100,7 +102,7 @@ def mask_by_tile(s, buffer, BM: gl.constexpr, BN: gl.constexpr):
 
 @gluon.jit
 def slope_of(slopes, slope_strides, b, head):
-    """The ALiBi slope of a query head, in base 2; nothing that anybody reads if there are none."""
+    """The ALiBi slope of a query head, in base 2; 0 if there are none."""
     if slopes is not None:
         return gl.load(slopes + offset(b, slope_strides[0]) + offset(head, slope_strides[1])).to(gl.float32) * LOG2E
     else:
@@ -112,7 +114,7 @@ _WIDENED = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;")
 
 @gluon.jit
 def widened(x):
-    """A tile as float32. Of bfloat16 two neighbours lie in a register, and take an instruction each; the compiler would take three."""
+    """A tile as float32. Two neighbours of bfloat16 share a register and take an instruction each; the compiler would take three."""
     if x.dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(_WIDENED, "=f,=f,r", [x], gl.float32, True, 2)
     else:

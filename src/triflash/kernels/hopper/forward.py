@@ -135,13 +135,13 @@ def _finish(p, o, l, m, target, m0, head, b):
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(p.C.block_n))
     l, m = by_row(l, m, ROWS)
     weight = gl.full([BM], 1.0, gl.float32, ROWS)
-    if p.sink is not None:  # a key more, whose value is 0
+    if p.sink is not None:  # one more key, with value 0
         z = gl.load(p.sink + offset(head, p.sink_stride)).to(gl.float32) * LOG2E
         top = gl.maximum(m, z)
         weight = gl.exp2(m - top)
         l = l * weight + gl.exp2(z - top)
         m = top
-    if p.dropout is not None:  # what was kept, for all
+    if p.dropout is not None:  # the factor of kept probabilities
         weight = weight * p.dropout[2]
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
@@ -166,12 +166,11 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
     BD: gl.constexpr = p.k_s.shape[4]
     BDV: gl.constexpr = p.v_s.shape[4]
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(BDV), 2)
-    EARLY: gl.constexpr = p.bias_s is not None and p.mask_s is None and not p.IS_MASK  # not a mask's bytes, which take many instructions
+    EARLY: gl.constexpr = p.bias_s is not None and p.mask_s is None and not p.IS_MASK  # mask bytes take many instructions
     nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
     q_slot = w.q_slot
     if p.C.q_stages > 1:
-        # ptxas 12.8 takes two of these loops to share their queries' descriptors and works them out where only the first needs them, which
-        # may have no steps at all.
+        # ptxas 12.8 shares the Q descriptors of two such loops and computes them in the first, which may have no steps.
         q_slot = opaque(q_slot)
     q = p.q_s.index(q_slot).reshape([BM, BD])
     for step in range(first, last):
@@ -206,7 +205,7 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
         p.kv.release(at, 0)
         p16, more, m, factor = rescaled(p, t, s, p16, more, m, bias)
         l = l * factor + more
-        if t.philox is not None:  # drawn any earlier, marks take registers that the softmax needs
+        if t.philox is not None:  # earlier, the bits would take registers that the softmax needs
             p16 = drop(p16, keep_bits(t.philox, t.m0, n0, BM, BN, False))
         weights = gl.convert_layout(p16, P)
         o = rescaled_accumulator(o, factor)
@@ -291,7 +290,7 @@ def _consume(p, WG: gl.constexpr):
             o, l, m, weights = _walk(p, t, w, o, l, m, weights, left, steps, WG, True)
         done += steps
         stage = p.kv.slot(done, 0)
-        if not OVERLAP:  # the output leaves through q's buffer, so nothing of the next tile can begin before it has
+        if not OVERLAP:  # O leaves through Q's buffer, so the next tile begins when it has left
             p.kv.wait(done, 0)
             o = warpgroup_mma_wait(0, [warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)])
             _finish(p, o, l, m, p.q_s.index(WG), m0, head, b)

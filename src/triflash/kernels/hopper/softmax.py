@@ -1,17 +1,17 @@
-"""The running softmax of the forward kernel for Hopper, for 64 queries of a consumer: from scores to probabilities, sums and maxima.
+"""The online softmax of the forward kernel for Hopper: from scores to probabilities, row sums and references. Called by ``forward.py``.
 
-For every query it keeps a reference m, the sum l of ``p = 2^(score - m)`` and, in its caller, the sum o of p times values:
+For every query it keeps a reference m, the sum l of ``p = 2^(score - m)`` and, in its caller, the sum o of p v:
 
     l' = l 2^(m - m') + sum p;   o' = o 2^(m - m') + p v
 
-Textbooks take the maximum of all scores so far for m. But any m gives the same softmax as long as nothing overflows. Here m is the maximum
-as of when it was last looked for: p of a block is worked out with the m that there is, and only where its sum comes out above 2^15, which
-a float16 still holds, or as no number, does a warp find the maximum after all, work p out again, and scale l and o. That takes the maximum,
-the exchange between lanes that it needs, and all scaling out of the loop. Not to scale for a little growth is an idea of FlashAttention-4
-(2025), which still takes every block's maximum. The branch is a warp's own, and so in assembly.
+Usually m is the maximum of all scores so far, but any m gives the same softmax as long as nothing overflows. Here m is the maximum as of
+when a warp last looked for it. p of a block is computed with the m at hand. Only where its sum exceeds 2^15, which a float16 still holds,
+or is NaN, does the warp find the maximum, compute p again, and rescale l and o. That takes the maximum, its exchange between lanes and all
+rescaling out of the loop. FlashAttention-4 (2025) skips the rescaling for little growth, too, but takes every block's maximum. The branch
+is a warp's own, and so in assembly.
 
-Everything that a query has one number of is held *by lane*: (64, 4), for the four lanes that share a row of an accumulator. Their m are
-equal, l is each lane's own share, added up when a tile ends.
+Numbers a query are held *by lane*: (64, 4), for the four lanes that share a row of an accumulator. Their m are equal; l is each lane's own
+share, added up when a tile ends.
 """
 
 from ..triton.prims import LOG2E
@@ -22,7 +22,7 @@ from .scores_qk import mask_band
 
 # m of a query that has seen no key: every score is above it, and 2^(-inf - m) is 0 and not NaN.
 LOWEST = gl.constexpr(-3.4028234663852886e38)
-SMALL_REFERENCE = gl.constexpr(1024.0)  # up to here scores may be summed up in any order: their rounding makes 2^-13 of a probability
+SMALL_REFERENCE = gl.constexpr(1024.0)  # |m| up to which scores may be summed in any order: p is right to 2^-13
 
 
 @gluon.constexpr_function
@@ -70,7 +70,7 @@ def _of_rows(x, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def by_row(l, m, ROWS: gl.constexpr):
-    """l and m of rows, from what their lanes have: shares of the one, the other alike."""
+    """l and m of rows from those of lanes: the sum of l, and m."""
     return gl.convert_layout(gl.sum(l, 1), ROWS), gl.convert_layout(gl.max(m, 1), ROWS)
 
 
@@ -230,8 +230,8 @@ def _less_reference_operands(count):
 
 @gluon.jit
 def _less_reference(s, m, factor):
-    """``(s', factor', less)``, of which the scores less m are ``s' * factor' + less``: s as it is, or in a warp with a huge m these
-    differences, of scores that have been rounded as in the backward kernels.
+    """``(s', factor', less)`` with scores less m = ``s' * factor' + less``: s as it is, or in a warp with a huge m these differences,
+    rounded as in the backward kernels.
     """
     COLUMNS: gl.constexpr = s.shape[1] * 8
     COUNT: gl.constexpr = COLUMNS // 2
@@ -282,8 +282,8 @@ def _adds(bias, row_bias, is_mask, alibi):
 
 @gluon.constexpr_function
 def _order(bias, row_bias, cap, is_mask, alibi, positive_scale, fusing):
-    """How scores come about: "late", scaled as they go into the power, in one instruction; "fused", a bias of 16 bits with them; "early",
-    where what is added may be huge: then they are rounded as in the backward kernels.
+    """When scores are scaled: "late", in one instruction with the power; "fused", so with a 16-bit bias; "early", where what is added may
+    be huge, and rounded as in the backward kernels.
     """
     if not _adds(bias, row_bias, is_mask, alibi):
         return "late" if positive_scale or cap is not None else "early"
@@ -312,13 +312,13 @@ def _shift(cap, slope, ALIBI: gl.constexpr, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def softmax(p, t, s, bias, mask_tile, m, n0, MASKED: gl.constexpr, CUT: gl.constexpr):
-    """Of one block's products s, of the 64 queries of ``t`` and keys from n0 on: ``(scores, p in 16 bits, sums of p, m)``, the latter by
-    lane.
+    """``(scores, p in 16 bits, sums of p, m)`` of the scores s = q k of a block, of the 64 queries of ``t`` and the keys from n0 on; the
+    last two by lane.
 
-    bias: a tile or a row of a bias or mask; shown: of a mask beside it, in its buffer. None: absent. m None: in a tile's first block m is
-    found; in others p, its sums and m are to be ``rescaled``, which takes the scores. Beside a huge m sums that are scaled or added up late
-    come out as NaN, so that they are worked out when they are settled, as in the backward kernels. CUT: a length may end in the block.
-    ``p.FUSING``: there are registers to add a bias of 16 bits in one instruction with the scale.
+    bias: a tile or a row of a bias or mask; mask_tile: of a mask beside it, in its buffer. None: absent. m None: a tile's first block, of
+    which m is found. Of other blocks p, its sums and m go to ``rescaled``, which takes the scores. Beside a huge m, sums that are scaled or
+    added late come out as NaN, so that ``rescaled`` computes them as the backward kernels do. CUT: a length may end in the block.
+    ``p.FUSING``: there are registers to add a 16-bit bias in one instruction with the scale.
     """
     COLUMNS: gl.constexpr = s.shape[1]
     FIRST: gl.constexpr = m is None
