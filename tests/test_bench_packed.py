@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+from triflash import oracle
 from triflash.cli.bench import flexible, formula
 from triflash.cli.bench.contest import Contest
 from triflash.cli.bench.gate import Problem, verdict
@@ -18,8 +20,6 @@ from triflash.cli.bench.gate_packed import packed_reference
 from triflash.cli.bench.packed import KINDS, TOKENS, lengths, offsets, places
 from triflash.cli.bench.providers import provider
 from triflash.cli.bench.workloads import Workload
-
-from triflash import oracle
 
 CPU = torch.device("cpu")
 PACKED = Workload("x", 1, 4, 60, 60, 8, kv_heads=2, dtype="fp32", packed="uniform", packed_seed=3)

@@ -201,8 +201,9 @@ def _measured_or_default(
         return default_config(problem, device), "fixed: it has no tiles of scores"
     else:
         return default_config(problem, device), "analytic default: the first candidate that fits, not measured"
-    wide = spec.second is not None or (spec.bias is not None and spec.bias.dtype == "fp32")  # a second bias is one more buffer
-    if wide and kernel != "delta":
+    # A second bias is one more buffer, as a float32 one is twice as much.
+    doubled = spec.second is not None or (spec.bias is not None and spec.bias.dtype == "fp32")
+    if doubled and kernel != "delta":
         narrower = with_wide_bias(problem, config, device)
         if narrower != config:
             return narrower, f"{source}, with fewer stages than {config} to hold a float32 bias"
