@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from triflash import oracle
-from triflash.bench import flexible, formula
-from triflash.bench.contest import Contest
-from triflash.bench.gate import Problem, verdict
-from triflash.bench.gate_packed import packed_reference
-from triflash.bench.packed import KINDS, TOKENS, lengths, offsets, places
-from triflash.bench.providers import provider
-from triflash.bench.workloads import Workload
+from triflash.cli.bench import flexible, formula
+from triflash.cli.bench.contest import Contest
+from triflash.cli.bench.gate import Problem, verdict
+from triflash.cli.bench.gate_packed import packed_reference
+from triflash.cli.bench.packed import KINDS, TOKENS, lengths, offsets, places
+from triflash.cli.bench.providers import provider
+from triflash.cli.bench.workloads import Workload
 
 CPU = torch.device("cpu")
 PACKED = Workload("x", 1, 4, 60, 60, 8, kv_heads=2, dtype="fp32", packed="uniform", packed_seed=3)
@@ -30,7 +30,7 @@ BIASES: dict[str, str | None] = {"none": None, "shared": "1hqk", "of each": "b1q
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sequences short enough for tests."""
-    monkeypatch.setattr("triflash.bench.workloads.lengths", lambda *_: SEQUENCES)
+    monkeypatch.setattr("triflash.cli.bench.workloads.lengths", lambda *_: SEQUENCES)
 
 
 def test_lengths() -> None:
@@ -128,7 +128,7 @@ def test_the_gate_judges_all_that_fits(few: None) -> None:
 
 def judged(w: Workload, name: str) -> str | None:
     """The gate's verdict on a provider."""
-    from triflash.bench.contest import Settings, Side
+    from triflash.cli.bench.contest import Settings, Side
 
     contest = Contest(w, Settings(("fwd", "bwd"), CPU, 0.0, 1, 0), judged=True)
     assert contest.problem.sequences and contest.parts
@@ -234,7 +234,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_end_to_end(finished: Path) -> None:
-    from triflash.bench.record import Run
+    from triflash.cli.bench.record import Run
 
     found = Run.load(finished / "bench.json")
     assert found.complete and len(found.cells) == 6
@@ -284,7 +284,7 @@ def test_defaults_of_a_gpu() -> None:
     pytest.importorskip("rich")
     import argparse
 
-    from triflash.bench.options import Options, add_arguments
+    from triflash.cli.bench.options import Options, add_arguments
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)

@@ -24,10 +24,10 @@ from .errors import UnsupportedError, bad_type, bad_value
 from .explanation import Copy, ExplainedStep, Explanation, Pass
 from .hints import not_ours
 from .nested import is_nested, packed
-from .plan import hopper, hopper_steps
+from .plan import hopper
 from .plan.configs import TileConfig, shared_memory
 from .plan.device import KNOWN_DEVICES, NAMED_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
-from .plan.hopper import HopperConfig
+from .plan.kernels.shared import HopperConfig
 from .plan.override import KERNELS
 from .plan.select import (
     BACKENDS,
@@ -36,7 +36,6 @@ from .plan.select import (
     backend,
     config_of,
     current_choices,
-    hopper_config_of,
     plan_backward,
     plan_forward,
     problem_of,
@@ -270,13 +269,9 @@ def _explained(plan: Plan, step: Step, spec: AttentionSpec, device: DeviceFacts)
         return ExplainedStep(step)
     source = "fixed: it has no tiles of scores" if step.kernel not in KERNELS else f"the choice of backend {plan.backend}"
     estimate = None
-    if plan.backend == "hopper" and step.kernel == "forward":
-        assert isinstance(step.config, HopperConfig)
-        source = hopper_config_of(spec, device, current_choices())[1]
-        estimate = hopper.shared_memory(spec, step.config)
-    elif plan.backend == "hopper" and not isinstance(step.config, TileConfig):
-        source = hopper_steps.source_of(step, dict(current_choices().by_hand))
-        estimate = hopper_steps.shared_memory(spec, step)
+    if isinstance(step.config, HopperConfig):
+        source = hopper.source_of(step, dict(current_choices().by_hand))
+        estimate = step.config.shared_memory(spec, step.gives)
     elif plan.backend == "triton" and (kernel := _SAME_TILES.get(step.kernel, step.kernel)) in KERNELS:
         assert isinstance(step.config, TileConfig)
         config, found = config_of(kernel, spec, device, current_choices())
@@ -334,7 +329,7 @@ def _changed(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: Devic
 
 def _determinism(plans: list[Plan]) -> tuple[bool, str]:
     """Every backend sums in an order that follows from sizes and device alone, but for dq where the Hopper kernels add it up in memory."""
-    if any(step.kernel == "finish" for plan in plans for step in plan.steps):
+    if any(step.kernel == "postprocess" for plan in plans for step in plan.steps):
         return False, (
             "dq is added up in memory in no fixed order, everything else in one order; torch.use_deterministic_algorithms(True), or "
             "deterministic=True of triflash.attention, has dq computed by a kernel of its own instead"

@@ -183,7 +183,7 @@ def _device(device: DeviceFacts, here: bool) -> str:
     elif device.arch == "interpreter":
         facts = ": Triton's interpreter on the CPU"
     else:
-        facts = f": {device.processors} processors, {human(device.shared_memory)} of shared memory a program"
+        facts = f": {device.sms} {device.units}, {human(device.shared_memory)} of shared memory a program"
     away = (
         "" if here else ", which is not here: typical facts" if device in KNOWN_DEVICES.values() else ", which is not here: facts as given"
     )
