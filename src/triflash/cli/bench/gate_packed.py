@@ -20,7 +20,7 @@ __all__ = ["packed_reference"]
 
 
 def packed_reference(problem: Problem, wanted: Sequence[str], limit: int | None = None) -> list[Part]:
-    """:func:`~triflash.cli.bench.gate.reference` of packed sequences: q ``(1, T, H, D)``, a bias ``(B|1, 1, H|1, longest|1, longest|1)``."""
+    """:func:`~.gate.reference` of packed sequences: q ``(1, T, H, D)``, a bias ``(B|1, 1, H|1, longest|1, longest|1)``."""
     limit = LIMIT.get(problem.q.device.type, LIMIT["cpu"]) if limit is None else limit
     own = [name for name in wanted if name != "dbias"]
     parts: list[Part] = []
