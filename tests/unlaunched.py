@@ -77,6 +77,5 @@ def check_bytes(explained: Explanation, seen: Seen) -> None:
 
 def scratch(explained: Explanation) -> list[int]:
     """The bytes of each part of what passes take for themselves, but for copies and what PyTorch's own arithmetic takes."""
-    return [
-        size for what, size in explained.memory if not what.startswith(("lse (", "lse", "rest of lse", "probabilities")) or "TMA" in what
-    ]
+    results = ("lse", "rest of lse") if any(name == "lse" for name, _ in explained.forward.results) else ()
+    return [size for what, size in explained.memory if not what.startswith((*results, "probabilities")) or "TMA" in what]

@@ -206,8 +206,10 @@ def _run(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) ->
             while given[count - 1] is None:  # autograd looks at each of them
                 count -= 1
             return _apply(call, return_lse, *given[:count])
-    results = call.run_forward(given)
-    return (results[0], results[1]) if return_lse else results[0]
+    if not return_lse:
+        return call.run_alone(given)
+    out, lse, *_ = call.run_forward(given)
+    return out, lse
 
 
 def bind(face: Face, given: Given, options: Options, facts: DeviceFacts) -> BoundCall:

@@ -111,8 +111,9 @@ def explain(
         call, given = _bound(of, q, k, v, named, facts)
     needs = _needs(grads, (given.q, given.k, given.v, given.bias, given.sink, given.second_bias))
     spec, requested = call.spec, call.backend
-    bound = [call.forward]
-    if any(vars(needs).values()):
+    wants_gradients = any(vars(needs).values())
+    bound = [call.forward if wants_gradients or options.get("return_lse") else call.alone]
+    if wants_gradients:
         bound.append(call.describe_backward(needs))
     plans = [each.plan for each in bound]
     passes = [_pass(each, spec, facts) for each in bound]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -51,9 +52,19 @@ class BoundCall:
         self.form, self.given, self.spec, self.facts, self.backend, self.device = form, tuple(given), spec, facts, backend, device
         self._gpu = facts.arch not in ("cpu", "interpreter")
         self._backward: Recent[BoundPass] = Recent(_BACKWARD_PASSES)
-        self.forward = self._bind_forward(plan_forward(spec, facts, backend))
+        self._plan = plan_forward(spec, facts, backend)
 
-    def _bind_forward(self, plan: Plan) -> BoundPass:
+    @functools.cached_property
+    def forward(self) -> BoundPass:
+        """The forward pass, whose results are out, lse and, if the spec keeps it, rest."""
+        return self._bind_forward(self._plan, alone=False)
+
+    @functools.cached_property
+    def alone(self) -> BoundPass:
+        """The forward pass where nobody wants lse and rest: they are scratch, which takes one allocation less and ends with the pass."""
+        return self.forward if self._plan.backend in IN_PYTORCH else self._bind_forward(self._plan, alone=True)
+
+    def _bind_forward(self, plan: Plan, alone: bool) -> BoundPass:
         spec, form = self.spec, self.form
         room = Described(self._gpu)
         for x in self.given:
@@ -62,12 +73,17 @@ class BoundCall:
         assert q is not None
         wide = torch.float64 if spec.dtype == "fp64" else torch.float32
         out = torch.empty((spec.batch, spec.queries, spec.heads, spec.value_dim), dtype=q.dtype, device="meta")
-        lse = torch.empty((spec.batch, spec.heads, spec.queries), dtype=wide, device="meta")
-        rest = torch.empty(lse.shape, dtype=torch.float32, device="meta") if spec.keeps_rest else None
+        rows = (spec.batch, spec.heads, spec.queries)
         room.result("out", form.out_of(out))
-        room.result("lse", form.lse_of(lse))
-        if rest is not None:
-            room.result("rest of lse", rest)
+        if alone:
+            lse = room.new("lse", rows, wide)
+            rest = room.new("rest of lse", rows, torch.float32) if spec.keeps_rest else None
+        else:
+            lse = torch.empty(rows, dtype=wide, device="meta")
+            rest = torch.empty(rows, dtype=torch.float32, device="meta") if spec.keeps_rest else None
+            room.result("lse", form.lse_of(lse))
+            if rest is not None:
+                room.result("rest of lse", rest)
         calls = None
         if plan.backend not in IN_PYTORCH:
             operands = form.operands(self.given, room.contiguous)
@@ -77,7 +93,15 @@ class BoundCall:
 
         def aside(tensors: Given) -> None:
             count = len(self.given)
-            launch.run_forward(plan, spec, form.operands(tensors[:count]), self.saved(tensors[count:]))
+            results = tensors[count:]
+            if alone:
+                (out,) = results
+                assert out is not None
+                lost = out.new_empty(rows, dtype=torch.float32) if spec.keeps_rest else None
+                saved = Saved(form.rows("out", out), out.new_empty(rows, dtype=wide), lost)
+            else:
+                saved = self.saved(results)
+            launch.run_forward(plan, spec, form.operands(tensors[:count]), saved)
 
         return BoundPass(plan, spec, room, calls, aside, self.device)
 
@@ -90,6 +114,10 @@ class BoundCall:
     def run_forward(self, given: Given) -> list[Tensor]:
         """out and lse in the caller's layout and, if the spec keeps it, rest ``(B, H, M)``."""
         return self.forward.run(given, given[0])  # type: ignore[arg-type]
+
+    def run_alone(self, given: Given) -> Tensor:
+        """out alone."""
+        return self.alone.run(given, given[0])[0]  # type: ignore[arg-type]
 
     def run_backward(
         self, given: Given, saved: Given, dout: Tensor, dlse: Tensor | None, needs: tuple[bool, ...], into: Given | None = None
