@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -186,6 +190,42 @@ def test_dropout(p: float, backend: str, device: torch.device) -> None:
     sink = torch.randn(4, device=device, requires_grad=True)
     more = {"dropout_p": p, "dropout_seed": 2**40 + 3, "sink": sink, "key_lengths": torch.tensor([20, 9], device=device)}
     agree(inputs(2, H=4, Hk=1, device=device), backend, kept=kept(2**40 + 3, p, H=4, device=device), **more)
+
+
+FEATURES: list[dict[str, Any]] = [  # of which some counts what wraps round
+    {"dropout_p": 0.3, "dropout_seed": 2**62 + 7},
+    {"dropout_p": 0.9, "dropout_seed": -1, "causal": True, "window": (3, None), "softcap": 4.0},
+]
+
+
+@pytest.mark.skipif(not HAVE_TRITON or torch.cuda.is_available(), reason="Triton's interpreter is off")
+@pytest.mark.parametrize("options", FEATURES)
+def test_integers_overflow_only_where_they_may(options: dict[str, Any], device: torch.device) -> None:
+    """With its debugging on, Triton asserts of every sum of integers that it does not overflow, unless the kernel says that it may."""
+    from triton.runtime import interpreter
+
+    tensors = inputs(2, device=device)
+    with mock.patch.object(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True)):
+        out = attention(*tensors, backend="triton", **options)
+        torch.autograd.grad(out.sum(), tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", pytest.param("hopper", marks=hopper_only)])
+def test_debugging_stops_at_nothing(backend: str) -> None:
+    """The same in compiled kernels, in a process of its own: a failed assertion ends all work on the GPU."""
+    program = f"""
+import torch
+from triflash import attention
+for options in {FEATURES!r}:
+    q, k, v = (torch.randn(2, 70, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    bias = torch.randn(2, 70, 70, device="cuda", requires_grad=True)
+    out = attention(q, k, v, bias=bias, backend={backend!r}, **options)
+    torch.autograd.grad(out.sum(), (q, k, v, bias))
+    torch.cuda.synchronize()
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "TRITON_DEBUG": "1"})
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -378,7 +378,7 @@ def launched(problem: AttentionSpec, letters: str, rest: bool = True) -> tuple[P
     twins = [None if each is None else twin(each) for each in (*x, *saved, out, *grads)]
     for each in twins:
         room.give(each)
-    *operands, out, lse, rests, dout, dq, dk, dv, dbias, _ = twins  # type: ignore[assignment]
+    operands, (out, lse, rests, dout, dq, dk, dv, dbias) = twins[: len(x)], twins[len(x) : len(x) + 8]  # type: ignore[assignment]
     written = Gradients(dq, dk, dv, dbias)
     described = launch.backward(room, plan, problem, Operands(*operands), Saved(out, lse, rests), dout, None, written)  # type: ignore[arg-type]
     assert [(call.kernel, call.programs, call.constants) for call in described] == [

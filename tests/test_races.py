@@ -29,8 +29,9 @@ RACES = races()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in for the GPU that there is")
+@pytest.mark.parametrize("small", [False, True])
 @pytest.mark.parametrize("name", RACES.CASES)
-def test_cases_run_what_they_say(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cases_run_what_they_say(name: str, small: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import gluon_twin
 
     tensor, rand, randn = torch.tensor, torch.rand, torch.randn
@@ -38,7 +39,7 @@ def test_cases_run_what_they_say(name: str, monkeypatch: pytest.MonkeyPatch, cap
         monkeypatch.setattr(torch, made, lambda *x, f=function, device=None, **more: f(*x, **more))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     with gluon_twin.twin_device(2):
-        assert RACES.run_case(name, False) == 0, capsys.readouterr().out
+        assert RACES.run_case(name, small=small) == 0, capsys.readouterr().out
 
 
 def test_between_them_cases_launch_every_kernel() -> None:
@@ -47,19 +48,86 @@ def test_between_them_cases_launch_every_kernel() -> None:
 
 
 @pytest.mark.parametrize(("tool", "status", "text", "wanted"), [
-    ("racecheck", 0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "clean"),
-    ("racecheck", 9, "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", "2 hazards displayed (2 errors, 0 warnings)"),
-    ("synccheck", 0, "========= ERROR SUMMARY: 0 errors", "clean"),
-    ("synccheck", 9, "========= ERROR SUMMARY: 3 errors", "3 errors"),
+    ("racecheck", 0, "ran: dq\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "clean"),
+    ("racecheck", 0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "the case did not run to its end"),
+    ("racecheck", 9, "ran: dq\n========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)",
+     "2 hazards displayed (2 errors, 0 warnings), 0 explained: the others are not shown"),
+    ("synccheck", 0, "ran: dq\n========= ERROR SUMMARY: 0 errors", "clean"),
+    ("synccheck", 0, "========= ERROR SUMMARY: 0 errors", "the case did not run to its end"),
+    ("synccheck", 9, "ran: dq\n========= ERROR SUMMARY: 3 errors", "3 errors"),
     ("racecheck", 0, "ran: forward", "the tool said nothing"),
-    ("consan", 0, "ran: forward", "clean"),
-    ("consan", 1, "RuntimeError: device-side assert triggered", "status 1: RuntimeError: device-side assert triggered"),
-    ("consan", None, "", "did not finish"),
+    ("consan-forward", 0, "ran: forward", "clean"),
+    ("consan-backward", 1, "RuntimeError: device-side assert triggered", "status 1: RuntimeError: device-side assert triggered"),
+    ("consan-backward", 1, "x\n/a/dq.py:7: dq: block: [0,0,0], thread: [3,0,0] Assertion `int32 overflow` failed.\nRuntimeError: device-side assert",
+     "status 1: /a/dq.py:7: dq: block: [0,0,0], thread: [3,0,0] Assertion `int32 overflow` failed."),
+    ("consan-backward", None, "", "did not finish"),
     ("synccheck", 4, "WRONG: dq is 0.3 off\n========= ERROR SUMMARY: 0 errors", "WRONG: dq is 0.3 off"),
     ("synccheck", 3, "DID NOT RUN: dbias\n========= ERROR SUMMARY: 0 errors", "DID NOT RUN: dbias"),
 ])  # fmt: skip
 def test_verdicts(tool: str, status: int | None, text: str, wanted: str) -> None:
     assert RACES.verdict(tool, status, text) == wanted
+
+
+CODE = """
+0x10 .L_x_1:
+0x10 BAR.SYNC.DEFER_BLOCKING 0x1
+0x20 LDS.U8 R2, [R2+UR30+0x1e12c]
+0x30 BAR.SYNC.DEFER_BLOCKING 0x0, 0x80
+0x40 LDS.U8 R4, [R3]
+0x50 LDS R3, [R3]
+0x60 STS [UR6+0x1e134], R5
+0x70 STS [UR6+0x1e130], R2
+0x80 BAR.SYNC.DEFER_BLOCKING 0x1
+0x90 STS [UR6+0x1e130], R2
+0xa0 @P0 BRA `(.L_x_1)
+0xb0 BAR.SYNC.DEFER_BLOCKING 0x1
+0xc0 .L_x_2:
+0xc0 LDS.U8 R9, [R3]
+0xd0 EXIT
+"""
+
+
+@pytest.fixture
+def code(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    lines = [line.split(" ", 1) for line in CODE.strip().splitlines()]
+    found = [(-1 if what.startswith(".L") else int(at, 16), what) for at, what in lines]
+    monkeypatch.setattr(RACES, "instructions", lambda path: found if path == "/cache/x/dq.cubin" else [])
+    return found
+
+
+@pytest.mark.parametrize(("write", "read", "wanted"), [
+    (0x70, 0x20, True),
+    (0x60, 0x20, True),
+    (0x90, 0x20, False),  # may jump past the barrier
+    (0x70, 0x40, False),  # behind a barrier of some of the threads
+    (0x70, 0x50, False),  # not a byte
+    (0x70, 0xC0, False),  # may be jumped to past the barrier
+    (0x20, 0x70, False),
+    (0x74, 0x20, False),  # no instruction
+])  # fmt: skip
+def test_what_orders_a_byte(write: int, read: int, wanted: bool, code: list[tuple[int, str]]) -> None:
+    assert RACES.handed_over(code, write, read) is wanted
+
+
+KNOWN = """========= Error: Race reported between Read access at dq+0x20 in dq.py:40
+=========     and Write access at dq+0x70 in dq.py:41 [12 hazards]
+=========     and Write access at dq+0x60 in dq.py:41 [2 hazards]
+=========
+"""
+
+
+@pytest.mark.parametrize(("reports", "errors", "wanted"), [
+    (KNOWN, 1, "clean, 1 explained"),
+    (KNOWN * 2, 2, "clean, 2 explained"),
+    (KNOWN, 2, "some (2 errors, 0 warnings), 1 explained: the others are not shown"),
+    (KNOWN + KNOWN.replace("0x60", "0x90"), 2, "some (2 errors, 0 warnings), 1 explained: Race reported between Read access at dq+0x20 in"),
+    (KNOWN.replace("Read", "Write"), 1, "some (1 errors, 0 warnings), 0 explained: Race reported between Write access at dq+0x20"),
+    (KNOWN.replace("at dq", "at dkdv"), 1, "some (1 errors, 0 warnings), 0 explained: Race reported between Read access at dkdv+0x20"),
+    ("========= Error: Something else\n", 1, "some (1 errors, 0 warnings), 0 explained: Something else"),
+])  # fmt: skip
+def test_only_known_reports_are_explained(reports: str, errors: int, wanted: str, code: list[tuple[int, str]]) -> None:
+    text = f"code: /cache/x/dq.cubin\ncode: /cache/y/dq.cubin\n{reports}ran: dq\n========= RACECHECK SUMMARY: some ({errors} errors, 0 warnings)\n"
+    assert RACES.verdict("racecheck", 9, text).startswith(wanted)
 
 
 def test_without_the_tool_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

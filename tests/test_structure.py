@@ -36,8 +36,9 @@ RULES: dict[str, list[str]] = {
     "triflash.form": ["torch", "triflash.spec"],
     "triflash.explanation": ["triflash.plan", "triflash.spec", "triflash.launch.ahead"],
     "triflash.explainer": [
-        "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.door", "triflash.errors", "triflash.explanation",
-        "triflash.hints", "triflash.launch.ahead", "triflash.plan", "triflash.spec",
+        "torch", "triflash.arguments", "triflash.attention", "triflash.bound", "triflash.checks", "triflash.door", "triflash.errors",
+        "triflash.explanation", "triflash.hints", "triflash.launch.ahead", "triflash.nested", "triflash.plan", "triflash.spec",
+        "triflash.varlen",
     ],
     "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.plan.device": ["torch"],
@@ -79,26 +80,29 @@ RULES: dict[str, list[str]] = {
     ],
     "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.form", "triflash.plan.select", "triflash.spec"],
     "triflash.door": [
-        "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.ops",
-        "triflash.ops_varlen", "triflash.plan", "triflash.sharded", "triflash.spec",
+        "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.nested",
+        "triflash.ops", "triflash.ops_varlen", "triflash.plan", "triflash.sharded", "triflash.spec",
     ],
+    "triflash.nested": ["torch", "triflash.arguments", "triflash.errors"],
     "triflash.sharded": ["torch", "triflash.arguments", "triflash.errors"],
     "triflash.vmap": ["torch", "triflash.ops"],
     "triflash.hints": ["triflash.errors"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
     "triflash.nn": ["torch", "triflash.checks", "triflash.errors", "triflash.nn"],
-    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors"],
+    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors", "triflash.varlen"],
     "triflash.compat.words": [],
     "triflash.compat.flash_attn": [
-        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.errors", "triflash.ops",
+        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.door", "triflash.errors",
+        "triflash.ops", "triflash.ops_varlen", "triflash.varlen",
     ],
-    "triflash.varlen": ["torch", "triflash.checks", "triflash.door", "triflash.errors"],
+    "triflash.varlen": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
     "triflash.triton_flash_attention": [
         "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.ops", "triflash.plan.select",
         "triflash.spec",
     ],
+    "triflash.integrations": ["torch", "transformers", "triflash.attention", "triflash.errors", "triflash.integrations"],
 }  # fmt: skip
-THIRD_PARTY = ("torch", "triton", "numpy", "triflash")
+THIRD_PARTY = ("torch", "transformers", "triton", "numpy", "triflash")
 
 
 def within(name: str, prefix: str) -> bool:
@@ -197,7 +201,7 @@ def run_python(program: str, **environment: str) -> str:
 
 
 def test_importing_starts_nothing() -> None:
-    """No Triton, no CUDA context, no DTensor; nor does a call on the CPU need them."""
+    """No Triton, no CUDA context, no DTensor; nor does a call on the CPU need them. Adapters import what they adapt to when called."""
     program = """
 import sys, torch
 before = "triton" in sys.modules
@@ -209,8 +213,10 @@ q = torch.randn(1, 3, 1, 4, requires_grad=True)
 triflash.flash_attn_func(q, q, q).sum().backward()
 print(any(f"triflash.launch.{name}" in sys.modules for name in ("triton", "hopper")), torch.cuda.is_initialized())
 print("triflash.sharded" in sys.modules or tensors)
+import triflash.integrations.transformers
+print("transformers" in sys.modules)
 """
-    assert run_python(program, TRITON_INTERPRET="0").split() == ["False"] * 5
+    assert run_python(program, TRITON_INTERPRET="0").split() == ["False"] * 6
 
 
 def test_help_needs_little_beyond_torch() -> None:

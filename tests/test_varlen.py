@@ -46,7 +46,7 @@ class Batch:
         cu = [numbers([*starts, starts[-1] + lengths[-1]]) for starts, lengths in zip(self.starts, self.lengths, strict=True)]
         result = attention_varlen(
             leaves["q"], leaves["k"], leaves["v"], *cu, seqused_q=numbers(self.used[0]), seqused_k=numbers(self.used[1]),
-            bias=leaves.get("bias"), sink=leaves.get("sink"), return_lse=True, backend=backend, **options,
+            bias=(leaves.get("bias"), leaves.get("second")), sink=leaves.get("sink"), return_lse=True, backend=backend, **options,
         )  # fmt: skip
         assert isinstance(result, tuple)
         return result
@@ -69,6 +69,7 @@ class Batch:
                 q[None, rows], k[None, cols], v[None, cols],
                 part(leaves.get("bias"), layouts[0], b, rows, cols, -math.inf),
                 mask=part(mask, layouts[1] or layouts[0], b, rows, cols, False),
+                second_bias=part(leaves.get("second"), layouts[0], b, rows, cols, -math.inf),
                 alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[b], sink=leaves.get("sink"),
                 lo=None if left is None else diagonal - left, hi=None if right is None else diagonal + right,
                 dropout_p=dropout_p, dropout_seed=torch.tensor([seed, 0]) if dropout_p else None, first_entry=b, **options,
@@ -131,6 +132,8 @@ def drawn(seed: int, dtype: torch.dtype = torch.float32) -> Batch:
     if rng.random() < 0.7:
         options["bias_layout"] = rng.choice(["padded", "padded", "rows", "keys"])
         leaves["bias"] = rand(*shape(options["bias_layout"]))
+        if rng.random() < 0.3:
+            leaves["second"] = rand(*shape(options["bias_layout"]))
     if rng.random() < 0.4:
         options["mask_layout"] = rng.choice(["padded", "rows", "keys"])
         options["mask"] = torch.rand(shape(options["mask_layout"]), generator=generator) < 0.8

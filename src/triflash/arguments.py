@@ -44,6 +44,7 @@ __all__ = [
     "check_sequences",
     "checked",
     "checked_varlen",
+    "two_biases",
 ]
 
 LAYOUTS = ("bshd", "bhsd")
@@ -75,6 +76,20 @@ class Given(NamedTuple):
     alibi_slopes: Tensor | None = None
     sink: Tensor | None = None
     dropout_seed: int | Tensor | None = None
+    second_bias: Tensor | None = None
+
+
+def two_biases(bias: Any) -> tuple[Any, Any]:
+    """A bias, or up to two in a tuple, as two; None: there is none."""
+    if not isinstance(bias, (tuple, list)):
+        return bias, None
+    given = [x for x in bias if x is not None]
+    if len(given) > 2:
+        raise bad_value("bias", "a tensor, or a tuple of up to two", f"{len(given)} of them", "add up those that vary over least")
+    for n, x in enumerate(given):
+        if isinstance(x, Tensor) and x.dtype == torch.bool:
+            raise bad_type(f"bias[{n}]", "numbers, in a tuple of biases", x.dtype, "pass it as mask=")
+    return (*given, None, None)[:2]
 
 
 @dataclass(frozen=True)
@@ -122,7 +137,7 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
     if not torch.compiler.is_compiling():
         for name, x in zip(Given._fields, given, strict=True):
             refuse_foreign(name, x)
-    q, k, v, bias, mask, lengths, slopes, sink, seed = given
+    q, k, v, bias, mask, lengths, slopes, sink, seed, second = given
     if layout not in LAYOUTS:
         raise bad_value("layout", f"one of {', '.join(LAYOUTS)}", repr(layout))
     if face.shapes is not None:
@@ -138,6 +153,7 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
     softmax_scale = check_scale(face.scale, scale, sizes["D"])
     lo, hi = _band(causal, window).offsets(M, N)
     _check_bias_and_mask(q, bias, mask, (*batch, H, M, N))
+    check_bias(second, q, (*batch, H, M, N), "bias[1]")
     cap = 0.0 if softcap is None else check_number("softcap", softcap, 0.0, math.inf, "a positive number, or None (or 0) for none")
     check_key_lengths(lengths, q, batch)
     check_slopes(slopes, q, batch, H)
@@ -153,7 +169,7 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
         resolve_precision(precision)
     elif q.dtype == torch.float32 and not torch.compiler.is_compiling():
         precision = resolve_precision("")  # now, so that a backward pass multiplies as its forward pass did
-    form = Form(batch, _split(bias, mask, batch), layout == "bhsd", face.tensors, contiguous=face.shapes is not None)
+    form = Form(batch, _split(bias, mask, second, batch), layout == "bhsd", face.tensors, contiguous=face.shapes is not None)
     return Checked(form, lo, hi, softmax_scale, cap, chance, deterministic, precision or "", backend or requested_backend())
 
 
@@ -189,6 +205,7 @@ class VarlenGiven(NamedTuple):
     cu_seqlens_k: Tensor
     seqused_q: Tensor | None
     seqused_k: Tensor | None
+    second_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -231,6 +248,7 @@ def checked_varlen(given: VarlenGiven, options: VarlenOptions) -> CheckedVarlen:
             raise bad_value(name, f"one of {', '.join(PACKED_LAYOUTS)}, or None for bias_layout's" if name[0] == "m" else
                             f"one of {', '.join(PACKED_LAYOUTS)}", repr(layout))  # fmt: skip
     _check_packed("bias", given.bias, q, k, count, bias_layout)
+    _check_packed("bias[1]", given.second_bias, q, k, count, bias_layout)
     _check_packed("mask", given.mask, q, k, count, mask_layout)
     _check_kinds(given.bias, given.mask)
     for name, longest in (("max_seqlen_q", longest_q), ("max_seqlen_k", longest_k)):
@@ -278,7 +296,10 @@ def check_sequences(given: VarlenGiven, options: VarlenOptions) -> None:
             if not 0 <= some <= length:
                 raise bad_value(name.replace("cu_seqlens", "seqused"), f"0 to the {length} rows of sequence {at}", some)
         lengths.append(max(counted, default=0))
-    for name, x, layout in (("bias", given.bias, options.bias_layout), ("mask", given.mask, options.mask_layout or options.bias_layout)):
+    for name, x, layout in (
+        ("bias", given.bias, options.bias_layout), ("bias[1]", given.second_bias, options.bias_layout),
+        ("mask", given.mask, options.mask_layout or options.bias_layout),
+    ):  # fmt: skip
         if x is None or layout == "keys":
             continue
         for dim, longest in ((-2, lengths[0]), (-1, lengths[1])):
@@ -312,7 +333,7 @@ def _check_packed(name: str, x: Any, q: Tensor, k: Tensor, count: int, layout: s
     }[layout]
     words, dims = wanted
     if x.dim() != len(dims) or any(own is not None and size not in own for own, size in zip(dims, x.shape, strict=True)):
-        raise bad_value(name, f"{words}, the layout {layout!r}", tuple(x.shape), f"{name}_layout= names another one")
+        raise bad_value(name, f"{words}, the layout {layout!r}", tuple(x.shape), f"{name.removesuffix('[1]')}_layout= names another one")
     check_dtype_and_place(name, x, q)
 
 
@@ -373,17 +394,18 @@ def _check_kinds(bias: Tensor | None, mask: Tensor | None) -> None:
         raise unsupported("two masks, one of them as the bias", "auto", "pass one: mask=bias & mask")
 
 
-def _split(bias: Tensor | None, mask: Tensor | None, batch: tuple[int, ...]) -> int:
-    """How many batch dims are the outer of the two batch levels that kernels tell apart, so that bias and mask each vary, or do not, over
+def _split(bias: Tensor | None, mask: Tensor | None, second: Tensor | None, batch: tuple[int, ...]) -> int:
+    """How many batch dims are the outer of the two batch levels that kernels tell apart, so that biases and mask each vary, or do not, over
     all of a level.
     """
     if (bias is None and mask is None) or len(batch) == 1:
         return len(batch)
-    given = {name: x for name, x in (("bias", bias), ("mask", mask)) if x is not None}
+    given = {name: x for name, x in (("bias", bias), ("mask", mask), ("bias[1]", second)) if x is not None}
     wide = {name: x[(None,) * (len(batch) + 3 - x.dim())] for name, x in given.items()}
     # A batch dim of size 1 goes with either level.
     counted = [n for n, size in enumerate(batch) if size > 1]
-    flags = [tuple(x.shape[n] > 1 for x in wide.values()) for n in counted]
+    # Numbers, not truth values: those of symbolic sizes stay symbolic under torch.compile.
+    flags = [tuple([1 if x.shape[n] > 1 else 0 for x in wide.values()]) for n in counted]
     changes = [n for n in range(1, len(flags)) if flags[n] != flags[n - 1]]
     if len(changes) > 1:
         raise unsupported(*_too_many_levels({name: [n for n in counted if x.shape[n] > 1] for name, x in wide.items()}, len(batch)))
@@ -391,7 +413,7 @@ def _split(bias: Tensor | None, mask: Tensor | None, batch: tuple[int, ...]) -> 
 
 
 def _too_many_levels(varies: dict[str, list[int]], dims: int) -> tuple[str, str, str]:
-    """The words of an UnsupportedError for a bias, a mask or both whose batch dims do not fall into two levels."""
+    """The words of an UnsupportedError for biases and a mask whose batch dims do not fall into two levels."""
     if len(varies) == 1:
         ((name, own),) = varies.items()
         hint = f"permute the batch dims so that those of the {name} are neighbours, or expand it over the ones between"
@@ -400,5 +422,5 @@ def _too_many_levels(varies: dict[str, list[int]], dims: int) -> tuple[str, str,
     return (
         f"{words} of {dims}",
         "auto",
-        "kernels tell two batch levels apart: permute the batch dims, or expand one of the two over more of them",
+        "kernels tell two batch levels apart: permute the batch dims, or expand one of them over more",
     )

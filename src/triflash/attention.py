@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .arguments import ATTENTION
+from .arguments import ATTENTION, two_biases
 from .checks import check_bool
 from .door import attend
 from .errors import bad_value
@@ -28,7 +28,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
-    bias: Tensor | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
     mask: Tensor | None = None,
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
@@ -52,7 +52,7 @@ def attention(
     v: Tensor,
     *,
     return_lse: Literal[True],
-    bias: Tensor | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
     mask: Tensor | None = None,
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
@@ -75,7 +75,7 @@ def attention(
     v: Tensor,
     *,
     return_lse: bool,
-    bias: Tensor | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
     mask: Tensor | None = None,
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
@@ -96,7 +96,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     *more: Any,
-    bias: Tensor | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
     mask: Tensor | None = None,
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
@@ -126,7 +126,8 @@ def attention(
         v: values ``(*batch, N, Hk, Dv)``; Dv may differ from D.
         bias: added to the scaled scores, unscaled; any shape of 2 dims or more that broadcasts to ``(*batch, Hq, M, N)``, any strides;
             fp16, bf16 or fp32 whatever q is. −inf hides a key from a query. Its gradient has its own shape and dtype, summed in float32
-            over what it broadcasts, and is computed only if it is asked for.
+            over what it broadcasts, and is computed only if it is asked for. Or a tuple of two, each of its own shape and dtype and with
+            its own gradient, whose sum is never materialised (backends ``oracle``, ``tiled`` and ``triton``).
         mask: bool, of a shape as of a bias, and also beside one; True = visible. Blocks that it hides altogether cost no products.
         causal: True hides from query i the keys ``j > i + N − M`` (aligned to the bottom right: the last query sees every key);
             ``"top_left"`` those with ``j > i``.
@@ -159,6 +160,10 @@ def attention(
             has for it (is_causal, attn_mask, softmax_scale, dropout, window_size, …) or a bias by position, it names ours.
         UnsupportedError: no backend, or not the one that was asked for by name, can do this combination (docs/features.md).
 
+    q, k and v may be jagged NestedTensors, ``(B, lengths, heads, dim)``, ragged in dim 1, or 2 with ``layout="bhsd"``: out and lse are
+    jagged with q's offsets, causal, windows and ALiBi follow each sequence's own lengths, a bias or mask is padded to the longest, and
+    key_lengths must be None. :func:`triflash.attention_varlen` computes it.
+
     What causal, window, mask or a bias of −inf hides must be finite; what only key_lengths hides may hold anything.
 
     Memory beyond inputs and outputs is O(M + N) per head, but for copies of inputs whose layout kernels cannot read. Results are bitwise
@@ -171,7 +176,10 @@ def attention(
     if more or others:
         raise not_ours("attention", [*inspect.signature(attention).parameters][3:], more, others)
     check_bool("return_lse", return_lse)
-    given = (q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed)
+    second = None
+    if isinstance(bias, (tuple, list)):
+        bias, second = two_biases(bias)
+    given = (q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed, second)
     options = (causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend)
     return attend(ATTENTION, given, options, return_lse)
 

@@ -140,23 +140,30 @@ def human(nbytes: int) -> str:
 
 
 def _problem(spec: AttentionSpec) -> str:
+    packed = spec.packed
     batch = f"{spec.batch_outer}x{spec.batch_inner}" if spec.batch_inner > 1 else f"{spec.batch}"
+    lengths = f"batch {batch}, {spec.queries} queries, {spec.keys} keys"
+    if packed is not None:
+        lengths = f"{packed.sequences} packed sequences of {spec.queries} queries and {spec.keys} keys in all"
     dims = f"d {spec.head_dim}" + (f" (values {spec.value_dim})" if spec.value_dim != spec.head_dim else "")
-    bias = f"bias {_pattern(spec)} {spec.bias.dtype}" if spec.bias else "no bias"
+    where = "" if packed is None or packed.bias_layout == "padded" else packed.bias_layout
+    patterns = [f"{_pattern(spec, each)[bool(where) :]} {each.dtype}" for each in (spec.bias, spec.second) if each is not None]
+    layout = "" if packed is None else f"{packed.bias_layout} "
+    bias = f"bias {layout}{' and '.join(patterns)}" if patterns else "no bias"
     band = f"keys from {_bound(spec.lo)} to {_bound(spec.hi)} of a query"
     if spec.lo is None and spec.hi in (None, 0):
         band = "every key visible" if spec.hi is None else "causal"
+    if packed is not None and (spec.lo, spec.hi) != (None, None):
+        band += f" by the {'last' if packed.bottom_right else 'first'} query and key of each sequence"
     precision = f" ({spec.precision} products)" if spec.dtype == "fp32" else ""
-    lengths = f"{spec.queries} queries, {spec.keys} keys"
-    extras = "".join(f", {extra}" for extra in spec.extras)
-    return f"batch {batch}, {lengths}, {spec.heads} heads, {dims}, {spec.dtype}{precision}, {bias}{extras}, {band}, scale {spec.scale:.4g}"
+    extras = "".join(f", {extra}" for extra in spec.extras if extra != "packed sequences")
+    return f"{lengths}, {spec.heads} heads, {dims}, {spec.dtype}{precision}, {bias}{extras}, {band}, scale {spec.scale:.4g}"
 
 
-def _pattern(spec: AttentionSpec) -> str:
+def _pattern(spec: AttentionSpec, bias: BiasSpec) -> str:
     """``1hqk`` and so on; the second level of the batch only where there is one."""
-    assert spec.bias is not None
-    text = str(BiasSpec(spec.bias.dtype, (*spec.bias.varies[:1], spec.batch_inner > 1 and spec.bias.varies[1], *spec.bias.varies[2:])))
-    if spec.batch_inner == 1 and spec.bias.varies[0]:
+    text = str(BiasSpec(bias.dtype, (*bias.varies[:1], spec.batch_inner > 1 and bias.varies[1], *bias.varies[2:])))
+    if spec.batch_inner == 1 and bias.varies[0]:
         return text.replace("b1", "b", 1)
     return text
 
@@ -166,7 +173,7 @@ def _bound(offset: int | None) -> str:
 
 
 def _gradients(needs: Needs) -> str:
-    return ", ".join(name for name in ("dq", "dk", "dv", "dbias", "dsink") if getattr(needs, name)) or "none"
+    return ", ".join(name for name in ("dq", "dk", "dv", "dbias", "dsecond", "dsink") if getattr(needs, name)) or "none"
 
 
 def _device(device: DeviceFacts, here: bool) -> str:

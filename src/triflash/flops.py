@@ -41,7 +41,7 @@ def attention_flops(pairs: int, head_dim: int, value_dim: int, which: str) -> in
     return {"fwd": forward, "bwd": backward}.get(which, forward + backward)
 
 
-def register_formulas(forward: Any, backward: Any, backward_: Any) -> None:
+def register_formulas(forward: Any, backward: Any, backward_: Any, backward_two: Any) -> None:
     """Have ``torch.utils.flop_counter.FlopCounterMode`` count these operators, as soon as anybody imports it, and with it Triton.
 
     A pair is visible if the band shows it. Masks and key lengths are not looked at: their values are on a device.
@@ -65,12 +65,15 @@ def register_formulas(forward: Any, backward: Any, backward_: Any) -> None:
     def register(counter: ModuleType) -> None:
         counter.register_flop_formula(forward)(of_forward)
         counter.register_flop_formula(backward)(functools.partial(of_backward, lambda more: list(map(bool, more[0][:4]))))
+        counter.register_flop_formula(backward_two)(
+            functools.partial(of_backward, lambda more: [*map(bool, more[0][:3]), bool(more[0][3] or more[0][5])])
+        )
         counter.register_flop_formula(backward_)(functools.partial(of_backward, lambda more: [x is not None for x in more[:4]]))
 
     _when_imported(register)
 
 
-def register_varlen_formulas(forward: Any, backward: Any) -> None:
+def register_varlen_formulas(forward: Any, backward: Any, backward_: Any) -> None:
     """The same for the operators of packed sequences. Offsets are read; of fake tensors, which have none, sequences count as equally long,
     or as long as the caller says the longest is.
     """
@@ -85,7 +88,7 @@ def register_varlen_formulas(forward: Any, backward: Any) -> None:
             return [rows // max(count, 1) if longest is None else longest] * count
 
     def pairs(q: Any, k: Any, at: Sequence[Any]) -> int:
-        cu_q, cu_k, used_q, used_k, left, right, bottom_right, *_, longest_q, longest_k, _backend = at
+        cu_q, cu_k, used_q, used_k, _second, left, right, bottom_right, *_, longest_q, longest_k, _backend = at
         total = 0
         own = zip(lengths(cu_q, used_q, q.shape[0], longest_q), lengths(cu_k, used_k, k.shape[0], longest_k), strict=True)
         for m, n in own:
@@ -98,7 +101,13 @@ def register_varlen_formulas(forward: Any, backward: Any) -> None:
         return attention_flops(pairs(q, k, more[5:]), q.shape[2], v.shape[2], "fwd")
 
     def of_backward(dout: Any, dlse: Any, out: Any, lse: Any, rest: Any, needs: Any, q: Any, k: Any, v: Any, *more: Any, **_: Any) -> int:
-        dq, dk, dv, dbias = map(bool, needs[:4])
+        return of_gradients(list(map(bool, needs[:4])), q, k, v, more)
+
+    def of_given(dout: Any, out: Any, lse: Any, dq: Any, dk: Any, dv: Any, q: Any, k: Any, v: Any, *more: Any, **_: Any) -> int:
+        return of_gradients([*(x is not None for x in (dq, dk, dv)), False], q, k, v, more)
+
+    def of_gradients(needs: Sequence[bool], q: Any, k: Any, v: Any, more: Sequence[Any]) -> int:
+        dq, dk, dv, dbias = needs
         D, Dv = q.shape[2], v.shape[2]
         terms = D + Dv * (dq or dk or dbias) + D * dq + D * dk + Dv * dv
         return pairs(q, k, more[5:]) * 2 * terms if dq or dk or dv or dbias else 0
@@ -106,6 +115,7 @@ def register_varlen_formulas(forward: Any, backward: Any) -> None:
     def register(counter: ModuleType) -> None:
         counter.register_flop_formula(forward, get_raw=True)(of_forward)
         counter.register_flop_formula(backward, get_raw=True)(of_backward)
+        counter.register_flop_formula(backward_, get_raw=True)(of_given)
 
     _when_imported(register)
 

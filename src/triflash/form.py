@@ -49,13 +49,14 @@ class Form:
 
         Where a fold of batch dims is no view, ``copy`` makes what is folded; None: PyTorch does, differentiably.
         """
-        q, k, v, bias, mask, lengths, slopes, sink, seed, *offsets = given
+        q, k, v, bias, mask, lengths, slopes, sink, seed, *others = given
+        *offsets, other = others if len(others) == 5 else (*others, None)
         first, second = self.layouts or ("", "")
         if bias is None:  # one mask alone is one more kind of bias
             bias, mask, first = mask, None, second
         q, k, v = self.unpacked(q, k, v)
         if self.canonical:
-            return Operands(q, k, v, bias, mask, lengths, slopes, sink, seed, *offsets)
+            return Operands._make((q, k, v, bias, mask, lengths, slopes, sink, seed, *(offsets or (None,) * 4), other))
         return Operands(
             self.rows("q", q, copy),
             self.rows("k", k, copy),
@@ -67,6 +68,7 @@ class Form:
             sink=sink,
             dropout_seed=seed,
             **dict(zip(Operands._fields[9:], offsets, strict=False)),
+            second_bias=self._five("second_bias", other, copy, first),
         )
 
     def unpacked(self, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,14 +103,15 @@ class Form:
         return lse if self.canonical or len(self.batch) == 1 else lse.reshape(*self.batch, *lse.shape[1:])
 
     def gradients_of(self, grads: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients of canonical q, k, v, bias and sink in the layouts of what was given; views, and a copy of what is packed."""
+        """Gradients of canonical q, k, v, bias, sink and second bias as given: views, and a copy of what is packed."""
         q, k, v = (None if x is None else self.out_of(x) for x in grads[:3])
         bias, like = grads[3], given[3]
         if self.tensors == 2:
             k, v = (None if k is None or v is None else torch.stack([k, v], 2)), None
         elif self.tensors == 1:
             q, k, v = (None if q is None or k is None or v is None else torch.stack([q, k, v], 2)), None, None
-        return [q, k, v, None if bias is None or like is None else bias.reshape(like.shape), grads[4]]
+        other = None if grads[5] is None or given[13] is None else grads[5].reshape(given[13].shape)
+        return [q, k, v, None if bias is None or like is None else bias.reshape(like.shape), grads[4], other]
 
     def bias(self, bias: Tensor) -> Tensor:
         """The gradient of a bias, contiguous and of its shape, with five dims; a view."""

@@ -6,6 +6,7 @@ Eager calls go through one ``autograd.Function``, :class:`Attention`, whose pass
 ``triflash::forward``   (q, k, v, bias, …) -> (out, lse, rest), differentiable; rest is what lse, a float32, lost of a huge one
 ``triflash::backward``  (dout, dlse, q, k, v, bias, out, lse, rest, …, needs, …) -> (dq, dk, dv, dbias, dsink), empty where not needed
 ``triflash::backward_`` the same, filling the tensors it is given
+``triflash::backward_two`` the same as backward, of two biases: (…, needs, second_bias, …) -> (dq, dk, dv, dbias, dsink, dsecond)
 
 They take canonical tensors (see ``spec.spec_of``) and run for every device: the plan picks the kernels. The requested backend travels as
 an argument, so that the backward pass, which may run on another thread after the ``with backend(...)`` block has ended, uses the same.
@@ -35,6 +36,7 @@ __all__ = [
     "OperatorOptions",
     "attention_backward",
     "attention_backward_",
+    "attention_backward_two",
     "attention_forward",
     "differentiable",
     "differentiable_once",
@@ -50,8 +52,13 @@ _SAVED = "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias,
 _GIVEN = "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias"
 
 _library = torch.library.Library("triflash", "DEF")
-_library.define(f"forward(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}, {_MORE}) -> (Tensor, Tensor, Tensor)")
+_library.define(
+    f"forward(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}, {_MORE}, Tensor? second_bias=None) -> (Tensor, Tensor, Tensor)"
+)
 _library.define(f"backward({_SAVED}, {_OPTIONS}, bool[] needs, {_MORE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    f"backward_two({_SAVED}, {_OPTIONS}, bool[] needs, Tensor second_bias, {_MORE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _library.define(f"backward_({_SAVED}, {_OPTIONS}, {_GIVEN}, {_MORE}, Tensor(e!)? dsink=None) -> ()")
 
 
@@ -75,11 +82,12 @@ class OperatorOptions(NamedTuple):
     softcap: float = 0.0
     dropout_p: float = 0.0
     deterministic: bool = False
+    second_bias: Tensor | None = None
 
     @property
     def numbers(self) -> tuple[Any, ...]:
         """What is no tensor."""
-        return (*self[:6], *self[11:])
+        return (*self[:6], *self[11:14])
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -90,6 +98,8 @@ class OperatorOptions(NamedTuple):
 def _bound(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: OperatorOptions) -> tuple[BoundCall, tuple[Tensor | None, ...]]:
     """What an operator's arguments bind to, and its tensors in order. Only a new signature is checked."""
     given = (q, k, v, bias, *options.tensors)
+    if options.second_bias is not None:
+        given = (*given, None, None, None, None, options.second_bias)
     numbers = options.numbers
     facts, around = ambient(q)
     key = ("operator", tuple([describe(x) for x in given]), numbers, tuple(map(type, numbers)), around)
@@ -99,7 +109,7 @@ def _bound(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Operat
         x = form.operands(given)
         spec = spec_of(
             *x[:4], options.batch_inner, options.lo, options.hi, options.scale, options.precision, *x[4:9], options.softcap,
-            options.dropout_p, options.deterministic,
+            options.dropout_p, options.deterministic, options.second_bias,
         )  # fmt: skip
         call = BoundCall(form, [None if each is None else twin(each) for each in given], spec, facts, options.backend, q.device)
         CALLS.add(key, call)
@@ -138,9 +148,32 @@ def _backward(
     call, given = _bound(q, k, v, bias, options)
     saved = Saved(out, lse, kept(rest))
     check_saved(q, v, dout, dlse, saved)
-    grads = call.run_backward(given, [x for x in saved if x is not None], dout, dlse, needs)
-    dq, dk, dv, dbias, dsink = (q.new_empty(0) if grad is None else grad for grad in grads)
+    grads = call.run_backward(given, [x for x in saved if x is not None], dout, dlse, (*needs, False))
+    dq, dk, dv, dbias, dsink = (q.new_empty(0) if grad is None else grad for grad in grads[:5])
     return dq, dk, dv, dbias, dsink
+
+
+def _backward_two(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor,
+    rest: Tensor | None, *more: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *front, needs, second = more[:8]
+    options = OperatorOptions(*front, *more[8:])._replace(second_bias=second)
+    if len(needs) != 6:
+        raise bad_value("needs", "6 of them: of q, k, v, bias, sink and second_bias", list(needs))
+    call, given = _bound(q, k, v, bias, options)
+    saved = Saved(out, lse, kept(rest))
+    check_saved(q, v, dout, dlse, saved)
+    grads = call.run_backward(given, [x for x in saved if x is not None], dout, dlse, tuple(needs))
+    return tuple(q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _fake_backward_two(dout: Tensor, *more: Any) -> tuple[Tensor, ...]:
+    _, q, k, v, bias, _, _, _, *rest = more
+    *front, needs, second = rest[:8]
+    sink = OperatorOptions(*front, *rest[8:]).sink
+    wanted = [x if need else None for x, need in zip((q, k, v, bias, sink, second), needs, strict=True)]
+    return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
 
 
 def _backward_(
@@ -148,14 +181,14 @@ def _backward_(
     rest: Tensor | None, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dbias: Tensor | None, *more: Any,
 ) -> None:  # fmt: skip
-    count = len(OperatorOptions._fields) - OperatorOptions._fields.index("mask")
+    count = OperatorOptions._fields.index("second_bias") - OperatorOptions._fields.index("mask")
     options = OperatorOptions(batch_inner, lo, hi, scale, precision, backend, *more[:count])
     grads = Gradients(dq, dk, dv, dbias, *more[count:])
     call, given = _bound(q, k, v, bias, options)
     saved = Saved(out, lse, kept(rest))
     check_saved(q, v, dout, dlse, saved)
     inputs = {"q": q, "k": k, "v": v, "bias": bias, "sink": options.sink}
-    check_gradients(inputs, grads._asdict(), {"dout": dout, "out": out})
+    check_gradients(inputs, dict(list(grads._asdict().items())[:5]), {"dout": dout, "out": out})
     needs = tuple(grad is not None for grad in grads)
     call.run_backward(given, [x for x in saved if x is not None], dout, dlse, needs, into=grads)
 
@@ -250,12 +283,24 @@ def _backward_by_operator(
     rest = x.q.new_empty(0, dtype=torch.float32) if saved.rest is None else saved.rest
     dlse = None if dlse is None else form.lse("dlse", dlse)
     all_needs = vars(call.needs(needs))
-    grads = attention_backward(
-        form.rows("dout", dout), dlse, *x[:4], saved.out, saved.lse, rest, form.inner if not form.canonical else spec.batch_inner,
-        spec.lo, spec.hi, spec.scale, spec.precision, call.backend, list(all_needs.values()), *x[4:9], spec.softcap, spec.dropout,
-        spec.deterministic,
+    inner = form.inner if not form.canonical else spec.batch_inner
+    grads = _gradients_by_operator(
+        (form.rows("dout", dout), dlse, *x[:4], saved.out, saved.lse, rest),
+        (inner, spec.lo, spec.hi, spec.scale, spec.precision, call.backend),
+        list(all_needs.values()), x[4:9], (spec.softcap, spec.dropout, spec.deterministic), x.second_bias,
     )  # fmt: skip
     return form.gradients_of([grad if need else None for grad, need in zip(grads, all_needs.values(), strict=True)], given)
+
+
+def _gradients_by_operator(
+    tensors: tuple[Any, ...], front: tuple[Any, ...], needs: list[bool], more: Sequence[Any], behind: tuple[Any, ...], second: Tensor | None
+) -> Sequence[Tensor]:
+    """Six gradients, empty where they are not needed, by the operator for one bias or for two."""
+    if second is None:
+        five: tuple[Tensor, ...] = attention_backward(*tensors, *front, needs[:5], *more, *behind)
+        return (*five, tensors[2].new_empty(0))
+    six: tuple[Tensor, ...] = attention_backward_two(*tensors, *front, needs, second, *more, *behind)
+    return six
 
 
 _MISSING = (None,) * len(Operands._fields)
@@ -351,29 +396,33 @@ def differentiable(library: torch.library.Library, op: Any, body: Callable[..., 
     library.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
 
 
+_WANTED = (0, 1, 2, 3, *(4 + OperatorOptions._fields.index(name) for name in ("sink", "second_bias")))
+
+
 def _keep(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, bias, *rest = args
     options = OperatorOptions(*rest)
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(q, k, v, bias, *options.tensors, *output)
-    ctx.numbers, ctx.sink_at = options.numbers, 4 + OperatorOptions._fields.index("sink")
+    ctx.save_for_backward(q, k, v, bias, *options.tensors, options.second_bias, *output)
+    ctx.numbers = options.numbers
 
 
 def _give(ctx: Any, wants: Sequence[bool], dout: Tensor | None, dlse: Tensor | None, _: Any) -> list[Tensor | None]:
-    q, k, v, bias, *tensors, out, lse, rest = ctx.saved_tensors
-    needs = [*map(bool, wants[:4]), len(wants) > ctx.sink_at and bool(wants[ctx.sink_at])]
+    q, k, v, bias, *tensors, second, out, lse, rest = ctx.saved_tensors
+    needs = [at < len(wants) and bool(wants[at]) for at in _WANTED]
     result: list[Tensor | None] = [None] * len(wants)
     if (dout is None and dlse is None) or not any(needs):
         return result
     if dout is None:
         dout = torch.zeros_like(out)
-    options, more = ctx.numbers[:6], ctx.numbers[6:]
     with torch.no_grad():
-        grads = attention_backward(dout, dlse, q, k, v, bias, out, lse, rest, *options, needs, *tensors, *more)
+        grads = _gradients_by_operator(
+            (dout, dlse, q, k, v, bias, out, lse, rest), ctx.numbers[:6], needs, tensors, ctx.numbers[6:], second
+        )
     wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
-    *result[:4], dsink = differentiable_once(wanted, (dout, dlse, q, k, v, bias, *tensors))
-    if needs[4]:
-        result[ctx.sink_at] = dsink
+    for at, grad in zip(_WANTED, differentiable_once(wanted, (dout, dlse, q, k, v, bias, *tensors, second)), strict=True):
+        if grad is not None:
+            result[at] = grad
     return result
 
 
@@ -381,13 +430,15 @@ for _name, _fn, _fake in (
     ("forward", _forward, _fake_forward),
     ("backward", _backward, _fake_backward),
     ("backward_", _backward_, _fake_backward_),
+    ("backward_two", _backward_two, _fake_backward_two),
 ):
     _library.impl(_name, _fn, "CompositeExplicitAutograd")
     torch.library.register_fake(f"triflash::{_name}", _fake, lib=_library)
 
-register_formulas(torch.ops.triflash.forward, torch.ops.triflash.backward, torch.ops.triflash.backward_)
+register_formulas(torch.ops.triflash.forward, torch.ops.triflash.backward, torch.ops.triflash.backward_, torch.ops.triflash.backward_two)
 
 attention_forward = torch.ops.triflash.forward.default
 attention_backward = torch.ops.triflash.backward.default
 attention_backward_ = torch.ops.triflash.backward_.default
+attention_backward_two = torch.ops.triflash.backward_two.default
 differentiable(_library, attention_forward, _forward, _keep, _give)

@@ -47,6 +47,7 @@ def attention(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     first_entry: int = 0,
+    second_bias: Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q kᵀ + bias) v`` and its log-sum-exp, every step in ``dtype``, differentiable by autograd.
@@ -63,6 +64,7 @@ def attention(
         lo, hi: key j is visible to query i when ``lo <= j - i <= hi``; None leaves a side open.
         scale: default ``1 / sqrt(D)``.
         first_entry: the number of the first batch entry, to dropout.
+        second_bias: added too, of such a shape.
         softcap: if positive, scaled products become ``softcap * tanh(· / softcap)`` before anything is added.
         dtype: what everything is computed in; float64 makes this the reference, the inputs' own dtype the "plain PyTorch" yardstick.
 
@@ -81,16 +83,15 @@ def attention(
     s = torch.einsum("bmhd,bnhd->bhmn", q.to(dtype), k) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
-    for extra in (bias, mask):
+    for extra in (bias, second_bias, mask):
         if extra is None:
             continue
+        hides = extra.dtype == torch.bool
+        if not hides:  # before it is expanded, so that its gradient is summed up in dtype
+            extra = extra.to(dtype).masked_fill(extra.double() < LEAST_BIAS, -torch.inf)
         if extra.dim() == 5:
             extra = extra.expand(batch // batch_inner, batch_inner, H, M, N).reshape(batch, H, M, N)
-        s = (
-            s.masked_fill(~extra, -torch.inf)
-            if extra.dtype == torch.bool
-            else s + extra.to(dtype).masked_fill(extra.double() < LEAST_BIAS, -torch.inf)
-        )
+        s = s.masked_fill(~extra, -torch.inf) if hides else s + extra
     i, j = torch.arange(M, device=q.device)[:, None], torch.arange(N, device=q.device)
     if alibi_slopes is not None:
         s = s - alibi_slopes.to(dtype)[..., None, None] * (i + (N - M) - j).abs().to(dtype)

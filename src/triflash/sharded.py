@@ -83,7 +83,7 @@ def _axes_of(given: Given, levels: int, heads_at: int) -> tuple[Axes, ...]:
             pass
         elif name in ("q", "k", "v"):
             axes = (*leading, x.dim() + heads_at)
-        elif name in ("bias", "mask"):  # aligned to the right, (*batch, heads, queries, keys)
+        elif name in ("bias", "mask", "second_bias"):  # aligned to the right, (*batch, heads, queries, keys)
             axes = tuple(n if n >= 0 else None for n in range(x.dim() - levels - 3, x.dim() - 2))
         elif name == "key_lengths":
             axes = (*leading, None)
@@ -142,7 +142,7 @@ def _own(name: str, x: Any, axes: Axes, plan: Sequence[int | None], here: Sequen
     wanted = list(_placements(axes, plan))
     grads = list(_placements(axes, plan, Partial))
     cuts: list[tuple[int, int, int]] = []
-    if name in ("bias", "sink"):
+    if name in ("bias", "second_bias", "sink"):
         for n, (now, then) in enumerate(zip(x.placements, wanted, strict=True)):
             # Parts of parts are counted from the first dim of the mesh on: what a later one has cut already cannot be cut before it.
             if isinstance(then, Shard) and now == Replicate() and then not in x.placements[n + 1 :]:

@@ -77,6 +77,7 @@ class Needs:
     dv: bool
     dbias: bool
     dsink: bool = False
+    dsecond: bool = False
 
 
 class Operands(NamedTuple):
@@ -95,11 +96,12 @@ class Operands(NamedTuple):
     offsets_k: Tensor | None = None
     used_q: Tensor | None = None
     used_k: Tensor | None = None
+    second_bias: Tensor | None = None
 
     @property
     def dense(self) -> dict[str, Any]:
         """Those that a dense batch may have, by name."""
-        return dict(zip(self._fields[:9], self, strict=False))
+        return {**dict(zip(self._fields[:9], self, strict=False)), "second_bias": self.second_bias}
 
 
 class Saved(NamedTuple):
@@ -118,6 +120,7 @@ class Gradients(NamedTuple):
     dv: Tensor | None
     dbias: Tensor | None
     dsink: Tensor | None = None
+    dsecond: Tensor | None = None
 
     @property
     def needs(self) -> Needs:
@@ -145,9 +148,9 @@ class Packed:
     """What the host knows of sequences that are packed into one batch entry: not how long they are.
 
     sequences: how many. bottom_right: a sequence's diagonal meets its last query and last key, else its first ones. used_q, used_k: whether
-    there are numbers of rows of each that count. bias_layout, mask_layout: of :data:`LAYOUTS`. bias_rows, bias_cols: sizes of the dims of
-    queries and keys of a bias that it has for each sequence ("padded" ones, and the keys of "rows"); 1 for others. most_queries, most_keys:
-    of a sequence, behind which bias or mask have none; None: they have all.
+    there are numbers of rows of each that count. bias_layout, mask_layout: of :data:`LAYOUTS`. bias_sizes, second_sizes: sizes of
+    the dims of queries and keys that a bias has for each sequence ("padded" ones, and the keys of "rows"); 1 for others. most_queries,
+    most_keys: of a sequence, behind which bias or mask have none; None: they have all.
     longest_q, longest_k: what the caller says of the longest sequence, for the choice of tiles; None: nothing.
     """
 
@@ -157,8 +160,8 @@ class Packed:
     used_k: bool = False
     bias_layout: str = "padded"
     mask_layout: str = "padded"
-    bias_rows: int = 1
-    bias_cols: int = 1
+    bias_sizes: tuple[int, int] = (1, 1)
+    second_sizes: tuple[int, int] = (1, 1)
     most_queries: int | None = None
     most_keys: int | None = None
     longest_q: int | None = None
@@ -172,7 +175,8 @@ class AttentionSpec:
     ``batch_outer * batch_inner`` is the batch of q, k and v; a bias may broadcast over each of the two levels separately.
     ``lo`` and ``hi`` bound the visible offsets ``lo <= j - i <= hi`` of key j and query i; None leaves that side open. ``heads`` are those
     of the queries; ``groups`` of them read the same key head. A boolean mask without a bias is ``bias``, of dtype bool; ``mask`` is one
-    beside a bias. ``key_lengths``, ``alibi``, ``sink``: whether there are such. ``softcap`` and ``dropout`` (a probability): 0 for none.
+    beside a bias, and ``second`` another bias beside it. ``key_lengths``, ``alibi``, ``sink``: whether there are such. ``softcap`` and
+    ``dropout`` (a probability): 0 for none.
     ``deterministic``: the backward pass must give the same bits every time. ``packed``: its one batch entry holds several sequences; then
     lo and hi count from a sequence's diagonal, and outer batch entries, to a bias, are sequences.
     """
@@ -199,6 +203,7 @@ class AttentionSpec:
     dropout: float = 0.0
     deterministic: bool = False
     packed: Packed | None = None
+    second: BiasSpec | None = None
 
     @property
     def tensor_dtype(self) -> torch.dtype:
@@ -219,6 +224,7 @@ class AttentionSpec:
         named = {
             f"{self.heads} query heads on {self.kv_heads} key heads": self.groups > 1,
             "a mask beside a bias": self.mask is not None,
+            "a second bias": self.second is not None,
             "key lengths": self.key_lengths,
             "ALiBi slopes": self.alibi,
             "a sink": self.sink,
@@ -277,10 +283,11 @@ def spec_of(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     deterministic: bool = False,
+    second_bias: Tensor | None = None,
 ) -> AttentionSpec:
     """The spec of canonical tensors.
 
-    q (B, M, Hq, D), k (B, N, Hk, D), v (B, N, Hk, Dv); bias and mask (B0|1, B1|1, Hq|1, M|1, N|1) with B1 = batch_inner, a mask without a
+    q (B, M, Hq, D), k (B, N, Hk, D), v (B, N, Hk, Dv); biases and mask (B0|1, B1|1, Hq|1, M|1, N|1) with B1 = batch_inner, a mask without a
     bias being the bias; key_lengths (B,), any integers; alibi_slopes (B|1, Hq) and sink (Hq,), any floats; dropout_seed int64 (2,),
     contiguous.
 
@@ -302,13 +309,15 @@ def spec_of(
         raise bad_value("batch_inner", f"a positive divisor of the batch {B}", batch_inner)
     if not (q.dtype == k.dtype == v.dtype):
         raise bad_type("k, v", f"q's dtype {q.dtype}", f"{k.dtype} and {v.dtype}")
-    given = Operands(q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed)._asdict()
+    given = Operands(q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed, second_bias=second_bias)._asdict()
     for name, x in given.items():
         if x is not None and x.device != q.device:
             raise bad_value(name, f"q's device {q.device}", x.device)
     full = (B // batch_inner, batch_inner, H, M, N)
     if mask is not None and (mask.dtype != torch.bool or bias is None or bias.dtype == torch.bool):
         raise bad_type("mask", "a bool tensor beside a bias of numbers", f"{mask.dtype} beside {'none' if bias is None else bias.dtype}")
+    if second_bias is not None and (bias is None or torch.bool in (bias.dtype, second_bias.dtype)):
+        raise bad_type("second_bias", "numbers beside a bias of numbers", second_bias.dtype)
     _check_extras(B, H, key_lengths, alibi_slopes, sink, dropout_seed, softcap, dropout_p)
     # Bounds that hide nothing are open; kernels add the others to 32-bit positions, so those are kept near the sizes.
     lo = None if lo is None or lo <= 1 - M else min(lo, N)
@@ -335,6 +344,7 @@ def spec_of(
         softcap=float(softcap),
         dropout=float(dropout_p),
         deterministic=deterministic,
+        second=_bias_spec("second_bias", second_bias, full),
     )
 
 
@@ -386,7 +396,7 @@ def packed_spec_of(
     bias = None if x.bias is None else _packed_bias_spec("bias", x.bias, dense, B, bias_layout)
     mask = None if x.mask is None else _packed_bias_spec("mask", x.mask, dense, B, mask_layout)
     most: list[int | None] = [None, None]
-    for own, layout in ((x.bias, bias_layout), (x.mask, mask_layout)):
+    for own, layout in ((x.bias, bias_layout), (x.second_bias, bias_layout), (x.mask, mask_layout)):
         if own is None or layout == "keys":
             continue
         for at, size in ((0, own.shape[3] if layout == "padded" else 1), (1, own.shape[4])):
@@ -394,13 +404,18 @@ def packed_spec_of(
                 most[at] = min(size, size if most[at] is None else most[at])  # type: ignore[type-var]
     packed = Packed(
         B, bottom_right, x.used_q is not None, x.used_k is not None, bias_layout, mask_layout,
-        1 if x.bias is None or bias_layout != "padded" else x.bias.shape[3],
-        1 if x.bias is None or bias_layout == "keys" else x.bias.shape[4],
-        most[0], most[1], longest_q, longest_k,
+        _sizes_of(x.bias, bias_layout), _sizes_of(x.second_bias, bias_layout), most[0], most[1], longest_q, longest_k,
     )  # fmt: skip
     lo = None if left is None or left >= dense.keys + dense.queries else -left
     hi = None if right is None or right >= dense.keys + dense.queries else right
-    return replace(dense, bias=bias, mask=mask, alibi=slopes is not None, lo=lo, hi=hi, packed=packed)
+    second = None if x.second_bias is None else _packed_bias_spec("second_bias", x.second_bias, dense, B, bias_layout)
+    return replace(dense, bias=bias, mask=mask, second=second, alibi=slopes is not None, lo=lo, hi=hi, packed=packed)
+
+
+def _sizes_of(bias: Tensor | None, layout: str) -> tuple[int, int]:
+    if bias is None or layout == "keys":
+        return 1, 1
+    return (bias.shape[3] if layout == "padded" else 1), bias.shape[4]
 
 
 def _packed_bias_spec(name: str, bias: Tensor, spec: AttentionSpec, sequences: int, layout: str) -> BiasSpec:

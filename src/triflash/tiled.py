@@ -52,6 +52,7 @@ class Scores:
     softcap: float = 0.0
     dropout_p: float = 0.0
     first_entry: int = 0
+    second_bias: Tensor | None = None
 
     def tile(self, products: Tensor, rows: slice, cols: slice, diagonal: int) -> tuple[Tensor, Tensor | None]:
         """Of the products ``[B, H, BM, BN]`` of one tile: its scores in base 2, and their derivative by ``scale * products`` (None: 1).
@@ -65,7 +66,7 @@ class Scores:
         else:
             s = products.mul_(self.scale * _LOG2E)
         split = s.unflatten(0, (s.shape[0] // self.batch_inner, self.batch_inner))
-        for extra in (self.bias, self.mask):
+        for extra in (self.bias, self.second_bias, self.mask):
             if extra is None:
                 continue
             part = _part(extra, rows, cols)
@@ -175,9 +176,11 @@ def backward(
     dk: Tensor | None,
     dv: Tensor | None,
     dbias: Tensor | None,
+    dsecond: Tensor | None = None,
     tile: int | None = None,
 ) -> None:
-    """Fill those of ``dq, dk, dv, dbias`` that are given; what is None is not computed. dbias has the canonical bias's own shape.
+    """Fill those of ``dq, dk, dv, dbias, dsecond`` that are given; what is None is not computed. dbias and dsecond have the shapes of the
+    canonical biases.
 
     With ``p = 2^(s - lse - rest)`` in base 2 and ``delta = rowsum(out * dout) - dlse`` (:func:`delta_of`):
     ``dv = pᵀ dout``, ``ds = p * (dout vᵀ - delta)``, ``dk = scale dsᵀ q``, ``dq = scale ds k``, ``dbias = ds`` summed over broadcast dims.
@@ -187,8 +190,10 @@ def backward(
     N, kv_heads = k.shape[1:3]
     math = _arithmetic(q)
     tile = tile or tile_size(batch * H)
-    need_ds = dq is not None or dk is not None or dbias is not None
-    dq_sum, dbias_sum = (None if x is None else x.zero_() if x.dtype == math else torch.zeros_like(x, dtype=math) for x in (dq, dbias))
+    need_ds = dq is not None or dk is not None or dbias is not None or dsecond is not None
+    dq_sum, *biases = (
+        None if x is None else x.zero_() if x.dtype == math else torch.zeros_like(x, dtype=math) for x in (dq, dbias, dsecond)
+    )
     # p is 2^(s - lse): a row that saw no key gets +inf here, so that its p is 0 and its gradients vanish.
     lse_log2 = (lse * _LOG2E).masked_fill(lse == -torch.inf, torch.inf)
 
@@ -208,9 +213,10 @@ def backward(
                 continue
             dp = scores.dropped(_by_query_head(do_tile @ v_tile.transpose(2, 3), H), rows, cols)
             ds = dp.mul_(scores.rescale).sub_(delta[:, :, rows, None]).mul_(p)
-            if dbias_sum is not None:
-                part = _part(dbias_sum, rows, cols)
-                part += ds.unflatten(0, (batch // scores.batch_inner, scores.batch_inner)).sum_to_size(part.shape)
+            for total in biases:
+                if total is not None:
+                    part = _part(total, rows, cols)
+                    part += ds.unflatten(0, (batch // scores.batch_inner, scores.batch_inner)).sum_to_size(part.shape)
             ds = _by_key_head(ds if slope is None else ds.mul_(slope), kv_heads)
             if dk is not None:
                 dk_tile += ds.transpose(2, 3) @ q_tile
@@ -222,8 +228,9 @@ def backward(
             dv[:, cols] = (dv_tile * scores.rescale).transpose(1, 2)
     if dq is not None and dq_sum is not None:
         dq.copy_(dq_sum.mul_(scores.scale))
-    if dbias is not None and dbias_sum is not None and dbias_sum is not dbias:
-        dbias.copy_(dbias_sum)
+    for grad, total in zip((dbias, dsecond), biases, strict=True):
+        if grad is not None and total is not None and total is not grad:
+            grad.copy_(total)
 
 
 def delta_of(out: Tensor, dout: Tensor, dlse: Tensor | None, tile: int = 512) -> Tensor:

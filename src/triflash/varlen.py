@@ -5,16 +5,19 @@ Method: FlashAttention's variable lengths (Dao et al. 2022), with any bias and i
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import inspect
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from .arguments import two_biases
 from .checks import check_bool
 from .door import attend_varlen
 from .errors import bad_value
+from .hints import not_ours
 
-__all__ = ["attention_varlen"]
+__all__ = ["attention_varlen", "near"]
 
 
 @overload
@@ -29,7 +32,7 @@ def attention_varlen(
     *,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
     bias_layout: str = "padded",
     mask: Tensor | None = None,
     mask_layout: str | None = None,
@@ -59,7 +62,7 @@ def attention_varlen(
     return_lse: bool,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
     bias_layout: str = "padded",
     mask: Tensor | None = None,
     mask_layout: str | None = None,
@@ -79,14 +82,14 @@ def attention_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor = None,  # type: ignore[assignment]
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    *,
+    *more: Any,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
-    bias: Tensor | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
     bias_layout: str = "padded",
     mask: Tensor | None = None,
     mask_layout: str | None = None,
@@ -102,6 +105,7 @@ def attention_varlen(
     deterministic: bool | None = None,
     precision: str | None = None,
     backend: str | None = None,
+    **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention within each of many sequences packed one behind the other, with gradients for q, k, v, the bias and the sink.
 
@@ -117,7 +121,8 @@ def attention_varlen(
         cu_seqlens_k: the same of the keys; default cu_seqlens_q.
         max_seqlen_q, max_seqlen_k: the longest sequence, a hint for the choice of tiles; results do not depend on it.
         seqused_q, seqused_k: integers ``(B,)``: how many of a sequence's rows count. Causal, windows and ALiBi follow them.
-        bias: added to the scaled scores, in one of three layouts; fp16, bf16 or fp32. Its gradient has its shape, 0 in padding.
+        bias: added to the scaled scores, in one of three layouts; fp16, bf16 or fp32. Its gradient has its shape, 0 in padding. Or a tuple
+            of two, in the same layout, each of its own shape and dtype and with its own gradient.
         bias_layout: ``"padded"``: ``(B|1, Hq|1, Mmax|1, Nmax|1)``, by position in the sequence; what a sequence needs past a dim that is
             not 1 counts as −inf. ``"rows"``: ``(Hq|1, Tq, Nmax|1)``, packed along queries. ``"keys"``: ``(Hq|1, Tk)``, a number a key.
         mask: bool, True = visible, in one of the same layouts, also beside a bias.
@@ -132,24 +137,39 @@ def attention_varlen(
         0 and −inf, and give and get zero gradient.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device or option; the message names the argument.
+        ValueError, TypeError: a wrong shape, dtype, device or option; the message names the argument. For a name that another package has
+            for it (cu_seq_q, max_q, key_lengths, softmax_scale, …) it names ours.
         UnsupportedError: no backend, or not the one that was asked for by name, can do this combination.
 
     >>> out = attention_varlen(q, k, v, torch.tensor([0, 5, 12], device=q.device), causal=True)
     """
+    if more or others:
+        raise not_ours("attention_varlen", [*inspect.signature(attention_varlen).parameters][3:], more, others)
     check_bool("return_lse", return_lse)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    cu_seqlens_q, cu_seqlens_k = _near(q, "cu_seqlens_q", cu_seqlens_q), _near(q, "cu_seqlens_k", cu_seqlens_k)
-    given = (q, k, v, bias, mask, alibi_slopes, sink, dropout_seed, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    cu_seqlens_q, cu_seqlens_k = near(q, "cu_seqlens_q", cu_seqlens_q), near(q, "cu_seqlens_k", cu_seqlens_k)
+    second = None
+    if isinstance(bias, (tuple, list)):
+        bias, second = two_biases(bias)
+    given = (q, k, v, bias, mask, alibi_slopes, sink, dropout_seed, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, second)
     options = (
         bias_layout, mask_layout, causal, window, scale, softcap, dropout_p, deterministic, precision, backend, max_seqlen_q, max_seqlen_k
     )  # fmt: skip
     return attend_varlen(given, options, return_lse)
 
 
-def _near(q: Tensor, name: str, offsets: Tensor) -> Tensor:
-    """Offsets on q's device."""
+# more and others are for errors alone, and offsets there must be: help() shows the rest.
+_parameters = [
+    each.replace(default=inspect.Parameter.empty) if each.name == "cu_seqlens_q" else each
+    for each in inspect.signature(attention_varlen).parameters.values()
+    if each.name not in ("more", "others")
+]
+attention_varlen.__signature__ = inspect.signature(attention_varlen).replace(parameters=_parameters)  # type: ignore[attr-defined]
+
+
+def near(q: Tensor, name: str, offsets: Tensor) -> Tensor:
+    """Offsets on q's device: those on the CPU are copied, without waiting. Raises ValueError while a CUDA graph is captured."""
     if not isinstance(offsets, Tensor) or not isinstance(q, Tensor) or offsets.device == q.device or offsets.device.type != "cpu":
         return offsets
     if q.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():

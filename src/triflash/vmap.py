@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import OperatorOptions, attention_backward, attention_forward
+from .ops import OperatorOptions, attention_backward, attention_backward_two, attention_forward
 
 _INPUTS = 4  # q, k, v, bias: in front of the options
 _SAVED = 9  # dout, dlse, q, k, v, bias, out, lse, rest: in front of the options of a backward pass
@@ -39,7 +39,12 @@ class _Batch:
             raise RuntimeError(
                 "vmap: called random operation while in randomness error mode. Pass randomness='different' or 'same' to vmap for dropout"
             )
-        loop = own.get("sink") is not None or own.get("dropout_seed") is not None or (len(needs) > 4 and needs[4])
+        loop = (
+            options.second_bias is not None
+            or own.get("sink") is not None
+            or own.get("dropout_seed") is not None
+            or (len(needs) > 4 and needs[4])
+        )
         loop = loop or (options.dropout_p > 0 and info.randomness == "same")
         self.inner = None if loop else self._inner(options.batch_inner, bias, options.mask, own.get("mask"))
         self.split = 0 if self.inner is None else (1 if self.inner == self.batch else 2)
@@ -127,7 +132,7 @@ def _backward_of_entries(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any
     saved = [batch.folded(x, dim) for x, dim in zip((out, lse), in_dims[6:8], strict=True)]
     saved.append(batch.folded(rest, in_dims[8]) if kept else q.new_empty(0, dtype=torch.float32))
     folded = batch.options(options, dims)
-    grads = attention_backward(*rows, batch.leveled(bias, in_dims[5]), *saved, *folded[:6], needs, *folded[6:])
+    grads = attention_backward(*rows, batch.leveled(bias, in_dims[5]), *saved, *folded[:6], needs, *folded[6:14])
     dq, dk, dv, dbias, dsink = grads
     results = [batch.unfolded(x) if need else x for x, need in zip((dq, dk, dv), needs, strict=False)]
     if needs[3]:
@@ -137,5 +142,12 @@ def _backward_of_entries(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any
     return (*results, dbias, dsink), (*given[:4], None)
 
 
+def _backward_two_of_entries(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    """The backward operator of two biases, entry by entry."""
+    grads = [attention_backward_two(*_Batch.entry(args, in_dims, n)) for n in range(info.batch_size)]
+    return tuple(torch.stack(each) for each in zip(*grads, strict=True)), (0,) * 6
+
+
 torch.library.register_vmap(attention_forward, _forward_of_entries)
 torch.library.register_vmap(attention_backward, _backward_of_entries)
+torch.library.register_vmap(attention_backward_two, _backward_two_of_entries)

@@ -20,7 +20,7 @@ from .passes import BoundPass
 __all__ = ["GRADIENTS", "BoundCall"]
 
 _BACKWARD_PASSES = 16  # kept for one call's signature: by the gradients asked for and the strides of what comes back
-GRADIENTS = (0, 1, 2, 3, 7)  # the operands that have one: q, k, v, bias, sink
+GRADIENTS = (0, 1, 2, 3, 7, 13)  # the operands that have one: q, k, v, bias, sink, second bias
 
 Given = Sequence[Tensor | None]
 
@@ -94,7 +94,7 @@ class BoundCall:
     def run_backward(
         self, given: Given, saved: Given, dout: Tensor, dlse: Tensor | None, needs: tuple[bool, ...], into: Given | None = None
     ) -> list[Tensor | None]:
-        """The gradients of q, k, v (as they are packed), bias and sink; None where they are not needed.
+        """The gradients of q, k, v (as they are packed), bias, sink and second bias; None where they are not needed.
 
         Args:
             given: as the forward pass had them; their strides may have changed (hooks that offload what is saved).
@@ -152,23 +152,23 @@ class BoundCall:
     def describe_backward(self, needs: Needs) -> BoundPass:
         """The backward pass that gives such gradients, for an output gradient that lies as out does, and none of lse."""
         results = [meta(each.shape, each.strides, each.dtype) for each in self.forward.room.allocations if each.use == "result"]
-        wanted = (needs.dq, needs.dk, needs.dv, needs.dbias, needs.dsink)
+        wanted = (needs.dq, needs.dk, needs.dv, needs.dbias, needs.dsink, needs.dsecond)
         return self.bind_backward((*self.given, *results, twin(results[0]), None), len(results), wanted, into=False)
 
     def needs(self, needs: Sequence[bool]) -> Needs:
         """The gradients of canonical operands that are needed, from those of what was given."""
-        q, k, v, bias, sink = needs
+        q, k, v, bias, sink, second = needs
         if self.form.tensors == 2:
             v = k
         elif self.form.tensors == 1:
             k = v = q
-        return Needs(q, k, v, bias, sink)
+        return Needs(q, k, v, bias, sink, second)
 
     def _new_gradients(self, room: Described, given: Given, needs: Sequence[bool]) -> list[Tensor | None]:
         """Meta tensors for the gradients needed, each with its operand's strides where these leave no gaps, as autograd likes them."""
         made: list[Tensor | None] = []
-        for name, at, need in zip(("dq", "dk", "dv", "dbias", "dsink"), GRADIENTS, needs, strict=True):
-            x = given[at]
+        for name, at, need in zip(("dq", "dk", "dv", "dbias", "dsink", "dsecond"), GRADIENTS, needs, strict=True):
+            x = given[at] if at < len(given) else None
             if not need or x is None:
                 made.append(None)
                 continue
@@ -186,14 +186,15 @@ class BoundCall:
 
     def _gradients(self, grads: Given) -> Gradients:
         """Gradients in the form given as the kernels write them: views."""
-        q, k, v, bias, sink = grads
+        q, k, v, bias, sink, second = grads
         form = self.form
         if form.tensors == 2:
             k, v = (None, None) if k is None else k.unbind(2)
         elif form.tensors == 1:
             q, k, v = (None, None, None) if q is None else q.unbind(2)
         dq, dk, dv = (None if x is None else form.rows(name, x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
-        return Gradients(dq, dk, dv, None if bias is None else form.bias(bias), sink)
+        dbias, dsecond = (None if x is None else form.bias(x) for x in (bias, second))
+        return Gradients(dq, dk, dv, dbias, sink, dsecond)
 
 
 def _leaves_no_gaps(x: Tensor) -> bool:
@@ -212,6 +213,6 @@ def _mention_tiled(room: Described, spec: AttentionSpec, grads: Gradients) -> No
     room.mention("delta", rows * wide)
     if grads.dsink is not None:
         room.mention("probabilities of the sink", rows * wide)
-    for name, grad in (("dq", grads.dq), ("dbias", grads.dbias)):
+    for name, grad in (("dq", grads.dq), ("dbias", grads.dbias), ("dsecond", grads.dsecond)):
         if grad is not None and grad.dtype in (torch.float16, torch.bfloat16):
             room.mention(f"float32 sum of {name}", grad.numel() * 4)

@@ -1,8 +1,9 @@
 """Other packages' attention calls, computed by triflash: one module for each package. Nothing here is imported until it is asked for.
 
-``triflash.compat.sdpa``        ``torch.nn.functional.scaled_dot_product_attention``
-``triflash.compat.flash_attn``  FlashAttention-2's Python functions
-``triflash.compat.xformers``    ``xformers.ops.memory_efficient_attention``
+``triflash.compat.sdpa``          ``torch.nn.functional.scaled_dot_product_attention``
+``triflash.compat.torch_varlen``  ``torch.nn.attention.varlen.varlen_attn``
+``triflash.compat.flash_attn``    FlashAttention-2's Python functions
+``triflash.compat.xformers``      ``xformers.ops.memory_efficient_attention``
 
 docs/migration.md says what differs.
 """
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 if _TYPE_CHECKING:
     from . import flash_attn as flash_attn
     from . import sdpa as sdpa
+    from . import torch_varlen as torch_varlen
     from . import xformers as xformers
 
-__all__ = ["flash_attn", "sdpa", "xformers"]
+__all__ = ["flash_attn", "sdpa", "torch_varlen", "xformers"]
 
 
 def __getattr__(name: str) -> object:

@@ -95,7 +95,7 @@ def run_backward(
     grads: Gradients,
     first_entry: int = 0,
 ) -> None:
-    """Fill those of dq, dk, dv, dbias, dsink that are given. first_entry: as of the forward pass."""
+    """Fill those of dq, dk, dv, dbias, dsink, dsecond that are given. first_entry: as of the forward pass."""
     if plan.backend in ("triton", "hopper"):
         room = Real(x.q)
         start(x.q.device, backward_calls(room, plan, spec, x, saved, dout, dlse, grads))
@@ -109,10 +109,9 @@ def run_backward(
     elif plan.backend == "tiled":
         with _without_autocast(x.q):
             delta = tiled.delta_of(saved.out, dout, dlse)
-            dq, dk, dv, dbias, _ = grads
-            tiled.backward(
-                dout, delta, x.q, x.k, x.v, _scores(spec, x, first_entry), saved.lse, saved.rest, dq=dq, dk=dk, dv=dv, dbias=dbias
-            )
+            dq, dk, dv, dbias, _, dsecond = grads
+            scores = _scores(spec, x, first_entry)
+            tiled.backward(dout, delta, x.q, x.k, x.v, scores, saved.lse, saved.rest, dq=dq, dk=dk, dv=dv, dbias=dbias, dsecond=dsecond)
             if grads.dsink is not None and x.sink is not None:
                 grads.dsink.copy_(sink_gradient(x.sink, saved, delta))
     else:
@@ -134,7 +133,8 @@ def _options(spec: AttentionSpec, first_entry: int) -> dict[str, Any]:
 
 
 def _scores(spec: AttentionSpec, x: Operands, first_entry: int) -> tiled.Scores:
-    return tiled.Scores(x.bias, x.mask, x.key_lengths, x.alibi_slopes, x.dropout_seed, **_options(spec, first_entry))
+    options = _options(spec, first_entry)
+    return tiled.Scores(x.bias, x.mask, x.key_lengths, x.alibi_slopes, x.dropout_seed, **options, second_bias=x.second_bias)
 
 
 def _without_autocast(q: Tensor) -> torch.autocast:
@@ -144,7 +144,7 @@ def _without_autocast(q: Tensor) -> torch.autocast:
 
 def _oracle_backward(dout: Tensor, dlse: Tensor | None, x: Operands, given: Gradients, options: dict[str, Any]) -> None:
     """The gradients of the dense reference by autograd, of which only those asked for are computed."""
-    names = ("q", "k", "v", "bias", "sink")
+    names = ("q", "k", "v", "bias", "sink", "second_bias")
     with torch.enable_grad():
         # One leaf per argument, by position: q, k and v may be the very same tensor.
         leaves = {name: getattr(x, name).detach().requires_grad_() for name, grad in zip(names, given, strict=True) if grad is not None}
@@ -153,5 +153,6 @@ def _oracle_backward(dout: Tensor, dlse: Tensor | None, x: Operands, given: Grad
     reached = [(y, dy) for y, dy in zip(outputs, cotangents, strict=True) if y.requires_grad]  # the lse does not depend on v
     grads = torch.autograd.grad([y for y, _ in reached], list(leaves.values()), [dy for _, dy in reached], allow_unused=True)
     for name, grad in zip(leaves, grads, strict=True):
-        target = getattr(given, "d" + name)
+        target = given[names.index(name)]
+        assert target is not None
         target.zero_() if grad is None else target.copy_(grad)

@@ -84,7 +84,7 @@ def calls_of(plan: Plan, spec: AttentionSpec, needs: Needs, *operands: Tensor | 
     x = Operands(*(None if each is None else twin(each) for each in operands))  # type: ignore[arg-type]
     out = torch.empty((*x.q.shape[:3], x.v.shape[3]), dtype=x.q.dtype, device="meta")
     lse = out.new_empty((x.q.shape[0], x.q.shape[2], x.q.shape[1]), dtype=torch.float32)
-    wanted = zip((x.q, x.k, x.v, x.bias, x.sink), vars(needs).values(), strict=True)
+    wanted = zip((x.q, x.k, x.v, x.bias, x.sink, x.second_bias), vars(needs).values(), strict=True)
     grads = [torch.empty(y.shape, dtype=y.dtype, device="meta") if need and y is not None else None for y, need in wanted]
     saved = Saved(out, lse, lse.new_empty(lse.shape) if spec.keeps_rest else None)
     return pass_calls(plan, spec, x, saved, out, Gradients(*grads))

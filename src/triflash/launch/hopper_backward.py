@@ -87,7 +87,7 @@ def backward_calls(
     """The launches of a backward pass, of which the first fills ``stats`` (:func:`new_stats`). All tensors are addressable."""
     q, k, v, bias, *_ = x
     out, lse, rest = saved
-    dq, dk, dv, dbias, _ = grads
+    dq, dk, dv, dbias, *_ = grads
     dq_sum = new_dq_sum(room, spec) if plan.step("postprocess") else None
     looking = stats.shape[1] == 3 and flags_small_lse(spec, plan.steps)
     small_lse = room.new("whether lse is small", (preprocess.FLAGS.value,), torch.int32) if looking else None
@@ -98,7 +98,7 @@ def backward_calls(
         if step.kernel == "preprocess":
             calls.append(preprocess_call(spec, out, dout, dlse, lse, rest, stats, small_lse, dq_sum))
         elif step.kernel in ("dkdv", "dqdkdv"):
-            parts = partial_sums(room, step, dbias)
+            parts = partial_sums(room, step, dbias if "dbias" in step.gives else None)
             strides = row_strides(spec, parts) if parts is not None else None
             wanted = (dk if "dk" in step.gives else None, dv if "dv" in step.gives else None)
             head_parts = new_head_parts(room, spec, step)
@@ -118,7 +118,7 @@ def backward_calls(
             assert dq_sum is not None and dq is not None
             calls.append(postprocess_call(spec, dq_sum, dq, adds_by_red(plan)))
         elif step.kernel == "dbias":
-            parts = partial_sums(room, step, dbias)
+            parts = partial_sums(room, step, dbias if "dbias" in step.gives else None)
             assert isinstance(step.config, DbiasConfig) and bias is not None and parts is not None
             operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed)
             calls.append(dbias_call(spec, step.config, step.programs, step.splits, *operands, small_lse=small_lse))

@@ -122,7 +122,10 @@ def packed_features(spec: AttentionSpec, x: Operands, f: Features) -> Features:
     if spec.bias is not None and spec.bias.is_mask:
         bias, mask, mask_layout = None, bias, layout
     (bias_by_query, bias_by_key), (mask_by_query, mask_by_key) = _starts(layout, bias), _starts(mask_layout, mask)
+    second_by_query, second_by_key = _starts(layout, x.second_bias)
     return f._replace(
+        second_by_query=second_by_query,
+        second_by_key=second_by_key,
         bias_by_query=bias_by_query,
         bias_by_key=bias_by_key,
         mask_by_query=mask_by_query,
@@ -146,7 +149,7 @@ def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: F
         if step.kernel == "forward":
             strides = (_strides(x.q), _strides(x.k), _strides(x.v), _strides(out), (1, lse.stride(1)))
             args = (x.q, x.k, x.v, f, out, lse, rest, *strides, *_sizes(spec, t.bound_q), _packed(spec, t, t.tiles_q))
-            constants = constants_of(spec, config_of(step), is_wide((x.q, x.k, x.v, out, x.bias, x.mask)))
+            constants = constants_of(spec, config_of(step), is_wide((x.q, x.k, x.v, out, x.bias, x.mask, x.second_bias)))
             constants = constants | {"POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": "tile"}
             calls.append(Call(forward_kernels.forward, args, constants, config_of(step), step.programs))
         elif step.kernel == "unowned":
@@ -170,47 +173,48 @@ def backward_calls(
 ) -> list[Call]:
     """The launches of a backward pass."""
     out, lse, rest = saved
-    dq, dk, dv, dbias, _ = grads
+    dq, dk, dv, *_ = grads
     t = _tables(room, plan, spec)
     inputs = (x.q, x.k, x.v, f, dout, lse, rest, delta)
     strides = (_strides(x.q), _strides(x.k), _strides(x.v), _strides(dout), (1, lse.stride(1)))
-    wide = is_wide((x.q, x.k, x.v, out, dout, x.bias, x.mask, dq, dk, dv))
+    wide = is_wide((x.q, x.k, x.v, out, dout, x.bias, x.mask, dq, dk, dv, x.second_bias))
     given = {"dq": dq, "dk": dk, "dv": dv}
-    parts = None
+    biases = {"dbias": grads.dbias, "dsecond": grads.dsecond}
+    sums: dict[str, Tensor] = {}
     calls = []
     for step in plan.steps:
         config = config_of(step)
         constants = constants_of(spec, config, wide)
+        name = next((each for each in step.gives if each in biases), "")
+        target = biases.get(name)
         if step.kernel == "delta":
             rows = (out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride())
             own = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
             args: tuple[Any, ...] = (out, dout, dlse, delta, *rows, spec.heads, spec.queries)
             calls.append(Call(backward_kernels.delta, args, own, config, step.programs))
         elif step.kernel == "cleared":
-            assert dbias is not None
-            calls.append(Call(packed_kernels.cleared, (dbias, dbias.numel()), {"BLOCK": SUM_BLOCK}, config, step.programs))
+            assert target is not None
+            calls.append(Call(packed_kernels.cleared, (target, target.numel()), {"BLOCK": SUM_BLOCK}, config, step.programs))
         elif step.kernel == "dkdv":
-            target = dbias if "dbias" in step.gives else None
             args = (*inputs, dk, dv, target, *strides, _strides(dk), _strides(dv), _key_strides(target))
             args += (*_sizes(spec, t.bound_k), _packed(spec, t, t.tiles_k))
             constants = constants | {"GROUPED": spec.groups > 1, "ORDER": "tile"}
             calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
         elif step.kernel == "dq":
-            target = dbias if "dbias" in step.gives else None
             args = (*inputs, dq, target, *strides, _strides(dq), bias_strides(target), *_sizes(spec, t.bound_q))
             constants = constants | {"ORDER": "tile"}
             calls.append(Call(backward_kernels.dq, (*args, _packed(spec, t, t.tiles_q)), constants, config, step.programs))
         elif step.kernel == "unowned":
             calls.append(_unowned_call(step, spec, t, given))
         elif step.kernel == "packed_dbias":
-            assert dbias is not None
-            parts = dbias.unsqueeze(0)
+            assert target is not None
+            parts = target.unsqueeze(0)
             if step.splits > 1:
-                parts = room.new("partial sums of dbias", (step.splits, *dbias.shape), torch.float32)
-            calls.append(_dbias_call(step, spec, t, inputs, strides, parts, constants))
+                parts = sums[name] = room.new(f"partial sums of {name}", (step.splits, *target.shape), torch.float32)
+            calls.append(_dbias_call(step, name, spec, t, inputs, strides, parts, constants))
         elif step.kernel == "dbias_sum":
-            assert dbias is not None
-            args = (parts, dbias, dbias.numel(), step.splits)
+            assert target is not None
+            args = (sums[name], target, target.numel(), step.splits)
             calls.append(Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, config, step.programs))
         else:
             calls.append(_table_call(step, spec, x, t))
@@ -227,6 +231,7 @@ def _key_strides(dbias: Tensor | None) -> tuple[int, int, int, int] | None:
 
 def _dbias_call(
     step: Step,
+    name: str,
     spec: AttentionSpec,
     t: _Tables,
     inputs: tuple[Any, ...],
@@ -234,7 +239,7 @@ def _dbias_call(
     parts: Tensor,
     constants: dict[str, Any],
 ) -> Call:
-    packed, bias = spec.packed, spec.bias
+    packed, bias = spec.packed, spec.second if name == "dsecond" else spec.bias
     assert packed is not None and bias is not None
     listed = "" if packed.bias_layout == "padded" else packed.bias_layout
     tiles, bound = {"rows": (t.tiles_q, t.bound_q), "keys": (t.tiles_k, t.bound_k)}.get(listed, (t.extents, 1))
@@ -242,7 +247,8 @@ def _dbias_call(
     varies = dict(zip(("VARIES_B", "VARIES_H", "VARIES_M", "VARIES_N"), (bias.varies[0], *bias.varies[2:]), strict=True))
     args = (
         *(*inputs, parts, _packed(spec, t, tiles), *strides, (parts.stride(0), sequence, head, row, col), (row, col)),
-        *(spec.heads, spec.groups, packed.sequences, spec.queries, bound, packed.bias_rows, packed.bias_cols),
+        *(spec.heads, spec.groups, packed.sequences, spec.queries, bound),
+        *(packed.second_sizes if name == "dsecond" else packed.bias_sizes),
         *(spec.lo, spec.hi, spec.scale, step.splits),
     )
     constants = constants | varies | {"LISTED": listed}

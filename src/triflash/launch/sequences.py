@@ -65,13 +65,16 @@ def sequences(spec: AttentionSpec, x: Operands) -> Iterator[Sequence]:
             continue
         diagonal = n - m if packed.bottom_right else 0
         parts: dict[str, Tensor | None] = {}
-        for name, extra, layout in (("bias", x.bias, packed.bias_layout), ("mask", x.mask, packed.mask_layout)):
+        for name, extra, layout in (
+            ("bias", x.bias, packed.bias_layout), ("mask", x.mask, packed.mask_layout), ("second", x.second_bias, packed.bias_layout),
+        ):  # fmt: skip
             hidden = False if extra is not None and extra.dtype == torch.bool else -torch.inf
             parts[name] = None if extra is None else _part(extra, layout, number, rows, cols, hidden)
         slopes = x.alibi_slopes
         own = Operands(
             x.q[:, rows], x.k[:, cols], x.v[:, cols], parts["bias"], parts["mask"], None,
             slopes if slopes is None or slopes.shape[0] == 1 else slopes[number : number + 1], x.sink, x.dropout_seed,
+            second_bias=parts["second"],
         )  # fmt: skip
         small = replace(
             spec,
@@ -82,6 +85,7 @@ def sequences(spec: AttentionSpec, x: Operands) -> Iterator[Sequence]:
             hi=None if spec.hi is None else spec.hi + diagonal,
             bias=_dense(spec.bias, parts["bias"], m, n),
             mask=_dense(spec.mask, parts["mask"], m, n),
+            second=_dense(spec.second, parts["second"], m, n),
         )
         yield Sequence(number, rows, cols, small, own)
 
@@ -125,14 +129,18 @@ def backward(
         sums.append(None if grad is None or n < 3 else torch.zeros_like(grad, dtype=wide))
     for each in sequences(spec, x):
         own = _rows_of(saved, each)
-        bias, sink = each.operands.bias, each.operands.sink
+        sink = each.operands.sink
         dq, dk, dv = (None if g is None else g[:, where] for g, where in zip(grads, (each.rows, each.cols, each.cols), strict=False))
-        dbias = None if sums[3] is None or bias is None else torch.empty(bias.shape, dtype=wide, device=bias.device)
+        dbias, dsecond = (
+            None if total is None or extra is None else torch.empty(extra.shape, dtype=wide, device=extra.device)
+            for total, extra in ((sums[3], each.operands.bias), (sums[5], each.operands.second_bias))
+        )
         dsink = None if sums[4] is None or sink is None else torch.empty_like(sink, dtype=wide)
-        part = Gradients(dq, dk, dv, dbias, dsink)
+        part = Gradients(dq, dk, dv, dbias, dsink, dsecond)
         run(each, own, dout[:, each.rows], None if dlse is None else dlse[:, :, each.rows], part)
-        if sums[3] is not None and part.dbias is not None:
-            _add(sums[3], part.dbias, spec, each)
+        for total, own_part in ((sums[3], part.dbias), (sums[5], part.dsecond)):
+            if total is not None and own_part is not None:
+                _add(total, own_part, spec, each)
         if sums[4] is not None and part.dsink is not None:
             sums[4] += part.dsink
     for grad, total in zip(grads, sums, strict=True):

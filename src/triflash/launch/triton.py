@@ -47,9 +47,9 @@ def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Sav
 def backward(
     room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients
 ) -> list[Call]:
-    """The launches that fill those of dq, dk, dv, dbias, dsink that are given, of any strides."""
+    """The launches that fill those of dq, dk, dv, dbias, dsink, dsecond that are given, of any strides."""
     if spec.is_empty:
-        for grad in grads[:4]:
+        for grad in (*grads[:4], grads.dsecond):
             if grad is not None:
                 room.fill_zero(grad)
         _sum_sink(room, x, saved, dlse, grads, -1.0)
@@ -60,11 +60,13 @@ def backward(
     saved = Saved(rows(room, "out", out), lse, rest)
     # Kernels write rows whose last dim is contiguous, and a contiguous dbias; what is laid out otherwise is filled by way of a copy.
     dq, dk, dv = (None if grad is None else _writable(room, name, grad) for name, grad in zip(("dq", "dk", "dv"), grads, strict=False))
-    dbias = grads.dbias
-    if dbias is not None and not dbias.is_contiguous():
-        dbias = room.target("dbias", dbias.shape, dbias.dtype, dbias, "it is not contiguous")
+    dbias, dsecond = (
+        room.target(name, grad.shape, grad.dtype, grad, "it is not contiguous") if grad is not None and not grad.is_contiguous() else grad
+        for name, grad in (("dbias", grads.dbias), ("dsecond", grads.dsecond))
+    )
     delta = scratch(room, plan, saved)
-    calls = backward_calls(room, plan, spec, _ready(room, x), saved, rows(room, "dout", dout), dlse, delta, Gradients(dq, dk, dv, dbias))
+    written = Gradients(dq, dk, dv, dbias, dsecond=dsecond)
+    calls = backward_calls(room, plan, spec, _ready(room, x), saved, rows(room, "dout", dout), dlse, delta, written)
     _sum_sink(room, x, saved, delta, grads, 1.0)
     return calls
 
@@ -94,7 +96,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             *_sizes(spec),
             *(spec.lo, spec.hi, spec.scale, None),
         )
-        constants = constants_of(spec, config_of(step), is_wide((q, k, v, out, bias, mask)))
+        constants = constants_of(spec, config_of(step), is_wide((q, k, v, out, bias, mask, x.second_bias)))
         constants = constants | {"POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": step.order}
         calls.append(Call(forward_kernels.forward, args, constants, config_of(step), step.programs))
     return calls
@@ -116,44 +118,45 @@ def backward_calls(
         return packed_backward_calls(room, plan, spec, x, _features(spec, x), saved, dout, dlse, delta, grads)
     q, k, v, bias, mask, *_ = x
     out, lse, rest = saved
-    dq, dk, dv, dbias, _ = grads
+    dq, dk, dv, *_ = grads
     inputs = (q, k, v, _features(spec, x), dout, lse, rest, delta)
     strides = (_strides(q), _strides(k), _strides(v), _strides(dout), lse.stride()[:2])
-    wide = is_wide((q, k, v, out, dout, bias, mask, dq, dk, dv))
-    parts = None
+    wide = is_wide((q, k, v, out, dout, bias, mask, dq, dk, dv, x.second_bias))
+    biases = {"dbias": (grads.dbias, spec.bias), "dsecond": (grads.dsecond, spec.second)}
+    sums: dict[str, Tensor | None] = {}  # where a gradient of a bias comes in parts
     outputs: tuple[Any, ...]
     calls = []
     for step in plan.steps:
         config = config_of(step)
+        name = next((each for each in step.gives if each in biases), "")
+        target, bias_spec = biases.get(name, (None, None))
         if step.kernel == "delta":
             args: tuple[Any, ...] = (out, dout, dlse, delta, _strides(out), _strides(dout), None if dlse is None else dlse.stride())
             constants = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
             calls.append(Call(backward_kernels.delta, (*args, spec.heads, spec.queries), constants, config, step.programs))
         elif step.kernel == "dkdv":
-            parts = partial_sums(room, step, dbias)
+            parts = sums[name] = partial_sums(room, step, target)
             target_strides = row_strides(spec, parts) if parts is not None else None
             outputs = (dk, dv, parts, *strides, _strides(dk), _strides(dv), target_strides)
             args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale, None)
             constants = constants_of(spec, config, wide) | {"GROUPED": spec.groups > 1, "ORDER": step.order}
             calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
         elif step.kernel == "dq":
-            target = dbias if "dbias" in step.gives else None
             outputs = (dq, target, *strides, _strides(dq), bias_strides(target))
             args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale, None)
             constants = constants_of(spec, config, wide) | {"ORDER": step.order}
             calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
         elif step.kernel == "dbias":
-            assert dbias is not None and spec.bias is not None
-            parts = partial_sums(room, step, dbias)
-            assert parts is not None
+            parts = sums[name] = partial_sums(room, step, target)
+            assert parts is not None and bias_spec is not None
             sizes = (spec.heads, spec.groups, spec.batch_outer, spec.batch_inner, spec.queries, spec.keys)
             args = (*inputs, parts, *strides, (parts.stride(0), *bias_strides(parts[0])))  # type: ignore[misc]
             args += (*sizes, spec.lo, spec.hi, spec.scale, step.splits)
-            varies = dict(zip(("VARIES_B0", "VARIES_B1", "VARIES_H", "VARIES_M", "VARIES_N"), spec.bias.varies, strict=True))
+            varies = dict(zip(("VARIES_B0", "VARIES_B1", "VARIES_H", "VARIES_M", "VARIES_N"), bias_spec.varies, strict=True))
             calls.append(Call(dbias_kernels.dbias, args, constants_of(spec, config, wide) | varies, config, step.programs))
         elif step.kernel == "dbias_sum":
-            assert dbias is not None
-            args = (parts, dbias, dbias.numel(), step.splits)
+            assert target is not None
+            args = (sums[name], target, target.numel(), step.splits)
             calls.append(Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, config, step.programs))
     return calls
 
@@ -170,6 +173,8 @@ def _features(spec: AttentionSpec, x: Operands) -> Features:
     f = Features(
         bias=bias,
         bias_strides=_varying_strides(bias, bias_spec),
+        second=x.second_bias,
+        second_strides=_varying_strides(x.second_bias, spec.second),
         mask=None if mask is None else mask.view(torch.uint8),  # Triton has no loads of single bits
         mask_strides=_varying_strides(mask, mask_spec),
         lengths=x.key_lengths,
@@ -193,13 +198,13 @@ def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | 
 
 
 def partial_sums(room: Room, step: Step, dbias: Tensor | None) -> Tensor | None:
-    """Where a kernel writes dbias: ``(splits, *dbias.shape)``, scratch if there are several parts, else dbias itself."""
-    if "dbias" not in step.gives:
+    """Where a kernel writes the gradient of a bias: ``(splits, *dbias.shape)``, scratch if there are several parts, else dbias itself."""
+    if dbias is None:
         return None
-    assert dbias is not None
     if step.splits == 1:
         return dbias.unsqueeze(0)
-    return room.new("partial sums of dbias", (step.splits, *dbias.shape), torch.float32)
+    name = next(name for name in step.gives if name in ("dbias", "dsecond"))
+    return room.new(f"partial sums of {name}", (step.splits, *dbias.shape), torch.float32)
 
 
 def row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int]:
@@ -217,7 +222,10 @@ def row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int]
 def _ready(room: Room, x: Operands) -> Operands:
     """The operands with copies in place of those that the kernels cannot read as they lie."""
     q, k, v = (rows(room, name, each) for name, each in zip("qkv", x[:3], strict=True))
-    return x._replace(q=q, k=k, v=v, bias=_vectorisable(room, "bias", x.bias), mask=_vectorisable(room, "mask", x.mask))
+    bias, second, mask = (
+        _vectorisable(room, name, each) for name, each in (("bias", x.bias), ("second bias", x.second_bias), ("mask", x.mask))
+    )
+    return x._replace(q=q, k=k, v=v, bias=bias, second_bias=second, mask=mask)
 
 
 def rows(room: Room, name: str, x: Tensor) -> Tensor:

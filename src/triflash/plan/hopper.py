@@ -35,6 +35,8 @@ def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     """None if the forward kernel can run the spec, else (what it cannot do, the nearest thing that works)."""
     if spec.packed is not None:
         return "packed sequences", "it has no kernels for them yet: use backend('triton')"
+    if spec.second is not None:
+        return "two biases", "it has no kernels for them yet: use backend('triton')"
     if device.arch != "sm90":
         return f"{device.arch}", "its kernels are made for sm90 (H100, H200, H20): use backend('triton')"
     if spec.dtype not in ("fp16", "bf16"):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..errors import unsupported
-from ..spec import AttentionSpec, Needs, Packed
+from ..spec import AttentionSpec, BiasSpec, Needs, Packed
 from .configs import TileConfig
 from .steps import SUM_BLOCK, Step, ceil_div, sum_steps
 
@@ -70,10 +70,9 @@ def forward_steps(spec: AttentionSpec, config: Config) -> tuple[Step, ...]:
     return (*steps, Step("forward", own, bound * spec.heads), _unowned(spec.queries, ("out", "lse")))
 
 
-def dbias_source(spec: AttentionSpec) -> str:
-    """Which kernel gives the gradient of the bias: a pass that meets each of its elements once, or one of its own, as of dense batches."""
-    assert spec.bias is not None
-    sequence, _, head, query, key = spec.bias.varies
+def dbias_source(spec: AttentionSpec, bias: BiasSpec) -> str:
+    """Which kernel gives the gradient of a bias: a pass that meets each of its elements once, or one of its own, as of dense batches."""
+    sequence, _, head, query, key = bias.varies
     if not (sequence and head and key):
         return "packed_dbias"
     return "dq" if query else "dkdv" if spec.groups == 1 else "packed_dbias"
@@ -82,9 +81,14 @@ def dbias_source(spec: AttentionSpec) -> str:
 def backward_steps(spec: AttentionSpec, needs: Needs, config: Config, sms: int) -> tuple[Step, ...]:
     """The kernels of a backward pass: only those that the gradients asked for need."""
     packed = _packed(spec)
-    source = dbias_source(spec) if needs.dbias else None
+    sources: dict[str, tuple[str, BiasSpec]] = {}
+    for name, need, bias in (("dbias", needs.dbias, spec.bias), ("dsecond", needs.dsecond, spec.second)):
+        if need:
+            assert bias is not None
+            source = dbias_source(spec, bias)
+            sources[name] = ("packed_dbias" if any(other == source for other, _ in sources.values()) else source, bias)
     by_keys, by_queries = _fitted(config("dkdv"), spec, of_keys=True), _fitted(config("dq"), spec, of_keys=False)
-    shared = config("dbias") if source == "packed_dbias" else None
+    shared = config("dbias") if any(source == "packed_dbias" for source, _ in sources.values()) else None
     # One size of tile for all that own some of the queries, and one for all that own some of the keys.
     if shared is not None and packed.bias_layout == "rows":
         block = min(by_queries.block_m, shared.block_m)
@@ -93,22 +97,25 @@ def backward_steps(spec: AttentionSpec, needs: Needs, config: Config, sms: int) 
         block = min(by_keys.block_n, shared.block_n)
         by_keys, shared = replace(by_keys, block_n=block), replace(shared, block_n=block)
     steps, block_m, block_n = [], None, None
-    if needs.dq or needs.dk or needs.dbias or needs.dsink:
+    if needs.dq or needs.dk or needs.dsink or sources:
         own = config("delta")
-        gives = ("dsink",) if needs.dsink else ()
-        steps.append(Step("delta", own, ceil_div(spec.queries, own.block_m) * spec.heads, gives=gives))
-    if needs.dbias:
-        steps.append(Step("cleared", _TABLES, ceil_div(_elements(spec), SUM_BLOCK), gives=("dbias",)))
-    wanted = tuple(name for name, need in (("dk", needs.dk), ("dv", needs.dv), ("dbias", source == "dkdv")) if need)
-    if wanted:
+        programs = ceil_div(spec.queries, own.block_m) * spec.heads
+        steps.append(Step("delta", own, programs, gives=("dsink",) if needs.dsink else ()))
+    steps += [
+        Step("cleared", _TABLES, ceil_div(_elements(spec, name, bias), SUM_BLOCK), gives=(name,)) for name, (_, bias) in sources.items()
+    ]
+
+    def wanted(kernel: str, *grads: tuple[str, bool]) -> tuple[str, ...]:
+        return (*(name for name, need in grads if need), *(name for name, (source, _) in sources.items() if source == kernel))
+
+    if gives := wanted("dkdv", ("dk", needs.dk), ("dv", needs.dv)):
         block_n = by_keys.block_n
-        steps.append(Step("dkdv", by_keys, most_tiles(spec.keys, packed.sequences, block_n) * spec.kv_heads, gives=wanted))
-        if given := tuple(name for name in wanted if name != "dbias"):
+        steps.append(Step("dkdv", by_keys, most_tiles(spec.keys, packed.sequences, block_n) * spec.kv_heads, gives=gives))
+        if given := tuple(name for name in gives if name in ("dk", "dv")):
             steps.append(_unowned(spec.keys, given))
-    wanted = tuple(name for name, need in (("dq", needs.dq), ("dbias", source == "dq")) if need)
-    if wanted:
+    if gives := wanted("dq", ("dq", needs.dq)):
         block_m = by_queries.block_m
-        steps.append(Step("dq", by_queries, most_tiles(spec.queries, packed.sequences, block_m) * spec.heads, gives=wanted))
+        steps.append(Step("dq", by_queries, most_tiles(spec.queries, packed.sequences, block_m) * spec.heads, gives=gives))
         if needs.dq:
             steps.append(_unowned(spec.queries, ("dq",)))
     if shared is not None:
@@ -116,39 +123,42 @@ def backward_steps(spec: AttentionSpec, needs: Needs, config: Config, sms: int) 
             block_m = shared.block_m
         elif packed.bias_layout == "keys":
             block_n = shared.block_n
-        steps += _dbias_steps(spec, shared, sms)
+        for name, (source, bias) in sources.items():
+            if source == "packed_dbias":
+                steps += _dbias_steps(spec, bias, name, shared, sms)
     return (*_table_steps(spec, block_m, block_n), *steps)
 
 
-def _elements(spec: AttentionSpec) -> int:
-    """Of the bias, in the shape given."""
-    assert spec.bias is not None
-    packed = _packed(spec)
-    heads = spec.heads if spec.bias.varies[2] else 1
+def _sizes(spec: AttentionSpec, name: str) -> tuple[int, int]:
+    """Queries and keys that a bias has for each sequence."""
+    return _packed(spec).second_sizes if name == "dsecond" else _packed(spec).bias_sizes
+
+
+def _elements(spec: AttentionSpec, name: str, bias: BiasSpec) -> int:
+    """Of a bias, in the shape given."""
+    packed, (bias_rows, bias_cols) = _packed(spec), _sizes(spec, name)
+    heads = spec.heads if bias.varies[2] else 1
     if packed.bias_layout == "keys":
         return heads * spec.keys
     if packed.bias_layout == "rows":
-        return heads * spec.queries * packed.bias_cols
-    return heads * (packed.sequences if spec.bias.varies[0] else 1) * packed.bias_rows * packed.bias_cols
+        return heads * spec.queries * bias_cols
+    return heads * (packed.sequences if bias.varies[0] else 1) * bias_rows * bias_cols
 
 
-def _dbias_steps(spec: AttentionSpec, config: TileConfig, sms: int) -> list[Step]:
+def _dbias_steps(spec: AttentionSpec, bias: BiasSpec, name: str, config: TileConfig, sms: int) -> list[Step]:
     """One program for each tile of the bias's own shape; where all sequences share it and tiles are few, the sequences are split."""
-    assert spec.bias is not None
-    packed = _packed(spec)
-    sequence, _, head, query, key = spec.bias.varies
+    packed, (bias_rows, bias_cols) = _packed(spec), _sizes(spec, name)
+    sequence, _, head, query, key = bias.varies
     programs = spec.heads if head else 1
     if packed.bias_layout == "rows":
-        programs *= most_tiles(spec.queries, packed.sequences, config.block_m) * (ceil_div(packed.bias_cols, config.block_n) if key else 1)
+        programs *= most_tiles(spec.queries, packed.sequences, config.block_m) * (ceil_div(bias_cols, config.block_n) if key else 1)
     elif packed.bias_layout == "keys":
         programs *= most_tiles(spec.keys, packed.sequences, config.block_n)
     else:
         programs *= packed.sequences if sequence else 1
-        programs *= (ceil_div(packed.bias_rows, config.block_m) if query else 1) * (
-            ceil_div(packed.bias_cols, config.block_n) if key else 1
-        )
+        programs *= (ceil_div(bias_rows, config.block_m) if query else 1) * (ceil_div(bias_cols, config.block_n) if key else 1)
     splits = 1 if sequence else max(1, min(packed.sequences, ceil_div(2 * sms, max(programs, 1))))
     if programs * splits >= 2**31:
         raise unsupported(f"the gradient of a bias of {programs} tiles", "triton", "use 'tiled'")
-    steps = [Step("packed_dbias", config, programs * splits, splits=splits, gives=("dbias",))]
-    return [*steps, *sum_steps(spec, splits, _elements(spec))]
+    steps = [Step("packed_dbias", config, programs * splits, splits=splits, gives=(name,))]
+    return [*steps, *sum_steps(spec, splits, bias, name, _elements(spec, name, bias))]

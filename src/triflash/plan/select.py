@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from ..errors import UnsupportedError, bad_type, bad_value, unsupported
-from ..spec import AttentionSpec, Needs
+from ..spec import AttentionSpec, BiasSpec, Needs
 from . import hopper, overlay, override, packed, tables
 from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_features, with_wide_bias
 from .device import DeviceFacts, triton_problem
@@ -113,13 +113,13 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool 
         return f"{device.arch}", "Triton needs sm80 (Ampere) or later: use backend('tiled')"
     if spec.dtype == "fp64":
         return "float64", "use backend('tiled'), or float32 with torch.set_float32_matmul_precision('highest')"
-    if spec.bias is not None and spec.bias.dtype == "fp64":
+    if "fp64" in (each.dtype for each in (spec.bias, spec.second) if each is not None):
         return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
     head_dim, limit = max(spec.head_dim, spec.value_dim), MAX_HEAD_DIM if backward else MAX_FORWARD_HEAD_DIM
     if head_dim > limit:
         which = "backward pass" if backward else "forward pass"
         return f"the {which} of head dim {head_dim}", f"its limit is {limit}; backend('tiled') takes any"
-    if device.arch == "interpreter" and "bf16" in (spec.dtype, spec.bias.dtype if spec.bias else ""):
+    if device.arch == "interpreter" and "bf16" in (spec.dtype, *(each.dtype for each in (spec.bias, spec.second) if each is not None)):
         return "bfloat16 in Triton's interpreter", "the interpreter multiplies bfloat16 wrongly: use float16 or float32 there"
     return None
 
@@ -201,7 +201,9 @@ def _measured_or_default(
         return default_config(problem, device), "fixed: it has no tiles of scores"
     else:
         return default_config(problem, device), "analytic default: the first candidate that fits, not measured"
-    if spec.bias is not None and spec.bias.dtype == "fp32" and kernel != "delta":
+    # A second bias is one more buffer, as a float32 one is twice as much.
+    doubled = spec.second is not None or (spec.bias is not None and spec.bias.dtype == "fp32")
+    if doubled and kernel != "delta":
         narrower = with_wide_bias(problem, config, device)
         if narrower != config:
             return narrower, f"{source}, with fewer stages than {config} to hold a float32 bias"
@@ -210,7 +212,8 @@ def _measured_or_default(
 
 def _weight(spec: AttentionSpec) -> int:
     """How much scores go through on their way, as :func:`with_features` counts it."""
-    return (spec.softcap > 0) + spec.alibi + (spec.mask is not None) + (spec.dropout > 0)
+    packed_bias = spec.packed is not None and spec.bias is not None  # whose rows and columns end anywhere
+    return (spec.softcap > 0) + spec.alibi + (spec.mask is not None) + (spec.dropout > 0) + packed_bias
 
 
 def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> TileConfig:
@@ -219,8 +222,11 @@ def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choi
 
 def _order(spec: AttentionSpec) -> str:
     """Which index of the grid varies fastest: tiles that share a bias block run back to back, else those that share keys."""
-    if spec.bias is not None:
-        outer, inner, head, _, _ = spec.bias.varies
+    bias = spec.bias
+    if spec.second is not None and not (bias is not None and bias.varies[3]):  # the larger of two
+        bias = spec.second
+    if bias is not None:
+        outer, inner, head, _, _ = bias.varies
         if spec.batch > 1 and not (outer and inner):
             return "batch"
         if spec.heads > 1 and not head:
@@ -265,32 +271,45 @@ def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reque
         return Plan(name, packed.backward_steps(spec, needs, lambda kernel: _config(kernel, spec, device, choices), device.sms))
     batch_heads, batch_key_heads = spec.batch * spec.heads, spec.batch * spec.kv_heads
     steps = []
-    source = dbias_source(spec) if needs.dbias else None
-    if needs.dq or needs.dk or needs.dbias or needs.dsink:
+    sources = _bias_sources(spec, needs)
+    if needs.dq or needs.dk or needs.dsink or sources:
         config = _config("delta", spec, device, choices)
         gives = ("dsink",) if needs.dsink else ()
         steps.append(Step("delta", config, ceil_div(spec.queries, config.block_m) * batch_heads, gives=gives))
     for kernel, length, own, heads, results in (
-        ("dkdv", spec.keys, "block_n", batch_key_heads, (("dk", needs.dk), ("dv", needs.dv), ("dbias", source == "dkdv"))),
-        ("dq", spec.queries, "block_m", batch_heads, (("dq", needs.dq), ("dbias", source == "dq"))),
+        ("dkdv", spec.keys, "block_n", batch_key_heads, (("dk", needs.dk), ("dv", needs.dv))),
+        ("dq", spec.queries, "block_m", batch_heads, (("dq", needs.dq),)),
     ):
-        wanted = tuple(name for name, need in results if need)
+        biases = [grad for grad, (source, _) in sources.items() if source == kernel]
+        wanted = (*(grad for grad, need in results if need), *biases)
         if wanted:
             config = _config(kernel, spec, device, choices)
             programs = ceil_div(length, getattr(config, own)) * heads
-            splits = broadcast_rows(spec) if kernel == source == "dkdv" else 1
+            splits = broadcast_rows(spec, sources[biases[0]][1]) if kernel == "dkdv" and biases else 1
             steps.append(Step(kernel, config, programs, _order(spec), splits, wanted))
-    if source == "dkdv":
-        steps += sum_steps(spec, broadcast_rows(spec))
-    elif source == "dbias":
-        steps += _dbias_steps(spec, device, _config("dbias", spec, device, choices))
+    for grad, (source, bias) in sources.items():
+        if source == "dkdv":
+            steps += sum_steps(spec, broadcast_rows(spec, bias), bias, grad)
+        elif source == "dbias":
+            steps += _dbias_steps(spec, bias, grad, device, _config("dbias", spec, device, choices))
     return Plan(name, tuple(steps))
 
 
-def _dbias_steps(spec: AttentionSpec, device: DeviceFacts, config: TileConfig) -> list[Step]:
+def _bias_sources(spec: AttentionSpec, needs: Needs) -> dict[str, tuple[str, BiasSpec]]:
+    """Which kernel gives the gradient of which bias. A pass gives one of them; where two fall out of the same, the other has its own."""
+    sources: dict[str, tuple[str, BiasSpec]] = {}
+    for grad, need, bias in (("dbias", needs.dbias, spec.bias), ("dsecond", needs.dsecond, spec.second)):
+        if need:
+            assert bias is not None
+            source = dbias_source(spec, bias)
+            taken = any(other == source for other, _ in sources.values())
+            sources[grad] = ("dbias" if taken else source, bias)
+    return sources
+
+
+def _dbias_steps(spec: AttentionSpec, bias: BiasSpec, name: str, device: DeviceFacts, config: TileConfig) -> list[Step]:
     """One program per tile of the bias's own shape; where those are too few to fill the chip, the loop over broadcast dims is split."""
-    assert spec.bias is not None
-    outer, inner, head, query, key = spec.bias.varies
+    outer, inner, head, query, key = bias.varies
     tiles_m, tiles_n = ceil_div(spec.queries, config.block_m), ceil_div(spec.keys, config.block_n)
     sizes = ((spec.batch_outer, outer), (spec.batch_inner, inner), (spec.heads, head), (tiles_m, query), (tiles_n, key))
     own = looped = 1
@@ -302,4 +321,4 @@ def _dbias_steps(spec: AttentionSpec, device: DeviceFacts, config: TileConfig) -
     if looped >= 2**31:
         raise unsupported(f"the gradient of a bias broadcast over {looped} tiles", "triton", "sum a larger bias's gradient, or use 'tiled'")
     splits = max(1, min(looped, ceil_div(2 * device.sms, own)))
-    return [Step("dbias", config, own * splits, splits=splits, gives=("dbias",)), *sum_steps(spec, splits)]
+    return [Step("dbias", config, own * splits, splits=splits, gives=(name,)), *sum_steps(spec, splits, bias, name)]

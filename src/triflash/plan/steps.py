@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..spec import AttentionSpec
+from ..spec import AttentionSpec, BiasSpec
 from .configs import TileConfig
 from .kernels.shared import HopperConfig
 
@@ -51,35 +51,40 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def dbias_source(spec: AttentionSpec) -> str:
-    """Which kernel gives the gradient of the bias: a pass that has it anyway, or one of its own.
+def dbias_source(spec: AttentionSpec, bias: BiasSpec) -> str:
+    """Which kernel gives the gradient of a bias: a pass that has it anyway, or one of its own.
 
     The pass for dq meets every ds of a full-shape bias exactly once. The pass for dk and dv meets all queries of a key, which is what
     a bias that varies over keys alone sums over; what is left is one row of partial sums per batch entry and head. With grouped heads the
     portable one sums over several heads, which may have rows of their own.
     """
-    assert spec.bias is not None
-    *_, query, key = spec.bias.varies
-    if all(spec.bias.varies):
+    *_, query, key = bias.varies
+    if all(bias.varies):
         return "dq"
     return "dkdv" if key and not query and spec.groups == 1 else "dbias"
 
 
-def broadcast_rows(spec: AttentionSpec) -> int:
-    """Over how many (batch, head) pairs a bias is broadcast."""
-    assert spec.bias is not None
+def broadcast_rows(spec: AttentionSpec, bias: BiasSpec | None = None) -> int:
+    """Over how many (batch, head) pairs a bias is broadcast; None: the first."""
+    bias = bias or spec.bias
+    assert bias is not None
     rows = 1
-    for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads), spec.bias.varies[:3], strict=True):
+    for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads), bias.varies[:3], strict=True):
         rows *= 1 if varies else size
     return rows
 
 
-def sum_steps(spec: AttentionSpec, splits: int, elements: int | None = None) -> list[Step]:
-    """Adding up ``splits`` partial sums of dbias, in a fixed order, if there are several. elements: of the bias, if it is a packed one."""
-    assert spec.bias is not None
+def sum_steps(
+    spec: AttentionSpec, splits: int, bias: BiasSpec | None = None, name: str = "dbias", elements: int | None = None
+) -> list[Step]:
+    """Adding up ``splits`` partial sums of the gradient ``name`` of a bias (None: the first), in a fixed order, if there are several.
+    elements: of the bias, if it is a packed one.
+    """
+    bias = bias or spec.bias
+    assert bias is not None
     if elements is None:
         elements = 1
-        for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys), spec.bias.varies, strict=True):
+        for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys), bias.varies, strict=True):
             elements *= size if varies else 1
     config = TileConfig(64, 16, 4, 1)
-    return [Step("dbias_sum", config, ceil_div(elements, SUM_BLOCK), splits=splits, gives=("dbias",))] if splits > 1 else []
+    return [Step("dbias_sum", config, ceil_div(elements, SUM_BLOCK), splits=splits, gives=(name,))] if splits > 1 else []

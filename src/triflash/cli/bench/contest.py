@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .gate import Part, Problem, reference
+from .gate_packed import packed_reference
 from .providers import Provider
 from .timing import Call
 from .workloads import Workload
@@ -42,7 +43,8 @@ class Contest:
         self.backward = any(which not in FORWARD_ONLY for which in settings.passes)
         self.wants_dbias = workload.dbias and self.problem.bias is not None
         self.names = ["out", *(["dq", "dk", "dv"] if self.backward else []), *(["dbias"] if self.backward and self.wants_dbias else [])]
-        self.parts: list[Part] = reference(self.problem, self.names) if judged else []
+        right = packed_reference if self.problem.sequences else reference
+        self.parts: list[Part] = right(self.problem, self.names) if judged else []
 
 
 class Side:

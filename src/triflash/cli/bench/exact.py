@@ -17,7 +17,10 @@ __all__ = ["Box", "Problem", "as_slice"]
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention problem: tensors as :class:`.formula.Options` names them, dout like the output, bias five-dim or None."""
+    """One attention problem: tensors as :class:`.formula.Options` names them, dout like the output, bias five-dim or None.
+
+    sequences: lengths of those that are packed into the one batch entry; a bias is then by sequence and position.
+    """
 
     q: Tensor
     k: Tensor
@@ -25,6 +28,7 @@ class Problem:
     bias: Tensor | None
     dout: Tensor
     options: Options
+    sequences: tuple[int, ...] = ()
 
 
 def as_slice(numbers: range) -> slice:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .compiling import compiled
 from .entry import Entry, heads_first
 from .gate import Problem
+from .packed import places
 from .workloads import Workload
 
 __all__ = ["attend"]
@@ -23,8 +24,12 @@ def attend(workload: Workload, problem: Problem, dense: bool = False) -> Entry:
     flex: Any = flex_attention if dense else compiled(flex_attention)
     w, sinks = workload, problem.options.sinks
     block_mask = None
-    if w.is_banded:
-        block_mask = create_block_mask(_band(w.lo, w.hi), None, None, w.queries, w.keys, device=problem.q.device)
+    number = place = None
+    if w.packed:
+        number, place = places(problem.sequences, problem.q.device)
+    if w.is_banded or number is not None:
+        shown = _band(w.lo, w.hi) if number is None else _documents(number, _band(w.lo, w.hi) if w.is_banded else None)
+        block_mask = create_block_mask(shown, None, None, w.queries, w.keys, device=problem.q.device)
     more: dict[str, Any] = {"block_mask": block_mask, "scale": w.softmax_scale}
     if w.kv_heads != w.heads:
         more["enable_gqa"] = True
@@ -32,7 +37,11 @@ def attend(workload: Workload, problem: Problem, dense: bool = False) -> Entry:
         more |= _wants_lse()
 
     def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        found = flex(q, k, v, score_mod=_score_mod(bias, w.batch_inner, w.softcap), **more)
+        if number is not None and place is not None:
+            score_mod = _by_place(bias, number, place, w.softcap)
+        else:
+            score_mod = _score_mod(bias, w.batch_inner, w.softcap)
+        found = flex(q, k, v, score_mod=score_mod, **more)
         if sinks is None:
             return found
         out, lse = found[0], getattr(found[1], "lse", found[1])
@@ -50,6 +59,31 @@ def _wants_lse() -> dict[str, Any]:
     except ImportError:
         return {"return_lse": True}
     return {"return_aux": AuxRequest(lse=True)}
+
+
+def _documents(number: Tensor, shown: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    """What a band (None: everything) shows within each of the packed sequences, as PyTorch's documentation writes a document mask."""
+    if shown is None:
+        return lambda b, h, i, j: number[i] == number[j]
+    return lambda b, h, i, j: (number[i] == number[j]) & shown(b, h, i, j)
+
+
+def _by_place(bias: Tensor | None, number: Tensor, place: Tensor, softcap: float | None) -> Callable[..., Tensor] | None:
+    """:func:`_score_mod` of packed sequences: a bias by sequence and position."""
+    if bias is None and softcap is None:
+        return None
+    x = None if bias is None else bias.squeeze(1)
+    varies = () if x is None else tuple(size > 1 for size in x.shape)
+
+    def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if softcap is not None:
+            s = softcap * torch.tanh(s / softcap)
+        if x is None:
+            return s
+        at = (number[i], h, place[i], place[j])
+        return s + x[tuple(index if own else index * 0 for index, own in zip(at, varies, strict=True))]
+
+    return score_mod
 
 
 def _band(lo: int | None, hi: int | None) -> Callable[..., Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import shorthand
 from .flops import HOST_PASSES, PASSES
+from .packed import KINDS, TOKENS
 from .providers import PROVIDERS, provider
 from .sweeps import SWEEPS, Job
 from .workloads import DTYPES, NAMED, Workload, named, short
@@ -25,7 +26,9 @@ _DEFAULTS = {
     "cuda": {"dtype": "bf16", "pass": "fwd,bwd", "providers": "triflash,sdpa-flash,sdpa-cudnn,sdpa-efficient,flex,fa4"},
     "cpu": {"dtype": "fp32", "pass": "fwd,bwd", "providers": "triflash,sdpa,dense"},
 }
+_PACKED_PROVIDERS = {"cuda": "triflash,triflash-dense,torch-varlen,flex,fa4", "cpu": "triflash,triflash-dense,dense"}
 _BUDGET, _SWEEP_BUDGET = 0.25, 0.15  # seconds for each provider and pass
+_CPU_TOKENS = 1024
 _HOST = "host"  # on the command line: all of the host's passes
 _ON = {"off": (False,), "on": (True,), "both": (False, True)}
 _pairs = shorthand.option(shorthand.items(shorthand.pair))
@@ -62,6 +65,8 @@ class Options:
         if kind == "cuda" and not gpu:
             raise ValueError(f"--device {device}: PyTorch sees no GPU here")
         chosen = {name: getattr(given, name) or default for name, default in _DEFAULTS[kind].items()}
+        if given.packed and not given.providers:
+            chosen["providers"] = _PACKED_PROVIDERS[kind]
         if given.breakdown and not getattr(given, "pass"):
             chosen["pass"] = _HOST
         dtypes = _choices("--dtype", chosen["dtype"], tuple(DTYPES))
@@ -73,7 +78,9 @@ class Options:
         providers = list(PROVIDERS) if chosen["providers"] == "all" else _some("--providers", _list(chosen["providers"]))
         for name in providers:
             provider(name)
-        shape = [f"--{name}" for name in (*_SHAPE_DEFAULTS[kind], "tokens", "hd") if getattr(given, name) is not None]
+        shape = [f"--{name}" for name in (*_SHAPE_DEFAULTS[kind], "tokens", "hd", "packed") if getattr(given, name) is not None]
+        if given.packed and "first" in passes:
+            raise ValueError("--pass first: packed sequences are drawn for one number of tokens; drop it, or drop --packed")
         if given.sweep:
             only = {name: found if getattr(given, name) else None for name, found in (("providers", providers), ("pass", passes))}
             jobs = _swept(given, shape, only)
@@ -110,7 +117,7 @@ def _workloads(given: argparse.Namespace, shape: list[str], kind: str) -> list[W
     if not given.workload:
         if given.tiny:
             raise ValueError("--tiny: is for named workloads and sweeps; choose small --s yourself")
-        return _grid(given, kind)
+        return _packed_grid(given, kind) if given.packed else _grid(given, kind)
     if shape:
         raise ValueError(f"{', '.join(shape)}: a named workload has its own shape; drop them, or drop --workload")
     found = [w for name in _some("--workload", _list(given.workload)) for w in named(name)]
@@ -151,6 +158,39 @@ def _grid(given: argparse.Namespace, kind: str) -> list[Workload]:
             words += ["causal" if causal else "full"]
             words += [bias + ("+db" if dbias else "")] if bias else []
             found.append(Workload(" ".join(words), b, h, m, n, d, value_dim=dv, hi=0 if causal else None, bias=bias, dbias=dbias))
+    return list(dict.fromkeys(found))
+
+
+def _packed_grid(given: argparse.Namespace, kind: str) -> list[Workload]:
+    """The product of the shape options and the kinds of packed sequences."""
+    kinds = _choices("--packed", given.packed, tuple(KINDS))
+    if given.b:
+        raise ValueError("--b: packed sequences are as many as --tokens has room for; give --tokens")
+    if given.s and "equal" not in kinds:
+        raise ValueError(f"--s: --packed {given.packed} has lengths of its own; only equal takes one")
+    if given.hd and given.h:
+        raise ValueError("--hd, --h: give one of them")
+    defaults = _SHAPE_DEFAULTS[kind]
+    parsed = {"d": _pairs, "s": _pairs, "causal": _causal, "bias": _biases}
+    chosen: dict[str, Any] = {n: getattr(given, n) or parsed.get(n, lambda default: default)(defaults[n]) for n in defaults}
+    found = []
+    for bias, name, (d, dv), causal in itertools.product(chosen["bias"], kinds, chosen["d"], chosen["causal"]):
+        if bias is not None and len(bias) > 4:
+            raise ValueError(f"--bias {bias}: packed sequences have one batch level; b is a bias of each")
+        h = shorthand.quotient("--hd", given.hd, "--d", d) if given.hd else chosen["h"]
+        tokens = given.tokens or (TOKENS[name] if kind == "cuda" else _CPU_TOKENS)
+        for length in chosen["s"] if name == "equal" else [(0, 0)]:
+            if length[0] != length[1]:
+                raise ValueError(f"--s {length[0]}x{length[1]}: packed sequences have as many queries as keys here")
+            if name == "equal":
+                shorthand.quotient("--tokens", tokens, "--s", length[0])
+            for dbias in _ON[chosen["dbias"]] if bias else (False,):
+                words = [f"{name} {short(length[0])}" if name == "equal" else name, f"d{d}" + (f"x{dv}" if dv != d else "")]
+                words += [f"t{short(tokens)}", "causal" if causal else "full", *([bias + ("+db" if dbias else "")] if bias else [])]
+                found.append(Workload(
+                    " ".join(words), 1, h, tokens, tokens, d, value_dim=dv, hi=0 if causal else None, bias=bias, dbias=dbias,
+                    about=f"packed: {KINDS[name]}", packed=name, packed_seed=given.seed, length=length[0],
+                ))  # fmt: skip
     return list(dict.fromkeys(found))
 
 
@@ -236,12 +276,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--workload", metavar="NAMES", help="named workloads, comma-separated; a family such as gemma2, or all; --list shows them")
     add("--sweep", choices=tuple(SWEEPS), help="a set of problems, providers and passes with bars to hold them to; --list shows them")
+    add(
+        "--packed",
+        metavar="KINDS",
+        help=f"packed sequences instead of a batch, of {', '.join(KINDS)}, comma-separated; --list tells of them",
+    )
     add("--tiny", action="store_true", help="shrink named workloads and sweeps to try something out; says nothing about their speed")
     add("--d", type=_pairs, metavar="SIZES", help=words("head dims; 192x128 is q, k by v", "d"))
     add("--s", type=_pairs, metavar="SIZES", help=words("lengths; 1kx2k is queries by keys", "s"))
     add("--b", type=_size, metavar="N", help=words("batch", "b"))
     add("--h", type=_size, metavar="N", help=words("heads", "h"))
-    add("--tokens", type=_size, metavar="N", help="instead of --b: batch times length")
+    add("--tokens", type=_size, metavar="N", help="instead of --b: batch times length; of --packed the rows in all")
     add("--hd", type=_size, metavar="N", help="instead of --h: heads times head dim")
     add("--causal", type=_causal, metavar="WHICH", help=words("top-left aligned: yes, no or both", "causal"))
     add("--bias", type=_biases, metavar="KINDS", help=words("none, or bhqk with any letter replaced by 1", "bias"))
@@ -290,5 +335,6 @@ def listing() -> str:
         )
         features = [w.mask if w.is_banded else "", f"bias {w.bias}" if w.bias else "", "with its gradient" if w.dbias else ""]
         lines.append(f"  {w.name:<{width}}  {w.about} ({', '.join(x for x in (sizes, *features) if x)})")
+    lines += ["Packed sequences:", *(f"  {name:<{width}}  {about}" for name, about in KINDS.items())]
     lines += ["Sweeps:", *(f"  {name}  {sweep.about}" for name, sweep in SWEEPS.items())]
     return "\n".join([*lines, "Providers:", "  " + ", ".join(PROVIDERS)])

@@ -20,6 +20,7 @@ from . import flexible, formula
 from .compiling import compiled
 from .entry import Entry, heads_first
 from .gate import Problem
+from .packed import offsets, places
 from .workloads import Workload
 
 __all__ = ["PROVIDERS", "Entry", "Provider", "one_line", "provider"]
@@ -62,6 +63,8 @@ class Triflash(Provider):
         w, options = workload, problem.options
         levels = (w.batch // w.batch_inner, w.batch_inner)
         more = _band(w)
+        if w.packed:
+            return _packed(w, problem, more | ({} if self.backend == "auto" else {"backend": self.backend}))
         if self.backend != "auto":
             more["backend"] = self.backend
         if w.scale is not None:
@@ -87,6 +90,70 @@ class Triflash(Provider):
         return Entry(call, lay=lambda x: x.unflatten(0, levels), unlay=lambda x: x.flatten(0, 1), lay_bias=lay_bias)
 
 
+def _packed(w: Workload, problem: Problem, more: dict[str, Any]) -> Entry:
+    """``triflash.attention_varlen``, which is told how long the longest sequence is."""
+    cu, longest = offsets(problem.sequences, problem.q.device), max(problem.sequences)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = triflash.attention_varlen(q, k, v, cu, cu, longest, longest, bias=bias, **more)
+        return out
+
+    return Entry(call, lay=lambda x: x[0], unlay=lambda x: x[None], lay_bias=lambda bias: bias.squeeze(1))
+
+
+class TriflashDense(Provider):
+    """``triflash.attention`` on packed sequences of one length, which are a dense batch: what packing costs."""
+
+    is_ours = compiles = True
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """Only equal lengths."""
+        if not workload.packed:
+            return "is for packed sequences"
+        return None if len(set(workload.sequences)) == 1 else "sequences differ in length"
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """Views."""
+        more = _band(workload)
+        shape = len(problem.sequences), problem.sequences[0]
+
+        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            out: Tensor = triflash.attention(q, k, v, bias=bias, **more)
+            return out
+
+        return Entry(
+            call,
+            lay=lambda x: x[0].unflatten(0, shape),
+            unlay=lambda x: x.flatten(0, 1)[None],
+            lay_bias=lambda bias: bias.squeeze(1),
+        )
+
+
+class TorchVarlen(Provider):
+    """``torch.nn.attention.varlen.varlen_attn``: FlashAttention-2, or what PyTorch has in its place."""
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """16 bits on a GPU, from PyTorch 2.11 on for what is not causal."""
+        if not workload.packed:
+            return "is for packed sequences"
+        if device.type != "cuda":
+            return "needs a GPU"
+        return "takes no bias" if workload.bias is not None else None
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """Windows say what is visible."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        w, cu, longest = workload, offsets(problem.sequences, problem.q.device), max(problem.sequences)
+        window = (-1 if w.lo is None else -w.lo, -1 if w.hi is None else w.hi)
+
+        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            found = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window)
+            return found[0] if isinstance(found, tuple) else found
+
+        return Entry(call, lay=lambda x: x[0], unlay=lambda x: x[None])
+
+
 def _band(w: Workload) -> dict[str, Any]:
     """A workload's visible offsets as ``attention`` takes them. Workloads are aligned to the top left; squares to both corners."""
     if w.hi == 0:
@@ -107,6 +174,8 @@ class Sdpa(Provider):
 
     def why_not(self, workload: Workload, device: torch.device) -> str | None:
         """A band other than causal, and causal beside a bias, go into the mask, which FlashAttention takes on CPUs only."""
+        if workload.packed:
+            return "takes no packed sequences"
         if workload.softcap is not None or workload.sinks:
             return "no soft cap" if workload.softcap is not None else "no sinks"
         needs_mask = workload.bias is not None or workload.mask == "window"
@@ -181,8 +250,8 @@ class Fa4(Provider):
         return "aligns causal to the bottom right" if workload.is_banded and workload.queries != workload.keys else None
 
     def attend(self, workload: Workload, problem: Problem) -> Entry:
-        """``flash_attn_func`` of ``flash_attn.cute``."""
-        from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+        """``flash_attn_func`` of ``flash_attn.cute``, or ``flash_attn_varlen_func``."""
+        from flash_attn import cute  # type: ignore[import-not-found]
 
         w = workload
         more: dict[str, object] = {"softmax_scale": w.softmax_scale}
@@ -195,12 +264,18 @@ class Fa4(Provider):
         if problem.options.sinks is not None:
             more["learnable_sink"] = problem.options.sinks.to(problem.q.dtype)
 
+        function = cute.flash_attn_func
+        if w.packed:
+            function = cute.flash_attn_varlen_func
+            cu, longest = offsets(problem.sequences, problem.q.device), max(problem.sequences)
+            more |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
         def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-            found = flash_attn_func(q, k, v, **more)
+            found = function(q, k, v, **more)
             out: Tensor = found[0] if isinstance(found, tuple) else found
             return out
 
-        return Entry(run)
+        return Entry(run, lay=lambda x: x[0], unlay=lambda x: x[None]) if w.packed else Entry(run)
 
 
 class Dense(Provider):
@@ -210,7 +285,21 @@ class Dense(Provider):
         """See :mod:`triflash.cli.bench.formula`."""
         precise = torch.promote_types(problem.q.dtype, torch.float32)
         hidden = formula.hidden(workload.queries, workload.keys, problem.options, problem.q.device)
-        return Entry(lambda q, k, v, bias: formula.attention(q, k, v, bias, problem.options, precise, hidden))
+        if not workload.packed:
+            return Entry(lambda q, k, v, bias: formula.attention(q, k, v, bias, problem.options, precise, hidden))
+        # Every score of the whole batch: what programs do that know no packed sequences.
+        number, place = places(problem.sequences, problem.q.device)
+        others = number[:, None] != number
+        banned = others if hidden is None else hidden | others
+
+        def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            if bias is not None:
+                i, j = (place if size > 1 else 0 * place for size in bias.shape[3:])
+                b = number if bias.shape[0] > 1 else 0 * number
+                bias = bias.squeeze(1)[b[:, None], :, i[:, None], j].permute(2, 0, 1)[None, None]
+            return formula.attention(q, k, v, bias, problem.options, precise, banned)
+
+        return Entry(run)
 
 
 class Compiled(Provider):
@@ -258,6 +347,8 @@ PROVIDERS: dict[str, Provider] = {
         Sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION),
         Sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
         Sdpa("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION),
+        TriflashDense("triflash-dense"),
+        TorchVarlen("torch-varlen"),
         Flex("flex"),
         Fa4("fa4"),
         Dense("dense"),

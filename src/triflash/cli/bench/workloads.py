@@ -12,6 +12,7 @@ from ..shorthand import bias_pattern, bias_shape
 from .flops import attention_bytes, attention_flops, visible_pairs
 from .formula import Options
 from .gate import Problem
+from .packed import lengths
 
 __all__ = ["DTYPES", "NAMED", "Workload", "named", "short"]
 
@@ -26,7 +27,9 @@ class Workload:
     when ``lo <= j - i <= hi``. bias: a letter where it varies and 1 where it broadcasts, over ``bhqk`` or ``bihqk`` (i is the inner batch);
     None is no bias. bias_values: ``normal`` (random), ``alibi``, ``padding`` (keys beyond a batch entry's length are hidden),
     ``alibi+padding`` or ``windows``. dbias: its gradient is asked for. scale: default ``1 / sqrt(head_dim)``. softcap, sinks: see
-    :class:`triflash.cli.bench.formula.Options`. about: where the shape is from.
+    :class:`triflash.cli.bench.formula.Options`. about: where the shape is from. packed: a kind of
+    :data:`triflash.cli.bench.packed.KINDS`: the one batch entry holds sequences of such lengths, drawn from packed_seed ("equal": of
+    ``length``), within which the band holds; a bias is by sequence (``b``) and position.
     """
 
     name: str
@@ -48,6 +51,9 @@ class Workload:
     sinks: bool = False
     dtype: str = "bf16"
     about: str = ""
+    packed: str = ""
+    packed_seed: int = 0
+    length: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
@@ -59,7 +65,13 @@ class Workload:
         sizes = (
             f"b{self.batch}/{self.batch_inner} h{self.heads}/{self.kv_heads} s{self.queries}x{self.keys} d{self.head_dim}x{self.value_dim}"
         )
-        return f"{self.name} | {sizes} | {self.lo}..{self.hi} | {self.bias}{'+db' if self.dbias else ''} | {self.dtype}"
+        packed = f" | {self.packed} {self.length} {self.packed_seed}" if self.packed else ""
+        return f"{self.name} | {sizes} | {self.lo}..{self.hi} | {self.bias}{'+db' if self.dbias else ''} | {self.dtype}{packed}"
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The lengths of packed sequences; empty where there are none."""
+        return lengths(self.packed, self.queries, self.length, self.packed_seed) if self.packed else ()
 
     @property
     def is_causal(self) -> bool:
@@ -87,6 +99,9 @@ class Workload:
         if len(five) < 5:
             four = five.rjust(4, "1")
             five = ("bi" if four[0] == "b" else "11") + four[1:]
+        if self.packed:
+            longest = max(self.sequences)
+            return bias_shape(five, len(self.sequences), self.heads, longest, longest)
         return bias_shape(five, self.batch, self.heads, self.queries, self.keys, self.batch_inner)
 
     @property
@@ -100,9 +115,12 @@ class Workload:
     @property
     def pairs(self) -> int:
         """Visible pairs of query and key, over all batch entries and query heads."""
-        lengths = self.lengths or [self.keys] * self.batch
-        each = {n: visible_pairs(self.queries, n, self.lo, self.hi) for n in set(lengths)}
-        return self.heads * sum(each[n] for n in lengths)
+        if self.packed:
+            squares = {n: visible_pairs(n, n, self.lo, self.hi) for n in set(self.sequences)}
+            return self.heads * sum(squares[n] for n in self.sequences)
+        shown = self.lengths or [self.keys] * self.batch
+        each = {n: visible_pairs(self.queries, n, self.lo, self.hi) for n in set(shown)}
+        return self.heads * sum(each[n] for n in shown)
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int], tuple[int, int, int, int]]:
@@ -144,7 +162,8 @@ class Workload:
                 bias = bias.masked_fill(hidden[:, None, None, None, :], -torch.inf)
             bias = bias.to(dtype).contiguous()
         sinks = normal(self.heads).float() if self.sinks else None
-        return Problem(q, k, v, bias, dout, Options(self.softmax_scale, self.batch_inner, self.lo, self.hi, self.softcap, sinks))
+        options = Options(self.softmax_scale, self.batch_inner, self.lo, self.hi, self.softcap, sinks)
+        return Problem(q, k, v, bias, dout, options, self.sequences)
 
     def without_bias(self) -> Workload:
         """The same, bias and padding left out. Its random q, k and v are the same."""

@@ -38,8 +38,8 @@ def philox_of(dropout, b, head, heads):
         c2 = (first >> 32).to(gl.uint32) ^ c3 ^ k1
         c1 = second.to(gl.uint32)
         c3 = first.to(gl.uint32)
-        k0 = (k0 + 0x9E3779B9).to(gl.uint32)
-        k1 = (k1 + 0xBB67AE85).to(gl.uint32)
+        k0 = gl.add(k0, 0x9E3779B9, sanitize_overflow=False).to(gl.uint32)  # it overflows by design: TRITON_DEBUG is not to stop at that
+        k1 = gl.add(k1, 0xBB67AE85, sanitize_overflow=False).to(gl.uint32)
     keep = (0x8000 - dropout[1]) * 0x10001
     return c0.to(gl.int32, bitcast=True), c1.to(gl.int32, bitcast=True), keep, dropout[2]
 

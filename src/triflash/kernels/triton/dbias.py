@@ -133,8 +133,9 @@ def dbias(
     j = tl.arange(0, BN)[None, :]
     acc = tl.zeros([BM, BN], tl.float32)
     FIXED: tl.constexpr = VARIES_M and VARIES_N  # the same tile of scores every round: mask once, after the loop
+    LOADED: tl.constexpr = FIXED and f.second is None  # and the same bias
     own_bias = 0.0
-    if FIXED:
+    if LOADED:
         own_at = at_head(f, own_b0 * batch_inner + own_b1, own_head, heads, batch_inner, 0, 0)
         BANDED: tl.constexpr = lo is not None or hi is not None
         rows = M
@@ -180,7 +181,7 @@ def dbias(
         rest_at = rest_in
         if rest_in is not None:
             rest_at = rest_in + offset(b * heads + head, M)
-        if FIXED:
+        if LOADED:
             tile = own_bias
         else:
             tile = bias_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, not EVEN_N or HIDES, WIDE)

@@ -18,18 +18,22 @@ ROUNDS: tl.constexpr = tl.constexpr(7)  # of Philox, and its constants below: as
 class Features(NamedTuple):
     """Everything beyond q, k, v and a band; a field is None where the feature is absent.
 
-    Strides of bias and mask are (outer batch, inner batch, head, row, column); row and column are None where all rows or columns share
-    one value. bias_by_query and so on: by what a sequence's first query, or its first key, moves a bias or mask that is packed as these
-    are; else None. most_queries, most_keys: of the sequence, behind which bias or mask have none, so that nothing is visible. A mask is
-    bytes, nonzero = visible. lengths: keys that each batch entry shows, any integers. slopes: by (batch, head), and
-    sink: by head, any floats. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 15-bit random number, below which a
-    probability is dropped; rescale: what the others are multiplied by.
+    Strides of biases and mask are (outer batch, inner batch, head, row, column); row and column are None where all rows or columns share
+    one value. second: another bias, beside the first. bias_by_query and so on: by what a sequence's first query, or its first key, moves a
+    bias or mask that is packed as these are; else None. most_queries, most_keys: of the sequence, behind which bias or mask have none, so
+    that nothing is visible. A mask is bytes, nonzero = visible. lengths: keys that each batch entry shows, any integers. slopes: by
+    (batch, head), and sink: by head, any floats. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 15-bit random
+    number, below which a probability is dropped; rescale: what the others are multiplied by.
     """
 
     bias: Any = None
     bias_strides: Any = None
     bias_by_query: Any = None
     bias_by_key: Any = None
+    second: Any = None
+    second_strides: Any = None
+    second_by_query: Any = None
+    second_by_key: Any = None
     mask: Any = None
     mask_strides: Any = None
     mask_by_query: Any = None
@@ -91,11 +95,12 @@ class Program:
 
 @record
 class Head:
-    """What the features are for one query head of one batch entry: where its bias and its mask begin, its slope in base 2, and the key and
-    twist of its random numbers.
+    """What the features are for one query head of one batch entry: where its biases and its mask begin, its slope in base 2, and the key
+    and twist of its random numbers.
     """
 
     bias: object
+    second: object
     mask: object
     slope: object
     key: object
@@ -106,6 +111,7 @@ class Head:
 def at_head(f, b, head, heads, batch_inner, first_query, first_key):
     """The record of a query head, for the functions below. first_query, first_key: of ``extent.Extent``."""
     bias = 0
+    second = 0
     mask = 0
     slope = 0.0
     key = 0
@@ -118,6 +124,12 @@ def at_head(f, b, head, heads, batch_inner, first_query, first_key):
             bias += offset(first_query, f.bias_by_query)
         if f.bias_by_key is not None:
             bias += offset(first_key, f.bias_by_key)
+    if f.second is not None:
+        second = f.second + offset(b0, f.second_strides[0]) + offset(b1, f.second_strides[1]) + offset(head, f.second_strides[2])
+        if f.second_by_query is not None:
+            second += offset(first_query, f.second_by_query)
+        if f.second_by_key is not None:
+            second += offset(first_key, f.second_by_key)
     if f.mask is not None:
         mask = f.mask + offset(b0, f.mask_strides[0]) + offset(b1, f.mask_strides[1]) + offset(head, f.mask_strides[2])
         if f.mask_by_query is not None:
@@ -139,12 +151,12 @@ def at_head(f, b, head, heads, batch_inner, first_query, first_key):
             (seed >> 32).to(tl.uint32),
             ROUNDS,
         )
-    return Head(bias, mask, slope, key, twist)
+    return Head(bias, second, mask, slope, key, twist)
 
 
 @triton.jit
 def bias_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
-    """The bias of the tile at ``(m0, n0)``, size 1 along dims that it broadcasts.
+    """The bias of the tile at ``(m0, n0)``, or the sum of two, size 1 along dims that it broadcasts.
 
     ``i``, ``j`` are positions in the tile, shaped to broadcast: ``[BM, 1], [1, BN]`` for a tile of scores, ``[1, BM], [BN, 1]`` for a
     transposed one.
@@ -155,7 +167,11 @@ def bias_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.conste
         M = shown_queries(f, M)
         if f.most_keys is not None:
             N = tl.minimum(N, f.most_keys)
-        return _tile(at.bias, f.bias_strides[3], f.bias_strides[4], m0, n0, i, j, M, N, LEAST_M, LEAST_N, WIDE)
+        bias = _tile(at.bias, f.bias_strides[3], f.bias_strides[4], m0, n0, i, j, M, N, LEAST_M, LEAST_N, WIDE)
+        if f.second is not None:
+            second = _tile(at.second, f.second_strides[3], f.second_strides[4], m0, n0, i, j, M, N, LEAST_M, LEAST_N, WIDE)
+            bias = bias.to(tl.float32) + second.to(tl.float32)
+        return bias
     else:
         return 0.0
 
@@ -274,7 +290,7 @@ def dropped(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl
         for _ in tl.static_range(ROUNDS):
             product = c0.to(tl.uint64) * 0xD256D193
             c0, c1 = (product >> 32).to(tl.uint32) ^ key ^ c1, product.to(tl.uint32)
-            key = key + 0x9E3779B9
+            key = tl.add(key, 0x9E3779B9, sanitize_overflow=False)  # which TRITON_DEBUG would stop at
         number = tl.where((queries & 8) == 0, c0, c1) << (17 - (keys & 8) * 2)  # its 15 bits uppermost; those below do not matter
         return tl.where(number >= (tl.cast(f.threshold, tl.uint32) << 17), x, 0.0)
     else:

@@ -1,0 +1,1 @@
+"""Adapters to other packages, a module each. None is imported before somebody asks for it."""

@@ -1,0 +1,204 @@
+"""Hugging Face transformers: ``register()`` once, then ``attn_implementation="triattention"``. Imports transformers when called.
+
+``patch(model)`` is for models that keep their attention to themselves. docs/integrations.md has the families.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..attention import attention
+from ..errors import bad_type, bad_value
+from . import patches
+from .visible import Visible, lean_mask
+
+__all__ = ["NAME", "OLDEST", "attention_forward", "patch", "register", "unpatch"]
+
+NAME = "triattention"  # transformers takes every name with "flash" in it for FlashAttention
+OLDEST = (5, 20)  # before it T5 does not hand every implementation on to its encoder and decoder
+
+# What reaches an attention function and changes nothing in it: most of a model's own keywords are handed through.
+HARMLESS = frozenset({
+    "cache", "cache_position", "labels", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
+    "output_router_logits", "past_key_value", "past_key_values", "position_ids", "return_dict", "seq_idx", "training", "use_cache",
+})  # fmt: skip
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")  # say what a 4-dim mask says too
+
+
+def register(*, lean: bool = True) -> None:
+    """Teach transformers the name ``"triattention"``: ``AutoModel.from_pretrained(..., attn_implementation="triattention")``.
+
+    Args:
+        lean: True makes no mask of (M, N) where a band around the diagonal, key lengths or a row of keys says it all. False always makes
+            one, for models that compute with their mask.
+
+    Raises:
+        ImportError: transformers is not installed, or older than 5.20.
+
+    Models with the name are refused, by a ValueError in their forward pass, if they do not use transformers' attention interface and would
+    misread a bool mask. Calling it again changes ``lean`` for every model.
+    """
+    from transformers import __version__ as version
+
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
+        raise ImportError(f"transformers: wanted {'.'.join(map(str, OLDEST))} or newer, got {version}")
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    for name, checked in ((NAME, True), (patches.NAME, False)):
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, functools.partial(lean_mask, lean=lean, checked=checked))
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | Visible | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    deterministic: bool | None = None,
+    output_attentions: bool = False,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers' ``AttentionInterface`` holds them, computed by :func:`triflash.attention`.
+
+    Args:
+        module: the model's attention module; its ``is_causal`` counts where there is no mask and no is_causal.
+        query: ``(B, H, M, D)``. key, value: ``(B, Hk, N, D)`` and ``(B, Hk, N, Dv)``, H a multiple of Hk; nothing is repeated.
+        attention_mask: what the mask function of ``register`` made; or a 4-dim tensor that broadcasts to ``(B, H, M, N)``: bool, True is
+            visible, or floats, added to the scores, with their gradient. None: what is_causal and sliding_window say.
+        scaling: default ``1 / sqrt(D)``.
+        dropout: probability with which a softmax probability is dropped.
+        is_causal, sliding_window: without a mask, whether query i sees keys ``j <= i + N − M`` alone, and how many of them. A mask has
+            them already.
+        softcap: bounds the scaled products. s_aux: a sink for each head ``(H,)``, with its gradient.
+        position_bias: floats that broadcast to ``(B, H, M, N)``, added to the scaled scores, with their gradient.
+        deterministic: True asks for the same bits in every run; otherwise PyTorch's own setting counts.
+        output_attentions: must be False: probabilities are never in memory.
+        options: keywords that change nothing here are ignored; others raise.
+
+    Returns:
+        ``(B, M, H, Dv)``, contiguous, and None. A query that sees no key gets 0, where eager attention gives a mean of all values.
+
+    Raises:
+        ValueError, TypeError: keywords that would change the result and are not known, or arguments that do not fit each other.
+    """
+    if output_attentions:
+        raise bad_value("output_attentions", "False", True, "probabilities are never in memory; attn_implementation='eager' returns them")
+    whole = isinstance(attention_mask, Tensor)
+    for name, x in options.items():
+        if x is None or x is False or name in HARMLESS or (whole and name in PACKED):
+            continue
+        hint = (
+            "pass position_ids and use_cache=False, from which a mask follows"
+            if name in PACKED
+            else "attn_implementation='eager' or 'sdpa' may know it"
+        )
+        raise bad_type(name, "no such keyword for attention", type(x).__name__, hint)
+    if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries, the same for every entry
+        query = query.expand(key.shape[0], -1, -1, -1)
+    M, N = query.shape[2], key.shape[2]
+    bias = None if position_bias is not None and _is_zero(module) else position_bias
+    if attention_mask is None:
+        seen = _unmasked(module, M, N, is_causal, sliding_window)
+    elif isinstance(attention_mask, Visible):
+        if tuple(attention_mask.shape[2:]) != (M, N):
+            raise bad_value("attention_mask", f"one of {M} queries and {N} keys", attention_mask)
+        seen, bias = attention_mask.options(), _sum(bias, attention_mask.bias)
+    else:
+        mask, bias = _added(attention_mask, bias, N)
+        seen = {"mask": mask}
+    out = attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        bias=bias,
+        scale=scaling,
+        softcap=softcap,
+        sink=s_aux,
+        dropout_p=dropout,
+        deterministic=deterministic or None,
+        **seen,
+    )
+    return out, None
+
+
+def _is_zero(module: nn.Module) -> bool:
+    """Whether a position bias is one of zeros: T5's attention to the encoder makes such a one, and the self-attention of no layer does."""
+    of_decoder, causal = getattr(module, "is_decoder", False), getattr(module, "is_causal", True)
+    return bool(of_decoder) and not causal and getattr(module, "has_relative_attention_bias", True) is False
+
+
+def _unmasked(module: nn.Module, M: int, N: int, is_causal: bool | None, window: int | None) -> dict[str, Any]:
+    """Keywords of ``attention`` for a call without a mask."""
+    causal = M > 1 and (getattr(module, "is_causal", True) if is_causal is None else bool(is_causal))
+    if window is None or window >= N:
+        return {"causal": causal}
+    if not causal and M > 1:
+        raise bad_value("sliding_window", "a mask beside it where attention is not causal", f"{window} of {N} keys and no mask")
+    return {"causal": True, "window": (window - 1, None)}
+
+
+def _added(mask: Tensor, bias: Tensor | None, N: int) -> tuple[Tensor | None, Tensor | None]:
+    """A model's own mask, and what is added to the scores with it: (mask, bias) of ``attention``."""
+    if not isinstance(mask, Tensor):
+        raise bad_type("attention_mask", "a tensor or None", type(mask).__name__, "masks of other implementations do not fit")
+    if mask.dim() != 4:
+        raise bad_value(
+            "attention_mask", "4 dims that broadcast to (batch, heads, queries, keys)", f"{mask.dim()} dims {tuple(mask.shape)}"
+        )
+    if mask.shape[-1] > N:  # made for a longer cache
+        mask = mask[..., :N]
+    if mask.dtype == torch.bool:
+        return mask, bias
+    if not mask.is_floating_point():
+        raise bad_type("attention_mask", "a bool tensor, True = visible, or a float one that is added", mask.dtype)
+    return None, _sum(bias, mask)
+
+
+def _sum(bias: Tensor | None, more: Tensor | None) -> Tensor | None:
+    return more if bias is None else bias if more is None else bias + more
+
+
+def patch(model: nn.Module) -> nn.Module:
+    """Put triflash into the attention modules of a model that keeps them to itself: see docs/integrations.md for which.
+
+    Args:
+        model: a transformers model. Its weights stay as they are.
+
+    Returns:
+        The model itself. :func:`unpatch` puts everything back.
+
+    Raises:
+        ValueError: there is no patch for it, or it is patched already.
+    """
+    register_if_needed()
+    return patches.patch(model)
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undo :func:`patch`: the model's own attention and the implementation that it had. Returns the model.
+
+    Raises:
+        ValueError: it is not patched.
+    """
+    return patches.unpatch(model)
+
+
+def register_if_needed() -> None:
+    """Register unless somebody has, whose ``lean`` then stays."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if patches.NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        register()

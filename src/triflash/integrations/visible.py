@@ -1,0 +1,281 @@
+"""What a Hugging Face mask says, without a (M, N) tensor wherever a band and a row of keys can say it. Imports transformers when called.
+
+transformers builds one mask a forward pass and kind of layer, and hands it to every layer as ``attention_mask``. The mask function here
+returns a :class:`Visible`, or the 4-dim bool mask where that is not enough.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import bad_value
+
+__all__ = ["Visible", "lean_mask", "own_attention", "refuse_unrouted"]
+
+
+class Visible:
+    """Which keys each query sees: a band around the diagonal, and keys that nobody sees.
+
+    Query i of M sees key j of N if ``i' − left <= j <= i' + right``, with ``i' = i + N − M``, or ``i' = i`` if ``top_left``; None leaves a
+    side open. keys: bool ``(B, 1, 1, N)``, True is visible; lengths: integers ``(B,)``, keys from that number on are hidden; one of them or
+    neither. bias: floats that a model added to its mask, as BEiT does, with their gradient; or None.
+
+    It stands where models expect a mask, so it answers for its shape, moves between devices, takes a bias, and says what is wrong where a
+    model wants more.
+    """
+
+    ndim = 4
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        left: int | None,
+        right: int | None,
+        top_left: bool = False,
+        keys: Tensor | None = None,
+        lengths: Tensor | None = None,
+        bias: Tensor | None = None,
+    ):
+        self.shape, self.left, self.right, self.top_left = shape, left, right, top_left
+        self.keys, self.lengths, self.bias = keys, lengths, bias
+
+    def to(self, *args: Any, **options: Any) -> Visible:
+        """Itself, with its tensors where they are wanted. Dtypes stay."""
+        device = options.get("device", next((x for x in args if isinstance(x, (str, int, torch.device))), None))
+        return self._with(*(x if x is None or device is None else x.to(device) for x in (self.keys, self.lengths, self.bias)))
+
+    def contiguous(self) -> Visible:
+        """Itself: generation with static caches asks its masks for this."""
+        return self
+
+    def _with(self, keys: Tensor | None, lengths: Tensor | None, bias: Tensor | None) -> Visible:
+        return Visible(self.shape, self.left, self.right, self.top_left, keys, lengths, bias)
+
+    def __add__(self, bias: Any) -> Visible:
+        if not isinstance(bias, Tensor) or not bias.is_floating_point():
+            return self._no_tensor()
+        return self._with(self.keys, self.lengths, bias if self.bias is None else self.bias + bias)
+
+    __radd__ = __add__
+
+    def options(self) -> dict[str, Any]:
+        """Keywords of :func:`triflash.attention`."""
+        causal: bool | str = "top_left" if self.top_left else self.right == 0
+        window = None if self.left is None and not self.right else (self.left, self.right)
+        return {"causal": causal, "window": window, "mask": self.keys, "key_lengths": self.lengths}
+
+    @staticmethod
+    def _no_tensor(*args: Any, **options: Any) -> Any:
+        raise TypeError(
+            "attention_mask: this model computes with its mask, and triflash made none of (M, N); "
+            "call triflash.integrations.transformers.register(lean=False), which always makes one"
+        )
+
+    __getitem__ = __and__ = __rand__ = __invert__ = __mul__ = __rmul__ = __lt__ = __gt__ = _no_tensor
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__) and len(args) == 2 and not kwargs:
+            first, second = args
+            return first.__add__(second) if isinstance(first, Visible) else second.__add__(first)
+        return cls._no_tensor()
+
+    def __repr__(self) -> str:
+        hidden = "keys" if self.keys is not None else "lengths" if self.lengths is not None else "none"
+        corner = "top_left" if self.top_left else "bottom_right"
+        return f"Visible(shape={tuple(self.shape)}, left={self.left}, right={self.right}, align={corner!r}, hidden={hidden})"
+
+
+def lean_mask(
+    batch_size: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int | Tensor = 0,
+    mask_function: Callable[..., Any] | None = None,
+    attention_mask: Tensor | Visible | None = None,
+    *,
+    cache_position: Tensor | None = None,
+    lean: bool = True,
+    checked: bool = True,
+    **options: Any,
+) -> Tensor | Visible:
+    """A mask function for transformers' ``AttentionMaskInterface``: :class:`Visible` if that says all, else bool ``(B, 1, M, N)``.
+
+    Args:
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask: as transformers' own mask functions take them.
+            attention_mask: bool ``(B, keys so far)``, False is padding.
+        cache_position: positions of the queries ``(M,)``, which older versions pass in place of q_length and q_offset.
+        lean: False always makes the 4-dim mask.
+        checked: raise for models that do not hand masks to the attention interface.
+        options: the rest of what transformers passes; ``allow_is_causal_skip`` and ``allow_is_bidirectional_skip`` say that nothing but
+            mask_function and padding decides.
+    """
+    config = options.get("config")
+    if checked and config is not None:
+        refuse_unrouted(type(config))
+    if isinstance(attention_mask, Visible):  # a model inside a model was given the outer one's
+        return attention_mask
+    if cache_position is not None:
+        q_length, q_offset = cache_position.shape[0], _first(cache_position)
+    assert q_length is not None
+    shape = (batch_size, 1, q_length, kv_length)
+    band = _band(shape, q_offset, kv_offset, mask_function, options) if lean else None
+    if band is not None:
+        left, right, top_left = band
+        keys, lengths = _padding(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
+        return Visible(shape, left, right, top_left, keys, lengths)
+    from transformers import masking_utils
+
+    options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    positions = {"q_length": q_length, "q_offset": q_offset} if cache_position is None else {"cache_position": cache_position}
+    if mask_function is None:
+        mask_function = masking_utils.causal_mask_function
+    return masking_utils.sdpa_mask(
+        batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+        **positions, **options,
+    )  # fmt: skip
+
+
+def _first(positions: Tensor) -> int | Tensor:
+    """The first position as a number, where reading it breaks no graph."""
+    return positions[0] if torch.compiler.is_compiling() or _capturing(positions) else int(positions[0])
+
+
+def _capturing(x: Tensor) -> bool:
+    """Whether x cannot be read now: a graph is being captured, or x has no data."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or x.is_meta
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _band(
+    shape: tuple[int, int, int, int], q_offset: Any, kv_offset: Any, function: Callable[..., Any] | None, options: dict[str, Any]
+) -> tuple[int | None, int | None, bool] | None:
+    """(left, right, top_left) of :class:`Visible`, or None if the visible keys are no band of either alignment."""
+    M, N = shape[2:]
+    if isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor):
+        return None  # of a static cache: known on the device alone
+    bottom_right = q_offset + M == kv_offset + N
+    if not bottom_right and q_offset != kv_offset:
+        return None  # a static cache, or a layer's window that begins elsewhere
+    causal, two_sided = bool(options.get("allow_is_causal_skip", True)), bool(options.get("allow_is_bidirectional_skip", False))
+    if causal:
+        left = _causal_left(function, options, q_offset + M)
+        return None if left == 0 else (left, 0, not bottom_right)
+    if two_sided:
+        reach = _reach(function, options)
+        if reach is None:
+            return (None, None, False)
+        # A side that reaches beyond all keys is open; alignment to the top left has no two-sided window.
+        return (reach, reach, False) if reach > 0 and bottom_right else (None if reach == 0 or reach < max(M, N) else (None, None, False))
+    return None
+
+
+def _causal_left(function: Callable[..., Any] | None, options: dict[str, Any], end: int) -> int | None:
+    """How many keys before itself a query sees: None is all of them, 0 that this is no window."""
+    from transformers.masking_utils import causal_mask_function
+
+    local = options.get("local_size")
+    if function is None or function is causal_mask_function:
+        return None
+    config = options.get("config")
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    if local is not None and local == window and local != chunk:
+        return local - 1 if local > 1 else 0
+    if local is not None and local == chunk and local != window and end <= chunk:
+        return None  # one chunk holds every position
+    return 0
+
+
+def _reach(function: Callable[..., Any] | None, options: dict[str, Any]) -> int | None:
+    """How far to either side a query sees: None is all keys, 0 that this is no window."""
+    from transformers.masking_utils import bidirectional_mask_function
+
+    local = options.get("local_size")
+    if function is bidirectional_mask_function:
+        return None
+    return local if local is not None and local == getattr(options.get("config"), "sliding_window", None) else 0
+
+
+def _padding(mask: Tensor | None, N: int, offset: int) -> tuple[Tensor | None, Tensor | None]:
+    """The keys of a bool padding mask that these N are: (keys, lengths) of :class:`Visible`, at most one of them."""
+    if mask is None:
+        return None, None
+    missing = offset + N - mask.shape[-1]
+    if missing > 0:
+        mask = torch.nn.functional.pad(mask, (0, missing))
+    mask = mask[:, offset : offset + N]
+    if mask.dtype != torch.bool:
+        mask = mask.to(torch.bool)
+    if not torch.compiler.is_compiling() and not _capturing(mask):
+        # One read a forward pass, as for SDPA: nothing is hidden, or only keys at the end, which are then not even visited.
+        falling = (mask[:, 1:] <= mask[:, :-1]).all()
+        everything, at_end = torch.stack([mask.all(), falling]).tolist()
+        if everything:
+            return None, None
+        if at_end:
+            return None, mask.sum(-1)
+    return mask[:, None, None, :], None
+
+
+@torch.compiler.assume_constant_result
+def refuse_unrouted(config: type) -> None:
+    """Raise ValueError if the models of this configuration keep their attention to themselves and would misread a bool mask."""
+    if name := _unrouted(config):
+        raise bad_value(
+            "attn_implementation",
+            f"'eager' for the models of {name}",
+            "'triattention'",
+            "not all their attention uses transformers' interface; triflash.integrations.transformers.patch(model) is for some",
+        )
+
+
+# Own attention beside the interface, whose class does not name its configuration; and one that makes masks of its own for it.
+_PARTLY = frozenset({"BigBirdPegasusConfig", "GitConfig", "InformerConfig"})
+_OWN_MASKS = frozenset({"LongT5Config"})
+
+
+@functools.cache
+def _unrouted(config: type) -> str:
+    """The module that has attention of its own for this configuration, or an empty string."""
+    package = config.__module__.rpartition(".")[0]
+    for name, module in list(sys.modules.items()):
+        parent, _, file = name.rpartition(".")
+        if parent != package or not file.startswith("modeling_"):
+            continue
+        try:
+            text = inspect.getsource(module)
+        except (OSError, TypeError):
+            continue
+        used = re.compile(rf"\b{config.__name__}\b")
+        if "ALL_ATTENTION_FUNCTIONS" not in text:
+            found = bool(re.search(r"^class \w*Attention\w*\(nn\.Module\):", text, re.MULTILINE) and used.search(text))
+        else:
+            found = config.__name__ in _PARTLY or any(used.search(body) for body in own_attention(text).values())
+            found = found and config.__name__ not in _OWN_MASKS
+        if found:
+            return file
+    return ""
+
+
+def own_attention(text: str) -> dict[str, str]:
+    """The classes of a modeling file that take a mask to a softmax of their own, and their text."""
+    classes = re.split(r"^(?=class |def |@)", text, flags=re.MULTILINE)
+    named = ((match[1], body) for body in classes if (match := re.match(r"class (\w*Attention\w*)\(", body)))
+    own = re.compile(r"softmax\(|scaled_dot_product_attention\(")
+    return {
+        name: body for name, body in named
+        if own.search(body) and "ALL_ATTENTION_FUNCTIONS" not in body and re.search(r"attention_mask|\bmask\b", body)
+    }  # fmt: skip
