@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import gluon_schedule
 import gluon_twin
 
 WILDCARD = re.compile(r"_\d*")
@@ -92,6 +93,6 @@ def noticed(run: Callable[[int], Any], seeds: int) -> bool:
     for seed in range(seeds):
         try:
             run(seed)
-        except (AssertionError, gluon_twin.Hang):
+        except (AssertionError, gluon_schedule.Hang):
             return True
     return False
