@@ -3,6 +3,7 @@
 ``triflash.compat.sdpa``        ``torch.nn.functional.scaled_dot_product_attention``
 ``triflash.compat.flash_attn``  FlashAttention-2's Python functions
 ``triflash.compat.xformers``    ``xformers.ops.memory_efficient_attention``
+``triflash.compat.evoformer``   DeepSpeed4Science's ``DS4Sci_EvoformerAttention``, cuEquivariance's ``triangle_attention``
 
 docs/migration.md says what differs.
 """
@@ -11,11 +12,12 @@ import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
+    from . import evoformer as evoformer
     from . import flash_attn as flash_attn
     from . import sdpa as sdpa
     from . import xformers as xformers
 
-__all__ = ["flash_attn", "sdpa", "xformers"]
+__all__ = ["evoformer", "flash_attn", "sdpa", "xformers"]
 
 
 def __getattr__(name: str) -> object:
