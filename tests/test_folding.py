@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,3 +278,16 @@ A, Z = torch.zeros(2, 5, C), torch.zeros(2, 5, 5, C)
 def test_bad_input(call: Callable[[], Any], words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         call()
+
+
+def test_the_example_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "examples" / "pairformer.py"
+    assert path.read_text().count("\n") <= 80
+    monkeypatch.setattr(sys, "argv", [str(path), "--steps", "25", "--tokens", "8", "--batch", "6"])
+    with triflash.record_launches() as ran:
+        runpy.run_path(str(path), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    first, last = ([float(x) for x in re.findall(r"\d\.\d+", line)] for line in (lines[0], lines[-1]))
+    assert len(lines) == 6 and len(first) == len(last) == 2
+    assert last[0] < 0.5 * first[0] and last[1] < 0.5 * first[1], lines
+    assert len(ran) == 26 * 3 * 2  # three layers, forward and backward
