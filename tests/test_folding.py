@@ -291,3 +291,11 @@ def test_the_example_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert len(lines) == 6 and len(first) == len(last) == 2
     assert last[0] < 0.5 * first[0] and last[1] < 0.5 * first[1], lines
     assert len(ran) == 26 * 3 * 2  # three layers, forward and backward
+
+
+def test_the_page_runs() -> None:
+    """Every snippet alone, as somebody would copy it."""
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "folding.md").read_text(), re.DOTALL)
+    assert len(snippets) == 3
+    for snippet in snippets:
+        exec(compile(snippet, "docs/folding.md", "exec"), {"print": lambda *_: None})
