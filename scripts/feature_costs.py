@@ -3,7 +3,7 @@
     python3 scripts/feature_costs.py [--budget 0.05] [--length 4096] [--dim 128] [--only dropout]
 
 A feature's time is divided by that of the plain causal call of the same sizes; where it hides scores (a window, key lengths), "pairs" is
-the share of visible query-key pairs, which time should follow. Calls are interleaved (``triflash.bench.timing``), so that drift hits all
+the share of visible query-key pairs, which time should follow. Calls are interleaved (``cli.bench.timing``), so that drift hits all
 alike.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import triflash
-from triflash.bench.timing import measure_interleaved
+from triflash.cli.bench.timing import measure_interleaved
 
 
 def cases(length: int, heads: int) -> dict[str, tuple[dict[str, Any], float | None]]:

@@ -23,7 +23,7 @@ PACKAGE = ROOT / "src" / "triflash"
 DESIGN = ROOT / "docs" / "design.md"
 BEGIN, END = "<!-- imports: scripts/house.py imports --write -->", "<!-- end of imports -->"
 LAUNCHED = {  # by the host, with arguments one by one
-    "forward", "delta", "dkdv", "dq", "dbias", "dbias_sum", "keys_backward", "wide_keys_backward", "prepare", "finish", "dkdv_sum",
+    "forward", "delta", "dkdv", "dq", "dbias", "dbias_sum", "dkdv_d256", "preprocess", "postprocess", "dkdv_sum",
     "extents", "tiles", "unowned", "cleared", "packed_dbias",
 }  # fmt: skip
 PASSED_ON = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT)

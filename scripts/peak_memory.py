@@ -19,8 +19,8 @@ import time
 import torch
 
 import triflash
-from triflash.demo.memory import Memory
-from triflash.demo.model import dense_attention
+from triflash.cli.demo.memory import Memory
+from triflash.cli.demo.model import dense_attention
 
 
 def measure(name: str, length: int, heads: int, dim: int) -> None:

@@ -56,40 +56,42 @@ class Case:
 
 CASES = {
     "apart": Case(
-        "prepare dqdkdv finish", {"dqdkdv": "KeysConfig(2, 2, apart=True, unroll=2)"}, {"dqdkdv": "KeysConfig(1, 1, apart=True)"}
+        "preprocess dqdkdv postprocess", {"dqdkdv": "DkdvConfig(2, 2, dq_warpgroup=True, unroll=2)"},
+        {"dqdkdv": "DkdvConfig(1, 1, dq_warpgroup=True)"},
     ),
     "apart, bias, mask, dropout": Case(
-        "dqdkdv dbias", {"dqdkdv": "KeysConfig(2, 2, 2, apart=True)"}, {"dqdkdv": "KeysConfig(1, 1, apart=True)"},
+        "dqdkdv dbias", {"dqdkdv": "DkdvConfig(2, 2, 2, dq_warpgroup=True)"}, {"dqdkdv": "DkdvConfig(1, 1, dq_warpgroup=True)"},
         bias="1hqk", mask="b11k", options={"dropout_p": 0.2},
     ),
     "direct": Case(
-        "dqdkdv finish", {"dqdkdv": "KeysConfig(2, 2, direct=True)"}, {"dqdkdv": "KeysConfig(1, 1, direct=True)"},
+        "dqdkdv postprocess", {"dqdkdv": "DkdvConfig(2, 2, red_dq=True)"}, {"dqdkdv": "DkdvConfig(1, 1, red_dq=True)"},
         D=128, options={"causal": True},
     ),
     "direct, bias, heads in parts": Case(
-        "dqdkdv dkdv_sum", {"dqdkdv": "KeysConfig(2, 2, direct=True, head_splits=2)"},
-        {"dqdkdv": "KeysConfig(1, 1, direct=True, head_splits=2)"}, H=4, Hk=1, bias="1hqk", options={"window": (60, 0)},
+        "dqdkdv dkdv_sum", {"dqdkdv": "DkdvConfig(2, 2, red_dq=True, head_splits=2)"},
+        {"dqdkdv": "DkdvConfig(1, 1, red_dq=True, head_splits=2)"}, H=4, Hk=1, bias="1hqk", options={"window": (60, 0)},
     ),
     "by TMA": Case(
-        "dqdkdv finish", {"dqdkdv": "KeysConfig(2, 1)", "forward": "HopperConfig(2, 64, 2, turns=True)"}, {"dqdkdv": "KeysConfig(1, 1)"}
+        "dqdkdv postprocess", {"dqdkdv": "DkdvConfig(2, 1)", "forward": "ForwardConfig(2, 64, 2, ping_pong=True)"},
+        {"dqdkdv": "DkdvConfig(1, 1)"},
     ),
     "by TMA, bias of keys, lengths": Case(
-        "dqdkdv", {"dqdkdv": "KeysConfig(2, 2)"}, {"dqdkdv": "KeysConfig(1, 1)"},
+        "dqdkdv", {"dqdkdv": "DkdvConfig(2, 2)"}, {"dqdkdv": "DkdvConfig(1, 1)"},
         bias="1h1k", options={"causal": True, "lengths": True, "dropout_p": 0.1},
     ),
-    "fixed order": Case("dkdv dq", {}, {"dkdv": "KeysConfig(2, 1)"}, options={"deterministic": True, "dropout_p": 0.1}),
+    "fixed order": Case("dkdv dq", {}, {"dkdv": "DkdvConfig(2, 1)"}, options={"deterministic": True, "dropout_p": 0.1}),
     "fixed order, bias of full shape, mask": Case(
-        "dkdv dq", {"dq": "RowsConfig(2, 64, 2, 2)"}, {"dkdv": "KeysConfig(1, 1)", "dq": "RowsConfig(1, 64, 2)"},
+        "dkdv dq", {"dq": "DqConfig(2, 64, 2, 2, 2)"}, {"dkdv": "DkdvConfig(1, 1)", "dq": "DqConfig(1, 64, 2, 2)"},
         bias="bhqk", mask="b1qk", options={"deterministic": True, "causal": True},
     ),
     "fixed order, one consumer": Case(
-        "dkdv dq", {"dq": "RowsConfig(1, 32, 2, own_out=False)", "forward": "HopperConfig(1, 64, 2, own_out=False)"},
-        {"dkdv": "KeysConfig(2, 1)"}, bias="1hqk", options={"deterministic": True, "lengths": True},
+        "dkdv dq", {"dq": "DqConfig(1, 32, 2, 2, separate_dq=False)", "forward": "ForwardConfig(1, 64, 2, separate_o=False)"},
+        {"dkdv": "DkdvConfig(2, 1)"}, bias="1hqk", options={"deterministic": True, "lengths": True},
     ),
     "wide": Case("dkdv dq", {}, D=136, options={"causal": True, "dropout_p": 0.1}),
     "wide, bias, mask": Case("dkdv dq dbias", {}, D=256, bias="1hqk", mask="b11k"),
     "gradient of a bias, soft cap": Case(
-        "dbias", {"dbias": "RowsConfig(2, 64, 5, v_stages=4)"}, {"dqdkdv": "KeysConfig(1, 1)"}, bias="11qk", options={"softcap": 5.0}
+        "dbias", {"dbias": "DbiasConfig(2, 64, 5, 4)"}, {"dqdkdv": "DkdvConfig(1, 1)"}, bias="11qk", options={"softcap": 5.0}
     ),
 }  # fmt: skip
 
@@ -101,15 +103,16 @@ def run_case(name: str, consan: str = "", small: bool = False) -> int:
     import torch
 
     from triflash import attention, record_launches
-    from triflash.plan.hopper import HopperConfig
-    from triflash.plan.hopper_backward import KeysConfig
-    from triflash.plan.hopper_rows import RowsConfig
+    from triflash.plan.kernels.dbias import DbiasConfig
+    from triflash.plan.kernels.dkdv import DkdvConfig
+    from triflash.plan.kernels.dq import DqConfig
+    from triflash.plan.kernels.forward import ForwardConfig
     from triflash.plan.override import override_configs
 
     if not consan and torch.cuda.is_available():
         tell_of_code()
     case = CASES[name]
-    names = {"HopperConfig": HopperConfig, "KeysConfig": KeysConfig, "RowsConfig": RowsConfig}
+    names = {"ForwardConfig": ForwardConfig, "DkdvConfig": DkdvConfig, "DqConfig": DqConfig, "DbiasConfig": DbiasConfig}
     configs = {kernel: eval(text, names) for kernel, text in (case.configs | case.small if small else case.configs).items()}
     torch.manual_seed(0)
     B, M, N = 2, 130, 200

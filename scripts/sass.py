@@ -2,7 +2,7 @@
 
     python3 scripts/sass.py write before           before/<problem>.<number>.<kernel>.sass and .ptx, one a launch, and before/launches.txt
     python3 scripts/sass.py write after --only bias --only d64
-    python3 scripts/sass.py compare before after   exit status 1 if any kernel differs
+    python3 scripts/sass.py compare before after   exit status 1 if any kernel differs; --renamed OLD=NEW for a kernel
 
 ``launches.txt`` has grids and arguments of every launch; the first line of a kernel's machine code has its registers, spilled words and
 shared memory. Compiling all of it takes two cores four minutes. ptxas 12.8 makes now and then another order of instructions of the very
@@ -36,9 +36,10 @@ from triflash.door import bind
 from triflash.launch import ahead
 from triflash.launch.calls import Call
 from triflash.plan.device import KNOWN_DEVICES
-from triflash.plan.hopper import HopperConfig
-from triflash.plan.hopper_backward import KeysConfig
-from triflash.plan.hopper_rows import RowsConfig
+from triflash.plan.kernels.dbias import DbiasConfig
+from triflash.plan.kernels.dkdv import DkdvConfig
+from triflash.plan.kernels.dq import DqConfig
+from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_backward, plan_forward
 from triflash.spec import Needs
@@ -70,7 +71,8 @@ class Problem:
 
 B, H = 4, 8
 P, CAUSAL, WINDOW = Problem, {"causal": True}, {"window": (500, 100)}
-SLOW = {"own_out": False, "ahead": False}
+SLOW = {"separate_dq": False, "deferred": False}
+PING_PONG = ForwardConfig(2, 64, 2, ping_pong=True, separate_o=False)
 EVERY = {"dropout_p": 0.1, "softcap": 30.0, "causal": True}
 PROBLEMS = (
     P("d64 full"),
@@ -82,10 +84,10 @@ PROBLEMS = (
     P("d64 window", options=WINDOW),
     P("d64 grouped, window", Hk=2, options=WINDOW),
     P("d64 one key head", S=512, Hk=1, options=CAUSAL),
-    P("d64 by TMA", options=CAUSAL, configs={"dqdkdv": KeysConfig(2, 1), "forward": HopperConfig(2, 64, 2, turns=True, own_out=False)}),
-    P("d64 apart", configs={"dqdkdv": KeysConfig(2, 2, apart=True, unroll=2), "forward": HopperConfig(2, 128, 2, q_stages=2)}),
-    P("d64 direct", options=CAUSAL, configs={"dqdkdv": KeysConfig(2, 2, direct=True, unroll=2), "forward": HopperConfig(1, 64, 2)}),
-    P("d64 three consumers", configs={"forward": HopperConfig(3, 128, 2, turns=True)}, wants=""),
+    P("d64 by TMA", options=CAUSAL, configs={"dqdkdv": DkdvConfig(2, 1), "forward": PING_PONG}),
+    P("d64 apart", configs={"dqdkdv": DkdvConfig(2, 2, dq_warpgroup=True, unroll=2), "forward": ForwardConfig(2, 128, 2, q_stages=2)}),
+    P("d64 direct", options=CAUSAL, configs={"dqdkdv": DkdvConfig(2, 2, red_dq=True, unroll=2), "forward": ForwardConfig(1, 64, 2)}),
+    P("d64 three consumers", configs={"forward": ForwardConfig(3, 128, 2, ping_pong=True)}, wants=""),
     P("d128 full", D=128),
     P("d128 causal", D=128, options=CAUSAL),
     P("d128 fixed order", D=128, options={"deterministic": True}),
@@ -115,8 +117,8 @@ PROBLEMS = (
     P("d128 bias, causal", D=128, bias="1hqk", wants="qkvb", options=CAUSAL),
     P("d128 bias of keys", D=128, bias="1h1k", wants="qkvb"),
     P("d128 slopes, soft cap, dropout, sink", D=128, features=("slopes", "sink"), options=EVERY),
-    P("d128 dbias of one consumer", D=128, bias="1hqk", wants="b", configs={"dbias": RowsConfig(1, 64, 6, v_stages=6)}),
-    P("d128 dq not ahead", D=128, S=1000, options={"deterministic": True}, configs={"dq": RowsConfig(2, 64, 2, turns=True, **SLOW)}),
+    P("d128 dbias of one consumer", D=128, bias="1hqk", wants="b", configs={"dbias": DbiasConfig(1, 64, 6, 6)}),
+    P("d128 dq not ahead", D=128, S=1000, options={"deterministic": True}, configs={"dq": DqConfig(2, 64, 2, 2, ping_pong=True, **SLOW)}),
     P("portable d64", backend="triton", options=CAUSAL),
     P("portable d128, bias", D=128, backend="triton", bias="1hqk", wants="qkvb"),
     P("portable, all", backend="triton", bias="1hqk", mask="b11k", features=("lengths", "slopes", "sink"), wants="qkvb", options=EVERY),
@@ -228,24 +230,35 @@ def write(folder: Path, only: Sequence[str], workers: int) -> None:
             print(f"{count}/{len(work)} {name} {text.partition(chr(10))[0]}", flush=True)
 
 
-def compare(before: Path, after: Path, only: Sequence[str]) -> int:
+def nameless(path: Path) -> str:
+    """A kernel's PTX without its name, which stands in comments that are padded and in names of parameters."""
+    kernel = path.name.split(".")[-2]
+    return re.sub(r"\s+", " ", re.sub(rf"\b{kernel}(?=\b|_param)", "kernel", path.read_text()))
+
+
+def compare(before: Path, after: Path, only: Sequence[str], renamed: dict[str, str]) -> int:
     """How many kernels of ``after`` differ from those of ``before``, or are in one of them alone; prints a table."""
     wanted = [re.sub(r"[ ,]+", "-", text) for text in only]
-    names = [{f.name for f in folder.glob("*.sass") if not wanted or any(w in f.name for w in wanted)} for folder in (before, after)]
+
+    def found(folder: Path, renamed: dict[str, str]) -> dict[str, Path]:
+        files = [f for f in folder.glob("*.sass") if not wanted or any(w in f.name for w in wanted)]
+        return {".".join(renamed.get(part, part) for part in f.name.split(".")): f for f in files}
+
+    names = [found(before, renamed), found(after, {})]
     bad = 0
-    for name in sorted(names[0] | names[1]):
+    for name in sorted({*names[0], *names[1]}):
         if name not in names[0] or name not in names[1]:
             same, result = False, f"only in {before if name in names[0] else after}"
         else:
-            one, other = ((folder / name).read_text().splitlines() for folder in (before, after))
-            ptx = [(folder / name).with_suffix(".ptx").read_text() for folder in (before, after)]
+            one, other = (each[name].read_text().splitlines() for each in names)
+            ptx = [nameless(each[name].with_suffix(".ptx")) for each in names]
             changed = sum(line[:1] in "+-" for line in difflib.unified_diff(one, other, n=0)) if one != other else 0
             same = one == other or ptx[0] == ptx[1]
             result = f"{len(one) - 1} lines" if one == other else f"{changed} lines in another order, of the same PTX"
             result = result if same else f"DIFFERS in {changed} lines: {one[0]}, {other[0]}"
         bad += not same
         print(f"{name}: {result}")
-    print(f"{len(names[0] | names[1])} kernels, {bad} differ")
+    print(f"{len({*names[0], *names[1]})} kernels, {bad} differ")
     return bad
 
 
@@ -255,13 +268,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, nargs="+")
     parser.add_argument("--only", action="append", default=[], help="part of a problem's name")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--renamed", action="append", default=[], metavar="OLD=NEW", help="a kernel, or another part of a file's name")
     options = parser.parse_args(argv)
     if len(options.folder) != (1 if options.what == "write" else 2):
         parser.error("write takes one folder, compare two")
     if options.what == "write":
         write(options.folder[0], options.only, options.workers)
         return 0
-    return int(compare(*options.folder, options.only) > 0)
+    renamed = dict(text.split("=", 1) for text in options.renamed)
+    return int(compare(*options.folder, options.only, renamed) > 0)
 
 
 if __name__ == "__main__":

@@ -36,8 +36,9 @@ from torch import Tensor
 from triflash import launch, oracle
 from triflash.plan.configs import padded
 from triflash.plan.device import KNOWN_DEVICES, facts_of
-from triflash.plan.hopper import HopperConfig, products_fit, shared_limit, shared_memory
-from triflash.plan.hopper_backward import keys_config
+from triflash.plan.kernels import dkdv
+from triflash.plan.kernels.forward import ForwardConfig
+from triflash.plan.kernels.shared import mma_fits, shared_limit
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_backward, plan_forward
 from triflash.spec import AttentionSpec, Gradients, Operands, Saved, spec_of
@@ -67,7 +68,7 @@ class Problem:
     scale: float = 0.125
     hidden: bool = False  # a fifth of the bias is -inf
     processors: int = 132  # what the plan is told: with few, a program works through many tiles
-    config: HopperConfig | None = None
+    config: ForwardConfig | None = None
     seed: int = 0
     softcap: float = 0.0
     gradients: str = ""  # "added": dq added up in memory where that can be; "own": never; "": the forward pass alone
@@ -121,11 +122,11 @@ def starter(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | No
     spec = problem.spec(*tensors)
     x, saved = Operands(*tensors), Saved(results[0], results[1], results[2])  # type: ignore[arg-type]
     with override_configs(forward=problem.config) if problem.config else nullcontext():
-        plan = plan_forward(spec, replace(facts_of(tensors[0].device), processors=problem.processors), "hopper")
+        plan = plan_forward(spec, replace(facts_of(tensors[0].device), sms=problem.processors), "hopper")
     if not problem.gradients:
         return lambda: launch.run_forward(plan, spec, x, saved)
-    facts = replace(facts_of(tensors[0].device), processors=problem.processors)
-    adding = keys_config(spec, True, facts.shared_memory) if problem.gradients == "added" and max(problem.D, problem.Dv) <= 128 else None
+    facts = replace(facts_of(tensors[0].device), sms=problem.processors)
+    adding = dkdv.choose(spec, facts.shared_memory, ("dq",)) if problem.gradients == "added" and max(problem.D, problem.Dv) <= 128 else None
     with override_configs(dqdkdv=adding) if adding else nullcontext():
         grads = Gradients(*results[3:])
         fixed = replace(spec, deterministic=problem.gradients == "own")
@@ -186,29 +187,29 @@ def judge(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None
 # ---- random problems
 
 
-def random_config(chooser: random.Random, head: int, biased: bool, one_width: bool) -> HopperConfig | None:
+def random_config(chooser: random.Random, head: int, biased: bool, one_width: bool) -> ForwardConfig | None:
     """None (the plan's own) half of the time, else anything that fits in shared memory, and its output in q's buffer if it has none."""
     if chooser.random() < 0.5:
         return None
     while True:
-        own_out = chooser.random() < 0.5 or not one_width
-        config = HopperConfig(
+        separate_o = chooser.random() < 0.5 or not one_width
+        config = ForwardConfig(
             consumers=chooser.choice((1, 2, 3) if head <= 64 else (1, 2)),
             block_n=chooser.choice((32, 64, 128) if head <= 128 else (32, 64)),
-            num_stages=chooser.choice((1, 2, 3)),
+            kv_stages=chooser.choice((1, 2, 3)),
             bias_stages=chooser.choice((1, 2)),
-            turns=chooser.random() < 0.5,
-            own_out=own_out,
+            ping_pong=chooser.random() < 0.5,
+            separate_o=separate_o,
             persistent=chooser.random() < 0.8,
-            q_stages=chooser.choice((1, 2)) if own_out else 1,
+            q_stages=chooser.choice((1, 2)) if separate_o else 1,
         )
         widest = spec_of(*(torch.empty(1, 128, 1, head, device="meta", dtype=torch.bfloat16),) * 3, None, 1, None, None, 1.0, "")
         bias = config.bias_stages * config.block_m * config.block_n * 4 if biased else 0
-        small = replace(config, consumers=1, block_n=min(64, config.block_n), together=chooser.choice((1, 2, 3)))
-        if small.together > 1 and products_fit(small, head):
+        small = replace(config, consumers=1, block_n=min(64, config.block_n), ctas_per_sm=chooser.choice((1, 2, 3)))
+        if small.ctas_per_sm > 1 and mma_fits(small, head):
             config = small
-        limit = shared_limit(KNOWN_DEVICES["sm90"].shared_memory, config.together)
-        if shared_memory(widest, config) + bias + 4096 <= limit:
+        limit = shared_limit(KNOWN_DEVICES["sm90"].shared_memory, config.ctas_per_sm)
+        if config.shared_memory(widest) + bias + 4096 <= limit:
             return config
 
 
@@ -371,8 +372,8 @@ SMALL = [
     Problem(1, 1, 3, 300, 200, 256, 256, processors=3),
     Problem(1, 1, 16, 500, 500, 64, 64, hi=0, processors=5),
     Problem(2, 1, 4, 400, 400, 64, 64, bias="11hqk", hi=0, processors=3),
-    Problem(2, 1, 4, 300, 300, 64, 64, hi=0, config=HopperConfig(2, 64, 2, turns=True), processors=4),
-    Problem(1, 1, 3, 400, 300, 64, 64, bias="11hqk", config=HopperConfig(3, 64, 2, bias_stages=2, own_out=False), processors=2),
+    Problem(2, 1, 4, 300, 300, 64, 64, hi=0, config=ForwardConfig(2, 64, 2, ping_pong=True), processors=4),
+    Problem(1, 1, 3, 400, 300, 64, 64, bias="11hqk", config=ForwardConfig(3, 64, 2, bias_stages=2, separate_o=False), processors=2),
 ]
 TOGETHER = 500  # launches between two looks at the result
 

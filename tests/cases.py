@@ -21,25 +21,17 @@ import torch
 from torch import Tensor
 
 import triflash
-from triflash import oracle, tiled
-from triflash.bench.tolerance import (
-    FLOAT32_ULPS,
-    GRADIENT_FACTOR,
-    OUTPUT_FACTOR,
-    STORED_FACTOR,
-    Judgement,
-    assert_close,
-    closed_backward,
-    rounding_backward,
-    unit_roundoff,
-)
+from judging import HOPPER, five_dims, judge
+from triflash import tiled
 from triflash.bound import signature
-from triflash.dropout import keep_mask, rescale
+from triflash.cli.bench.tolerance import (
+    assert_close,
+)
 from triflash.plan.configs import MAX_HEAD_DIM, TileConfig
 from triflash.plan.device import KNOWN_DEVICES, facts_of
-from triflash.plan.hopper import HopperConfig
-from triflash.plan.hopper_backward import KeysConfig
-from triflash.plan.hopper_steps import adds_dq
+from triflash.plan.hopper import adds_dq
+from triflash.plan.kernels.dkdv import DkdvConfig
+from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import Config, override_configs
 from triflash.plan.select import plan_backward, plan_forward
 from triflash.spec import AttentionSpec, Needs, Operands, spec_of
@@ -53,7 +45,6 @@ stand_in_only = pytest.mark.skipif(
 )
 BACKENDS = ["tiled", pytest.param("triton", marks=triton_only)]
 EVERY_BACKEND = [*BACKENDS, pytest.param("hopper", marks=triton_only)]
-HOPPER = ("hopper", "stand-in")
 NEAREST = pytest.param("hopper" if torch.cuda.is_available() else "stand-in", marks=triton_only)  # what there is to run Hopper's kernels
 Configs = Mapping[str, Config]  # of kernels, by their names
 FEW_PROCESSORS = 3  # what a persistent grid is made to believe in, so that a program gets several tiles of a small problem
@@ -292,13 +283,6 @@ def fill_hidden(inputs: Inputs, junk: bool) -> None:
         x.copy_(values[torch.randint(len(values), x.shape, generator=generator)])
 
 
-def five_dims(bias: Tensor | None) -> Tensor | None:
-    """A bias as the operators take it: (outer, inner, head, query, key)."""
-    if bias is None or bias.dim() == 5:
-        return bias
-    return bias[(None,) * (4 - bias.dim())].unsqueeze(1)
-
-
 def attend(case: Case, inputs: Inputs, backend: str, raw: bool = False) -> tuple[Tensor, Tensor | None]:
     """out and, from the raw operator, lse."""
     q, k, v, bias = inputs.q, inputs.k, inputs.v, inputs.bias
@@ -308,117 +292,6 @@ def attend(case: Case, inputs: Inputs, backend: str, raw: bool = False) -> tuple
         return torch.ops.triflash.forward(*x[:4], *options, *x[4:9], case.softcap, case.dropout)[:2]
     with triflash.backend(backend):
         return triflash.flash_attn_func(q, k, v, bias, case.causal, case.scale), None
-
-
-def judge(case: Case, inputs: Inputs, backend: str = "") -> dict[str, Judgement]:
-    """What every result of the case is held against; Hopper's kernels round capped scores as if all were as large as the cap."""
-    lo, hi = case.band
-    numbers = dict(softcap=case.softcap, dropout_p=case.dropout)
-    options: dict[str, Any] = dict(batch_inner=case.batch_inner, lo=lo, hi=hi, scale=case.softmax_scale, **numbers)
-    wanted = inputs.wanted()
-
-    def dense(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        leaves = {n: x.detach().clone().requires_grad_() for n, x in wanted.items()}
-        out, lse = oracle.attention(**inputs.replaced(leaves).dense, **options, dtype=dtype)
-        if not leaves:
-            return out, lse, {}
-        outputs, cotangents = [out], [inputs.dout.to(dtype)]
-        if inputs.dlse is not None:
-            outputs, cotangents = [out, lse], [*cotangents, inputs.dlse.to(dtype)]
-        grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True)
-        return out.detach(), lse.detach(), dict(zip(leaves, grads, strict=True))
-
-    # In float64 the gradients are taken with float64 leaves, so that they are not rounded to the inputs' dtype on their way out.
-    kept_as_is = ("alibi_slopes",)
-    exact_inputs = Inputs(
-        **{
-            n: x.detach().double() if x is not None and x.is_floating_point() and n not in kept_as_is else x
-            for n, x in vars(inputs).items()
-        }
-    )
-    out, lse, grads = _exact(exact_inputs, wanted, options)
-    plain_out, _, plain_grads = dense(case.dtype)
-    lse_dtype = torch.float64 if case.dtype == torch.float64 else torch.float32
-    with torch.no_grad():
-        plain_lse = oracle.attention(**inputs.operands().dense, **options, dtype=lse_dtype)[1]
-
-    # Slack: see triflash/bench/tolerance.py.
-    x = exact_inputs
-    s, slope, kept = _scores(case, x)
-    bias5, group = five_dims(x.bias), case.H // case.key_heads if case.key_heads else 1
-    k, v = (y.repeat_interleave(group, 2) for y in (x.k, x.v))
-    p = torch.exp(s - lse.masked_fill(lse == -torch.inf, torch.inf)[..., None])
-    stored = out.to(case.dtype).double()
-    exact, shifted = (closed_backward(x.q, k, v, p, o, x.dout, x.dlse, case.softmax_scale, slope, kept) for o in (out, stored))
-    rounding = rounding_backward(x.q, k, v, s, p, out, x.dout, x.dlse, case.softmax_scale, slope, kept)
-    ulps = FLOAT32_ULPS * unit_roundoff(lse_dtype)
-    size = s.masked_fill(s == -torch.inf, 0.0).abs()  # what float32 arithmetic rounds at
-    top = size.amax(-1) if case.N else size.new_zeros(size.shape[:-1])
-
-    def slack(letter: str) -> Tensor:
-        def of(g: Any) -> Tensor:
-            if letter == "s":
-                assert x.sink is not None
-                p_sink = torch.exp(x.sink[:, None] - lse).nan_to_num(0.0, 0.0)
-                return (p_sink * (1 + lse.nan_to_num(neginf=0.0).abs()) * g.delta).sum((0, 2))
-            if letter == "b":
-                return reduce_to_bias(g.ds, case, bias5).reshape(wanted["b"].shape)
-            own = getattr(g, "d" + letter)
-            return own if letter == "q" or group == 1 else own.unflatten(2, (-1, group)).sum(3)
-
-        return ulps * of(rounding) + STORED_FACTOR * (of(shifted) - of(exact)).abs()
-
-    out_slack = ulps * torch.einsum("bhmn,bnhd->bmhd", p * (1 + size) * (1 if kept is None else kept), v.abs())
-    judgements = {
-        "out": Judgement(out, plain_out, OUTPUT_FACTOR, case.dtype, out_slack),
-        "lse": Judgement(lse, plain_lse, OUTPUT_FACTOR, lse_dtype, ulps * (1 + top) + 8e-7 * case.softcap * (backend in HOPPER)),
-    }
-    for letter in wanted:
-        judgements["d" + letter] = Judgement(grads[letter], plain_grads[letter], GRADIENT_FACTOR, case.dtype, slack(letter))
-    return judgements
-
-
-def _scores(case: Case, x: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """In float64: the scores, the derivative of a soft cap, and what dropout multiplies probabilities by."""
-    group = case.H // case.key_heads if case.key_heads else 1
-    s = torch.einsum("bmhd,bnhd->bhmn", x.q, x.k.repeat_interleave(group, 2)) * case.softmax_scale
-    slope = kept = None
-    if case.softcap:
-        t = torch.tanh(s / case.softcap)
-        s, slope = case.softcap * t, 1 - t * t
-    for extra in (five_dims(x.bias), five_dims(x.mask)):
-        if extra is not None and s.numel():
-            extra = torch.where(extra, 0.0, -torch.inf) if extra.dtype == torch.bool else extra
-            s = (s.unflatten(0, (-1, case.batch_inner)) + extra).flatten(0, 1)
-    i, j = torch.arange(case.M, device=s.device)[:, None], torch.arange(case.N, device=s.device)
-    if x.alibi_slopes is not None:
-        s = s - x.alibi_slopes.double()[..., None, None] * (i + case.N - case.M - j).abs()
-    s = s.masked_fill(~oracle.visible(case.M, case.N, *case.band, s.device), -torch.inf)
-    if x.key_lengths is not None:
-        s = s.masked_fill(j >= x.key_lengths[:, None, None, None], -torch.inf)
-    if x.dropout_seed is not None:
-        kept = keep_mask(x.dropout_seed, case.dropout, case.B, case.H, slice(0, case.M), slice(0, case.N)) * rescale(case.dropout)
-    return s, slope, kept
-
-
-def _exact(x: Inputs, wanted: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The oracle in float64 and, by autograd, the gradients that are wanted."""
-    named = zip("qkvbs", (x.q, x.k, x.v, x.bias, x.sink), strict=True)
-    leaves = {n: t.requires_grad_() for n, t in named if n in wanted and t is not None}
-    out, lse = oracle.attention(**x.replaced(leaves).dense, **options)
-    grads: tuple[Tensor, ...] = ()
-    if leaves:
-        outputs, cotangents = ([out], [x.dout]) if x.dlse is None else ([out, lse], [x.dout, x.dlse])
-        grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True)
-    for t in leaves.values():
-        t.requires_grad_(False)
-    return out.detach(), lse.detach(), dict(zip(leaves, grads, strict=True))
-
-
-def reduce_to_bias(ds: Tensor, case: Case, bias5: Tensor | None) -> Tensor:
-    """The gradient of the scores summed over the dims that the bias broadcasts."""
-    assert bias5 is not None
-    return ds.unflatten(0, (-1, case.batch_inner)).sum_to_size(bias5.shape) if ds.numel() else torch.zeros_like(bias5)
 
 
 @contextlib.contextmanager
@@ -431,7 +304,7 @@ def small_tiles(tiles: tuple[int, int] | None, backend: str = "") -> Iterator[No
         yield
         return
     if backend in HOPPER:
-        with override_configs(forward=HopperConfig(1 if tiles[0] <= 32 else 2, tiles[1], 2), dqdkdv=KeysConfig(1, 1)), few_processors():
+        with override_configs(forward=ForwardConfig(1 if tiles[0] <= 32 else 2, tiles[1], 2), dqdkdv=DkdvConfig(1, 1)), few_processors():
             yield
         return
     config = TileConfig(*tiles, num_warps=4, num_stages=1)
@@ -442,7 +315,7 @@ def small_tiles(tiles: tuple[int, int] | None, backend: str = "") -> Iterator[No
 @contextlib.contextmanager
 def few_processors(count: int = FEW_PROCESSORS) -> Iterator[None]:
     """Plans are made for a device like this one with so many processors."""
-    facts = functools.cache(lambda device: replace(facts_of(device), processors=count))
+    facts = functools.cache(lambda device: replace(facts_of(device), sms=count))
     with mock.patch.object(signature, "facts_of", facts):
         yield
 
@@ -492,11 +365,11 @@ def _expected_on_hopper(case: Case, wanted: list[str], bias: Tensor | None, adds
     source = dbias_kernel(replace(case, Hk=None), tuple(bias.shape)) if "b" in wanted and bias is not None else None
     narrow = max(case.D, case.Dv or case.D) <= 128
     adding = adds and narrow and "q" in wanted and bool(set(wanted) & set("kv")) and source != "dq"
-    steps = ["prepare"]
+    steps = ["preprocess"]
     if set(wanted) & set("kv") or source == "dkdv":
         steps += ["dqdkdv" if adding else "dkdv"]
     steps += ["dq"] if ("q" in wanted and not adding) or source == "dq" else []
-    steps += ["finish"] if adding else []
+    steps += ["postprocess"] if adding else []
     return steps + (["dbias"] if source == "dbias" else [])
 
 
@@ -567,7 +440,7 @@ def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
 
 
 def may_not_be_mild(case: Case, inputs: Inputs) -> bool:
-    """Whether Hopper's ``prepare`` is asked if statistics are mild, and may say no."""
+    """Whether Hopper's ``preprocess`` is asked if statistics are mild, and may say no."""
     bias = inputs.operands().bias
     return max(case.D, case.Dv or 0) <= 128 and ((bias is not None and bias.dtype != torch.bool) or case.alibi is not None)
 
@@ -679,7 +552,7 @@ def run_hidden(case: Case, backend: str, device: torch.device, configs: Configs 
     for name, clean in found[0].items():
         dirty = found[1][name]
         assert not dirty.isnan().any(), name
-        if name == "dq" and "finish" in kernels(ran):  # added up in no fixed order
+        if name == "dq" and "postprocess" in kernels(ran):  # added up in no fixed order
             torch.testing.assert_close(dirty, clean, rtol=1e-2, atol=1e-3)
         else:
             assert torch.equal(dirty, clean), name

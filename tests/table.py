@@ -7,26 +7,26 @@ from __future__ import annotations
 import torch
 
 from cases import Case
-from triflash.plan.hopper import HopperConfig
-from triflash.plan.hopper_rows import RowsConfig
+from triflash.plan.kernels.dbias import DbiasConfig
+from triflash.plan.kernels.forward import ForwardConfig
 
 BF16, F32, BOOL = torch.bfloat16, torch.float32, torch.bool
 
 FORWARD_CONFIGS = [
     None,
-    HopperConfig(1, 64, 1),
-    HopperConfig(1, 32, 2, turns=True),
-    HopperConfig(2, 64, 3),
-    HopperConfig(2, 64, 4, own_out=False, turns=True),
-    HopperConfig(2, 128, 2, 2, turns=True),
-    HopperConfig(3, 64, 3, 3, turns=True, own_out=False),
-    HopperConfig(3, 16, 2),
-    HopperConfig(2, 64, 2, persistent=False),
-    HopperConfig(1, 64, 1, q_stages=2),
-    HopperConfig(2, 128, 2, q_stages=2, turns=True),
-    HopperConfig(3, 32, 4, q_stages=2, turns=True),
+    ForwardConfig(1, 64, 1),
+    ForwardConfig(1, 32, 2, ping_pong=True),
+    ForwardConfig(2, 64, 3),
+    ForwardConfig(2, 64, 4, separate_o=False, ping_pong=True),
+    ForwardConfig(2, 128, 2, 2, ping_pong=True),
+    ForwardConfig(3, 64, 3, 3, ping_pong=True, separate_o=False),
+    ForwardConfig(3, 16, 2),
+    ForwardConfig(2, 64, 2, persistent=False),
+    ForwardConfig(1, 64, 1, q_stages=2),
+    ForwardConfig(2, 128, 2, q_stages=2, ping_pong=True),
+    ForwardConfig(3, 32, 4, q_stages=2, ping_pong=True),
 ]
-DBIAS_CONFIGS = [None, RowsConfig(2, 64, 5, v_stages=4), RowsConfig(1, 32, 6, 2, v_stages=4)]
+DBIAS_CONFIGS = [None, DbiasConfig(2, 64, 5, 4), DbiasConfig(1, 32, 6, 4, 2)]
 
 FORWARD = [
     Case("full", B=2, M=300, N=200),

@@ -327,7 +327,7 @@ def test_what_type_checkers_are_told() -> None:
     ({"dropout": 0.1}, "dropout: .*; dropout_p="),
     ({"window_size": (3, 0)}, r"window_size: .*; window=\(left, right\)"),
     ({"enable_gqa": True}, "enable_gqa: .*; leave it out"),
-    ({"cu_seqlens_q": None}, "cu_seqlens_q: .*; packed sequences do not exist yet"),
+    ({"cu_seqlens_q": None}, "cu_seqlens_q: .*; triflash.attention_varlen takes packed sequences"),
     ({"cuasal": True}, r"cuasal: .*; did you mean causal=\?"),
     ({"nonsense": 1}, "nonsense: wanted an argument of attention .*, got a name that it does not have$"),
 ])  # fmt: skip
@@ -360,8 +360,8 @@ def test_tensors_that_hold_something_else_are_refused_by_name(device: torch.devi
     q = torch.randn(2, 9, 3, 8, device=device)
     with pytest.raises(TypeError, match="bias: wanted a tensor of numbers.*CausalBias; causal=True is lower right"):
         attention(q, q, q, bias=causal_lower_right(9, 9))
-    rows = [torch.randn(n, 2, 8, device=device) for n in (3, 5)]
-    for layout in (torch.strided, torch.jagged):
-        nested = torch.nested.nested_tensor(rows, layout=layout)
-        with pytest.raises(TypeError, match="q: wanted a dense .strided. tensor, got a NestedTensor; pad it"):
-            attention(nested, nested, nested)
+    nested = torch.nested.nested_tensor([torch.randn(n, 2, 8, device=device) for n in (3, 5)], layout=torch.strided)
+    with pytest.raises(TypeError, match="q: wanted a jagged tensor, got a NestedTensor of layout torch.strided"):
+        attention(nested, nested, nested)
+    with pytest.raises(TypeError, match="sink: wanted a dense .strided. tensor, got a NestedTensor"):
+        attention(q, q, q, sink=nested)

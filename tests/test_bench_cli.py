@@ -17,15 +17,15 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from triflash import terminal
 from triflash.__main__ import main
-from triflash.bench import contest, measure, memory, options, report, run, timing
-from triflash.bench.entry import Entry
-from triflash.bench.flops import PASSES
-from triflash.bench.measure import DeviceLostError, Settings
-from triflash.bench.providers import PROVIDERS, Dense, Provider
-from triflash.bench.record import Run
-from triflash.bench.workloads import Workload
+from triflash.cli import terminal
+from triflash.cli.bench import contest, measure, memory, options, report, run, timing
+from triflash.cli.bench.entry import Entry
+from triflash.cli.bench.flops import PASSES
+from triflash.cli.bench.measure import DeviceLostError, Settings
+from triflash.cli.bench.providers import PROVIDERS, Dense, Provider
+from triflash.cli.bench.record import Run
+from triflash.cli.bench.workloads import Workload
 
 TINY = ["--device", "cpu", "--budget", "0.002", "--min-samples", "2"]
 GRID = ["--d", "8,16x8", "--s", "32,40x48", "--b", "1", "--h", "2", "--bias", "none,1h1k", "--dbias", "on"]
@@ -359,11 +359,11 @@ def test_tokens_and_hd(tmp_path: Path) -> None:
 def test_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import sys
 
-    hidden = ("triflash.bench.run", "triflash.terminal")
+    hidden = ("triflash.cli.bench.run", "triflash.cli.terminal")
     for name in [name for name in sys.modules if name.split(".")[0] == "rich" or name in hidden]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.delattr("triflash.bench.run", raising=False)
+    monkeypatch.delattr("triflash.cli.bench.run", raising=False)
     monkeypatch.setattr("sys.meta_path", [_Without("rich"), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "rich")
     assert main(["bench", "--device", "cpu"]) == 2
@@ -389,7 +389,7 @@ def test_peak_memory_on_a_cpu() -> None:
 
 
 def test_nothing_half_written(tmp_path: Path) -> None:
-    from triflash.bench.record import write_whole
+    from triflash.cli.bench.record import write_whole
 
     path = tmp_path / "x.json"
     write_whole(path, "old")
@@ -408,7 +408,7 @@ def test_ratio_takes_the_automatic_choice() -> None:
 
 
 def measure_cell(found: Run, workload: Workload, times: dict[str, float]) -> Any:
-    from triflash.bench.record import Cell, Row
+    from triflash.cli.bench.record import Cell, Row
 
     cell = Cell.of(workload, ("fwd",))
     found.cells.append(cell)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from triflash.bench.compare import compare, mann_whitney, show
-from triflash.bench.record import Cell, Row, Run
-from triflash.bench.workloads import Workload
+from triflash.cli.bench.compare import compare, mann_whitney, show
+from triflash.cli.bench.record import Cell, Row, Run
+from triflash.cli.bench.workloads import Workload
 
 MACHINE = {"device": "cpu", "name": "A", "torch": "2.9", "commit": "1" * 40}
 

@@ -12,8 +12,8 @@ import torch
 
 import triflash
 from triflash import oracle
-from triflash.bench.flops import PASSES, attention_bytes, attention_flops, visible_pairs
-from triflash.bench.workloads import DTYPES, NAMED, Workload
+from triflash.cli.bench.flops import PASSES, attention_bytes, attention_flops, visible_pairs
+from triflash.cli.bench.workloads import DTYPES, NAMED, Workload
 
 
 @pytest.mark.parametrize("lo", [None, -20, -5, -1, 0, 2, 30])

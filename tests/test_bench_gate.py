@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from triflash import oracle
-from triflash.bench import formula
-from triflash.bench.formula import Options
-from triflash.bench.gate import Problem, reference, verdict
+from triflash.cli.bench import formula
+from triflash.cli.bench.formula import Options
+from triflash.cli.bench.gate import Problem, reference, verdict
 
 RESULTS = ("out", "dq", "dk", "dv", "dbias")
 ENOUGH = 0.2  # a bias of one column only shifts its rows: its gradient is 0, and its plain yardstick some 0.01
@@ -148,7 +148,7 @@ def test_every_dtype(dtype: torch.dtype) -> None:
 
 def test_boxes_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A problem cut into many boxes, with the same parts as one in a single box."""
-    from triflash.bench import gate
+    from triflash.cli.bench import gate
 
     for case in CASES.values():
         x = problem(**case, dtype=torch.float64)  # type: ignore[arg-type]

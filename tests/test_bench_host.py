@@ -18,14 +18,14 @@ pytest.importorskip("matplotlib")
 
 import triflash
 from triflash.__main__ import main
-from triflash.bench import breakdown, compiling, measure
-from triflash.bench.contest import Contest, Settings, Side
-from triflash.bench.entry import Entry
-from triflash.bench.gate import verdict
-from triflash.bench.providers import PROVIDERS, Dense, provider
-from triflash.bench.record import Cell, Row, Run
-from triflash.bench.sweeps import SWEEPS, Bar, verdicts
-from triflash.bench.workloads import Workload
+from triflash.cli.bench import breakdown, compiling, measure
+from triflash.cli.bench.contest import Contest, Settings, Side
+from triflash.cli.bench.entry import Entry
+from triflash.cli.bench.gate import verdict
+from triflash.cli.bench.providers import PROVIDERS, Dense, provider
+from triflash.cli.bench.record import Cell, Row, Run
+from triflash.cli.bench.sweeps import SWEEPS, Bar, verdicts
+from triflash.cli.bench.workloads import Workload
 
 CPU = torch.device("cpu")
 STEP = Settings(("step",), CPU, 0.001, 2, 0)

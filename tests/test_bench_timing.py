@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-from triflash.bench import timing
-from triflash.bench.timing import measure_interleaved, quantiles
+from triflash.cli.bench import timing
+from triflash.cli.bench.timing import measure_interleaved, quantiles
 
 CPU = torch.device("cpu")
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from triflash.bench import flexible, formula
-from triflash.bench.gate import Problem, reference, verdict
-from triflash.bench.providers import PROVIDERS, one_line, provider
-from triflash.bench.workloads import NAMED, Workload, named, short
+from triflash.cli.bench import flexible, formula
+from triflash.cli.bench.gate import Problem, reference, verdict
+from triflash.cli.bench.providers import PROVIDERS, one_line, provider
+from triflash.cli.bench.workloads import NAMED, Workload, named, short
 from triflash.plan.select import BACKENDS
 
 # batch, heads, key heads, queries, head dim, (lo, hi), bias, its shape

@@ -266,10 +266,10 @@ def test_import_flash_attn(installed: None) -> None:
     compat.install()  # again: nothing
     assert flash_attn.__version__ == "2.8.3+triflash" and imported is flash_attn_func
     assert _flash_attn_forward is compat._flash_attn_forward and _flash_attn_backward is compat._flash_attn_backward
-    with pytest.raises(triflash.UnsupportedError, match=r"_flash_attn_varlen_forward: .* key_lengths="):
-        _flash_attn_varlen_forward(1, 2)
-    with pytest.raises(ImportError, match=r"flash_attn_varlen_func.*triflash"):
-        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    assert _flash_attn_varlen_forward is compat._flash_attn_varlen_forward
+    assert flash_attn.flash_attn_varlen_func is compat.flash_attn_varlen_func
+    with pytest.raises(ImportError, match=r"flash_attn_with_kvcache.*triflash"):
+        from flash_attn import flash_attn_with_kvcache  # noqa: F401
     with pytest.raises(ImportError):
         import flash_attn.bert_padding
     compat.uninstall()

@@ -11,9 +11,9 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
 from triflash.__main__ import main
-from triflash.demo import options as demo_options
-from triflash.demo import report, text
-from triflash.demo.model import BUCKETS, MAX_DISTANCE, relative_buckets
+from triflash.cli.demo import options as demo_options
+from triflash.cli.demo import report, text
+from triflash.cli.demo.model import BUCKETS, MAX_DISTANCE, relative_buckets
 
 TINY = ["--steps", "3", "--seq-len", "48", "--batch", "2", "--layers", "1", "--heads", "2", "--dim", "16", "--device", "cpu"]
 
@@ -137,10 +137,10 @@ def test_help(arguments, capsys):
 def test_missing_extras_are_named(missing, monkeypatch, capsys):
     import sys
 
-    for name in [name for name in sys.modules if name.startswith("triflash.demo.r")]:
+    for name in [name for name in sys.modules if name.startswith("triflash.cli.demo.r")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("triflash.demo.run", raising=False)
-    monkeypatch.delattr("triflash.demo.report", raising=False)
+    monkeypatch.delattr("triflash.cli.demo.run", raising=False)
+    monkeypatch.delattr("triflash.cli.demo.report", raising=False)
     for name in [name for name in sys.modules if name.split(".")[0] == missing]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import triflash
-from triflash import environment
 from triflash.__main__ import main
+from triflash.cli import environment
 from triflash.plan import overlay
 from triflash.plan.select import BACKENDS
 

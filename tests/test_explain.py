@@ -19,13 +19,13 @@ from test_bad_input import OPTIONS, TENSORS, ids, qkv
 from test_structure import run_python
 from triflash import UnsupportedError, attention, explain
 from triflash.__main__ import main
+from triflash.cli.shorthand import bias_shape
 from triflash.explanation import Explanation, human
 from triflash.plan import layout, overlay
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES, NAMED_DEVICES, DeviceFacts, facts_of, interpreting, triton_version
 from triflash.plan.override import override_configs
 from triflash.plan.select import BACKENDS, plan_backward, plan_forward, problem_of, why_not
-from triflash.shorthand import bias_shape
 from triflash.spec import Needs
 from unlaunched import check_bytes, unlaunched
 

@@ -12,14 +12,14 @@ from torch import Tensor
 from cases import triton_only, with_layout
 from triflash import attention, explain
 from triflash.__main__ import main
-from triflash.plan import hopper, hopper_backward, hopper_rows, layout
+from triflash.cli.shorthand import bias_shape
+from triflash.plan import layout
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES
-from triflash.plan.hopper import HopperConfig
-from triflash.plan.hopper_backward import KeysConfig
-from triflash.plan.hopper_rows import RowsConfig
+from triflash.plan.kernels.dkdv import DkdvConfig
+from triflash.plan.kernels.dq import DqConfig
+from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import override_configs
-from triflash.shorthand import bias_shape
 from unlaunched import check_bytes, unlaunched
 
 pytestmark = triton_only
@@ -38,11 +38,11 @@ def test_both_passes_by_hopper() -> None:
     assert explained.backward is not None and explained.backward.backend == explained.backend == "hopper" and explained.changed == ""
     prepare, keys, rows = explained.backward.steps
     assert prepare.source.startswith("fixed") and prepare.shared_memory is None
-    assert isinstance(keys.step.config, KeysConfig) and isinstance(rows.step.config, RowsConfig)
-    assert keys.source == "the first candidate that fits, of plan/hopper_backward.py"
-    assert rows.source == "the first candidate that fits, of plan/hopper_rows.py"
-    assert keys.shared_memory == hopper_backward.shared_memory(explained.spec, keys.step.config, False)
-    assert rows.shared_memory == hopper_rows.dq_shared_memory(explained.spec, rows.step.config, False)
+    assert isinstance(keys.step.config, DkdvConfig) and isinstance(rows.step.config, DqConfig)
+    assert keys.source == "the first candidate that fits, of plan/kernels/dkdv.py"
+    assert rows.source == "the first candidate that fits, of plan/kernels/dq.py"
+    assert keys.shared_memory == keys.step.config.shared_memory(explained.spec, ("dk", "dv"))
+    assert rows.shared_memory == rows.step.config.shared_memory(explained.spec, ("dq",))
     text = str(explained)
     assert "backend    hopper, the automatic choice, which prefers it where it can run" in text
     assert f"dkdv {keys.step.config}: " in text and "in groups whose queries and their gradients fit in the L2 cache, gives dk, dv" in text
@@ -60,16 +60,16 @@ def test_what_adding_up_dq_costs(bias: str | None, deterministic: bool) -> None:
     assert explained.spec.deterministic == explained.deterministic == deterministic
     assert explained.backward is not None
     kernels = [step.step.kernel for step in explained.backward.steps]
-    owners = ["dkdv", "dq"] if deterministic else ["dqdkdv", "finish"]
-    assert kernels == ["prepare", *owners, *["dbias_sum"] * (bias is not None)]
+    owners = ["dkdv", "dq"] if deterministic else ["dqdkdv", "postprocess"]
+    assert kernels == ["preprocess", *owners, *["dbias_sum"] * (bias is not None)]
     assert dict(explained.memory).get("float32 sum of dq", 0) == (0 if deterministic else 2 * 4032 * 4 * 40 * 4)  # whole blocks of 64
     text = str(explained)
     assert ("same bits  no: dq is added up in memory in no fixed order" in text) == (not deterministic)
     assert deterministic or "torch.use_deterministic_algorithms(True)" in text
     if not deterministic:
         keys = explained.backward.steps[1]
-        assert isinstance(keys.step.config, KeysConfig)
-        assert keys.shared_memory == hopper_backward.shared_memory(explained.spec, keys.step.config, True)
+        assert isinstance(keys.step.config, DkdvConfig)
+        assert keys.shared_memory == keys.step.config.shared_memory(explained.spec, ("dk", "dv", "dq"))
 
 
 def test_a_gradient_nobody_asked_for() -> None:
@@ -88,9 +88,9 @@ def test_forward_by_hopper_backward_by_triton() -> None:
     assert explained.backward is not None
     assert (explained.forward.backend, explained.backward.backend) == ("hopper", "triton")
     (forward,) = explained.forward.steps
-    assert isinstance(forward.step.config, HopperConfig)
-    assert forward.source == "a rule of plan/hopper.py, drawn from measurements on an H200"
-    assert forward.shared_memory == hopper.shared_memory(explained.spec, forward.step.config) <= KNOWN_DEVICES["sm90"].shared_memory
+    assert isinstance(forward.step.config, ForwardConfig)
+    assert forward.source == "a rule of plan/kernels/forward.py, drawn from measurements on an H200"
+    assert forward.shared_memory == forward.step.config.shared_memory(explained.spec) <= KNOWN_DEVICES["sm90"].shared_memory
     assert explained.launches[0] == f"hopper: forward {forward.step.config}" and explained.launches[1].startswith("triton: delta")
     assert set(dict(explained.not_taken)) == {"tiled", "oracle"}
     text = str(explained)
@@ -141,7 +141,7 @@ def test_a_mask_beside_a_bias() -> None:
 
 def test_each_backend_takes_its_own_kind_of_configuration() -> None:
     q = empty(2, 1000, 4, 64)
-    for config, backend in ((HopperConfig(1, 64, 3), "hopper"), (TileConfig(16, 16, 4, 1), "triton")):
+    for config, backend in ((ForwardConfig(1, 64, 3), "hopper"), (TileConfig(16, 16, 4, 1), "triton")):
         with override_configs(forward=config):
             taken, other = (explain(q, q, q, device="sm90", backend=name).forward.steps[0] for name in ("hopper", "triton"))
         if backend == "triton":
@@ -152,13 +152,13 @@ def test_each_backend_takes_its_own_kind_of_configuration() -> None:
 
 def test_backward_configurations_by_hand() -> None:
     q = empty(2, 1000, 4, 64)
-    keys, rows = KeysConfig(1, 1), RowsConfig(1, 32, 2)
+    keys, rows = DkdvConfig(1, 1), DqConfig(1, 32, 2, 2)
     with override_configs(dkdv=keys, dq=rows, forward=TileConfig(16, 16, 4, 1)):
         explained = explain(q, q, q, grads=("q", "k", "v"), device="sm90")
     assert explained.backward is not None
     assert [step.step.config for step in explained.backward.steps[1:]] == [keys, rows]
     assert all(step.source == "chosen by hand (override_configs)" for step in explained.backward.steps[1:])
-    assert explained.forward.steps[0].source.startswith("a rule of plan/hopper.py")
+    assert explained.forward.steps[0].source.startswith("a rule of plan/kernels/forward.py")
 
 
 def hopper_copies(q: Tensor, k: Tensor, bias: Tensor | None, backend: str = "hopper") -> dict[str, int]:

@@ -15,7 +15,7 @@ from cases import kernels, small_tiles, triton_only
 from test_dtypes import on
 from triflash import launch, ops
 from triflash.bound import signature
-from triflash.plan.hopper_backward import KeysConfig
+from triflash.plan.kernels.dkdv import DkdvConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_forward
 from triflash.spec import Operands, Saved, spec_of
@@ -115,7 +115,7 @@ def test_wide_heads(D: int, backend: str, device: torch.device) -> None:
 
 def test_dq_that_is_added_up(device: torch.device) -> None:
     """The kernels that add dq up in memory store dk and dv themselves, and dq by way of its sum."""
-    for config in (KeysConfig(2, 2), KeysConfig(2, 2, apart=True), KeysConfig(2, 2, direct=True)):
+    for config in (DkdvConfig(2, 2), DkdvConfig(2, 2, dq_warpgroup=True), DkdvConfig(2, 2, red_dq=True)):
         q, k, v, dout = (torch.randn(1, n, 2, 20, device=device).to(F16) for n in (130, 140, 140, 130))
         options = (1, None, None, 0.3, "ieee", "hopper")
         with on("hopper"), override_configs(dqdkdv=config), torch.no_grad(), triflash.record_launches() as ran:

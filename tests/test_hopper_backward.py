@@ -20,7 +20,7 @@ from cases import Case, Inputs, assert_right, build, expected_kernels, few_proce
 from table import FEATURES
 from triflash import ops
 from triflash.plan.device import facts_of
-from triflash.plan.hopper_backward import KeysConfig, keys_config
+from triflash.plan.kernels.dkdv import DkdvConfig, choose
 from triflash.plan.override import override_configs
 from triflash.spec import spec_of
 from triflash.triton_flash_attention import _flash_attn_backward
@@ -43,7 +43,7 @@ def saved_of(case: Case, inputs: Inputs, backend: str = "oracle") -> tuple[Tenso
 def adding(case: Case, inputs: Inputs) -> Any:
     """Has dq added up in memory although keys are few: the plan's own configuration of that kernel, by hand."""
     spec = spec_of(*inputs.operands()[:4], *options_of(case))
-    config = keys_config(spec, True, facts_of(inputs.q.device).shared_memory) if max(case.D, case.Dv or 0) <= 128 else None
+    config = choose(spec, facts_of(inputs.q.device).shared_memory, ("dq",)) if max(case.D, case.Dv or 0) <= 128 else None
     return nullcontext() if config is None else override_configs(dqdkdv=config)
 
 
@@ -140,22 +140,22 @@ def test_narrow_heads(dims: tuple[int, int], device: torch.device) -> None:
 
 
 CANDIDATES = [
-    (64, None, KeysConfig(2, 2, apart=True)), (64, None, KeysConfig(2, 2, kv_stages=2, apart=True, unroll=2)), (64, None, KeysConfig(1, 1)),
-    (64, "1hqk", KeysConfig(2, 2, 2, apart=True)), (64, "1hqk", KeysConfig(2, 2)), (64, "1hqk", KeysConfig(1, 1)),
-    (128, None, KeysConfig(2, 2, direct=True)), (96, None, KeysConfig(2, 2)), (128, None, KeysConfig(2, 1)), (128, None, KeysConfig(1, 1)),
-    (256, None, KeysConfig(2, 2, wide=True)),
-    (32, None, KeysConfig(2, 2, kv_stages=2, apart=True, unroll=2)), (32, "1hqk", KeysConfig(2, 2, 2, apart=True)), (24, "1hqk", KeysConfig(2, 2)),
-    (32, None, KeysConfig(2, 1, direct=True)),
+    (64, None, DkdvConfig(2, 2, dq_warpgroup=True)), (64, None, DkdvConfig(2, 2, kv_stages=2, dq_warpgroup=True, unroll=2)), (64, None, DkdvConfig(1, 1)),
+    (64, "1hqk", DkdvConfig(2, 2, 2, dq_warpgroup=True)), (64, "1hqk", DkdvConfig(2, 2)), (64, "1hqk", DkdvConfig(1, 1)),
+    (128, None, DkdvConfig(2, 2, red_dq=True)), (96, None, DkdvConfig(2, 2)), (128, None, DkdvConfig(2, 1)), (128, None, DkdvConfig(1, 1)),
+    (256, None, DkdvConfig(2, 2, d256=True)),
+    (32, None, DkdvConfig(2, 2, kv_stages=2, dq_warpgroup=True, unroll=2)), (32, "1hqk", DkdvConfig(2, 2, 2, dq_warpgroup=True)), (24, "1hqk", DkdvConfig(2, 2)),
+    (32, None, DkdvConfig(2, 1, red_dq=True)),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("processors", [2, 132], ids=lambda n: f"{n} processors")
 @pytest.mark.parametrize("dim, bias, config", CANDIDATES, ids=str)
-def test_every_candidate(dim: int, bias: str | None, config: KeysConfig, processors: int, device: torch.device) -> None:
+def test_every_candidate(dim: int, bias: str | None, config: DkdvConfig, processors: int, device: torch.device) -> None:
     """With two programs for all tiles, buffers and barriers wrap around many times and from tile to tile; with many, each has one tile."""
     case = replace(BASE, D=dim, bias=bias, N=400)
     inputs = build(case, device)
-    kernel = "dkdv" if config.wide else "dqdkdv"
+    kernel = "dkdv" if config.d256 else "dqdkdv"
     with override_configs(**{kernel: config}), few_processors(processors), triflash.record_launches() as ran:
         grads, _ = backward(case, inputs, saved_of(case, inputs))
     assert f"{BACKEND}: {kernel} {config}" in ran
@@ -189,7 +189,8 @@ def test_heads_of_a_group_in_parts(adds: bool, splits: int, dim: int, value: int
     case = replace(BASE, M=300, N=330, H=14, Hk=2, D=dim, Dv=value, bias=bias, grads="qkv" if bias is None else "qkvb")
     inputs = build(case, device)
     saved = saved_of(case, inputs)
-    config = keys_config(spec_of(*inputs.operands()[:4], *options_of(case)), adds, facts_of(device).shared_memory, bias == "1h1k")
+    gives = ("dq",) * adds + ("dbias",) * (bias == "1h1k")
+    config = choose(spec_of(*inputs.operands()[:4], *options_of(case)), facts_of(device).shared_memory, gives)
     assert config is not None
     with override_configs(**{"dqdkdv" if adds else "dkdv": replace(config, head_splits=splits)}), triflash.record_launches() as ran:
         grads, kernels = backward(case, inputs, saved, deterministic=not adds)
@@ -336,7 +337,7 @@ def test_without_what_lse_lost(shape: str, device: torch.device) -> None:
     grads = [torch.full_like(x, torch.nan) for x in given[1:4]]
     with triflash.backend(BACKEND), triflash.record_launches() as ran:
         _flash_attn_backward(*given, *grads, inputs.bias, True)
-    assert check_backend(ran) == ["prepare", "dkdv", "dq"]
+    assert check_backend(ran) == ["preprocess", "dkdv", "dq"]
     for letter, grad in zip("qkv", grads, strict=True):
         torch.testing.assert_close(grad, wanted[letter], rtol=2e-2, atol=2e-2)
 
@@ -368,7 +369,7 @@ def test_pytorchs_switch_decides_how_dq_is_summed(deterministic: bool, device: t
             torch.autograd.grad(call().sum(), (q, k, v))
         return [" ".join(line.split()[:2]) for line in seen]
 
-    added, fixed = (["prepare", "dqdkdv", "finish"], ["prepare", "dkdv", "dq"])
+    added, fixed = (["preprocess", "dqdkdv", "postprocess"], ["preprocess", "dkdv", "dq"])
     usual = fixed if deterministic else added
     for call, steps in (
         (lambda: triflash.flash_attn_func(q, k, v, None, True), usual),

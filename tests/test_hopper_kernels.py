@@ -18,26 +18,26 @@ import triflash
 from cases import Case, attend, build, few_processors, hopper_only, run_case
 from table import FORWARD, GROWING
 from triflash import ops, oracle
-from triflash.plan.hopper import HopperConfig
+from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import override_configs
 
 pytestmark = [pytest.mark.gpu, hopper_only]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 CONFIGS = [
-    *(HopperConfig(consumers, block_n, 2) for consumers, block_n in itertools.product((1, 2, 3), (16, 64, 128))),
-    HopperConfig(2, 64, 1),
-    HopperConfig(2, 64, 3),
-    HopperConfig(2, 64, 4),
-    HopperConfig(2, 64, 2, own_out=False),
-    HopperConfig(2, 64, 2, bias_stages=2),
-    HopperConfig(1, 32, 2, turns=True),
-    HopperConfig(2, 64, 2, turns=True),
-    HopperConfig(3, 64, 3, bias_stages=3, turns=True, own_out=False),
-    HopperConfig(2, 64, 2, persistent=False),
-    HopperConfig(2, 64, 2, q_stages=2),
-    HopperConfig(2, 128, 2, turns=True, q_stages=2),
-    HopperConfig(3, 64, 3, turns=True, q_stages=2),
+    *(ForwardConfig(consumers, block_n, 2) for consumers, block_n in itertools.product((1, 2, 3), (16, 64, 128))),
+    ForwardConfig(2, 64, 1),
+    ForwardConfig(2, 64, 3),
+    ForwardConfig(2, 64, 4),
+    ForwardConfig(2, 64, 2, separate_o=False),
+    ForwardConfig(2, 64, 2, bias_stages=2),
+    ForwardConfig(1, 32, 2, ping_pong=True),
+    ForwardConfig(2, 64, 2, ping_pong=True),
+    ForwardConfig(3, 64, 3, bias_stages=3, ping_pong=True, separate_o=False),
+    ForwardConfig(2, 64, 2, persistent=False),
+    ForwardConfig(2, 64, 2, q_stages=2),
+    ForwardConfig(2, 128, 2, ping_pong=True, q_stages=2),
+    ForwardConfig(3, 64, 3, ping_pong=True, q_stages=2),
 ]
 NARROWER = Case("values narrower than keys", B=3, M=200, N=200, H=2, D=64, Dv=32, bias="b11k", lo=-70, hi=20)
 PROBLEMS = [
@@ -49,9 +49,9 @@ PROBLEMS = [
 @pytest.mark.parametrize("processors", [2, 132], ids=lambda n: f"{n} processors")
 @pytest.mark.parametrize("case", PROBLEMS, ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
-def test_every_configuration(config: HopperConfig, case: Case, processors: int, device: torch.device) -> None:
+def test_every_configuration(config: ForwardConfig, case: Case, processors: int, device: torch.device) -> None:
     """With two programs for all tiles, buffers and barriers wrap around many times and from tile to tile; with many, each has one tile."""
-    if case.Dv is not None and not config.own_out:
+    if case.Dv is not None and not config.separate_o:
         pytest.skip("the output leaves through q's buffer, which has other rows")
     run_case(replace(case, grads=""), "hopper", device, {"forward": config}, processors=processors)
 
@@ -100,7 +100,10 @@ def test_the_public_function_is_the_operator(backend: str, device: torch.device)
 def test_a_training_step_takes_both_families_where_it_must(device: torch.device) -> None:
     """A bias that does not vary over keys is for the portable backward kernels, which take what the Hopper forward pass saved."""
     q, k, v = (torch.randn(2, 300, 3, 64, device=device, dtype=F16, requires_grad=True) for _ in range(3))
-    for bias, steps in ((None, ["hopper: prepare", "hopper: dkdv", "hopper: dq"]), (300, ["triton: delta", "triton: dkdv", "triton: dq"])):
+    for bias, steps in (
+        (None, ["hopper: preprocess", "hopper: dkdv", "hopper: dq"]),
+        (300, ["triton: delta", "triton: dkdv", "triton: dq"]),
+    ):
         given = None if bias is None else torch.randn(bias, 1, device=device, dtype=F16)
         with triflash.record_launches() as ran:
             triflash.flash_attn_func(q, k, v, given, True).sum().backward()
@@ -201,7 +204,7 @@ def test_nothing_is_written_past_the_last_row(device: torch.device) -> None:
     from triflash.plan.select import plan_forward
     from triflash.spec import Operands, Saved, spec_of
 
-    for config in (None, HopperConfig(2, 64, 2, own_out=False), HopperConfig(3, 64, 2)):
+    for config in (None, ForwardConfig(2, 64, 2, separate_o=False), ForwardConfig(3, 64, 2)):
         q, k, v = (torch.randn(2, 70, 2, 64, device=device, dtype=BF16) for _ in range(3))
         whole = torch.full((2, 200, 2, 64), 7.0, device=device, dtype=BF16)
         lses = torch.full((2 * 2 * 70 + 500,), 7.0, device=device)
@@ -262,7 +265,7 @@ def test_compiled_equals_eager(compiler: str, device: torch.device) -> None:
     step(q, k, v)
     with triflash.record_launches() as ran:
         got = step(q, k, v)
-    assert [" ".join(line.split()[:2]) for line in ran] == [f"hopper: {name}" for name in ("forward", "prepare", "dkdv", "dq")]
+    assert [" ".join(line.split()[:2]) for line in ran] == [f"hopper: {name}" for name in ("forward", "preprocess", "dkdv", "dq")]
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 

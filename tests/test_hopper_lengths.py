@@ -15,9 +15,10 @@ pytest.importorskip("triton")
 from cases import Case, run_hidden, stand_in_only
 from mutations import mutate, noticed
 from table import DBIAS_CONFIGS, FORWARD_CONFIGS
-from triflash.plan.hopper import HopperConfig
-from triflash.plan.hopper_backward import KeysConfig
-from triflash.plan.hopper_rows import RowsConfig
+from triflash.plan.kernels.dbias import DbiasConfig
+from triflash.plan.kernels.dkdv import DkdvConfig
+from triflash.plan.kernels.dq import DqConfig
+from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import Config
 
 pytestmark = stand_in_only
@@ -55,7 +56,7 @@ FORWARD = [
 
 
 @pytest.mark.parametrize(("config", "case"), pairs([None, *FORWARD_CONFIGS[1::2]], FORWARD))
-def test_forward(config: HopperConfig | None, case: Case) -> None:
+def test_forward(config: ForwardConfig | None, case: Case) -> None:
     check(case, FORWARD.index(case), forward=config)
 
 
@@ -76,14 +77,17 @@ KEYS = [
 
 
 @pytest.mark.parametrize(  # all problems with dq computed apart, and all by the consumers
-    ("config", "case"), pairs([KeysConfig(2, 2, 2, apart=True)], KEYS) + pairs([KeysConfig(2, 1), KeysConfig(2, 2, direct=True)], KEYS)
+    ("config", "case"),
+    pairs([DkdvConfig(2, 2, 2, dq_warpgroup=True)], KEYS) + pairs([DkdvConfig(2, 1), DkdvConfig(2, 2, red_dq=True)], KEYS),
 )
-def test_keys_that_add_dq(config: KeysConfig, case: Case) -> None:
+def test_keys_that_add_dq(config: DkdvConfig, case: Case) -> None:
     check(case, KEYS.index(case), dqdkdv=config)
 
 
-@pytest.mark.parametrize(("config", "case"), pairs([None, RowsConfig(2, 64, 2, 2, ahead=False), RowsConfig(1, 32, 2, own_out=False)], KEYS))
-def test_dq_by_itself(config: RowsConfig | None, case: Case) -> None:
+@pytest.mark.parametrize(
+    ("config", "case"), pairs([None, DqConfig(2, 64, 2, 2, 2, deferred=False), DqConfig(1, 32, 2, 2, separate_dq=False)], KEYS)
+)
+def test_dq_by_itself(config: DqConfig | None, case: Case) -> None:
     check(case, KEYS.index(case), dq=config)
 
 
@@ -105,23 +109,23 @@ TILES = [
 
 
 @pytest.mark.parametrize(("config", "case"), pairs(DBIAS_CONFIGS, TILES))
-def test_gradients_of_a_bias_by_a_kernel_of_their_own(config: RowsConfig | None, case: Case) -> None:
+def test_gradients_of_a_bias_by_a_kernel_of_their_own(config: DbiasConfig | None, case: Case) -> None:
     ran = check(case, TILES.index(case), dbias=config)
     assert "dbias" in ran
 
 
 @pytest.mark.parametrize("kernel, old", [
-    ("forward", "clear_hidden(_, _)"),
-    ("softmax", "s = hide_unseen(_, _, _, _, None, None, _, _, _)"),
+    ("forward", "clear_masked(_, _)"),
+    ("softmax", "s = mask_band(_, _, _, _, None, None, _, _, _)"),
     ("features", "fence_async_shared()"),
-    ("backward", "clear_hidden(p.k_s.index(_).reshape(_), _)"),
-    ("backward", "clear_hidden(p.v_s.index(_).reshape(_), _)"),
-    ("wide", "clear_hidden(p.k_s.reshape(_), _)"),
-    ("wide", "clear_hidden(p.v_s.reshape(_), _)"),
-    ("dq", "clear_hidden(_, _)"),
-    ("dq", "dp = hide_unseen(_, _, _, _, None, None, _, _, _)"),
-    ("dbias", "s = hide_unseen(_, _, _, _, None, None, _, _, _)"),
-    ("dbias", "dp = hide_unseen(_, _, _, _, None, None, _, _, _)"),
+    ("dkdv", "clear_masked(p.k_s.index(_).reshape(_), _)"),
+    ("dkdv", "clear_masked(p.v_s.index(_).reshape(_), _)"),
+    ("dkdv_d256", "clear_masked(p.k_s.reshape(_), _)"),
+    ("dkdv_d256", "clear_masked(p.v_s.reshape(_), _)"),
+    ("dq", "clear_masked(_, _)"),
+    ("dq", "dp = mask_band(_, _, _, _, None, None, _, _, _)"),
+    ("dbias", "s = mask_band(_, _, _, _, None, None, _, _, _)"),
+    ("dbias", "dp = mask_band(_, _, _, _, None, None, _, _, _)"),
 ])  # fmt: skip
 def test_each_of_these_is_needed(kernel: str, old: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, kernel, old)
@@ -130,11 +134,11 @@ def test_each_of_these_is_needed(kernel: str, old: str, monkeypatch: pytest.Monk
 
 def run_breakable(kernel: str, seed: int) -> None:
     bias = "1hqk" if kernel == "dbias" else None
-    case = problem("broken", B=2, N=130, lengths=(129, 65), D=136 if kernel == "wide" else 16, softcap=1.5, bias=bias)
+    case = problem("broken", B=2, N=130, lengths=(129, 65), D=136 if kernel == "dkdv_d256" else 16, softcap=1.5, bias=bias)
     case = replace(case, grads="") if kernel in ("forward", "softmax") else case
-    check(case, seed, dqdkdv=KeysConfig(2, 2) if kernel == "backward" else None)
+    check(case, seed, dqdkdv=DkdvConfig(2, 2) if kernel == "dkdv" else None)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "features", "backward", "wide", "dbias"])
+@pytest.mark.parametrize("kernel", ["forward", "features", "dkdv", "dkdv_d256", "dbias"])
 def test_unbroken_ones_are_right(kernel: str) -> None:
     run_breakable(kernel, 0)

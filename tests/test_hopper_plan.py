@@ -16,12 +16,13 @@ import torch
 
 from cases import triton_only
 from triflash import UnsupportedError, backend, flash_attn_func, record_launches
-from triflash.plan import hopper
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES
-from triflash.plan.hopper import HopperConfig
-from triflash.plan.hopper_backward import KeysConfig
-from triflash.plan.hopper_rows import RowsConfig
+from triflash.plan.kernels import forward, shared
+from triflash.plan.kernels.dbias import DbiasConfig
+from triflash.plan.kernels.dkdv import DkdvConfig
+from triflash.plan.kernels.dq import DqConfig
+from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import Step, plan_backward, plan_forward, why_not
 from triflash.spec import AttentionSpec, BiasSpec, Needs
@@ -48,7 +49,7 @@ def test_the_automatic_choice_on_sm90(problem: AttentionSpec) -> None:
     """Both passes on these kernels, and the choice of a name is the same plan."""
     plan = plan_forward(problem, SM90)
     assert plan.backend == "hopper" and [step.kernel for step in plan.steps] == ["forward"]
-    assert plan == plan_forward(problem, SM90, "hopper") and isinstance(plan.steps[0].config, HopperConfig)
+    assert plan == plan_forward(problem, SM90, "hopper") and isinstance(plan.steps[0].config, ForwardConfig)
     assert str(plan.steps[0]).startswith("forward ") and why_not("hopper", problem, SM90) is None
     backward = plan_backward(problem, NEEDS, SM90)
     assert backward.backend == "hopper" and backward == plan_backward(problem, NEEDS, SM90, "hopper")
@@ -130,30 +131,30 @@ BIASES = [None, *itertools.product(("bihqk", "11hqk", "11h1k", "b11q1", "11111")
 def test_every_configuration_fits(bias: tuple[str, str] | None) -> None:
     for head, value, band in itertools.product(DIMS, DIMS, ((None, None), (None, 0), (-9, 4))):
         problem = spec(*(bias or (None,)), head_dim=head, value_dim=value, lo=band[0], hi=band[1])
-        config = hopper.forward_config(problem, SM90.shared_memory)
+        config = forward.choose(problem, SM90.shared_memory)
         assert config is not None, problem
-        limit = hopper.shared_limit(SM90.shared_memory, config.together)
-        assert hopper.shared_memory(problem, config) <= limit <= SM90.shared_memory, (problem, config)
+        limit = shared.shared_limit(SM90.shared_memory, config.ctas_per_sm)
+        assert config.shared_memory(problem) <= limit <= SM90.shared_memory, (problem, config)
 
 
-@pytest.mark.parametrize("consumers, together", [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3), (1, 4)])
-def test_programs_that_run_together_share_registers_and_shared_memory(consumers: int, together: int) -> None:
+@pytest.mark.parametrize("consumers, ctas_per_sm", [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3), (1, 4)])
+def test_programs_that_run_together_share_registers_and_shared_memory(consumers: int, ctas_per_sm: int) -> None:
     """Registers of all threads at launch, and later, when the producer's warpgroup has given up its own."""
-    config = HopperConfig(consumers, 64, 2, together=together)
+    config = ForwardConfig(consumers, 64, 2, ctas_per_sm=ctas_per_sm)
     assert config.launch_registers % 8 == config.registers % 8 == 0
-    assert together * (consumers + 1) * 128 * config.launch_registers <= 65536
+    assert ctas_per_sm * (consumers + 1) * 128 * config.launch_registers <= 65536
     assert consumers * config.registers + 24 <= (consumers + 1) * config.launch_registers
-    assert together * (hopper.shared_limit(SM90.shared_memory, together) + 1024) <= SM90.shared_memory + 1024
+    assert ctas_per_sm * (shared.shared_limit(SM90.shared_memory, ctas_per_sm) + 1024) <= SM90.shared_memory + 1024
 
 
 @triton_only
 @pytest.mark.parametrize("kernel, config, words", [
-    ("forward", HopperConfig(1, 64, 2, together=3), r"consumers and together: wanted fewer for head dim 128 .* got \(1, 3\)"),
-    ("forward", HopperConfig(3, 64, 2, own_out=False, together=2), r"consumers and together: .* got \(3, 2\)"),
-    ("forward", HopperConfig(1, 64, 4, together=2), "together: wanted fewer programs, which take .* bytes of shared memory each, got 2"),
-    ("dq", RowsConfig(2, 64, 3, v_stages=2, together=2), r"consumers and together: .* got \(2, 2\)"),
+    ("forward", ForwardConfig(1, 64, 2, ctas_per_sm=3), r"consumers and ctas_per_sm: wanted fewer for head dim 128 .* got \(1, 3\)"),
+    ("forward", ForwardConfig(3, 64, 2, separate_o=False, ctas_per_sm=2), r"consumers and ctas_per_sm: .* got \(3, 2\)"),
+    ("forward", ForwardConfig(1, 64, 4, ctas_per_sm=2), "ctas_per_sm: wanted fewer CTAs, which take .* bytes of shared memory each, got 2"),
+    ("dq", DqConfig(2, 64, 3, 2, ctas_per_sm=2), r"consumers and ctas_per_sm: .* got \(2, 2\)"),
 ], ids=str)  # fmt: skip
-def test_programs_that_cannot_run_together_are_refused(kernel: str, config: HopperConfig, words: str) -> None:
+def test_programs_that_cannot_run_together_are_refused(kernel: str, config: ForwardConfig, words: str) -> None:
     problem = spec(head_dim=128, value_dim=128)
     with override_configs(**{kernel: config}), pytest.raises(ValueError, match=words):
         plan_forward(problem, SM90, "hopper") if kernel == "forward" else plan_backward(problem, NEEDS, SM90, "hopper")
@@ -161,52 +162,59 @@ def test_programs_that_cannot_run_together_are_refused(kernel: str, config: Hopp
 
 @triton_only
 def test_short_rows_and_biases_are_given_to_several_programs_a_processor() -> None:
-    def together(problem: AttentionSpec) -> tuple[int, int]:
+    def ctas(problem: AttentionSpec) -> tuple[int, int]:
         (step,) = plan_forward(problem, SM90).steps
-        assert isinstance(step.config, HopperConfig)
-        return step.config.together, step.programs
+        assert isinstance(step.config, ForwardConfig)
+        return step.config.ctas_per_sm, step.programs
 
     long, short = dict(queries=4096, keys=4096), dict(queries=512, keys=512, hi=0)
-    assert together(spec(head_dim=64, value_dim=64, **long)) == (1, 132)
-    assert together(spec(head_dim=64, value_dim=64, heads=64, **short)) == (3, 3 * 132)
-    assert together(spec(head_dim=128, value_dim=128, heads=64, **short)) == (2, 2 * 132)
-    assert together(spec(head_dim=64, value_dim=64, lo=-255, hi=0, **long)) == (3, 3 * 132)
-    assert together(spec("11hqk", head_dim=64, value_dim=64, **long)) == (2, 2 * 132)
-    assert together(spec("11hqk", head_dim=32, value_dim=32, **long)) == (2, 256)
-    assert together(spec(head_dim=64, value_dim=64, heads=1, batch_outer=1, **short)) == (1, 8)
+    assert ctas(spec(head_dim=64, value_dim=64, **long)) == (1, 132)
+    assert ctas(spec(head_dim=64, value_dim=64, heads=64, **short)) == (3, 3 * 132)
+    assert ctas(spec(head_dim=128, value_dim=128, heads=64, **short)) == (2, 2 * 132)
+    assert ctas(spec(head_dim=64, value_dim=64, lo=-255, hi=0, **long)) == (3, 3 * 132)
+    assert ctas(spec("11hqk", head_dim=64, value_dim=64, **long)) == (2, 2 * 132)
+    assert ctas(spec("11hqk", head_dim=32, value_dim=32, **long)) == (2, 256)
+    assert ctas(spec(head_dim=64, value_dim=64, heads=1, batch_outer=1, **short)) == (1, 8)
 
 
 def test_shared_memory_counts_every_buffer() -> None:
     """Against a sum written out: 2 consumers of 64 queries, 32 keys, dims 80 and 48 padded to 128 and 64."""
     problem = spec("b1hqk", "fp32", head_dim=80, value_dim=48)
-    config = HopperConfig(2, 32, 4, bias_stages=2)
+    config = ForwardConfig(2, 32, 4, bias_stages=2)
     q, k, v, out, bias = 2 * 64 * 128 * 2, 4 * 32 * 128 * 2, 4 * 32 * 64 * 2, 2 * 64 * 64 * 2, 2 * 2 * 64 * 32 * 4
-    used = hopper.shared_memory(problem, config)
+    used = config.shared_memory(problem)
     assert q + k + v + out + bias < used < q + k + v + out + bias + 2048
-    assert used - hopper.shared_memory(problem, replace(config, own_out=False)) == out
-    assert hopper.bias_bytes(spec("b1h1k", "fp32"), config) == 32 * 4 and hopper.bias_bytes(spec("b1hqk", "bool"), config) == 64 * 32
-    assert hopper.bias_bytes(spec("b1hq1"), config) == hopper.bias_bytes(spec(), config) == 0
+    assert used - replace(config, separate_o=False).shared_memory(problem) == out
+    assert bias_bytes(spec("b1h1k", "fp32"), config) == 32 * 4 and bias_bytes(spec("b1hqk", "bool"), config) == 64 * 32
+    assert bias_bytes(spec("b1hq1"), config) == bias_bytes(spec(), config) == 0
+
+
+def bias_bytes(problem: AttentionSpec, config: ForwardConfig) -> int:
+    return shared.bias_buffer(problem, config).nbytes
 
 
 @pytest.mark.parametrize("wrong", [
-    {"consumers": 0}, {"consumers": 4}, {"block_n": 8}, {"block_n": 96}, {"bias_stages": 0}, {"bias_stages": 5}, {"num_stages": 0}, {"together": 0},
-    {"together": 5},
+    {"consumers": 0}, {"consumers": 4}, {"block_n": 8}, {"block_n": 96}, {"bias_stages": 0}, {"bias_stages": 5}, {"kv_stages": 0}, {"ctas_per_sm": 0},
+    {"ctas_per_sm": 5},
 ], ids=str)  # fmt: skip
 def test_a_config_checks_itself(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: wanted .+, got {next(iter(wrong.values()))}"):
-        HopperConfig(**{"consumers": 2, "block_n": 64, "num_stages": 2} | wrong)
+        ForwardConfig(**{"consumers": 2, "block_n": 64, "kv_stages": 2} | wrong)
 
 
 def test_block_and_text_of_a_config() -> None:
-    config = HopperConfig(3, 64, 2, own_out=False)
+    config = ForwardConfig(3, 64, 2, separate_o=False)
     assert config.block_m == 192 and config.num_warps == 4 and str(config).startswith("192x64 ")
-    assert len({str(c) for c in (config, replace(config, turns=True), replace(config, own_out=True), replace(config, num_stages=3))}) == 4
+    assert (
+        len({str(c) for c in (config, replace(config, ping_pong=True), replace(config, separate_o=True), replace(config, kv_stages=3))})
+        == 4
+    )
 
 
 @triton_only
 def test_override_by_hand() -> None:
     """A Hopper configuration reaches the Hopper forward pass alone, a portable one the portable one alone."""
-    mine, portable = HopperConfig(1, 32, 1), TileConfig(16, 16, 4, 1)
+    mine, portable = ForwardConfig(1, 32, 1), TileConfig(16, 16, 4, 1)
     usual = {name: plan_forward(spec(), SM90, name) for name in ("hopper", "triton")}
     with override_configs(forward=mine):
         assert plan_forward(spec(), SM90, "hopper").steps[0].config == mine
@@ -218,17 +226,17 @@ def test_override_by_hand() -> None:
 
 @triton_only
 def test_programs_and_order() -> None:
-    config = HopperConfig(2, 64, 2)
+    config = ForwardConfig(2, 64, 2)
     for persistent, few in itertools.product((True, False), (True, False)):
-        device = replace(SM90, processors=7 if few else 10_000)
+        device = replace(SM90, sms=7 if few else 10_000)
         with override_configs(forward=replace(config, persistent=persistent)):
             (step,) = plan_forward(spec(), device, "hopper").steps
         tiles = 3 * 2 * 4  # ceil(300 / 128) tiles of queries, times batch, times heads
         assert step == Step("forward", replace(config, persistent=persistent), 7 if persistent and few else tiles, "head")
     assert plan_forward(spec("11hqk"), SM90, "hopper").steps[0].order == "batch"  # neighbours share the bias
     assert plan_forward(spec("bihqk"), SM90, "hopper").steps[0].order == "head"
-    assert hopper.whole_tiles(spec(queries=1), config) == (1, 8)
-    assert hopper.whole_tiles(spec(queries=129), config) == (2, 16)
+    assert shared.query_tiles(spec(queries=1), config) == (1, 8)
+    assert shared.query_tiles(spec(queries=129), config) == (2, 16)
 
 
 # ---- the schedule, which is integer arithmetic of the kernel itself
@@ -248,9 +256,9 @@ def visits(monkeypatch: pytest.MonkeyPatch, programs: int, tiles: int, *problem:
     """(first query, head, batch) of the tiles that each program works through, by the kernel's own functions; tiles of 128 queries."""
     from triflash.kernels.hopper import schedule
 
-    tiles_each, batch, heads, section, snake, batch_fastest, longest = problem
+    tiles_each, batch, heads, l2_group, serpentine, batch_fastest, longest = problem
     grid = SimpleNamespace(
-        tiles_each=tiles_each, tiles=tiles, batch=batch, heads=heads, section=section, snake=snake, TILE=128, LONGEST=longest,
+        tiles_each=tiles_each, tiles=tiles, batch=batch, heads=heads, l2_group=l2_group, serpentine=serpentine, TILE=128, LONGEST=longest,
         BATCH_FASTEST=batch_fastest,
     )  # fmt: skip
 
@@ -270,13 +278,13 @@ def visits(monkeypatch: pytest.MonkeyPatch, programs: int, tiles: int, *problem:
 @pytest.mark.parametrize("batch_fastest", [False, True], ids=["heads fastest", "batch fastest"])
 @pytest.mark.parametrize("longest", ["none", "last", "first"])
 def test_every_tile_is_visited_once(batch_fastest: bool, longest: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For every section and way of dealing. A grid is never larger than the number of tiles, so no program is without work."""
+    """For every l2_group and way of dealing. A grid is never larger than the number of tiles, so no program is without work."""
     for tiles_m, batch, heads, programs in itertools.product((1, 2, 5), (1, 3), (1, 2, 5), (1, 2, 3, 7, 8)):
         pairs, tiles = batch * heads, tiles_m * batch * heads
         if programs > tiles:
             continue
-        for section, snake in itertools.product({1, 2, pairs}, (0, 1)):
-            problem = (tiles_m, batch, heads, min(section, pairs), snake, batch_fastest, longest)
+        for l2_group, serpentine in itertools.product({1, 2, pairs}, (0, 1)):
+            problem = (tiles_m, batch, heads, min(l2_group, pairs), serpentine, batch_fastest, longest)
             dealt = visits(monkeypatch, programs, tiles, *problem)
             wanted = itertools.product(range(0, 128 * tiles_m, 128), range(heads), range(batch))
             assert sorted(itertools.chain(*dealt)) == sorted(wanted), (programs, problem)
@@ -285,8 +293,8 @@ def test_every_tile_is_visited_once(batch_fastest: bool, longest: str, monkeypat
 
 
 @triton_only
-def test_sections_are_worked_off_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a causal mask the longest tiles come first, in every other section last; the last section ends with the shortest."""
+def test_l2_groups_are_worked_off_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a causal mask the longest tiles come first, in every other l2_group last; the last l2_group ends with the shortest."""
     (order,) = visits(monkeypatch, 1, 12, 3, 1, 4, 2, 0, False, "last")
     assert [(m0 // 128, head) for m0, head, _ in order] == [
         (0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (2, 3), (1, 2), (1, 3), (0, 2), (0, 3),
@@ -299,25 +307,25 @@ def test_sections_are_worked_off_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
 
 @triton_only
 def test_the_plans_own_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Grid, sections and order of real plans, carried out: every (query tile, head, batch) once."""
+    """Grid, l2_groups and order of real plans, carried out: every (query tile, head, batch) once."""
     problems = [
         spec(queries=queries, heads=heads, batch_outer=batch, keys=keys, hi=hi, head_dim=256, value_dim=256)
         for queries, heads, batch, keys, hi in itertools.product((1, 129, 700), (1, 5), (1, 6), (1, 30_000), (None, 0))
     ] + [spec("11hqk", batch_outer=3, batch_inner=2, queries=500, head_dim=128, value_dim=128)]
     for problem in problems:
-        (step,) = plan_forward(problem, replace(SM90, processors=13), "hopper").steps
-        assert isinstance(step.config, HopperConfig)
-        tiles_m, tiles = hopper.whole_tiles(problem, step.config)
-        section, snake = hopper.schedule(problem, step.config, step.programs)
-        assert 1 <= section <= problem.batch * problem.heads
+        (step,) = plan_forward(problem, replace(SM90, sms=13), "hopper").steps
+        assert isinstance(step.config, ForwardConfig)
+        tiles_m, tiles = shared.query_tiles(problem, step.config)
+        l2_group, serpentine = shared.l2_order(problem, step.config, step.programs)
+        assert 1 <= l2_group <= problem.batch * problem.heads
         if step.config.block_m != 128:
             continue
         arguments = (
             tiles_m,
             problem.batch,
             problem.heads,
-            section,
-            snake,
+            l2_group,
+            serpentine,
             step.order == "batch",
             "last" if problem.hi is not None else "none",
         )
@@ -332,48 +340,48 @@ def test_the_plans_own_schedules(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_causal_work_is_dealt_evenly(length: int, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The busiest of 132 programs has at most 7 % more blocks than the mean: counted tile by tile, as the kernel deals them."""
     problem = spec(queries=length, keys=length, heads=pairs, batch_outer=1, head_dim=128, value_dim=128, hi=0)
-    config = HopperConfig(2, 128, 2)
-    tiles_m, tiles = hopper.whole_tiles(problem, config)
-    dealt = visits(monkeypatch, 132, tiles, tiles_m, 1, pairs, *hopper.schedule(problem, config, 132), False, "last")
-    load = [sum(m0 // 128 + 1 + hopper.TILE_COST for m0, _, _ in mine) for mine in dealt]
+    config = ForwardConfig(2, 128, 2)
+    tiles_m, tiles = shared.query_tiles(problem, config)
+    dealt = visits(monkeypatch, 132, tiles, tiles_m, 1, pairs, *shared.l2_order(problem, config, 132), False, "last")
+    load = [sum(m0 // 128 + 1 + shared.TILE_COST for m0, _, _ in mine) for mine in dealt]
     assert max(load) <= 1.07 * sum(load) / len(load)
 
 
-def test_sections_are_no_larger_than_they_need_to_be() -> None:
-    config = HopperConfig(2, 128, 2)
+def test_l2_groups_are_no_larger_than_they_need_to_be() -> None:
+    config = ForwardConfig(2, 128, 2)
     sizes: dict[str, Any] = dict(queries=2048, keys=2048, heads=16, batch_outer=4, head_dim=128, value_dim=128)
-    assert hopper.schedule(spec(**sizes), config, 132) == (1, 0)
-    assert hopper.schedule(spec("11hqk", **sizes), config, 132) == (
+    assert shared.l2_order(spec(**sizes), config, 132) == (1, 0)
+    assert shared.l2_order(spec("11hqk", **sizes), config, 132) == (
         4,
         0,
     )  # all entries of the batch, which read the same 8 MB of bias a head
-    assert hopper.schedule(spec("bihqk", **sizes), config, 132) == (1, 0)
-    assert hopper.schedule(spec("11hqk", **sizes | dict(queries=512, keys=512)), config, 132) == (1, 0)  # which L2 keeps
+    assert shared.l2_order(spec("bihqk", **sizes), config, 132) == (1, 0)
+    assert shared.l2_order(spec("11hqk", **sizes | dict(queries=512, keys=512)), config, 132) == (1, 0)  # which L2 keeps
 
 
-def test_a_larger_section_must_be_worth_it() -> None:
+def test_a_larger_l2_group_must_be_worth_it() -> None:
     """Two tiles a pair, of 4 blocks and 1, on four programs: one pair after the other gives two programs all the long ones."""
     lengths, pairs, programs = [4, 1], 8, 4
-    even = {size: min(hopper.busiest(lengths, pairs, programs, size, snake) for snake in (0, 1)) for size in (1, 2, 8)}
+    even = {size: min(shared.load_imbalance(lengths, pairs, programs, size, serpentine) for serpentine in (0, 1)) for size in (1, 2, 8)}
     assert even == {1: 1.6, 2: 1.0, 8: 1.0}
-    assert hopper.dealt(lengths, pairs, programs, [1, 2, 8])[0] == 2  # the smallest of the best
-    assert hopper.dealt(lengths, pairs, programs, [1, 8], near=1, tolerance=0.6)[0] == 1
-    assert hopper.dealt(lengths, pairs, programs, [1, 8], near=1, tolerance=0.5)[0] == 8
-    assert hopper.dealt(lengths, pairs, programs, [1, 2, 8], near=4)[0] == 2
+    assert shared.best_order(lengths, pairs, programs, [1, 2, 8])[0] == 2  # the smallest of the best
+    assert shared.best_order(lengths, pairs, programs, [1, 8], preferred=1, tolerance=0.6)[0] == 1
+    assert shared.best_order(lengths, pairs, programs, [1, 8], preferred=1, tolerance=0.5)[0] == 8
+    assert shared.best_order(lengths, pairs, programs, [1, 2, 8], preferred=4)[0] == 2
 
 
 @triton_only
 def test_queries_that_see_nothing_get_a_block_to_hide() -> None:
     """The kernel's loops have no empty case: ``visible_blocks`` is ``segments`` with at least one block, which lies inside the axis."""
-    from triflash.kernels.hopper import loads
+    from triflash.kernels.hopper import scores_qk
     from triflash.kernels.triton import prims
 
     config, bounds = SimpleNamespace(consumers=2, block_n=32), (None, -200, -70, -1, 0, 1, 40, 100, 300)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loads, "segments", prims.segments.fn)
-        patched.setattr(loads, "BM", 64)
+        patched.setattr(scores_qk, "segments", prims.segments.fn)
+        patched.setattr(scores_qk, "BM", 64)
         for m0, M, N, lo, hi in itertools.product((0, 128, 256), (257, 300), (1, 31, 32, 200), bounds, bounds):
-            begin, full_begin, full_end, end = loads.visible_blocks.fn(
+            begin, full_begin, full_end, end = scores_qk.visible_blocks.fn(
                 SimpleNamespace(C=config, lo=lo, hi=hi), SimpleNamespace(queries=M, keys=N), m0
             )
             before = prims.segments.fn(m0, min(m0 + 128, M) - 1, N, lo, hi, 32)
@@ -385,16 +393,18 @@ def test_queries_that_see_nothing_get_a_block_to_hide() -> None:
                 assert end == before[3] and end * 32 < N + 32, problem
 
 
-@pytest.mark.parametrize("config", [HopperConfig(2, 64, 2), RowsConfig(2, 64, 2), KeysConfig(2, 2)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "config", [ForwardConfig(2, 64, 2), DqConfig(2, 64, 2, 2), DbiasConfig(2, 64, 2, 2), DkdvConfig(2, 2)], ids=lambda c: type(c).__name__
+)
 def test_a_configuration_says_all_of_itself(config: Any) -> None:
     """Kernels take it as one compile-time constant, which Triton tells from another by its text."""
     others = {
-        "consumers": 1, "block_n": 32, "num_stages": 1, "bias_stages": 2, "turns": True, "own_out": False, "persistent": False, "q_stages": 2,
-        "together": 2, "ahead": False, "chunk": 32, "v_stages": 1, "o_stages": 1, "kv_stages": 2, "apart": True, "unroll": 2, "direct": True,
-        "head_splits": 2, "wide": True, "block_m": None,
+        "consumers": 1, "block_n": 32, "bias_stages": 2, "ping_pong": True, "separate_o": False, "separate_dq": False, "persistent": False,
+        "q_stages": 2, "ctas_per_sm": 2, "deferred": False, "chunk": 32, "k_stages": 3, "v_stages": 1, "o_stages": 1, "kv_stages": 3,
+        "key_slots": 3, "query_slots": 3, "dq_warpgroup": True, "unroll": 2, "red_dq": True, "head_splits": 2, "d256": True, "block_m": None,
     }  # fmt: skip
-    unread = {"RowsConfig": {"q_stages"}}.get(type(config).__name__, set())  # by its kernels
     for field in dataclasses.fields(config):
-        other = 1 if field.name == "q_stages" and isinstance(config, KeysConfig) else others[field.name]
-        if other is not None and field.name not in unread:
+        other = {"q_stages": 1, "kv_stages": 2}.get(field.name) if isinstance(config, DkdvConfig) else None
+        other = other or others[field.name]
+        if other is not None:
             assert str(dataclasses.replace(config, **{field.name: other})) != str(config), field.name

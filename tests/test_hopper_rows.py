@@ -1,4 +1,4 @@
-"""The Hopper kernels dq and dbias against the dense formula in float64, by their launches as ``launch/hopper_rows.py`` builds them.
+"""The Hopper kernels dq and dbias against the dense formula in float64, by their launches as ``launch/hopper_dq.py`` and ``launch/hopper_dbias.py`` build them.
 
 On the GPU that they are for they run on it; without a GPU their source runs on the CPU (``gluon_twin.py``).
 """
@@ -20,9 +20,15 @@ from cases import ON_HOPPER, Case, Inputs, assert_right, build, hopper_only, nam
 from mutations import mutate, noticed
 from triflash import oracle
 from triflash.launch.calls import Call, start
-from triflash.launch.hopper_rows import STATISTICS_MULTIPLE, dbias_call, dq_call
-from triflash.plan import hopper_rows as plan
-from triflash.plan.hopper_rows import RowsConfig
+from triflash.launch.hopper_dbias import dbias_call
+from triflash.launch.hopper_dq import dq_call
+from triflash.plan.device import KNOWN_DEVICES
+from triflash.plan.kernels import dbias as dbias_plan
+from triflash.plan.kernels import dq as dq_plan
+from triflash.plan.kernels.dbias import DbiasConfig
+from triflash.plan.kernels.dq import DqConfig
+from triflash.plan.kernels.shared import STATS_MULTIPLE
+from triflash.plan.steps import broadcast_rows
 from triflash.spec import AttentionSpec, spec_of
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not ON_HOPPER, reason="needs an sm90 GPU, or none at all")
@@ -39,7 +45,7 @@ def problem(band: tuple[int | None, int | None] = (None, None), group: int = 1, 
 
 
 def statistics(case: Case, x: Inputs, spec: AttentionSpec) -> Tensor:
-    """What ``prepare`` would have left, from exact results. The split of lse into lse and rest is a random one."""
+    """What ``preprocess`` would have left, from exact results. The split of lse into lse and rest is a random one."""
     options = {"batch_inner": case.batch_inner, "lo": spec.lo, "hi": spec.hi, "scale": spec.scale}
     with torch.no_grad():
         out, lse = oracle.attention(**x.operands().dense, **options)
@@ -49,7 +55,7 @@ def statistics(case: Case, x: Inputs, spec: AttentionSpec) -> Tensor:
         rest = torch.rand(lse.shape, generator=torch.Generator().manual_seed(case.seed)).to(lse.device)
     rows = [torch.where(lse == -torch.inf, torch.inf, lse - rest), delta, *([rest] if spec.keeps_rest else [])]
     B, H, M = lse.shape
-    stats = torch.zeros((B * H, len(rows), -(-M // STATISTICS_MULTIPLE) * STATISTICS_MULTIPLE), device=lse.device)
+    stats = torch.zeros((B * H, len(rows), -(-M // STATS_MULTIPLE) * STATS_MULTIPLE), device=lse.device)
     stats[:, 0] = torch.inf
     stats[..., :M] = torch.stack(rows, 2).flatten(0, 1)
     return stats
@@ -66,16 +72,16 @@ def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return with_layout(tuple(x.shape), "padded", lambda shape: x.new_full(shape, torch.nan, dtype=dtype or x.dtype))
 
 
-def run_dq(case: Case, device: torch.device, config: RowsConfig | None = None, processors: int = 2, seed: int = 0) -> Call:
+def run_dq(case: Case, device: torch.device, config: DqConfig | None = None, processors: int = 2, seed: int = 0) -> Call:
     """dq, and dbias if the bias is of full shape."""
     case = replace(case, seed=seed)
     x = build(case, device)
     spec = spec_of_case(case, x)
     given = {"q": x.q} | ({"b": x.bias} if "b" in x.wanted() and spec.bias is not None and all(spec.bias.varies) else {})
-    config = config or plan.dq_config(spec, LIMIT, "b" in given)
+    config = config or dq_plan.choose(spec, LIMIT, ("dq", "dbias") if "b" in given else ("dq",))
     assert config is not None
     grads = {letter: empty(leaf) for letter, leaf in given.items() if leaf is not None}
-    programs = plan.dq_programs(spec, config, processors)
+    programs = dq_plan.programs(spec, config, processors)
     call = dq_call(spec, config, programs, x.q, x.k, x.v, x.bias, x.dout, statistics(case, x, spec), grads["q"], grads.get("b"))
     carry_out(call, device, seed)
     assert_right(case, x, named_gradients(grads, grads.values()))
@@ -83,18 +89,18 @@ def run_dq(case: Case, device: torch.device, config: RowsConfig | None = None, p
 
 
 def run_dbias(
-    case: Case, device: torch.device, config: RowsConfig | None = None, processors: int = 2, splits: int = 1, seed: int = 0
+    case: Case, device: torch.device, config: DbiasConfig | None = None, processors: int = 2, splits: int = 1, seed: int = 0
 ) -> Call:
     case = replace(case, seed=seed)
     x = build(case, device)
     spec = spec_of_case(case, x)
-    assert plan.dbias_works(spec) and x.bias is not None and "b" in x.wanted()
-    config = config or plan.dbias_config(spec, LIMIT)
+    assert dbias_plan.why_not(spec, KNOWN_DEVICES["sm90"]) is None and x.bias is not None and "b" in x.wanted()
+    config = config or dbias_plan.choose(spec, LIMIT)
     assert config is not None
-    splits = min(splits, plan.dbias_rounds(spec))
+    splits = min(splits, broadcast_rows(spec))
     shape = x.bias.new_empty(splits, *x.bias.shape)
     parts = empty(shape) if splits == 1 else torch.full_like(shape, torch.nan, dtype=F32)
-    programs = plan.dbias_programs(spec, config, splits, processors)
+    programs = dbias_plan.programs(spec, config, splits, processors)
     call = dbias_call(spec, config, programs, splits, x.q, x.k, x.v, x.bias, x.dout, statistics(case, x, spec), parts)
     carry_out(call, device, seed)
     assert_right(case, x, {"db": parts.double().sum(0).to(x.bias.dtype)})
@@ -167,47 +173,45 @@ def test_fewer_key_heads(group: int, device: torch.device) -> None:
 
 
 DQ_CONFIGS = [
-    RowsConfig(1, 32, 2, own_out=False),
-    RowsConfig(2, 64, 2, v_stages=1, own_out=False, ahead=False),
-    RowsConfig(2, 64, 1, ahead=False),
-    RowsConfig(2, 128, 2, 2, own_out=False, ahead=False),
-    RowsConfig(1, 64, 2, 2, persistent=False),
-    RowsConfig(2, 64, 3, 3, v_stages=2),
-    RowsConfig(2, 64, 3, 2, v_stages=2, turns=True),
-    RowsConfig(2, 64, 2, ahead=False, turns=True),
-    RowsConfig(1, 64, 2, turns=True),
+    DqConfig(1, 32, 2, 2, separate_dq=False),
+    DqConfig(2, 64, 2, 1, separate_dq=False, deferred=False),
+    DqConfig(2, 64, 1, 1, deferred=False),
+    DqConfig(2, 128, 2, 2, 2, separate_dq=False, deferred=False),
+    DqConfig(1, 64, 2, 2, 2, persistent=False),
+    DqConfig(2, 64, 3, 2, 3),
+    DqConfig(2, 64, 3, 2, 2, ping_pong=True),
+    DqConfig(2, 64, 2, 2, deferred=False, ping_pong=True),
+    DqConfig(1, 64, 2, 2, ping_pong=True),
 ]
 DBIAS_CONFIGS = [
-    RowsConfig(1, 32, 3),
-    RowsConfig(2, 64, 2, turns=True),
-    RowsConfig(1, 64, 4, chunk=32),
-    RowsConfig(2, 128, 3),
-    RowsConfig(2, 64, 5, chunk=16),
-    RowsConfig(2, 128, 5, 2, v_stages=4),
-    RowsConfig(2, 64, 2, 2, v_stages=3, turns=True),
-    RowsConfig(1, 32, 7, 3, v_stages=5, chunk=32),
-    RowsConfig(1, 128, 4, v_stages=4, together=2),
+    DbiasConfig(1, 32, 3, 3),
+    DbiasConfig(2, 64, 2, 2, ping_pong=True),
+    DbiasConfig(1, 64, 4, 4, chunk=32),
+    DbiasConfig(2, 128, 3, 3),
+    DbiasConfig(2, 64, 5, 5, chunk=16),
+    DbiasConfig(2, 128, 5, 4, 2),
+    DbiasConfig(2, 64, 2, 3, 2, ping_pong=True),
+    DbiasConfig(1, 32, 7, 5, 3, chunk=32),
+    DbiasConfig(1, 128, 4, 4, ctas_per_sm=2),
 ]
 
 
 @pytest.mark.parametrize("processors", [2, 132])
 @pytest.mark.parametrize("config", DQ_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
-def test_configurations_of_dq(config: RowsConfig, processors: int, device: torch.device) -> None:
+def test_configurations_of_dq(config: DqConfig, processors: int, device: torch.device) -> None:
     for bias, band in ((None, (None, None)), ("b1hqk", (None, 0)), ("11hqk", (-50, 50)), ("b111k", (None, None))):
         run_dq(problem(M=300, N=333, bias=bias, band=band), device, config, processors)
 
 
 @pytest.mark.parametrize("processors", [2, 132])
 @pytest.mark.parametrize("config", DBIAS_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
-def test_configurations_of_dbias(config: RowsConfig, processors: int, device: torch.device) -> None:
+def test_configurations_of_dbias(config: DbiasConfig, processors: int, device: torch.device) -> None:
     for bias, band in (("11hqk", (None, None)), ("b11qk", (None, 0))):
         run_dbias(problem(M=300, N=333, H=3, bias=bias, band=band), device, config, processors)
 
 
-@pytest.mark.parametrize(
-    "config", [RowsConfig(2, 128, 5, 2, v_stages=4), RowsConfig(1, 64, 5, v_stages=6)], ids=lambda c: str(c).replace(" ", "-")
-)
-def test_parts_bands_and_shapes_of_dbias(config: RowsConfig, device: torch.device) -> None:
+@pytest.mark.parametrize("config", [DbiasConfig(2, 128, 5, 4, 2), DbiasConfig(1, 64, 5, 6)], ids=lambda c: str(c).replace(" ", "-"))
+def test_parts_bands_and_shapes_of_dbias(config: DbiasConfig, device: torch.device) -> None:
     cases = [
         *(problem(M=257, N=700, bias="11hqk", band=band) for band in ((None, None), (None, 0), (-70, 20), (None, -500), (-300, None))),
         problem(B=6, M=70, N=300, batch_inner=2, bias="1i1qk", bias_dtype=F32),
@@ -219,7 +223,7 @@ def test_parts_bands_and_shapes_of_dbias(config: RowsConfig, device: torch.devic
     ]
     for case in cases:
         for splits in (1, 2):
-            fits = plan.dbias_shared_memory(spec_of_case(case, build(case, device)), config) <= LIMIT
+            fits = config.shared_memory(spec_of_case(case, build(case, device))) <= LIMIT
             run_dbias(case, device, config if fits else None, 3, splits)
 
 
@@ -264,10 +268,10 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
 
     def run(seed: int) -> None:
         if kernel == "dq":
-            config = RowsConfig(2, 64, 3, 2, v_stages=2 + 2 * ("p.keys" in old))
+            config = DqConfig(2, 64, 3, 2 + 2 * ("p.keys" in old), 2)
             run_dq(problem(M=300, N=600, bias=None if "p.keys" in old else "b1hqk"), torch.device("cpu"), config, seed=seed)
         else:
-            config = RowsConfig(2, 64, 5, v_stages=4) if seed % 2 else None
+            config = DbiasConfig(2, 64, 5, 4) if seed % 2 else None
             run_dbias(problem(B=8, M=300, N=304, bias="11hqk"), torch.device("cpu"), config, seed=seed)
 
     assert noticed(run, 8)
@@ -284,11 +288,11 @@ def test_every_tile_that_anybody_sees_has_one_place(sizes: tuple[int, int], band
     seen = torch.ones(sizes, dtype=torch.bool)
     seen &= torch.tensor(True) if spec.hi is None else j <= i + spec.hi
     seen &= torch.tensor(True) if spec.lo is None else j >= i + spec.lo
-    for config in (RowsConfig(2, 128, 4), RowsConfig(1, 32, 4)):
+    for config in (DbiasConfig(2, 128, 4, 4), DbiasConfig(1, 32, 4, 4)):
         M, N = config.block_m, config.block_n
         wanted = [(m, n) for m in range(0, sizes[0], M) for n in range(0, sizes[1], N) if seen[m : m + M, n : n + N].any()]
-        (fold, full), tiles_m = plan.dbias_places(spec, config), plan.dbias_tiles(spec, config)[0]
-        shuffle = plan.dbias_shuffle(spec, config, 1, 132)
+        (fold, full), tiles_m = dbias_plan.places(spec, config), dbias_plan.bias_tiles(spec, config)[0]
+        shuffle = dbias_plan.shuffle(spec, config, 1, 132)
         counts = dict(batch_outer=4, batch_inner=1, heads=16, tiles_m=tiles_m, places=len(full), fold=fold, shuffle=shuffle)
         counts = {name: gluon_twin.Scalar(count) for name, count in (counts | dict(M=sizes[0], N=sizes[1])).items()}
         varies = dict(VARIES_B0=False, VARIES_B1=False, VARIES_H=True)
@@ -308,11 +312,11 @@ def test_a_grid_that_deals_tiles_evenly(band: tuple[int | None, int | None]) -> 
     x = torch.empty(4, 2048, 16, 64, device="meta", dtype=BF16)
     bias = torch.empty(1, 1, 16, 2048, 2048, device="meta", dtype=BF16)
     spec = spec_of(x, x, x, bias, 1, *band, 0.125, "")
-    config = plan.dbias_config(spec, LIMIT)
+    config = dbias_plan.choose(spec, LIMIT)
     assert config is not None
-    programs, most = plan.dbias_programs(spec, config, 1, 132), 132 * config.together
+    programs, most = dbias_plan.programs(spec, config, 1, 132), 132 * config.ctas_per_sm
     assert programs == most if band[0] is None else most - 8 <= programs <= most
-    shuffle, full = plan.dbias_shuffle(spec, config, 1, programs), plan.dbias_places(spec, config)[1]
+    shuffle, full = dbias_plan.shuffle(spec, config, 1, programs), dbias_plan.places(spec, config)[1]
     load = [0] * programs
     for place in range(16 * len(full)):
         load[place % programs] += full[place * shuffle % len(full)]
@@ -335,18 +339,15 @@ def test_two_programs_of_a_processor_or_a_second_buffer_for_the_bias() -> None:
         spec = spec_of(
             x, x, x, torch.empty(1, 1, 16, 2048, 2048, device="meta", dtype=bias_dtype), 1, None, 0 if causal else None, 0.125, ""
         )
-        config = plan.dbias_config(spec, LIMIT)
-        assert config is not None and (config.block_m, config.block_n, config.bias_stages, config.together) == wanted
+        config = dbias_plan.choose(spec, LIMIT)
+        assert config is not None and (config.block_m, config.block_n, config.bias_stages, config.ctas_per_sm) == wanted
 
 
 def test_what_fits_nowhere_is_said_so() -> None:
     x = torch.empty(4, 2048, 16, 256, device="meta", dtype=BF16)
     bias = torch.empty(1, 1, 16, 2048, 2048, device="meta", dtype=F32)
     spec = spec_of(x, x, x, bias, 1, None, 0, 0.125, "")
-    assert plan.dq_config(spec, 20_000, True) is None and plan.dbias_config(spec, 20_000) is None
+    assert dq_plan.choose(spec, 20_000, ("dq", "dbias")) is None and dbias_plan.choose(spec, 20_000) is None
     for limit in (232448, 180_000, 120_000, 101_376):
-        for config, size in (
-            (plan.dq_config(spec, limit, True), plan.dq_shared_memory),
-            (plan.dbias_config(spec, limit), plan.dbias_shared_memory),
-        ):
-            assert config is None or size(spec, config, *([True] if size is plan.dq_shared_memory else [])) <= limit
+        for config in (dq_plan.choose(spec, limit, ("dq", "dbias")), dbias_plan.choose(spec, limit)):
+            assert config is None or config.shared_memory(spec, ("dq", "dbias")) <= limit

@@ -15,10 +15,12 @@ from cases import triton_only
 from test_hopper_plan import SM90, spec, visits
 from triflash import UnsupportedError
 from triflash.launch.room import Described, Real, twin
-from triflash.plan import hopper_backward, hopper_rows, hopper_steps
+from triflash.plan import hopper
 from triflash.plan.configs import TileConfig
-from triflash.plan.hopper_backward import KeysConfig
-from triflash.plan.hopper_rows import RowsConfig
+from triflash.plan.kernels.dbias import DbiasConfig, bias_tiles
+from triflash.plan.kernels.dkdv import DkdvConfig, _query_blocks, key_tiles, l2_order
+from triflash.plan.kernels.dq import DqConfig
+from triflash.plan.kernels.shared import HopperConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import Plan, plan_backward, plan_forward
 from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Saved
@@ -41,8 +43,8 @@ def names(plan: Plan) -> list[str]:
     return [step.kernel for step in plan.steps]
 
 
-def planned(problem: AttentionSpec, letters: str, processors: int = SM90.processors) -> Plan:
-    plan = plan_backward(problem, needs_of(letters), replace(SM90, processors=processors), "hopper")
+def planned(problem: AttentionSpec, letters: str, processors: int = SM90.sms) -> Plan:
+    plan = plan_backward(problem, needs_of(letters), replace(SM90, sms=processors), "hopper")
     assert plan.backend == "hopper"
     return plan
 
@@ -61,18 +63,18 @@ def planned(problem: AttentionSpec, letters: str, processors: int = SM90.process
     (136, LONG, None, False, False), (256, LONG, 0, False, False),
 ])  # fmt: skip
 def test_dq_is_added_up_where_keys_are_many(letters: str, dim: int, keys: int, band: int | None, deterministic: bool, adds: bool) -> None:
-    """With dk or dv, that is: alone it has a kernel of its own. Each gradient is given by one kernel (dq_sum's owner hands it to finish)."""
+    """With dk or dv, that is: alone it has a kernel of its own. Each gradient is given by one kernel (dq_sum's owner hands it to postprocess)."""
     problem = spec(head_dim=dim, value_dim=dim, queries=700, keys=keys, hi=band, deterministic=deterministic)
     plan = planned(problem, letters)
     adds = adds and "q" in letters and letters != "q"
     if adds:
-        assert names(plan) == ["prepare", "dqdkdv", "finish"]
+        assert names(plan) == ["preprocess", "dqdkdv", "postprocess"]
         assert plan.steps[1].gives == tuple(f"d{letter}" for letter in "kvq" if letter in letters) and plan.steps[2].gives == ("dq",)
     else:
-        assert names(plan) == ["prepare", *["dkdv"] * bool(set(letters) & set("kv")), *["dq"] * ("q" in letters)]
+        assert names(plan) == ["preprocess", *["dkdv"] * bool(set(letters) & set("kv")), *["dq"] * ("q" in letters)]
         given = [gradient for step in plan.steps for gradient in step.gives]
         assert sorted(given) == sorted(f"d{letter}" for letter in letters)
-    assert hopper_steps.adds_dq(problem, needs_of(letters), LIMIT) == adds
+    assert hopper.adds_dq(problem, needs_of(letters), LIMIT) == adds
 
 
 @pytest.mark.parametrize("letters", subsets("qkvb"))
@@ -98,7 +100,7 @@ def test_which_kernel_gives_the_gradient_of_a_bias(bias: str, letters: str, dims
             and bool(set(letters) & set("kv"))
             and not (source == "dq" and "b" in letters)
         )
-        wanted = {"prepare", *["finish"] * adding}
+        wanted = {"preprocess", *["postprocess"] * adding}
         if set(letters) & set("kv") or ("b" in letters and source == "dkdv"):
             wanted.add("dqdkdv" if adding else "dkdv")
         if ("q" in letters and not adding) or ("b" in letters and source == "dq"):
@@ -124,9 +126,9 @@ def test_a_small_bias_is_cut_into_parts() -> None:
     for processors in (1, 8, 132, 10_000):
         plan = planned(problem, "b", processors)
         (step,) = (step for step in plan.steps if step.kernel == "dbias")
-        assert isinstance(step.config, RowsConfig)
-        tiles = hopper_rows.dbias_tiles(problem, step.config)[2]
-        programs = processors * step.config.together
+        assert isinstance(step.config, DbiasConfig)
+        tiles = bias_tiles(problem, step.config)[2]
+        programs = processors * step.config.ctas_per_sm
         assert step.splits == max(1, min(40, -(-programs // tiles))) and step.programs <= min(programs, tiles * step.splits)
         assert (plan.steps[-1].kernel == "dbias_sum") == (step.splits > 1)
 
@@ -137,10 +139,10 @@ def test_grouped_heads(groups: int) -> None:
     problem = spec(heads=4, groups=groups, keys=LONG)
     assert plan_forward(problem, SM90).backend == plan_backward(problem, needs_of("qkv"), SM90).backend == "hopper"
     many = planned(problem, "qkv", 10_000)
-    prepare, keys, *sums, finish = many.steps
-    assert isinstance(keys.config, KeysConfig) and keys.config.head_splits == (2 if groups == 4 else 1)  # for so many processors
+    preprocess, keys, *sums, postprocess = many.steps
+    assert isinstance(keys.config, DkdvConfig) and keys.config.head_splits == (2 if groups == 4 else 1)  # for so many processors
     assert keys.programs == LONG // 128 * 2 * 4 // groups * keys.config.head_splits
-    assert prepare.programs == -(-300 // 128) * 2 * 2 * 4 and finish.programs == -(-300 // 64) * 2 * 4
+    assert preprocess.programs == -(-300 // 128) * 2 * 2 * 4 and postprocess.programs == -(-300 // 64) * 2 * 4
     assert [step.programs for step in sums] == ([LONG // 64 * 2] if groups == 4 else [])
     for bias in ("b1hqk", "11h1k", "11hqk"):
         assert plan_backward(spec(bias, heads=4, groups=groups), needs_of("qkvb"), SM90).backend == "hopper"
@@ -180,85 +182,90 @@ def test_every_configuration_fits(bias: str | None, dtype: str) -> None:
             continue
         problem = spec(bias, dtype, head_dim=head, value_dim=value, hi=hi, keys=LONG)
         for step in planned(problem, letters).steps:
-            used = hopper_steps.shared_memory(problem, step)
-            assert (used is None) == isinstance(step.config, TileConfig), step
-            assert used is None or 1024 < used <= LIMIT, (problem, step)
-            if isinstance(step.config, KeysConfig):
-                assert step.config.wide == (max(head, value) > 128)
+            if isinstance(step.config, HopperConfig):
+                assert 1024 < step.config.shared_memory(problem, step.gives) <= LIMIT, (problem, step)
+            else:
+                assert step.kernel in ("preprocess", "postprocess", "dkdv_sum", "dbias_sum")
+            if isinstance(step.config, DkdvConfig):
+                assert step.config.d256 == (max(head, value) > 128)
 
 
 def test_shared_memory_counts_every_buffer() -> None:
     """Against sums written out, of blocks of 64 queries: dims 80 and 48 padded to 128 and 64; dims 200 and 130 padded to 256."""
     problem = spec("b1hqk", "fp32", head_dim=80, value_dim=48)
-    config = KeysConfig(2, 1, 2)
+    config = DkdvConfig(2, 1, 2)
     k_v, q, dout, bias = 128 * 2 * (128 + 64), 2 * 64 * (128 * 2 + 2 * 4), 64 * (64 * 2 + 4), 2 * 2 * 64 * 64 * 4
-    used = hopper_backward.shared_memory(problem, config, False)
+    used = config.shared_memory(problem)
     assert k_v + q + dout + bias < used < k_v + q + dout + bias + 2048
     ds, dq = 2 * 64 * 128 * 2, 64 * 128 * 4
-    assert hopper_backward.shared_memory(problem, config, True) - used == ds + dq
-    assert hopper_backward.shared_memory(problem, replace(config, direct=True), True) - used == ds
+    assert config.shared_memory(problem, ("dq",)) - used == ds + dq
+    assert replace(config, red_dq=True).shared_memory(problem, ("dq",)) - used == ds
     wide = spec("b1hqk", "bool", head_dim=200, value_dim=130)
     capped = replace(wide, bias=spec("11h1k").bias, softcap=50.0)  # dk asks for p times a derivative, dbias for p itself
-    own, shared = (hopper_backward.shared_memory(capped, KeysConfig(2, 2, wide=True), False, dbias) for dbias in (True, False))
+    own, shared = (DkdvConfig(2, 2, d256=True).shared_memory(capped, gives) for gives in (("dbias",), ()))
     assert own - shared == 2 * 64 * 64 * 2 and own <= LIMIT
     k_v, q, dout, p, bias = 64 * 2 * 512, 2 * 64 * (512 + 4), 2 * 64 * (512 + 4), 2 * 64 * 64 * 2, 64 * 64
-    used = hopper_backward.shared_memory(wide, KeysConfig(2, 2, wide=True), False)
+    used = DkdvConfig(2, 2, d256=True).shared_memory(wide)
     assert k_v + q + dout + p + bias < used < k_v + q + dout + p + bias + 2048
-    assert hopper_backward.bias_slot_bytes(spec("11h1k"), config) == 0  # a number a key comes without a buffer
+    assert not any(each.name == "bias" for each in config.buffers(spec("11h1k")))  # a number a key comes without a buffer
 
 
 @pytest.mark.parametrize("wrong", [
-    {"q_stages": 0}, {"o_stages": 5}, {"bias_stages": 0}, {"block_m": 128}, {"wide": True}, {"wide": True, "o_stages": 2, "apart": True},
-    {"wide": True, "q_stages": 1}, {"q_stages": 3}, {"unroll": 3}, {"unroll": 2, "q_stages": 1}, {"unroll": 2, "apart": True},
-    {"direct": True, "apart": True}, {"wide": True, "q_stages": 2, "o_stages": 2, "direct": True},
+    {"q_stages": 0}, {"o_stages": 5}, {"bias_stages": 0}, {"block_m": 128}, {"d256": True}, {"d256": True, "o_stages": 2, "dq_warpgroup": True},
+    {"d256": True, "q_stages": 1}, {"q_stages": 3}, {"unroll": 3}, {"unroll": 2, "q_stages": 1}, {"unroll": 2, "dq_warpgroup": True},
+    {"red_dq": True, "dq_warpgroup": True}, {"d256": True, "q_stages": 2, "o_stages": 2, "red_dq": True},
 ], ids=str)  # fmt: skip
 def test_a_config_checks_itself(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: wanted .+, got {next(iter(wrong.values()))}"):
-        KeysConfig(**{"q_stages": 2, "o_stages": 1} | wrong)
+        DkdvConfig(**{"q_stages": 2, "o_stages": 1} | wrong)
 
 
 def test_text_of_a_config() -> None:
-    config = KeysConfig(2, 2)
+    config = DkdvConfig(2, 2)
     others = (
-        replace(config, apart=True),
+        replace(config, dq_warpgroup=True),
         replace(config, unroll=2),
-        replace(config, direct=True),
-        replace(config, wide=True),
+        replace(config, red_dq=True),
+        replace(config, d256=True),
         replace(config, o_stages=1),
         replace(config, bias_stages=2),
     )
-    assert str(config).startswith("64x128 ") and str(replace(config, wide=True)).startswith("64x64 ")
+    assert str(config).startswith("64x128 ") and str(replace(config, d256=True)).startswith("64x64 ")
     assert len({str(c) for c in (config, *others)}) == 7
 
 
 def test_override_by_hand() -> None:
     """One for dqdkdv has dq added up where it need not be, and nowhere where it must not be; other backends pass over all of them."""
-    keys, rows, portable = KeysConfig(1, 1), RowsConfig(1, 32, 2, own_out=False), TileConfig(16, 16, 4, 1)
+    keys, rows, portable = DkdvConfig(1, 1), DqConfig(1, 32, 2, 2, separate_dq=False), TileConfig(16, 16, 4, 1)
     problem = spec(keys=SHORT)
     usual = {name: plan_backward(problem, needs_of("qkv"), SM90, name) for name in ("hopper", "triton")}
     with override_configs(dqdkdv=keys):
         plan = planned(problem, "qkv")
-        assert names(plan) == ["prepare", "dqdkdv", "finish"] and plan.steps[1].config == keys
+        assert names(plan) == ["preprocess", "dqdkdv", "postprocess"] and plan.steps[1].config == keys
         for unable in (replace(problem, deterministic=True), replace(problem, head_dim=256)):
             assert "dqdkdv" not in names(planned(unable, "qkv"))
-        assert names(planned(problem, "q")) == ["prepare", "dq"] and names(planned(problem, "kv")) == ["prepare", "dkdv"]
+        assert names(planned(problem, "q")) == ["preprocess", "dq"] and names(planned(problem, "kv")) == ["preprocess", "dkdv"]
         assert plan_backward(problem, needs_of("qkv"), SM90, "triton") == usual["triton"]
-    with override_configs(dkdv=keys, dq=rows, dbias=rows):
+    bias = DbiasConfig(1, 32, 2, 2)
+    with override_configs(dkdv=keys, dq=rows, dbias=bias):
         plan = planned(spec("11hqk", keys=SHORT), "qkvb")
-        assert [step.config for step in plan.steps[1:4]] == [keys, rows, rows]
+        assert [step.config for step in plan.steps[1:4]] == [keys, rows, bias]
         assert plan_backward(problem, needs_of("qkv"), SM90, "triton") == usual["triton"]
     with override_configs(dkdv=portable, dq=portable, dqdkdv=portable):
         assert planned(problem, "qkv") == usual["hopper"]
         assert plan_backward(problem, needs_of("qkv"), SM90, "triton").steps[-1].config == portable
+    for kernel, other in (("forward", keys), ("dkdv", rows), ("dq", bias), ("dbias", rows), ("delta", keys)):
+        with pytest.raises(TypeError, match=f"^{kernel}: wanted TileConfig"), override_configs(**{kernel: other}):
+            pass
     for wide in (False, True):
-        with override_configs(dkdv=KeysConfig(2, 2, wide=wide)), pytest.raises(ValueError, match=f"^wide: wanted {not wide} for head dims"):
+        with override_configs(dkdv=DkdvConfig(2, 2, d256=wide)), pytest.raises(ValueError, match=f"^d256: wanted {not wide} for head dims"):
             planned(replace(problem, head_dim=64 if wide else 256), "k")
 
 
 # ---- the schedule of the kernel that owns keys
 
 
-def blocks_that_see(problem: AttentionSpec, config: KeysConfig, tile: int) -> int:
+def blocks_that_see(problem: AttentionSpec, config: DkdvConfig, tile: int) -> int:
     """Query blocks from the first to the last with a query that sees a key of the tile; the last block is whole, of queries that are not."""
     keys = range(tile * config.block_n, min((tile + 1) * config.block_n, problem.keys))
     low, high = problem.lo, problem.hi
@@ -271,11 +278,11 @@ def blocks_that_see(problem: AttentionSpec, config: KeysConfig, tile: int) -> in
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("lo, hi", [(None, None), (None, 0), (0, None), (-100, 50), (None, -150), (200, None), (None, 290)], ids=str)
 def test_work_of_a_tile_is_counted_right(lo: int | None, hi: int | None, wide: bool) -> None:
-    config = KeysConfig(2, 2, wide=wide)
+    config = DkdvConfig(2, 2, d256=wide)
     for queries, keys in itertools.product((1, 64, 300, 513), (1, 128, 300, 700)):
         problem = spec(queries=queries, keys=keys, lo=lo, hi=hi)
-        for tile in range(hopper_backward.keys_tiles(problem, config)[0]):
-            assert hopper_backward._blocks(problem, config, tile) == blocks_that_see(problem, config, tile), (problem, tile)
+        for tile in range(key_tiles(problem, config)[0]):
+            assert _query_blocks(problem, config, tile) == blocks_that_see(problem, config, tile), (problem, tile)
 
 
 @pytest.mark.parametrize("groups", [1, 5])
@@ -286,12 +293,12 @@ def test_the_plans_own_schedules(groups: int, monkeypatch: pytest.MonkeyPatch) -
     ):
         problem = spec(keys=keys, heads=5, groups=groups, batch_outer=batch, queries=queries, lo=lo, hi=hi, head_dim=128, value_dim=128)
         step = planned(problem, "kv", 13).steps[1]
-        assert isinstance(step.config, KeysConfig)
-        tiles_n, tiles = hopper_backward.keys_tiles(problem, step.config)
-        section, snake = hopper_backward.schedule(problem, step.config, step.programs)
+        assert isinstance(step.config, DkdvConfig)
+        tiles_n, tiles = key_tiles(problem, step.config)
+        l2_group, serpentine = l2_order(problem, step.config, step.programs)
         longest = "first" if hi is not None else "last" if lo is not None else "none"
         parts = 5 // groups * step.config.head_splits
-        arguments = (tiles_n, batch, parts, section, snake, step.order == "batch", longest)
+        arguments = (tiles_n, batch, parts, l2_group, serpentine, step.order == "batch", longest)
         visited = itertools.chain(*visits(monkeypatch, step.programs, tiles, *arguments))
         assert sorted(visited) == sorted(itertools.product(range(0, 128 * tiles_n, 128), range(parts), range(batch))), problem
 
@@ -301,7 +308,7 @@ def test_blocks_in_turn_are_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
     from test_hopper_plan import Scalar
-    from triflash.kernels.hopper import columns
+    from triflash.kernels.hopper import scores_kq
     from triflash.kernels.triton import prims
 
     class Comparable(Scalar):
@@ -312,23 +319,23 @@ def test_blocks_in_turn_are_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             return Scalar(int(self) < int(other))
 
     language = SimpleNamespace(where=lambda c, a, b: Comparable(a if c else b))
-    monkeypatch.setattr(columns, "gl", language)
-    monkeypatch.setattr(columns, "segments", prims.segments.fn)
-    monkeypatch.setattr(columns, "in_turn", columns.in_turn.fn)
+    monkeypatch.setattr(scores_kq, "gl", language)
+    monkeypatch.setattr(scores_kq, "segments", prims.segments.fn)
+    monkeypatch.setattr(scores_kq, "in_turn", scores_kq.in_turn.fn)
     for M, N, lo, hi in itertools.product((1, 64, 300, 1024), (128, 300, 1024), (None, -200, 3), (None, 0, 90, -130)):
         firsts = set()
         for n0 in range(0, N, 128):
             begin, whole, part, end = (
                 int(x)
-                for x in columns.visible_blocks.fn(
-                    SimpleNamespace(C=KeysConfig(2, 2), lo=lo, hi=hi), SimpleNamespace(queries=M, keys=N), n0
+                for x in scores_kq.visible_blocks.fn(
+                    SimpleNamespace(C=DkdvConfig(2, 2), lo=lo, hi=hi), SimpleNamespace(queries=M, keys=N), n0
                 )
             )
-            blocks = blocks_that_see(spec(queries=M, keys=N, lo=lo, hi=hi), KeysConfig(1, 1), n0 // 128)
+            blocks = blocks_that_see(spec(queries=M, keys=N, lo=lo, hi=hi), DkdvConfig(1, 1), n0 // 128)
             assert begin <= whole <= part <= end and end - begin == blocks, (M, N, lo, hi, n0)
             for member in range(2):  # of a group of heads
                 steps = [
-                    int(columns.turned.fn(Comparable(member * blocks + step), max(blocks, 1), begin, whole, part, n0, 64))
+                    int(scores_kq.turned.fn(Comparable(member * blocks + step), max(blocks, 1), begin, whole, part, n0, 64))
                     for step in range(blocks)
                 ]
                 assert sorted(steps) == list(range(begin, end)), (M, N, lo, hi, n0)
@@ -371,7 +378,7 @@ def launched(problem: AttentionSpec, letters: str, rest: bool = True) -> tuple[P
     twins = [None if each is None else twin(each) for each in (*x, *saved, out, *grads)]
     for each in twins:
         room.give(each)
-    *operands, out, lse, rests, dout, dq, dk, dv, dbias, _ = twins  # type: ignore[assignment]
+    operands, (out, lse, rests, dout, dq, dk, dv, dbias) = twins[: len(x)], twins[len(x) : len(x) + 8]  # type: ignore[assignment]
     written = Gradients(dq, dk, dv, dbias)
     described = launch.backward(room, plan, problem, Operands(*operands), Saved(out, lse, rests), dout, None, written)  # type: ignore[arg-type]
     assert [(call.kernel, call.programs, call.constants) for call in described] == [
@@ -391,7 +398,7 @@ def test_scratch_is_what_a_launch_allocates(letters: str, bias: str | None, keys
     plan, calls, memory = launched(problem, letters)
     assert [call.programs for call in calls] == [step.programs for step in plan.steps]
     assert memory["lse and delta for TMA"] == 2 * 2 * 3 * 128 * 4
-    assert ("float32 sum of dq" in memory) == ("finish" in names(plan)) and ("partial sums of dbias" in memory) == (
+    assert ("float32 sum of dq" in memory) == ("postprocess" in names(plan)) and ("partial sums of dbias" in memory) == (
         "dbias_sum" in names(plan)
     )
 
@@ -410,14 +417,14 @@ def test_heads_in_parts_for_the_bias_alone() -> None:
     """There is nothing else to be summed up than what keeps the heads apart."""
     problem = spec("11h1k", queries=70, keys=200, heads=16, groups=8, head_dim=64, value_dim=64)
     plan, calls, memory = launched(problem, "b")
-    assert [step.config.head_splits for step in plan.steps if isinstance(step.config, KeysConfig)] == [4]
-    assert names(plan) == ["prepare", "dkdv", "dbias_sum"] and len(calls) == 3
-    assert set(memory) == {"lse and delta for TMA", "whether lse is mild", "partial sums of dbias"}
+    assert [step.config.head_splits for step in plan.steps if isinstance(step.config, DkdvConfig)] == [4]
+    assert names(plan) == ["preprocess", "dkdv", "dbias_sum"] and len(calls) == 3
+    assert set(memory) == {"lse and delta for TMA", "whether lse is small", "partial sums of dbias"}
 
 
 @pytest.mark.parametrize("group, splits", [(4, 2), (7, 2), (71, 24), (5, 5), (8, 3)])
 def test_parts_of_a_key_head_have_all_its_query_heads(group: int, splits: int) -> None:
-    from triflash.kernels.hopper.columns import key_heads, query_heads
+    from triflash.kernels.hopper.scores_kq import key_heads, query_heads
 
     heads = 3 * group
     assert (key_heads.fn(heads, group, None), key_heads.fn(heads, group, splits)) == (3, 3 * splits)
@@ -453,7 +460,7 @@ def test_in_how_many_parts_heads_are_dealt_out(
     problem = spec(**sizes, head_dim=dim, value_dim=dim, hi=hi)
     for deterministic in (False, True):
         plan = plan_backward(replace(problem, deterministic=deterministic), Needs(True, True, True, False), SM90, "hopper")
-        (keys,) = (step.config for step in plan.steps if isinstance(step.config, KeysConfig))
+        (keys,) = (step.config for step in plan.steps if isinstance(step.config, DkdvConfig))
         assert keys.head_splits == splits or deterministic
         assert (plan.step("dkdv_sum") is not None) == (keys.head_splits > 1)
 
@@ -461,22 +468,22 @@ def test_in_how_many_parts_heads_are_dealt_out(
 def test_parts_that_cannot_be() -> None:
     problem = spec(batch_inner=1, heads=8, groups=4, head_dim=64, value_dim=64)
     with (
-        override_configs(dqdkdv=KeysConfig(2, 2, apart=True, head_splits=5)),
+        override_configs(dqdkdv=DkdvConfig(2, 2, dq_warpgroup=True, head_splits=5)),
         pytest.raises(ValueError, match=r"head_splits.*at most 4.*5"),
     ):
         plan_backward(problem, Needs(True, True, True, False), SM90, "hopper")
     with pytest.raises(ValueError, match="head_splits"):
-        KeysConfig(2, 2, head_splits=0)
-    with pytest.raises(ValueError, match="wide"):
-        KeysConfig(2, 2, wide=True, head_splits=2)
+        DkdvConfig(2, 2, head_splits=0)
+    with pytest.raises(ValueError, match="d256"):
+        DkdvConfig(2, 2, d256=True, head_splits=2)
 
 
 @pytest.mark.parametrize("bias", ["bihqk", "1ihqk", "1ih1k"])
 def test_kernels_read_no_rest_that_nobody_kept(bias: str) -> None:
     """The seed's ``_flash_attn_backward`` is given lse alone, with whatever bias."""
     for letters, rest in itertools.product(("qkv", "qkvb"), (True, False)):
-        _, (prepare, *others), _ = launched(spec(bias, queries=70, keys=90), letters, rest)
-        assert prepare.constants["KINDS"] == (3 if rest else 2)
+        _, (preprocess, *others), _ = launched(spec(bias, queries=70, keys=90), letters, rest)
+        assert preprocess.constants["KINDS"] == (3 if rest else 2)
         assert {call.constants["HAS_REST"] for call in others if "HAS_REST" in call.constants} == {rest}
 
 

@@ -18,11 +18,11 @@ from cases import Case, Inputs, assert_right, build, results_of, run_case, stand
 from mutations import mutate, noticed
 from pairwise import pairwise
 from table import DBIAS_CONFIGS, FEATURES, FORWARD, FORWARD_CONFIGS, GROWING
-from triflash.launch.hopper_backward import new_stats, prepare_call
+from triflash.launch.hopper_backward import new_stats, preprocess_call
 from triflash.launch.room import Real
-from triflash.plan.hopper import HopperConfig
-from triflash.plan.hopper_backward import KeysConfig
-from triflash.plan.hopper_rows import RowsConfig
+from triflash.plan.kernels.dbias import DbiasConfig
+from triflash.plan.kernels.dkdv import DkdvConfig
+from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import Config, override_configs
 from triflash.spec import spec_of
 
@@ -40,9 +40,9 @@ def check(
 
 
 KEYS_CONFIGS = [
-    KeysConfig(*stages, unroll=unroll, **dict.fromkeys(ways, True))
-    for stages, ways, unroll in itertools.product([(1, 1), (2, 1), (2, 2), (2, 2, 2)], [(), ("apart",), ("direct",)], [1, 2])
-    if min(stages[: 2 if "apart" in ways else 1]) >= unroll and ("apart" in ways or len(stages) == 2) and ("direct" not in ways or stages != (2, 1))
+    DkdvConfig(*stages, unroll=unroll, **dict.fromkeys(ways, True))
+    for stages, ways, unroll in itertools.product([(1, 1), (2, 1), (2, 2), (2, 2, 2)], [(), ("dq_warpgroup",), ("red_dq",)], [1, 2])
+    if min(stages[: 2 if "dq_warpgroup" in ways else 1]) >= unroll and ("dq_warpgroup" in ways or len(stages) == 2) and ("red_dq" not in ways or stages != (2, 1))
 ]  # fmt: skip
 KEYS = [
     Case("full", B=2, M=130, N=150, H=2),
@@ -55,34 +55,34 @@ KEYS = [
 
 @pytest.mark.parametrize("case", KEYS, ids=str)
 @pytest.mark.parametrize("config", KEYS_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
-def test_keys_that_add_dq(config: KeysConfig, case: Case) -> None:
+def test_keys_that_add_dq(config: DkdvConfig, case: Case) -> None:
     ran = check(case, carefully=config.unroll == 1, dqdkdv=config)
-    assert [kernel for kernel in ran if kernel != "dbias_sum"] == ["forward", "prepare", "dqdkdv", "finish"]
+    assert [kernel for kernel in ran if kernel != "dbias_sum"] == ["forward", "preprocess", "dqdkdv", "postprocess"]
 
 
-@pytest.mark.parametrize("way", ["plain", "apart", "direct"])
+@pytest.mark.parametrize("way", ["plain", "dq_warpgroup", "red_dq"])
 @pytest.mark.parametrize("D", [64, 128])
 def test_distances_of_whole_blocks(D: int, way: str) -> None:
-    """Key tiles visit whole blocks of queries in orders of their own, and only ALiBi and ``direct`` ask where they are."""
+    """Key tiles visit whole blocks of queries in orders of their own, and only ALiBi and ``red_dq`` ask where they are."""
     for lo, hi in ((-200, None),) if way == "plain" else ((None, None), (None, 60)):
         case = Case("ALiBi", B=2, M=320, N=260, H=1, D=D, lengths=(256, 260), alibi="h", grads="qkv", lo=lo, hi=hi)
-        config = KeysConfig(2, 2, apart=way == "apart" and D <= 64, direct=way == "direct", unroll=1 if way == "plain" else 2)
+        config = DkdvConfig(2, 2, dq_warpgroup=way == "dq_warpgroup" and D <= 64, red_dq=way == "red_dq", unroll=1 if way == "plain" else 2)
         assert check(case, dqdkdv=config)[2] == "dqdkdv"
 
 
 @pytest.mark.parametrize("D", [1, 8, 24, 64, 72, 100, 128])
 def test_columns_of_a_direct_sum(D: int) -> None:
     """Of which there are whole groups of eight, but no more than the head dim asks for."""
-    check(Case("direct", B=1, M=70, N=300, D=D, Dv=16, hi=20, grads="qk"), dqdkdv=KeysConfig(2, 2, direct=True))
-    check(Case("direct", B=2, M=64, N=260, D=D, Dv=16, grads="qv"), dqdkdv=KeysConfig(2, 2, direct=True))
+    check(Case("red_dq", B=1, M=70, N=300, D=D, Dv=16, hi=20, grads="qk"), dqdkdv=DkdvConfig(2, 2, red_dq=True))
+    check(Case("red_dq", B=2, M=64, N=260, D=D, Dv=16, grads="qv"), dqdkdv=DkdvConfig(2, 2, red_dq=True))
 
 
 @pytest.mark.parametrize("bias", ["b1hqk", "11hqk", "11h1k"])
 def test_without_a_rest(bias: str) -> None:
-    """The backward pass of whoever kept no rest of lse: all its kernels, ``prepare`` and ``finish`` in Triton's interpreter, adding dq or not,
+    """The backward pass of whoever kept no rest of lse: all its kernels, ``preprocess`` and ``postprocess`` in Triton's interpreter, adding dq or not,
     and at wide heads.
     """
-    for D, config in ((16, KeysConfig(2, 2, apart=True)), (16, None), (136, None)):
+    for D, config in ((16, DkdvConfig(2, 2, dq_warpgroup=True)), (16, None), (136, None)):
         case = Case("no rest", B=2, M=130, N=150, D=D, bias=bias, alibi="h", causal=D > 16, lengths=(140, 64))
         inputs = build(case, CPU)
         x, options = inputs.operands(), (1, *case.band, case.softmax_scale, "", "hopper")
@@ -105,14 +105,14 @@ def test_whether_statistics_are_mild(outer: int, M: int) -> None:
             lse[at] = value
             stats, flags = new_stats(Real(lse), spec, True), torch.full((512,), 7, dtype=torch.int32)
             zeros = torch.zeros_like(like)
-            gluon_twin.run(prepare_call(spec, zeros, zeros, None, lse, torch.zeros_like(lse), stats, flags, None))
+            gluon_twin.run(preprocess_call(spec, zeros, zeros, None, lse, torch.zeros_like(lse), stats, flags, None))
             assert set(flags.tolist()) <= {0, 1} and flags.min() == mild and (flags == 0).sum() == 1 - mild
 
 
 @pytest.mark.parametrize("grads", ["q", "k", "v", "b", "s", "qk", "vb", "kvs"])
 @pytest.mark.parametrize("bias", ["b1hqk", "11hqk", "11h1k"])
 def test_single_gradients(bias: str, grads: str) -> None:
-    for D, config in ((24, KeysConfig(2, 2, apart=True)), (24, None), (136, None)):
+    for D, config in ((24, DkdvConfig(2, 2, dq_warpgroup=True)), (24, None), (136, None)):
         if D == 24 or bias == "11h1k":
             case = Case("single", B=2, M=100, N=180, D=D, bias=bias, grads=grads, causal=grads < "m", sink=True, lengths=(170, 33))
             check(case, dqdkdv=config)
@@ -133,7 +133,7 @@ WIDE = [
 @pytest.mark.parametrize("case", WIDE, ids=str)
 @pytest.mark.parametrize("stages", [2, 3])
 def test_wide_heads(stages: int, case: Case) -> None:
-    ran = check(case, 7 - 2 * stages, stages, edges=stages == 2, dkdv=KeysConfig(stages, stages, wide=True))
+    ran = check(case, 7 - 2 * stages, stages, edges=stages == 2, dkdv=DkdvConfig(stages, stages, d256=True))
     assert "dkdv" in ran and "dqdkdv" not in ran
 
 
@@ -160,25 +160,30 @@ TILES = [
 
 @pytest.mark.parametrize("case", TILES, ids=str)
 @pytest.mark.parametrize("config", DBIAS_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
-def test_gradients_of_a_bias_by_a_kernel_of_their_own(config: RowsConfig | None, case: Case) -> None:
+def test_gradients_of_a_bias_by_a_kernel_of_their_own(config: DbiasConfig | None, case: Case) -> None:
     ran = check(case, 3, TILES.index(case), dbias=config)
     assert "dbias" in ran
 
 
 def test_wide_heads_want_two_buffers() -> None:
     """With one, the consumers wait for each other: the next q wants dk of the block before, which wants the next dout, that dv, that the next q."""
-    with pytest.raises(ValueError, match="wide"):
-        KeysConfig(1, 1, wide=True)
+    with pytest.raises(ValueError, match="d256"):
+        DkdvConfig(1, 1, d256=True)
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=str)
 @pytest.mark.parametrize("config", FORWARD_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
-def test_forward(config: HopperConfig | None, case: Case) -> None:
+def test_forward(config: ForwardConfig | None, case: Case) -> None:
     processors = 1 + 2 * (FORWARD.index(case) % 2)
     check(replace(case, grads=""), processors, processors, forward=config)
 
 
-ADDING = [KeysConfig(2, 2, apart=True), KeysConfig(2, 1), KeysConfig(2, 2, 2, apart=True, unroll=2), KeysConfig(2, 2, direct=True)]
+ADDING = [
+    DkdvConfig(2, 2, dq_warpgroup=True),
+    DkdvConfig(2, 1),
+    DkdvConfig(2, 2, 2, dq_warpgroup=True, unroll=2),
+    DkdvConfig(2, 2, red_dq=True),
+]
 
 
 @pytest.mark.parametrize("D", [16, 64, 136])
@@ -198,7 +203,7 @@ FORWARD_FEATURES = [(config, case) for number, case in enumerate(FEATURES) for c
 
 
 @pytest.mark.parametrize(("config", "case"), [pytest.param(*x, id="-".join(map(str, x)).replace(" ", "-")) for x in FORWARD_FEATURES])
-def test_forward_with_features(config: HopperConfig, case: Case) -> None:
+def test_forward_with_features(config: ForwardConfig, case: Case) -> None:
     check(replace(case, grads="", dlse=False), 1, 1, forward=config)
 
 
@@ -211,7 +216,7 @@ def test_slopes_beside_a_huge_bias(adds: bool) -> None:
     with torch.no_grad():
         inputs.bias[..., :100, :] = -1e9
         inputs.alibi_slopes.copy_(torch.linspace(0.2, 0.5, case.H).expand_as(inputs.alibi_slopes))
-    assert off_one(case, inputs, {"dqdkdv": KeysConfig(2, 2)} if adds else {}) < 0.01
+    assert off_one(case, inputs, {"dqdkdv": DkdvConfig(2, 2)} if adds else {}) < 0.01
 
 
 @pytest.mark.parametrize("mild", [True, False])
@@ -226,8 +231,8 @@ def test_maxima_that_become_huge(mild: bool, monkeypatch: pytest.MonkeyPatch) ->
         inputs.bias[..., :100, :] = -1e9
         inputs.bias[..., 40:140, 17:22] = 1e9  # visited last
     if mild:
-        mutate(monkeypatch, "softmax", "gl.abs(m) > MILD", "m > 1e38")
-    assert (off_one(case, inputs, {"forward": HopperConfig(1, 128, 2, together=2)}) < 0.01) is not mild
+        mutate(monkeypatch, "softmax", "gl.abs(m) > SMALL_REFERENCE", "m > 1e38")
+    assert (off_one(case, inputs, {"forward": ForwardConfig(1, 128, 2, ctas_per_sm=2)}) < 0.01) is not mild
 
 
 def off_one(case: Case, inputs: Inputs, configs: dict[str, Config]) -> float:
@@ -239,12 +244,12 @@ def off_one(case: Case, inputs: Inputs, configs: dict[str, Config]) -> float:
 
 @pytest.mark.parametrize("case", GROWING, ids=str)
 @pytest.mark.parametrize("config", FORWARD_CONFIGS[:1] + FORWARD_CONFIGS[5:8:2], ids=lambda c: str(c).replace(" ", "-"))
-def test_forward_of_growing_maxima(config: HopperConfig | None, case: Case) -> None:
+def test_forward_of_growing_maxima(config: ForwardConfig | None, case: Case) -> None:
     check(replace(case, grads=""), 1, 1, forward=config)
 
 
 def test_the_rounding_error_of_a_soft_cap() -> None:
-    """What plan/hopper.py says of it, by the arithmetic of ``squashed`` with instructions as inexact as they may be."""
+    """What plan/hopper.py says of it, by the arithmetic of ``tanh`` with instructions as inexact as they may be."""
     generator = torch.Generator().manual_seed(0)
     x = torch.cat([torch.randn(100_000, generator=generator) * size for size in (0.01, 1, 10, 100)]).reshape(-1, 4)
 
@@ -284,10 +289,10 @@ AXES: dict[str, list[Any]] = {
     "keys": [None, *KEYS_CONFIGS[::2]],  # each by itself has a test above
     "forward": [
         None,
-        HopperConfig(1, 64, 2),
-        HopperConfig(2, 64, 2, turns=True),
-        HopperConfig(3, 32, 2, q_stages=2),
-        HopperConfig(2, 128, 1, 2),
+        ForwardConfig(1, 64, 2),
+        ForwardConfig(2, 64, 2, ping_pong=True),
+        ForwardConfig(3, 32, 2, q_stages=2),
+        ForwardConfig(2, 128, 1, 2),
     ],
 }
 ROWS = pairwise({name: range(len(values)) for name, values in AXES.items()}, seed=7)
@@ -320,47 +325,47 @@ def test_features_together(number: int) -> None:
     sizes = dict(B=outer * inner, M=M, N=N, H=H, Hk=Hk, D=D, Dv=Dv, lo=lo, hi=hi, batch_inner=inner, lengths=row["lengths_shown"])
     configs = {name: row[key] for name, key in (("dqdkdv", "keys"), ("forward", "forward")) if row[key] is not None}
     if "dqdkdv" in configs and max(D, Dv) > 64:  # no registers for it
-        configs["dqdkdv"] = replace(configs["dqdkdv"], apart=False, bias_stages=1)
+        configs["dqdkdv"] = replace(configs["dqdkdv"], dq_warpgroup=False, bias_stages=1)
     check(Case(f"together {number}", seed=number, **sizes, **{name: row[name] for name in plain}), row["processors"], number, **configs)
 
 
 @pytest.mark.parametrize("kernel, old, new", [
-    ("keys_loads", "p.kv.acquire(_, _)", "pass"),
-    ("keys_loads", "meet(Q_FREE + _, _)", "pass"),
-    ("keys_loads", "meet(O_FREE + _, _)", "pass"),
-    ("keys_loads", "meet(BIAS_FREE + _, _)", "pass"),
-    ("keys_loads", "mbarrier.expect(_1, BIAS_BYTES + MASK_BYTES)", "mbarrier.expect(_1, BIAS_BYTES)"),
-    ("keys_block", "mbarrier.wait(p.o_full.index(stage), _)", "pass"),
-    ("keys_block", "mbarrier.wait(p.ds_empty.index(at & 1), _)", "pass"),
-    ("keys_block", "mbarrier.wait(p.dq_empty.index(_), _)", "pass"),
-    ("keys_block", "meet(DS_HERE + _ + _, 256)", "pass"),
-    ("keys_block", "signal(DS_HERE + _ + _, 256)", "pass"),
-    ("keys_block", "warpgroup_mma_wait(AFTER + NEXT, [dv_pending])", "warpgroup_mma_wait(AFTER + NEXT + 1, [dv_pending])"),
-    ("keys_block", "warpgroup_mma_wait(AFTER + NEXT, [dq_pending])", "warpgroup_mma_wait(AFTER + NEXT + 1, [dq_pending])"),
-    ("keys_block", "place = t.sum_base + _", "place = t.sum_base + block"),
-    ("keys_block", "if go:\n    add_to_sum(_1, _2, _3, None, _4, _5)", "add_to_sum(_1, _2, _3, None, _4, _5)"),
-    ("keys_block", "fence_async_shared()\nif _1:\n    signal(_2, _3)", "if _1:\n    signal(_2, _3)"),
-    ("keys_dq", "meet(DS_HERE + _, _)", "pass"),
-    ("keys_dq", "meet(DQ_HERE, _)", "pass"),
-    ("keys_dq", "tma_store_wait(1)", "pass"),
-    ("keys_dq", "tma_store_wait(2)", "pass"),
-    ("backward", "mbarrier.wait(p.ds_empty.index(_), _)", "pass"),
-    ("backward", "mbarrier.wait(p.together.index(_), _)", "pass"),
-    ("backward", "meet(DS_HERE + _ + _, 256)", "pass"),
-    ("softmax", "s = hide_by(_, _, _, _)", "pass"),
-    ("wide", "p.kv.acquire(_, _)", "p.kv.full.index(0)"),
-    ("wide", "mbarrier.wait(p.douts.empty.index(_), _)", "pass"),
-    ("wide", "mbarrier.wait(p.weights.full.index(_), _)", "pass"),
-    ("wide", "mbarrier.wait(p.queries.empty.index(_), _)", "pass"),
-    ("wide", "p.biases.acquire(_, _)", "p.biases.full.index(0)"),
-    ("loads", "p.kv.acquire(at, _)", "pass"),
-    ("loads", "p.kv.acquire(done, _)", "p.kv.full.index(p.kv.slot(done, 0))"),
-    ("loads", "p.queries.acquire(_1, _2)", "p.queries.full.index(p.queries.slot(_1, _2))"),
-    ("loads", "tma_load(f.v_desc, [_, _, _1, 0], full, _2)", "tma_load(f.v_desc, [b, n0, _1, 0], full, _2)"),
+    ("dkdv", "p.kv.acquire(_, _)", "pass"),
+    ("dkdv", "bar_sync(Q_FREE + _, _)", "pass"),
+    ("dkdv", "bar_sync(O_FREE + _, _)", "pass"),
+    ("dkdv", "bar_sync(BIAS_FREE + _, _)", "pass"),
+    ("dkdv", "mbarrier.expect(_1, BIAS_BYTES + MASK_BYTES)", "mbarrier.expect(_1, BIAS_BYTES)"),
+    ("dkdv_step", "mbarrier.wait(p.o_full.index(stage), _)", "pass"),
+    ("dkdv_step", "mbarrier.wait(p.ds_empty.index(at & 1), _)", "pass"),
+    ("dkdv_step", "mbarrier.wait(p.dq_empty.index(_), _)", "pass"),
+    ("dkdv_step", "bar_sync(DS_HERE + _ + _, 256)", "pass"),
+    ("dkdv_step", "bar_arrive(DS_HERE + _ + _, 256)", "pass"),
+    ("dkdv_step", "warpgroup_mma_wait(AFTER + NEXT, [dv_pending])", "warpgroup_mma_wait(AFTER + NEXT + 1, [dv_pending])"),
+    ("dkdv_step", "warpgroup_mma_wait(AFTER + NEXT, [dq_pending])", "warpgroup_mma_wait(AFTER + NEXT + 1, [dq_pending])"),
+    ("dkdv_step", "place = t.sum_base + _", "place = t.sum_base + block"),
+    ("dkdv_step", "if go:\n    red_add_dq(_1, _2, _3, None, _4, _5)", "red_add_dq(_1, _2, _3, None, _4, _5)"),
+    ("dkdv_step", "fence_async_shared()\nif _1:\n    bar_arrive(_2, _3)", "if _1:\n    bar_arrive(_2, _3)"),
+    ("dkdv_step", "bar_sync(DS_HERE + _, _)", "pass"),
+    ("dkdv_step", "bar_sync(DQ_HERE, _)", "pass"),
+    ("dkdv_step", "tma_store_wait(1)", "pass"),
+    ("dkdv_step", "tma_store_wait(2)", "pass"),
+    ("dkdv", "mbarrier.wait(p.ds_empty.index(_), _)", "pass"),
+    ("dkdv", "mbarrier.wait(p.consumers_done.index(_), _)", "pass"),
+    ("dkdv", "bar_sync(DS_HERE + _ + _, 256)", "pass"),
+    ("softmax", "s = mask_by_tile(_, _, _, _)", "pass"),
+    ("dkdv_d256", "p.kv.acquire(_, _)", "p.kv.full.index(0)"),
+    ("dkdv_d256", "mbarrier.wait(p.douts.empty.index(_), _)", "pass"),
+    ("dkdv_d256", "mbarrier.wait(p.weights.full.index(_), _)", "pass"),
+    ("dkdv_d256", "mbarrier.wait(p.queries.empty.index(_), _)", "pass"),
+    ("dkdv_d256", "p.biases.acquire(_, _)", "p.biases.full.index(0)"),
+    ("forward_loads", "p.kv.acquire(at, _)", "pass"),
+    ("forward_loads", "p.kv.acquire(done, _)", "p.kv.full.index(p.kv.slot(done, 0))"),
+    ("forward_loads", "p.queries.acquire(_1, _2)", "p.queries.full.index(p.queries.slot(_1, _2))"),
+    ("forward_loads", "tma_load(f.v_desc, [_, _, _1, 0], full, _2)", "tma_load(f.v_desc, [b, n0, _1, 0], full, _2)"),
     ("forward", "p.kv.wait(at, _)", "pass"),
     ("forward", "warpgroup_mma_wait(1, [s_pending])", "warpgroup_mma_wait(2, [s_pending])"),
     ("rings", "mbarrier.wait(self.full.index(_), _)", "pass"),
-    ("columns", "later - count", "later"),
+    ("scores_kq", "later - count", "later"),
 ])  # fmt: skip
 def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, kernel, old, new)
@@ -368,18 +373,18 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
 
 
 def run_breakable(kernel: str, seed: int) -> None:
-    grads = "" if kernel in ("forward", "loads", "softmax") else "qkv"
+    grads = "" if kernel in ("forward", "forward_loads", "softmax") else "qkv"
     case = Case("broken", B=2, M=300, N=300, bias="1hqk", mask="b1qk", grads=grads)
-    if kernel == "wide":
+    if kernel == "dkdv_d256":
         check(replace(case, D=136, mask="b11k"), 1, seed)
     elif not grads:
-        check(case, 1, seed, forward=HopperConfig(2, 128, 2, 2, turns=True))
+        check(case, 1, seed, forward=ForwardConfig(2, 128, 2, 2, ping_pong=True))
     else:
-        config = (KeysConfig(2, 2), KeysConfig(2, 2, 2, apart=True, unroll=2), KeysConfig(2, 1, direct=True))[seed % 3]
+        config = (DkdvConfig(2, 2), DkdvConfig(2, 2, 2, dq_warpgroup=True, unroll=2), DkdvConfig(2, 1, red_dq=True))[seed % 3]
         check(case, 1, seed, dqdkdv=config)
 
 
-@pytest.mark.parametrize("kernel, seed", [("forward", 0), ("wide", 0), ("backward", 0), ("backward", 1), ("backward", 2)])
+@pytest.mark.parametrize("kernel, seed", [("forward", 0), ("dkdv_d256", 0), ("dkdv", 0), ("dkdv", 1), ("dkdv", 2)])
 def test_unbroken_ones_are_right(kernel: str, seed: int) -> None:
     run_breakable(kernel, seed)
 
@@ -393,14 +398,14 @@ def test_unbroken_ones_are_right(kernel: str, seed: int) -> None:
     ('f"shl.b32 v, {_1}, 16; mov.b32 w, v;"', 'f"and.b32 v, {_1}, 0xFFFF0000; mov.b32 w, v;"'),
     ('f"add.f32 u{row}, u{row}, {_1};"', 'f"add.f32 u0, u0, {_1};"'),
     ("l = l * factor + more", "l = l + more"),
-    ("o = shrunk(o, factor)", "pass"),
+    ("o = rescaled_accumulator(o, factor)", "pass"),
 ])  # fmt: skip
 def test_growing_maxima_are_looked_after(old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever of it is left out or wrong is seen; the parts of the text that the assembler takes are carried out here, too."""
     case = Case("growing", B=1, M=100, N=500, H=2, D=64, bias="1hqk", bias_values="rising", dtype=BF16, grads="")
-    check(case, 1, 0, forward=HopperConfig(1, 128, 2, together=2))
+    check(case, 1, 0, forward=ForwardConfig(1, 128, 2, ctas_per_sm=2))
     mutate(monkeypatch, "forward" if "factor" in old and "f32" not in old else "softmax", old, new)
-    assert noticed(lambda seed: check(case, 1, seed, forward=HopperConfig(1, 128, 2, together=2)), 1)
+    assert noticed(lambda seed: check(case, 1, seed, forward=ForwardConfig(1, 128, 2, ctas_per_sm=2)), 1)
 
 
 PARTS = [
@@ -415,11 +420,11 @@ PARTS = [
 
 
 @pytest.mark.parametrize("case", PARTS, ids=str)
-@pytest.mark.parametrize("way", ["plain", "apart", "direct", "alone"])
+@pytest.mark.parametrize("way", ["plain", "dq_warpgroup", "red_dq", "alone"])
 def test_heads_of_a_group_in_parts(way: str, case: Case) -> None:
     """Each sums up dk and dv over its share of the query heads: several, or one."""
     case = replace(case, grads=case.grads.replace("q", "")) if way == "alone" else case
     members = 2 if way == "plain" and 2 * case.key_heads < case.H else 1
-    config = KeysConfig(2, 2, apart=way == "apart", direct=way == "direct", head_splits=case.H // case.key_heads // members)
+    config = DkdvConfig(2, 2, dq_warpgroup=way == "dq_warpgroup", red_dq=way == "red_dq", head_splits=case.H // case.key_heads // members)
     kernel = "dqdkdv" if "q" in case.grads else "dkdv"
     assert check(case, carefully=False, **{kernel: config})[2:4] == [kernel, "dkdv_sum" if set(case.grads) & set("kv") else "dbias_sum"]

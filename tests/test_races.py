@@ -43,7 +43,7 @@ def test_cases_run_what_they_say(name: str, small: bool, monkeypatch: pytest.Mon
 
 
 def test_between_them_cases_launch_every_kernel() -> None:
-    wanted = {"prepare", "dqdkdv", "dkdv", "dq", "finish", "dkdv_sum", "dbias"}
+    wanted = {"preprocess", "dqdkdv", "dkdv", "dq", "postprocess", "dkdv_sum", "dbias"}
     assert {kernel for case in RACES.CASES.values() for kernel in case.kernels.split()} >= wanted
 
 

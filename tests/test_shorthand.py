@@ -7,7 +7,7 @@ import argparse
 import pytest
 import torch
 
-from triflash import shorthand
+from triflash.cli import shorthand
 
 
 @pytest.mark.parametrize(

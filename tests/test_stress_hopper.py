@@ -17,7 +17,6 @@ import stress_hopper as stress
 from cases import triton_only
 from triflash import oracle
 from triflash.plan.device import KNOWN_DEVICES
-from triflash.plan.hopper import shared_memory
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_forward
 
@@ -99,7 +98,7 @@ def test_every_drawn_configuration_is_one_that_the_plan_takes() -> None:
                     shape = [1 if letter == "1" else size for letter, size in zip(problem.bias, full, strict=True)]
                     bias = torch.empty(shape, device="meta", dtype=stress.DTYPES[problem.bias_dtype])
                 spec = problem.spec(q, k, v, bias)
-                assert shared_memory(spec, problem.config) <= KNOWN_DEVICES["sm90"].shared_memory, problem
+                assert problem.config.shared_memory(spec) <= KNOWN_DEVICES["sm90"].shared_memory, problem
                 with override_configs(forward=problem.config):
                     assert plan_forward(spec, KNOWN_DEVICES["sm90"], "hopper").steps[0].config == problem.config
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import Case, build, judge
+from cases import Case, build
+from judging import judge
 from triflash import oracle
-from triflash.bench.tolerance import Judgement, assert_close, closed_backward, disagreement
+from triflash.cli.bench.tolerance import Judgement, assert_close, closed_backward, disagreement
 
 CASE = Case("judge", B=2, M=24, N=20, bias="1h1k", dtype=torch.float16)
 

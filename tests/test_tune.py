@@ -22,20 +22,20 @@ from rich.console import Console
 
 import triflash
 from triflash.__main__ import main
+from triflash.cli.tune import candidates as listing
+from triflash.cli.tune import run
+from triflash.cli.tune.candidates import Built, Job, candidates, shares
+from triflash.cli.tune.cases import Case
+from triflash.cli.tune.choose import FINALISTS, finalists, ranking
+from triflash.cli.tune.measure import Bench, Measured
+from triflash.cli.tune.options import Options
+from triflash.cli.tune.report import visible_pairs
 from triflash.launch.triton import Call
 from triflash.plan import overlay, tables
 from triflash.plan.configs import Problem, TileConfig
 from triflash.plan.device import KNOWN_DEVICES, facts_of
 from triflash.plan.select import plan_backward, plan_forward
 from triflash.spec import Needs
-from triflash.tune import candidates as listing
-from triflash.tune import run
-from triflash.tune.candidates import Built, Job, candidates, shares
-from triflash.tune.cases import Case
-from triflash.tune.choose import FINALISTS, finalists, ranking
-from triflash.tune.measure import Bench, Measured
-from triflash.tune.options import Options
-from triflash.tune.report import visible_pairs
 
 GPU = dataclasses.replace(KNOWN_DEVICES["sm90"], name="NVIDIA H200")
 CASE = Case(4, 2048, 2048, 16, 64, torch.bfloat16, "1hqk", True, True)
@@ -411,7 +411,7 @@ def test_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def parsed(line: str) -> Options:
     import argparse
 
-    from triflash.tune.options import add_arguments
+    from triflash.cli.tune.options import add_arguments
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -456,9 +456,9 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
 def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     import sys
 
-    for name in [name for name in sys.modules if name.split(".")[0] == "rich" or name.startswith("triflash.tune.r")]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "rich" or name.startswith("triflash.cli.tune.r")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("triflash.tune.run", raising=False)
+    monkeypatch.delattr("triflash.cli.tune.run", raising=False)
     monkeypatch.setitem(sys.modules, "rich", None)
     assert main(["tune"]) == 2
     assert "pip install '.[bench]'" in capsys.readouterr().err
@@ -466,7 +466,7 @@ def test_missing_extras_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_a_forward_pass_is_judged_by_its_lse_too() -> None:
     """A right output beside a wrong lse would make every gradient wrong."""
-    from triflash.tune.measure import Bench
+    from triflash.cli.tune.measure import Bench
 
     bench = object.__new__(Bench)
     lse = torch.tensor([[[0.5, -torch.inf, 1e9]]])

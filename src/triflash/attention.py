@@ -160,6 +160,10 @@ def attention(
             has for it (is_causal, attn_mask, softmax_scale, dropout, window_size, …) or a bias by position, it names ours.
         UnsupportedError: no backend, or not the one that was asked for by name, can do this combination (docs/features.md).
 
+    q, k and v may be jagged NestedTensors, ``(B, lengths, heads, dim)``, ragged in dim 1, or 2 with ``layout="bhsd"``: out and lse are
+    jagged with q's offsets, causal, windows and ALiBi follow each sequence's own lengths, a bias or mask is padded to the longest, and
+    key_lengths must be None. :func:`triflash.attention_varlen` computes it.
+
     What causal, window, mask or a bias of −inf hides must be finite; what only key_lengths hides may hold anything.
 
     Memory beyond inputs and outputs is O(M + N) per head, but for copies of inputs whose layout kernels cannot read. Results are bitwise

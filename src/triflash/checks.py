@@ -88,7 +88,8 @@ def refuse_foreign(name: str, x: Any) -> None:
     if type(x) in (Tensor, torch.nn.Parameter) and not x.is_nested:
         return
     if isinstance(x, Tensor) and x.is_nested:
-        raise bad_type(name, "a dense (strided) tensor", "a NestedTensor", "pad it (x.to_padded_tensor(0.0)) and pass key_lengths=")
+        hint = "attention takes jagged q, k and v; or pad it (x.to_padded_tensor(0.0)) and pass key_lengths="
+        raise bad_type(name, "a dense (strided) tensor", "a NestedTensor", hint)
     if type(x).__name__ == "CausalBias":
         hint = "causal=True is lower right, causal='top_left' is upper left"
         raise bad_type(name, "a tensor of numbers or a mask", "a CausalBias", hint)

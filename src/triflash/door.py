@@ -22,6 +22,7 @@ from .bound.signature import CALLS, ambient, describe
 from .checks import check_seed_range, seed_tensor
 from .errors import UnsupportedError
 from .launch.room import meta, twin
+from .nested import attend_nested, is_nested
 from .ops import Attention, attention_forward
 from .ops_varlen import VarlenOptions as Varlen
 from .ops_varlen import VarlenTensors, bind_varlen, varlen_forward
@@ -29,7 +30,7 @@ from .plan.device import DeviceFacts
 from .plan.select import requested_backend_soon
 from .spec import resolve_precision, spec_of
 
-__all__ = ["attend", "attend_varlen", "bind"]
+__all__ = ["attend", "attend_varlen", "bind", "bind_sequences", "varlen_options"]
 
 _PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they look like
 _SEED = meta((2,), (1,), torch.int64)
@@ -84,6 +85,8 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
     if cast:
         return _autocasted(face, given, options, return_lse)
     if call is None:
+        if face.shapes is None and is_nested(given):
+            return _by_operators(face, given, options, return_lse)
         named = Given(*given)
         settled = checked(face, named, Options(*options))
         if isinstance(window, list):  # which has no hash
@@ -141,10 +144,7 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
             return attend_varlen(given, VarlenOptions(*options)._replace(window=tuple(options[3])), return_lse)
         if key is None or q.device.type == "meta" or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg()) for x in given):
             return _varlen_by_operators(given, options, return_lse)
-        drawn = None
-        if settled.dropout_p:
-            drawn = twin(seed) if isinstance(seed, Tensor) and seed.is_contiguous() else _SEED
-        call = bind_varlen(VarlenTensors(*named[:7], drawn, *named[8:]), _varlen_options(settled), facts, q.device)
+        call = _bound_sequences(settled, named, facts)
         CALLS.add(key, call)
     if isinstance(seed, int):
         check_seed_range(seed)
@@ -156,7 +156,20 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
     return _run(call, all_given, return_lse)
 
 
-def _varlen_options(settled: CheckedVarlen) -> Varlen:
+def bind_sequences(given: VarlenGiven, options: VarlenOptions, facts: DeviceFacts) -> BoundCall:
+    """:func:`bind`, of packed sequences."""
+    return _bound_sequences(checked_varlen(given, options), given, facts)
+
+
+def _bound_sequences(settled: CheckedVarlen, given: VarlenGiven, facts: DeviceFacts) -> BoundCall:
+    seed, drawn = given.dropout_seed, None
+    if settled.dropout_p:
+        drawn = twin(seed) if isinstance(seed, Tensor) and seed.is_contiguous() else _SEED
+    return bind_varlen(VarlenTensors(*given[:7], drawn, *given[8:]), varlen_options(settled), facts, given.q.device)
+
+
+def varlen_options(settled: CheckedVarlen) -> Varlen:
+    """What the operators of packed sequences take beside the tensors."""
     band = settled.band
     return Varlen(
         band.left, band.right, band.anchor == "bottom_right", settled.scale, settled.precision, settled.bias_layout, settled.mask_layout,
@@ -173,7 +186,7 @@ def _varlen_by_operators(given: tuple[Any, ...], options: tuple[Any, ...], retur
         raise UnsupportedError("packed sequences as DTensors: call attention_varlen on what each process has, x.to_local()")
     settled = checked_varlen(named, VarlenOptions(*options))
     seed = seed_tensor(named.dropout_seed, q.device) if settled.dropout_p else None
-    out, lse, _ = varlen_forward(*named[:7], seed, *named[8:], *_varlen_options(settled))
+    out, lse, _ = varlen_forward(*named[:7], seed, *named[8:], *varlen_options(settled))
     return (out, lse) if return_lse else out
 
 
@@ -223,6 +236,8 @@ def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], 
     q = given[0]
     if isinstance(q, Tensor) and q.device.type in _CASTING and torch.is_autocast_enabled(q.device.type):
         return _autocasted(face, given, options, return_lse)
+    if face.shapes is None and is_nested(given):
+        return attend_nested(attend_varlen, Given(*given), Options(*options), return_lse)
     if any(isinstance(x, Tensor) and _is_dtensor(x) for x in given):
         if _transforms():
             raise UnsupportedError(

@@ -6,7 +6,7 @@ Starts nothing on a device, works for GPUs that are not here, and does without T
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -14,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import ATTENTION, Given, Options, two_biases
+from .arguments import ATTENTION, Given, Options, VarlenGiven, VarlenOptions, two_biases
+from .attention import attention
+from .bound.call import BoundCall
 from .bound.passes import BoundPass
 from .checks import check_bool
-from .door import bind
+from .door import bind, bind_sequences
 from .errors import UnsupportedError, bad_type, bad_value
 from .explanation import Copy, ExplainedStep, Explanation, Pass
 from .hints import not_ours
-from .plan import hopper, hopper_steps
+from .nested import is_nested, packed
+from .plan import hopper
 from .plan.configs import TileConfig, shared_memory
 from .plan.device import KNOWN_DEVICES, NAMED_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
-from .plan.hopper import HopperConfig
+from .plan.kernels.shared import HopperConfig
 from .plan.override import KERNELS
 from .plan.select import (
     BACKENDS,
@@ -33,7 +36,6 @@ from .plan.select import (
     backend,
     config_of,
     current_choices,
-    hopper_config_of,
     plan_backward,
     plan_forward,
     problem_of,
@@ -41,20 +43,33 @@ from .plan.select import (
 )
 from .plan.steps import IN_PYTORCH
 from .spec import AttentionSpec, Needs
+from .varlen import attention_varlen, near
 
 __all__ = ["explain"]
 
 _INPUTS = ("q", "k", "v", "bias", "sink")
-_TENSORS = tuple(name for name in Given._fields if name not in ("q", "k", "v", "bias"))
-_OPTIONS = (*_TENSORS, *(name for name in Options._fields if name != "backend"), "return_lse")
+# Of each function that is explained: what may follow v by position, and its other arguments.
+_BY_POSITION = {attention: ("bias",), attention_varlen: ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")}
+_NAMES = {
+    attention: (
+        *(name for name in Given._fields[3:] if name != "second_bias"),
+        *(name for name in Options._fields if name != "backend"),
+        "return_lse",
+    ),
+    attention_varlen: (
+        *(name for name in VarlenGiven._fields[3:] if name != "second_bias"),
+        *(name for name in VarlenOptions._fields if name != "backend"),
+        "return_lse",
+    ),
+}
 
 
 def explain(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None = None,
-    *,
+    *more: Any,
+    of: Callable[..., Any] = attention,
     grads: Iterable[str] | None = None,
     backend: str | None = None,
     device: str | torch.device | DeviceFacts | None = None,
@@ -67,8 +82,10 @@ def explain(
     ``with triflash.backend(...)``, ``triflash.tuned(...)`` and environment. No tensor is read, and nothing is launched.
 
     Args:
-        q, k, v, bias: as for :func:`triflash.attention`, with the same checks. Meta tensors will do.
-        options: :func:`triflash.attention`'s other keywords, of the same meaning (``causal=``, ``mask=``, ``window=``, ``scale=``, …). The
+        q, k, v: as for :func:`triflash.attention`, with the same checks; jagged ones, too. Meta tensors will do.
+        more: the bias; or, of ``attention_varlen``, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k. By name they go as well.
+        of: the function: ``triflash.attention``, or ``triflash.attention_varlen``, whose offsets are not read either.
+        options: its other keywords, of the same meaning (``causal=``, ``mask=``, ``window=``, ``scale=``, …). The
             seed's functions align causal to the top left: that is ``causal="top_left"``.
         grads: which of ``"q", "k", "v", "bias", "sink"`` a backward pass gives gradients for; ``"bias"`` stands for both of two. Default:
             those that require one.
@@ -88,11 +105,11 @@ def explain(
             compile (it is not installed, or ``TRITON_INTERPRET`` is on).
         UnsupportedError: the backend asked for by name cannot do this.
     """
-    given, chosen = _arguments(q, k, v, bias, options)
+    named = _named(of, more, options)
     with _requested(backend):
         facts, here = _facts(device, q.device if isinstance(q, Tensor) else torch.device("meta"))
-        call = bind(ATTENTION, given, chosen, facts)
-    needs = _needs(grads, (q, k, v, given.bias, given.sink, given.second_bias))
+        call, given = _bound(of, q, k, v, named, facts)
+    needs = _needs(grads, (given.q, given.k, given.v, given.bias, given.sink, given.second_bias))
     spec, requested = call.spec, call.backend
     bound = [call.forward]
     if any(vars(needs).values()):
@@ -116,18 +133,48 @@ def explain(
         deterministic=deterministic,
         determinism=determinism,
         changed=_changed(plans, spec, needs, facts),
-        notes=tuple(_notes(facts, plans, compile)),
+        notes=tuple(_notes(facts, plans, spec, compile)),
     )
 
 
-def _arguments(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: dict[str, Any]) -> tuple[Given, Options]:
-    for name, value in options.items():
-        if name not in _OPTIONS:
-            raise not_ours("attention", _OPTIONS, (), {name: value})
+def _named(of: Callable[..., Any], more: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments behind v by their names."""
+    if of not in _NAMES:
+        raise bad_value("of", "triflash.attention or triflash.attention_varlen", getattr(of, "__name__", repr(of)))
+    name = of.__name__
+    places = _BY_POSITION[of]
+    if len(more) > len(places):
+        raise bad_type("explain", f"q, k, v, {', '.join(places)} by position", f"{3 + len(more)} arguments", f"name the others of {name}")
+    for key, value in options.items():
+        if key not in _NAMES[of]:
+            raise not_ours(name, _NAMES[of], (), {key: value})
+        if key in places[: len(more)]:
+            raise bad_type(key, f"one {key}", "two, by position and by name")
     check_bool("return_lse", options.get("return_lse", False))
-    first, second = two_biases(bias)
-    given = Given(q, k, v, first, **{name: options[name] for name in _TENSORS if name in options}, second_bias=second)
-    return given, Options(**{name: options[name] for name in Options._fields if name in options})
+    found = dict(zip(places, more, strict=False)) | options
+    found["bias"], found["second_bias"] = two_biases(found.get("bias"))
+    return found
+
+
+def _bound(
+    of: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, named: dict[str, Any], facts: DeviceFacts
+) -> tuple[BoundCall, Given | VarlenGiven]:
+    """The call, and its tensors."""
+    if of is attention_varlen:
+        offsets = named.get("cu_seqlens_q")
+        keys = named.get("cu_seqlens_k")
+        pair = [near(q, name, x) for name, x in (("cu_seqlens_q", offsets), ("cu_seqlens_k", offsets if keys is None else keys))]  # type: ignore[arg-type]
+        tensors = {name: named.get(name) for name in VarlenGiven._fields[3:]} | dict(
+            zip(("cu_seqlens_q", "cu_seqlens_k"), pair, strict=True)
+        )
+        rows = VarlenGiven(q, k, v, **tensors)  # type: ignore[arg-type]
+        return bind_sequences(rows, VarlenOptions(**{name: named[name] for name in VarlenOptions._fields if name in named}), facts), rows
+    given = Given(q, k, v, **{name: named[name] for name in Given._fields if name in named})
+    options = Options(**{name: named[name] for name in Options._fields if name in named})
+    if is_nested(given):
+        rows, more = packed(given, options)
+        return bind_sequences(rows, more, facts), rows
+    return bind(ATTENTION, given, options, facts), given
 
 
 def _pass(bound: BoundPass, spec: AttentionSpec, device: DeviceFacts) -> Pass:
@@ -214,22 +261,24 @@ def _own_devices() -> list[torch.device]:
     return [torch.device("cpu"), *(torch.device("cuda", 0) for _ in range(min(1, torch.cuda.device_count())))]
 
 
+_SAME_TILES = {"packed_dbias": "dbias"}  # kernels that have the configuration of another
+
+
 def _explained(plan: Plan, step: Step, spec: AttentionSpec, device: DeviceFacts) -> ExplainedStep:
     if step.config is None:
         return ExplainedStep(step)
     source = "fixed: it has no tiles of scores" if step.kernel not in KERNELS else f"the choice of backend {plan.backend}"
     estimate = None
-    if plan.backend == "hopper" and step.kernel == "forward":
-        assert isinstance(step.config, HopperConfig)
-        source = hopper_config_of(spec, device, current_choices())[1]
-        estimate = hopper.shared_memory(spec, step.config)
-    elif plan.backend == "hopper" and not isinstance(step.config, TileConfig):
-        source = hopper_steps.source_of(step, dict(current_choices().by_hand))
-        estimate = hopper_steps.shared_memory(spec, step)
-    elif plan.backend == "triton" and step.kernel in KERNELS:
-        config, found = config_of(step.kernel, spec, device, current_choices())
+    if isinstance(step.config, HopperConfig):
+        source = hopper.source_of(step, dict(current_choices().by_hand))
+        estimate = step.config.shared_memory(spec, step.gives)
+    elif plan.backend == "triton" and (kernel := _SAME_TILES.get(step.kernel, step.kernel)) in KERNELS:
+        assert isinstance(step.config, TileConfig)
+        config, found = config_of(kernel, spec, device, current_choices())
+        if spec.packed is not None and config != step.config:
+            found, config = f"{found}, less rows for what sequences are long on the average", step.config
         source = found if config == step.config else source
-        estimate = shared_memory(problem_of(step.kernel, spec), config, device)
+        estimate = shared_memory(problem_of(kernel, spec), config, device)
     return ExplainedStep(step, source, estimate)
 
 
@@ -280,7 +329,7 @@ def _changed(plans: list[Plan], spec: AttentionSpec, needs: Needs, device: Devic
 
 def _determinism(plans: list[Plan]) -> tuple[bool, str]:
     """Every backend sums in an order that follows from sizes and device alone, but for dq where the Hopper kernels add it up in memory."""
-    if any(step.kernel == "finish" for plan in plans for step in plan.steps):
+    if any(step.kernel == "postprocess" for plan in plans for step in plan.steps):
         return False, (
             "dq is added up in memory in no fixed order, everything else in one order; torch.use_deterministic_algorithms(True), or "
             "deterministic=True of triflash.attention, has dq computed by a kernel of its own instead"
@@ -297,11 +346,14 @@ def _determinism(plans: list[Plan]) -> tuple[bool, str]:
     return True, "; ".join(dict.fromkeys(reasons))
 
 
-def _notes(device: DeviceFacts, plans: list[Plan], compiled: bool) -> Iterable[str]:
+def _notes(device: DeviceFacts, plans: list[Plan], spec: AttentionSpec, compiled: bool) -> Iterable[str]:
     if problem := triton_problem():
         yield f"{problem}: this is what runs without it, on any device"
     if compiled and all(plan.backend in IN_PYTORCH for plan in plans):
         yield f"nothing was compiled: only kernels of backends triton and hopper can be, and {plans[0].backend} runs"
+    if plans[0].backend == "triton" and spec.packed is not None and plans[0].steps:
+        bound = "programs are as many as there can be tiles: the host does not know how long sequences are"
+        yield f"{bound}; those that are left over end at once"
     choices = current_choices()
     if choices.tuned is not None and device.arch not in ("cpu", "interpreter"):
         yield f"tuned configurations are read from {choices.tuned.path} (they hold for one GPU, Triton {triton_version() or 'unknown'})"

@@ -140,18 +140,24 @@ def human(nbytes: int) -> str:
 
 
 def _problem(spec: AttentionSpec) -> str:
+    packed = spec.packed
     batch = f"{spec.batch_outer}x{spec.batch_inner}" if spec.batch_inner > 1 else f"{spec.batch}"
+    lengths = f"batch {batch}, {spec.queries} queries, {spec.keys} keys"
+    if packed is not None:
+        lengths = f"{packed.sequences} packed sequences of {spec.queries} queries and {spec.keys} keys in all"
     dims = f"d {spec.head_dim}" + (f" (values {spec.value_dim})" if spec.value_dim != spec.head_dim else "")
-    bias = f"bias {_pattern(spec, spec.bias)} {spec.bias.dtype}" if spec.bias else "no bias"
-    if spec.second is not None:
-        bias += f" and {_pattern(spec, spec.second)} {spec.second.dtype}"
+    where = "" if packed is None or packed.bias_layout == "padded" else packed.bias_layout
+    patterns = [f"{_pattern(spec, each)[bool(where) :]} {each.dtype}" for each in (spec.bias, spec.second) if each is not None]
+    layout = "" if packed is None else f"{packed.bias_layout} "
+    bias = f"bias {layout}{' and '.join(patterns)}" if patterns else "no bias"
     band = f"keys from {_bound(spec.lo)} to {_bound(spec.hi)} of a query"
     if spec.lo is None and spec.hi in (None, 0):
         band = "every key visible" if spec.hi is None else "causal"
+    if packed is not None and (spec.lo, spec.hi) != (None, None):
+        band += f" by the {'last' if packed.bottom_right else 'first'} query and key of each sequence"
     precision = f" ({spec.precision} products)" if spec.dtype == "fp32" else ""
-    lengths = f"{spec.queries} queries, {spec.keys} keys"
-    extras = "".join(f", {extra}" for extra in spec.extras)
-    return f"batch {batch}, {lengths}, {spec.heads} heads, {dims}, {spec.dtype}{precision}, {bias}{extras}, {band}, scale {spec.scale:.4g}"
+    extras = "".join(f", {extra}" for extra in spec.extras if extra != "packed sequences")
+    return f"{lengths}, {spec.heads} heads, {dims}, {spec.dtype}{precision}, {bias}{extras}, {band}, scale {spec.scale:.4g}"
 
 
 def _pattern(spec: AttentionSpec, bias: BiasSpec) -> str:
@@ -177,7 +183,7 @@ def _device(device: DeviceFacts, here: bool) -> str:
     elif device.arch == "interpreter":
         facts = ": Triton's interpreter on the CPU"
     else:
-        facts = f": {device.processors} processors, {human(device.shared_memory)} of shared memory a program"
+        facts = f": {device.sms} {device.units}, {human(device.shared_memory)} of shared memory a program"
     away = (
         "" if here else ", which is not here: typical facts" if device in KNOWN_DEVICES.values() else ", which is not here: facts as given"
     )

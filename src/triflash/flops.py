@@ -73,7 +73,7 @@ def register_formulas(forward: Any, backward: Any, backward_: Any, backward_two:
     _when_imported(register)
 
 
-def register_varlen_formulas(forward: Any, backward: Any) -> None:
+def register_varlen_formulas(forward: Any, backward: Any, backward_: Any) -> None:
     """The same for the operators of packed sequences. Offsets are read; of fake tensors, which have none, sequences count as equally long,
     or as long as the caller says the longest is.
     """
@@ -101,7 +101,13 @@ def register_varlen_formulas(forward: Any, backward: Any) -> None:
         return attention_flops(pairs(q, k, more[5:]), q.shape[2], v.shape[2], "fwd")
 
     def of_backward(dout: Any, dlse: Any, out: Any, lse: Any, rest: Any, needs: Any, q: Any, k: Any, v: Any, *more: Any, **_: Any) -> int:
-        dq, dk, dv, dbias = map(bool, needs[:4])
+        return of_gradients(list(map(bool, needs[:4])), q, k, v, more)
+
+    def of_given(dout: Any, out: Any, lse: Any, dq: Any, dk: Any, dv: Any, q: Any, k: Any, v: Any, *more: Any, **_: Any) -> int:
+        return of_gradients([*(x is not None for x in (dq, dk, dv)), False], q, k, v, more)
+
+    def of_gradients(needs: Sequence[bool], q: Any, k: Any, v: Any, more: Sequence[Any]) -> int:
+        dq, dk, dv, dbias = needs
         D, Dv = q.shape[2], v.shape[2]
         terms = D + Dv * (dq or dk or dbias) + D * dq + D * dk + Dv * dv
         return pairs(q, k, more[5:]) * 2 * terms if dq or dk or dv or dbias else 0
@@ -109,6 +115,7 @@ def register_varlen_formulas(forward: Any, backward: Any) -> None:
     def register(counter: ModuleType) -> None:
         counter.register_flop_formula(forward, get_raw=True)(of_forward)
         counter.register_flop_formula(backward, get_raw=True)(of_backward)
+        counter.register_flop_formula(backward_, get_raw=True)(of_given)
 
     _when_imported(register)
 

@@ -46,18 +46,53 @@ _HINTS = {
     "seqlens_k": "key_lengths=",
     "seqused_k": "key_lengths=",
     "cache_seqlens": "key_lengths=",
-    "cu_seqlens_q": "packed sequences do not exist yet; pad the batch and pass key_lengths=",
-    "cu_seqlens_k": "packed sequences do not exist yet; pad the batch and pass key_lengths=",
+    **dict.fromkeys(
+        ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_q", "cu_seq_k", "cu_seq_lens_q", "cu_seq_lens_k", "max_seqlen_q",
+         "max_seqlen_k", "seqused_q"),
+        "triflash.attention_varlen takes packed sequences",
+    ),
+}  # fmt: skip
+_VARLEN_HINTS = {
+    "cu_seqlens": "cu_seqlens_q=, and cu_seqlens_k= where keys have others",
+    "cu_seq_q": "cu_seqlens_q=",
+    "cu_seq_k": "cu_seqlens_k=",
+    "cu_seq_lens_q": "cu_seqlens_q=",
+    "cu_seq_lens_k": "cu_seqlens_k=",
+    "offsets": "cu_seqlens_q=",
+    "lengths": "cu_seqlens_q=, where sequences begin: torch.nn.functional.pad(lengths.cumsum(0), (1, 0))",
+    "position_ids": "cu_seqlens_q=, where position_ids begin anew",
+    "max_seqlen": "max_seqlen_q= and max_seqlen_k=, or neither: they are hints",
+    "max_q": "max_seqlen_q=",
+    "max_k": "max_seqlen_k=",
+    "max_length_q": "max_seqlen_q=",
+    "max_length_k": "max_seqlen_k=",
+    "key_lengths": "seqused_k=",
+    "seqlens_k": "seqused_k=",
+    "cache_seqlens": "seqused_k=",
+    "attention_mask": "nothing where it tells padding, as packed sequences have none; else mask= for a bool tensor, bias= for floats",
+    "key_padding_mask": "nothing, as packed sequences have no padding; seqused_k= where some of their keys do not count",
+    "block_mask": "mask= for a bool tensor, or causal=, window=; sequences never see each other",
+    "layout": "leave it out: packed tensors are (rows, heads, dim)",
+    "block_table": "triflash has no paged keys and values",
+    "page_table": "triflash has no paged keys and values",
+    "num_splits": "leave it out: keys of a sequence are never split",
+}
+# What each function takes by position.
+_BY_POSITION = {
+    "attention": ("q", "k", "v"),
+    "attention_varlen": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
 }
 
 
 def not_ours(function: str, names: Sequence[str], more: Sequence[Any], others: Mapping[str, Any]) -> TypeError:
-    """The error of a call with tensors beyond v by position, or with names that ``function`` does not have among its ``names``."""
+    """The error of a call with tensors beyond those by position, or with names that ``function`` does not have among its ``names``."""
     if more:
-        hint = "name what follows v: bias= for floats that are added to the scores, mask= for a bool tensor, causal=, …"
-        return bad_type(function, "q, k and v by position", f"{3 + len(more)} arguments", hint)
+        *first, last = own = _BY_POSITION[function]
+        hint = f"name what follows {last}: bias= for floats that are added to the scores, mask= for a bool tensor, causal=, …"
+        return bad_type(function, f"{', '.join(first)} and {last} by position", f"{len(own) + len(more)} arguments", hint)
     name = next(iter(others))
-    hint = _HINTS.get(name.lower(), "")
+    hints = _HINTS | _VARLEN_HINTS if function == "attention_varlen" else _HINTS
+    hint = hints.get(name.lower(), "")
     if not hint:
         near = difflib.get_close_matches(name.lower(), names, 1)
         hint = f"did you mean {near[0]}=?" if near else ""

@@ -3,6 +3,7 @@
 ``triflash::varlen_forward``   (tensors, options) -> (out, lse, rest), differentiable
 ``triflash::varlen_backward``  (dout, dlse, out, lse, rest, needs, tensors, options) -> (dq, dk, dv, dbias, dsink, dsecond), empty where
 not needed
+``triflash::varlen_backward_`` (dout, out, lse, dq, dk, dv, tensors, options): the first three, filling the tensors it is given
 
 Tensors and options are the fields of :class:`VarlenTensors` and :class:`VarlenOptions`; every tensor is as the caller of
 :func:`triflash.attention_varlen` gave it.
@@ -23,9 +24,9 @@ from .form import Form
 from .launch.room import twin
 from .ops import differentiable, differentiable_once, kept
 from .plan.device import DeviceFacts
-from .spec import keeps_rest, packed_spec_of
+from .spec import Saved, check_gradients, check_saved, keeps_rest, packed_spec_of
 
-__all__ = ["VarlenOptions", "VarlenTensors", "backward_of", "bind_varlen", "varlen_backward", "varlen_forward"]
+__all__ = ["VarlenOptions", "VarlenTensors", "backward_of", "bind_varlen", "varlen_backward", "varlen_backward_", "varlen_forward"]
 
 
 class VarlenTensors(NamedTuple):
@@ -86,6 +87,9 @@ _library.define(
     f"varlen_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor? rest, bool[] needs, {_TENSORS}, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
+_library.define(
+    f"varlen_backward_(Tensor dout, Tensor out, Tensor lse, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, {_TENSORS}, {_OPTIONS}) -> ()"
+)
 
 
 def bind_varlen(tensors: VarlenTensors, options: VarlenOptions, facts: DeviceFacts, device: torch.device) -> BoundCall:
@@ -121,6 +125,20 @@ def _backward(
     saved = [x for x in (out, lse, kept(rest)) if x is not None]
     grads = _bound(tensors, VarlenOptions(*args[_COUNT:])).run_backward(tensors.given, saved, dout, dlse, tuple(needs))
     return tuple(tensors.q.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _backward_(dout: Tensor, out: Tensor, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, *args: Any) -> None:
+    tensors = VarlenTensors(*args[:_COUNT])
+    q, k, v = tensors[:3]
+    check_saved(q[None], v[None], dout[None], None, Saved(out[None], lse[None], None))
+    check_gradients({"q": q, "k": k, "v": v}, {"dq": dq, "dk": dk, "dv": dv}, {"dout": dout, "out": out})
+    into = (dq, dk, dv, None, None, None)
+    needs = tuple(grad is not None for grad in into)
+    _bound(tensors, VarlenOptions(*args[_COUNT:])).run_backward(tensors.given, (out, lse), dout, None, needs, into)
+
+
+def _fake_backward_(*_: Any) -> None:
+    return None
 
 
 def _fake_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,11 +195,16 @@ def backward_of(
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
 
 
-for _name, _fn, _fake in (("varlen_forward", _forward, _fake_forward), ("varlen_backward", _backward, _fake_backward)):
+for _name, _fn, _fake in (
+    ("varlen_forward", _forward, _fake_forward),
+    ("varlen_backward", _backward, _fake_backward),
+    ("varlen_backward_", _backward_, _fake_backward_),
+):
     _library.impl(_name, _fn, "CompositeExplicitAutograd")
     torch.library.register_fake(f"triflash::{_name}", _fake, lib=_library)
 
 varlen_forward = torch.ops.triflash.varlen_forward.default
 varlen_backward = torch.ops.triflash.varlen_backward.default
+varlen_backward_ = torch.ops.triflash.varlen_backward_.default
 differentiable(_library, varlen_forward, _forward, _keep, _give)
-register_varlen_formulas(torch.ops.triflash.varlen_forward, torch.ops.triflash.varlen_backward)
+register_varlen_formulas(torch.ops.triflash.varlen_forward, torch.ops.triflash.varlen_backward, torch.ops.triflash.varlen_backward_)

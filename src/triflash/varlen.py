@@ -5,7 +5,8 @@ Method: FlashAttention's variable lengths (Dao et al. 2022), with any bias and i
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import inspect
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,8 +15,9 @@ from .arguments import two_biases
 from .checks import check_bool
 from .door import attend_varlen
 from .errors import bad_value
+from .hints import not_ours
 
-__all__ = ["attention_varlen"]
+__all__ = ["attention_varlen", "near"]
 
 
 @overload
@@ -80,11 +82,11 @@ def attention_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
+    cu_seqlens_q: Tensor = None,  # type: ignore[assignment]
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    *,
+    *more: Any,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     bias: Tensor | tuple[Tensor | None, ...] | None = None,
@@ -103,6 +105,7 @@ def attention_varlen(
     deterministic: bool | None = None,
     precision: str | None = None,
     backend: str | None = None,
+    **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention within each of many sequences packed one behind the other, with gradients for q, k, v, the bias and the sink.
 
@@ -134,15 +137,18 @@ def attention_varlen(
         0 and −inf, and give and get zero gradient.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device or option; the message names the argument.
+        ValueError, TypeError: a wrong shape, dtype, device or option; the message names the argument. For a name that another package has
+            for it (cu_seq_q, max_q, key_lengths, softmax_scale, …) it names ours.
         UnsupportedError: no backend, or not the one that was asked for by name, can do this combination.
 
     >>> out = attention_varlen(q, k, v, torch.tensor([0, 5, 12], device=q.device), causal=True)
     """
+    if more or others:
+        raise not_ours("attention_varlen", [*inspect.signature(attention_varlen).parameters][3:], more, others)
     check_bool("return_lse", return_lse)
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
-    cu_seqlens_q, cu_seqlens_k = _near(q, "cu_seqlens_q", cu_seqlens_q), _near(q, "cu_seqlens_k", cu_seqlens_k)
+    cu_seqlens_q, cu_seqlens_k = near(q, "cu_seqlens_q", cu_seqlens_q), near(q, "cu_seqlens_k", cu_seqlens_k)
     second = None
     if isinstance(bias, (tuple, list)):
         bias, second = two_biases(bias)
@@ -153,8 +159,17 @@ def attention_varlen(
     return attend_varlen(given, options, return_lse)
 
 
-def _near(q: Tensor, name: str, offsets: Tensor) -> Tensor:
-    """Offsets on q's device."""
+# more and others are for errors alone, and offsets there must be: help() shows the rest.
+_parameters = [
+    each.replace(default=inspect.Parameter.empty) if each.name == "cu_seqlens_q" else each
+    for each in inspect.signature(attention_varlen).parameters.values()
+    if each.name not in ("more", "others")
+]
+attention_varlen.__signature__ = inspect.signature(attention_varlen).replace(parameters=_parameters)  # type: ignore[attr-defined]
+
+
+def near(q: Tensor, name: str, offsets: Tensor) -> Tensor:
+    """Offsets on q's device: those on the CPU are copied, without waiting. Raises ValueError while a CUDA graph is captured."""
     if not isinstance(offsets, Tensor) or not isinstance(q, Tensor) or offsets.device == q.device or offsets.device.type != "cpu":
         return offsets
     if q.device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():

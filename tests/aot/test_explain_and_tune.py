@@ -14,14 +14,13 @@ from test_compile import Target, calls
 
 import triflash
 from triflash.__main__ import main
+from triflash.cli.tune.candidates import Compiler, Job
+from triflash.cli.tune.cases import Case
 from triflash.launch import ahead
 from triflash.launch.room import Real
-from triflash.plan import hopper as hopper_plan
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.spec import Gradients, Needs, Operands, Saved, spec_of
-from triflash.tune.candidates import Compiler, Job
-from triflash.tune.cases import Case
 
 
 @pytest.mark.parametrize("arch", ["sm90", "gfx942"])
@@ -68,7 +67,7 @@ def test_the_hopper_kernel_is_compiled_as_it_is_launched(head_dim: int, columns:
     (call,) = launch.forward_calls(Real(q), plan, explained.spec, Operands(q, k, k, bias), saved)
     compiled = explained.forward.steps[0].compiled
     assert plan.backend == "hopper" and compiled == ahead.resources(ahead.compile_for(call, "sm90"))
-    assert compiled.shared_memory <= hopper_plan.shared_memory(explained.spec, call.config)  # type: ignore[arg-type]
+    assert compiled.shared_memory <= call.config.shared_memory(explained.spec)
     assert explained.backward is None
 
     (meta,) = ahead.calls_of(plan, explained.spec, Needs(False, False, False, False), q, k, k, bias)
@@ -154,7 +153,7 @@ def test_a_crash_of_the_compiler_costs_one_configuration() -> None:
 
 
 def test_compile_only(capsys: pytest.CaptureFixture[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triflash.tune import candidates
+    from triflash.cli.tune import candidates
 
     monkeypatch.setattr(candidates, "_LARGE", {"dq": [(64, 64, 4, 2)]})
     log = tmp_path / "log.json"

@@ -27,7 +27,7 @@ from triflash.launch import ahead
 from triflash.launch.calls import Call
 from triflash.launch.hopper import forward_calls
 from triflash.plan.device import KNOWN_DEVICES
-from triflash.plan.hopper import HopperConfig, shared_memory
+from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_forward
 from triflash.spec import INTEGERS, AttentionSpec, Operands, Saved, spec_of
@@ -55,7 +55,7 @@ class Target:
     bias_dtype: torch.dtype | None = None
     band: tuple[int | None, int | None] = (None, None)
     length: int = UNEVEN
-    config: HopperConfig | None = None
+    config: ForwardConfig | None = None
     softcap: float = 0.0
     mask: str = ""
     lengths: bool = False
@@ -119,7 +119,7 @@ TARGETS = [
     Target((128, 128), band=CAUSAL, lengths=True, softcap=50.0),
     Target((16, 16), F16, length=ODD, lengths=True),
     Target((128, 128), bias="1h1k", band=CAUSAL, lengths=True),
-    Target((64, 64), lengths=True, config=HopperConfig(3, 16, 2)),
+    Target((64, 64), lengths=True, config=ForwardConfig(3, 16, 2)),
     Target((128, 128), bias="bhqk", band=WINDOW, mask="b1qk", lengths=True),
     # ALiBi, one- and two-sided.
     *(Target((d, d), band=band, slopes=True) for d, band in MIXED[:2]),
@@ -138,10 +138,10 @@ TARGETS = [
     Target((64, 64), band=(-255, 0), length=ODD),
     Target((64, 64), band=CAUSAL, length=512, lengths=True),
     # What the plan does not choose (or not yet), and tests choose by hand.
-    Target((64, 64), F16, bias="1hqk", band=WINDOW, config=HopperConfig(1, 16, 1)),
-    Target((128, 128), config=HopperConfig(2, 64, 3, 2, turns=True, own_out=False)),
-    Target((64, 64), bias="1h1k", config=HopperConfig(3, 64, 2, 2, turns=True, persistent=False)),
-    Target((64, 64), band=WINDOW, config=HopperConfig(2, 128, 2, q_stages=2)),
+    Target((64, 64), F16, bias="1hqk", band=WINDOW, config=ForwardConfig(1, 16, 1)),
+    Target((128, 128), config=ForwardConfig(2, 64, 3, 2, ping_pong=True, separate_o=False)),
+    Target((64, 64), bias="1h1k", config=ForwardConfig(3, 64, 2, 2, ping_pong=True, persistent=False)),
+    Target((64, 64), band=WINDOW, config=ForwardConfig(2, 128, 2, q_stages=2)),
 ]  # fmt: skip
 
 
@@ -229,7 +229,7 @@ def test_compiles_within_limits(target: Target) -> None:
     compiled, log = compiled_with_log(call)
     used = ahead.resources(compiled)
     assert used.shared_memory <= SM90.shared_memory, f"{call.config}: {used}"
-    assert used.shared_memory <= shared_memory(spec, call.config), f"{call.config}: {used}, more than the plan reckons with"
+    assert used.shared_memory <= call.config.shared_memory(spec), f"{call.config}: {used}, more than the plan reckons with"
     code = disassembled(compiled)
     assert re.search(r"\bHGMMA\b", code) and not re.search(r"\bHMMA\b", code), "products run on the warpgroup matrix units, all of them"
     assert not serialised(log)

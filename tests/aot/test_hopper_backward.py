@@ -18,8 +18,8 @@ from test_hopper import CAUSAL, FULL, MIXED, WINDOW, features_of, lengths_of, ma
 from triflash.launch import ahead
 from triflash.launch.calls import Call
 from triflash.plan.device import KNOWN_DEVICES
-from triflash.plan.hopper_backward import KeysConfig
-from triflash.plan.hopper_steps import shared_memory
+from triflash.plan.kernels.dkdv import DkdvConfig
+from triflash.plan.kernels.shared import HopperConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_backward
 from triflash.plan.steps import Step
@@ -44,7 +44,7 @@ class Target:
     length: int = UNEVEN
     grads: str = "qkv"
     groups: int = 1
-    config: KeysConfig | None = None
+    config: DkdvConfig | None = None
     adds: bool = True
     spills: int = 24
     softcap: float = 0.0
@@ -129,11 +129,11 @@ TARGETS = [
     Target((32, 32), bias="1hqk", band=CAUSAL),
     Target((32, 32), length=EVEN),
     Target((24, 64), F16, bias="1h1k", grads="qkvb", softcap=50.0, lengths=True),
-    Target((16, 32), bias="1hqk", bias_dtype=F32, band=WINDOW, slopes=True, config=KeysConfig(2, 2)),
+    Target((16, 32), bias="1hqk", bias_dtype=F32, band=WINDOW, slopes=True, config=DkdvConfig(2, 2)),
     # The query heads of a key head in parts, whose sums leave straight from registers.
-    Target((64, 64), band=CAUSAL, groups=4, config=KeysConfig(2, 2, apart=True, unroll=2, head_splits=2)),
-    Target((128, 128), F16, groups=8, config=KeysConfig(2, 2, direct=True, head_splits=3), spills=LOOP),
-    Target((40, 128), bias="1h1k", grads="qvb", groups=4, config=KeysConfig(2, 2, head_splits=4), adds=False, spills=LOOP),
+    Target((64, 64), band=CAUSAL, groups=4, config=DkdvConfig(2, 2, dq_warpgroup=True, unroll=2, head_splits=2)),
+    Target((128, 128), F16, groups=8, config=DkdvConfig(2, 2, red_dq=True, head_splits=3), spills=LOOP),
+    Target((40, 128), bias="1h1k", grads="qvb", groups=4, config=DkdvConfig(2, 2, head_splits=4), adds=False, spills=LOOP),
     # ALiBi, one- and two-sided.
     Target((128, 128), slopes=True, spills=72),
     # Dropout: marks take 16 registers more beside products that fill them, some of which are spilled once a block.
@@ -143,8 +143,8 @@ TARGETS = [
     *(Target((d, d), F16, band=CAUSAL, grads=grads, dropout=0.1, spills=96) for d, grads in ((64, "k"), (128, "v"))),
     Target((64, 64), bias="1h1k", grads="qkvb", softcap=50.0, lengths=True, dropout=0.1, spills=96),
     # Candidates that the plan does not choose here.
-    Target((128, 128), config=KeysConfig(1, 1), spills=108),
-    Target((128, 128), band=CAUSAL, config=KeysConfig(2, 2), spills=LOOP),
+    Target((128, 128), config=DkdvConfig(1, 1), spills=108),
+    Target((128, 128), band=CAUSAL, config=DkdvConfig(2, 2), spills=LOOP),
 ]  # fmt: skip
 
 
@@ -184,8 +184,9 @@ def test_every_target_has_a_name_of_its_own() -> None:
 def test_compiles_within_limits(target: Target) -> None:
     spec, step, call = the_call(target)
     compiled, log = compiled_with_log(call)
-    used, reckoned = ahead.resources(compiled), shared_memory(spec, step)
-    assert reckoned is not None and used.shared_memory <= reckoned <= SM90.shared_memory, f"{call.config}: {used}, reckoned {reckoned}"
+    assert isinstance(step.config, HopperConfig)
+    used, reckoned = ahead.resources(compiled), step.config.shared_memory(spec, step.gives)
+    assert used.shared_memory <= reckoned <= SM90.shared_memory, f"{call.config}: {used}, reckoned {reckoned}"
     code = disassembled(compiled)
     assert re.search(r"\bHGMMA\b", code) and not re.search(r"\bHMMA\b", code), "products run on the warpgroup matrix units, all of them"
     # Statistics, and a bias, are read by plain loads: their buffers go back to TMA behind a fence.
@@ -205,7 +206,7 @@ def test_other_sizes_are_the_same_kernel() -> None:
         sizes = ((EVEN, 2, 16, 1), (5120, 1, 9, 3), (EVEN, 16, 2, 2), (8192, 3, 12, 3))
         made = [the_call(replace(target, length=length, groups=groups), batch, heads)[2] for length, batch, heads, groups in sizes]
         assert len({ahead.compile_for(call, "sm90").hash for call in made}) == 1
-    parts = [replace(TARGETS[1], groups=8, config=KeysConfig(2, 2, apart=True, head_splits=splits)) for splits in (2, 3)]
+    parts = [replace(TARGETS[1], groups=8, config=DkdvConfig(2, 2, dq_warpgroup=True, head_splits=splits)) for splits in (2, 3)]
     assert len({ahead.compile_for(the_call(target)[2], "sm90").hash for target in parts}) == 1
 
 

@@ -37,10 +37,14 @@ triton = pytest.importorskip("triton")
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
-from triflash.launch.hopper_rows import dbias_call, dq_call
-from triflash.plan import hopper_rows as plan
-from triflash.plan.hopper_rows import RowsConfig
-from triflash.plan.hopper_steps import FLAGS, gains_by_mild
+from triflash.launch.hopper_dbias import dbias_call
+from triflash.launch.hopper_dq import dq_call
+from triflash.plan.configs import padded
+from triflash.plan.hopper import FLAGS, reads_small_lse
+from triflash.plan.kernels import dbias as dbias_plan
+from triflash.plan.kernels import dq as dq_plan
+from triflash.plan.kernels.dbias import DbiasConfig
+from triflash.plan.kernels.dq import DqConfig
 from triflash.plan.steps import Step
 from triflash.spec import spec_of
 
@@ -59,7 +63,7 @@ class Target:
     dtype: torch.dtype = BF16
     bias_dtype: torch.dtype | None = None
     length: int = UNEVEN
-    config: RowsConfig | None = None
+    config: DqConfig | DbiasConfig | None = None
     group: int = 1
     softcap: float = 0.0
     mask: str = ""
@@ -152,13 +156,13 @@ TARGETS = [
     dbias(32, "1hqk", CAUSAL, lengths=True, spills=28),
     dbias(32, "1hqk", dropout=0.1, spills=48),
     # What the plan falls back to, and what may turn out faster.
-    dq(128, band=CAUSAL, config=RowsConfig(2, 128, 2, own_out=False, ahead=False)),
-    dq(64, "bhqk", CAUSAL, True, config=RowsConfig(2, 128, 2, 2, ahead=False)),
-    dq(128, "bhqk", WINDOW, True, config=RowsConfig(1, 32, 2, own_out=False)),
-    dbias(128, "1hqk", config=RowsConfig(2, 128, 6, turns=True)),
-    dbias(64, "11qk", CAUSAL, splits=2, length=ODD, config=RowsConfig(2, 64, 7, 2, v_stages=6)),
-    dq(64, "1hqk", CAUSAL, config=RowsConfig(2, 64, 3, 2, v_stages=2, turns=True)),
-    dbias(128, "1hqk", CAUSAL, config=RowsConfig(1, 32, 4)),
+    dq(128, band=CAUSAL, config=DqConfig(2, 128, 2, 2, separate_dq=False, deferred=False)),
+    dq(64, "bhqk", CAUSAL, True, config=DqConfig(2, 128, 2, 2, 2, deferred=False)),
+    dq(128, "bhqk", WINDOW, True, config=DqConfig(1, 32, 2, 2, separate_dq=False)),
+    dbias(128, "1hqk", config=DbiasConfig(2, 128, 6, 6, ping_pong=True)),
+    dbias(64, "11qk", CAUSAL, splits=2, length=ODD, config=DbiasConfig(2, 64, 7, 6, 2)),
+    dq(64, "1hqk", CAUSAL, config=DqConfig(2, 64, 3, 2, 2, ping_pong=True)),
+    dbias(128, "1hqk", CAUSAL, config=DbiasConfig(1, 32, 4, 4)),
 ]
 
 
@@ -183,21 +187,22 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Call, int
     spec = spec_of(q, make(*q.shape), dout, bias, 1, *target.band, 0.125, "ieee", mask, lengths, slopes, None, seed, *numbers)
     stats = torch.empty((batch * heads, 3 if spec.keeps_rest else 2, -(-target.length // 128) * 128), device="meta", dtype=F32)
     if target.splits:
-        assert bias is not None and plan.dbias_works(spec)
-        config = target.config or plan.dbias_config(spec, SM90.shared_memory)
-        assert config is not None
+        assert bias is not None and dbias_plan.why_not(spec, SM90) is None
+        config = target.config or dbias_plan.choose(spec, SM90.shared_memory)
+        assert isinstance(config, DbiasConfig)
         dtype = bias.dtype if target.splits == 1 else F32
         parts = make(target.splits, *bias.shape, dtype=dtype)
-        programs = plan.dbias_programs(spec, config, target.splits, SM90.processors)
+        programs = dbias_plan.programs(spec, config, target.splits, SM90.sms)
         operands = (q, k, v, bias, dout, stats, parts, lengths, slopes, mask, seed)
-        return dbias_call(spec, config, programs, target.splits, *operands), plan.dbias_shared_memory(spec, config)
-    config = target.config or plan.dq_config(spec, SM90.shared_memory, target.gradient)
-    assert config is not None
+        return dbias_call(spec, config, programs, target.splits, *operands), config.shared_memory(spec)
+    gives = ("dq", "dbias") if target.gradient else ("dq",)
+    config = target.config or dq_plan.choose(spec, SM90.shared_memory, gives)
+    assert isinstance(config, DqConfig)
     full = make(*bias.shape, dtype=bias.dtype) if bias is not None and target.gradient else None
-    programs = plan.dq_programs(spec, config, SM90.processors)
-    mild = torch.empty(FLAGS, device="meta", dtype=torch.int32) if gains_by_mild(spec, Step("dq", config, programs)) else None
-    call = dq_call(spec, config, programs, q, k, v, bias, dout, stats, grad, full, lengths, slopes, mask, seed, mild)
-    return call, plan.dq_shared_memory(spec, config, target.gradient)
+    programs = dq_plan.programs(spec, config, SM90.sms)
+    small_lse = torch.empty(FLAGS, device="meta", dtype=torch.int32) if reads_small_lse(spec, Step("dq", config, programs)) else None
+    call = dq_call(spec, config, programs, q, k, v, bias, dout, stats, grad, full, lengths, slopes, mask, seed, small_lse)
+    return call, config.shared_memory(spec, gives)
 
 
 def test_every_target_has_a_name_of_its_own() -> None:
@@ -225,7 +230,7 @@ def test_compiles_within_limits(target: Target) -> None:
     if target.splits:
         assert powers_under_a_product(code) == {(call.config.block_n // 2 * (1 + (target.softcap > 0)), 0)}
     if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
-        assert used.spills <= max(SPILLS[max(64, plan.padded(max(target.dims)))], target.spills), f"{call.config}: {used}"
+        assert used.spills <= max(SPILLS[max(64, padded(max(target.dims)))], target.spills), f"{call.config}: {used}"
 
 
 def unfenced_stores(code: str) -> int:

@@ -22,7 +22,7 @@ from triflash.bound.call import BoundCall
 from triflash.bound.signature import CALLS
 from triflash.plan import overlay
 from triflash.plan.configs import TileConfig
-from triflash.plan.hopper import HopperConfig
+from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import override_configs
 
 B, M, N, H, D = 2, 40, 56, 2, 16
@@ -199,7 +199,7 @@ def environment(**values: str) -> Callable[[], AbstractContextManager[Any]]:
     (precision, F32, "triton"), (determinism, BF16, "triton"), (environment(TRIFLASH_BACKEND="tiled"), BF16, None),
     (lambda: triflash.backend("tiled"), BF16, None), (lambda: override_configs(forward=TileConfig(16, 16, 4, 1)), BF16, "triton"),
     (lambda: override_configs(dq=TileConfig(16, 16, 4, 1)), BF16, "triton"),
-    (lambda: override_configs(forward=HopperConfig(1, 64, 2)), BF16, "hopper"), (lambda: torch.autocast("cpu", dtype=F16), BF16, "triton"),
+    (lambda: override_configs(forward=ForwardConfig(1, 64, 2)), BF16, "hopper"), (lambda: torch.autocast("cpu", dtype=F16), BF16, "triton"),
 ], ids=["precision", "determinism", "environment", "block", "configs", "backward-configs", "hopper-configs", "autocast"])  # fmt: skip
 def test_settings(within: Any, dtype: torch.dtype, named: str | None) -> None:
     given, options = tensors(dtype), {**OPTIONS, "deterministic": None, "backend": named}

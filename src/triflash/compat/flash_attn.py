@@ -1,7 +1,7 @@
 """FlashAttention-2's Python functions (flash_attn 2.8), by triflash: argument order, layouts, alignment and results as there.
 
-Called by programs and, after :func:`install`, by ``import flash_attn``. What triflash does not have yet (``flash_attn_varlen_func`` and its
-kin, ``flash_attn_with_kvcache``) is absent here, too. docs/migration.md says what differs.
+Called by programs and, after :func:`install`, by ``import flash_attn``. What triflash does not have yet (``flash_attn_with_kvcache``) is
+absent here, too. docs/migration.md says what differs.
 """
 
 from __future__ import annotations
@@ -15,17 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import ATTENTION, Given, Options, checked
+from ..arguments import ATTENTION, Given, Options, VarlenGiven, VarlenOptions, checked, checked_varlen
 from ..attention import attention
 from ..checks import check_bool, check_tensors, same_device_and_dtype, seed_tensor
+from ..door import varlen_options
 from ..errors import UnsupportedError, bad_type, bad_value
 from ..ops import attention_backward_
+from ..ops_varlen import VarlenTensors, varlen_backward_
+from ..varlen import attention_varlen, near
 from .words import renamed
 
 __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
     "install",
     "uninstall",
 ]
@@ -117,6 +123,102 @@ def flash_attn_qkvpacked_func(
     )  # fmt: skip
 
 
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Any:
+    """:func:`flash_attn_func` of sequences packed one behind the other, by :func:`triflash.attention_varlen`.
+
+    Args:
+        q: ``(total_q, nheads, headdim)``. k, v: ``(total_k, nheads_k, headdim)``; v's head dim may be another.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``(batch + 1,)``: sequence b is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
+        max_seqlen_q, max_seqlen_k: hints; results do not depend on them.
+        block_table: None; pages are an UnsupportedError. The rest as of :func:`flash_attn_func`, within each sequence.
+
+    Returns:
+        out ``(total_q, nheads, headdim)``, or ``(out, softmax_lse, None)`` with softmax_lse ``(nheads, total_q)``, float32, differentiable.
+        Rows that no sequence owns get 0 and −inf.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or option. UnsupportedError: ``block_table``.
+    """
+    check_bool("return_attn_probs", return_attn_probs)
+    _no_pages(block_table)
+    try:
+        result = attention_varlen(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=check_bool("causal", causal), window=window_size,
+            scale=softmax_scale, softcap=_cap(softcap), alibi_slopes=alibi_slopes, dropout_p=dropout_p,
+            deterministic=_same_bits(deterministic), return_lse=return_attn_probs,
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise renamed(error, {"window": "window_size", "scale": "softmax_scale"}) from None
+    return (*result, None) if return_attn_probs else result
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """:func:`flash_attn_varlen_func` of k and v in one tensor, ``kv (total_k, 2, nheads_k, headdim)``; its gradient is one tensor, too."""
+    check_tensors({"kv": kv}, {"kv": "Tk 2 Hk D"})
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """:func:`flash_attn_varlen_func` of q, k and v in one tensor, ``qkv (total, 3, nheads, headdim)``; its gradient is one tensor, too."""
+    check_tensors({"qkv": qkv}, {"qkv": "T 3 H D"})
+    q, k, v = qkv.unbind(1)
+    try:
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
+            alibi_slopes, deterministic, return_attn_probs,
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise renamed(error, {"cu_seqlens_q": "cu_seqlens", "max_seqlen_q": "max_seqlen"}) from None
+
+
 def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
@@ -188,17 +290,119 @@ def _flash_attn_backward(
     named = {"q": q, "v": v, "dout": dout, "out": out}
     check_tensors(named, rows)
     same_device_and_dtype(named)
-    check_tensors({"q": q, "softmax_lse": softmax_lse}, {"q": "B M H D", "softmax_lse": "B H _"})
-    if softmax_lse.shape[2] < q.shape[1]:
-        raise bad_value("softmax_lse", f"at least {q.shape[1]} rows", f"{softmax_lse.shape[2]} rows")
-    wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if softmax_lse.dtype != wanted:
-        raise bad_type("softmax_lse", str(wanted), softmax_lse.dtype)
+    _check_lse(softmax_lse, q, "B M H D", "B H _", q.shape[1])
     x = call.form.operands((q, k, v, None, None, None, alibi_slopes, None, given.dropout_seed))  # type: ignore[arg-type]
     numbers = (call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend)
     more = (*x[4:9], call.softcap, call.dropout_p, call.deterministic)
     with torch.no_grad():
         attention_backward_(dout, None, *x[:4], out, softmax_lse[:, :, : q.shape[1]], None, *numbers, dq, dk, dv, None, *more)
+
+
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`_flash_attn_forward` of packed sequences: softmax_lse is ``(nheads, total_q)``. Arguments: :func:`flash_attn_varlen_func`.
+
+    Args:
+        seqused_k: integers ``(batch,)``: how many of a sequence's keys count.
+        block_table, leftpad_k: None; else an UnsupportedError.
+        zero_tensors: makes no difference: rows that no sequence owns are 0 and −inf.
+    """
+    _no_pages(block_table)
+    if leftpad_k is not None:
+        raise UnsupportedError("leftpad_k: no keys of a packed sequence can be left out at its start; begin it later, by cu_seqlens_k")
+    rng_state = seed_tensor(None if dropout_p else 0, q.device)
+    with torch.no_grad():
+        out, lse = attention_varlen(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k=seqused_k, causal=check_bool("causal", causal),
+            window=(window_size_left, window_size_right), scale=softmax_scale, softcap=_cap(softcap), alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p, dropout_seed=rng_state, return_lse=True,
+        )  # fmt: skip
+    return out, lse, q.new_empty(0), rng_state
+
+
+def _flash_attn_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> None:
+    """:func:`_flash_attn_backward` of packed sequences: fills dq, dk and dv, with 0 in rows that no sequence owns.
+
+    Args:
+        dout, out: ``(total_q, nheads, headdim)``. softmax_lse: ``(nheads, total_q)``, more columns go as well. zero_tensors: makes no
+            difference. The rest, and what is true of a large lse, as of :func:`_flash_attn_backward`.
+    """
+    if dropout_p and rng_state is None:
+        raise bad_value("rng_state", "what _flash_attn_varlen_forward returned, as dropout_p is not 0", None)
+    seed = rng_state if dropout_p else None
+    cu_seqlens_q, cu_seqlens_k = near(q, "cu_seqlens_q", cu_seqlens_q), near(q, "cu_seqlens_k", cu_seqlens_k)
+    given = VarlenGiven(q, k, v, None, None, alibi_slopes, None, seed, cu_seqlens_q, cu_seqlens_k, None, None)
+    options = VarlenOptions(
+        causal=check_bool("causal", causal), window=(window_size_left, window_size_right), scale=softmax_scale, softcap=_cap(softcap),
+        dropout_p=dropout_p, deterministic=_same_bits(deterministic), max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+    )  # fmt: skip
+    settled = checked_varlen(given, options)
+    rows = {"q": "Tq H D", "v": "Tk Hk Dv", "dout": "Tq H Dv", "out": "Tq H Dv"}
+    named = {"q": q, "v": v, "dout": dout, "out": out}
+    check_tensors(named, rows)
+    same_device_and_dtype(named)
+    _check_lse(softmax_lse, q, "Tq H D", "H _", q.shape[0])
+    with torch.no_grad():
+        tensors = VarlenTensors(q, k, v, None, None, alibi_slopes, None, seed, cu_seqlens_q, cu_seqlens_k, None, None, None)
+        varlen_backward_(dout, out, softmax_lse[:, : q.shape[0]], dq, dk, dv, *tensors, *varlen_options(settled))
+
+
+def _check_lse(lse: Tensor, q: Tensor, dims: str, lse_dims: str, rows: int) -> None:
+    """That lse fits q: as many heads and, in its last dim, as many rows or more."""
+    check_tensors({"q": q, "softmax_lse": lse}, {"q": dims, "softmax_lse": lse_dims})
+    if lse.shape[-1] < rows:
+        raise bad_value("softmax_lse", f"at least {rows} rows", f"{lse.shape[-1]} rows")
+    wanted = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if lse.dtype != wanted:
+        raise bad_type("softmax_lse", str(wanted), lse.dtype)
+
+
+def _no_pages(block_table: Tensor | None) -> None:
+    if block_table is not None:
+        raise UnsupportedError("block_table: triflash has no paged keys and values; gather the pages into packed k and v")
 
 
 def _cap(softcap: float) -> float | None:
@@ -211,23 +415,12 @@ def _same_bits(deterministic: bool) -> bool | None:
     return True if check_bool("deterministic", deterministic) else None
 
 
-def _missing(name: str) -> Any:
-    def missing(*_: Any, **__: Any) -> Any:
-        raise UnsupportedError(
-            f"{name}: triflash has no packed sequences (varlen) yet; pad the batch and pass key_lengths= to triflash.attention"
-        )
-
-    missing.__name__ = missing.__qualname__ = name
-    return missing
-
-
 def install() -> None:
     """Make ``import flash_attn`` give these functions, in this process, until :func:`uninstall`; what is absent here is absent there.
 
     For programs that import ``flash_attn`` or ``flash_attn.flash_attn_interface`` and use the functions of this module.
     ``flash_attn.__version__`` is ``"2.8.3+triflash"``. There is no installed distribution of that name, so whoever looks for one, as
-    transformers does, goes on not finding FlashAttention. Ring packages import ``_flash_attn_varlen_forward`` and ``_backward`` even where
-    they do not call them: those raise UnsupportedError when they are called.
+    transformers does, goes on not finding FlashAttention.
 
     Raises:
         ImportError: a flash_attn that is not this one is installed or was imported.
@@ -238,14 +431,12 @@ def install() -> None:
     if present is not None or importlib.util.find_spec("flash_attn") is not None:
         raise ImportError("flash_attn is installed: uninstall it, or import triflash.compat.flash_attn where its functions are to run here")
     package, interface = _module("flash_attn"), _module("flash_attn.flash_attn_interface")
-    for name in ("flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func"):
+    for name in __all__[:-2]:
         setattr(package, name, globals()[name])
         setattr(interface, name, globals()[name])
-    for name, function in (("_flash_attn_forward", _flash_attn_forward), ("_flash_attn_backward", _flash_attn_backward)):
-        setattr(interface, name, function)
-        setattr(interface, f"_wrapped{name}", function)
-    for name in ("_flash_attn_varlen_forward", "_flash_attn_varlen_backward"):
-        setattr(interface, name, _missing(name))
+    for function in (_flash_attn_forward, _flash_attn_backward, _flash_attn_varlen_forward, _flash_attn_varlen_backward):
+        setattr(interface, function.__name__, function)
+        setattr(interface, f"_wrapped{function.__name__}", function)
     package.__path__ = []
     package.__dict__.update(__version__=VERSION, flash_attn_interface=interface)
     sys.modules.update({"flash_attn": package, "flash_attn.flash_attn_interface": interface})

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ..dropout import rescale, threshold
 from ..plan.configs import TileConfig
-from ..plan.hopper import HopperConfig
-from ..plan.hopper_backward import KeysConfig
+from ..plan.kernels.shared import HopperConfig
 from ..spec import AttentionSpec, Saved
 
 __all__ = [
@@ -45,7 +44,7 @@ class Call:
     kernel: Any
     args: tuple[Any, ...]
     constants: dict[str, Any]
-    config: TileConfig | HopperConfig | KeysConfig
+    config: TileConfig | HopperConfig
     programs: int
 
     def start(self) -> None:
@@ -92,7 +91,7 @@ def lengths_stride(lengths: Tensor) -> int:
 
 
 def cap_of(spec: AttentionSpec) -> tuple[float, float] | None:
-    """What the Hopper kernels take of a soft cap (``kernels/hopper/features.squashed``), within float32; None: there is none."""
+    """What the Hopper kernels take of a soft cap (``kernels/hopper/features.tanh``), within float32; None: there is none."""
     if spec.softcap == 0:
         return None
     factor = 2.0 * LOG2E * spec.scale / spec.softcap
@@ -113,7 +112,7 @@ def alibi_of(spec: AttentionSpec) -> int:
 
 
 def dropout_of(spec: AttentionSpec, seed: Tensor | None) -> tuple[Tensor, int, float] | None:
-    """What the Hopper kernels take of dropout (``kernels/hopper/dropout.stream_of``); None: there is none."""
+    """What the Hopper kernels take of dropout (``kernels/hopper/dropout.philox_of``); None: there is none."""
     return None if seed is None else (seed, threshold(spec.dropout), rescale(spec.dropout))
 
 

@@ -18,7 +18,8 @@ from ..kernels.hopper import forward as forward_kernels
 from ..kernels.hopper.compat import TensorDescriptor, gl
 from ..plan import layout
 from ..plan.configs import padded
-from ..plan.hopper import ROWS, HopperConfig, bias_block, fuses_bias, mask_block, schedule, whole_tiles
+from ..plan.kernels.forward import ForwardConfig, fuses_bias
+from ..plan.kernels.shared import ROWS, QueryConfig, bias_buffer, l2_order, mask_buffer, query_tiles
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
 from .calls import SMALLEST_SCALE, Call, address_of, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
@@ -57,17 +58,17 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
     calls = []
     for step in plan.steps:
         config = step.config
-        assert isinstance(config, HopperConfig)
+        assert isinstance(config, ForwardConfig)
         head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
         tiled = spec.bias is not None and spec.bias.varies[4]
         bias_desc = None
         bias_on: tuple[int, ...] | None = None
         if bias is not None and tiled:
             bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
-            bias_desc = descriptor(bias, (1, 1, 1, *bias_block(spec, config)))
+            bias_desc = descriptor(bias, (1, 1, 1, *bias_buffer(spec, config).shape))
             bias_on = tuple(int(size > 1) for size in bias.shape[:3])
         pointer = None if tiled or bias is None else bias.view(torch.uint8) if bias.dtype == torch.bool else bias
-        tiles_m, tiles = whole_tiles(spec, config)
+        tiles_m, tiles = query_tiles(spec, config)
         args = (
             descriptor(q, (1, ROWS, 1, head)),
             descriptor(k, (1, block_n, 1, head)),
@@ -78,7 +79,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), dropout_of(spec, seed)),
             *mask_tiles(spec, mask, config),
             *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
-            *(tiles_m, tiles, *schedule(spec, config, step.programs)),
+            *(tiles_m, tiles, *l2_order(spec, config, step.programs)),
         )
         constants: dict[str, Any] = {
             "C": config,
@@ -94,16 +95,16 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
     return calls
 
 
-def register_limit(config: HopperConfig) -> dict[str, int]:
-    """``maxnreg``, the registers of a thread at launch, where several programs share a processor: one would else take all."""
-    return {"maxnreg": config.launch_registers} if config.together > 1 else {}
+def register_limit(config: QueryConfig) -> dict[str, int]:
+    """``maxnreg``, the registers of a thread at launch, where several CTAs share an SM: one would else take all."""
+    return {"maxnreg": config.launch_registers} if config.ctas_per_sm > 1 else {}
 
 
-def mask_tiles(spec: AttentionSpec, mask: Tensor | None, config: HopperConfig) -> tuple[TensorDescriptor | None, tuple[int, ...] | None]:
+def mask_tiles(spec: AttentionSpec, mask: Tensor | None, config: QueryConfig) -> tuple[TensorDescriptor | None, tuple[int, ...] | None]:
     """How kernels that own queries get a mask beside a bias: its descriptor, and along which outer dims it varies."""
     if mask is None:
         return None, None
-    return descriptor(mask.view(torch.uint8), (1, 1, 1, *mask_block(spec, config))), tuple(int(size > 1) for size in mask.shape[:3])
+    return descriptor(mask.view(torch.uint8), (1, 1, 1, *mask_buffer(spec, config).shape)), tuple(int(size > 1) for size in mask.shape[:3])
 
 
 def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:

@@ -9,28 +9,41 @@ import torch
 from torch import Tensor
 
 from ..dropout import rescale
-from ..kernels.hopper import backward as keys_kernels
-from ..kernels.hopper import edges
-from ..kernels.hopper import wide as wide_kernels
+from ..kernels.hopper import dkdv as dkdv_kernels
+from ..kernels.hopper import dkdv_d256 as d256_kernels
+from ..kernels.hopper import postprocess, preprocess
 from ..kernels.triton import dbias as dbias_kernels
 from ..plan import layout
 from ..plan.configs import padded
-from ..plan.hopper_backward import KeysConfig, dims, keys_tiles, schedule, stats_kinds, stats_length
-from ..plan.hopper_rows import RowsConfig
-from ..plan.hopper_steps import EDGE, finds_mild, gains_by_mild
+from ..plan.hopper import ROWWISE, flags_small_lse, reads_small_lse
+from ..plan.kernels.dbias import DbiasConfig
+from ..plan.kernels.dkdv import DkdvConfig, dims, key_tiles, l2_order
+from ..plan.kernels.dq import DqConfig
+from ..plan.kernels.shared import stats_kinds, stats_length
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
-from . import hopper_rows
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
 from .hopper import descriptor, ready, ready_operands, written
+from .hopper_dbias import dbias_call
+from .hopper_dq import dq_call
 from .room import Room
 from .triton import contiguous, partial_sums, row_strides, rows
 
-__all__ = ["backward", "backward_calls", "finish_call", "keys_call", "new_dq_sum", "new_head_parts", "new_stats", "prepare_call", "targets"]
+__all__ = [
+    "backward",
+    "backward_calls",
+    "postprocess_call",
+    "dkdv_call",
+    "new_dq_sum",
+    "new_head_parts",
+    "new_stats",
+    "preprocess_call",
+    "targets",
+]
 
 HeadParts = tuple[Tensor | None, Tensor | None]  # partial sums of dk and dv
 
-DELTA = 1  # row of the table of statistics: see kernels/hopper/columns.py
+DELTA = 1  # row of the table of statistics: see kernels/hopper/scores_kq.py
 
 
 def backward(
@@ -75,40 +88,40 @@ def backward_calls(
     q, k, v, bias, *_ = x
     out, lse, rest = saved
     dq, dk, dv, dbias, *_ = grads
-    dq_sum = new_dq_sum(room, spec) if plan.step("finish") else None
-    looking = stats.shape[1] == 3 and finds_mild(spec, plan.steps)
-    mild = room.new("whether lse is mild", (edges.FLAGS.value,), torch.int32) if looking else None
+    dq_sum = new_dq_sum(room, spec) if plan.step("postprocess") else None
+    looking = stats.shape[1] == 3 and flags_small_lse(spec, plan.steps)
+    small_lse = room.new("whether lse is small", (preprocess.FLAGS.value,), torch.int32) if looking else None
     parts = None
     head_parts: HeadParts = (None, None)
     calls = []
     for step in plan.steps:
-        if step.kernel == "prepare":
-            calls.append(prepare_call(spec, out, dout, dlse, lse, rest, stats, mild, dq_sum))
+        if step.kernel == "preprocess":
+            calls.append(preprocess_call(spec, out, dout, dlse, lse, rest, stats, small_lse, dq_sum))
         elif step.kernel in ("dkdv", "dqdkdv"):
             parts = partial_sums(room, step, dbias if "dbias" in step.gives else None)
             strides = row_strides(spec, parts) if parts is not None else None
             wanted = (dk if "dk" in step.gives else None, dv if "dv" in step.gives else None)
             head_parts = new_head_parts(room, spec, step)
-            calls.append(keys_call(spec, step, x, dout, stats, mild, *wanted, head_parts, dq_sum, parts, strides))
+            calls.append(dkdv_call(spec, step, x, dout, stats, small_lse, *wanted, head_parts, dq_sum, parts, strides))
         elif step.kernel == "dkdv_sum":
             calls.append(dkdv_sum_call(spec, step, head_parts, dk if "dk" in step.gives else None, dv if "dv" in step.gives else None))
         elif step.kernel == "dq":
-            assert isinstance(step.config, RowsConfig)
+            assert isinstance(step.config, DqConfig)
             target = dq
             if target is None:  # it is the kernel's own result, and dbias beside it what was asked for
                 shape = layout.tma_padded(q.shape, q.element_size())
                 target = room.new("dq, which nobody asked for", shape, q.dtype)[..., : q.shape[-1]]
             full = dbias if "dbias" in step.gives else None
-            features = (x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, mild if gains_by_mild(spec, step) else None)
-            calls.append(hopper_rows.dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full, *features))
-        elif step.kernel == "finish":
+            features = (x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, small_lse if reads_small_lse(spec, step) else None)
+            calls.append(dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full, *features))
+        elif step.kernel == "postprocess":
             assert dq_sum is not None and dq is not None
-            calls.append(finish_call(spec, dq_sum, dq, adds_directly(plan)))
+            calls.append(postprocess_call(spec, dq_sum, dq, adds_by_red(plan)))
         elif step.kernel == "dbias":
             parts = partial_sums(room, step, dbias if "dbias" in step.gives else None)
-            assert isinstance(step.config, RowsConfig) and bias is not None and parts is not None
+            assert isinstance(step.config, DbiasConfig) and bias is not None and parts is not None
             operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed)
-            calls.append(hopper_rows.dbias_call(spec, step.config, step.programs, step.splits, *operands, mild=mild))
+            calls.append(dbias_call(spec, step.config, step.programs, step.splits, *operands, small_lse=small_lse))
         elif step.kernel == "dbias_sum":
             assert dbias is not None and step.config is not None
             args = (parts, dbias, dbias.numel(), step.splits)
@@ -124,11 +137,11 @@ def new_stats(room: Room, spec: AttentionSpec, rest: bool) -> Tensor:
 
 def new_dq_sum(room: Room, spec: AttentionSpec) -> Tensor:
     """Room for the float32 sum of dq, (batch, head, query, dim): whole blocks of queries, whole groups of 8 columns."""
-    length = -(-spec.queries // EDGE.block_m) * EDGE.block_m
+    length = -(-spec.queries // ROWWISE.block_m) * ROWWISE.block_m
     return room.new("float32 sum of dq", (spec.batch, spec.heads, length, -(-spec.head_dim // 8) * 8), torch.float32)
 
 
-def prepare_call(
+def preprocess_call(
     spec: AttentionSpec,
     out: Tensor,
     dout: Tensor,
@@ -136,18 +149,18 @@ def prepare_call(
     lse: Tensor,
     rest: Tensor | None,
     stats: Tensor,
-    mild: Tensor | None,
+    small_lse: Tensor | None,
     dq_sum: Tensor | None,
 ) -> Call:
-    """Fills stats and mild, and dq_sum with zeros."""
+    """Fills stats and small_lse, and dq_sum with zeros."""
     args = (
-        *(out, dout, dlse, lse, rest if stats.shape[1] == 3 else None, stats, mild, dq_sum),
+        *(out, dout, dlse, lse, rest if stats.shape[1] == 3 else None, stats, small_lse, dq_sum),
         *(out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride(), lse.stride()),
         *(spec.heads, spec.queries, stats.shape[2], 1 / rescale(spec.dropout)),
     )
     row = 8 if dq_sum is None else dq_sum.shape[3]
     constants = {
-        "BM": EDGE.block_m,
+        "BM": ROWWISE.block_m,
         "DV": spec.value_dim,
         "BDV": padded(spec.value_dim),
         "ROW": row,
@@ -155,15 +168,15 @@ def prepare_call(
         "KINDS": stats.shape[1],
         "WIDE": True,
     }
-    return Call(edges.prepare, args, constants, EDGE, stats.shape[0] * stats.shape[2] // EDGE.block_m)
+    return Call(preprocess.preprocess, args, constants, ROWWISE, stats.shape[0] * stats.shape[2] // ROWWISE.block_m)
 
 
 def new_head_parts(room: Room, spec: AttentionSpec, step: Step) -> HeadParts:
     """Room for float32 partial sums of dk and dv, (batch and part of a key head, whole tiles of keys, padded dim); None: not wanted."""
-    assert isinstance(step.config, KeysConfig)
+    assert isinstance(step.config, DkdvConfig)
     if step.config.head_splits == 1:
         return None, None
-    tiles_n, tiles = keys_tiles(spec, step.config)
+    tiles_n, tiles = key_tiles(spec, step.config)
     sizes = [(tiles // tiles_n, tiles_n * step.config.block_n, columns) for columns in dims(spec)]
     dk, dv = (
         room.new(f"partial sums of {name}", size, torch.float32) if name in step.gives else None
@@ -178,31 +191,31 @@ def dkdv_sum_call(spec: AttentionSpec, step: Step, parts: HeadParts, dk: Tensor 
     strides = (None if grad is None else grad.stride()[:3] for grad in (dk, dv))
     args = (*parts, dk, dv, *strides, spec.kv_heads, spec.keys, length, step.splits)
     head, value = dims(spec)
-    constants = {"BM": EDGE.block_m, "D": spec.head_dim, "DV": spec.value_dim, "BD": head, "BDV": value, "WIDE": True}
-    return Call(edges.dkdv_sum, args, constants, EDGE, step.programs)
+    constants = {"BM": ROWWISE.block_m, "D": spec.head_dim, "DV": spec.value_dim, "BD": head, "BDV": value, "WIDE": True}
+    return Call(postprocess.dkdv_sum, args, constants, ROWWISE, step.programs)
 
 
-def adds_directly(plan: Plan) -> bool:
+def adds_by_red(plan: Plan) -> bool:
     """Whether dq is added to its sum straight from registers, which lays it out otherwise."""
     step = plan.step("dqdkdv")
-    return step is not None and isinstance(step.config, KeysConfig) and step.config.direct
+    return step is not None and isinstance(step.config, DkdvConfig) and step.config.red_dq
 
 
-def finish_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor, direct: bool) -> Call:
-    """dq from its float32 sum; direct: as :func:`adds_directly` says."""
+def postprocess_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor, red_dq: bool) -> Call:
+    """dq from its float32 sum; red_dq: as :func:`adds_by_red` says."""
     args = (dq_sum, dq, dq.stride()[:3], spec.heads, spec.queries, spec.scale * rescale(spec.dropout))
     dims = {"D": spec.head_dim, "BD": padded(spec.head_dim), "ROW": dq_sum.shape[3]}
-    constants = {"BM": EDGE.block_m, **dims, "DIRECT": direct, "WIDE": True}
-    return Call(edges.finish, args, constants, EDGE, spec.batch * spec.heads * -(-spec.queries // EDGE.block_m))
+    constants = {"BM": ROWWISE.block_m, **dims, "RED_DQ": red_dq, "WIDE": True}
+    return Call(postprocess.postprocess, args, constants, ROWWISE, spec.batch * spec.heads * -(-spec.queries // ROWWISE.block_m))
 
 
-def keys_call(
+def dkdv_call(
     spec: AttentionSpec,
     step: Step,
     x: Operands,
     dout: Tensor,
     stats: Tensor,
-    mild: Tensor | None,
+    small_lse: Tensor | None,
     dk: Tensor | None,
     dv: Tensor | None,
     head_parts: HeadParts,
@@ -215,7 +228,7 @@ def keys_call(
     """
     q, k, v, bias, mask, lengths, slopes, *_ = x
     config = step.config
-    assert isinstance(config, KeysConfig)
+    assert isinstance(config, DkdvConfig)
     splits = config.head_splits
     head, value = dims(spec)
     half, rows = 64, config.block_m  # keys of a buffer, queries of a block
@@ -237,22 +250,22 @@ def keys_call(
             mask_desc, mask_on = descriptor(mask, (1, 1, 1, rows, half)), tuple(int(size > 1) for size in mask.shape[:3])
         else:
             key_mask = mask
-    sums: tuple[Any, ...] = () if config.wide else (None, None)
+    sums: tuple[Any, ...] = () if config.d256 else (None, None)
     if dq_sum is not None:
-        assert not config.wide
-        sums = (None, dq_sum) if config.direct else (descriptor(dq_sum, (1, 1, rows, head // 2)), None)
-    tiles_n, tiles = keys_tiles(spec, config)
+        assert not config.d256
+        sums = (None, dq_sum) if config.red_dq else (descriptor(dq_sum, (1, 1, rows, head // 2)), None)
+    tiles_n, tiles = key_tiles(spec, config)
     args: tuple[Any, ...] = (
         descriptor(q, (1, rows, 1, head)),
         descriptor(k, (1, half, 1, head)),
         descriptor(v, (1, half, 1, value)),
         descriptor(dout, (1, rows, 1, value)),
         descriptor(stats, (1, 1, rows)),
-        mild if gains_by_mild(spec, step) else None,
+        small_lse if reads_small_lse(spec, step) else None,
         bias_desc,
         None if dk is None or splits > 1 else descriptor(dk, (1, half, 1, head)),
         None if dv is None or splits > 1 else descriptor(dv, (1, half, 1, value)),
-        *(() if config.wide else head_parts),
+        *(() if config.d256 else head_parts),
         *sums,
         *(
             pointer,
@@ -271,9 +284,9 @@ def keys_call(
             mask_on,
         ),
         *(spec.batch, spec.heads, spec.groups),
-        *(() if config.wide else (splits if splits > 1 else None,)),
+        *(() if config.d256 else (splits if splits > 1 else None,)),
         *(spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
-        *(tiles_n, tiles, *schedule(spec, config, step.programs)),
+        *(tiles_n, tiles, *l2_order(spec, config, step.programs)),
     )
     constants: dict[str, Any] = {
         "C": replace(config, head_splits=1),
@@ -284,7 +297,7 @@ def keys_call(
         "BATCH_FASTEST": step.order == "batch",
         "LONGEST": "first" if spec.hi is not None else "none" if spec.lo is None else "last",
     }
-    if config.wide:
-        return Call(wide_kernels.wide_keys_backward, args, constants, config, step.programs)
-    constants["ROW"] = dq_sum.shape[3] if dq_sum is not None and config.direct else 0
-    return Call(keys_kernels.keys_backward, args, constants, config, step.programs)
+    if config.d256:
+        return Call(d256_kernels.dkdv_d256, args, constants, config, step.programs)
+    constants["ROW"] = dq_sum.shape[3] if dq_sum is not None and config.red_dq else 0
+    return Call(dkdv_kernels.dkdv, args, constants, config, step.programs)

@@ -20,15 +20,20 @@ class DeviceFacts:
     """What planning needs to know, as plain numbers, so that a plan for any GPU can be made on any machine.
 
     arch: ``cpu``, ``interpreter`` (Triton's, on the CPU), ``sm80`` … or ``gfx942`` ….
-    processors: multiprocessors or compute units that a grid should fill.
+    sms: SMs (of NVIDIA) or compute units (of AMD) that a grid should fill.
     shared_memory: bytes of shared memory that one program may use.
     name: what its vendor calls a GPU that is here; empty elsewhere. Tuned configurations hold for one name.
     """
 
     arch: str
-    processors: int
+    sms: int
     shared_memory: int
     name: str = ""
+
+    @property
+    def units(self) -> str:
+        """What the vendor calls them."""
+        return "compute units" if self.arch.startswith("gfx") else "SMs"
 
 
 KNOWN_DEVICES = {
@@ -48,25 +53,25 @@ KNOWN_DEVICES = {
 }
 
 
-def _product(arch: str, processors: int) -> DeviceFacts:
-    return DeviceFacts(arch, processors, KNOWN_DEVICES[arch].shared_memory)
+def _named(arch: str, sms: int) -> DeviceFacts:
+    return DeviceFacts(arch, sms, KNOWN_DEVICES[arch].shared_memory)
 
 
 NAMED_DEVICES = {
-    "a100": _product("sm80", 108),
-    "a10": _product("sm86", 72),
-    "a40": _product("sm86", 84),
-    "rtx3090": _product("sm86", 82),
-    "l4": _product("sm89", 58),
-    "l40s": _product("sm89", 142),
-    "rtx4090": _product("sm89", 128),
-    "h100": _product("sm90", 132),
-    "h200": _product("sm90", 132),
-    "h20": _product("sm90", 78),
-    "b200": _product("sm100", 148),
-    "rtx5090": _product("sm120", 170),
-    "mi300x": _product("gfx942", 304),
-    "mi355x": _product("gfx950", 256),
+    "a100": _named("sm80", 108),
+    "a10": _named("sm86", 72),
+    "a40": _named("sm86", 84),
+    "rtx3090": _named("sm86", 82),
+    "l4": _named("sm89", 58),
+    "l40s": _named("sm89", 142),
+    "rtx4090": _named("sm89", 128),
+    "h100": _named("sm90", 132),
+    "h200": _named("sm90", 132),
+    "h20": _named("sm90", 78),
+    "b200": _named("sm100", 148),
+    "rtx5090": _named("sm120", 170),
+    "mi300x": _named("gfx942", 304),
+    "mi355x": _named("gfx950", 256),
 }
 
 

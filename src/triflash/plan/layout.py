@@ -36,8 +36,8 @@ def copies_bias(shape: Sequence[int], strides: Sequence[int], address: int) -> b
     if shape[3] == 1 or shape[4] == 1:
         return False
     row, col = strides[3], strides[4]
-    wide = (col == 1 and row % BIAS_STRIDE == 0) or (row == 1 and col % BIAS_STRIDE == 0)
-    return not wide or address % _ALIGNMENT != 0
+    vectorised = (col == 1 and row % BIAS_STRIDE == 0) or (row == 1 and col % BIAS_STRIDE == 0)
+    return not vectorised or address % _ALIGNMENT != 0
 
 
 def copied_bias_shape(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, int, int, int, int]:

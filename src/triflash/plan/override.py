@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ..errors import bad_value
+from ..errors import bad_type, bad_value
 from .configs import TileConfig
-from .hopper import HopperConfig
-from .hopper_backward import KeysConfig
+from .kernels.dbias import DbiasConfig
+from .kernels.dkdv import DkdvConfig
+from .kernels.dq import DqConfig
+from .kernels.forward import ForwardConfig
+from .kernels.shared import HopperConfig
 
-KERNELS = ("forward", "delta", "dkdv", "dqdkdv", "dq", "dbias")
-Config = TileConfig | HopperConfig | KeysConfig
+HOPPER: dict[str, type[HopperConfig] | None] = {
+    "forward": ForwardConfig, "delta": None, "dkdv": DkdvConfig, "dqdkdv": DkdvConfig, "dq": DqConfig, "dbias": DbiasConfig,
+}  # fmt: skip
+KERNELS = tuple(HOPPER)
+Config = TileConfig | HopperConfig
 
 __all__ = ["active", "override_configs"]
 
@@ -23,14 +29,22 @@ _active: dict[str, Config] = {}
 def override_configs(**configs: Config) -> Iterator[None]:
     """Within the block, kernels named as keywords (``forward=…, dkdv=…, dq=…, dbias=…``) run with the given :class:`TileConfig`.
 
-    A :class:`HopperConfig` for ``forward``, a :class:`KeysConfig` for ``dkdv`` or ``dqdkdv`` and a :class:`RowsConfig` for ``dq`` or
-    ``dbias`` are for backend ``hopper``; each backend passes over a configuration of the other's. One for ``dqdkdv`` also has dq added up
-    in memory wherever that is possible.
+    A :class:`ForwardConfig` for ``forward``, a :class:`DkdvConfig` for ``dkdv`` or ``dqdkdv``, a :class:`DqConfig` for ``dq`` and a
+    :class:`DbiasConfig` for ``dbias`` are for backend ``hopper``; each backend passes over a configuration of the other's. One for
+    ``dqdkdv`` also has dq summed in memory wherever that is possible.
+
+    Raises:
+        ValueError: no kernel has that name.
+        TypeError: a Hopper kernel gets the configuration of another.
     """
     global _active
-    for name in configs:
+    for name, config in configs.items():
         if name not in KERNELS:
             raise bad_value(name, f"one of {', '.join(KERNELS)}", "a configuration for an unknown kernel")
+        own = HOPPER[name]
+        if isinstance(config, HopperConfig) and not (own and isinstance(config, own)):
+            wanted = f"TileConfig or {own.__name__}" if own else "TileConfig"
+            raise bad_type(name, wanted, type(config).__name__)
     before = _active
     _active = {**before, **configs}
     try:

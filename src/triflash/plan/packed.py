@@ -78,7 +78,7 @@ def dbias_source(spec: AttentionSpec, bias: BiasSpec) -> str:
     return "dq" if query else "dkdv" if spec.groups == 1 else "packed_dbias"
 
 
-def backward_steps(spec: AttentionSpec, needs: Needs, config: Config, processors: int) -> tuple[Step, ...]:
+def backward_steps(spec: AttentionSpec, needs: Needs, config: Config, sms: int) -> tuple[Step, ...]:
     """The kernels of a backward pass: only those that the gradients asked for need."""
     packed = _packed(spec)
     sources: dict[str, tuple[str, BiasSpec]] = {}
@@ -125,7 +125,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, config: Config, processors
             block_n = shared.block_n
         for name, (source, bias) in sources.items():
             if source == "packed_dbias":
-                steps += _dbias_steps(spec, bias, name, shared, processors)
+                steps += _dbias_steps(spec, bias, name, shared, sms)
     return (*_table_steps(spec, block_m, block_n), *steps)
 
 
@@ -145,7 +145,7 @@ def _elements(spec: AttentionSpec, name: str, bias: BiasSpec) -> int:
     return heads * (packed.sequences if bias.varies[0] else 1) * bias_rows * bias_cols
 
 
-def _dbias_steps(spec: AttentionSpec, bias: BiasSpec, name: str, config: TileConfig, processors: int) -> list[Step]:
+def _dbias_steps(spec: AttentionSpec, bias: BiasSpec, name: str, config: TileConfig, sms: int) -> list[Step]:
     """One program for each tile of the bias's own shape; where all sequences share it and tiles are few, the sequences are split."""
     packed, (bias_rows, bias_cols) = _packed(spec), _sizes(spec, name)
     sequence, _, head, query, key = bias.varies
@@ -157,8 +157,8 @@ def _dbias_steps(spec: AttentionSpec, bias: BiasSpec, name: str, config: TileCon
     else:
         programs *= packed.sequences if sequence else 1
         programs *= (ceil_div(bias_rows, config.block_m) if query else 1) * (ceil_div(bias_cols, config.block_n) if key else 1)
-    splits = 1 if sequence else max(1, min(packed.sequences, ceil_div(2 * processors, max(programs, 1))))
+    splits = 1 if sequence else max(1, min(packed.sequences, ceil_div(2 * sms, max(programs, 1))))
     if programs * splits >= 2**31:
         raise unsupported(f"the gradient of a bias of {programs} tiles", "triton", "use 'tiled'")
     steps = [Step("packed_dbias", config, programs * splits, splits=splits, gives=(name,))]
-    return [*steps, *sum_steps(spec, bias, splits, name, _elements(spec, name, bias))]
+    return [*steps, *sum_steps(spec, splits, bias, name, _elements(spec, name, bias))]

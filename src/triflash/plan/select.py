@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 from ..errors import UnsupportedError, bad_type, bad_value, unsupported
 from ..spec import AttentionSpec, BiasSpec, Needs
-from . import hopper, hopper_steps, overlay, override, packed, tables
+from . import hopper, overlay, override, packed, tables
 from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_features, with_wide_bias
 from .device import DeviceFacts, triton_problem
-from .hopper import HopperConfig
 from .steps import Plan, Step, broadcast_rows, ceil_div, dbias_source, sum_steps
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "backend",
     "config_of",
     "current_choices",
-    "hopper_config_of",
     "plan_backward",
     "plan_forward",
     "requested_backend",
@@ -108,7 +106,7 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool 
     if problem := triton_problem():
         return f"anything: {problem}", "install triton (Linux) or use backend('tiled')"
     if name == "hopper":
-        return _why_not_hopper(spec, device)
+        return hopper.why_not(spec, device)
     if device.arch == "cpu":
         return "CPU tensors", "move them to a GPU, set TRITON_INTERPRET=1 before importing triflash, or use backend('tiled')"
     if device.arch.startswith("sm") and int(device.arch[2:]) < 80:
@@ -126,38 +124,11 @@ def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool 
     return None
 
 
-def _why_not_hopper(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
-    if spec.packed is not None:
-        return "packed sequences", "it has no kernels for them yet: use backend('triton')"
-    if spec.second is not None:
-        return "two biases", "it has no kernels for them yet: use backend('triton')"
-    if device.arch != "sm90":
-        return f"{device.arch}", "its kernels are made for sm90 (H100, H200, H20): use backend('triton')"
-    if spec.dtype not in ("fp16", "bf16"):
-        return f"{spec.dtype}", "its products are 16-bit ones: use backend('triton')"
-    if spec.softcap > hopper.LARGEST_SOFTCAP:
-        return (
-            f"a soft cap of {spec.softcap:g}",
-            f"above {hopper.LARGEST_SOFTCAP:g} its kernels round scores too far: use backend('triton')",
-        )
-    if spec.bias is not None and spec.bias.dtype == "fp64":
-        return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
-    if spec.mask is not None and not (spec.bias is not None and spec.bias.varies[4] and spec.mask.varies[4]):
-        return "a mask beside a bias of which one does not vary over keys", "use backend('triton')"
-    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
-        return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
-    if spec.is_empty:
-        return "empty tensors", "use backend('triton')"
-    if hopper.forward_config(spec, device.shared_memory) is None:
-        return f"head dims {spec.head_dim} and {spec.value_dim} with such a bias", "no tile fits in shared memory: use backend('triton')"
-    return None
-
-
 def _why_not_pass(name: str, spec: AttentionSpec, device: DeviceFacts, needs: Needs | None) -> tuple[str, str] | None:
     """``why_not``, of a forward pass or, with needs, of a backward pass."""
     if reason := why_not(name, spec, device, needs is not None):
         return reason
-    return hopper_steps.why_not_backward(spec, needs, device) if name == "hopper" and needs is not None else None
+    return hopper.why_not_backward(spec, needs, device) if name == "hopper" and needs is not None else None
 
 
 def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, needs: Needs | None = None) -> str:
@@ -230,8 +201,9 @@ def _measured_or_default(
         return default_config(problem, device), "fixed: it has no tiles of scores"
     else:
         return default_config(problem, device), "analytic default: the first candidate that fits, not measured"
-    wide = spec.second is not None or (spec.bias is not None and spec.bias.dtype == "fp32")  # a second bias is one more buffer
-    if wide and kernel != "delta":
+    # A second bias is one more buffer, as a float32 one is twice as much.
+    doubled = spec.second is not None or (spec.bias is not None and spec.bias.dtype == "fp32")
+    if doubled and kernel != "delta":
         narrower = with_wide_bias(problem, config, device)
         if narrower != config:
             return narrower, f"{source}, with fewer stages than {config} to hold a float32 bias"
@@ -240,7 +212,8 @@ def _measured_or_default(
 
 def _weight(spec: AttentionSpec) -> int:
     """How much scores go through on their way, as :func:`with_features` counts it."""
-    return (spec.softcap > 0) + spec.alibi + (spec.mask is not None) + (spec.dropout > 0)
+    packed_bias = spec.packed is not None and spec.bias is not None  # whose rows and columns end anywhere
+    return (spec.softcap > 0) + spec.alibi + (spec.mask is not None) + (spec.dropout > 0) + packed_bias
 
 
 def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> TileConfig:
@@ -270,7 +243,7 @@ def plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str = "aut
 def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
     name = _choose(requested, spec, device)
     if name == "hopper":
-        return _plan_hopper_forward(spec, device, choices)
+        return Plan(name, hopper.forward_steps(spec, device, dict(choices.by_hand)))
     if name != "triton":
         return Plan(name, (Step("forward"),))
     if spec.packed is not None:
@@ -278,29 +251,6 @@ def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choi
     config = _config("forward", spec, device, choices)
     programs = ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
     return Plan(name, (Step("forward", config, programs, _order(spec)),) if programs else ())
-
-
-def hopper_config_of(spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> tuple[HopperConfig, str]:
-    """The Hopper forward kernel's configuration, for a spec that it can do, and where it comes from."""
-    chosen = dict(choices.by_hand).get("forward")
-    if isinstance(chosen, HopperConfig):
-        if not chosen.own_out and padded(spec.head_dim) != padded(spec.value_dim):
-            raise bad_value(
-                "own_out", f"True for head dims {spec.head_dim} and {spec.value_dim}", False, "an output tile does not fit q's buffer"
-            )
-        hopper.checked(chosen, spec.value_dim, hopper.shared_memory(spec, chosen), device.shared_memory)
-        return chosen, "chosen by hand (override_configs)"
-    config = hopper.forward_config(spec, device.shared_memory, device.processors)
-    assert config is not None, "why_not refuses what fits no candidate"
-    return config, "a rule of plan/hopper.py, drawn from measurements on an H200"
-
-
-def _plan_hopper_forward(spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> Plan:
-    config, _ = hopper_config_of(spec, device, choices)
-    _, tiles = hopper.whole_tiles(spec, config)
-    programs = min(tiles, device.processors * config.together) if config.persistent else tiles
-    order = _order(spec)
-    return Plan("hopper", (Step("forward", config, programs, "batch" if order == "batch" else "head"),))
 
 
 def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str = "auto") -> Plan:
@@ -312,13 +262,13 @@ def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reques
 def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
     name = _choose(requested, spec, device, needs)
     if name == "hopper":
-        return Plan(name, hopper_steps.backward_steps(spec, needs, device, dict(choices.by_hand)))
+        return Plan(name, hopper.backward_steps(spec, needs, device, dict(choices.by_hand)))
     if name != "triton":
         return Plan(name, (Step("backward"),))
     if spec.is_empty:
         return Plan(name, ())
     if spec.packed is not None:
-        return Plan(name, packed.backward_steps(spec, needs, lambda kernel: _config(kernel, spec, device, choices), device.processors))
+        return Plan(name, packed.backward_steps(spec, needs, lambda kernel: _config(kernel, spec, device, choices), device.sms))
     batch_heads, batch_key_heads = spec.batch * spec.heads, spec.batch * spec.kv_heads
     steps = []
     sources = _bias_sources(spec, needs)
@@ -339,7 +289,7 @@ def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reque
             steps.append(Step(kernel, config, programs, _order(spec), splits, wanted))
     for grad, (source, bias) in sources.items():
         if source == "dkdv":
-            steps += sum_steps(spec, bias, broadcast_rows(spec, bias), grad)
+            steps += sum_steps(spec, broadcast_rows(spec, bias), bias, grad)
         elif source == "dbias":
             steps += _dbias_steps(spec, bias, grad, device, _config("dbias", spec, device, choices))
     return Plan(name, tuple(steps))
@@ -370,5 +320,5 @@ def _dbias_steps(spec: AttentionSpec, bias: BiasSpec, name: str, device: DeviceF
             looped *= size
     if looped >= 2**31:
         raise unsupported(f"the gradient of a bias broadcast over {looped} tiles", "triton", "sum a larger bias's gradient, or use 'tiled'")
-    splits = max(1, min(looped, ceil_div(2 * device.processors, own)))
-    return [Step("dbias", config, own * splits, splits=splits, gives=(name,)), *sum_steps(spec, bias, splits, name)]
+    splits = max(1, min(looped, ceil_div(2 * device.sms, own)))
+    return [Step("dbias", config, own * splits, splits=splits, gives=(name,)), *sum_steps(spec, splits, bias, name)]

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from ..spec import AttentionSpec, BiasSpec
 from .configs import TileConfig
-from .hopper import HopperConfig
-from .hopper_backward import KeysConfig
+from .kernels.shared import HopperConfig
 
 __all__ = ["IN_PYTORCH", "SUM_BLOCK", "Plan", "Step", "broadcast_rows", "ceil_div", "dbias_source", "sum_steps"]
 
@@ -25,7 +24,7 @@ class Step:
     """
 
     kernel: str
-    config: TileConfig | HopperConfig | KeysConfig | None = None
+    config: TileConfig | HopperConfig | None = None
     programs: int = 1
     order: str = "tile"
     splits: int = 1
@@ -65,18 +64,24 @@ def dbias_source(spec: AttentionSpec, bias: BiasSpec) -> str:
     return "dkdv" if key and not query and spec.groups == 1 else "dbias"
 
 
-def broadcast_rows(spec: AttentionSpec, bias: BiasSpec) -> int:
-    """Over how many (batch, head) pairs a bias is broadcast."""
+def broadcast_rows(spec: AttentionSpec, bias: BiasSpec | None = None) -> int:
+    """Over how many (batch, head) pairs a bias is broadcast; None: the first."""
+    bias = bias or spec.bias
+    assert bias is not None
     rows = 1
     for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads), bias.varies[:3], strict=True):
         rows *= 1 if varies else size
     return rows
 
 
-def sum_steps(spec: AttentionSpec, bias: BiasSpec, splits: int, name: str = "dbias", elements: int | None = None) -> list[Step]:
-    """Adding up ``splits`` partial sums of the gradient ``name`` of a bias, in a fixed order, if there are several. elements: of the bias,
-    if it is a packed one.
+def sum_steps(
+    spec: AttentionSpec, splits: int, bias: BiasSpec | None = None, name: str = "dbias", elements: int | None = None
+) -> list[Step]:
+    """Adding up ``splits`` partial sums of the gradient ``name`` of a bias (None: the first), in a fixed order, if there are several.
+    elements: of the bias, if it is a packed one.
     """
+    bias = bias or spec.bias
+    assert bias is not None
     if elements is None:
         elements = 1
         for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys), bias.varies, strict=True):

@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA Hopper (sm90) in Gluon: tiles by TMA, products by warpgroup instructions, loads and products on warps of their own."""
+"""Gluon kernels for NVIDIA Hopper (sm90): TMA loads, WGMMA, warp specialisation. Launched by ``launch/hopper*.py``."""

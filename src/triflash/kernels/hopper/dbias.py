@@ -2,16 +2,16 @@
 
     dbias = sum over broadcast dims of ds,   ds = 2^(s - lse) * (dout vᵀ - delta)
 
-A program owns tiles of 64 * WGS queries by BN keys of the bias's own shape, and for each loops over the dims that the bias broadcasts,
-one round a (batch, head) pair, recomputing s and dp; the sum stays in registers, and a tile's bias in shared memory. Both products of a
-round run over a head dim, and producers feed them like a matrix product: chunks of CHUNK columns in two rings that do not care for rounds
-or tiles, on the left q and then dout, on the right k and then v. The softmax of one consumer runs under the products of the other and
-under its own dp; TURNS as in the forward kernel.
+Launched by ``launch/hopper_dbias.py``. A CTA owns tiles of the bias's own shape, 64 queries a consumer by ``block_n`` keys. For each it
+loops over the (batch, head) pairs that the bias broadcasts, one round a pair, recomputing s and dp. The sum stays in registers, a tile's
+bias in shared memory. Both MMAs of a round run over a head dim, and producers feed them like a matrix product: chunks of ``chunk`` columns
+in two rings that run on across rounds and tiles, one for q and then dout, one for k and then v. The softmax of a consumer runs under the
+MMAs of the other and under its own dp; ``ping_pong`` as of the forward kernel.
 
-The sum leaves through the buffer of its tile's bias. A producer of its own fills that again at once, so that the next tile's bias, which
-may come from far, holds up no operand. No consumer meets a tile that nobody sees: a warp of its own writes their zeros.
+The sum leaves through the buffer of its tile's bias. A producer of its own refills that at once, so the next tile's bias holds up no
+operand. Tiles that no query sees are no work for the consumers: a warp writes their zeros.
 
-The loop is cut into ``splits`` parts, each of which is written on its own, as the portable kernel does (``kernels/triton/dbias.py``).
+The loop may be cut into ``splits`` parts, each written on its own, as in the portable kernel (``kernels/triton/dbias.py``).
 """
 
 from ..triton.prims import LOG2E, offset, segments
@@ -27,19 +27,18 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .dropout import drawn, of_scores, signed, stream_of
-from .features import add_alibi, capped, mildest, slope_of, squashed, visible_keys
+from .dropout import ds_of, keep_bits, philox_of, sign_dropped
+from .features import add_alibi, all_lse_small, slope_of, softcapped, tanh, visible_keys
 from .layouts import accumulator, stacked
-from .loads import BM
 from .rings import Ring, barriers, ring
-from .rows import add_bias, exponents, hide_unseen, statistics
+from .scores_qk import BM, add_bias, exponents, mask_band, statistics
 
 
 @record
 class Program:
-    """What all partitions of a program work with. C: the configuration (``plan/hopper_rows.RowsConfig``); the rest as ``dbias`` says."""
+    """What all partitions of a CTA share. C: the configuration (``plan/kernels/dbias.DbiasConfig``); the rest as of ``dbias``."""
 
-    mild: object
+    small_lse: object
     dbias_desc: object
     dbias: object
     lengths: object
@@ -51,7 +50,7 @@ class Program:
     left: Ring
     right: Ring
     biases: Ring
-    turns: object
+    ping_pong: object
     dbias_strides: object
     slope_strides: object
     cap: object
@@ -180,7 +179,7 @@ def _fetch(desc, buffers, slots, at, b, row, head, column, PARTS: gl.constexpr):
 
 @gluon.jit
 def _produce(p, s_desc, dp_desc, buffers, slots, group, OF_KEYS: gl.constexpr):
-    """A producer: every load of one side of both products, in the order in which the consumers need them."""
+    """A producer: every load of one operand of both MMAs, in the order in which the consumers need them."""
     CHUNK: gl.constexpr = buffers.shape[4]
     PARTS: gl.constexpr = 1 if OF_KEYS else p.C.consumers
     at = 0  # chunks so far
@@ -200,7 +199,7 @@ def _produce(p, s_desc, dp_desc, buffers, slots, group, OF_KEYS: gl.constexpr):
 
 @gluon.jit
 def _supply(p, bias_desc):
-    """The third producer: the bias of every tile that somebody sees, as soon as its buffer is free."""
+    """The third producer: the bias of every tile that some query sees, as soon as its buffer is free."""
     WGS: gl.constexpr = p.C.consumers
     wave = 0  # tiles so far
     for index in range(gl.program_id(0), p.tiles, gl.num_programs(0)):
@@ -217,7 +216,7 @@ def _supply(p, bias_desc):
 
 @gluon.jit
 def _clear(p):
-    """A warp for the tiles that nobody sees: zeros, which wait for nothing and which nobody waits for."""
+    """A warp that writes zeros to the tiles that no query sees. It waits for nothing, and nothing waits for it."""
     BN: gl.constexpr = p.C.block_n
     WGS: gl.constexpr = p.C.consumers
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -258,7 +257,7 @@ def _own(p, part, b0, b1, head, m0, n0):
 
 @gluon.jit
 def _multiply(p, acc, at, WG: gl.constexpr, FIRST: gl.constexpr):
-    """Issue the product of one chunk, as soon as it is there."""
+    """Wait for a chunk of both operands and issue its MMA."""
     WGS: gl.constexpr = p.C.consumers
     p.left.wait(at, 0)
     p.right.wait(at, 0)
@@ -269,21 +268,21 @@ def _multiply(p, acc, at, WG: gl.constexpr, FIRST: gl.constexpr):
 
 @gluon.jit
 def _release(p, at, COUNT: gl.constexpr):
-    """COUNT chunks, of both sides, are no longer needed."""
+    """Give back COUNT chunks of both operands."""
     for c in gl.static_range(COUNT):
         p.left.release(at + c, 0)
         p.right.release(at + c, 0)
 
 
 @gluon.jit
-def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
-    """One consumer: 64 queries of every tile of the program that somebody sees."""
+def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
+    """One consumer: 64 queries of every tile of the CTA that some query sees."""
     BN: gl.constexpr = p.C.block_n
     S: gl.constexpr = accumulator(BN)
     S_CHUNKS: gl.constexpr = p.S_CHUNKS
     DP_CHUNKS: gl.constexpr = p.DP_CHUNKS
     CHUNKS: gl.constexpr = S_CHUNKS + DP_CHUNKS
-    SLOTS: gl.constexpr = min(p.C.num_stages, p.C.value_stages)
+    SLOTS: gl.constexpr = p.C.slots
     EARLY: gl.constexpr = 0 if CHUNKS <= SLOTS else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
     scale_log2 = p.scale * LOG2E
     nothing = gl.zeros([BM, BN], gl.float32, S)
@@ -304,11 +303,11 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
                 row += offset(head, p.mask_strides[2])
                 # A row that TMA could address: keys are neighbours, and it begins at an even address. Read by two, a byte past an odd end.
                 if p.EVEN:
-                    shown = gl.expand_dims(gl.load(row + j), 0)
+                    mask_row = gl.expand_dims(gl.load(row + j), 0)
                 else:
-                    shown = gl.expand_dims(gl.load(row + j, mask=j < (p.N + 1) // 2 * 2, other=0), 0)
-            if p.C.turns:
-                mbarrier.wait(p.turns[WG].index(0), (at // CHUNKS) & 1)
+                    mask_row = gl.expand_dims(gl.load(row + j, mask=j < (p.N + 1) // 2 * 2, other=0), 0)
+            if p.C.ping_pong:
+                mbarrier.wait(p.ping_pong[WG].index(0), (at // CHUNKS) & 1)
             s_pending = _multiply(p, nothing, at, WG, True)
             for c in gl.static_range(1, S_CHUNKS):
                 s_pending = _multiply(p, s_pending, at + c, WG, False)
@@ -318,47 +317,47 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
             dp_pending = _multiply(p, nothing, at + S_CHUNKS, WG, True)
             for c in gl.static_range(S_CHUNKS + 1, CHUNKS):
                 dp_pending = _multiply(p, dp_pending, at + c, WG, False)
-            if p.C.turns:
-                mbarrier.arrive(p.turns[(WG + 1) % p.C.consumers].index(0))
+            if p.C.ping_pong:
+                mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
             s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
             _release(p, at + EARLY, S_CHUNKS - EARLY)
 
             mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
             bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
             if p.cap is not None:
-                if p.lengths is not None:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
-                    s = hide_unseen(s, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
-                s = capped(squashed(s, p.cap), p.cap)
+                if p.lengths is not None:  # a hidden key may be NaN, and ``tanh`` spreads NaN to the three scores that share its reciprocal
+                    s = mask_band(s, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
+                s = softcapped(tanh(s, p.cap), p.cap)
             else:
                 s = s * scale_log2
-            if MILD:
+            if SMALL_LSE:
                 s = s - gl.expand_dims(lse, 1)
             s = add_bias(s, bias, False)
             if p.ALIBI:
                 slope = slope_of(p.slopes, p.slope_strides, b, head)
                 s = add_alibi(s, slope, n0 - m0 - (p.N - p.M), 1, p.ALIBI)
             if p.mask is not None:
-                s = add_bias(s, shown, True)
+                s = add_bias(s, mask_row, True)
             if p.lengths is not None:
-                s = hide_unseen(s, m0, n0, n_keys, None, None, BM, BN, "0fFF800000")
-            if not MILD:
+                s = mask_band(s, m0, n0, n_keys, None, None, BM, BN, "0fFF800000")
+            if not SMALL_LSE:
                 s = exponents(s, lse, rest, p.HAS_REST, True)
             weight = gl.exp2(s)
             if p.dropout is not None:
-                weight = signed(weight, drawn(stream_of(p.dropout, b, head, p.heads), m0, n0, BM, BN, False))
+                weight = sign_dropped(weight, keep_bits(philox_of(p.dropout, b, head, p.heads), m0, n0, BM, BN, False))
 
             p.right.wait(at + CHUNKS - 1, 0)  # long since full: waited for to keep ptxas from moving the wait for dp up
             dp = warpgroup_mma_wait(0, [dp_pending])
             _release(p, at + S_CHUNKS, DP_CHUNKS)
             if p.lengths is not None:  # values that are hidden may be anything
-                dp = hide_unseen(dp, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
-            acc += of_scores(weight, dp, gl.expand_dims(delta, 1), p.dropout is not None)
+                dp = mask_band(dp, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
+            acc += ds_of(weight, dp, gl.expand_dims(delta, 1), p.dropout is not None)
             at += CHUNKS
 
         if first < last:
-            # Scores that nobody sees were summed like the others, and may have overflowed; queries that do not exist gave 0.
+            # Masked scores were summed like the others and may have overflowed; queries past the end gave 0.
             if p.lo is not None or p.hi is not None:
-                acc = hide_unseen(acc, m0, n0, p.N, p.lo, p.hi, BM, BN, "0f00000000")
+                acc = mask_band(acc, m0, n0, p.N, p.lo, p.hi, BM, BN, "0f00000000")
             if p.dropout is not None:
                 acc = acc * p.dropout[2]
             if p.dbias_desc is not None:
@@ -382,8 +381,8 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
 
 @gluon.jit
 def _consume_either(p, WG: gl.constexpr):
-    """One consumer: ``_consume`` in the faster way if all statistics are mild (``edges.py``)."""
-    if (p.mild is not None) and (mildest(p.mild) != 0):
+    """One consumer: ``_consume`` with the faster loop if every lse is small (``preprocess.py``)."""
+    if (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
         _consume(p, WG, True)
     else:
         _consume(p, WG, False)
@@ -398,8 +397,8 @@ COUNTS = [
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
-    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, mild, dbias_strides, slope_strides, cap,
-    dropout, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places,
+    q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, small_lse, dbias_strides, slope_strides,
+    cap, dropout, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places,
     fold, shuffle, C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr,
     VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
@@ -408,30 +407,30 @@ def dbias(
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
-    (part, outer batch, inner batch, head, query, key). stats: see ``rows.py``; cap: ``features.squashed``; dropout:
-    ``dropout.stream_of``. Query head h reads key head
+    (part, outer batch, inner batch, head, query, key). stats: see ``scores_qk.py``; cap: ``features.tanh``; dropout:
+    ``dropout.philox_of``. Query head h reads key head
     ``h // group``.
     """
     BN: gl.constexpr = C.block_n
     WGS: gl.constexpr = C.consumers
     DT: gl.constexpr = q_desc.dtype
-    left_s = gl.allocate_shared_memory(DT, stacked(C.value_stages * WGS, q_desc.block_shape), q_desc.layout)
-    right_s = gl.allocate_shared_memory(DT, stacked(C.num_stages, k_desc.block_shape), k_desc.layout)
+    left_s = gl.allocate_shared_memory(DT, stacked(C.query_slots * WGS, q_desc.block_shape), q_desc.layout)
+    right_s = gl.allocate_shared_memory(DT, stacked(C.key_slots, k_desc.block_shape), k_desc.layout)
     bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(C.bias_stages * WGS, bias_desc.block_shape), bias_desc.layout)
     zeros_s = None
     if dbias_desc is not None and (lo is not None or hi is not None):
         zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
         zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
-    left = ring(C.value_stages, 1, WGS, True)  # every consumer reads every chunk
-    right = ring(C.num_stages, 1, WGS, True)
+    left = ring(C.query_slots, 1, WGS, True)  # every consumer reads every chunk
+    right = ring(C.key_slots, 1, WGS, True)
     biases = ring(C.bias_stages, WGS, 1, True)
-    turns = (barriers(1, 1), barriers(1, 1))
+    ping_pong = (barriers(1, 1), barriers(1, 1))
     fence_async_shared()
-    if C.turns:
-        mbarrier.arrive(turns[0].index(0))
+    if C.ping_pong:
+        mbarrier.arrive(ping_pong[0].index(0))
 
     p = Program(
-        mild, dbias_desc, dbias_out, lengths, slopes, stats, left_s, right_s, bias_s, left, right, biases, turns, dbias_strides,
+        small_lse, dbias_desc, dbias_out, lengths, slopes, stats, left_s, right_s, bias_s, left, right, biases, ping_pong, dbias_strides,
         slope_strides, cap, dropout, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m,
         tiles, places, fold, shuffle, zeros_s, tiles_n, C, chunks_of(D, C.chunk), chunks_of(DV, C.chunk), VARIES_B0, VARIES_B1,
         VARIES_H, HAS_REST, EVEN, ALIBI,

@@ -1,16 +1,15 @@
-"""The backward kernel for Hopper that gives dq, and with it the gradient of a bias of full shape.
+"""The backward kernel for Hopper that gives dq, and with it the gradient of a full-shape bias. Launched by ``launch/hopper_dq.py``.
 
-Built like the forward kernel: a producer warp that loads by TMA, one or two consumers of 64 queries, a persistent grid whose tiles
-``schedule.Uniform`` deals out. A consumer keeps q and dout of its queries in shared memory and walks the key blocks that they see, from the
-last to the first:
+Built like the forward kernel: a producer warp that loads by TMA, one or two consumers of 64 queries, a persistent grid. A consumer keeps q
+and dout of its queries in shared memory and walks the K and V blocks that they see, from the last to the first:
 
     s = scale q kᵀ (+ bias);   dp = dout vᵀ;   ds = 2^(s - lse) * (dp - delta);   dq += ds k
 
-Every tile of ds exists once, in registers, where it is the left operand of the third product. Nothing is added atomically. With AHEAD the
-product ds k of a block is issued behind s and dp of the next, and runs under that block's softmax.
+Each tile of ds exists once, in registers, as the left operand of the third MMA. There are no atomics. With ``deferred`` the MMA ds k of a
+block is issued behind s and dp of the next, and runs under that block's softmax.
 
-The gradient of a full-shape bias leaves through the buffer that its block of the bias came in. Blocks that no query of a tile sees are
-filled with zeros by the producer, from a block of zeros in shared memory.
+The gradient of a full-shape bias leaves through the buffer that its bias block came in. The producer fills blocks that no query of a tile
+sees with zeros, from a block of zeros in shared memory.
 """
 
 from ..triton.prims import LOG2E
@@ -26,33 +25,32 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .dropout import drawn, of_scores, signed, stream_of
+from .dropout import ds_of, keep_bits, philox_of, sign_dropped
 from .extent import Extent, extent_of
 from .features import (
     ONE_SIDED,
     add_alibi,
-    capped,
-    clear_hidden,
-    hide_by,
+    all_lse_small,
+    clear_masked,
     line,
-    mildest,
+    mask_by_tile,
+    p_and_ds_factor,
     rounded,
-    slope_at,
     slope_of,
-    squashed,
-    weighed,
+    softcapped,
+    tanh,
+    tanh_slope,
 )
 from .layouts import accumulator, stacked
-from .loads import BM, grid_of, visible_blocks
 from .rings import Ring, barriers, ring
-from .rows import add_bias, column_of, exponents, hide_unseen, statistics
+from .scores_qk import BM, add_bias, column_of, exponents, grid_of, mask_band, statistics, visible_blocks
 
 
 @record
 class Program:
-    """What all partitions of a program work with. C: the configuration (``plan/hopper_rows.RowsConfig``); the rest as ``dq`` says."""
+    """What all partitions of a CTA share. C: the configuration (``plan/kernels/dq.DqConfig``); the rest as of ``dq``."""
 
-    mild: object
+    small_lse: object
     dq_desc: object
     dbias_desc: object
     bias: object
@@ -70,7 +68,7 @@ class Program:
     keys: Ring
     values: Ring
     biases: Ring
-    turns: object
+    ping_pong: object
     bias_strides: object
     slope_strides: object
     cap: object
@@ -85,8 +83,8 @@ class Program:
     scale: object
     tiles_m: object
     tiles: object
-    section: object
-    snake: object
+    l2_group: object
+    serpentine: object
     C: gl.constexpr
     BATCH_FASTEST: gl.constexpr
     IS_MASK: gl.constexpr
@@ -131,7 +129,7 @@ class Rows:
     rest: object
     column: object
     slope: object
-    stream: object
+    philox: object
     scale_log2: object
 
 
@@ -202,9 +200,10 @@ def _produce(p, f):
 
 
 @gluon.jit
-def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, MILD: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, CUT: gl.constexpr):
-    """One key block: ``(dq, ds)`` with the block before in dq (``p.C.ahead``), or the block itself. MILD: see ``edges.py``. CUT: a length
-    may end in it.
+def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, CUT: gl.constexpr):
+    """One key block: ``(dq, ds)`` with the block before in dq (``p.C.deferred``), or the block itself.
+
+    SMALL_LSE: see ``preprocess.py``. CUT: a length may end in the block.
     """
     BN: gl.constexpr = p.C.block_n
     BD: gl.constexpr = p.k_s.shape[4]
@@ -212,35 +211,35 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, MILD: gl.constexpr, FIRST: gl.
     S: gl.constexpr = accumulator(BN)
     DS: gl.constexpr = gl.DotOperandLayout(0, accumulator(BD), 2)
     BIASED: gl.constexpr = (p.bias_s is not None or p.bias is not None) and not p.IS_MASK
-    LAGGING: gl.constexpr = p.C.ahead and not FIRST  # the block before is folded into dq here
+    LAGGING: gl.constexpr = p.C.deferred and not FIRST  # the block before is folded into dq here
     nothing = gl.zeros([BM, BN], gl.float32, S)
     k_slot = p.keys.slot(at, 0)
     v_slot = p.values.slot(at, 0)
-    before = (at + p.C.num_stages - 1) % p.C.num_stages
+    before = (at + p.C.k_stages - 1) % p.C.k_stages
     v_phase = p.values.phase(at)
     k = p.k_s.index(k_slot).reshape([BN, BD])
     p.keys.wait(at, 0)
-    if p.C.turns:
-        mbarrier.wait(p.turns[WG].index(0), at & 1)
+    if p.C.ping_pong:
+        mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
     s_pending = warpgroup_mma(t.q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
     mbarrier.wait(p.values.full.index(v_slot), v_phase)
     v = p.v_s.index(v_slot).reshape([BN, BDV])
     dp_pending = warpgroup_mma(t.dout, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
     if LAGGING:
         dq_pending = warpgroup_mma(ds, p.k_s.index(before).reshape([BN, BD]), dq, is_async=True)
-    if p.C.turns:
-        mbarrier.arrive(p.turns[(WG + 1) % p.C.consumers].index(0))
-    if t.stream is not None:  # under the products
-        marks = drawn(t.stream, t.m0, n0, BM, BN, False)
+    if p.C.ping_pong:
+        mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
+    if t.philox is not None:  # under the MMAs
+        bits = keep_bits(t.philox, t.m0, n0, BM, BN, False)
     if LAGGING:
         s = warpgroup_mma_wait(2, [s_pending])
     else:
         s = warpgroup_mma_wait(1, [s_pending])
 
     if p.cap is not None:
-        u = squashed(s, p.cap)
-        s = capped(u, p.cap)
-    elif MILD or BIASED or p.ALIBI or not p.HAS_REST:
+        u = tanh(s, p.cap)
+        s = softcapped(u, p.cap)
+    elif SMALL_LSE or BIASED or p.ALIBI or not p.HAS_REST:
         s = s * t.scale_log2
     else:
         s = rounded(s, t.scale_log2)
@@ -254,9 +253,9 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, MILD: gl.constexpr, FIRST: gl.
             bias = gl.expand_dims(p.bias_s.index(slot).reshape([WIDE]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
         s = add_bias(s, bias, p.IS_MASK)
         if p.mask_s is not None:
-            s = hide_by(s, p.mask_s.index(slot), BM, BN)
+            s = mask_by_tile(s, p.mask_s.index(slot), BM, BN)
         if p.dbias_desc is None:
-            fence_async_shared()  # a load may wait behind the operands of products, and TMA overtake it: see the forward kernel
+            fence_async_shared()  # a load may wait behind WGMMA operands, and TMA overtake it: see the forward kernel
             p.biases.release(at, WG)
     if p.bias is not None:
         s = add_bias(s, gl.expand_dims(t.column, 1), p.IS_MASK)
@@ -266,14 +265,14 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, MILD: gl.constexpr, FIRST: gl.
     if p.ALIBI == ONE_SIDED:
         lse = lse - line(0.0, -t.slope, BM, gl.SliceLayout(1, S))
     if MASKED:
-        s = hide_unseen(s, t.m0, n0, t.x.keys, p.lo, p.hi, BM, BN, "0fFF800000")
-    x = exponents(s, lse, t.rest, p.HAS_REST and not MILD, BIASED)
+        s = mask_band(s, t.m0, n0, t.x.keys, p.lo, p.hi, BM, BN, "0fFF800000")
+    x = exponents(s, lse, t.rest, p.HAS_REST and not SMALL_LSE, BIASED)
     if p.cap is not None and p.dbias_desc is None:
-        _, weight = weighed(x, u, t.q.dtype)
+        _, weight = p_and_ds_factor(x, u, t.q.dtype)
     else:
         weight = gl.exp2(x)
-    if t.stream is not None:
-        weight = signed(weight, marks)
+    if t.philox is not None:
+        weight = sign_dropped(weight, bits)
 
     mbarrier.wait(p.values.full.index(v_slot), v_phase)  # long since full: ptxas does not move the wait below up past it
     if LAGGING:
@@ -281,49 +280,49 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, MILD: gl.constexpr, FIRST: gl.
     else:
         dp = warpgroup_mma_wait(0, [dp_pending])
     p.values.release(at, 0)
-    if CUT:  # values that are hidden may be anything; keys have been cleared
-        dp = hide_unseen(dp, t.m0, n0, t.x.keys, None, None, BM, BN, "0f00000000")
-    ds32 = of_scores(weight, dp, gl.expand_dims(t.delta, 1), t.stream is not None)
-    if LAGGING:  # before anything is rounded: the product under way reads the registers that the rounded ds will take
+    if CUT:  # hidden values may be NaN; hidden keys have been cleared
+        dp = mask_band(dp, t.m0, n0, t.x.keys, None, None, BM, BN, "0f00000000")
+    ds32 = ds_of(weight, dp, gl.expand_dims(t.delta, 1), t.philox is not None)
+    if LAGGING:  # before anything is rounded: the MMA under way reads the registers that the rounded ds will take
         dq = warpgroup_mma_wait(0, [dq_pending])
         mbarrier.arrive(p.keys.empty.index(before))
     if p.dbias_desc is not None:
         own = p.biases.slot(at, WG)
         dbias = ds32
-        if t.stream is not None:
-            dbias = ds32 * t.stream[3]
+        if t.philox is not None:
+            dbias = ds32 * t.philox[3]
         p.bias_s.index(own).reshape([BM, BN]).store(dbias.to(p.dbias_desc.dtype))
         fence_async_shared()
         tma_store(p.dbias_desc, [t.outer, t.inner, t.head, t.m0, n0], p.bias_s.index(own))
         if p.C.bias_stages == 1:
             tma_store_wait(0)
             p.biases.release(at, WG)
-        else:  # what the step before stored has had this one's time to leave its buffer
+        else:  # the store of the step before has had this step to finish
             tma_store_wait(1)
             if at > 0:
                 p.biases.release(at - 1, WG)
         if p.cap is not None:  # the bias is added behind it
-            ds32 = ds32 * slope_at(u)
+            ds32 = ds32 * tanh_slope(u)
     ds16 = gl.convert_layout(ds32.to(t.q.dtype), DS)
-    if not p.C.ahead:
+    if not p.C.deferred:
         dq = warpgroup_mma_wait(0, [warpgroup_mma(ds16, k, dq, is_async=True)])
         p.keys.release(at, 0)
     return dq, ds16
 
 
 @gluon.jit
-def _walk(p, t, w, dq, ds, first, last, WG: gl.constexpr, MILD: gl.constexpr, MASKED: gl.constexpr):
+def _walk(p, t, w, dq, ds, first, last, WG: gl.constexpr, SMALL_LSE: gl.constexpr, MASKED: gl.constexpr):
     """Steps ``first … last`` of a tile."""
     for step in range(first, last):
-        dq, ds = _step(p, t, dq, ds, w.done + step, (w.end - 1 - step) * p.C.block_n, WG, MILD, False, MASKED, False)
-        if p.C.own_out:
-            if step == w.steps - 1:  # no more products with this q and dout: the next can be fetched
+        dq, ds = _step(p, t, dq, ds, w.done + step, (w.end - 1 - step) * p.C.block_n, WG, SMALL_LSE, False, MASKED, False)
+        if p.C.separate_dq:
+            if step == w.steps - 1:  # no more MMAs with this q and dout: the next can be fetched
                 mbarrier.arrive(p.queries.empty.index(WG))
     return dq, ds
 
 
 @gluon.jit
-def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
+def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     """One consumer: 64 queries of every tile of the program."""
     BN: gl.constexpr = p.C.block_n
     BD: gl.constexpr = p.q_s.shape[4]
@@ -332,7 +331,7 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
     scale_log2 = p.scale * LOG2E
     q = p.q_s.index(WG).reshape([BM, BD])
     dout = p.dout_s.index(WG).reshape([BM, BDV])
-    if p.C.own_out:
+    if p.C.separate_dq:
         target = p.out_s.index(WG)
     else:
         target = p.q_s.index(WG)
@@ -342,9 +341,9 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
         m0, head, b = grid.locate(wave)
         x = extent_of(b, p.M, p.N, p.lengths)
         slope = slope_of(p.slopes, p.slope_strides, b, head)
-        stream = None
+        philox = None
         if p.dropout is not None:
-            stream = stream_of(p.dropout, b, head, p.heads)
+            philox = philox_of(p.dropout, b, head, p.heads)
         begin, full_begin, full_end, end = visible_blocks(p, x, m0)
         steps = end - begin
         m0 += WG * BM
@@ -357,23 +356,23 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
         if p.lengths is not None:
             if (end * BN > x.keys) & (x.keys < p.N):  # no other block of a tile is cut by a length
                 p.keys.wait(done, 0)
-                clear_hidden(p.k_s.index(p.keys.slot(done, 0)).reshape([BN, BD]), x.keys - (end - 1) * BN)
-        t = Rows(x, x.diagonal(), m0, head, outer, inner, q, dout, lse, delta, rest, column, slope, stream, scale_log2)
+                clear_masked(p.k_s.index(p.keys.slot(done, 0)).reshape([BN, BD]), x.keys - (end - 1) * BN)
+        t = Rows(x, x.diagonal(), m0, head, outer, inner, q, dout, lse, delta, rest, column, slope, philox, scale_log2)
         w = Walk(done, steps, end)
-        dq, ds = _step(p, t, dq, dq, done, (end - 1) * BN, WG, MILD, True, MASKED, p.lengths is not None)
-        if p.C.own_out:
+        dq, ds = _step(p, t, dq, dq, done, (end - 1) * BN, WG, SMALL_LSE, True, MASKED, p.lengths is not None)
+        if p.C.separate_dq:
             if steps == 1:
                 mbarrier.arrive(p.queries.empty.index(WG))
         # What is left: partly visible on the right, whole, partly visible on the left.
         if p.hi is not None:
-            dq, ds = _walk(p, t, w, dq, ds, 1, end - full_end, WG, MILD, True)
+            dq, ds = _walk(p, t, w, dq, ds, 1, end - full_end, WG, SMALL_LSE, True)
         whole = max(1, end - full_end)
-        dq, ds = _walk(p, t, w, dq, ds, whole, end - full_begin, WG, MILD, False)
+        dq, ds = _walk(p, t, w, dq, ds, whole, end - full_begin, WG, SMALL_LSE, False)
         if p.lo is not None:
             left = max(1, end - full_begin)
-            dq, ds = _walk(p, t, w, dq, ds, left, steps, WG, MILD, True)
+            dq, ds = _walk(p, t, w, dq, ds, left, steps, WG, SMALL_LSE, True)
         done += steps
-        if p.C.ahead:
+        if p.C.deferred:
             k = p.k_s.index(p.keys.slot(done - 1, 0)).reshape([BN, BD])
             dq = warpgroup_mma_wait(0, [warpgroup_mma(ds, k, dq, is_async=True)])
             p.keys.release(done - 1, 0)
@@ -383,7 +382,7 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
         target.reshape([BM, BD]).store((dq * p.scale).to(q.dtype))
         fence_async_shared()
         tma_store(p.dq_desc, [b, m0, head, 0], target)
-        if not p.C.own_out:
+        if not p.C.separate_dq:
             tma_store_wait(0)
             mbarrier.arrive(p.queries.empty.index(WG))
     tma_store_wait(0)
@@ -391,32 +390,31 @@ def _consume(p, WG: gl.constexpr, MILD: gl.constexpr):
 
 @gluon.jit
 def _consume_either(p, WG: gl.constexpr):
-    """One consumer: ``_consume`` in the faster way if all statistics are mild (``edges.py``)."""
-    if (p.mild is not None) and (mildest(p.mild) != 0):
+    """One consumer: ``_consume`` with the faster loop if every lse is small (``preprocess.py``)."""
+    if (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
         _consume(p, WG, True)
     else:
         _consume(p, WG, False)
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake"]
+COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "l2_group", "serpentine"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
-    q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, mild, bias_strides, slope_strides,
-    bias_on, cap, dropout, mask_desc, mask_on, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+    q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, small_lse, bias_strides, slope_strides,
+    bias_on, cap, dropout, mask_desc, mask_on, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 64 queries a consumer; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``schedule.Uniform`` says.
+    """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
-    Descriptors, bias and its strides as in the forward kernel; dbias_desc is over a bias of full shape, in blocks like the bias's. stats:
-    see ``rows.py``; mild: ``prepare``'s flags, or None. cap: see ``features.squashed``; dropout: see ``stream_of``; mask: beside the bias,
-    a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent.
+    Descriptors, bias and its strides as of the forward kernel; dbias_desc is over a full-shape bias, in blocks like the bias's. stats: see
+    ``scores_qk.py``; small_lse: the flags of ``preprocess``, or None; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside
+    the bias, a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent.
 
-    C: the configuration, ``plan/hopper_rows.RowsConfig``; where its ``own_out`` is false dq leaves through q's buffer, and the next tile
-    begins when it has left.
+    C: the configuration. Without its ``separate_dq``, dq leaves through Q's buffer, and the next tile begins when it has left.
     """
     DT: gl.constexpr = q_desc.dtype
     WGS: gl.constexpr = C.consumers
@@ -424,9 +422,9 @@ def dq(
     BIASES: gl.constexpr = C.bias_stages * WGS
     q_s = gl.allocate_shared_memory(DT, stacked(WGS, q_desc.block_shape), q_desc.layout)
     dout_s = gl.allocate_shared_memory(DT, stacked(WGS, dout_desc.block_shape), dout_desc.layout)
-    k_s = gl.allocate_shared_memory(DT, stacked(C.num_stages, k_desc.block_shape), k_desc.layout)
-    v_s = gl.allocate_shared_memory(DT, stacked(C.value_stages, v_desc.block_shape), v_desc.layout)
-    if C.own_out:
+    k_s = gl.allocate_shared_memory(DT, stacked(C.k_stages, k_desc.block_shape), k_desc.layout)
+    v_s = gl.allocate_shared_memory(DT, stacked(C.v_stages, v_desc.block_shape), v_desc.layout)
+    if C.separate_dq:
         out_s = gl.allocate_shared_memory(DT, stacked(WGS, dq_desc.block_shape), dq_desc.layout)
     else:
         out_s = None
@@ -444,18 +442,18 @@ def dq(
     else:
         zeros_s = None
     queries = ring(1, WGS, 1, True)
-    keys = ring(C.num_stages, 1, WGS, True)
-    values = ring(C.value_stages, 1, WGS, True)
+    keys = ring(C.k_stages, 1, WGS, True)
+    values = ring(C.v_stages, 1, WGS, True)
     biases = ring(C.bias_stages, WGS, 1, True)
-    turns = (barriers(1, 1), barriers(1, 1), barriers(1, 1))
+    ping_pong = (barriers(1, 1), barriers(1, 1), barriers(1, 1))
     fence_async_shared()
-    if C.turns:
-        mbarrier.arrive(turns[0].index(0))
+    if C.ping_pong:
+        mbarrier.arrive(ping_pong[0].index(0))
 
     p = Program(
-        mild, dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, queries, keys,
-        values, biases, turns, bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m,
-        tiles, section, snake, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI,
+        small_lse, dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, queries, keys,
+        values, biases, ping_pong, bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m,
+        tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI,
     )  # fmt: skip
     f = Feed(q_desc, dout_desc, k_desc, v_desc, bias_desc, bias_on, mask_desc, mask_on, group, zeros_s)
     if WGS == 1:

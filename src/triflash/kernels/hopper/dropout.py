@@ -1,11 +1,11 @@
-"""Dropout in the Hopper kernels: ``triflash.dropout.keep_mask``, in assembly, because four scores share one counter.
+"""Dropout in the Hopper kernels: ``triflash.dropout.keep_mask`` in assembly. Called by every kernel that has p.
 
-An accumulator gives a thread, of every 16 by 16 scores, two rows that lie 8 apart and two columns that lie 8 apart (and their
-neighbours): the four scores of one counter, whether rows are queries or keys. Eight elements that follow one another in a thread's
-registers are two such fours: bit 0 of the element's number is that of its column, bit 1 says which row, bit 2 which of the columns.
+Four scores share one Philox counter: of two queries and two keys that lie 8 apart. An accumulator gives a thread just those, of every 16 by
+16 scores two rows and two columns 8 apart (and their neighbours), whether rows are queries or keys. Eight elements in a row of a thread's
+registers are two such fours: bit 0 of an element's number is its column's, bit 1 says which row, bit 2 which of the columns.
 
-A backward pass needs p twice: as it is for delta, and 0 where it was dropped. So ``signed`` marks the dropped ones by their sign, and
-``of_scores`` computes ``ds = p * (keep * dp - delta)`` of it.
+A backward pass needs p for delta and 0 where it was dropped. ``sign_dropped`` negates what was dropped, and ``ds_of`` computes
+``ds = p * (keep * dp - delta)`` of it.
 """
 
 from ..triton.prims import offset
@@ -17,9 +17,9 @@ ROUNDS = gl.constexpr(7)  # of Philox, and its constants below: as triflash/drop
 
 
 @gluon.jit
-def stream_of(dropout, b, head, heads):
-    """``(key, twist, keep, rescale)`` of a query head: of its Philox-2x32; in both halves of a word, what a kept number adds up with to
-    2^15 or more; and what is kept is multiplied by.
+def philox_of(dropout, b, head, heads):
+    """``(key, twist, keep, rescale)`` of a query head. key, twist: of its Philox-2x32. keep: in both halves of a word, what brings a kept
+    number to 2^15 or more. rescale: the factor of kept probabilities.
 
     dropout: ``(seed, threshold, rescale)``, a pointer to (seed, offset), ``dropout.threshold``, and 1 / (1 - p).
     """
@@ -45,7 +45,7 @@ def stream_of(dropout, b, head, heads):
 
 
 @gluon.constexpr_function
-def _drawing(KEYS_BY_ROW):
+def _philox_ptx(KEYS_BY_ROW):
     """Two counters for eight elements. Operands: the results, 16 bits each; then for each element its key index, its query index ^ twist,
     the key of the head, and keep.
     """
@@ -72,21 +72,21 @@ _OPERANDS = gl.constexpr(",".join(["=r"] * 4 + ["r"] * 32))
 
 
 @gluon.jit
-def drawn(stream, m0, n0, ROWS: gl.constexpr, COLUMNS: gl.constexpr, KEYS_BY_ROW: gl.constexpr):
-    """Marks of a tile's probabilities, int16, -1 where they are kept, 0 where not. Queries from m0 on, keys from n0 on, multiples of 16.
+def keep_bits(philox, m0, n0, ROWS: gl.constexpr, COLUMNS: gl.constexpr, KEYS_BY_ROW: gl.constexpr):
+    """int16, -1 where a tile's probability is kept, else 0. Queries from m0 on, keys from n0 on, multiples of 16.
 
-    They depend on no product, so that they can be drawn while one is waited for.
+    It depends on no score, so it can run while an MMA is waited for.
     """
     L: gl.constexpr = accumulator(COLUMNS)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, L))
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, L))
     if KEYS_BY_ROW:
-        j, i = gl.broadcast(gl.expand_dims(n0 + row, 1), gl.expand_dims((m0 + column) ^ stream[1], 0))
+        j, i = gl.broadcast(gl.expand_dims(n0 + row, 1), gl.expand_dims((m0 + column) ^ philox[1], 0))
     else:
-        j, i = gl.broadcast(gl.expand_dims(n0 + column, 0), gl.expand_dims((m0 + row) ^ stream[1], 1))
-    key = gl.full([ROWS, COLUMNS], opaque(stream[0]), gl.int32, L)
-    keep = gl.full([ROWS, COLUMNS], stream[2], gl.int32, L)
-    text: gl.constexpr = _drawing(KEYS_BY_ROW)
+        j, i = gl.broadcast(gl.expand_dims(n0 + column, 0), gl.expand_dims((m0 + row) ^ philox[1], 1))
+    key = gl.full([ROWS, COLUMNS], opaque(philox[0]), gl.int32, L)
+    keep = gl.full([ROWS, COLUMNS], philox[2], gl.int32, L)
+    text: gl.constexpr = _philox_ptx(KEYS_BY_ROW)
     return gl.inline_asm_elementwise(text, _OPERANDS, [j, i, key, keep], gl.int16, True, 8)
 
 
@@ -95,20 +95,20 @@ _SIGN = gl.constexpr("{ .reg .b32 m; shl.b32 m, $4, 16; lop3.b32 $0, $2, m, 0x80
 
 
 @gluon.jit
-def dropped(p16, marks):
-    """16-bit probabilities, 0 where they are dropped; not rescaled."""
-    return gl.inline_asm_elementwise(_DROP, "=r,r,r", [p16, marks], p16.dtype, True, 2)
+def drop(p16, bits):
+    """16-bit probabilities, 0 where dropped; not rescaled."""
+    return gl.inline_asm_elementwise(_DROP, "=r,r,r", [p16, bits], p16.dtype, True, 2)
 
 
 @gluon.jit
-def signed(w, marks):
-    """Float32 numbers of probabilities, not negative: -w, or -0, where they are dropped."""
-    return gl.inline_asm_elementwise(_SIGN, "=f,=f,f,f,r", [w, marks], gl.float32, True, 2)
+def sign_dropped(w, bits):
+    """w >= 0, float32, as -w (or -0) where dropped."""
+    return gl.inline_asm_elementwise(_SIGN, "=f,=f,f,f,r", [w, bits], gl.float32, True, 2)
 
 
 @gluon.jit
-def of_scores(w, dp, delta, DROPPED: gl.constexpr):
-    """``w * (dp - delta)``, or with what ``signed`` gave ``|w| * (keep * dp - delta)``. delta None: dp is without it already."""
+def ds_of(w, dp, delta, DROPPED: gl.constexpr):
+    """``w * (dp - delta)``, or of what ``sign_dropped`` gave ``|w| * (keep * dp - delta)``. delta None: dp has it subtracted already."""
     if delta is None:
         return w * dp
     elif DROPPED:

@@ -1,4 +1,4 @@
-"""Which queries and keys a tile's sequence has: asked by every Hopper kernel that owns tiles of a sequence, once a tile."""
+"""Which queries and keys a tile's sequence has. Called by every Hopper kernel that owns tiles of a sequence, once a tile."""
 
 from .compat import gluon, record
 from .features import visible_keys
@@ -6,7 +6,7 @@ from .features import visible_keys
 
 @record
 class Extent:
-    """queries: of the sequence. keys: those that are shown, of the ``stored`` ones."""
+    """queries: of the sequence. keys: the visible ones, of ``stored``."""
 
     queries: object
     keys: object
@@ -14,13 +14,13 @@ class Extent:
 
     @gluon.jit
     def diagonal(self):
-        """The key that query 0 is no distance from, in bands and ALiBi: the last query meets the last stored key."""
+        """The key at distance 0 from query 0, in bands and ALiBi: the last query meets the last stored key."""
         return self.stored - self.queries
 
 
 @gluon.jit
 def extent_of(b, M, N, lengths):
-    """Of a batch entry with M queries and N keys, dense or, with key lengths, cut."""
+    """The extent of batch entry b with M queries and N keys, of which ``lengths`` may hide some."""
     return Extent(M, visible_keys(lengths, b, N), N)
 
 

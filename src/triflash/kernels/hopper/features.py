@@ -1,8 +1,10 @@
-"""What the Hopper kernels know beyond a band and one bias or mask. ``None`` stands for an absent feature and compiles its branch away."""
+"""Key lengths, masks, ALiBi and soft caps in the Hopper kernels. Called by all of them. None: the feature is absent, its branch compiled
+out.
+"""
 
 from ..triton.prims import LOG2E, clamped, offset
 from .compat import fence_async_shared, gl, gluon, thread_barrier
-from .edges import FLAGS
+from .preprocess import FLAGS
 
 ONE_SIDED = gl.constexpr(2)  # ALIBI of the kernels: 0 without slopes, 2 where no query sees a key behind it, else 1
 
@@ -18,50 +20,50 @@ def visible_keys(lengths, b, N):
 
 @gluon.constexpr_function
 def _spread(columns):
-    """How a warpgroup holds rows of 16-bit numbers to load and store them: 16 bytes a thread."""
+    """A warpgroup's layout of rows of 16-bit numbers, 16 bytes a thread."""
     across = min(columns // 8, 32)
     return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
 
 
 @gluon.jit
-def clear_hidden(tile, shown):
-    """Zeros into the rows of a tile in shared memory, of 16-bit numbers, from number ``shown`` on: keys or values that a length hides.
+def clear_masked(tile, visible):
+    """Store zeros to the rows of a 16-bit tile in shared memory from number ``visible`` on: keys or values that a length hides.
 
-    A tile that a length cuts through is loaded whole, and what it hides may be anything: NaN, whose product with p = 0 is NaN. Whoever
-    multiplies by a tile clears it first, by itself, also if others do the same: they write the same, and nobody waits. To be called by a
-    warpgroup that has seen the tile arrive and has not released it; products that are started behind it see the zeros.
+    TMA loads a tile that a length cuts through whole, and what it hides may be NaN, whose product with p = 0 is NaN. Every consumer clears
+    the tile before it multiplies by it; several write the same zeros, and none waits. The caller is a warpgroup that has waited for the
+    tile and not released it. MMAs issued behind it see the zeros.
     """
     COLUMNS: gl.constexpr = tile.shape[1]
     ROWS: gl.constexpr = min(tile.shape[0], 4096 // COLUMNS)  # a go: 16 registers
     GOES: gl.constexpr = tile.shape[0] // ROWS
     SPREAD: gl.constexpr = _spread(COLUMNS)
     for go in gl.static_range(GOES):
-        if shown < (go + 1) * ROWS:
+        if visible < (go + 1) * ROWS:
             rows = tile.slice(go * ROWS, ROWS, 0)
             x = rows.load(SPREAD)
             number, x = gl.broadcast(gl.expand_dims(go * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SPREAD)), 1), x)
-            rows.store(gl.where(number < shown, x, gl.zeros([ROWS, COLUMNS], tile.dtype, SPREAD)))
+            rows.store(gl.where(number < visible, x, gl.zeros([ROWS, COLUMNS], tile.dtype, SPREAD)))
     fence_async_shared()
-    thread_barrier()  # here, else the compiler puts one before every product of the loops behind
+    thread_barrier()  # here, else the compiler puts one before every MMA of the loops behind
 
 
 @gluon.constexpr_function
-def _selection(hidden):
-    return "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, " + hidden + ", p; }"
+def _select_ptx(masked_value):
+    return "{ .reg .pred p; setp.le.s32 p, $2, $3; selp.f32 $0, $1, " + masked_value + ", p; }"
 
 
 @gluon.jit
-def keep_up_to(x, at, last, HIDDEN: gl.constexpr):
-    """x, float32, where ``at <= last``, else HIDDEN, a float32 as PTX writes it; numbers of 32 bits that broadcast to x.
+def select_le(x, at, last, MASKED_VALUE: gl.constexpr):
+    """x, float32, where ``at <= last``, else MASKED_VALUE, a float32 as PTX writes it; at and last are 32 bits and broadcast to x.
 
-    In assembly, because of a comparison of whole tiles LLVM makes a vector of bits, packed and unpacked: twice the instructions.
+    In assembly: LLVM would pack a comparison of whole tiles into a vector of bits and unpack it, twice the instructions.
     """
     at, x = gl.broadcast(at, x)
     last, x = gl.broadcast(last, x)
-    return gl.inline_asm_elementwise(_selection(HIDDEN), "=f,f,r,r", [x, at, last], gl.float32, True, 1)
+    return gl.inline_asm_elementwise(_select_ptx(MASKED_VALUE), "=f,f,r,r", [x, at, last], gl.float32, True, 1)
 
 
-_HIDING = gl.constexpr("""{
+_MASK_PTX = gl.constexpr("""{
     .reg .pred p;
     .reg .b16 t;
     and.b16 t, $4, 0x00FF;
@@ -74,33 +76,33 @@ _HIDING = gl.constexpr("""{
 
 
 @gluon.jit
-def hide(s, shown):
+def mask_scores(s, mask_tile):
     """Scores where a mask that broadcasts to them is not 0, else -inf.
 
-    Of bytes in assembly, two instructions a score, because of a comparison of whole tiles LLVM makes a vector of bits, packed and unpacked.
-    By two, because so many neighbours are loaded into a register: of keys, in tiles whose columns are keys.
+    Bytes go through assembly, two instructions a score: LLVM would pack a comparison of whole tiles into a vector of bits and unpack it.
+    Two neighbours share a register: keys, in tiles whose columns are keys.
     """
-    shown, s = gl.broadcast(shown, s)
-    if shown.dtype == gl.uint8:
-        return gl.inline_asm_elementwise(_HIDING, "=f,=f,f,f,h", [s, shown], gl.float32, True, 2)
+    mask_tile, s = gl.broadcast(mask_tile, s)
+    if mask_tile.dtype == gl.uint8:
+        return gl.inline_asm_elementwise(_MASK_PTX, "=f,=f,f,f,h", [s, mask_tile], gl.float32, True, 2)
     else:
-        return gl.where(shown != 0, s, float("-inf"))
+        return gl.where(mask_tile != 0, s, float("-inf"))
 
 
 @gluon.jit
-def hide_by(s, buffer, BM: gl.constexpr, BN: gl.constexpr):
-    """Scores of BM queries and BN keys, -inf where the mask in a buffer hides them: a tile, or a row of at least 128 keys for all."""
+def mask_by_tile(s, buffer, BM: gl.constexpr, BN: gl.constexpr):
+    """Scores of BM queries and BN keys, -inf where the mask in ``buffer`` is 0: a tile, or a row of at least 128 keys for all queries."""
     S: gl.constexpr = s.type.layout
     if buffer.shape[3] > 1:
-        shown = buffer.reshape([BM, BN]).load(S)
+        mask_tile = buffer.reshape([BM, BN]).load(S)
     else:
-        shown = gl.expand_dims(buffer.reshape([buffer.shape[4]]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
-    return hide(s, shown)
+        mask_tile = gl.expand_dims(buffer.reshape([buffer.shape[4]]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
+    return mask_scores(s, mask_tile)
 
 
 @gluon.jit
 def slope_of(slopes, slope_strides, b, head):
-    """The ALiBi slope of a query head, in base 2; nothing that anybody reads if there are none."""
+    """The ALiBi slope of a query head, in base 2; 0 if there are none."""
     if slopes is not None:
         return gl.load(slopes + offset(b, slope_strides[0]) + offset(head, slope_strides[1])).to(gl.float32) * LOG2E
     else:
@@ -112,7 +114,7 @@ _WIDENED = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;")
 
 @gluon.jit
 def widened(x):
-    """A tile as float32. Of bfloat16 two neighbours lie in a register, and take an instruction each; the compiler would take three."""
+    """A tile as float32. Two neighbours of bfloat16 share a register and take an instruction each; the compiler would take three."""
     if x.dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(_WIDENED, "=f,=f,r", [x], gl.float32, True, 2)
     else:
@@ -121,15 +123,13 @@ def widened(x):
 
 @gluon.jit
 def opaque(x):
-    """x, of 32 bits, which compilers take for another in every step of a loop, so that they keep nothing that follows from it: neither LLVM
-    nor ptxas looks through inline assembly.
-    """
+    """Identity that hides x, 32 bits, from LLVM and ptxas, so nothing derived from it is hoisted out of a loop."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, False, 1)
 
 
 @gluon.jit
 def rounded(x, factor):
-    """``x * factor``, rounded: what is added to it does not melt into one instruction with it."""
+    """``x * factor``, rounded: the compiler does not contract it with a following addition."""
     L: gl.constexpr = x.type.layout
     return gl.fma(x, gl.full(x.shape, factor, gl.float32, L), gl.zeros(x.shape, gl.float32, L))
 
@@ -162,9 +162,9 @@ def add_alibi(x, slope, first, sign, FORM: gl.constexpr):
         return x - slope * gl.abs(columns - rows)
 
 
-# u = -1 / (1 + 2^x) of four scores of a thread, to 2^-21. A processor does 16 powers or reciprocals in the time of 128 products: the four
-# share one reciprocal, that of their product, 2^120 at most: x ends at 30, where u is as good as 0. NaN stays NaN.
-_SQUASH = gl.constexpr("""{
+# u = -1 / (1 + 2^x) of four scores of a thread, to 2^-21. An SM does 16 powers or reciprocals a cycle and 128 multiplications. The four
+# share one reciprocal, that of their product, 2^120 at most, so x ends at 30, where u is as good as 0. NaN stays NaN.
+_TANH = gl.constexpr("""{
     .reg .f32 y<4>, a, b, c;
     min.NaN.f32 y0, $4, 0f41F00000;
     min.NaN.f32 y1, $5, 0f41F00000;
@@ -192,31 +192,32 @@ _SQUASH = gl.constexpr("""{
 
 
 @gluon.jit
-def squashed(s, cap):
-    """``u`` in (-1, 0) of a tile of products s; scores under a soft cap are ``softcap * tanh(scale * s / softcap) = softcap * (1 + 2 u)``.
+def tanh(s, cap):
+    """``u``, half of tanh - 1, of a tile of products s: under a soft cap scores are ``softcap * (1 + 2 u)``.
 
-    cap: ``(2 log2(e) scale / softcap, softcap log2(e))``. u grows with the score, so a maximum may be taken of either. The tanh that the
-    GPU has as one instruction is right to 2^-11 only, which a soft cap of 50 makes 0.025 of a score, too much for 16-bit results.
+    tanh is that of ``scale * s / softcap``. cap: ``(2 log2(e) scale / softcap, softcap log2(e))``. u grows with the score, so a maximum may
+    be taken of either. The GPU's own tanh instruction is right to 2^-11 only, which a soft cap of 50 makes 0.025 of a score: too much for
+    16-bit results.
     """
-    return gl.inline_asm_elementwise(_SQUASH, "=f,=f,=f,=f,f,f,f,f", [s * cap[0]], gl.float32, True, 4)
+    return gl.inline_asm_elementwise(_TANH, "=f,=f,=f,=f,f,f,f,f", [s * cap[0]], gl.float32, True, 4)
 
 
 @gluon.jit
-def capped(u, cap):
-    """Scores in base 2 from what ``squashed`` gives."""
+def softcapped(u, cap):
+    """Scores in base 2 from what ``tanh`` gives."""
     twice = gl.full(u.shape, 2.0 * cap[1], gl.float32, u.type.layout)
     return gl.fma(u, twice, gl.full(u.shape, cap[1], gl.float32, u.type.layout))
 
 
 @gluon.jit
-def slope_at(u):
+def tanh_slope(u):
     """The derivative of a score by ``scale * s``: ``1 - tanh² = -4 u (1 + u)``."""
     return u * (u * -4.0 - 4.0)
 
 
 @gluon.constexpr_function
-def _weighing(TYPE):
-    """``2^x`` of two scores, in 16 bits, and ``2^x * slope_at(u)``. One text, for the sake of its order: where all powers came first, and
+def _p_and_ds_factor_ptx(TYPE):
+    """``2^x`` of two scores, in 16 bits, and ``2^x * tanh_slope(u)``. One text, for the sake of its order: where all powers came first, and
     then all slopes, the assembler kept both, and spilled.
     """
     return f"""{{
@@ -234,16 +235,16 @@ def _weighing(TYPE):
 
 
 @gluon.jit
-def weighed(x, u, DT: gl.constexpr):
-    """``p = 2^x`` in the 16-bit dtype DT, and ``p * slope_at(u)`` in float32."""
+def p_and_ds_factor(x, u, DT: gl.constexpr):
+    """``p = 2^x`` in the 16-bit dtype DT, and ``p * tanh_slope(u)`` in float32."""
     if DT == gl.bfloat16:
-        return gl.inline_asm_elementwise(_weighing("bf16"), "=r,=f,=f,f,f,f,f", [x, u], (gl.bfloat16, gl.float32), True, 2)
+        return gl.inline_asm_elementwise(_p_and_ds_factor_ptx("bf16"), "=r,=f,=f,f,f,f,f", [x, u], (gl.bfloat16, gl.float32), True, 2)
     else:
-        return gl.inline_asm_elementwise(_weighing("f16"), "=r,=f,=f,f,f,f,f", [x, u], (gl.float16, gl.float32), True, 2)
+        return gl.inline_asm_elementwise(_p_and_ds_factor_ptx("f16"), "=r,=f,=f,f,f,f,f", [x, u], (gl.float16, gl.float32), True, 2)
 
 
 @gluon.jit
-def mildest(mild):
-    """1 if all statistics are mild, else 0: what ``prepare`` found."""
-    EACH_WARP: gl.constexpr = gl.BlockedLayout([FLAGS // 32], [32], [4], [0])  # so that they need not meet
-    return gl.min(gl.load(mild + gl.arange(0, FLAGS, EACH_WARP)), 0)
+def all_lse_small(small_lse):
+    """1 if every lse is small, else 0: the flags of ``preprocess``."""
+    EACH_WARP: gl.constexpr = gl.BlockedLayout([FLAGS // 32], [32], [4], [0])  # so that they need not sync
+    return gl.min(gl.load(small_lse + gl.arange(0, FLAGS, EACH_WARP)), 0)

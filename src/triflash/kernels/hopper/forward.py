@@ -1,35 +1,32 @@
-"""The forward kernel for Hopper.
+"""The forward kernel for Hopper. Launched by ``launch/hopper.py``.
 
-A program is one producer warp and WGS consumer warpgroups. The producer fetches tiles of q, k, v and of the bias by TMA into shared
-memory, as far ahead as there are buffers; each consumer owns 64 queries and folds key blocks into its registers. They meet at barriers in
-shared memory: for every buffer one that says "full" and one that says "empty". A program works through several tiles (a persistent grid),
-so that the loads of one tile run under the arithmetic of the one before.
+A CTA is one producer warp and one to three consumer warpgroups. The producer loads Q, K, V and bias tiles by TMA into rings of buffers
+(``forward_loads.py``). Each consumer owns 64 queries and folds K and V blocks into registers. Every buffer has two mbarriers, full and
+empty. The grid is persistent: a CTA works through several tiles, so the loads of a tile run under the arithmetic of the one before.
 
-Within a consumer the products of two neighbouring blocks overlap: q kᵀ of block j is issued together with p v of block j - 1, and the
-softmax of block j runs while the latter is still under way (FlashAttention-3, Shah et al. 2024). So keys of a block and values of the one
-before share barriers, of which every wait and every arrival makes a step longer. With TURNS, consumers issue their products in
-turn, so that the softmax of one runs under the products of another.
+A step of a consumer issues q kᵀ of block j and p v of block j - 1; the softmax of block j runs under the latter (FlashAttention-3, Shah et
+al. 2024). K of block j and V of block j - 1 share one barrier, which saves a wait and an arrive per step. With ``ping_pong`` the consumers
+issue their MMAs in turn, so that the softmax of one runs under the MMAs of another.
 
-Blocks are visited from the last that a tile sees to its first; ``softmax.py`` has the recurrence. A variable that changes inside a loop is
-recomputed from loop-carried scalars where that is cheap: Triton 3.6 has been seen not to carry one that is reassigned only under a
-condition.
+Blocks run from the last that a tile sees to its first; ``softmax.py`` has the recurrence. A variable that changes inside a loop is
+recomputed from loop-carried scalars where that is cheap: Triton 3.6 failed to carry one that is reassigned only under a condition.
 """
 
 from ..triton.prims import LN2, LOG2E, offset
 from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
-from .dropout import drawn, dropped, stream_of
+from .dropout import drop, keep_bits, philox_of
 from .extent import Extent, extent_of
-from .features import clear_hidden, opaque, slope_of
+from .features import clear_masked, opaque, slope_of
+from .forward_loads import Feed, produce
 from .layouts import accumulator, stacked
-from .loads import BM, Feed, grid_of, produce, visible_blocks
 from .rings import Ring, barriers, ring
-from .rows import column_of
-from .softmax import by_row, settled, shrunk, softmax
+from .scores_qk import BM, column_of, grid_of, visible_blocks
+from .softmax import by_row, rescaled, rescaled_accumulator, softmax
 
 
 @record
 class Program:
-    """What all partitions of a program work with. C: the configuration (``plan/hopper.HopperConfig``); the rest as ``forward`` says."""
+    """What all partitions of a CTA share. C: the configuration (``plan/kernels/forward.ForwardConfig``); the rest as of ``forward``."""
 
     out_desc: object
     bias: object
@@ -47,7 +44,7 @@ class Program:
     queries: Ring
     kv: Ring
     biases: Ring
-    turns: object
+    ping_pong: object
     bias_strides: object
     slope_strides: object
     sink_stride: object
@@ -63,8 +60,8 @@ class Program:
     scale_log2: object
     tiles_m: object
     tiles: object
-    section: object
-    snake: object
+    l2_group: object
+    serpentine: object
     C: gl.constexpr
     BATCH_FASTEST: gl.constexpr
     IS_MASK: gl.constexpr
@@ -77,14 +74,14 @@ class Program:
 
 @record
 class Rows:
-    """A consumer's 64 queries of a tile, from m0 on. row_bias: a number each; slope: of ALiBi; stream: of dropout."""
+    """A consumer's 64 queries of a tile, from m0 on. row_bias: a number each; slope: of ALiBi; philox: of dropout."""
 
     x: Extent
     diagonal: object
     m0: object
     row_bias: object
     slope: object
-    stream: object
+    philox: object
 
 
 @record
@@ -98,11 +95,11 @@ class Walk:
 
 
 @gluon.jit
-def _rows(p, x, m0, row_bias, slope, stream):
+def _rows(p, x, m0, row_bias, slope, philox):
     if p.bias is not None:
-        return Rows(x, x.diagonal(), m0, row_bias, slope, stream)
+        return Rows(x, x.diagonal(), m0, row_bias, slope, philox)
     else:
-        return Rows(x, x.diagonal(), m0, None, slope, stream)
+        return Rows(x, x.diagonal(), m0, None, slope, philox)
 
 
 @gluon.jit
@@ -121,10 +118,10 @@ def _bias_of(p, at, WG: gl.constexpr):
 
 @gluon.jit
 def _release_bias(p, at, WG: gl.constexpr):
-    """Give its buffer back, and that of the mask beside it.
+    """Give a bias buffer back, and that of the mask beside it.
 
-    The fence is not for show. A load from shared memory can wait long behind the operands of products, also after its thread has passed a
-    barrier, and TMA, which writes by another way, would put the next tile under it.
+    The fence is needed: a load from shared memory can wait behind WGMMA operands, even after its thread has passed a barrier, and TMA would
+    overwrite the tile before it is read.
     """
     fence_async_shared()
     p.biases.release(at, WG)
@@ -132,19 +129,19 @@ def _release_bias(p, at, WG: gl.constexpr):
 
 @gluon.jit
 def _finish(p, o, l, m, target, m0, head, b):
-    """Divide by the sum and write out (by way of the shared buffer ``target``), lse and rest of 64 queries."""
+    """Divide O by the row sums, and write O (through the shared buffer ``target``), lse and rest of 64 queries."""
     BDV: gl.constexpr = p.v_s.shape[4]
     O: gl.constexpr = accumulator(BDV)
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(p.C.block_n))
     l, m = by_row(l, m, ROWS)
     weight = gl.full([BM], 1.0, gl.float32, ROWS)
-    if p.sink is not None:  # a key more, whose value is 0
+    if p.sink is not None:  # one more key, with value 0
         z = gl.load(p.sink + offset(head, p.sink_stride)).to(gl.float32) * LOG2E
         top = gl.maximum(m, z)
         weight = gl.exp2(m - top)
         l = l * weight + gl.exp2(z - top)
         m = top
-    if p.dropout is not None:  # what was kept, for all
+    if p.dropout is not None:  # the factor of kept probabilities
         weight = weight * p.dropout[2]
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
@@ -169,12 +166,11 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
     BD: gl.constexpr = p.k_s.shape[4]
     BDV: gl.constexpr = p.v_s.shape[4]
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(BDV), 2)
-    EARLY: gl.constexpr = p.bias_s is not None and p.mask_s is None and not p.IS_MASK  # not a mask's bytes, which take many instructions
+    EARLY: gl.constexpr = p.bias_s is not None and p.mask_s is None and not p.IS_MASK  # mask bytes take many instructions
     nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
     q_slot = w.q_slot
     if p.C.q_stages > 1:
-        # ptxas 12.8 takes two of these loops to share their queries' descriptors and works them out where only the first needs them, which
-        # may have no steps at all.
+        # ptxas 12.8 shares the Q descriptors of two such loops and computes them in the first, which may have no steps.
         q_slot = opaque(q_slot)
     q = p.q_s.index(q_slot).reshape([BM, BD])
     for step in range(first, last):
@@ -182,37 +178,37 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
         n0 = (w.end - 1 - step) * BN
         stage = p.kv.slot(at, 0)
         bias = None
-        if EARLY:  # before the products, behind whose operands it would have to wait
+        if EARLY:  # before the MMAs, behind whose operands it would wait
             bias = _bias_of(p, at, WG)
         p.kv.wait(at, 0)
-        if p.C.turns:
-            mbarrier.wait(p.turns[WG].index(0), at & 1)
+        if p.C.ping_pong:
+            mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
         s_pending = warpgroup_mma(q, p.k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
         if EARLY:
             _release_bias(p, at, WG)
         o_pending = warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
-        if p.C.turns:
-            mbarrier.arrive(p.turns[(WG + 1) % p.C.consumers].index(0))
+        if p.C.ping_pong:
+            mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
         s = warpgroup_mma_wait(1, [s_pending])
-        if p.C.own_out:
-            if step == w.steps - 1:  # no more products with this q: the next can be fetched while the softmax runs
+        if p.C.separate_o:
+            if step == w.steps - 1:  # no more MMAs with this q: the next can be fetched while the softmax runs
                 mbarrier.arrive(p.queries.empty.index(q_slot))
-        shown = None
+        mask_tile = None
         if p.mask_s is not None:
-            shown = p.mask_s.index(p.biases.slot(at, WG))
+            mask_tile = p.mask_s.index(p.biases.slot(at, WG))
         if p.bias_s is not None and not EARLY:
             bias = _bias_of(p, at, WG)
-        s, p16, more, m = softmax(p, t, s, bias, shown, m, n0, MASKED, False)
+        s, p16, more, m = softmax(p, t, s, bias, mask_tile, m, n0, MASKED, False)
         if p.bias_s is not None and not EARLY:
             _release_bias(p, at, WG)
         o = warpgroup_mma_wait(0, [o_pending])
         p.kv.release(at, 0)
-        p16, more, m, factor = settled(p, t, s, p16, more, m, bias)
+        p16, more, m, factor = rescaled(p, t, s, p16, more, m, bias)
         l = l * factor + more
-        if t.stream is not None:  # drawn any earlier, marks take registers that the softmax needs
-            p16 = dropped(p16, drawn(t.stream, t.m0, n0, BM, BN, False))
+        if t.philox is not None:  # earlier, the bits would take registers that the softmax needs
+            p16 = drop(p16, keep_bits(t.philox, t.m0, n0, BM, BN, False))
         weights = gl.convert_layout(p16, P)
-        o = shrunk(o, factor)
+        o = rescaled_accumulator(o, factor)
     return o, l, m, weights
 
 
@@ -228,7 +224,7 @@ def _consume(p, WG: gl.constexpr):
     O: gl.constexpr = accumulator(BDV)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
-    OVERLAP: gl.constexpr = p.C.own_out
+    OVERLAP: gl.constexpr = p.C.separate_o
     CUT: gl.constexpr = p.lengths is not None
     nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
     grid = grid_of(p)
@@ -242,28 +238,28 @@ def _consume(p, WG: gl.constexpr):
     row_bias = column_of(p.bias, p.bias_strides, m0, head, b, p.batch_inner, p.M, BM, BN)
     p.queries.wait(0, WG)
     p.kv.wait(0, 0)
-    if p.C.turns:
-        mbarrier.wait(p.turns[WG].index(0), 0)
+    if p.C.ping_pong:
+        mbarrier.wait(p.ping_pong[WG].index(0), 0)
     q = p.q_s.index(WG).reshape([BM, BD])
     s_pending = warpgroup_mma(q, p.k_s.index(0).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
-    if p.C.turns:
-        mbarrier.arrive(p.turns[(WG + 1) % p.C.consumers].index(0))
+    if p.C.ping_pong:
+        mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
     s = warpgroup_mma_wait(0, [s_pending])
     p.kv.release(0, 0)
     first_bias = None
-    first_shown = None
+    first_mask = None
     if p.bias_s is not None:
         first_bias = _bias_of(p, 0, WG)
     if p.mask_s is not None:
-        first_shown = p.mask_s.index(WG)
+        first_mask = p.mask_s.index(WG)
     first_slope = slope_of(p.slopes, p.slope_strides, b, head)
     first_n0 = (first_end - 1) * BN
     first_t = _rows(p, first_x, m0, row_bias, first_slope, None)
-    _scores, p16, l, m = softmax(p, first_t, s, first_bias, first_shown, None, first_n0, MASKED, CUT)
+    _scores, p16, l, m = softmax(p, first_t, s, first_bias, first_mask, None, first_n0, MASKED, CUT)
     if p.bias_s is not None:
         _release_bias(p, 0, WG)
     if p.dropout is not None:
-        p16 = dropped(p16, drawn(stream_of(p.dropout, b, head, p.heads), m0, first_n0, BM, BN, False))
+        p16 = drop(p16, keep_bits(philox_of(p.dropout, b, head, p.heads), m0, first_n0, BM, BN, False))
     weights = gl.convert_layout(p16, P)
     o = gl.zeros([BM, BDV], gl.float32, O)
     for wave in range(waves):
@@ -271,19 +267,19 @@ def _consume(p, WG: gl.constexpr):
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
         x = extent_of(b, p.M, p.N, p.lengths)
         slope = slope_of(p.slopes, p.slope_strides, b, head)
-        stream = None
+        philox = None
         if p.dropout is not None:
-            stream = stream_of(p.dropout, b, head, p.heads)
+            philox = philox_of(p.dropout, b, head, p.heads)
         begin, full_begin, full_end, end = visible_blocks(p, x, m0 - WG * BM)
         steps = end - begin
         if p.lengths is not None:
             if (end * BN > x.keys) & (x.keys < p.N):  # no other block of a tile is cut by a length
                 p.kv.wait(done + 1, 0)
-                clear_hidden(p.v_s.index(p.kv.slot(done + 1, 0)).reshape([BN, BDV]), x.keys - (end - 1) * BN)
+                clear_masked(p.v_s.index(p.kv.slot(done + 1, 0)).reshape([BN, BDV]), x.keys - (end - 1) * BN)
         if OVERLAP:
             if steps == 1:
                 mbarrier.arrive(p.queries.empty.index(q_slot))
-        t = _rows(p, x, m0, row_bias, slope, stream)
+        t = _rows(p, x, m0, row_bias, slope, philox)
         w = Walk(q_slot, done, steps, end)
         if p.hi is not None:
             o, l, m, weights = _walk(p, t, w, o, l, m, weights, 1, end - full_end, WG, True)
@@ -294,28 +290,28 @@ def _consume(p, WG: gl.constexpr):
             o, l, m, weights = _walk(p, t, w, o, l, m, weights, left, steps, WG, True)
         done += steps
         stage = p.kv.slot(done, 0)
-        if not OVERLAP:  # the output leaves through q's buffer, so nothing of the next tile can begin before it has
+        if not OVERLAP:  # O leaves through Q's buffer, so the next tile begins when it has left
             p.kv.wait(done, 0)
             o = warpgroup_mma_wait(0, [warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)])
             _finish(p, o, l, m, p.q_s.index(WG), m0, head, b)
             tma_store_wait(0)
             mbarrier.arrive(p.queries.empty.index(WG))
-        if wave + 1 < waves:  # the first block of the next tile, and under it the last product of this one
+        if wave + 1 < waves:  # the first block of the next tile, and under it the last MMA of this one
             old_m0 = m0
             old_head = head
             old_b = b
             p.queries.wait(wave + 1, WG)
             p.kv.wait(done, 0)
-            if p.C.turns:
-                mbarrier.wait(p.turns[WG].index(0), done & 1)
+            if p.C.ping_pong:
+                mbarrier.wait(p.ping_pong[WG].index(0), done & 1)
             next_q = p.q_s.index(p.queries.slot(wave + 1, WG)).reshape([BM, BD])
             k = p.k_s.index(stage).reshape([BN, BD])
             next_pending = warpgroup_mma(next_q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
             if OVERLAP:
                 o_pending = warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
-            if p.C.turns:
-                mbarrier.arrive(p.turns[(WG + 1) % p.C.consumers].index(0))
-            # Where the next tile lies takes some divisions, for which its first product leaves time.
+            if p.C.ping_pong:
+                mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
+            # Where the next tile lies takes some divisions, which run under its first MMA.
             m0, head, b = grid.locate(wave + 1)
             next_x = extent_of(b, p.M, p.N, p.lengths)
             _begin, _full_begin, _full_end, next_end = visible_blocks(p, next_x, m0)
@@ -327,22 +323,22 @@ def _consume(p, WG: gl.constexpr):
                 next_s = warpgroup_mma_wait(0, [next_pending])
                 p.kv.release(done, 0)
             next_bias = None
-            next_shown = None
+            next_mask = None
             if p.bias_s is not None:
                 next_bias = _bias_of(p, done, WG)
             if p.mask_s is not None:
-                next_shown = p.mask_s.index(p.biases.slot(done, WG))
+                next_mask = p.mask_s.index(p.biases.slot(done, WG))
             next_slope = slope_of(p.slopes, p.slope_strides, b, head)
             next_n0 = (next_end - 1) * BN
             next_t = _rows(p, next_x, m0, row_bias, next_slope, None)
-            _scores, next_p16, new_l, new_m = softmax(p, next_t, next_s, next_bias, next_shown, None, next_n0, MASKED, CUT)
+            _scores, next_p16, new_l, new_m = softmax(p, next_t, next_s, next_bias, next_mask, None, next_n0, MASKED, CUT)
             if p.bias_s is not None:
                 _release_bias(p, done, WG)
             if OVERLAP:
                 o = warpgroup_mma_wait(0, [o_pending])
                 p.kv.release(done, 0)
             if p.dropout is not None:
-                next_p16 = dropped(next_p16, drawn(stream_of(p.dropout, b, head, p.heads), m0, next_n0, BM, BN, False))
+                next_p16 = drop(next_p16, keep_bits(philox_of(p.dropout, b, head, p.heads), m0, next_n0, BM, BN, False))
             weights = gl.convert_layout(next_p16, P)
             if OVERLAP:
                 _finish(p, o, l, m, p.out_s.index(WG), old_m0, old_head, old_b)
@@ -358,35 +354,35 @@ def _consume(p, WG: gl.constexpr):
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "section", "snake"]
+COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "l2_group", "serpentine"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides, sink_stride,
-    cap, dropout, mask_desc, mask_on, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, section, snake,
+    cap, dropout, mask_desc, mask_on, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
     EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 64 * WGS queries; ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out as ``schedule.Uniform`` says.
+    """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
     Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims,
-    whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and
-    strides (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). ``group`` query heads share a
-    key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by head; cap: see ``squashed``; dropout: see
-    ``stream_of``; mask: beside the bias, a tile or a row with every tile of it. None: absent.
+    whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and strides
+    (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). ``group`` query heads share a key
+    head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by head; cap: see ``features.tanh``; dropout:
+    see ``philox_of``; mask: beside the bias, a tile or a row with every tile of it. None: absent.
 
-    C: the configuration, ``plan/hopper.HopperConfig``; where its ``own_out`` is false the output leaves through q's buffer, and the next
-    tile begins when it has left. FUSING: see ``softmax``.
+    C: the configuration. Without its ``separate_o``, O leaves through Q's buffer, and the next tile begins when it has left. FUSING: see
+    ``softmax``.
     """
     DT: gl.constexpr = q_desc.dtype
     WGS: gl.constexpr = C.consumers
-    STAGES: gl.constexpr = C.num_stages
+    STAGES: gl.constexpr = C.kv_stages
     BIASES: gl.constexpr = C.bias_stages * WGS
     q_s = gl.allocate_shared_memory(DT, stacked(C.q_stages * WGS, q_desc.block_shape), q_desc.layout)
     k_s = gl.allocate_shared_memory(DT, stacked(STAGES, k_desc.block_shape), k_desc.layout)
     v_s = gl.allocate_shared_memory(DT, stacked(STAGES, v_desc.block_shape), v_desc.layout)
-    if C.own_out:
+    if C.separate_o:
         out_s = gl.allocate_shared_memory(DT, stacked(WGS, out_desc.block_shape), out_desc.layout)
     else:
         out_s = None
@@ -401,15 +397,15 @@ def forward(
     queries = ring(C.q_stages, WGS, 1, False)
     kv = ring(STAGES, 1, WGS, False)
     biases = ring(C.bias_stages, WGS, 1, False)
-    turns = (barriers(1, 1), barriers(1, 1), barriers(1, 1))
+    ping_pong = (barriers(1, 1), barriers(1, 1), barriers(1, 1))
     fence_async_shared()
-    if C.turns:
-        mbarrier.arrive(turns[0].index(0))
+    if C.ping_pong:
+        mbarrier.arrive(ping_pong[0].index(0))
 
     p = Program(
-        out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, mask_s, queries, kv, biases, turns,
+        out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, mask_s, queries, kv, biases, ping_pong,
         bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale * LOG2E, tiles_m,
-        tiles, section, snake, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING,
+        tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, bias_desc, bias_on, mask_desc, mask_on, group)
     if WGS == 1:

@@ -1,11 +1,11 @@
-"""How tiles lie in registers, and blocks in shared memory: called by every Hopper kernel."""
+"""Layouts of tiles in registers and of blocks in shared memory. Called by every Hopper kernel."""
 
 from .compat import gl, gluon
 
 
 @gluon.constexpr_function
 def accumulator(columns):
-    """How a warpgroup holds the result of a product: 64 rows, 16 a warp."""
+    """The layout of a WGMMA accumulator: 64 rows, 16 a warp."""
     return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
 
 

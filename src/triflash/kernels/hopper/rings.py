@@ -1,4 +1,4 @@
-"""Buffers that are used in turn and the barriers that say whose they are: called by every Hopper kernel."""
+"""Rings of buffers, and the mbarriers and named barriers that say who owns one. Called by every Hopper kernel."""
 
 from .compat import gl, gluon, mbarrier, record
 
@@ -66,7 +66,7 @@ def _exponent(stages):
 
 @gluon.jit
 def slot_of(at, STAGES: gl.constexpr):
-    """Which of STAGES buffers that are used in turn block ``at`` is in. In as few steps as can be: who asks waits for the answer."""
+    """Which of STAGES buffers block ``at`` is in. On the critical path, so no division for powers of two."""
     BITS: gl.constexpr = _exponent(STAGES)
     if BITS >= 0:
         return at & (STAGES - 1)
@@ -86,9 +86,7 @@ def phase_of(at, STAGES: gl.constexpr):
 
 @gluon.jit
 def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    """So many barriers, in shared memory of their own: between two accesses to one allocation, the compiler lets all warps of a partition
-    meet, and barriers of different names would meet that way for nothing.
-    """
+    """mbarriers in an allocation of their own: between two accesses to one allocation the compiler syncs all warps of a partition."""
     bars = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(COUNT):
         mbarrier.init(bars.index(n), count=ARRIVALS)
@@ -96,21 +94,21 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _at_processor(instruction, threads):
+def _named_barrier(instruction, threads):
     return f"bar.{instruction} $1, {threads}; mov.u32 $0, 0;"
 
 
 @gluon.jit
-def signal(number, THREADS: gl.constexpr):
-    """All threads of the partition arrive at barrier ``number`` of the processor, of the THREADS that arrive or meet there, and go on.
+def bar_arrive(number, THREADS: gl.constexpr):
+    """All threads of the partition arrive at named barrier ``number``, of the THREADS that arrive or sync there, and go on.
 
-    Numbers 5 to 15: Triton uses those below. An arrival at a barrier in shared memory costs two meetings of the partition's warps, before
-    it and before the next access to shared memory; this one costs none.
+    Numbers 5 to 15: Triton uses those below. An arrival at an mbarrier makes the compiler sync the partition's warps twice, before it and
+    before the next access to shared memory; this one does not.
     """
-    gl.inline_asm_elementwise(_at_processor("arrive", THREADS), "=r,r", [number], gl.int32, False, 1)
+    gl.inline_asm_elementwise(_named_barrier("arrive", THREADS), "=r,r", [number], gl.int32, False, 1)
 
 
 @gluon.jit
-def meet(number, THREADS: gl.constexpr):
-    """As ``signal``, but wait there until all have arrived."""
-    gl.inline_asm_elementwise(_at_processor("sync", THREADS), "=r,r", [number], gl.int32, False, 1)
+def bar_sync(number, THREADS: gl.constexpr):
+    """As ``bar_arrive``, but wait until all have arrived."""
+    gl.inline_asm_elementwise(_named_barrier("sync", THREADS), "=r,r", [number], gl.int32, False, 1)

@@ -1,28 +1,28 @@
-"""The running softmax of the forward kernel for Hopper, for 64 queries of a consumer: from products to probabilities, sums and maxima.
+"""The online softmax of the forward kernel for Hopper: from scores to probabilities, row sums and references. Called by ``forward.py``.
 
-For every query it keeps a reference m, the sum l of ``p = 2^(score - m)`` and, in its caller, the sum o of p times values:
+For every query it keeps a reference m, the sum l of ``p = 2^(score - m)`` and, in its caller, the sum o of p v:
 
     l' = l 2^(m - m') + sum p;   o' = o 2^(m - m') + p v
 
-Textbooks take the maximum of all scores so far for m. But any m gives the same softmax as long as nothing overflows. Here m is the maximum
-as of when it was last looked for: p of a block is worked out with the m that there is, and only where its sum comes out above 2^15, which
-a float16 still holds, or as no number, does a warp find the maximum after all, work p out again, and scale l and o. That takes the maximum,
-the exchange between lanes that it needs, and all scaling out of the loop. Not to scale for a little growth is an idea of FlashAttention-4
-(2025), which still takes every block's maximum. The branch is a warp's own, and so in assembly.
+Usually m is the maximum of all scores so far, but any m gives the same softmax as long as nothing overflows. Here m is the maximum as of
+when a warp last looked for it. p of a block is computed with the m at hand. Only where its sum exceeds 2^15, which a float16 still holds,
+or is NaN, does the warp find the maximum, compute p again, and rescale l and o. That takes the maximum, its exchange between lanes and all
+rescaling out of the loop. FlashAttention-4 (2025) skips the rescaling for little growth, too, but takes every block's maximum. The branch
+is a warp's own, and so in assembly.
 
-Everything that a query has one number of is held *by lane*: (64, 4), for the four lanes that share a row of a product's result. Their m are
-equal, l is each lane's own share, added up when a tile ends.
+Numbers a query are held *by lane*: (64, 4), for the four lanes that share a row of an accumulator. Their m are equal; l is each lane's own
+share, added up when a tile ends.
 """
 
 from ..triton.prims import LOG2E
 from .compat import gl, gluon
-from .features import ONE_SIDED, add_alibi, capped, hide, hide_by, line, rounded, squashed, widened
+from .features import ONE_SIDED, add_alibi, line, mask_by_tile, mask_scores, rounded, softcapped, tanh, widened
 from .layouts import accumulator
-from .rows import hide_unseen
+from .scores_qk import mask_band
 
 # m of a query that has seen no key: every score is above it, and 2^(-inf - m) is 0 and not NaN.
 LOWEST = gl.constexpr(-3.4028234663852886e38)
-MILD = gl.constexpr(1024.0)  # up to here scores may be summed up in any order: their rounding makes 2^-13 of a probability
+SMALL_REFERENCE = gl.constexpr(1024.0)  # |m| up to which scores may be summed in any order: p is right to 2^-13
 
 
 @gluon.constexpr_function
@@ -70,7 +70,7 @@ def _of_rows(x, COLUMNS: gl.constexpr):
 
 @gluon.jit
 def by_row(l, m, ROWS: gl.constexpr):
-    """l and m of rows, from what their lanes have: shares of the one, the other alike."""
+    """l and m of rows from those of lanes: the sum of l, and m."""
     return gl.convert_layout(gl.sum(l, 1), ROWS), gl.convert_layout(gl.max(m, 1), ROWS)
 
 
@@ -101,13 +101,13 @@ def _score(n, s, a, b, scaled, shifted, bias):
     if bias is not None:
         register = f"${b + n // 2}"
         if bias == "f16":
-            wide = f"mov.b32 {{h0, h1}}, {register}; cvt.f32.f16 w, h{n % 2};"
+            bias32 = f"mov.b32 {{h0, h1}}, {register}; cvt.f32.f16 w, h{n % 2};"
         elif n % 2:
-            wide = f"and.b32 v, {register}, 0xFFFF0000; mov.b32 w, v;"
+            bias32 = f"and.b32 v, {register}, 0xFFFF0000; mov.b32 w, v;"
         else:
-            wide = f"shl.b32 v, {register}, 16; mov.b32 w, v;"
-        hidden = f"setp.eq.f32 r, ${s + n}, 0fFF800000; selp.f32 y, 0fFF800000, y, r;"  # whatever its bias is
-        return f"mul.f32 y, ${s + n}, ${a + n}; {wide} fma.rn.f32 y, w, 0f3FB8AA3B, y; {hidden}"
+            bias32 = f"shl.b32 v, {register}, 16; mov.b32 w, v;"
+        masked_value = f"setp.eq.f32 r, ${s + n}, 0fFF800000; selp.f32 y, 0fFF800000, y, r;"  # whatever its bias is
+        return f"mul.f32 y, ${s + n}, ${a + n}; {bias32} fma.rn.f32 y, w, 0f3FB8AA3B, y; {masked_value}"
     if scaled and shifted:
         return f"fma.rn.f32 y, ${s + n}, ${a + n}, ${b + n};"
     if scaled:
@@ -118,8 +118,8 @@ def _score(n, s, a, b, scaled, shifted, bias):
 
 
 @gluon.constexpr_function
-def _settling(count, scaled, shifted, bias, dtype):
-    """PTX for ``_settle``, of ``count`` scores of a thread: by fours, two in a row and two in the row 8 further down. Operands: p in twos,
+def _rescale_ptx(count, scaled, shifted, bias, dtype):
+    """PTX for ``_rescale``, of ``count`` scores of a thread: by fours, two in a row and two in the row 8 further down. Operands: p in twos,
     sums, references, factors; s, p, sums, references, a and b as of ``_score``. Of what there is one of a row the first two rows' are used.
     """
     half = count // 2
@@ -162,15 +162,15 @@ def _settling(count, scaled, shifted, bias, dtype):
 
 
 @gluon.constexpr_function
-def _settling_operands(count, scaled, shifted, biased):
+def _rescale_operands(count, scaled, shifted, biased):
     outputs = ["=&r"] * (count // 2) + ["=&f"] * (3 * count)
     inputs = ["f"] * count + ["r"] * (count // 2) + ["f"] * (count * (2 + scaled + shifted)) + ["r"] * (count // 2 * biased)
     return ",".join(outputs + inputs)
 
 
 @gluon.jit
-def _settle(s, p, l, m, a, b, bias):
-    """See ``settled``. The score of s is ``s * a + b`` (a: for all, b: by lane; None: 1, 0), or beside a bias, a tile of 16 bits,
+def _rescale(s, p, l, m, a, b, bias):
+    """See ``rescaled``. The score of s is ``s * a + b`` (a: for all, b: by lane; None: 1, 0), or beside a bias, a tile of 16 bits,
     ``s * a + bias log2(e)``, with an a and without a b.
     """
     COLUMNS: gl.constexpr = s.shape[1] * 8
@@ -179,8 +179,8 @@ def _settle(s, p, l, m, a, b, bias):
     L: gl.constexpr = _by_lane(COLUMNS)
     SCALED: gl.constexpr = a is not None
     SHIFTED: gl.constexpr = b is not None
-    TEXT: gl.constexpr = _settling(COUNT, SCALED, SHIFTED, DT if bias is not None else None, DT)
-    OPERANDS: gl.constexpr = _settling_operands(COUNT, SCALED, SHIFTED, bias is not None)
+    TEXT: gl.constexpr = _rescale_ptx(COUNT, SCALED, SHIFTED, DT if bias is not None else None, DT)
+    OPERANDS: gl.constexpr = _rescale_operands(COUNT, SCALED, SHIFTED, bias is not None)
     p = _split(p)
     l, s = gl.broadcast(_spread(l, COLUMNS), s)
     m, s = gl.broadcast(_spread(m, COLUMNS), s)
@@ -203,8 +203,8 @@ def _settle(s, p, l, m, a, b, bias):
 
 
 @gluon.constexpr_function
-def _nearing(count):
-    """PTX for ``_near``. Operands: scores, in place, factors, shifts; scores, m, factors, flags."""
+def _less_reference_ptx(count):
+    """PTX for ``_less_reference``. Operands: scores, in place, factors, shifts; scores, m, factors, flags."""
     factor, less = count, 2 * count
     m, a, flag = 4 * count, 5 * count, 6 * count
     lines = [
@@ -224,28 +224,30 @@ def _nearing(count):
 
 
 @gluon.constexpr_function
-def _nearing_operands(count):
+def _less_reference_operands(count):
     return ",".join(["=f"] * count + ["=&f"] * (2 * count) + [str(n) for n in range(count)] + ["f"] * (3 * count))
 
 
 @gluon.jit
-def _near(s, m, factor):
-    """``(s', factor', less)``, of which the scores less m are ``s' * factor' + less``: s as it is, or in a warp with a huge m these
-    differences, of scores that have been rounded as in the backward kernels.
+def _less_reference(s, m, factor):
+    """``(s', factor', less)`` with scores less m = ``s' * factor' + less``: s as it is, or in a warp with a huge m these differences,
+    rounded as in the backward kernels.
     """
     COLUMNS: gl.constexpr = s.shape[1] * 8
     COUNT: gl.constexpr = COLUMNS // 2
-    flag = gl.where((gl.abs(m) > MILD) & (m != LOWEST), 1.0, 0.0)
+    flag = gl.where((gl.abs(m) > SMALL_REFERENCE) & (m != LOWEST), 1.0, 0.0)
     spread_m, s = gl.broadcast(_spread(m, COLUMNS), s)
     factor = gl.full(s.shape, factor, gl.float32, _by_lane(COLUMNS))
     flag, s = gl.broadcast(_spread(flag, COLUMNS), s)
     f32 = gl.float32
-    out = gl.inline_asm_elementwise(_nearing(COUNT), _nearing_operands(COUNT), [s, spread_m, factor, flag], (f32, f32, f32), True, COUNT)
+    out = gl.inline_asm_elementwise(
+        _less_reference_ptx(COUNT), _less_reference_operands(COUNT), [s, spread_m, factor, flag], (f32, f32, f32), True, COUNT
+    )
     return out[0], _first(out[1]), _first(out[2])
 
 
 @gluon.constexpr_function
-def _shrinking(count):
+def _accumulator_ptx(count):
     lines = [
         "{ .reg .pred p, q;",
         f"setp.neu.f32 p, ${2 * count}, 0f3F800000;",
@@ -259,17 +261,17 @@ def _shrinking(count):
 
 
 @gluon.constexpr_function
-def _shrinking_operands(count):
+def _accumulator_operands(count):
     return ",".join(["=f"] * count + [str(n) for n in range(count)] + ["f"] * count)
 
 
 @gluon.jit
-def shrunk(o, factor):
-    """A product's result times a factor by lane: skipped by warps whose rows all have 1, as nearly always."""
+def rescaled_accumulator(o, factor):
+    """An accumulator times a factor by lane. Warps whose rows all have factor 1, as nearly always, skip it."""
     COLUMNS: gl.constexpr = o.shape[1]
     COUNT: gl.constexpr = min(COLUMNS // 2, 64)
     factor, o = gl.broadcast(_spread(factor, COLUMNS), _split(o))
-    return _joined(gl.inline_asm_elementwise(_shrinking(COUNT), _shrinking_operands(COUNT), [o, factor], gl.float32, True, COUNT))
+    return _joined(gl.inline_asm_elementwise(_accumulator_ptx(COUNT), _accumulator_operands(COUNT), [o, factor], gl.float32, True, COUNT))
 
 
 @gluon.constexpr_function
@@ -280,8 +282,8 @@ def _adds(bias, row_bias, is_mask, alibi):
 
 @gluon.constexpr_function
 def _order(bias, row_bias, cap, is_mask, alibi, positive_scale, fusing):
-    """How scores come about: "late", scaled as they go into the power, in one instruction; "fused", a bias of 16 bits with them; "early",
-    where what is added may be huge: then they are rounded as in the backward kernels.
+    """When scores are scaled: "late", in one instruction with the power; "fused", so with a 16-bit bias; "early", where what is added may
+    be huge, and rounded as in the backward kernels.
     """
     if not _adds(bias, row_bias, is_mask, alibi):
         return "late" if positive_scale or cap is not None else "early"
@@ -291,7 +293,7 @@ def _order(bias, row_bias, cap, is_mask, alibi, positive_scale, fusing):
 
 @gluon.jit
 def _factor(cap, scale_log2):
-    """What scores that are scaled late are multiplied by: see ``capped``."""
+    """What scores that are scaled late are multiplied by: see ``softcapped``."""
     if cap is not None:
         return 2.0 * cap[1]
     else:
@@ -300,7 +302,7 @@ def _factor(cap, scale_log2):
 
 @gluon.jit
 def _shift(cap, slope, ALIBI: gl.constexpr, COLUMNS: gl.constexpr):
-    """What is added to the scores of a query, late, by lane: see ``capped`` and ``add_alibi``."""
+    """What is added to the scores of a query, late, by lane: see ``softcapped`` and ``add_alibi``."""
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(COLUMNS))
     if ALIBI == ONE_SIDED:
         return _of_rows(line(0.0, -slope, 64, ROWS), COLUMNS)
@@ -309,14 +311,14 @@ def _shift(cap, slope, ALIBI: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def softmax(p, t, s, bias, shown, m, n0, MASKED: gl.constexpr, CUT: gl.constexpr):
-    """Of one block's products s, of the 64 queries of ``t`` and keys from n0 on: ``(scores, p in 16 bits, sums of p, m)``, the latter by
-    lane.
+def softmax(p, t, s, bias, mask_tile, m, n0, MASKED: gl.constexpr, CUT: gl.constexpr):
+    """``(scores, p in 16 bits, sums of p, m)`` of the scores s = q k of a block, of the 64 queries of ``t`` and the keys from n0 on; the
+    last two by lane.
 
-    bias: a tile or a row of a bias or mask; shown: of a mask beside it, in its buffer. None: absent. m None: in a tile's first block m is
-    found; in others p, its sums and m are to be ``settled``, which takes the scores. Beside a huge m sums that are scaled or added up late
-    come out as NaN, so that they are worked out when they are settled, as in the backward kernels. CUT: a length may end in the block.
-    ``p.FUSING``: there are registers to add a bias of 16 bits in one instruction with the scale.
+    bias: a tile or a row of a bias or mask; mask_tile: of a mask beside it, in its buffer. None: absent. m None: a tile's first block, of
+    which m is found. Of other blocks p, its sums and m go to ``rescaled``, which takes the scores. Beside a huge m, sums that are scaled or
+    added late come out as NaN, so that ``rescaled`` computes them as the backward kernels do. CUT: a length may end in the block.
+    ``p.FUSING``: there are registers to add a 16-bit bias in one instruction with the scale.
     """
     COLUMNS: gl.constexpr = s.shape[1]
     FIRST: gl.constexpr = m is None
@@ -325,22 +327,22 @@ def softmax(p, t, s, bias, shown, m, n0, MASKED: gl.constexpr, CUT: gl.constexpr
     SHIFTED: gl.constexpr = p.ALIBI == ONE_SIDED or (p.cap is not None and ORDER == "late")
     L: gl.constexpr = _by_lane(COLUMNS)
     if p.cap is not None:
-        if CUT:  # what a hidden key holds may make NaN of its score, and ``squashed`` of those beside it
-            s = hide_unseen(s, t.m0, n0, t.x.keys, None, None, 64, COLUMNS, "0f00000000")
-        s = squashed(s, p.cap)
+        if CUT:  # what a hidden key holds may make NaN of its score, and ``tanh`` of those beside it
+            s = mask_band(s, t.m0, n0, t.x.keys, None, None, 64, COLUMNS, "0f00000000")
+        s = tanh(s, p.cap)
         if ORDER == "early":
-            s = capped(s, p.cap)
+            s = softcapped(s, p.cap)
     elif ORDER == "early" and _adds(bias, t.row_bias, p.IS_MASK, p.ALIBI):
         s = s * p.scale_log2
     elif ORDER == "early":
         s = rounded(s, p.scale_log2)
     if bias is not None and p.IS_MASK:
-        s = hide(s, bias)
+        s = mask_scores(s, bias)
     elif bias is not None and ORDER == "early":
-        wide, s = gl.broadcast(widened(bias), s)
-        s = gl.fma(wide, gl.full([64, COLUMNS], LOG2E, gl.float32, accumulator(COLUMNS)), s)
-    if shown is not None:
-        s = hide_by(s, shown, 64, COLUMNS)
+        bias32, s = gl.broadcast(widened(bias), s)
+        s = gl.fma(bias32, gl.full([64, COLUMNS], LOG2E, gl.float32, accumulator(COLUMNS)), s)
+    if mask_tile is not None:
+        s = mask_by_tile(s, mask_tile, 64, COLUMNS)
     if t.row_bias is not None:
         row, s = gl.broadcast(gl.expand_dims(t.row_bias, 1), s)
         if p.IS_MASK:
@@ -350,7 +352,7 @@ def softmax(p, t, s, bias, shown, m, n0, MASKED: gl.constexpr, CUT: gl.constexpr
     if p.ALIBI:
         s = add_alibi(s, t.slope, n0 - t.m0 - t.diagonal, 1, p.ALIBI)
     if MASKED:
-        s = hide_unseen(s, t.m0, n0, t.x.keys, p.lo, p.hi, 64, COLUMNS, "0fFF800000")
+        s = mask_band(s, t.m0, n0, t.x.keys, p.lo, p.hi, 64, COLUMNS, "0fFF800000")
     s = _split(s)
     if FIRST:
         top = gl.max(gl.max(s, 3), 1)
@@ -363,13 +365,13 @@ def softmax(p, t, s, bias, shown, m, n0, MASKED: gl.constexpr, CUT: gl.constexpr
     if SHIFTED:
         less = _shift(p.cap, t.slope, p.ALIBI, COLUMNS) - m
     if HUGE and FIRST:
-        s, factor, less = _near(s, m, p.scale_log2)
+        s, factor, less = _less_reference(s, m, p.scale_log2)
     elif HUGE:
-        less = gl.where(gl.abs(m) > MILD, gl.where(m == LOWEST, -LOWEST, float("nan")), less)
+        less = gl.where(gl.abs(m) > SMALL_REFERENCE, gl.where(m == LOWEST, -LOWEST, float("nan")), less)
     if ORDER == "fused":
         less, s = gl.broadcast(_spread(less, COLUMNS), s)
-        wide, _s = gl.broadcast(widened(bias), _joined(s))
-        weights = gl.exp2(s * p.scale_log2 + gl.fma(_split(wide), gl.full(s.shape, LOG2E, gl.float32, L), less))
+        bias32, _s = gl.broadcast(widened(bias), _joined(s))
+        weights = gl.exp2(s * p.scale_log2 + gl.fma(_split(bias32), gl.full(s.shape, LOG2E, gl.float32, L), less))
     elif HUGE and FIRST:
         weights = gl.exp2(s * _spread(factor, COLUMNS) + _spread(less, COLUMNS))
     elif ORDER == "late":
@@ -380,20 +382,20 @@ def softmax(p, t, s, bias, shown, m, n0, MASKED: gl.constexpr, CUT: gl.constexpr
 
 
 @gluon.jit
-def settled(p, t, s, p16, l, m, bias):
-    """``(p, its sums, m, what earlier sums shrink by)`` of what ``softmax`` gives: as it is, or for a warp with too large a sum, with a new
-    m.
+def rescaled(p, t, s, p16, l, m, bias):
+    """``(p, its sums, m, factor)`` of what ``softmax`` gives: as it is with factor 1, or for a warp whose sums are too large, with a new m
+    and the factor by which earlier sums shrink.
     """
     COLUMNS: gl.constexpr = s.shape[1] * 8
     ORDER: gl.constexpr = _order(bias, t.row_bias, p.cap, p.IS_MASK, p.ALIBI, p.POSITIVE_SCALE, p.FUSING)
     if ORDER == "fused":
         bias, _s = gl.broadcast(bias, _joined(s))
-        return _settle(s, p16, l, m, p.scale_log2, None, bias)
+        return _rescale(s, p16, l, m, p.scale_log2, None, bias)
     elif ORDER == "late" and p.cap is not None:
-        return _settle(s, p16, l, m, _factor(p.cap, p.scale_log2), _shift(p.cap, t.slope, p.ALIBI, COLUMNS), None)
+        return _rescale(s, p16, l, m, _factor(p.cap, p.scale_log2), _shift(p.cap, t.slope, p.ALIBI, COLUMNS), None)
     elif ORDER == "late":
-        return _settle(s, p16, l, m, _factor(p.cap, p.scale_log2), None, None)
+        return _rescale(s, p16, l, m, _factor(p.cap, p.scale_log2), None, None)
     elif p.ALIBI == ONE_SIDED:
-        return _settle(s, p16, l, m, None, _shift(p.cap, t.slope, p.ALIBI, COLUMNS), None)
+        return _rescale(s, p16, l, m, None, _shift(p.cap, t.slope, p.ALIBI, COLUMNS), None)
     else:
-        return _settle(s, p16, l, m, None, None, None)
+        return _rescale(s, p16, l, m, None, None, None)

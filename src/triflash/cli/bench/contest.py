@@ -1,0 +1,112 @@
+"""A workload's tensors, and a provider's view of them: what a pass of it is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .gate import Part, Problem, reference
+from .gate_packed import packed_reference
+from .providers import Provider
+from .timing import Call
+from .workloads import Workload
+
+__all__ = ["FORWARD_ONLY", "Contest", "Settings", "Side"]
+
+FORWARD_ONLY = ("fwd", "host-nograd", "host-fwd")
+
+Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure: which passes, where, seconds for each provider and pass, samples at least, seed of the inputs, breakdowns or none."""
+
+    passes: tuple[str, ...]
+    device: torch.device
+    budget: float
+    min_samples: int
+    seed: int
+    breakdown: bool = False
+
+
+class Contest:
+    """The tensors of a workload, and which results are judged."""
+
+    def __init__(self, workload: Workload, settings: Settings, judged: bool = False) -> None:
+        self.workload, self.settings = workload, settings
+        self.problem: Problem = workload.build(settings.device, settings.seed)
+        self.backward = any(which not in FORWARD_ONLY for which in settings.passes)
+        self.wants_dbias = workload.dbias and self.problem.bias is not None
+        self.names = ["out", *(["dq", "dk", "dv"] if self.backward else []), *(["dbias"] if self.backward and self.wants_dbias else [])]
+        right = packed_reference if self.problem.sequences else reference
+        self.parts: list[Part] = right(self.problem, self.names) if judged else []
+
+
+class Side:
+    """A provider in a contest: its tensors, in its own layout, and what a pass of it is."""
+
+    def __init__(self, contest: Contest, provider: Provider) -> None:
+        x = contest.problem
+        self.contest, self.entry = contest, provider.attend(contest.workload, x)
+        q, k, v = (self.entry.lay(t.detach()) for t in (x.q, x.k, x.v))
+        bias = None if x.bias is None else self.entry.lay_bias(x.bias.detach())
+        self.dout = self.entry.lay(x.dout)
+        self.plain: Inputs = (q, k, v, bias)
+        self.leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        if contest.wants_dbias and bias is not None:
+            bias = bias.detach().requires_grad_()
+            self.leaves.append(bias)
+        self.inputs: Inputs = (*self.leaves[:3], bias)  # type: ignore[assignment]
+
+    def forward(self) -> Tensor:
+        """Without autograd, if :meth:`around` says so."""
+        return self.entry.call(*self.plain)
+
+    def train(self) -> Tensor:
+        """With autograd."""
+        return self.entry.call(*self.inputs)
+
+    def gradients(self, out: Tensor, retain_graph: bool = False) -> tuple[Tensor, ...]:
+        """Of everything that asks for one."""
+        return torch.autograd.grad(out, self.leaves, self.dout, retain_graph=retain_graph)
+
+    def step(self) -> tuple[Tensor, ...]:
+        """Forward and backward, as in training."""
+        return torch.autograd.grad(self.entry.call(*self.inputs), self.leaves, self.dout)
+
+    def step_with_output(self) -> tuple[Tensor, ...]:
+        """The same; the output comes along, so that it is alive at the peak as it is in training."""
+        out = self.train()
+        return (out.detach(), *self.gradients(out))
+
+    def call(self, which: str) -> Call:
+        """What is timed for a pass, within :meth:`around`."""
+        if which in ("fwd", "host-nograd"):
+            return self.forward
+        if which == "host-fwd":
+            return self.train
+        if which == "bwd":
+            with self.entry.around():
+                out = self.train()
+            return lambda: self.gradients(out, retain_graph=True)
+        return self.step
+
+    @contextlib.contextmanager
+    def around(self, which: str) -> Iterator[None]:
+        """What is entered outside the clock."""
+        with self.entry.around(), torch.set_grad_enabled(which not in ("fwd", "host-nograd")):
+            yield
+
+    def results(self, which: str) -> dict[str, Tensor]:
+        """Of a pass, ``fwd`` or ``step``, by name and in the bench's layout."""
+        with self.around(which):
+            found = (self.forward(),) if which == "fwd" else self.step_with_output()
+        laid = {name: x if name == "dbias" else self.entry.unlay(x) for name, x in zip(self.contest.names, found, strict=False)}
+        if "dbias" in laid and self.contest.problem.bias is not None:
+            laid["dbias"] = laid["dbias"].reshape(self.contest.problem.bias.shape)
+        return laid

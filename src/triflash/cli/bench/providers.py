@@ -1,0 +1,380 @@
+"""Who computes attention: triflash's backends and the peers, behind one interface. What one cannot do, it says in a line."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import triflash
+from triflash.plan.select import BACKENDS
+
+from . import flexible, formula
+from .compiling import compiled
+from .entry import Entry, heads_first
+from .gate import Problem
+from .packed import offsets, places
+from .workloads import Workload
+
+__all__ = ["PROVIDERS", "Entry", "Provider", "one_line", "provider"]
+
+
+class Provider(ABC):
+    """One way to compute attention.
+
+    name: as the command line and the tables have it. is_ours: triflash, not a peer. compiles: has something to compile first, which
+    ``--prepare`` does ahead; compiles_lengths: anew for every length. drops_bias: computes the workload without its bias.
+    """
+
+    is_ours = False
+    compiles = compiles_lengths = False
+    drops_bias = False
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """What of the workload it cannot do, in a few words; None if it is worth a try, which may still raise."""
+        return None
+
+    @abstractmethod
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """The function to be timed, and its layout. Masks that ask for no gradient are prepared here, once."""
+
+
+class Triflash(Provider):
+    """``triflash.attention`` on a backend by name; ``auto`` names none."""
+
+    is_ours = True
+
+    def __init__(self, backend: str) -> None:
+        super().__init__("triflash" if backend == "auto" else f"triflash-{backend}")
+        self.backend, self.compiles = backend, backend != "tiled"
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """Two batch levels are two batch dims; padding without a gradient is passed as key lengths."""
+        w, options = workload, problem.options
+        levels = (w.batch // w.batch_inner, w.batch_inner)
+        more = _band(w)
+        if w.packed:
+            return _packed(w, problem, more | ({} if self.backend == "auto" else {"backend": self.backend}))
+        if self.backend != "auto":
+            more["backend"] = self.backend
+        if w.scale is not None:
+            more["scale"] = w.scale
+        if w.softcap is not None:
+            more["softcap"] = w.softcap
+        if options.sinks is not None:
+            more["sink"] = options.sinks
+        padded = w.lengths is not None and w.bias_values == "padding" and not w.dbias
+        if padded:
+            lengths = torch.tensor(w.lengths, dtype=torch.int32, device=problem.q.device)
+            more["key_lengths"] = lengths if w.batch_inner == 1 else lengths.unflatten(0, levels)
+
+        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            out: Tensor = triflash.attention(q, k, v, bias=bias, **more)
+            return out
+
+        def lay_bias(bias: Tensor) -> Tensor | None:
+            return None if padded else bias.squeeze(1) if w.batch_inner == 1 else bias
+
+        if w.batch_inner == 1:
+            return Entry(call, lay_bias=lay_bias)
+        return Entry(call, lay=lambda x: x.unflatten(0, levels), unlay=lambda x: x.flatten(0, 1), lay_bias=lay_bias)
+
+
+def _packed(w: Workload, problem: Problem, more: dict[str, Any]) -> Entry:
+    """``triflash.attention_varlen``, which is told how long the longest sequence is."""
+    cu, longest = offsets(problem.sequences, problem.q.device), max(problem.sequences)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = triflash.attention_varlen(q, k, v, cu, cu, longest, longest, bias=bias, **more)
+        return out
+
+    return Entry(call, lay=lambda x: x[0], unlay=lambda x: x[None], lay_bias=lambda bias: bias.squeeze(1))
+
+
+class TriflashDense(Provider):
+    """``triflash.attention`` on packed sequences of one length, which are a dense batch: what packing costs."""
+
+    is_ours = compiles = True
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """Only equal lengths."""
+        if not workload.packed:
+            return "is for packed sequences"
+        return None if len(set(workload.sequences)) == 1 else "sequences differ in length"
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """Views."""
+        more = _band(workload)
+        shape = len(problem.sequences), problem.sequences[0]
+
+        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            out: Tensor = triflash.attention(q, k, v, bias=bias, **more)
+            return out
+
+        return Entry(
+            call,
+            lay=lambda x: x[0].unflatten(0, shape),
+            unlay=lambda x: x.flatten(0, 1)[None],
+            lay_bias=lambda bias: bias.squeeze(1),
+        )
+
+
+class TorchVarlen(Provider):
+    """``torch.nn.attention.varlen.varlen_attn``: FlashAttention-2, or what PyTorch has in its place."""
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """16 bits on a GPU, from PyTorch 2.11 on for what is not causal."""
+        if not workload.packed:
+            return "is for packed sequences"
+        if device.type != "cuda":
+            return "needs a GPU"
+        return "takes no bias" if workload.bias is not None else None
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """Windows say what is visible."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        w, cu, longest = workload, offsets(problem.sequences, problem.q.device), max(problem.sequences)
+        window = (-1 if w.lo is None else -w.lo, -1 if w.hi is None else w.hi)
+
+        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            found = varlen_attn(q, k, v, cu, cu, longest, longest, window_size=window)
+            return found[0] if isinstance(found, tuple) else found
+
+        return Entry(call, lay=lambda x: x[0], unlay=lambda x: x[None])
+
+
+def _band(w: Workload) -> dict[str, Any]:
+    """A workload's visible offsets as ``attention`` takes them. Workloads are aligned to the top left; squares to both corners."""
+    if w.hi == 0:
+        causal: dict[str, Any] = {"causal": True if w.queries == w.keys else "top_left"}
+        return causal if w.lo is None else {**causal, "window": (-w.lo, None)}
+    if not w.is_banded:
+        return {}
+    diagonal = w.keys - w.queries
+    return {"window": (None if w.lo is None else diagonal - w.lo, None if w.hi is None else w.hi - diagonal)}
+
+
+class Sdpa(Provider):
+    """``torch.nn.functional.scaled_dot_product_attention`` with one of its backends, or (None) its own choice."""
+
+    def __init__(self, name: str, backend: SDPBackend | None) -> None:
+        super().__init__(name)
+        self.backend = backend
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """A band other than causal, and causal beside a bias, go into the mask, which FlashAttention takes on CPUs only."""
+        if workload.packed:
+            return "takes no packed sequences"
+        if workload.softcap is not None or workload.sinks:
+            return "no soft cap" if workload.softcap is not None else "no sinks"
+        needs_mask = workload.bias is not None or workload.mask == "window"
+        if self.backend == SDPBackend.FLASH_ATTENTION and needs_mask and device.type == "cuda":
+            return "takes no bias, mask or window"
+        if self.backend == SDPBackend.CUDNN_ATTENTION and device.type != "cuda":
+            return "needs a GPU"
+        return None
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """A mask that asks for no gradient is folded with the band here, once; a bias that does is folded inside the call."""
+        w, options = workload, problem.options
+        causal = w.is_causal and w.bias is None
+        hidden = None if causal else formula.hidden(w.queries, w.keys, options, problem.q.device)
+
+        def mask_of(bias: Tensor | None) -> Tensor | None:
+            if bias is None:
+                return None if hidden is None else ~hidden
+            if bias.dim() == 5:
+                bias = formula.dense_bias(bias, w.batch, options.batch_inner)
+            return bias if hidden is None else bias.masked_fill(hidden, -torch.inf)
+
+        def lay_bias(bias: Tensor) -> Tensor:
+            return bias.squeeze(1) if bias.shape[1] == 1 and (bias.shape[0] == 1 or w.batch_inner == 1) else bias
+
+        folded = None if w.dbias else mask_of(problem.bias)
+        more: dict[str, Any] = {"is_causal": causal, "scale": w.scale}
+        if w.kv_heads != w.heads:
+            more["enable_gqa"] = True
+
+        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_of(bias) if w.dbias else folded, **more)
+
+        entry = Entry(call, lay=heads_first, unlay=heads_first, lay_bias=lay_bias)
+        if self.backend is None:
+            return entry
+        backends = [self.backend]
+        return replace(entry, around=lambda: sdpa_kernel(backends))
+
+
+class Flex(Provider):
+    """FlexAttention, compiled for each shape."""
+
+    compiles = compiles_lengths = True
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """Its CPU code has no backward pass, and compiles C++."""
+        return "needs a GPU" if device.type != "cuda" else None
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """See :mod:`triflash.cli.bench.flexible`."""
+        return flexible.attend(workload, problem)
+
+
+class Fa4(Provider):
+    """FlashAttention-4, from the package flash-attn-4."""
+
+    compiles = True
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """It takes a bias only as code."""
+        try:
+            found = importlib.util.find_spec("flash_attn.cute") is not None
+        except ModuleNotFoundError:
+            found = False
+        if not found:
+            return "flash-attn-4 is not installed"
+        if device.type != "cuda":
+            return "needs a GPU"
+        if workload.bias is not None:
+            return "takes no bias tensor"
+        return "aligns causal to the bottom right" if workload.is_banded and workload.queries != workload.keys else None
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """``flash_attn_func`` of ``flash_attn.cute``, or ``flash_attn_varlen_func``."""
+        from flash_attn import cute  # type: ignore[import-not-found]
+
+        w = workload
+        more: dict[str, object] = {"softmax_scale": w.softmax_scale}
+        if w.is_causal:
+            more["causal"] = True
+        elif w.is_banded:
+            more["window_size"] = (None if w.lo is None else -w.lo, w.hi)
+        if w.softcap is not None:
+            more["softcap"] = w.softcap
+        if problem.options.sinks is not None:
+            more["learnable_sink"] = problem.options.sinks.to(problem.q.dtype)
+
+        function = cute.flash_attn_func
+        if w.packed:
+            function = cute.flash_attn_varlen_func
+            cu, longest = offsets(problem.sequences, problem.q.device), max(problem.sequences)
+            more |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
+
+        def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            found = function(q, k, v, **more)
+            out: Tensor = found[0] if isinstance(found, tuple) else found
+            return out
+
+        return Entry(run, lay=lambda x: x[0], unlay=lambda x: x[None]) if w.packed else Entry(run)
+
+
+class Dense(Provider):
+    """The formula in plain PyTorch: products in the inputs' dtype, softmax in float32, every score in memory."""
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """See :mod:`triflash.cli.bench.formula`."""
+        precise = torch.promote_types(problem.q.dtype, torch.float32)
+        hidden = formula.hidden(workload.queries, workload.keys, problem.options, problem.q.device)
+        if not workload.packed:
+            return Entry(lambda q, k, v, bias: formula.attention(q, k, v, bias, problem.options, precise, hidden))
+        # Every score of the whole batch: what programs do that know no packed sequences.
+        number, place = places(problem.sequences, problem.q.device)
+        others = number[:, None] != number
+        banned = others if hidden is None else hidden | others
+
+        def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            if bias is not None:
+                i, j = (place if size > 1 else 0 * place for size in bias.shape[3:])
+                b = number if bias.shape[0] > 1 else 0 * number
+                bias = bias.squeeze(1)[b[:, None], :, i[:, None], j].permute(2, 0, 1)[None, None]
+            return formula.attention(q, k, v, bias, problem.options, precise, banned)
+
+        return Entry(run)
+
+
+class Compiled(Provider):
+    """Another provider's function under ``torch.compile``, whole and for fixed shapes."""
+
+    compiles = compiles_lengths = True
+
+    def __init__(self, inner: Provider) -> None:
+        super().__init__(f"{inner.name}-compiled")
+        self.inner, self.is_ours = inner, inner.is_ours
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """Compiled C++ is nobody's measure."""
+        return "needs a GPU" if device.type != "cuda" else self.inner.why_not(workload, device)
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """The other's, compiled."""
+        entry = self.inner.attend(workload, problem)
+        return replace(entry, call=compiled(entry.call, fullgraph=True))
+
+
+class WithoutBias(Provider):
+    """Another provider on the workload without its bias: no peer, but a measure of what the bias costs."""
+
+    drops_bias = True
+
+    def __init__(self, inner: Provider) -> None:
+        super().__init__(f"{inner.name}-nobias")
+        self.inner = inner
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """It is handed the workload with its bias still there."""
+        return "there is no bias to leave out" if workload.bias is None else self.inner.why_not(workload.without_bias(), device)
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """Of the workload that has no bias any more."""
+        return self.inner.attend(workload, problem)
+
+
+PROVIDERS: dict[str, Provider] = {
+    p.name: p
+    for p in (
+        *(Triflash(backend) for backend in BACKENDS if backend != "oracle"),
+        Sdpa("sdpa", None),
+        Sdpa("sdpa-flash", SDPBackend.FLASH_ATTENTION),
+        Sdpa("sdpa-cudnn", SDPBackend.CUDNN_ATTENTION),
+        Sdpa("sdpa-efficient", SDPBackend.EFFICIENT_ATTENTION),
+        TriflashDense("triflash-dense"),
+        TorchVarlen("torch-varlen"),
+        Flex("flex"),
+        Fa4("fa4"),
+        Dense("dense"),
+        Compiled(Triflash("auto")),
+        Compiled(Sdpa("sdpa", None)),
+        WithoutBias(Sdpa("sdpa", None)),
+    )
+}
+
+
+def provider(name: str) -> Provider:
+    """The provider of that name. Raises ValueError listing the names."""
+    try:
+        return PROVIDERS[name]
+    except KeyError:
+        raise ValueError(f"--providers {name}: wanted some of {', '.join(PROVIDERS)}") from None
+
+
+def one_line(error: BaseException, warned: list[warnings.WarningMessage] | None = None) -> str:
+    """Why a provider failed, for a table: the warnings of SDPA say more than its error, of any other the first line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if text.startswith(("No available kernel", "No viable backend")):
+        said = [str(w.message).split(" (Triggered internally")[0].strip() for w in warned or ()]
+        said = [line for line in said if "kernel not used because" not in line and "runtime disabled" not in line.lower()]
+        text = said[0].splitlines()[0] if said else "no kernel for this problem"
+        return text[:140]
+    return f"{type(error).__name__}: {text}"[:140]

@@ -1,0 +1,265 @@
+"""The problems that are measured: shapes by name, from models that people run, and by shorthand. The same names serve tests."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..shorthand import bias_pattern, bias_shape
+from .flops import attention_bytes, attention_flops, visible_pairs
+from .formula import Options
+from .gate import Problem
+from .packed import lengths
+
+__all__ = ["DTYPES", "NAMED", "Workload", "named", "short"]
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One attention problem without its tensors.
+
+    name: what the tables show. batch: of q, k and v; ``batch_inner`` divides it into (outer, inner). lo, hi: key j is visible to query i
+    when ``lo <= j - i <= hi``. bias: a letter where it varies and 1 where it broadcasts, over ``bhqk`` or ``bihqk`` (i is the inner batch);
+    None is no bias. bias_values: ``normal`` (random), ``alibi``, ``padding`` (keys beyond a batch entry's length are hidden),
+    ``alibi+padding`` or ``windows``. dbias: its gradient is asked for. scale: default ``1 / sqrt(head_dim)``. softcap, sinks: see
+    :class:`triflash.cli.bench.formula.Options`. about: where the shape is from. packed: a kind of
+    :data:`triflash.cli.bench.packed.KINDS`: the one batch entry holds sequences of such lengths, drawn from packed_seed ("equal": of
+    ``length``), within which the band holds; a bias is by sequence (``b``) and position.
+    """
+
+    name: str
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    kv_heads: int = 0
+    value_dim: int = 0
+    lo: int | None = None
+    hi: int | None = None
+    bias: str | None = None
+    bias_values: str = "normal"
+    dbias: bool = False
+    batch_inner: int = 1
+    scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    dtype: str = "bf16"
+    about: str = ""
+    packed: str = ""
+    packed_seed: int = 0
+    length: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
+        object.__setattr__(self, "value_dim", self.value_dim or self.head_dim)
+
+    @property
+    def key(self) -> str:
+        """What identifies it in another run's file: its name and every number."""
+        sizes = (
+            f"b{self.batch}/{self.batch_inner} h{self.heads}/{self.kv_heads} s{self.queries}x{self.keys} d{self.head_dim}x{self.value_dim}"
+        )
+        packed = f" | {self.packed} {self.length} {self.packed_seed}" if self.packed else ""
+        return f"{self.name} | {sizes} | {self.lo}..{self.hi} | {self.bias}{'+db' if self.dbias else ''} | {self.dtype}{packed}"
+
+    @property
+    def sequences(self) -> tuple[int, ...]:
+        """The lengths of packed sequences; empty where there are none."""
+        return lengths(self.packed, self.queries, self.length, self.packed_seed) if self.packed else ()
+
+    @property
+    def is_causal(self) -> bool:
+        return self.lo is None and self.hi == 0
+
+    @property
+    def is_banded(self) -> bool:
+        return self.lo is not None or self.hi is not None
+
+    @property
+    def mask(self) -> str:
+        """``full``, ``causal`` or ``window``."""
+        return "full" if not self.is_banded else "causal" if self.is_causal else "window"
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    @property
+    def bias_shape(self) -> tuple[int, ...] | None:
+        """The bias's five sizes: outer batch, inner batch, head, query, key. Raises ValueError where ``bias`` is no pattern."""
+        five = None if self.bias is None else bias_pattern(self.bias)
+        if five is None:
+            return None
+        if len(five) < 5:
+            four = five.rjust(4, "1")
+            five = ("bi" if four[0] == "b" else "11") + four[1:]
+        if self.packed:
+            longest = max(self.sequences)
+            return bias_shape(five, len(self.sequences), self.heads, longest, longest)
+        return bias_shape(five, self.batch, self.heads, self.queries, self.keys, self.batch_inner)
+
+    @property
+    def lengths(self) -> list[int] | None:
+        """Visible keys of each batch entry, spread evenly from a quarter of the keys to all of them; None where nothing is padded."""
+        if "padding" not in self.bias_values:
+            return None
+        steps = max(1, self.batch - 1)
+        return [self.keys - (3 * self.keys // 4) * (self.batch - 1 - i) // steps for i in range(self.batch)]
+
+    @property
+    def pairs(self) -> int:
+        """Visible pairs of query and key, over all batch entries and query heads."""
+        if self.packed:
+            squares = {n: visible_pairs(n, n, self.lo, self.hi) for n in set(self.sequences)}
+            return self.heads * sum(squares[n] for n in self.sequences)
+        shown = self.lengths or [self.keys] * self.batch
+        each = {n: visible_pairs(self.queries, n, self.lo, self.hi) for n in set(shown)}
+        return self.heads * sum(each[n] for n in shown)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int, int, int], tuple[int, int, int, int], tuple[int, int, int, int]]:
+        """Of q, k and v."""
+        B, M, N = self.batch, self.queries, self.keys
+        return (B, M, self.heads, self.head_dim), (B, N, self.kv_heads, self.head_dim), (B, N, self.kv_heads, self.value_dim)
+
+    def flops(self, which: str) -> int:
+        """Of a pass: see :mod:`triflash.cli.bench.flops`."""
+        return attention_flops(self.pairs, self.head_dim, self.value_dim, which)
+
+    def bytes(self, which: str) -> int:
+        """Compulsory traffic of a pass."""
+        return attention_bytes(*self.shapes, self.bias_shape, DTYPES[self.dtype].itemsize, self.dbias, which)
+
+    def build(self, device: torch.device, seed: int = 0) -> Problem:
+        """Random tensors: q, k, v and the output's gradient, standard normal (q such that scores are), and the bias."""
+        generator = torch.Generator(device=device).manual_seed(seed)
+        dtype = DTYPES[self.dtype]
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
+
+        q, k, v = (normal(*shape) for shape in self.shapes)
+        if self.scale is not None:  # a model without a scale has it in its weights: scores of the usual size
+            q = q * (self.head_dim**-0.5 / self.scale)
+        dout = normal(self.batch, self.queries, self.heads, self.value_dim)
+        shape = self.bias_shape
+        bias = None
+        if shape is not None:
+            bias = normal(*shape) if self.bias_values in ("normal", "windows") else torch.zeros(shape, device=device, dtype=torch.float32)
+            if self.bias_values == "windows":
+                bias = bias + _shifted_windows(self.batch_inner, self.queries, device).to(dtype)
+            if "alibi" in self.bias_values:
+                slopes = 2.0 ** (-8.0 * torch.arange(1, self.heads + 1, device=device) / self.heads)
+                bias = bias + slopes[:, None, None] * torch.arange(self.keys, device=device)  # per row the same as slope * (j - i)
+            if self.lengths is not None:
+                hidden = torch.arange(self.keys, device=device) >= torch.tensor(self.lengths, device=device)[:, None]
+                bias = bias.masked_fill(hidden[:, None, None, None, :], -torch.inf)
+            bias = bias.to(dtype).contiguous()
+        sinks = normal(self.heads).float() if self.sinks else None
+        options = Options(self.softmax_scale, self.batch_inner, self.lo, self.hi, self.softcap, sinks)
+        return Problem(q, k, v, bias, dout, options, self.sequences)
+
+    def without_bias(self) -> Workload:
+        """The same, bias and padding left out. Its random q, k and v are the same."""
+        return replace(self, bias=None, bias_values="normal", dbias=False)
+
+    def shrunk(self, length: int = 48) -> Workload:
+        """The same features at a size for trying out and testing: says nothing about the model's speed."""
+        if self.bias_values == "windows":
+            queries, inner, outer = self.queries, 4, min(2, self.batch // self.batch_inner)
+        else:
+            queries, inner, outer = min(self.queries, length), min(self.batch_inner, 3), min(2, self.batch // self.batch_inner)
+        keys = queries if self.keys == self.queries else min(self.keys, length)
+        kv_heads = min(self.kv_heads, 2)
+        lo = None if self.lo is None else -max(1, -self.lo * queries // self.queries)
+        heads = kv_heads * min(4, self.heads // self.kv_heads)
+        sizes = dict(batch=outer * inner, batch_inner=inner, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys)
+        return replace(self, **sizes, lo=lo, name=f"{self.name} (tiny)")  # type: ignore[arg-type]
+
+
+def _shifted_windows(windows: int, tokens: int, device: torch.device) -> Tensor:
+    """Swin's mask of shifted windows, ``(1, windows, 1, tokens, tokens)``: -100 between pixels that the shift brought together."""
+    grid, side = math.isqrt(windows), math.isqrt(tokens)
+    at = torch.arange(grid * side, device=device)
+    part = (at >= (grid - 1) * side).long() + (at >= grid * side - side // 2).long()
+    regions = (3 * part[:, None] + part[None, :]).reshape(grid, side, grid, side).transpose(1, 2).reshape(windows, tokens)
+    return torch.where(regions[:, :, None] == regions[:, None, :], 0.0, -100.0)[None, :, None]
+
+
+def _square(name: str, about: str, batch: int, heads: int, length: int, head_dim: int, **more: object) -> Workload:
+    return Workload(name, batch, heads, length, length, head_dim, about=about, **more)  # type: ignore[arg-type]
+
+
+_WORKLOADS = (
+    _square("llama3-8b", "Llama 3 8B: 32 heads on 8, context 8192", 2, 32, 8192, 128, kv_heads=8, hi=0),
+    _square(
+        "gemma2-9b-local", "Gemma 2 9B: soft cap 50, window 4096, every other layer", 2, 16, 8192, 256,
+        kv_heads=8, lo=-4095, hi=0, softcap=50.0,
+    ),
+    _square("gemma2-9b-global", "Gemma 2 9B: soft cap 50, the other layers", 2, 16, 8192, 256, kv_heads=8, hi=0, softcap=50.0),
+    _square("mistral-7b", "Mistral 7B v0.1: 32 heads on 8, window 4096", 1, 32, 16384, 128, kv_heads=8, lo=-4095, hi=0),
+    _square(
+        "gpt-oss-20b-local", "gpt-oss 20B: sinks, window 128, every other layer", 1, 64, 8192, 64,
+        kv_heads=8, lo=-127, hi=0, sinks=True,
+    ),
+    _square("gpt-oss-20b-global", "gpt-oss 20B: sinks, the other layers", 1, 64, 8192, 64, kv_heads=8, hi=0, sinks=True),
+    _square("bert-large", "BERT large: 512 tokens, padded batch", 32, 16, 512, 64, bias="b11k", bias_values="padding"),
+    _square(
+        "t5-xl-encoder", "T5 1.1 XL encoder: learned position bias, products not scaled", 16, 32, 512, 64,
+        bias="1hqk", dbias=True, scale=1.0,
+    ),
+    _square("bloom-7b", "BLOOM 7B1: ALiBi and a padded batch", 4, 32, 2048, 128, bias="bh1k", bias_values="alibi+padding", hi=0),
+    _square("swin-b", "Swin B, stage 1, 64 images of 224: windows of 7 x 7, learned bias", 4096, 4, 49, 32, bias="1hqk", dbias=True),
+    _square(
+        "swin-b-shifted", "the same with shifted windows: bias and mask of each of an image's 64 windows", 4096, 4, 49, 32,
+        batch_inner=64, bias="1ihqk", bias_values="windows", dbias=True,
+    ),
+    _square("vit-l", "ViT-L/16 at 224: 197 tokens", 64, 16, 197, 64),
+    _square(
+        "af3-triangle", "AlphaFold 3, triangle attention, crop 384: a row of the pair representation is a batch entry", 384, 4, 384, 32,
+        batch_inner=384, bias="b1hqk", dbias=True,
+    ),
+    _square("af3-pair-bias", "AlphaFold 3 Pairformer, single attention with pair bias, crop 768", 1, 16, 768, 24, bias="bhqk", dbias=True),
+    _square(
+        "af3-diffusion", "AlphaFold 3 diffusion transformer, crop 384: 48 noised samples share a pair bias", 48, 16, 384, 48,
+        batch_inner=48, bias="b1hqk", dbias=True,
+    ),
+    _square("boltz-triangle", "Boltz, triangle attention, two crops of 256", 512, 4, 256, 32, batch_inner=256, bias="b1hqk", dbias=True),
+    _square(
+        "boltz2-triangle", "Boltz-2 and Protenix, triangle attention, 512 tokens", 512, 4, 512, 32,
+        batch_inner=512, bias="b1hqk", dbias=True,
+    ),
+    _square("of3-triangle", "OpenFold-3, triangle attention, crop 768", 768, 4, 768, 32, batch_inner=768, bias="b1hqk", dbias=True),
+    _square(
+        "of3-template", "OpenFold-3, triangle attention of four templates, crop 384", 1536, 4, 384, 16,
+        batch_inner=384, bias="b1hqk", dbias=True,
+    ),
+    _square(
+        "openfold-msa-row", "OpenFold, MSA rows with pair bias, 128 sequences, crop 256; no mask of keys", 128, 8, 256, 32,
+        batch_inner=128, bias="b1hqk", dbias=True,
+    ),
+    _square(
+        "openfold-extra-msa", "OpenFold, extra MSA rows with pair bias, 1024 sequences, crop 256; no mask of keys", 1024, 8, 256, 8,
+        batch_inner=1024, bias="b1hqk", dbias=True,
+    ),
+)  # fmt: skip
+NAMED = {workload.name: workload for workload in _WORKLOADS}
+
+
+def named(name: str) -> list[Workload]:
+    """The workloads of that name, or whose names start with it (``gemma2``), or ``all``. Raises ValueError listing the names."""
+    found = [w for n, w in NAMED.items() if name in (n, "all")] or [w for n, w in NAMED.items() if n.startswith(name + "-")]
+    if not found:
+        raise ValueError(f"--workload {name}: wanted all or one of {', '.join(NAMED)}")
+    return found
+
+
+def short(size: int) -> str:
+    """2048 as 2k, where that is exact."""
+    return f"{size // 1024}k" if size >= 1024 and size % 1024 == 0 else str(size)

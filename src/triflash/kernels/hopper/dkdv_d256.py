@@ -1,0 +1,444 @@
+"""The backward kernel for Hopper that owns keys, for head dims above 128: dk and dv. Launched by ``launch/hopper_backward.py``.
+
+dk and dv of 64 keys with 256 dims fill a consumer's registers each, so the two consumers split the work by MMA, not by key as in
+``dkdv.py``: one computes sᵀ, pᵀ and ``dv += pᵀ dout``, the other dpᵀ, dsᵀ and ``dk += scale dsᵀ q``. pᵀ goes from the first to the second
+through shared memory in q's dtype, in which it is the operand of dv anyway. The second MMA of a block runs under the first of the next. dq
+comes from ``dq.py``.
+"""
+
+from ..triton.prims import LOG2E
+from .compat import (
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    record,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from .dropout import drop, ds_of, keep_bits, philox_of, sign_dropped
+from .extent import Extent, extent_of, outer_at
+from .features import all_lse_small, clear_masked, slope_of
+from .layouts import accumulator, stacked
+from .rings import Ring, ring
+from .scores_kq import DELTA, LSE, REST, Feed, grid_of, in_turn, of_keys, probabilities, store_dbias, turned, visible_blocks
+
+
+@record
+class Program:
+    """What all partitions of a CTA share. C: the configuration (``plan/kernels/dkdv.DkdvConfig``); the rest as of ``dkdv.dkdv``."""
+
+    small_lse: object
+    dk_desc: object
+    dv_desc: object
+    dbias: object
+    bias: object
+    lengths: object
+    slopes: object
+    q_s: object
+    k_s: object
+    v_s: object
+    o_s: object
+    lse_s: object
+    delta_s: object
+    rest_s: object
+    bias_s: object
+    mask_s: object
+    p_s: object
+    kv: Ring
+    queries: Ring
+    douts: Ring
+    weights: Ring
+    biases: Ring
+    bias_strides: object
+    dbias_strides: object
+    slope_strides: object
+    cap: object
+    dropout: object
+    mask: object
+    mask_strides: object
+    batch: object
+    heads: object
+    group: object
+    splits: object
+    batch_inner: object
+    M: object
+    N: object
+    lo: object
+    hi: object
+    scale: object
+    tiles_n: object
+    tiles: object
+    l2_group: object
+    serpentine: object
+    C: gl.constexpr
+    NEED_DS: gl.constexpr
+    IS_MASK: gl.constexpr
+    EVEN_N: gl.constexpr
+    ALIBI: gl.constexpr
+    BATCH_FASTEST: gl.constexpr
+    LONGEST: gl.constexpr
+
+
+@record
+class Keys:
+    """The 64 keys of a tile, from n0 on, and what they have for one query head. Numbers of blocks as in ``dkdv.Keys``."""
+
+    x: Extent
+    diagonal: object
+    n0: object
+    key_bias: object
+    key_mask: object
+    slope: object
+    philox: object
+    scale_log2: object
+    done: object
+    base: object
+    SMALL_LSE: gl.constexpr
+
+
+@gluon.jit
+def _produce(p, f):
+    """The producer: every load of the program, in the order in which the consumers need them."""
+    BM: gl.constexpr = p.C.block_m
+    STATS: gl.constexpr = BM * 4
+    BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes if f.bias_desc is not None else 0
+    MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
+    grid = grid_of(p)
+    done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
+    for wave in range(grid.waves()):
+        n0, kv_head, b = grid.locate(wave)
+        begin, whole, part, end = visible_blocks(p, extent_of(b, p.M, p.N, p.lengths), n0)
+        kv_full = p.kv.acquire(wave, 0)
+        mbarrier.expect(kv_full, f.k_desc.block_type.nbytes + f.v_desc.block_type.nbytes)
+        tma_load(f.k_desc, [b, n0, kv_head, 0], kv_full, p.k_s)
+        tma_load(f.v_desc, [b, n0, kv_head, 0], kv_full, p.v_s)
+        steps = end - begin
+        for step in range(steps * p.group):
+            head = kv_head * p.group + step // steps
+            m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
+            row = b * p.heads + head
+            at = done + step
+            stage = p.queries.slot(at, 0)
+            phase = p.queries.phase(at) ^ 1
+            mbarrier.wait(p.queries.empty.index(stage), phase)
+            q_full = p.queries.full.index(stage)
+            if p.rest_s is not None:
+                mbarrier.expect(q_full, f.q_desc.block_type.nbytes + 2 * STATS)
+                tma_load(f.stats_desc, [row, REST, m0], q_full, p.rest_s.index(stage))
+            else:
+                mbarrier.expect(q_full, f.q_desc.block_type.nbytes + STATS)
+            tma_load(f.stats_desc, [row, LSE, m0], q_full, p.lse_s.index(stage))
+            tma_load(f.q_desc, [b, m0, head, 0], q_full, p.q_s.index(stage))
+            if f.bias_desc is not None or f.mask_desc is not None:
+                bias_full = p.biases.acquire(at, 0)
+                mbarrier.expect(bias_full, BIAS_BYTES + MASK_BYTES)
+                if f.bias_desc is not None:
+                    outer, inner, bias_head = outer_at(b, p.batch_inner, head, f.bias_on)
+                    tma_load(f.bias_desc, [outer, inner, bias_head, m0, n0], bias_full, p.bias_s)
+                if f.mask_desc is not None:
+                    mask_outer, mask_inner, mask_head = outer_at(b, p.batch_inner, head, f.mask_on)
+                    tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, m0, n0], bias_full, p.mask_s)
+            mbarrier.wait(p.douts.empty.index(stage), phase)
+            o_full = p.douts.full.index(stage)
+            mbarrier.expect(o_full, f.o_desc.block_type.nbytes + STATS)
+            tma_load(f.stats_desc, [row, DELTA, m0], o_full, p.delta_s.index(stage))
+            tma_load(f.o_desc, [b, m0, head, 0], o_full, p.o_s.index(stage))
+        done += steps * p.group
+
+
+@gluon.jit
+def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
+    """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next, from ``operand``."""
+    BM: gl.constexpr = p.C.block_m
+    BN: gl.constexpr = p.C.block_n
+    W: gl.constexpr = p.k_s.shape[3]
+    S: gl.constexpr = accumulator(BM)
+    COLS: gl.constexpr = gl.SliceLayout(0, S)
+    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    NEED_DV: gl.constexpr = p.dv_desc is not None
+    DROPPED: gl.constexpr = t.philox is not None
+    UNDROPPED: gl.constexpr = p.p_s.shape[0] == 4  # the other consumer asks for these too
+    nothing = gl.zeros([BN, BM], gl.float32, S)
+    k = p.k_s.reshape([BN, W])
+    for block in range(first, last):
+        at = t.base + block
+        stage = p.queries.slot(at, 0)
+        phase = p.queries.phase(at)
+        go = at > t.done
+        mbarrier.wait(p.queries.full.index(stage), phase)
+        s_pending = warpgroup_mma(k, p.q_s.index(stage).reshape([BM, W]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        lse = gl.expand_dims(p.lse_s.index(stage).reshape([BM]).load(COLS), 0)
+        m0 = block * BM
+        if (p.ALIBI or DROPPED) and not MASKED:
+            m0 = in_turn(block, first, last, t.n0, BM) * BM
+        before = at - go.to(gl.int32)  # a tile's first step has p = 0 for the block before, and takes dout of its own
+        if NEED_DV:
+            p.douts.wait(before, 0)
+            dv_pending = warpgroup_mma(operand, p.o_s.index(p.douts.slot(before, 0)).reshape([BM, W]), dv, is_async=True)
+        if DROPPED:  # under the MMAs
+            bits = keep_bits(t.philox, m0, t.n0, BN, BM, True)
+        if NEED_DV:
+            s = warpgroup_mma_wait(1, [s_pending])
+        else:
+            s = warpgroup_mma_wait(0, [s_pending])
+        bias = None
+        mask = None
+        if p.bias_s is not None or p.mask_s is not None:
+            p.biases.wait(at, 0)
+        if p.mask_s is not None:
+            mask = p.mask_s.reshape([BM, BN]).permute((1, 0)).load(S)
+        if p.bias_s is not None:
+            bias = p.bias_s.reshape([BM, BN]).permute((1, 0)).load(S)
+        rest = None
+        if p.rest_s is not None:
+            rest = gl.expand_dims(p.rest_s.index(stage).reshape([BM]).load(COLS), 0)
+        p16, weight = probabilities(p, t, s, bias, mask, lse, rest, m0, t.n0, MASKED)
+        undropped = p16
+        if DROPPED:
+            if p.NEED_DS and UNDROPPED:
+                undropped = sign_dropped(p16.to(gl.float32), bits).to(p.k_s.dtype)
+            if p.NEED_DS:
+                weight = sign_dropped(weight, bits)
+            if NEED_DV:
+                p16 = drop(p16, bits)
+        if p.NEED_DS:
+            mbarrier.wait(p.weights.empty.index(at & 1), ((at >> 1) & 1) ^ 1)
+            p.p_s.index(at & 1).permute((1, 0)).store(weight.to(p.k_s.dtype))
+            if UNDROPPED:
+                p.p_s.index(2 + (at & 1)).permute((1, 0)).store(undropped)
+        fence_async_shared()  # before buffers that were read by plain loads go back to TMA
+        p.queries.release(at, 0)
+        if p.bias_s is not None or p.mask_s is not None:
+            p.biases.release(at, 0)
+        if p.NEED_DS:
+            mbarrier.arrive(p.weights.full.index(at & 1))
+        if NEED_DV:
+            dv = warpgroup_mma_wait(0, [dv_pending])
+            if go:
+                p.douts.release(before, 0)
+        operand = gl.convert_layout(p16, P)
+    return dv, operand
+
+
+@gluon.jit
+def _values(p, SMALL_LSE: gl.constexpr):
+    """The consumer of scores: pᵀ for itself and for the other one, and dv."""
+    BM: gl.constexpr = p.C.block_m
+    BN: gl.constexpr = p.C.block_n
+    W: gl.constexpr = p.k_s.shape[3]
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
+    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    DT: gl.constexpr = p.k_s.dtype
+    grid = grid_of(p)
+    scale_log2 = p.scale * LOG2E
+    done = 0
+    for wave in range(grid.waves()):
+        n0, kv_head, b = grid.locate(wave)
+        x = extent_of(b, p.M, p.N, p.lengths)
+        begin, whole, part, end = visible_blocks(p, x, n0)
+        steps = end - begin
+        dv = gl.zeros([BN, W], gl.float32, accumulator(W))
+        operand = gl.zeros([BN, BM], DT, P)
+        p.kv.wait(wave, 0)
+        if p.lengths is not None:
+            if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
+                clear_masked(p.k_s.reshape([BN, W]), x.keys - n0)
+        for member in range(p.group):
+            slope = slope_of(p.slopes, p.slope_strides, b, kv_head * p.group + member)
+            philox = None
+            if p.dropout is not None:
+                philox = philox_of(p.dropout, b, kv_head * p.group + member, p.heads)
+            j = n0 + gl.arange(0, BN, ROWS)
+            key_bias = gl.zeros([BN], gl.float32, ROWS)
+            if p.bias is not None:
+                key_bias = of_keys(p, p.bias, p.bias_strides, b, kv_head * p.group + member, j).to(gl.float32)
+            key_mask = None
+            if p.mask is not None:
+                key_mask = of_keys(p, p.mask, p.mask_strides, b, kv_head * p.group + member, j)
+            t = Keys(x, x.diagonal(), n0, key_bias, key_mask, slope, philox, scale_log2, done, done + member * steps - begin, SMALL_LSE)
+            # Both masked walks are there whenever there is any bound, one of them perhaps without a block: with one of them missing, the
+            # assembler of Triton 3.6 (12.8) serialises the MMAs (C7513).
+            if (p.hi is not None) or (p.lo is not None) or (not p.EVEN_N):
+                dv, operand = _walk_values(p, t, dv, operand, begin, whole, True)
+            dv, operand = _walk_values(p, t, dv, operand, whole, part, False)
+            if (p.lo is not None) or (p.hi is not None):
+                dv, operand = _walk_values(p, t, dv, operand, part, end, True)
+        done += steps * p.group
+        if p.dv_desc is not None:
+            if steps > 0:
+                p.douts.wait(done - 1, 0)
+                last = p.o_s.index(p.douts.slot(done - 1, 0)).reshape([BM, W])
+                dv = warpgroup_mma_wait(0, [warpgroup_mma(operand, last, dv, is_async=True)])
+                p.douts.release(done - 1, 0)
+            if p.dropout is not None:
+                dv = dv * p.dropout[2]
+            p.k_s.reshape([BN, W]).store(dv.to(DT))  # nobody else reads these keys
+            fence_async_shared()
+            tma_store(p.dv_desc, [b, n0, kv_head, 0], p.k_s)
+            tma_store_wait(0)
+        p.kv.release(wave, 0)
+
+
+@gluon.jit
+def _values_either(p):
+    """``_values`` with the faster loop if every lse is small (``preprocess.py``)."""
+    if (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
+        _values(p, True)
+    else:
+        _values(p, False)
+
+
+@gluon.jit
+def _walk_keys(p, t, dk, db, ds16, first, last):
+    """dsᵀ of the query blocks ``first … last``; ``dk += dsᵀ q`` of each one is started in the step of the next, from ``ds16``."""
+    BM: gl.constexpr = p.C.block_m
+    BN: gl.constexpr = p.C.block_n
+    W: gl.constexpr = p.v_s.shape[3]
+    S: gl.constexpr = accumulator(BM)
+    COLS: gl.constexpr = gl.SliceLayout(0, S)
+    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    NEED_DK: gl.constexpr = p.dk_desc is not None
+    DROPPED: gl.constexpr = p.dropout is not None
+    nothing = gl.zeros([BN, BM], gl.float32, S)
+    v = p.v_s.reshape([BN, W])
+    for block in range(first, last):
+        at = t.base + block
+        stage = p.douts.slot(at, 0)
+        go = at > t.done
+        p.douts.wait(at, 0)
+        dp_pending = warpgroup_mma(v, p.o_s.index(stage).reshape([BM, W]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        before = at - go.to(gl.int32)  # a tile's first step has ds = 0 for the block before, and takes q of its own
+        if NEED_DK:
+            p.queries.wait(before, 0)
+            dk_pending = warpgroup_mma(ds16, p.q_s.index(p.queries.slot(before, 0)).reshape([BM, W]), dk, is_async=True)
+        delta = gl.expand_dims(p.delta_s.index(stage).reshape([BM]).load(COLS), 0)
+        mbarrier.wait(p.weights.full.index(at & 1), (at >> 1) & 1)
+        weight = p.p_s.index(at & 1).permute((1, 0)).load(S)
+        dp = warpgroup_mma_wait(1 if NEED_DK else 0, [dp_pending])
+        ds = ds_of(weight.to(gl.float32), dp, delta, DROPPED)
+        if p.dbias is not None and p.p_s.shape[0] == 4:
+            own = p.p_s.index(2 + (at & 1)).permute((1, 0)).load(S).to(gl.float32)
+            db += gl.sum(ds_of(own, dp, delta, DROPPED), 1)
+        elif p.dbias is not None:
+            db += gl.sum(ds, 1)
+        fence_async_shared()  # before buffers that were read by plain loads go back
+        p.douts.release(at, 0)
+        mbarrier.arrive(p.weights.empty.index(at & 1))
+        if NEED_DK:
+            dk = warpgroup_mma_wait(0, [dk_pending])
+            if go:
+                p.queries.release(before, 0)
+            ds16 = gl.convert_layout(ds.to(p.v_s.dtype), P)
+        else:
+            p.queries.wait(at, 0)
+            p.queries.release(at, 0)
+    return dk, db, ds16
+
+
+@gluon.jit
+def _keys(p):
+    """The consumer of dout: dsᵀ, dk, and the gradient of a bias that varies over keys alone."""
+    BM: gl.constexpr = p.C.block_m
+    BN: gl.constexpr = p.C.block_n
+    W: gl.constexpr = p.v_s.shape[3]
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
+    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    DT: gl.constexpr = p.v_s.dtype
+    grid = grid_of(p)
+    done = 0
+    for wave in range(grid.waves()):
+        n0, kv_head, b = grid.locate(wave)
+        x = extent_of(b, p.M, p.N, p.lengths)
+        begin, _whole, _part, end = visible_blocks(p, x, n0)
+        steps = end - begin
+        dk = gl.zeros([BN, W], gl.float32, accumulator(W))
+        ds16 = gl.zeros([BN, BM], DT, P)
+        p.kv.wait(wave, 0)
+        if p.lengths is not None:
+            if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
+                clear_masked(p.v_s.reshape([BN, W]), x.keys - n0)
+        for member in range(p.group):
+            db = gl.zeros([BN], gl.float32, ROWS)
+            t = Keys(x, None, n0, None, None, None, None, None, done, done + member * steps - begin, False)
+            dk, db, ds16 = _walk_keys(p, t, dk, db, ds16, begin, end)
+            if p.dbias is not None:
+                j = n0 + gl.arange(0, BN, ROWS)
+                store_dbias(p, db, b, kv_head * p.group + member, j)
+        done += steps * p.group
+        if p.dk_desc is not None:
+            if steps > 0:
+                p.queries.wait(done - 1, 0)
+                last = p.q_s.index(p.queries.slot(done - 1, 0)).reshape([BM, W])
+                dk = warpgroup_mma_wait(0, [warpgroup_mma(ds16, last, dk, is_async=True)])
+                p.queries.release(done - 1, 0)
+            if p.dropout is not None:
+                dk = dk * p.dropout[2]
+            p.v_s.reshape([BN, W]).store((dk * p.scale).to(DT))  # nobody else reads these values
+            fence_async_shared()
+            tma_store(p.dk_desc, [b, n0, kv_head, 0], p.v_s)
+            tma_store_wait(0)
+        p.kv.release(wave, 0)
+
+
+COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "l2_group", "serpentine"]
+
+
+@gluon.jit(do_not_specialize=COUNTS)
+def dkdv_d256(
+    q_desc, k_desc, v_desc, o_desc, stats_desc, small_lse, bias_desc, dk_desc, dv_desc, bias, lengths, slopes, dbias, bias_strides,
+    dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
+    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
+    C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+):  # fmt: skip
+    """Tiles of 64 keys of a key head. Arguments as of ``dkdv.dkdv``, but all blocks have the same number of columns."""
+    DT: gl.constexpr = q_desc.dtype
+    STAGES: gl.constexpr = C.q_stages
+    NEED_DS: gl.constexpr = (dk_desc is not None) or (dbias is not None)
+    NEED_DV: gl.constexpr = dv_desc is not None
+    q_s = gl.allocate_shared_memory(DT, stacked(STAGES, q_desc.block_shape), q_desc.layout)
+    o_s = gl.allocate_shared_memory(DT, stacked(STAGES, o_desc.block_shape), o_desc.layout)
+    k_s = gl.allocate_shared_memory(DT, k_desc.block_shape, k_desc.layout)
+    v_s = gl.allocate_shared_memory(DT, v_desc.block_shape, v_desc.layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, stacked(STAGES, stats_desc.block_shape), stats_desc.layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, stacked(STAGES, stats_desc.block_shape), stats_desc.layout)
+    if HAS_REST:
+        rest_s = gl.allocate_shared_memory(gl.float32, stacked(STAGES, stats_desc.block_shape), stats_desc.layout)
+    else:
+        rest_s = None
+    if bias_desc is not None:
+        bias_s = gl.allocate_shared_memory(bias_desc.dtype, bias_desc.block_shape, bias_desc.layout)
+    else:
+        bias_s = None
+    if mask_desc is not None:
+        mask_s = gl.allocate_shared_memory(mask_desc.dtype, mask_desc.block_shape, mask_desc.layout)
+    else:
+        mask_s = None
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C.block_m, C.block_n], DT)
+    # Under a soft cap it is pᵀ times the derivative of the scores; the gradient of a bias, which is added behind it, asks for pᵀ itself.
+    P_TILES: gl.constexpr = 4 if cap is not None and dbias is not None else 2
+    p_s = gl.allocate_shared_memory(DT, [P_TILES, C.block_m, C.block_n], SWIZZLED)
+    # Both consumers read keys and queries, if both are there, and dout.
+    SHARED: gl.constexpr = 2 if NEED_DS else 1
+    kv = ring(1, 1, SHARED, True)
+    queries = ring(STAGES, 1, SHARED, True)
+    douts = ring(STAGES, 1, 2 if NEED_DS and NEED_DV else 1, True)
+    weights = ring(2, 1, 1, True)
+    biases = ring(1, 1, 1, True)
+    fence_async_shared()
+
+    p = Program(
+        small_lse, dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s, kv,
+        queries, douts, weights, biases, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
+        group, None, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DS, IS_MASK, EVEN_N, ALIBI,
+        BATCH_FASTEST, LONGEST,
+    )  # fmt: skip
+    f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
+    if NEED_DS:
+        gl.warp_specialize([(_values_either, (p,)), (_keys, (p,)), (_produce, (p, f))], [4, 1], [240, 24])
+    else:
+        gl.warp_specialize([(_values_either, (p,)), (_produce, (p, f))], [1], [24])

@@ -1,0 +1,99 @@
+"""The producer of the forward kernel for Hopper: every TMA load of a CTA. Called by ``forward.py``."""
+
+from .compat import gl, gluon, mbarrier, record, tma_load
+from .extent import extent_of, outer_at
+from .scores_qk import BM, grid_of, visible_blocks
+
+
+@record
+class Feed:
+    """What the producer alone needs: descriptors of what it loads, along which outer dims the bias and the mask vary, and how many query
+    heads share a key head.
+    """
+
+    q_desc: object
+    k_desc: object
+    v_desc: object
+    bias_desc: object
+    bias_on: object
+    mask_desc: object
+    mask_on: object
+    group: object
+
+
+@gluon.jit
+def _fetch_bias(p, f, at, b, head, m0, n0):
+    """For every consumer its tile of the bias, and of the mask beside it, of block ``at``."""
+    BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes
+    MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
+    WGS: gl.constexpr = p.C.consumers
+    for w in gl.static_range(WGS):
+        slot = p.biases.slot(at, w)
+        full = p.biases.acquire(at, w)
+        mbarrier.expect(full, BIAS_BYTES + MASK_BYTES)
+        row = 0
+        if p.VARIES_M:
+            row = m0 + w * BM
+        outer, inner, bias_head = outer_at(b, p.batch_inner, head, f.bias_on)
+        tma_load(f.bias_desc, [outer, inner, bias_head, row, n0], full, p.bias_s.index(slot))
+        if f.mask_desc is not None:
+            mask_row = 0
+            if p.mask_s.shape[4] > 1:
+                mask_row = m0 + w * BM
+            mask_outer, mask_inner, mask_head = outer_at(b, p.batch_inner, head, f.mask_on)
+            tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, mask_row, n0], full, p.mask_s.index(slot))
+
+
+@gluon.jit
+def _fetch_queries(p, f, wave, b, m0, head):
+    """The queries of a tile, for every consumer its own."""
+    WGS: gl.constexpr = p.C.consumers
+    for w in gl.static_range(WGS):
+        full = p.queries.acquire(wave, w)
+        mbarrier.expect(full, f.q_desc.block_type.nbytes)
+        tma_load(f.q_desc, [b, m0 + w * BM, head, 0], full, p.q_s.index(p.queries.slot(wave, w)))
+
+
+@gluon.jit
+def produce(p, f):
+    """The producer: every load of the program, in the order in which the consumers need them.
+
+    Keys of a block come with the values of the block before, also of another tile: that is what consumers multiply by in one step.
+    """
+    BN: gl.constexpr = p.C.block_n
+    K_BYTES: gl.constexpr = f.k_desc.block_type.nbytes
+    V_BYTES: gl.constexpr = f.v_desc.block_type.nbytes
+    grid = grid_of(p)
+    done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
+    n_before = 0  # where the values of the block before lie
+    head_before = 0
+    b_before = 0
+    for wave in range(grid.waves()):
+        m0, head, b = grid.locate(wave)
+        begin, _a, _b, end = visible_blocks(p, extent_of(b, p.M, p.N, p.lengths), m0)
+        for j in range(end - begin):
+            n0 = (end - 1 - j) * BN
+            at = done + j
+            if p.C.q_stages == 2:  # before the first keys, whose buffer may not be free for long yet
+                if j == 0:
+                    _fetch_queries(p, f, wave, b, m0, head)
+            stage = p.kv.slot(at, 0)
+            full = p.kv.full.index(stage)
+            p.kv.acquire(at, 0)
+            mbarrier.expect(full, K_BYTES + V_BYTES, pred=at > 0)
+            mbarrier.expect(full, K_BYTES, pred=at == 0)
+            tma_load(f.k_desc, [b, n0, head // f.group, 0], full, p.k_s.index(stage))
+            if at > 0:
+                tma_load(f.v_desc, [b_before, n_before, head_before, 0], full, p.v_s.index(stage))
+            n_before = n0
+            head_before = head // f.group
+            b_before = b
+            if p.C.q_stages == 1:
+                if j == 0:
+                    _fetch_queries(p, f, wave, b, m0, head)
+            if f.bias_desc is not None:
+                _fetch_bias(p, f, at, b, head, m0, n0)
+        done += end - begin
+    full = p.kv.acquire(done, 0)
+    mbarrier.expect(full, V_BYTES)
+    tma_load(f.v_desc, [b_before, n_before, head_before, 0], full, p.v_s.index(p.kv.slot(done, 0)))

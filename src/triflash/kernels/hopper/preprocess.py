@@ -1,0 +1,74 @@
+"""What runs before the backward kernels for Hopper: memory-bound, in plain Triton. Launched by ``launch/hopper_backward.py``."""
+
+import triton
+import triton.language as tl
+
+from ..triton.prims import LOG2E, load_rows, offset, store_rows
+
+# Beside a huge bias a float32 score has no digits left. Then the backward kernels round a score as the forward kernel did, and subtract
+# rest, what lse lost: p is right, at the price of instructions and registers. Where every lse of a problem is small, at most
+# SMALL_LSE_LIMIT, scores may be summed in any order and without rest: p is right to 2^-13.
+SMALL_LSE_LIMIT = tl.constexpr(700.0)
+FLAGS = tl.constexpr(512)  # one for each share of lse, 1 where it is small
+SCANNED = tl.constexpr(1024)  # statistics at a time
+
+
+@triton.jit
+def _flag_small_lse(small_lse, lse, strides, heads, pairs, M):
+    """Set the flags: the first programs scan a share of lse each, and those of programs that there are not are 1."""
+    scanning = tl.minimum(tl.num_programs(0), FLAGS)
+    if tl.program_id(0) < scanning:
+        chunks = tl.cdiv(M, SCANNED)
+        largest = tl.zeros([SCANNED], tl.float32)
+        for chunk in range(tl.program_id(0), pairs * chunks, scanning):
+            pair = chunk // chunks
+            rows = chunk % chunks * SCANNED + tl.arange(0, SCANNED)
+            its = lse + offset(pair // heads, strides[0]) + offset(pair % heads, strides[1])
+            some = tl.load(its + rows * strides[2], mask=rows < M, other=0.0)
+            largest = tl.maximum(largest, tl.where(some == float("-inf"), 0.0, tl.abs(some)))
+        tl.store(small_lse + tl.program_id(0), (tl.max(largest, 0) < SMALL_LSE_LIMIT).to(tl.int32))
+        if tl.program_id(0) == 0:
+            idle = tl.arange(0, FLAGS)
+            tl.store(small_lse + idle, tl.zeros([FLAGS], tl.int32) + 1, mask=idle >= scanning)
+
+
+@triton.jit
+def preprocess(
+    out, dout, dlse, lse, rest, stats, small_lse, dq_sum, out_strides, dout_strides, dlse_strides, lse_strides, heads, M, padded_M, keep,
+    BM: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, ROW: tl.constexpr, BROW: tl.constexpr, KINDS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program owns BM queries of one head: their rows of ``stats``, and zeros for their float32 sum of dq.
+
+    stats is contiguous (batch and head, KINDS, padded_M): lse in base 2, +inf where a query saw no key or does not exist, so that its p is
+    0; ``delta = rowsum(out * dout) - dlse``, times ``keep``, the share of probabilities that dropout keeps; and rest, if there is one.
+    small_lse: FLAGS flags, or None. dq_sum, in blocks of BM rows of ROW columns, lies as ``dkdv_step.py`` says, or None.
+    """
+    tiles = padded_M // BM
+    pair_count = tl.num_programs(0) // tiles
+    m0 = tl.program_id(0) % tiles * BM
+    pair = tl.program_id(0) // tiles
+    head = pair % heads
+    b = pair // heads
+    rows = m0 + tl.arange(0, BM)
+    out += offset(b, out_strides[0]) + offset(head, out_strides[2])
+    dout += offset(b, dout_strides[0]) + offset(head, dout_strides[2])
+    o_tile = load_rows(out, out_strides[1], m0, M, BM, DV, BDV, True, WIDE).to(tl.float32)
+    do_tile = load_rows(dout, dout_strides[1], m0, M, BM, DV, BDV, True, WIDE).to(tl.float32)
+    delta = tl.sum(o_tile * do_tile, 1)
+    if dlse is not None:
+        dlse += offset(b, dlse_strides[0]) + offset(head, dlse_strides[1])
+        delta -= tl.load(dlse + rows * dlse_strides[2], mask=rows < M, other=0.0)
+    own = lse + offset(b, lse_strides[0]) + offset(head, lse_strides[1])
+    row_lse = tl.load(own + rows * lse_strides[2], mask=rows < M, other=float("-inf"))
+    table = stats + offset(pair, KINDS * padded_M) + rows
+    tl.store(table, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E))
+    tl.store(table + padded_M, delta * keep)
+    if rest is not None:
+        tl.store(table + 2 * padded_M, tl.load(rest + offset(pair, M) + rows, mask=rows < M, other=0.0))
+    if small_lse is not None:
+        _flag_small_lse(small_lse, lse, lse_strides, heads, pair_count, M)
+    if dq_sum is not None:
+        if m0 < M:
+            block = dq_sum + offset(pair * tl.cdiv(M, BM) + m0 // BM, BM * ROW)
+            nothing = tl.zeros([BROW // 8, 8 * BM], tl.float32)
+            store_rows(block, 8 * BM, 0, ROW // 8, nothing, BROW // 8, 8 * BM, 8 * BM, True, False)

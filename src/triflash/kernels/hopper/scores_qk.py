@@ -1,0 +1,100 @@
+"""What Hopper's kernels share that own queries: s = q kᵀ, a query a row, 64 a consumer. Called by ``forward.py``, ``dq.py``, ``dbias.py``.
+
+    p = 2^(s - lse);   ds = p * (dp - delta),   dp = dout vᵀ
+
+lse (base 2), delta and ``rest`` come in one float32 table (batch * head, 2 or 3, queries up to a multiple of 128). Its lse is +inf for a
+query that sees no key or does not exist: p is 0 there, and no mask of queries is needed.
+"""
+
+from ..triton.prims import LOG2E, offset, segments
+from .compat import gl, gluon
+from .features import mask_scores, select_le, widened
+from .layouts import accumulator
+from .schedule import Uniform
+
+BM = gl.constexpr(64)  # queries of a consumer
+
+
+@gluon.jit
+def grid_of(p):
+    """A program's tiles of queries: 64 a consumer."""
+    TILE: gl.constexpr = BM * p.C.consumers
+    LONGEST: gl.constexpr = "last" if p.hi is not None else "none"
+    return Uniform(p.tiles_m, p.tiles, p.batch, p.heads, p.l2_group, p.serpentine, TILE, LONGEST, p.BATCH_FASTEST)
+
+
+@gluon.jit
+def visible_blocks(p, x, m0):
+    """``segments`` of a tile's queries, of which m0 is the first, but never empty: queries that see no key get one block to hide
+    altogether.
+    """
+    last = min(m0 + BM * p.C.consumers, x.queries) - 1
+    begin, full_begin, full_end, end = segments(m0, last, x.keys, p.lo, p.hi, p.C.block_n)
+    return begin, full_begin, full_end, max(end, begin + 1)
+
+
+@gluon.jit
+def statistics(stats, pair, m0, M, HAS_REST: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
+    """``(lse, delta, rest)`` of the BM queries from ``m0`` of a pair of batch and head; without a rest, lse in its place."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
+    COUNT: gl.constexpr = 3 if HAS_REST else 2
+    row = (M + 127) // 128 * 128
+    at = stats + offset(pair * COUNT, row) + (m0 + gl.arange(0, BM, ROWS))
+    lse = gl.load(at)
+    delta = gl.load(at + row)
+    rest = lse
+    if HAS_REST:
+        rest = gl.load(at + 2 * row)
+    return lse, delta, rest
+
+
+@gluon.jit
+def column_of(bias, strides, m0, head, b, batch_inner, M, BM: gl.constexpr, BN: gl.constexpr):
+    """A bias without a dim of keys, one number a query, of BM queries; zeros where there is none."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
+    if bias is not None:
+        i = m0 + gl.arange(0, BM, ROWS)
+        at = bias + offset(b // batch_inner, strides[0]) + offset(b % batch_inner, strides[1]) + offset(head, strides[2])
+        return gl.load(at + i.to(gl.int64) * strides[3], mask=i < M, other=0).to(gl.float32)
+    else:
+        return gl.zeros([BM], gl.float32, ROWS)
+
+
+@gluon.jit
+def add_bias(s, bias, IS_MASK: gl.constexpr):
+    """Scores in base 2 with a bias of 64 rows or one, of BN columns or one; rounded as in the forward kernel."""
+    if IS_MASK:
+        return mask_scores(s, bias)
+    else:
+        bias, s = gl.broadcast(widened(bias), s)
+        return gl.fma(bias, gl.full(s.shape, LOG2E, gl.float32, s.type.layout), s)
+
+
+@gluon.jit
+def mask_band(x, m0, n0, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr, MASKED_VALUE: gl.constexpr):
+    """x of BM queries from m0 and BN keys from n0 on where the key exists and the query sees it, else HIDDEN (``select_le``)."""
+    S: gl.constexpr = accumulator(BN)
+    j = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
+    i = m0 + gl.arange(0, BM, gl.SliceLayout(1, S))
+    if hi is not None:  # one comparison a score: the last key that exists and that the query sees
+        x = select_le(x, j, gl.expand_dims(gl.minimum(i + hi, N - 1), 1), MASKED_VALUE)
+    else:
+        x = select_le(x, j, j * 0 + (N - 1), MASKED_VALUE)
+    if lo is not None:
+        x = select_le(x, gl.expand_dims(i + lo, 1), j, MASKED_VALUE)
+    return x
+
+
+@gluon.jit
+def exponents(s, lse, rest, HAS_REST: gl.constexpr, BIASED: gl.constexpr):
+    """``s - lse``, less ``rest``, what a float32 lse loses of a huge one. Without a rest, and beside a bias that may be huge, p is kept to
+    1. With one and without a bias it is, too: that case is for huge q k alone and need not be fast.
+    """
+    x = s - gl.expand_dims(lse, 1)
+    if HAS_REST:
+        x = x - gl.expand_dims(rest, 1)
+        if not BIASED:
+            x = gl.minimum(x, 0.0)
+    elif BIASED:
+        x = gl.minimum(x, 0.0)
+    return x

@@ -1,0 +1,71 @@
+"""Arguments of the Hopper kernel ``dq``; called by ``launch/hopper_backward.py``. Touches no device: tensors may be meta tensors.
+
+All must be addressable by TMA (``launch/hopper.addressable``), and dq and dbias ``writable``. ``stats``: as ``plan/kernels/shared.py`` says
+of its size, lse in base 2 (+inf where the query sees no key or does not exist), delta, and if the spec keeps it rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.hopper import dq as dq_kernels
+from ..plan.configs import padded
+from ..plan.kernels.dq import DqConfig
+from ..plan.kernels.shared import ROWS, batch_fastest, bias_buffer, l2_order, query_tiles
+from ..spec import AttentionSpec
+from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
+from .hopper import descriptor, mask_tiles, register_limit
+
+__all__ = ["dq_call"]
+
+
+def dq_call(
+    spec: AttentionSpec, config: DqConfig, programs: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dout: Tensor,
+    stats: Tensor, dq: Tensor, dbias: Tensor | None = None, lengths: Tensor | None = None, slopes: Tensor | None = None,
+    mask: Tensor | None = None, seed: Tensor | None = None, small_lse: Tensor | None = None,
+) -> Call:  # fmt: skip
+    """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q."""
+    head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
+    tiled = spec.bias is not None and spec.bias.varies[4]
+    bias_desc = dbias_desc = None
+    bias_on: tuple[int, ...] | None = None
+    bias = bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias
+    if bias is not None and tiled:
+        bias_desc = descriptor(bias, (1, 1, 1, *bias_buffer(spec, config).shape))
+        bias_on = tuple(int(size > 1) for size in bias.shape[:3])
+    if dbias is not None:
+        assert spec.bias is not None and all(spec.bias.varies) and not spec.bias.is_mask
+        dbias_desc = descriptor(dbias, (1, 1, 1, ROWS, block_n))
+    pointer = None if tiled else bias
+    tiles_m, tiles = query_tiles(spec, config)
+    args = (
+        descriptor(q, (1, ROWS, 1, head)),
+        descriptor(dout, (1, ROWS, 1, value)),
+        descriptor(k, (1, block_n, 1, head)),
+        descriptor(v, (1, block_n, 1, value)),
+        descriptor(dq, (1, ROWS, 1, head)),
+        *(bias_desc, dbias_desc, pointer, lengths_of(lengths), slopes, stats, small_lse),
+        *(
+            None if pointer is None else bias_strides(pointer)[:4],  # type: ignore[index]
+            slope_strides(slopes),
+            bias_on,
+            cap_of(spec),
+            dropout_of(spec, seed),
+            *mask_tiles(spec, mask, config),
+        ),
+        *(spec.batch, spec.heads, q.shape[2] // k.shape[2], spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
+        *(tiles_m, tiles, *l2_order(spec, config, programs)),
+    )
+    constants: dict[str, Any] = {
+        "C": config,
+        "BATCH_FASTEST": batch_fastest(spec),
+        "IS_MASK": spec.bias is not None and spec.bias.is_mask,
+        "VARIES_M": spec.bias is not None and spec.bias.varies[3],
+        "HAS_REST": stats.shape[1] == 3,
+        "EVEN_N": spec.keys % block_n == 0 and lengths is None,
+        "ALIBI": alibi_of(spec),
+    }
+    return Call(dq_kernels.dq, args, constants | register_limit(config), config, programs)

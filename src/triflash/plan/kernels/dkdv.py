@@ -1,0 +1,283 @@
+"""The kernels for dk and dv on Hopper, which may sum dq too (``kernels/hopper/dkdv.py``, ``dkdv_d256.py``). Pure."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ...errors import bad_value
+from ...spec import AttentionSpec
+from ..configs import padded
+from ..device import DeviceFacts
+from ..steps import Step, broadcast_rows
+from .shared import (
+    L2_GROUP_BYTES,
+    MAX_SIMULATED_TILES,
+    TILE_COST,
+    Buffer,
+    HopperConfig,
+    barriers,
+    best_order,
+    is_banded,
+    is_light,
+    load_imbalance,
+    order_of,
+    stats_kinds,
+)
+
+__all__ = [
+    "DQ_WARPGROUP_DIM", "NARROW", "DkdvConfig", "choose", "dims", "has_bias_tiles", "head_splits", "key_tiles", "l2_order", "owns_dbias",
+    "step",
+]  # fmt: skip
+
+NARROW = 128  # head dims up to which one kernel gives dk, dv and dq; above, dkdv_d256 gives dk and dv, of half as many keys
+SMALLEST_DIM = 32  # narrower heads are padded, which costs no memory traffic
+DQ_WARPGROUP_DIM = 64  # head dims up to which there are registers for a warpgroup that computes dq
+PART_COST = 4  # blocks, to write and read partial sums of a tile's dk and dv: 2 KB a key at d 128, at an H100's bandwidth
+LAUNCH_COST = 2  # blocks, of one kernel more
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+MANY_HEADS = 4  # query heads in a row; with more, programs that read the same heads drift of_its_own under a band, out of L2's reach:
+DRIFT = 1.1  # at d 128, eight were 7 to 14 % slower than two times four
+WORTH_SPLITTING = 1.03  # load imbalance, or gain over no split, from which a split pays
+
+
+@dataclass(frozen=True)
+class DkdvConfig(HopperConfig):
+    """One configuration of the kernels that own keys.
+
+    q_stages, o_stages: buffers for Q blocks and for dO blocks. bias_stages: bias tiles per consumer. block_m: queries of a block. d256: the
+    kernel for head dims above 128, whose consumers share tiles of 64 keys; else each owns 64. kv_stages: buffers for a tile's K and V; with
+    two, those of the next tile are fetched meanwhile. dq_warpgroup: where dq is summed, a third warpgroup computes it; head dims up to
+    DQ_WARPGROUP_DIM. unroll: blocks a step of the loop, of which each starts before the one before is done. red_dq: dq is summed by
+    red.global from registers, else by TMA. head_splits: parts that the query heads of a key head are dealt out in, for more tiles; each
+    gives partial sums of dk and dv.
+    """
+
+    q_stages: int
+    o_stages: int
+    bias_stages: int = 1
+    block_m: int = 64
+    d256: bool = False
+    kv_stages: int = 1
+    dq_warpgroup: bool = False
+    unroll: int = 1
+    red_dq: bool = False
+    head_splits: int = 1
+
+    SOURCE = "the first candidate that fits, of plan/kernels/dkdv.py"
+
+    def __post_init__(self) -> None:
+        most = 4 if self.d256 else 2  # but in dkdv_d256, each buffer has a named barrier, of which there are 11 to spare
+        for name in ("q_stages", "o_stages", "bias_stages", "kv_stages"):
+            if not 1 <= getattr(self, name) <= most:
+                raise bad_value(name, f"1 to {most}", getattr(self, name))
+        next_fits = self.q_stages > 1 and (self.o_stages > 1 or not self.dq_warpgroup)  # its operands, while this block's are in use
+        if self.unroll not in ((1, 2, 4) if next_fits else (1,)):
+            raise bad_value("unroll", "1, or with two q_stages, and dq_warpgroup two o_stages, 2 or 4", self.unroll)
+        if self.dq_warpgroup and self.red_dq:
+            raise bad_value("red_dq", "False with dq_warpgroup", True, "a warpgroup of its own has time for TMA")
+        if self.block_m != 64:
+            raise bad_value("block_m", "64, which is what the layouts of the kernels are made for", self.block_m)
+        if self.head_splits < 1:
+            raise bad_value("head_splits", "at least 1", self.head_splits)
+        extras = (self.bias_stages, self.kv_stages, self.dq_warpgroup, self.red_dq, self.unroll, self.head_splits)
+        usual = self.o_stages == self.q_stages and extras == (1, 1, False, False, 1, 1)
+        if self.d256 and (self.q_stages < 2 or not usual):
+            why = "that kernel has one buffer for a bias, and as many for dO as for Q: two or more, else its consumers wait for each other"
+            raise bad_value("d256", "False for such a configuration", True, why)
+
+    @property
+    def block_n(self) -> int:
+        """Keys of a CTA's tile."""
+        return 64 if self.d256 else 128
+
+    @property
+    def num_stages(self) -> int:
+        return self.q_stages
+
+    def __str__(self) -> str:
+        flags = " d256" * self.d256 + f" kv{self.kv_stages}" * (self.kv_stages > 1)
+        flags += " dq-warpgroup" * self.dq_warpgroup + " red-dq" * self.red_dq + f" u{self.unroll}" * (self.unroll > 1)
+        flags += f" h{self.head_splits}" * (self.head_splits > 1)
+        return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{flags}"
+
+    def buffers(self, spec: AttentionSpec, gives: tuple[str, ...] = ()) -> tuple[Buffer, ...]:
+        head, value = dims(spec)
+        consumers = 1 if self.d256 else 2  # that score, and so have bias tiles
+        rest = self.q_stages * (stats_kinds(spec) == 3)
+        loaded = (
+            Buffer("q", self.q_stages, (64, head), 2),
+            Buffer("dout", self.o_stages, (64, value), 2),
+            Buffer("k", self.kv_stages, (self.block_n, head), 2),
+            Buffer("v", self.kv_stages, (self.block_n, value), 2),
+            Buffer("lse", self.q_stages, (64,), 4),
+            Buffer("delta", self.o_stages, (64,), 4),
+            Buffer("rest", rest, (64,), 4),
+            *(Buffer(name, consumers * self.bias_stages, (64, 64), itemsize) for name, itemsize in _tiled(spec)),
+        )
+        stages = 2 * self.kv_stages, self.q_stages, self.o_stages
+        if self.d256:  # p, and p times the derivative of the scores if the gradient of a bias wants it without
+            tiles = 4 if "dbias" in gives and spec.softcap else 2
+            return (*loaded, Buffer("p", tiles, (64, 64), 2), barriers(*stages, self.q_stages, self.o_stages, 4, 2))
+        adding = "dq" in gives
+        tma = 0 if self.red_dq or not adding else 4 if self.dq_warpgroup else 2
+        return (
+            *loaded,
+            Buffer("ds", 4 * adding, (64, 64), 2),
+            Buffer("dq", tma, (64, head // 2), 4),
+            barriers(*stages, 2 * self.bias_stages, 2, 2, 1),
+        )
+
+    def reads_small_lse(self, spec: AttentionSpec) -> bool:
+        return not self.d256 or spec.bias is None or spec.bias.is_mask  # beside a bias d256's loop is no faster for it
+
+
+def owns_dbias(spec: AttentionSpec) -> bool:
+    """Whether the kernel gives the gradient of the spec's bias: of one over keys alone, a row of sums a (batch, head) pair."""
+    return spec.bias is not None and spec.bias.varies[4] and not spec.bias.varies[3]
+
+
+def dims(spec: AttentionSpec) -> tuple[int, int]:
+    """Head dims of q and k, and of v, as the kernel pads them: above 128 alike."""
+    head, value = max(SMALLEST_DIM, padded(spec.head_dim)), max(SMALLEST_DIM, padded(spec.value_dim))
+    widest = max(head, value)
+    return (widest, widest) if widest > NARROW else (head, value)
+
+
+def _tiled(spec: AttentionSpec) -> list[tuple[str, int]]:
+    """(name, bytes an element) of a bias, and of a mask beside it, that has a tile a block: it varies over queries and keys."""
+    both = (("bias", spec.bias), ("mask", spec.mask))
+    return [
+        (name, {"bool": 1, "fp32": 4}.get(each.dtype, 2)) for name, each in both if each is not None and each.varies[3] and each.varies[4]
+    ]
+
+
+def has_bias_tiles(spec: AttentionSpec) -> bool:
+    """Whether there is a tile of a bias, or of a mask beside it, a block."""
+    return bool(_tiled(spec))
+
+
+def _candidates(spec: AttentionSpec, gives: tuple[str, ...]) -> tuple[DkdvConfig, ...]:
+    """From the fastest measured to the smallest (docs/tuning.md)."""
+    widest, bias_tiles = max(dims(spec)), has_bias_tiles(spec)
+    adding, dbias = "dq" in gives, "dbias" in gives
+    if widest > NARROW:
+        return (DkdvConfig(2, 2, d256=True),)
+    if widest <= DQ_WARPGROUP_DIM:
+        bias = 2 if bias_tiles else 1
+        of_its_own: tuple[DkdvConfig, ...] = ()
+        if adding and (is_light(spec) or not dbias):
+            unroll = 2 if is_light(spec) and not dbias and not (is_banded(spec) and bias_tiles) else 1  # what is not light takes registers
+            of_its_own = tuple(DkdvConfig(2, 2, bias, kv_stages=kv, dq_warpgroup=True, unroll=unroll) for kv in (2, 1))
+        kept = 1 if adding else bias  # dS is announced at the named barriers that a second buffer would want
+        return (*of_its_own, DkdvConfig(2, 2, kept, kv_stages=2), DkdvConfig(2, 2, kept), DkdvConfig(2, 2), DkdvConfig(1, 1))
+    plain = adding and is_light(spec) and spec.bias is None and spec.mask is None  # red.global takes registers
+    red_dq = (DkdvConfig(2, 2, red_dq=True),) if plain else ()
+    return (*red_dq, DkdvConfig(2, 2, kv_stages=2), DkdvConfig(2, 2), DkdvConfig(2, 1), DkdvConfig(1, 1))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(spec: AttentionSpec, limit: int, gives: tuple[str, ...]) -> DkdvConfig | None:
+    """The first candidate that fits ``limit`` bytes of shared memory, or None; ``gives``: with "dq", "dbias" or neither."""
+    for config in _candidates(spec, gives):
+        if config.shared_memory(spec, gives) <= limit:
+            return config
+    return None
+
+
+def key_tiles(spec: AttentionSpec, config: DkdvConfig) -> tuple[int, int]:
+    """(key tiles of a (batch, key head) pair, tiles of the whole problem, whose ``head_splits`` count)."""
+    tiles = -(-spec.keys // config.block_n)
+    return tiles, tiles * spec.batch * spec.kv_heads * config.head_splits
+
+
+def head_splits(spec: AttentionSpec, config: DkdvConfig, sms: int) -> int:
+    """In how many parts the query heads of a key head are dealt out: as many as give the busiest SM clearly less to do, with partial sums
+    paid for. At most half as many as there are heads, so that the sums are no larger than a float32 dq.
+    """
+    if spec.groups < 4 or config.d256 or spec.is_empty:
+        return 1
+    costs: dict[int, float] = {}
+    for splits in SPLITS:
+        way = replace(config, head_splits=splits)
+        if 2 * splits > max(2, spec.groups) or key_tiles(spec, way)[1] > MAX_SIMULATED_TILES:
+            break
+        costs[splits], imbalance = _heaviest(spec, way, sms)
+        if splits == 1 and imbalance < WORTH_SPLITTING:
+            break
+    best = min(costs, key=lambda splits: (costs[splits], splits), default=1)
+    return best if best > 1 and WORTH_SPLITTING * costs[best] + LAUNCH_COST < costs[1] else 1
+
+
+@functools.lru_cache(maxsize=4096)
+def l2_order(spec: AttentionSpec, config: DkdvConfig, programs: int) -> tuple[int, int]:
+    """``(l2_group, serpentine)`` as of the forward kernel; what tiles share here is the queries and their gradients."""
+    tiles_n, tiles = key_tiles(spec, config)
+    if not is_banded(spec) or tiles <= programs or tiles > MAX_SIMULATED_TILES:
+        return 1, 0
+    return best_order(_lengths(spec, config), tiles // tiles_n, programs, [_fitting(spec, config) * n for n in (1, 2, 4)])
+
+
+def _fitting(spec: AttentionSpec, config: DkdvConfig) -> int:
+    """Pairs of batch and key head (or part of one) whose queries and gradients fit in L2 together."""
+    pair_bytes = -(-spec.groups // config.head_splits) * spec.queries * (3 * spec.head_dim + spec.value_dim) * 2
+    return max(1, L2_GROUP_BYTES // max(1, pair_bytes))
+
+
+def _heaviest(spec: AttentionSpec, config: DkdvConfig, programs: int) -> tuple[float, float]:
+    """The load of the busiest program, in blocks and over the mean, drift of programs out of L2's reach included."""
+    tiles_n, tiles = key_tiles(spec, config)
+    lengths, pairs = _lengths(spec, config), tiles // tiles_n
+    mean = sum(lengths) * pairs / programs
+    if not is_banded(spec) or tiles <= programs:
+        ratio = max(lengths) * -(-tiles // programs) / mean
+    else:
+        ratio = load_imbalance(lengths, pairs, programs, *l2_order(spec, config, programs))
+        if config.red_dq and spec.groups > MANY_HEADS * config.head_splits:
+            ratio *= DRIFT
+    return ratio * mean, ratio
+
+
+def _lengths(spec: AttentionSpec, config: DkdvConfig) -> list[int]:
+    """What the key tiles of a pair cost, in blocks, from what should be the longest to the shortest."""
+    cost = TILE_COST + PART_COST * (config.head_splits > 1)
+    heads = -(-spec.groups // config.head_splits)
+    lengths = [heads * _query_blocks(spec, config, tile) + cost for tile in range(key_tiles(spec, config)[0])]
+    return lengths if spec.hi is not None else lengths[::-1]
+
+
+def _query_blocks(spec: AttentionSpec, config: DkdvConfig, tile: int) -> int:
+    """Query blocks that a key tile visits."""
+    first, last = tile * config.block_n, min((tile + 1) * config.block_n, spec.keys) - 1
+    begin = 0 if spec.hi is None else max(0, first - spec.hi)
+    end = spec.queries if spec.lo is None else max(0, min(last - spec.lo + 1, spec.queries))
+    return max(0, -(-end // config.block_m) - begin // config.block_m)
+
+
+def _check(spec: AttentionSpec, config: DkdvConfig, adding: bool) -> None:
+    """Raise ValueError where a configuration chosen by hand is none for the spec."""
+    widest, sizes = max(dims(spec)), f"head dims {spec.head_dim} and {spec.value_dim}"
+    if config.d256 != (widest > NARROW):
+        raise bad_value("d256", f"{not config.d256} for {sizes}", config.d256)
+    if config.dq_warpgroup and widest > DQ_WARPGROUP_DIM:
+        raise bad_value("dq_warpgroup", f"False for {sizes}", True, "there are no registers for it")
+    if adding and not config.dq_warpgroup and config.bias_stages > 1:
+        raise bad_value("bias_stages", "1, or 2 with dq_warpgroup", config.bias_stages, "there are no named barriers for more")
+    if config.head_splits > spec.groups:
+        raise bad_value("head_splits", f"at most {spec.groups}, the query heads of a key head", config.head_splits)
+
+
+def step(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object], gives: tuple[str, ...]) -> Step:
+    """The kernel, with its grid, for what a plan of ``plan/hopper.py`` asks of it: called "dqdkdv" where it sums dq too."""
+    kernel = "dqdkdv" if "dq" in gives else "dkdv"
+    chosen = by_hand.get(kernel)
+    if isinstance(chosen, DkdvConfig):
+        _check(spec, chosen, "dq" in gives)
+        config = chosen
+    else:
+        found = choose(spec, device.shared_memory, tuple(name for name in gives if name in ("dq", "dbias")))
+        assert found is not None, "why_not_backward refuses what fits no candidate"
+        config = replace(found, head_splits=head_splits(spec, found, device.sms))
+    programs = min(key_tiles(spec, config)[1], device.sms)
+    return Step(kernel, config, programs, order_of(spec), broadcast_rows(spec) if "dbias" in gives else 1, gives)

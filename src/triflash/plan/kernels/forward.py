@@ -1,0 +1,190 @@
+"""The forward kernel on Hopper (``kernels/hopper/forward.py``): its configuration, choice, shared memory and grid. Pure."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ...errors import bad_value
+from ...spec import AttentionSpec
+from ..configs import padded
+from ..device import DeviceFacts
+from ..steps import Step
+from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, is_light, mask_buffer, mma_fits, order_of, query_tiles
+
+__all__ = ["ForwardConfig", "choose", "config_of", "fuses_bias", "step", "why_not"]
+
+SHORT = 1088  # keys that a query sees at most, where rows are short: 1,024 and a block
+
+
+@dataclass(frozen=True)
+class ForwardConfig(QueryConfig):
+    """One configuration of the forward kernel.
+
+    consumers: warpgroups of 64 queries each. block_n: keys of a block. kv_stages: buffers for K blocks, and as many for V blocks.
+    bias_stages: buffers for bias tiles, per consumer. ping_pong: consumers issue their MMAs in turn. separate_o: O has a buffer of its own,
+    else it leaves through that of Q. persistent: a grid of as many CTAs as run at a time. q_stages: buffers for Q, per consumer; 2 only
+    with separate_o. ctas_per_sm: CTAs that share an SM's registers and shared memory, so that one begins and ends tiles while another
+    computes.
+    """
+
+    consumers: int
+    block_n: int
+    kv_stages: int
+    bias_stages: int = 1
+    ping_pong: bool = False
+    separate_o: bool = True
+    persistent: bool = True
+    q_stages: int = 1
+    ctas_per_sm: int = 1
+
+    SOURCE = "a rule of plan/kernels/forward.py, drawn from measurements on an H200"
+
+    def __post_init__(self) -> None:
+        self.require(consumers=(1, 2, 3), block_n=(16, 32, 64, 128, 256), bias_stages=(1, 2, 3, 4), ctas_per_sm=(1, 2, 3, 4))
+        if self.q_stages not in ((1, 2) if self.separate_o else (1,)):
+            raise bad_value("q_stages", "1, or 2 with separate_o", self.q_stages)
+        if self.kv_stages < 1:
+            raise bad_value("kv_stages", "at least 1", self.kv_stages)
+
+    @property
+    def num_stages(self) -> int:
+        return self.kv_stages
+
+    def __str__(self) -> str:
+        flags = " ping-pong" * self.ping_pong + " separate-o" * self.separate_o + " persistent" * self.persistent
+        flags += f" {self.ctas_per_sm} CTAs/SM" * (self.ctas_per_sm > 1)
+        return f"{self.block_m}x{self.block_n} s{self.kv_stages} q{self.q_stages} b{self.bias_stages}{flags}"
+
+    def buffers(self, spec: AttentionSpec, gives: tuple[str, ...] = ()) -> tuple[Buffer, ...]:
+        head, value, biases = padded(spec.head_dim), padded(spec.value_dim), self.bias_stages * self.consumers
+        return (
+            Buffer("q", self.q_stages * self.consumers, (64, head), 2),
+            Buffer("k", self.kv_stages, (self.block_n, head), 2),
+            Buffer("v", self.kv_stages, (self.block_n, value), 2),
+            Buffer("o", self.consumers * self.separate_o, (64, value), 2),
+            bias_buffer(spec, self, biases),
+            mask_buffer(spec, self, biases),
+            barriers(2 * self.q_stages * self.consumers, 2 * self.kv_stages, 2 * biases, 3),
+        )
+
+
+def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
+    """None if the kernel has tiles for the spec, else (what it cannot do, the nearest thing that works)."""
+    if choose(spec, device.shared_memory) is None:
+        return f"head dims {spec.head_dim} and {spec.value_dim} with such a bias", "no tile fits in shared memory: use backend('triton')"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(spec: AttentionSpec, limit: int, sms: int = 0) -> ForwardConfig | None:
+    """The configuration for a spec within ``limit`` bytes of shared memory; None if no candidate fits.
+
+    Where its tiles are too few for the SMs, tiles of 64 queries take their place.
+    """
+    for config in _candidates(spec):
+        if config.fits(spec, limit) and mma_fits(config, spec.value_dim) and _has_room_for_o(spec, config):
+            if 2 * query_tiles(spec, config)[1] <= sms:
+                return replace(config, consumers=1, ping_pong=False, ctas_per_sm=1)
+            return config
+    return None
+
+
+def _has_room_for_o(spec: AttentionSpec, config: ForwardConfig) -> bool:
+    return config.separate_o or padded(spec.head_dim) == padded(spec.value_dim)
+
+
+def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
+    """From the fastest measured to the smallest; the first that fits is taken.
+
+    H200, Triton 3.6.0, bf16, 2026-11 (docs/tuning.md). Short rows, and those with tiles of bias, want small CTAs of which several share an
+    SM, so that one begins and ends tiles while another computes; long rows want large tiles, which read keys less often. At d 64 three
+    consumers hide more of the exponentials, but their tiles of 192 queries waste more of a short triangle, and end more seldom. Ping-pong
+    pays where the softmax is long beside the MMAs: at d 128 with ALiBi slopes and, under a band, a soft cap (3 %), not with dropout.
+    """
+    head, seen, banded, light = padded(max(spec.head_dim, spec.value_dim)), _span(spec), is_banded(spec), is_light(spec)
+    bias_tiles = spec.bias is not None and spec.bias.varies[4]
+    softcapped = spec.softcap > 0
+    short = banded and light and seen <= SHORT
+    narrow: tuple[ForwardConfig, ...] = ()
+    small: tuple[ForwardConfig, ...] = ()
+    if head <= 64:
+        if bias_tiles:
+            if head <= 32 and light:
+                narrow = (ForwardConfig(2, 64, 3, 2, q_stages=2, ctas_per_sm=2), ForwardConfig(2, 64, 2, ctas_per_sm=2))
+                if spec.bias is not None and spec.bias.is_mask:
+                    narrow = (ForwardConfig(1, 64, 3, q_stages=2, ctas_per_sm=4), *narrow)
+            if short:
+                small = (ForwardConfig(1, 64, 2, 2, ctas_per_sm=3), ForwardConfig(1, 64, 2, ctas_per_sm=3))
+            large = (
+                ForwardConfig(2, 128, 2, 2, ping_pong=True),
+                ForwardConfig(2, 128, 2, 1, ping_pong=True),
+                ForwardConfig(2, 64, 2, ping_pong=True),
+            )
+            return (*narrow, *small, ForwardConfig(1, 128, 2, ctas_per_sm=2), *large)
+        if short and spec.bias is None:
+            if head <= 32:
+                narrow = (ForwardConfig(1, 64, 3, q_stages=2, ctas_per_sm=4),)
+            return (*narrow, ForwardConfig(1, 64, 3, ctas_per_sm=3), ForwardConfig(2, 64, 2, ping_pong=True))
+        if spec.alibi and spec.hi is not None and not softcapped and spec.dropout == 0:
+            return (ForwardConfig(1, 128, 2, q_stages=2, ctas_per_sm=2), ForwardConfig(2, 64, 2, ping_pong=True))
+        if light and spec.bias is None and seen >= (4096 if banded else 2048):  # a third consumer leaves no registers for more
+            return (ForwardConfig(3, 128, 2, ping_pong=True), ForwardConfig(2, 64, 2, ping_pong=True))
+        return (ForwardConfig(2, 128, 3, q_stages=2), ForwardConfig(2, 64, 2, ping_pong=True))
+    if head <= 128:
+        ping_pong = bias_tiles or spec.alibi or (softcapped and banded)
+        if short and (bias_tiles or spec.bias is None):
+            small = (ForwardConfig(1, 64, 2, ctas_per_sm=2),)
+        return (
+            *small,
+            *(() if bias_tiles else (ForwardConfig(2, 128, 2, q_stages=2, ping_pong=ping_pong),)),
+            ForwardConfig(2, 128, 2, ping_pong=ping_pong),
+            ForwardConfig(2, 128, 2, ping_pong=ping_pong, separate_o=False),
+            ForwardConfig(2, 64, 2, ping_pong=ping_pong),
+            ForwardConfig(2, 64, 2, separate_o=False),
+        )
+    if short and seen <= 512 and spec.bias is None:
+        small = (ForwardConfig(1, 64, 2, q_stages=2), ForwardConfig(1, 64, 2))  # with a separate O
+    return (
+        *small,
+        ForwardConfig(2, 64, 2, separate_o=False),
+        ForwardConfig(2, 64, 2),  # for head dims of q and v that differ: O does not fit in Q's buffer
+        ForwardConfig(2, 32, 2, separate_o=False),
+        ForwardConfig(1, 32, 2),
+    )
+
+
+def _span(spec: AttentionSpec) -> int:
+    """Keys that a query sees, at most."""
+    return spec.keys if spec.lo is None or spec.hi is None else max(0, min(spec.keys, spec.hi - spec.lo + 1))
+
+
+def fuses_bias(spec: AttentionSpec, config: ForwardConfig) -> bool:
+    """Whether a consumer has registers to add a 16-bit bias in one instruction with the scale: for a block's scores, its bias, p, p of the
+    block before, O, and 40 more.
+    """
+    scores = config.block_n // 2
+    return scores + 3 * scores // 2 + padded(spec.value_dim) // 2 + 40 <= config.registers
+
+
+def config_of(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> ForwardConfig:
+    """By hand, else by rule, for a spec that ``why_not`` allows."""
+    chosen = by_hand.get("forward")
+    if isinstance(chosen, ForwardConfig):
+        if not _has_room_for_o(spec, chosen):
+            wanted = f"True for head dims {spec.head_dim} and {spec.value_dim}"
+            raise bad_value("separate_o", wanted, False, "a tile of O does not fit in Q's buffer")
+        chosen.check(spec, spec.value_dim, device.shared_memory)
+        return chosen
+    config = choose(spec, device.shared_memory, device.sms)
+    assert config is not None, "why_not refuses what fits no candidate"
+    return config
+
+
+def step(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> Step:
+    """The kernel, with its grid."""
+    config = config_of(spec, device, by_hand)
+    tiles = query_tiles(spec, config)[1]
+    programs = min(tiles, device.sms * config.ctas_per_sm) if config.persistent else tiles
+    return Step("forward", config, programs, order_of(spec))

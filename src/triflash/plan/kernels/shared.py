@@ -1,0 +1,276 @@
+"""What the rooms of Hopper's kernels share: buffers in shared memory, registers, tiles of a bias, and the order of tiles. Pure."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import ClassVar, NamedTuple
+
+from ...errors import bad_value
+from ...spec import AttentionSpec
+from ..configs import padded
+
+__all__ = [
+    "L2_GROUP_BYTES", "MAX_SIMULATED_TILES", "ROWS", "STATS_MULTIPLE", "TILE_COST", "Buffer", "HopperConfig", "QueryConfig", "barriers",
+    "batch_fastest", "best_order", "bias_buffer", "equal_groups", "is_banded", "is_light", "l2_order", "load_imbalance", "mask_buffer",
+    "mma_fits", "order_of", "query_tiles", "shared_limit", "stats_kinds", "stats_length",
+]  # fmt: skip
+
+ROWS = 64  # queries of a consumer warpgroup: M of a WGMMA
+WARPGROUP = 128  # threads
+STATS_MULTIPLE = 128  # queries of the table of statistics, which TMA loads in whole blocks
+REGISTERS = 65536  # of an SM
+PRODUCER_REGISTERS = 24  # of a thread; the kernels say so
+MMA_REGISTERS = 30  # of a thread, beside the accumulator of an MMA
+RESERVED = 1024  # bytes of shared memory that the system takes for each CTA
+ALIGNMENT = 1024  # bytes that aligning the buffers may cost a CTA
+TMA_ROW = 128  # bytes: the alignment that TMA asks of a buffer, and so the least size of a row of one
+
+L2_GROUP_BYTES = 24 * 2**20  # keys and values that tiles running at a time may share: half of an H100's L2 cache
+PREFERRED_GROUP_BYTES = 6 * 2**20  # of keys and values of a group; up to here its size makes no difference to L2
+RESIDENT_BIAS = 2**22  # bytes of a head's bias that stay in L2 beside all else
+MAX_LOAD_IMBALANCE = 0.02  # over the mean; prefer the smaller L2 group within 2 % of the best (H200, docs/tuning.md)
+MAX_SIMULATED_TILES = 8192  # with more tiles every order comes out even
+TILE_COST = 1  # of a tile besides its blocks, in blocks
+
+
+class Buffer(NamedTuple):
+    """``blocks`` of ``shape`` in a CTA's shared memory, ``itemsize`` bytes an element."""
+
+    name: str
+    blocks: int
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def nbytes(self) -> int:
+        size = self.blocks * self.itemsize
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def barriers(*counts: int) -> Buffer:
+    """So many mbarriers, 8 bytes each."""
+    return Buffer("barriers", sum(counts), (), 8)
+
+
+class HopperConfig:
+    """What the configurations of Hopper's kernels have in common. Each is a frozen dataclass and reaches its kernel as one constant, C."""
+
+    SOURCE: ClassVar[str]  # where the plan takes one from, as explain says it
+    ctas_per_sm: int = 1
+
+    @property
+    def num_warps(self) -> int:
+        """Of the first consumer. The other partitions are workers of ``warp_specialize`` and bring their own."""
+        return 4
+
+    @property
+    def num_stages(self) -> int:
+        """Depth of the ring that the producer runs ahead in."""
+        raise NotImplementedError
+
+    def buffers(self, spec: AttentionSpec, gives: tuple[str, ...] = ()) -> tuple[Buffer, ...]:
+        """What a CTA allocates in shared memory where the kernel computes the gradients ``gives``. A test compares it with the kernel."""
+        raise NotImplementedError
+
+    def shared_memory(self, spec: AttentionSpec, gives: tuple[str, ...] = ()) -> int:
+        """Bytes of shared memory of a CTA, at most."""
+        return sum(buffer.nbytes for buffer in self.buffers(spec, gives)) + ALIGNMENT
+
+    def reads_small_lse(self, spec: AttentionSpec) -> bool:
+        """Whether the kernel has a faster loop for where every lse is small (``kernels/hopper/preprocess.py``)."""
+        return False
+
+    def require(self, **allowed: tuple[int, ...]) -> None:
+        """Raise ValueError unless each field has one of the values allowed."""
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise bad_value(name, f"one of {values}", getattr(self, name))
+
+
+class QueryConfig(HopperConfig):
+    """Of kernels whose consumers own 64 queries each."""
+
+    consumers: int
+    block_n: int
+
+    @property
+    def block_m(self) -> int:
+        return ROWS * self.consumers
+
+    @property
+    def launch_registers(self) -> int:
+        """Of a thread when a CTA starts: all warpgroups, the producer's too, get as many."""
+        return REGISTERS // (WARPGROUP * (self.consumers + 1) * self.ctas_per_sm) // 8 * 8
+
+    @property
+    def registers(self) -> int:
+        """Of a thread of a consumer, once the producer has given up its own; the first consumer gets what is left."""
+        return min(240, (self.launch_registers * (self.consumers + 1) - PRODUCER_REGISTERS) // self.consumers // 8 * 8)
+
+    def check(self, spec: AttentionSpec, dim: int, limit: int, gives: tuple[str, ...] = ()) -> None:
+        """Of a configuration chosen by hand: raise ValueError if an accumulator of ``dim`` columns or of a block has too few registers, or
+        if CTAs that are to share an SM have too little shared memory for that.
+        """
+        if not mma_fits(self, dim):
+            wanted = f"fewer for head dim {dim} and blocks of {self.block_n} keys"
+            got = (self.consumers, self.ctas_per_sm)
+            raise bad_value("consumers and ctas_per_sm", wanted, got, "an MMA has too few registers")
+        used = self.shared_memory(spec, gives)
+        if self.ctas_per_sm > 1 and used > shared_limit(limit, self.ctas_per_sm):
+            wanted = f"fewer CTAs, which take {used} bytes of shared memory each"
+            raise bad_value("ctas_per_sm", wanted, self.ctas_per_sm, f"they have {shared_limit(limit, self.ctas_per_sm)}")
+
+    def fits(self, spec: AttentionSpec, limit: int, gives: tuple[str, ...] = ()) -> bool:
+        """Whether the shared memory of an SM, of which one CTA alone may take ``limit`` bytes, holds ``ctas_per_sm`` of them."""
+        return self.shared_memory(spec, gives) <= shared_limit(limit, self.ctas_per_sm)
+
+
+def shared_limit(limit: int, ctas_per_sm: int) -> int:
+    """Bytes of shared memory that each of ``ctas_per_sm`` CTAs may take, if one alone may take ``limit``."""
+    return (limit + RESERVED) // ctas_per_sm - RESERVED
+
+
+def mma_fits(config: QueryConfig, dim: int) -> bool:
+    """Whether the registers of a launch hold the accumulator of each MMA, of ``block_n`` or ``dim`` columns, and its other operand. ptxas
+    insists on that even where a consumer has more by then.
+    """
+    return max(padded(dim), config.block_n) // 2 + MMA_REGISTERS <= config.launch_registers
+
+
+# The table of statistics that the backward kernels read.
+
+
+def stats_kinds(spec: AttentionSpec) -> int:
+    """Rows of the table of statistics: lse, delta and, where there is one, rest."""
+    return 3 if spec.keeps_rest else 2
+
+
+def stats_length(spec: AttentionSpec) -> int:
+    """Columns of the table: queries, rounded up to what every tile divides."""
+    return -(-spec.queries // STATS_MULTIPLE) * STATS_MULTIPLE
+
+
+# Tiles of a bias, and of a mask beside it.
+
+
+def bias_buffer(spec: AttentionSpec, config: QueryConfig, count: int = 1) -> Buffer:
+    """``count`` tiles of the bias, or rows of it where it does not vary over queries; none where it does not vary over keys."""
+    if spec.bias is None or not spec.bias.varies[4]:
+        return Buffer("bias", 0, (0, 0), 0)
+    itemsize = bias_itemsize(spec)
+    shape = (ROWS, config.block_n) if spec.bias.varies[3] else (1, max(config.block_n, TMA_ROW // itemsize))
+    return Buffer("bias", count, shape, itemsize)
+
+
+def bias_itemsize(spec: AttentionSpec) -> int:
+    assert spec.bias is not None
+    return {"bool": 1, "fp32": 4}.get(spec.bias.dtype, 2)
+
+
+def mask_buffer(spec: AttentionSpec, config: QueryConfig, count: int = 1) -> Buffer:
+    """``count`` tiles or rows of the mask beside a bias, a byte an element; none without a mask."""
+    if spec.mask is None:
+        return Buffer("mask", 0, (0, 0), 0)
+    return Buffer("mask", count, (ROWS, config.block_n) if spec.mask.varies[3] else (1, max(config.block_n, TMA_ROW)), 1)
+
+
+def is_light(spec: AttentionSpec) -> bool:
+    """Whether scores go through little that takes registers besides a bias."""
+    return not (spec.softcap > 0 or spec.alibi or spec.dropout > 0 or (spec.mask is not None and spec.mask.varies[3]))
+
+
+def is_banded(spec: AttentionSpec) -> bool:
+    """Whether a band hides keys: causal, or a window."""
+    return spec.lo is not None or spec.hi is not None
+
+
+# Which tile comes when.
+
+
+def batch_fastest(spec: AttentionSpec) -> bool:
+    """Whether neighbouring tiles should differ in the batch, because they share a bias then."""
+    return spec.bias is not None and spec.batch > 1 and not all(spec.bias.varies[:2])
+
+
+def order_of(spec: AttentionSpec) -> str:
+    """What varies fastest over neighbouring tiles."""
+    return "batch" if batch_fastest(spec) else "head"
+
+
+def query_tiles(spec: AttentionSpec, config: QueryConfig) -> tuple[int, int]:
+    """(query tiles of a (batch, head) pair, tiles of the whole problem)."""
+    tiles = -(-spec.queries // config.block_m)
+    return tiles, tiles * spec.batch * spec.heads
+
+
+@functools.lru_cache(maxsize=4096)
+def l2_order(spec: AttentionSpec, config: QueryConfig, programs: int) -> tuple[int, int]:
+    """``(l2_group, serpentine)``: how query tiles are dealt to a grid of ``programs`` (``kernels/hopper/schedule.Uniform``).
+
+    The group is as small as it may be: then keys and values come from memory at all times, not for all pairs at once, and are read again
+    soon. Where tiles share a bias over the batch, the group is large enough for that. Under a causal mask tiles differ in length: the order
+    is the one that gives the busiest program least work, of groups up to PREFERRED_GROUP_BYTES unless a larger one is much better.
+    """
+    pairs = spec.batch * spec.heads
+    pair_bytes = max(1, spec.keys * (spec.head_dim + spec.value_dim) * 2)
+    fitting = max(1, L2_GROUP_BYTES // pair_bytes)
+    least = equal_groups(pairs, min(fitting, spec.batch)) if _shares_bias(spec) else 1
+    tiles_m, tiles = query_tiles(spec, config)
+    if spec.hi is None or tiles <= programs or tiles > MAX_SIMULATED_TILES:
+        return least, 0
+    lengths = [_key_blocks(spec, config, tile) + TILE_COST for tile in reversed(range(tiles_m))]
+    sizes = [least * 2**n for n in range(5)] + [size * fitting for size in (1, 2, 4)]
+    return best_order(lengths, pairs, programs, sizes, max(least, PREFERRED_GROUP_BYTES // pair_bytes), MAX_LOAD_IMBALANCE)
+
+
+def _shares_bias(spec: AttentionSpec) -> bool:
+    """Whether all batch entries read the same bias, of which a head's does not stay in the L2 cache by itself."""
+    if spec.bias is None or all(spec.bias.varies[:2]) or not spec.bias.varies[4]:
+        return False
+    return spec.keys * (spec.queries if spec.bias.varies[3] else 1) * bias_itemsize(spec) > RESIDENT_BIAS
+
+
+def _key_blocks(spec: AttentionSpec, config: QueryConfig, tile: int) -> int:
+    """Key blocks that a query tile visits."""
+    first, last = tile * config.block_m, min((tile + 1) * config.block_m, spec.queries) - 1
+    end = spec.keys if spec.hi is None else max(0, min(last + spec.hi + 1, spec.keys))
+    begin = 0 if spec.lo is None else max(0, first + spec.lo)
+    return max(1, -(-end // config.block_n) - begin // config.block_n)
+
+
+def best_order(
+    lengths: list[int], pairs: int, programs: int, sizes: Iterable[int], preferred: int = 0, tolerance: float = 0.0
+) -> tuple[int, int]:
+    """``(l2_group, serpentine)`` with the least load imbalance, the smallest group of several, for groups of about these sizes.
+
+    lengths: of a pair's tiles, in the order in which a kernel deals them out. A group of at most ``preferred`` pairs is taken unless a
+    larger one is better by more than ``tolerance``.
+    """
+    ways = [(group, serpentine) for group in sorted({equal_groups(pairs, size) for size in sizes}) for serpentine in (1, 0)]
+    imbalance = {way: round(load_imbalance(lengths, pairs, programs, *way), 2) for way in ways}
+    best = min(ways, key=imbalance.__getitem__)
+    small = min((way for way in ways if way[0] <= preferred), key=imbalance.__getitem__, default=best)
+    return small if imbalance[small] <= imbalance[best] + tolerance + 1e-9 else best
+
+
+def equal_groups(pairs: int, most: int) -> int:
+    """The size of groups of at most ``most`` pairs, about equally large."""
+    return -(-pairs // -(-pairs // most))
+
+
+def load_imbalance(lengths: list[int], pairs: int, programs: int, l2_group: int, serpentine: int) -> float:
+    """The blocks of the busiest program over the mean."""
+    load = [0.0] * programs
+    groups = -(-pairs // l2_group)
+    at = 0
+    for number in range(groups):
+        size = min(l2_group, pairs - number * l2_group)
+        for length in reversed(lengths) if (groups - 1 - number) % 2 else lengths:
+            for _ in range(size):
+                wave, place = divmod(at, programs)
+                load[programs - 1 - place if wave & serpentine else place] += length
+                at += 1
+    return max(load) * programs / sum(load)
