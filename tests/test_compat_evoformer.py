@@ -218,7 +218,7 @@ def test_the_maximum_holds_few_scores(chunk: int, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch, "matmul", recorded)
     parts = evoformer._maxima(q, k, bias, ~shown, D**-0.5)
-    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
     assert max(sizes) <= max(chunk, H) and sum(sizes) == B * N * H * M * S
 
 
@@ -227,6 +227,17 @@ def test_empty() -> None:
     out, lse, top = triangle_attention(q, k[..., :0, :], v[..., :0, :], bias[..., :0], return_aux=True)
     assert (out == 0).all() and (lse == -torch.inf).all() and (top == -torch.inf).all()
     assert triangle_attention(q[..., :0, :], k, v, bias[..., :0, :], return_aux=True)[2].shape == (B, N, H, 0, 1)
+
+
+def test_meta_and_vmap() -> None:
+    q, k, v, bias = (x.detach().float() for x in triangle_inputs())
+    for x in triangle_attention(*(x.to("meta") for x in (q, k, v, bias)), return_aux=True):
+        assert x.device.type == "meta" and x.shape[:4] == (B, N, H, M)
+    several = torch.stack([bias, 2 * bias])
+    mapped = torch.func.vmap(lambda bias: triangle_attention(q, k, v, bias, return_aux=True))(several)
+    for at, each in enumerate(several):
+        for got, right in zip(mapped, triangle_attention(q, k, v, each, return_aux=True), strict=True):
+            torch.testing.assert_close(got[at], right)
 
 
 def test_bfloat16_and_autocast() -> None:

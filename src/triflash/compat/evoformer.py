@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, overload
 
 import torch
@@ -164,7 +165,9 @@ def triangle_attention(
     if not return_aux:
         return given
     out, lse = given
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    kind = q.device.type
+    plain = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    with torch.no_grad(), plain:
         hidden = None if mask is None else ~mask
         if lengths is not None:
             hidden = (torch.arange(K, device=q.device) >= lengths.unsqueeze(-1))[:, :, None, None, :]
@@ -208,21 +211,29 @@ def _maxima(q: Tensor, k: Tensor, bias: Tensor, hidden: Tensor | None, scale: fl
     """
     B, N, H, M, _ = q.shape
     K = k.shape[-2]
-    keys = max(1, min(K, _CHUNK // max(1, H)))
-    queries = max(1, min(M, _CHUNK // (max(1, H) * keys)))
-    rows = max(1, min(N, _CHUNK // (max(1, H) * keys * queries)))
-    found = torch.full((B, N, H, M, 1), -math.inf, device=q.device, dtype=torch.float32)
-    for b in range(B):
-        for n in range(0, N, rows):
-            for i in range(0, M, queries):
-                block = found[b, n : n + rows, :, i : i + queries]
-                for j in range(0, K, keys):
-                    s = torch.matmul(q[b, n : n + rows, :, i : i + queries].float() * scale, k[b, n : n + rows, :, j : j + keys].float().mT)
-                    s += _part(bias, (b, None, None, (i, queries), (j, keys)))
-                    if hidden is not None:
-                        s.masked_fill_(_part(hidden, (b, (n, rows), None, None, (j, keys))), -math.inf)
-                    block.copy_(torch.maximum(block, s.amax(-1, keepdim=True)))
-    return found
+    if 0 in (B, N, H, M, K):
+        return torch.full((B, N, H, M, 1), -math.inf, device=q.device, dtype=torch.float32)
+    keys = max(1, min(K, _CHUNK // H))
+    queries = max(1, min(M, _CHUNK // (H * keys)))
+    rows = max(1, min(N, _CHUNK // (H * keys * queries)))
+
+    def block(b: int, n: int, i: int) -> Tensor:
+        some = q[b, n : n + rows, :, i : i + queries].float() * scale
+        top = None
+        for j in range(0, K, keys):
+            s = torch.matmul(some, k[b, n : n + rows, :, j : j + keys].float().mT)
+            s = s + _part(bias, (b, None, None, (i, queries), (j, keys)))
+            if hidden is not None:
+                s = s.masked_fill(_part(hidden, (b, (n, rows), None, None, (j, keys))), -math.inf)
+            found = s.amax(-1, keepdim=True).float()
+            top = found if top is None else torch.maximum(top, found)
+        assert top is not None
+        return top
+
+    # Nothing is written in place, which vmap could not follow.
+    return torch.stack(
+        [torch.cat([torch.cat([block(b, n, i) for i in range(0, M, queries)], -2) for n in range(0, N, rows)]) for b in range(B)]
+    )
 
 
 def _part(x: Tensor, at: tuple[int | tuple[int, int] | None, ...]) -> Tensor:
