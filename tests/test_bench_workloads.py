@@ -31,6 +31,11 @@ SHAPES = {
     "af3-pair-bias": (1, 16, 16, 768, 24, (None, None), (1, 1, 16, 768, 768)),
     "af3-diffusion": (48, 16, 16, 384, 48, (None, None), (1, 1, 16, 384, 384)),
     "boltz-triangle": (512, 4, 4, 256, 32, (None, None), (2, 1, 4, 256, 256)),
+    "boltz2-triangle": (512, 4, 4, 512, 32, (None, None), (1, 1, 4, 512, 512)),
+    "of3-triangle": (768, 4, 4, 768, 32, (None, None), (1, 1, 4, 768, 768)),
+    "of3-template": (1536, 4, 4, 384, 16, (None, None), (4, 1, 4, 384, 384)),
+    "openfold-msa-row": (128, 8, 8, 256, 32, (None, None), (1, 1, 8, 256, 256)),
+    "openfold-extra-msa": (1024, 8, 8, 256, 8, (None, None), (1, 1, 8, 256, 256)),
 }
 TINY = [replace(w.shrunk(), dtype="fp32") for w in NAMED.values()]
 CPU = torch.device("cpu")

@@ -88,7 +88,7 @@ RULES: dict[str, list[str]] = {
     "triflash.vmap": ["torch", "triflash.ops"],
     "triflash.hints": ["triflash.errors"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
-    "triflash.nn": ["torch", "triflash.checks", "triflash.errors", "triflash.nn"],
+    "triflash.nn": ["torch", "triflash.attention", "triflash.checks", "triflash.errors", "triflash.nn"],
     "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors", "triflash.varlen"],
     "triflash.compat.words": [],
     "triflash.compat.flash_attn": [

@@ -4,6 +4,7 @@
 ``triflash.compat.torch_varlen``  ``torch.nn.attention.varlen.varlen_attn``
 ``triflash.compat.flash_attn``    FlashAttention-2's Python functions
 ``triflash.compat.xformers``      ``xformers.ops.memory_efficient_attention``
+``triflash.compat.evoformer``     DeepSpeed4Science's ``DS4Sci_EvoformerAttention``, cuEquivariance's ``triangle_attention``
 
 docs/migration.md says what differs.
 """
@@ -12,12 +13,13 @@ import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
+    from . import evoformer as evoformer
     from . import flash_attn as flash_attn
     from . import sdpa as sdpa
     from . import torch_varlen as torch_varlen
     from . import xformers as xformers
 
-__all__ = ["flash_attn", "sdpa", "torch_varlen", "xformers"]
+__all__ = ["evoformer", "flash_attn", "sdpa", "torch_varlen", "xformers"]
 
 
 def __getattr__(name: str) -> object:

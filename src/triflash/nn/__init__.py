@@ -1,5 +1,6 @@
-"""Modules that make what attention takes. Imported where ``triflash.nn`` is named first."""
+"""Modules that make what attention takes, and layers around it. Imported where ``triflash.nn`` is named first."""
 
+from .folding import PairBiasAttention, TriangleAttention
 from .relative_bias import RelativeBias
 
-__all__ = ["RelativeBias"]
+__all__ = ["PairBiasAttention", "RelativeBias", "TriangleAttention"]

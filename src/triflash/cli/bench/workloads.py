@@ -231,6 +231,23 @@ _WORKLOADS = (
         batch_inner=48, bias="b1hqk", dbias=True,
     ),
     _square("boltz-triangle", "Boltz, triangle attention, two crops of 256", 512, 4, 256, 32, batch_inner=256, bias="b1hqk", dbias=True),
+    _square(
+        "boltz2-triangle", "Boltz-2 and Protenix, triangle attention, 512 tokens", 512, 4, 512, 32,
+        batch_inner=512, bias="b1hqk", dbias=True,
+    ),
+    _square("of3-triangle", "OpenFold-3, triangle attention, crop 768", 768, 4, 768, 32, batch_inner=768, bias="b1hqk", dbias=True),
+    _square(
+        "of3-template", "OpenFold-3, triangle attention of four templates, crop 384", 1536, 4, 384, 16,
+        batch_inner=384, bias="b1hqk", dbias=True,
+    ),
+    _square(
+        "openfold-msa-row", "OpenFold, MSA rows with pair bias, 128 sequences, crop 256; no mask of keys", 128, 8, 256, 32,
+        batch_inner=128, bias="b1hqk", dbias=True,
+    ),
+    _square(
+        "openfold-extra-msa", "OpenFold, extra MSA rows with pair bias, 1024 sequences, crop 256; no mask of keys", 1024, 8, 256, 8,
+        batch_inner=1024, bias="b1hqk", dbias=True,
+    ),
 )  # fmt: skip
 NAMED = {workload.name: workload for workload in _WORKLOADS}
 
