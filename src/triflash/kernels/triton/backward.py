@@ -18,21 +18,21 @@ from .features import (
     Program,
     at_head,
     bias_tile,
-    dropped,
+    drop,
     mask_tile,
     rescaled,
     scored,
-    shown_queries,
     shows_anything,
     through_cap,
     visible_keys,
+    visible_queries,
 )
 from .prims import (
     LOG2E,
-    MILDEST,
-    heads_are_mild,
+    SMALL_LSE_LIMIT,
+    all_lse_small,
     in_band,
-    is_mild,
+    is_small,
     load_lse_log2,
     load_rows,
     load_vector,
@@ -126,12 +126,12 @@ def _fold_queries(sums, p, t, f, rows, seen, m0, i, j, EXACT: tl.constexpr, MASK
         pt = probabilities(st, lse_log2[None, :], 0.0, False, ADDS)
     do_tile = load_rows(rows.dout, t.dout_strides[1], m0, p.M, p.BM, p.DV, p.BDV, MASKED, p.WIDE)  # [BM, BDV]
     if t.NEED_DV:
-        kept = dropped(f, rows.at, pt, m0, t.n0, p.BM, p.BN, True)
+        kept = drop(f, rows.at, pt, m0, t.n0, p.BM, p.BN, True)
         dv = tl.dot(kept.to(do_tile.dtype), do_tile, dv, input_precision=p.PRECISION)
     if t.NEED_DK or t.NEED_DB:
         row = load_vector(rows.delta, m0, p.M, p.BM, MASKED)
         dpt = tl.dot(t.v, tl.trans(do_tile), input_precision=p.PRECISION)  # [BN, BM]
-        dpt = rescaled(f, dropped(f, rows.at, dpt, m0, t.n0, p.BM, p.BN, True))
+        dpt = rescaled(f, drop(f, rows.at, dpt, m0, t.n0, p.BM, p.BN, True))
         dst = pt * (dpt - row[None, :])
         if t.NEED_DB:
             db += tl.sum(dst, 1)
@@ -226,14 +226,14 @@ def dkdv(
     NEED_DV: tl.constexpr = dv_out is not None
     NEED_DB: tl.constexpr = dbias_out is not None
     HIDES: tl.constexpr = f.lengths is not None or f.most_keys is not None
-    shown = visible_keys(f, b, N)
+    visible = visible_keys(f, b, N)
     queries = M
     if HIDES:
-        queries = tl.where(n0 < shown, M, 0)  # nobody sees a tile that is hidden
+        queries = tl.where(n0 < visible, M, 0)  # nobody sees a tile that is hidden
 
     # Keys past the end load as zeros and their rows are never stored; queries past the end have lse +inf, so their p is 0.
-    k_tile = load_rows(k, k_strides[1], n0, shown, BN, D, BD, not EVEN_N or HIDES, WIDE)  # [BN, BD]
-    v_tile = load_rows(v, v_strides[1], n0, shown, BN, DV, BDV, not EVEN_N or HIDES, WIDE)  # [BN, BDV]
+    k_tile = load_rows(k, k_strides[1], n0, visible, BN, D, BD, not EVEN_N or HIDES, WIDE)  # [BN, BD]
+    v_tile = load_rows(v, v_strides[1], n0, visible, BN, DV, BDV, not EVEN_N or HIDES, WIDE)  # [BN, BDV]
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
     db = tl.zeros([BN], tl.float32)
@@ -252,11 +252,11 @@ def dkdv(
     first = begin
     last = end
     if ASKED:
-        mild = heads_are_mild(lse, lse_strides[1], kv_head * groups, groups, begin * BM, min(end * BM, M))
-        first = tl.where(mild, end, begin)  # of the blocks for the loop that cares
-        full_begin = tl.where(mild, full_begin, begin)
-        full_end = tl.where(mild, full_end, begin)
-        last = tl.where(mild, end, begin)
+        small = all_lse_small(lse, lse_strides[1], kv_head * groups, groups, begin * BM, min(end * BM, M))
+        first = tl.where(small, end, begin)  # of the blocks for the loop that cares
+        full_begin = tl.where(small, full_begin, begin)
+        full_end = tl.where(small, full_end, begin)
+        last = tl.where(small, end, begin)
     if hi is not None:
         dk, dv, db = _walk_queries(dk, dv, db, p, t, f, begin, full_begin, ADDS, True)
     dk, dv, db = _walk_queries(dk, dv, db, p, t, f, full_begin, full_end, ADDS, False)
@@ -266,9 +266,9 @@ def dkdv(
         dk, dv, db = _walk_queries(dk, dv, db, p, t, f, first, end, True, True)
     cols = n0 + tl.arange(0, BN)
     if HIDES:  # hidden keys of a tile that shows others: their rows hold what nobody masked
-        dk = tl.where(cols[:, None] < shown, dk, 0.0)
-        dv = tl.where(cols[:, None] < shown, dv, 0.0)
-        db = tl.where(cols < shown, db, 0.0)
+        dk = tl.where(cols[:, None] < visible, dk, 0.0)
+        dv = tl.where(cols[:, None] < visible, dv, 0.0)
+        db = tl.where(cols < visible, db, 0.0)
     if NEED_DK:
         dk_out += offset(first_key, dk_strides[0]) + offset(kv_head, dk_strides[2])
         store_rows(dk_out, dk_strides[1], n0, N, dk * scale, BN, D, BD, not EVEN_N, WIDE)
@@ -281,7 +281,7 @@ def dkdv(
         if packed is not None:
             if f.bias_by_key is not None:
                 dbias_out += offset(first_key, dbias_strides[3])
-            N = shown
+            N = visible
         tl.store(dbias_out + offset(cols, dbias_strides[3]), db.to(dbias_out.dtype.element_ty), mask=cols < N)
 
 
@@ -305,7 +305,7 @@ class Queries:
     dbias_col: object
     at: object
     m0: object
-    shown: object
+    visible: object
     NEED_DQ: tl.constexpr
     CLEARED: tl.constexpr
 
@@ -313,23 +313,23 @@ class Queries:
 @triton.jit
 def _fold_keys(dq, p, t, f, seen, n0, i, j, HAS_REST: tl.constexpr, MASKED: tl.constexpr):
     """Fold one key block into dq of one query tile, and write its ds if dbias is wanted. ``seen`` is its tile of the mask."""
-    k_tile = load_rows(t.k, t.k_row, n0, t.shown, p.BN, p.D, p.BD, MASKED, p.WIDE)  # [BN, BD]
+    k_tile = load_rows(t.k, t.k_row, n0, t.visible, p.BN, p.D, p.BD, MASKED, p.WIDE)  # [BN, BD]
     s = tl.dot(t.q, tl.trans(k_tile), input_precision=p.PRECISION)  # [BM, BN]
-    bias = bias_tile(f, t.at, t.m0, n0, i, j, p.M, t.shown, not p.EVEN_M, MASKED, p.WIDE)
+    bias = bias_tile(f, t.at, t.m0, n0, i, j, p.M, t.visible, not p.EVEN_M, MASKED, p.WIDE)
     s, slope = scored(p, f, t.at, s, bias, seen, t.m0, n0, i, j, HAS_REST)
     if MASKED:
-        s = tl.where(in_band(t.m0 + i, n0 + j, t.shown, p.lo, p.hi), s, float("-inf"))
+        s = tl.where(in_band(t.m0 + i, n0 + j, t.visible, p.lo, p.hi), s, float("-inf"))
     ADDS: tl.constexpr = f.bias is not None or f.slopes is not None
     weights = probabilities(s, t.lse_log2[:, None], t.rest[:, None], HAS_REST, HAS_REST != ADDS)
-    v_tile = load_rows(t.v, t.v_row, n0, t.shown, p.BN, p.DV, p.BDV, MASKED, p.WIDE)  # [BN, BDV]
+    v_tile = load_rows(t.v, t.v_row, n0, t.visible, p.BN, p.DV, p.BDV, MASKED, p.WIDE)  # [BN, BDV]
     dp = tl.dot(t.dout, tl.trans(v_tile), input_precision=p.PRECISION)  # [BM, BN]
-    dp = rescaled(f, dropped(f, t.at, dp, t.m0, n0, p.BM, p.BN, False))
+    dp = rescaled(f, drop(f, t.at, dp, t.m0, n0, p.BM, p.BN, False))
     ds = weights * (dp - t.delta[:, None])
     if t.dbias is not None:
-        M = shown_queries(f, p.M)
+        M = visible_queries(f, p.M)
         N = p.N
         if f.most_keys is not None:
-            N = t.shown
+            N = t.visible
         store_tile(t.dbias, t.dbias_row, t.dbias_col, t.m0, n0, i, j, M, N, ds, not p.EVEN_M, MASKED)
     if t.NEED_DQ:
         ds = through_cap(f, ds, slope)
@@ -349,7 +349,7 @@ def _walk_keys(dq, p, t, f, begin, end, HAS_REST: tl.constexpr, MASKED: tl.const
         SKIPS: tl.constexpr = False
     for block in tl.range(begin, end):
         n0 = block * p.BN
-        seen = mask_tile(f, t.at, t.m0, n0, i, j, p.M, t.shown, not p.EVEN_M, MASKED, p.WIDE)
+        seen = mask_tile(f, t.at, t.m0, n0, i, j, p.M, t.visible, not p.EVEN_M, MASKED, p.WIDE)
         if SKIPS:
             if shows_anything(seen):
                 dq = _fold_keys(dq, p, t, f, seen, n0, i, j, HAS_REST, MASKED)
@@ -407,7 +407,7 @@ def dq(
     lse += offset(first_query, lse_strides[0]) + offset(head, lse_strides[1])
     delta_in = statistics(delta_in, b, head, heads, all_queries, first_query, packed is not None)
     at = at_head(f, b, head, heads, batch_inner, first_query, first_key)
-    shown = visible_keys(f, b, N)
+    visible = visible_keys(f, b, N)
 
     q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)  # [BM, BD]
     do_tile = load_rows(dout, dout_strides[1], m0, M, BM, DV, BDV, not EVEN_M, WIDE)  # [BM, BDV]
@@ -417,11 +417,11 @@ def dq(
         rest_row = load_vector(statistics(rest, b, head, heads, all_queries, first_query, packed is not None), m0, M, BM, not EVEN_M)
     row = load_vector(delta_in, m0, M, BM, not EVEN_M)
     acc = tl.zeros([BM, BD], tl.float32)
-    begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, shown, lo, hi, BN)
+    begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, visible, lo, hi, BN)
     p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
     t = Queries(
-        q_tile, do_tile, lse_log2, rest_row, row, k, v, k_strides[1], v_strides[1], dbias_out, dbias_row, dbias_col, at, m0, shown, NEED_DQ,
-        packed is not None,
+        q_tile, do_tile, lse_log2, rest_row, row, k, v, k_strides[1], v_strides[1], dbias_out, dbias_row, dbias_col, at, m0, visible,
+        NEED_DQ, packed is not None,
     )  # fmt: skip
     # As in dkdv: which blocks are for the loops that need not care if scores are huge.
     ADDS: tl.constexpr = rest is not None and (f.bias is not None or f.slopes is not None)
@@ -429,11 +429,11 @@ def dq(
     first = begin
     last = end
     if ASKED:
-        mild = is_mild(lse_log2, MILDEST * LOG2E)
-        first = tl.where(mild, end, begin)
-        full_begin = tl.where(mild, full_begin, begin)
-        full_end = tl.where(mild, full_end, begin)
-        last = tl.where(mild, end, begin)
+        small = is_small(lse_log2, SMALL_LSE_LIMIT * LOG2E)
+        first = tl.where(small, end, begin)
+        full_begin = tl.where(small, full_begin, begin)
+        full_end = tl.where(small, full_end, begin)
+        last = tl.where(small, end, begin)
     if lo is not None:
         acc = _walk_keys(acc, p, t, f, begin, full_begin, ADDS, True)
     acc = _walk_keys(acc, p, t, f, full_begin, full_end, ADDS, False)

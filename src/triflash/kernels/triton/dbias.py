@@ -6,14 +6,14 @@ A bias of full shape, and one that varies over keys only, get theirs from the pa
 import triton
 import triton.language as tl
 
-from .features import Program, at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, visible_keys
+from .features import Program, at_head, bias_tile, drop, mask_tile, rescaled, scored, shows_anything, visible_keys
 from .prims import in_band, load_lse_log2, load_rows, load_vector, offset, probabilities, segments, store_tile
 from .records import record
 
 
 @record
 class Round:
-    """One (batch, head) pair: where its rows lie, how far apart, of which ``shown`` keys, and ``features.at_head``."""
+    """One (batch, head) pair: where its rows lie, how far apart, of which ``visible`` keys, and ``features.at_head``."""
 
     q: object
     k: object
@@ -27,7 +27,7 @@ class Round:
     rest: object
     delta: object
     at: object
-    shown: object
+    visible: object
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _ds(p, t, f, bias, seen, m0, n0, i, j, FIXED: tl.constexpr):
     """The gradient of one tile of scores; FIXED leaves it to the caller to mask it by the band. ``seen`` is its tile of the mask."""
     MASK_N: tl.constexpr = not p.EVEN_N or f.lengths is not None
     q_tile = load_rows(t.q, t.q_row, m0, p.M, p.BM, p.D, p.BD, not p.EVEN_M, p.WIDE)
-    k_tile = load_rows(t.k, t.k_row, n0, t.shown, p.BN, p.D, p.BD, MASK_N, p.WIDE)
+    k_tile = load_rows(t.k, t.k_row, n0, t.visible, p.BN, p.D, p.BD, MASK_N, p.WIDE)
     s = tl.dot(q_tile, tl.trans(k_tile), input_precision=p.PRECISION)  # [BM, BN]
     s, _ = scored(p, f, t.at, s, bias, seen, m0, n0, i, j, True)
     lse_log2 = load_lse_log2(t.lse, m0, p.M, p.BM, not p.EVEN_M)
@@ -44,15 +44,15 @@ def _ds(p, t, f, bias, seen, m0, n0, i, j, FIXED: tl.constexpr):
     else:
         weights = probabilities(s, lse_log2[:, None], 0.0, False, True)
     do_tile = load_rows(t.dout, t.dout_row, m0, p.M, p.BM, p.DV, p.BDV, not p.EVEN_M, p.WIDE)
-    v_tile = load_rows(t.v, t.v_row, n0, t.shown, p.BN, p.DV, p.BDV, MASK_N, p.WIDE)
+    v_tile = load_rows(t.v, t.v_row, n0, t.visible, p.BN, p.DV, p.BDV, MASK_N, p.WIDE)
     dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=p.PRECISION)  # [BM, BN]
-    dp = rescaled(f, dropped(f, t.at, dp, m0, n0, p.BM, p.BN, False))
+    dp = rescaled(f, drop(f, t.at, dp, m0, n0, p.BM, p.BN, False))
     row = load_vector(t.delta, m0, p.M, p.BM, not p.EVEN_M)
     ds = weights * (dp - row[:, None])
     if not FIXED:
-        ds = tl.where(in_band(m0 + i, n0 + j, t.shown, p.lo, p.hi), ds, 0.0)
+        ds = tl.where(in_band(m0 + i, n0 + j, t.visible, p.lo, p.hi), ds, 0.0)
     elif f.lengths is not None:
-        ds = tl.where(n0 + j < t.shown, ds, 0.0)
+        ds = tl.where(n0 + j < t.visible, ds, 0.0)
     return ds
 
 
@@ -171,7 +171,7 @@ def dbias(
         n0 = tn * BN
         b = b0 * batch_inner + b1
         at = at_head(f, b, head, heads, batch_inner, 0, 0)
-        shown = visible_keys(f, b, N)
+        visible = visible_keys(f, b, N)
         q_at = q + offset(b, q_strides[0]) + offset(head, q_strides[2])
         k_at = k + offset(b, k_strides[0]) + offset(head // groups, k_strides[2])
         v_at = v + offset(b, v_strides[0]) + offset(head // groups, v_strides[2])
@@ -184,13 +184,13 @@ def dbias(
         if LOADED:
             tile = own_bias
         else:
-            tile = bias_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, not EVEN_N or HIDES, WIDE)
-        seen = mask_tile(f, at, m0, n0, i, j, M, shown, not EVEN_M, not EVEN_N or HIDES, WIDE)
+            tile = bias_tile(f, at, m0, n0, i, j, M, visible, not EVEN_M, not EVEN_N or HIDES, WIDE)
+        seen = mask_tile(f, at, m0, n0, i, j, M, visible, not EVEN_M, not EVEN_N or HIDES, WIDE)
         t = Round(
-            q_at, k_at, v_at, do_at, q_strides[1], k_strides[1], v_strides[1], dout_strides[1], lse_at, rest_at, delta_at, at, shown,
+            q_at, k_at, v_at, do_at, q_strides[1], k_strides[1], v_strides[1], dout_strides[1], lse_at, rest_at, delta_at, at, visible,
         )  # fmt: skip
         if SKIPS or HIDES:
-            shows = n0 < shown
+            shows = n0 < visible
             if SKIPS:
                 shows = shows & shows_anything(seen)
             if shows:

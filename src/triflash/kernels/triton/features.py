@@ -23,7 +23,7 @@ class Features(NamedTuple):
     bias or mask that is packed as these are; else None. most_queries, most_keys: of the sequence, behind which bias or mask have none, so
     that nothing is visible. A mask is bytes, nonzero = visible. lengths: keys that each batch entry shows, any integers. slopes: by
     (batch, head), and sink: by head, any floats. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 15-bit random
-    number, below which a probability is dropped; rescale: what the others are multiplied by.
+    number, below which a probability is drop; rescale: what the others are multiplied by.
     """
 
     bias: Any = None
@@ -64,7 +64,7 @@ def visible_keys(f, b, N):
 
 
 @triton.jit
-def shown_queries(f, M):
+def visible_queries(f, M):
     """Of M queries of a sequence those that see anything."""
     if f.most_queries is not None:
         return tl.minimum(M, f.most_queries)
@@ -164,7 +164,7 @@ def bias_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.conste
     if f.bias is not None:
         LEAST_M: tl.constexpr = MASK_M or f.most_queries is not None
         LEAST_N: tl.constexpr = MASK_N or f.most_keys is not None
-        M = shown_queries(f, M)
+        M = visible_queries(f, M)
         if f.most_keys is not None:
             N = tl.minimum(N, f.most_keys)
         bias = _tile(at.bias, f.bias_strides[3], f.bias_strides[4], m0, n0, i, j, M, N, LEAST_M, LEAST_N, WIDE)
@@ -182,7 +182,7 @@ def mask_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.conste
     if f.mask is not None:
         LEAST_M: tl.constexpr = MASK_M or f.most_queries is not None
         LEAST_N: tl.constexpr = MASK_N or f.most_keys is not None
-        M = shown_queries(f, M)
+        M = visible_queries(f, M)
         if f.most_keys is not None:
             N = tl.minimum(N, f.most_keys)
         return _tile(at.mask, f.mask_strides[3], f.mask_strides[4], m0, n0, i, j, M, N, LEAST_M, LEAST_N, WIDE)
@@ -273,7 +273,7 @@ def through_cap(f, ds, slope):
 
 
 @triton.jit
-def dropped(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.constexpr):
+def drop(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.constexpr):
     """What dropout leaves of a tile ``[BM, BN]`` (TRANSPOSED: ``[BN, BM]``), not rescaled.
 
     The keep-mask is a function of (seed, offset, batch entry, head, query, key), the same as ``triflash.dropout.keep_mask``.
@@ -288,8 +288,8 @@ def dropped(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl
             keys, queries = keys[None, :], queries[:, None]
         c0, c1 = tl.broadcast(keys & 0xFFFFFFF7, (queries & 0xFFFFFFF7) ^ at.twist)
         for _ in tl.static_range(ROUNDS):
-            product = c0.to(tl.uint64) * 0xD256D193
-            c0, c1 = (product >> 32).to(tl.uint32) ^ key ^ c1, product.to(tl.uint32)
+            wide_product = c0.to(tl.uint64) * 0xD256D193
+            c0, c1 = (wide_product >> 32).to(tl.uint32) ^ key ^ c1, wide_product.to(tl.uint32)
             key = tl.add(key, 0x9E3779B9, sanitize_overflow=False)  # which TRITON_DEBUG would stop at
         number = tl.where((queries & 8) == 0, c0, c1) << (17 - (keys & 8) * 2)  # its 15 bits uppermost; those below do not matter
         return tl.where(number >= (tl.cast(f.threshold, tl.uint32) << 17), x, 0.0)

@@ -4,14 +4,14 @@ import triton
 import triton.language as tl
 
 from .extent import diagonal, of_program, statistics
-from .features import Program, at_head, bias_tile, dropped, mask_tile, rescaled, scored, shows_anything, visible_keys
-from .prims import LN2, LOG2E, MILD, in_band, is_mild, load_rows, locate, lse_rest, offset, segments, store_rows
+from .features import Program, at_head, bias_tile, drop, mask_tile, rescaled, scored, shows_anything, visible_keys
+from .prims import LN2, LOG2E, SMALL_MAXIMUM, in_band, is_small, load_rows, locate, lse_rest, offset, segments, store_rows
 from .records import record
 
 
 @record
 class Tile:
-    """BM queries of one head, from m0 on: q, a tile, and where its keys and values lie, ``shown`` of them; at: ``features.at_head``."""
+    """BM queries of one head, from m0 on: q, a tile, and where its keys and values lie, ``visible`` of them; at: ``features.at_head``."""
 
     q: object
     k: object
@@ -20,7 +20,7 @@ class Tile:
     v_row: object
     at: object
     m0: object
-    shown: object
+    visible: object
 
 
 @triton.jit
@@ -30,13 +30,13 @@ def _fold(acc, l, m, p, t, f, seen, n0, i, j, LATE: tl.constexpr, MASKED: tl.con
     LATE: scores are scaled after their maximum was taken, which saves a product for each of them, but rounds otherwise than the backward
     kernels.
     """
-    k_tile = load_rows(t.k, t.k_row, n0, t.shown, p.BN, p.D, p.BD, MASKED, p.WIDE)
+    k_tile = load_rows(t.k, t.k_row, n0, t.visible, p.BN, p.D, p.BD, MASKED, p.WIDE)
     s = tl.dot(t.q, tl.trans(k_tile), input_precision=p.PRECISION)  # [BM, BN]
     if not LATE:
-        bias = bias_tile(f, t.at, t.m0, n0, i, j, p.M, t.shown, not p.EVEN_M, MASKED, p.WIDE)
+        bias = bias_tile(f, t.at, t.m0, n0, i, j, p.M, t.visible, not p.EVEN_M, MASKED, p.WIDE)
         s, _ = scored(p, f, t.at, s, bias, seen, t.m0, n0, i, j, True)
     if MASKED:
-        s = tl.where(in_band(t.m0 + i, n0 + j, t.shown, p.lo, p.hi), s, float("-inf"))
+        s = tl.where(in_band(t.m0 + i, n0 + j, t.visible, p.lo, p.hi), s, float("-inf"))
     top = tl.max(s, 1)
     if LATE:
         top = top * (p.scale * LOG2E)
@@ -52,8 +52,8 @@ def _fold(acc, l, m, p, t, f, seen, n0, i, j, LATE: tl.constexpr, MASKED: tl.con
     shrink = tl.exp2(m - m_safe)
     l = l * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None]
-    v_tile = load_rows(t.v, t.v_row, n0, t.shown, p.BN, p.DV, p.BDV, MASKED, p.WIDE)
-    weights = dropped(f, t.at, weights, t.m0, n0, p.BM, p.BN, False)
+    v_tile = load_rows(t.v, t.v_row, n0, t.visible, p.BN, p.DV, p.BDV, MASKED, p.WIDE)
+    weights = drop(f, t.at, weights, t.m0, n0, p.BM, p.BN, False)
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=p.PRECISION)
     return acc, l, m_new
 
@@ -72,7 +72,7 @@ def _walk(acc, l, m, p, t, f, begin, end, LATE: tl.constexpr, MASKED: tl.constex
         SKIPS: tl.constexpr = False
     for block in tl.range(begin, end, num_stages=1 if RARE else None):
         n0 = block * p.BN
-        seen = mask_tile(f, t.at, t.m0, n0, i, j, p.M, t.shown, not p.EVEN_M, MASKED, p.WIDE)
+        seen = mask_tile(f, t.at, t.m0, n0, i, j, p.M, t.visible, not p.EVEN_M, MASKED, p.WIDE)
         if SKIPS:
             if shows_anything(seen):
                 acc, l, m = _fold(acc, l, m, p, t, f, seen, n0, i, j, LATE, MASKED)
@@ -121,11 +121,11 @@ def forward(
     out += offset(first_query, out_strides[0]) + offset(head, out_strides[2])
     lse += offset(first_query, lse_strides[0]) + offset(head, lse_strides[1])
     at = at_head(f, b, head, heads, batch_inner, first_query, first_key)
-    shown = visible_keys(f, b, N)
+    visible = visible_keys(f, b, N)
 
     q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)  # [BM, BD]
     p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
-    t = Tile(q_tile, k, v, k_strides[1], v_strides[1], at, m0, shown)
+    t = Tile(q_tile, k, v, k_strides[1], v_strides[1], at, m0, visible)
     if f.sink is not None:
         m = tl.zeros([BM], tl.float32) + tl.load(f.sink + head * f.sink_stride).to(tl.float32) * LOG2E
         l = tl.full([BM], 1.0, tl.float32)
@@ -136,18 +136,18 @@ def forward(
     acc = tl.zeros([BM, BDV], tl.float32)
     # What is added or capped, or a scale that is not positive, must come before the maximum.
     LATE: tl.constexpr = POSITIVE_SCALE and f.bias is None and f.slopes is None and f.softcap is None and f.mask is None
-    begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, shown, lo, hi, BN)
+    begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, visible, lo, hi, BN)
     if lo is not None:
         acc, l, m = _walk(acc, l, m, p, t, f, begin, full_begin, LATE, True, False)
     acc, l, m = _walk(acc, l, m, p, t, f, full_begin, full_end, LATE, False, False)
     if hi is not None or not EVEN_N or f.lengths is not None or f.most_keys is not None:
         acc, l, m = _walk(acc, l, m, p, t, f, full_end, end, LATE, True, False)
     if LATE:  # once more where that was too coarse
-        mild = is_mild(m, MILD)
-        acc = tl.where(mild, acc, 0.0)
-        l = tl.where(mild, l, 0.0 if f.sink is None else 1.0)
-        m = tl.where(mild, m, start)
-        acc, l, m = _walk(acc, l, m, p, t, f, begin, tl.where(mild, begin, end), False, True, True)
+        small = is_small(m, SMALL_MAXIMUM)
+        acc = tl.where(small, acc, 0.0)
+        l = tl.where(small, l, 0.0 if f.sink is None else 1.0)
+        m = tl.where(small, m, start)
+        acc, l, m = _walk(acc, l, m, p, t, f, begin, tl.where(small, begin, end), False, True, True)
 
     unseen = l == 0.0
     l = tl.where(unseen, 1.0, l)

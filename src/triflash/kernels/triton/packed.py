@@ -194,7 +194,7 @@ def packed_dbias(
         e = of_sequence(packed[1], b, own_head, 0, True)
         M = e.queries
         N = e.keys
-        shown = visible_keys(f, b, N)
+        visible = visible_keys(f, b, N)
         low = lo
         high = hi
         if lo is not None:
@@ -207,7 +207,7 @@ def packed_dbias(
         begin_n = 0
         count_n = 1
         if VARIES_M:
-            begin, _a, _b, end = segments(tm * BM, min(tm * BM + BM, M) - 1, shown, low, high, BN)
+            begin, _a, _b, end = segments(tm * BM, min(tm * BM + BM, M) - 1, visible, low, high, BN)
             end = tl.where(tm * BM < M, end, begin)
             if VARIES_N:
                 count_n = tl.where((tn >= begin) & (tn < end), 1, 0)
@@ -217,12 +217,12 @@ def packed_dbias(
         elif VARIES_N:
             above = -high if hi is not None else None  # the band as keys see queries
             below = -low if lo is not None else None
-            begin, _a, _b, end = segments(tn * BN, min(tn * BN + BN, shown) - 1, M, above, below, BM)
+            begin, _a, _b, end = segments(tn * BN, min(tn * BN + BN, visible) - 1, M, above, below, BM)
             begin_m = begin
-            count_m = tl.where(tn * BN < shown, end - begin, 0)
+            count_m = tl.where(tn * BN < visible, end - begin, 0)
         else:
             count_m = tl.cdiv(M, BM)
-            count_n = tl.cdiv(shown, BN)
+            count_n = tl.cdiv(visible, BN)
         rounds = count_m * count_n
         if not VARIES_H:
             rounds = rounds * heads
@@ -249,10 +249,10 @@ def packed_dbias(
             rest_at = rest_in
             if rest_in is not None:
                 rest_at = rest_in + offset(head, rows_q) + e.first_query
-            bias = bias_tile(f, at, m0, n0, i, j, M, shown, True, True, WIDE)
-            seen = mask_tile(f, at, m0, n0, i, j, M, shown, True, True, WIDE)
+            bias = bias_tile(f, at, m0, n0, i, j, M, visible, True, True, WIDE)
+            seen = mask_tile(f, at, m0, n0, i, j, M, visible, True, True, WIDE)
             t = Round(
-                q_at, k_at, v_at, do_at, q_strides[1], k_strides[1], v_strides[1], dout_strides[1], lse_at, rest_at, delta_at, at, shown,
+                q_at, k_at, v_at, do_at, q_strides[1], k_strides[1], v_strides[1], dout_strides[1], lse_at, rest_at, delta_at, at, visible,
             )  # fmt: skip
             if SKIPS:
                 if shows_anything(seen):

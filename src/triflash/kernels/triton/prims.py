@@ -11,8 +11,8 @@ import triton.language as tl
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 # Up to here scores in base 2 may be summed up and scaled in any order: their rounding makes 2^-13 of a probability.
-MILD: tl.constexpr = tl.constexpr(1024.0)
-MILDEST: tl.constexpr = tl.constexpr(700.0)  # the same for lse
+SMALL_MAXIMUM: tl.constexpr = tl.constexpr(1024.0)
+SMALL_LSE_LIMIT: tl.constexpr = tl.constexpr(700.0)  # the same for lse
 SCANNED: tl.constexpr = tl.constexpr(4096)  # of lse at a time
 
 
@@ -211,13 +211,13 @@ def lse_rest(m, l, lse):
 
 
 @triton.jit
-def is_mild(x, LIMIT: tl.constexpr):
+def is_small(x, LIMIT: tl.constexpr):
     """Whether all of these lse, or maxima, are at most LIMIT, not counting -inf."""
     return tl.max(tl.where(tl.abs(x) == float("inf"), 0.0, tl.abs(x)), 0) <= LIMIT
 
 
 @triton.jit
-def heads_are_mild(lse, head_stride, first_head, heads, start, end):
+def all_lse_small(lse, head_stride, first_head, heads, start, end):
     """Whether the lse of queries ``start … end`` of so many heads are."""
     largest = tl.zeros([SCANNED], tl.float32)
     for head in range(first_head, first_head + heads):
@@ -225,7 +225,7 @@ def heads_are_mild(lse, head_stride, first_head, heads, start, end):
             rows = at + tl.arange(0, SCANNED)
             some = tl.abs(tl.load(lse + offset(head, head_stride) + rows, mask=rows < end, other=0.0))
             largest = tl.maximum(largest, tl.where(some == float("inf"), 0.0, some))
-    return tl.max(largest, 0) <= MILDEST
+    return tl.max(largest, 0) <= SMALL_LSE_LIMIT
 
 
 @triton.jit
