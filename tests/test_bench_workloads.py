@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from triflash.cli.bench import flexible, formula
+from triflash.cli.bench import flexible, formula, providers
 from triflash.cli.bench.gate import Problem, reference, verdict
 from triflash.cli.bench.providers import PROVIDERS, one_line, provider
 from triflash.cli.bench.workloads import NAMED, Workload, named, short
@@ -102,13 +102,38 @@ def test_padding_is_passed_as_key_lengths() -> None:
     torch.testing.assert_close(out, provider("dense").attend(w, x)(x.q, x.k, x.v, x.bias))
 
 
-@pytest.mark.parametrize("name", ["dense", "sdpa"])
+@pytest.mark.parametrize("name", ["dense", "chunked", "sdpa"])
 @pytest.mark.parametrize("workload", TINY, ids=lambda w: w.name)
 def test_peers_compute_it(workload: Workload, name: str) -> None:
     why = provider(name).why_not(workload, CPU)
-    assert (why is None) == (name == "dense" or not (workload.softcap or workload.sinks))
+    assert (why is None) == (name != "sdpa" or not (workload.softcap or workload.sinks))
     if why is None:
         assert run(workload, provider(name).attend) is None
+
+
+@pytest.mark.parametrize("letters", ["bhqk", "1hqk", "b11k", "b1hqk", "1ihqk", "bihqk", "1i11k"])
+def test_chunks_of_every_kind_of_bias(letters: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two entries at a time of an inner batch of three, forward and, twice over one graph, backward; no more scores are there at once."""
+    w = Workload("x", 6, 2, 16, 24, 8, bias=letters, batch_inner=3 if len(letters) == 5 else 1, dtype="fp32", dbias=True)
+    x = w.build(CPU)
+    monkeypatch.setattr(providers, "_CHUNK", 2 * 2 * 16 * 24)
+    sizes = []
+    attention = formula.attention
+
+    def recorded(q: torch.Tensor, *more: object) -> torch.Tensor:
+        sizes.append(q.shape[0])
+        return attention(q, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(formula, "attention", recorded)
+    leaves = [y.detach().clone().requires_grad_() for y in (x.q, x.k, x.v, x.bias) if y is not None]
+    out = provider("chunked").attend(w, x)(*leaves)
+    assert sizes == ([2, 1, 2, 1] if w.batch_inner == 3 else [1] * 6)
+    wanted = attention(*leaves, x.options)
+    torch.testing.assert_close(out, wanted)
+    right = torch.autograd.grad(wanted, leaves, x.dout)
+    for _ in range(2):
+        for got, grad in zip(torch.autograd.grad(out, leaves, x.dout, retain_graph=True), right, strict=True):
+            torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("workload", TINY, ids=lambda w: w.name)

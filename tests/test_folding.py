@@ -115,6 +115,20 @@ def test_triangle_is_esmfolds(starting: bool) -> None:
             torch.testing.assert_close(grad, by_name[name], rtol=1e-8, atol=1e-9)
 
 
+def test_openfold_3s_names_load() -> None:
+    """Of the layer alone and within a model; the state dict that was given stays as it is."""
+    theirs = filled(TriangleAttention(C, D, H, offsets=False), torch.device("cpu"))
+    renamed = {name.replace("linear.", "linear_z."): x for name, x in theirs.state_dict().items()}
+    names = set(renamed)
+    mine = TriangleAttention(C, D, H, offsets=False).double()
+    mine.load_state_dict(renamed)
+    model = nn.Sequential(TriangleAttention(C, D, H, offsets=False)).double()
+    model.load_state_dict({f"0.{name}": x for name, x in renamed.items()})
+    assert set(renamed) == names and "linear_z.weight" in names
+    for each in (mine, model[0]):
+        assert all(torch.equal(x, y) for x, y in zip(each.parameters(), theirs.parameters(), strict=True))
+
+
 def test_rows_without_pairs(device: torch.device) -> None:
     """The output's offset, and nothing flows back but to that."""
     layer = filled(TriangleAttention(C, D, H), device)

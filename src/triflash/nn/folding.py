@@ -1,7 +1,7 @@
 """Attention layers of protein-folding models, whose pair bias trains through :func:`triflash.attention`.
 
-Called by programs; imports PyTorch, the front door and the checks. Parameters have the names that OpenFold and OpenFold-3 give them, so
-that their checkpoints load.
+Called by programs; imports PyTorch, the front door and the checks. Parameters have the names that OpenFold's and OpenFold-3's code gives
+them, so that their state dicts load.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class TriangleAttention(nn.Module):
             OpenFold-3, Boltz and Protenix False.
         device, dtype: of the parameters.
 
-    Parameters: ``layer_norm``, ``linear`` (the bias's), ``mha.linear_q``, ``_k``, ``_v``, ``_g``, ``_o``, as OpenFold's. Initial values, as
-    there: the output's projection is 0, the gate is constant.
+    Parameters: ``layer_norm``, ``linear`` (the bias's), ``mha.linear_q``, ``_k``, ``_v``, ``_g``, ``_o``, as OpenFold's; where a state dict
+    has the bias's as ``linear_z``, as OpenFold-3's, it is taken too. Initial values, as there: the output's projection is 0, the gate is
+    constant.
 
     >>> layer = TriangleAttention(128, 32, 4)
     >>> z = z + layer(z, mask)
@@ -64,6 +65,7 @@ class TriangleAttention(nn.Module):
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.layer_norm = nn.LayerNorm(c_in, **place)
         self.linear = nn.Linear(c_in, no_heads, bias=False, **place)
+        self.register_load_state_dict_pre_hook(_other_names)
         self.mha = _GatedAttention(c_in, c_hidden, no_heads, {"g", "o"} if offsets else set(), place)
         nn.init.kaiming_normal_(self.linear.weight, nonlinearity="linear")
         nn.init.zeros_(self.mha.linear_o.weight)
@@ -220,6 +222,12 @@ class PairBiasAttention(nn.Module):
                 shown = beta if shown is None else beta & shown
         out: Tensor = self.mha(normed, bias, shown, key_lengths)
         return out if s is None else torch.sigmoid(self.linear_ada_out(s)) * out
+
+
+def _other_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """OpenFold-3's name of the bias's projection, as OpenFold's."""
+    if f"{prefix}linear_z.weight" in state and f"{prefix}linear.weight" not in state:
+        state[f"{prefix}linear.weight"] = state.pop(f"{prefix}linear_z.weight")
 
 
 class _GatedAttention(nn.Module):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import triflash
 from triflash.plan.select import BACKENDS
@@ -24,6 +25,8 @@ from .packed import offsets, places
 from .workloads import Workload
 
 __all__ = ["PROVIDERS", "Entry", "Provider", "one_line", "provider"]
+
+_CHUNK = 2**26  # scores of a chunk of the provider "chunked": 256 MiB in float32
 
 
 class Provider(ABC):
@@ -302,6 +305,42 @@ class Dense(Provider):
         return Entry(run)
 
 
+class Chunked(Provider):
+    """The formula in plain PyTorch for some batch entries at a time, computed again in the backward pass: how folding models save memory.
+
+    A chunk is as many entries of the inner batch as :data:`_CHUNK` scores are, one at least.
+    """
+
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """Packed sequences have no batch entries."""
+        return "no packed sequences" if workload.packed else None
+
+    def attend(self, workload: Workload, problem: Problem) -> Entry:
+        """Chunks do not cross the outer batch, so that no bias is expanded."""
+        w, options = workload, problem.options
+        precise = torch.promote_types(problem.q.dtype, torch.float32)
+        hidden = formula.hidden(w.queries, w.keys, options, problem.q.device)
+        inner = options.batch_inner
+        each = min(inner, max(1, _CHUNK // (w.heads * w.queries * w.keys)))
+
+        def part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            return formula.attention(q, k, v, bias, replace(options, batch_inner=q.shape[0]), precise, hidden)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            outs = []
+            for outer in range(w.batch // inner):
+                for at in range(0, inner, each):
+                    rows = slice(outer * inner + at, outer * inner + min(at + each, inner))
+                    some = bias
+                    if some is not None:
+                        some = some[outer : outer + 1] if some.shape[0] > 1 else some
+                        some = some[:, at : at + each] if some.shape[1] > 1 else some
+                    outs.append(checkpoint(part, q[rows], k[rows], v[rows], some, use_reentrant=False, preserve_rng_state=False))
+            return torch.cat(outs)
+
+        return Entry(run)
+
+
 class Compiled(Provider):
     """Another provider's function under ``torch.compile``, whole and for fixed shapes."""
 
@@ -352,6 +391,7 @@ PROVIDERS: dict[str, Provider] = {
         Flex("flex"),
         Fa4("fa4"),
         Dense("dense"),
+        Chunked("chunked"),
         Compiled(Triflash("auto")),
         Compiled(Sdpa("sdpa", None)),
         WithoutBias(Sdpa("sdpa", None)),
