@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import triflash
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -59,3 +64,59 @@ def test_links_lead_to_files(page: Path) -> None:
                 re.sub(r"[^\w\- ]", "", line.lstrip("# ").lower()).replace(" ", "-") for line in re.findall(r"^#+ .*$", text, re.MULTILINE)
             ]
             assert anchor in headings or f'<a id="{anchor}">' in text, f"{page.name}: {target}"
+
+
+# Whose public functions and classes the site's reference shows.
+DOCUMENTED = [
+    "triflash", "triflash.nn", "triflash.compat.sdpa", "triflash.compat.torch_varlen", "triflash.compat.flash_attn", "triflash.compat.xformers",
+    "triflash.integrations.transformers", "triflash.triton_flash_attention",
+]  # fmt: skip
+ELSEWHERE = ("FlashAttn", "_flash_attn")  # the seed's autograd classes and what ring-attention packages call: docs/migration.md
+
+
+def test_the_reference_has_every_public_name() -> None:
+    """And under each name stands the object that a program gets, with a docstring."""
+    shown = [
+        path
+        for page in ("api.md", "api-compat.md")
+        for path in re.findall(r"^::: (\S+)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    ]
+    objects = [getattr(importlib.import_module(module), name) for module, _, name in (path.rpartition(".") for path in shown)]
+    public = {
+        f"{module}.{name}": getattr(importlib.import_module(module), name)
+        for module in DOCUMENTED
+        for name in importlib.import_module(module).__all__
+    }
+    wanted = {name: thing for name, thing in public.items() if callable(thing) and not name.rpartition(".")[2].startswith(ELSEWHERE)}
+    assert [name for name, thing in wanted.items() if not any(thing is each for each in objects)] == []
+    assert [path for path, thing in zip(shown, objects, strict=True) if not inspect.getdoc(thing)] == []
+    assert triflash.attention in objects and len(shown) == len(set(shown))
+
+
+def test_the_reference_names_what_programs_import() -> None:
+    """A heading that is not where the object is defined is where it is imported from."""
+    for path, heading in re.findall(
+        r"^::: (\S+)\n    options: \{heading: (triflash[\w.]+)", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE
+    ):
+        there, here = (getattr(importlib.import_module(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in (path, heading))
+        assert there is here, path
+
+
+def test_the_site_has_every_page() -> None:
+    """In its menu, but for the results, which their own page lists."""
+    menu = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)) - {"index.md"}
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} | {path.name for path in ROOT.glob("*.md")} - {"README.md"}
+    assert menu == pages | {"results/README.md"}
+
+
+def test_pages_outside_docs_are_on_the_site() -> None:
+    """Whatever of the repository a page links to, scripts/site_pages.py brings in (without its plugins: read, not run)."""
+    source = ast.parse((ROOT / "scripts" / "site_pages.py").read_text())
+    found = next(
+        ast.literal_eval(node.value) for node in source.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OUTSIDE"
+    )
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s:#]+)[)#]", page.read_text()):
+            path = (page.parent / target).resolve()
+            if path.exists() and not path.is_relative_to(ROOT / "docs"):
+                assert str(path.relative_to(ROOT)) in found, f"{page.name}: {target}"
