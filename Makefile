@@ -4,6 +4,7 @@
 # make test-gpu    the tests on this machine's own python and GPU (ARGS="-k dbias")
 # make test-torch  the interpreted tests with the lowest PyTorch (TORCH=2.10.0), whose CUDA build is gigabytes: not part of test-full
 # make package     build sdist and wheel, check them, and run the wheel in a fresh environment (ARGS=--release: RELEASING.md)
+# make docs        the site, in build/site: pages of docs/, the README, the API from docstrings; a broken link fails
 # make lint        ruff and mypy only
 # make durations   measure what each test costs, which decides what make test runs
 # make clean       remove what these made
@@ -31,7 +32,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
 UNPINNED := $(if $(GPU),^(torch|triton)==,^$$)
 INSTALL = -m pip install --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: demo help package test test-full test-rest test-newest test-oldest test-torch test-gpu durations lint clean
+.PHONY: demo docs help package test test-full test-rest test-newest test-oldest test-torch test-gpu durations lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -85,6 +86,9 @@ test-gpu:
 
 package: .venv/.package
 	$(PY) scripts/package.py $(ARGS)
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir build/site $(ARGS)
 
 clean:
 	rm -rf .venv .triton-newest .oldest .torch-* .triton-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist src/*.egg-info demo-out

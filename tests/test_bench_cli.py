@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 from triflash.__main__ import main
 from triflash.cli import terminal
-from triflash.cli.bench import contest, measure, memory, options, report, run, timing
+from triflash.cli.bench import contest, measure, memory, options, plots, report, run, timing
 from triflash.cli.bench.entry import Entry
 from triflash.cli.bench.flops import PASSES
 from triflash.cli.bench.measure import DeviceLostError, Settings
@@ -103,6 +103,7 @@ def test_tables_and_pictures(finished: Path) -> None:
         assert expected in page
     pictures = sorted(path.name for path in finished.glob("*.png"))
     assert pictures == [
+        *(f"memory-{which}-1h1k-db-fp32.png" for which in ("bwd", "step")),
         "ratio.png",
         *(f"speed-{which}-{bias}-fp32.png" for which in ("bwd", "eager", "fwd", "step") for bias in ("1h1k-db", "none")),
     ]
@@ -130,7 +131,26 @@ def test_named_workloads_and_bars(tmp_path: Path) -> None:
     assert [cell.name for cell in found.cells] == ["gemma2-9b-local (tiny)", "gemma2-9b-global (tiny)", "swin-b (tiny)"] * 2
     reasons = {row.cell.split(" ")[0]: row.reason for row in found.rows if row.provider == "triflash"}
     assert reasons == {"gemma2-9b-local": "", "gemma2-9b-global": "", "swin-b": ""}
-    assert (tmp_path / "speed-step.png").read_bytes().startswith(PNG)
+    assert all((tmp_path / f"{what}-step.png").read_bytes().startswith(PNG) for what in ("speed", "memory"))
+
+
+def test_memory_is_drawn_beside_speed(finished: Path) -> None:
+    """Each provider's line, and each bar, at the megabytes and FLOP/s that were measured."""
+    found = Run.load(finished / "bench.json")
+    cells = [cell for cell in found.cells if cell.bias == "1h1k+db"]
+    lines = plots._memory_lines(found, "step", "fp32", "1h1k+db", cells)
+    bars = plots._bars(found, "step", cells, memory=True)
+    wanted = {
+        (found.rate(cell, row) / 1e9, row.peak_bytes / 2**20)
+        for cell in cells for row in found.rows if (row.cell, row.which, row.status) == (cell.key, "step", "ok")
+    }  # fmt: skip
+    assert len(wanted) >= 4
+    drawn: list[set[float]] = [set(), set()]
+    for at, panel in enumerate(lines.axes):
+        drawn[at % 2] |= {y for line in panel.get_lines() for y in line.get_ydata()}
+    assert drawn == [{speed for speed, _ in wanted}, {memory for _, memory in wanted}]
+    widths = [{bar.get_width() for bar in panel.patches} for panel in bars.axes]
+    assert widths == drawn
 
 
 class Wrong(Dense):

@@ -1,9 +1,10 @@
-"""The pictures of a run: speed over length, and a heat map of how triflash stands against the best peer."""
+"""The pictures of a run: speed over length, speed and memory with a bias's gradient, and how triflash stands against the best peer."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from .flops import HOST_PASSES
-from .record import Cell, Run, write_whole
+from .record import Cell, Row, Run, write_whole
 from .report import best_peer_ratio
 from .workloads import short
 
@@ -28,7 +29,7 @@ def draw(run: Run, folder: Path) -> list[Path]:
     """Write the PNG files and return their paths.
 
     For each pass a picture of lines for every dtype and bias that was measured at several lengths, one of bars for all other workloads;
-    and the heat map.
+    where the gradient of a bias was asked for, a picture of speed and peak memory side by side; and the heat map.
     """
     written = []
     groups: dict[tuple[str, str], list[Cell]] = {}
@@ -45,8 +46,14 @@ def draw(run: Run, folder: Path) -> list[Path]:
         for (dtype, bias), cells in lines.items():
             figure = _lines(run, which, dtype, bias, cells)
             written.append(_write(figure, folder / f"speed-{safe}-{bias.replace('+', '-')}-{dtype}.png"))
+            if bias.endswith("+db") and _has_peaks(run, which, cells):
+                figure = _memory_lines(run, which, dtype, bias, cells)
+                written.append(_write(figure, folder / f"memory-{safe}-{bias.replace('+', '-')}-{dtype}.png"))
         if bars:
             written.append(_write(_bars(run, which, bars), folder / f"speed-{safe}.png"))
+            trained = [cell for cell in bars if cell.workload["dbias"]]
+            if _has_peaks(run, which, trained):
+                written.append(_write(_bars(run, which, trained, memory=True), folder / f"memory-{safe}.png"))
     heat = _heat(run)
     if heat is not None:
         written.append(_write(heat, folder / "ratio.png"))
@@ -76,27 +83,12 @@ def _lines(run: Run, which: str, dtype: str, bias: str, cells: list[Cell]) -> Fi
             panel = axes[down][across]
             own = [c for c in cells if (c.workload["head_dim"], c.workload["value_dim"], c.mask) == (d, dv, mask)]
             own.sort(key=lambda c: c.workload["keys"])
-            for provider in run.providers:
-                points = []
-                for cell in own:
-                    row = run.row(cell, provider, which)
-                    rate = run.rate(cell, row) if row is not None else None
-                    if rate is not None:
-                        points.append((cell.workload["keys"], rate / factor))
-                if points:
-                    (handles[provider],) = panel.plot(*zip(*points, strict=True), label=provider, **_style(run, provider))
+            handles |= _over_length(run, which, panel, own, lambda cell, row: _per(run.rate(cell, row), factor), cells)
             if ceiling:
                 low, high = ceiling["p10"] / factor, ceiling["p90"] / factor
                 middle = ceiling["p50"] / factor
                 low, high = min(low, 0.99 * middle), max(high, 1.01 * middle)
                 handles["matrix product"] = panel.axhspan(low, high, color="#bbbbbb", alpha=0.6, zorder=0, label="matrix product")
-            lengths = sorted({c.workload["keys"] for c in cells})  # of all panels, which share the axis: one may be empty
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(lengths, [short(n) for n in lengths])
-            panel.minorticks_off()
-            panel.set_ylim(bottom=0)
-            panel.grid(alpha=0.25)
-            panel.spines[["top", "right"]].set_visible(False)
             panel.set_title(f"d {d if d == dv else f'{d} x {dv}'}, {mask}", fontsize=11)
             if across == 0:
                 panel.set_ylabel(unit)
@@ -108,32 +100,93 @@ def _lines(run: Run, which: str, dtype: str, bias: str, cells: list[Cell]) -> Fi
     return figure
 
 
-def _bars(run: Run, which: str, cells: list[Cell]) -> Figure:
-    """A group of bars for each workload, one for each provider that computed it."""
+def _memory_lines(run: Run, which: str, dtype: str, bias: str, cells: list[Cell]) -> Figure:
+    """Speed on the left, peak memory on the right, a row of panels for each head dim and mask."""
     unit, factor = _unit(run)
-    bars = [
-        [(p, run.rate(c, row)) for p in run.providers if (row := run.row(c, p, which)) is not None and row.status == "ok"] for c in cells
-    ]
-    figure = Figure(figsize=(9.5, 1.6 + 0.19 * sum(max(1, len(own)) + 1 for own in bars)), layout="constrained")
-    panel = figure.subplots()
+    groups: dict[tuple[int, int, str], list[Cell]] = {}
+    for cell in sorted(cells, key=lambda c: c.workload["keys"]):
+        groups.setdefault((cell.workload["head_dim"], cell.workload["value_dim"], cell.mask), []).append(cell)
+    figure = Figure(figsize=(10.0, 1.6 + 2.8 * len(groups)), layout="constrained")
+    axes = figure.subplots(len(groups), 2, sharex=True, sharey="col", squeeze=False)
+    handles: dict[str, Any] = {}
+    for ((d, dv, mask), own), (speed, memory) in zip(sorted(groups.items()), axes, strict=True):
+        handles |= _over_length(run, which, speed, own, lambda cell, row: _per(run.rate(cell, row), factor), cells)
+        handles |= _over_length(run, which, memory, own, lambda cell, row: _per(row.peak_bytes, 2**20), cells)
+        for panel, label in ((speed, unit), (memory, "MiB beyond inputs and outputs")):
+            panel.set_title(f"d {d if d == dv else f'{d} x {dv}'}, {mask}", fontsize=11)
+            panel.set_ylabel(label)
+    for panel in axes[-1]:
+        panel.set_xlabel("keys")
+    figure.suptitle(f"{which} with the gradient of a bias, {dtype}, {bias}: {run.machine['name']}", fontsize=12)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, max(1, len(handles))), frameon=False)
+    return figure
+
+
+def _over_length(
+    run: Run, which: str, panel: Any, own: list[Cell], value: Callable[[Cell, Row], float | None], cells: list[Cell]
+) -> dict[str, Any]:
+    """A line for each provider over the keys of ``own``; the handles for the legend. cells: those of all panels, which share the axis."""
+    handles: dict[str, Any] = {}
+    for provider in run.providers:
+        points = []
+        for cell in own:
+            row = run.row(cell, provider, which)
+            height = value(cell, row) if row is not None and row.status == "ok" else None
+            if height is not None:
+                points.append((cell.workload["keys"], height))
+        if points:
+            (handles[provider],) = panel.plot(*zip(*points, strict=True), label=provider, **_style(run, provider))
+    lengths = sorted({c.workload["keys"] for c in cells})  # one panel may be empty
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(lengths, [short(n) for n in lengths])
+    panel.minorticks_off()
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    return handles
+
+
+def _per(amount: float | None, unit: float) -> float | None:
+    return None if amount is None else amount / unit
+
+
+def _has_peaks(run: Run, which: str, cells: list[Cell]) -> bool:
+    """Whether memory was measured in that pass, a backward one: a forward pass has no gradient."""
+    if which not in ("bwd", "step"):
+        return False
+    rows = (run.row(cell, provider, which) for cell in cells for provider in run.providers)
+    return any(row is not None and row.status == "ok" and row.peak_bytes is not None for row in rows)
+
+
+def _bars(run: Run, which: str, cells: list[Cell], memory: bool = False) -> Figure:
+    """A group of bars for each workload, one for each provider that computed it; with ``memory`` beside bars of peak memory."""
+    unit, factor = _unit(run)
+    rows = [[(p, row) for p in run.providers if (row := run.row(c, p, which)) is not None and row.status == "ok"] for c in cells]
+    figure = Figure(figsize=(9.5, 1.6 + 0.19 * sum(max(1, len(own)) + 1 for own in rows)), layout="constrained")
+    panels = figure.subplots(1, 2 if memory else 1, sharey=True, squeeze=False)[0]
     at, ticks = 0.0, []
     handles: dict[str, Any] = {}
-    for own in bars:
+    for cell, own in zip(cells, rows, strict=True):
         ticks.append(at + max(0, len(own) - 1) / 2)
-        for provider, rate in own:
-            handles[provider] = panel.barh(at, (rate or 0.0) / factor, height=0.9, color=_style(run, provider)["color"])
+        for provider, row in own:
+            color = _style(run, provider)["color"]
+            handles[provider] = panels[0].barh(at, (run.rate(cell, row) or 0.0) / factor, height=0.9, color=color)
+            if memory and row.peak_bytes is not None:
+                bar = panels[1].barh(at, row.peak_bytes / 2**20, height=0.9, color=color)
+                panels[1].bar_label(bar, [f" {row.peak_bytes / 2**20:.0f}"], fontsize=8)
             at += 1
         at += 1 if own else 2
     for name, ceiling in run.ceilings.items():
-        if name != "copy":
+        if name != "copy" and not memory:
             low, high = min(ceiling["p10"], 0.99 * ceiling["p50"]) / factor, max(ceiling["p90"], 1.01 * ceiling["p50"]) / factor
-            handles[f"matrix product, {name.split()[1]}"] = panel.axvspan(low, high, color="#bbbbbb", alpha=0.6, zorder=0)
-    panel.set_yticks(ticks, _labels(run, cells), fontsize=8)
-    panel.invert_yaxis()
-    panel.set_xlabel(unit)
-    panel.grid(axis="x", alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{which}: {run.machine['name']}", fontsize=12)
+            handles[f"matrix product, {name.split()[1]}"] = panels[0].axvspan(low, high, color="#bbbbbb", alpha=0.6, zorder=0)
+    panels[0].set_yticks(ticks, _labels(run, cells), fontsize=8)
+    panels[0].invert_yaxis()
+    for panel, label in zip(panels, (f"{unit}: more is better", "peak memory, MiB: less is better") if memory else (unit,), strict=True):
+        panel.set_xlabel(label)
+        panel.grid(axis="x", alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{which}{' with the gradient of a bias' if memory else ''}: {run.machine['name']}", fontsize=12)
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, max(1, len(handles))), frameon=False)
     return figure
 
