@@ -24,6 +24,7 @@ OUTSIDE = [
     "LICENSE",
     "examples/t5_finetune.py",
     "examples/llama_generate.py",
+    "examples/pairformer.py",
 ]
 RENAMED = {"README.md": "index.md"}
 _LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])")

@@ -40,6 +40,10 @@ def test_trains_compares_and_writes(tmp_path, capsys):
     shown = capsys.readouterr().out
     for expected in ("tiled: backward", "demo.png", "demo.json", "agree"):
         assert expected in shown
+    tables = [line for line in shown.partition("╭")[0].splitlines() if line.startswith(tuple("┏┃┡│├└"))]  # not what the model writes
+    assert max(map(len, tables)) <= 80 and not any("…" in line for line in tables)
+    headings = next(line for line in tables if "largest" in line)
+    assert headings.count("train") == headings.count("val") == 2 and "·" not in headings and "dense" not in headings  # broken by us
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,7 @@ def test_links_lead_to_files(page: Path) -> None:
 # Whose public functions and classes the site's reference shows.
 DOCUMENTED = [
     "triflash", "triflash.nn", "triflash.compat.sdpa", "triflash.compat.torch_varlen", "triflash.compat.flash_attn", "triflash.compat.xformers",
+    "triflash.compat.evoformer",
     "triflash.integrations.transformers", "triflash.triton_flash_attention",
 ]  # fmt: skip
 ELSEWHERE = ("FlashAttn", "_flash_attn")  # the seed's autograd classes and what ring-attention packages call: docs/migration.md

@@ -11,7 +11,7 @@ import torch
 from .. import __version__
 from ..errors import UnsupportedError
 from ..plan.select import BACKENDS
-from . import explain_options
+from . import explain_options, extras
 from .bench.options import add_arguments as add_bench_arguments
 from .demo.options import Options, add_arguments
 from .tune import options as tune_options
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     explain_options.add_arguments(explain)
     words = "print versions, devices and settings, for a bug report"
     env = commands.add_parser("env", help=words, description=words, allow_abbrev=False)
+    env.add_argument("--check", action="store_true", help="say instead what would run here and what is missing; status 1 if something is")
     words = "time the tile configurations of a problem on this GPU and write the best to a file, which TRIFLASH_TUNED=FILE makes plans read"
     tune = commands.add_parser("tune", help=words, description=words, allow_abbrev=False)
     tune_options.add_arguments(tune)
@@ -55,9 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _needs(command: str, extra: str, package: str) -> int:
-    """Say what is missing, and how it is installed with a clone of triflash at hand and without."""
-    hint = f"pip install 'rich>=13' 'matplotlib>=3.8', or in a clone of triflash pip install '.[{extra}]'"
-    print(f"triflash {command} needs {package}: {hint}", file=sys.stderr)
+    """Say what is missing, and how it is installed, in a clone of triflash and elsewhere."""
+    print(f"triflash {command} needs {package}: {extras.install(extra)}", file=sys.stderr)
     return _BAD_USE
 
 
@@ -116,6 +116,12 @@ def _explain(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
 
 
 def _env(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
+    if given.check:
+        from . import checkup
+
+        found = list(checkup.findings())
+        print(checkup.text(found))
+        return int(any(finding.mark == checkup.MISSING for finding in found))
     from . import environment
 
     print(environment.text())

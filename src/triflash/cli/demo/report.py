@@ -62,7 +62,7 @@ def show(console: Console, options: Options, runs: Runs, comparison: dict[str, A
     """Print the tables, a sample of what the model writes, and the verdict."""
     ours, dense = runs["triflash"], runs["dense"]
     losses = Table(title="\nLoss, nats per byte", title_justify="left")
-    for heading in ("step", "train · triflash", "train · dense", "val · triflash", "val · dense", "largest difference"):
+    for heading in ("step", "train\ntriflash", "train\ndense", "val\ntriflash", "val\ndense", "largest\ndifference"):  # within 80 columns
         losses.add_column(heading, justify="right")
     for a, b, apart in zip(ours["checkpoints"], dense["checkpoints"], comparison["at_checkpoints"], strict=True):
         cells = [f"{run[part]:.4f}" for part in ("train", "val") for run in (a, b)]
