@@ -121,3 +121,10 @@ def test_pages_outside_docs_are_on_the_site() -> None:
             path = (page.parent / target).resolve()
             if path.exists() and not path.is_relative_to(ROOT / "docs"):
                 assert str(path.relative_to(ROOT)) in found, f"{page.name}: {target}"
+
+
+def test_a_user_calls_everything_in_strict_types() -> None:
+    """tests/strict_user.py, which mypy checks, names all that is public."""
+    words = set(re.findall(r"\w+", (ROOT / "tests" / "strict_user.py").read_text()))
+    public = {name for module in DOCUMENTED for name in importlib.import_module(module).__all__ if not name.startswith(ELSEWHERE)}
+    assert public - words - {"OLDEST"} == set()
