@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import triflash
-from triflash.compat import flash_attn, sdpa, torch_varlen, xformers
+from triflash.compat import evoformer, flash_attn, sdpa, torch_varlen, xformers
 from triflash.integrations import transformers
 from triflash.triton_flash_attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 
@@ -27,6 +27,14 @@ def relative(heads: int) -> Tensor:
     module = triflash.nn.RelativeBias(heads, window=(7, 7))
     bias: Tensor = module()
     return bias
+
+
+def folding(rows: Tensor, pairs: Tensor, tokens: Tensor, bias: Tensor) -> list[Tensor]:
+    update: Tensor = triflash.nn.TriangleAttention(128, 32, 4, starting=False)(pairs)
+    tokens = triflash.nn.PairBiasAttention(384, 128, 24, 16)(tokens, pairs)
+    out = evoformer.DS4Sci_EvoformerAttention(rows, rows, rows, [None, bias])
+    part, lse, most = evoformer.triangle_attention(rows, rows, rows, bias, None, None, True)
+    return [update, tokens, out, part, lse, most]
 
 
 def tools(q: Tensor) -> list[str]:
