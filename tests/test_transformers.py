@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import logging
 import re
 import runpy
@@ -25,7 +26,7 @@ logging.getLogger("transformers").setLevel(logging.ERROR)
 import transformers
 
 import triflash
-from triflash.integrations import patches
+from triflash.integrations import patches, visible
 from triflash.integrations import transformers as adapter
 from triflash.integrations.visible import Visible, lean_mask, own_attention, refuse_unrouted
 
@@ -693,6 +694,19 @@ def test_models_that_use_the_interface_in_part() -> None:
         importlib.import_module(f"transformers.models.{name}.modeling_{name}")
         with pytest.raises(ValueError, match=f"modeling_{name}"):
             refuse_unrouted(getattr(transformers, refused[name]))
+
+
+def test_no_family_is_refused_for_what_else_was_imported() -> None:
+    """Files of other models lie beside one's own, and a program may import them all: ESMFold beside ESM."""
+    for family in FAMILIES:
+        config = getattr(transformers, family.config, None)
+        if config is None or family.use != "as is":
+            continue
+        folder = Path(inspect.getfile(config)).parent
+        for path in folder.glob("modeling_*.py"):
+            importlib.import_module(f"transformers.models.{folder.name}.{path.stem}")
+        visible._unrouted.cache_clear()
+        refuse_unrouted(config)
 
 
 def test_output_attentions_of_a_model() -> None:

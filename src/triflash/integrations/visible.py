@@ -245,6 +245,8 @@ def refuse_unrouted(config: type) -> None:
 # Own attention beside the interface, whose class does not name its configuration; and one that makes masks of its own for it.
 _PARTLY = frozenset({"BigBirdPegasusConfig", "GitConfig", "InformerConfig"})
 _OWN_MASKS = frozenset({"LongT5Config"})
+# Files of other models beside one: ESMFold's trunk takes no mask of transformers' own, and its language model is ESM's, by the interface.
+_BESIDE = frozenset({"modeling_esmfold"})
 
 
 @functools.cache
@@ -253,7 +255,7 @@ def _unrouted(config: type) -> str:
     package = config.__module__.rpartition(".")[0]
     for name, module in list(sys.modules.items()):
         parent, _, file = name.rpartition(".")
-        if parent != package or not file.startswith("modeling_"):
+        if parent != package or not file.startswith("modeling_") or file in _BESIDE:
             continue
         try:
             text = inspect.getsource(module)
