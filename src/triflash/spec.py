@@ -147,17 +147,14 @@ class Band(NamedTuple):
 class Packed:
     """What the host knows of sequences that are packed into one batch entry: not how long they are.
 
-    sequences: how many. bottom_right: a sequence's diagonal meets its last query and last key, else its first ones. used_q, used_k: whether
-    there are numbers of rows of each that count. bias_layout, mask_layout: of :data:`LAYOUTS`. bias_sizes, second_sizes: sizes of
-    the dims of queries and keys that a bias has for each sequence ("padded" ones, and the keys of "rows"); 1 for others. most_queries,
-    most_keys: of a sequence, behind which bias or mask have none; None: they have all.
-    longest_q, longest_k: what the caller says of the longest sequence, for the choice of tiles; None: nothing.
+    sequences: how many. bottom_right: a sequence's diagonal meets its last query and last key, else its first ones.
+    bias_layout, mask_layout: of :data:`LAYOUTS`. bias_sizes, second_sizes: sizes of the dims of queries and keys that a bias has for each
+    sequence ("padded" ones, and the keys of "rows"); 1 for others. most_queries, most_keys: of a sequence, behind which bias or mask have
+    none; None: they have all. longest_q, longest_k: what the caller says of the longest sequence, for the choice of tiles; None: nothing.
     """
 
     sequences: int
     bottom_right: bool = True
-    used_q: bool = False
-    used_k: bool = False
     bias_layout: str = "padded"
     mask_layout: str = "padded"
     bias_sizes: tuple[int, int] = (1, 1)
@@ -380,8 +377,8 @@ def packed_spec_of(
             continue
         if own.dtype not in dtypes:
             raise bad_type(name, "int32 or int64" if len(dtypes) == 2 else "integers", own.dtype)
-        if tuple(own.shape) != (wanted,) or wanted < 1 - (own is x.used_q or own is x.used_k):
-            raise bad_value(name, f"shape ({max(wanted, 1)},)", tuple(own.shape))
+        if B < 0 or tuple(own.shape) != (wanted,):
+            raise bad_value(name, "one number more than sequences" if B < 0 else f"shape ({wanted},)", tuple(own.shape))
         if own.device != x.q.device:
             raise bad_value(name, f"q's device {x.q.device}", own.device)
     slopes = x.alibi_slopes
@@ -403,7 +400,7 @@ def packed_spec_of(
             if size != 1 and size < (dense.queries, dense.keys)[at]:
                 most[at] = min(size, size if most[at] is None else most[at])  # type: ignore[type-var]
     packed = Packed(
-        B, bottom_right, x.used_q is not None, x.used_k is not None, bias_layout, mask_layout,
+        B, bottom_right, bias_layout, mask_layout,
         _sizes_of(x.bias, bias_layout), _sizes_of(x.second_bias, bias_layout), most[0], most[1], longest_q, longest_k,
     )  # fmt: skip
     lo = None if left is None or left >= dense.keys + dense.queries else -left
