@@ -15,6 +15,7 @@ from torch import Tensor
 
 import triflash
 from triflash import UnsupportedError, attention, attention_varlen, oracle
+from triflash.compat import flash_attn
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -275,12 +276,23 @@ def test_what_no_sequence_owns_may_be_anything(backend: str) -> None:
     [[0, 30, 10, 20], [-5, 4, -1, 99], [40, 30, 20, 10], [0, 10**9, 5, 2**31 - 1], [0, 0, 0, 0], [20, 20, 20, 20], [0, 20, 0, 20]],
 )
 def test_wrong_offsets_touch_nothing_else(backend: str, offsets: list[int]) -> None:
-    """Whatever offsets say: results are undefined, but nothing beside them is read (it is NaN) or written (it is guarded)."""
-    T, wall = 20, 64
+    """Whatever offsets say: results are undefined, but nothing beside them is read (it is NaN) or, of gradients, written (it is guarded)."""
+    T, wall, guard = 20, 64, 7.0
 
     def walled(fill: float) -> tuple[Tensor, Tensor]:
         whole = torch.full((T + 2 * wall, 2, 16), fill, device=DEVICE)
         return whole, whole[wall : wall + T]
+
+    def check_walls(cu: Tensor, out: Tensor, lse: Tensor) -> None:
+        pairs = [walled(guard) for _ in range(3)]
+        q, k, v = (x.detach() for x in given)
+        with triflash.backend(backend):
+            flash_attn._flash_attn_varlen_backward(
+                torch.ones_like(out), q, k, v, out.detach(), lse.detach(), *(inside for _, inside in pairs), cu, cu, T, T, 0.0, None, True,
+                -1, -1, 0.0, None, False,
+            )  # fmt: skip
+        for whole, _ in pairs:
+            assert (whole[:wall] == guard).all() and (whole[wall + T :] == guard).all()
 
     given = []
     for _ in range(3):
@@ -293,6 +305,8 @@ def test_wrong_offsets_touch_nothing_else(backend: str, offsets: list[int]) -> N
         for options in ({}, {"bias": bias[:1]}):
             out, lse = attention_varlen(*given, cu, causal=True, return_lse=True, backend=backend, **options)
             assert out.isfinite().all() and not lse.isnan().any()
+            if not options:
+                check_walls(cu.to(torch.int32), out, lse)
             leaves = [*given, *([bias] if options else [])]
             for grad in torch.autograd.grad(out.sum(), leaves):
                 assert not grad.isnan().any()
