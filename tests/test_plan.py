@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from triflash import UnsupportedError
 from triflash.plan import tables
-from triflash.plan.configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, shared_memory, with_features
+from triflash.plan.configs import MAX_HEAD_DIM, Problem, TileConfig, default_config, misread, padded, shared_memory, with_features
 from triflash.plan.device import KNOWN_DEVICES, DeviceFacts, facts_of
 from triflash.plan.override import active, override_configs
 from triflash.plan.select import Plan, Step, plan_backward, plan_forward, why_not
@@ -69,11 +70,13 @@ def test_empty_problems(sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_default_fits_the_device(kernel: str, arch: str) -> None:
     device = KNOWN_DEVICES[arch]
-    flags = [field.name for field in dataclasses.fields(Problem)][3:]
+    flags = ["bias", "banded"]
     for head_dim, itemsize, *values in itertools.product((16, 32, 64, 128, 256), (2, 4), *[(False, True)] * len(flags)):
-        problem = Problem(kernel, head_dim, itemsize, **dict(zip(flags, values, strict=True)))
-        config = default_config(problem, device)
-        assert shared_memory(problem, config, device) <= device.shared_memory, (problem, config)
+        for products in ("",) if itemsize == 2 else ("", "tf32", "tf32x3"):
+            problem = Problem(kernel, head_dim, itemsize, **dict(zip(flags, values, strict=True)), products=products)
+            config = default_config(problem, device)
+            assert shared_memory(problem, config, device) <= device.shared_memory, (problem, config)
+            assert misread(problem, config) is None
 
 
 def test_every_measured_row_is_valid() -> None:
@@ -212,12 +215,44 @@ def test_spec_of_tensors() -> None:
 def test_precision_follows_pytorch() -> None:
     before = torch.get_float32_matmul_precision()
     try:
-        for setting, wanted in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
+        highest = "ieee" if hasattr(torch.backends.cuda.matmul, "fp32_precision") else "default"  # before 2.9 the two look alike
+        for setting, wanted in (("highest", highest), ("high", "tf32"), ("medium", "tf32")):
             torch.set_float32_matmul_precision(setting)
             assert resolve_precision("") == wanted
             assert resolve_precision("tf32x3") == "tf32x3"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch 2.9 and up")
+def test_a_precision_that_nobody_set() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+        assert resolve_precision("") == "default"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 65, 128, 256])
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "gfx942", "interpreter"])
+@pytest.mark.parametrize("precision", ["default", "ieee", "tf32", "tf32x3"])
+def test_each_kernel_says_how_it_multiplies_float32(precision: str, arch: str, head_dim: int) -> None:
+    """Unset: three TF32 products where that was seen to be exact enough. Asked for by name: just that."""
+    asked = replace(spec("11hqk", "fp32", head_dim=head_dim, value_dim=head_dim), precision=precision)
+    steps = plan_forward(asked, KNOWN_DEVICES[arch], "triton").steps
+    steps += plan_backward(asked, Needs(True, True, True, True), KNOWN_DEVICES[arch], "triton").steps
+    unset = "tf32x3" if arch.startswith("sm") and head_dim <= 64 else "ieee"
+    wanted = unset if precision == "default" else precision
+    assert {step.precision for step in steps if step.kernel in ("forward", "dkdv", "dq", "dbias")} == {wanted}
+
+
+def test_tiles_that_triton_misreads_are_refused() -> None:
+    asked = replace(spec(None, "fp32"), precision="tf32x3")
+    with override_configs(dkdv=TileConfig(16, 64, 8, 1)), pytest.raises(ValueError, match="override_configs.*or 4 warps, got 16x64 w8 s1"):
+        plan_backward(asked, Needs(True, True, True, False), KNOWN_DEVICES["sm90"], "triton")
+    with override_configs(dkdv=TileConfig(16, 64, 4, 1)):
+        plan_backward(asked, Needs(True, True, True, False), KNOWN_DEVICES["sm90"], "triton")
 
 
 def test_small_facts() -> None:

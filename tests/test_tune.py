@@ -138,8 +138,8 @@ def test_cases() -> None:
     assert CASE.kernels(GPU) == ["forward", "dkdv", "dq", "dbias"]
     assert dataclasses.replace(CASE, bias=None, dbias=False).kernels(GPU) == ["forward", "dkdv", "dq"]
     assert dataclasses.replace(CASE, bias="b11k").kernels(GPU) == ["forward", "dkdv", "dq"]
-    assert CASE.problem("dq") == Problem("dq", 64, 2, True, True)
-    row = tables.lookup("sm90", CASE.problem("dq"))
+    assert CASE.problem("dq", KNOWN_DEVICES["sm90"]) == Problem("dq", 64, 2, True, True)
+    row = tables.lookup("sm90", CASE.problem("dq", KNOWN_DEVICES["sm90"]))
     assert row is not None and CASE.default("dq", GPU) == row.config
     x = dataclasses.replace(CASE, keys=100, queries=7).tensors(lambda shape, dtype: torch.zeros(*shape, dtype=dtype))
     assert x.bias is not None and x.bias.shape == (1, 1, 16, 7, 100) and x.bias.stride(3) == 112
@@ -157,7 +157,9 @@ def test_an_entry_must_serve_its_whole_problem() -> None:
     """The dq kernel of a full bias writes dbias, and a float32 bias is twice as wide: the same row of a file is used for both."""
     jobs = shares(Job(CASE, "dq", TileConfig(128, 64, 8, 4), GPU))
     assert {(job.case.bias, job.case.bias_dtype) for job in jobs} == {("bhqk", torch.bfloat16), ("bhqk", torch.float32)}
-    assert all(job.case.problem("dq") == CASE.problem("dq") and job.kernel == "dq" for job in jobs)
+    assert all(
+        job.case.problem("dq", KNOWN_DEVICES["sm90"]) == CASE.problem("dq", KNOWN_DEVICES["sm90"]) and job.kernel == "dq" for job in jobs
+    )
     assert {job.config for job in shares(Job(dataclasses.replace(CASE, head_dim=128), "dq", TileConfig(128, 64, 8, 4), GPU))} == {
         TileConfig(128, 64, 8, 4), TileConfig(128, 64, 8, 2)
     }  # fmt: skip

@@ -279,7 +279,7 @@ def _explained(plan: Plan, step: Step, spec: AttentionSpec, device: DeviceFacts)
         if spec.packed is not None and config != step.config:
             found, config = f"{found}, less rows for what sequences are long on the average", step.config
         source = found if config == step.config else source
-        estimate = shared_memory(problem_of(kernel, spec), config, device)
+        estimate = shared_memory(problem_of(kernel, spec, device), config, device)
     return ExplainedStep(step, source, estimate)
 
 

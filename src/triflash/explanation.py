@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .plan.device import KNOWN_DEVICES, DeviceFacts
 from .plan.select import Step
-from .spec import AttentionSpec, BiasSpec, Needs
+from .spec import UNSET, AttentionSpec, BiasSpec, Needs
 
 if TYPE_CHECKING:
     from .launch.ahead import Resources
@@ -155,7 +155,7 @@ def _problem(spec: AttentionSpec) -> str:
         band = "every key visible" if spec.hi is None else "causal"
     if packed is not None and (spec.lo, spec.hi) != (None, None):
         band += f" by the {'last' if packed.bottom_right else 'first'} query and key of each sequence"
-    precision = f" ({spec.precision} products)" if spec.dtype == "fp32" else ""
+    precision = f" ({spec.precision} products)" if spec.dtype == "fp32" and spec.precision != UNSET else ""
     extras = "".join(f", {extra}" for extra in spec.extras if extra != "packed sequences")
     return f"{lengths}, {spec.heads} heads, {dims}, {spec.dtype}{precision}, {bias}{extras}, {band}, scale {spec.scale:.4g}"
 
@@ -204,6 +204,9 @@ def _step(explained: ExplainedStep, backend: str, device: DeviceFacts) -> list[s
     maps = f", {explained.tensor_maps} tensor maps" if explained.tensor_maps else ""
     lines = [f"{step}: {step.programs} programs{maps}{order}{splits}{gives}"]
     lines.append(f"  configuration  {explained.source}")
+    if step.precision != "ieee":
+        times = "three products for one" if step.precision == "tf32x3" else "one product, of 10-bit mantissas"
+        lines.append(f"  float32        by tensor cores: {step.precision}, {times}")
     if explained.compiled is not None:
         used = explained.compiled
         spilled = f"{used.spills} words spilled" if used.spills else "no spills"

@@ -47,6 +47,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 SMALL_CAP = 500.0  # scores up to here leave a float32 lse its digits
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 PRECISIONS = ("ieee", "tf32", "tf32x3")
+UNSET = "default"  # precision where nobody set one: the plan chooses for each kernel (plan/tables.py)
 
 
 @dataclass(frozen=True)
@@ -251,13 +252,16 @@ def keeps_rest(bias: torch.dtype | None, alibi: bool = False, softcap: float = 0
 
 
 def resolve_precision(precision: str) -> str:
-    """The precision of float32 products: ``""`` follows PyTorch's setting for matrix products, anything else is checked and kept."""
+    """The precision of float32 products: ``""`` follows PyTorch's setting for matrix products, anything else is checked and kept.
+
+    Where nobody set one it is ``"default"``, which leaves the choice to the plan.
+    """
     if not precision:
         setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)  # PyTorch 2.9 and up; the older switches set it too
         if setting is None:
-            setting = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-        return "tf32" if setting == "tf32" else "ieee"
-    if precision not in PRECISIONS:
+            setting = "none" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        return {"tf32": "tf32", "none": UNSET}.get(setting, "ieee")
+    if precision not in PRECISIONS and precision != UNSET:
         raise bad_value("precision", f"one of {', '.join(PRECISIONS)}", repr(precision))
     return precision
 

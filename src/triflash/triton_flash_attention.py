@@ -46,7 +46,8 @@ def flash_attn_func(
 
     Args:
         q: queries, ``(batch, seqlen_q, nheads, headdim)``; fp16, bf16 or fp32 (products of fp32 follow
-            ``torch.set_float32_matmul_precision``: ``"highest"`` is IEEE float32, anything else TF32). Any strides, head dims 1 … 256.
+            ``torch.set_float32_matmul_precision``; where nobody set it, see ``precision`` of :func:`triflash.attention`). Any strides,
+            head dims 1 … 256.
         k, v: keys and values, ``(batch, seqlen_k, nheads, headdim)``, q's dtype and device.
         bias: added to the scaled scores, unscaled; any shape of 2 to 4 dims that broadcasts to
             ``(batch, nheads, seqlen_q, seqlen_k)``, any strides; fp16, bf16 or fp32 whatever q is. Entries of -inf hide a key from a

@@ -42,9 +42,15 @@ class Target(NamedTuple):
     causal: bool
     bias_dtype: torch.dtype | None = None  # None: q's
     features: tuple[str, ...] = ()  # of FEATURES
+    precision: str = "ieee"
 
     def __str__(self) -> str:
-        flags = f"-{self.bias}" * bool(self.bias) + ("-fp32bias" if self.bias_dtype else "") + ("-causal" if self.causal else "")
+        flags = (
+            f"-{self.precision}" * (self.precision != "ieee")
+            + f"-{self.bias}" * bool(self.bias)
+            + ("-fp32bias" if self.bias_dtype else "")
+            + ("-causal" if self.causal else "")
+        )
         flags += "".join(f"-{name}" for name in self.features)
         return f"{self.arch}-{self.kernel}-d{self.head_dim}-{str(self.dtype)[6:]}{flags}"
 
@@ -81,6 +87,12 @@ def targets() -> Iterator[Target]:
             for n, kernel in enumerate(kernels if features != ("sink",) else ("forward",)):
                 yield Target(arch, kernel, 64 if n % 2 or len(features) > 1 else 128, torch.bfloat16, bias, n != 2, None, features)
         yield Target(arch, "forward", 512, torch.bfloat16, "1hqk", True)  # wider than the backward kernels take
+    for kernel in ("forward", "dkdv", "dq", "dbias"):  # float32 by three TF32 products
+        for head_dim in (64, 128):
+            for bias, causal in (("", False), ("", True), ("1hqk", False), ("1hqk", True)):
+                if bias or kernel != "dbias":
+                    yield Target("sm90", kernel, head_dim, torch.float32, bias, causal, precision="tf32x3")
+            yield Target("sm80", kernel, head_dim, torch.float32, "1hqk", True, precision="tf32x3")
     yield Target("sm90", "forward", 80, torch.float16, "1hqk", True)  # a head dim that is padded
     yield Target("sm90", "dkdv", 80, torch.float16, "1hqk", True)
 
@@ -112,7 +124,7 @@ def operands(target: Target, batch: int = 2, heads: int = HEADS) -> Operands:
 
 def spec_for(target: Target, x: Operands) -> AttentionSpec:
     numbers = (50.0 if "softcap" in target.features else 0.0, 0.1 if "dropout" in target.features else 0.0)
-    return spec_of(*x[:4], 1, None, 0 if target.causal else None, 0.125, "ieee", *x[4:9], *numbers)
+    return spec_of(*x[:4], 1, None, 0 if target.causal else None, 0.125, target.precision, *x[4:9], *numbers)
 
 
 def calls(target: Target) -> tuple[Plan, list[Call]]:
@@ -133,7 +145,7 @@ def calls(target: Target) -> tuple[Plan, list[Call]]:
 
 
 def declared_spills(target: Target) -> int:
-    row = tables.lookup(target.arch, problem_of(target.kernel, spec_for(target, operands(target, 1))))
+    row = tables.lookup(target.arch, problem_of(target.kernel, spec_for(target, operands(target, 1)), KNOWN_DEVICES[target.arch]))
     if target.features:
         return FEATURE_SPILLS
     if target.bias_dtype is not None:
@@ -155,7 +167,7 @@ def test_every_measured_row_is_compiled() -> None:
     """A row that no target reaches would never be checked."""
     reached = set()
     for target in targets():
-        reached.add((target.arch, problem_of(target.kernel, spec_for(target, operands(target)))))
+        reached.add((target.arch, problem_of(target.kernel, spec_for(target, operands(target)), KNOWN_DEVICES[target.arch])))
     assert {(row.arch, row.problem) for row in tables.ROWS} <= reached
 
 

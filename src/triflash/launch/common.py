@@ -34,7 +34,7 @@ def is_wide(tensors: Iterable[Tensor | None]) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def constants_of(spec: AttentionSpec, config: TileConfig, wide: bool) -> dict[str, Any]:
+def constants_of(spec: AttentionSpec, config: TileConfig, wide: bool, precision: str) -> dict[str, Any]:
     """The compile-time constants that the kernels share. Cached: add to it with ``|``, never ``|=``."""
     return {
         "BM": config.block_m,
@@ -45,6 +45,6 @@ def constants_of(spec: AttentionSpec, config: TileConfig, wide: bool) -> dict[st
         "BDV": padded(spec.value_dim),
         "EVEN_M": spec.packed is None and spec.queries % config.block_m == 0,
         "EVEN_N": spec.packed is None and spec.keys % config.block_n == 0,
-        "PRECISION": spec.precision,
+        "PRECISION": precision,
         "WIDE": wide,
     }

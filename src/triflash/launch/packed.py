@@ -149,7 +149,7 @@ def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: F
         if step.kernel == "forward":
             strides = (_strides(x.q), _strides(x.k), _strides(x.v), _strides(out), (1, lse.stride(1)))
             args = (x.q, x.k, x.v, f, out, lse, rest, *strides, *_sizes(spec, t.bound_q), _packed(spec, t, t.tiles_q))
-            constants = constants_of(spec, config_of(step), is_wide((x.q, x.k, x.v, out, x.bias, x.mask, x.second_bias)))
+            constants = constants_of(spec, config_of(step), is_wide((x.q, x.k, x.v, out, x.bias, x.mask, x.second_bias)), step.precision)
             constants = constants | {"POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": "tile"}
             calls.append(Call(forward_kernels.forward, args, constants, config_of(step), step.programs))
         elif step.kernel == "unowned":
@@ -184,7 +184,7 @@ def backward_calls(
     calls = []
     for step in plan.steps:
         config = config_of(step)
-        constants = constants_of(spec, config, wide)
+        constants = constants_of(spec, config, wide, step.precision)
         name = next((each for each in step.gives if each in biases), "")
         target = biases.get(name)
         if step.kernel == "delta":

@@ -96,7 +96,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             *_sizes(spec),
             *(spec.lo, spec.hi, spec.scale, None),
         )
-        constants = constants_of(spec, config_of(step), is_wide((q, k, v, out, bias, mask, x.second_bias)))
+        constants = constants_of(spec, config_of(step), is_wide((q, k, v, out, bias, mask, x.second_bias)), step.precision)
         constants = constants | {"POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": step.order}
         calls.append(Call(forward_kernels.forward, args, constants, config_of(step), step.programs))
     return calls
@@ -139,12 +139,12 @@ def backward_calls(
             target_strides = row_strides(spec, parts) if parts is not None else None
             outputs = (dk, dv, parts, *strides, _strides(dk), _strides(dv), target_strides)
             args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale, None)
-            constants = constants_of(spec, config, wide) | {"GROUPED": spec.groups > 1, "ORDER": step.order}
+            constants = constants_of(spec, config, wide, step.precision) | {"GROUPED": spec.groups > 1, "ORDER": step.order}
             calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
         elif step.kernel == "dq":
             outputs = (dq, target, *strides, _strides(dq), bias_strides(target))
             args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale, None)
-            constants = constants_of(spec, config, wide) | {"ORDER": step.order}
+            constants = constants_of(spec, config, wide, step.precision) | {"ORDER": step.order}
             calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
         elif step.kernel == "dbias":
             parts = sums[name] = partial_sums(room, step, target)
@@ -153,7 +153,7 @@ def backward_calls(
             args = (*inputs, parts, *strides, (parts.stride(0), *bias_strides(parts[0])))  # type: ignore[misc]
             args += (*sizes, spec.lo, spec.hi, spec.scale, step.splits)
             varies = dict(zip(("VARIES_B0", "VARIES_B1", "VARIES_H", "VARIES_M", "VARIES_N"), bias_spec.varies, strict=True))
-            calls.append(Call(dbias_kernels.dbias, args, constants_of(spec, config, wide) | varies, config, step.programs))
+            calls.append(Call(dbias_kernels.dbias, args, constants_of(spec, config, wide, step.precision) | varies, config, step.programs))
         elif step.kernel == "dbias_sum":
             assert target is not None
             args = (sums[name], target, target.numel(), step.splits)

@@ -13,6 +13,7 @@ __all__ = [
     "Problem",
     "TileConfig",
     "default_config",
+    "misread",
     "padded",
     "shared_memory",
     "with_features",
@@ -53,6 +54,7 @@ class Problem:
     itemsize: int  # bytes of an element of q, k, v
     bias: bool
     banded: bool  # causal: some tiles are partly visible, and a second, masked copy of the loop takes registers
+    products: str = ""  # of float32 elements: "tf32" or "tf32x3" by tensor cores; "" by FMA units, and of 16-bit elements
 
 
 def padded(head_dim: int) -> int:
@@ -84,8 +86,21 @@ def shared_memory(problem: Problem, config: TileConfig, device: DeviceFacts) -> 
     if amd:
         own = 0
     buffers = (max(1, 2 * config.num_stages - 2) if amd else 2 * config.num_stages) / 2  # AMD, one stage: the two tiles take turns
+    # WGMMA reads TF32 along one axis alone: tiles are stored again, transposed, and what TF32 leaves of them. Narrow ones go by registers.
+    if problem.products and problem.kernel != "dbias" and problem.head_dim < 256:
+        buffers, exchange = buffers + 2, 2 * exchange
     bias = m * n * 4 * (1 + buffers) if problem.bias else 0  # as wide as float32, once for its change of layout
     return int(own + streamed * buffers + max(exchange, score_tile if problem.bias else 0) + bias)
+
+
+def misread(problem: Problem, config: TileConfig) -> str | None:
+    """What Triton makes of a configuration that must not run, or None. Of TF32 products by WGMMA over 16 rows, with two warpgroups, 3.6
+    reads beyond the shared memory (H200, compute-sanitizer).
+    """
+    least, most = sorted((config.block_m, config.block_n))
+    if problem.products and config.num_warps >= 8 and least < 32 and most >= 64:
+        return f"8 warps on {config.block_m}x{config.block_n} tiles read beyond shared memory in TF32 products"
+    return None
 
 
 def with_wide_bias(problem: Problem, config: TileConfig, device: DeviceFacts) -> TileConfig:
@@ -136,6 +151,14 @@ def _candidates(problem: Problem, amd: bool) -> list[TileConfig]:
         if problem.itemsize > 2:
             shapes = [(32, 32, 4, 1)] if width == 64 else []
         return [TileConfig(*shape) for shape in [*shapes, (16, 16, 4, 1)]]
+    if problem.products and width < 256:
+        shapes = {
+            "forward": {64: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)], 128: [(128, 32, 8, 1), (64, 32, 4, 1)]},
+            "dkdv": {64: [(32, 128, 8, 1), (32, 64, 4, 1)], 128: [(32, 32, 8, 1), (16, 32, 8, 1)]},
+            "dq": {64: [(64, 64, 4, 1), (64, 32, 4, 1)], 128: [(32, 32, 4, 1), (32, 16, 4, 1)]},
+            "dbias": {64: [(64, 64, 4, 1), (32, 32, 4, 1)], 128: [(32, 64, 8, 1), (32, 32, 8, 1)]},
+        }[problem.kernel][width]
+        return [TileConfig(*shape) for shape in [*shapes, (16, 16, 8, 1)]]
     if problem.itemsize > 2:  # float32 products keep whole operand rows in registers, so tiles are small
         shapes = {
             "forward": {64: [(32, 32, 4, 2)], 128: [(32, 16, 4, 1)], 256: [(32, 16, 8, 1)]},

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,10 @@ def _entry(number: int, item: Any) -> Entry:
 
 
 def _record(where: str, item: dict[str, Any], of: Any) -> dict[str, Any]:
-    """The fields of a dataclass of plain values; its annotations name their types."""
-    return {f.name: _typed(where, item, f.name, {"str": str, "int": int, "bool": bool}[f.type]) for f in fields(of)}  # type: ignore[index]
+    """The fields of a dataclass of plain values; its annotations name their types. One that a file does not have keeps its default."""
+    kinds = {"str": str, "int": int, "bool": bool}
+    known = [f for f in fields(of) if f.default is MISSING or (isinstance(item, dict) and f.name in item)]
+    return {f.name: _typed(where, item, f.name, kinds[f.type]) for f in known}  # type: ignore[index]
 
 
 def _typed(where: str, item: Any, name: str, kind: type) -> Any:

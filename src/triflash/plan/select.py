@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 from ..errors import UnsupportedError, bad_type, bad_value, unsupported
-from ..spec import AttentionSpec, BiasSpec, Needs
+from ..spec import UNSET, AttentionSpec, BiasSpec, Needs
 from . import hopper, overlay, override, packed, tables
-from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM, Problem, TileConfig, default_config, padded, with_features, with_wide_bias
+from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM, Problem, TileConfig, default_config, misread, padded, with_features, with_wide_bias
 from .device import DeviceFacts, triton_problem
 from .steps import Plan, Step, broadcast_rows, ceil_div, dbias_source, sum_steps
 
@@ -26,6 +27,7 @@ __all__ = [
     "current_choices",
     "plan_backward",
     "plan_forward",
+    "products_of",
     "requested_backend",
     "requested_backend_soon",
     "why_not",
@@ -154,11 +156,34 @@ def _or_tiled(requested: str, plan: Callable[[str], Plan]) -> Plan:
         return plan("tiled")
 
 
-def problem_of(kernel: str, spec: AttentionSpec) -> Problem:
-    """The part of a spec by which a kernel's configuration is chosen."""
+def products_of(kernel: str, spec: AttentionSpec, device: DeviceFacts) -> str:
+    """How a portable kernel multiplies float32 elements: ``"ieee"`` (FMA units), ``"tf32"``, or ``"tf32x3"``, three products for one.
+
+    Where nobody chose: three TF32 products on NVIDIA's tensor cores for kernels and head dims that passed the rule so, else ieee.
+    """
+    if spec.dtype != "fp32":
+        return "ieee"
+    if spec.precision != UNSET:
+        return spec.precision
+    passed = (kernel.removeprefix("packed_"), padded(max(spec.head_dim, spec.value_dim))) in tables.THREE_TF32
+    return "tf32x3" if passed and device.arch.startswith("sm") else "ieee"
+
+
+def problem_of(kernel: str, spec: AttentionSpec, device: DeviceFacts | None = None) -> Problem:
+    """The part of a spec by which a kernel's configuration is chosen; device: needed where nobody chose how float32 is multiplied."""
     banded = spec.lo is not None or spec.hi is not None
     head_dim = padded(max(spec.head_dim, spec.value_dim))
-    return Problem(kernel, head_dim, 4 if spec.dtype == "fp32" else 2, spec.bias is not None, banded)
+    products = "ieee" if spec.dtype != "fp32" else spec.precision if device is None else products_of(kernel, spec, device)
+    amd = device is not None and device.arch.startswith("gfx")  # whose tiles for float32 are the same, whatever multiplies them
+    by_tensor_cores = products if products in ("tf32", "tf32x3") and not amd else ""
+    return Problem(kernel, head_dim, 4 if spec.dtype == "fp32" else 2, spec.bias is not None, banded, by_tensor_cores)
+
+
+def _with_products(steps: Iterable[Step], spec: AttentionSpec, device: DeviceFacts) -> tuple[Step, ...]:
+    """The steps of a plan of the portable kernels, each with the precision of its products."""
+    if spec.dtype != "fp32":
+        return tuple(steps)
+    return tuple(replace(step, precision=products_of(step.kernel, spec, device)) for step in steps)
 
 
 class Choices(NamedTuple):
@@ -180,9 +205,11 @@ def current_choices() -> Choices:
 def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> tuple[TileConfig, str]:
     """A kernel's configuration and where it comes from: by hand, else a tuned file, else a measured row, else the analytic default."""
     chosen = dict(choices.by_hand).get(kernel)
+    problem = problem_of(kernel, spec, device)
     if isinstance(chosen, TileConfig):
+        if kernel != "delta" and (wrong := misread(problem, chosen)):
+            raise bad_value(f"override_configs({kernel}=…)", "tiles of 32 rows and more, or 4 warps", chosen, wrong)
         return chosen, "chosen by hand (override_configs)"
-    problem = problem_of(kernel, spec)
     config, source = _measured_or_default(kernel, problem, spec, device, choices)
     lighter = with_features(problem, config, _weight(spec)) if device.arch.startswith("sm") else config  # AMD's registers suffice
     if lighter != config and kernel != "delta":
@@ -247,10 +274,11 @@ def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choi
     if name != "triton":
         return Plan(name, (Step("forward"),))
     if spec.packed is not None:
-        return Plan(name, packed.forward_steps(spec, lambda kernel: _config(kernel, spec, device, choices)))
+        steps = packed.forward_steps(spec, lambda kernel: _config(kernel, spec, device, choices))
+        return Plan(name, _with_products(steps, spec, device))
     config = _config("forward", spec, device, choices)
     programs = ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
-    return Plan(name, (Step("forward", config, programs, _order(spec)),) if programs else ())
+    return Plan(name, _with_products([Step("forward", config, programs, _order(spec))] if programs else [], spec, device))
 
 
 def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str = "auto") -> Plan:
@@ -268,7 +296,8 @@ def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reque
     if spec.is_empty:
         return Plan(name, ())
     if spec.packed is not None:
-        return Plan(name, packed.backward_steps(spec, needs, lambda kernel: _config(kernel, spec, device, choices), device.sms))
+        packed_steps = packed.backward_steps(spec, needs, lambda kernel: _config(kernel, spec, device, choices), device.sms)
+        return Plan(name, _with_products(packed_steps, spec, device))
     batch_heads, batch_key_heads = spec.batch * spec.heads, spec.batch * spec.kv_heads
     steps = []
     sources = _bias_sources(spec, needs)
@@ -292,7 +321,7 @@ def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reque
             steps += sum_steps(spec, broadcast_rows(spec, bias), bias, grad)
         elif source == "dbias":
             steps += _dbias_steps(spec, bias, grad, device, _config("dbias", spec, device, choices))
-    return Plan(name, tuple(steps))
+    return Plan(name, _with_products(steps, spec, device))
 
 
 def _bias_sources(spec: AttentionSpec, needs: Needs) -> dict[str, tuple[str, BiasSpec]]:

@@ -20,7 +20,7 @@ class Step:
 
     kernel, config: its name and tile configuration (None: it has none). programs: how many it starts.
     order: which index of the grid varies fastest (see ``kernels/triton/prims.locate``). splits: parts that a reduction is cut into.
-    gives: the gradients that it computes.
+    gives: the gradients that it computes. precision: of its float32 products.
     """
 
     kernel: str
@@ -29,6 +29,7 @@ class Step:
     order: str = "tile"
     splits: int = 1
     gives: tuple[str, ...] = ()
+    precision: str = "ieee"
 
     def __str__(self) -> str:
         return self.kernel if self.config is None else f"{self.kernel} {self.config}"

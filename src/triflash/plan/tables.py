@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .configs import Problem, TileConfig
 
-__all__ = ["MEASURED_ON", "ROWS", "Row", "lookup"]
+__all__ = ["MEASURED_ON", "ROWS", "THREE_TF32", "Row", "lookup"]
 
 MEASURED_ON = {"sm90": "H200"}  # the GPU that stood for an architecture
 
@@ -25,9 +25,12 @@ class Row:
 
 
 def _measured(
-    arch: str, kernel: str, head_dim: int, bias: bool, full: str, banded: str, spills: tuple[int, int] = (0, 0)
+    arch: str, kernel: str, head_dim: int, bias: bool, full: str, banded: str, spills: tuple[int, int] = (0, 0), products: str = ""
 ) -> tuple[Row, Row]:
-    """Two 16-bit rows, for full and for causal attention, of configurations written as ``BMxBN wWARPS sSTAGES``."""
+    """Two rows, for full and for causal attention, of configurations written as ``BMxBN wWARPS sSTAGES``. products: those of float32
+    elements; without it elements have 16 bits.
+    """
+    itemsize = 4 if products else 2
 
     def config(text: str) -> TileConfig:
         tile, warps, stages = text.split()
@@ -35,8 +38,16 @@ def _measured(
         return TileConfig(block_m, block_n, int(warps[1:]), int(stages[1:]))
 
     return (
-        Row(arch, Problem(kernel, head_dim, 2, bias, False), config(full), spills[0]),
-        Row(arch, Problem(kernel, head_dim, 2, bias, True), config(banded), spills[1]),
+        Row(arch, Problem(kernel, head_dim, itemsize, bias, False, products), config(full), spills[0]),
+        Row(arch, Problem(kernel, head_dim, itemsize, bias, True, products), config(banded), spills[1]),
+    )
+
+
+def _three_tf32(kernel: str, head_dim: int, config: str, spills: tuple[int, int, int, int] = (0, 0, 0, 0)) -> tuple[Row, ...]:
+    """Four float32 rows of one configuration: without and with a bias, full and causal."""
+    return (
+        *_measured("sm90", kernel, head_dim, False, config, config, (spills[0], spills[1]), "tf32x3"),
+        *_measured("sm90", kernel, head_dim, True, config, config, (spills[2], spills[3]), "tf32x3"),
     )
 
 
@@ -73,7 +84,21 @@ ROWS: tuple[Row, ...] = (
     *_measured("sm90", "dbias", 64, True, "64x64 w4 s3", "64x64 w4 s3"),  # 234 / 173
     *_measured("sm90", "dbias", 128, True, "128x64 w8 s2", "64x128 w8 s2"),  # 259 / 202
     *_measured("sm90", "dbias", 256, True, "128x64 w8 s1", "64x64 w4 s1", (40, 90)),  # 205 / 174
+    # float32 by three TF32 products; 2 x 16 heads of 2048 (backward 2 x 8), 2026-11-29, full attention only. Comments give milliseconds.
+    *_three_tf32("forward", 64, "128x64 w8 s2", (0, 0, 20, 18)),  # 0.68; 64x64 w4 s2 0.78, 128x32 w8 s2 0.90
+    *_three_tf32("forward", 128, "128x64 w8 s1", (74, 74, 104, 106)),  # 1.46; 128x32 w8 s1 1.72, 64x32 w4 s1 2.18
+    *_three_tf32("dkdv", 64, "32x128 w8 s1", (4, 10, 0, 38)),  # 0.77; 32x64 w4 s1 0.85, 32x32 w4 s1 0.91
+    *_three_tf32("dkdv", 128, "32x32 w8 s1", (2, 16, 20, 22)),  # 2.87; 16x32 w4 s1 2.97, 32x64 w8 s1 3.80
+    *_three_tf32("dq", 64, "64x64 w4 s1", (0, 18, 10, 10)),  # 0.47; 64x32 w4 s1 0.60, 128x32 w8 s1 0.60
+    *_three_tf32("dq", 128, "32x32 w4 s1", (34, 32, 26, 42)),  # 1.42; 32x16 w4 s1 2.34, 32x32 w8 s1 2.52
+    *_three_tf32("dbias", 64, "64x64 w4 s1", (0, 0, 46, 40))[2:],  # 0.37; 64x32 w4 s1 0.51, 64x64 w8 s1 0.70
+    *_three_tf32("dbias", 128, "64x64 w8 s1", (0, 0, 140, 162))[2:],  # 1.38; 32x64 w8 s1 1.76, 64x32 w8 s1 1.92
 )
+
+# Kernels and padded head dims whose float32 results were within the tolerance rule when each product is three TF32 products, on an H200
+# with hard inputs: large means of q, k, v or dout, huge biases, random magnitudes, confident rows (docs/tuning.md). Head dims above 64
+# passed with ordinary inputs only; what has not been seen with hard ones is no default.
+THREE_TF32 = frozenset((kernel, head_dim) for kernel in ("forward", "dkdv", "dq", "dbias") for head_dim in (16, 32, 64))
 
 _BY_KEY = {(row.arch, row.problem): row for row in ROWS}
 

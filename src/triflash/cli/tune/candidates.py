@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...plan.configs import Problem, TileConfig, with_wide_bias
+from ...plan.configs import Problem, TileConfig, misread, with_wide_bias
 from ...plan.device import DeviceFacts
 from .cases import Case, launches, meta, plan_of
 
@@ -35,6 +35,13 @@ _LARGE = {
 }
 # What else float32 elements, little shared memory, or few registers (AMD) leave room for.
 _SMALL = [(m, n, w, s) for m, n in itertools.product((16, 32, 64), repeat=2) for w in (4, 8) for s in (1, 2)]
+# Float32 elements multiplied by tensor cores: an operand is kept twice and more.
+_BY_TENSOR_CORES = {
+    "forward": [(m, n, w, s) for m, n in ((64, 32), (64, 64), (128, 32), (128, 64)) for w in (4, 8) for s in (1, 2, 3)],
+    "dkdv": [(m, n, w, s) for m, n in ((16, 64), (32, 64), (64, 64), (32, 128), (16, 128)) for w in (4, 8) for s in (1, 2)],
+    "dq": [(m, n, w, s) for m, n in ((64, 16), (64, 32), (64, 64), (128, 16), (128, 32)) for w in (4, 8) for s in (1, 2)],
+    "dbias": [(m, n, w, s) for m, n in ((32, 64), (64, 32), (64, 64), (128, 32)) for w in (4, 8) for s in (1, 2)],
+}
 _MUCH_SHARED_MEMORY = 160 * 1024
 
 
@@ -75,7 +82,9 @@ def candidates(problem: Problem, device: DeviceFacts, default: TileConfig) -> li
     shapes: Iterable[tuple[int, int, int, int]] = _LARGE[problem.kernel]
     if not large:
         shapes = [*_SMALL, *(shape for shape in shapes if problem.itemsize == 2)]
-    found = [default, *(TileConfig(*shape) for shape in shapes)]
+    if problem.products:
+        shapes = [*_SMALL, *_BY_TENSOR_CORES[problem.kernel]]
+    found = [default, *(config for shape in shapes if not misread(problem, config := TileConfig(*shape)))]
     if problem.itemsize > 2 and problem.bias:
         found = [config for config in found if config == default or with_wide_bias(problem, config, device) == config]
     return list(dict.fromkeys(found))
@@ -90,7 +99,7 @@ def shares(job: Job) -> list[Job]:
     case, jobs = job.case, []
     if case.bias is None:
         return []
-    problem = case.problem(job.kernel)
+    problem = case.problem(job.kernel, job.device)
     patterns = {"dq": ("bhqk",), "dkdv": ("1h1k", "1hqk"), "forward": ("1hqk",), "dbias": ("1hqk",)}[job.kernel]
     for pattern, dtype in itertools.product(patterns, dict.fromkeys((case.dtype, torch.float32))):
         # two batch entries: a bias of one would count as one that varies over the batch

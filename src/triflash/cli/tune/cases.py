@@ -51,12 +51,14 @@ class Case:
     causal: bool
     dbias: bool
     bias_dtype: torch.dtype | None = None  # None: that of q
+    precision: str = ""  # of float32 products; empty: PyTorch's setting
 
     def __str__(self) -> str:
         lengths = f"s{self.queries}" if self.queries == self.keys else f"s{self.queries}x{self.keys}"
         bias = f" {self.bias}{' +db' if self.dbias else ''}" if self.bias else ""
         mask = " causal" if self.causal else ""
-        return f"b{self.batch} h{self.heads} {lengths} d{self.head_dim} {DTYPE_NAMES[self.dtype]}{bias}{mask}"
+        products = f" {self.precision}" if self.precision else ""
+        return f"b{self.batch} h{self.heads} {lengths} d{self.head_dim} {DTYPE_NAMES[self.dtype]}{products}{bias}{mask}"
 
     @property
     def needs(self) -> Needs:
@@ -77,11 +79,11 @@ class Case:
     def spec(self) -> AttentionSpec:
         """The spec of the case."""
         x = self.tensors(meta)
-        return spec_of(x.q, x.k, x.v, x.bias, 1, None, 0 if self.causal else None, self.head_dim**-0.5, "")
+        return spec_of(x.q, x.k, x.v, x.bias, 1, None, 0 if self.causal else None, self.head_dim**-0.5, self.precision)
 
-    def problem(self, kernel: str) -> Problem:
+    def problem(self, kernel: str, device: DeviceFacts) -> Problem:
         """What a configuration of the kernel is chosen by in this case."""
-        return problem_of(kernel, self.spec())
+        return problem_of(kernel, self.spec(), device)
 
     def kernels(self, device: DeviceFacts) -> list[str]:
         """The kernels of the case's forward and backward pass that have a configuration to choose."""

@@ -13,6 +13,7 @@ import torch
 from ...plan.configs import MAX_HEAD_DIM
 from ...plan.device import KNOWN_DEVICES
 from ...plan.overlay import TUNABLE
+from ...spec import PRECISIONS
 from .. import shorthand
 from .cases import Case
 
@@ -58,7 +59,18 @@ class Options:
             if path is not None and not path.absolute().parent.is_dir():
                 raise ValueError(f"{path}: its folder does not exist")
         cases = tuple(
-            Case(_batch(given, s), s, given.sk or s, _heads(given, d), d, given.dtype, bias, causal, bias is not None and given.dbias)
+            Case(
+                _batch(given, s),
+                s,
+                given.sk or s,
+                _heads(given, d),
+                d,
+                given.dtype,
+                bias,
+                causal,
+                bias is not None and given.dbias,
+                precision=given.precision if given.dtype == torch.float32 else "",
+            )
             for d, s, causal, bias in itertools.product(given.d, given.s, given.causal, given.bias)
         )
         return cls(
@@ -118,6 +130,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="causal; 'both': with and without",
     )
     parser.add_argument("--bias", type=biases, default=[None], metavar="1hqk,…", help="shapes of a bias; none (default) for no bias")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="",
+        help="of float32 products (default: PyTorch's setting)",
+    )
     parser.add_argument("--no-dbias", dest="dbias", action="store_false", help="the bias asks for no gradient")
     parser.add_argument("--kernels", type=_kernels, default=list(TUNABLE), metavar="NAME,…", help=f"only these of {', '.join(TUNABLE)}")
     parser.add_argument(

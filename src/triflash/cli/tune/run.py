@@ -76,7 +76,7 @@ def tune(options: Options, device: DeviceFacts, compiler: Builder, bench: Callab
         ready = [job for job in jobs if built[job].refused(device, None if _is_default(job) else options.spills) is None]
         task = bar.add_task("measuring", total=len(ready))
         try:
-            for cases in _groups(options.cases):
+            for cases in _groups(options.cases, device):
                 own = [job for job in ready if job.case in cases]
                 rounds = _measure(own, cases, device, bench, options.budget, lambda: bar.advance(task))
                 tried += [
@@ -110,7 +110,7 @@ def _jobs(options: Options, device: DeviceFacts) -> list[Job]:
         for case in options.cases
         for kernel in case.kernels(device)
         if kernel in options.kernels
-        for config in candidates(case.problem(kernel), device, case.default(kernel, device))
+        for config in candidates(case.problem(kernel, device), device, case.default(kernel, device))
     ]
 
 
@@ -118,11 +118,11 @@ def _is_default(job: Job) -> bool:
     return job.config == job.case.default(job.kernel, job.device)
 
 
-def _groups(cases: tuple[Case, ...]) -> list[list[Case]]:
+def _groups(cases: tuple[Case, ...], device: DeviceFacts) -> list[list[Case]]:
     """Cases that share their entries: the same head dim, element size, bias or not, causal or not."""
     groups: dict[Problem, list[Case]] = {}
     for case in cases:
-        groups.setdefault(case.problem("forward"), []).append(case)
+        groups.setdefault(case.problem("forward", device), []).append(case)
     return list(groups.values())
 
 
@@ -185,7 +185,9 @@ def _entry(kernel: str, config: TileConfig, cases: list[Case], rounds: Rounds, d
         "date": datetime.date.today().isoformat(),
         "triflash": __version__,
     }
-    return overlay.Entry(device.name, device.arch, triton_version(), overlay.kernel_source(), cases[0].problem(kernel), config, measured)
+    return overlay.Entry(
+        device.name, device.arch, triton_version(), overlay.kernel_source(), cases[0].problem(kernel, device), config, measured
+    )
 
 
 def _results(chosen: dict[str, TileConfig], cases: list[Case], rounds: Rounds, jobs: list[Job], device: DeviceFacts) -> list[report.Result]:
