@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import inspect
+import io
+import os
 import re
+import shlex
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +49,43 @@ def test_recipes() -> None:
     table = names["positions"].weight
     assert table.requires_grad and names["sink"].grad.shape == (8,) and names["keys"].grad.shape == (2, 1, 1, 1024)
     assert names["lse"].shape == (2, 8, 1024) and torch.isfinite(names["lse"]).all()
+
+
+PROGRAM_AND_OUTPUT = re.compile(
+    r"```python\n(.*?)```\n(?:\n((?:    [^\n]*\n)+))?", re.DOTALL
+)  # an indented block right behind it is what it prints
+
+
+@pytest.mark.parametrize("page", ["biases.md", "masks.md"])
+def test_a_guide_runs_as_written_and_prints_what_it_says(page: str) -> None:
+    names: dict[str, Any] = {}
+    programs = PROGRAM_AND_OUTPUT.findall((ROOT / "docs" / page).read_text())
+    assert len(programs) >= 5
+    for program, said in programs:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(program, page, "exec"), names)
+        assert printed.getvalue() == textwrap.dedent(said)
+    q, k, v = (names[name].detach().cpu() for name in "qkv")
+    if page == "biases.md":  # the last call is of zeros, in two biases: attention without any
+        seen, out = torch.ones(48, 64, dtype=torch.bool), triflash.attention(q, k, v, bias=(names["bias"].cpu(), names["keys"].cpu()))
+    else:
+        seen, out = names["attention_mask"][:, None, None, :].bool() & torch.ones(32, 32, dtype=torch.bool).tril(), names["out"]
+    s = torch.einsum("bihd,bjhd->bhij", q, k) / 4
+    dense = torch.einsum("bhij,bjhd->bihd", s.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(), v)
+    torch.testing.assert_close(out.detach(), dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_the_shell_prints(page: Path) -> None:
+    """Where a page shows a command behind ``$``, the lines below are what it prints."""
+    sessions = re.findall(r"^    \$ (triflash .*)\n((?:    (?!\$ ).*\n)*)", page.read_text(), re.MULTILINE)
+    assert sessions or page != ROOT / "README.md"
+    for command, said in sessions:
+        here = command.replace("triflash ", f"{shlex.quote(sys.executable)} -m triflash ", 1)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)}
+        ran = subprocess.run(here, shell=True, capture_output=True, text=True, env=environment)
+        assert (ran.returncode, ran.stdout) == (0, textwrap.dedent(said)), ran.stderr
 
 
 def test_what_runs_where() -> None:
@@ -121,6 +165,24 @@ def test_pages_outside_docs_are_on_the_site() -> None:
             path = (page.parent / target).resolve()
             if path.exists() and not path.is_relative_to(ROOT / "docs"):
                 assert str(path.relative_to(ROOT)) in found, f"{page.name}: {target}"
+
+
+# Pages for users. The others are the reference, or for whoever changes the code.
+GUIDE = sorted({path.name for path in (ROOT / "docs").glob("*.md")} - {"api.md", "api-compat.md", "design.md", "tuning.md", "bench.md"})
+
+
+def test_every_public_function_has_a_page() -> None:
+    """Beyond the reference: a guide calls it, or names it in code."""
+    text = "\n".join((ROOT / "docs" / page).read_text() for page in GUIDE)
+    code = "\n".join([*re.findall(r"```python\n(.*?)```", text, re.DOTALL), *re.findall(r"`([^`\n]+)`", text)])
+    words = set(re.findall(r"\w+", code))
+    public = {
+        name
+        for module in DOCUMENTED
+        for name in importlib.import_module(module).__all__
+        if callable(getattr(importlib.import_module(module), name)) and not name.startswith(ELSEWHERE)
+    }
+    assert sorted(public - words) == [], "public functions without a page: write one, or a section of one"
 
 
 def test_a_user_calls_everything_in_strict_types() -> None:
