@@ -1,13 +1,15 @@
 """What mkdocs.yml needs beyond plugins: pages that lie outside docs/, links to them, and public names in the API reference.
 
 The README is the first page, and the other pages of the root keep their names. A link that leads out of docs/ leads to the same file on
-the site: nothing is written twice. A link to a file that the site does not have is left alone, and mkdocs, which is strict, stops at it.
+the site: nothing is written twice. Tables and plots of measurements are made from docs/results (scripts/measured.py). A link to a file that
+the site does not have is left alone, and mkdocs, which is strict, stops at it.
 """
 
 from __future__ import annotations
 
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ import griffe
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from measured import MARK, Recorded  # noqa: E402  beside this file
+
 OUTSIDE = [
     "README.md",
     "CHANGELOG.md",
@@ -36,12 +42,32 @@ def on_files(files: Files, config: Any) -> Files:
     """Add what lies outside docs/."""
     for name in OUTSIDE:
         files.append(File.generated(config, RENAMED.get(name, name), content=(ROOT / name).read_text()))
+    for page in (ROOT / "docs").glob("*.md"):
+        for path, which, what in MARK.findall(page.read_text()):
+            if what == "plot":
+                files.append(File.generated(config, _drawing(path, which), content=Recorded(ROOT / "docs" / path).plot(which)))
     return files
 
 
+def _drawing(path: str, which: str) -> str:
+    return f"{path.removesuffix('.json')}-{which}.svg"
+
+
+def _measured(match: re.Match[str]) -> str:
+    """What a page shows of a recorded run in place of its comment."""
+    path, which, what = match.groups()
+    recorded = Recorded(ROOT / "docs" / path)
+    if what == "plot":
+        return f"![{recorded.caption(which)}]({_drawing(path, which)})\n\n{recorded.caption(which)}"
+    return recorded.table(which, memory=what == "memory")
+
+
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links to files of the repository as links to files of the site; a bar in code in a table as the bar that is meant."""
+    """Measurements in place of their comments; links to files of the repository as links to files of the site; a bar in code in a table as
+    the bar that is meant.
+    """
     uri = page.file.src_uri
+    markdown = MARK.sub(_measured, markdown)
     here = next((name for name, other in RENAMED.items() if other == uri), uri if uri in OUTSIDE else f"docs/{uri}")
 
     def on_site(match: re.Match[str]) -> str:
