@@ -35,7 +35,6 @@ OUTSIDE = [
 RENAMED = {"README.md": "index.md"}
 _LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])")
 _CODE = re.compile(r"`[^`\n]+`")
-_ROLE = re.compile(r":(?:func|class|mod|meth|data):`~?([\w.]+)`")
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -88,12 +87,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 class PublicNames(griffe.Extension):
-    """Roles such as :func:`attention` become code, and parameters that only serve error messages are left out, as in ``help()``."""
-
-    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Roles in a docstring."""
-        if obj.docstring is not None:
-            obj.docstring.value = _ROLE.sub(r"`\1`", obj.docstring.value)
+    """Parameters that only serve error messages are left out, as in ``help()``."""
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         """Signatures that the module replaces by ``__signature__``."""

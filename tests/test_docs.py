@@ -8,6 +8,7 @@ import importlib
 import inspect
 import io
 import os
+import pydoc
 import re
 import shlex
 import subprocess
@@ -165,6 +166,23 @@ def test_pages_outside_docs_are_on_the_site() -> None:
             path = (page.parent / target).resolve()
             if path.exists() and not path.is_relative_to(ROOT / "docs"):
                 assert str(path.relative_to(ROOT)) in found, f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_help_reads_like_the_page(module: str) -> None:
+    """No roles of Sphinx, no parameters that only serve error messages; each parameter is told of, here or where the docstring says."""
+    for name in importlib.import_module(module).__all__:
+        thing = getattr(importlib.import_module(module), name)
+        if not callable(thing) or name.startswith(ELSEWHERE):
+            continue
+        text = inspect.getdoc(thing) or ""
+        assert not re.search(r":(func|class|mod|meth|data):`", text), name
+        parameters = set() if inspect.isclass(thing) and issubclass(thing, Exception) else set(inspect.signature(thing).parameters)
+        if name != "explain":  # which says of them that they are ``attention``'s
+            assert not parameters & {"more", "others"}, name
+        if "as of ``" not in text:
+            assert parameters - set(re.findall(r"\w+", text)) == set(), name
+        assert name in pydoc.render_doc(thing)
 
 
 # Pages for users. The others are the reference, or for whoever changes the code.

@@ -148,7 +148,7 @@ def attention(
             dq; default ``torch.are_deterministic_algorithms_enabled()``. Only the backward kernels of backend ``hopper`` make a difference.
         layout: ``"bshd"`` as above, or ``"bhsd"``: q ``(*batch, Hq, M, D)``, k, v and the output alike. By strides; nothing is copied.
         precision: of float32 products: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``; default PyTorch's own setting for matrix products.
-        backend: as :func:`triflash.backend`; default the innermost block's, else ``TRIFLASH_BACKEND``, else ``"auto"``.
+        backend: as ``triflash.backend``; default the innermost block's, else ``TRIFLASH_BACKEND``, else ``"auto"``.
 
     Returns:
         out ``(*batch, M, Hq, Dv)`` in q's dtype, or ``(out, lse)`` with lse ``(*batch, Hq, M)`` in float32 (float64 for float64), sink
@@ -162,7 +162,7 @@ def attention(
 
     q, k and v may be jagged NestedTensors, ``(B, lengths, heads, dim)``, ragged in dim 1, or 2 with ``layout="bhsd"``: out and lse are
     jagged with q's offsets, causal, windows and ALiBi follow each sequence's own lengths, a bias or mask is padded to the longest, and
-    key_lengths must be None. :func:`triflash.attention_varlen` computes it.
+    key_lengths must be None. ``triflash.attention_varlen`` computes it.
 
     What causal, window, mask or a bias of −inf hides must be finite; what only key_lengths hides may hold anything.
 
@@ -193,7 +193,7 @@ def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor
     """The result over all keys from results over parts of them: ``lse = log Σ exp(lse_t)``, ``out = Σ exp(lse_t − lse) out_t``.
 
     Args:
-        outs: of each part, ``(*batch, M, H, Dv)``. lses: of each part, ``(*batch, H, M)``, as :func:`attention` returns them. Queries and
+        outs: of each part, ``(*batch, M, H, Dv)``. lses: of each part, ``(*batch, H, M)``, as ``attention`` returns them. Queries and
             heads are the same in every part; keys are disjoint.
 
     Returns:
