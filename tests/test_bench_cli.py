@@ -153,6 +153,37 @@ def test_memory_is_drawn_beside_speed(finished: Path) -> None:
     assert widths == drawn
 
 
+def test_one_picture(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Speed and peak memory over length, of one problem; a cross where memory ran out; no other file."""
+    found = Run.load(finished / "bench.json")
+    picture, drawing = tmp_path / "bias.png", tmp_path / "bias.svg"
+    assert main(["bench", "plot", str(finished / "bench.json"), "--picture", str(picture)]) == 0
+    assert main(["bench", "plot", str(finished / "bench.json"), "--picture", str(drawing)]) == 0
+    assert picture.read_bytes().startswith(PNG) and b"<svg" in drawing.read_bytes()
+    assert set(tmp_path.iterdir()) == {picture, drawing} and str(drawing) in capsys.readouterr().out
+    cells = [cell for cell in found.cells if cell.bias == "1h1k+db" and cell.mask == found.cells[0].mask]
+    lost = next(row for row in found.rows if (row.cell, row.provider, row.which) == (cells[-1].key, "dense", "bwd"))
+    lost.status, lost.reason = "dash", "out of memory"
+    speed, memory = plots._picture(found, "bwd", cells).axes
+    for panel, value in ((speed, lambda row: found.rate(cells[-1], row) / 1e9), (memory, lambda row: row.peak_bytes / 2**20)):
+        ours = next(row for row in found.rows if (row.cell, row.provider, row.which) == (cells[-1].key, "triflash", "bwd"))
+        assert panel.get_lines()[0].get_ydata()[-1] == value(ours)
+    crosses = [line for line in memory.get_lines() if line.get_marker() == "x"]
+    assert [list(line.get_xdata()) for line in crosses] == [[cells[-1].workload["keys"]]]
+
+
+def test_no_picture(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a run without a bias's gradient, or a name that is no picture's."""
+    found = Run.load(finished / "bench.json")
+    found.cells = [cell for cell in found.cells if cell.bias == "none"]
+    (tmp_path / "bench.json").write_text(found.dump())
+    for name, words in (("bias.png", "--dbias on"), ("bias.jpg", "ends in .png or .svg")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["bench", "plot", str(tmp_path / "bench.json"), "--picture", str(tmp_path / name)])
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / name).exists()
+
+
 class Wrong(Dense):
     """Dense attention with one element of one result spoilt."""
 

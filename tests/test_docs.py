@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import inspect
+import io
+import os
+import pydoc
 import re
+import shlex
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +50,64 @@ def test_recipes() -> None:
     table = names["positions"].weight
     assert table.requires_grad and names["sink"].grad.shape == (8,) and names["keys"].grad.shape == (2, 1, 1, 1024)
     assert names["lse"].shape == (2, 8, 1024) and torch.isfinite(names["lse"]).all()
+
+
+def test_where_dq_is_added_up_on_hopper() -> None:
+    """The table of docs/backends.md is what the plan does, at the number of keys and one below it."""
+    page = (ROOT / "docs" / "backends.md").read_text()
+    rows = re.findall(r"^\| (?:up to (\d+)|above) \| ([\d,]+|never)(?: keys)? \| ([\d,]+|never) \| ([\d,]+|never) \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+
+    def added(d: int, keys: int, kind: int) -> bool:
+        q, k = (torch.empty(2, n, 2, d, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (2048, keys))
+        options = [{}, {"causal": True}, {"bias": torch.empty(2048, keys, dtype=torch.bfloat16, device="meta")}][kind]
+        found = triflash.explain(q, k, k, **options, deterministic=False, device="h200")
+        return any("dqdkdv" in launch for launch in found.launches)
+
+    for dim, *limits in rows:
+        for kind, limit in enumerate(limits):
+            if limit == "never":
+                assert not added(256, 8192, kind)
+            else:
+                keys = int(limit.replace(",", ""))
+                assert added(int(dim), keys, kind) and not added(int(dim), keys - 1, kind), (dim, kind)
+
+
+PROGRAM_AND_OUTPUT = re.compile(
+    r"```python\n(.*?)```\n(?:\n((?:    [^\n]*\n)+))?", re.DOTALL
+)  # an indented block right behind it is what it prints
+
+
+@pytest.mark.parametrize("page", ["biases.md", "masks.md"])
+def test_a_guide_runs_as_written_and_prints_what_it_says(page: str) -> None:
+    names: dict[str, Any] = {}
+    programs = PROGRAM_AND_OUTPUT.findall((ROOT / "docs" / page).read_text())
+    assert len(programs) >= 5
+    for program, said in programs:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(program, page, "exec"), names)
+        assert printed.getvalue() == textwrap.dedent(said)
+    q, k, v = (names[name].detach().cpu() for name in "qkv")
+    if page == "biases.md":  # the last call is of zeros, in two biases: attention without any
+        seen, out = torch.ones(48, 64, dtype=torch.bool), triflash.attention(q, k, v, bias=(names["bias"].cpu(), names["keys"].cpu()))
+    else:
+        seen, out = names["attention_mask"][:, None, None, :].bool() & torch.ones(32, 32, dtype=torch.bool).tril(), names["out"]
+    s = torch.einsum("bihd,bjhd->bhij", q, k) / 4
+    dense = torch.einsum("bhij,bjhd->bihd", s.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(), v)
+    torch.testing.assert_close(out.detach(), dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_the_shell_prints(page: Path) -> None:
+    """Where a page shows a command behind ``$``, the lines below are what it prints."""
+    sessions = re.findall(r"^    \$ (triflash .*)\n((?:    (?!\$ ).*\n)*)", page.read_text(), re.MULTILINE)
+    assert sessions or page != ROOT / "README.md"
+    for command, said in sessions:
+        here = command.replace("triflash ", f"{shlex.quote(sys.executable)} -m triflash ", 1)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(Path(p).resolve()) for p in sys.path if p)}
+        ran = subprocess.run(here, shell=True, capture_output=True, text=True, env=environment)
+        assert (ran.returncode, ran.stdout) == (0, textwrap.dedent(said)), ran.stderr
 
 
 def test_what_runs_where() -> None:
@@ -103,6 +169,23 @@ def test_the_reference_names_what_programs_import() -> None:
         assert there is here, path
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda path: path.name)
+def test_every_record_names_its_commit(path: Path) -> None:
+    """Figures on pages link to a record, or name the commit themselves."""
+    text = (path / "README.md" if path.is_dir() else path).read_text()
+    assert re.search(r"commit ([0-9a-f]{7,40})\b", text), path
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/features.md", "docs/integrations.md", "docs/performance.md", "docs/how-it-works.md", "docs/biases.md"]
+)
+def test_pages_with_figures_name_commits_or_records(page: str) -> None:
+    """Every section with a speed or a time in it."""
+    for section in re.split(r"^## ", (ROOT / page).read_text(), flags=re.MULTILINE):
+        if re.search(r"TFLOP/s|\d µs|\d ms\b|tokens a second", section):
+            assert re.search(r"commit [0-9a-f]{7}|\]\((\.\./)?(docs/)?results/", section), section[:80]
+
+
 def test_the_site_has_every_page() -> None:
     """In its menu, but for the results, which their own page lists."""
     menu = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)) - {"index.md"}
@@ -121,6 +204,41 @@ def test_pages_outside_docs_are_on_the_site() -> None:
             path = (page.parent / target).resolve()
             if path.exists() and not path.is_relative_to(ROOT / "docs"):
                 assert str(path.relative_to(ROOT)) in found, f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("module", DOCUMENTED)
+def test_help_reads_like_the_page(module: str) -> None:
+    """No roles of Sphinx, no parameters that only serve error messages; each parameter is told of, here or where the docstring says."""
+    for name in importlib.import_module(module).__all__:
+        thing = getattr(importlib.import_module(module), name)
+        if not callable(thing) or name.startswith(ELSEWHERE):
+            continue
+        text = inspect.getdoc(thing) or ""
+        assert not re.search(r":(func|class|mod|meth|data):`", text), name
+        parameters = set() if inspect.isclass(thing) and issubclass(thing, Exception) else set(inspect.signature(thing).parameters)
+        if name != "explain":  # which says of them that they are ``attention``'s
+            assert not parameters & {"more", "others"}, name
+        if "as of ``" not in text:
+            assert parameters - set(re.findall(r"\w+", text)) == set(), name
+        assert name in pydoc.render_doc(thing)
+
+
+# Pages for users. The others are the reference, or for whoever changes the code.
+GUIDE = sorted({path.name for path in (ROOT / "docs").glob("*.md")} - {"api.md", "api-compat.md", "design.md", "tuning.md", "bench.md"})
+
+
+def test_every_public_function_has_a_page() -> None:
+    """Beyond the reference: a guide calls it, or names it in code."""
+    text = "\n".join((ROOT / "docs" / page).read_text() for page in GUIDE)
+    code = "\n".join([*re.findall(r"```python\n(.*?)```", text, re.DOTALL), *re.findall(r"`([^`\n]+)`", text)])
+    words = set(re.findall(r"\w+", code))
+    public = {
+        name
+        for module in DOCUMENTED
+        for name in importlib.import_module(module).__all__
+        if callable(getattr(importlib.import_module(module), name)) and not name.startswith(ELSEWHERE)
+    }
+    assert sorted(public - words) == [], "public functions without a page: write one, or a section of one"
 
 
 def test_a_user_calls_everything_in_strict_types() -> None:

@@ -19,7 +19,7 @@ def test_snippets_run_as_written() -> None:
     for snippet in snippets:
         exec(compile(snippet, str(PAGE), "exec"), names)
     assert F.scaled_dot_product_attention is builtin
-    # The last call of the page, dense.
+    # The call of xformers' function, dense.
     q, k, v, bias = (names[name].detach() for name in ("q", "k", "v", "bias"))
     s = torch.einsum("bihd,bjhd->bhij", q, k) * 0.5 + bias
     s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)

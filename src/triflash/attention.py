@@ -149,7 +149,7 @@ def attention(
         layout: ``"bshd"`` as above, or ``"bhsd"``: q ``(*batch, Hq, M, D)``, k, v and the output alike. By strides; nothing is copied.
         precision: of float32 products: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``, three TF32 products for one; default PyTorch's own setting
             for matrix products, and where nobody set one, ``"tf32x3"`` on NVIDIA GPUs for head dims up to 64, else ``"ieee"``.
-        backend: as :func:`triflash.backend`; default the innermost block's, else ``TRIFLASH_BACKEND``, else ``"auto"``.
+        backend: as ``triflash.backend``; default the innermost block's, else ``TRIFLASH_BACKEND``, else ``"auto"``.
 
     Returns:
         out ``(*batch, M, Hq, Dv)`` in q's dtype, or ``(out, lse)`` with lse ``(*batch, Hq, M)`` in float32 (float64 for float64), sink
@@ -163,7 +163,7 @@ def attention(
 
     q, k and v may be jagged NestedTensors, ``(B, lengths, heads, dim)``, ragged in dim 1, or 2 with ``layout="bhsd"``: out and lse are
     jagged with q's offsets, causal, windows and ALiBi follow each sequence's own lengths, a bias or mask is padded to the longest, and
-    key_lengths must be None. :func:`triflash.attention_varlen` computes it.
+    key_lengths must be None. ``triflash.attention_varlen`` computes it.
 
     What causal, window, mask or a bias of −inf hides must be finite; what only key_lengths hides may hold anything.
 
@@ -194,7 +194,7 @@ def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor
     """The result over all keys from results over parts of them: ``lse = log Σ exp(lse_t)``, ``out = Σ exp(lse_t − lse) out_t``.
 
     Args:
-        outs: of each part, ``(*batch, M, H, Dv)``. lses: of each part, ``(*batch, H, M)``, as :func:`attention` returns them. Queries and
+        outs: of each part, ``(*batch, M, H, Dv)``. lses: of each part, ``(*batch, H, M)``, as ``attention`` returns them. Queries and
             heads are the same in every part; keys are disjoint.
 
     Returns:

@@ -82,7 +82,7 @@ def explain(
     ``with triflash.backend(...)``, ``triflash.tuned(...)`` and environment. No tensor is read, and nothing is launched.
 
     Args:
-        q, k, v: as for :func:`triflash.attention`, with the same checks; jagged ones, too. Meta tensors will do.
+        q, k, v: as for ``triflash.attention``, with the same checks; jagged ones, too. Meta tensors will do.
         more: the bias; or, of ``attention_varlen``, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k. By name they go as well.
         of: the function: ``triflash.attention``, or ``triflash.attention_varlen``, whose offsets are not read either.
         options: its other keywords, of the same meaning (``causal=``, ``mask=``, ``window=``, ``scale=``, …). The
@@ -92,13 +92,13 @@ def explain(
         backend: as in ``with triflash.backend(backend)``.
         device: what to explain it for: a kind of device (``"sm80"``, ``"sm90"``, ``"gfx942"``, ``"cpu"``, …; if this machine has one, that
             one), a product (``"a100"``, ``"h100"``, ``"h200"``, ``"rtx4090"``, ``"mi300x"``, …), a ``torch.device`` of this machine, or
-            :class:`~triflash.plan.device.DeviceFacts`. Default: where the tensors are; for meta tensors this machine's GPU, if it has one,
+            ``DeviceFacts``. Default: where the tensors are; for meta tensors this machine's GPU, if it has one,
             else its CPU.
         compile: also compile the kernels ahead of time for that device, which takes some seconds and needs no GPU, and report
             their registers, spills and shared memory.
 
     Returns:
-        :class:`~triflash.explanation.Explanation`, whose text is a report.
+        ``Explanation``, whose text is a report.
 
     Raises:
         ValueError, TypeError: what the function would raise, or a wrong ``grads`` or ``device``, or ``compile`` where Triton cannot

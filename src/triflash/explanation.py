@@ -99,7 +99,7 @@ class Explanation:
 
     @property
     def launches(self) -> list[str]:
-        """What :func:`triflash.record_launches` reports of a forward and a backward pass."""
+        """What ``triflash.record_launches`` reports of a forward and a backward pass."""
         passes = (self.forward,) if self.backward is None else (self.forward, self.backward)
         return [f"{each.backend}: {explained.step}" for each in passes for explained in each.steps]
 

@@ -66,7 +66,7 @@ def flash_attn_func(
     Memory beyond inputs and outputs is O(seqlen_q + seqlen_k), but for copies of inputs whose layout kernels cannot read: a last dim that
     is not contiguous, or a bias whose rows are not a multiple of 16 elements apart. Results are bitwise reproducible, gradients included,
     but for dq on backend ``hopper``, unless ``torch.use_deterministic_algorithms(True)`` is in force when this is called.
-    Autocast and ``torch.func``: as for :func:`triflash.attention`.
+    Autocast and ``torch.func``: as for ``triflash.attention``.
     """
     return _attend((q, k, v), bias, causal, softmax_scale)
 
@@ -74,12 +74,20 @@ def flash_attn_func(
 def flash_attn_kvpacked_func(
     q: Tensor, kv: Tensor, bias: Tensor | None = None, causal: bool = False, softmax_scale: float | None = None
 ) -> Tensor:
-    """:func:`flash_attn_func` with k and v in one tensor ``kv (batch, seqlen_k, 2, nheads, headdim)``; so is their gradient."""
+    """``flash_attn_func`` with k and v in one tensor, whose gradient is one tensor, too.
+
+    Args:
+        kv: ``(batch, seqlen_k, 2, nheads, headdim)``. All else, what is returned and what is raised: as of ``flash_attn_func``.
+    """
     return _attend((q, kv), bias, causal, softmax_scale)
 
 
 def flash_attn_qkvpacked_func(qkv: Tensor, bias: Tensor | None = None, causal: bool = False, softmax_scale: float | None = None) -> Tensor:
-    """:func:`flash_attn_func` with all three in one tensor ``qkv (batch, seqlen, 3, nheads, headdim)``; so is their gradient."""
+    """``flash_attn_func`` with all three in one tensor, whose gradient is one tensor, too.
+
+    Args:
+        qkv: ``(batch, seqlen, 3, nheads, headdim)``. All else, what is returned and what is raised: as of ``flash_attn_func``.
+    """
     return _attend((qkv,), bias, causal, softmax_scale)
 
 
@@ -106,7 +114,7 @@ class _SeedFunction(torch.autograd.Function):
 
 
 class FlashAttnFunc(_SeedFunction):
-    """The seed's autograd function: ``FlashAttnFunc.apply(q, k, v, bias, causal, softmax_scale)``, as :func:`flash_attn_func`."""
+    """The seed's autograd function: ``FlashAttnFunc.apply(q, k, v, bias, causal, softmax_scale)``, as ``flash_attn_func``."""
 
     @staticmethod
     def forward(

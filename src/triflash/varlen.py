@@ -109,7 +109,7 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention within each of many sequences packed one behind the other, with gradients for q, k, v, the bias and the sink.
 
-    What :func:`triflash.attention` computes, of each sequence on its own: no sequence sees another's values, NaN included.
+    What ``triflash.attention`` computes, of each sequence on its own: no sequence sees another's values, NaN included.
 
     Args:
         q: queries ``(Tq, Hq, D)`` of all sequences; fp16, bf16 or fp32 (fp64 on backend ``tiled``).
@@ -127,10 +127,10 @@ def attention_varlen(
             not 1 counts as −inf. ``"rows"``: ``(Hq|1, Tq, Nmax|1)``, packed along queries. ``"keys"``: ``(Hq|1, Tk)``, a number a key.
         mask: bool, True = visible, in one of the same layouts, also beside a bias.
         mask_layout: of the mask; default bias_layout.
-        causal: aligned to the bottom right of each sequence (True), or ``"top_left"``. window: see :func:`triflash.attention`, likewise.
-        scale, softcap: see :func:`triflash.attention`. alibi_slopes: ``(Hq,)`` or ``(B, Hq)``. sink: ``(Hq,)``.
+        causal: aligned to the bottom right of each sequence (True), or ``"top_left"``. window: see ``triflash.attention``, likewise.
+        scale, softcap: see ``triflash.attention``. alibi_slopes: ``(Hq,)`` or ``(B, Hq)``. sink: ``(Hq,)``.
         dropout_p, dropout_seed: the marks of the padded batch: by sequence, head and position in the sequence.
-        return_lse, deterministic, precision, backend: see :func:`triflash.attention`; backends ``tiled`` and ``oracle`` read the offsets.
+        return_lse, deterministic, precision, backend: see ``triflash.attention``; backends ``tiled`` and ``oracle`` read the offsets.
 
     Returns:
         out ``(Tq, Hq, Dv)``, or ``(out, lse)`` with lse ``(Hq, Tq)``, differentiable. Rows that no sequence owns, or behind seqused_q, get

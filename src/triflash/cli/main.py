@@ -95,7 +95,7 @@ def _bench(parser: argparse.ArgumentParser, given: argparse.Namespace, words: li
         if given.bench_command == "compare":
             return run.compare(given.before, given.after, given.effect, given.alpha, given.all)
         if given.bench_command == "plot":
-            return run.plot(given.run, given.plot_out)
+            return run.plot(given.run, given.plot_out, given.picture)
         return run.run(Options.of(given, torch.cuda.is_available(), words))
     except (ValueError, OSError) as error:
         parser.error(str(error))

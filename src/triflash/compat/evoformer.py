@@ -24,7 +24,7 @@ _CHUNK = 2**22  # float32 scores that the pass for the maxima holds at once: 16 
 
 
 def DS4Sci_EvoformerAttention(Q: Tensor, K: Tensor, V: Tensor, biases: Sequence[Tensor | None]) -> Tensor:
-    """``softmax(Q Kᵀ / sqrt(D) + bias1 + bias2) V``, as ``deepspeed.ops.deepspeed4science`` has it, by :func:`triflash.attention`.
+    """``softmax(Q Kᵀ / sqrt(D) + bias1 + bias2) V``, as ``deepspeed.ops.deepspeed4science`` has it, by ``triflash.attention``.
 
     Args:
         Q: queries ``(B, N, L, H, D)``: N rows of an alignment, or of pairs, of L residues; fp16, bf16 or fp32 (fp64 on backend ``tiled``).

@@ -52,7 +52,7 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """``softmax(softmax_scale * q kᵀ) v`` with FlashAttention-2's arguments, by :func:`triflash.attention`.
+    """``softmax(softmax_scale * q kᵀ) v`` with FlashAttention-2's arguments, by ``triflash.attention``.
 
     Args:
         q: ``(batch, seqlen_q, nheads, headdim)``; fp16, bf16, fp32, or fp64 on backend ``tiled``. Any head dim; any strides.
@@ -96,7 +96,11 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """:func:`flash_attn_func` of k and v in one tensor, ``kv (batch, seqlen_k, 2, nheads_k, headdim)``; its gradient is one tensor, too."""
+    """``flash_attn_func`` of k and v in one tensor, whose gradient is one tensor, too.
+
+    Args:
+        kv: ``(batch, seqlen_k, 2, nheads_k, headdim)``. All else, what is returned and what is raised: as of ``flash_attn_func``.
+    """
     check_tensors({"kv": kv}, {"kv": "B N 2 Hk D"})
     k, v = kv.unbind(2)
     return flash_attn_func(
@@ -115,7 +119,11 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """:func:`flash_attn_func` of q, k and v in one tensor, ``qkv (batch, seqlen, 3, nheads, headdim)``; its gradient is one tensor, too."""
+    """``flash_attn_func`` of q, k and v in one tensor, whose gradient is one tensor, too.
+
+    Args:
+        qkv: ``(batch, seqlen, 3, nheads, headdim)``. All else, what is returned and what is raised: as of ``flash_attn_func``.
+    """
     check_tensors({"qkv": qkv}, {"qkv": "B M 3 H D"})
     q, k, v = qkv.unbind(2)
     return flash_attn_func(
@@ -141,13 +149,13 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
 ) -> Any:
-    """:func:`flash_attn_func` of sequences packed one behind the other, by :func:`triflash.attention_varlen`.
+    """``flash_attn_func`` of sequences packed one behind the other, by ``triflash.attention_varlen``.
 
     Args:
         q: ``(total_q, nheads, headdim)``. k, v: ``(total_k, nheads_k, headdim)``; v's head dim may be another.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 ``(batch + 1,)``: sequence b is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
         max_seqlen_q, max_seqlen_k: hints; results do not depend on them.
-        block_table: None; pages are an UnsupportedError. The rest as of :func:`flash_attn_func`, within each sequence.
+        block_table: None; pages are an UnsupportedError. The rest as of ``flash_attn_func``, within each sequence.
 
     Returns:
         out ``(total_q, nheads, headdim)``, or ``(out, softmax_lse, None)`` with softmax_lse ``(nheads, total_q)``, float32, differentiable.
@@ -185,7 +193,11 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """:func:`flash_attn_varlen_func` of k and v in one tensor, ``kv (total_k, 2, nheads_k, headdim)``; its gradient is one tensor, too."""
+    """``flash_attn_varlen_func`` of k and v in one tensor, whose gradient is one tensor, too.
+
+    Args:
+        kv: ``(total_k, 2, nheads_k, headdim)``. All else, what is returned and what is raised: as of ``flash_attn_varlen_func``.
+    """
     check_tensors({"kv": kv}, {"kv": "Tk 2 Hk D"})
     k, v = kv.unbind(1)
     return flash_attn_varlen_func(
@@ -207,7 +219,11 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """:func:`flash_attn_varlen_func` of q, k and v in one tensor, ``qkv (total, 3, nheads, headdim)``; its gradient is one tensor, too."""
+    """``flash_attn_varlen_func`` of q, k and v in one tensor, whose gradient is one tensor, too.
+
+    Args:
+        qkv: ``(total, 3, nheads, headdim)``. All else, what is returned and what is raised: as of ``flash_attn_varlen_func``.
+    """
     check_tensors({"qkv": qkv}, {"qkv": "T 3 H D"})
     q, k, v = qkv.unbind(1)
     try:
@@ -416,7 +432,7 @@ def _same_bits(deterministic: bool) -> bool | None:
 
 
 def install() -> None:
-    """Make ``import flash_attn`` give these functions, in this process, until :func:`uninstall`; what is absent here is absent there.
+    """Make ``import flash_attn`` give these functions, in this process, until ``uninstall``; what is absent here is absent there.
 
     For programs that import ``flash_attn`` or ``flash_attn.flash_attn_interface`` and use the functions of this module.
     ``flash_attn.__version__`` is ``"2.8.3+triflash"``. There is no installed distribution of that name, so whoever looks for one, as
@@ -443,7 +459,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo :func:`install`; names that were imported meanwhile stay what they are. Does nothing where it was not called."""
+    """Undo ``install``; names that were imported meanwhile stay what they are. Does nothing where it was not called."""
     if getattr(sys.modules.get("flash_attn"), "__version__", None) == VERSION:
         for name in ("flash_attn", "flash_attn.flash_attn_interface"):
             sys.modules.pop(name, None)

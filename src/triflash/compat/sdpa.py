@@ -33,7 +33,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """``softmax(scale * query keyᵀ + attn_mask) value``, with PyTorch's arguments and layout, by :func:`triflash.attention`.
+    """``softmax(scale * query keyᵀ + attn_mask) value``, with PyTorch's arguments and layout, by ``triflash.attention``.
 
     Args:
         query: ``(..., Hq, M, D)``; fp16, bf16, fp32 or fp64. ``(B, M, D)`` and ``(M, D)`` go as well; any number of batch dims.

@@ -40,7 +40,7 @@ def varlen_attn(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> Any:
-    """Attention of sequences packed one behind the other, by :func:`triflash.attention_varlen`.
+    """Attention of sequences packed one behind the other, by ``triflash.attention_varlen``.
 
     Args:
         query: ``(Tq, Hq, D)``; fp16, bf16, fp32, or fp64 on backend ``tiled``; any head dim, any strides, on a CPU too.

@@ -29,7 +29,7 @@ class LowerTriangularMask:
 
 
 class LowerTriangularMaskWithTensorBias(LowerTriangularMask):
-    """:class:`LowerTriangularMask` and a bias, which may be learned."""
+    """``LowerTriangularMask`` and a bias, which may be learned."""
 
     def __init__(self, bias: Tensor) -> None:
         self._bias = bias
@@ -46,13 +46,13 @@ def memory_efficient_attention(
     op: Any = None,
     output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``dropout_p(softmax(scale * query keyᵀ + attn_bias)) value`` with xformers' arguments and layouts, by :func:`triflash.attention`.
+    """``dropout_p(softmax(scale * query keyᵀ + attn_bias)) value`` with xformers' arguments and layouts, by ``triflash.attention``.
 
     Args:
         query: ``(B, M, H, K)``, ``(B, M, K)`` for one head, or ``(B, M, G, H, K)`` for groups of heads; fp16, bf16, fp32, fp64.
         key: ``(B, N, H, K)`` and so on, as many dims. value: ``(B, N, H, Kv)`` and so on.
         attn_bias: None; a tensor that broadcasts to ``(B, H, M, N)`` (``(B, M, N)`` for three dims, ``(B, G, H, M, N)`` for five), floats
-            with a gradient or bool (True = visible); :class:`LowerTriangularMask`, also with ``.add_bias(tensor)``; or one of xformers'
+            with a gradient or bool (True = visible); ``LowerTriangularMask``, also with ``.add_bias(tensor)``; or one of xformers'
             LowerTriangularMask, LowerTriangularMaskWithTensorBias, LowerTriangularFromBottomRightMask,
             LowerTriangularFromBottomRightLocalAttentionMask, LocalAttentionFromBottomRightMask.
         p: the probability with which a softmax probability is dropped.

@@ -71,7 +71,7 @@ def attention_forward(
     output_attentions: bool = False,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers' ``AttentionInterface`` holds them, computed by :func:`triflash.attention`.
+    """An attention function as transformers' ``AttentionInterface`` holds them, computed by ``triflash.attention``.
 
     Args:
         module: the model's attention module; its ``is_causal`` counts where there is no mask and no is_causal.
@@ -178,7 +178,7 @@ def patch(model: nn.Module) -> nn.Module:
         model: a transformers model. Its weights stay as they are.
 
     Returns:
-        The model itself. :func:`unpatch` puts everything back.
+        The model itself. ``unpatch`` puts everything back.
 
     Raises:
         ValueError: there is no patch for it, or it is patched already.
@@ -188,7 +188,7 @@ def patch(model: nn.Module) -> nn.Module:
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undo :func:`patch`: the model's own attention and the implementation that it had. Returns the model.
+    """Undo ``patch``: the model's own attention and the implementation that it had. Returns the model.
 
     Raises:
         ValueError: it is not patched.

@@ -61,7 +61,7 @@ def backend(name: str) -> Iterator[None]:
             ``"triton"`` (portable Triton kernels; on CPU tensors only with ``TRITON_INTERPRET=1``), ``"hopper"`` (16-bit
             inputs on an NVIDIA H100, H200 or H20), or ``"oracle"`` (dense float64 reference, for debugging).
 
-    A named backend never falls back: what it cannot do raises :class:`triflash.UnsupportedError`. The choice is made in the forward
+    A named backend never falls back: what it cannot do raises ``triflash.UnsupportedError``. The choice is made in the forward
     pass; the backward pass of that call uses the same one, wherever it runs. The environment variable ``TRIFLASH_BACKEND`` sets the
     choice for calls outside any block.
 

@@ -323,6 +323,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     plot = commands.add_parser("plot", help="draw a run again", description="Write the tables and plots of a run again from its samples.")
     plot.add_argument("run", type=Path, help="bench.json of a run")
     plot.add_argument("--out", dest="plot_out", type=Path, metavar="DIR", help="where to (default: beside the file)")
+    alone = "write one picture alone, PNG or SVG: speed and peak memory with a bias and its gradient over sequence length"
+    plot.add_argument("--picture", type=Path, metavar="FILE", help=alone)
 
 
 def listing() -> str:

@@ -17,12 +17,16 @@ from .record import Cell, Row, Run, write_whole
 from .report import best_peer_ratio
 from .workloads import short
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_picture"]
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes; triflash takes the two strongest.
 _OURS = ("#d55e00", "#0072b2", "#000000", "#882255")
 _PEERS = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#999933", "#44aa99")
 _MARKERS = "osD^vPX*"
+_WORDS = {
+    "sdpa-efficient": "SDPA, memory-efficient", "sdpa-cudnn": "SDPA, cuDNN", "sdpa-flash": "SDPA, FlashAttention-2", "sdpa": "SDPA",
+    "flex": "FlexAttention", "fa4": "FlashAttention-4", "dense": "plain PyTorch", "chunked": "plain PyTorch, in chunks",
+}  # fmt: skip
 
 
 def draw(run: Run, folder: Path) -> list[Path]:
@@ -58,6 +62,61 @@ def draw(run: Run, folder: Path) -> list[Path]:
     if heat is not None:
         written.append(_write(heat, folder / "ratio.png"))
     return written
+
+
+def draw_picture(run: Run, path: Path) -> Path:
+    """Write the one picture: speed and peak memory with a bias and its gradient over sequence length, of the first problem of the run that
+    was measured so, its backward pass or else its step. PNG or SVG by the name of the file. Raises ValueError where there is none.
+    """
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"--picture: wanted a name that ends in .png or .svg, got {path.name}")
+    for which in ("bwd", "step"):
+        problems: dict[tuple[object, ...], list[Cell]] = {}
+        for cell in run.cells:
+            if cell.workload["dbias"]:
+                problem = (cell.dtype, cell.bias, cell.mask, *(cell.workload[name] for name in ("head_dim", "value_dim", "batch", "heads")))
+                problems.setdefault(problem, []).append(cell)
+        for cells in problems.values():
+            if len({cell.workload["keys"] for cell in cells}) > 1 and _has_peaks(run, which, cells):
+                return _write(_picture(run, which, sorted(cells, key=lambda c: int(c.workload["keys"]))), path)
+    wanted = "a run of passes bwd or step at several lengths with --dbias on, one batch and number of heads for all"
+    raise ValueError(f"--picture: wanted {wanted}, got none in the file")
+
+
+def _picture(run: Run, which: str, cells: list[Cell]) -> Figure:
+    """Cells differ in their length alone. A cross at the top: out of memory."""
+    unit, factor = _unit(run)
+    figure = Figure(figsize=(10.0, 4.3), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    handles = _over_length(run, which, speed, cells, lambda cell, row: _per(run.rate(cell, row), factor), cells)
+    handles |= _over_length(run, which, memory, cells, lambda cell, row: _per(row.peak_bytes, 2**20), cells)
+    memory.set_yscale("log", base=2)
+    memory.autoscale(axis="y")
+    memory.yaxis.set_major_formatter(lambda mib, _at: f"{mib / 1024:g} GiB" if mib >= 1024 else f"{mib:g} MiB")
+    for provider in run.providers:
+        lost = [row.cell for cell in cells if (row := run.row(cell, provider, which)) is not None and row.reason == "out of memory"]
+        places = [cell.workload["keys"] for cell in cells if cell.key in lost]
+        if places:
+            cross = {"color": _style(run, provider)["color"], "marker": "x", "markersize": 8, "linestyle": "none", "clip_on": False}
+            memory.plot(places, [1.0] * len(places), transform=memory.get_xaxis_transform(), **cross)
+    for panel, title in ((speed, f"{unit}: more is better"), (memory, "peak memory beyond inputs and results: less is better")):
+        panel.set_title(title, fontsize=11)
+        panel.set_xlabel("sequence length")
+    w = cells[0].workload
+    what = "Backward pass" if which == "bwd" else "Forward and backward pass"
+    problem = f"{what} with the gradient of a bias ({_dims(cells[0])}), b {w['batch']}, h {w['heads']}, d {w['head_dim']}"
+    machine = run.machine
+    commit = f", commit {machine['commit'][:7]}{' and changes' if machine['dirty'] else ''}" if machine.get("commit") else ""
+    where = f"{cells[0].mask}, {cells[0].dtype}: {machine['name']}, torch {machine['torch']}{commit}"
+    figure.suptitle(f"{problem},\n{where}", fontsize=11)
+    names = [_WORDS.get(name, name) for name in handles]
+    figure.legend(list(handles.values()), names, loc="outside lower center", ncols=min(5, max(1, len(handles))), frameon=False)
+    return figure
+
+
+def _dims(cell: Cell) -> str:
+    """``1, h, s, s`` of the bias ``1hqk``."""
+    return ", ".join("s" if letter in "qk" else letter for letter in str(cell.workload["bias"]))
 
 
 def _style(run: Run, provider: str) -> dict[str, Any]:
@@ -231,9 +290,9 @@ def _heat(run: Run) -> Figure | None:
 
 
 def _write(figure: Figure, path: Path) -> Path:
-    """PNG, whole or not at all."""
+    """PNG or SVG, whole or not at all."""
     FigureCanvasAgg(figure)
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130)
+    figure.savefig(data, format=path.suffix[1:], dpi=130)
     write_whole(path, data.getvalue())
     return path

@@ -78,9 +78,12 @@ def compare(before: Path, after: Path, effect: float, alpha: float, everything: 
     return FINE
 
 
-def plot(path: Path, folder: Path | None) -> int:
-    """``triflash bench plot``: tables and pictures again from the samples. Raises ValueError or OSError."""
+def plot(path: Path, folder: Path | None, picture: Path | None = None) -> int:
+    """``triflash bench plot``: tables and pictures again from the samples, or the one picture alone. Raises ValueError or OSError."""
     found = Run.load(path)
+    if picture is not None:
+        table_console().print(f"Written: {plots.draw_picture(found, picture)}", highlight=False, soft_wrap=True, markup=False)
+        return FINE
     folder = path.parent if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     console = table_console()
