@@ -334,3 +334,119 @@ def test_gradcheck() -> None:
         return out, lse.masked_fill(lse == -math.inf, 0.0)
 
     assert torch.autograd.gradcheck(function, (q, k, v, bias, sink))
+
+
+# What traces, transforms and counts.
+
+
+def places_of(*lists: list[int], device: Any = None) -> dict[str, Tensor]:
+    names = ("query_starts", "query_lengths", "key_starts", "key_lengths")
+    return {name: torch.tensor(x, device=device) for name, x in zip(names, lists, strict=False)}
+
+
+PLACES = ([2, 0, 5], [12, 7, 9], [1, 4, 0], [20, 15, 18])
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled(dynamic: bool | None, device: torch.device) -> None:
+    """One graph, whatever the tensors say; numbers, too, where sizes are dynamic."""
+    q, k, v, bias, _ = leaves = drawn(3, device=device)
+    row = torch.randn(3, 1, 1, 20, device=device, requires_grad=True)
+    options: dict[str, Any] = {"causal": True, **places_of(*PLACES, device=device)}
+    frames = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        frames.append(graph)
+        return graph.forward
+
+    def step(q: Tensor, diagonal: Any, **options: Any) -> Tensor:
+        return attention(q, k, v, bias=(bias, row), diagonal=diagonal, **options)  # type: ignore[no-any-return]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend=counting)
+    for diagonal in ([3, 4, 5], [8, 0, -2]):
+        given = torch.tensor(diagonal, device=device)
+        out, wanted = compiled(q, given, **options), step(q, given, **options)
+        near(out, wanted)
+        for got, right in zip(*(torch.autograd.grad(x.square().sum(), [*leaves[:4], row]) for x in (out, wanted)), strict=True):
+            near(got, right)
+    assert len(frames) == 1
+    slopes = torch.rand(4, device=device)
+    for diagonal in (3, 5, 7, 9):
+        near(compiled(q, diagonal, alibi_slopes=slopes), step(q, diagonal, alibi_slopes=slopes))
+    assert len(frames) <= (3 if dynamic else 4)
+
+
+@pytest.mark.unpoisoned
+def test_exported() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, q: Tensor, k: Tensor, starts: Tensor, diagonal: Tensor) -> Tensor:
+            return attention(q, k, k, causal=True, key_starts=starts, diagonal=diagonal)
+
+    q, k, *_ = (x.detach() for x in drawn(3))
+    program = torch.export.export(Module(), (q, k, torch.tensor([1, 2, 3]), torch.tensor([3, 4, 5]))).module()
+    others = torch.tensor([0, 5, 2]), torch.tensor([1, 9, 8])
+    near(program(q, k, *others), Module()(q, k, *others))
+
+
+def test_transformed() -> None:
+    """vmap over what hides and where queries stand, or not, also over gradients, and where it is a loop."""
+    vmap, grad = torch.func.vmap, torch.func.grad
+    q, k, v = (torch.randn(4, 3, length, 2, 16) for length in (12, 20, 20))
+    diagonal, starts = torch.randint(-3, 10, (4, 3)), torch.randint(0, 10, (4, 3))
+    sink = torch.randn(4, 2)
+
+    def one(q: Tensor, k: Tensor, v: Tensor, diagonal: Tensor, starts: Tensor, sink: Tensor | None = None) -> Tensor:
+        return attention(q, k, v, diagonal=diagonal, key_starts=starts, query_starts=starts // 2, sink=sink, causal=True)
+
+    def gradient(*x: Tensor) -> Tensor:
+        return grad(lambda q, *more: one(q, *more).square().sum())(*x)  # type: ignore[no-any-return]
+
+    for function in (one, gradient):
+        near(vmap(function)(q, k, v, diagonal, starts), torch.stack([function(*x) for x in zip(q, k, v, diagonal, starts, strict=True)]))
+        same = vmap(function, (0, 0, 0, None, None))(q, k, v, diagonal[0], starts[0])
+        near(same, torch.stack([function(*x, diagonal[0], starts[0]) for x in zip(q, k, v, strict=True)]))
+        looped = vmap(function)(q, k, v, diagonal, starts, sink)
+        near(looped, torch.stack([function(*x) for x in zip(q, k, v, diagonal, starts, sink, strict=True)]))
+
+
+def test_checkpointed_fake_and_counted() -> None:
+    q, k, v, *_ = leaves = drawn(3)
+    options: dict[str, Any] = {"causal": True, **places_of(*PLACES), "diagonal": torch.tensor([3, 4, 5])}
+    again = torch.utils.checkpoint.checkpoint(lambda q: attention(q, k, v, **options), q, use_reentrant=False)
+    for got, right in zip(
+        *(torch.autograd.grad(x.square().sum(), leaves[:3]) for x in (again, attention(q, k, v, **options))), strict=True
+    ):
+        near(got, right)
+    meta = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in options.items()}
+    assert attention(*(x.detach().to("meta") for x in (q, k, v)), **meta).is_meta
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    for diagonal in (8, 0, -100, torch.tensor([8, 0, -100])):
+        with FlopCounterMode(display=False) as counter:
+            attention(q, k, v, causal=True, diagonal=diagonal).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[2] == 0 and 0 < counts[1] < counts[0] and counts[3] * 3 == sum(counts[:3])
+
+
+def test_operators() -> None:
+    q, k, v, bias, sink = leaves = drawn(2, H=2)
+    five, places = bias[:, None], [torch.tensor(x) for x in ([2, 0], [12, 7], [1, 4], [3, 9])]
+    options, more = (1, None, 0, 0.25, "", "tiled"), (None, None, None, sink, None, 0.0, 0.0, False)
+    torch.library.opcheck(ops.attention_forward, (q, k, v, five, *options, *more, None, *places, None))
+    tensors = [x.detach() for x in (q, k, v, five)]
+    more = (None, None, None, sink.detach(), None, 0.0, 0.0, False)
+    out, lse, rest = ops.attention_forward(*tensors, *options, *more, None, *places, None)
+    saved = (torch.randn_like(out), torch.randn_like(lse), *tensors, out, lse, rest)
+    torch.library.opcheck(ops.attention_backward, (*saved, *options, [True] * 5, *more, *places, None))
+    given = [torch.zeros_like(x) for x in tensors]
+    torch.library.opcheck(ops.attention_backward_, (*saved, *options, *given, *more, torch.zeros(2), *places, None))
+    for x, text in (
+        (torch.ones(2), "query_starts: wanted integers"),
+        (torch.ones(3, dtype=torch.int32), r"query_starts: wanted shape \(2,\)"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=text):
+            ops.attention_forward(*tensors, *options, *more, None, x)
+    assert len(leaves) == 5
