@@ -58,6 +58,8 @@ class Case:
     bias: a letter where it varies and 1 where it broadcasts, aligned to the right of ``bhqk``, as in ``1h1k`` or ``qk``; five letters
         (``b1hqk``, ``1ihqk``) are over (outer batch, inner batch, head, query, key). None is no bias.
     mask: the same for a boolean mask beside it. Hk: key heads, if not H. lengths: keys shown to the batch entries, repeated as needed.
+    starts, ends, key_starts: queries and keys that there are, likewise; diagonal: of the batch entries, from which lo and hi count.
+    shift: the diagonal of ALiBi.
     alibi: ``h`` or ``bh``, what the slopes vary over. sink: whether there is one. softcap, dropout: 0 for none.
     grads: any of the letters q, k, v, b, s (sink). dlse: the log-sum-exp gets a cotangent as well.
     tiles: queries and keys of a tile; None takes the default of the plan (and, on the tiled backend, its own choice).
@@ -79,6 +81,12 @@ class Case:
     mask: str | None = None
     mask_layout: str = "plain"
     lengths: tuple[int, ...] | None = None
+    starts: tuple[int, ...] | None = None
+    ends: tuple[int, ...] | None = None
+    key_starts: tuple[int, ...] | None = None
+    diagonal: tuple[int, ...] | None = None
+    shift: int | None = None
+    integers: torch.dtype = torch.int32
     alibi: str | None = None
     sink: bool = False
     softcap: float = 0.0
@@ -108,7 +116,7 @@ class Case:
     @property
     def has_features(self) -> bool:
         """Beyond a band and one bias or mask."""
-        tensors = (self.mask, self.lengths, self.alibi)
+        tensors = (self.mask, self.lengths, self.alibi, self.starts, self.ends, self.key_starts, self.diagonal)
         return self.key_heads != self.H or any(x is not None for x in tensors) or self.sink or self.softcap > 0 or self.dropout > 0
 
     @property
@@ -137,6 +145,14 @@ class Inputs:
     alibi_slopes: Tensor | None = None
     sink: Tensor | None = None
     dropout_seed: Tensor | None = None
+    query_starts: Tensor | None = None
+    query_lengths: Tensor | None = None
+    key_starts: Tensor | None = None
+    diagonal: Tensor | None = None
+
+    @property
+    def places(self) -> tuple[Tensor | None, ...]:
+        return self.query_starts, self.query_lengths, self.key_starts, self.diagonal
 
     def wanted(self) -> dict[str, Tensor]:
         named = (("q", self.q), ("k", self.k), ("v", self.v), ("b", self.bias), ("s", self.sink))
@@ -146,7 +162,8 @@ class Inputs:
         """As the operators take them; a mask without a bias is one."""
         bias, mask = five_dims(self.bias), five_dims(self.mask)
         bias, mask = (mask, None) if bias is None else (bias, mask)
-        return Operands(self.q, self.k, self.v, bias, mask, self.key_lengths, self.alibi_slopes, self.sink, self.dropout_seed)
+        some = (self.q, self.k, self.v, bias, mask, self.key_lengths, self.alibi_slopes, self.sink, self.dropout_seed)
+        return Operands(*some, *(None,) * 5, *self.places)
 
     def replaced(self, leaves: dict[str, Tensor]) -> Operands:
         """The operands with others for some of q, k, v, b, s."""
@@ -245,9 +262,14 @@ def build(case: Case, device: torch.device) -> Inputs:
         if mask.shape[-1] > 32 and mask.shape[-2] != 1:
             mask[..., :16, 16:32] = False
         mask = mask.to(device)
-    lengths = slopes = seed = None
-    if case.lengths is not None:
-        lengths = torch.tensor(list(itertools.islice(itertools.cycle(case.lengths), case.B)), dtype=torch.int32, device=device)
+    slopes = seed = None
+
+    def integers(values: tuple[int, ...] | None) -> Tensor | None:
+        if values is None:
+            return None
+        return torch.tensor(list(itertools.islice(itertools.cycle(values), case.B)), dtype=case.integers, device=device)
+
+    lengths, *places = map(integers, (case.lengths, case.starts, case.ends, case.key_starts, case.diagonal))
     if case.alibi is not None:
         slopes = torch.rand((case.B if case.alibi == "bh" else 1, case.H), generator=generator).to(device)
         if max(case.M, case.N) >= 100:  # far from the diagonal, all would be lost beside a sink
@@ -260,24 +282,33 @@ def build(case: Case, device: torch.device) -> Inputs:
         if leaf is not None and letter in case.grads and leaf.is_floating_point():
             leaf.requires_grad_()
     *leaves, sink = leaves
-    return Inputs(*leaves, dout, dlse, mask, lengths, slopes, sink, seed)  # type: ignore[arg-type]
+    return Inputs(*leaves, dout, dlse, mask, lengths, slopes, sink, seed, *places)  # type: ignore[arg-type]
 
 
-def hidden_of(inputs: Inputs, tensors: Iterable[Tensor | None], extras: Iterable[Tensor | None]) -> Iterator[Tensor]:
-    """Views of what key lengths hide: of tensors like k or v, and of extras like a bias of which every batch entry has keys of its own."""
-    assert inputs.key_lengths is not None
-    B, N = inputs.k.shape[:2]
-    parts = [x.detach() for x in tensors if x is not None]
-    fives = [x.detach() for x in map(five_dims, extras) if x is not None]
-    entries = [x.view(B, *x.shape[2:]).movedim(-1, 1) for x in fives if x.shape[0] * x.shape[1] == B and x.shape[-1] == N]
-    for b, n in enumerate(inputs.key_lengths.tolist()):
-        yield from (x[b, n:] for x in (*parts, *entries))
+def hidden_of(
+    inputs: Inputs, tensors: Iterable[Tensor | None], extras: Iterable[Tensor | None], rows: Iterable[Tensor | None] = ()
+) -> Iterator[Tensor]:
+    """Views of what lengths and starts hide: of tensors like k or v, of extras like a bias of which every batch entry has keys or queries of
+    its own, and of rows, tensors like q.
+    """
+    (B, M), N = inputs.q.shape[:2], inputs.k.shape[1]
+    parts = [[x.detach() for x in each if x is not None] for each in (rows, tensors)]
+    fives = [x.detach() for x in map(five_dims, extras) if x is not None and (x.dim() == 5 or B == 1 or x.shape[0] == B)]
+    for at, (length, dim) in enumerate(((M, -2), (N, -1))):
+        parts[at] += [x.view(B, *x.shape[2:]).movedim(dim, 1) for x in fives if x.shape[0] * x.shape[1] == B and x.shape[dim] == length > 1]
+    for own, length, first, end in (
+        (parts[0], M, inputs.query_starts, inputs.query_lengths), (parts[1], N, inputs.key_starts, inputs.key_lengths),
+    ):  # fmt: skip
+        firsts, ends = ([default] * B if x is None else x.clamp(0, length).tolist() for x, default in ((first, 0), (end, length)))
+        for b in range(B):
+            yield from (view for x in own for view in (x[b, : firsts[b]], x[b, ends[b] :]))
 
 
 def fill_hidden(inputs: Inputs, junk: bool) -> None:
     """Hidden keys and values, and what bias and mask have for them, are junk, or zeros."""
     generator = torch.Generator().manual_seed(1)
-    for x in hidden_of(inputs, (inputs.k, inputs.v), (inputs.bias, inputs.mask)):
+    statistics = None if inputs.dlse is None else inputs.dlse.movedim(2, 1)
+    for x in hidden_of(inputs, (inputs.k, inputs.v), (inputs.bias, inputs.mask), (inputs.q, inputs.dout, statistics)):
         most = 1.0 if x.dtype == torch.bool else torch.finfo(x.dtype).max
         values = torch.tensor([math.nan, math.inf, -math.inf, most] if junk else [0.0])
         x.copy_(values[torch.randint(len(values), x.shape, generator=generator)])
@@ -289,7 +320,7 @@ def attend(case: Case, inputs: Inputs, backend: str, raw: bool = False) -> tuple
     if case.is_raw or raw:
         x = inputs.operands()
         options = (case.batch_inner, *case.band, case.softmax_scale, "", "hopper" if backend == "stand-in" else backend)
-        return torch.ops.triflash.forward(*x[:4], *options, *x[4:9], case.softcap, case.dropout)[:2]
+        return torch.ops.triflash.forward(*x[:4], *options, *x[4:9], case.softcap, case.dropout, False, *x[13:], case.shift)[:2]
     with triflash.backend(backend):
         return triflash.flash_attn_func(q, k, v, bias, case.causal, case.scale), None
 
@@ -388,7 +419,9 @@ def is_to_add_dq(case: Case, inputs: Inputs, raw: bool, configs: Configs) -> boo
 
 def spec_of_case(case: Case, inputs: Inputs) -> AttentionSpec:
     x = inputs.operands()
-    return spec_of(*x[:4], case.batch_inner, *case.band, case.softmax_scale, "", *x[4:9], case.softcap, case.dropout)
+    return spec_of(
+        *x[:4], case.batch_inner, *case.band, case.softmax_scale, "", *x[4:9], case.softcap, case.dropout, False, *x[13:], case.shift
+    )
 
 
 def expected_launches(case: Case, backend: str, inputs: Inputs, adds: bool = False) -> list[str]:
@@ -548,7 +581,9 @@ def run_hidden(case: Case, backend: str, device: torch.device, configs: Configs 
         (results,), ran = results_of(case, inputs, backend, configs, seed=seed + junk, **how)
         assert_launched(case, inputs, backend, configs or {}, ran)
         found.append(results)
-        assert not any(x.any() for x in hidden_of(inputs, map(results.get, ("dk", "dv")), [results.get("db")]))
+        lse = results.get("lse")
+        rows = (results["out"], results.get("dq"), None if lse is None else (lse != -math.inf).movedim(2, 1))
+        assert not any(x.any() for x in hidden_of(inputs, map(results.get, ("dk", "dv")), [results.get("db")], rows))
     for name, clean in found[0].items():
         dirty = found[1][name]
         assert not dirty.isnan().any(), name

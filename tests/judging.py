@@ -37,7 +37,7 @@ def judge(case: Case, inputs: Inputs, backend: str = "") -> dict[str, Judgement]
     """What every result of the case is held against; Hopper's kernels round capped scores as if all were as large as the cap."""
     lo, hi = case.band
     numbers = dict(softcap=case.softcap, dropout_p=case.dropout)
-    options: dict[str, Any] = dict(batch_inner=case.batch_inner, lo=lo, hi=hi, scale=case.softmax_scale, **numbers)
+    options: dict[str, Any] = dict(batch_inner=case.batch_inner, lo=lo, hi=hi, scale=case.softmax_scale, shift=case.shift, **numbers)
     wanted = inputs.wanted()
 
     def dense(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -115,10 +115,17 @@ def _scores(case: Case, x: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None
             s = (s.unflatten(0, (-1, case.batch_inner)) + extra).flatten(0, 1)
     i, j = torch.arange(case.M, device=s.device)[:, None], torch.arange(case.N, device=s.device)
     if x.alibi_slopes is not None:
-        s = s - x.alibi_slopes.double()[..., None, None] * (i + case.N - case.M - j).abs()
-    s = s.masked_fill(~oracle.visible(case.M, case.N, *case.band, s.device), -torch.inf)
+        standing = case.N - case.M if case.shift is None else case.shift
+        standing = standing if x.diagonal is None else x.diagonal[:, None, None, None]
+        s = s - x.alibi_slopes.double()[..., None, None] * (i + standing - j).abs()
+    moved = j - i if x.diagonal is None else j - i - x.diagonal[:, None, None, None]
+    for hidden in (None if case.band[0] is None else moved < case.band[0], None if case.band[1] is None else moved > case.band[1]):
+        s = s if hidden is None else s.masked_fill(hidden, -torch.inf)
     if x.key_lengths is not None:
         s = s.masked_fill(j >= x.key_lengths[:, None, None, None], -torch.inf)
+    for at, bound, least in ((i, x.query_starts, True), (i, x.query_lengths, False), (j, x.key_starts, True)):
+        if bound is not None:
+            s = s.masked_fill((at < bound[:, None, None, None]) if least else (at >= bound[:, None, None, None]), -torch.inf)
     if x.dropout_seed is not None:
         kept = keep_mask(x.dropout_seed, case.dropout, case.B, case.H, slice(0, case.M), slice(0, case.N)) * rescale(case.dropout)
     return s, slope, kept

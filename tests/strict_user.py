@@ -14,6 +14,9 @@ from triflash.triton_flash_attention import flash_attn_func, flash_attn_kvpacked
 def dense(q: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     out: Tensor = triflash.attention(q, q, q, bias=bias, causal=True, window=(8, None), scale=0.5)
     both: Tensor = triflash.attention(q, q, q, bias=(bias, bias))
+    starts = torch.zeros(q.shape[0], dtype=torch.int32)
+    both = triflash.attention(q, both, q, causal=True, diagonal=3, query_starts=starts, query_lengths=starts, key_starts=starts)
+    both, _lse = triflash.attention(q, both, q, window=(3, 0), diagonal=starts, return_lse=True)
     part, lse = triflash.attention(out, both, q, return_lse=True)
     return triflash.merge_states([part], [lse])
 

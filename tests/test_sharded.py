@@ -65,6 +65,12 @@ TWO = [
         {**same("S0"), "bias": "S0", "mask": "S0", "key_lengths": "R"}, "S0", {**same("S0"), "bias": "S0"}, lse="S0",
     ),
     Case(
+        "where queries stand", (2,),
+        qkv((4, 5, 2, 8), (4, 6, 2, 8), sink=(2,), query_starts=(4,), query_lengths=(4,), key_starts=(4,), diagonal=(4,)),
+        {**same("S0"), "sink": "R", "query_starts": "R", "query_lengths": "S0", "key_starts": "S0", "diagonal": "R"}, "S0",
+        {**same("S0"), "sink": "P"}, lse="S0", options={"causal": True},
+    ),
+    Case(
         "batch of q alone", (2,), qkv((4, 5, 2, 8), (4, 6, 2, 8), bias=(4, 2, 5, 6)), {"q": "S0", "k": "R", "v": "P", "bias": "R"}, "S0",
         {"q": "S0", "k": "R", "v": "R", "bias": "P"},
     ),
@@ -142,8 +148,8 @@ def placements(words: str) -> tuple[Placement, ...]:
 def made(name: str, shape: tuple[int, ...]) -> Tensor:
     if name == "mask":
         return torch.rand(shape) > 0.3
-    if name == "key_lengths":
-        return torch.randint(1, 7, shape)
+    if name in ("key_lengths", "query_lengths", "query_starts", "key_starts", "diagonal"):
+        return torch.randint(1, 7, shape) // (2 if name.endswith("starts") else 1)
     return torch.randn(shape, dtype=torch.float64)
 
 

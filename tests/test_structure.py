@@ -31,7 +31,8 @@ RULES: dict[str, list[str]] = {
     "triflash.tiled": ["torch", "triflash.dropout", "triflash.lengths"],
     "triflash.oracle": ["torch", "triflash.dropout", "triflash.lengths"],
     "triflash.errors": [],
-    "triflash.spec": ["torch", "triflash.errors"],
+    "triflash.saved": ["torch", "triflash.errors", "triflash.spec"],
+    "triflash.spec": ["torch", "triflash.errors", "triflash.lengths"],
     "triflash.checks": ["torch", "triflash.errors"],
     "triflash.form": ["torch", "triflash.spec"],
     "triflash.explanation": ["triflash.plan", "triflash.spec", "triflash.launch.ahead"],
@@ -42,7 +43,9 @@ RULES: dict[str, list[str]] = {
     ],
     "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.plan.device": ["torch"],
-    "triflash.launch": ["torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.tiled", "triflash.oracle", "triflash.errors"],
+    "triflash.launch": [
+        "torch", "triflash.errors", "triflash.launch", "triflash.lengths", "triflash.oracle", "triflash.plan", "triflash.spec", "triflash.tiled",
+    ],
     "triflash.launch.calls": ["torch", "triflash.dropout", "triflash.plan", "triflash.spec"],
     "triflash.launch.room": ["torch", "triflash.launch.calls", "triflash.spec"],
     "triflash.launch.native": ["torch", "triton", "triflash.launch.calls"],
@@ -73,12 +76,16 @@ RULES: dict[str, list[str]] = {
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.bound": ["torch", "triflash.bound", "triflash.form", "triflash.launch", "triflash.plan", "triflash.spec"],
     "triflash.bound.cache": [],
-    "triflash.ops": ["torch", "triflash.bound", "triflash.errors", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.spec"],
+    "triflash.ops": [
+        "torch", "triflash.bound", "triflash.errors", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.saved", "triflash.spec",
+    ],
     "triflash.ops_varlen": [
         "torch", "triflash.bound", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.ops", "triflash.plan.device",
-        "triflash.spec",
+        "triflash.saved", "triflash.spec",
     ],
-    "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.form", "triflash.plan.select", "triflash.spec"],
+    "triflash.arguments": [
+        "torch", "triflash.checks", "triflash.errors", "triflash.form", "triflash.lengths", "triflash.plan.select", "triflash.spec",
+    ],
     "triflash.door": [
         "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.nested",
         "triflash.ops", "triflash.ops_varlen", "triflash.plan", "triflash.sharded", "triflash.spec",
@@ -100,7 +107,9 @@ RULES: dict[str, list[str]] = {
         "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.ops", "triflash.plan.select",
         "triflash.spec",
     ],
-    "triflash.integrations": ["torch", "transformers", "triflash.attention", "triflash.errors", "triflash.integrations"],
+    "triflash.integrations": [
+        "torch", "transformers", "triflash.attention", "triflash.errors", "triflash.integrations", "triflash.plan.device",
+    ],
 }  # fmt: skip
 THIRD_PARTY = ("torch", "transformers", "triton", "numpy", "triflash")
 

@@ -29,6 +29,7 @@ import triflash
 from triflash.integrations import patches, visible
 from triflash.integrations import transformers as adapter
 from triflash.integrations.visible import Visible, lean_mask, own_attention, refuse_unrouted
+from triflash.plan.device import KNOWN_DEVICES
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY, B, L = 40, 3, 12
@@ -286,7 +287,7 @@ def first_call(name: str, calls: list[Seen], batch: dict[str, Tensor] | None = N
 
 def said(call: Seen) -> dict[str, Any]:
     """What hides something in a call: shapes of tensors, values of the rest."""
-    names = ("causal", "window", "mask", "key_lengths")
+    names = ("causal", "window", "mask", "key_lengths", "key_starts", "diagonal")
     return {n: tuple(x.shape) if isinstance(x, Tensor) else x for n in names if (x := call.options.get(n)) is not None and x is not False}
 
 
@@ -295,11 +296,11 @@ def said(call: Seen) -> dict[str, Any]:
     [
         ("Llama", "none", {"causal": True}),
         ("Llama", "right", {"causal": True, "key_lengths": (B,)}),
-        ("Llama", "left", {"causal": True, "mask": (B, 1, 1, L)}),
+        ("Llama", "left", {"causal": True, "key_starts": (B,)}),
         ("Llama", "holes", {"causal": True, "mask": (B, 1, 1, L)}),
         ("Mistral", "none", {"causal": True, "window": (4, 0)}),
         ("Mistral", "right", {"causal": True, "window": (4, 0), "key_lengths": (B,)}),
-        ("Mistral", "left", {"causal": True, "window": (4, 0), "mask": (B, 1, 1, L)}),
+        ("Mistral", "left", {"causal": True, "window": (4, 0), "key_starts": (B,)}),
         ("BERT", "none", {}),
         ("BERT", "right", {"key_lengths": (B,)}),
         ("ModernBERT", "right", {"window": (3, 3), "key_lengths": (B,)}),
@@ -321,14 +322,19 @@ def dense(seen: Visible | Tensor) -> Tensor:
     if isinstance(seen, Tensor):
         return seen
     B, _, M, N = seen.shape
-    distance = torch.arange(N)[None] - torch.arange(M)[:, None] - (0 if seen.top_left else N - M)
+    diagonal = (0 if seen.top_left else N - M) if seen.diagonal is None else seen.diagonal
+    if isinstance(diagonal, Tensor):
+        diagonal = diagonal[:, None, None, None]
+    distance = torch.arange(N)[None] - torch.arange(M)[:, None] - diagonal
     shown = torch.ones(B, 1, M, N, dtype=torch.bool)
     if seen.left is not None:
-        shown &= distance >= -seen.left
+        shown = shown & (distance >= -seen.left)
     if seen.right is not None:
-        shown &= distance <= seen.right
+        shown = shown & (distance <= seen.right)
     if seen.keys is not None:
-        shown &= seen.keys
+        shown = shown & seen.keys
+    if seen.starts is not None:
+        shown = shown & (torch.arange(N) >= seen.starts[:, None, None, None])
     return shown if seen.lengths is None else shown & (torch.arange(N) < seen.lengths[:, None, None, None])
 
 
@@ -366,9 +372,15 @@ def test_masks_say_what_transformers_says(kind: str, side: str) -> None:
         )  # fmt: skip
         options = dict(allow_is_causal_skip=causal, allow_is_bidirectional_skip=not causal, config=config)
         seen = lean_mask(**given, **options, local_size=size if "window" in kind or kind == "chunk" else None, use_vmap=False)
-        assert torch.equal(dense(seen), theirs.sdpa_mask(**given, allow_is_causal_skip=False)), (M, N, q_offset, kv_offset, seen)
+        want = theirs.sdpa_mask(**given, allow_is_causal_skip=False)
+        assert torch.equal(dense(seen), want), (M, N, q_offset, kv_offset, seen)
         lean += isinstance(seen, Visible)
-    assert lean >= (1 if kind == "chunk" else 5)
+        counter = torch.tensor(q_offset)  # of a static cache, on the device
+        given["q_offset"] = counter
+        seen = lean_mask(**given, **options, local_size=size if "window" in kind or kind == "chunk" else None, use_vmap=False)
+        counter += 1
+        assert isinstance(seen, Visible) is (kind != "chunk") and torch.equal(dense(seen), want), (M, N, q_offset, kv_offset, seen)
+    assert lean >= (1 if kind == "chunk" else 8)
 
 
 def test_heads_are_not_repeated(calls: list[Seen]) -> None:
@@ -384,8 +396,10 @@ def test_t5_stays_on_the_fast_kernels(side: str, calls: list[Seen]) -> None:
     assert len(calls) == 6
     n = 512
     for call in calls:
-        options = {name: x for name, x in call.options.items() if name not in ("bias", "mask", "key_lengths")}
-        bias, mask, lengths = (call.options.get(name) for name in ("bias", "mask", "key_lengths"))
+        options = {name: x for name, x in call.options.items() if name not in ("bias", "mask", "key_lengths", "key_starts")}
+        bias, mask, lengths, starts = (call.options.get(name) for name in ("bias", "mask", "key_lengths", "key_starts"))
+        if starts is not None:  # a row of keys there: see the test below
+            mask = torch.ones(B, 1, 1, n, dtype=torch.bool)
         if bias is not None:
             assert bias.requires_grad and bias.shape[0] == 1
             bias = torch.empty(1, 4, n, n, dtype=torch.bfloat16, device="meta", requires_grad=True)
@@ -398,6 +412,25 @@ def test_t5_stays_on_the_fast_kernels(side: str, calls: list[Seen]) -> None:
         explained = triflash.explain(q, k, v, bias, mask=mask, key_lengths=lengths, device="h100", **options)
         assert explained.backward is not None and (explained.forward.backend, explained.backward.backend) == ("hopper", "hopper")
     assert sum(call.options.get("bias") is not None for call in calls) == 4  # cross-attention has none to read
+
+
+def test_padding_on_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts of keys, and lengths where there is padding on the right, too; on sm90, whose own kernels take no starts, a row of keys."""
+    mask = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    given: dict[str, Any] = dict(batch_size=3, q_length=4, kv_length=4, attention_mask=mask)
+    seen = lean_mask(**given)
+    assert isinstance(seen, Visible) and seen.starts is not None and seen.starts.tolist() == [2, 4, 0] and seen.lengths is seen.keys is None
+    assert seen.to(device="meta").starts.is_meta and "starts" in repr(seen)  # type: ignore[union-attr]
+    mask[2, 3] = False
+    seen = lean_mask(**given)
+    assert isinstance(seen, Visible) and seen.starts is not None and seen.lengths is not None and seen.keys is None
+    assert (seen.starts.tolist(), seen.lengths.tolist()) == ([2, 4, 0], [4, 4, 3])
+    mask[0] = torch.tensor([True, False, True, True])  # a hole
+    assert lean_mask(**given).keys is not None  # type: ignore[union-attr]
+    mask[0, 0] = False
+    monkeypatch.setattr("triflash.integrations.visible.facts_of", lambda device: KNOWN_DEVICES["sm90"])
+    seen = lean_mask(**given)
+    assert isinstance(seen, Visible) and seen.starts is seen.lengths is None and torch.equal(seen.keys[:, 0, 0], mask)  # type: ignore[index]
 
 
 def test_a_prefix_without_a_cache_aligns_to_the_top_left() -> None:
@@ -438,6 +471,8 @@ def test_generate(name: str, cache: str, calls: list[Seen]) -> None:
     assert torch.equal(generated(mine, batch, **options), want)
     decoding = [call for call in calls if call.q.shape[1] == 1]
     assert calls and (decoding or cache == "none")
+    if cache == "static" and name in ("Llama", "Mistral", "Gemma-3", "gpt-oss"):  # what is left is a row of keys
+        assert all(call.lean for call in calls if call.q.shape[1] > 1)
     if cache == "dynamic" and name in ("Llama", "Mistral", "Gemma-3", "gpt-oss", "GPT-2", "T5", "BLOOM", "MPT"):
         assert all(call.lean for call in calls)
 

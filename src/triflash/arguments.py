@@ -26,6 +26,7 @@ from .checks import (
 )
 from .errors import bad_type, bad_value, unsupported
 from .form import Form
+from .lengths import FARTHEST
 from .plan.select import check_backend, requested_backend
 from .spec import LAYOUTS as PACKED_LAYOUTS
 from .spec import Band, resolve_precision
@@ -41,6 +42,7 @@ __all__ = [
     "Options",
     "VarlenGiven",
     "VarlenOptions",
+    "check_places",
     "check_sequences",
     "checked",
     "checked_varlen",
@@ -62,6 +64,7 @@ class Options(NamedTuple):
     layout: str = "bshd"
     precision: str | None = None
     backend: str | None = None
+    diagonal: int | None = None
 
 
 class Given(NamedTuple):
@@ -77,6 +80,10 @@ class Given(NamedTuple):
     sink: Tensor | None = None
     dropout_seed: int | Tensor | None = None
     second_bias: Tensor | None = None
+    query_starts: Tensor | None = None
+    query_lengths: Tensor | None = None
+    key_starts: Tensor | None = None
+    diagonals: Tensor | None = None  # diagonal, where it is a tensor
 
 
 def two_biases(bias: Any) -> tuple[Any, Any]:
@@ -118,7 +125,9 @@ SEED = {
 
 @dataclass(frozen=True)
 class Checked:
-    """One call, checked: the layout of its tensors and its options, folded. lo, hi: of its band, see :class:`~triflash.spec.Band`."""
+    """One call, checked: the layout of its tensors and its options, folded. lo, hi: of its band, see :class:`~triflash.spec.Band`; from
+    the diagonal of a batch entry, if that is a tensor. shift: the diagonal to ALiBi, if one is given.
+    """
 
     form: Form
     lo: int | None
@@ -129,15 +138,16 @@ class Checked:
     deterministic: bool
     precision: str
     backend: str
+    shift: int | None = None
 
 
 def checked(face: Face, given: Given, options: Options) -> Checked:
     """The errors of a public function, or its call in one canonical meaning."""
-    causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend = options
+    causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, diagonal = options
     if not torch.compiler.is_compiling():
         for name, x in zip(Given._fields, given, strict=True):
-            refuse_foreign(name, x)
-    q, k, v, bias, mask, lengths, slopes, sink, seed, second = given
+            refuse_foreign("diagonal" if name == "diagonals" else name, x)
+    q, k, v, bias, mask, lengths, slopes, sink, seed, second, query_starts, query_lengths, key_starts, diagonals = given
     if layout not in LAYOUTS:
         raise bad_value("layout", f"one of {', '.join(LAYOUTS)}", repr(layout))
     if face.shapes is not None:
@@ -151,11 +161,16 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
         batch, sizes = _check_inputs(q, k, v)
     M, N, H = sizes["M"], sizes.get("N", sizes["M"]), sizes["H"]
     softmax_scale = check_scale(face.scale, scale, sizes["D"])
-    lo, hi = _band(causal, window).offsets(M, N)
+    _check_diagonal(diagonal, diagonals, causal)
+    lo, hi = _band(causal, window).offsets(M, N, diagonal if diagonals is None else 0)
     _check_bias_and_mask(q, bias, mask, (*batch, H, M, N))
     check_bias(second, q, (*batch, H, M, N), "bias[1]")
     cap = 0.0 if softcap is None else check_number("softcap", softcap, 0.0, math.inf, "a positive number, or None (or 0) for none")
-    check_key_lengths(lengths, q, batch)
+    for name, x in (
+        ("key_lengths", lengths), ("query_starts", query_starts), ("query_lengths", query_lengths), ("key_starts", key_starts),
+        ("diagonal", diagonals),
+    ):  # fmt: skip
+        check_key_lengths(x, q, batch, name)
     check_slopes(slopes, q, batch, H)
     check_sink(sink, q, H)
     chance = check_number("dropout_p", dropout_p, 0.0, 1.0, "a number from 0 up to but not including 1")
@@ -170,7 +185,36 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
     elif q.dtype == torch.float32 and not torch.compiler.is_compiling():
         precision = resolve_precision("")  # now, so that a backward pass multiplies as its forward pass did
     form = Form(batch, _split(bias, mask, second, batch), layout == "bhsd", face.tensors, contiguous=face.shapes is not None)
-    return Checked(form, lo, hi, softmax_scale, cap, chance, deterministic, precision or "", backend or requested_backend())
+    shift = diagonal if slopes is not None else None
+    return Checked(form, lo, hi, softmax_scale, cap, chance, deterministic, precision or "", backend or requested_backend(), shift)
+
+
+def _check_diagonal(diagonal: Any, diagonals: Tensor | None, causal: Any) -> None:
+    """Check where queries stand, if somebody says so."""
+    if diagonal is None and diagonals is None:
+        return
+    if causal == "top_left":
+        raise bad_value("diagonal", "None beside causal='top_left', which is diagonal 0", "one", "pass causal=True")
+    if diagonal is not None:
+        if isinstance(diagonal, bool) or not isinstance(diagonal, (int, torch.SymInt)):
+            raise bad_type("diagonal", "an int, a tensor of integers, or None", type(diagonal).__name__)
+        if not -FARTHEST <= diagonal <= FARTHEST:
+            raise bad_value("diagonal", f"an int from -{FARTHEST} to {FARTHEST}", diagonal)
+
+
+def check_places(given: Given, layout: str) -> None:
+    """Look at the values of lengths, starts and diagonals, and name those that are out of range. Waits for the device."""
+    rows = -2 if layout == "bhsd" else -3
+    sizes = {name: x.shape[rows] for name, x in (("query", given.q), ("key", given.q if given.k is None else given.k)) if x.dim() >= 4}
+    for name in ("key_lengths", "key_starts", "query_starts", "query_lengths", "diagonals"):
+        x = getattr(given, name)
+        if not isinstance(x, Tensor) or x.is_meta or not x.numel():
+            continue
+        least, most = (-FARTHEST, FARTHEST) if name == "diagonals" else (0, sizes.get(name.partition("_")[0], FARTHEST))
+        for entry, value in enumerate(x.flatten().tolist()):
+            if not least <= value <= most:
+                wanted = f"values from {least} to {most}"
+                raise bad_value("diagonal" if name == "diagonals" else name, wanted, f"{value} of batch entry {entry}")
 
 
 class VarlenOptions(NamedTuple):

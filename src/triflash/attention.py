@@ -33,6 +33,10 @@ def attention(
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
+    diagonal: int | Tensor | None = None,
+    query_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -57,6 +61,10 @@ def attention(
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
+    diagonal: int | Tensor | None = None,
+    query_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -80,6 +88,10 @@ def attention(
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
+    diagonal: int | Tensor | None = None,
+    query_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -101,6 +113,10 @@ def attention(
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
+    diagonal: int | Tensor | None = None,
+    query_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -117,7 +133,7 @@ def attention(
     """Exact attention, ``softmax(scale * q kᵀ + bias) v`` over the visible keys, with gradients for q, k, v, the bias and the sink.
 
     Written out, for query i and key j of one head: ``s = scale * q·k``; ``s = softcap * tanh(s / softcap)``; ``s += bias``;
-    ``s -= slope * |i + N − M − j|``; −inf where hidden; ``p = exp(s − lse)`` with ``lse = log(Σ exp(s) + exp(sink))``;
+    ``s -= slope * |i + diagonal − j|``; −inf where hidden; ``p = exp(s − lse)`` with ``lse = log(Σ exp(s) + exp(sink))``;
     ``out = Σ p * keep / (1 − dropout_p) * v``; each step only if it is asked for.
 
     Args:
@@ -129,12 +145,19 @@ def attention(
             over what it broadcasts, and is computed only if it is asked for. Or a tuple of two, each of its own shape and dtype and with
             its own gradient, whose sum is never materialised (backends ``oracle``, ``tiled`` and ``triton``).
         mask: bool, of a shape as of a bias, and also beside one; True = visible. Blocks that it hides altogether cost no products.
-        causal: True hides from query i the keys ``j > i + N − M`` (aligned to the bottom right: the last query sees every key);
-            ``"top_left"`` those with ``j > i``.
-        window: ``(left, right)``: query i sees the keys from ``i' − left`` to ``i' + right``, where ``i' = i + N − M``, or ``i' = i`` if
+        causal: True hides from query i the keys ``j > i + diagonal`` (by default aligned to the bottom right: the last query sees every
+            key); ``"top_left"`` those with ``j > i``.
+        window: ``(left, right)``: query i sees the keys from ``i' − left`` to ``i' + right``, where ``i' = i + diagonal``, or ``i' = i`` if
             causal is ``"top_left"``. None or −1 leaves a side open. Time is in proportion to the visible blocks.
         key_lengths: integers ``(*batch)``: keys from that number on are hidden, cost nothing, and may hold anything. Does not move
             the diagonal.
+        diagonal: where queries stand among the keys, for causal, window and ALiBi: query i is at key ``i + diagonal``. An int from −2²⁹ to
+            2²⁹; or integers ``(*batch)``, one for each batch entry, read on the device (kept to that range). Default ``N − M``; beside
+            causal ``"top_left"``, which is 0, it must be None. Backend ``hopper`` takes an int, without ALiBi.
+        query_starts, query_lengths: integers ``(*batch)``: queries before the start, and from the length on, are no rows. They give 0 and
+            −inf, sink or not, cost nothing, may hold anything, and have no gradient at all, nor give one to the sink.
+        key_starts: integers ``(*batch)``: keys before are hidden, as those beyond key_lengths are. Neither of the three moves the diagonal;
+            what is out of range counts as its end. Backends ``oracle``, ``tiled`` and ``triton``.
         scale: default ``1 / sqrt(D)``; 0.0 means 0.0.
         softcap: bounds the scaled products to ±softcap, before the bias; None or 0 does not.
         alibi_slopes: floats ``(Hq,)`` or ``(*batch, Hq)``, used in float32, without a gradient.
@@ -154,7 +177,7 @@ def attention(
     Returns:
         out ``(*batch, M, Hq, Dv)`` in q's dtype, or ``(out, lse)`` with lse ``(*batch, Hq, M)`` in float32 (float64 for float64), sink
         included, dropout not. A query that sees no key gets 0 and −inf (with a sink: the sink), and gives zero gradient to everything but
-        the sink.
+        the sink. One that is no row gets 0 and −inf, and gives none.
 
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or option; the message names the argument. For a name that another package
@@ -163,9 +186,11 @@ def attention(
 
     q, k and v may be jagged NestedTensors, ``(B, lengths, heads, dim)``, ragged in dim 1, or 2 with ``layout="bhsd"``: out and lse are
     jagged with q's offsets, causal, windows and ALiBi follow each sequence's own lengths, a bias or mask is padded to the longest, and
-    key_lengths must be None. ``triflash.attention_varlen`` computes it.
+    key_lengths, starts, query_lengths and diagonal must be None. ``triflash.attention_varlen`` computes it.
 
-    What causal, window, mask or a bias of −inf hides must be finite; what only key_lengths hides may hold anything.
+    What causal, window, mask or a bias of −inf hides must be finite; what key_lengths and key_starts hide, and queries that are no rows,
+    may hold anything, in q, k, v, bias and mask alike. ``TRIFLASH_CHECK=1`` in the environment has values of lengths, starts and diagonals
+    checked, which waits for the device.
 
     Memory beyond inputs and outputs is O(M + N) per head, but for copies of inputs whose layout kernels cannot read. Results are bitwise
     reproducible, gradients included, but for dq on backend ``hopper`` unless ``deterministic``. Under autocast q, k and v become its dtype,
@@ -180,8 +205,11 @@ def attention(
     second = None
     if isinstance(bias, (tuple, list)):
         bias, second = two_biases(bias)
-    given = (q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed, second)
-    options = (causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend)
+    number, diagonals = (None, diagonal) if isinstance(diagonal, Tensor) else (diagonal, None)
+    given = (
+        q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed, second, query_starts, query_lengths, key_starts, diagonals,
+    )  # fmt: skip
+    options = (causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, number)
     return attend(ATTENTION, given, options, return_lse)
 
 

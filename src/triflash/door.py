@@ -16,7 +16,19 @@ from torch import Tensor
 from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
-from .arguments import Checked, CheckedVarlen, Face, Given, Options, VarlenGiven, VarlenOptions, check_sequences, checked, checked_varlen
+from .arguments import (
+    Checked,
+    CheckedVarlen,
+    Face,
+    Given,
+    Options,
+    VarlenGiven,
+    VarlenOptions,
+    check_places,
+    check_sequences,
+    checked,
+    checked_varlen,
+)
 from .bound.call import BoundCall
 from .bound.signature import CALLS, ambient, describe
 from .checks import check_seed_range, seed_tensor
@@ -58,23 +70,28 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
         _refuse_tangents(given)
     if _compiling():
         return _by_operators(face, given, options, return_lse)
-    q, k, v, bias, mask, lengths, slopes, sink, seed, second = given
+    q, k, v, bias, mask, lengths, slopes, sink, seed, second, query_starts, query_lengths, key_starts, diagonals = given
     if _dispatch_modes() or _transforms() or _tracing() is not None:
         return _by_operators(face, given, options, return_lse)
-    causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend = options
-    call, cast = None, False
+    causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, diagonal = options
+    call, cast, placed = None, False, not (query_starts is query_lengths is key_starts is diagonals is None)
+    if (placed or lengths is not None) and os.environ.get("TRIFLASH_CHECK") == "1":
+        checked(face, Given(*given), Options(*options))
+        check_places(Given(*given), layout)
     try:
         more: Any = None
-        if not (mask is lengths is slopes is sink is seed is second is None):
+        if placed or not (mask is lengths is slopes is sink is seed is second is None):
             drawn = describe(seed) if isinstance(seed, Tensor) else type(seed)
             more = (describe(mask), describe(lengths), describe(slopes), describe(sink), drawn, describe(second))
+            if placed:
+                more = (*more, describe(query_starts), describe(query_lengths), describe(key_starts), describe(diagonals))
         cast = _autocast() and torch.is_autocast_enabled(q.device.type)
         facts, around = ambient(q)
         key: Any = (
             face.name, describe(q), describe(k), describe(v), None if bias is None else describe(bias), more,
             causal, window, scale, softcap, dropout_p, layout, precision, backend or requested_backend_soon(),
             deterministic, _deterministic(), type(causal), type(scale), type(softcap), type(dropout_p), type(deterministic),
-            None if window is None else tuple(map(type, window)),
+            None if window is None else tuple(map(type, window)), diagonal, type(diagonal),
             resolve_precision("") if precision is None and q.dtype is torch.float32 else "",
             around,
         )  # fmt: skip
@@ -98,7 +115,9 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
     if isinstance(seed, int):
         check_seed_range(seed)
     tensors: Any = (q, k, v, bias, mask, lengths, slopes, sink, seed_tensor(seed, q.device) if dropout_p else None)
-    if second is not None:
+    if placed:
+        tensors = (*tensors, None, None, None, None, second, query_starts, query_lengths, key_starts, diagonals)
+    elif second is not None:
         tensors = (*tensors, None, None, None, None, second)
     if profiler._is_profiler_enabled:
         with profiler.record_function("triflash::attention"):
@@ -199,7 +218,7 @@ def _run(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) ->
     if torch.is_grad_enabled():
         q, k, v, bias, _, _, _, sink, *_ = given
         wanted = q.requires_grad or (k is not None and k.requires_grad) or (v is not None and v.requires_grad)  # type: ignore[union-attr]
-        second = given[13] if len(given) == 14 else None
+        second = given[13] if len(given) >= 14 else None
         wanted = wanted or (second is not None and second.requires_grad)
         if wanted or (bias is not None and bias.requires_grad) or (sink is not None and sink.requires_grad):
             count = len(given)
@@ -223,12 +242,14 @@ def _bound(call: Checked, given: Given, facts: DeviceFacts, device: torch.device
     if call.dropout_p:
         drawn = twin(seed) if isinstance(seed, Tensor) and seed.is_contiguous() else _SEED
     twins = [*(None if x is None else twin(x) for x in given[:8]), drawn]
-    if given.second_bias is not None:
-        twins += [None, None, None, None, twin(given.second_bias)]
+    behind = (given.second_bias, *given[10:])
+    if any(x is not None for x in behind):
+        last = 5 if any(x is not None for x in behind[1:]) else 1
+        twins += [None, None, None, None, *(None if x is None else twin(x) for x in behind[:last])]
     x = call.form.operands(twins)
     spec = spec_of(
         *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, *x[4:9], call.softcap, call.dropout_p, call.deterministic,
-        x.second_bias,
+        *x[13:], call.shift,
     )  # fmt: skip
     return BoundCall(call.form, twins, spec, facts, call.backend, device)
 
@@ -250,10 +271,10 @@ def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], 
         return attend_sharded(attend, face, Given(*given), Options(*options), return_lse)
     call = checked(face, Given(*given), Options(*options))
     seed = seed_tensor(given[8], given[0].device) if call.dropout_p else None
-    x = call.form.operands((*given[:8], seed, None, None, None, None, given[9]))
+    x = call.form.operands((*given[:8], seed, None, None, None, None, *given[9:]))
     out, lse, _ = attention_forward(
         *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend, *x[4:9], call.softcap, call.dropout_p,
-        call.deterministic, x.second_bias,
+        call.deterministic, *x[13:], call.shift,
     )  # fmt: skip
     out = call.form.out_of(out)
     return (out, call.form.lse_of(lse)) if return_lse else out

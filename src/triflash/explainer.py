@@ -52,7 +52,7 @@ _INPUTS = ("q", "k", "v", "bias", "sink")
 _BY_POSITION = {attention: ("bias",), attention_varlen: ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")}
 _NAMES = {
     attention: (
-        *(name for name in Given._fields[3:] if name != "second_bias"),
+        *(name for name in Given._fields[3:] if name not in ("second_bias", "diagonals")),
         *(name for name in Options._fields if name != "backend"),
         "return_lse",
     ),
@@ -154,6 +154,8 @@ def _named(of: Callable[..., Any], more: Sequence[Any], options: dict[str, Any])
     check_bool("return_lse", options.get("return_lse", False))
     found = dict(zip(places, more, strict=False)) | options
     found["bias"], found["second_bias"] = two_biases(found.get("bias"))
+    if of is attention and isinstance(found.get("diagonal"), Tensor):
+        found["diagonals"] = found.pop("diagonal")
     return found
 
 

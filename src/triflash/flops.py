@@ -44,31 +44,46 @@ def attention_flops(pairs: int, head_dim: int, value_dim: int, which: str) -> in
 def register_formulas(forward: Any, backward: Any, backward_: Any, backward_two: Any) -> None:
     """Have ``torch.utils.flop_counter.FlopCounterMode`` count these operators, as soon as anybody imports it, and with it Triton.
 
-    A pair is visible if the band shows it. Masks and key lengths are not looked at: their values are on a device.
+    A pair is visible if the band shows it. Masks, starts and lengths are not looked at: their values are on a device. Diagonals are read;
+    of fake tensors, which have none, the last query counts as meeting the last key.
     """
 
-    def pairs(q: Sequence[int], k: Sequence[int], lo: int | None, hi: int | None) -> int:
-        return q[0] * q[2] * visible_pairs(q[1], k[1], lo, hi)
+    def pairs(q: Any, k: Any, lo: int | None, hi: int | None, diagonals: Any) -> int:
+        (B, M, H), N = q.shape[:3], k.shape[1]
+        if diagonals is None:
+            return int(B * H * visible_pairs(M, N, lo, hi))
+        try:
+            found = [max(-M - N, min(int(x), M + N)) for x in diagonals.tolist()]
+        except Exception:  # noqa: BLE001 (each kind of tensor without values has an error of its own)
+            found = [N - M] * B
+        sides = ((None if lo is None else lo + x, None if hi is None else hi + x) for x in found)
+        return int(H * sum(visible_pairs(M, N, *each) for each in sides))
 
-    def of_forward(q: Any, k: Any, v: Any, bias: Any, batch_inner: int, lo: int | None, hi: int | None, *_: Any, **__: Any) -> int:
-        return attention_flops(pairs(q, k, lo, hi), q[3], v[3], "fwd")
+    def of_forward(
+        q: Any, k: Any, v: Any, bias: Any, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str,
+        *more: Any, **_: Any,
+    ) -> int:  # fmt: skip
+        return attention_flops(pairs(q, k, lo, hi, more[12] if len(more) > 12 else None), q.shape[3], v.shape[3], "fwd")
 
     def of_backward(
-        needs: Callable[[Sequence[Any]], Sequence[bool]], dout: Any, dlse: Any, q: Any, k: Any, v: Any, bias: Any, out: Any, lse: Any,
-        rest: Any, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str, *more: Any, **_: Any,
+        needs: Callable[[Sequence[Any]], Sequence[bool]], at: int, dout: Any, dlse: Any, q: Any, k: Any, v: Any, bias: Any, out: Any,
+        lse: Any, rest: Any, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str, *more: Any,
+        **_: Any,
     ) -> int:  # fmt: skip
         dq, dk, dv, dbias = needs(more)
-        D, Dv = q[3], v[3]
+        D, Dv = q.shape[3], v.shape[3]
         lengths = D + Dv * (dq or dk or dbias) + D * dq + D * dk + Dv * dv
-        return pairs(q, k, lo, hi) * 2 * lengths if dq or dk or dv or dbias else 0
+        seen = pairs(q, k, lo, hi, more[at] if len(more) > at else None)
+        return int(seen * 2 * lengths) if dq or dk or dv or dbias else 0
 
     def register(counter: ModuleType) -> None:
-        counter.register_flop_formula(forward)(of_forward)
-        counter.register_flop_formula(backward)(functools.partial(of_backward, lambda more: list(map(bool, more[0][:4]))))
-        counter.register_flop_formula(backward_two)(
-            functools.partial(of_backward, lambda more: [*map(bool, more[0][:3]), bool(more[0][3] or more[0][5])])
-        )
-        counter.register_flop_formula(backward_)(functools.partial(of_backward, lambda more: [x is not None for x in more[:4]]))
+        counter.register_flop_formula(forward, get_raw=True)(of_forward)
+        for operator, needs, at in (  # at: where the diagonal is among what is behind the backend
+            (backward, lambda more: list(map(bool, more[0][:4])), 12),
+            (backward_two, lambda more: [*map(bool, more[0][:3]), bool(more[0][3] or more[0][5])], 13),
+            (backward_, lambda more: [x is not None for x in more[:4]], 16),
+        ):
+            counter.register_flop_formula(operator, get_raw=True)(functools.partial(of_backward, needs, at))
 
     _when_imported(register)
 

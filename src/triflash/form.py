@@ -50,25 +50,28 @@ class Form:
         Where a fold of batch dims is no view, ``copy`` makes what is folded; None: PyTorch does, differentiably.
         """
         q, k, v, bias, mask, lengths, slopes, sink, seed, *others = given
+        others, places = others[:5], others[5:]
         *offsets, other = others if len(others) == 5 else (*others, None)
         first, second = self.layouts or ("", "")
         if bias is None:  # one mask alone is one more kind of bias
             bias, mask, first = mask, None, second
         q, k, v = self.unpacked(q, k, v)
         if self.canonical:
-            return Operands._make((q, k, v, bias, mask, lengths, slopes, sink, seed, *(offsets or (None,) * 4), other))
+            everything = (q, k, v, bias, mask, lengths, slopes, sink, seed, *(offsets or (None,) * 4), other, *places)
+            return Operands._make(everything + (None,) * (len(Operands._fields) - len(everything)))
         return Operands(
             self.rows("q", q, copy),
             self.rows("k", k, copy),
             self.rows("v", v, copy),
             bias=self._five("bias", bias, copy, first),
             mask=self._five("mask", mask, copy, second),
-            key_lengths=None if lengths is None else _fold("key_lengths", lengths, (math.prod(lengths.shape),), copy),
+            key_lengths=_entries("key_lengths", lengths, copy),
             alibi_slopes=None if slopes is None else self._heads(slopes, copy),
             sink=sink,
             dropout_seed=seed,
             **dict(zip(Operands._fields[9:], offsets, strict=False)),
             second_bias=self._five("second_bias", other, copy, first),
+            **{name: _entries(name, x, copy) for name, x in zip(Operands._fields[14:], places, strict=False)},
         )
 
     def unpacked(self, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,6 +135,11 @@ class Form:
         if slopes.dim() == 1:
             return slopes[None]
         return slopes if slopes.dim() == 2 else _fold("alibi_slopes", slopes, (math.prod(self.batch), slopes.shape[-1]), copy)
+
+
+def _entries(name: str, x: Tensor | None, copy: Copy | None) -> Tensor | None:
+    """One number for each batch entry."""
+    return None if x is None else _fold(name, x, (math.prod(x.shape),), copy)
 
 
 def _fold(name: str, x: Tensor, shape: tuple[int, ...], copy: Copy | None) -> Tensor:

@@ -45,10 +45,17 @@ def packed(given: Given, options: Options) -> tuple[VarlenGiven, VarlenOptions]:
         raise bad_value("v", "k's sequences, by the same offsets", "others", hint)
     if given.key_lengths is not None:
         raise bad_value("key_lengths", "None, as jagged tensors have lengths of their own", "a tensor")
+    for name in ("query_starts", "query_lengths", "key_starts", "diagonals"):
+        if getattr(given, name) is not None:
+            raise bad_value(name.replace("diagonals", "diagonal"), "None, as jagged tensors have lengths of their own", "a tensor")
+    if options.diagonal is not None:
+        raise bad_value(
+            "diagonal", "None, as that of a jagged tensor follows each sequence's lengths", options.diagonal, "or causal='top_left'"
+        )
     heads = q.shape[3 - ragged]
     biases = (("bias", given.bias), ("mask", given.mask), ("bias[1]", given.second_bias))
     bias, mask, second = (_wide(name, x, q.shape[0], heads) for name, x in biases)
-    causal, window, scale, softcap, dropout_p, deterministic, _, precision, backend = options
+    causal, window, scale, softcap, dropout_p, deterministic, _, precision, backend, _ = options
     q_rows, k_rows, v_rows = (x.values() if ragged == 1 else x.values().transpose(0, 1) for x in (q, k, v))
     rows = VarlenGiven(
         q_rows, k_rows, v_rows, bias, mask, given.alibi_slopes, given.sink, given.dropout_seed, q.offsets(), k.offsets(), q.lengths(),

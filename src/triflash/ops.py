@@ -28,7 +28,8 @@ from .errors import UnsupportedError, bad_value
 from .flops import register_formulas
 from .form import Form
 from .launch.room import twin
-from .spec import Gradients, Operands, Saved, check_gradients, check_saved, keeps_rest, spec_of
+from .saved import check_gradients, check_saved
+from .spec import Gradients, Operands, Saved, keeps_rest, spec_of
 
 __all__ = [
     "SECOND_DERIVATIVE",
@@ -48,18 +49,21 @@ _MORE = (
     "Tensor? mask=None, Tensor? key_lengths=None, Tensor? alibi_slopes=None, Tensor? sink=None, Tensor? dropout_seed=None, "
     "float softcap=0.0, float dropout_p=0.0, bool deterministic=False"
 )
+_PLACES = "Tensor? query_starts=None, Tensor? query_lengths=None, Tensor? key_starts=None, Tensor? diagonal=None, SymInt? shift=None"
 _SAVED = "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, Tensor? rest"
 _GIVEN = "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias"
 
 _library = torch.library.Library("triflash", "DEF")
 _library.define(
-    f"forward(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}, {_MORE}, Tensor? second_bias=None) -> (Tensor, Tensor, Tensor)"
+    f"forward(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}, {_MORE}, Tensor? second_bias=None, {_PLACES})"
+    " -> (Tensor, Tensor, Tensor)"
 )
-_library.define(f"backward({_SAVED}, {_OPTIONS}, bool[] needs, {_MORE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(f"backward({_SAVED}, {_OPTIONS}, bool[] needs, {_MORE}, {_PLACES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    f"backward_two({_SAVED}, {_OPTIONS}, bool[] needs, Tensor second_bias, {_MORE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"backward_two({_SAVED}, {_OPTIONS}, bool[] needs, Tensor second_bias, {_MORE}, {_PLACES})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-_library.define(f"backward_({_SAVED}, {_OPTIONS}, {_GIVEN}, {_MORE}, Tensor(e!)? dsink=None) -> ()")
+_library.define(f"backward_({_SAVED}, {_OPTIONS}, {_GIVEN}, {_MORE}, Tensor(e!)? dsink=None, {_PLACES}) -> ()")
 
 
 class OperatorOptions(NamedTuple):
@@ -83,22 +87,42 @@ class OperatorOptions(NamedTuple):
     dropout_p: float = 0.0
     deterministic: bool = False
     second_bias: Tensor | None = None
+    query_starts: Tensor | None = None
+    query_lengths: Tensor | None = None
+    key_starts: Tensor | None = None
+    diagonal: Tensor | None = None
+    shift: int | None = None
 
     @property
     def numbers(self) -> tuple[Any, ...]:
         """What is no tensor."""
-        return (*self[:6], *self[11:14])
+        return (*self[:6], *self[11:14], self.shift)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """mask, key_lengths, alibi_slopes, sink and dropout_seed."""
         return self[6:11]
 
+    @property
+    def places(self) -> tuple[Tensor | None, ...]:
+        """query_starts, query_lengths, key_starts and diagonal."""
+        return self[15:19]
+
+    @classmethod
+    def of_backward(cls, front: Sequence[Any], more: Sequence[Any]) -> OperatorOptions:
+        """From what a backward operator takes in front of what it gives, and behind it."""
+        return cls(*front, *more[:_BEHIND])._replace(**dict(zip(cls._fields[15:], more[_BEHIND:], strict=False)))
+
+
+_BEHIND = 8  # mask to deterministic: what the backward operators take before query_starts
+
 
 def _bound(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: OperatorOptions) -> tuple[BoundCall, tuple[Tensor | None, ...]]:
     """What an operator's arguments bind to, and its tensors in order. Only a new signature is checked."""
     given = (q, k, v, bias, *options.tensors)
-    if options.second_bias is not None:
+    if any(x is not None for x in options.places):
+        given = (*given, None, None, None, None, options.second_bias, *options.places)
+    elif options.second_bias is not None:
         given = (*given, None, None, None, None, options.second_bias)
     numbers = options.numbers
     facts, around = ambient(q)
@@ -109,7 +133,7 @@ def _bound(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Operat
         x = form.operands(given)
         spec = spec_of(
             *x[:4], options.batch_inner, options.lo, options.hi, options.scale, options.precision, *x[4:9], options.softcap,
-            options.dropout_p, options.deterministic, options.second_bias,
+            options.dropout_p, options.deterministic, *x[13:], options.shift,
         )  # fmt: skip
         call = BoundCall(form, [None if each is None else twin(each) for each in given], spec, facts, options.backend, q.device)
         CALLS.add(key, call)
@@ -139,7 +163,7 @@ def _backward(
     rest: Tensor | None, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str,
     needs: Sequence[bool], *more: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = OperatorOptions(batch_inner, lo, hi, scale, precision, backend, *more)
+    options = OperatorOptions.of_backward((batch_inner, lo, hi, scale, precision, backend), more)
     needs = _all_needs(needs)
     if needs[3] and (bias is None or bias.dtype == torch.bool):
         raise bad_value("needs", "False for a bias that is absent or a mask", needs)
@@ -158,7 +182,7 @@ def _backward_two(
     rest: Tensor | None, *more: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *front, needs, second = more[:8]
-    options = OperatorOptions(*front, *more[8:])._replace(second_bias=second)
+    options = OperatorOptions.of_backward(front, more[8:])._replace(second_bias=second)
     if len(needs) != 6:
         raise bad_value("needs", "6 of them: of q, k, v, bias, sink and second_bias", list(needs))
     call, given = _bound(q, k, v, bias, options)
@@ -171,7 +195,7 @@ def _backward_two(
 def _fake_backward_two(dout: Tensor, *more: Any) -> tuple[Tensor, ...]:
     _, q, k, v, bias, _, _, _, *rest = more
     *front, needs, second = rest[:8]
-    sink = OperatorOptions(*front, *rest[8:]).sink
+    sink = OperatorOptions.of_backward(front, rest[8:]).sink
     wanted = [x if need else None for x, need in zip((q, k, v, bias, sink, second), needs, strict=True)]
     return tuple(q.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
 
@@ -181,9 +205,9 @@ def _backward_(
     rest: Tensor | None, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str,
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, dbias: Tensor | None, *more: Any,
 ) -> None:  # fmt: skip
-    count = OperatorOptions._fields.index("second_bias") - OperatorOptions._fields.index("mask")
-    options = OperatorOptions(batch_inner, lo, hi, scale, precision, backend, *more[:count])
-    grads = Gradients(dq, dk, dv, dbias, *more[count:])
+    front = (batch_inner, lo, hi, scale, precision, backend)
+    options = OperatorOptions.of_backward(front, (*more[:_BEHIND], *more[_BEHIND + 1 :]))
+    grads = Gradients(dq, dk, dv, dbias, *more[_BEHIND : _BEHIND + 1])
     call, given = _bound(q, k, v, bias, options)
     saved = Saved(out, lse, kept(rest))
     check_saved(q, v, dout, dlse, saved)
@@ -207,7 +231,7 @@ def _fake_backward(
     rest: Tensor | None, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str,
     needs: Sequence[bool], *more: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    sink = OperatorOptions(batch_inner, lo, hi, scale, precision, backend, *more).sink
+    sink = OperatorOptions.of_backward((batch_inner, lo, hi, scale, precision, backend), more).sink
     wanted = [x if need else None for x, need in zip((q, k, v, bias, sink), _all_needs(needs), strict=True)]
     dq, dk, dv, dbias, dsink = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
     return dq, dk, dv, dbias, dsink
@@ -287,7 +311,7 @@ def _backward_by_operator(
     grads = _gradients_by_operator(
         (form.rows("dout", dout), dlse, *x[:4], saved.out, saved.lse, rest),
         (inner, spec.lo, spec.hi, spec.scale, spec.precision, call.backend),
-        list(all_needs.values()), x[4:9], (spec.softcap, spec.dropout, spec.deterministic), x.second_bias,
+        list(all_needs.values()), x[4:9], (spec.softcap, spec.dropout, spec.deterministic, *x[14:], spec.shift), x.second_bias,
     )  # fmt: skip
     return form.gradients_of([grad if need else None for grad, need in zip(grads, all_needs.values(), strict=True)], given)
 
@@ -403,12 +427,14 @@ def _keep(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     q, k, v, bias, *rest = args
     options = OperatorOptions(*rest)
     ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(q, k, v, bias, *options.tensors, options.second_bias, *output)
+    ctx.save_for_backward(q, k, v, bias, *options.tensors, options.second_bias, *options.places, *output)
     ctx.numbers = options.numbers
 
 
 def _give(ctx: Any, wants: Sequence[bool], dout: Tensor | None, dlse: Tensor | None, _: Any) -> list[Tensor | None]:
-    q, k, v, bias, *tensors, second, out, lse, rest = ctx.saved_tensors
+    q, k, v, bias, *tensors, out, lse, rest = ctx.saved_tensors
+    tensors, second, places = tensors[:5], tensors[5], tensors[6:]
+    *numbers, shift = ctx.numbers
     needs = [at < len(wants) and bool(wants[at]) for at in _WANTED]
     result: list[Tensor | None] = [None] * len(wants)
     if (dout is None and dlse is None) or not any(needs):
@@ -417,7 +443,7 @@ def _give(ctx: Any, wants: Sequence[bool], dout: Tensor | None, dlse: Tensor | N
         dout = torch.zeros_like(out)
     with torch.no_grad():
         grads = _gradients_by_operator(
-            (dout, dlse, q, k, v, bias, out, lse, rest), ctx.numbers[:6], needs, tensors, ctx.numbers[6:], second
+            (dout, dlse, q, k, v, bias, out, lse, rest), numbers[:6], needs, tensors, (*numbers[6:], *places, shift), second
         )
     wanted = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
     for at, grad in zip(_WANTED, differentiable_once(wanted, (dout, dlse, q, k, v, bias, *tensors, second)), strict=True):

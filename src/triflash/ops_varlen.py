@@ -24,7 +24,8 @@ from .form import Form
 from .launch.room import twin
 from .ops import differentiable, differentiable_once, kept
 from .plan.device import DeviceFacts
-from .spec import Saved, check_gradients, check_saved, keeps_rest, packed_spec_of
+from .saved import check_gradients, check_saved
+from .spec import Saved, keeps_rest, packed_spec_of
 
 __all__ = ["VarlenOptions", "VarlenTensors", "backward_of", "bind_varlen", "varlen_backward", "varlen_backward_", "varlen_forward"]
 

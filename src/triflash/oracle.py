@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dropout import keep_mask, rescale
-from .lengths import comparable
+from .lengths import Places, comparable
 
 __all__ = ["LEAST_BIAS", "attention", "visible"]
 
@@ -48,6 +48,11 @@ def attention(
     dropout_p: float = 0.0,
     first_entry: int = 0,
     second_bias: Tensor | None = None,
+    query_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    diagonal: Tensor | None = None,
+    shift: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
     """``softmax(scale * q kᵀ + bias) v`` and its log-sum-exp, every step in ``dtype``, differentiable by autograd.
@@ -65,22 +70,34 @@ def attention(
         scale: default ``1 / sqrt(D)``.
         first_entry: the number of the first batch entry, to dropout.
         second_bias: added too, of such a shape.
+        query_starts, query_lengths, key_starts, diagonal, shift: see :class:`~triflash.lengths.Places`; lo and hi count from the diagonal
+            if it is a tensor.
         softcap: if positive, scaled products become ``softcap * tanh(· / softcap)`` before anything is added.
         dtype: what everything is computed in; float64 makes this the reference, the inputs' own dtype the "plain PyTorch" yardstick.
 
     Returns:
         out ``(B, M, Hq, Dv)`` and lse ``(B, Hq, M)``, natural log, sink included, both in ``dtype``. A query that sees no key gets out 0,
-        lse -inf (with a sink: the sink) and gives zero gradient to everything but the sink.
+        lse -inf (with a sink: the sink) and gives zero gradient to everything but the sink. One that is no row gets 0 and -inf, and gives
+        none.
     """
     batch, M, H, D = q.shape
     N, group = k.shape[1], H // k.shape[2] if k.shape[2] else 1
     scale = D**-0.5 if scale is None else scale
     k, v = (x.to(dtype).repeat_interleave(group, 2) for x in (k, v))
-    if key_lengths is not None:  # what is hidden may hold anything, and 0 times that need not be 0
-        key_lengths = comparable(key_lengths)
-        beyond = torch.arange(N, device=q.device)[:, None, None] >= key_lengths[:, None, None, None]
-        k, v = k.masked_fill(beyond, 0.0), v.masked_fill(beyond, 0.0)
-    s = torch.einsum("bmhd,bnhd->bhmn", q.to(dtype), k) * scale
+    places = Places(query_starts, query_lengths, key_starts, diagonal, shift)
+    i, j = torch.arange(M, device=q.device)[:, None], torch.arange(N, device=q.device)
+    hidden = None
+    if key_lengths is not None:
+        hidden = j >= comparable(key_lengths)[:, None]
+    if key_starts is not None:
+        before = j < comparable(key_starts)[:, None]
+        hidden = before if hidden is None else hidden | before
+    if hidden is not None:  # what is hidden may hold anything, and 0 times that need not be 0
+        k, v = k.masked_fill(hidden[..., None, None], 0.0), v.masked_fill(hidden[..., None, None], 0.0)
+    q, rows = q.to(dtype), places.rows(i[:, 0])
+    if rows is not None:
+        q = q.masked_fill(~rows[..., None, None], 0.0)
+    s = torch.einsum("bmhd,bnhd->bhmn", q, k) * scale
     if softcap:
         s = softcap * torch.tanh(s / softcap)
     for extra in (bias, second_bias, mask):
@@ -92,12 +109,18 @@ def attention(
         if extra.dim() == 5:
             extra = extra.expand(batch // batch_inner, batch_inner, H, M, N).reshape(batch, H, M, N)
         s = s.masked_fill(~extra, -torch.inf) if hides else s + extra
-    i, j = torch.arange(M, device=q.device)[:, None], torch.arange(N, device=q.device)
     if alibi_slopes is not None:
-        s = s - alibi_slopes.to(dtype)[..., None, None] * (i + (N - M) - j).abs().to(dtype)
-    s = s.masked_fill(~visible(M, N, lo, hi, q.device), -torch.inf)
-    if key_lengths is not None:
-        s = s.masked_fill(j >= key_lengths[:, None, None, None], -torch.inf)
+        s = s - alibi_slopes.to(dtype)[..., None, None] * places.from_diagonal(j - i, M, N).abs().to(dtype)
+    if diagonal is None:
+        s = s.masked_fill(~visible(M, N, lo, hi, q.device), -torch.inf)
+    else:
+        offset = places.offsets(j - i)
+        for side in (None if lo is None else offset < lo, None if hi is None else offset > hi):
+            s = s if side is None else s.masked_fill(side, -torch.inf)
+    if hidden is not None:
+        s = s.masked_fill(hidden[:, None, None], -torch.inf)
+    if rows is not None:
+        s = s.masked_fill(~rows[:, None, :, None], -torch.inf)
 
     # Rows that see no key: the maximum is -inf and the sum 0; both are replaced before they can make a NaN.
     top = s.detach().amax(-1, keepdim=True) if N else s.new_full((batch, H, M, 1), -torch.inf)
@@ -117,4 +140,6 @@ def attention(
         p = p * keep_mask(dropout_seed, dropout_p, batch, H, slice(0, M), slice(0, N), first_entry) * rescale(dropout_p)
     out = torch.einsum("bhmn,bnhd->bmhd", p, v)
     lse = (finite + torch.log(safe)).masked_fill(~seen, -torch.inf).squeeze(-1)
+    if rows is not None:
+        out, lse = out.masked_fill(~rows[..., None, None], 0.0), lse.masked_fill(~rows[:, None], -torch.inf)
     return out, lse

@@ -85,7 +85,7 @@ def _axes_of(given: Given, levels: int, heads_at: int) -> tuple[Axes, ...]:
             axes = (*leading, x.dim() + heads_at)
         elif name in ("bias", "mask", "second_bias"):  # aligned to the right, (*batch, heads, queries, keys)
             axes = tuple(n if n >= 0 else None for n in range(x.dim() - levels - 3, x.dim() - 2))
-        elif name == "key_lengths":
+        elif name in ("key_lengths", "query_starts", "query_lengths", "key_starts", "diagonals"):
             axes = (*leading, None)
         elif x.dim() == 1:  # a sink, or slopes of all batch entries
             axes = (*axes[:-1], 0)

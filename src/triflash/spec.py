@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import bad_type, bad_value
+from .lengths import FARTHEST
 
 __all__ = [
     "DTYPE_NAMES",
@@ -26,8 +27,6 @@ __all__ = [
     "Operands",
     "Packed",
     "Saved",
-    "check_gradients",
-    "check_saved",
     "keeps_rest",
     "packed_spec_of",
     "resolve_precision",
@@ -98,11 +97,15 @@ class Operands(NamedTuple):
     used_q: Tensor | None = None
     used_k: Tensor | None = None
     second_bias: Tensor | None = None
+    query_starts: Tensor | None = None
+    query_lengths: Tensor | None = None
+    key_starts: Tensor | None = None
+    diagonal: Tensor | None = None
 
     @property
     def dense(self) -> dict[str, Any]:
         """Those that a dense batch may have, by name."""
-        return {**dict(zip(self._fields[:9], self, strict=False)), "second_bias": self.second_bias}
+        return {name: x for name, x in self._asdict().items() if name not in ("offsets_q", "offsets_k", "used_q", "used_k")}
 
 
 class Saved(NamedTuple):
@@ -138,9 +141,12 @@ class Band(NamedTuple):
     right: int | None = None
     anchor: str = "bottom_right"
 
-    def offsets(self, queries: int, keys: int) -> tuple[int | None, int | None]:
-        """``(lo, hi)`` of the visible ``lo <= j - i <= hi`` in a sequence of so many queries and keys."""
-        diagonal = 0 if self.anchor == "top_left" else keys - queries
+    def offsets(self, queries: int, keys: int, diagonal: int | None = None) -> tuple[int | None, int | None]:
+        """``(lo, hi)`` of the visible ``lo <= j - i <= hi`` in a sequence of so many queries and keys, about another diagonal than the
+        anchor's if there is one.
+        """
+        if diagonal is None:
+            diagonal = 0 if self.anchor == "top_left" else keys - queries
         return (None if self.left is None else diagonal - self.left, None if self.right is None else diagonal + self.right)
 
 
@@ -176,7 +182,9 @@ class AttentionSpec:
     beside a bias, and ``second`` another bias beside it. ``key_lengths``, ``alibi``, ``sink``: whether there are such. ``softcap`` and
     ``dropout`` (a probability): 0 for none.
     ``deterministic``: the backward pass must give the same bits every time. ``packed``: its one batch entry holds several sequences; then
-    lo and hi count from a sequence's diagonal, and outer batch entries, to a bias, are sequences.
+    lo and hi count from a sequence's diagonal, and outer batch entries, to a bias, are sequences. ``query_starts``, ``query_lengths``,
+    ``key_starts``: whether each batch entry has such. ``diagonal``: whether each has one of its own, from which lo and hi count. ``shift``:
+    the diagonal that ALiBi counts from, if it is not N - M.
     """
 
     dtype: str
@@ -202,6 +210,11 @@ class AttentionSpec:
     deterministic: bool = False
     packed: Packed | None = None
     second: BiasSpec | None = None
+    query_starts: bool = False
+    query_lengths: bool = False
+    key_starts: bool = False
+    diagonal: bool = False
+    shift: int | None = None
 
     @property
     def tensor_dtype(self) -> torch.dtype:
@@ -229,8 +242,18 @@ class AttentionSpec:
             "a soft cap": self.softcap > 0,
             "dropout": self.dropout > 0,
             "packed sequences": self.packed is not None,
+            "query starts": self.query_starts,
+            "query lengths": self.query_lengths,
+            "key starts": self.key_starts,
+            "a diagonal of each batch entry": self.diagonal,
+            f"ALiBi from diagonal {self.shift}": self.shift is not None,
         }
         return tuple(name for name, there in named.items() if there)
+
+    @property
+    def placed(self) -> bool:
+        """Whether some queries may be no rows, or some first keys hidden."""
+        return self.query_starts or self.query_lengths or self.key_starts
 
     @property
     def is_empty(self) -> bool:
@@ -285,12 +308,17 @@ def spec_of(
     dropout_p: float = 0.0,
     deterministic: bool = False,
     second_bias: Tensor | None = None,
+    query_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    diagonal: Tensor | None = None,
+    shift: int | None = None,
 ) -> AttentionSpec:
     """The spec of canonical tensors.
 
     q (B, M, Hq, D), k (B, N, Hk, D), v (B, N, Hk, Dv); biases and mask (B0|1, B1|1, Hq|1, M|1, N|1) with B1 = batch_inner, a mask without a
-    bias being the bias; key_lengths (B,), any integers; alibi_slopes (B|1, Hq) and sink (Hq,), any floats; dropout_seed int64 (2,),
-    contiguous.
+    bias being the bias; key_lengths, query_starts, query_lengths, key_starts and diagonal (B,), any integers; alibi_slopes (B|1, Hq) and
+    sink (Hq,), any floats; dropout_seed int64 (2,), contiguous. lo and hi count from diagonal, if there is one.
 
     The public faces have checked their arguments already, with better words; these few comparisons guard the kernels from whoever
     calls the operators directly.
@@ -306,26 +334,42 @@ def spec_of(
         raise bad_value("k, v", wanted, f"{tuple(k.shape)} and {tuple(v.shape)}")
     if kv_heads != H and (kv_heads == 0 or H % kv_heads):
         raise bad_value("k, v", f"a number of heads that divides q's {H}", kv_heads)
-    if batch_inner < 1 or B % batch_inner:
-        raise bad_value("batch_inner", f"a positive divisor of the batch {B}", batch_inner)
+    if batch_inner < 0 or (B if batch_inner == 0 else B % batch_inner):
+        raise bad_value("batch_inner", f"a positive divisor of the batch {B}, or 0 for none", batch_inner)
+    # Of an empty inner level nothing tells how many outer entries there are but what varies over them.
+    outer = B // batch_inner if batch_inner else max([1, *(x.shape[0] for x in (bias, mask, second_bias) if x is not None)])
     if not (q.dtype == k.dtype == v.dtype):
         raise bad_type("k, v", f"q's dtype {q.dtype}", f"{k.dtype} and {v.dtype}")
-    given = Operands(q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed, second_bias=second_bias)._asdict()
+    places = {"query_starts": query_starts, "query_lengths": query_lengths, "key_starts": key_starts, "diagonal": diagonal}
+    given = Operands(q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed, second_bias=second_bias, **places)._asdict()
     for name, x in given.items():
         if x is not None and x.device != q.device:
             raise bad_value(name, f"q's device {q.device}", x.device)
-    full = (B // batch_inner, batch_inner, H, M, N)
+    full = (outer, batch_inner, H, M, N)
     if mask is not None and (mask.dtype != torch.bool or bias is None or bias.dtype == torch.bool):
         raise bad_type("mask", "a bool tensor beside a bias of numbers", f"{mask.dtype} beside {'none' if bias is None else bias.dtype}")
     if second_bias is not None and (bias is None or torch.bool in (bias.dtype, second_bias.dtype)):
         raise bad_type("second_bias", "numbers beside a bias of numbers", second_bias.dtype)
     _check_extras(B, H, key_lengths, alibi_slopes, sink, dropout_seed, softcap, dropout_p)
-    # Bounds that hide nothing are open; kernels add the others to 32-bit positions, so those are kept near the sizes.
-    lo = None if lo is None or lo <= 1 - M else min(lo, N)
-    hi = None if hi is None or hi >= N - 1 else max(hi, -M)
+    for name, x in places.items():
+        if x is None:
+            continue
+        if x.dtype not in INTEGERS:
+            raise bad_type(name, "integers", x.dtype)
+        if tuple(x.shape) != (B,):
+            raise bad_value(name, f"shape ({B},)", tuple(x.shape))
+    if diagonal is None:
+        # Bounds that hide nothing are open; kernels add the others to 32-bit positions, so those are kept near the sizes.
+        lo = None if lo is None or lo <= 1 - M else min(lo, N)
+        hi = None if hi is None or hi >= N - 1 else max(hi, -M)
+        if shift is not None and not -FARTHEST <= shift <= FARTHEST:
+            raise bad_value("diagonal", f"an integer within {FARTHEST}", shift)
+    else:
+        lo, hi = (None if x is None else max(-FARTHEST, min(x, FARTHEST)) for x in (lo, hi))
+    moved = diagonal is not None and (lo is not None or hi is not None or alibi_slopes is not None)
     return AttentionSpec(
         dtype=_dtype_name("q", q),
-        batch_outer=B // batch_inner,
+        batch_outer=outer,
         batch_inner=batch_inner,
         queries=M,
         keys=N,
@@ -346,6 +390,11 @@ def spec_of(
         dropout=float(dropout_p),
         deterministic=deterministic,
         second=_bias_spec("second_bias", second_bias, full),
+        query_starts=query_starts is not None,
+        query_lengths=query_lengths is not None,
+        key_starts=key_starts is not None,
+        diagonal=moved,
+        shift=None if diagonal is not None or alibi_slopes is None or shift == N - M else shift,
     )
 
 
@@ -474,54 +523,6 @@ def _check_extras(
         raise bad_value("softcap", "a finite number, 0 for none", softcap)
     if not 0 <= dropout_p < 1 or (dropout_p > 0) != (dropout_seed is not None):
         raise bad_value("dropout_p", "a number in [0, 1), with a dropout_seed unless it is 0", dropout_p)
-
-
-def check_saved(q: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None, saved: Saved) -> None:
-    """What a backward pass is given besides its inputs: dout and out (B, M, H, Dv) like q, lse, rest and dlse (B, H, M)."""
-    out, lse, rest = saved
-    B, M, H, _ = q.shape
-    for name, tensor, shape in (
-        ("dout", dout, (B, M, H, v.shape[3])),
-        ("out", out, (B, M, H, v.shape[3])),
-        ("lse", lse, (B, H, M)),
-        ("rest", rest, (B, H, M)),
-        ("dlse", dlse, (B, H, M)),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise bad_value(name, f"shape {shape}", tuple(tensor.shape))
-        if tensor.device != q.device:
-            raise bad_value(name, f"q's device {q.device}", tensor.device)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    dtypes = (("dout", dout, q.dtype), ("out", out, q.dtype), ("lse", lse, lse_dtype), ("rest", rest, torch.float32))
-    for name, tensor, dtype in dtypes:
-        if tensor is not None and tensor.dtype != dtype:
-            raise bad_type(name, str(dtype), tensor.dtype)
-
-
-def check_gradients(inputs: dict[str, Tensor | None], gradients: dict[str, Tensor | None], saved: dict[str, Tensor]) -> None:
-    """Tensors for gradients to be written to: each the shape, dtype and device of its input; any strides, but memory of its own."""
-    for (name, x), (grad_name, grad) in zip(inputs.items(), gradients.items(), strict=True):
-        if grad is None:
-            continue
-        if x is None or x.dtype == torch.bool:
-            raise bad_value(
-                grad_name, "None", "a tensor", f"there is no {name} to differentiate by" if x is None else "a mask has no gradient"
-            )
-        if grad.dtype != x.dtype:
-            raise bad_type(grad_name, f"{name}'s dtype {x.dtype}", grad.dtype)
-        if grad.shape != x.shape or grad.device != x.device:
-            raise bad_value(grad_name, f"{name}'s shape {tuple(x.shape)} on {x.device}", f"{tuple(grad.shape)} on {grad.device}")
-        if any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True)):
-            raise bad_value(grad_name, "memory of its own for every element", "an expanded tensor (a stride of 0)")
-    taken: dict[int, str] = {}
-    for name, tensor in (*inputs.items(), *saved.items(), *gradients.items()):
-        if tensor is None or not tensor.numel():
-            continue
-        if name in gradients and taken.get(tensor.data_ptr(), name) != name:
-            raise bad_value(name, "memory of its own", f"that of {taken[tensor.data_ptr()]}", "kernels write it while they read the others")
-        taken[tensor.data_ptr()] = name
 
 
 def _dtype_name(name: str, tensor: Tensor) -> str:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from .dropout import keep_mask, rescale
-from .lengths import comparable
+from .lengths import Places, comparable
 
 _LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
 _LEAST_BIAS = -torch.finfo(torch.float32).max / _LOG2E  # below it a bias counts as -inf: see oracle.py
 
 __all__ = ["Scores", "backward", "delta_of", "forward", "tile_size"]
 
+_EVERYWHERE = Places()
 _TILE_BYTES = 16 * 2**20  # one tile of scores over all heads: large enough for efficient products, small enough to stay near the caches
 
 
@@ -53,11 +54,17 @@ class Scores:
     dropout_p: float = 0.0
     first_entry: int = 0
     second_bias: Tensor | None = None
+    places: Places = _EVERYWHERE
 
-    def tile(self, products: Tensor, rows: slice, cols: slice, diagonal: int) -> tuple[Tensor, Tensor | None]:
+    @property
+    def band(self) -> tuple[int | None, int | None]:
+        """``(lo, hi)``, or nothing where every batch entry has a diagonal of its own."""
+        return (self.lo, self.hi) if self.places.diagonal is None else (None, None)
+
+    def tile(self, products: Tensor, rows: slice, cols: slice, queries: int, keys: int) -> tuple[Tensor, Tensor | None]:
         """Of the products ``[B, H, BM, BN]`` of one tile: its scores in base 2, and their derivative by ``scale * products`` (None: 1).
 
-        ``diagonal`` is N - M, to which ALiBi is aligned.
+        queries, keys: M and N, from which the diagonal follows to which ALiBi is aligned.
         """
         slope = None
         if self.softcap:
@@ -78,25 +85,42 @@ class Scores:
         j = torch.arange(cols.start, cols.stop, device=s.device)
         crosses_hi = self.hi is not None and cols.stop - 1 - rows.start > self.hi
         crosses_lo = self.lo is not None and cols.start - (rows.stop - 1) < self.lo
-        if crosses_hi or crosses_lo or self.alibi_slopes is not None:
-            offset = j - torch.arange(rows.start, rows.stop, device=s.device)[:, None]
+        i = torch.arange(rows.start, rows.stop, device=s.device)
+        if crosses_hi or crosses_lo or self.alibi_slopes is not None or self.places.diagonal is not None:
+            offset = self.places.offsets(j - i[:, None])
             if self.alibi_slopes is not None:
                 slopes = self.alibi_slopes.to(s.dtype)[..., None, None] * _LOG2E
-                s.sub_(slopes * (offset - diagonal).abs().to(s.dtype))
+                s.sub_(slopes * self.places.from_diagonal(j - i[:, None], queries, keys).abs().to(s.dtype))
             if self.hi is not None:
                 s.masked_fill_(offset > self.hi, -torch.inf)
             if self.lo is not None:
                 s.masked_fill_(offset < self.lo, -torch.inf)
-        if self.key_lengths is not None:
-            s.masked_fill_(j >= comparable(self.key_lengths)[:, None, None, None], -torch.inf)
+        hidden, there = self._hidden(j), self.places.rows(i)
+        if hidden is not None:
+            s.masked_fill_(hidden[:, None, None], -torch.inf)
+        if there is not None:
+            s.masked_fill_(~there[:, None, :, None], -torch.inf)
         return s, slope
+
+    def _hidden(self, j: Tensor) -> Tensor | None:
+        """Which keys no query sees, ``(B, len(j))``; None: there are none such."""
+        hidden = None
+        if self.key_lengths is not None:
+            hidden = j >= comparable(self.key_lengths)[:, None]
+        if self.places.key_starts is not None:
+            before = j < comparable(self.places.key_starts)[:, None]
+            hidden = before if hidden is None else hidden | before
+        return hidden
+
+    def there(self, x: Tensor, rows: slice, value: float = 0.0) -> Tensor:
+        """A tile of queries ``[B, H, BM, …]``, ``value`` where there are no rows."""
+        seen = self.places.rows(torch.arange(rows.start, rows.stop, device=x.device))
+        return x if seen is None else x.masked_fill(~seen.view(seen.shape[0], 1, -1, *[1] * (x.dim() - 3)), value)
 
     def shown(self, x: Tensor, cols: slice) -> Tensor:
         """A tile of keys or values ``[B, Hk, BN, D]``, hidden keys as zeros: they may hold anything, and 0 times that need not be 0."""
-        if self.key_lengths is None:
-            return x
-        j = torch.arange(cols.start, cols.stop, device=x.device)
-        return x.masked_fill(j[:, None] >= comparable(self.key_lengths)[:, None, None, None], 0.0)
+        hidden = self._hidden(torch.arange(cols.start, cols.stop, device=x.device))
+        return x if hidden is None else x.masked_fill(hidden[:, None, :, None], 0.0)
 
     def dropped(self, x: Tensor, rows: slice, cols: slice) -> Tensor:
         """What dropout leaves of a tile, unscaled."""
@@ -134,16 +158,16 @@ def forward(
     math = _arithmetic(q)
     tile = tile or tile_size(batch * H)
     for rows in _slices(0, M, tile):
-        q_tile = _by_key_head(_heads_first(q, rows, math), kv_heads)  # [B, Hk, G * BM, D]
+        q_tile = _by_key_head(scores.there(_heads_first(q, rows, math), rows), kv_heads)  # [B, Hk, G * BM, D]
         m = torch.full((batch, H, rows.stop - rows.start, 1), -torch.inf, dtype=math, device=q.device)
         l = torch.zeros_like(m)
         if sink is not None:
             m, l = m.copy_(sink.to(math)[:, None, None] * _LOG2E), torch.ones_like(m)
         acc = m.new_zeros(*m.shape[:3], v.shape[3])
-        for cols in _visible_slices(rows, N, scores.lo, scores.hi, tile):
+        for cols in _visible_slices(rows, N, *scores.band, tile):
             k_tile, v_tile = (scores.shown(_heads_first(x, cols, math), cols) for x in (k, v))
             products = _by_query_head(q_tile @ k_tile.transpose(2, 3), H)
-            s, _ = scores.tile(products, rows, cols, N - M)  # [B, H, BM, BN]
+            s, _ = scores.tile(products, rows, cols, M, N)  # [B, H, BM, BN]
             m_new = torch.maximum(m, s.amax(-1, keepdim=True))
             m_safe = m_new.masked_fill(m_new == -torch.inf, 0.0)  # a row that has seen nothing yet: 2^(-inf - 0) = 0, never NaN
             p = torch.exp2(s.sub_(m_safe))
@@ -154,8 +178,8 @@ def forward(
             m = m_new
         unseen = l == 0
         l = l.masked_fill(unseen, 1.0)
-        out[:, rows] = (acc * scores.rescale / l).transpose(1, 2)
-        row_lse = ((m + l.log2()) * _LN2).masked_fill(unseen, -torch.inf)
+        out[:, rows] = scores.there(acc * scores.rescale / l, rows).transpose(1, 2)
+        row_lse = scores.there(((m + l.log2()) * _LN2).masked_fill(unseen, -torch.inf), rows, -torch.inf)
         lse[:, :, rows] = row_lse.squeeze(-1)
         if rest is not None:
             lost = ((m - row_lse * _LOG2E) + l.log2()).masked_fill(row_lse == -torch.inf, 0.0)
@@ -200,9 +224,10 @@ def backward(
     for cols in _slices(0, N, tile):
         k_tile, v_tile = (scores.shown(_heads_first(x, cols, math), cols) for x in (k, v))
         dk_tile, dv_tile = torch.zeros_like(k_tile), torch.zeros_like(v_tile)
-        for rows in _visible_slices(cols, M, _negated(scores.hi), _negated(scores.lo), tile):
-            q_tile, do_tile = (_by_key_head(_heads_first(x, rows, math), kv_heads) for x in (q, dout))  # [B, Hk, G * BM, D]
-            s, slope = scores.tile(_by_query_head(q_tile @ k_tile.transpose(2, 3), H), rows, cols, N - M)
+        for rows in _visible_slices(cols, M, _negated(scores.band[1]), _negated(scores.band[0]), tile):
+            own = (scores.there(_heads_first(x, rows, math), rows) for x in (q, dout))
+            q_tile, do_tile = (_by_key_head(x, kv_heads) for x in own)  # [B, Hk, G * BM, D]
+            s, slope = scores.tile(_by_query_head(q_tile @ k_tile.transpose(2, 3), H), rows, cols, M, N)
             s.sub_(lse_log2[:, :, rows, None])
             if rest is not None:
                 s.sub_(rest[:, :, rows, None])
@@ -233,13 +258,14 @@ def backward(
             grad.copy_(total)
 
 
-def delta_of(out: Tensor, dout: Tensor, dlse: Tensor | None, tile: int = 512) -> Tensor:
-    """``rowsum(out * dout) - dlse`` as ``(B, H, M)``, float32 or float64."""
+def delta_of(out: Tensor, dout: Tensor, dlse: Tensor | None, tile: int = 512, scores: Scores | None = None) -> Tensor:
+    """``rowsum(out * dout) - dlse`` as ``(B, H, M)``, float32 or float64; 0 where ``scores`` have no rows."""
     math = _arithmetic(out)
     delta = torch.zeros((out.shape[0], out.shape[2], out.shape[1]), dtype=math, device=out.device)
     for rows in _slices(0, out.shape[1], tile):
         delta[:, :, rows] = (_heads_first(out, rows, math) * _heads_first(dout, rows, math)).sum(-1)
-    return delta if dlse is None else delta.sub_(dlse)
+    delta = delta if dlse is None else delta.sub_(dlse)
+    return delta if scores is None else scores.there(delta, slice(0, out.shape[1]))
 
 
 def _arithmetic(q: Tensor) -> torch.dtype:

@@ -101,7 +101,7 @@ def _given(q: Tensor, k: Tensor | None = None, v: Tensor | None = None, bias: Te
 
 
 def _options(causal: bool, softmax_scale: float | None) -> Options:
-    return Options("top_left" if check_bool("causal", causal) else False, None, softmax_scale, None, 0.0, None, "bshd", None, None)
+    return Options("top_left" if check_bool("causal", causal) else False, None, softmax_scale, None, 0.0, None, "bshd", None, None, None)
 
 
 class _SeedFunction(torch.autograd.Function):

@@ -92,9 +92,11 @@ class _Batch:
         if slopes is not None and (own.get("alibi_slopes") is not None or slopes.shape[0] > 1):
             slopes = slopes.expand(self.size, *slopes.shape) if own.get("alibi_slopes") is None else slopes.movedim(own["alibi_slopes"], 0)
             slopes = slopes.expand(self.size, self.batch, slopes.shape[-1]).reshape(self.size * self.batch, slopes.shape[-1])
+        places = {name: getattr(options, name) for name in OperatorOptions._fields[15:19]}
+        places = {name: None if x is None else self.folded(x, own.get(name)) for name, x in places.items()}
         mask = self.leveled(options.mask, own.get("mask"))
         assert self.inner is not None
-        return options._replace(batch_inner=self.inner, mask=mask, key_lengths=lengths, alibi_slopes=slopes)
+        return options._replace(batch_inner=self.inner, mask=mask, key_lengths=lengths, alibi_slopes=slopes, **places)
 
     @staticmethod
     def entry(args: Sequence[Any], dims: Sequence[Any], n: int) -> list[Any]:
@@ -120,8 +122,8 @@ def _backward_of_entries(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any
     """The backward operator for all entries of a vmap."""
     at = _SAVED + 6
     needs = args[at]
-    options = OperatorOptions(*args[_SAVED:at], *args[at + 1 :])
-    dims = (*in_dims[_SAVED:at], *in_dims[at + 1 :])
+    options = OperatorOptions.of_backward(args[_SAVED:at], args[at + 1 :])
+    dims = OperatorOptions.of_backward(in_dims[_SAVED:at], in_dims[at + 1 :])
     dout, dlse, q, k, v, bias, out, lse, rest = args[:_SAVED]
     batch = _Batch(info, (q, k, v, bias), options, in_dims[2:6], dims, needs)
     if batch.inner is None:
@@ -132,7 +134,7 @@ def _backward_of_entries(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any
     saved = [batch.folded(x, dim) for x, dim in zip((out, lse), in_dims[6:8], strict=True)]
     saved.append(batch.folded(rest, in_dims[8]) if kept else q.new_empty(0, dtype=torch.float32))
     folded = batch.options(options, dims)
-    grads = attention_backward(*rows, batch.leveled(bias, in_dims[5]), *saved, *folded[:6], needs, *folded[6:14])
+    grads = attention_backward(*rows, batch.leveled(bias, in_dims[5]), *saved, *folded[:6], needs, *folded[6:14], *folded[15:])
     dq, dk, dv, dbias, dsink = grads
     results = [batch.unfolded(x) if need else x for x, need in zip((dq, dk, dv), needs, strict=False)]
     if needs[3]:

@@ -28,6 +28,7 @@ LENGTH = 2032  # a multiple of 16, so that loads are wide, but of no tile, so th
 
 
 FEATURES = ("groups", "mask", "lengths", "alibi", "sink", "softcap", "dropout")
+PLACES = ("query_starts", "query_lengths", "key_starts", "diagonal")  # "places" among a target's features: all of them
 HEADS = 16
 
 
@@ -41,7 +42,7 @@ class Target(NamedTuple):
     bias: str  # a letter where it varies, over (batch, head, query, key); empty: none
     causal: bool
     bias_dtype: torch.dtype | None = None  # None: q's
-    features: tuple[str, ...] = ()  # of FEATURES
+    features: tuple[str, ...] = ()  # of FEATURES, and "places"
     precision: str = "ieee"
 
     def __str__(self) -> str:
@@ -86,6 +87,8 @@ def targets() -> Iterator[Target]:
             # The kernels of a feature take turns in head dim and mask; all features together fit d 64 on every architecture.
             for n, kernel in enumerate(kernels if features != ("sink",) else ("forward",)):
                 yield Target(arch, kernel, 64 if n % 2 or len(features) > 1 else 128, torch.bfloat16, bias, n != 2, None, features)
+        for kernel in ("forward", "dkdv", "dq", "dbias"):
+            yield Target(arch, kernel, 64, torch.bfloat16, "1hqk", True, None, ("places", "lengths", "alibi"))
         yield Target(arch, "forward", 512, torch.bfloat16, "1hqk", True)  # wider than the backward kernels take
     for kernel in ("forward", "dkdv", "dq", "dbias"):  # float32 by three TF32 products
         for head_dim in (64, 128):
@@ -119,12 +122,13 @@ def operands(target: Target, batch: int = 2, heads: int = HEADS) -> Operands:
         alibi_slopes=make(1, heads, dtype=torch.float32) if "alibi" in given else None,
         sink=make(heads) if "sink" in given else None,
         dropout_seed=make(2, dtype=torch.int64) if "dropout" in given else None,
+        **{name: make(batch, dtype=torch.int32) for name in PLACES if "places" in given},
     )
 
 
 def spec_for(target: Target, x: Operands) -> AttentionSpec:
     numbers = (50.0 if "softcap" in target.features else 0.0, 0.1 if "dropout" in target.features else 0.0)
-    return spec_of(*x[:4], 1, None, 0 if target.causal else None, 0.125, target.precision, *x[4:9], *numbers)
+    return spec_of(*x[:4], 1, None, 0 if target.causal else None, 0.125, target.precision, *x[4:9], *numbers, False, *x[13:])
 
 
 def calls(target: Target) -> tuple[Plan, list[Call]]:

@@ -19,7 +19,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 class Problem:
     """One step.
 
-    bias, mask, alibi: shapes. lengths: their dtype. seed: of dropout, as a tensor. wants: the gradients, letters of qkvbs. apart: q, k, v and the bias lie as TMA cannot read them. call: the public
+    bias, mask, alibi: shapes. lengths, places: their dtype, of key_lengths and of starts, query_lengths and diagonals. seed: of dropout, as a tensor. wants: the gradients, letters of qkvbs. apart: q, k, v and the bias lie as TMA cannot read them. call: the public
     function; packed ones get q, k and v in one tensor or two.
     """
 
@@ -36,6 +36,7 @@ class Problem:
     bias_dtype: torch.dtype | None = None
     mask: tuple[int, ...] | None = None
     lengths: torch.dtype | None = None
+    places: torch.dtype | None = None
     alibi: tuple[int, ...] | None = None
     sink: bool = False
     seed: bool = False
@@ -106,6 +107,9 @@ def step_of(p: Problem, seed: int = 0) -> Step:
         tensors["mask"] = _laid_out(torch.rand(p.mask, generator=generator) > 0.2, p.apart)
     if p.lengths is not None:
         tensors["key_lengths"] = torch.randint(1, p.N, p.batch, generator=generator).to(p.lengths)
+    if p.places is not None:
+        for name, most in (("query_starts", p.M // 2), ("query_lengths", p.M), ("key_starts", p.N // 2), ("diagonal", p.N)):
+            tensors[name] = torch.randint(0, min(most, torch.iinfo(p.places).max), p.batch, generator=generator).to(p.places)
     if p.alibi is not None:
         tensors["alibi_slopes"] = torch.rand(p.alibi, generator=generator)
     if p.sink:
@@ -172,6 +176,16 @@ def many(backend: str) -> list[Problem]:
         problems += [
             P("fp32", dtype=F32, bias=(2, 136, 136), options=dict(precision="tf32")),
             P("wide forward", D=320, M=40, N=40, wants=""),
+            P(
+                "where queries stand",
+                batch=(2, 3),
+                places=torch.int64,
+                bias=(1, 3, 2, 136, 136),
+                alibi=(2,),
+                sink=True,
+                dlse=True,
+                options=dict(causal=True),
+            ),
         ]
     return problems
 

@@ -134,7 +134,9 @@ def test_lengths() -> None:
 @pytest.mark.parametrize("name, value", [
     ("causal", True), ("causal", "top_left"), ("window", (5, 7)), ("window", None), ("scale", 0.25), ("scale", None), ("softcap", 3.0),
     ("softcap", None), ("dropout_p", 0.25), ("dropout_p", 0.0), ("deterministic", False), ("precision", "tf32"), ("backend", "tiled"),
-    ("backend", "hopper"), ("backend", None),
+    ("backend", "hopper"), ("backend", None), ("diagonal", 3), ("diagonal", torch.zeros(B, dtype=torch.int32)),
+    ("query_starts", torch.zeros(B, dtype=torch.int32)), ("query_lengths", torch.zeros(B, dtype=torch.int32)),
+    ("key_starts", torch.zeros(B, dtype=torch.int32)),
 ])  # fmt: skip
 def test_options(name: str, value: Any) -> None:
     given = tensors()
@@ -153,6 +155,7 @@ def test_the_layout() -> None:
 @pytest.mark.parametrize("name, good, bad", [
     ("causal", True, 1), ("causal", False, 0), ("deterministic", True, 1), ("softcap", 1.0, True), ("scale", 1.0, True),
     ("dropout_p", 0.0, False), ("window", (1, 2), (True, 2)), ("window", (1, 2), (1.0, 2.0)), ("dropout_seed", 1, True),
+    ("diagonal", 1, True), ("diagonal", 1, 1.0),
 ])  # fmt: skip
 def test_a_value_of_another_type_is_another_value(name: str, good: Any, bad: Any) -> None:
     """They are equal and have one hash, and only one of them is allowed."""

@@ -38,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mask", type=shorthand.option(shorthand.bias_pattern), metavar="b11k", help="shape of a boolean mask")
     parser.add_argument("--window", type=shorthand.option(_window), metavar="L,R", help="keys to the left and right of a query; -1 is open")
     parser.add_argument("--lengths", action="store_true", help="a number of keys for each batch entry")
+    for name, what in (("query-starts", "the first query"), ("query-lengths", "a number of queries"), ("key-starts", "the first key")):
+        parser.add_argument(f"--{name}", action="store_true", help=f"{what} for each batch entry")
+    parser.add_argument("--diagonal", type=int, metavar="D", help="the key at which the first query stands (default N - M)")
+    parser.add_argument("--diagonals", action="store_true", help="one for each batch entry, read on the device")
     parser.add_argument("--softcap", type=float, metavar="C", help="bound of the scaled products")
     parser.add_argument("--alibi", action="store_true", help="ALiBi slopes")
     parser.add_argument("--sink", action="store_true", help="a sink for each head")
@@ -71,15 +75,21 @@ def explanation(given: argparse.Namespace) -> Explanation:
     bias = None
     if given.bias is not None:
         bias = empty(*shorthand.bias_shape(given.bias, given.b, given.h, given.s, keys), dtype=given.bias_dtype or given.dtype)
+    if given.diagonals and given.diagonal is not None:
+        raise bad_value("--diagonals", "no --diagonal beside them", given.diagonal)
+    named = ("key_lengths", "query_starts", "query_lengths", "key_starts", "diagonal")
+    wanted = (given.lengths, given.query_starts, given.query_lengths, given.key_starts, given.diagonals)
     options: dict[str, Any] = {
         "mask": None if given.mask is None else empty(*shorthand.bias_shape(given.mask, given.b, given.h, given.s, keys), dtype=torch.bool),
         "window": given.window,
-        "key_lengths": empty(given.b, dtype=torch.int32) if given.lengths else None,
+        **dict(zip(named, (empty(given.b, dtype=torch.int32) if there else None for there in wanted), strict=True)),
         "softcap": given.softcap,
         "alibi_slopes": empty(given.h, dtype=torch.float32) if given.alibi else None,
         "sink": empty(given.h) if given.sink else None,
         "dropout_p": given.dropout,
     }
+    if given.diagonal is not None:
+        options["diagonal"] = given.diagonal
     if given.tuned is not None:
         load(given.tuned, "--tuned")
     with nullcontext() if given.tuned is None else tuned(given.tuned):

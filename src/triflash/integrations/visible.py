@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import bad_value
+from ..plan.device import facts_of
 
 __all__ = ["Visible", "lean_mask", "own_attention", "refuse_unrouted"]
 
@@ -24,9 +25,10 @@ __all__ = ["Visible", "lean_mask", "own_attention", "refuse_unrouted"]
 class Visible:
     """Which keys each query sees: a band around the diagonal, and keys that nobody sees.
 
-    Query i of M sees key j of N if ``i' − left <= j <= i' + right``, with ``i' = i + N − M``, or ``i' = i`` if ``top_left``; None leaves a
-    side open. keys: bool ``(B, 1, 1, N)``, True is visible; lengths: integers ``(B,)``, keys from that number on are hidden; one of them or
-    neither. bias: floats that a model added to its mask, as BEiT does, with their gradient; or None.
+    Query i of M sees key j of N if ``i' − left <= j <= i' + right``, with ``i' = i + N − M``, or ``i' = i`` if ``top_left``, or
+    ``i' = i + diagonal`` if there is one, a number or integers ``(B,)``, as a static cache has it; None leaves a side open. keys: bool
+    ``(B, 1, 1, N)``, True is visible; or lengths, starts: integers ``(B,)``, keys from that number on, and before it, are hidden. bias:
+    floats that a model added to its mask, as BEiT does, with their gradient; or None.
 
     It stands where models expect a mask, so it answers for its shape, moves between devices, takes a bias, and says what is wrong where a
     model wants more.
@@ -43,26 +45,33 @@ class Visible:
         keys: Tensor | None = None,
         lengths: Tensor | None = None,
         bias: Tensor | None = None,
+        starts: Tensor | None = None,
+        diagonal: int | Tensor | None = None,
     ):
         self.shape, self.left, self.right, self.top_left = shape, left, right, top_left
-        self.keys, self.lengths, self.bias = keys, lengths, bias
+        self.keys, self.lengths, self.bias, self.starts, self.diagonal = keys, lengths, bias, starts, diagonal
 
     def to(self, *args: Any, **options: Any) -> Visible:
         """Itself, with its tensors where they are wanted. Dtypes stay."""
         device = options.get("device", next((x for x in args if isinstance(x, (str, int, torch.device))), None))
-        return self._with(*(x if x is None or device is None else x.to(device) for x in (self.keys, self.lengths, self.bias)))
+        moved = (x.to(device) if isinstance(x, Tensor) and device is not None else x for x in self._tensors())
+        return self._with(*moved)
 
     def contiguous(self) -> Visible:
         """Itself: generation with static caches asks its masks for this."""
         return self
 
-    def _with(self, keys: Tensor | None, lengths: Tensor | None, bias: Tensor | None) -> Visible:
-        return Visible(self.shape, self.left, self.right, self.top_left, keys, lengths, bias)
+    def _tensors(self) -> tuple[Any, ...]:
+        return self.keys, self.lengths, self.bias, self.starts, self.diagonal
+
+    def _with(self, *tensors: Any) -> Visible:
+        return Visible(self.shape, self.left, self.right, self.top_left, *tensors)
 
     def __add__(self, bias: Any) -> Visible:
         if not isinstance(bias, Tensor) or not bias.is_floating_point():
             return self._no_tensor()
-        return self._with(self.keys, self.lengths, bias if self.bias is None else self.bias + bias)
+        keys, lengths, own, *others = self._tensors()
+        return self._with(keys, lengths, bias if own is None else own + bias, *others)
 
     __radd__ = __add__
 
@@ -70,7 +79,8 @@ class Visible:
         """Keywords of :func:`triflash.attention`."""
         causal: bool | str = "top_left" if self.top_left else self.right == 0
         window = None if self.left is None and not self.right else (self.left, self.right)
-        return {"causal": causal, "window": window, "mask": self.keys, "key_lengths": self.lengths}
+        places = {"key_lengths": self.lengths, "key_starts": self.starts, "diagonal": self.diagonal}
+        return {"causal": causal, "window": window, "mask": self.keys, **places}
 
     @staticmethod
     def _no_tensor(*args: Any, **options: Any) -> Any:
@@ -89,8 +99,9 @@ class Visible:
         return cls._no_tensor()
 
     def __repr__(self) -> str:
-        hidden = "keys" if self.keys is not None else "lengths" if self.lengths is not None else "none"
-        corner = "top_left" if self.top_left else "bottom_right"
+        named = (("keys", self.keys), ("lengths", self.lengths), ("starts", self.starts))
+        hidden = " and ".join(name for name, x in named if x is not None) or "none"
+        corner = "top_left" if self.top_left else "bottom_right" if self.diagonal is None else "diagonal"
         return f"Visible(shape={tuple(self.shape)}, left={self.left}, right={self.right}, align={corner!r}, hidden={hidden})"
 
 
@@ -128,11 +139,12 @@ def lean_mask(
         q_length, q_offset = cache_position.shape[0], _first(cache_position)
     assert q_length is not None
     shape = (batch_size, 1, q_length, kv_length)
-    band = _band(shape, q_offset, kv_offset, mask_function, options) if lean else None
+    unread = isinstance(kv_offset, Tensor) and attention_mask is not None  # which of its keys these are, the device knows alone
+    band = _band(shape, q_offset, kv_offset, mask_function, options) if lean and not unread else None
     if band is not None:
-        left, right, top_left = band
-        keys, lengths = _padding(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
-        return Visible(shape, left, right, top_left, keys, lengths)
+        left, right, top_left, diagonal = band
+        keys, lengths, starts = _padding(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
+        return Visible(shape, left, right, top_left, keys, lengths, None, starts, diagonal)
     from transformers import masking_utils
 
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -162,28 +174,32 @@ def _capturing(x: Tensor) -> bool:
 
 def _band(
     shape: tuple[int, int, int, int], q_offset: Any, kv_offset: Any, function: Callable[..., Any] | None, options: dict[str, Any]
-) -> tuple[int | None, int | None, bool] | None:
-    """(left, right, top_left) of :class:`Visible`, or None if the visible keys are no band of either alignment."""
-    M, N = shape[2:]
-    if isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor):
-        return None  # of a static cache: known on the device alone
-    bottom_right = q_offset + M == kv_offset + N
-    if not bottom_right and q_offset != kv_offset:
-        return None  # a static cache, or a layer's window that begins elsewhere
+) -> tuple[int | None, int | None, bool, int | Tensor | None] | None:
+    """(left, right, top_left, diagonal) of :class:`Visible`, or None if the visible keys are no band."""
+    B, _, M, N = shape
+    diagonal: int | Tensor | None = q_offset - kv_offset
+    top_left = False
+    if isinstance(diagonal, Tensor):  # of a static cache: known on the device alone, and counted up in place
+        if diagonal.numel() != 1:
+            return None
+        diagonal = diagonal.clone().reshape(1).expand(B)
+    elif diagonal == N - M:
+        diagonal = None
+    elif diagonal == 0:
+        diagonal, top_left = None, True
     causal, two_sided = bool(options.get("allow_is_causal_skip", True)), bool(options.get("allow_is_bidirectional_skip", False))
     if causal:
         left = _causal_left(function, options, q_offset + M)
-        return None if left == 0 else (left, 0, not bottom_right)
+        return None if left == 0 else (left, 0, top_left, diagonal)
     if two_sided:
         reach = _reach(function, options)
         if reach is None:
-            return (None, None, False)
-        # A side that reaches beyond all keys is open; alignment to the top left has no two-sided window.
-        return (reach, reach, False) if reach > 0 and bottom_right else (None if reach == 0 or reach < max(M, N) else (None, None, False))
+            return (None, None, False, None)
+        return None if reach == 0 else (reach, reach, False, 0 if top_left else diagonal)
     return None
 
 
-def _causal_left(function: Callable[..., Any] | None, options: dict[str, Any], end: int) -> int | None:
+def _causal_left(function: Callable[..., Any] | None, options: dict[str, Any], end: int | Tensor) -> int | None:
     """How many keys before itself a query sees: None is all of them, 0 that this is no window."""
     from transformers.masking_utils import causal_mask_function
 
@@ -194,7 +210,7 @@ def _causal_left(function: Callable[..., Any] | None, options: dict[str, Any], e
     window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     if local is not None and local == window and local != chunk:
         return local - 1 if local > 1 else 0
-    if local is not None and local == chunk and local != window and end <= chunk:
+    if local is not None and local == chunk and local != window and not isinstance(end, Tensor) and end <= chunk:
         return None  # one chunk holds every position
     return 0
 
@@ -209,10 +225,10 @@ def _reach(function: Callable[..., Any] | None, options: dict[str, Any]) -> int 
     return local if local is not None and local == getattr(options.get("config"), "sliding_window", None) else 0
 
 
-def _padding(mask: Tensor | None, N: int, offset: int) -> tuple[Tensor | None, Tensor | None]:
-    """The keys of a bool padding mask that these N are: (keys, lengths) of :class:`Visible`, at most one of them."""
+def _padding(mask: Tensor | None, N: int, offset: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The keys of a bool padding mask that these N are: (keys, lengths, starts) of :class:`Visible`, keys or the others."""
     if mask is None:
-        return None, None
+        return None, None, None
     missing = offset + N - mask.shape[-1]
     if missing > 0:
         mask = torch.nn.functional.pad(mask, (0, missing))
@@ -220,14 +236,21 @@ def _padding(mask: Tensor | None, N: int, offset: int) -> tuple[Tensor | None, T
     if mask.dtype != torch.bool:
         mask = mask.to(torch.bool)
     if not torch.compiler.is_compiling() and not _capturing(mask):
-        # One read a forward pass, as for SDPA: nothing is hidden, or only keys at the end, which are then not even visited.
+        # One read a forward pass, as for SDPA: nothing is hidden, or only keys at the ends, which are then not even visited.
         falling = (mask[:, 1:] <= mask[:, :-1]).all()
-        everything, at_end = torch.stack([mask.all(), falling]).tolist()
+        turns = (mask[:, 1:] != mask[:, :-1]).sum(-1) + mask[:, 0]  # of entries with one run of keys 1 or 2
+        together = (turns + mask[:, -1] <= 2).all()
+        count = mask.sum(-1)
+        reach = (mask[:, -1] | (count == 0)).all()
+        everything, at_end, one_run, to_the_end = torch.stack([mask.all(), falling, together, reach]).tolist()
         if everything:
-            return None, None
+            return None, None, None
         if at_end:
-            return None, mask.sum(-1)
-    return mask[:, None, None, :], None
+            return None, count, None
+        if one_run and facts_of(mask.device).arch != "sm90":  # whose own kernels take a row of keys and no starts
+            starts = torch.where(count == 0, N, mask.to(torch.uint8).argmax(-1))
+            return None, None if to_the_end else starts + count, starts
+    return mask[:, None, None, :], None, None
 
 
 @torch.compiler.assume_constant_result

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import oracle, tiled
+from ..lengths import Places
 from ..plan.select import Plan
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import sequences
@@ -71,6 +72,8 @@ def run_forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, firs
         room = Real(x.q)
         start(x.q.device, forward_calls(room, plan, spec, x, saved))
         room.finish()
+    elif spec.batch == 0:
+        pass
     elif spec.packed is not None:
         sequences.forward(spec, x, saved, lambda each, own: run_forward(plan, each.spec, each.operands, own, each.number))
     elif plan.backend == "tiled":
@@ -78,7 +81,7 @@ def run_forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, firs
             tiled.forward(x.q, x.k, x.v, _scores(spec, x, first_entry), x.sink, **saved._asdict())
     else:
         with _without_autocast(x.q):
-            dense_out, dense_lse = oracle.attention(**x.dense, **_options(spec, first_entry))
+            dense_out, dense_lse = oracle.attention(**x.dense, **_options(spec, first_entry), shift=spec.shift)
         saved.out.copy_(dense_out)
         saved.lse.copy_(dense_lse)
         if saved.rest is not None:
@@ -100,6 +103,10 @@ def run_backward(
         room = Real(x.q)
         start(x.q.device, backward_calls(room, plan, spec, x, saved, dout, dlse, grads))
         room.finish()
+    elif spec.batch == 0:
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
     elif spec.packed is not None:
 
         def run(each: sequences.Sequence, own: Saved, dout: Tensor, dlse: Tensor | None, part: Gradients) -> None:
@@ -108,15 +115,15 @@ def run_backward(
         sequences.backward(spec, x, saved, dout, dlse, grads, run)
     elif plan.backend == "tiled":
         with _without_autocast(x.q):
-            delta = tiled.delta_of(saved.out, dout, dlse)
-            dq, dk, dv, dbias, _, dsecond = grads
             scores = _scores(spec, x, first_entry)
+            delta = tiled.delta_of(saved.out, dout, dlse, scores=scores)
+            dq, dk, dv, dbias, _, dsecond = grads
             tiled.backward(dout, delta, x.q, x.k, x.v, scores, saved.lse, saved.rest, dq=dq, dk=dk, dv=dv, dbias=dbias, dsecond=dsecond)
             if grads.dsink is not None and x.sink is not None:
                 grads.dsink.copy_(sink_gradient(x.sink, saved, delta))
     else:
         with _without_autocast(x.q):
-            _oracle_backward(dout, dlse, x, grads, _options(spec, first_entry))
+            _oracle_backward(dout, dlse, x, grads, {**_options(spec, first_entry), "shift": spec.shift})
 
 
 def _options(spec: AttentionSpec, first_entry: int) -> dict[str, Any]:
@@ -134,7 +141,8 @@ def _options(spec: AttentionSpec, first_entry: int) -> dict[str, Any]:
 
 def _scores(spec: AttentionSpec, x: Operands, first_entry: int) -> tiled.Scores:
     options = _options(spec, first_entry)
-    return tiled.Scores(x.bias, x.mask, x.key_lengths, x.alibi_slopes, x.dropout_seed, **options, second_bias=x.second_bias)
+    places = Places(x.query_starts, x.query_lengths, x.key_starts, x.diagonal, spec.shift)
+    return tiled.Scores(x.bias, x.mask, x.key_lengths, x.alibi_slopes, x.dropout_seed, **options, second_bias=x.second_bias, places=places)
 
 
 def _without_autocast(q: Tensor) -> torch.autocast:

@@ -43,8 +43,8 @@ def constants_of(spec: AttentionSpec, config: TileConfig, wide: bool, precision:
         "DV": spec.value_dim,
         "BD": padded(spec.head_dim),
         "BDV": padded(spec.value_dim),
-        "EVEN_M": spec.packed is None and spec.queries % config.block_m == 0,
-        "EVEN_N": spec.packed is None and spec.keys % config.block_n == 0,
+        "EVEN_M": spec.packed is None and not spec.placed and spec.queries % config.block_m == 0,
+        "EVEN_N": spec.packed is None and not spec.placed and spec.keys % config.block_n == 0,
         "PRECISION": precision,
         "WIDE": wide,
     }

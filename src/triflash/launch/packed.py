@@ -190,7 +190,7 @@ def backward_calls(
         if step.kernel == "delta":
             rows = (out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride())
             own = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
-            args: tuple[Any, ...] = (out, dout, dlse, delta, *rows, spec.heads, spec.queries)
+            args: tuple[Any, ...] = (out, dout, dlse, delta, *rows, spec.heads, spec.queries, Features())
             calls.append(Call(backward_kernels.delta, args, own, config, step.programs))
         elif step.kernel == "cleared":
             assert target is not None

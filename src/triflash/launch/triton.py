@@ -133,7 +133,10 @@ def backward_calls(
         if step.kernel == "delta":
             args: tuple[Any, ...] = (out, dout, dlse, delta, _strides(out), _strides(dout), None if dlse is None else dlse.stride())
             constants = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
-            calls.append(Call(backward_kernels.delta, (*args, spec.heads, spec.queries), constants, config, step.programs))
+            f = _NO_FEATURES
+            if spec.query_starts or spec.query_lengths:
+                f = f._replace(**{name: own for name, own in _places(spec, x).items() if name == "placed" or name.startswith("query_")})
+            calls.append(Call(backward_kernels.delta, (*args, spec.heads, spec.queries, f), constants, config, step.programs))
         elif step.kernel == "dkdv":
             parts = sums[name] = partial_sums(room, step, target)
             target_strides = row_strides(spec, parts) if parts is not None else None
@@ -163,7 +166,8 @@ def backward_calls(
 
 def _features(spec: AttentionSpec, x: Operands) -> Features:
     """Everything beyond q, k, v and a band, as the kernels take it."""
-    if all(each is None for each in x[3:9]) and not spec.softcap:
+    placed = spec.placed or spec.diagonal
+    if all(each is None for each in x[3:9]) and not spec.softcap and not placed:
         return _NO_FEATURES
     bias, bias_spec, mask, mask_spec = x.bias, spec.bias, x.mask, spec.mask
     if bias_spec is not None and bias_spec.is_mask:
@@ -185,8 +189,21 @@ def _features(spec: AttentionSpec, x: Operands) -> Features:
         sink_stride=None if sink is None else sink.stride(0),
         softcap=spec.softcap or None,
         **dropped,
+        **_places(spec, x),
     )
     return f if spec.packed is None else packed_features(spec, x, f)
+
+
+def _places(spec: AttentionSpec, x: Operands) -> dict[str, Any]:
+    """Which queries and keys of each batch entry there are, and where they stand."""
+    found: dict[str, Any] = {"placed": 1 if spec.placed else None, "shift": spec.shift}
+    given = {"query_starts": x.query_starts, "query_lengths": x.query_lengths, "key_starts": x.key_starts}
+    if spec.diagonal:
+        given["diagonals"] = x.diagonal
+    for name, own in given.items():
+        if own is not None:
+            found |= {name: own, f"{name}_stride": lengths_stride(own)}
+    return found
 
 
 def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | None, ...] | None:

@@ -116,8 +116,8 @@ def with_wide_bias(problem: Problem, config: TileConfig, device: DeviceFacts) ->
 def with_features(problem: Problem, config: TileConfig, weight: int) -> TileConfig:
     """A configuration made to leave registers for what scores go through: fewer scores a thread than the rows were measured with.
 
-    weight: 1 for each of a soft cap, ALiBi, a mask beside a bias, and dropout. By what the compiler spills (``tests/aot``); not
-    measured.
+    weight: 1 for each of a soft cap, ALiBi, a mask beside a bias, dropout, and starts or query lengths. By what the compiler spills
+    (``tests/aot``); not measured.
     """
     most = 32 if weight < 2 else 16 if weight < 4 else 8
     least_m, most_warps = 32 if problem.kernel == "dkdv" else 64, 8

@@ -37,6 +37,8 @@ def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
         return "packed sequences", "it has no kernels for them yet: use backend('triton')"
     if spec.second is not None:
         return "two biases", "it has no kernels for them yet: use backend('triton')"
+    if spec.placed or spec.diagonal or spec.shift is not None:
+        return f"{_places(spec)}", "it has no kernels for them yet: use backend('triton')"
     if device.arch != "sm90":
         return f"{device.arch}", "its kernels are made for sm90 (H100, H200, H20): use backend('triton')"
     if spec.dtype not in ("fp16", "bf16"):
@@ -52,6 +54,13 @@ def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     if spec.is_empty:
         return "empty tensors", "use backend('triton')"
     return forward.why_not(spec, device)
+
+
+def _places(spec: AttentionSpec) -> str:
+    """What it is of starts, lengths and a diagonal that the kernels do not know."""
+    names = ("query_starts", "query_lengths", "key_starts", "diagonal")
+    given = [name + " of tensors" * (name == "diagonal") for name in names if getattr(spec, name)]
+    return ", ".join(given) or "alibi_slopes beside a diagonal other than the number of keys less that of queries"
 
 
 def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> tuple[str, str] | None:

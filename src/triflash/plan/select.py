@@ -240,7 +240,7 @@ def _measured_or_default(
 def _weight(spec: AttentionSpec) -> int:
     """How much scores go through on their way, as :func:`with_features` counts it."""
     packed_bias = spec.packed is not None and spec.bias is not None  # whose rows and columns end anywhere
-    return (spec.softcap > 0) + spec.alibi + (spec.mask is not None) + (spec.dropout > 0) + packed_bias
+    return (spec.softcap > 0) + spec.alibi + (spec.mask is not None) + (spec.dropout > 0) + packed_bias + spec.placed
 
 
 def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> TileConfig:

@@ -16,10 +16,14 @@ import triton.language as tl
 from .extent import diagonal, of_program, statistics
 from .features import (
     Program,
+    Span,
     at_head,
     bias_tile,
     drop,
     mask_tile,
+    placed_diagonal,
+    placed_keys,
+    placed_queries,
     rescaled,
     scored,
     shows_anything,
@@ -31,6 +35,7 @@ from .prims import (
     LOG2E,
     SMALL_LSE_LIMIT,
     all_lse_small,
+    between,
     in_band,
     is_small,
     load_lse_log2,
@@ -48,21 +53,28 @@ from .records import record
 
 @triton.jit
 def delta(
-    out, dout, dlse, delta_out, out_strides, dout_strides, dlse_strides, heads, M,
+    out, dout, dlse, delta_out, out_strides, dout_strides, dlse_strides, heads, M, f,
     BM: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BM queries of one head: ``delta = rowsum(out * dout) - dlse``, written as contiguous (batch, head, query)."""
+    """One program owns BM queries of one head: ``delta = rowsum(out * dout) - dlse``, written as contiguous (batch, head, query).
+
+    f: ``features.Features`` that tell which queries there are; delta of others is 0.
+    """
     tile, head, b = locate(tl.cdiv(M, BM), heads, 1, "tile", False)
     m0 = tile * BM
+    first_row = None
+    end = M
+    if f.placed is not None:
+        first_row, end = placed_queries(f, b, M)
     out += offset(b, out_strides[0]) + offset(head, out_strides[2])
     dout += offset(b, dout_strides[0]) + offset(head, dout_strides[2])
-    o_tile = load_rows(out, out_strides[1], m0, M, BM, DV, BDV, True, WIDE).to(tl.float32)
-    do_tile = load_rows(dout, dout_strides[1], m0, M, BM, DV, BDV, True, WIDE).to(tl.float32)
+    o_tile = load_rows(out, out_strides[1], m0, end, BM, DV, BDV, True, WIDE, first_row).to(tl.float32)
+    do_tile = load_rows(dout, dout_strides[1], m0, end, BM, DV, BDV, True, WIDE, first_row).to(tl.float32)
     row = tl.sum(o_tile * do_tile, 1)
     rows = m0 + tl.arange(0, BM)
     if dlse is not None:
         dlse += offset(b, dlse_strides[0]) + offset(head, dlse_strides[1])
-        row -= tl.load(dlse + rows * dlse_strides[2], mask=rows < M, other=0.0)
+        row -= tl.load(dlse + rows * dlse_strides[2], mask=between(rows, end, first_row), other=0.0)
     tl.store(delta_out + offset(b * heads + head, M) + rows, row, mask=rows < M)
 
 
@@ -112,10 +124,10 @@ class Rows:
 def _fold_queries(sums, p, t, f, rows, seen, m0, i, j, EXACT: tl.constexpr, MASKED: tl.constexpr):
     """Fold one query block into sums, (dk, dv, db) of one key tile. ``seen`` is its tile of the mask. EXACT: also where scores are huge."""
     dk, dv, db = sums
-    q_tile = load_rows(rows.q, t.q_strides[1], m0, p.M, p.BM, p.D, p.BD, MASKED, p.WIDE)  # [BM, BD]
+    q_tile = load_rows(rows.q, t.q_strides[1], m0, p.M, p.BM, p.D, p.BD, MASKED, p.WIDE, p.first_query)  # [BM, BD]
     lse_log2 = load_lse_log2(rows.lse, m0, p.M, p.BM, MASKED)
     st = tl.dot(t.k, tl.trans(q_tile), input_precision=p.PRECISION)  # [BN, BM]
-    bias = bias_tile(f, rows.at, m0, t.n0, i, j, p.M, p.N, MASKED, not p.EVEN_N, p.WIDE)
+    bias = bias_tile(f, rows.at, m0, t.n0, i, j, Span(p.first_query, p.M), Span(None, p.N), MASKED, not p.EVEN_N, p.WIDE)
     st, slope = scored(p, f, rows.at, st, bias, seen, m0, t.n0, i, j, EXACT)
     if MASKED:
         st = tl.where(in_band(m0 + i, t.n0 + j, p.N, p.lo, p.hi), st, float("-inf"))
@@ -124,7 +136,7 @@ def _fold_queries(sums, p, t, f, rows, seen, m0, i, j, EXACT: tl.constexpr, MASK
         pt = probabilities(st, lse_log2[None, :], load_vector(rows.rest, m0, p.M, p.BM, MASKED)[None, :], True, not ADDS)
     else:
         pt = probabilities(st, lse_log2[None, :], 0.0, False, ADDS)
-    do_tile = load_rows(rows.dout, t.dout_strides[1], m0, p.M, p.BM, p.DV, p.BDV, MASKED, p.WIDE)  # [BM, BDV]
+    do_tile = load_rows(rows.dout, t.dout_strides[1], m0, p.M, p.BM, p.DV, p.BDV, MASKED, p.WIDE, p.first_query)  # [BM, BDV]
     if t.NEED_DV:
         kept = drop(f, rows.at, pt, m0, t.n0, p.BM, p.BN, True)
         dv = tl.dot(kept.to(do_tile.dtype), do_tile, dv, input_precision=p.PRECISION)
@@ -216,6 +228,19 @@ def dkdv(
             lo += diagonal(packed, M, N)
         if hi is not None:
             hi += diagonal(packed, M, N)
+    first_row = None
+    first_col = None
+    shift = None
+    if f.placed is not None or f.diagonals is not None or f.shift is not None:
+        shift = placed_diagonal(f, b, M, N)
+    if f.diagonals is not None:
+        if lo is not None:
+            lo += shift
+        if hi is not None:
+            hi += shift
+    if f.placed is not None:
+        first_row, M = placed_queries(f, b, M)
+        first_col = placed_keys(f, b, N)
     n0 = tile * BN
     q += offset(first_query, q_strides[0])
     k += offset(first_key, k_strides[0]) + offset(kv_head, k_strides[2])
@@ -225,22 +250,29 @@ def dkdv(
     NEED_DK: tl.constexpr = dk_out is not None
     NEED_DV: tl.constexpr = dv_out is not None
     NEED_DB: tl.constexpr = dbias_out is not None
-    HIDES: tl.constexpr = f.lengths is not None or f.most_keys is not None
+    HIDES: tl.constexpr = f.lengths is not None or f.most_keys is not None or f.placed is not None
     visible = visible_keys(f, b, N)
     queries = M
     if HIDES:
         queries = tl.where(n0 < visible, M, 0)  # nobody sees a tile that is hidden
+    if f.placed is not None:
+        queries = tl.where((n0 + BN > first_col) & (first_row < M), queries, 0)
 
     # Keys past the end load as zeros and their rows are never stored; queries past the end have lse +inf, so their p is 0.
-    k_tile = load_rows(k, k_strides[1], n0, visible, BN, D, BD, not EVEN_N or HIDES, WIDE)  # [BN, BD]
-    v_tile = load_rows(v, v_strides[1], n0, visible, BN, DV, BDV, not EVEN_N or HIDES, WIDE)  # [BN, BDV]
+    k_tile = load_rows(k, k_strides[1], n0, visible, BN, D, BD, not EVEN_N or HIDES, WIDE, first_col)  # [BN, BD]
+    v_tile = load_rows(v, v_strides[1], n0, visible, BN, DV, BDV, not EVEN_N or HIDES, WIDE, first_col)  # [BN, BDV]
     dk = tl.zeros([BN, BD], tl.float32)
     dv = tl.zeros([BN, BDV], tl.float32)
     db = tl.zeros([BN], tl.float32)
     low = -hi if hi is not None else None  # the band as keys see queries
     high = -lo if lo is not None else None
-    begin, full_begin, full_end, end = segments(n0, min(n0 + BN, N) - 1, queries, low, high, BM)
-    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
+    first_of_tile = n0
+    last_of_tile = min(n0 + BN, N) - 1
+    if f.placed is not None:
+        first_of_tile = max(n0, first_col)
+        last_of_tile = min(n0 + BN, visible) - 1
+    begin, full_begin, full_end, end = segments(first_of_tile, last_of_tile, queries, low, high, BM, first_row)
+    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE, first_row, first_col, shift)
     t = Keys(
         k_tile, v_tile, n0, b, first_query, first_key, all_queries, kv_head, heads, groups, batch_inner, q, dout, lse, rest, delta_in,
         q_strides, dout_strides, lse_strides,
@@ -257,7 +289,7 @@ def dkdv(
         full_begin = tl.where(small, full_begin, begin)
         full_end = tl.where(small, full_end, begin)
         last = tl.where(small, end, begin)
-    if hi is not None:
+    if hi is not None or f.placed is not None:
         dk, dv, db = _walk_queries(dk, dv, db, p, t, f, begin, full_begin, ADDS, True)
     dk, dv, db = _walk_queries(dk, dv, db, p, t, f, full_begin, full_end, ADDS, False)
     if lo is not None or not EVEN_M:
@@ -266,9 +298,9 @@ def dkdv(
         dk, dv, db = _walk_queries(dk, dv, db, p, t, f, first, end, True, True)
     cols = n0 + tl.arange(0, BN)
     if HIDES:  # hidden keys of a tile that shows others: their rows hold what nobody masked
-        dk = tl.where(cols[:, None] < visible, dk, 0.0)
-        dv = tl.where(cols[:, None] < visible, dv, 0.0)
-        db = tl.where(cols < visible, db, 0.0)
+        dk = tl.where(between(cols[:, None], visible, first_col), dk, 0.0)
+        dv = tl.where(between(cols[:, None], visible, first_col), dv, 0.0)
+        db = tl.where(between(cols, visible, first_col), db, 0.0)
     if NEED_DK:
         dk_out += offset(first_key, dk_strides[0]) + offset(kv_head, dk_strides[2])
         store_rows(dk_out, dk_strides[1], n0, N, dk * scale, BN, D, BD, not EVEN_N, WIDE)
@@ -288,7 +320,7 @@ def dkdv(
 @record
 class Queries:
     """BM queries of one head, from m0 on: q, dout and their statistics, tiles, and where keys, values and dbias lie; at:
-    ``features.at_head``.
+    ``features.at_head``; here: queries of dbias.
     """
 
     q: object
@@ -305,6 +337,7 @@ class Queries:
     dbias_col: object
     at: object
     m0: object
+    here: object
     visible: object
     NEED_DQ: tl.constexpr
     CLEARED: tl.constexpr
@@ -313,20 +346,22 @@ class Queries:
 @triton.jit
 def _fold_keys(dq, p, t, f, seen, n0, i, j, HAS_REST: tl.constexpr, MASKED: tl.constexpr):
     """Fold one key block into dq of one query tile, and write its ds if dbias is wanted. ``seen`` is its tile of the mask."""
-    k_tile = load_rows(t.k, t.k_row, n0, t.visible, p.BN, p.D, p.BD, MASKED, p.WIDE)  # [BN, BD]
+    k_tile = load_rows(t.k, t.k_row, n0, t.visible, p.BN, p.D, p.BD, MASKED, p.WIDE, p.first_key)  # [BN, BD]
     s = tl.dot(t.q, tl.trans(k_tile), input_precision=p.PRECISION)  # [BM, BN]
-    bias = bias_tile(f, t.at, t.m0, n0, i, j, p.M, t.visible, not p.EVEN_M, MASKED, p.WIDE)
+    rows = Span(p.first_query, p.M)
+    cols = Span(p.first_key, t.visible)
+    bias = bias_tile(f, t.at, t.m0, n0, i, j, rows, cols, not p.EVEN_M, MASKED, p.WIDE)
     s, slope = scored(p, f, t.at, s, bias, seen, t.m0, n0, i, j, HAS_REST)
     if MASKED:
-        s = tl.where(in_band(t.m0 + i, n0 + j, t.visible, p.lo, p.hi), s, float("-inf"))
+        s = tl.where(in_band(t.m0 + i, n0 + j, t.visible, p.lo, p.hi, p.first_key), s, float("-inf"))
     ADDS: tl.constexpr = f.bias is not None or f.slopes is not None
     weights = probabilities(s, t.lse_log2[:, None], t.rest[:, None], HAS_REST, HAS_REST != ADDS)
-    v_tile = load_rows(t.v, t.v_row, n0, t.visible, p.BN, p.DV, p.BDV, MASKED, p.WIDE)  # [BN, BDV]
+    v_tile = load_rows(t.v, t.v_row, n0, t.visible, p.BN, p.DV, p.BDV, MASKED, p.WIDE, p.first_key)  # [BN, BDV]
     dp = tl.dot(t.dout, tl.trans(v_tile), input_precision=p.PRECISION)  # [BM, BN]
     dp = rescaled(f, drop(f, t.at, dp, t.m0, n0, p.BM, p.BN, False))
     ds = weights * (dp - t.delta[:, None])
     if t.dbias is not None:
-        M = visible_queries(f, p.M)
+        M = visible_queries(f, t.here)
         N = p.N
         if f.most_keys is not None:
             N = t.visible
@@ -355,7 +390,7 @@ def _walk_keys(dq, p, t, f, begin, end, HAS_REST: tl.constexpr, MASKED: tl.const
                 dq = _fold_keys(dq, p, t, f, seen, n0, i, j, HAS_REST, MASKED)
             elif t.dbias is not None and not t.CLEARED:
                 nothing = tl.zeros([p.BM, p.BN], tl.float32)
-                store_tile(t.dbias, t.dbias_row, t.dbias_col, t.m0, n0, i, j, p.M, p.N, nothing, not p.EVEN_M, MASKED)
+                store_tile(t.dbias, t.dbias_row, t.dbias_col, t.m0, n0, i, j, t.here, p.N, nothing, not p.EVEN_M, MASKED)
         else:
             dq = _fold_keys(dq, p, t, f, seen, n0, i, j, HAS_REST, MASKED)
     return dq
@@ -386,6 +421,20 @@ def dq(
             lo += diagonal(packed, M, N)
         if hi is not None:
             hi += diagonal(packed, M, N)
+    here = M  # rows of dq and dbias
+    first_row = None
+    first_col = None
+    shift = None
+    if f.placed is not None or f.diagonals is not None or f.shift is not None:
+        shift = placed_diagonal(f, b, M, N)
+    if f.diagonals is not None:
+        if lo is not None:
+            lo += shift
+        if hi is not None:
+            hi += shift
+    if f.placed is not None:
+        first_row, M = placed_queries(f, b, M)
+        first_col = placed_keys(f, b, N)
     m0 = tile * BM
     q += offset(first_query, q_strides[0]) + offset(head, q_strides[2])
     k += offset(first_key, k_strides[0]) + offset(head // groups, k_strides[2])
@@ -409,18 +458,23 @@ def dq(
     at = at_head(f, b, head, heads, batch_inner, first_query, first_key)
     visible = visible_keys(f, b, N)
 
-    q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)  # [BM, BD]
-    do_tile = load_rows(dout, dout_strides[1], m0, M, BM, DV, BDV, not EVEN_M, WIDE)  # [BM, BDV]
+    q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE, first_row)  # [BM, BD]
+    do_tile = load_rows(dout, dout_strides[1], m0, M, BM, DV, BDV, not EVEN_M, WIDE, first_row)  # [BM, BDV]
     lse_log2 = load_lse_log2(lse, m0, M, BM, not EVEN_M)
     rest_row = lse_log2
     if rest is not None:
         rest_row = load_vector(statistics(rest, b, head, heads, all_queries, first_query, packed is not None), m0, M, BM, not EVEN_M)
     row = load_vector(delta_in, m0, M, BM, not EVEN_M)
     acc = tl.zeros([BM, BD], tl.float32)
-    begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, visible, lo, hi, BN)
-    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
+    first_of_tile = m0
+    seen = visible
+    if f.placed is not None:
+        first_of_tile = max(m0, first_row)
+        seen = tl.where((first_of_tile < min(m0 + BM, M)) & (first_col < visible), visible, 0)
+    begin, full_begin, full_end, end = segments(first_of_tile, min(m0 + BM, M) - 1, seen, lo, hi, BN, first_col)
+    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE, first_row, first_col, shift)
     t = Queries(
-        q_tile, do_tile, lse_log2, rest_row, row, k, v, k_strides[1], v_strides[1], dbias_out, dbias_row, dbias_col, at, m0, visible,
+        q_tile, do_tile, lse_log2, rest_row, row, k, v, k_strides[1], v_strides[1], dbias_out, dbias_row, dbias_col, at, m0, here, visible,
         NEED_DQ, packed is not None,
     )  # fmt: skip
     # As in dkdv: which blocks are for the loops that need not care if scores are huge.
@@ -434,20 +488,20 @@ def dq(
         full_begin = tl.where(small, full_begin, begin)
         full_end = tl.where(small, full_end, begin)
         last = tl.where(small, end, begin)
-    if lo is not None:
+    if lo is not None or f.placed is not None:
         acc = _walk_keys(acc, p, t, f, begin, full_begin, ADDS, True)
     acc = _walk_keys(acc, p, t, f, full_begin, full_end, ADDS, False)
-    if hi is not None or not EVEN_N or f.lengths is not None or f.most_keys is not None:
+    if hi is not None or not EVEN_N or f.lengths is not None or f.most_keys is not None or f.placed is not None:
         acc = _walk_keys(acc, p, t, f, full_end, last, ADDS, True)
     if ASKED:
         acc = _walk_keys(acc, p, t, f, first, end, True, True)
     if NEED_DQ:
-        store_rows(dq_out, dq_strides[1], m0, M, acc * scale, BM, D, BD, not EVEN_M, WIDE)
-    if dbias_out is not None and packed is None and (lo is not None or hi is not None or f.lengths is not None):
+        store_rows(dq_out, dq_strides[1], m0, here, acc * scale, BM, D, BD, not EVEN_M, WIDE)
+    if dbias_out is not None and packed is None and (lo is not None or hi is not None or f.lengths is not None or f.placed is not None):
         i = tl.arange(0, BM)[:, None]
         j = tl.arange(0, BN)[None, :]
         nothing = tl.zeros([BM, BN], tl.float32)
         for block in tl.range(0, begin):
-            store_tile(dbias_out, dbias_row, dbias_col, m0, block * BN, i, j, M, N, nothing, not EVEN_M, not EVEN_N)
+            store_tile(dbias_out, dbias_row, dbias_col, m0, block * BN, i, j, here, N, nothing, not EVEN_M, not EVEN_N)
         for block in tl.range(end, tl.cdiv(N, BN)):
-            store_tile(dbias_out, dbias_row, dbias_col, m0, block * BN, i, j, M, N, nothing, not EVEN_M, not EVEN_N)
+            store_tile(dbias_out, dbias_row, dbias_col, m0, block * BN, i, j, here, N, nothing, not EVEN_M, not EVEN_N)

@@ -6,8 +6,22 @@ A bias of full shape, and one that varies over keys only, get theirs from the pa
 import triton
 import triton.language as tl
 
-from .features import Program, at_head, bias_tile, drop, mask_tile, rescaled, scored, shows_anything, visible_keys
-from .prims import in_band, load_lse_log2, load_rows, load_vector, offset, probabilities, segments, store_tile
+from .features import (
+    Program,
+    Span,
+    at_head,
+    bias_tile,
+    drop,
+    mask_tile,
+    placed_diagonal,
+    placed_keys,
+    placed_queries,
+    rescaled,
+    scored,
+    shows_anything,
+    visible_keys,
+)
+from .prims import between, in_band, load_lse_log2, load_rows, load_vector, offset, probabilities, segments, store_tile
 from .records import record
 
 
@@ -34,8 +48,8 @@ class Round:
 def _ds(p, t, f, bias, seen, m0, n0, i, j, FIXED: tl.constexpr):
     """The gradient of one tile of scores; FIXED leaves it to the caller to mask it by the band. ``seen`` is its tile of the mask."""
     MASK_N: tl.constexpr = not p.EVEN_N or f.lengths is not None
-    q_tile = load_rows(t.q, t.q_row, m0, p.M, p.BM, p.D, p.BD, not p.EVEN_M, p.WIDE)
-    k_tile = load_rows(t.k, t.k_row, n0, t.visible, p.BN, p.D, p.BD, MASK_N, p.WIDE)
+    q_tile = load_rows(t.q, t.q_row, m0, p.M, p.BM, p.D, p.BD, not p.EVEN_M, p.WIDE, p.first_query)
+    k_tile = load_rows(t.k, t.k_row, n0, t.visible, p.BN, p.D, p.BD, MASK_N, p.WIDE, p.first_key)
     s = tl.dot(q_tile, tl.trans(k_tile), input_precision=p.PRECISION)  # [BM, BN]
     s, _ = scored(p, f, t.at, s, bias, seen, m0, n0, i, j, True)
     lse_log2 = load_lse_log2(t.lse, m0, p.M, p.BM, not p.EVEN_M)
@@ -43,8 +57,8 @@ def _ds(p, t, f, bias, seen, m0, n0, i, j, FIXED: tl.constexpr):
         weights = probabilities(s, lse_log2[:, None], load_vector(t.rest, m0, p.M, p.BM, not p.EVEN_M)[:, None], True, False)
     else:
         weights = probabilities(s, lse_log2[:, None], 0.0, False, True)
-    do_tile = load_rows(t.dout, t.dout_row, m0, p.M, p.BM, p.DV, p.BDV, not p.EVEN_M, p.WIDE)
-    v_tile = load_rows(t.v, t.v_row, n0, t.visible, p.BN, p.DV, p.BDV, MASK_N, p.WIDE)
+    do_tile = load_rows(t.dout, t.dout_row, m0, p.M, p.BM, p.DV, p.BDV, not p.EVEN_M, p.WIDE, p.first_query)
+    v_tile = load_rows(t.v, t.v_row, n0, t.visible, p.BN, p.DV, p.BDV, MASK_N, p.WIDE, p.first_key)
     dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=p.PRECISION)  # [BM, BN]
     dp = rescaled(f, drop(f, t.at, dp, m0, n0, p.BM, p.BN, False))
     row = load_vector(t.delta, m0, p.M, p.BM, not p.EVEN_M)
@@ -53,6 +67,8 @@ def _ds(p, t, f, bias, seen, m0, n0, i, j, FIXED: tl.constexpr):
         ds = tl.where(in_band(m0 + i, n0 + j, t.visible, p.lo, p.hi), ds, 0.0)
     elif f.lengths is not None:
         ds = tl.where(n0 + j < t.visible, ds, 0.0)
+    if p.first_key is not None:
+        ds = tl.where(between(m0 + i, p.M, p.first_query) & between(n0 + j, t.visible, p.first_key), ds, 0.0)
     return ds
 
 
@@ -98,21 +114,28 @@ def dbias(
         pid = pid // batch_outer
     part = pid
 
+    # A band that each batch entry moves by a diagonal of its own is asked for round by round.
+    MOVES: tl.constexpr = f.diagonals is not None
+    own_lo = lo
+    own_hi = hi
+    if MOVES:
+        own_lo = None
+        own_hi = None
     # Tiles to loop over along a broadcast axis: only those that the own tile of the other axis sees.
     begin_m = 0
     count_m = 1
     begin_n = 0
     count_n = 1
     if VARIES_M:
-        begin, _a, _b, end = segments(tm * BM, min(tm * BM + BM, M) - 1, N, lo, hi, BN)
+        begin, _a, _b, end = segments(tm * BM, min(tm * BM + BM, M) - 1, N, own_lo, own_hi, BN)
         if VARIES_N:
             count_n = tl.where((tn >= begin) & (tn < end), 1, 0)
         else:
             begin_n = begin
             count_n = end - begin
     elif VARIES_N:
-        low = -hi if hi is not None else None  # the band as keys see queries
-        high = -lo if lo is not None else None
+        low = -own_hi if own_hi is not None else None  # the band as keys see queries
+        high = -own_lo if own_lo is not None else None
         begin, _a, _b, end = segments(tn * BN, min(tn * BN + BN, N) - 1, M, low, high, BM)
         begin_m = begin
         count_m = end - begin
@@ -137,17 +160,17 @@ def dbias(
     own_bias = 0.0
     if LOADED:
         own_at = at_head(f, own_b0 * batch_inner + own_b1, own_head, heads, batch_inner, 0, 0)
-        BANDED: tl.constexpr = lo is not None or hi is not None
+        BANDED: tl.constexpr = own_lo is not None or own_hi is not None
         rows = M
         if BANDED:
             rows = tl.where(first < last, M, 0)  # a tile that nobody sees only writes zeros: spare it the load of its bias
-        own_bias = bias_tile(f, own_at, tm * BM, tn * BN, i, j, rows, N, BANDED or not EVEN_M, not EVEN_N, WIDE)
-    HIDES: tl.constexpr = f.lengths is not None
+        own_bias = bias_tile(f, own_at, tm * BM, tn * BN, i, j, Span(None, rows), Span(None, N), BANDED or not EVEN_M, not EVEN_N, WIDE)
+    HIDES: tl.constexpr = f.lengths is not None or f.placed is not None or MOVES
     if f.mask is not None:
         SKIPS: tl.constexpr = f.mask_strides[3] is not None and f.mask_strides[4] is not None
     else:
         SKIPS: tl.constexpr = False
-    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
+    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE, None, None, None)
     for r in tl.range(first, last):
         head = own_head
         b1 = own_b1
@@ -172,6 +195,25 @@ def dbias(
         b = b0 * batch_inner + b1
         at = at_head(f, b, head, heads, batch_inner, 0, 0)
         visible = visible_keys(f, b, N)
+        entry = p
+        queries = M
+        first_row = None
+        first_col = None
+        below = lo
+        above = hi
+        if f.placed is not None:
+            first_row, queries = placed_queries(f, b, M)
+            first_col = placed_keys(f, b, N)
+        if f.placed is not None or MOVES or f.shift is not None:
+            shift = placed_diagonal(f, b, M, N)
+            if MOVES:
+                if lo is not None:
+                    below = lo + shift
+                if hi is not None:
+                    above = hi + shift
+            entry = Program(
+                queries, N, below, above, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE, first_row, first_col, shift
+            )  # fmt: skip
         q_at = q + offset(b, q_strides[0]) + offset(head, q_strides[2])
         k_at = k + offset(b, k_strides[0]) + offset(head // groups, k_strides[2])
         v_at = v + offset(b, v_strides[0]) + offset(head // groups, v_strides[2])
@@ -184,24 +226,32 @@ def dbias(
         if LOADED:
             tile = own_bias
         else:
-            tile = bias_tile(f, at, m0, n0, i, j, M, visible, not EVEN_M, not EVEN_N or HIDES, WIDE)
+            there = Span(first_row, queries)
+            shown = Span(first_col, visible)
+            tile = bias_tile(f, at, m0, n0, i, j, there, shown, not EVEN_M, not EVEN_N or HIDES, WIDE)
         seen = mask_tile(f, at, m0, n0, i, j, M, visible, not EVEN_M, not EVEN_N or HIDES, WIDE)
         t = Round(
             q_at, k_at, v_at, do_at, q_strides[1], k_strides[1], v_strides[1], dout_strides[1], lse_at, rest_at, delta_at, at, visible,
         )  # fmt: skip
         if SKIPS or HIDES:
             shows = n0 < visible
+            if f.placed is not None:
+                shows = shows & (n0 + BN > first_col) & (m0 < queries) & (m0 + BM > first_row)
+            if MOVES and lo is not None:
+                shows = shows & (n0 + BN - 1 - m0 >= below)
+            if MOVES and hi is not None:
+                shows = shows & (n0 - (m0 + BM - 1) <= above)
             if SKIPS:
                 shows = shows & shows_anything(seen)
             if shows:
-                acc += _ds(p, t, f, tile, seen, m0, n0, i, j, FIXED)
+                acc += _ds(entry, t, f, tile, seen, m0, n0, i, j, FIXED and not MOVES)
         else:
-            acc += _ds(p, t, f, tile, seen, m0, n0, i, j, FIXED)
+            acc += _ds(entry, t, f, tile, seen, m0, n0, i, j, FIXED)
 
     own = dbias_out + offset(part, dbias_strides[0])
     own += offset(own_b0, dbias_strides[1]) + offset(own_b1, dbias_strides[2]) + offset(own_head, dbias_strides[3])
     if FIXED:
-        acc = tl.where(in_band(tm * BM + i, tn * BN + j, N, lo, hi), acc, 0.0)
+        acc = tl.where(in_band(tm * BM + i, tn * BN + j, N, own_lo, own_hi), acc, 0.0)
         store_tile(own, dbias_strides[4], dbias_strides[5], tm * BM, tn * BN, i, j, M, N, acc, not EVEN_M, not EVEN_N)
     elif VARIES_N:
         cols = tn * BN + tl.arange(0, BN)

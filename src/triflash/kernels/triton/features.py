@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .prims import LOG2E, add_bias, clamped, offset, stride_in_tile
+from .prims import LOG2E, add_bias, between, clamped, near, offset, stride_in_tile
 from .records import record
 
 ROUNDS: tl.constexpr = tl.constexpr(7)  # of Philox, and its constants below: as dropout.py
+FARTHEST: tl.constexpr = tl.constexpr(2**29)  # diagonal: sums of it, a side of a window and a position fit 32 bits; as lengths.py
 
 
 class Features(NamedTuple):
@@ -24,6 +25,10 @@ class Features(NamedTuple):
     that nothing is visible. A mask is bytes, nonzero = visible. lengths: keys that each batch entry shows, any integers. slopes: by
     (batch, head), and sink: by head, any floats. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 15-bit random
     number, below which a probability is drop; rescale: what the others are multiplied by.
+
+    query_starts, query_lengths, key_starts: the first query, the queries up to the last one, and the first key of each batch entry, any
+    integers; placed: 1 if there is one of them. diagonals: the key at distance 0 from query 0 of each batch entry, which bands count from,
+    too; shift: the same for all, and for ALiBi alone. Without: N - M.
     """
 
     bias: Any = None
@@ -50,6 +55,16 @@ class Features(NamedTuple):
     seed: Any = None
     threshold: Any = None
     rescale: Any = None
+    placed: Any = None
+    query_starts: Any = None
+    query_starts_stride: Any = None
+    query_lengths: Any = None
+    query_lengths_stride: Any = None
+    key_starts: Any = None
+    key_starts_stride: Any = None
+    diagonals: Any = None
+    diagonals_stride: Any = None
+    shift: Any = None
 
 
 @triton.jit
@@ -64,6 +79,38 @@ def visible_keys(f, b, N):
 
 
 @triton.jit
+def placed_queries(f, b, M):
+    """First query of batch entry b, and how many there are up to its last one, of M."""
+    first = 0
+    end = M
+    if f.query_starts is not None:
+        first = clamped(tl.load(f.query_starts + offset(b, f.query_starts_stride)), M)
+    if f.query_lengths is not None:
+        end = clamped(tl.load(f.query_lengths + offset(b, f.query_lengths_stride)), M)
+    return first, end
+
+
+@triton.jit
+def placed_keys(f, b, N):
+    """First key of batch entry b, of N."""
+    first = 0
+    if f.key_starts is not None:
+        first = clamped(tl.load(f.key_starts + offset(b, f.key_starts_stride)), N)
+    return first
+
+
+@triton.jit
+def placed_diagonal(f, b, M, N):
+    """The key at distance 0 from query 0 of batch entry b."""
+    if f.diagonals is not None:
+        return near(tl.load(f.diagonals + offset(b, f.diagonals_stride)), FARTHEST)
+    elif f.shift is not None:
+        return f.shift
+    else:
+        return N - M
+
+
+@triton.jit
 def visible_queries(f, M):
     """Of M queries of a sequence those that see anything."""
     if f.most_queries is not None:
@@ -74,7 +121,11 @@ def visible_queries(f, M):
 
 @record
 class Program:
-    """What is the same for all blocks of a program: lengths, band and scale, and how tiles are made."""
+    """What is the same for all blocks of a program: lengths, band and scale, and how tiles are made.
+
+    first_query, first_key: before which there are none, and then M is how many queries there are up to the last one; diagonal: the key at
+    distance 0 from query 0, to ALiBi. None: 0, 0 and N - M.
+    """
 
     M: object
     N: object
@@ -91,6 +142,9 @@ class Program:
     EVEN_N: tl.constexpr
     PRECISION: tl.constexpr
     WIDE: tl.constexpr
+    first_query: object
+    first_key: object
+    diagonal: object
 
 
 @record
@@ -154,9 +208,18 @@ def at_head(f, b, head, heads, batch_inner, first_query, first_key):
     return Head(bias, second, mask, slope, key, twist)
 
 
+@record
+class Span:
+    """Queries, or keys, that there are: those from first up to end; None: from 0."""
+
+    first: object
+    end: object
+
+
 @triton.jit
-def bias_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
-    """The bias of the tile at ``(m0, n0)``, or the sum of two, size 1 along dims that it broadcasts.
+def bias_tile(f, at, m0, n0, i, j, rows, cols, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
+    """The bias of the tile at ``(m0, n0)``, or the sum of two, size 1 along dims that it broadcasts; 0 outside the spans of queries and
+    keys.
 
     ``i``, ``j`` are positions in the tile, shaped to broadcast: ``[BM, 1], [1, BN]`` for a tile of scores, ``[1, BM], [BN, 1]`` for a
     transposed one.
@@ -164,12 +227,12 @@ def bias_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.conste
     if f.bias is not None:
         LEAST_M: tl.constexpr = MASK_M or f.most_queries is not None
         LEAST_N: tl.constexpr = MASK_N or f.most_keys is not None
-        M = visible_queries(f, M)
+        rows = Span(rows.first, visible_queries(f, rows.end))
         if f.most_keys is not None:
-            N = tl.minimum(N, f.most_keys)
-        bias = _tile(at.bias, f.bias_strides[3], f.bias_strides[4], m0, n0, i, j, M, N, LEAST_M, LEAST_N, WIDE)
+            cols = Span(cols.first, tl.minimum(cols.end, f.most_keys))
+        bias = _tile(at.bias, f.bias_strides[3], f.bias_strides[4], m0, n0, i, j, rows, cols, LEAST_M, LEAST_N, WIDE)
         if f.second is not None:
-            second = _tile(at.second, f.second_strides[3], f.second_strides[4], m0, n0, i, j, M, N, LEAST_M, LEAST_N, WIDE)
+            second = _tile(at.second, f.second_strides[3], f.second_strides[4], m0, n0, i, j, rows, cols, LEAST_M, LEAST_N, WIDE)
             bias = bias.to(tl.float32) + second.to(tl.float32)
         return bias
     else:
@@ -178,20 +241,22 @@ def bias_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.conste
 
 @triton.jit
 def mask_tile(f, at, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
-    """The mask of the tile at ``(m0, n0)``, nonzero = visible, as ``bias_tile``."""
+    """The mask of the tile at ``(m0, n0)``, nonzero = visible, of the first M queries and N keys; as ``bias_tile``."""
     if f.mask is not None:
         LEAST_M: tl.constexpr = MASK_M or f.most_queries is not None
         LEAST_N: tl.constexpr = MASK_N or f.most_keys is not None
         M = visible_queries(f, M)
         if f.most_keys is not None:
             N = tl.minimum(N, f.most_keys)
-        return _tile(at.mask, f.mask_strides[3], f.mask_strides[4], m0, n0, i, j, M, N, LEAST_M, LEAST_N, WIDE)
+        rows = Span(None, M)
+        cols = Span(None, N)
+        return _tile(at.mask, f.mask_strides[3], f.mask_strides[4], m0, n0, i, j, rows, cols, LEAST_M, LEAST_N, WIDE)
     else:
         return 1
 
 
 @triton.jit
-def _tile(base, row_stride, col_stride, m0, n0, i, j, M, N, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
+def _tile(base, row_stride, col_stride, m0, n0, i, j, rows, cols, MASK_M: tl.constexpr, MASK_N: tl.constexpr, WIDE: tl.constexpr):
     pointers = base
     VARIES_M: tl.constexpr = row_stride is not None
     VARIES_N: tl.constexpr = col_stride is not None
@@ -201,12 +266,13 @@ def _tile(base, row_stride, col_stride, m0, n0, i, j, M, N, MASK_M: tl.constexpr
         pointers = pointers + offset(n0, col_stride) + j * stride_in_tile(col_stride, WIDE)
     if VARIES_M and MASK_M:
         if VARIES_N and MASK_N:
-            return tl.load(pointers, mask=(m0 + i < M) & (n0 + j < N), other=0)
+            there = between(m0 + i, rows.end, rows.first) & between(n0 + j, cols.end, cols.first)
+            return tl.load(pointers, mask=there, other=0)
         else:
-            return tl.load(pointers, mask=m0 + i < M, other=0)
+            return tl.load(pointers, mask=between(m0 + i, rows.end, rows.first), other=0)
     else:
         if VARIES_N and MASK_N:
-            return tl.load(pointers, mask=n0 + j < N, other=0)
+            return tl.load(pointers, mask=between(n0 + j, cols.end, cols.first), other=0)
         else:
             return tl.load(pointers)
 
@@ -254,7 +320,10 @@ def scored(p, f, at, products, bias, mask, m0, n0, i, j, ROUNDED: tl.constexpr):
     if f.bias is not None:
         s = add_bias(s, bias)
     if f.slopes is not None:
-        distance = tl.abs((m0 + p.N - p.M - n0) + (i - j)).to(tl.float32)
+        if p.diagonal is not None:
+            distance = tl.abs((m0 + p.diagonal - n0) + (i - j)).to(tl.float32)
+        else:
+            distance = tl.abs((m0 + p.N - p.M - n0) + (i - j)).to(tl.float32)
         s = tl.fma(distance, -at.slope, s)
     if f.mask is not None:
         s = tl.where(mask != 0, s, float("-inf"))

@@ -4,7 +4,21 @@ import triton
 import triton.language as tl
 
 from .extent import diagonal, of_program, statistics
-from .features import Program, at_head, bias_tile, drop, mask_tile, rescaled, scored, shows_anything, visible_keys
+from .features import (
+    Program,
+    Span,
+    at_head,
+    bias_tile,
+    drop,
+    mask_tile,
+    placed_diagonal,
+    placed_keys,
+    placed_queries,
+    rescaled,
+    scored,
+    shows_anything,
+    visible_keys,
+)
 from .prims import LN2, LOG2E, SMALL_MAXIMUM, in_band, is_small, load_rows, locate, lse_rest, offset, segments, store_rows
 from .records import record
 
@@ -30,13 +44,15 @@ def _fold(acc, l, m, p, t, f, seen, n0, i, j, LATE: tl.constexpr, MASKED: tl.con
     LATE: scores are scaled after their maximum was taken, which saves a product for each of them, but rounds otherwise than the backward
     kernels.
     """
-    k_tile = load_rows(t.k, t.k_row, n0, t.visible, p.BN, p.D, p.BD, MASKED, p.WIDE)
+    k_tile = load_rows(t.k, t.k_row, n0, t.visible, p.BN, p.D, p.BD, MASKED, p.WIDE, p.first_key)
     s = tl.dot(t.q, tl.trans(k_tile), input_precision=p.PRECISION)  # [BM, BN]
     if not LATE:
-        bias = bias_tile(f, t.at, t.m0, n0, i, j, p.M, t.visible, not p.EVEN_M, MASKED, p.WIDE)
+        rows = Span(p.first_query, p.M)
+        cols = Span(p.first_key, t.visible)
+        bias = bias_tile(f, t.at, t.m0, n0, i, j, rows, cols, not p.EVEN_M, MASKED, p.WIDE)
         s, _ = scored(p, f, t.at, s, bias, seen, t.m0, n0, i, j, True)
     if MASKED:
-        s = tl.where(in_band(t.m0 + i, n0 + j, t.visible, p.lo, p.hi), s, float("-inf"))
+        s = tl.where(in_band(t.m0 + i, n0 + j, t.visible, p.lo, p.hi, p.first_key), s, float("-inf"))
     top = tl.max(s, 1)
     if LATE:
         top = top * (p.scale * LOG2E)
@@ -52,7 +68,7 @@ def _fold(acc, l, m, p, t, f, seen, n0, i, j, LATE: tl.constexpr, MASKED: tl.con
     shrink = tl.exp2(m - m_safe)
     l = l * shrink + tl.sum(weights, 1)
     acc = acc * shrink[:, None]
-    v_tile = load_rows(t.v, t.v_row, n0, t.visible, p.BN, p.DV, p.BDV, MASKED, p.WIDE)
+    v_tile = load_rows(t.v, t.v_row, n0, t.visible, p.BN, p.DV, p.BDV, MASKED, p.WIDE, p.first_key)
     weights = drop(f, t.at, weights, t.m0, n0, p.BM, p.BN, False)
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=p.PRECISION)
     return acc, l, m_new
@@ -114,6 +130,20 @@ def forward(
             lo += diagonal(packed, M, N)
         if hi is not None:
             hi += diagonal(packed, M, N)
+    here = M  # rows of out, lse and rest
+    first_row = None
+    first_col = None
+    shift = None
+    if f.placed is not None or f.diagonals is not None or f.shift is not None:
+        shift = placed_diagonal(f, b, M, N)
+    if f.diagonals is not None:
+        if lo is not None:
+            lo += shift
+        if hi is not None:
+            hi += shift
+    if f.placed is not None:
+        first_row, M = placed_queries(f, b, M)
+        first_col = placed_keys(f, b, N)
     m0 = tile * BM
     q += offset(first_query, q_strides[0]) + offset(head, q_strides[2])
     k += offset(first_key, k_strides[0]) + offset(head // groups, k_strides[2])
@@ -123,8 +153,8 @@ def forward(
     at = at_head(f, b, head, heads, batch_inner, first_query, first_key)
     visible = visible_keys(f, b, N)
 
-    q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE)  # [BM, BD]
-    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
+    q_tile = load_rows(q, q_strides[1], m0, M, BM, D, BD, not EVEN_M, WIDE, first_row)  # [BM, BD]
+    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE, first_row, first_col, shift)
     t = Tile(q_tile, k, v, k_strides[1], v_strides[1], at, m0, visible)
     if f.sink is not None:
         m = tl.zeros([BM], tl.float32) + tl.load(f.sink + head * f.sink_stride).to(tl.float32) * LOG2E
@@ -136,11 +166,16 @@ def forward(
     acc = tl.zeros([BM, BDV], tl.float32)
     # What is added or capped, or a scale that is not positive, must come before the maximum.
     LATE: tl.constexpr = POSITIVE_SCALE and f.bias is None and f.slopes is None and f.softcap is None and f.mask is None
-    begin, full_begin, full_end, end = segments(m0, min(m0 + BM, M) - 1, visible, lo, hi, BN)
-    if lo is not None:
+    first = m0
+    seen = visible
+    if f.placed is not None:
+        first = max(m0, first_row)
+        seen = tl.where((first < min(m0 + BM, M)) & (first_col < visible), visible, 0)
+    begin, full_begin, full_end, end = segments(first, min(m0 + BM, M) - 1, seen, lo, hi, BN, first_col)
+    if lo is not None or f.placed is not None:
         acc, l, m = _walk(acc, l, m, p, t, f, begin, full_begin, LATE, True, False)
     acc, l, m = _walk(acc, l, m, p, t, f, full_begin, full_end, LATE, False, False)
-    if hi is not None or not EVEN_N or f.lengths is not None or f.most_keys is not None:
+    if hi is not None or not EVEN_N or f.lengths is not None or f.most_keys is not None or f.placed is not None:
         acc, l, m = _walk(acc, l, m, p, t, f, full_end, end, LATE, True, False)
     if LATE:  # once more where that was too coarse
         small = is_small(m, SMALL_MAXIMUM)
@@ -150,13 +185,17 @@ def forward(
         acc, l, m = _walk(acc, l, m, p, t, f, begin, tl.where(small, begin, end), False, True, True)
 
     unseen = l == 0.0
+    if f.placed is not None:
+        i = m0 + tl.arange(0, BM)
+        unseen = unseen | (i < first_row) | (i >= M)  # no rows, a sink or not
+        acc = tl.where(unseen[:, None], 0.0, acc)
     l = tl.where(unseen, 1.0, l)
     acc = rescaled(f, acc / l[:, None])
-    store_rows(out, out_strides[1], m0, M, acc, BM, DV, BDV, not EVEN_M, WIDE)
+    store_rows(out, out_strides[1], m0, here, acc, BM, DV, BDV, not EVEN_M, WIDE)
     row_lse = tl.where(unseen, float("-inf"), (m + tl.log2(l)) * LN2)
     rows = m0 + tl.arange(0, BM)
-    tl.store(lse + rows, row_lse, mask=rows < M)
+    tl.store(lse + rows, row_lse, mask=rows < here)
     if rest is not None:
         tl.store(
-            statistics(rest, b, head, heads, all_queries, first_query, packed is not None) + rows, lse_rest(m, l, row_lse), mask=rows < M
+            statistics(rest, b, head, heads, all_queries, first_query, packed is not None) + rows, lse_rest(m, l, row_lse), mask=rows < here
         )

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .dbias import Round, _ds
 from .extent import diagonal, of_sequence
-from .features import Program, at_head, bias_tile, mask_tile, shows_anything, visible_keys
+from .features import Program, Span, at_head, bias_tile, mask_tile, shows_anything, visible_keys
 from .prims import clamped, offset, segments, store_tile
 
 MOST_TILES: tl.constexpr = tl.constexpr(2**30)
@@ -201,7 +201,7 @@ def packed_dbias(
             low = lo + diagonal(packed, M, N)
         if hi is not None:
             high = hi + diagonal(packed, M, N)
-        p = Program(M, N, low, high, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE)
+        p = Program(M, N, low, high, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE, None, None, None)
         begin_m = 0
         count_m = 1
         begin_n = 0
@@ -249,7 +249,7 @@ def packed_dbias(
             rest_at = rest_in
             if rest_in is not None:
                 rest_at = rest_in + offset(head, rows_q) + e.first_query
-            bias = bias_tile(f, at, m0, n0, i, j, M, visible, True, True, WIDE)
+            bias = bias_tile(f, at, m0, n0, i, j, Span(None, M), Span(None, visible), True, True, WIDE)
             seen = mask_tile(f, at, m0, n0, i, j, M, visible, True, True, WIDE)
             t = Round(
                 q_at, k_at, v_at, do_at, q_strides[1], k_strides[1], v_strides[1], dout_strides[1], lse_at, rest_at, delta_at, at, visible,

@@ -17,12 +17,13 @@ SCANNED: tl.constexpr = tl.constexpr(4096)  # of lse at a time
 
 
 @triton.jit
-def segments(first, last, length, lo, hi, BLOCK: tl.constexpr):
-    """Blocks of the other axis (``length`` long) that rows ``first … last`` see, where row r sees column c if ``lo <= c - r <= hi``.
+def segments(first, last, length, lo, hi, BLOCK: tl.constexpr, start=None):
+    """Blocks of the other axis (``length`` long) that rows ``first … last`` see, where row r sees column c if ``lo <= c - r <= hi``, and
+    none before ``start``.
 
     Returns block indices ``begin <= a <= b <= end``: blocks of ``[begin, a)`` and ``[b, end)`` are partly visible and need the mask,
-    those of ``[a, b)`` are whole and visible to every row. Without ``lo``, ``begin == a``. In blocks, not elements, because a product
-    with BLOCK tells the compiler how offsets are aligned. Plain integer arithmetic that never divides a negative number, so that it
+    those of ``[a, b)`` are whole and visible to every row. Without ``lo`` and ``start``, ``begin == a``. In blocks, not elements, because a
+    product with BLOCK tells the compiler how offsets are aligned. Plain integer arithmetic that never divides a negative number, so that it
     also runs (and is tested) as Python.
     """
     begin = 0
@@ -30,6 +31,9 @@ def segments(first, last, length, lo, hi, BLOCK: tl.constexpr):
     if lo is not None:
         begin = max(first + lo, 0) // BLOCK
         full_begin = (max(last + lo, 0) + BLOCK - 1) // BLOCK
+    if start is not None:
+        begin = max(begin, start // BLOCK)
+        full_begin = max(full_begin, (start + BLOCK - 1) // BLOCK)
     end = length
     full_end = length // BLOCK
     if hi is not None:
@@ -89,6 +93,26 @@ def clamped(x, N):
 
 
 @triton.jit
+def near(x, LIMIT: tl.constexpr):
+    """x, an integer of any dtype, from -LIMIT to LIMIT, as an int32."""
+    if x.dtype.is_int_unsigned():
+        return tl.minimum(x.to(tl.uint64), tl.cast(LIMIT, tl.uint64)).to(tl.int32)
+    elif x.dtype.primitive_bitwidth == 64:
+        return tl.minimum(tl.maximum(x, -LIMIT), LIMIT).to(tl.int32)
+    else:
+        return tl.minimum(tl.maximum(x.to(tl.int32), -LIMIT), LIMIT)
+
+
+@triton.jit
+def between(x, length, least):
+    """Whether x is of ``least … length - 1``; None: there is no least."""
+    if least is None:
+        return x < length
+    else:
+        return (x >= least) & (x < length)
+
+
+@triton.jit
 def stride_in_tile(stride, WIDE: tl.constexpr):
     """The stride as used inside a tile: 32-bit unless a tile spans more than 2^31 elements."""
     if WIDE:
@@ -108,16 +132,19 @@ def load_rows(
     BLOCK_DIM: tl.constexpr,
     MASKED: tl.constexpr,
     WIDE: tl.constexpr,
+    least=None,
 ):
-    """Rows ``start … start + BLOCK`` of a ``(length, DIM)`` matrix as ``[BLOCK, BLOCK_DIM]``, zero outside it."""
+    """Rows ``start … start + BLOCK`` of a ``(length, DIM)`` matrix as ``[BLOCK, BLOCK_DIM]``, zero outside it and (MASKED) before its row
+    ``least``.
+    """
     r = tl.arange(0, BLOCK)[:, None]
     d = tl.arange(0, BLOCK_DIM)[None, :]
     pointers = base + offset(start, row_stride) + (r * stride_in_tile(row_stride, WIDE) + d)
     if MASKED:
         if DIM == BLOCK_DIM:
-            return tl.load(pointers, mask=start + r < length, other=0.0)
+            return tl.load(pointers, mask=between(start + r, length, least), other=0.0)
         else:
-            return tl.load(pointers, mask=(start + r < length) & (d < DIM), other=0.0)
+            return tl.load(pointers, mask=between(start + r, length, least) & (d < DIM), other=0.0)
     else:
         if DIM == BLOCK_DIM:
             return tl.load(pointers)
@@ -179,9 +206,9 @@ def add_bias(s_log2, bias):
 
 
 @triton.jit
-def in_band(i, j, N, lo, hi):
-    """Whether key j exists and query i sees it."""
-    seen = j < N
+def in_band(i, j, N, lo, hi, least=None):
+    """Whether key j is one of ``least … N - 1`` and query i sees it."""
+    seen = between(j, N, least)
     if lo is not None:
         seen = seen & (j - i >= lo)
     if hi is not None:
