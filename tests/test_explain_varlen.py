@@ -141,7 +141,7 @@ def test_too_many_by_position() -> None:
     ({"max_length_k": 3}, "max_length_k: .*; max_seqlen_k=$"),
     ({"key_lengths": None}, "key_lengths: .*; seqused_k="),
     ({"position_ids": None}, "position_ids: .*; cu_seqlens_q=, where position_ids begin anew"),
-    ({"block_table": None}, "block_table: .*; triflash has no paged keys"),
+    ({"block_table": None}, "block_table: .*; triflash.attention_with_kvcache takes pages"),
     ({"attention_mask": None}, "attention_mask: .*; nothing where it tells padding"),
     ({"softmax_scale": 1.0}, "softmax_scale: .*; scale="),
     ({"is_causal": True}, "is_causal: .*; causal='top_left'"),

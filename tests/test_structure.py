@@ -32,6 +32,9 @@ RULES: dict[str, list[str]] = {
     "triflash.oracle": ["torch", "triflash.dropout", "triflash.lengths"],
     "triflash.errors": [],
     "triflash.spec": ["torch", "triflash.errors"],
+    "triflash.slots": ["torch", "triflash.lengths"],
+    "triflash.tiled_cache": ["torch", "triflash.oracle", "triflash.slots", "triflash.tiled"],
+    "triflash.oracle_cache": ["torch", "triflash.oracle", "triflash.slots"],
     "triflash.spec_cache": ["torch", "triflash.errors", "triflash.spec"],
     "triflash.checks": ["torch", "triflash.errors"],
     "triflash.form": ["torch", "triflash.spec"],
@@ -47,6 +50,11 @@ RULES: dict[str, list[str]] = {
         "torch", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.tiled", "triflash.oracle",
         "triflash.errors",
     ],
+    "triflash.launch.cache": [
+        "torch", "triflash.launch.append", "triflash.launch.calls", "triflash.launch.few", "triflash.oracle_cache", "triflash.plan",
+        "triflash.slots", "triflash.spec_cache", "triflash.tiled_cache",
+    ],
+    "triflash.launch.append": ["torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.plan", "triflash.spec_cache"],
     "triflash.launch.calls": ["torch", "triflash.dropout", "triflash.plan", "triflash.spec"],
     "triflash.launch.room": ["torch", "triflash.launch.calls", "triflash.spec"],
     "triflash.launch.native": ["torch", "triton", "triflash.launch.calls"],
@@ -75,13 +83,26 @@ RULES: dict[str, list[str]] = {
         "triflash.launch.hopper_dbias", "triflash.launch.hopper_dq", "triflash.launch.room", "triflash.launch.triton", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
-    "triflash.bound": ["torch", "triflash.bound", "triflash.form", "triflash.launch", "triflash.plan", "triflash.spec"],
+    "triflash.bound": [
+        "torch", "triflash.bound", "triflash.form", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.spec_cache",
+    ],
     "triflash.bound.cache": [],
     "triflash.ops": ["torch", "triflash.bound", "triflash.errors", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.spec"],
     "triflash.ops_varlen": [
         "torch", "triflash.bound", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.ops", "triflash.plan.device",
         "triflash.spec",
     ],
+    "triflash.ops_cache": [
+        "torch", "triflash.bound", "triflash.errors", "triflash.flops", "triflash.launch.room", "triflash.plan.device", "triflash.spec_cache",
+    ],
+    "triflash.arguments_cache": [
+        "torch", "triflash.arguments", "triflash.checks", "triflash.errors", "triflash.plan.select", "triflash.spec", "triflash.spec_cache",
+    ],
+    "triflash.door_cache": [
+        "torch", "triflash.arguments_cache", "triflash.bound", "triflash.door", "triflash.errors", "triflash.ops_cache", "triflash.plan",
+        "triflash.spec", "triflash.spec_cache",
+    ],
+    "triflash.kvcache": ["torch", "triflash.checks", "triflash.door_cache", "triflash.hints", "triflash.varlen"],
     "triflash.arguments": ["torch", "triflash.checks", "triflash.errors", "triflash.form", "triflash.plan.select", "triflash.spec"],
     "triflash.door": [
         "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.nested",

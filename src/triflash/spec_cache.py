@@ -31,7 +31,7 @@ class CacheOperands(NamedTuple):
     bias, mask: ``(B|1, Hq|1, Mq|1, N|1)``. alibi_slopes: ``(B|1, Hq)``. sink: ``(Hq,)``.
     k_scale, v_scale: float32 ``(B|1, Hk|1)``, of fp8 caches.
 
-    Any strides; the last dim of q and of the caches is contiguous. Integers are of any integer dtype but page_table's.
+    Any strides. Integers are of any integer dtype but page_table's.
     """
 
     q: Tensor
@@ -64,7 +64,8 @@ class CacheSpec:
 
     ``new``: keys that the call appends to each request, or the sum of them if they are packed; None: it appends none. ``lengths``,
     ``starts``, ``indexed``, ``packed_queries``, ``packed_new``, ``alibi``, ``sink``, ``k_scaled``, ``v_scaled``: whether there are such.
-    ``softcap``: 0 for none. ``num_splits``, ``split_size``: as asked for; None: the plan decides.
+    ``contiguous_rows``: the last dim of both caches is contiguous. ``softcap``: 0 for none.
+    ``num_splits``, ``split_size``: as asked for; None: the plan decides.
     """
 
     dtype: str
@@ -96,6 +97,7 @@ class CacheSpec:
     split_size: int | None
     precision: str
     packed_new: bool = False
+    contiguous_rows: bool = True
 
     @property
     def tensor_dtype(self) -> torch.dtype:
@@ -238,6 +240,7 @@ def cache_spec_of(
         split_size=split_size,
         precision=resolve_precision(precision) if q.dtype == torch.float32 else "ieee",
         packed_new=x.offsets_new is not None,
+        contiguous_rows=all(cache.stride(3) == 1 or cache.shape[3] == 1 for cache in (k, v)),
     )
 
 

@@ -402,7 +402,7 @@ def _check_lse(lse: Tensor, q: Tensor, dims: str, lse_dims: str, rows: int) -> N
 
 def _no_pages(block_table: Tensor | None) -> None:
     if block_table is not None:
-        raise UnsupportedError("block_table: triflash has no paged keys and values; gather the pages into packed k and v")
+        raise UnsupportedError("block_table: no pages here; triflash.attention_with_kvcache takes them, with cu_seqlens_q too")
 
 
 def _cap(softcap: float) -> float | None:
