@@ -72,6 +72,7 @@ def others(q: Tensor, rows: Tensor, cu: Tensor) -> None:
     flash_attn.flash_attn_varlen_func(rows, rows, rows, cu, cu, 8, 8)
     flash_attn.flash_attn_varlen_kvpacked_func(rows, torch.stack((rows, rows), 1), cu, cu, 8, 8)
     flash_attn.flash_attn_varlen_qkvpacked_func(torch.stack((rows, rows, rows), 1), cu, 8)
+    flash_attn.flash_attn_with_kvcache(q, q, q, cache_seqlens=8)
     flash_attn.uninstall()
 
 

@@ -459,3 +459,64 @@ def test_flops() -> None:
     with FlopCounterMode(display=False) as counted:
         attention_with_kvcache(**meta)
     assert counted.get_total_flops() == 4 * (2 * 2 * 12) * 2 * (8 + 8)
+
+
+def step(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, k: Tensor, v: Tensor, bias: Tensor, **more: Any) -> Any:
+    return attention_with_kvcache(
+        q, k_cache, v_cache, cache_lengths=lengths, k_new=k, v_new=v, bias=bias, causal=True, return_lse=True, **more
+    )  # fmt: skip
+
+
+def step_inputs(N: int = 12, B: int = 2) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(N)
+    made = [torch.randn(B, n, h, 8, generator=g) for n, h in ((1, 4), (N, 2), (N, 2), (1, 2), (1, 2))]
+    q, k, v, k_new, v_new = (x.to(DEVICE) for x in made)
+    lengths = torch.arange(3, 3 + B, device=DEVICE)
+    return q, k, v, lengths, k_new, v_new, torch.randn(1, 4, 1, N, generator=g).to(DEVICE)
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_compiled(dynamic: bool | None) -> None:
+    """Graphs without a break write caches in place, and take other sizes."""
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for N, B in ((12, 2), (20, 3)) if dynamic is not False else ((12, 2),):
+        mine, right = step_inputs(N, B), step_inputs(N, B)
+        for got, wanted in zip(compiled(*mine), step(*right), strict=True):
+            torch.testing.assert_close(got, wanted)
+        assert torch.equal(mine[1], right[1]) and torch.equal(mine[2], right[2])
+        assert not torch.equal(mine[1], step_inputs(N, B)[1])
+
+
+def test_compiled_code_copies_no_cache() -> None:
+    """Inductor's code hands the caches and a given out to the operators as they are."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch.compiler.reset()
+    mine, right = step_inputs(), step_inputs()
+    out = torch.empty_like(mine[0])
+    (got, _), code = run_and_get_code(torch.compile(step, fullgraph=True), *mine, out=out)
+    torch.testing.assert_close(got, step(*right)[0])
+    assert torch.equal(mine[1], right[1]) and torch.equal(out, got)
+    text = code[0][code[0].index("def call(") :].partition("def get_args")[0]
+    assert "cache_append" in text and "cache_forward_out" in text
+    assert "clone" not in text and "copy_" not in text and "empty_strided" not in text
+
+
+def test_compiled_refuses_gradients() -> None:
+    torch.compiler.reset()
+    inputs = step_inputs()
+    inputs[0].requires_grad_()
+    with pytest.raises(Exception, match=r"gradients by q"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(*inputs)
+
+
+def test_exported() -> None:
+    class Module(torch.nn.Module):
+        def forward(self, *given: Tensor) -> Tensor:
+            return step(*given)[0]
+
+    program = torch.export.export(Module(), step_inputs())
+    mine, right = step_inputs(), step_inputs()
+    torch.testing.assert_close(program.module()(*mine), step(*right)[0])
+    assert torch.equal(mine[1], right[1])

@@ -114,10 +114,13 @@ RULES: dict[str, list[str]] = {
     "triflash.hints": ["triflash.errors"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
     "triflash.nn": ["torch", "triflash.attention", "triflash.checks", "triflash.errors", "triflash.nn"],
-    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors", "triflash.varlen"],
+    "triflash.compat": [
+        "torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors", "triflash.kvcache", "triflash.varlen",
+    ],
     "triflash.compat.words": [],
     "triflash.compat.flash_attn": [
-        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.door", "triflash.errors",
+        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.flash_attn_cache", "triflash.compat.words",
+        "triflash.door", "triflash.errors",
         "triflash.ops", "triflash.ops_varlen", "triflash.varlen",
     ],
     "triflash.varlen": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
