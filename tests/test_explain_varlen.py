@@ -111,7 +111,7 @@ def explained(**change: Any) -> Any:
 
 
 @pytest.mark.parametrize("change, kind, words", [
-    ({"of": triflash.flash_attn_func}, ValueError, "of: wanted triflash.attention or triflash.attention_varlen, got flash_attn_func"),
+    ({"of": triflash.flash_attn_func}, ValueError, "of: wanted one of triflash.attention, triflash.attention_varlen, triflash.attention_with_kvcache, got flash_attn_func"),
     ({"of": "attention"}, ValueError, "of: wanted"),
     ({"cu_seqlens_q": None}, TypeError, "cu_seqlens_q: wanted an int32 or int64 tensor, got NoneType"),
     ({"key_lengths": None}, TypeError, r"key_lengths: wanted an argument of attention_varlen \(.*; seqused_k="),

@@ -520,3 +520,45 @@ def test_exported() -> None:
     mine, right = step_inputs(), step_inputs()
     torch.testing.assert_close(program.module()(*mine), step(*right)[0])
     assert torch.equal(mine[1], right[1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_explained(backend: str) -> None:
+    """What it says is what runs; the problem is in words."""
+    given = with_new(bias=torch.randn(4, 1, 12, device=DEVICE), num_splits=4)
+    told = triflash.explain(
+        **{("k" if n == "k_cache" else "v" if n == "v_cache" else n): x for n, x in given.items()},
+        of=attention_with_kvcache,
+        backend=backend,
+    )
+    with triflash.record_launches() as ran:
+        attention_with_kvcache(**given, backend=backend)
+    assert told.launches == ran and told.backend == backend and told.backward is None
+    text = str(told)
+    for words in (
+        "2 requests, 2 queries each, on a KV cache of up to 12 keys, 4 heads", "bias 1h1k fp32", "new keys", "causal (queries stand at the end",
+        f"keys are not split: backend {backend}", "num_splits=4 changes nothing", "not taken  ",
+    ):  # fmt: skip
+        assert words in text, text
+    del given["causal"]
+    with pytest.raises(TypeError, match="cache_seqlens: .*cache_lengths="):
+        triflash.explain(given["q"], given["k_cache"], given["v_cache"], cache_seqlens=None, of=attention_with_kvcache)
+    with pytest.raises(UnsupportedError, match="gradients"):
+        triflash.explain(given["q"], given["k_cache"], given["v_cache"], grads="q", of=attention_with_kvcache)
+
+
+def test_explained_paged() -> None:
+    """Meta tensors will do; no table is read."""
+    q = torch.empty(7, 8, 64, dtype=torch.float16, device="meta")
+    cache = torch.empty(40, 16, 2, 64, dtype=torch.float16, device="meta").to(FP8)
+    told = triflash.explain(
+        q, cache, cache, of=attention_with_kvcache, page_table=torch.empty(3, 5, dtype=torch.int32, device="meta"), window=(20, 0),
+        cu_seqlens_q=torch.tensor([0, 1, 3, 7]), max_seqlen_q=4, k_scale=0.5, mask=torch.empty(3, 1, 1, 80, dtype=torch.bool, device="meta"),
+        return_lse=True, device="cpu",
+    )  # fmt: skip
+    text = str(told)
+    for words in (
+        "3 requests, up to 4 packed queries each", "up to 80 keys in pages of 16", "fp16, fp8 cache", "mask b11k bool", "keys from -20 to +0",
+        "8 query heads on 2 key heads", "results  out 7.0 KiB, lse 224 B", "triton: cannot do",
+    ):  # fmt: skip
+        assert words in text, text

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_bool
+from ..checks import check_bool, check_key_lengths
 from ..errors import bad_type, bad_value
 from ..kvcache import attention_with_kvcache
 from .words import renamed
@@ -67,26 +67,33 @@ def flash_attn_with_kvcache(
         ValueError, TypeError: a wrong shape, dtype, device or option. UnsupportedError: a gradient is wanted; there is none.
     """
     check_bool("causal", causal), check_bool("return_softmax_lse", return_softmax_lse)
+    if not isinstance(q, Tensor) or q.dim() != 4:
+        got = f"{q.dim()} dims {tuple(q.shape)}" if isinstance(q, Tensor) else type(q).__name__
+        raise (bad_value if isinstance(q, Tensor) else bad_type)("q", "4 dims (batch, seqlen_q, nheads, headdim)", got)
     if k is not None and cache_seqlens is None:
         raise bad_value("cache_seqlens", "how many keys there are before k and v", None)
+    lengths: Any = cache_seqlens
     if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+        lengths = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    check_key_lengths(lengths, q, (q.shape[0],), "cache_seqlens")
+    cap: Any = None if isinstance(softcap, (int, float)) and softcap <= 0 else softcap
     if (rotary_cos is None) != (rotary_sin is None):
         raise bad_value("rotary_sin" if rotary_sin is None else "rotary_cos", "a tensor beside the other", None)
     if rotary_cos is not None and rotary_sin is not None:
-        if k is None or cache_seqlens is None:
+        if k is None:
             raise bad_value("k", "a tensor beside rotary_cos", None, "without new keys rotate q yourself")
         _check_rotary(rotary_cos, rotary_sin, q)
         moves = causal or tuple(window_size) != (-1, -1)
         interleaved = check_bool("rotary_interleaved", rotary_interleaved)
-        q = _rotated(q, rotary_cos, rotary_sin, cache_seqlens, interleaved, moves)
-        k = _rotated(k, rotary_cos, rotary_sin, cache_seqlens, interleaved, True)
+        q = _rotated(q, rotary_cos, rotary_sin, lengths, interleaved, moves)
+        k = _rotated(k, rotary_cos, rotary_sin, lengths, interleaved, True)
+    lse: bool = return_softmax_lse
     try:
         return attention_with_kvcache(
-            q, k_cache, v_cache, cache_lengths=cache_seqlens, key_starts=cache_leftpad, page_table=block_table, cache_index=cache_batch_idx,
+            q, k_cache, v_cache, cache_lengths=lengths, key_starts=cache_leftpad, page_table=block_table, cache_index=cache_batch_idx,
             k_new=k, v_new=v, causal=causal, window=window_size, scale=softmax_scale,
-            softcap=None if isinstance(softcap, (int, float)) and softcap <= 0 else softcap, alibi_slopes=alibi_slopes,
-            num_splits=None if num_splits == 0 else num_splits, return_lse=return_softmax_lse,
+            softcap=cap, alibi_slopes=alibi_slopes,
+            num_splits=None if num_splits == 0 else num_splits, return_lse=lse,
         )  # fmt: skip
     except (ValueError, TypeError) as error:
         raise renamed(error, _WORDS) from None

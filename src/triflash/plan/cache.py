@@ -11,7 +11,7 @@ from .device import DeviceFacts, triton_problem
 from .select import check_backend
 from .steps import Plan, Step, ceil_div
 
-__all__ = ["APPEND", "plan_cache", "why_not_cache"]
+__all__ = ["APPEND", "plan_cache", "split_words", "why_not_cache"]
 
 APPEND = TileConfig(16, 16, 4, 1)  # of the kernel that writes new rows: block_m of one key head a program
 _E4M3 = 89  # the first sm whose Triton has it
@@ -64,3 +64,10 @@ def append_step(spec: CacheSpec, backend: str) -> Step:
         return Step("append")
     rows = (spec.new or 0) * (1 if spec.packed_new else spec.requests)
     return Step("append", APPEND, ceil_div(rows, APPEND.block_m) * spec.kv_heads)
+
+
+def split_words(plan: Plan, spec: CacheSpec, device: DeviceFacts) -> str:
+    """Into how many parts keys are split, and why."""
+    asked = f"num_splits={spec.num_splits}" if spec.num_splits is not None else f"split_size={spec.split_size}"
+    asked = "" if spec.num_splits is None and spec.split_size is None else f"; {asked} changes nothing here"
+    return f"keys are not split: backend {plan.backend} walks the keys of all requests together{asked}"
