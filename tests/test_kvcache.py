@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -562,3 +564,12 @@ def test_explained_paged() -> None:
         "8 query heads on 2 key heads", "results  out 7.0 KiB, lse 224 B", "triton: cannot do",
     ):  # fmt: skip
         assert words in text, text
+
+
+def test_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three requests join and leave a pool of pages, and get what attention over their own keys gives."""
+    path = Path(__file__).parents[1] / "examples" / "paged_cache.py"
+    assert path.read_text().count("\n") <= 80
+    runpy.run_path(str(path), run_name="__main__")
+    told = capsys.readouterr().out
+    assert told.count("leaves") == 3 and "10 of 10 pages are free" in told and "every request got" in told
