@@ -44,6 +44,12 @@ def test_recipes() -> None:
     assert names["lse"].shape == (2, 8, 1024) and torch.isfinite(names["lse"]).all()
 
 
+def test_kv_caches() -> None:
+    names = run("kvcache.md")
+    assert names["lengths"].tolist() == [5, 0, 40] and names["out"].shape == (3, 1, 8, 32) and names["out"].dtype == torch.float16
+    assert names["k_cache"][0, 5].abs().sum() > 0 and (names["k_cache"][0, 6:] == 0).all()
+
+
 def test_what_runs_where() -> None:
     assert [str(launch) for launch in run("backends.md")["ran"]] == ["tiled: forward"]
 

@@ -23,13 +23,15 @@ _FLOATS = tuple(dtype for dtype in DTYPE_NAMES if dtype.is_floating_point)
 class CacheOperands(NamedTuple):
     """The tensors of a call on a KV cache, canonical (:func:`cache_spec_of`). None: absent.
 
-    q: ``(B, Mq, Hq, D)``, or ``(Tq, Hq, D)`` with offsets_q. k_cache: ``(B', N, Hk, D)``, or ``(pages, page_size, Hk, D)`` with page_table;
-    v_cache: likewise with Dv. cache_lengths ``(B,)``: keys in the cache before this call; None: all that it can hold. key_starts ``(B,)``.
-    page_table: int32 ``(B, max_pages)``. cache_index ``(B,)``: a request's entry of a contiguous cache. offsets_q, offsets_new
-    ``(B + 1,)``: where a request's rows begin in packed queries, and in packed new keys. bias, mask: ``(B|1, Hq|1, Mq|1, N|1)``. alibi_slopes
-    ``(B|1, Hq)``; sink ``(Hq,)``. k_scale, v_scale: float32 ``(B|1, Hk|1)``, of fp8 caches.
+    q: ``(B, Mq, Hq, D)``, or ``(Tq, Hq, D)`` with offsets_q.
+    k_cache: ``(B', N, Hk, D)``, or ``(pages, page_size, Hk, D)`` with page_table. v_cache: likewise with Dv.
+    cache_lengths: ``(B,)``, keys in the cache before this call; None: all that it can hold. key_starts: ``(B,)``.
+    page_table: int32 ``(B, max_pages)``. cache_index: ``(B,)``, a request's entry of a contiguous cache.
+    offsets_q, offsets_new: ``(B + 1,)``, where a request's rows begin in packed queries, and in packed new keys.
+    bias, mask: ``(B|1, Hq|1, Mq|1, N|1)``. alibi_slopes: ``(B|1, Hq)``. sink: ``(Hq,)``.
+    k_scale, v_scale: float32 ``(B|1, Hk|1)``, of fp8 caches.
 
-    Any strides; the last dim of q and of the caches is contiguous. Integers are of any integer dtype but page_table's.
+    Any strides. Integers are of any integer dtype but page_table's.
     """
 
     q: Tensor
@@ -62,7 +64,8 @@ class CacheSpec:
 
     ``new``: keys that the call appends to each request, or the sum of them if they are packed; None: it appends none. ``lengths``,
     ``starts``, ``indexed``, ``packed_queries``, ``packed_new``, ``alibi``, ``sink``, ``k_scaled``, ``v_scaled``: whether there are such.
-    ``softcap``: 0 for none. ``num_splits``, ``split_size``: as asked for; None: the plan decides.
+    ``contiguous_rows``: the last dim of both caches is contiguous. ``softcap``: 0 for none.
+    ``num_splits``, ``split_size``: as asked for; None: the plan decides.
     """
 
     dtype: str
@@ -94,6 +97,7 @@ class CacheSpec:
     split_size: int | None
     precision: str
     packed_new: bool = False
+    contiguous_rows: bool = True
 
     @property
     def tensor_dtype(self) -> torch.dtype:
@@ -236,6 +240,7 @@ def cache_spec_of(
         split_size=split_size,
         precision=resolve_precision(precision) if q.dtype == torch.float32 else "ieee",
         packed_new=x.offsets_new is not None,
+        contiguous_rows=all(cache.stride(3) == 1 or cache.shape[3] == 1 for cache in (k, v)),
     )
 
 
