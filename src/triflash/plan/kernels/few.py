@@ -18,7 +18,7 @@ from ..steps import Step, ceil_div
 __all__ = [
     "COMBINE", "MAX_QUERIES", "FewConfig", "Shape", "backward_steps", "cache_shape_of", "cache_steps", "choose", "choose_backward",
     "forward_steps", "least_blocks", "least_cache_blocks", "runs", "runs_backward", "shape_of", "splits_of", "takes", "takes_backward",
-    "why", "why_not",
+    "why", "why_cache", "why_not",
 ]  # fmt: skip
 
 MAX_QUERIES = 128  # of one request, from which on tiles of queries are many enough
@@ -32,7 +32,7 @@ PROGRAM_COST = 512  # of a program besides its keys, in keys: beginning, end and
 
 @dataclass(frozen=True)
 class FewConfig(TileConfig):
-    """``block_m`` rows (queries times grouped heads) by ``block_n`` keys. splits: parts that keys are cut into; 0: as the plan finds best."""
+    """``block_m`` rows (queries times grouped heads) by ``block_n`` keys. splits: parts that keys are cut into; 0: what the plan finds."""
 
     splits: int = 0
 
@@ -244,15 +244,31 @@ def least_cache_blocks(spec: CacheSpec, config: FewConfig) -> int:
     return 1 if spec.num_splits is not None else least_blocks(config)
 
 
+def why_cache(spec: CacheSpec, step: Step, device: DeviceFacts) -> str:
+    """Why keys of a cache are cut into so many parts, in words."""
+    assert isinstance(step.config, FewConfig)
+    if spec.split_size is not None:
+        size = least_cache_blocks(spec, step.config) * step.config.block_n
+        whole = "" if size == spec.split_size else f" ({spec.split_size} in whole blocks of {step.config.block_n})"
+        return f"keys are split every {size}{whole}, as asked for, whatever the batch"
+    if spec.num_splits is not None:
+        return f"keys of a request are split into {step.splits} parts of equal length, as asked for"
+    text = _why(cache_shape_of(spec), step, step.config, device)
+    return text + (", or fewer of a short request" if step.splits > 1 else "")
+
+
 def why(spec: AttentionSpec, step: Step, device: DeviceFacts) -> str:
     """Why so many parts, in words."""
     assert isinstance(step.config, FewConfig)
-    shape = shape_of(spec)
-    items = ceil_div(shape.rows, step.config.block_m) * shape.pairs
-    rows = min(shape.rows, step.config.block_m)
-    what = f"{items} tile{'s' * (items > 1)} of {rows} rows (queries x grouped heads) for {device.sms} {device.units}"
-    if step.config.splits:
-        return f"{step.splits} splits chosen by hand for {what}"
+    return _why(shape_of(spec), step, step.config, device)
+
+
+def _why(shape: Shape, step: Step, config: FewConfig, device: DeviceFacts) -> str:
+    items = ceil_div(shape.rows, config.block_m) * shape.pairs
+    rows = min(shape.rows, config.block_m)
+    what = f"{items} tile{'s' * (items > 1)} of {rows} row{'s' * (rows > 1)} (queries x grouped heads) for {device.sms} {device.units}"
+    if config.splits:
+        return f"{what}: keys are split into {step.splits} parts, chosen by hand"
     if step.splits == 1:
         return f"{what}: keys are not split"
-    return f"{what}: keys are split into {step.splits} parts of some {ceil_div(spec.keys, step.splits)}"
+    return f"{what}: keys are split into {step.splits} parts of some {ceil_div(shape.keys, step.splits)}"
