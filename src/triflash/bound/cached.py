@@ -59,17 +59,23 @@ class BoundCache:
         x = CacheOperands._make(given[:_OPERANDS])
         shape, rows = (*q.shape[:-1], spec.value_dim), lse_shape(q)
         wide = torch.float64 if spec.dtype == "fp64" else torch.float32
-        if attends and not self.has_out:
-            room.result("out", torch.empty(shape, dtype=q.dtype, device="meta"))
+        out, lse = given[_OPERANDS + 2], torch.empty(rows, dtype=wide, device="meta")
+        if attends and out is None:
+            out = room.result("out", torch.empty(shape, dtype=q.dtype, device="meta"))
         in_pytorch = plan.backend in IN_PYTORCH
         if attends and not alone:
-            room.result("lse", torch.empty(rows, dtype=wide, device="meta"))
-        elif attends and in_pytorch:
+            room.result("lse", lse)
+        elif attends and not in_pytorch:
+            lse = room.new("lse", rows, wide)
+        elif attends:
             room.mention("lse", torch.Size(rows).numel() * wide.itemsize)
         if attends and plan.backend == "oracle":
             pairs = spec.heads * spec.capacity * (q.shape[0] if spec.packed_queries else spec.requests * spec.queries)
             room.mention("every score in float64, several times", pairs * 8)
-        calls = None if in_pytorch else cache_calls(plan, spec, x, *given[_OPERANDS : _OPERANDS + 2])
+        calls = None
+        if not in_pytorch:
+            results = (out, lse) if attends and out is not None else None
+            calls = cache_calls(room, plan, spec, x, (given[_OPERANDS], given[_OPERANDS + 1]), results)
         self.bound = BoundPass(plan, spec, room, calls, self._aside, device)
 
     def _aside(self, tensors: Given) -> None:

@@ -10,17 +10,32 @@ from ..plan.steps import IN_PYTORCH, Plan
 from ..slots import Keys, append, extents, keys_of
 from ..spec_cache import CacheOperands, CacheSpec
 from .calls import Call, start
+from .room import Real, Room
 
 __all__ = ["append_new", "cache_calls", "run_cache"]
 
 
-def cache_calls(plan: Plan, spec: CacheSpec, x: CacheOperands, k_new: Tensor | None, v_new: Tensor | None) -> list[Call]:
-    """The launches of a plan by kernels, on real tensors or meta tensors."""
+def cache_calls(
+    room: Room,
+    plan: Plan,
+    spec: CacheSpec,
+    x: CacheOperands,
+    new: tuple[Tensor | None, Tensor | None],
+    results: tuple[Tensor, Tensor] | None,
+) -> list[Call]:
+    """The launches of a plan by kernels, on real tensors or meta tensors. new: keys and values to write. results: out and lse; None: nobody
+    attends.
+    """
+    k_new, v_new = new
     calls: list[Call] = []
     if plan.step("append") is not None and k_new is not None and v_new is not None:
         from .append import append_calls
 
         calls += append_calls(spec, x, k_new, v_new)
+    if results is not None:
+        from .few import cache_calls as attend_calls
+
+        calls += attend_calls(room, plan, spec, x, *results)
     return calls
 
 
@@ -30,13 +45,18 @@ def append_new(plan: Plan, spec: CacheSpec, x: CacheOperands, k_new: Tensor, v_n
         given = (x.k_cache, x.v_cache, k_new, v_new, x.cache_lengths, x.page_table, x.cache_index, x.offsets_new, x.k_scale, x.v_scale)
         append(*given)
     else:
-        start(x.q.device, cache_calls(plan, spec, x, k_new, v_new))
+        start(x.q.device, cache_calls(Real(x.q), plan, spec, x, (k_new, v_new), None))
 
 
 def run_cache(plan: Plan, spec: CacheSpec, x: CacheOperands, out: Tensor, lse: Tensor) -> None:
     """Fill out and lse, in the shapes of :class:`CacheOperands`: ``(B, Mq, Hq, Dv)`` and ``(B, Hq, Mq)``, or ``(Tq, Hq, Dv)`` and
     ``(Hq, Tq)``. New keys are there already. Packed queries: the offsets are read.
     """
+    if plan.backend not in IN_PYTORCH:
+        room = Real(x.q)
+        start(x.q.device, cache_calls(room, plan, spec, x, (None, None), (out, lse)))
+        room.finish()
+        return
     new: Tensor | int = spec.new or 0
     if x.offsets_new is not None:
         new = extents(x.offsets_new, spec.new or 0)[1]

@@ -6,8 +6,10 @@ import functools
 
 from ..errors import unsupported
 from ..spec_cache import CacheSpec
-from .configs import TileConfig
+from . import override
+from .configs import MAX_HEAD_DIM, TileConfig
 from .device import DeviceFacts, triton_problem
+from .kernels import few
 from .select import check_backend
 from .steps import Plan, Step, ceil_div
 
@@ -38,23 +40,27 @@ def why_not_cache(name: str, spec: CacheSpec, device: DeviceFacts) -> tuple[str,
         return "bfloat16 in Triton's interpreter", "the interpreter multiplies bfloat16 wrongly: use float16 or float32 there"
     if not spec.contiguous_rows:
         return "caches whose last dim is not contiguous", "lay them out with a contiguous last dim, or use backend('tiled')"
-    return "KV caches", "use backend('tiled')"
+    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
+        return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
+    return None
 
 
 def plan_cache(spec: CacheSpec, device: DeviceFacts, requested: str = "auto") -> Plan:
     """The plan of a call. Raises :class:`UnsupportedError` where a backend asked for by name cannot do it."""
     check_backend("backend", requested)
-    return _plan(spec, device, requested)
+    return _plan(spec, device, requested, override.active())
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(spec: CacheSpec, device: DeviceFacts, requested: str) -> Plan:
+def _plan(spec: CacheSpec, device: DeviceFacts, requested: str, by_hand: tuple[tuple[str, override.Config], ...]) -> Plan:
     name = requested
     if requested == "auto":
         name = "tiled" if device.arch in ("cpu", "interpreter") or why_not_cache("triton", spec, device) else "triton"
     elif reason := why_not_cache(requested, spec, device):
         raise unsupported(reason[0], requested, reason[1])
     appends = () if spec.new is None else (append_step(spec, name),)
+    if name == "triton":
+        return Plan(name, (*appends, *few.cache_steps(spec, device, dict(by_hand))))
     return Plan(name, (*appends, Step("forward")))
 
 
@@ -68,6 +74,8 @@ def append_step(spec: CacheSpec, backend: str) -> Step:
 
 def split_words(plan: Plan, spec: CacheSpec, device: DeviceFacts) -> str:
     """Into how many parts keys are split, and why."""
+    if (forward := plan.step("few_forward")) is not None:
+        return few.why_cache(spec, forward, device)
     asked = f"num_splits={spec.num_splits}" if spec.num_splits is not None else f"split_size={spec.split_size}"
     asked = "" if spec.num_splits is None and spec.split_size is None else f"; {asked} changes nothing here"
     return f"keys are not split: backend {plan.backend} walks the keys of all requests together{asked}"
