@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ...errors import bad_value
 from ...spec import AttentionSpec
@@ -35,6 +36,8 @@ class FewConfig(TileConfig):
     """``block_m`` rows (queries times grouped heads) by ``block_n`` keys. splits: parts that keys are cut into; 0: what the plan finds."""
 
     splits: int = 0
+
+    SOURCE: ClassVar[str] = "by rows and head dim, of plan/kernels/few.py"
 
     def __post_init__(self) -> None:
         super().__post_init__()
