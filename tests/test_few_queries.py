@@ -250,10 +250,9 @@ def test_configurations_are_checked() -> None:
         plan_backward(spec(32, 1000), Needs(True, True, True, False), KNOWN_DEVICES["sm90"], "triton")
 
 
-KV = [
-    case for case in kvcases.CASES
-    if case.dtype in (torch.float16, torch.float32) and not (case.fp8 and not torch.cuda.is_available())
-]  # fmt: skip
+# The interpreter rounds to 8 bits in a way of its own, so that there no such keys are appended.
+KV = [replace(case, new=None, new_packed=None) if case.fp8 and not torch.cuda.is_available() else case for case in kvcases.CASES]
+KV = [case for case in KV if case.dtype in (torch.float16, torch.float32)]
 
 
 @pytest.mark.parametrize("case", KV, ids=str)
@@ -263,7 +262,7 @@ def test_cache(case: kvcases.Case, device: torch.device) -> None:
     with triflash.record_launches() as ran:
         out, lse = call.run("triton", str(device))
     kvcases.assert_right(call, out, lse)
-    assert [name for name in kernels(ran) if name != "append"][0] == "few_forward"
+    assert next(name for name in kernels(ran) if name != "append") == "few_forward"
 
 
 def test_bits_do_not_depend_on_the_batch(device: torch.device) -> None:
@@ -340,3 +339,41 @@ def test_strides_of_queries_and_out(device: torch.device) -> None:
     whole = torch.full((2, 2, 4, 16, 2), 7.0, device=device)
     out = attention_with_kvcache(q, k, v, out=whole[..., 0], backend="triton")
     assert torch.equal(out, attention_with_kvcache(q.contiguous(), k, v, backend="triton")) and bool((whole[..., 1] == 7).all())
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("plain", B=2, M=3, N=100),
+        Case("window, grouped", B=2, M=5, N=100, H=4, Hk=2, lo=20, hi=60),
+        Case("bias of full shape, lengths", B=2, M=3, N=100, bias="bhqk", hi=70, lengths=(100, 40), bias_dtype=F32),
+        Case("bias of full shape alone", B=1, M=20, N=100, bias="1hqk", grads="b", lo=30),
+        Case("mask, dropout, soft cap", B=2, M=3, N=100, bias="b1qk", bias_dtype=BOOL, dropout=0.2, softcap=2.0, dout_layout="step"),
+        Case("strides", B=2, M=3, N=64, layout="mixed", grads="q", bias="b1hqk", sink=True),
+    ],
+    ids=str,
+)
+def test_dq_by_split_keys(case: Case, splits: int, device: torch.device) -> None:
+    """The portable kernel for dq where it has few tiles of queries: parts of the keys, added up in their order."""
+    inputs = build(case, device)
+    found = []
+    for _ in range(2):
+        wanted = inputs.wanted()
+        with small_tiles(case.tiles), override_configs(dq=FewConfig(16, 16, 4, 1, splits=splits)), triflash.record_launches() as ran:
+            out, _lse = attend(case, inputs, "triton", raw=True)
+            found.append(named_gradients(wanted, torch.autograd.grad(out, list(wanted.values()), inputs.dout)))
+        assert "dq" in kernels(ran) and ("sum_rows" in kernels(ran)) is ("q" in case.grads)
+    assert_right(case, inputs, *found)
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
+
+
+def test_who_splits_dq() -> None:
+    device, needs = KNOWN_DEVICES["sm90"], Needs(True, True, True, False)
+    few_tiles = plan_backward(spec(64, 8192, B=8), needs, device)
+    step = few_tiles.step("dq")
+    assert few_tiles.backend == "triton" and step is not None and step.splits > 1 and step.programs >= device.sms
+    assert [each.kernel for each in few_tiles.steps] == ["delta", "dkdv", "dq", "sum_rows"]
+    for problem in (spec(64, 8192, B=64), spec(64, 300)):
+        step = plan_backward(problem, needs, device).step("dq")
+        assert step is not None and step.splits == 1
