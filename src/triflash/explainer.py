@@ -31,6 +31,8 @@ from .plan import hopper
 from .plan.cache import split_words, why_not_cache
 from .plan.configs import TileConfig, shared_memory
 from .plan.device import KNOWN_DEVICES, NAMED_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
+from .plan.kernels import few
+from .plan.kernels.few import FewConfig
 from .plan.kernels.shared import HopperConfig
 from .plan.override import KERNELS
 from .plan.select import (
@@ -339,7 +341,12 @@ def _explained(plan: Plan, step: Step, spec: AttentionSpec | CacheSpec, device: 
     estimate = None
     if isinstance(spec, CacheSpec):
         return ExplainedStep(step, "fixed: it has no tiles of scores" if step.kernel in ("append", "combine") else source)
-    if isinstance(step.config, HopperConfig):
+    if isinstance(step.config, FewConfig):
+        chosen = dict(current_choices().by_hand).get(step.kernel) == step.config
+        source = "chosen by hand (override_configs)" if chosen else FewConfig.SOURCE
+        if isinstance(spec, AttentionSpec):  # of a cache a note says so
+            source += f"; {few.why(spec, step, device)}"
+    elif isinstance(step.config, HopperConfig):
         source = hopper.source_of(step, dict(current_choices().by_hand))
         estimate = step.config.shared_memory(spec, step.gives)
     elif plan.backend == "triton" and (kernel := _SAME_TILES.get(step.kernel, step.kernel)) in KERNELS:

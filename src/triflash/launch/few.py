@@ -105,8 +105,8 @@ def backward_calls(
     if dq is not None:
         dq_strides = (0, *dq.stride()[:3])
         if last is not None:
-            parts = room.new("partial sums of dq", (step.splits, *dq.shape), torch.float32)
-            dq_strides = parts.stride()[:4]
+            parts, (*others, split) = dq_parts(room, step.splits, dq)
+            dq_strides = (split, *others)
     strides = [each.stride()[:3] for each in (q, k, v, dout)]
     args = (
         *(*inputs, parts, dk, dv, full, column, *strides, lse.stride()[:2], dq_strides),
@@ -119,11 +119,24 @@ def backward_calls(
     )
     calls = [Call(few_kernels.few_backward, args, constants | {"EVEN_N": spec.keys % step.config.block_n == 0}, step.config, step.programs)]
     if last is not None:
-        assert dq is not None and isinstance(last.config, TileConfig)
-        args = (parts, dq, dq.stride()[:3], spec.heads, spec.queries, step.splits)
-        own = {"D": spec.head_dim, "BD": padded(spec.head_dim)}
-        calls.append(Call(combine_kernels.sum_rows, args, own, last.config, last.programs))
+        assert dq is not None and parts is not None
+        calls.append(sum_call(plan, spec, parts, dq))
     return calls
+
+
+def dq_parts(room: Room, splits: int, dq: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Memory for parts of dq, in float32, and its strides: (batch, row, head, part)."""
+    parts = room.new("partial sums of dq", (splits, *dq.shape), torch.float32)
+    part, batch, row, head, _ = parts.stride()
+    return parts, (batch, row, head, part)
+
+
+def sum_call(plan: Plan, spec: AttentionSpec, parts: Tensor, dq: Tensor) -> Call:
+    """Parts of dq, added up."""
+    step = plan.step("sum_rows")
+    assert step is not None and isinstance(step.config, TileConfig)
+    args = (parts, dq, dq.stride()[:3], spec.heads, spec.queries, step.splits)
+    return Call(combine_kernels.sum_rows, args, {"D": spec.head_dim, "BD": padded(spec.head_dim)}, step.config, step.programs)
 
 
 def partial_sums(room: Room, name: str, splits: int, dbias: Tensor) -> Tensor:

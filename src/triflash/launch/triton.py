@@ -23,9 +23,9 @@ from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from .calls import SMALLEST_SCALE, Call, bias_strides, lengths_stride, slope_strides
 from .common import config_of, constants_of, is_wide
 from .few import backward_calls as few_backward_calls
+from .few import dq_parts, row_strides, sum_call
 from .few import forward_calls as few_forward_calls
 from .few import partial_sums as sums_of
-from .few import row_strides
 from .packed import backward_calls as packed_backward_calls
 from .packed import forward_calls as packed_forward_calls
 from .packed import packed_features
@@ -150,10 +150,17 @@ def backward_calls(
             constants = constants_of(spec, config, wide) | {"GROUPED": spec.groups > 1, "ORDER": step.order}
             calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
         elif step.kernel == "dq":
-            outputs = (dq, target, *strides, _strides(dq), bias_strides(target))
-            args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale, None)
+            parts = dq
+            dq_strides: tuple[int, ...] | None = _strides(dq)
+            if step.splits > 1 and dq is not None:
+                parts, dq_strides = dq_parts(room, step.splits, dq)
+            outputs = (parts, target, *strides, dq_strides, bias_strides(target))
+            args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale, None, step.splits if step.splits > 1 else None)
             constants = constants_of(spec, config, wide) | {"ORDER": step.order}
             calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
+            if step.splits > 1 and dq is not None:
+                assert parts is not None
+                calls.append(sum_call(plan, spec, parts, dq))
         elif step.kernel == "dbias":
             parts = sums[name] = partial_sums(room, step, target)
             assert parts is not None and bias_spec is not None

@@ -299,7 +299,11 @@ def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reque
             config = _config(kernel, spec, device, choices)
             programs = ceil_div(length, getattr(config, own)) * heads
             splits = broadcast_rows(spec, sources[biases[0]][1]) if kernel == "dkdv" and biases else 1
-            steps.append(Step(kernel, config, programs, _order(spec), splits, wanted))
+            parts = few.dq_splits(spec, device, config, programs) if kernel == "dq" else 1
+            if parts > 1:
+                steps += few.dq_steps(spec, config, programs, parts, wanted)
+            else:
+                steps.append(Step(kernel, config, programs, _order(spec), splits, wanted))
     for grad, (source, bias) in sources.items():
         if source == "dkdv":
             steps += sum_steps(spec, broadcast_rows(spec, bias), bias, grad)

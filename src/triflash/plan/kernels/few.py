@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from ...errors import bad_value
 from ...spec import AttentionSpec
@@ -17,8 +18,8 @@ from ..steps import Step, ceil_div
 
 __all__ = [
     "COMBINE", "MAX_QUERIES", "FewConfig", "Shape", "backward_steps", "cache_shape_of", "cache_steps", "choose", "choose_backward",
-    "forward_steps", "least_blocks", "least_cache_blocks", "runs", "runs_backward", "shape_of", "splits_of", "takes", "takes_backward",
-    "why", "why_cache", "why_not",
+    "dq_splits", "dq_steps", "forward_steps", "least_blocks", "least_cache_blocks", "runs", "runs_backward", "shape_of", "splits_of",
+    "takes", "takes_backward", "why", "why_cache", "why_not",
 ]  # fmt: skip
 
 MAX_QUERIES = 128  # of one request, from which on tiles of queries are many enough
@@ -35,6 +36,8 @@ class FewConfig(TileConfig):
     """``block_m`` rows (queries times grouped heads) by ``block_n`` keys. splits: parts that keys are cut into; 0: what the plan finds."""
 
     splits: int = 0
+
+    SOURCE: ClassVar[str] = "by rows and head dim, of plan/kernels/few.py"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +111,7 @@ def choose(shape: Shape, device: DeviceFacts) -> FewConfig:
     head = padded(max(shape.head_dim, shape.value_dim))
     if device.arch == "interpreter":
         return FewConfig(16, 16, 4, 1)
-    wide = 16 if shape.rows <= 16 else 64
+    wide = 16 if shape.rows <= 16 else 32 if shape.rows <= 32 else 64
     if shape.itemsize > 2:  # float32 products keep whole operand rows in registers
         return FewConfig(16, 32 if head <= 128 else 16, 4 if head <= 128 else 8, 1)
     if device.arch.startswith("gfx"):
@@ -116,7 +119,8 @@ def choose(shape: Shape, device: DeviceFacts) -> FewConfig:
     if head <= 64:
         return FewConfig(wide, 128, 4, 3)
     if head <= 128:
-        return FewConfig(wide, 64, 4, 3)
+        # H200, d 128, by 9 configurations in 8 problems each (docs/tuning.md, 2026-11-29)
+        return FewConfig(wide, 128, 4, 3) if wide <= 32 and not shape.heavy else FewConfig(wide, 64, 4, 4 if wide == 64 else 3)
     return FewConfig(wide, 32, 4, 2)
 
 
@@ -171,7 +175,7 @@ def runs_backward(spec: AttentionSpec) -> bool:
 
 
 def takes_backward(spec: AttentionSpec, device: DeviceFacts) -> bool:
-    """Whether ``attention`` takes the backward kernel by itself: nowhere, until it has been measured."""
+    """Whether ``attention`` takes the backward kernel by itself: nowhere, until it is proven on a GPU (docs/tuning.md, 2026-11-29)."""
     return False
 
 
@@ -200,6 +204,26 @@ def backward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[st
     if splits > 1 and "dq" in gives:
         steps.append(Step("sum_rows", COMBINE, spec.batch * spec.heads * spec.queries, splits=splits, gives=("dq",)))
     return tuple(steps)
+
+
+def dq_splits(spec: AttentionSpec, device: DeviceFacts, config: TileConfig, programs: int) -> int:
+    """Into how many parts the portable kernel for dq, with so many programs for whole rows, cuts the keys: 1 unless that leaves SMs of a
+    GPU without work.
+    """
+    if isinstance(config, FewConfig) and config.splits:
+        return config.splits
+    if not device.arch.startswith(("sm", "gfx")) or spec.queries > MAX_QUERIES or spec.keys < MIN_KEYS or programs >= device.sms:
+        return 1
+    shape = replace(shape_of(spec), rows=spec.queries, pairs=spec.batch * spec.heads)
+    return splits_of(shape, FewConfig(config.block_m, config.block_n, config.num_warps, config.num_stages), device.sms)
+
+
+def dq_steps(spec: AttentionSpec, config: TileConfig, programs: int, splits: int, gives: tuple[str, ...]) -> list[Step]:
+    """That kernel, and the sum of its parts in the order of the keys."""
+    steps = [Step("dq", config, programs * splits, splits=splits, gives=gives)]
+    if "dq" in gives:
+        steps.append(Step("sum_rows", COMBINE, spec.batch * spec.heads * spec.queries, splits=splits, gives=("dq",)))
+    return steps
 
 
 def cache_shape_of(spec: CacheSpec) -> Shape:
