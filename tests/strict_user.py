@@ -26,6 +26,12 @@ def packed(rows: Tensor, cu: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
+def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, pages: Tensor) -> Tensor:
+    out, lse = triflash.attention_with_kvcache(q, k_cache, v_cache, cache_lengths=lengths, page_table=pages, causal=True, return_lse=True)
+    again: Tensor = triflash.attention_with_kvcache(q, k_cache, v_cache, k_new=q, v_new=q, k_scale=0.5, v_scale=lse[0], out=out)
+    return again
+
+
 def relative(heads: int) -> Tensor:
     module = triflash.nn.RelativeBias(heads, window=(7, 7))
     bias: Tensor = module()
@@ -69,6 +75,7 @@ def others(q: Tensor, rows: Tensor, cu: Tensor) -> None:
     flash_attn.flash_attn_varlen_func(rows, rows, rows, cu, cu, 8, 8)
     flash_attn.flash_attn_varlen_kvpacked_func(rows, torch.stack((rows, rows), 1), cu, cu, 8, 8)
     flash_attn.flash_attn_varlen_qkvpacked_func(torch.stack((rows, rows, rows), 1), cu, 8)
+    flash_attn.flash_attn_with_kvcache(q, q, q, cache_seqlens=8)
     flash_attn.uninstall()
 
 

@@ -268,8 +268,9 @@ def test_import_flash_attn(installed: None) -> None:
     assert _flash_attn_forward is compat._flash_attn_forward and _flash_attn_backward is compat._flash_attn_backward
     assert _flash_attn_varlen_forward is compat._flash_attn_varlen_forward
     assert flash_attn.flash_attn_varlen_func is compat.flash_attn_varlen_func
-    with pytest.raises(ImportError, match=r"flash_attn_with_kvcache.*triflash"):
-        from flash_attn import flash_attn_with_kvcache  # noqa: F401
+    assert flash_attn.flash_attn_with_kvcache is flash_attn.flash_attn_interface.flash_attn_with_kvcache is compat.flash_attn_with_kvcache
+    with pytest.raises(ImportError, match=r"flash_attn_no_such.*triflash"):
+        from flash_attn import flash_attn_no_such  # noqa: F401
     with pytest.raises(ImportError):
         import flash_attn.bert_padding
     compat.uninstall()

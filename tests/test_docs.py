@@ -110,6 +110,12 @@ def test_what_the_shell_prints(page: Path) -> None:
         assert (ran.returncode, ran.stdout) == (0, textwrap.dedent(said)), ran.stderr
 
 
+def test_kv_caches() -> None:
+    names = run("kvcache.md")
+    assert names["lengths"].tolist() == [5, 0, 40] and names["out"].shape == (3, 1, 8, 32) and names["out"].dtype == torch.float16
+    assert names["k_cache"][0, 5].abs().sum() > 0 and (names["k_cache"][0, 6:] == 0).all()
+
+
 def test_what_runs_where() -> None:
     assert [str(launch) for launch in run("backends.md")["ran"]] == ["tiled: forward"]
 

@@ -111,7 +111,7 @@ def explained(**change: Any) -> Any:
 
 
 @pytest.mark.parametrize("change, kind, words", [
-    ({"of": triflash.flash_attn_func}, ValueError, "of: wanted triflash.attention or triflash.attention_varlen, got flash_attn_func"),
+    ({"of": triflash.flash_attn_func}, ValueError, "of: wanted one of triflash.attention, triflash.attention_varlen, triflash.attention_with_kvcache, got flash_attn_func"),
     ({"of": "attention"}, ValueError, "of: wanted"),
     ({"cu_seqlens_q": None}, TypeError, "cu_seqlens_q: wanted an int32 or int64 tensor, got NoneType"),
     ({"key_lengths": None}, TypeError, r"key_lengths: wanted an argument of attention_varlen \(.*; seqused_k="),
@@ -141,7 +141,7 @@ def test_too_many_by_position() -> None:
     ({"max_length_k": 3}, "max_length_k: .*; max_seqlen_k=$"),
     ({"key_lengths": None}, "key_lengths: .*; seqused_k="),
     ({"position_ids": None}, "position_ids: .*; cu_seqlens_q=, where position_ids begin anew"),
-    ({"block_table": None}, "block_table: .*; triflash has no paged keys"),
+    ({"block_table": None}, "block_table: .*; triflash.attention_with_kvcache takes pages"),
     ({"attention_mask": None}, "attention_mask: .*; nothing where it tells padding"),
     ({"softmax_scale": 1.0}, "softmax_scale: .*; scale="),
     ({"is_causal": True}, "is_causal: .*; causal='top_left'"),

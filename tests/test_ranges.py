@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from cases import triton_only
-from triflash.tiled import _slices, _visible_slices
+from triflash.tiled import _visible_slices, slices
 
 BOUNDS = (None, -9, -4, -1, 0, 1, 3, 8)
 
@@ -34,8 +34,8 @@ def test_tiled_visible_slices(block: int, lo: int | None) -> None:
 
 
 def test_slices() -> None:
-    assert list(_slices(0, 5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    assert list(_slices(3, 3, 2)) == list(_slices(4, 3, 2)) == []
+    assert list(slices(0, 5, 2)) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert list(slices(3, 3, 2)) == list(slices(4, 3, 2)) == []
 
 
 @triton_only

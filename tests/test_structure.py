@@ -33,19 +33,29 @@ RULES: dict[str, list[str]] = {
     "triflash.errors": [],
     "triflash.saved": ["torch", "triflash.errors", "triflash.spec"],
     "triflash.spec": ["torch", "triflash.errors", "triflash.lengths"],
+    "triflash.slots": ["torch", "triflash.lengths"],
+    "triflash.tiled_cache": ["torch", "triflash.oracle", "triflash.slots", "triflash.tiled"],
+    "triflash.oracle_cache": ["torch", "triflash.oracle", "triflash.slots"],
+    "triflash.spec_cache": ["torch", "triflash.errors", "triflash.spec"],
     "triflash.checks": ["torch", "triflash.errors"],
     "triflash.form": ["torch", "triflash.spec"],
-    "triflash.explanation": ["triflash.plan", "triflash.spec", "triflash.launch.ahead"],
+    "triflash.explanation": ["triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.launch.ahead"],
     "triflash.explainer": [
-        "torch", "triflash.arguments", "triflash.attention", "triflash.bound", "triflash.checks", "triflash.door", "triflash.errors",
-        "triflash.explanation", "triflash.hints", "triflash.launch.ahead", "triflash.nested", "triflash.plan", "triflash.spec",
-        "triflash.varlen",
+        "torch", "triflash.arguments", "triflash.arguments_cache", "triflash.attention", "triflash.bound", "triflash.checks", "triflash.door",
+        "triflash.door_cache", "triflash.errors", "triflash.explanation", "triflash.hints", "triflash.kvcache", "triflash.launch.ahead",
+        "triflash.nested", "triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.varlen",
     ],
-    "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.errors"],
+    "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.errors"],
     "triflash.plan.device": ["torch"],
     "triflash.launch": [
-        "torch", "triflash.errors", "triflash.launch", "triflash.lengths", "triflash.oracle", "triflash.plan", "triflash.spec", "triflash.tiled",
+        "torch", "triflash.launch", "triflash.lengths", "triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.tiled",
+        "triflash.oracle", "triflash.errors",
     ],
+    "triflash.launch.cache": [
+        "torch", "triflash.launch.append", "triflash.launch.calls", "triflash.launch.few", "triflash.oracle_cache", "triflash.plan",
+        "triflash.slots", "triflash.spec_cache", "triflash.tiled_cache",
+    ],
+    "triflash.launch.append": ["torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.plan", "triflash.spec_cache"],
     "triflash.launch.calls": ["torch", "triflash.dropout", "triflash.plan", "triflash.spec"],
     "triflash.launch.room": ["torch", "triflash.launch.calls", "triflash.spec"],
     "triflash.launch.native": ["torch", "triton", "triflash.launch.calls"],
@@ -74,7 +84,9 @@ RULES: dict[str, list[str]] = {
         "triflash.launch.hopper_dbias", "triflash.launch.hopper_dq", "triflash.launch.room", "triflash.launch.triton", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
-    "triflash.bound": ["torch", "triflash.bound", "triflash.form", "triflash.launch", "triflash.plan", "triflash.spec"],
+    "triflash.bound": [
+        "torch", "triflash.bound", "triflash.form", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.spec_cache",
+    ],
     "triflash.bound.cache": [],
     "triflash.ops": [
         "torch", "triflash.bound", "triflash.errors", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.saved", "triflash.spec",
@@ -86,6 +98,17 @@ RULES: dict[str, list[str]] = {
     "triflash.arguments": [
         "torch", "triflash.checks", "triflash.errors", "triflash.form", "triflash.lengths", "triflash.plan.select", "triflash.spec",
     ],
+    "triflash.ops_cache": [
+        "torch", "triflash.bound", "triflash.errors", "triflash.flops", "triflash.launch.room", "triflash.plan.device", "triflash.spec_cache",
+    ],
+    "triflash.arguments_cache": [
+        "torch", "triflash.arguments", "triflash.checks", "triflash.errors", "triflash.plan.select", "triflash.spec", "triflash.spec_cache",
+    ],
+    "triflash.door_cache": [
+        "torch", "triflash.arguments_cache", "triflash.bound", "triflash.door", "triflash.errors", "triflash.ops_cache", "triflash.plan",
+        "triflash.spec", "triflash.spec_cache",
+    ],
+    "triflash.kvcache": ["torch", "triflash.checks", "triflash.door_cache", "triflash.hints", "triflash.varlen"],
     "triflash.door": [
         "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.nested",
         "triflash.ops", "triflash.ops_varlen", "triflash.plan", "triflash.sharded", "triflash.spec",
@@ -96,10 +119,13 @@ RULES: dict[str, list[str]] = {
     "triflash.hints": ["triflash.errors"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
     "triflash.nn": ["torch", "triflash.attention", "triflash.checks", "triflash.errors", "triflash.nn"],
-    "triflash.compat": ["torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors", "triflash.varlen"],
+    "triflash.compat": [
+        "torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors", "triflash.kvcache", "triflash.varlen",
+    ],
     "triflash.compat.words": [],
     "triflash.compat.flash_attn": [
-        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.door", "triflash.errors",
+        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.flash_attn_cache", "triflash.compat.words",
+        "triflash.door", "triflash.errors",
         "triflash.ops", "triflash.ops_varlen", "triflash.varlen",
     ],
     "triflash.varlen": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
@@ -108,7 +134,7 @@ RULES: dict[str, list[str]] = {
         "triflash.spec",
     ],
     "triflash.integrations": [
-        "torch", "transformers", "triflash.attention", "triflash.errors", "triflash.integrations", "triflash.plan.device",
+        "torch", "transformers", "triflash.attention", "triflash.errors", "triflash.integrations", "triflash.kvcache", "triflash.plan.device",
     ],
 }  # fmt: skip
 THIRD_PARTY = ("torch", "transformers", "triton", "numpy", "triflash")

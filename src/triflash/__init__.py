@@ -11,6 +11,7 @@ from . import vmap as _vmap  # registers torch.ops.triflash, and how vmap takes 
 from .attention import attention, merge_states
 from .errors import UnsupportedError
 from .explainer import explain
+from .kvcache import attention_with_kvcache
 from .launch import record_launches
 from .plan.overlay import tuned
 from .plan.select import backend
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_varlen",
+    "attention_with_kvcache",
     "backend",
     "explain",
     "flash_attn_func",

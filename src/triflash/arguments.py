@@ -42,6 +42,8 @@ __all__ = [
     "Options",
     "VarlenGiven",
     "VarlenOptions",
+    "band_of",
+    "check_offsets",
     "check_places",
     "check_sequences",
     "checked",
@@ -162,7 +164,7 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
     M, N, H = sizes["M"], sizes.get("N", sizes["M"]), sizes["H"]
     softmax_scale = check_scale(face.scale, scale, sizes["D"])
     _check_diagonal(diagonal, diagonals, causal)
-    lo, hi = _band(causal, window).offsets(M, N, diagonal if diagonals is None else 0)
+    lo, hi = band_of(causal, window).offsets(M, N, diagonal if diagonals is None else 0)
     _check_bias_and_mask(q, bias, mask, (*batch, H, M, N))
     check_bias(second, q, (*batch, H, M, N), "bias[1]")
     cap = 0.0 if softcap is None else check_number("softcap", softcap, 0.0, math.inf, "a positive number, or None (or 0) for none")
@@ -281,8 +283,8 @@ def checked_varlen(given: VarlenGiven, options: VarlenOptions) -> CheckedVarlen:
     if Hk != H and (Hk == 0 or H % Hk):
         raise bad_value("k", f"a number of heads that divides q's {H}", Hk, "as many query heads read each key head")
     same_device_and_dtype({"q": q, "k": k, "v": v})
-    count = _check_offsets("cu_seqlens_q", given.cu_seqlens_q, q, None)
-    _check_offsets("cu_seqlens_k", given.cu_seqlens_k, q, count)
+    count = check_offsets("cu_seqlens_q", given.cu_seqlens_q, q, None)
+    check_offsets("cu_seqlens_k", given.cu_seqlens_k, q, count)
     for name, used in (("seqused_q", given.seqused_q), ("seqused_k", given.seqused_k)):
         check_key_lengths(used, q, (count,), name)
     if mask_layout is None:
@@ -313,7 +315,7 @@ def checked_varlen(given: VarlenGiven, options: VarlenOptions) -> CheckedVarlen:
     elif q.dtype == torch.float32 and not torch.compiler.is_compiling():
         precision = resolve_precision("")
     return CheckedVarlen(
-        _band(causal, window), check_scale("scale", scale, sizes["D"]), cap, chance, deterministic, precision or "",
+        band_of(causal, window), check_scale("scale", scale, sizes["D"]), cap, chance, deterministic, precision or "",
         backend or requested_backend(), bias_layout, mask_layout, longest_q, longest_k,
     )  # fmt: skip
 
@@ -351,7 +353,7 @@ def check_sequences(given: VarlenGiven, options: VarlenOptions) -> None:
                 raise bad_value(name, f"{longest} or more in dim {dim}, the longest sequence", tuple(x.shape))
 
 
-def _check_offsets(name: str, offsets: Any, q: Tensor, count: int | None) -> int:
+def check_offsets(name: str, offsets: Any, q: Tensor, count: int | None) -> int:
     """Check offsets of sequences (their values are never looked at) and return how many sequences there are."""
     if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
         raise bad_type(name, "an int32 or int64 tensor", str(offsets.dtype) if isinstance(offsets, Tensor) else type(offsets).__name__)
@@ -407,7 +409,7 @@ def _check_inputs(q: Any, k: Any, v: Any) -> tuple[tuple[int, ...], dict[str, in
     return tuple(q.shape[:-3]), sizes
 
 
-def _band(causal: Any, window: Any) -> Band:
+def band_of(causal: Any, window: Any) -> Band:
     """Of causal and window together."""
     if causal != "top_left" and not isinstance(causal, bool):
         raise bad_type("causal", "True, False or 'top_left'", repr(causal))

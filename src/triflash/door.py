@@ -42,13 +42,24 @@ from .plan.device import DeviceFacts
 from .plan.select import requested_backend_soon
 from .spec import resolve_precision, spec_of
 
-__all__ = ["attend", "attend_varlen", "bind", "bind_sequences", "varlen_options"]
+__all__ = [
+    "CASTING",
+    "CASTS",
+    "PLAIN",
+    "attend",
+    "attend_varlen",
+    "bind",
+    "bind_sequences",
+    "is_dtensor",
+    "refuse_tangents",
+    "varlen_options",
+]
 
-_PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they look like
+PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they look like
 _SEED = meta((2,), (1,), torch.int64)
-_CASTS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes
+CASTS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes
 # Where autocast exists; Dynamo of PyTorch 2.10 cannot trace the question.
-_CASTING = tuple([kind for kind in ("cpu", "cuda", "xpu") if torch.amp.is_autocast_available(kind)])
+CASTING = tuple([kind for kind in ("cpu", "cuda", "xpu") if torch.amp.is_autocast_available(kind)])
 
 # Looked up once: an eager call asks all of them.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -67,7 +78,7 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
     tuples are made faster. Raises what :func:`~triflash.arguments.checked` does, in the first call of a signature and in every other.
     """
     if forward_ad._current_level >= 0:
-        _refuse_tangents(given)
+        refuse_tangents(given)
     if _compiling():
         return _by_operators(face, given, options, return_lse)
     q, k, v, bias, mask, lengths, slopes, sink, seed, second, query_starts, query_lengths, key_starts, diagonals = given
@@ -108,7 +119,7 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
         settled = checked(face, named, Options(*options))
         if isinstance(window, list):  # which has no hash
             return attend(face, given, Options(*options)._replace(window=(window[0], window[1])), return_lse)
-        if key is None or q.device.type == "meta" or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg()) for x in given):
+        if key is None or q.device.type == "meta" or any(isinstance(x, Tensor) and (type(x) not in PLAIN or x.is_neg()) for x in given):
             return _by_operators(face, given, options, return_lse)
         call = _bound(settled, named, facts, q.device)
         CALLS.add(key, call)
@@ -131,7 +142,7 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
     ``given`` and ``options`` are the fields of :class:`~triflash.arguments.VarlenGiven` and :class:`~triflash.arguments.VarlenOptions`.
     """
     if forward_ad._current_level >= 0:
-        _refuse_tangents(given, VarlenGiven._fields)
+        refuse_tangents(given, VarlenGiven._fields)
     q, seed = given[0], given[7]
     traced = _compiling() or _dispatch_modes() or _transforms() or _tracing() is not None
     if traced:
@@ -161,7 +172,7 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
         settled = checked_varlen(named, VarlenOptions(*options))
         if isinstance(options[3], list):
             return attend_varlen(given, VarlenOptions(*options)._replace(window=tuple(options[3])), return_lse)
-        if key is None or q.device.type == "meta" or any(isinstance(x, Tensor) and (type(x) not in _PLAIN or x.is_neg()) for x in given):
+        if key is None or q.device.type == "meta" or any(isinstance(x, Tensor) and (type(x) not in PLAIN or x.is_neg()) for x in given):
             return _varlen_by_operators(given, options, return_lse)
         call = _bound_sequences(settled, named, facts)
         CALLS.add(key, call)
@@ -198,10 +209,10 @@ def varlen_options(settled: CheckedVarlen) -> Varlen:
 
 def _varlen_by_operators(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     q = given[0]
-    if isinstance(q, Tensor) and q.device.type in _CASTING and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and q.device.type in CASTING and torch.is_autocast_enabled(q.device.type):
         return _autocasted_varlen(given, options, return_lse)
     named = VarlenGiven(*given)
-    if any(isinstance(x, Tensor) and _is_dtensor(x) for x in given):
+    if any(isinstance(x, Tensor) and is_dtensor(x) for x in given):
         raise UnsupportedError("packed sequences as DTensors: call attention_varlen on what each process has, x.to_local()")
     settled = checked_varlen(named, VarlenOptions(*options))
     seed = seed_tensor(named.dropout_seed, q.device) if settled.dropout_p else None
@@ -257,11 +268,11 @@ def _bound(call: Checked, given: Given, facts: DeviceFacts, device: torch.device
 def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     """The same by operators, which tracers, transforms and subclasses see."""
     q = given[0]
-    if isinstance(q, Tensor) and q.device.type in _CASTING and torch.is_autocast_enabled(q.device.type):
+    if isinstance(q, Tensor) and q.device.type in CASTING and torch.is_autocast_enabled(q.device.type):
         return _autocasted(face, given, options, return_lse)
     if face.shapes is None and is_nested(given):
         return attend_nested(attend_varlen, Given(*given), Options(*options), return_lse)
-    if any(isinstance(x, Tensor) and _is_dtensor(x) for x in given):
+    if any(isinstance(x, Tensor) and is_dtensor(x) for x in given):
         if _transforms():
             raise UnsupportedError(
                 "torch.func transforms of DTensors: use torch.autograd, or transform what each process does with its part, x.to_local()"
@@ -280,7 +291,7 @@ def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], 
     return (out, call.form.lse_of(lse)) if return_lse else out
 
 
-def _is_dtensor(x: Tensor) -> bool:
+def is_dtensor(x: Tensor) -> bool:
     """Whether a tensor is a DTensor, or under a transform stands for one. By its name: only who has one should have to import the class."""
     if not _compiling():
         while torch._C._functorch.is_functorch_wrapped_tensor(x):
@@ -288,7 +299,7 @@ def _is_dtensor(x: Tensor) -> bool:
     return type(x).__name__ == "DTensor" and type(x).__module__.startswith("torch.distributed.tensor")
 
 
-def _refuse_tangents(given: tuple[Any, ...], names: tuple[str, ...] = Given._fields) -> None:
+def refuse_tangents(given: tuple[Any, ...], names: tuple[str, ...] = Given._fields) -> None:
     """Forward-mode derivatives (``torch.func.jvp``, ``jacfwd``, ``linearize``, dual tensors) are refused: they would come out as zero."""
     for name, x in zip(names, given, strict=True):
         if isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
@@ -309,6 +320,6 @@ def _casting(given: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     """q, k and v in autocast's dtype, for a call in the block, in which there is none."""
     device = given[0].device.type
     dtype = torch.get_autocast_dtype(device)
-    cast = tuple([x.to(dtype) if isinstance(x, Tensor) and x.dtype in _CASTS else x for x in given[:3]])
+    cast = tuple([x.to(dtype) if isinstance(x, Tensor) and x.dtype in CASTS else x for x in given[:3]])
     with torch.autocast(device, enabled=False):
         yield cast

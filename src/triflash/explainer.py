@@ -15,18 +15,24 @@ import torch
 from torch import Tensor
 
 from .arguments import ATTENTION, Given, Options, VarlenGiven, VarlenOptions, two_biases
+from .arguments_cache import CacheGiven, CacheOptions, checked_cache, refuse_gradients
 from .attention import attention
 from .bound.call import BoundCall
 from .bound.passes import BoundPass
 from .checks import check_bool
 from .door import bind, bind_sequences
+from .door_cache import bind_call
 from .errors import UnsupportedError, bad_type, bad_value
 from .explanation import Copy, ExplainedStep, Explanation, Pass
 from .hints import not_ours
+from .kvcache import attention_with_kvcache
 from .nested import is_nested, packed
 from .plan import hopper
+from .plan.cache import split_words, why_not_cache
 from .plan.configs import TileConfig, shared_memory
 from .plan.device import KNOWN_DEVICES, NAMED_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
+from .plan.kernels import few
+from .plan.kernels.few import FewConfig
 from .plan.kernels.shared import HopperConfig
 from .plan.override import KERNELS
 from .plan.select import (
@@ -43,13 +49,18 @@ from .plan.select import (
 )
 from .plan.steps import IN_PYTORCH
 from .spec import AttentionSpec, Needs
+from .spec_cache import CacheSpec
 from .varlen import attention_varlen, near
 
 __all__ = ["explain"]
 
 _INPUTS = ("q", "k", "v", "bias", "sink")
 # Of each function that is explained: what may follow v by position, and its other arguments.
-_BY_POSITION = {attention: ("bias",), attention_varlen: ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")}
+_BY_POSITION = {
+    attention: ("bias",),
+    attention_varlen: ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
+    attention_with_kvcache: (),
+}
 _NAMES = {
     attention: (
         *(name for name in Given._fields[3:] if name not in ("second_bias", "diagonals")),
@@ -61,6 +72,7 @@ _NAMES = {
         *(name for name in VarlenOptions._fields if name != "backend"),
         "return_lse",
     ),
+    attention_with_kvcache: (*CacheGiven._fields[3:], *(name for name in CacheOptions._fields if name != "backend"), "return_lse"),
 }
 
 
@@ -82,9 +94,10 @@ def explain(
     ``with triflash.backend(...)``, ``triflash.tuned(...)`` and environment. No tensor is read, and nothing is launched.
 
     Args:
-        q, k, v: as for ``triflash.attention``, with the same checks; jagged ones, too. Meta tensors will do.
+        q, k, v: as for ``triflash.attention``, with the same checks; jagged ones, too; or q and both caches. Meta tensors will do.
         more: the bias; or, of ``attention_varlen``, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k. By name they go as well.
-        of: the function: ``triflash.attention``, or ``triflash.attention_varlen``, whose offsets are not read either.
+        of: the function: ``triflash.attention``; ``triflash.attention_varlen``, whose offsets are not read either; or
+            ``triflash.attention_with_kvcache``, nor are its lengths and tables.
         options: its other keywords, of the same meaning (``causal=``, ``mask=``, ``window=``, ``scale=``, …). The
             seed's functions align causal to the top left: that is ``causal="top_left"``.
         grads: which of ``"q", "k", "v", "bias", "sink"`` a backward pass gives gradients for; ``"bias"`` stands for both of two. Default:
@@ -106,6 +119,8 @@ def explain(
         UnsupportedError: the backend asked for by name cannot do this.
     """
     named = _named(of, more, options)
+    if of is attention_with_kvcache:
+        return _of_cache(q, k, v, named, grads, backend, device, compile)
     with _requested(backend):
         facts, here = _facts(device, q.device if isinstance(q, Tensor) else torch.device("meta"))
         call, given = _bound(of, q, k, v, named, facts)
@@ -141,7 +156,8 @@ def explain(
 def _named(of: Callable[..., Any], more: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
     """The arguments behind v by their names."""
     if of not in _NAMES:
-        raise bad_value("of", "triflash.attention or triflash.attention_varlen", getattr(of, "__name__", repr(of)))
+        names = ", ".join(f"triflash.{each.__name__}" for each in _NAMES)
+        raise bad_value("of", f"one of {names}", getattr(of, "__name__", repr(of)))
     name = of.__name__
     places = _BY_POSITION[of]
     if len(more) > len(places):
@@ -180,7 +196,60 @@ def _bound(
     return bind(ATTENTION, given, options, facts), given
 
 
-def _pass(bound: BoundPass, spec: AttentionSpec, device: DeviceFacts) -> Pass:
+def _of_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    named: dict[str, Any],
+    grads: Iterable[str] | None,
+    name: str | None,
+    device: str | torch.device | DeviceFacts | None,
+    compiled: bool,
+) -> Explanation:
+    """Of a call on a KV cache."""
+    tensors: dict[str, Any] = {field: named.get(field) for field in CacheGiven._fields[3:]}
+    for offsets in ("cu_seqlens_q", "cu_seqlens_new"):
+        if tensors[offsets] is not None:
+            tensors[offsets] = near(q, offsets, tensors[offsets])
+    given = CacheGiven(q, k, v, **tensors)
+    options = CacheOptions(**{field: named[field] for field in CacheOptions._fields if field in named})
+    if grads is not None and tuple(grads):
+        raise UnsupportedError("gradients of attention_with_kvcache: there are none; explain triflash.attention, which has them")
+    refuse_gradients(given)
+    with _requested(name):
+        facts, here = _facts(device, q.device if isinstance(q, Tensor) else torch.device("meta"))
+        settled = checked_cache(given, options)
+        call = bind_call(given, (*settled.numbers, settled.backend), facts, alone=not named.get("return_lse"))
+    bound, spec = call.bound, call.spec
+    passes = [_pass(bound, spec, facts)]
+    if compiled:
+        passes = _with_resources(passes, [bound], facts)
+    deterministic, determinism = _determinism([call.plan])
+    return Explanation(
+        spec=spec,
+        needs=Needs(False, False, False, False),
+        device=facts,
+        here=here,
+        requested=settled.backend,
+        not_taken=tuple(_not_taken_by_cache(call.plan.backend, spec, facts, settled.backend)),
+        forward=passes[0],
+        backward=None,
+        copies=_copies([bound]),
+        memory=tuple(_memory([bound])),
+        deterministic=deterministic,
+        determinism=determinism,
+        notes=(split_words(call.plan, spec, facts), *_notes(facts, [call.plan], spec, compiled)),
+    )
+
+
+def _not_taken_by_cache(taken: str, spec: CacheSpec, device: DeviceFacts, requested: str) -> Iterable[tuple[str, str]]:
+    for name in BACKENDS:
+        if name not in ("auto", taken):
+            reason = why_not_cache(name, spec, device)
+            yield name, f"cannot do {reason[0]}; {reason[1]}" if reason else _not_preferred(name, taken, spec, device, requested)
+
+
+def _pass(bound: BoundPass, spec: AttentionSpec | CacheSpec, device: DeviceFacts) -> Pass:
     calls = bound.calls or ()
     tensor_maps = [sum(type(x).__name__ == "TensorDescriptor" for x in call.args) for call in calls] or [0] * len(bound.plan.steps)
     steps = tuple(
@@ -267,12 +336,19 @@ def _own_devices() -> list[torch.device]:
 _SAME_TILES = {"packed_dbias": "dbias"}  # kernels that have the configuration of another
 
 
-def _explained(plan: Plan, step: Step, spec: AttentionSpec, device: DeviceFacts) -> ExplainedStep:
+def _explained(plan: Plan, step: Step, spec: AttentionSpec | CacheSpec, device: DeviceFacts) -> ExplainedStep:
     if step.config is None:
         return ExplainedStep(step)
     source = "fixed: it has no tiles of scores" if step.kernel not in KERNELS else f"the choice of backend {plan.backend}"
     estimate = None
-    if isinstance(step.config, HopperConfig):
+    if isinstance(spec, CacheSpec):
+        return ExplainedStep(step, "fixed: it has no tiles of scores" if step.kernel in ("append", "combine") else source)
+    if isinstance(step.config, FewConfig):
+        chosen = dict(current_choices().by_hand).get(step.kernel) == step.config
+        source = "chosen by hand (override_configs)" if chosen else FewConfig.SOURCE
+        if isinstance(spec, AttentionSpec):  # of a cache a note says so
+            source += f"; {few.why(spec, step, device)}"
+    elif isinstance(step.config, HopperConfig):
         source = hopper.source_of(step, dict(current_choices().by_hand))
         estimate = step.config.shared_memory(spec, step.gives)
     elif plan.backend == "triton" and (kernel := _SAME_TILES.get(step.kernel, step.kernel)) in KERNELS:
@@ -306,13 +382,13 @@ def _cannot(name: str, spec: AttentionSpec, needs: Needs, device: DeviceFacts, b
     return None
 
 
-def _not_preferred(name: str, chosen: str, spec: AttentionSpec, device: DeviceFacts, requested: str) -> str:
+def _not_preferred(name: str, chosen: str, spec: AttentionSpec | CacheSpec, device: DeviceFacts, requested: str) -> str:
     could = "could run it"
     if requested != "auto":
         return f"{could}, but {chosen} was asked for by name"
     if name == "oracle":
         return f"{could}, for debugging: it holds every score in memory, and is taken only when asked for by name"
-    if name == "hopper" and (reservation := hopper.reservation(spec)):
+    if name == "hopper" and isinstance(spec, AttentionSpec) and (reservation := hopper.reservation(spec)):
         return f"{could}, but {reservation}"
     kind = "a CPU" if device.arch in ("cpu", "interpreter") else "a GPU"
     return f"{could}, slower here: the automatic choice prefers {chosen} on {kind}"
@@ -349,12 +425,12 @@ def _determinism(plans: list[Plan]) -> tuple[bool, str]:
     return True, "; ".join(dict.fromkeys(reasons))
 
 
-def _notes(device: DeviceFacts, plans: list[Plan], spec: AttentionSpec, compiled: bool) -> Iterable[str]:
+def _notes(device: DeviceFacts, plans: list[Plan], spec: AttentionSpec | CacheSpec, compiled: bool) -> Iterable[str]:
     if problem := triton_problem():
         yield f"{problem}: this is what runs without it, on any device"
     if compiled and all(plan.backend in IN_PYTORCH for plan in plans):
         yield f"nothing was compiled: only kernels of backends triton and hopper can be, and {plans[0].backend} runs"
-    if plans[0].backend == "triton" and spec.packed is not None and plans[0].steps:
+    if plans[0].backend == "triton" and isinstance(spec, AttentionSpec) and spec.packed is not None and plans[0].steps:
         bound = "programs are as many as there can be tiles: the host does not know how long sequences are"
         yield f"{bound}; those that are left over end at once"
     choices = current_choices()

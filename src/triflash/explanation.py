@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .plan.device import KNOWN_DEVICES, DeviceFacts
 from .plan.select import Step
 from .spec import UNSET, AttentionSpec, BiasSpec, Needs
+from .spec_cache import CacheSpec
 
 if TYPE_CHECKING:
     from .launch.ahead import Resources
@@ -77,7 +78,7 @@ class Explanation:
     inputs, outputs and gradients, ``(what, bytes)``, copies not included.
     """
 
-    spec: AttentionSpec
+    spec: AttentionSpec | CacheSpec
     needs: Needs
     device: DeviceFacts
     here: bool
@@ -104,7 +105,8 @@ class Explanation:
         return [f"{each.backend}: {explained.step}" for each in passes for explained in each.steps]
 
     def __str__(self) -> str:
-        lines = [("problem", _problem(self.spec)), ("gradients", _gradients(self.needs)), ("device", _device(self.device, self.here))]
+        problem = _problem_of_cache(self.spec) if isinstance(self.spec, CacheSpec) else _problem(self.spec)
+        lines = [("problem", problem), ("gradients", _gradients(self.needs)), ("device", _device(self.device, self.here))]
         how = "the automatic choice" if self.requested == "auto" else "asked for by name"
         if self.requested == "auto" and self.backend == "hopper":
             how += ", which prefers it where it can run"
@@ -158,6 +160,30 @@ def _problem(spec: AttentionSpec) -> str:
     precision = f" ({spec.precision} products)" if spec.dtype == "fp32" and spec.precision != UNSET else ""
     extras = "".join(f", {extra}" for extra in spec.extras if extra != "packed sequences")
     return f"{lengths}, {spec.heads} heads, {dims}, {spec.dtype}{precision}, {bias}{extras}, {band}, scale {spec.scale:.4g}"
+
+
+def _problem_of_cache(spec: CacheSpec) -> str:
+    queries = f"{spec.queries} queries each" if not spec.packed_queries else f"up to {spec.queries} packed queries each"
+    where = "" if spec.page_size is None else f" in pages of {spec.page_size}"
+    dims = f"d {spec.head_dim}" + (f" (values {spec.value_dim})" if spec.value_dim != spec.head_dim else "")
+    cache = f", {spec.cache_dtype} cache" if spec.cache_dtype != spec.dtype else ""
+    extras = [f"bias {_shorthand(spec.bias)}" if spec.bias is not None else "no bias"]
+    extras += [f"mask {_shorthand(spec.mask)}"] if spec.mask is not None else []
+    shown = ("pages of", "a bias", "a mask", "an fp8 cache", "packed queries")
+    extras += [extra for extra in spec.extras if not extra.startswith(shown)]
+    band = f"keys from {_bound(None if spec.left is None else -spec.left)} to {_bound(spec.right)} of a query"
+    if spec.left is None:
+        band = "every key visible" if spec.right is None else "causal" if spec.right == 0 else band
+    precision = f" ({spec.precision} products)" if spec.dtype == "fp32" else ""
+    return (
+        f"{spec.requests} requests, {queries}, on a KV cache of up to {spec.capacity} keys{where}, {spec.heads} heads, {dims}, "
+        f"{spec.dtype}{precision}{cache}, {', '.join(extras)}, {band} (queries stand at the end of their keys), scale {spec.scale:.4g}"
+    )
+
+
+def _shorthand(bias: BiasSpec) -> str:
+    request, _, head, query, key = bias.varies
+    return "".join(letter if on else "1" for letter, on in zip("bhqk", (request, head, query, key), strict=True)) + f" {bias.dtype}"
 
 
 def _pattern(spec: AttentionSpec, bias: BiasSpec) -> str:

@@ -16,7 +16,7 @@ from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
-__all__ = ["attention_flops", "register_formulas", "register_varlen_formulas", "visible_pairs"]
+__all__ = ["attention_flops", "register_cache_formulas", "register_formulas", "register_varlen_formulas", "visible_pairs"]
 
 _COUNTER = "torch.utils.flop_counter"
 
@@ -133,6 +133,42 @@ def register_varlen_formulas(forward: Any, backward: Any, backward_: Any) -> Non
         counter.register_flop_formula(backward_, get_raw=True)(of_given)
 
     _when_imported(register)
+
+
+def register_cache_formulas(forward: Any, forward_out: Any) -> None:
+    """The same for the operators on KV caches. Lengths and offsets are read; of fake tensors, which have none, every request counts with
+    all keys that it can hold, and packed queries are dealt out equally.
+    """
+
+    def of_forward(q: Any, k: Any, v: Any, lengths: Any, starts: Any, table: Any, index: Any, cu_q: Any, cu_new: Any, *more: Any) -> int:
+        left, right, new = more[6], more[7], more[12]
+        requests = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
+        capacity = k.shape[1] * (1 if table is None else table.shape[1])
+        queries = _read([q.shape[1]] * requests if cu_q is None else cu_q, q.shape[0] // max(requests, 1), requests, cu_q is not None)
+        added = _read([new or 0] * requests if cu_new is None else cu_new, 0, requests, cu_new is not None)
+        own = _read([capacity] * requests if lengths is None else lengths, capacity, requests, False)
+        first = _read([0] * requests if starts is None else starts, 0, requests, False)
+        pairs = 0
+        for m, more_keys, length, start in zip(queries, added, own, first, strict=True):
+            n = min(max(0, min(length, capacity)) + more_keys, capacity)
+            lo, hi = None if left is None else n - m - left, None if right is None else n - m + right
+            pairs += visible_pairs(m, n, lo, hi) - visible_pairs(m, max(0, min(start, n)), lo, hi)
+        return attention_flops(int(q.shape[-2]) * pairs, q.shape[-1], v.shape[3], "fwd")
+
+    def register(counter: ModuleType) -> None:
+        for operator in (forward, forward_out):
+            counter.register_flop_formula(operator, get_raw=True)(lambda *args, **_: of_forward(*args))
+
+    _when_imported(register)
+
+
+def _read(numbers: Any, otherwise: int, count: int, offsets: bool) -> list[int]:
+    """Numbers in a list or a tensor, or the differences of offsets; ``otherwise`` each where a tensor has no values."""
+    try:
+        values = [int(x) for x in (numbers if isinstance(numbers, list) else numbers.tolist())]
+    except Exception:  # noqa: BLE001 (each kind of tensor without values has an error of its own)
+        return [otherwise] * count
+    return [max(end - begin, 0) for begin, end in pairwise(values)] if offsets else values
 
 
 def _when_imported(register: Callable[[ModuleType], None]) -> None:

@@ -45,7 +45,7 @@ _HINTS = {
     "need_weights": "return_lse=True; probabilities are not kept",
     "seqlens_k": "key_lengths=",
     "seqused_k": "key_lengths=",
-    "cache_seqlens": "key_lengths=",
+    "cache_seqlens": "key_lengths=, or triflash.attention_with_kvcache, which appends to caches",
     "seqlens_q": "query_lengths=",
     "q_lengths": "query_lengths=",
     "left_padding": "key_starts= where keys begin, query_starts= where queries do",
@@ -81,14 +81,47 @@ _VARLEN_HINTS = {
     "key_padding_mask": "nothing, as packed sequences have no padding; seqused_k= where some of their keys do not count",
     "block_mask": "mask= for a bool tensor, or causal=, window=; sequences never see each other",
     "layout": "leave it out: packed tensors are (rows, heads, dim)",
-    "block_table": "triflash has no paged keys and values",
-    "page_table": "triflash has no paged keys and values",
-    "num_splits": "leave it out: keys of a sequence are never split",
+    "block_table": "triflash.attention_with_kvcache takes pages (page_table=) and packed queries",
+    "page_table": "triflash.attention_with_kvcache takes pages (page_table=) and packed queries",
+    "num_splits": "leave it out; triflash.attention_with_kvcache has it",
+}
+_CACHE_HINTS = {
+    "key_lengths": "cache_lengths=",
+    "cache_seqlens": "cache_lengths=",
+    "seqused_k": "cache_lengths=",
+    "seqlens_k": "cache_lengths=",
+    "seq_lens": "cache_lengths=",
+    "kv_lens": "cache_lengths=",
+    "lengths": "cache_lengths=",
+    "block_table": "page_table=",
+    "block_tables": "page_table=",
+    "pages": "page_table=",
+    "cache_batch_idx": "cache_index=",
+    "cache_leftpad": "key_starts=",
+    "leftpad_k": "key_starts=",
+    "k": "k_new=",
+    "v": "v_new=",
+    "key": "k_new=",
+    "value": "v_new=",
+    "cu_seq_q": "cu_seqlens_q=",
+    "cu_seq_lens_q": "cu_seqlens_q=",
+    "cu_seqlens_k": "cache_lengths=, and cu_seqlens_new= for packed new keys",
+    "cu_seqlens_k_new": "cu_seqlens_new=",
+    "max_q": "max_seqlen_q=",
+    "max_seqlen_k": "leave it out: what a request can hold follows from the cache or the page_table",
+    "k_descale": "k_scale=",
+    "v_descale": "v_scale=",
+    "rotary_cos": "rotate q and k_new yourself, or call triflash.compat.flash_attn.flash_attn_with_kvcache",
+    "rotary_sin": "rotate q and k_new yourself, or call triflash.compat.flash_attn.flash_attn_with_kvcache",
+    "dropout_p": "leave it out: a cache is for inference",
+    "layout": "leave it out: caches may have any strides, such as k_cache.transpose(1, 2)",
+    "deterministic": "leave it out: results are always the same bits",
 }
 # What each function takes by position.
 _BY_POSITION = {
     "attention": ("q", "k", "v"),
     "attention_varlen": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
+    "attention_with_kvcache": ("q", "k_cache", "v_cache"),
 }
 
 
@@ -99,7 +132,7 @@ def not_ours(function: str, names: Sequence[str], more: Sequence[Any], others: M
         hint = f"name what follows {last}: bias= for floats that are added to the scores, mask= for a bool tensor, causal=, …"
         return bad_type(function, f"{', '.join(first)} and {last} by position", f"{len(own) + len(more)} arguments", hint)
     name = next(iter(others))
-    hints = _HINTS | _VARLEN_HINTS if function == "attention_varlen" else _HINTS
+    hints = _HINTS | {"attention_varlen": _VARLEN_HINTS, "attention_with_kvcache": _CACHE_HINTS}.get(function, {})
     hint = hints.get(name.lower(), "")
     if not hint:
         near = difflib.get_close_matches(name.lower(), names, 1)

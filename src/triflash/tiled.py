@@ -21,7 +21,7 @@ from .lengths import Places, comparable
 _LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
 _LEAST_BIAS = -torch.finfo(torch.float32).max / _LOG2E  # below it a bias counts as -inf: see oracle.py
 
-__all__ = ["Scores", "backward", "delta_of", "forward", "tile_size"]
+__all__ = ["Scores", "backward", "by_key_head", "by_query_head", "delta_of", "forward", "slices", "tile_size"]
 
 _EVERYWHERE = Places()
 _TILE_BYTES = 16 * 2**20  # one tile of scores over all heads: large enough for efficient products, small enough to stay near the caches
@@ -157,8 +157,8 @@ def forward(
     N, kv_heads = k.shape[1:3]
     math = _arithmetic(q)
     tile = tile or tile_size(batch * H)
-    for rows in _slices(0, M, tile):
-        q_tile = _by_key_head(scores.there(_heads_first(q, rows, math), rows), kv_heads)  # [B, Hk, G * BM, D]
+    for rows in slices(0, M, tile):
+        q_tile = by_key_head(scores.there(_heads_first(q, rows, math), rows), kv_heads)  # [B, Hk, G * BM, D]
         m = torch.full((batch, H, rows.stop - rows.start, 1), -torch.inf, dtype=math, device=q.device)
         l = torch.zeros_like(m)
         if sink is not None:
@@ -166,15 +166,15 @@ def forward(
         acc = m.new_zeros(*m.shape[:3], v.shape[3])
         for cols in _visible_slices(rows, N, *scores.band, tile):
             k_tile, v_tile = (scores.shown(_heads_first(x, cols, math), cols) for x in (k, v))
-            products = _by_query_head(q_tile @ k_tile.transpose(2, 3), H)
+            products = by_query_head(q_tile @ k_tile.transpose(2, 3), H)
             s, _ = scores.tile(products, rows, cols, M, N)  # [B, H, BM, BN]
             m_new = torch.maximum(m, s.amax(-1, keepdim=True))
             m_safe = m_new.masked_fill(m_new == -torch.inf, 0.0)  # a row that has seen nothing yet: 2^(-inf - 0) = 0, never NaN
             p = torch.exp2(s.sub_(m_safe))
             shrink = torch.exp2(m - m_safe)
             l = l * shrink + p.sum(-1, keepdim=True)
-            p = _by_key_head(scores.dropped(p, rows, cols), kv_heads)
-            acc = acc * shrink + _by_query_head(p @ v_tile, H)
+            p = by_key_head(scores.dropped(p, rows, cols), kv_heads)
+            acc = acc * shrink + by_query_head(p @ v_tile, H)
             m = m_new
         unseen = l == 0
         l = l.masked_fill(unseen, 1.0)
@@ -221,32 +221,32 @@ def backward(
     # p is 2^(s - lse): a row that saw no key gets +inf here, so that its p is 0 and its gradients vanish.
     lse_log2 = (lse * _LOG2E).masked_fill(lse == -torch.inf, torch.inf)
 
-    for cols in _slices(0, N, tile):
+    for cols in slices(0, N, tile):
         k_tile, v_tile = (scores.shown(_heads_first(x, cols, math), cols) for x in (k, v))
         dk_tile, dv_tile = torch.zeros_like(k_tile), torch.zeros_like(v_tile)
         for rows in _visible_slices(cols, M, _negated(scores.band[1]), _negated(scores.band[0]), tile):
             own = (scores.there(_heads_first(x, rows, math), rows) for x in (q, dout))
-            q_tile, do_tile = (_by_key_head(x, kv_heads) for x in own)  # [B, Hk, G * BM, D]
-            s, slope = scores.tile(_by_query_head(q_tile @ k_tile.transpose(2, 3), H), rows, cols, M, N)
+            q_tile, do_tile = (by_key_head(x, kv_heads) for x in own)  # [B, Hk, G * BM, D]
+            s, slope = scores.tile(by_query_head(q_tile @ k_tile.transpose(2, 3), H), rows, cols, M, N)
             s.sub_(lse_log2[:, :, rows, None])
             if rest is not None:
                 s.sub_(rest[:, :, rows, None])
             p = torch.exp2(s.clamp_(max=0.0))  # [B, H, BM, BN]; at most 1 also where a huge lse was rounded and its rest not kept
             if dv is not None:
-                dv_tile += _by_key_head(scores.dropped(p, rows, cols), kv_heads).transpose(2, 3) @ do_tile
+                dv_tile += by_key_head(scores.dropped(p, rows, cols), kv_heads).transpose(2, 3) @ do_tile
             if not need_ds:
                 continue
-            dp = scores.dropped(_by_query_head(do_tile @ v_tile.transpose(2, 3), H), rows, cols)
+            dp = scores.dropped(by_query_head(do_tile @ v_tile.transpose(2, 3), H), rows, cols)
             ds = dp.mul_(scores.rescale).sub_(delta[:, :, rows, None]).mul_(p)
             for total in biases:
                 if total is not None:
                     part = _part(total, rows, cols)
                     part += ds.unflatten(0, (batch // scores.batch_inner, scores.batch_inner)).sum_to_size(part.shape)
-            ds = _by_key_head(ds if slope is None else ds.mul_(slope), kv_heads)
+            ds = by_key_head(ds if slope is None else ds.mul_(slope), kv_heads)
             if dk is not None:
                 dk_tile += ds.transpose(2, 3) @ q_tile
             if dq_sum is not None:
-                dq_sum[:, rows] += _by_query_head(ds @ k_tile, H).transpose(1, 2)
+                dq_sum[:, rows] += by_query_head(ds @ k_tile, H).transpose(1, 2)
         if dk is not None:
             dk[:, cols] = (dk_tile * scores.scale).transpose(1, 2)
         if dv is not None:
@@ -262,7 +262,7 @@ def delta_of(out: Tensor, dout: Tensor, dlse: Tensor | None, tile: int = 512, sc
     """``rowsum(out * dout) - dlse`` as ``(B, H, M)``, float32 or float64; 0 where ``scores`` have no rows."""
     math = _arithmetic(out)
     delta = torch.zeros((out.shape[0], out.shape[2], out.shape[1]), dtype=math, device=out.device)
-    for rows in _slices(0, out.shape[1], tile):
+    for rows in slices(0, out.shape[1], tile):
         delta[:, :, rows] = (_heads_first(out, rows, math) * _heads_first(dout, rows, math)).sum(-1)
     delta = delta if dlse is None else delta.sub_(dlse)
     return delta if scores is None else scores.there(delta, slice(0, out.shape[1]))
@@ -277,7 +277,7 @@ def _heads_first(x: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
     return x[:, rows].transpose(1, 2).to(dtype)
 
 
-def _by_key_head(x: Tensor, kv_heads: int) -> Tensor:
+def by_key_head(x: Tensor, kv_heads: int) -> Tensor:
     """``[B, Hq, rows, cols]`` -> ``[B, Hk, G * rows, cols]``: the G query heads of a key head one below the other, so that a product with
     the key head's tile, or a sum over queries, takes them all.
     """
@@ -285,13 +285,14 @@ def _by_key_head(x: Tensor, kv_heads: int) -> Tensor:
     return x if heads == kv_heads else x.reshape(batch, kv_heads, heads // kv_heads * rows, cols)
 
 
-def _by_query_head(x: Tensor, heads: int) -> Tensor:
-    """The inverse of :func:`_by_key_head`."""
+def by_query_head(x: Tensor, heads: int) -> Tensor:
+    """The inverse of :func:`by_key_head`."""
     batch, kv_heads, rows, cols = x.shape
     return x if heads == kv_heads else x.reshape(batch, heads, rows * kv_heads // heads, cols)
 
 
-def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+def slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """Parts of a range, ``size`` long but for the last."""
     for at in range(start, stop, size):
         yield slice(at, min(at + size, stop))
 
@@ -306,7 +307,7 @@ def _visible_slices(own: slice, length: int, lo: int | None, hi: int | None, siz
     last = length if hi is None else max(0, own.stop + hi)
     # Whole tiles, so that forward and backward passes ask for the same products, which a library may add up in an order for each shape:
     # where they are huge, p of the backward pass would else be another one.
-    return _slices(first, min(length, -(-last // size) * size), size)
+    return slices(first, min(length, -(-last // size) * size), size)
 
 
 def _part(bias: Tensor, rows: slice, cols: slice) -> Tensor:

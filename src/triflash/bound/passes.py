@@ -20,6 +20,7 @@ from ..launch.calls import Call, sink_gradient
 from ..launch.room import Allocation, Described, View
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Saved
+from ..spec_cache import CacheSpec
 
 if TYPE_CHECKING:
     from ..launch.native import Launch
@@ -45,7 +46,7 @@ class BoundPass:
     def __init__(
         self,
         plan: Plan,
-        spec: AttentionSpec,
+        spec: AttentionSpec | CacheSpec,
         room: Described,
         calls: list[Call] | None,
         aside: Callable[[Given], None],

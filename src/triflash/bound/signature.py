@@ -9,13 +9,15 @@ from torch import Tensor
 from ..plan.device import DeviceFacts, facts_of
 from ..plan.select import Choices, current_choices
 from .cache import Recent
+from .cached import BoundCache
 from .call import BoundCall
 
-__all__ = ["CALLS", "Ambient", "ambient", "describe"]
+__all__ = ["CACHES", "CALLS", "Ambient", "ambient", "describe"]
 
 CAPACITY = 1024  # signatures; one takes some 50 kB
 
 CALLS: Recent[BoundCall] = Recent(CAPACITY)
+CACHES: Recent[BoundCache] = Recent(CAPACITY)  # calls on a KV cache
 
 Ambient = tuple[int, Choices]
 

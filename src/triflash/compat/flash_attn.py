@@ -1,7 +1,6 @@
 """FlashAttention-2's Python functions (flash_attn 2.8), by triflash: argument order, layouts, alignment and results as there.
 
-Called by programs and, after :func:`install`, by ``import flash_attn``. What triflash does not have yet (``flash_attn_with_kvcache``) is
-absent here, too. docs/migration.md says what differs.
+Called by programs and, after :func:`install`, by ``import flash_attn``. docs/migration.md says what differs.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from ..errors import UnsupportedError, bad_type, bad_value
 from ..ops import attention_backward_
 from ..ops_varlen import VarlenTensors, varlen_backward_
 from ..varlen import attention_varlen, near
+from .flash_attn_cache import flash_attn_with_kvcache
 from .words import renamed
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "install",
     "uninstall",
 ]
@@ -418,7 +419,7 @@ def _check_lse(lse: Tensor, q: Tensor, dims: str, lse_dims: str, rows: int) -> N
 
 def _no_pages(block_table: Tensor | None) -> None:
     if block_table is not None:
-        raise UnsupportedError("block_table: triflash has no paged keys and values; gather the pages into packed k and v")
+        raise UnsupportedError("block_table: no pages here; triflash.attention_with_kvcache takes them, with cu_seqlens_q too")
 
 
 def _cap(softcap: float) -> float | None:

@@ -63,7 +63,9 @@ def varlen_attn(
         ValueError, TypeError: a wrong shape, dtype, device or option. UnsupportedError: ``block_table``, ``num_splits``.
     """
     if block_table is not None:
-        raise UnsupportedError("block_table: triflash has no paged keys and values; gather the pages into packed key and value")
+        raise UnsupportedError(
+            "block_table: varlen_attn of pages is not there; triflash.attention_with_kvcache takes them (page_table=) with cu_seqlens_q"
+        )
     if num_splits not in (None, 1):
         raise UnsupportedError(f"num_splits={num_splits}: triflash does not split the keys of a sequence; leave it out, or pass 1")
     if cu_seq_k is None:

@@ -76,7 +76,7 @@ class Visible:
     __radd__ = __add__
 
     def options(self) -> dict[str, Any]:
-        """Keywords of :func:`triflash.attention`."""
+        """Keywords of ``triflash.attention``."""
         causal: bool | str = "top_left" if self.top_left else self.right == 0
         window = None if self.left is None and not self.right else (self.left, self.right)
         places = {"key_lengths": self.lengths, "key_starts": self.starts, "diagonal": self.diagonal}
@@ -145,6 +145,9 @@ def lean_mask(
         left, right, top_left, diagonal = band
         keys, lengths, starts = _padding(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
         return Visible(shape, left, right, top_left, keys, lengths, None, starts, diagonal)
+    if lean and _in_static_cache(shape, q_offset, kv_offset, mask_function, options):
+        # The cache adds to its own count in place before anything attends: a clone is a tensor of its own.
+        return Visible(shape, None, 0, keys=_hidden_keys(attention_mask, kv_length), diagonal=q_offset.clone().expand(batch_size))  # type: ignore[union-attr]
     from transformers import masking_utils
 
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -197,6 +200,57 @@ def _band(
             return (None, None, False, None)
         return None if reach == 0 else (reach, reach, False, 0 if top_left else diagonal)
     return None
+
+
+def _in_static_cache(
+    shape: tuple[int, int, int, int], q_offset: Any, kv_offset: Any, function: Callable[..., Any] | None, options: dict[str, Any]
+) -> bool:
+    """Whether the visible keys are those of plain causal attention in a cache of which the device alone knows how full it is."""
+    from transformers.masking_utils import causal_mask_function
+
+    if not isinstance(q_offset, Tensor) or q_offset.dim() or isinstance(kv_offset, Tensor) or kv_offset != 0:
+        return False
+    if function is not None and function is not causal_mask_function:
+        return False
+    # Of one query beside such a cache transformers always says no; so do models that compute with their mask.
+    config = options.get("config")
+    return shape[2] == 1 and config is not None and not _wants_whole(type(config))
+
+
+@torch.compiler.assume_constant_result
+def _wants_whole(config: type) -> bool:
+    """Whether models of this configuration's package ask for a whole mask."""
+    package = config.__module__.rpartition(".")[0]
+    return any("allow_is_causal_skip=False" in _text(name) for name in _modeling(package))
+
+
+def _modeling(package: str) -> list[str]:
+    """The modules of a package that hold models."""
+    return [
+        name for name in sys.modules if name.rpartition(".")[0] == package and name.rpartition(".")[2].startswith("modeling_")
+    ]  # fmt: skip
+
+
+@functools.cache
+def _text(name: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[name])
+    except (OSError, TypeError):
+        return ""
+
+
+def _hidden_keys(mask: Tensor | Visible | None, N: int) -> Tensor | None:
+    """A bool padding mask of the keys so far as a row of N keys, if it hides any; what follows is beyond them."""
+    if mask is None:
+        return None
+    assert isinstance(mask, Tensor)
+    if mask.dtype != torch.bool:
+        mask = mask.to(torch.bool)
+    if not torch.compiler.is_compiling() and not _capturing(mask) and mask.all():
+        return None
+    missing = N - mask.shape[-1]
+    mask = torch.nn.functional.pad(mask, (0, missing), value=True) if missing > 0 else mask[:, :N]
+    return mask[:, None, None, :]
 
 
 def _causal_left(function: Callable[..., Any] | None, options: dict[str, Any], end: int | Tensor) -> int | None:

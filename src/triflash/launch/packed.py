@@ -203,7 +203,7 @@ def backward_calls(
         elif step.kernel == "dq":
             args = (*inputs, dq, target, *strides, _strides(dq), bias_strides(target), *_sizes(spec, t.bound_q))
             constants = constants | {"ORDER": "tile"}
-            calls.append(Call(backward_kernels.dq, (*args, _packed(spec, t, t.tiles_q)), constants, config, step.programs))
+            calls.append(Call(backward_kernels.dq, (*args, _packed(spec, t, t.tiles_q), None), constants, config, step.programs))
         elif step.kernel == "unowned":
             calls.append(_unowned_call(step, spec, t, given))
         elif step.kernel == "packed_dbias":

@@ -22,6 +22,10 @@ from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from .calls import SMALLEST_SCALE, Call, bias_strides, lengths_stride, slope_strides
 from .common import config_of, constants_of, is_wide
+from .few import backward_calls as few_backward_calls
+from .few import dq_parts, row_strides, sum_call
+from .few import forward_calls as few_forward_calls
+from .few import partial_sums as sums_of
 from .packed import backward_calls as packed_backward_calls
 from .packed import forward_calls as packed_forward_calls
 from .packed import packed_features
@@ -39,9 +43,11 @@ _BIAS_REASON = f"its rows are not a multiple of {layout.BIAS_STRIDE} elements ap
 def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches that fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); the outputs are contiguous."""
     x = _ready(room, x)
-    return (
-        forward_calls(plan, spec, x, saved) if spec.packed is None else packed_forward_calls(room, plan, spec, x, _features(spec, x), saved)
-    )
+    if spec.packed is not None:
+        return packed_forward_calls(room, plan, spec, x, _features(spec, x), saved)
+    if plan.step("few_forward") is not None:
+        return few_forward_calls(room, plan, spec, x, _features(spec, x), saved)
+    return forward_calls(plan, spec, x, saved)
 
 
 def backward(
@@ -137,6 +143,8 @@ def backward_calls(
             if spec.query_starts or spec.query_lengths:
                 f = f._replace(**{name: own for name, own in _places(spec, x).items() if name == "placed" or name.startswith("query_")})
             calls.append(Call(backward_kernels.delta, (*args, spec.heads, spec.queries, f), constants, config, step.programs))
+        elif step.kernel == "few_backward":
+            calls += few_backward_calls(room, plan, spec, x, inputs, grads, sums)
         elif step.kernel == "dkdv":
             parts = sums[name] = partial_sums(room, step, target)
             target_strides = row_strides(spec, parts) if parts is not None else None
@@ -145,10 +153,17 @@ def backward_calls(
             constants = constants_of(spec, config, wide, step.precision) | {"GROUPED": spec.groups > 1, "ORDER": step.order}
             calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
         elif step.kernel == "dq":
-            outputs = (dq, target, *strides, _strides(dq), bias_strides(target))
-            args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale, None)
+            parts = dq
+            dq_strides: tuple[int, ...] | None = _strides(dq)
+            if step.splits > 1 and dq is not None:
+                parts, dq_strides = dq_parts(room, step.splits, dq)
+            outputs = (parts, target, *strides, dq_strides, bias_strides(target))
+            args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale, None, step.splits if step.splits > 1 else None)
             constants = constants_of(spec, config, wide, step.precision) | {"ORDER": step.order}
             calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
+            if step.splits > 1 and dq is not None:
+                assert parts is not None
+                calls.append(sum_call(plan, spec, parts, dq))
         elif step.kernel == "dbias":
             parts = sums[name] = partial_sums(room, step, target)
             assert parts is not None and bias_spec is not None
@@ -215,25 +230,11 @@ def _varying_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | 
 
 
 def partial_sums(room: Room, step: Step, dbias: Tensor | None) -> Tensor | None:
-    """Where a kernel writes the gradient of a bias: ``(splits, *dbias.shape)``, scratch if there are several parts, else dbias itself."""
+    """Where a kernel writes the gradient of a bias, of which ``step`` gives one."""
     if dbias is None:
         return None
-    if step.splits == 1:
-        return dbias.unsqueeze(0)
     name = next(name for name in step.gives if name in ("dbias", "dsecond"))
-    return room.new(f"partial sums of {name}", (step.splits, *dbias.shape), torch.float32)
-
-
-def row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int]:
-    """Strides of ``parts (splits, B0|1, B1|1, H|1, 1, N)`` by (outer batch, inner batch, head, key): a broadcast dim counts parts."""
-    strides, part = [0, 0, 0], parts.stride(0)
-    for dim, size in ((2, spec.heads), (1, spec.batch_inner), (0, spec.batch_outer)):
-        if parts.shape[1 + dim] == size:
-            strides[dim] = parts.stride(1 + dim) if size > 1 else 0
-        else:
-            strides[dim] = part
-            part *= size
-    return strides[0], strides[1], strides[2], parts.stride(5) if parts.shape[5] > 1 else 0
+    return sums_of(room, name, step.splits, dbias)
 
 
 def _ready(room: Room, x: Operands) -> Operands:

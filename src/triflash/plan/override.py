@@ -10,12 +10,15 @@ from .configs import TileConfig
 from .kernels.dbias import DbiasConfig
 from .kernels.dkdv import DkdvConfig
 from .kernels.dq import DqConfig
+from .kernels.few import FewConfig
 from .kernels.forward import ForwardConfig
 from .kernels.shared import HopperConfig
 
 HOPPER: dict[str, type[HopperConfig] | None] = {
     "forward": ForwardConfig, "delta": None, "dkdv": DkdvConfig, "dqdkdv": DkdvConfig, "dq": DqConfig, "dbias": DbiasConfig,
+    "few_forward": None, "few_backward": None,
 }  # fmt: skip
+FEW = ("few_forward", "few_backward")  # which a configuration chosen by hand has backend triton take wherever they can run
 KERNELS = tuple(HOPPER)
 Config = TileConfig | HopperConfig
 
@@ -28,6 +31,9 @@ _active: dict[str, Config] = {}
 @contextmanager
 def override_configs(**configs: Config) -> Iterator[None]:
     """Within the block, kernels named as keywords (``forward=…, dkdv=…, dq=…, dbias=…``) run with the given :class:`TileConfig`.
+
+    A :class:`FewConfig` for ``few_forward`` or ``few_backward`` has backend ``triton`` take that kernel wherever it can run; one for
+    ``dq`` says into how many parts that kernel cuts the keys.
 
     A :class:`ForwardConfig` for ``forward``, a :class:`DkdvConfig` for ``dkdv`` or ``dqdkdv``, a :class:`DqConfig` for ``dq`` and a
     :class:`DbiasConfig` for ``dbias`` are for backend ``hopper``; each backend passes over a configuration of the other's. One for
@@ -42,6 +48,8 @@ def override_configs(**configs: Config) -> Iterator[None]:
         if name not in KERNELS:
             raise bad_value(name, f"one of {', '.join(KERNELS)}", "a configuration for an unknown kernel")
         own = HOPPER[name]
+        if isinstance(config, FewConfig) != (name in FEW) and not (name == "dq" and isinstance(config, FewConfig)):
+            raise bad_type(name, "FewConfig" if name in FEW else "TileConfig", type(config).__name__)
         if isinstance(config, HopperConfig) and not (own and isinstance(config, own)):
             wanted = f"TileConfig or {own.__name__}" if own else "TileConfig"
             raise bad_type(name, wanted, type(config).__name__)

@@ -15,6 +15,7 @@ from ..spec import UNSET, AttentionSpec, BiasSpec, Needs
 from . import hopper, overlay, override, packed, tables
 from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM, Problem, TileConfig, default_config, misread, padded, with_features, with_wide_bias
 from .device import DeviceFacts, triton_problem
+from .kernels import few
 from .steps import Plan, Step, broadcast_rows, ceil_div, dbias_source, sum_steps
 
 __all__ = [
@@ -277,6 +278,9 @@ def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choi
         steps = packed.forward_steps(spec, lambda kernel: _config(kernel, spec, device, choices))
         return Plan(name, _with_products(steps, spec, device))
     config = _config("forward", spec, device, choices)
+    by_hand = dict(choices.by_hand)
+    if few.takes(spec, device, config) if "few_forward" not in by_hand else few.runs(spec):
+        return Plan(name, few.forward_steps(spec, device, by_hand))
     programs = ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
     return Plan(name, _with_products([Step("forward", config, programs, _order(spec))] if programs else [], spec, device))
 
@@ -301,21 +305,34 @@ def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reque
     batch_heads, batch_key_heads = spec.batch * spec.heads, spec.batch * spec.kv_heads
     steps = []
     sources = _bias_sources(spec, needs)
+    by_hand = dict(choices.by_hand)
+    passes: tuple[str, ...] = ()  # of which gradients fall out of one kernel for few queries
     if needs.dq or needs.dk or needs.dsink or sources:
         config = _config("delta", spec, device, choices)
         gives = ("dsink",) if needs.dsink else ()
         steps.append(Step("delta", config, ceil_div(spec.queries, config.block_m) * batch_heads, gives=gives))
+    if few.takes_backward(spec, device) if "few_backward" not in by_hand else few.runs_backward(spec):
+        passes = ("dkdv", "dq")
+        wanted = tuple(name for name in ("dq", "dk", "dv") if getattr(needs, name))
+        wanted += tuple(grad for grad, (source, _) in sources.items() if source in passes)
+        steps += few.backward_steps(spec, device, by_hand, wanted) if wanted else ()
     for kernel, length, own, heads, results in (
         ("dkdv", spec.keys, "block_n", batch_key_heads, (("dk", needs.dk), ("dv", needs.dv))),
         ("dq", spec.queries, "block_m", batch_heads, (("dq", needs.dq),)),
     ):
+        if kernel in passes:
+            continue
         biases = [grad for grad, (source, _) in sources.items() if source == kernel]
         wanted = (*(grad for grad, need in results if need), *biases)
         if wanted:
             config = _config(kernel, spec, device, choices)
             programs = ceil_div(length, getattr(config, own)) * heads
             splits = broadcast_rows(spec, sources[biases[0]][1]) if kernel == "dkdv" and biases else 1
-            steps.append(Step(kernel, config, programs, _order(spec), splits, wanted))
+            parts = few.dq_splits(spec, device, config, programs) if kernel == "dq" else 1
+            if parts > 1:
+                steps += few.dq_steps(spec, config, programs, parts, wanted)
+            else:
+                steps.append(Step(kernel, config, programs, _order(spec), splits, wanted))
     for grad, (source, bias) in sources.items():
         if source == "dkdv":
             steps += sum_steps(spec, broadcast_rows(spec, bias), bias, grad)

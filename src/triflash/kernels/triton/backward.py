@@ -400,7 +400,7 @@ def _walk_keys(dq, p, t, f, begin, end, HAS_REST: tl.constexpr, MASKED: tl.const
 def dq(
     q, k, v, f, dout, lse, rest, delta_in, dq_out, dbias_out,
     q_strides, k_strides, v_strides, dout_strides, lse_strides, dq_strides, dbias_strides,
-    batch, heads, groups, batch_inner, M, N, lo, hi, scale, packed,
+    batch, heads, groups, batch_inner, M, N, lo, hi, scale, packed, splits,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
@@ -408,10 +408,16 @@ def dq(
 
     An output that is None is not computed. dbias_out has the full shape, and zeros are written where nothing is visible; its strides are
     (outer batch, inner batch, head, row, column). Other strides, f and groups as in ``forward``.
+
+    splits: parts that the keys of a tile are cut into, each with a program; then dq_out comes in float32 parts, the last of its strides,
+    and ORDER is "tile". None: one program walks them all.
     """
     all_queries = M
     if packed is None:
         tile, head, b = locate(tl.cdiv(M, BM), heads, batch, ORDER, hi is not None)
+        if splits is not None:
+            split = b // batch
+            b = b % batch
         first_query = b
         first_key = b
     else:
@@ -443,6 +449,8 @@ def dq(
     NEED_DQ: tl.constexpr = dq_out is not None
     if NEED_DQ:
         dq_out += offset(first_query, dq_strides[0]) + offset(head, dq_strides[2])
+        if splits is not None:
+            dq_out += offset(split, dq_strides[3])
     if dbias_out is not None:
         dbias_out += offset(b // batch_inner, dbias_strides[0]) + offset(b % batch_inner, dbias_strides[1])
         dbias_out += offset(head, dbias_strides[2])
@@ -472,6 +480,16 @@ def dq(
         first_of_tile = max(m0, first_row)
         seen = tl.where((first_of_tile < min(m0 + BM, M)) & (first_col < visible), visible, 0)
     begin, full_begin, full_end, end = segments(first_of_tile, min(m0 + BM, M) - 1, seen, lo, hi, BN, first_col)
+    hidden_before = begin
+    hidden_from = end
+    if splits is not None:
+        chunk = tl.cdiv(end - begin, splits)
+        begin = tl.minimum(begin + split * chunk, end)
+        end = tl.minimum(begin + chunk, end)
+        full_begin = tl.minimum(tl.maximum(full_begin, begin), end)
+        full_end = tl.minimum(tl.maximum(full_end, begin), end)
+        hidden_before = tl.where(split == 0, hidden_before, 0)
+        hidden_from = tl.where(split == 0, hidden_from, tl.cdiv(N, BN))
     p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE, first_row, first_col, shift)
     t = Queries(
         q_tile, do_tile, lse_log2, rest_row, row, k, v, k_strides[1], v_strides[1], dbias_out, dbias_row, dbias_col, at, m0, here, visible,
@@ -501,7 +519,7 @@ def dq(
         i = tl.arange(0, BM)[:, None]
         j = tl.arange(0, BN)[None, :]
         nothing = tl.zeros([BM, BN], tl.float32)
-        for block in tl.range(0, begin):
+        for block in tl.range(0, hidden_before):
             store_tile(dbias_out, dbias_row, dbias_col, m0, block * BN, i, j, here, N, nothing, not EVEN_M, not EVEN_N)
-        for block in tl.range(end, tl.cdiv(N, BN)):
+        for block in tl.range(hidden_from, tl.cdiv(N, BN)):
             store_tile(dbias_out, dbias_row, dbias_col, m0, block * BN, i, j, here, N, nothing, not EVEN_M, not EVEN_N)

@@ -348,13 +348,22 @@ def drop(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.co
     The keep-mask is a function of (seed, offset, batch entry, head, query, key), the same as ``triflash.dropout.keep_mask``.
     """
     if f.seed is not None:
-        key = at.key
         keys = (n0 + tl.arange(0, BN)).to(tl.uint32)
         queries = (m0 + tl.arange(0, BM)).to(tl.uint32)
         if TRANSPOSED:
             keys, queries = keys[:, None], queries[None, :]
         else:
             keys, queries = keys[None, :], queries[:, None]
+        return drop_at(f, at, x, queries, keys)
+    else:
+        return x
+
+
+@triton.jit
+def drop_at(f, at, x, queries, keys):
+    """The same of scores of any queries and keys, unsigned numbers shaped to broadcast, whose heads may differ by row."""
+    if f.seed is not None:
+        key = at.key
         c0, c1 = tl.broadcast(keys & 0xFFFFFFF7, (queries & 0xFFFFFFF7) ^ at.twist)
         for _ in tl.static_range(ROUNDS):
             wide_product = c0.to(tl.uint64) * 0xD256D193

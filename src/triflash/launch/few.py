@@ -1,0 +1,283 @@
+"""Arguments and launches of the kernel for few queries. Called by ``launch/triton.py``, and for KV caches; imports triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.triton import combine as combine_kernels
+from ..kernels.triton import few as few_kernels
+from ..kernels.triton.features import Features
+from ..plan import layout
+from ..plan.configs import TileConfig, padded
+from ..plan.device import facts_of
+from ..plan.kernels.few import FewConfig, cache_steps, least_blocks, least_cache_blocks
+from ..plan.override import active
+from ..plan.steps import Plan, broadcast_rows, dbias_source
+from ..spec import UNSET, AttentionSpec, BiasSpec, Gradients, Operands, Saved
+from ..spec_cache import CacheOperands, CacheSpec
+from .calls import Call, bias_strides, slope_strides, start
+from .common import is_wide
+from .room import Room
+
+__all__ = ["attend_cache", "backward_calls", "cache_calls", "combine_call", "forward_calls", "partial_sums", "row_strides"]
+
+_NO_CACHE = few_kernels.Cache()
+
+
+def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: Features, saved: Saved) -> list[Call]:
+    """The launches of a forward pass on a dense batch."""
+    step = plan.steps[0]
+    config = step.config
+    assert isinstance(config, FewConfig)
+    q, k, v = x.q, x.k, x.v
+    if step.splits > 1:
+        parts = new_parts(room, step.splits, *saved.out.shape)
+        out, lse, rest = parts
+        out_strides, rest_strides = out.stride()[:4], rest.stride()[:3]  # type: ignore[union-attr]
+        lse_strides = rest_strides
+    else:
+        out, lse, rest = saved
+        out_strides, lse_strides = (0, *out.stride()[:3]), (0, *lse.stride()[:2])
+        rest_strides = (0, 0, 0) if rest is None else (0, *rest.stride()[:2])
+    tiles = -(-spec.queries * spec.groups // config.block_m)
+    args = (
+        *(q, k, v, f, _NO_CACHE, out, lse, rest, q.stride()[:3], k.stride()[:3], v.stride()[:3], out_strides, lse_strides, rest_strides),
+        *(tiles, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
+        *(step.splits, least_blocks(config)),
+    )
+    wide = is_wide((q, k, v, saved.out, x.bias, x.mask, x.second_bias))
+    constants = constants_of(spec.head_dim, spec.value_dim, config, products(spec.precision), wide) | {
+        "EVEN_N": spec.keys % config.block_n == 0,
+        "PAGE": 0,
+    }
+    calls = [Call(few_kernels.few_forward, args, constants, config, step.programs)]
+    if step.splits > 1:
+        calls.append(combine_call(plan, parts, saved))
+    return calls
+
+
+def products(precision: str) -> str:
+    """How float32 elements are multiplied: where nobody chose, by FMA units, since three TF32 products were not judged here."""
+    return "ieee" if precision == UNSET else precision
+
+
+def constants_of(head_dim: int, value_dim: int, config: FewConfig, precision: str, wide: bool) -> dict[str, Any]:
+    return {
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "D": head_dim,
+        "DV": value_dim,
+        "BD": padded(head_dim),
+        "BDV": padded(value_dim),
+        "PRECISION": precision,
+        "WIDE": wide,
+    }
+
+
+def new_parts(room: Room, splits: int, batch: int, queries: int, heads: int, value_dim: int) -> Saved:
+    """Memory for out, lse and rest of each part, in float32."""
+    out = room.new("partial outputs", (splits, batch, queries, heads, value_dim), torch.float32)
+    lse, rest = (room.new(f"partial {name}", (splits, batch, heads, queries), torch.float32) for name in ("lse", "rest of lse"))
+    return Saved(out, lse, rest)
+
+
+def backward_calls(
+    room: Room, plan: Plan, spec: AttentionSpec, x: Operands, inputs: tuple[Any, ...], grads: Gradients, sums: dict[str, Tensor | None]
+) -> list[Call]:
+    """The launches that fill dq, dk, dv and such gradients of a bias as fall out of the same pass: full ones, and of keys alone, whose
+    parts go to ``sums``. inputs: q, k, v, features, dout, lse, rest and delta.
+    """
+    step, last = plan.step("few_backward"), plan.step("sum_rows")
+    assert step is not None and isinstance(step.config, FewConfig)
+    q, k, v, _, dout, lse, *_ = inputs
+    dq, dk, dv = (grad if name in step.gives else None for name, grad in zip(("dq", "dk", "dv"), grads, strict=False))
+    full: Tensor | None = None
+    column: Tensor | None = None
+    column_strides = None
+    for name, grad, bias in (("dbias", grads.dbias, spec.bias), ("dsecond", grads.dsecond, spec.second)):
+        if name in step.gives:
+            assert grad is not None and bias is not None
+            if dbias_source(spec, bias) == "dq":
+                full = grad
+            else:
+                column = sums[name] = partial_sums(room, name, broadcast_rows(spec, bias), grad)
+                column_strides = row_strides(spec, column)
+    dq_strides: tuple[int, ...] | None = None
+    parts = dq
+    if dq is not None:
+        dq_strides = (0, *dq.stride()[:3])
+        if last is not None:
+            parts, (*others, split) = dq_parts(room, step.splits, dq)
+            dq_strides = (split, *others)
+    strides = [each.stride()[:3] for each in (q, k, v, dout)]
+    args = (
+        *(*inputs, parts, dk, dv, full, column, *strides, lse.stride()[:2], dq_strides),
+        *(None if grad is None else grad.stride()[:3] for grad in (dk, dv)),
+        *(bias_strides(full), column_strides, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys),
+        *(spec.lo, spec.hi, spec.scale, step.splits),
+    )
+    constants = constants_of(
+        spec.head_dim, spec.value_dim, step.config, products(spec.precision), is_wide((q, k, v, dout, x.bias, x.mask, x.second_bias))
+    )
+    calls = [Call(few_kernels.few_backward, args, constants | {"EVEN_N": spec.keys % step.config.block_n == 0}, step.config, step.programs)]
+    if last is not None:
+        assert dq is not None and parts is not None
+        calls.append(sum_call(plan, spec, parts, dq))
+    return calls
+
+
+def dq_parts(room: Room, splits: int, dq: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Memory for parts of dq, in float32, and its strides: (batch, row, head, part)."""
+    parts = room.new("partial sums of dq", (splits, *dq.shape), torch.float32)
+    part, batch, row, head, _ = parts.stride()
+    return parts, (batch, row, head, part)
+
+
+def sum_call(plan: Plan, spec: AttentionSpec, parts: Tensor, dq: Tensor) -> Call:
+    """Parts of dq, added up."""
+    step = plan.step("sum_rows")
+    assert step is not None and isinstance(step.config, TileConfig)
+    args = (parts, dq, dq.stride()[:3], spec.heads, spec.queries, step.splits)
+    return Call(combine_kernels.sum_rows, args, {"D": spec.head_dim, "BD": padded(spec.head_dim)}, step.config, step.programs)
+
+
+def partial_sums(room: Room, name: str, splits: int, dbias: Tensor) -> Tensor:
+    """Where a kernel writes the gradient of a bias: ``(splits, *dbias.shape)``, scratch if there are several parts, else dbias itself."""
+    return dbias.unsqueeze(0) if splits == 1 else room.new(f"partial sums of {name}", (splits, *dbias.shape), torch.float32)
+
+
+def row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int]:
+    """Strides of ``parts (splits, B0|1, B1|1, H|1, 1, N)`` by (outer batch, inner batch, head, key): a broadcast dim counts parts."""
+    strides, part = [0, 0, 0], parts.stride(0)
+    for dim, size in ((2, spec.heads), (1, spec.batch_inner), (0, spec.batch_outer)):
+        if parts.shape[1 + dim] == size:
+            strides[dim] = parts.stride(1 + dim) if size > 1 else 0
+        else:
+            strides[dim] = part
+            part *= size
+    return strides[0], strides[1], strides[2], parts.stride(5) if parts.shape[5] > 1 else 0
+
+
+def attend_cache(spec: CacheSpec, x: CacheOperands, out: Tensor, lse: Tensor, room: Room) -> None:
+    """Fill out and lse, in the shapes of :class:`~triflash.spec_cache.CacheOperands`, with what queries see of a KV cache that holds the
+    new keys already. The caller finishes the room.
+    """
+    plan = Plan("triton", cache_steps(spec, facts_of(x.q.device), dict(active())))
+    start(x.q.device, cache_calls(room, plan, spec, x, out, lse))
+
+
+def cache_calls(room: Room, plan: Plan, spec: CacheSpec, x: CacheOperands, out: Tensor, lse: Tensor) -> list[Call]:
+    """The launches that do so, on real tensors or meta tensors. lse is contiguous along queries."""
+    if 0 in out.shape[:-1]:
+        return []
+    q = x.q
+    if layout.copies_rows(q.size(-1), q.stride(-1)):
+        q = room.copied("q", q, room.new("q", q.shape, q.dtype), "its last dim is not contiguous")
+    if layout.copies_rows(out.size(-1), out.stride(-1)):
+        out = room.target("out", out.shape, out.dtype, out, "its last dim is not contiguous")
+    if x.offsets_q is not None:  # one batch entry, of which requests own rows
+        q, out, lse = q[None], out[None], lse[None]
+    forward, combine = plan.step("few_forward"), plan.step("combine")
+    splits = 1 if combine is None else combine.splits
+    result = Saved(out, lse, None)
+    parts = result if combine is None else new_parts(room, splits, *out.shape)
+    calls = []
+    if forward is not None:
+        config = forward.config
+        assert isinstance(config, FewConfig)
+        out_strides: tuple[int, ...] = (0, *out.stride()[:3]) if combine is None else parts.out.stride()[:4]
+        lse_strides = (0, *lse.stride()[:2]) if combine is None else parts.lse.stride()[:3]
+        wide = is_wide((q, x.k_cache, x.v_cache, out)) or max(_last_strides(x.bias) + _last_strides(x.mask)) >= 2**22
+        args = (
+            *(q, x.k_cache, x.v_cache, _cache_features(spec, x), _cache_of(spec, x), *parts),
+            *(q.stride()[:3], x.k_cache.stride()[:3], x.v_cache.stride()[:3], out_strides, lse_strides),
+            lse_strides if combine is not None else (0, 0, 0),
+            *(-(-spec.queries * spec.groups // config.block_m), spec.heads, spec.groups, 1, q.shape[1], spec.capacity),
+            *(None if spec.left is None else -spec.left, spec.right, spec.scale, splits, least_cache_blocks(spec, config)),
+        )
+        constants = constants_of(spec.head_dim, spec.value_dim, config, products(spec.precision), wide)
+        constants |= {"EVEN_N": False, "PAGE": spec.page_size or 0}
+        calls.append(Call(few_kernels.few_forward, args, constants, config, forward.programs))
+    if combine is not None:
+        calls.append(combine_call(plan, parts, result, x.offsets_q))
+    return calls
+
+
+def _last_strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0,) if x is None else x.stride()[2:]
+
+
+def _number_stride(x: Tensor | None) -> int | None:
+    """Between the numbers of two requests. Of a single one it is 1, so that no kernel is compiled for another."""
+    return None if x is None else x.stride(0) if x.shape[0] > 1 else 1
+
+
+def _cache_of(spec: CacheSpec, x: CacheOperands) -> few_kernels.Cache:
+    scales = [None if own is None else tuple(0 if n == 1 else s for n, s in zip(own.shape, own.stride(), strict=True)) for own in x[-2:]]
+    return few_kernels.Cache(
+        lengths=x.cache_lengths,
+        lengths_stride=_number_stride(x.cache_lengths),
+        starts=x.key_starts,
+        starts_stride=_number_stride(x.key_starts),
+        table=x.page_table,
+        table_strides=None if x.page_table is None else x.page_table.stride(),
+        index=x.cache_index,
+        index_stride=_number_stride(x.cache_index),
+        offsets_q=x.offsets_q,
+        offsets_q_stride=_number_stride(x.offsets_q),
+        new=spec.new,
+        offsets_new=x.offsets_new,
+        offsets_new_stride=_number_stride(x.offsets_new),
+        k_scale=x.k_scale,
+        k_scale_strides=scales[0],
+        v_scale=x.v_scale,
+        v_scale_strides=scales[1],
+        pages=x.k_cache.shape[0],
+    )
+
+
+def _cache_features(spec: CacheSpec, x: CacheOperands) -> Features:
+    """What scores go through. Beyond what bias or mask have, nothing is visible; those of size 1 are shared by all."""
+    extras = [own for own in (x.bias, x.mask) if own is not None]
+    most_keys = min((own.shape[3] for own in extras if own.shape[3] > 1), default=None)
+    most_queries = min((own.shape[2] for own in extras if own.shape[2] > 1), default=None) if spec.packed_queries else None
+    return Features(
+        bias=x.bias,
+        bias_strides=_request_strides(x.bias, spec.bias),
+        mask=None if x.mask is None else x.mask.view(torch.uint8),
+        mask_strides=_request_strides(x.mask, spec.mask),
+        most_queries=most_queries,
+        most_keys=most_keys,
+        slopes=x.alibi_slopes,
+        slope_strides=slope_strides(x.alibi_slopes),
+        sink=x.sink,
+        sink_stride=None if x.sink is None else x.sink.stride(0),
+        softcap=spec.softcap or None,
+    )
+
+
+def _request_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | None, ...] | None:
+    """Strides of a bias or mask (B|1, Hq|1, Mq|1, N|1) as ``Features`` has them."""
+    strides = bias_strides(bias)
+    if strides is None or spec is None:
+        return None
+    request, head, query, key = strides
+    return request, 0, head, query if spec.varies[3] else None, key if spec.varies[4] else None
+
+
+def combine_call(plan: Plan, parts: Saved, saved: Saved, offsets: Tensor | None = None) -> Call:
+    """Parts of every row, put together."""
+    step = plan.step("combine")
+    assert step is not None
+    out, lse, rest = saved
+    args = (
+        *(parts.out, parts.lse, parts.rest, out, lse, rest, offsets, _number_stride(offsets), out.stride()[:3], lse.stride()[:2]),
+        *((0, 0) if rest is None else rest.stride()[:2], out.shape[2], out.shape[1], step.splits),
+        0 if offsets is None else offsets.shape[0] - 1,
+    )
+    constants = {"DV": out.shape[3], "BDV": padded(out.shape[3])}
+    assert isinstance(step.config, TileConfig)
+    return Call(combine_kernels.combine, args, constants, step.config, out.shape[0] * out.shape[1] * out.shape[2])

@@ -1,0 +1,300 @@
+"""The kernel for few queries on many keys (``kernels/triton/few.py``): its configuration, what it can do, when it is taken, and into how
+many parts keys are cut. Pure; of ``attention`` and of calls on a KV cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from ...errors import bad_value
+from ...spec import AttentionSpec
+from ...spec_cache import CacheSpec
+from ..configs import MAX_HEAD_DIM, TileConfig, padded
+from ..device import DeviceFacts
+from ..steps import Step, ceil_div
+
+__all__ = [
+    "COMBINE", "MAX_QUERIES", "FewConfig", "Shape", "backward_steps", "cache_shape_of", "cache_steps", "choose", "choose_backward",
+    "dq_splits", "dq_steps", "forward_steps", "least_blocks", "least_cache_blocks", "runs", "runs_backward", "shape_of", "splits_of",
+    "takes", "takes_backward", "why", "why_cache", "why_not",
+]  # fmt: skip
+
+MAX_QUERIES = 128  # of one request, from which on tiles of queries are many enough
+MIN_KEYS = 512  # below, a second launch costs more than idle SMs
+LEAST_KEYS = 256  # of a part: fewer keys take less time than putting parts together
+MAX_SPLITS = 256  # that the plan takes by itself
+MOST_KEYS = 4096  # of a part where requests may differ in length: SMs that are done with short ones share a long one
+COMBINE = TileConfig(16, 16, 4, 1)  # of ``combine``: a program owns one row
+PROGRAM_COST = 512  # of a program besides its keys, in keys: beginning, end and what ``combine`` reads of it
+
+
+@dataclass(frozen=True)
+class FewConfig(TileConfig):
+    """``block_m`` rows (queries times grouped heads) by ``block_n`` keys. splits: parts that keys are cut into; 0: what the plan finds."""
+
+    splits: int = 0
+
+    SOURCE: ClassVar[str] = "by rows and head dim, of plan/kernels/few.py"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.splits <= MAX_SPLITS:
+            raise bad_value("splits", f"from 0 (the plan's choice) to {MAX_SPLITS}", self.splits)
+
+    def __str__(self) -> str:
+        return super().__str__() + (f" {self.splits} splits" if self.splits else "")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a configuration and the number of parts are chosen by. rows: queries times grouped heads of a request."""
+
+    rows: int
+    pairs: int  # of requests and key heads
+    keys: int
+    head_dim: int
+    value_dim: int
+    itemsize: int  # bytes of an element of the keys
+    bias: bool
+    heavy: bool  # more happens to a score than a bias or a band
+
+
+def shape_of(spec: AttentionSpec) -> Shape:
+    """The shape of a dense batch."""
+    heavy = spec.softcap > 0 or spec.alibi or spec.mask is not None or spec.dropout > 0 or spec.second is not None
+    itemsize = 4 if spec.dtype == "fp32" else 2
+    return Shape(
+        spec.queries * spec.groups,
+        spec.batch * spec.kv_heads,
+        spec.keys,
+        spec.head_dim,
+        spec.value_dim,
+        itemsize,
+        spec.bias is not None,
+        heavy,
+    )
+
+
+def why_not(spec: AttentionSpec) -> tuple[str, str] | None:
+    """None if the kernel can run a spec that backend ``triton`` can, else (what it cannot do, the nearest thing that works)."""
+    if spec.packed is not None:
+        return "packed sequences", "backend triton's own kernels for them"
+    if spec.placed or spec.diagonal or spec.shift is not None:
+        return "starts, query lengths and diagonals of their own", "backend triton's other kernels"
+    if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:
+        return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}"
+    return None
+
+
+def runs(spec: AttentionSpec) -> bool:
+    """Whether there is anything to run, and the kernel can."""
+    return not spec.is_empty and why_not(spec) is None
+
+
+def takes(spec: AttentionSpec, device: DeviceFacts, tile: TileConfig) -> bool:
+    """Whether ``attention`` takes the kernel by itself: where the forward kernel, with its ``tile``, would leave SMs without work.
+
+    That is a GPU, at most MAX_QUERIES queries on MIN_KEYS keys or more, and fewer tiles of queries than SMs; or grouped heads of which
+    each would read the same keys.
+    """
+    if not device.arch.startswith(("sm", "gfx")) or not runs(spec):
+        return False
+    if spec.queries > MAX_QUERIES or spec.keys < MIN_KEYS:
+        return False
+    programs = ceil_div(spec.queries, tile.block_m) * spec.heads * spec.batch
+    return programs < device.sms or (spec.groups > 1 and spec.queries * spec.groups <= 64)
+
+
+def choose(shape: Shape, device: DeviceFacts) -> FewConfig:
+    """The configuration for a shape."""
+    head = padded(max(shape.head_dim, shape.value_dim))
+    if device.arch == "interpreter":
+        return FewConfig(16, 16, 4, 1)
+    wide = 16 if shape.rows <= 16 else 32 if shape.rows <= 32 else 64
+    if shape.itemsize > 2:  # float32 products keep whole operand rows in registers
+        return FewConfig(16, 32 if head <= 128 else 16, 4 if head <= 128 else 8, 1)
+    if device.arch.startswith("gfx"):
+        return FewConfig(min(wide, 32), 64 if head <= 64 else 32 if head <= 128 else 16, 4, 1)
+    if head <= 64:
+        return FewConfig(wide, 128, 4, 3)
+    if head <= 128:
+        # H200, d 128, by 9 configurations in 8 problems each (docs/tuning.md, 2026-11-29)
+        return FewConfig(wide, 128, 4, 3) if wide <= 32 and not shape.heavy else FewConfig(wide, 64, 4, 4 if wide == 64 else 3)
+    return FewConfig(wide, 32, 4, 2)
+
+
+@functools.lru_cache(maxsize=4096)
+def splits_of(shape: Shape, config: FewConfig, sms: int) -> int:
+    """Into how many parts keys are cut: such that SMs are busy for the shortest time, whole waves of programs counted."""
+    if config.splits:
+        return config.splits
+    items = ceil_div(shape.rows, config.block_m) * shape.pairs
+    slots = sms * per_sm(shape, config)
+    most = max(1, min(MAX_SPLITS, shape.keys // LEAST_KEYS))
+
+    def cost(splits: int) -> int:
+        blocks = ceil_div(ceil_div(shape.keys, config.block_n), splits) * config.block_n
+        return ceil_div(items * splits, slots) * (blocks + PROGRAM_COST * (splits > 1))
+
+    return min(range(1, most + 1), key=cost)
+
+
+def per_sm(shape: Shape, config: FewConfig) -> int:
+    """How many programs an SM runs at a time: by shared memory, of which an SM has some 200 KB."""
+    row = (padded(shape.head_dim) + padded(shape.value_dim)) * shape.itemsize
+    return max(1, min(4, 200_000 // (config.block_n * row * config.num_stages)))
+
+
+def least_blocks(config: FewConfig) -> int:
+    """Blocks of keys that a part has at least."""
+    return 1 if config.splits else max(1, LEAST_KEYS // config.block_n)
+
+
+def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
+    """The kernels of a forward pass."""
+    chosen = by_hand.get("few_forward")
+    shape = shape_of(spec)
+    config = chosen if isinstance(chosen, FewConfig) else choose(shape, device)
+    splits = splits_of(shape, config, device.sms)
+    programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
+    steps = [Step("few_forward", config, programs, splits=splits)]
+    if splits > 1:
+        steps.append(Step("combine", COMBINE, spec.batch * spec.heads * spec.queries, splits=splits, gives=("out", "lse")))
+    return tuple(steps)
+
+
+def most_rows(spec: AttentionSpec) -> int:
+    """Rows that the backward kernel has room for: it keeps all of them, and dq of all."""
+    return 128 if padded(max(spec.head_dim, spec.value_dim)) <= 64 else 64
+
+
+def runs_backward(spec: AttentionSpec) -> bool:
+    """Whether there is anything to run, and the backward kernel can: a program has all rows of a key head."""
+    return runs(spec) and spec.queries * spec.groups <= most_rows(spec)
+
+
+def takes_backward(spec: AttentionSpec, device: DeviceFacts) -> bool:
+    """Whether ``attention`` takes the backward kernel by itself: nowhere, until it is proven on a GPU (docs/tuning.md, 2026-11-29)."""
+    return False
+
+
+def choose_backward(shape: Shape, device: DeviceFacts) -> FewConfig:
+    """The configuration of the backward kernel for a shape: a tile has all rows."""
+    rows = max(16, padded(shape.rows))
+    head = padded(max(shape.head_dim, shape.value_dim))
+    if device.arch == "interpreter":
+        return FewConfig(rows, 16, 4, 1)
+    if shape.itemsize > 2:
+        return FewConfig(rows, 16, 4 if head <= 64 else 8, 1)
+    if device.arch.startswith("gfx"):
+        return FewConfig(rows, 64 if head <= 64 else 32 if head <= 128 else 16, 4, 1)
+    return FewConfig(rows, 64 if head <= 128 else 32, 4 if rows * head <= 64 * 64 else 8, 2)
+
+
+def backward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object], gives: tuple[str, ...]) -> tuple[Step, ...]:
+    """The kernels that give these gradients; the statistics are there."""
+    shape = shape_of(spec)
+    chosen = by_hand.get("few_backward")
+    config = chosen if isinstance(chosen, FewConfig) else choose_backward(shape, device)
+    if config.block_m < shape.rows:
+        raise bad_value("few_backward", f"block_m of {shape.rows} rows at least (queries times grouped heads)", config.block_m)
+    splits = min(splits_of(shape, config, device.sms), ceil_div(spec.keys, config.block_n))
+    steps = [Step("few_backward", config, shape.pairs * splits, splits=splits, gives=gives)]
+    if splits > 1 and "dq" in gives:
+        steps.append(Step("sum_rows", COMBINE, spec.batch * spec.heads * spec.queries, splits=splits, gives=("dq",)))
+    return tuple(steps)
+
+
+def dq_splits(spec: AttentionSpec, device: DeviceFacts, config: TileConfig, programs: int) -> int:
+    """Into how many parts the portable kernel for dq, with so many programs for whole rows, cuts the keys: 1 unless that leaves SMs of a
+    GPU without work.
+    """
+    if isinstance(config, FewConfig) and config.splits:
+        return config.splits
+    if not device.arch.startswith(("sm", "gfx")) or spec.queries > MAX_QUERIES or spec.keys < MIN_KEYS or programs >= device.sms:
+        return 1
+    shape = replace(shape_of(spec), rows=spec.queries, pairs=spec.batch * spec.heads)
+    return splits_of(shape, FewConfig(config.block_m, config.block_n, config.num_warps, config.num_stages), device.sms)
+
+
+def dq_steps(spec: AttentionSpec, config: TileConfig, programs: int, splits: int, gives: tuple[str, ...]) -> list[Step]:
+    """That kernel, and the sum of its parts in the order of the keys."""
+    steps = [Step("dq", config, programs * splits, splits=splits, gives=gives)]
+    if "dq" in gives:
+        steps.append(Step("sum_rows", COMBINE, spec.batch * spec.heads * spec.queries, splits=splits, gives=("dq",)))
+    return steps
+
+
+def cache_shape_of(spec: CacheSpec) -> Shape:
+    """The shape of a call on a KV cache."""
+    heavy = spec.softcap > 0 or spec.alibi or spec.mask is not None
+    itemsize = {"fp32": 4, "fp8": 1}.get(spec.cache_dtype, 2)
+    sizes = (spec.queries * spec.groups, spec.requests * spec.kv_heads, spec.capacity, spec.head_dim, spec.value_dim)
+    return Shape(*sizes, itemsize, spec.bias is not None, heavy)
+
+
+def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
+    """The kernels of a call on a KV cache.
+
+    With split_size nothing that a request's bits depend on follows from the others: not the tile, not where its keys are cut, not whether
+    parts are put together.
+    """
+    shape = cache_shape_of(spec)
+    chosen = by_hand.get("few_forward")
+    # How long packed queries are says the longest one.
+    typical = replace(shape, rows=spec.groups) if spec.packed_queries and spec.split_size is not None else shape
+    config = chosen if isinstance(chosen, FewConfig) else choose(typical, device)
+    if spec.split_size is not None:
+        splits = max(1, ceil_div(ceil_div(spec.capacity, config.block_n), ceil_div(spec.split_size, config.block_n)))
+    elif spec.num_splits is not None:
+        splits = spec.num_splits
+    else:
+        splits = splits_of(shape, config, device.sms)
+        if spec.lengths and not config.splits:
+            splits = max(splits, min(MAX_SPLITS, ceil_div(spec.capacity, MOST_KEYS)))
+    programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
+    steps = [Step("few_forward", config, programs, splits=splits)] if programs else []
+    if splits > 1 or spec.packed_queries or spec.split_size is not None:
+        programs = spec.requests * spec.heads * spec.queries  # of packed queries at most: the launch knows their sum
+        steps.append(Step("combine", COMBINE, programs, splits=splits, gives=("out", "lse")))
+    return tuple(steps)
+
+
+def least_cache_blocks(spec: CacheSpec, config: FewConfig) -> int:
+    """Blocks of keys that a part has at least."""
+    if spec.split_size is not None:
+        return ceil_div(spec.split_size, config.block_n)
+    return 1 if spec.num_splits is not None else least_blocks(config)
+
+
+def why_cache(spec: CacheSpec, step: Step, device: DeviceFacts) -> str:
+    """Why keys of a cache are cut into so many parts, in words."""
+    assert isinstance(step.config, FewConfig)
+    if spec.split_size is not None:
+        size = least_cache_blocks(spec, step.config) * step.config.block_n
+        whole = "" if size == spec.split_size else f" ({spec.split_size} in whole blocks of {step.config.block_n})"
+        return f"keys are split every {size}{whole}, as asked for, whatever the batch"
+    if spec.num_splits is not None:
+        return f"keys of a request are split into {step.splits} parts of equal length, as asked for"
+    text = _why(cache_shape_of(spec), step, step.config, device)
+    return text + (", or fewer of a short request" if step.splits > 1 else "")
+
+
+def why(spec: AttentionSpec, step: Step, device: DeviceFacts) -> str:
+    """Why so many parts, in words."""
+    assert isinstance(step.config, FewConfig)
+    return _why(shape_of(spec), step, step.config, device)
+
+
+def _why(shape: Shape, step: Step, config: FewConfig, device: DeviceFacts) -> str:
+    items = ceil_div(shape.rows, config.block_m) * shape.pairs
+    rows = min(shape.rows, config.block_m)
+    what = f"{items} tile{'s' * (items > 1)} of {rows} row{'s' * (rows > 1)} (queries x grouped heads) for {device.sms} {device.units}"
+    if config.splits:
+        return f"{what}: keys are split into {step.splits} parts, chosen by hand"
+    if step.splits == 1:
+        return f"{what}: keys are not split"
+    return f"{what}: keys are split into {step.splits} parts of some {ceil_div(shape.keys, step.splits)}"

@@ -1,0 +1,379 @@
+"""The kernels for few queries, by hand on small problems: every feature, odd sizes, parts that see nothing, the same bits again.
+
+On the interpreter the plan does not take them by itself; ``override_configs`` does. What it takes on a GPU is asked of plans for such.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kvcases
+import triflash
+from cases import HAVE_TRITON, Case, assert_right, attend, build, fill_hidden, hidden_of, kernels, named_gradients, small_tiles
+from triflash import UnsupportedError, attention, attention_with_kvcache
+from triflash.plan.configs import TileConfig
+from triflash.plan.device import KNOWN_DEVICES
+from triflash.plan.kernels import few
+from triflash.plan.kernels.few import FewConfig
+from triflash.plan.override import override_configs
+from triflash.plan.select import plan_backward, plan_forward
+from triflash.spec import AttentionSpec, BiasSpec, Needs
+
+pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
+F32, BOOL = torch.float32, torch.bool
+SPLIT = FewConfig(16, 16, 4, 1, splits=3)
+
+
+@contextmanager
+def by_hand(case: Case, forward: FewConfig, backward: FewConfig | None) -> Iterator[list[str]]:
+    configs = {"few_forward": forward} | ({} if backward is None else {"few_backward": backward})
+    with small_tiles(case.tiles), override_configs(**configs), triflash.record_launches() as ran:
+        yield ran
+
+
+def results_of(case: Case, inputs: Any, forward: FewConfig, backward: FewConfig | None) -> tuple[dict[str, Tensor], list[str]]:
+    wanted = inputs.wanted()
+    with by_hand(case, forward, backward) as ran:
+        out, lse = attend(case, inputs, "triton", raw=True)
+        assert lse is not None
+        outputs, cotangents = ([out], [inputs.dout]) if inputs.dlse is None else ([out, lse], [inputs.dout, inputs.dlse])
+        grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents) if wanted else ()
+    return {"out": out.detach(), "lse": lse.detach()} | named_gradients(wanted, grads), kernels(ran)
+
+
+def run(case: Case, device: torch.device, forward: FewConfig = SPLIT, backward: FewConfig | None = None) -> list[str]:
+    """Compute a case by these kernels, judge all of it, and see that they ran, and nothing for dq, dk and dv beside them."""
+    rows = case.M * case.H // case.key_heads
+    if backward is None:
+        backward = replace(SPLIT, block_m=max(16, 1 << (rows - 1).bit_length()))
+    inputs = build(case, device)
+    results, ran = results_of(case, inputs, forward, backward)
+    assert_right(case, inputs, results)
+    assert ran[0] == "few_forward" and ("combine" in ran) is (forward.splits != 1)
+    grads = set(case.grads) & set(inputs.wanted())
+    assert not {"forward", "dq", "dkdv"} & set(ran)
+    assert ("few_backward" in ran) is bool(grads & set("qkv")) or "b" in grads
+    assert ("sum_rows" in ran) is ("q" in grads and backward.splits != 1)
+    again, _ = results_of(case, inputs, forward, backward)
+    for name, x in results.items():
+        assert torch.equal(x, again[name]), f"{name}: other bits"
+    return ran
+
+
+FEATURES = [
+    Case("one query", B=2, M=1, N=100),
+    Case("one query, one head, one batch entry", M=1, N=49, H=1),
+    Case("grouped", B=2, M=3, N=100, H=6, Hk=2),
+    Case("more rows than a tile", M=11, N=70, H=3, Hk=1, causal=False),
+    Case("float32", M=2, N=70, dtype=F32, bias="1hqk"),
+    Case("head dims", M=2, N=70, D=24, Dv=40),
+    Case("value dim of 1", M=2, N=40, D=17, Dv=1),
+    Case("wide heads", M=1, N=40, D=200, Dv=72, H=1),
+    Case("strides", B=2, M=3, N=70, layout="mixed", dout_layout="sliced"),
+    Case("last dim not contiguous", B=2, M=2, N=40, layout="step", dout_layout="step"),
+    Case("bias of full shape", B=2, M=3, N=70, bias="bhqk", bias_values="inf"),
+    Case("bias of full shape, float32, grouped", B=2, M=3, N=70, H=4, Hk=2, bias="bhqk", bias_dtype=F32),
+    Case("bias of keys", B=2, M=3, N=70, bias="b11k"),
+    Case("bias of keys of a head", B=2, M=3, N=70, bias="1h1k", lo=-5, hi=60),
+    Case("bias of keys, grouped", B=2, M=3, N=70, H=4, Hk=2, bias="1h1k"),
+    Case("bias of queries", B=2, M=3, N=70, bias="1hq1", bias_layout="expanded"),
+    Case("bias of one number", B=2, M=3, N=70, bias="1111"),
+    Case("bias, transposed in memory", B=2, M=3, N=70, bias="1hqk", bias_layout="transposed"),
+    Case("bias, sliced", B=2, M=3, N=70, bias="bhqk", bias_layout="sliced"),
+    Case("bias, two batch levels", B=4, M=3, N=70, batch_inner=2, bias="1ihqk"),
+    Case("least numbers", B=1, M=4, N=70, bias="1hqk", bias_values="least", bias_dtype=F32),
+    Case("huge bias", B=1, M=4, N=70, bias="1hqk", bias_values="huge", bias_dtype=F32),
+    Case("mask", B=2, M=3, N=70, bias="b11k", bias_dtype=BOOL),
+    Case("mask that hides all", B=2, M=3, N=70, bias="b1qk", bias_dtype=BOOL, bias_values="all"),
+    Case("mask beside a bias", B=2, M=3, N=70, bias="1hqk", mask="b1qk"),
+    Case("ALiBi", B=2, M=3, N=90, alibi="bh", H=4, Hk=2),
+    Case("window", B=2, M=5, N=90, lo=20, hi=50),
+    Case("bottom right", B=2, M=5, N=90, hi=85),
+    Case("top left", B=2, M=20, N=90, causal=True),
+    Case("rows that see nothing", B=2, M=20, N=40, hi=-10),
+    Case("soft cap", B=2, M=3, N=70, softcap=2.0, magnitude=3.0, bias="1hqk"),
+    Case("sink", B=2, M=3, N=70, sink=True, H=4, Hk=2),
+    Case("sink alone", B=2, M=2, N=70, sink=True, lengths=(0, 0)),
+    Case("lengths", B=4, M=2, N=70, lengths=(70, 1, 0, 33)),
+    Case("dropout", B=2, M=3, N=70, H=4, Hk=2, dropout=0.3),
+    Case("gradient of lse", B=2, M=3, N=70, dlse=True),
+    Case("negative scale", B=2, M=3, N=70, scale=-0.4),
+    Case("scale 0", B=1, M=3, N=70, scale=0.0),
+    Case("huge scores", B=1, M=3, N=70, magnitude=30.0, scale=1.0, dtype=F32),
+    Case("everything", B=2, M=3, N=90, H=4, Hk=2, bias="bhqk", mask="b11k", lengths=(90, 37), alibi="bh", sink=True, softcap=2.0, dropout=0.2,
+         hi=87, dlse=True),
+    Case("dq alone", B=2, M=3, N=70, grads="q"),
+    Case("dk alone", B=2, M=3, N=70, grads="k"),
+    Case("dv alone", B=2, M=3, N=70, grads="v"),
+    Case("dbias alone", B=2, M=3, N=70, bias="bhqk", grads="b", hi=50),
+    Case("dbias of keys alone", B=2, M=3, N=70, bias="1h1k", grads="b", lo=10),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FEATURES, ids=str)
+def test_features(case: Case, device: torch.device) -> None:
+    run(case, device)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7, 40])
+def test_splits(splits: int, device: torch.device) -> None:
+    """As many parts as blocks, fewer, more: those that are left over see no key."""
+    config = replace(SPLIT, splits=splits)
+    run(
+        Case("splits", B=2, M=2, N=70, H=4, Hk=2, lengths=(70, 20), sink=True, bias="b11k"),
+        device,
+        config,
+        replace(SPLIT, splits=min(splits, 5)),
+    )
+
+
+@pytest.mark.parametrize("rest", range(16))
+def test_every_residue(rest: int, device: torch.device) -> None:
+    """Rows and keys that are no whole number of tiles: 16 of either."""
+    run(Case("residue", M=1 + rest, N=33 + rest, H=3, Hk=1, bias="1hqk", grads="" if rest % 3 else "qkvb"), device)
+
+
+@pytest.mark.parametrize("queries", [1, 5, 30])
+def test_tiles(queries: int, device: torch.device) -> None:
+    """Tiles of other sizes."""
+    case = Case("tiles", M=queries, N=150, H=4, Hk=2, hi=150 - queries, alibi="h", grads="")
+    for config in (FewConfig(32, 32, 4, 1, splits=2), FewConfig(64, 16, 4, 1, splits=3)):
+        run(case, device, config)
+
+
+def test_hidden_keys_may_hold_anything(device: torch.device) -> None:
+    case, found = Case("hidden", B=3, M=2, N=70, H=4, Hk=2, bias="b11k", lengths=(70, 20, 0)), []
+    for junk in (False, True):
+        inputs = build(case, device)
+        fill_hidden(inputs, junk)
+        results, _ = results_of(case, inputs, SPLIT, SPLIT)
+        found.append(results)
+        assert not any(x.any() for x in hidden_of(inputs, map(results.get, ("dk", "dv")), [results.get("db")]))
+    for name, clean in found[0].items():
+        assert torch.equal(clean, found[1][name]), name
+
+
+def test_two_biases(device: torch.device) -> None:
+    q, k, v = (torch.randn(2, rows, 4, 16, device=device, requires_grad=True) for rows in (3, 70, 70))
+    for shapes in (((2, 1, 1, 70), (1, 4, 3, 70)), ((2, 4, 3, 70), (1, 4, 1, 70)), ((2, 4, 3, 70), (2, 4, 3, 70))):
+        biases = tuple(torch.randn(shape, device=device, requires_grad=True) for shape in shapes)
+        leaves = (q, k, v, *biases)
+        dout = torch.randn(2, 3, 4, 16, device=device)
+        with by_hand(Case(""), SPLIT, SPLIT) as ran:
+            out = attention(q, k, v, bias=biases, backend="triton")
+            grads = torch.autograd.grad(out, leaves, dout)
+        assert {"few_forward", "few_backward"} <= set(kernels(ran))
+        exact = [x.detach().double().requires_grad_() for x in leaves]
+        wanted = attention(*exact[:3], bias=exact[3] + exact[4], backend="oracle")
+        expected = torch.autograd.grad(wanted, exact, dout.double())
+        for got, want in zip((out, *grads), (wanted, *expected), strict=True):
+            assert (got.double() - want).norm() <= 1e-5 * want.norm()
+
+
+def test_gradients_fill_only_their_elements(device: torch.device) -> None:
+    """Gradients that the caller lays out: what lies between their elements stays as it was."""
+    q, k, v = (torch.randn(1, rows, 4, 16, device=device) for rows in (2, 40, 40))
+    dout = torch.randn(1, 2, 4, 16, device=device)
+    packed = [torch.randn(1, rows, 3, 4, 16, device=device) for rows in (2, 40, 40)]
+    leaves = [x.requires_grad_() for x in packed]
+    with by_hand(Case(""), SPLIT, SPLIT):
+        out = attention(*(x[:, :, 1] for x in leaves), backend="triton")
+        grads = torch.autograd.grad(out, leaves, dout)
+    for grad in grads:
+        assert grad.isfinite().all() and not grad[:, :, ::2].any() and grad[:, :, 1].any()
+    del q, k, v
+
+
+def spec(M: int, N: int, B: int = 1, H: int = 8, groups: int = 1, D: int = 128, **more: Any) -> AttentionSpec:
+    return AttentionSpec("bf16", B, 1, M, N, H, D, D, more.pop("bias", None), None, more.pop("hi", None), 0.1, "ieee", groups, **more)
+
+
+@pytest.mark.parametrize("arch", ["sm80", "sm90", "sm100", "gfx942"])
+def test_who_takes_them(arch: str) -> None:
+    device = KNOWN_DEVICES[arch]
+
+    def names(problem: AttentionSpec, backend: str = "auto") -> list[str]:
+        plan = plan_forward(problem, device, backend)
+        assert plan.backend == "triton"
+        return [step.kernel for step in plan.steps]
+
+    for M in (1, 16, 64):
+        assert names(spec(M, 8192)) == names(spec(M, 8192), "triton") == ["few_forward", "combine"]
+    assert names(spec(1, 8192, B=8, H=32, groups=4))[0] == "few_forward"
+    bias = BiasSpec("bf16", (True, True, True, True, True))
+    assert names(spec(1, 8192, bias=bias, sink=True, alibi=True, dropout=0.1, softcap=2.0, key_lengths=True, mask=bias))[0] == "few_forward"
+    assert names(spec(1, 100)) == ["forward"]  # a launch costs more
+    assert names(spec(256, 8192, B=64), "triton") == ["forward"]  # tiles enough
+    assert names(spec(64, 8192, B=64)) == ["forward"]
+    assert plan_forward(replace(spec(1, 8192), dtype="fp16"), KNOWN_DEVICES["interpreter"], "triton").step("forward") is not None
+    assert plan_forward(spec(1, 8192), device, "tiled").step("forward") is not None
+    if arch == "sm90":
+        assert [step.kernel for step in plan_forward(spec(1, 8192), device, "hopper").steps] == ["forward"]  # a named backend has its own
+
+
+def test_splits_fill_the_chip() -> None:
+    device = KNOWN_DEVICES["sm90"]
+    for M, N, B, H in ((1, 8192, 1, 8), (1, 65536, 1, 1), (64, 8192, 8, 4), (128, 4096, 1, 2)):
+        step = plan_forward(spec(M, N, B, H), device).steps[0]
+        assert step.kernel == "few_forward" and 1 < step.splits <= N // few.LEAST_KEYS
+        assert step.programs == step.splits * B * H * max(1, M // 64) and step.programs >= 0.4 * min(
+            device.sms, B * H * N // few.LEAST_KEYS
+        )
+
+
+def test_explained() -> None:
+    q = torch.empty(1, 1, 32, 128, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(1, 8192, 8, 128, dtype=torch.bfloat16, device="meta")
+    told = triflash.explain(q, k, k, device="h200")
+    text = str(told)
+    steps = told.forward.steps
+    assert [each.step.kernel for each in steps] == ["few_forward", "combine"]
+    for words in (f"{steps[0].step.splits} parts of some", "8 tiles of 4 rows", "132 SMs", "partial outputs"):
+        assert words in text, text
+
+
+def test_configurations_are_checked() -> None:
+    with pytest.raises(ValueError, match="splits: "):
+        FewConfig(16, 16, 4, 1, splits=-1)
+    for name, config in (("few_forward", TileConfig(16, 16, 4, 1)), ("forward", SPLIT)):
+        with pytest.raises(TypeError, match=name), override_configs(**{name: config}):
+            pass
+    with pytest.raises(ValueError, match="few_backward: "), override_configs(few_backward=SPLIT):
+        plan_backward(spec(32, 1000), Needs(True, True, True, False), KNOWN_DEVICES["sm90"], "triton")
+
+
+# The interpreter rounds to 8 bits in a way of its own, so that there no such keys are appended.
+KV = [replace(case, new=None, new_packed=None) if case.fp8 and not torch.cuda.is_available() else case for case in kvcases.CASES]
+KV = [case for case in KV if case.dtype in (torch.float16, torch.float32)]
+
+
+@pytest.mark.parametrize("case", KV, ids=str)
+def test_cache(case: kvcases.Case, device: torch.device) -> None:
+    """Every call on a KV cache that there is a case for; what is hidden there is NaN."""
+    call = kvcases.build(case)
+    with triflash.record_launches() as ran:
+        out, lse = call.run("triton", str(device))
+    kvcases.assert_right(call, out, lse)
+    assert next(name for name in kernels(ran) if name != "append") == "few_forward"
+
+
+def test_bits_do_not_depend_on_the_batch(device: torch.device) -> None:
+    """With split_size a request has the same bits alone, beside others and in pages of a longer table."""
+    q, k, v = torch.randn(3, 2, 4, 16, device=device), *(torch.randn(3, 96, 2, 16, device=device) for _ in "kv")
+    lengths = torch.tensor([40, 96, 7], device=device)
+    together = attention_with_kvcache(q, k, v, cache_lengths=lengths, split_size=32, causal=True, return_lse=True, backend="triton")
+    for b in range(3):
+        one = slice(b, b + 1)
+        for capacity in (96, 48 if b != 1 else 96):
+            alone = attention_with_kvcache(
+                q[one], k[one, :capacity], v[one, :capacity], cache_lengths=lengths[one], split_size=32, causal=True, return_lse=True,
+                backend="triton",
+            )  # fmt: skip
+            for x, y in zip(together, alone, strict=True):
+                assert torch.equal(x[one], y)
+    one = attention_with_kvcache(q, k, v, cache_lengths=lengths, num_splits=1, causal=True, backend="triton")
+    assert (together[0] - one).norm() <= 1e-5 * one.norm()
+
+
+def test_packed_queries_longer_than_said(device: torch.device) -> None:
+    """max_seqlen_q is a hint; rows that no request owns are 0 and −inf."""
+    q, k, v = torch.randn(14, 4, 16, device=device), *(torch.randn(3, 40, 2, 16, device=device) for _ in "kv")
+    given = {"cu_seqlens_q": torch.tensor([1, 2, 12, 12], device=device), "cache_lengths": torch.tensor([3, 40, 9], device=device)}
+    results = [
+        attention_with_kvcache(q, k, v, **given, max_seqlen_q=most, causal=True, return_lse=True, backend=backend)
+        for backend, most in (("oracle", 10), ("triton", 10), ("triton", 1))
+    ]
+    for out, lse in results[1:]:
+        assert (out - results[0][0]).norm() <= 1e-5 * results[0][0].norm()
+        assert not out[:1].any() and not out[12:].any() and (lse[:, 12:] == -math.inf).all() and (lse[:, :1] == -math.inf).all()
+
+
+HOSTILE: dict[str, dict[str, Tensor]] = {
+    "pages": {"page_table": torch.tensor([[-1, 10**6, 2**31 - 1], [-(2**31), 3, 9]], dtype=torch.int32)},
+    "no pages": {"page_table": torch.zeros(2, 0, dtype=torch.int32)},
+    "entries": {"cache_index": torch.tensor([-7, 10**12])},
+    "lengths": {"cache_lengths": torch.tensor([-(2**62), 2**62]), "cache_index": torch.tensor([0, 2])},
+    "unsigned lengths": {"cache_lengths": torch.tensor([2**63, 2**64 - 1], dtype=torch.uint64), "cache_index": torch.tensor([0, 2])},
+    "starts": {"key_starts": torch.tensor([-(2**62), 2**62]), "cache_index": torch.tensor([0, 2])},
+    "queries": {"cu_seqlens_q": torch.tensor([5, -3, 10**6], dtype=torch.int32), "cache_index": torch.tensor([0, 2])},
+    "queries that fall": {"cu_seqlens_q": torch.tensor([0, 4, 1], dtype=torch.int32), "cache_index": torch.tensor([0, 2])},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_numbers_read_nothing_beside(name: str, device: torch.device) -> None:
+    """Caches lie between guards of NaN: whoever reads one shows it."""
+    hostile = {key: x.to(device) for key, x in HOSTILE[name].items()}
+    wholes = [torch.full((6, 8, 2, 16), math.nan, device=device) for _ in "kv"]
+    caches = [whole[1:5] for whole in wholes]
+    for cache in caches:
+        cache.copy_(torch.randn(cache.shape))
+    q = torch.randn((6, 4, 16) if "cu_seqlens_q" in hostile else (2, 3, 4, 16), device=device)
+    given = {"cache_lengths": torch.tensor([5, 6], device=device), **hostile}
+    out, lse = attention_with_kvcache(q, *caches, return_lse=True, backend="triton", causal=True, **given)
+    if name not in ("queries", "queries that fall"):  # those are undefined
+        wanted, wanted_lse = attention_with_kvcache(q, *caches, return_lse=True, backend="oracle", causal=True, **given)
+        assert (out - wanted).norm() <= 1e-5 * (1.0 + wanted.norm()) and torch.equal(lse.isinf(), wanted_lse.isinf())
+        assert out.isfinite().all() and not lse.isnan().any()
+
+
+def test_head_dims_that_it_cannot_do(device: torch.device) -> None:
+    q = torch.randn(1, 1, 2, 300, device=device)
+    cache = torch.randn(1, 8, 2, 300, device=device)
+    with pytest.raises(UnsupportedError, match="head dim 300"):
+        attention_with_kvcache(q, cache, cache, backend="triton")
+
+
+def test_strides_of_queries_and_out(device: torch.device) -> None:
+    """Of q and out any strides; out's neighbours stay."""
+    q = torch.randn(2, 2, 4, 32, device=device)[..., ::2]
+    k, v = (torch.randn(2, 40, 2, 16, device=device) for _ in "kv")
+    whole = torch.full((2, 2, 4, 16, 2), 7.0, device=device)
+    out = attention_with_kvcache(q, k, v, out=whole[..., 0], backend="triton")
+    assert torch.equal(out, attention_with_kvcache(q.contiguous(), k, v, backend="triton")) and bool((whole[..., 1] == 7).all())
+
+
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("plain", B=2, M=3, N=100),
+        Case("window, grouped", B=2, M=5, N=100, H=4, Hk=2, lo=20, hi=60),
+        Case("bias of full shape, lengths", B=2, M=3, N=100, bias="bhqk", hi=70, lengths=(100, 40), bias_dtype=F32),
+        Case("bias of full shape alone", B=1, M=20, N=100, bias="1hqk", grads="b", lo=30),
+        Case("mask, dropout, soft cap", B=2, M=3, N=100, bias="b1qk", bias_dtype=BOOL, dropout=0.2, softcap=2.0, dout_layout="step"),
+        Case("strides", B=2, M=3, N=64, layout="mixed", grads="q", bias="b1hqk", sink=True),
+    ],
+    ids=str,
+)
+def test_dq_by_split_keys(case: Case, splits: int, device: torch.device) -> None:
+    """The portable kernel for dq where it has few tiles of queries: parts of the keys, added up in their order."""
+    inputs = build(case, device)
+    found = []
+    for _ in range(2):
+        wanted = inputs.wanted()
+        with small_tiles(case.tiles), override_configs(dq=FewConfig(16, 16, 4, 1, splits=splits)), triflash.record_launches() as ran:
+            out, _lse = attend(case, inputs, "triton", raw=True)
+            found.append(named_gradients(wanted, torch.autograd.grad(out, list(wanted.values()), inputs.dout)))
+        assert "dq" in kernels(ran) and ("sum_rows" in kernels(ran)) is ("q" in case.grads)
+    assert_right(case, inputs, *found)
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
+
+
+def test_who_splits_dq() -> None:
+    device, needs = KNOWN_DEVICES["sm90"], Needs(True, True, True, False)
+    few_tiles = plan_backward(spec(64, 8192, B=8), needs, device)
+    step = few_tiles.step("dq")
+    assert few_tiles.backend == "triton" and step is not None and step.splits > 1 and step.programs >= device.sms
+    assert [each.kernel for each in few_tiles.steps] == ["delta", "dkdv", "dq", "sum_rows"]
+    for problem in (spec(64, 8192, B=64), spec(64, 300)):
+        step = plan_backward(problem, needs, device).step("dq")
+        assert step is not None and step.splits == 1
