@@ -52,6 +52,27 @@ def test_recipes() -> None:
     assert names["lse"].shape == (2, 8, 1024) and torch.isfinite(names["lse"]).all()
 
 
+def test_where_dq_is_added_up_on_hopper() -> None:
+    """The table of docs/backends.md is what the plan does, at the number of keys and one below it."""
+    page = (ROOT / "docs" / "backends.md").read_text()
+    rows = re.findall(r"^\| (?:up to (\d+)|above) \| ([\d,]+|never)(?: keys)? \| ([\d,]+|never) \| ([\d,]+|never) \|$", page, re.MULTILINE)
+    assert len(rows) == 4
+
+    def added(d: int, keys: int, kind: int) -> bool:
+        q, k = (torch.empty(2, n, 2, d, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (2048, keys))
+        options = [{}, {"causal": True}, {"bias": torch.empty(2048, keys, dtype=torch.bfloat16, device="meta")}][kind]
+        found = triflash.explain(q, k, k, **options, deterministic=False, device="h200")
+        return any("dqdkdv" in launch for launch in found.launches)
+
+    for dim, *limits in rows:
+        for kind, limit in enumerate(limits):
+            if limit == "never":
+                assert not added(256, 8192, kind)
+            else:
+                keys = int(limit.replace(",", ""))
+                assert added(int(dim), keys, kind) and not added(int(dim), keys - 1, kind), (dim, kind)
+
+
 PROGRAM_AND_OUTPUT = re.compile(
     r"```python\n(.*?)```\n(?:\n((?:    [^\n]*\n)+))?", re.DOTALL
 )  # an indented block right behind it is what it prints

@@ -71,15 +71,15 @@ class BoundCall:
             room.give(x)
         q = self.given[0]
         assert q is not None
-        wide = torch.float64 if spec.dtype == "fp64" else torch.float32
+        sum_dtype = torch.float64 if spec.dtype == "fp64" else torch.float32
         out = torch.empty((spec.batch, spec.queries, spec.heads, spec.value_dim), dtype=q.dtype, device="meta")
         rows = (spec.batch, spec.heads, spec.queries)
         room.result("out", form.out_of(out))
         if alone:
-            lse = room.new("lse", rows, wide)
+            lse = room.new("lse", rows, sum_dtype)
             rest = room.new("rest of lse", rows, torch.float32) if spec.keeps_rest else None
         else:
-            lse = torch.empty(rows, dtype=wide, device="meta")
+            lse = torch.empty(rows, dtype=sum_dtype, device="meta")
             rest = torch.empty(rows, dtype=torch.float32, device="meta") if spec.keeps_rest else None
             room.result("lse", form.lse_of(lse))
             if rest is not None:
@@ -98,7 +98,7 @@ class BoundCall:
                 (out,) = results
                 assert out is not None
                 lost = out.new_empty(rows, dtype=torch.float32) if spec.keeps_rest else None
-                saved = Saved(form.rows("out", out), out.new_empty(rows, dtype=wide), lost)
+                saved = Saved(form.rows("out", out), out.new_empty(rows, dtype=sum_dtype), lost)
             else:
                 saved = self.saved(results)
             launch.run_forward(plan, spec, form.operands(tensors[:count]), saved)
@@ -237,10 +237,10 @@ def _leaves_no_gaps(x: Tensor) -> bool:
 
 def _mention_tiled(room: Described, spec: AttentionSpec, grads: Gradients) -> None:
     """What the backward pass in PyTorch allocates beside its results."""
-    rows, wide = spec.batch * spec.heads * spec.queries, 8 if spec.dtype == "fp64" else 4
-    room.mention("delta", rows * wide)
+    rows, itemsize = spec.batch * spec.heads * spec.queries, 8 if spec.dtype == "fp64" else 4
+    room.mention("delta", rows * itemsize)
     if grads.dsink is not None:
-        room.mention("probabilities of the sink", rows * wide)
+        room.mention("probabilities of the sink", rows * itemsize)
     for name, grad in (("dq", grads.dq), ("dbias", grads.dbias), ("dsecond", grads.dsecond)):
         if grad is not None and grad.dtype in (torch.float16, torch.bfloat16):
             room.mention(f"float32 sum of {name}", grad.numel() * 4)
