@@ -169,6 +169,23 @@ def test_the_reference_names_what_programs_import() -> None:
         assert there is here, path
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "results").iterdir()), ids=lambda path: path.name)
+def test_every_record_names_its_commit(path: Path) -> None:
+    """Figures on pages link to a record, or name the commit themselves."""
+    text = (path / "README.md" if path.is_dir() else path).read_text()
+    assert re.search(r"commit ([0-9a-f]{7,40})\b", text), path
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/features.md", "docs/integrations.md", "docs/performance.md", "docs/how-it-works.md", "docs/biases.md"]
+)
+def test_pages_with_figures_name_commits_or_records(page: str) -> None:
+    """Every section with a speed or a time in it."""
+    for section in re.split(r"^## ", (ROOT / page).read_text(), flags=re.MULTILINE):
+        if re.search(r"TFLOP/s|\d µs|\d ms\b|tokens a second", section):
+            assert re.search(r"commit [0-9a-f]{7}|\]\((\.\./)?(docs/)?results/", section), section[:80]
+
+
 def test_the_site_has_every_page() -> None:
     """In its menu, but for the results, which their own page lists."""
     menu = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)) - {"index.md"}
