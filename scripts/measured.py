@@ -4,8 +4,9 @@ Imports nothing of the package, so that the site is built without PyTorch.
 
 On a page of docs/ stands a comment, which GitHub does not show and the site replaces:
 
-    <!-- measured: results/2026-11-26-h200/no-bias.json fwd plot -->    lines over length, where it was measured at several
+    <!-- measured: results/2026-11-26-h200/no-bias.json fwd plot -->    TFLOP/s over length, where it was measured at several
     <!-- measured: results/2026-11-26-h200/bias.json bwd -->            a table of TFLOP/s; ``memory``: of peak memory
+    <!-- measured: … bwd memory-plot -->                                peak memory over length
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from svg import lines_over_length
 
 __all__ = ["MARK", "Recorded"]
 
-MARK = re.compile(r"<!-- measured: (\S+\.json) (\w+)(?: (memory|plot))? -->")
+MARK = re.compile(r"<!-- measured: (\S+\.json) (\w+)(?: (memory|plot|memory-plot))? -->")
 WORDS = {
     "triflash": "triflash", "sdpa-cudnn": "cuDNN", "sdpa-efficient": "memory-efficient", "sdpa-flash": "FlashAttention-2",
     "flex": "FlexAttention", "fa4": "FlashAttention-4", "dense": "plain PyTorch", "chunked": "in chunks", "torch-varlen": "varlen_attn",
@@ -69,10 +70,13 @@ class Recorded:
         unit = "peak memory beyond inputs and results, MiB" if memory else "TFLOP/s"
         return "\n".join([f"{PASSES[which]}, {unit}; bold: the best of a row.", "", *lines, "", f"{self.source}."])
 
-    def plot(self, which: str) -> str:
-        """SVG: TFLOP/s over length, a panel for each head dim under the mask that most problems have, causal where there is a choice."""
+    def plot(self, which: str, memory: bool = False) -> str:
+        """SVG: TFLOP/s, or with ``memory`` peak memory, over length; a panel for each head dim. Where there is a choice, of causal problems
+        and of those with the bias's gradient.
+        """
         mask = "causal" if any(cell["mask"] == "causal" for cell in self.cells) else "full"
-        cells = [cell for cell in self.cells if cell["mask"] == mask]
+        trained = any(cell["workload"]["dbias"] for cell in self.cells)
+        cells = [cell for cell in self.cells if cell["mask"] == mask and cell["workload"]["dbias"] >= trained]
         lengths = sorted({cell["workload"]["keys"] for cell in cells})
         names = self.providers(which)
         panels: dict[str, dict[str, list[float | None]]] = {}
@@ -80,9 +84,10 @@ class Recorded:
             panel = panels.setdefault(f"d {cell['workload']['head_dim']}, {mask}", {})
             for name in names:
                 row = panel.setdefault(WORDS.get(name, name), [None] * len(lengths))
-                row[lengths.index(cell["workload"]["keys"])] = self.value(cell, name, which)
-        return lines_over_length(f"{PASSES[which]}: {self.source}", "TFLOP/s", lengths, panels, [WORDS.get(n, n) for n in names])
+                row[lengths.index(cell["workload"]["keys"])] = self.value(cell, name, which, memory)
+        title, unit = self.caption(which, memory), "MiB" if memory else "TFLOP/s"
+        return lines_over_length(title, unit, lengths, panels, [WORDS.get(n, n) for n in names], log=memory)
 
-    def caption(self, which: str) -> str:
+    def caption(self, which: str, memory: bool = False) -> str:
         """What stands below a plot."""
-        return f"{PASSES[which]}. {self.source}."
+        return f"{PASSES[which]}{', peak memory beyond inputs and results' if memory else ''}. {self.source}."

@@ -43,21 +43,23 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, RENAMED.get(name, name), content=(ROOT / name).read_text()))
     for page in (ROOT / "docs").glob("*.md"):
         for path, which, what in MARK.findall(page.read_text()):
-            if what == "plot":
-                files.append(File.generated(config, _drawing(path, which), content=Recorded(ROOT / "docs" / path).plot(which)))
+            if what.endswith("plot"):
+                drawn = Recorded(ROOT / "docs" / path).plot(which, memory=what == "memory-plot")
+                files.append(File.generated(config, _drawing(path, which, what), content=drawn))
     return files
 
 
-def _drawing(path: str, which: str) -> str:
-    return f"{path.removesuffix('.json')}-{which}.svg"
+def _drawing(path: str, which: str, what: str) -> str:
+    return f"{path.removesuffix('.json')}-{which}-{what}.svg"
 
 
 def _measured(match: re.Match[str]) -> str:
     """What a page shows of a recorded run in place of its comment."""
     path, which, what = match.groups()
     recorded = Recorded(ROOT / "docs" / path)
-    if what == "plot":
-        return f"![{recorded.caption(which)}]({_drawing(path, which)})\n\n{recorded.caption(which)}"
+    if what and what.endswith("plot"):
+        caption = recorded.caption(which, memory=what == "memory-plot")
+        return f"![{caption}]({_drawing(path, which, what)})\n\n{caption}"
     return recorded.table(which, memory=what == "memory")
 
 

@@ -57,6 +57,16 @@ def test_numbers_are_those_of_the_bench(page: str, path: str, which: str, what: 
                 assert float(value.strip("*").replace(",", "")) == pytest.approx(float(words.split()[0].replace(",", "")), abs=0.51)
 
 
+def test_memory_over_length() -> None:
+    """A point for each provider's peak memory, on an axis of powers of two."""
+    recorded = Recorded(ROOT / "docs" / MARKED[0][1])
+    drawn = recorded.plot("bwd", memory=True)
+    known = [row for row in recorded.rows if row["which"] == "bwd" and row["status"] == "ok" and row["peak_bytes"] is not None]
+    drawn_cells = {cell["key"] for cell in recorded.cells if cell["mask"] == "causal" and cell["workload"]["dbias"]}
+    points = sum(row["cell"] in drawn_cells for row in known)
+    assert points == 6 and drawn.count("<circle") == points and "peak memory" in drawn and ">MiB<" in drawn
+
+
 def test_a_run_without_a_commit_is_no_figure(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("# Numbers from somewhere\n")
     (tmp_path / "run.json").write_text((ROOT / "docs" / MARKED[0][1]).read_text())
