@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import triflash
+from triflash import distributed
 from triflash.compat import evoformer, flash_attn, sdpa, torch_varlen, xformers
 from triflash.integrations import transformers
 from triflash.triton_flash_attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
@@ -21,6 +22,14 @@ def dense(q: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
 def packed(rows: Tensor, cu: Tensor, bias: Tensor) -> Tensor:
     out: Tensor = triflash.attention_varlen(rows, rows, rows, cu, bias=bias, bias_layout="keys")
     return out
+
+
+def spread(x: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
+    own = distributed.shard(x, 1, group)
+    at: Tensor = distributed.positions(x.shape[1], group)
+    out: Tensor = distributed.context_parallel_attention(own, own, own, group=group, method="ring", causal=True)
+    part, lse = distributed.context_parallel_attention(out, own, own, group=group, return_lse=True)
+    return distributed.unshard(part, 1, group, length=x.shape[1]) + at.sum(), lse
 
 
 def relative(heads: int) -> Tensor:

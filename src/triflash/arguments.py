@@ -41,6 +41,7 @@ __all__ = [
     "Options",
     "VarlenGiven",
     "VarlenOptions",
+    "band_of",
     "check_sequences",
     "checked",
     "checked_varlen",
@@ -151,7 +152,7 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
         batch, sizes = _check_inputs(q, k, v)
     M, N, H = sizes["M"], sizes.get("N", sizes["M"]), sizes["H"]
     softmax_scale = check_scale(face.scale, scale, sizes["D"])
-    lo, hi = _band(causal, window).offsets(M, N)
+    lo, hi = band_of(causal, window).offsets(M, N)
     _check_bias_and_mask(q, bias, mask, (*batch, H, M, N))
     check_bias(second, q, (*batch, H, M, N), "bias[1]")
     cap = 0.0 if softcap is None else check_number("softcap", softcap, 0.0, math.inf, "a positive number, or None (or 0) for none")
@@ -269,7 +270,7 @@ def checked_varlen(given: VarlenGiven, options: VarlenOptions) -> CheckedVarlen:
     elif q.dtype == torch.float32 and not torch.compiler.is_compiling():
         precision = resolve_precision("")
     return CheckedVarlen(
-        _band(causal, window), check_scale("scale", scale, sizes["D"]), cap, chance, deterministic, precision or "",
+        band_of(causal, window), check_scale("scale", scale, sizes["D"]), cap, chance, deterministic, precision or "",
         backend or requested_backend(), bias_layout, mask_layout, longest_q, longest_k,
     )  # fmt: skip
 
@@ -363,7 +364,7 @@ def _check_inputs(q: Any, k: Any, v: Any) -> tuple[tuple[int, ...], dict[str, in
     return tuple(q.shape[:-3]), sizes
 
 
-def _band(causal: Any, window: Any) -> Band:
+def band_of(causal: Any, window: Any) -> Band:
     """Of causal and window together."""
     if causal != "top_left" and not isinstance(causal, bool):
         raise bad_type("causal", "True, False or 'top_left'", repr(causal))

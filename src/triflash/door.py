@@ -30,7 +30,7 @@ from .plan.device import DeviceFacts
 from .plan.select import requested_backend_soon
 from .spec import resolve_precision, spec_of
 
-__all__ = ["attend", "attend_varlen", "bind", "bind_sequences", "varlen_options"]
+__all__ = ["attend", "attend_varlen", "bind", "bind_sequences", "casting", "varlen_options"]
 
 _PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they look like
 _SEED = meta((2,), (1,), torch.int64)
@@ -191,7 +191,7 @@ def _varlen_by_operators(given: tuple[Any, ...], options: tuple[Any, ...], retur
 
 
 def _autocasted_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
-    with _casting(given) as cast:
+    with casting(given) as cast:
         return attend_varlen((*cast, *given[3:]), options, return_lse)
 
 
@@ -279,12 +279,12 @@ def _refuse_tangents(given: tuple[Any, ...], names: tuple[str, ...] = Given._fie
 
 def _autocasted(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     """Under autocast q, k and v are of its dtype, as those of SDPA; bias, sink and slopes keep theirs. Casts are differentiable."""
-    with _casting(given) as cast:
+    with casting(given) as cast:
         return attend(face, (*cast, *given[3:]), options, return_lse)
 
 
 @contextmanager
-def _casting(given: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+def casting(given: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     """q, k and v in autocast's dtype, for a call in the block, in which there is none."""
     device = given[0].device.type
     dtype = torch.get_autocast_dtype(device)

@@ -80,6 +80,7 @@ _VARLEN_HINTS = {
 # What each function takes by position.
 _BY_POSITION = {
     "attention": ("q", "k", "v"),
+    "context_parallel_attention": ("q", "k", "v"),
     "attention_varlen": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
 }
 

@@ -1,0 +1,374 @@
+"""Context parallelism: values and gradients of what each rank computes are those of attention on the gathered tensors; 2, 3 and 4 processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import triflash
+from triflash import oracle
+from triflash.cli.bench.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, Judgement, assert_close
+
+pytestmark = [
+    pytest.mark.unpoisoned,
+    pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
+]
+
+PAGE = Path(__file__).parent.parent / "docs" / "distributed.md"
+METHODS = ("allgather", "ulysses", "ring")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. shapes: of the gathered tensors. by_rows: those of bias, second and mask that are spread with the queries."""
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]
+    options: dict[str, Any] = field(default_factory=dict)
+    orders: tuple[str, ...] = ("zigzag",)
+    methods: tuple[str, ...] = METHODS
+    lse: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)  # of the distributed call alone
+
+
+def qkv(
+    M: int,
+    N: int,
+    H: int = 4,
+    Hk: int | None = None,
+    D: int = 4,
+    Dv: int | None = None,
+    batch: tuple[int, ...] = (2,),
+    **more: tuple[int, ...],
+) -> dict[str, tuple[int, ...]]:
+    Hk, Dv = Hk or H, Dv or D
+    return {"q": (*batch, M, H, D), "k": (*batch, N, Hk, D), "v": (*batch, N, Hk, Dv), **more}
+
+
+BOTH = ("zigzag", "contiguous")
+CASES = [
+    Case("plain", qkv(16, 16), orders=BOTH),
+    Case("causal", qkv(16, 16), {"causal": True}, BOTH, lse=True),
+    Case("causal, uneven, other lengths", qkv(13, 19, 4, 2, Dv=3), {"causal": True}, BOTH, lse=True),
+    Case("fewer keys than queries", qkv(17, 6), {"causal": True}, BOTH, lse=True),
+    Case("empty shares", qkv(3, 5), {"causal": True}, BOTH),
+    Case("top left", qkv(11, 18), {"causal": "top_left"}),
+    Case("windows", qkv(23, 23, 4, 1), {"window": (5, 2)}, BOTH, lse=True),
+    Case("a causal window", qkv(24, 24), {"window": (3, None), "causal": True}),
+    Case("bias, a sink, a soft cap", qkv(14, 15, bias=(4, 14, 15), sink=(4,)), {"causal": True, "softcap": 5.0}, BOTH, lse=True),
+    Case("bias of all heads", qkv(12, 12, bias=(2, 1, 12, 12), sink=(4,)), {"window": (4, 4)}),
+    Case("bias of keys", qkv(12, 13, bias=(2, 1, 1, 13)), {"causal": True}, BOTH),
+    Case("bias of queries", qkv(12, 13, bias=(4, 12, 1)), {"causal": True}),
+    Case("bias of heads and keys", qkv(12, 13, bias=(4, 1, 13), mask=(2, 1, 12, 13))),
+    Case("two biases", qkv(12, 13, bias=(4, 12, 13), second=(2, 1, 1, 13), sink=(4,)), {"causal": True}, lse=True),
+    Case("a mask", qkv(12, 13, mask=(12, 13))),
+    Case("a mask of keys and lengths", qkv(12, 13, mask=(2, 1, 1, 13), key_lengths=(2,)), {"causal": True}, BOTH),
+    Case("lengths", qkv(12, 17, 4, 2, key_lengths=(2,)), lse=True),
+    Case("ALiBi, causal", qkv(16, 16, alibi_slopes=(4,)), {"causal": True}, BOTH, lse=True),
+    Case("ALiBi both ways", qkv(13, 17, alibi_slopes=(2, 4)), {}, BOTH, lse=True),
+    Case("ALiBi, a window, a bias, fewer keys", qkv(17, 11, bias=(4, 17, 11), alibi_slopes=(4,)), {"window": (6, 3)}, BOTH),
+    Case("ALiBi, a mask alone, a sink", qkv(10, 12, mask=(10, 12), alibi_slopes=(4,), sink=(4,)), {}),
+    Case("heads first", {"q": (2, 4, 10, 4), "k": (2, 2, 12, 4), "v": (2, 2, 12, 4), "bias": (4, 10, 12)}, {"layout": "bhsd", "causal": True}),
+    Case("two batch dims", qkv(10, 12, batch=(2, 3), bias=(2, 1, 4, 10, 12)), {"causal": True}, lse=True),
+    Case("one row", qkv(1, 9, bias=(4, 1, 9)), {"causal": True}, ("contiguous",)),
+    Case("chunks of heads", qkv(10, 12, 8, 4, bias=(2, 8, 10, 12), sink=(8,), alibi_slopes=(8,)), {"causal": True}, methods=("allgather",), lse=True, extra={"head_chunks": 3}),
+    Case("chunks of heads that share a bias", qkv(10, 12, 8, 4, bias=(10, 12)), {"causal": True}, methods=("allgather",), extra={"head_chunks": 2}),
+    Case("one key head", qkv(10, 12, 12, 1), {"causal": True}),
+    Case("key heads that no rank divides", qkv(10, 12, 12, 6, bias=(12, 10, 12), mask=(2, 1, 10, 12), sink=(12,)), {"causal": True}, BOTH),
+    Case("heads that share a bias", qkv(10, 12, 12, 2, bias=(10, 12), second=(12, 1, 12), alibi_slopes=(12,)), {"causal": True}, ("zigzag",), ("ulysses",)),
+    Case("deterministic", qkv(10, 13, bias=(1, 1, 1, 13), sink=(4,)), {"causal": True, "deterministic": True}),
+]  # fmt: skip
+
+
+def made(name: str, shape: tuple[int, ...], keys: int, dtype: torch.dtype) -> Tensor:
+    if name == "mask":
+        return torch.rand(shape) > 0.3
+    if name == "key_lengths":
+        return torch.randint(0, keys + 1, shape)
+    x = torch.randn(shape, dtype=torch.float64)
+    return (x.abs() if name == "alibi_slopes" else x).to(dtype)
+
+
+def rows_of(name: str, case: Case) -> int | None:
+    """The dim of a tensor that is spread over the group."""
+    heads_first = case.options.get("layout") == "bhsd"
+    if name in ("q", "k", "v"):
+        return len(case.shapes[name]) - (2 if heads_first else 3)
+    M = case.shapes["q"][-2 if heads_first else -3]
+    if name in ("bias", "second", "mask") and case.shapes[name][-2] == M != 1:
+        return len(case.shapes[name]) - 2
+    return None
+
+
+def call_of(function: Any, tensors: dict[str, Tensor], **options: Any) -> Any:
+    given = dict(tensors)
+    if "second" in given:
+        given["bias"] = (given["bias"], given.pop("second"))
+    q, k, v = (given.pop(name) for name in "qkv")
+    return function(q, k, v, **given, **options)
+
+
+def check(case: Case, method: str, order: str, known: bool) -> None:
+    from triflash.distributed import context_parallel_attention, shard, unshard
+
+    group = dist.group.WORLD
+    torch.manual_seed(len(case.name))
+    at = -2 if case.options.get("layout") == "bhsd" else -3
+    M, N = case.shapes["q"][at], case.shapes["k"][at]
+    whole = {name: made(name, shape, N, torch.float64) for name, shape in case.shapes.items()}
+    learned = [name for name, x in whole.items() if x.is_floating_point() and name != "alibi_slopes"]
+    parts = {}
+    for name, x in whole.items():
+        dim = rows_of(name, case)
+        parts[name] = (x.clone() if dim is None else shard(x, dim, group, order)).requires_grad_(name in learned)
+        x.requires_grad_(name in learned)
+    lengths = {"length": M, "key_length": N} if known else {}
+    where = f"{case.name}, {method}, {order}"
+    results = call_of(
+        context_parallel_attention,
+        parts,
+        group=group,
+        method=method,
+        order=order,
+        return_lse=case.lse,
+        **case.options,
+        **case.extra,
+        **lengths,
+    )
+    expected = call_of(triflash.attention, whole, return_lse=case.lse, **case.options)
+    if not case.lse:
+        results, expected = (results,), (expected,)
+    cotangents = [torch.randn_like(x) for x in expected]
+    dims = [len(expected[0].shape) + at, len(expected[0].shape) - 2]
+    torch.autograd.backward(expected, cotangents)
+    torch.autograd.backward(results, [shard(x, dim, group, order) for x, dim in zip(cotangents, dims, strict=False)])
+    for result, reference, dim in zip(results, expected, dims, strict=False):
+        own = shard(reference.detach(), dim, group, order)
+        torch.testing.assert_close(result.detach(), own, rtol=1e-10, atol=1e-10, msg=lambda text: f"{where}: {text}")
+        assert torch.equal(unshard(own, dim, group, order, reference.shape[dim] if known else None), reference.detach())
+    for name in learned:
+        dim = rows_of(name, case)
+        reference = whole[name].grad if dim is None else shard(whole[name].grad, dim, group, order)
+        torch.testing.assert_close(
+            parts[name].grad, reference, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{where}, d{name}: {text}"
+        )
+
+
+def check_rounded(method: str, dtype: torch.dtype, world: int) -> None:
+    """In 16 and 32 bits, by the rule of tolerance: no further from the float64 oracle than the formula in plain PyTorch, within its factors."""
+    from triflash.distributed import context_parallel_attention, shard, unshard
+
+    group, order = dist.group.WORLD, "zigzag"
+    torch.manual_seed(5)
+    M, H = 61, 2 * world
+    shapes = {"q": (2, M, H, 16), "k": (2, M, world, 16), "v": (2, M, world, 16), "bias": (H, M, M), "sink": (H,)}
+    whole = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    dout = torch.randn(2, M, H, 16).to(dtype)
+
+    def dense(to: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = {
+            name: x.detach().clone().to(torch.float64 if to == torch.float64 else dtype).requires_grad_() for name, x in whole.items()
+        }
+        out, _ = oracle.attention(**leaves, hi=0, dtype=to)
+        return (out.detach(), *torch.autograd.grad(out, list(leaves.values()), dout.to(to)))
+
+    exact, plain = dense(torch.float64), dense(dtype)
+    dims = {"q": 1, "k": 1, "v": 1, "bias": 1}
+    parts = {name: (shard(x, dims[name], group, order) if name in dims else x.clone()).requires_grad_() for name, x in whole.items()}
+    out = call_of(context_parallel_attention, parts, group=group, method=method, order=order, causal=True)
+    out.backward(shard(dout, 1, group, order))
+    found = [unshard(out.detach(), 1, group, order)]
+    for name, x in parts.items():
+        assert x.grad is not None and x.grad.dtype == dtype, (name, method, x.grad, dtype)
+        found.append(unshard(x.grad, dims[name], group, order) if name in dims else x.grad)
+    for name, result, reference, yardstick in zip(("out", *(f"d{name}" for name in parts)), found, exact, plain, strict=True):
+        factor = OUTPUT_FACTOR if name == "out" else GRADIENT_FACTOR
+        assert_close(f"{method}, {dtype}, {name}", result, Judgement(reference, yardstick, factor, dtype, 1e-6))
+
+
+def check_kernels(method: str) -> None:
+    """Parts are calls like any other: of the backend that was asked for, with its own words for what it cannot do."""
+    from triflash.distributed import context_parallel_attention
+
+    q = torch.randn(1, 3, 2, 4, requires_grad=True)
+    for backend in ("tiled", "oracle"):
+        if (method, backend) == ("ring", "oracle"):
+            with pytest.raises(triflash.UnsupportedError, match=r"^method='ring'.*'oracle'; method='allgather'"):
+                context_parallel_attention(q, q, q, group=dist.group.WORLD, method=method, backend=backend)
+            continue
+        with triflash.record_launches() as ran:
+            context_parallel_attention(q, q, q, group=dist.group.WORLD, method=method, backend=backend).sum().backward()
+        assert set(ran) == {f"{backend}: forward", f"{backend}: backward"}, ran
+    (grad,) = torch.autograd.grad(
+        context_parallel_attention(q, q, q, group=dist.group.WORLD, method=method).square().sum(), q, create_graph=True
+    )
+    with pytest.raises(triflash.UnsupportedError, match="second derivative"):
+        grad.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert context_parallel_attention(q, q, q, group=dist.group.WORLD, method=method).dtype == torch.bfloat16
+
+
+def check_errors(rank: int, world: int) -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from triflash.distributed import context_parallel_attention, positions, shard, unshard
+
+    group = dist.group.WORLD
+    q = torch.randn(2, 4, 3, 4)
+
+    def run(*given: Tensor, **options: Any) -> Any:
+        return context_parallel_attention(*(given or (q, q, q)), **{"group": group, **options})
+
+    wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (ValueError, r"^method: wanted one of allgather, ulysses, ring, got 'gather'", {"method": "gather"}),
+        (ValueError, r"^order: wanted one of zigzag, contiguous, got 'zig'", {"order": "zig"}),
+        (TypeError, r"^group: wanted a ProcessGroup, a DeviceMesh of one dim.*got None.*WORLD", {"group": None}),
+        (TypeError, r"^group: wanted a ProcessGroup.*got str", {"group": "WORLD"}),
+        (TypeError, r"^head_chunks: wanted an integer", {"head_chunks": 1.0}),
+        (ValueError, r"^head_chunks: wanted an integer from 1 up", {"head_chunks": 0}),
+        (ValueError, r"^programs: wanted an integer from 1 up", {"programs": -1}),
+        (TypeError, r"^length: wanted an integer, got str", {"length": "8"}),
+        (ValueError, rf"^q: wanted \d+ rows on rank {rank} of 2, its zigzag share of length=11, got 4", {"length": 11}),
+        (ValueError, rf"^k: wanted \d+ rows on rank {rank} of 2, its zigzag share of key_length=11, got 4", {"key_length": 11}),
+        (ValueError, r"^bias: wanted .*M=4, N=8.*got \(4, 4\)", {"bias": torch.zeros(4, 4)}),
+        (triflash.UnsupportedError, r"^method='ulysses' with 3 query heads on 2 ranks.*method='allgather' and", {"method": "ulysses"}),
+        (TypeError, r"^is_causal: wanted an argument of context_parallel_attention .*causal='top_left'", {"is_causal": True}),
+        (TypeError, r"^return_lse", {"return_lse": 1}),
+    ]  # fmt: skip
+    for kind, words, options in wrong:
+        with pytest.raises(kind, match=words):
+            run(**options)
+    with pytest.raises(TypeError, match=r"^context_parallel_attention: wanted q, k and v by position, got 4"):
+        run(q, q, q, q)
+    with pytest.raises(ValueError, match=r"^q: wanted 4 dims or more"):
+        run(q[0], q, q)
+    with pytest.raises(ValueError, match=r"^q: wanted 3 rows on rank 0 of 2, its contiguous share of 7, got 4; the ranks hold \[4, 3\]"):
+        run(*[q[:, : 4 - rank]] * 3, order="contiguous")
+    with pytest.raises(ValueError, match=r"^k: wanted"):
+        run(q, q[..., :3], q)
+    with pytest.raises(ValueError, match=r"^dim: wanted one of the 4 dims"):
+        shard(q, 4, group)
+    with pytest.raises(ValueError, match=rf"^x: wanted 5 rows on rank {rank} of 2"):
+        unshard(q, 1, group, length=10)
+    with pytest.raises(ValueError, match="^length: wanted an integer from 0 up"):
+        positions(-1, group)
+    mesh = DeviceMesh("cpu", torch.arange(world), mesh_dim_names=("cp",))
+    for same in (mesh, mesh["cp"], (mesh, 0), (mesh, "cp")):
+        torch.testing.assert_close(run(group=same), run(), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="^group: wanted a DeviceMesh of one dim, got one of 2"):
+        run(group=DeviceMesh("cpu", torch.arange(world).view(1, world)))
+    alone = [dist.new_group([n]) for n in range(world)]
+    with pytest.raises(ValueError, match="^group: wanted a group that this process is in"):
+        run(group=alone[1 - rank])
+    for method in METHODS:  # a group of one
+        torch.testing.assert_close(run(group=alone[rank], method=method, causal=True), triflash.attention(q, q, q, causal=True))
+
+
+def check_shares(rank: int, world: int) -> None:
+    from triflash.distributed import positions, shard, unshard
+
+    group = dist.group.WORLD
+    for order in ("zigzag", "contiguous"):
+        for length in (0, 1, 2 * world, 2 * world + 3, 29):
+            own = positions(length, group, order)
+            ends = [c * length // (2 * world) for c in range(2 * world + 1)]
+            chunks = [rank, 2 * world - 1 - rank]
+            if order == "contiguous":
+                ends, chunks = [c * length // world for c in range(world + 1)], [rank]
+            assert own.tolist() == [i for c in chunks for i in range(ends[c], ends[c + 1])], (order, length)
+            x = torch.randn(2, length, dtype=torch.float64, generator=torch.Generator().manual_seed(length)).requires_grad_()
+            part = shard(x, -1, group, order)
+            assert torch.equal(part, x[:, own])
+            whole = unshard(part, 1, group, order, length if length % 2 else None)
+            assert torch.equal(whole, x)
+            weights = torch.arange(2.0 * length, dtype=torch.float64).view(2, length)
+            (grad,) = torch.autograd.grad((whole * weights).sum(), x)
+            expected = torch.zeros_like(weights)
+            expected[:, own] = weights[:, own]
+            assert torch.equal(grad, expected)  # unshard slices, shard scatters
+
+
+def begin(rank: int, world: int, store: str) -> None:
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+
+
+def page(rank: int, store: str) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(snippets) == 1
+    exec(compile(snippets[0], str(PAGE), "exec"), {})
+
+
+def table(world: int) -> None:
+    for n, case in enumerate(CASES):
+        for method in case.methods:
+            if method == "ulysses" and case.shapes["q"][-2 if "layout" not in case.options else -3] % world:
+                continue
+            for order in case.orders:
+                check(case, method, order, known=n % 2 == 0)
+
+
+def work(rank: int, world: int, store: str, what: str) -> None:
+    """What each process does."""
+    begin(rank, world, store)
+    try:
+        if what == "all":
+            table(world)
+            for method in METHODS:
+                for dtype in (torch.float32, torch.bfloat16):
+                    check_rounded(method, dtype, world)
+        elif what == "errors":
+            check_errors(rank, world)
+            for method in METHODS:
+                check_kernels(method)
+        elif what == "shares":
+            check_shares(rank, world)
+        else:
+            for n, case in enumerate(case for case in CASES if case.name in FIRST):
+                check(case, what, "zigzag", known=n == 0)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+FIRST = ("causal, uneven, other lengths", "bias, a sink, a soft cap", "bias of keys", "ALiBi, causal")
+
+
+def run(world: int, folder: Path, what: str) -> None:
+    """All processes. The first that fails ends the others, and its words come here. They are forked from one that has imported PyTorch."""
+    multiprocessing.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "triflash.distributed", "pytest"])
+    torch.multiprocessing.start_processes(work, (world, str(folder / "store"), what), nprocs=world, start_method="forkserver")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_of_each(method: str, tmp_path: Path) -> None:
+    run(2, tmp_path, method)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_equal_to_attention(world: int, tmp_path: Path) -> None:
+    run(world, tmp_path, "all")
+
+
+def test_errors_and_kernels(tmp_path: Path) -> None:
+    run(2, tmp_path, "errors")
+
+
+def test_the_page_runs_as_written(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(page, ("",), nprocs=1, start_method="forkserver")
+
+
+def test_shares(tmp_path: Path) -> None:
+    run(3, tmp_path, "shares")
