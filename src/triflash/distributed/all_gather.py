@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import tiles
-from .call import Call, Gradients, Saved, apart, computed, joined, over_group
+from .call import Call, Gradients, Saved, apart, computed, joined, over_group, parts_of
 from .chunks import share, shares
 from .group import added, all_gather, all_to_all, reduce_scatter, wait
 from .shares import arranged
@@ -46,7 +46,8 @@ class AllGather:
     def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Sequence[bool]) -> Gradients:
         q, k, v, x, result = saved
         parts = _head_chunks(call, q, k)
-        sums = Sums(call.problem, x, needs, len(parts) == 1)
+        sums = Sums(x, needs, len(parts) == 1, tiles_of(call.problem, call.rows, call.all_keys, x))
+        widths = [width for width, need in ((k.shape[3], needs[1]), (v.shape[3], needs[2])) if need]
         dqs: list[Tensor] = []
         sent: list[_Scattered] = []
         coming = _gather(call, k, v, parts[0][1])
@@ -58,8 +59,9 @@ class AllGather:
             some, part = x.heads(heads), Result(*(_heads_of(y, heads) for y in result))  # type: ignore[arg-type]
             todo = tiles_of(call.problem, call.rows, call.all_keys, some)
             q_part = q[:, :, heads]
-            dq = q_part.new_zeros(q_part.shape, dtype=q.dtype if once(todo) else wide(q.dtype)) if needs[0] else None
-            dk, dv = (y.new_zeros(y.shape, dtype=wide(y.dtype)) if need else None for need, y in ((needs[1], all_k), (needs[2], all_v)))
+            dq = q_part.new_empty(q_part.shape, dtype=q.dtype if once(todo) else wide(q.dtype)) if needs[0] else None
+            own_grads = all_k.new_empty((*all_k.shape[:3], sum(widths)), dtype=wide(k.dtype)) if widths else None
+            dk, dv = parts_of(own_grads, needs, k.shape[3])
             with call.at_work((more or at > 0) and call.group.size > 1):
                 tiles.backward(
                     call.problem, todo, q_part, all_k, all_v, some, part, dout[:, :, heads], None if dlse is None else dlse[:, heads],
@@ -68,15 +70,14 @@ class AllGather:
             del all_k, all_v
             if dq is not None:
                 dqs.append(dq.to(q.dtype))
-            grads = [y for y in (dk, dv) if y is not None]
-            if grads:
-                sent.append(_Scattered(call, torch.cat(grads, -1) if len(grads) > 1 else grads[0]))
+            if own_grads is not None:
+                sent.append(_Scattered(call, own_grads))
         tiles.sink_gradient(sums, x, result, dout, dlse)
         dk = dv = None
         if sent:
             both = [each.own() for each in sent]
             whole = torch.cat(both, 2) if len(both) > 1 else both[0]
-            dk, dv = (whole, None) if not needs[2] else (None, whole) if not needs[1] else apart(whole, k.shape[3])
+            dk, dv = parts_of(whole, needs, k.shape[3])
         dq = (torch.cat(dqs, 2) if len(dqs) > 1 else dqs[0]) if dqs else None
         return over_group(call, sums, dq, None if dk is None else dk.to(k.dtype), None if dv is None else dv.to(v.dtype))
 
@@ -129,13 +130,11 @@ class _Scattered:
             self.moving = grads
             return
         held = shares(keys, group.size, call.order)
-        most = max(held)
-        parts = []
+        stacked = grads.new_empty(group.size, grads.shape[0], max(held), *grads.shape[2:])
         for rank in range(group.size):
-            own = [grads[:, p.start : p.stop] for p in call.keys_of(rank)]
-            own.append(grads.new_zeros(grads.shape[0], most - held[rank], *grads.shape[2:]))
-            parts.append(torch.cat(own, 1))
-        stacked = torch.stack(parts)
+            for p in call.keys_of(rank):
+                stacked[rank, :, p.at : p.at + p.stop - p.start] = grads[:, p.start : p.stop]
+            stacked[rank, :, held[rank] :] = 0
         if call.in_order:
             self.moving = all_to_all(stacked, [1] * group.size, [1] * group.size, group)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from .chunks import Piece, pieces
 from .group import Group, all_reduce
 from .tiles import Extras, Merged, Problem, Result, Sums, Tile, once
 
-__all__ = ["Call", "Gradients", "Saved", "apart", "computed", "joined", "over_group"]
+__all__ = ["Call", "Gradients", "Saved", "apart", "computed", "joined", "over_group", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,15 @@ def joined(k: Tensor, v: Tensor) -> Tensor:
 def apart(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`joined`, for keys of so many dims; views."""
     return x[..., :width], x[..., width:]
+
+
+def parts_of(grads: Tensor | None, needs: Sequence[bool], width: int) -> tuple[Tensor | None, Tensor | None]:
+    """dk and dv of what holds those that are wanted."""
+    if grads is None:
+        return None, None
+    if needs[1] and needs[2]:
+        return apart(grads, width)
+    return (grads, None) if needs[1] else (None, grads)
 
 
 def over_group(call: Call, sums: Sums, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None) -> Gradients:

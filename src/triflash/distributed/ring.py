@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import unsupported
 from . import tiles
-from .call import Call, Gradients, Saved, apart, joined, over_group
+from .call import Call, Gradients, Saved, apart, joined, over_group, parts_of
 from .group import shift, wait
 from .tiles import Extras, Merged, Result, Sums, tiles_of, wide
 
@@ -45,8 +45,8 @@ class Ring:
     def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Sequence[bool]) -> Gradients:
         q, k, v, x, result = saved
         problem, size = call.problem, call.group.size
-        sums = Sums(problem, x, needs, heads_whole=True)
-        dq = q.new_zeros(q.shape, dtype=wide(q.dtype)) if needs[0] else None
+        sums = Sums(x, needs, heads_whole=True)
+        dq = q.new_empty(q.shape, dtype=wide(q.dtype)) if needs[0] else None
         both, width = joined(k, v), k.shape[3]
         wanted = [w for w, need in ((k.shape[3], needs[1]), (v.shape[3], needs[2])) if need]
         grads: Tensor | None = None  # of the keys at hand, by the ranks that they have seen
@@ -55,11 +55,11 @@ class Ring:
             source = (call.group.rank - step) % size
             coming = _sent(call, both, source) if step + 1 < size else None
             all_k, all_v = apart(both, width)
-            own = both.new_zeros((*both.shape[:3], sum(wanted)), dtype=wide(q.dtype)) if wanted else None
-            dk, dv = _parts(own, needs, width)
+            own = both.new_empty((*both.shape[:3], sum(wanted)), dtype=wide(q.dtype)) if wanted else None
+            dk, dv = parts_of(own, needs, width)
             with call.at_work(coming is not None or moving is not None):
                 todo = tiles_of(problem, call.rows, call.keys_of(source), x)
-                tiles.backward(problem, todo, q, all_k, all_v, x, result, dout, dlse, sums, dq, dk, dv)
+                tiles.backward(problem, todo, q, all_k, all_v, x, result, dout, dlse, sums, dq, dk, dv, more_rows=step > 0)
             if own is not None:
                 if moving is not None:
                     own += wait(moving, call.group).view(own.shape)
@@ -69,7 +69,7 @@ class Ring:
                 both = _received(call, coming, both, source)
         if moving is not None and grads is not None:
             grads = wait(moving, call.group).view(*k.shape[:3], sum(wanted))
-        dk, dv = _parts(grads, needs, width)
+        dk, dv = parts_of(grads, needs, width)
         tiles.sink_gradient(sums, x, result, dout, dlse)
         dq, dk, dv = (None if y is None else y.to(q.dtype) for y in (dq, dk, dv))
         return over_group(call, sums, dq, dk, dv)
@@ -80,14 +80,6 @@ def _refuse_oracle(call: Call) -> None:
         raise unsupported(
             "method='ring', whose backward pass needs an lse from outside", "oracle", "method='allgather' does it, and so does 'tiled'"
         )
-
-
-def _parts(grads: Tensor | None, needs: Sequence[bool], width: int) -> tuple[Tensor | None, Tensor | None]:
-    if grads is None:
-        return None, None
-    if needs[1] and needs[2]:
-        return apart(grads, width)
-    return (grads, None) if needs[1] else (None, grads)
 
 
 def _numbers(call: Call, like: Tensor, source: int) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import unsupported
 from ..lengths import comparable
-from ..ops import attention_backward, attention_backward_two, attention_forward
+from ..ops import attention_backward, attention_backward_, attention_backward_two, attention_forward
 from ..spec import keeps_rest
 from .chunks import Piece
 
@@ -367,21 +367,34 @@ def _seed(problem: Problem, x: Extras) -> Tensor | None:
 
 
 class Sums:
-    """The gradients of one rank, as tiles add to them. dk, dv: float32, of the keys at hand. None: not wanted.
+    """The gradients of one rank, as tiles add to them. None: not wanted.
 
-    exclusive: every element of a bias's gradient comes from one tile, and is written there in the bias's own dtype.
+    exclusive: every element of a bias's gradient comes from one tile, and is written there in the bias's own dtype. todo: the tiles, where
+    these are all; else more are to come.
     """
 
-    def __init__(self, problem: Problem, x: Extras, needs: Sequence[bool], heads_whole: bool) -> None:
+    def __init__(self, x: Extras, needs: Sequence[bool], heads_whole: bool, todo: Sequence[Tile] | None = None) -> None:
         self.needs = needs
         self.exclusive = all(
             y is None or (y.shape[3] > 1 and y.shape[4] > 1 and (y.shape[2] > 1 or heads_whole)) for y in (x.bias, x.second)
         )
         self.dbias, self.dsecond = (
-            y.new_zeros(y.shape, dtype=y.dtype if self.exclusive else wide(y.dtype)) if need and y is not None else None
-            for need, y in ((needs[3], x.bias), (needs[4], x.second))
+            self._new(y, todo) if need and y is not None else None for need, y in ((needs[3], x.bias), (needs[4], x.second))
         )
         self.dsink = x.sink.new_zeros(x.sink.shape, dtype=wide(x.sink.dtype)) if needs[5] and x.sink is not None else None
+
+    def _new(self, y: Tensor, todo: Sequence[Tile] | None) -> Tensor:
+        """Zeros, but for what tiles will write: a bias may be most of a GPU's memory."""
+        if not self.exclusive or todo is None or not once(todo):
+            return y.new_zeros(y.shape, dtype=y.dtype if self.exclusive else wide(y.dtype))
+        grad, at = y.new_empty(y.shape), 0
+        for tile in sorted(todo, key=lambda each: each.rows.start):
+            grad[:, :, :, at : tile.rows.start] = 0
+            grad[:, :, :, tile.rows, : tile.key] = 0
+            grad[:, :, :, tile.rows, tile.key + tile.width :] = 0
+            at = tile.rows.stop
+        grad[:, :, :, at:] = 0
+        return grad
 
     def heads(self, part: slice) -> Sums:
         """Those of some query heads; views."""
@@ -392,40 +405,77 @@ class Sums:
         return other
 
 
+def zeros_but(x: Tensor, parts: Sequence[slice]) -> Tensor:
+    """x, with zeros in dim 1 outside the parts."""
+    at = 0
+    for part in sorted(parts, key=lambda each: each.start):
+        if part.start > at:
+            x[:, at : part.start] = 0
+        at = max(at, part.stop)
+    if at < x.shape[1]:
+        x[:, at:] = 0
+    return x
+
+
 def backward(
     problem: Problem, tiles: Sequence[Tile], q: Tensor, k: Tensor, v: Tensor, x: Extras, result: Result, dout: Tensor,
-    dlse: Tensor | None, sums: Sums, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
+    dlse: Tensor | None, sums: Sums, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, more_rows: bool = False,
 ) -> None:  # fmt: skip
-    """Add the gradients of the tiles to dq (of q's dtype where no row has two tiles, else float32), dk, dv (float32) and the sums, less
-    that of the sink.
+    """Add the gradients of the tiles to the sums, less that of the sink, and fill dk and dv (float32) and dq (of q's dtype where no row has
+    two tiles, else float32). more_rows: dq has been begun, and is added to.
     """
-    for tile in tiles:
-        y = _inputs(problem, tile, q, k, v, x, sums.exclusive)
-        rows = tile.rows
-        lse, lost = result.lse[:, :, rows].contiguous(), q.new_empty(0, dtype=torch.float32)
-        if y.shift is not None:
-            lse, lost = _split(in_base_2(lse, _rows(result.rest, rows)) + y.shift, lse.dtype, True)
-        elif result.rest is not None:
-            lost = result.rest[:, :, rows].contiguous()
-        own_bias, own_second = (sums.dbias, sums.dsecond)
-        wants = [dq is not None, dk is not None, dv is not None, own_bias is not None]
-        dlse_rows = None if dlse is None else dlse[:, :, rows].contiguous()
-        saved = (dout[:, rows], dlse_rows, y.q, y.k, y.v, y.bias, result.out[:, rows], lse, lost)
-        more = (y.mask, y.key_lengths, y.slopes, None, _seed(problem, x), problem.softcap, problem.dropout_p, problem.deterministic)
-        if y.second is not None:
-            grads = attention_backward_two(*saved, *y.numbers, [*wants, False, own_second is not None], y.second, *more)
-        else:
-            grads = (*attention_backward(*saved, *y.numbers, [*wants, False], *more), None)
-        if dq is not None:
-            dq[:, rows] += grads[0]
-        if dk is not None:
-            dk[:, tile.keys] += grads[1]
-        if dv is not None:
-            dv[:, tile.keys] += grads[2]
-        for total, grad in ((own_bias, grads[3]), (own_second, grads[5])):
-            if total is not None:
-                part = part_of(total, tile)
+    tiles = sorted(tiles, key=lambda tile: (tile.keys.start - tile.keys.stop, tile.keys.start))  # the widest first, which fills most
+    single = once(tiles) and not more_rows
+    if dq is not None and not more_rows:
+        zeros_but(dq, [tile.rows for tile in tiles] if single else [])
+    for y in (dk, dv):
+        if y is not None:
+            zeros_but(y, [tile.keys for tile in tiles[:1]])
+    for n, tile in enumerate(tiles):
+        grads = _gradients(problem, tile, q, k, v, x, result, dout, dlse, sums, (dq is not None, dk is not None, dv is not None))
+        for total, part, grad, fresh in (
+            (dq, tile.rows, grads[0], single), (dk, tile.keys, grads[1], n == 0), (dv, tile.keys, grads[2], n == 0)
+        ):  # fmt: skip
+            if total is not None and grad is not None:
+                if fresh:
+                    total[:, part] = grad
+                else:
+                    total[:, part] += grad
+
+
+def _gradients(
+    problem: Problem, tile: Tile, q: Tensor, k: Tensor, v: Tensor, x: Extras, result: Result, dout: Tensor, dlse: Tensor | None,
+    sums: Sums, wants: tuple[bool, bool, bool],
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """Those of q, k and v of one tile; those of the biases are added to the sums."""
+    y = _inputs(problem, tile, q, k, v, x, sums.exclusive)
+    rows = tile.rows
+    lse, lost = result.lse[:, :, rows].contiguous(), q.new_empty(0, dtype=torch.float32)
+    if y.shift is not None:
+        lse, lost = _split(in_base_2(lse, _rows(result.rest, rows)) + y.shift, lse.dtype, True)
+    elif result.rest is not None:
+        lost = result.rest[:, :, rows].contiguous()
+    saved = (
+        dout[:, rows], None if dlse is None else dlse[:, :, rows].contiguous(), y.q, y.k, y.v, y.bias, result.out[:, rows], lse, lost,
+    )  # fmt: skip
+    more = (y.mask, y.key_lengths, y.slopes, None, _seed(problem, x), problem.softcap, problem.dropout_p, problem.deterministic)
+    if sums.exclusive and sums.dbias is not None and y.second is None:
+        own = [z.new_empty(z.shape) if want else None for z, want in zip((y.q, y.k, y.v), wants, strict=True)]
+        attention_backward_(*saved, *y.numbers, *own, part_of(sums.dbias, tile), *more)
+        return own
+    needs = [*wants, sums.dbias is not None, False]
+    if y.second is not None:
+        grads = attention_backward_two(*saved, *y.numbers, [*needs, sums.dsecond is not None], y.second, *more)
+    else:
+        grads = (*attention_backward(*saved, *y.numbers, needs, *more), None)
+    for total, grad in ((sums.dbias, grads[3]), (sums.dsecond, grads[5])):
+        if total is not None:
+            part = part_of(total, tile)
+            if sums.exclusive:
+                part.copy_(grad)
+            else:
                 part += grad
+    return grads[:3]
 
 
 def _rows(x: Tensor | None, rows: slice) -> Tensor | None:

@@ -43,9 +43,10 @@ class Ulysses:
         dout, *more = (each.whole() for each in sent)
         dlse = more[0].squeeze(-1).transpose(1, 2) if more else None
         by_heads = all(own or y is None for own, y in zip(call.by_heads, (x.bias, x.second), strict=True))
-        sums, todo = Sums(problem, x, needs, by_heads), _all_tiles(call, x)
-        dq = q.new_zeros(q.shape, dtype=q.dtype if once(todo) else wide(q.dtype)) if needs[0] else None
-        dk, dv = (y.new_zeros(y.shape, dtype=wide(y.dtype)) if need else None for need, y in ((needs[1], k), (needs[2], v)))
+        todo = _all_tiles(call, x)
+        sums = Sums(x, needs, by_heads, todo)
+        dq = q.new_empty(q.shape, dtype=q.dtype if once(todo) else wide(q.dtype)) if needs[0] else None
+        dk, dv = (y.new_empty(y.shape, dtype=wide(y.dtype)) if need else None for need, y in ((needs[1], k), (needs[2], v)))
         with call.at_work(False):
             tiles.backward(problem, todo, q, k, v, x, result, dout, dlse, sums, dq, dk, dv)
         tiles.sink_gradient(sums, x, result, dout, dlse)
