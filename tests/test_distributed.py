@@ -86,6 +86,8 @@ CASES = [
     Case("one key head", qkv(10, 12, 12, 1), {"causal": True}),
     Case("key heads that no rank divides", qkv(10, 12, 12, 6, bias=(12, 10, 12), mask=(2, 1, 10, 12), sink=(12,)), {"causal": True}, BOTH),
     Case("heads that share a bias", qkv(10, 12, 12, 2, bias=(10, 12), second=(12, 1, 12), alibi_slopes=(12,)), {"causal": True}, ("zigzag",), ("ulysses",)),
+    Case("dropout", qkv(21, 37, 4, 2), {"causal": True, "dropout_p": 0.4, "dropout_seed": 7}, BOTH),
+    Case("dropout, everything", qkv(33, 20, 12, 6, bias=(12, 33, 20), sink=(12,), alibi_slopes=(12,)), {"dropout_p": 0.2, "dropout_seed": -3}, extra={"head_chunks": 2}),
     Case("deterministic", qkv(10, 13, bias=(1, 1, 1, 13), sink=(4,)), {"causal": True, "deterministic": True}),
 ]  # fmt: skip
 

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from ..arguments import ATTENTION, Checked, Given, Options, band_of, checked, two_biases
-from ..checks import check_bool
+from ..checks import check_bool, seed_tensor
 from ..door import casting
-from ..errors import bad_type, bad_value, unsupported
+from ..errors import bad_type, bad_value
 from ..hints import not_ours
 from ..ops import differentiable_once
 from .all_gather import AllGather
 from .call import Call, Saved
 from .chunks import check_order, shares
-from .group import Group, exchange_numbers, resolve
+from .group import Group, all_gather, exchange_numbers, resolve, wait
 from .ring import Ring
 from .shares import check_length, check_shares
-from .tiles import Extras, Problem, Result
+from .tiles import Extras, Problem, Result, placed
 from .ulysses import Ulysses
 
 __all__ = ["context_parallel_attention"]
@@ -151,7 +151,7 @@ def context_parallel_attention(
 
     Raises:
         ValueError, TypeError: a wrong argument, named; shares that are not those of the lengths, named by rank.
-        UnsupportedError: heads that the group does not divide (ulysses), dropout, or what no backend can do.
+        UnsupportedError: heads that the group does not divide (ulysses), or what no backend can do.
         RuntimeError: a collective failed, because a process ended or hangs, within the group's time-out.
 
     Sources: Liu et al. 2023 (ring), Jacobs et al. 2023 (Ulysses).
@@ -204,20 +204,23 @@ def _attend(
     at = _rows_at(given, options)
     M, N, one_row = _lengths(given, group, order, lengths, at)
     settled = checked(ATTENTION, given._replace(k=_long(k, at, N), v=_long(v, at, N)), options)  # type: ignore[arg-type]
-    if settled.dropout_p:
-        raise unsupported(
-            "dropout under context parallelism",
-            "auto",
-            "use dropout_p=0 here; what is dropped follows a score's place, which a share does not know",
-        )
     form = settled.form
     x = form.operands((*given[:8], None, None, None, None, None, given.second_bias))
+    seed = _seed(given, group, x.q.shape[2]) if settled.dropout_p else None
     call = _call(settled, given, x, group, order, (M, N), one_row, head_chunks, programs, options)
     out, lse = _Attend.apply(
-        METHODS[method], call, x.q, x.k, x.v, x.bias, x.second_bias, x.sink, x.mask, x.key_lengths, x.alibi_slopes, None
+        METHODS[method], call, x.q, x.k, x.v, x.bias, x.second_bias, x.sink, x.mask, x.key_lengths, x.alibi_slopes, seed
     )
     out = form.out_of(out)
     return (out, form.lse_of(lse)) if return_lse else out
+
+
+def _seed(given: Given, group: Group, heads: int) -> Tensor:
+    """(seed, offset) and the place of a part; where the caller gave none, what rank 0 draws."""
+    seed = seed_tensor(given.dropout_seed, given.q.device)
+    if given.dropout_seed is None and group.size > 1:
+        seed = wait(all_gather(seed[None], group), group)[0]
+    return placed(seed, heads)
 
 
 def _refuse(given: Given) -> None:

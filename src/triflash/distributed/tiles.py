@@ -38,6 +38,7 @@ __all__ = [
     "forward",
     "keeps",
     "once",
+    "placed",
     "sink_gradient",
     "tiles_of",
     "wide",
@@ -47,7 +48,9 @@ LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 
 
 class Extras(NamedTuple):
-    """What there is beside q, k and v, as operators take it: with five dims, rows of this rank and all keys. None: absent."""
+    """What there is beside q, k and v, as operators take it: with five dims, rows of this rank and all keys; the seed in the form that
+    tells the place of a part (:func:`triflash.dropout.keep_mask`). None: absent.
+    """
 
     bias: Tensor | None = None
     second: Tensor | None = None
@@ -62,7 +65,8 @@ class Extras(NamedTuple):
         bias, second, mask = (x if x is None or x.shape[2] == 1 else x[:, :, part] for x in (self.bias, self.second, self.mask))
         sink = None if self.sink is None else self.sink[part]
         slopes = None if self.slopes is None else self.slopes[:, part]
-        return self._replace(bias=bias, second=second, mask=mask, sink=sink, slopes=slopes)
+        seed = None if self.seed is None else _counted_from(self.seed, (0, 0, part.start))
+        return self._replace(bias=bias, second=second, mask=mask, sink=sink, slopes=slopes, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -339,7 +343,7 @@ def forward(
         y = _inputs(problem, tile, q, k, v, x, exclusive=True)
         out, lse, rest = attention_forward(
             y.q, y.k, y.v, y.bias, *y.numbers, y.mask, y.key_lengths, y.slopes, x.sink if merged is None and y.shift is None else None,
-            _seed(problem, x), problem.softcap, problem.dropout_p, problem.deterministic, y.second,
+            _seed(problem, tile, x), problem.softcap, problem.dropout_p, problem.deterministic, y.second,
         )  # fmt: skip
         if merged is not None:
             whole = in_base_2(lse, rest)
@@ -362,8 +366,23 @@ def forward(
     return result
 
 
-def _seed(problem: Problem, x: Extras) -> Tensor | None:
-    return x.seed if problem.dropout_p else None
+def _seed(problem: Problem, tile: Tile, x: Extras) -> Tensor | None:
+    """Dropout's, at the tile's place. Kernels of backend hopper want to know whether that is a multiple of 16."""
+    if not problem.dropout_p or x.seed is None:
+        return None
+    seed = _counted_from(x.seed, (tile.row, tile.key, 0))
+    return torch.cat((seed, seed.new_full((1,), 16))) if tile.row % 16 == tile.key % 16 == 0 else seed
+
+
+def _counted_from(seed: Tensor, place: tuple[int, int, int]) -> Tensor:
+    """A seed whose part begins further on, by so many queries, keys and heads."""
+    moved = [seed.new_full((1,), n) for n in (0, 0, *place, 0)]  # no copy from the host, for which a captured graph could not wait
+    return seed + torch.cat(moved)
+
+
+def placed(seed: Tensor, heads: int) -> Tensor:
+    """(seed, offset) as the form that tells the place of a part, of the whole yet."""
+    return torch.cat((seed, *(seed.new_full((1,), n) for n in (0, 0, 0, heads))))
 
 
 class Sums:
@@ -458,7 +477,7 @@ def _gradients(
     saved = (
         dout[:, rows], None if dlse is None else dlse[:, :, rows].contiguous(), y.q, y.k, y.v, y.bias, result.out[:, rows], lse, lost,
     )  # fmt: skip
-    more = (y.mask, y.key_lengths, y.slopes, None, _seed(problem, x), problem.softcap, problem.dropout_p, problem.deterministic)
+    more = (y.mask, y.key_lengths, y.slopes, None, _seed(problem, tile, x), problem.softcap, problem.dropout_p, problem.deterministic)
     if sums.exclusive and sums.dbias is not None and y.second is None:
         own = [z.new_empty(z.shape) if want else None for z, want in zip((y.q, y.k, y.v), wants, strict=True)]
         attention_backward_(*saved, *y.numbers, *own, part_of(sums.dbias, tile), *more)

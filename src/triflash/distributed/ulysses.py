@@ -149,8 +149,8 @@ def _extras(call: Call, x: Extras) -> Extras:
         if by_heads and not by_rows:
             y = y[:, :, own]
         moved.append(_bias_to_heads(call, y, by_heads) if by_rows else y)
-    sink = None if x.sink is None else x.sink[own]
-    return x._replace(bias=moved[0], second=moved[1], mask=moved[2], sink=sink, slopes=None if x.slopes is None else x.slopes[:, own])
+    rest = Extras(sink=x.sink, slopes=x.slopes, seed=x.seed).heads(own)
+    return rest._replace(bias=moved[0], second=moved[1], mask=moved[2], key_lengths=x.key_lengths)
 
 
 def _bias_to_heads(call: Call, y: Tensor, by_heads: bool) -> Tensor:
