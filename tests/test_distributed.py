@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +28,7 @@ pytestmark = [
 
 PAGE = Path(__file__).parent.parent / "docs" / "distributed.md"
 METHODS = ("allgather", "ulysses", "ring")
+PRELOADED = ["torch", "torch.distributed.device_mesh", "triflash.distributed", "pytest"]
 
 
 @dataclass(frozen=True)
@@ -300,11 +303,11 @@ def check_shares(rank: int, world: int) -> None:
             assert torch.equal(grad, expected)  # unshard slices, shard scatters
 
 
-def begin(rank: int, world: int, store: str) -> None:
+def begin(rank: int, world: int, store: str, timeout: datetime.timedelta | None = None) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
 
 
 def page(rank: int, store: str) -> None:
@@ -345,12 +348,38 @@ def work(rank: int, world: int, store: str, what: str) -> None:
         dist.destroy_process_group()
 
 
+def survive(rank: int, world: int, store: str, how: str, done: Any) -> None:
+    """One call, in which the last rank dies or hangs in the second step of the ring. What came of it goes to a file."""
+    from triflash.distributed import context_parallel_attention, ring
+
+    begin(rank, world, store, datetime.timedelta(seconds=60 if how == "dies" else 5))
+    forward, steps = ring.tiles.forward, [0]
+
+    def stopping(*args: Any, **options: Any) -> Any:
+        steps[0] += 1
+        if rank == world - 1 and steps[0] == 2:
+            if how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.wait()
+            os._exit(0)
+        return forward(*args, **options)
+
+    ring.tiles.forward = stopping  # type: ignore[assignment]
+    q = torch.randn(1, 4, 2, 4)
+    try:
+        result = context_parallel_attention(q, q, q, group=dist.group.WORLD, method="ring", order="contiguous")
+        Path(f"{store}.{rank}").write_text(f"a tensor {tuple(result.shape)}")
+    except RuntimeError as error:
+        Path(f"{store}.{rank}").write_text(str(error))
+    os._exit(0)  # a group that has failed cannot be taken apart
+
+
 FIRST = ("causal, uneven, other lengths", "bias, a sink, a soft cap", "bias of keys", "ALiBi, causal")
 
 
 def run(world: int, folder: Path, what: str) -> None:
     """All processes. The first that fails ends the others, and its words come here. They are forked from one that has imported PyTorch."""
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed.device_mesh", "triflash.distributed", "pytest"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     torch.multiprocessing.start_processes(work, (world, str(folder / "store"), what), nprocs=world, start_method="forkserver")
 
 
@@ -366,6 +395,26 @@ def test_equal_to_attention(world: int, tmp_path: Path) -> None:
 
 def test_errors_and_kernels(tmp_path: Path) -> None:
     run(2, tmp_path, "errors")
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_rank_that_does_not_go_on_ends_the_others(how: str, tmp_path: Path) -> None:
+    """With words, and no tensor anywhere. The test waits for processes to end; the group's time-out is what ends those that wait for one."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    context, world = multiprocessing.get_context("forkserver"), 3
+    done = context.Event()
+    ranks = [context.Process(target=survive, args=(rank, world, str(tmp_path / "store"), how, done)) for rank in range(world)]
+    for each in ranks:
+        each.start()
+    for each in ranks[:-1]:
+        each.join()
+    done.set()
+    ranks[-1].join()
+    assert ranks[-1].exitcode == (-signal.SIGKILL if how == "dies" else 0)
+    for rank in range(world - 1):
+        said = (tmp_path / f"store.{rank}").read_text()
+        assert said.startswith(f"context_parallel_attention, rank {rank} of 3: ") and "ended or hangs" in said, said
+    assert not (tmp_path / f"store.{world - 1}").exists()
 
 
 def test_the_page_runs_as_written(tmp_path: Path) -> None:

@@ -12,7 +12,19 @@ from torch import Tensor
 
 from ..errors import bad_type, bad_value
 
-__all__ = ["Group", "all_gather", "all_reduce", "all_to_all", "exchange_numbers", "reduce_scatter", "resolve", "shift", "wait"]
+__all__ = [
+    "Group",
+    "added",
+    "all_gather",
+    "all_reduce",
+    "all_there",
+    "all_to_all",
+    "exchange_numbers",
+    "reduce_scatter",
+    "resolve",
+    "shift",
+    "wait",
+]
 
 _T = TypeVar("_T")
 
@@ -95,6 +107,14 @@ def all_reduce(x: Tensor, group: Group, in_order: bool) -> Tensor:
     if not in_order:
         return wait(_said(group, "all-reduce", lambda: torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group.name)), group)
     return added(wait(all_gather(x[None], group), group))
+
+
+def all_there(group: Group, like: Tensor) -> None:
+    """On CPUs, where the host waits for collectives, wait until every rank has got here: one that died in a ring's last step had sent its
+    neighbour all that it needed, and not the others. (On GPUs results are still to come when a call returns; the watchdog is for those.)
+    """
+    if group.size > 1 and like.device.type == "cpu":
+        wait(all_gather(torch.zeros(1, dtype=torch.int32, device=like.device), group), group)
 
 
 def added(parts: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import unsupported
 from . import tiles
 from .call import Call, Gradients, Saved, apart, joined, over_group, parts_of
-from .group import shift, wait
+from .group import all_there, shift, wait
 from .tiles import Extras, Merged, Result, Sums, tiles_of, wide
 
 __all__ = ["Ring"]
@@ -39,6 +39,7 @@ class Ring:
         if x.sink is not None:
             merged.sunk(x.sink)
         result = merged.result(tiles.keeps(problem, x))
+        all_there(call.group, q)
         return result, Saved(q, k, v, x, result)
 
     @staticmethod
@@ -70,6 +71,7 @@ class Ring:
         if moving is not None and grads is not None:
             grads = wait(moving, call.group).view(*k.shape[:3], sum(wanted))
         dk, dv = parts_of(grads, needs, width)
+        all_there(call.group, q)
         tiles.sink_gradient(sums, x, result, dout, dlse)
         dq, dk, dv = (None if y is None else y.to(q.dtype) for y in (dq, dk, dv))
         return over_group(call, sums, dq, dk, dv)
