@@ -223,6 +223,49 @@ def check_kernels(method: str) -> None:
         assert context_parallel_attention(q, q, q, group=dist.group.WORLD, method=method).dtype == torch.bfloat16
 
 
+def check_compiled(method: str) -> None:
+    """One graph, whose collectives are functional ones, with the gradients of the eager call."""
+    from triflash.distributed import context_parallel_attention, positions, shard, unshard
+
+    group, S = dist.group.WORLD, 11
+    graphs: list[Any] = []
+
+    def looking(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def step(q: Tensor, k: Tensor, bias: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = context_parallel_attention(
+            q, k, k, group=group, method=method, bias=bias, sink=sink, causal=True, length=S, key_length=S, return_lse=True
+        )
+        return unshard(out * 2, 1, group, length=S), lse
+
+    def local(x: Tensor) -> Tensor:
+        return shard(x, 1, group) + positions(S, group)[:, None, None]
+
+    torch.manual_seed(3)
+    q, k, bias, sink = (shard(torch.randn(shape), 1, group) for shape in ((2, S, 4, 4), (2, S, 2, 4), (4, S, S), (1, 4)))
+    sink = torch.randn(4)
+    found = []
+    whole = torch.randn(2, S, 4, 4)
+    for run, cut in (
+        (step, local),
+        (torch.compile(step, backend="aot_eager", fullgraph=True), torch.compile(local, backend="eager", fullgraph=True)),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (q, k, bias, sink)]
+        out, lse = run(*leaves)
+        (out.sin().sum() + lse.sum()).backward()
+        found.append([out.detach(), lse.detach(), *(x.grad for x in leaves), cut(whole)])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager)
+    torch._dynamo.reset()
+    run = torch.compile(step, backend=looking, fullgraph=True)
+    run(q, k, bias, sink)
+    assert len(graphs) == 1
+    with pytest.raises(Exception, match="length"):
+        torch.compile(lambda x: context_parallel_attention(x, x, x, group=group, method=method), backend="eager", fullgraph=True)(q)
+
+
 def check_errors(rank: int, world: int) -> None:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -340,6 +383,9 @@ def work(rank: int, world: int, store: str, what: str) -> None:
                 check_kernels(method)
         elif what == "shares":
             check_shares(rank, world)
+        elif what == "compiled":
+            for method in METHODS:
+                check_compiled(method)
         else:
             for n, case in enumerate(case for case in CASES if case.name in FIRST):
                 check(case, what, "zigzag", known=n == 0)
@@ -419,6 +465,10 @@ def test_a_rank_that_does_not_go_on_ends_the_others(how: str, tmp_path: Path) ->
 
 def test_the_page_runs_as_written(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(page, ("",), nprocs=1, start_method="forkserver")
+
+
+def test_compiled(tmp_path: Path) -> None:
+    run(2, tmp_path, "compiled")
 
 
 def test_shares(tmp_path: Path) -> None:

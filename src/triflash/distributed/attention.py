@@ -208,9 +208,12 @@ def _attend(
     x = form.operands((*given[:8], None, None, None, None, None, given.second_bias))
     seed = _seed(given, group, x.q.shape[2]) if settled.dropout_p else None
     call = _call(settled, given, x, group, order, (M, N), one_row, head_chunks, programs, options)
+    k, v = x.k, x.v
+    if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
+        k, v = k.view_as(k), v.view_as(v)
     out, lse = _Attend.apply(
-        METHODS[method], call, x.q, x.k, x.v, x.bias, x.second_bias, x.sink, x.mask, x.key_lengths, x.alibi_slopes, seed
-    )
+        METHODS[method], call, x.q, k, v, x.bias, x.second_bias, x.sink, x.mask, x.key_lengths, x.alibi_slopes, seed
+    )  # fmt: skip
     out = form.out_of(out)
     return (out, form.lse_of(lse)) if return_lse else out
 
