@@ -223,6 +223,34 @@ def check_kernels(method: str) -> None:
         assert context_parallel_attention(q, q, q, group=dist.group.WORLD, method=method).dtype == torch.bfloat16
 
 
+def check_agreement(rank: int) -> None:
+    """TRIFLASH_CHECK=1: every rank raises the same words, which name the argument and a rank; one that checks is enough."""
+    from triflash.distributed import context_parallel_attention
+
+    group = dist.new_group([0, 1])
+    q = torch.randn(1, 4, 2, 4)
+    if rank == 1:
+        os.environ["TRIFLASH_CHECK"] = "1"
+    same = context_parallel_attention(q, q, q, group=group)
+    os.environ.pop("TRIFLASH_CHECK", None)  # it was read once
+    for name, words, options in (
+        ("method", "allgather as on rank 0, got ring on rank 1", {"method": ("allgather", "ring")[rank]}),
+        ("causal", "False as on rank 0, got True on rank 1", {"causal": rank == 1}),
+        ("window", r"None as on rank 0, got \(1, 1\) on rank 1", {"window": (1, 1) if rank else None}),
+        ("bias", r"a float32 tensor of shape \(2, rows, 8\) as on rank 0, got .*float16", {"bias": torch.zeros(2, 4, 8).to((torch.float32, torch.float16)[rank])}),
+        ("bias", r"None as on rank 0, got a float32 tensor of shape \(8,\) on rank 1", {"bias": torch.zeros(8) if rank else None}),
+        ("sink", "a float32 tensor as on|a float32 tensor of shape .* as on rank 0, got a float32 tensor that requires", {"sink": torch.zeros(2).requires_grad_(rank == 1)}),
+        ("length", "8 as on rank 0, got None on rank 1", {"length": 8 if rank == 0 else None}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: wanted the same on every rank, {words}"):
+            context_parallel_attention(q, q, q, group=group, **options)
+    with pytest.raises(ValueError, match=r"^q: wanted the same on every rank, .*rows, 2, 4\) as on rank 0, got .*rows, 2, 3\) on rank 1"):
+        context_parallel_attention(*[q[..., : 4 - rank]] * 3, group=group)
+    x = q[:, : 3 + rank]  # shares may differ
+    context_parallel_attention(x, x, x, group=group, order="contiguous", length=7, key_length=7)
+    torch.testing.assert_close(context_parallel_attention(q, q, q, group=group), same)
+
+
 def check_compiled(method: str) -> None:
     """One graph, whose collectives are functional ones, with the gradients of the eager call."""
     from triflash.distributed import context_parallel_attention, positions, shard, unshard
@@ -379,6 +407,7 @@ def work(rank: int, world: int, store: str, what: str) -> None:
                     check_rounded(method, dtype, world)
         elif what == "errors":
             check_errors(rank, world)
+            check_agreement(rank)
             for method in METHODS:
                 check_kernels(method)
         elif what == "shares":

@@ -16,10 +16,11 @@ from ..door import casting
 from ..errors import bad_type, bad_value
 from ..hints import not_ours
 from ..ops import differentiable_once
+from .agree import agree, rows_apart
 from .all_gather import AllGather
 from .call import Call, Saved
 from .chunks import check_order, shares
-from .group import Group, all_gather, exchange_numbers, resolve, wait
+from .group import Group, all_gather, exchange_numbers, process_group, resolve, wait
 from .ring import Ring
 from .shares import check_length, check_shares
 from .tiles import Extras, Problem, Result, placed
@@ -150,7 +151,8 @@ def context_parallel_attention(
     row, a bias with one row is that row's. Partial results, and gradients of k and v, travel in float32.
 
     Raises:
-        ValueError, TypeError: a wrong argument, named; shares that are not those of the lengths, named by rank.
+        ValueError, TypeError: a wrong argument, named; shares that are not those of the lengths, named by rank. With ``TRIFLASH_CHECK=1``
+            in the environment when a group is first used, every call compares shapes and options over it; every rank raises what differs.
         UnsupportedError: heads that the group does not divide (ulysses), or what no backend can do.
         RuntimeError: a collective failed, because a process ended or hangs, within the group's time-out.
 
@@ -161,6 +163,18 @@ def context_parallel_attention(
     check_bool("return_lse", return_lse)
     ranks = resolve(group)
     first, second = two_biases(bias)
+    if isinstance(q, Tensor) and not torch.compiler.is_compiling():
+        at = 2 if layout == "bhsd" else 3
+        m, n = (x.shape[-at] if isinstance(x, Tensor) and x.dim() >= at else -1 for x in (q, k))
+        biases = {"bias": rows_apart(first, -2, m), "bias[1]": rows_apart(second, -2, m), "mask": rows_apart(mask, -2, m)}
+        options_given = (method, order, length, key_length, head_chunks, programs, return_lse)
+        names = ("method", "order", "length", "key_length", "head_chunks", "programs", "return_lse")
+        agree(process_group(group), ranks, q.device, {
+            **dict(zip(names, options_given, strict=True)),
+            **Options(causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend)._asdict(),
+            "q": rows_apart(q, -at, m), "k": rows_apart(k, -at, n), "v": rows_apart(v, -at, n), **biases, "key_lengths": key_lengths,
+            "alibi_slopes": alibi_slopes, "sink": sink, "dropout_seed": dropout_seed,
+        })  # fmt: skip
     if method not in METHODS:
         raise bad_value("method", f"one of {', '.join(METHODS)}", repr(method))
     check_order(order)

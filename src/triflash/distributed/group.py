@@ -20,6 +20,7 @@ __all__ = [
     "all_there",
     "all_to_all",
     "exchange_numbers",
+    "process_group",
     "reduce_scatter",
     "resolve",
     "shift",
@@ -39,8 +40,8 @@ class Group:
     call: str = "context_parallel_attention"
 
 
-def resolve(group: Any, call: str = "context_parallel_attention") -> Group:
-    """The group meant by a ProcessGroup, by a DeviceMesh of one dim, or by ``(mesh, dim)``, a dim's number or name."""
+def process_group(group: Any) -> Any:
+    """The ProcessGroup meant by one, by a DeviceMesh of one dim, or by ``(mesh, dim)``, a dim's number or name."""
     mesh, dim = group if isinstance(group, (tuple, list)) and len(group) == 2 else (group, None)
     if type(mesh).__name__ == "DeviceMesh":
         if dim is None and mesh.ndim != 1:
@@ -51,6 +52,13 @@ def resolve(group: Any, call: str = "context_parallel_attention") -> Group:
         got = "None" if group is None else type(group).__name__
         hint = "torch.distributed.group.WORLD is the group of all processes" if group is None else ""
         raise bad_type("group", "a ProcessGroup, a DeviceMesh of one dim, or (mesh, dim)", got, hint)
+    return group
+
+
+def resolve(group: Any, call: str = "context_parallel_attention") -> Group:
+    """The group that a caller means (:func:`process_group`), as ranks of it see it."""
+    group = process_group(group)
+    outside = group is dist.GroupMember.NON_GROUP_MEMBER
     rank = -1 if outside else dist.get_rank(group)
     if rank < 0:
         raise bad_value("group", "a group that this process is in", f"one without it (global rank {dist.get_rank()})")
