@@ -28,6 +28,8 @@ def spread(x: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, Te
     own = distributed.shard(x, 1, group)
     at: Tensor = distributed.positions(x.shape[1], group)
     out: Tensor = distributed.context_parallel_attention(own, own, own, group=group, method="ring", causal=True)
+    rows: Tensor = distributed.context_parallel_attention_varlen(own[0], own[0], own[0], torch.tensor([0, x.shape[1]]), group=group)
+    out = out + rows
     part, lse = distributed.context_parallel_attention(out, own, own, group=group, return_lse=True)
     return distributed.unshard(part, 1, group, length=x.shape[1]) + at.sum(), lse
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import os
 import re
+import runpy
 import signal
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo"),
 ]
 
+EXAMPLE = Path(__file__).parent.parent / "examples" / "long_context.py"
 PAGE = Path(__file__).parent.parent / "docs" / "distributed.md"
 METHODS = ("allgather", "ulysses", "ring")
 PRELOADED = ["torch", "torch.distributed.device_mesh", "triflash.distributed", "pytest"]
@@ -374,6 +378,84 @@ def check_shares(rank: int, world: int) -> None:
             assert torch.equal(grad, expected)  # unshard slices, shard scatters
 
 
+PACKED: list[tuple[str, dict[str, tuple[int, ...]], dict[str, Any]]] = [
+    ("plain", {}, {}),
+    ("causal, ALiBi, a sink", {"alibi_slopes": (4, 4), "sink": (4,)}, {"causal": True}),
+    ("padded", {"bias": (1, 4, 11, 13), "mask": (4, 1, 11, 13)}, {"causal": True, "window": (4, None)}),
+    ("rows", {"bias": (4, 24, 13), "sink": (4,)}, {"bias_layout": "rows", "softcap": 4.0}),
+    ("keys", {"bias": (1, 30), "second": (4, 30)}, {"bias_layout": "keys", "causal": True}),
+    ("dropout", {}, {"dropout_p": 0.3, "dropout_seed": 5, "causal": "top_left"}),
+]  # fmt: skip
+
+
+def check_packed(method: str, order: str, name: str, extra: dict[str, tuple[int, ...]], options: dict[str, Any]) -> None:
+    """Documents of 11, 0, 5 and 8 queries and 13, 3, 6 and 8 keys, each cut by itself."""
+    from triflash.distributed import context_parallel_attention_varlen, shard
+
+    group = dist.group.WORLD
+    cu_q, cu_k = torch.tensor([0, 11, 11, 16, 24]), torch.tensor([0, 13, 16, 22, 30])
+
+    def cut(x: Tensor, cu: Tensor, dim: int = 0) -> Tensor:
+        return torch.cat([shard(part, dim, group, order) for part in x.split(cu.diff().tolist(), dim)], dim)
+
+    torch.manual_seed(2)
+    shapes = {"q": (24, 4, 3), "k": (30, 2, 3), "v": (30, 2, 5), **extra}
+    whole = {each: made(each, shape, 30, torch.float64) for each, shape in shapes.items()}
+    dout, dlse = torch.randn(24, 4, 5, dtype=torch.float64), torch.randn(4, 24, dtype=torch.float64)
+    cuts: dict[str, Any] = {"q": lambda x: cut(x, cu_q), "k": lambda x: cut(x, cu_k), "v": lambda x: cut(x, cu_k)}
+    if name == "rows":
+        cuts["bias"] = lambda x: cut(x, cu_q, 1)
+    learned = [each for each, x in whole.items() if x.is_floating_point() and each != "alibi_slopes"]
+    parts = {each: cuts.get(each, torch.clone)(x).detach().requires_grad_(each in learned) for each, x in whole.items()}
+    if name == "padded":  # rows of a document that share one bias differ from document to document: expanded, and cut
+        for each in ("bias", "mask"):
+            expanded = whole[each].expand(4, -1, -1, -1)
+            rows = [shard(x[:, : int(m)], 1, group, order) for x, m in zip(expanded, cu_q.diff(), strict=True)]
+            most = max(2, *(x.shape[1] for x in rows))  # a dim of 1 would be shared
+            parts[each] = torch.stack([torch.nn.functional.pad(x, (0, 0, 0, most - x.shape[1])) for x in rows]).detach()
+        learned.remove("bias")
+    for each in learned:
+        whole[each].requires_grad_()
+    result = call_of(
+        context_parallel_attention_varlen,
+        parts,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        group=group,
+        method=method,
+        order=order,
+        return_lse=True,
+        **options,
+    )
+    expected = call_of(triflash.attention_varlen, whole, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, return_lse=True, **options)
+    torch.autograd.backward(expected, [dout, dlse])
+    torch.autograd.backward(result, [cut(dout, cu_q), cut(dlse, cu_q, 1)])
+    where = f"{name}, {method}, {order}"
+    for got, wanted in zip(result, (cut(expected[0], cu_q), cut(expected[1], cu_q, 1)), strict=True):
+        torch.testing.assert_close(got.detach(), wanted.detach(), rtol=1e-10, atol=1e-10, msg=lambda text: f"{where}: {text}")
+    for each in learned:
+        wanted = cuts.get(each, torch.clone)(whole[each].grad)
+        torch.testing.assert_close(
+            parts[each].grad, wanted, rtol=1e-10, atol=1e-10, msg=lambda text, each=each: f"{where}, d{each}: {text}"
+        )
+
+
+def check_packed_errors(rank: int) -> None:
+    from triflash.distributed import context_parallel_attention_varlen
+
+    x, cu = torch.randn(4, 2, 4), torch.tensor([0, 8])
+    for error, words, offsets, options in (
+        (ValueError, rf"^q: wanted 3 dims and 5 rows on rank {rank} of 2, its zigzag shares of the documents, got \(4, 2, 4\)", torch.tensor([0, 10]), {}),
+        (ValueError, "^cu_seqlens_q: wanted offsets that begin with 0 and do not decrease", torch.tensor([0, 9, 8]), {}),
+        (TypeError, "^cu_seqlens_q: wanted an int32 or int64 tensor, got list", [0, 8], {}),
+        (ValueError, "^bias_layout: wanted one of padded, rows, keys", cu, {"bias_layout": "row"}),
+        (ValueError, "^bias: wanted 1 or at least 4 rows and 1 or at least 8 keys, document 0", cu, {"bias": torch.zeros(1, 2, 4, 7)}),
+        (ValueError, "^method: wanted one of", cu, {"method": "all"}),
+    ):  # fmt: skip
+        with pytest.raises(error, match=words):
+            context_parallel_attention_varlen(x, x, x, offsets, group=dist.group.WORLD, **options)
+
+
 def begin(rank: int, world: int, store: str, timeout: datetime.timedelta | None = None) -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -383,8 +465,10 @@ def begin(rank: int, world: int, store: str, timeout: datetime.timedelta | None 
 
 def page(rank: int, store: str) -> None:
     snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(snippets) == 1
-    exec(compile(snippets[0], str(PAGE), "exec"), {})
+    assert len(snippets) == 2
+    names: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(compile(snippet, str(PAGE), "exec"), names)
 
 
 def table(world: int) -> None:
@@ -410,6 +494,11 @@ def work(rank: int, world: int, store: str, what: str) -> None:
             check_agreement(rank)
             for method in METHODS:
                 check_kernels(method)
+        elif what == "packed":
+            for n, (name, extra, options) in enumerate(PACKED):
+                for method in METHODS:
+                    check_packed(method, ("zigzag", "contiguous")[n % 2], name, extra, options)
+            check_packed_errors(rank)
         elif what == "shares":
             check_shares(rank, world)
         elif what == "compiled":
@@ -421,6 +510,16 @@ def work(rank: int, world: int, store: str, what: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def example(rank: int, world: int, port: int, folder: str) -> None:
+    """What torchrun starts, with what it says in a file."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "")
+    torch.set_num_threads(1)
+    sys.argv = ["long_context.py", "--steps", "50", "--length", "33"]
+    with open(f"{folder}/said.{rank}", "w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
 
 
 def survive(rank: int, world: int, store: str, how: str, done: Any) -> None:
@@ -494,6 +593,22 @@ def test_a_rank_that_does_not_go_on_ends_the_others(how: str, tmp_path: Path) ->
 
 def test_the_page_runs_as_written(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(page, ("",), nprocs=1, start_method="forkserver")
+
+
+def test_the_example_learns(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    torch.multiprocessing.start_processes(example, (2, port, str(tmp_path)), nprocs=2, start_method="forkserver")
+    losses = [float(line.split()[-1]) for line in (tmp_path / "said.0").read_text().splitlines()]
+    assert len(losses) == 10 and losses[-1] < 0.75 * losses[0], losses
+    assert (tmp_path / "said.1").read_text() == ""
+    assert len(EXAMPLE.read_text().splitlines()) <= 80
+
+
+def test_packed(tmp_path: Path) -> None:
+    run(2, tmp_path, "packed")
 
 
 def test_compiled(tmp_path: Path) -> None:

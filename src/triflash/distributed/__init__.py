@@ -5,5 +5,6 @@ Imported where it is named first; docs/distributed.md says what each method send
 
 from .attention import context_parallel_attention
 from .shares import positions, shard, unshard
+from .varlen import context_parallel_attention_varlen
 
-__all__ = ["context_parallel_attention", "positions", "shard", "unshard"]
+__all__ = ["context_parallel_attention", "context_parallel_attention_varlen", "positions", "shard", "unshard"]

@@ -26,7 +26,7 @@ from .shares import check_length, check_shares
 from .tiles import Extras, Problem, Result, placed
 from .ulysses import Ulysses
 
-__all__ = ["context_parallel_attention"]
+__all__ = ["attend_part", "context_parallel_attention", "seed_of_all"]
 
 METHODS: dict[str, Any] = {"allgather": AllGather, "ulysses": Ulysses, "ring": Ring}
 
@@ -175,19 +175,9 @@ def context_parallel_attention(
             "q": rows_apart(q, -at, m), "k": rows_apart(k, -at, n), "v": rows_apart(v, -at, n), **biases, "key_lengths": key_lengths,
             "alibi_slopes": alibi_slopes, "sink": sink, "dropout_seed": dropout_seed,
         })  # fmt: skip
-    if method not in METHODS:
-        raise bad_value("method", f"one of {', '.join(METHODS)}", repr(method))
-    check_order(order)
-    for name, count in (("head_chunks", head_chunks), ("programs", programs)):
-        _check_count(name, count)
     given = Given(q, k, v, first, mask, key_lengths, alibi_slopes, sink, dropout_seed, second)
     options = Options(causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend)
-    if isinstance(q, Tensor) and torch.is_autocast_enabled(q.device.type):
-        with casting(given) as cast:
-            return _attend(
-                Given._make((*cast, *given[3:])), options, return_lse, ranks, method, order, (length, key_length), head_chunks, programs
-            )
-    return _attend(given, options, return_lse, ranks, method, order, (length, key_length), head_chunks, programs)
+    return attend_part(given, options, return_lse, ranks, method, order, (length, key_length), head_chunks, programs)
 
 
 _parameters = [
@@ -209,18 +199,28 @@ def _check_count(name: str, count: Any) -> None:
         raise bad_value(name, "an integer from 1 up, or None", count)
 
 
-def _attend(
+def attend_part(
     given: Given, options: Options, return_lse: bool, group: Group, method: str, order: str, lengths: tuple[int | None, int | None],
-    head_chunks: int | None, programs: int | None,
+    head_chunks: int | None, programs: int | None, entry: int = 0,
 ) -> Any:  # fmt: skip
-    _q, k, v = given[:3]
+    """This rank's part of a call. entry: the number of the first batch entry, to dropout."""
+    if method not in METHODS:
+        raise bad_value("method", f"one of {', '.join(METHODS)}", repr(method))
+    check_order(order)
+    for name, count in (("head_chunks", head_chunks), ("programs", programs)):
+        _check_count(name, count)
+    if isinstance(given.q, Tensor) and torch.is_autocast_enabled(given.q.device.type):
+        with casting(given) as cast:
+            whole = Given._make((*cast, *given[3:]))
+            return attend_part(whole, options, return_lse, group, method, order, lengths, head_chunks, programs, entry)
     _refuse(given)
     at = _rows_at(given, options)
     M, N, one_row = _lengths(given, group, order, lengths, at)
-    settled = checked(ATTENTION, given._replace(k=_long(k, at, N), v=_long(v, at, N)), options)  # type: ignore[arg-type]
+    long = given._replace(k=_long(given.k, at, N), v=_long(given.v, at, N))  # type: ignore[arg-type]
+    settled = checked(ATTENTION, long, options)
     form = settled.form
     x = form.operands((*given[:8], None, None, None, None, None, given.second_bias))
-    seed = _seed(given, group, x.q.shape[2]) if settled.dropout_p else None
+    seed = _seed(given, group, x.q.shape[2], entry) if settled.dropout_p else None
     call = _call(settled, given, x, group, order, (M, N), one_row, head_chunks, programs, options)
     k, v = x.k, x.v
     if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
@@ -232,12 +232,17 @@ def _attend(
     return (out, form.lse_of(lse)) if return_lse else out
 
 
-def _seed(given: Given, group: Group, heads: int) -> Tensor:
-    """(seed, offset) and the place of a part; where the caller gave none, what rank 0 draws."""
-    seed = seed_tensor(given.dropout_seed, given.q.device)
-    if given.dropout_seed is None and group.size > 1:
-        seed = wait(all_gather(seed[None], group), group)[0]
-    return placed(seed, heads)
+def seed_of_all(seed: Tensor, drawn: bool, group: Group) -> Tensor:
+    """(seed, offset) that every rank uses: where each has drawn its own, that of rank 0."""
+    if not drawn or group.size == 1:
+        return seed
+    return wait(all_gather(seed[None], group), group)[0]
+
+
+def _seed(given: Given, group: Group, heads: int, entry: int) -> Tensor:
+    """The seed, and the place of a part."""
+    seed = given.dropout_seed
+    return placed(seed_of_all(seed_tensor(seed, given.q.device), seed is None, group), heads, entry * heads)
 
 
 def _refuse(given: Given) -> None:

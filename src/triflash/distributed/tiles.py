@@ -380,9 +380,9 @@ def _counted_from(seed: Tensor, place: tuple[int, int, int]) -> Tensor:
     return seed + torch.cat(moved)
 
 
-def placed(seed: Tensor, heads: int) -> Tensor:
-    """(seed, offset) as the form that tells the place of a part, of the whole yet."""
-    return torch.cat((seed, *(seed.new_full((1,), n) for n in (0, 0, 0, heads))))
+def placed(seed: Tensor, heads: int, head: int = 0) -> Tensor:
+    """(seed, offset) as the form that tells the place of a part: all of the whole, from a head on."""
+    return torch.cat((seed, *(seed.new_full((1,), n) for n in (0, 0, head, heads))))
 
 
 class Sums:
