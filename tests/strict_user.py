@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import triflash
+from triflash import distributed
 from triflash.compat import evoformer, flash_attn, sdpa, torch_varlen, xformers
 from triflash.integrations import transformers
 from triflash.triton_flash_attention import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
@@ -30,6 +31,16 @@ def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, pages: 
     out, lse = triflash.attention_with_kvcache(q, k_cache, v_cache, cache_lengths=lengths, page_table=pages, causal=True, return_lse=True)
     again: Tensor = triflash.attention_with_kvcache(q, k_cache, v_cache, k_new=q, v_new=q, k_scale=0.5, v_scale=lse[0], out=out)
     return again
+
+
+def spread(x: Tensor, group: torch.distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
+    own = distributed.shard(x, 1, group)
+    at: Tensor = distributed.positions(x.shape[1], group)
+    out: Tensor = distributed.context_parallel_attention(own, own, own, group=group, method="ring", causal=True)
+    rows: Tensor = distributed.context_parallel_attention_varlen(own[0], own[0], own[0], torch.tensor([0, x.shape[1]]), group=group)
+    out = out + rows
+    part, lse = distributed.context_parallel_attention(out, own, own, group=group, return_lse=True)
+    return distributed.unshard(part, 1, group, length=x.shape[1]) + at.sum(), lse
 
 
 def relative(heads: int) -> Tensor:

@@ -140,7 +140,7 @@ def test_links_lead_to_files(page: Path) -> None:
 
 # Whose public functions and classes the site's reference shows.
 DOCUMENTED = [
-    "triflash", "triflash.nn", "triflash.compat.sdpa", "triflash.compat.torch_varlen", "triflash.compat.flash_attn", "triflash.compat.xformers",
+    "triflash", "triflash.distributed", "triflash.nn", "triflash.compat.sdpa", "triflash.compat.torch_varlen", "triflash.compat.flash_attn", "triflash.compat.xformers",
     "triflash.compat.evoformer",
     "triflash.integrations.transformers", "triflash.triton_flash_attention",
 ]  # fmt: skip

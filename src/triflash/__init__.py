@@ -20,6 +20,7 @@ from .varlen import attention_varlen
 
 if _TYPE_CHECKING:
     from . import compat as compat
+    from . import distributed as distributed
     from . import nn as nn
 
 __version__ = "0.2.0.dev0"
@@ -40,7 +41,7 @@ __all__ = [
     "tuned",
 ]
 
-_LATER = ("compat", "nn")
+_LATER = ("compat", "distributed", "nn")
 
 
 def __getattr__(name: str) -> object:

@@ -50,6 +50,7 @@ __all__ = [
     "attend_varlen",
     "bind",
     "bind_sequences",
+    "casting",
     "is_dtensor",
     "refuse_tangents",
     "varlen_options",
@@ -221,7 +222,7 @@ def _varlen_by_operators(given: tuple[Any, ...], options: tuple[Any, ...], retur
 
 
 def _autocasted_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
-    with _casting(given) as cast:
+    with casting(given) as cast:
         return attend_varlen((*cast, *given[3:]), options, return_lse)
 
 
@@ -311,12 +312,12 @@ def refuse_tangents(given: tuple[Any, ...], names: tuple[str, ...] = Given._fiel
 
 def _autocasted(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     """Under autocast q, k and v are of its dtype, as those of SDPA; bias, sink and slopes keep theirs. Casts are differentiable."""
-    with _casting(given) as cast:
+    with casting(given) as cast:
         return attend(face, (*cast, *given[3:]), options, return_lse)
 
 
 @contextmanager
-def _casting(given: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+def casting(given: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
     """q, k and v in autocast's dtype, for a call in the block, in which there is none."""
     device = given[0].device.type
     dtype = torch.get_autocast_dtype(device)

@@ -64,16 +64,21 @@ def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
 def keep_mask(seed: Tensor, p: float, batch: int, heads: int, rows: slice, cols: slice, first: int = 0) -> Tensor:
     """``[batch, heads, rows, cols]`` bool, True where a probability is kept, which each is with probability ``1 - p``.
 
-    seed: int64 ``(2,)``, seed and offset. first: the number of the first of the ``batch`` entries. The stream of a head: the first two
-    words (key, twist) of Philox-4x32 of the counter (batch entry and head, 0, offset) with the seed as key. The number of a score of query
-    i and key j: of Philox-2x32 of the counter (j, i ^ twist), bit 3 of both i and j taken as 0, the word that bit 3 of i says, its upper or
-    lower half as bit 3 of j says, without the half's highest bit.
+    seed: int64 ``(2,)``, seed and offset; or ``(6,)`` or ``(7,)``, where tensors are a part of a larger problem: seed, offset, the first
+    query, key and head there, and its number of heads (the seventh is for kernels). first: the number of the first of the ``batch``
+    entries. The stream of a head: the first two words (key, twist) of Philox-4x32 of the counter (batch entry and head, 0, offset) with the
+    seed as key. The number of a score of query i and key j: of Philox-2x32 of the counter (j, i ^ twist), bit 3 of both i and j taken as 0,
+    the word that bit 3 of i says, its upper or lower half as bit 3 of j says, without the half's highest bit.
     """
-    pair = torch.arange(first * heads, (first + batch) * heads, device=seed.device)
+    entries, own = torch.arange(first, first + batch, device=seed.device), torch.arange(heads, device=seed.device)
+    placed = seed.shape[0] > 2
+    pair = (entries[:, None] * (seed[5] if placed else heads) + (own + seed[4] if placed else own)).flatten()
     low, high = seed & _WORD, (seed >> 32) & _WORD
     key, twist, _, _ = philox4x32((pair, torch.zeros_like(pair), low[1], high[1]), (low[0], high[0]))
     i = torch.arange(rows.start, rows.stop, device=seed.device)[:, None]
     j = torch.arange(cols.start, cols.stop, device=seed.device)
+    if placed:
+        i, j = i + seed[2], j + seed[3]
     words = philox2x32((j & ~8, (i & ~8) ^ twist[:, None, None]), key[:, None, None])
     number = torch.where((i & 8) == 0, *words) >> 2 * (j & 8) & 0x7FFF
     return (number >= threshold(p)).unflatten(0, (batch, heads))

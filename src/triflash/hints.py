@@ -120,6 +120,7 @@ _CACHE_HINTS = {
 # What each function takes by position.
 _BY_POSITION = {
     "attention": ("q", "k", "v"),
+    "context_parallel_attention": ("q", "k", "v"),
     "attention_varlen": ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"),
     "attention_with_kvcache": ("q", "k_cache", "v_cache"),
 }

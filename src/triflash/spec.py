@@ -43,6 +43,7 @@ DTYPE_NAMES = {
     torch.bool: "bool",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+PLACES = {2: "", 6: "any", 7: "aligned"}  # of dropout, by the length of its seed
 SMALL_CAP = 500.0  # scores up to here leave a float32 lse its digits
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -181,6 +182,8 @@ class AttentionSpec:
     of the queries; ``groups`` of them read the same key head. A boolean mask without a bias is ``bias``, of dtype bool; ``mask`` is one
     beside a bias, and ``second`` another bias beside it. ``key_lengths``, ``alibi``, ``sink``: whether there are such. ``softcap`` and
     ``dropout`` (a probability): 0 for none.
+    ``dropout_place``: "" if tensors are the whole of what dropout numbers; "any" if they are a part whose place the seed tells, ``(6,)``
+    numbers of :func:`triflash.dropout.keep_mask`; "aligned" if its first query and key are multiples of 16 there, ``(7,)``.
     ``deterministic``: the backward pass must give the same bits every time. ``packed``: its one batch entry holds several sequences; then
     lo and hi count from a sequence's diagonal, and outer batch entries, to a bias, are sequences. ``query_starts``, ``query_lengths``,
     ``key_starts``: whether each batch entry has such. ``diagonal``: whether each has one of its own, from which lo and hi count. ``shift``:
@@ -207,6 +210,7 @@ class AttentionSpec:
     sink: bool = False
     softcap: float = 0.0
     dropout: float = 0.0
+    dropout_place: str = ""
     deterministic: bool = False
     packed: Packed | None = None
     second: BiasSpec | None = None
@@ -318,7 +322,8 @@ def spec_of(
 
     q (B, M, Hq, D), k (B, N, Hk, D), v (B, N, Hk, Dv); biases and mask (B0|1, B1|1, Hq|1, M|1, N|1) with B1 = batch_inner, a mask without a
     bias being the bias; key_lengths, query_starts, query_lengths, key_starts and diagonal (B,), any integers; alibi_slopes (B|1, Hq) and
-    sink (Hq,), any floats; dropout_seed int64 (2,), contiguous. lo and hi count from diagonal, if there is one.
+    sink (Hq,), any floats; dropout_seed int64 (2,), or of a part of a larger problem (6,) or (7,), contiguous. lo and hi count from
+    diagonal, if there is one.
 
     The public faces have checked their arguments already, with better words; these few comparisons guard the kernels from whoever
     calls the operators directly.
@@ -388,6 +393,7 @@ def spec_of(
         sink=sink is not None,
         softcap=float(softcap),
         dropout=float(dropout_p),
+        dropout_place="" if dropout_seed is None else PLACES[dropout_seed.shape[0]],
         deterministic=deterministic,
         second=_bias_spec("second_bias", second_bias, full),
         query_starts=query_starts is not None,
@@ -439,6 +445,8 @@ def packed_spec_of(
         x.q, x.k, x.v, None, 1, None, None, scale, precision, None, None, None if slopes is None else slopes[:1], x.sink,
         x.dropout_seed, softcap, dropout_p, deterministic,
     )  # fmt: skip
+    if dense.dropout_place:
+        raise bad_value("dropout_seed", "(seed, offset) beside packed sequences", "the place of a part")
     if dense.batch != 1:
         raise bad_value("q", "packed sequences in one batch entry", dense.batch)
     if slopes is not None:
@@ -509,7 +517,7 @@ def _check_extras(
         ("key_lengths", key_lengths, INTEGERS, ((batch,),)),
         ("alibi_slopes", alibi_slopes, floats, ((1, heads), (batch, heads))),
         ("sink", sink, floats, ((heads,),)),
-        ("dropout_seed", dropout_seed, (torch.int64,), ((2,),)),
+        ("dropout_seed", dropout_seed, (torch.int64,), ((2,), (6,), (7,))),
     ):
         if x is None:
             continue

@@ -111,9 +111,12 @@ def alibi_of(spec: AttentionSpec) -> int:
     return 2 if exact and spec.hi is not None and spec.hi <= spec.keys - spec.queries else 1
 
 
-def dropout_of(spec: AttentionSpec, seed: Tensor | None) -> tuple[Tensor, int, float] | None:
+def dropout_of(spec: AttentionSpec, seed: Tensor | None) -> tuple[Any, ...] | None:
     """What the Hopper kernels take of dropout (``kernels/hopper/dropout.philox_of``); None: there is none."""
-    return None if seed is None else (seed, threshold(spec.dropout), rescale(spec.dropout))
+    if seed is None:
+        return None
+    own = (seed, threshold(spec.dropout), rescale(spec.dropout))
+    return (*own, 1) if spec.dropout_place else own
 
 
 def address_of(x: Tensor) -> int:

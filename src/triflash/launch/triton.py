@@ -189,6 +189,8 @@ def _features(spec: AttentionSpec, x: Operands) -> Features:
         bias, bias_spec, mask, mask_spec = None, None, bias, bias_spec
     slopes, sink = x.alibi_slopes, x.sink
     dropped = {"seed": x.dropout_seed, "threshold": threshold(spec.dropout), "rescale": rescale(spec.dropout)} if spec.dropout else {}
+    if spec.dropout_place:
+        dropped["dropout_placed"] = 1
     f = Features(
         bias=bias,
         bias_strides=_varying_strides(bias, bias_spec),

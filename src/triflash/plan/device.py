@@ -6,13 +6,14 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-from dataclasses import dataclass
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, replace
 
 import torch
 
 OLDEST_TRITON = (3, 6)
 
-__all__ = ["KNOWN_DEVICES", "NAMED_DEVICES", "DeviceFacts", "facts_of", "triton_problem", "triton_version"]
+__all__ = ["KNOWN_DEVICES", "NAMED_DEVICES", "DeviceFacts", "facts_of", "limited", "triton_problem", "triton_version"]
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,42 @@ def _has_metadata(package: str) -> bool:
     return True
 
 
-@functools.cache
+_limits: ContextVar[tuple[int | None, int] | None] = ContextVar("limits", default=None)
+
+
+class limited:
+    """A block whose persistent grids leave some SMs alone: they use at most ``most`` (None: any number) and leave ``idle`` to others."""
+
+    def __init__(self, most: int | None, idle: int = 0) -> None:
+        self.limits = None if most is None and not idle else (most, idle)
+        self._before: Token[tuple[int | None, int] | None] | None = None
+
+    def __enter__(self) -> None:
+        if self.limits is not None and not torch.compiler.is_compiling():
+            self._before = _limits.set(self.limits)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            _limits.reset(self._before)
+            self._before = None
+
+
 def facts_of(device: torch.device) -> DeviceFacts:
-    """Facts about the device that a tensor lives on: ``interpreter`` wherever Triton's interpreter is on, for that is where kernels run."""
+    """Facts about the device that a tensor lives on: ``interpreter`` wherever Triton's interpreter is on, for that is where kernels run.
+    In a block of :class:`limited` it has fewer SMs.
+    """
+    limits = _limits.get()
+    return _facts_of(device) if limits is None else _fewer(_facts_of(device), *limits)
+
+
+@functools.cache
+def _fewer(facts: DeviceFacts, most: int | None, idle: int) -> DeviceFacts:
+    left = max(1, facts.sms - idle)
+    return replace(facts, sms=left if most is None else min(left, most))
+
+
+@functools.cache
+def _facts_of(device: torch.device) -> DeviceFacts:
     if interpreting():
         return KNOWN_DEVICES["interpreter"]
     if device.type == "cuda":

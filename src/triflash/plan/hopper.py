@@ -33,6 +33,8 @@ def reservation(spec: AttentionSpec) -> str | None:
 
 def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     """None if the forward kernel can run the spec, else (what it cannot do, the nearest thing that works)."""
+    if spec.dropout_place == "any":
+        return "dropout of a part that begins at no multiple of 16 rows and keys of the whole", "use backend('triton')"
     if spec.packed is not None:
         return "packed sequences", "it has no kernels for them yet: use backend('triton')"
     if spec.second is not None:

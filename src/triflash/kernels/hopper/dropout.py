@@ -18,14 +18,19 @@ ROUNDS = gl.constexpr(7)  # of Philox, and its constants below: as triflash/drop
 
 @gluon.jit
 def philox_of(dropout, b, head, heads):
-    """``(key, twist, keep, rescale)`` of a query head. key, twist: of its Philox-2x32. keep: in both halves of a word, what brings a kept
-    number to 2^15 or more. rescale: the factor of kept probabilities.
+    """``(key, twist, keep, rescale)`` of a query head; of a part, whose place is given, ``(…, query0, key0)``. key, twist: of its
+    Philox-2x32. keep: in both halves of a word, what brings a kept number to 2^15 or more. rescale: the factor of kept probabilities.
 
-    dropout: ``(seed, threshold, rescale)``, a pointer to (seed, offset), ``dropout.threshold``, and 1 / (1 - p).
+    dropout: ``(seed, threshold, rescale)``, a pointer to (seed, offset), ``dropout.threshold``, and 1 / (1 - p). A fourth element says that
+    behind the offset stand the first query, key and head, and the number of heads, of the larger problem that this is a part of.
     """
     seed = gl.load(dropout[0])
     start = gl.load(dropout[0] + 1)
-    c0 = (offset(b, heads) + head).to(gl.uint32)
+    PLACED: gl.constexpr = len(dropout) == 4
+    if PLACED:
+        c0 = (offset(b, gl.load(dropout[0] + 5).to(gl.int32)) + gl.load(dropout[0] + 4).to(gl.int32) + head).to(gl.uint32)
+    else:
+        c0 = (offset(b, heads) + head).to(gl.uint32)
     c1 = c0 * 0
     c2 = start.to(gl.uint32)
     c3 = (start >> 32).to(gl.uint32)
@@ -41,7 +46,13 @@ def philox_of(dropout, b, head, heads):
         k0 = gl.add(k0, 0x9E3779B9, sanitize_overflow=False).to(gl.uint32)  # it overflows by design: TRITON_DEBUG is not to stop at that
         k1 = gl.add(k1, 0xBB67AE85, sanitize_overflow=False).to(gl.uint32)
     keep = (0x8000 - dropout[1]) * 0x10001
-    return c0.to(gl.int32, bitcast=True), c1.to(gl.int32, bitcast=True), keep, dropout[2]
+    if PLACED:
+        return (
+            c0.to(gl.int32, bitcast=True), c1.to(gl.int32, bitcast=True), keep, dropout[2],
+            gl.load(dropout[0] + 2).to(gl.int32), gl.load(dropout[0] + 3).to(gl.int32),
+        )  # fmt: skip
+    else:
+        return c0.to(gl.int32, bitcast=True), c1.to(gl.int32, bitcast=True), keep, dropout[2]
 
 
 @gluon.constexpr_function
@@ -77,6 +88,10 @@ def keep_bits(philox, m0, n0, ROWS: gl.constexpr, COLUMNS: gl.constexpr, KEYS_BY
 
     It depends on no score, so it can run while an MMA is waited for.
     """
+    PLACED: gl.constexpr = len(philox) == 6
+    if PLACED:
+        m0 += philox[4]
+        n0 += philox[5]
     L: gl.constexpr = accumulator(COLUMNS)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, L))
     column = gl.arange(0, COLUMNS, gl.SliceLayout(0, L))

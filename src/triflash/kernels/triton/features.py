@@ -24,7 +24,8 @@ class Features(NamedTuple):
     bias or mask that is packed as these are; else None. most_queries, most_keys: of the sequence, behind which bias or mask have none, so
     that nothing is visible. A mask is bytes, nonzero = visible. lengths: keys that each batch entry shows, any integers. slopes: by
     (batch, head), and sink: by head, any floats. softcap: a float. seed: int64, (seed, offset) of dropout; threshold: of a 15-bit random
-    number, below which a probability is drop; rescale: what the others are multiplied by.
+    number, below which a probability is drop; rescale: what the others are multiplied by. dropout_placed: behind the offset stand the first
+    query, key and head, and the number of heads, of the larger problem that this is a part of.
 
     query_starts, query_lengths, key_starts: the first query, the queries up to the last one, and the first key of each batch entry, any
     integers; placed: 1 if there is one of them. diagonals: the key at distance 0 from query 0 of each batch entry, which bands count from,
@@ -65,6 +66,7 @@ class Features(NamedTuple):
     diagonals: Any = None
     diagonals_stride: Any = None
     shift: Any = None
+    dropout_placed: Any = None
 
 
 @triton.jit
@@ -149,8 +151,8 @@ class Program:
 
 @record
 class Head:
-    """What the features are for one query head of one batch entry: where its biases and its mask begin, its slope in base 2, and the key
-    and twist of its random numbers.
+    """What the features are for one query head of one batch entry: where its biases and its mask begin, its slope in base 2, the key and
+    twist of its random numbers, and the first query and key of a part.
     """
 
     bias: object
@@ -159,6 +161,8 @@ class Head:
     slope: object
     key: object
     twist: object
+    query0: object
+    key0: object
 
 
 @triton.jit
@@ -170,6 +174,8 @@ def at_head(f, b, head, heads, batch_inner, first_query, first_key):
     slope = 0.0
     key = 0
     twist = 0
+    query0 = 0
+    key0 = 0
     b0 = b // batch_inner
     b1 = b % batch_inner
     if f.bias is not None:
@@ -195,7 +201,12 @@ def at_head(f, b, head, heads, batch_inner, first_query, first_key):
     if f.seed is not None:
         seed = tl.load(f.seed)
         start = tl.load(f.seed + 1)
-        pair = tl.cast(b * heads + head, tl.uint32)
+        if f.dropout_placed is not None:
+            query0 = tl.load(f.seed + 2).to(tl.int32)
+            key0 = tl.load(f.seed + 3).to(tl.int32)
+            pair = tl.cast(b * tl.load(f.seed + 5) + tl.load(f.seed + 4) + head, tl.uint32)
+        else:
+            pair = tl.cast(b * heads + head, tl.uint32)
         key, twist, _c, _d = tl.philox_impl(
             pair,
             tl.zeros_like(pair),
@@ -205,7 +216,7 @@ def at_head(f, b, head, heads, batch_inner, first_query, first_key):
             (seed >> 32).to(tl.uint32),
             ROUNDS,
         )
-    return Head(bias, second, mask, slope, key, twist)
+    return Head(bias, second, mask, slope, key, twist, query0, key0)
 
 
 @record
@@ -348,6 +359,9 @@ def drop(f, at, x, m0, n0, BM: tl.constexpr, BN: tl.constexpr, TRANSPOSED: tl.co
     The keep-mask is a function of (seed, offset, batch entry, head, query, key), the same as ``triflash.dropout.keep_mask``.
     """
     if f.seed is not None:
+        if f.dropout_placed is not None:
+            n0 += at.key0
+            m0 += at.query0
         keys = (n0 + tl.arange(0, BN)).to(tl.uint32)
         queries = (m0 + tl.arange(0, BM)).to(tl.uint32)
         if TRANSPOSED:

@@ -82,6 +82,8 @@ def why_not(spec: AttentionSpec) -> tuple[str, str] | None:
     """None if the kernel can run a spec that backend ``triton`` can, else (what it cannot do, the nearest thing that works)."""
     if spec.packed is not None:
         return "packed sequences", "backend triton's own kernels for them"
+    if spec.dropout_place:
+        return "dropout of a part of a larger problem", "backend triton's other kernels"
     if spec.placed or spec.diagonal or spec.shift is not None:
         return "starts, query lengths and diagonals of their own", "backend triton's other kernels"
     if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:

@@ -1,0 +1,363 @@
+"""The public function: what every rank gives is checked, what ranks must tell each other is told, and a method runs in one
+``autograd.Function``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..arguments import ATTENTION, Checked, Given, Options, band_of, checked, two_biases
+from ..checks import check_bool, seed_tensor
+from ..door import casting
+from ..errors import bad_type, bad_value
+from ..hints import not_ours
+from ..ops import differentiable_once
+from .agree import agree, rows_apart
+from .all_gather import AllGather
+from .call import Call, Saved
+from .chunks import check_order, shares
+from .group import Group, all_gather, exchange_numbers, process_group, resolve, wait
+from .ring import Ring
+from .shares import check_length, check_shares
+from .tiles import Extras, Problem, Result, placed
+from .ulysses import Ulysses
+
+__all__ = ["attend_part", "context_parallel_attention", "seed_of_all"]
+
+METHODS: dict[str, Any] = {"allgather": AllGather, "ulysses": Ulysses, "ring": Ring}
+
+
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Any,
+    method: str = "allgather",
+    order: str = "zigzag",
+    length: int | None = None,
+    key_length: int | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
+    mask: Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: Literal[False] = False,
+    deterministic: bool | None = None,
+    layout: str = "bshd",
+    precision: str | None = None,
+    backend: str | None = None,
+    head_chunks: int | None = None,
+    programs: int | None = None,
+) -> Tensor: ...
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    group: Any,
+    return_lse: bool,
+    method: str = "allgather",
+    order: str = "zigzag",
+    length: int | None = None,
+    key_length: int | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
+    mask: Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    deterministic: bool | None = None,
+    layout: str = "bshd",
+    precision: str | None = None,
+    backend: str | None = None,
+    head_chunks: int | None = None,
+    programs: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *more: Any,
+    group: Any = None,
+    method: str = "allgather",
+    order: str = "zigzag",
+    length: int | None = None,
+    key_length: int | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
+    mask: Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    layout: str = "bshd",
+    precision: str | None = None,
+    backend: str | None = None,
+    head_chunks: int | None = None,
+    programs: int | None = None,
+    **others: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`triflash.attention` of sequences whose rows are spread over the ranks of a group; every rank calls it with its own.
+
+    Results and all gradients are those of ``attention`` on the gathered tensors. With M and N the lengths over all ranks, and m and n
+    those of this rank's shares (:func:`shard` makes them):
+
+    Args:
+        q: this rank's queries ``(*batch, m, Hq, D)``. k, v: its keys and values ``(*batch, n, Hk, D)``, ``(*batch, n, Hk, Dv)``.
+        group: a ProcessGroup, a DeviceMesh of one dim, or ``(mesh, dim)``.
+        method: ``"allgather"``: every rank gets all keys, chunk by chunk of heads. ``"ulysses"``: all-to-alls give every rank all rows of
+            some heads; the group must divide Hq. ``"ring"``: keys go round, and memory beyond this rank's rows is two more shares.
+        order: of rows, as of :func:`shard`: ``"zigzag"``, balanced for causal attention, or ``"contiguous"``.
+        length, key_length: M and N. None: asked of the group once a call, for which the host waits; torch.compile needs both.
+        bias, mask: this rank's rows in its order, all keys in their natural order: what broadcasts to ``(*batch, Hq, m, N)``; a bias may
+            be a tuple of two.
+        causal, window, scale, softcap, dropout_p, dropout_seed, return_lse, deterministic, layout, precision, backend: see
+            :func:`triflash.attention`; positions are those in the whole sequence. Deterministic: partial gradients are exchanged whole
+            and added in the order of ranks, else reduce-scattered.
+        key_lengths, alibi_slopes, sink: see there, the same on every rank.
+        head_chunks: of method allgather, into how many chunks the heads are cut: one is gathered while the one before computes. Default:
+            up to 4 on GPUs, 1 elsewhere. Other methods do not cut them.
+        programs: at most how many SMs persistent grids use (backend hopper); default: all, but 8 while a collective is in flight.
+
+    Returns:
+        out ``(*batch, m, Hq, Dv)``, this rank's rows, or ``(out, lse)``.
+
+    Gradients of a bias whose rows are this rank's are complete. Those of what every rank has (a bias without a dim of queries, the sink)
+    come back summed over the group, the same on every rank: a wrapper that reduces over it again must average. Where every rank has one
+    row, a bias with one row is that row's. Partial results, and gradients of k and v, travel in float32.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named; shares that are not those of the lengths, named by rank. With ``TRIFLASH_CHECK=1``
+            in the environment when a group is first used, every call compares shapes and options over it; every rank raises what differs.
+        UnsupportedError: heads that the group does not divide (ulysses), or what no backend can do.
+        RuntimeError: a collective failed, because a process ended or hangs, within the group's time-out.
+
+    Sources: Liu et al. 2023 (ring), Jacobs et al. 2023 (Ulysses).
+    """
+    if more or others:
+        raise not_ours("context_parallel_attention", [*inspect.signature(context_parallel_attention).parameters][3:], more, others)
+    check_bool("return_lse", return_lse)
+    ranks = resolve(group)
+    first, second = two_biases(bias)
+    if isinstance(q, Tensor) and not torch.compiler.is_compiling():
+        at = 2 if layout == "bhsd" else 3
+        m, n = (x.shape[-at] if isinstance(x, Tensor) and x.dim() >= at else -1 for x in (q, k))
+        biases = {"bias": rows_apart(first, -2, m), "bias[1]": rows_apart(second, -2, m), "mask": rows_apart(mask, -2, m)}
+        options_given = (method, order, length, key_length, head_chunks, programs, return_lse)
+        names = ("method", "order", "length", "key_length", "head_chunks", "programs", "return_lse")
+        agree(process_group(group), ranks, q.device, {
+            **dict(zip(names, options_given, strict=True)),
+            **Options(causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend)._asdict(),
+            "q": rows_apart(q, -at, m), "k": rows_apart(k, -at, n), "v": rows_apart(v, -at, n), **biases, "key_lengths": key_lengths,
+            "alibi_slopes": alibi_slopes, "sink": sink, "dropout_seed": dropout_seed,
+        })  # fmt: skip
+    given = Given(q, k, v, first, mask, key_lengths, alibi_slopes, sink, dropout_seed, second)
+    options = Options(causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend)
+    return attend_part(given, options, return_lse, ranks, method, order, (length, key_length), head_chunks, programs)
+
+
+_parameters = [
+    each.replace(default=inspect.Parameter.empty) if each.name == "group" else each
+    for each in inspect.signature(context_parallel_attention).parameters.values()
+    if each.name not in ("more", "others")
+]
+context_parallel_attention.__signature__ = inspect.signature(context_parallel_attention).replace(  # type: ignore[attr-defined]
+    parameters=_parameters
+)
+
+
+def _check_count(name: str, count: Any) -> None:
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise bad_type(name, "an integer from 1 up, or None", type(count).__name__)
+    if count < 1:
+        raise bad_value(name, "an integer from 1 up, or None", count)
+
+
+def attend_part(
+    given: Given, options: Options, return_lse: bool, group: Group, method: str, order: str, lengths: tuple[int | None, int | None],
+    head_chunks: int | None, programs: int | None, entry: int = 0,
+) -> Any:  # fmt: skip
+    """This rank's part of a call. entry: the number of the first batch entry, to dropout."""
+    if method not in METHODS:
+        raise bad_value("method", f"one of {', '.join(METHODS)}", repr(method))
+    check_order(order)
+    for name, count in (("head_chunks", head_chunks), ("programs", programs)):
+        _check_count(name, count)
+    if isinstance(given.q, Tensor) and torch.is_autocast_enabled(given.q.device.type):
+        with casting(given) as cast:
+            whole = Given._make((*cast, *given[3:]))
+            return attend_part(whole, options, return_lse, group, method, order, lengths, head_chunks, programs, entry)
+    _refuse(given)
+    at = _rows_at(given, options)
+    M, N, one_row = _lengths(given, group, order, lengths, at)
+    long = given._replace(k=_long(given.k, at, N), v=_long(given.v, at, N))  # type: ignore[arg-type]
+    settled = checked(ATTENTION, long, options)
+    form = settled.form
+    x = form.operands((*given[:8], None, None, None, None, None, given.second_bias))
+    seed = _seed(given, group, x.q.shape[2], entry) if settled.dropout_p else None
+    call = _call(settled, given, x, group, order, (M, N), one_row, head_chunks, programs, options)
+    k, v = x.k, x.v
+    if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
+        k, v = k.view_as(k), v.view_as(v)
+    out, lse = _Attend.apply(
+        METHODS[method], call, x.q, k, v, x.bias, x.second_bias, x.sink, x.mask, x.key_lengths, x.alibi_slopes, seed
+    )  # fmt: skip
+    out = form.out_of(out)
+    return (out, form.lse_of(lse)) if return_lse else out
+
+
+def seed_of_all(seed: Tensor, drawn: bool, group: Group) -> Tensor:
+    """(seed, offset) that every rank uses: where each has drawn its own, that of rank 0."""
+    if not drawn or group.size == 1:
+        return seed
+    return wait(all_gather(seed[None], group), group)[0]
+
+
+def _seed(given: Given, group: Group, heads: int, entry: int) -> Tensor:
+    """The seed, and the place of a part."""
+    seed = given.dropout_seed
+    return placed(seed_of_all(seed_tensor(seed, given.q.device), seed is None, group), heads, entry * heads)
+
+
+def _refuse(given: Given) -> None:
+    for name, x in zip(Given._fields, given, strict=True):
+        if isinstance(x, Tensor) and (x.is_nested or type(x).__name__ == "DTensor"):
+            hint = "attention_varlen's rows of jagged tensors: context_parallel_attention_varlen" if x.is_nested else f"{name}.to_local()"
+            raise bad_type(name, "this rank's rows in a plain tensor", "a NestedTensor" if x.is_nested else "a DTensor", hint)
+
+
+def _rows_at(given: Given, options: Options) -> int:
+    """The dim of rows in q, k and v, of which the checks have the last word on wrong ones."""
+    for name, x in zip("qkv", given, strict=False):
+        if not isinstance(x, Tensor):
+            raise bad_type(name, "a tensor", type(x).__name__)
+        if x.dim() < 4:
+            raise bad_value(name, "4 dims or more (*batch, length, heads, dim)", f"{x.dim()} dims {tuple(x.shape)}")
+    return -2 if options.layout == "bhsd" else -3
+
+
+def _long(x: Tensor, at: int, rows: int) -> Tensor:
+    """A tensor of the whole problem's shape, for the checks, of which no element is read."""
+    shape = list(x.shape)
+    shape[at] = rows
+    return x.new_empty(()).expand(shape)
+
+
+def _lengths(
+    given: Given, group: Group, order: str, lengths: tuple[int | None, int | None], at: int
+) -> tuple[int, int, tuple[bool, bool, bool]]:
+    """M, N, and of bias, second bias and mask, where they have one row on a rank that holds one, whether that is the rank's."""
+    held = [given.q.shape[at], given.k.shape[at]]  # type: ignore[union-attr]
+    biases = (given.bias, given.second_bias, given.mask)
+    rows = [-1 if not isinstance(x, Tensor) or x.dim() < 2 else x.shape[-2] for x in biases]
+    compiling = torch.compiler.is_compiling()
+    names = (("length", "q"), ("key_length", "k"))
+    for (name, of), own, length in zip(names, held, lengths, strict=True):
+        if length is not None:
+            check_length(name, length, of, own, group, order)
+        elif compiling:
+            raise bad_value(name, "the length over all ranks under torch.compile, which cannot ask the group", None)
+    M, N = lengths
+    unclear = M is not None and any(own == 1 for own in rows) and 1 in (all_held := shares(M, group.size, order)) and set(all_held) != {1}
+    if unclear and compiling:
+        raise bad_value("bias", f"shares of more than one row under torch.compile, length {M} on {group.size} ranks", all_held)
+    if M is None or N is None or unclear:
+        told = exchange_numbers([*held, *rows], group, given.q.device)
+        M = check_shares("q", "length", [each[0] for each in told], group, order) if M is None else M
+        N = check_shares("k", "key_length", [each[1] for each in told], group, order) if N is None else N
+        own_row = tuple(all(each[2 + n] == each[0] for each in told) for n in range(3))
+    else:
+        own_row = tuple(own == held[0] for own in rows)
+    return M, N, own_row  # type: ignore[return-value]
+
+
+def _call(
+    settled: Checked, given: Given, x: Any, group: Group, order: str, lengths: tuple[int, int], own_row: tuple[bool, bool, bool],
+    head_chunks: int | None, programs: int | None, options: Options,
+) -> Call:  # fmt: skip
+    (M, N), held = lengths, x.q.shape[1]
+    if x.bias is not None and given.bias is None:  # a mask alone
+        own_row = (own_row[2], own_row[1], own_row[2])
+    by_row, by_second, by_mask = (
+        y is not None and (own if held == 1 else y.shape[3] == held)
+        for own, y in zip(own_row, (x.bias, x.second_bias, x.mask), strict=True)
+    )
+    lo, hi = band_of(options.causal, options.window).offsets(M, N)
+    heads, key_heads = x.q.shape[2], x.k.shape[2]
+    by_heads = tuple(y is not None and (y.shape[2] > 1 or heads == 1) for y in (x.bias, x.second_bias))
+    problem = Problem(
+        M, N, lo, hi, settled.form.inner, settled.scale, settled.softcap, settled.dropout_p, settled.precision, settled.backend,
+        settled.deterministic, (by_row, by_second),
+    )  # fmt: skip
+    if head_chunks is None:
+        head_chunks = _chunks(x, by_heads)
+    return Call(problem, group, order, heads, key_heads, head_chunks, programs, by_heads, by_mask)  # type: ignore[arg-type]
+
+
+def _chunks(x: Any, by_heads: tuple[bool, ...]) -> int:
+    """As many chunks of heads as still fill a GPU, up to 4; one where a bias is shared by heads, whose gradient would be added up."""
+    if x.q.device.type == "cpu" or any(y is not None and not own for y, own in zip((x.bias, x.second_bias), by_heads, strict=True)):
+        return 1
+    chunks, tiles = min(4, x.k.shape[2]), x.q.shape[0] * x.q.shape[2] * -(-x.q.shape[1] // 128)
+    while chunks > 1 and tiles // chunks < 512:
+        chunks //= 2
+    return max(1, chunks)
+
+
+class _Attend(torch.autograd.Function):
+    """``_Attend.apply(method, call, q, k, v, bias, second, sink, mask, key_lengths, slopes, seed)``, canonical: out and lse."""
+
+    @staticmethod
+    def forward(ctx: Any, method: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, *extras: Tensor | None) -> tuple[Tensor, Tensor]:
+        result, saved = method.forward(call, q, k, v, Extras(*extras))
+        ctx.method, ctx.call = method, call
+        ctx.shape = result.out.shape
+        ctx.save_for_backward(*saved[:3], *saved.extras, *saved.result, *extras[:3])
+        ctx.set_materialize_grads(False)
+        return result.out, result.lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        nothing: tuple[Tensor | None, ...] = (None,) * 12
+        if dout is None and dlse is None:
+            return nothing
+        q, k, v, *rest = ctx.saved_tensors
+        count = len(Extras._fields)
+        saved = Saved(q, k, v, Extras(*rest[:count]), Result(*rest[count : count + 3]))
+        given = rest[count + 3 :]
+        if dout is None:
+            dout = q.new_zeros(ctx.shape)
+        needs = ctx.needs_input_grad[2:8]
+        with torch.no_grad():
+            grads = list(ctx.method.backward(ctx.call, saved, dout, dlse, needs))
+        for n, x in enumerate(given, 3):
+            if grads[n] is not None:
+                grads[n] = grads[n].to(x.dtype)
+        tied = differentiable_once(grads, (dout, dlse, q, k, v, *given))
+        return (None, None, *tied, *nothing[8:])

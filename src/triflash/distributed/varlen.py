@@ -1,0 +1,215 @@
+"""Packed documents over a group: each is spread by itself, so that every rank sees as many pairs of each."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from ..arguments import Given, Options, two_biases
+from ..checks import check_bool, seed_tensor
+from ..errors import bad_type, bad_value, unsupported
+from ..spec import LAYOUTS
+from .attention import attend_part, seed_of_all
+from .chunks import check_order, share
+from .group import resolve
+
+__all__ = ["context_parallel_attention_varlen"]
+
+
+@overload
+def context_parallel_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    group: Any,
+    method: str = "allgather",
+    order: str = "zigzag",
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
+    bias_layout: str = "padded",
+    mask: Tensor | None = None,
+    mask_layout: str | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: Literal[False] = False,
+    deterministic: bool | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+    head_chunks: int | None = None,
+    programs: int | None = None,
+) -> Tensor: ...
+@overload
+def context_parallel_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    group: Any,
+    return_lse: bool,
+    method: str = "allgather",
+    order: str = "zigzag",
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
+    bias_layout: str = "padded",
+    mask: Tensor | None = None,
+    mask_layout: str | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    deterministic: bool | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+    head_chunks: int | None = None,
+    programs: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+def context_parallel_attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    group: Any,
+    method: str = "allgather",
+    order: str = "zigzag",
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
+    bias_layout: str = "padded",
+    mask: Tensor | None = None,
+    mask_layout: str | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+    head_chunks: int | None = None,
+    programs: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`triflash.attention_varlen` of packed documents, each of which is spread over the ranks of a group.
+
+    A rank holds, document after document, its share of each, as :func:`shard` cuts it: zigzag, every rank sees as many pairs of every
+    causal document. Results and gradients are those of ``attention_varlen`` on the gathered documents.
+
+    Args:
+        q, k, v: this rank's rows ``(rows, Hq, D)``, ``(rows, Hk, D)``, ``(rows, Hk, Dv)`` of all documents.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 ``(B + 1,)``: where documents begin and end in the whole, the same on every rank. The
+            host reads them: on the CPU they cost nothing, on a GPU it waits. cu_seqlens_k: default cu_seqlens_q.
+        bias: my rows, all keys in their natural order, in one of three layouts. ``"padded"``: ``(B|1, Hq|1, m|1, N|1)``, of each document
+            my rows and its keys, padded behind; ``"rows"``: ``(Hq|1, rows, N|1)``; ``"keys"``: ``(Hq|1, Tk)``, keys of the whole. Or a
+            tuple of two. mask: likewise. bias_layout, mask_layout: see :func:`triflash.attention_varlen`.
+        group, method, order, head_chunks, programs: see :func:`context_parallel_attention`.
+        causal, window, scale, softcap, alibi_slopes, sink, dropout_p, dropout_seed, return_lse, deterministic, precision, backend: see
+            :func:`triflash.attention_varlen`.
+
+    Returns:
+        out ``(rows, Hq, Dv)``, or ``(out, lse)`` with lse ``(Hq, rows)``. Documents run one after the other, so short ones are better kept
+        whole on one rank.
+
+    Raises:
+        ValueError, TypeError: a wrong argument, named. UnsupportedError: under torch.compile, or what no backend can do.
+    """
+    check_bool("return_lse", return_lse)
+    check_order(order)
+    ranks = resolve(group, "context_parallel_attention_varlen")
+    if torch.compiler.is_compiling():
+        raise unsupported("context_parallel_attention_varlen under torch.compile, whose host reads where documents begin", "auto",
+                          "call it outside, or compile context_parallel_attention of one document")  # fmt: skip
+    starts_q = _starts("cu_seqlens_q", cu_seqlens_q, None)
+    starts_k = starts_q if cu_seqlens_k is None else _starts("cu_seqlens_k", cu_seqlens_k, len(starts_q))
+    mask_layout = bias_layout if mask_layout is None else mask_layout
+    for name, layout in (("bias_layout", bias_layout), ("mask_layout", mask_layout)):
+        if layout not in LAYOUTS:
+            raise bad_value(name, f"one of {', '.join(LAYOUTS)}", repr(layout))
+    first, second = two_biases(bias)
+    spans: list[tuple[int, int, int, int, int, int]] = []  # of each document: lengths in all, my first query and key, and behind my last
+    at_q = at_k = 0
+    for (a, b), (c, d) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
+        m, n = (share(length, ranks.size, ranks.rank, order) for length in (b - a, d - c))
+        spans.append((b - a, d - c, at_q, at_k, at_q + m, at_k + n))
+        at_q, at_k = at_q + m, at_k + n
+    for name, x, rows in (("q", q, at_q), ("k", k, at_k), ("v", v, at_k)):
+        if not isinstance(x, Tensor):
+            raise bad_type(name, "a tensor", type(x).__name__)
+        if x.dim() != 3 or x.shape[0] != rows:
+            wanted = f"3 dims and {rows} rows on rank {ranks.rank} of {ranks.size}, its {order} shares of the documents"
+            raise bad_value(name, wanted, tuple(x.shape))
+    seed = seed_of_all(seed_tensor(dropout_seed, q.device), dropout_seed is None, ranks) if dropout_p else None
+    options = Options(causal, window, scale, softcap, dropout_p, deterministic, "bshd", precision, backend)
+    outs, lses, heads = [], [], q.shape[1]
+    for number, (M, N, q0, k0, q1, k1) in enumerate(spans):
+        if M == 0:
+            continue
+        mine = [_of_document(name, x, layout, number, len(spans), (q0, q1), (starts_k[number], N)) for name, x, layout in (
+            ("bias", first, bias_layout), ("bias[1]", second, bias_layout), ("mask", mask, mask_layout)
+        )]  # fmt: skip
+        slopes = alibi_slopes[number] if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 2 else alibi_slopes
+        given = Given(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], mine[0], mine[2], None, slopes, sink, seed, mine[1])
+        out, lse = attend_part(given, options, True, ranks, method, order, (M, N), head_chunks, programs, number)
+        outs.append(out[0])
+        lses.append(lse[0])
+    if not outs:
+        out, lse = q.new_empty((0, heads, v.shape[2])), q.new_empty((heads, 0), dtype=torch.float32)
+    else:
+        out, lse = torch.cat(outs), torch.cat(lses, 1)
+    return (out, lse) if return_lse else out
+
+
+def _starts(name: str, offsets: Any, count: int | None) -> list[int]:
+    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
+        raise bad_type(name, "an int32 or int64 tensor", str(offsets.dtype) if isinstance(offsets, Tensor) else type(offsets).__name__)
+    if offsets.dim() != 1 or offsets.shape[0] < 1 or (count is not None and offsets.shape[0] != count):
+        wanted = "one number more than documents" if count is None else f"as many as cu_seqlens_q, shape ({count},)"
+        raise bad_value(name, wanted, tuple(offsets.shape))
+    values: list[int] = offsets.tolist()
+    if values[0] != 0 or any(b < a for a, b in pairwise(values)):
+        raise bad_value(name, "offsets that begin with 0 and do not decrease", values[:8])
+    return values
+
+
+def _of_document(
+    name: str, x: Any, layout: str, number: int, count: int, rows: tuple[int, int], keys: tuple[int, int]
+) -> Tensor | None:  # fmt: skip
+    """A document's part of a bias or mask: ``(heads, my rows, its keys)``."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        raise bad_type(name, "a tensor or None", type(x).__name__)
+    dims = {"padded": 4, "rows": 3, "keys": 2}[layout]
+    if x.dim() != dims:
+        raise bad_value(name, f"{dims} dims, the layout {layout!r}", tuple(x.shape))
+    (q0, q1), (k0, length) = rows, keys
+    if layout == "keys":
+        return x[:, None, k0 : k0 + length]
+    if layout == "padded":
+        if x.shape[0] not in (1, count):
+            raise bad_value(name, f"1 or {count} documents in dim 0", tuple(x.shape))
+        x = x[number if x.shape[0] > 1 else 0]
+        q0, q1 = 0, q1 - q0
+    if (x.shape[1] != 1 and x.shape[1] < q1) or (x.shape[2] != 1 and x.shape[2] < length):
+        raise bad_value(name, f"1 or at least {q1} rows and 1 or at least {length} keys, document {number}", tuple(x.shape[1:]))
+    if x.shape[1] != 1:
+        x = x[:, q0:q1]
+    return x[..., :length] if x.shape[2] != 1 else x
