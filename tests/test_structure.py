@@ -52,7 +52,7 @@ RULES: dict[str, list[str]] = {
         "triflash.oracle", "triflash.errors",
     ],
     "triflash.launch.cache": [
-        "torch", "triflash.launch.append", "triflash.launch.calls", "triflash.launch.few", "triflash.oracle_cache", "triflash.plan",
+        "torch", "triflash.launch.append", "triflash.launch.calls", "triflash.launch.few", "triflash.launch.room", "triflash.oracle_cache", "triflash.plan",
         "triflash.slots", "triflash.spec_cache", "triflash.tiled_cache",
     ],
     "triflash.launch.append": ["torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.plan", "triflash.spec_cache"],

@@ -183,7 +183,7 @@ def attention_with_kvcache(
             rounding; with split_size, the bits of a request do not depend on the others. Default: chosen for the device.
         out: where to write the result, ``(B, Mq, Hq, Dv)`` or ``(Tq, Hq, Dv)`` in q's dtype, of any strides; returned.
         return_lse: also return the natural log of the sum of exponentials of each query's visible scores, sink included.
-        precision, backend: see :func:`triflash.attention`. Backends ``tiled`` and ``oracle`` read cu_seqlens_q.
+        precision, backend: see ``triflash.attention``. Backends ``tiled`` and ``oracle`` read cu_seqlens_q.
 
     Returns:
         out ``(B, Mq, Hq, Dv)`` in q's dtype, or ``(out, lse)`` with lse ``(B, Hq, Mq)`` in float32 (float64 for float64). With cu_seqlens_q
@@ -193,7 +193,7 @@ def attention_with_kvcache(
     Raises:
         ValueError, TypeError: a wrong shape, dtype, device or option; the message names the argument. For a name that another package has
             for it (cache_seqlens, block_table, softmax_scale, …) it names ours.
-        UnsupportedError: a gradient is wanted, of which a cache has none (call :func:`triflash.attention`); a transform of ``torch.func``;
+        UnsupportedError: a gradient is wanted, of which a cache has none (call ``triflash.attention``); a transform of ``torch.func``;
             or no backend, or not the one that was asked for by name, can do this combination.
 
     The host reads no length and no table, so a captured CUDA graph replays with new ones. Wrong ones read nothing out of bounds (they are

@@ -46,7 +46,7 @@ def flash_attn_func(
 
     Args:
         q: queries, ``(batch, seqlen_q, nheads, headdim)``; fp16, bf16 or fp32 (products of fp32 follow
-            ``torch.set_float32_matmul_precision``; where nobody set it, see ``precision`` of :func:`triflash.attention`). Any strides,
+            ``torch.set_float32_matmul_precision``; where nobody set it, see ``precision`` of ``triflash.attention``). Any strides,
             head dims 1 … 256.
         k, v: keys and values, ``(batch, seqlen_k, nheads, headdim)``, q's dtype and device.
         bias: added to the scaled scores, unscaled; any shape of 2 to 4 dims that broadcasts to

@@ -42,7 +42,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = False,
 ) -> Any:
     """Attention on a KV cache that k and v are appended to first, with flash_attn 2.8's arguments, by
-    :func:`triflash.attention_with_kvcache`.
+    ``triflash.attention_with_kvcache``.
 
     Args:
         q: ``(batch, seqlen_q, nheads, headdim)``; fp16, bf16 or fp32.
@@ -54,7 +54,7 @@ def flash_attn_with_kvcache(
         cache_seqlens: keys in the cache before the call: integers ``(batch,)``, or one for all. Default: seqlen_cache.
         cache_batch_idx: integers ``(batch,)``: entries of the cache. cache_leftpad: integers ``(batch,)``: where keys begin.
         block_table: int32 ``(batch, max_num_blocks_per_seq)``.
-        softmax_scale, causal, window_size, softcap, alibi_slopes: see :func:`flash_attn_func`; aligned to the last key, the new ones
+        softmax_scale, causal, window_size, softcap, alibi_slopes: see ``flash_attn_func``; aligned to the last key, the new ones
             included.
         rotary_interleaved: True rotates dims 0 and 1, 2 and 3, … (GPT-J), False those half of rotary_dim apart (GPT-NeoX).
         num_splits: into how many parts keys are split; 0: chosen here. return_softmax_lse: also return the log-sum-exp.

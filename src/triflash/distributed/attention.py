@@ -121,22 +121,22 @@ def context_parallel_attention(
     programs: int | None = None,
     **others: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`triflash.attention` of sequences whose rows are spread over the ranks of a group; every rank calls it with its own.
+    """``triflash.attention`` of sequences whose rows are spread over the ranks of a group; every rank calls it with its own.
 
     Results and all gradients are those of ``attention`` on the gathered tensors. With M and N the lengths over all ranks, and m and n
-    those of this rank's shares (:func:`shard` makes them):
+    those of this rank's shares (``shard`` makes them):
 
     Args:
         q: this rank's queries ``(*batch, m, Hq, D)``. k, v: its keys and values ``(*batch, n, Hk, D)``, ``(*batch, n, Hk, Dv)``.
         group: a ProcessGroup, a DeviceMesh of one dim, or ``(mesh, dim)``.
         method: ``"allgather"``: every rank gets all keys, chunk by chunk of heads. ``"ulysses"``: all-to-alls give every rank all rows of
             some heads; the group must divide Hq. ``"ring"``: keys go round, and memory beyond this rank's rows is two more shares.
-        order: of rows, as of :func:`shard`: ``"zigzag"``, balanced for causal attention, or ``"contiguous"``.
+        order: of rows, as of ``shard``: ``"zigzag"``, balanced for causal attention, or ``"contiguous"``.
         length, key_length: M and N. None: asked of the group once a call, for which the host waits; torch.compile needs both.
         bias, mask: this rank's rows in its order, all keys in their natural order: what broadcasts to ``(*batch, Hq, m, N)``; a bias may
             be a tuple of two.
         causal, window, scale, softcap, dropout_p, dropout_seed, return_lse, deterministic, layout, precision, backend: see
-            :func:`triflash.attention`; positions are those in the whole sequence. Deterministic: partial gradients are exchanged whole
+            ``triflash.attention``; positions are those in the whole sequence. Deterministic: partial gradients are exchanged whole
             and added in the order of ranks, else reduce-scattered.
         key_lengths, alibi_slopes, sink: see there, the same on every rank.
         head_chunks: of method allgather, into how many chunks the heads are cut: one is gathered while the one before computes. Default:

@@ -15,7 +15,7 @@ __all__ = ["arranged", "check_length", "gathered", "positions", "shard", "unshar
 
 
 def shard(x: Tensor, dim: int, group: Any, order: str = "zigzag") -> Tensor:
-    """This rank's share of a tensor that every rank has whole; the inverse of :func:`unshard`. Nothing is sent.
+    """This rank's share of a tensor that every rank has whole; the inverse of ``unshard``. Nothing is sent.
 
     Args:
         x: any tensor. dim: the one that is spread over the group; its length need not be divisible, and shares may be empty.
@@ -39,7 +39,7 @@ def unshard(x: Tensor, dim: int, group: Any, order: str = "zigzag", length: int 
     """The tensor of which every rank has a share, on every rank.
 
     Args:
-        x: this rank's share, as :func:`shard` gives it. dim, group, order: as there.
+        x: this rank's share, as ``shard`` gives it. dim, group, order: as there.
         length: of dim, over all ranks; None: asked of the group, for which the host waits. torch.compile needs it.
 
     Returns:

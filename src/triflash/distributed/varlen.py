@@ -108,9 +108,9 @@ def context_parallel_attention_varlen(
     head_chunks: int | None = None,
     programs: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`triflash.attention_varlen` of packed documents, each of which is spread over the ranks of a group.
+    """``triflash.attention_varlen`` of packed documents, each of which is spread over the ranks of a group.
 
-    A rank holds, document after document, its share of each, as :func:`shard` cuts it: zigzag, every rank sees as many pairs of every
+    A rank holds, document after document, its share of each, as ``shard`` cuts it: zigzag, every rank sees as many pairs of every
     causal document. Results and gradients are those of ``attention_varlen`` on the gathered documents.
 
     Args:
@@ -119,10 +119,10 @@ def context_parallel_attention_varlen(
             host reads them: on the CPU they cost nothing, on a GPU it waits. cu_seqlens_k: default cu_seqlens_q.
         bias: my rows, all keys in their natural order, in one of three layouts. ``"padded"``: ``(B|1, Hq|1, m|1, N|1)``, of each document
             my rows and its keys, padded behind; ``"rows"``: ``(Hq|1, rows, N|1)``; ``"keys"``: ``(Hq|1, Tk)``, keys of the whole. Or a
-            tuple of two. mask: likewise. bias_layout, mask_layout: see :func:`triflash.attention_varlen`.
-        group, method, order, head_chunks, programs: see :func:`context_parallel_attention`.
+            tuple of two. mask: likewise. bias_layout, mask_layout: see ``triflash.attention_varlen``.
+        group, method, order, head_chunks, programs: see ``context_parallel_attention``.
         causal, window, scale, softcap, alibi_slopes, sink, dropout_p, dropout_seed, return_lse, deterministic, precision, backend: see
-            :func:`triflash.attention_varlen`.
+            ``triflash.attention_varlen``.
 
     Returns:
         out ``(rows, Hq, Dv)``, or ``(out, lse)`` with lse ``(Hq, rows)``. Documents run one after the other, so short ones are better kept
