@@ -112,17 +112,8 @@ def test_it_is_the_call_on_what_is_there(options: dict[str, Any], moved: bool, b
                 q[b : b + 1, rows], k[b : b + 1, cols], v[b : b + 1, cols], sink=sink, return_lse=True, backend=backend, **own, **options
             )
             wanted = wanted.index_put((torch.tensor(b), torch.arange(rows.start, rows.stop)), part[0])
-            wanted_lse = (
-                wanted_lse.index_put((torch.tensor(b), slice(None), torch.arange(rows.start, rows.stop)), part_lse[0])
-                if False
-                else torch.cat(
-                    [
-                        wanted_lse[:b],
-                        torch.cat([wanted_lse[b : b + 1, :, : rows.start], part_lse, wanted_lse[b : b + 1, :, rows.stop :]], 2),
-                        wanted_lse[b + 1 :],
-                    ]
-                )
-            )
+            before, after = wanted_lse[b : b + 1, :, : rows.start], wanted_lse[b : b + 1, :, rows.stop :]
+            wanted_lse = torch.cat([wanted_lse[:b], torch.cat([before, part_lse, after], 2), wanted_lse[b + 1 :]])
         dout = torch.randn_like(out)
         grads = torch.autograd.grad(out, leaves, dout, retain_graph=True)
         right = torch.autograd.grad(wanted, leaves, dout, retain_graph=True)
@@ -218,7 +209,7 @@ def test_guards(width: int, backend: str, device: torch.device) -> None:
 
 
 def test_hidden_blocks_are_not_visited(device: torch.device) -> None:
-    """What is hidden is not even read: kernels that look at its memory find what nobody masked."""
+    """By the arithmetic that kernels bound their loops with, run as Python: all that is visible is in them, and no block before a start."""
     from triflash.kernels.triton.prims import segments
 
     plain = getattr(segments, "fn", segments)

@@ -29,7 +29,7 @@ from .form import Form
 from .lengths import FARTHEST
 from .plan.select import check_backend, requested_backend
 from .spec import LAYOUTS as PACKED_LAYOUTS
-from .spec import Band, resolve_precision
+from .spec import AttentionSpec, Band, resolve_precision
 
 __all__ = [
     "ATTENTION",
@@ -204,18 +204,15 @@ def _check_diagonal(diagonal: Any, diagonals: Tensor | None, causal: Any) -> Non
             raise bad_value("diagonal", f"an int from -{FARTHEST} to {FARTHEST}", diagonal)
 
 
-def check_places(given: Given, layout: str) -> None:
+def check_places(given: Given, spec: AttentionSpec) -> None:
     """Look at the values of lengths, starts and diagonals, and name those that are out of range. Waits for the device."""
-    rows = -2 if layout == "bhsd" else -3
-    sizes = {name: x.shape[rows] for name, x in (("query", given.q), ("key", given.q if given.k is None else given.k)) if x.dim() >= 4}
-    for name in ("key_lengths", "key_starts", "query_starts", "query_lengths", "diagonals"):
-        x = getattr(given, name)
-        if not isinstance(x, Tensor) or x.is_meta or not x.numel():
-            continue
-        least, most = (-FARTHEST, FARTHEST) if name == "diagonals" else (0, sizes.get(name.partition("_")[0], FARTHEST))
-        for entry, value in enumerate(x.flatten().tolist()):
-            if not least <= value <= most:
-                wanted = f"values from {least} to {most}"
+    most = {"key_lengths": spec.keys, "key_starts": spec.keys, "query_starts": spec.queries, "query_lengths": spec.queries}
+    for name in (*most, "diagonals"):
+        x, limit = getattr(given, name), most.get(name)
+        least, limit = (-FARTHEST, FARTHEST) if limit is None else (0, limit)
+        for entry, value in enumerate([] if x is None else x.flatten().tolist()):
+            if not least <= value <= limit:
+                wanted = f"values from {least} to {limit}"
                 raise bad_value("diagonal" if name == "diagonals" else name, wanted, f"{value} of batch entry {entry}")
 
 
@@ -449,7 +446,7 @@ def _split(bias: Tensor | None, mask: Tensor | None, second: Tensor | None, batc
     given = {name: x for name, x in (("bias", bias), ("mask", mask), ("bias[1]", second)) if x is not None}
     wide = {name: x[(None,) * (len(batch) + 3 - x.dim())] for name, x in given.items()}
     # A batch dim of size 1 goes with either level.
-    counted = [n for n, size in enumerate(batch) if size > 1]
+    counted = [n for n, size in enumerate(batch) if size != 1]
     # Numbers, not truth values: those of symbolic sizes stay symbolic under torch.compile.
     flags = [tuple([1 if x.shape[n] > 1 else 0 for x in wide.values()]) for n in counted]
     changes = [n for n in range(1, len(flags)) if flags[n] != flags[n - 1]]

@@ -87,9 +87,6 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
         return _by_operators(face, given, options, return_lse)
     causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, diagonal = options
     call, cast, placed = None, False, not (query_starts is query_lengths is key_starts is diagonals is None)
-    if (placed or lengths is not None) and os.environ.get("TRIFLASH_CHECK") == "1":
-        checked(face, Given(*given), Options(*options))
-        check_places(Given(*given), layout)
     try:
         more: Any = None
         if placed or not (mask is lengths is slopes is sink is seed is second is None):
@@ -124,6 +121,8 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
             return _by_operators(face, given, options, return_lse)
         call = _bound(settled, named, facts, q.device)
         CALLS.add(key, call)
+    if (placed or lengths is not None) and os.environ.get("TRIFLASH_CHECK") == "1":
+        check_places(Given(*given), call.spec)
     if isinstance(seed, int):
         check_seed_range(seed)
     tensors: Any = (q, k, v, bias, mask, lengths, slopes, sink, seed_tensor(seed, q.device) if dropout_p else None)

@@ -49,9 +49,7 @@ def packed(given: Given, options: Options) -> tuple[VarlenGiven, VarlenOptions]:
         if getattr(given, name) is not None:
             raise bad_value(name.replace("diagonals", "diagonal"), "None, as jagged tensors have lengths of their own", "a tensor")
     if options.diagonal is not None:
-        raise bad_value(
-            "diagonal", "None, as that of a jagged tensor follows each sequence's lengths", options.diagonal, "or causal='top_left'"
-        )
+        raise bad_value("diagonal", "None, as jagged tensors have one for each sequence", options.diagonal, "or causal='top_left'")
     heads = q.shape[3 - ragged]
     biases = (("bias", given.bias), ("mask", given.mask), ("bias[1]", given.second_bias))
     bias, mask, second = (_wide(name, x, q.shape[0], heads) for name, x in biases)

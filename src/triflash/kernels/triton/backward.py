@@ -13,7 +13,7 @@ straight from ``k qᵀ`` and ``v doutᵀ``: no tile is transposed in registers (
 import triton
 import triton.language as tl
 
-from .extent import diagonal, of_program, statistics
+from .extent import diagonal, of_program, placed_diagonal, placed_keys, placed_queries, statistics
 from .features import (
     Program,
     Span,
@@ -21,9 +21,6 @@ from .features import (
     bias_tile,
     drop,
     mask_tile,
-    placed_diagonal,
-    placed_keys,
-    placed_queries,
     rescaled,
     scored,
     shows_anything,

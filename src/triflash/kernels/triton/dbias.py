@@ -6,6 +6,7 @@ A bias of full shape, and one that varies over keys only, get theirs from the pa
 import triton
 import triton.language as tl
 
+from .extent import placed_diagonal, placed_keys, placed_queries
 from .features import (
     Program,
     Span,
@@ -13,9 +14,6 @@ from .features import (
     bias_tile,
     drop,
     mask_tile,
-    placed_diagonal,
-    placed_keys,
-    placed_queries,
     rescaled,
     scored,
     shows_anything,

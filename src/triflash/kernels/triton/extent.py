@@ -4,13 +4,18 @@ Of packed sequences two tables are made on the device, before all other kernels 
 tile) for each program of a head, and ``extents``, four numbers for each sequence. A kernel gets ``packed = (tiles, extents,
 bottom_right)``; bottom_right: 1 if the diagonal meets the last query and the last key of a sequence, 0 if its first ones. None: there are
 none.
+
+Of a batch entry the queries and keys that there are, and its diagonal, are read where the features say so (``features.Features``); without,
+there are all, and the diagonal is N - M.
 """
 
 import triton
 import triton.language as tl
 
-from .prims import offset
+from .prims import clamped, near, offset
 from .records import record
+
+FARTHEST: tl.constexpr = tl.constexpr(2**29)  # diagonal: sums of it, a side of a window and a position fit 32 bits; as lengths.py
 
 
 @record
@@ -69,3 +74,35 @@ def statistics(base, b, head, heads, rows, first_query, PACKED: tl.constexpr):
         return base + offset(head, rows) + first_query
     else:
         return base + offset(b * heads + head, rows)
+
+
+@triton.jit
+def placed_queries(f, b, M):
+    """First query of batch entry b, and how many there are up to its last one, of M."""
+    first = 0
+    end = M
+    if f.query_starts is not None:
+        first = clamped(tl.load(f.query_starts + offset(b, f.query_starts_stride)), M)
+    if f.query_lengths is not None:
+        end = clamped(tl.load(f.query_lengths + offset(b, f.query_lengths_stride)), M)
+    return first, end
+
+
+@triton.jit
+def placed_keys(f, b, N):
+    """First key of batch entry b, of N."""
+    first = 0
+    if f.key_starts is not None:
+        first = clamped(tl.load(f.key_starts + offset(b, f.key_starts_stride)), N)
+    return first
+
+
+@triton.jit
+def placed_diagonal(f, b, M, N):
+    """The key at distance 0 from query 0 of batch entry b."""
+    if f.diagonals is not None:
+        return near(tl.load(f.diagonals + offset(b, f.diagonals_stride)), FARTHEST)
+    elif f.shift is not None:
+        return f.shift
+    else:
+        return N - M

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .prims import LOG2E, add_bias, between, clamped, near, offset, stride_in_tile
+from .prims import LOG2E, add_bias, between, clamped, offset, stride_in_tile
 from .records import record
 
 ROUNDS: tl.constexpr = tl.constexpr(7)  # of Philox, and its constants below: as dropout.py
-FARTHEST: tl.constexpr = tl.constexpr(2**29)  # diagonal: sums of it, a side of a window and a position fit 32 bits; as lengths.py
 
 
 class Features(NamedTuple):
@@ -78,38 +77,6 @@ def visible_keys(f, b, N):
         return tl.minimum(N, f.most_keys)
     else:
         return N
-
-
-@triton.jit
-def placed_queries(f, b, M):
-    """First query of batch entry b, and how many there are up to its last one, of M."""
-    first = 0
-    end = M
-    if f.query_starts is not None:
-        first = clamped(tl.load(f.query_starts + offset(b, f.query_starts_stride)), M)
-    if f.query_lengths is not None:
-        end = clamped(tl.load(f.query_lengths + offset(b, f.query_lengths_stride)), M)
-    return first, end
-
-
-@triton.jit
-def placed_keys(f, b, N):
-    """First key of batch entry b, of N."""
-    first = 0
-    if f.key_starts is not None:
-        first = clamped(tl.load(f.key_starts + offset(b, f.key_starts_stride)), N)
-    return first
-
-
-@triton.jit
-def placed_diagonal(f, b, M, N):
-    """The key at distance 0 from query 0 of batch entry b."""
-    if f.diagonals is not None:
-        return near(tl.load(f.diagonals + offset(b, f.diagonals_stride)), FARTHEST)
-    elif f.shift is not None:
-        return f.shift
-    else:
-        return N - M
 
 
 @triton.jit

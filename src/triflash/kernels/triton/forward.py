@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .extent import diagonal, of_program, statistics
+from .extent import diagonal, of_program, placed_diagonal, placed_keys, placed_queries, statistics
 from .features import (
     Program,
     Span,
@@ -11,9 +11,6 @@ from .features import (
     bias_tile,
     drop,
     mask_tile,
-    placed_diagonal,
-    placed_keys,
-    placed_queries,
     rescaled,
     scored,
     shows_anything,
