@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -192,6 +194,83 @@ def test_gradients_fill_only_their_elements(device: torch.device) -> None:
     del q, k, v
 
 
+@contextmanager
+def every_address() -> Iterator[list[int]]:
+    """Every address that a kernel reads or writes in Triton's interpreter lies in a tensor of its launch; gives how many were looked at."""
+    from triton.runtime import interpreter
+
+    from triflash.launch.calls import Call
+
+    inside: list[tuple[int, int]] = []
+    count, start, real = [0], Call.start, interpreter._interpreter
+
+    def extents(x: Any) -> Iterator[tuple[int, int]]:
+        if isinstance(x, Tensor) and x.numel():
+            last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+            yield x.data_ptr(), x.data_ptr() + last * x.element_size()
+        elif isinstance(x, tuple):
+            for each in x:
+                yield from extents(each)
+
+    def starting(call: Call) -> None:
+        inside[:] = extents(call.args)
+        start(call)
+
+    def check(addresses: Any, mask: Any) -> None:
+        used = addresses[mask.astype(bool)] if mask is not None else addresses.reshape(-1)
+        good = np.zeros(used.shape, dtype=bool)
+        for begin, last in inside:
+            good |= (used >= begin) & (used <= last)
+        assert good.all(), f"{int((~good).sum())} of {used.size} addresses lie outside"
+        count[0] += used.size
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def load(self, pointers: Any, mask: Any, *rest: Any) -> Any:
+            check(pointers, mask)
+            return real.load(pointers, mask, *rest)
+
+        def store(self, pointers: Any, values: Any, mask: Any) -> Any:
+            check(pointers, mask)
+            return real.store(pointers, values, mask)
+
+    with mock.patch.object(Call, "start", starting), mock.patch.object(interpreter, "_interpreter", Watched()):
+        yield count
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("grouped", B=2, M=3, N=77, H=4, Hk=2, D=24, Dv=40, bias="b11k", lengths=(77, 20), mask="1hqk"),
+        Case("window", B=2, M=5, N=100, lo=20, hi=60, bias="bhqk", bias_layout="sliced", sink=True, alibi="bh", layout="mixed"),
+        Case("whole tiles", M=1, N=96, H=8, Hk=2, D=32, bias="1h1k"),
+        Case("keys alone", M=16, N=80, H=1, bias="1h1k", dropout=0.1, dlse=True),
+    ],
+    ids=str,
+)
+def test_addresses(case: Case, device: torch.device) -> None:
+    for splits in (1, 3, 7):
+        config = FewConfig(16, 16, 4, 1, splits=splits)
+        inputs = build(case, device)
+        with every_address() as count:
+            _, ran = results_of(case, inputs, config, config)
+        assert {"few_forward", "few_backward"} <= set(ran) and count[0] > 1000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="watches Triton's interpreter")
+@pytest.mark.parametrize(
+    "name", ["pages of 3, packed, new keys", "pages, everything", "entries, new keys", "packed, bias, sink, ALiBi", "splits"]
+)
+def test_addresses_in_a_cache(name: str) -> None:
+    call = kvcases.build(next(case for case in kvcases.CASES if case.name == name))
+    with every_address() as count:
+        call.run("triton")
+    assert count[0] > 1000
+
+
 def spec(M: int, N: int, B: int = 1, H: int = 8, groups: int = 1, D: int = 128, **more: Any) -> AttentionSpec:
     return AttentionSpec("bf16", B, 1, M, N, H, D, D, more.pop("bias", None), None, more.pop("hi", None), 0.1, "ieee", groups, **more)
 
@@ -212,7 +291,8 @@ def test_who_takes_them(arch: str) -> None:
     assert names(spec(1, 8192, bias=bias, sink=True, alibi=True, dropout=0.1, softcap=2.0, key_lengths=True, mask=bias))[0] == "few_forward"
     assert names(spec(1, 100)) == ["forward"]  # a launch costs more
     assert names(spec(256, 8192, B=64), "triton") == ["forward"]  # tiles enough
-    assert names(spec(64, 8192, B=64)) == ["forward"]
+    assert names(spec(128, 8192, B=64)) == ["forward"]
+    assert names(spec(64, 8192, B=64))[0] == ("few_forward" if arch == "sm90" else "forward")  # where that was measured
     assert plan_forward(replace(spec(1, 8192), dtype="fp16"), KNOWN_DEVICES["interpreter"], "triton").step("forward") is not None
     assert plan_forward(spec(1, 8192), device, "tiled").step("forward") is not None
     if arch == "sm90":
@@ -227,6 +307,16 @@ def test_splits_fill_the_chip() -> None:
         assert step.programs == step.splits * B * H * max(1, M // 64) and step.programs >= 0.4 * min(
             device.sms, B * H * N // few.LEAST_KEYS
         )
+
+
+@pytest.mark.parametrize("arch", [arch for arch in KNOWN_DEVICES if arch not in ("cpu", "interpreter")])
+def test_tiles_fit_the_device(arch: str) -> None:
+    device = KNOWN_DEVICES[arch]
+    for rows in (1, 4, 17, 64, 512):
+        for D, itemsize in ((64, 2), (128, 1), (128, 2), (128, 4), (256, 2), (256, 4)):
+            for bias in (False, True):
+                shape = few.Shape(rows, 8, 8192, D, D, itemsize, bias, False)
+                assert few.shared_memory(shape, few.choose(shape, device)) <= device.shared_memory
 
 
 def test_explained() -> None:

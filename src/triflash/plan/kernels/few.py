@@ -23,6 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_QUERIES = 128  # of one request, from which on tiles of queries are many enough
+MEASURED = ("sm90",)  # H200, docs/tuning.md, 2026-11-29
 MIN_KEYS = 512  # below, a second launch costs more than idle SMs
 LEAST_KEYS = 256  # of a part: fewer keys take less time than putting parts together
 MAX_SPLITS = 256  # that the plan takes by itself
@@ -99,33 +100,60 @@ def runs(spec: AttentionSpec) -> bool:
 def takes(spec: AttentionSpec, device: DeviceFacts, tile: TileConfig) -> bool:
     """Whether ``attention`` takes the kernel by itself: where the forward kernel, with its ``tile``, would leave SMs without work.
 
-    That is a GPU, at most MAX_QUERIES queries on MIN_KEYS keys or more, and fewer tiles of queries than SMs; or grouped heads of which
-    each would read the same keys.
+    That is a GPU, at most MAX_QUERIES queries on MIN_KEYS keys or more, and fewer tiles of queries than SMs. Where one tile holds all rows
+    of a key head it is also taken for grouped heads, each of which would read the same keys, and wherever it was measured: with 128 tiles
+    for 132 SMs it took a third to a half of the forward kernel's time, most of whose tile is padding.
     """
     if not device.arch.startswith(("sm", "gfx")) or not runs(spec):
         return False
     if spec.queries > MAX_QUERIES or spec.keys < MIN_KEYS:
         return False
     programs = ceil_div(spec.queries, tile.block_m) * spec.heads * spec.batch
-    return programs < device.sms or (spec.groups > 1 and spec.queries * spec.groups <= 64)
+    one_tile = spec.queries * spec.groups <= 64
+    return programs < device.sms or (one_tile and (spec.groups > 1 or device.arch in MEASURED))
 
 
 def choose(shape: Shape, device: DeviceFacts) -> FewConfig:
-    """The configuration for a shape."""
+    """The configuration for a shape: with fewer stages, then fewer keys, where the device has less shared memory than the best takes."""
+    config = _best(shape, device)
+    while shared_memory(shape, config) > device.shared_memory:
+        if config.num_stages > 2:
+            config = replace(config, num_stages=config.num_stages - 1)
+        elif config.block_n > 16:
+            config = replace(config, block_n=config.block_n // 2)
+        else:
+            break
+    return config
+
+
+def shared_memory(shape: Shape, config: FewConfig) -> int:
+    """An upper estimate, in bytes, of what a program keeps in shared memory: queries, keys and values of each stage (the last of them in
+    registers where tiles have few rows), and scores or a bias on their way from one layout to another.
+    """
+    head, value = padded(shape.head_dim), padded(shape.value_dim)
+    stages = max(1, config.num_stages - (config.block_m <= 32))
+    converted = 2 if shape.itemsize == 1 else 0  # keys of 8 bits once more, in 16
+    keys = config.block_n * (head + value) * (shape.itemsize * stages + converted)
+    return keys + config.block_m * head * max(shape.itemsize, 2) + config.block_m * config.block_n * 4 * (1 + shape.bias)
+
+
+def _best(shape: Shape, device: DeviceFacts) -> FewConfig:
     head = padded(max(shape.head_dim, shape.value_dim))
     if device.arch == "interpreter":
         return FewConfig(16, 16, 4, 1)
-    wide = 16 if shape.rows <= 16 else 32 if shape.rows <= 32 else 64
+    block_m = 16 if shape.rows <= 16 else 32 if shape.rows <= 32 else 64
     if shape.itemsize > 2:  # float32 products keep whole operand rows in registers
         return FewConfig(16, 32 if head <= 128 else 16, 4 if head <= 128 else 8, 1)
     if device.arch.startswith("gfx"):
-        return FewConfig(min(wide, 32), 64 if head <= 64 else 32 if head <= 128 else 16, 4, 1)
+        return FewConfig(min(block_m, 32), 64 if head <= 64 else 32 if head <= 128 else 16, 4, 1)
     if head <= 64:
-        return FewConfig(wide, 128, 4, 3)
+        return FewConfig(block_m, 128, 4, 3)
     if head <= 128:
-        # H200, d 128, by 9 configurations in 8 problems each (docs/tuning.md, 2026-11-29)
-        return FewConfig(wide, 128, 4, 3) if wide <= 32 and not shape.heavy else FewConfig(wide, 64, 4, 4 if wide == 64 else 3)
-    return FewConfig(wide, 32, 4, 2)
+        # H200, d 128: 9 configurations in each of 8 problems (docs/tuning.md, 2026-11-29)
+        if block_m == 16 and shape.rows > 1 and not shape.heavy:
+            return FewConfig(16, 128, 8, 3)
+        return FewConfig(block_m, 128, 4, 3) if block_m <= 32 and not shape.heavy else FewConfig(block_m, 64, 4, 4 if block_m == 64 else 3)
+    return FewConfig(block_m, 32, 4, 2)
 
 
 @functools.lru_cache(maxsize=4096)
