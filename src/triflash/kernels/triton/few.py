@@ -137,10 +137,10 @@ def _walk(acc, l, m, p, t, f, c, kv, begin, end, MASKED: tl.constexpr):
         bias = bias_tile(f, t.at, t.m0, n0, t.query, j, p.M, c.last, False, MASKED, p.WIDE)
         s, _ = scored(p, f, t.at, s, bias, seen, t.m0, n0, t.query, j, True)
         if MASKED:
-            shown = in_band(t.m0 + t.query, n0 + j, c.last, p.lo, p.hi)
+            visible = in_band(t.m0 + t.query, n0 + j, c.last, p.lo, p.hi)
             if c.first is not None:
-                shown = shown & (n0 + j >= c.first)
-            s = tl.where(shown, s, float("-inf"))
+                visible = visible & (n0 + j >= c.first)
+            s = tl.where(visible, s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: 2^(-inf - 0) = 0, never NaN
         weights = tl.exp2(s - m_safe[:, None])
@@ -314,8 +314,8 @@ class Sums:
     dbias: object
     dbias_row: object
     dbias_col: object
-    column: object
-    column_step: object
+    dbias_keys: object
+    dbias_keys_step: object
 
 
 @record
@@ -349,17 +349,17 @@ def _store_keys(base, row_stride, n0, N, x, BN: tl.constexpr, DIM: tl.constexpr,
 @triton.jit
 def _store_block(s, t, p, n0, dk, dv, dst, NEED_DQ: tl.constexpr):
     """Write what a block of keys gets: each of its gradients has one owner, which meets all rows at once."""
-    EDGE: tl.constexpr = not p.EVEN_N
+    PARTIAL: tl.constexpr = not p.EVEN_N
     if s.dk is not None:
-        _store_keys(s.dk, s.dk_row, n0, p.N, dk * p.scale, p.BN, p.D, p.BD, EDGE)
+        _store_keys(s.dk, s.dk_row, n0, p.N, dk * p.scale, p.BN, p.D, p.BD, PARTIAL)
     if s.dv is not None:
-        _store_keys(s.dv, s.dv_row, n0, p.N, dv, p.BN, p.DV, p.BDV, EDGE)
+        _store_keys(s.dv, s.dv_row, n0, p.N, dv, p.BN, p.DV, p.BDV, PARTIAL)
     n = n0 + tl.arange(0, p.BN)
     if s.dbias is not None:
         pointers = t.dbias + offset(n, s.dbias_col)[:, None]
         tl.store(pointers, dst.to(s.dbias.dtype.element_ty), mask=t.there & (n < p.N)[:, None])
-    if s.column is not None:
-        tl.store(s.column + offset(n, s.column_step), tl.sum(dst, 1).to(s.column.dtype.element_ty), mask=n < p.N)
+    if s.dbias_keys is not None:
+        tl.store(s.dbias_keys + offset(n, s.dbias_keys_step), tl.sum(dst, 1).to(s.dbias_keys.dtype.element_ty), mask=n < p.N)
 
 
 @triton.jit
@@ -368,7 +368,7 @@ def _walk_back(dqt, p, t, f, c, kv, s, begin, end, NEED_DQ: tl.constexpr, MASKED
     j = tl.arange(0, p.BN)[:, None]
     ADDS: tl.constexpr = f.bias is not None or f.slopes is not None
     HAS_REST: tl.constexpr = t.rest is not None
-    NEED_DS: tl.constexpr = NEED_DQ or s.dk is not None or s.dbias is not None or s.column is not None
+    NEED_DS: tl.constexpr = NEED_DQ or s.dk is not None or s.dbias is not None or s.dbias_keys is not None
     for block in tl.range(begin, end):
         n0 = block * p.BN
         k_tile = _load_keys(kv[0], kv[2], c, 0, n0, p.BN, p.D, p.BD, MASKED, p.WIDE)
@@ -416,8 +416,8 @@ def _walk_hidden(p, t, s, begin, end):
 
 @triton.jit
 def few_backward(
-    q, k, v, f, dout, lse, rest, delta, dq, dk, dv, dbias, column,
-    q_strides, k_strides, v_strides, dout_strides, lse_strides, dq_strides, dk_strides, dv_strides, dbias_strides, column_strides,
+    q, k, v, f, dout, lse, rest, delta, dq, dk, dv, dbias, dbias_keys,
+    q_strides, k_strides, v_strides, dout_strides, lse_strides, dq_strides, dk_strides, dv_strides, dbias_strides, dbias_keys_strides,
     heads, groups, batch_inner, M, N, lo, hi, scale, splits,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN_N: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -427,8 +427,8 @@ def few_backward(
         dk = scale dsᵀ q,  dv = pᵀ dout,  dqᵀ += scale kᵀ dsᵀ
 
     so that k and v are read once, a key's gradients are written once, and only dq comes in parts: dq (split, batch, row, head) is float32
-    if there are several (``sum_rows``). dbias: as large as the scores, (outer batch, inner batch, head, row, column). column: of a bias
-    that varies over keys, (outer batch, inner batch, head, column), where groups is 1. None: not computed. Tiles are transposed, as in
+    if there are several (``sum_rows``). dbias: as large as the scores, (outer batch, inner batch, head, row, column). dbias_keys: of a
+    bias that varies over keys, (outer batch, inner batch, head, column), where groups is 1. None: not computed. Tiles are transposed, as in
     ``backward.dkdv``, and dq too, so that nothing is transposed in registers. Other strides and f as in ``forward``.
     """
     pid = tl.program_id(0)
@@ -471,10 +471,10 @@ def few_backward(
         dbias_col = dbias_strides[4]
         dbias += offset(b0, dbias_strides[0]) + offset(b1, dbias_strides[1])
         dbias_at = dbias + (offset(head, dbias_strides[2]) + offset(query, dbias_row))[None, :]
-    column_step = 0
-    if column is not None:
-        column += offset(b0, column_strides[0]) + offset(b1, column_strides[1]) + offset(kv_head, column_strides[2])
-        column_step = column_strides[3]
+    dbias_keys_step = 0
+    if dbias_keys is not None:
+        dbias_keys += offset(b0, dbias_keys_strides[0]) + offset(b1, dbias_keys_strides[1]) + offset(kv_head, dbias_keys_strides[2])
+        dbias_keys_step = dbias_keys_strides[3]
     at = at_head(f, b, head[None, :], heads, batch_inner, 0, 0)
     t = RowsBack(q_tile, do_tile, lse_row[None, :], rest_row, delta_row, query[None, :], at, exists[None, :], dbias_at)
     dk_row = 0
@@ -485,7 +485,7 @@ def few_backward(
     if dv is not None:
         dv += offset(b, dv_strides[0]) + offset(kv_head, dv_strides[2])
         dv_row = dv_strides[1]
-    s = Sums(dk, dv, dk_row, dv_row, dbias, dbias_row, dbias_col, column, column_step)
+    s = Sums(dk, dv, dk_row, dv_row, dbias, dbias_row, dbias_col, dbias_keys, dbias_keys_step)
     k += offset(b, k_strides[0]) + offset(kv_head, k_strides[2])
     v += offset(b, v_strides[0]) + offset(kv_head, v_strides[2])
     kv = (k, v, k_strides, v_strides)

@@ -111,17 +111,17 @@ def choose(shape: Shape, device: DeviceFacts) -> FewConfig:
     head = padded(max(shape.head_dim, shape.value_dim))
     if device.arch == "interpreter":
         return FewConfig(16, 16, 4, 1)
-    wide = 16 if shape.rows <= 16 else 32 if shape.rows <= 32 else 64
+    block_m = 16 if shape.rows <= 16 else 32 if shape.rows <= 32 else 64
     if shape.itemsize > 2:  # float32 products keep whole operand rows in registers
         return FewConfig(16, 32 if head <= 128 else 16, 4 if head <= 128 else 8, 1)
     if device.arch.startswith("gfx"):
-        return FewConfig(min(wide, 32), 64 if head <= 64 else 32 if head <= 128 else 16, 4, 1)
+        return FewConfig(min(block_m, 32), 64 if head <= 64 else 32 if head <= 128 else 16, 4, 1)
     if head <= 64:
-        return FewConfig(wide, 128, 4, 3)
+        return FewConfig(block_m, 128, 4, 3)
     if head <= 128:
         # H200, d 128, by 9 configurations in 8 problems each (docs/tuning.md, 2026-11-29)
-        return FewConfig(wide, 128, 4, 3) if wide <= 32 and not shape.heavy else FewConfig(wide, 64, 4, 4 if wide == 64 else 3)
-    return FewConfig(wide, 32, 4, 2)
+        return FewConfig(block_m, 128, 4, 3) if block_m <= 32 and not shape.heavy else FewConfig(block_m, 64, 4, 4 if block_m == 64 else 3)
+    return FewConfig(block_m, 32, 4, 2)
 
 
 @functools.lru_cache(maxsize=4096)
