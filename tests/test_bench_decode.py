@@ -12,7 +12,7 @@ import torch
 from triflash.cli.bench import options, report
 from triflash.cli.bench.measure import Settings, measure
 from triflash.cli.bench.providers import provider
-from triflash.cli.bench.record import Cell, Run
+from triflash.cli.bench.record import Cell, Row, Run
 from triflash.cli.bench.workloads import DECODE, named
 
 
@@ -70,3 +70,19 @@ def test_a_cache_has_no_backward_pass(tmp_path: Path) -> None:
     chosen = options.Options.of(parser.parse_args([*words[1:], "--budget", "0.01", "--out", str(tmp_path)]), False, words)
     assert [job.passes for job in chosen.jobs] == [("host-nograd",)]
     assert options._of_caches(["bwd"]) == ["fwd"]
+
+
+def test_drawn_over_the_length_of_the_cache(tmp_path: Path) -> None:
+    """A panel for each number of requests; not where only one length was measured."""
+    pytest.importorskip("matplotlib")
+    from triflash.cli.bench import plots
+
+    steps = [DECODE[f"decode-llama3-8b-b{b}-{n}k"] for b in (1, 8) for n in (1, 4, 128)] + [DECODE["decode-ragged"]]
+    cells = [Cell.of(w, ("fwd",)) for w in steps]
+    rows = [Row(c.key, name, "fwd", "ok", samples_ms=[0.1, 0.2]) for c in cells for name in ("triflash", "sdpa-cudnn")]
+    made = Run({"device": "cuda", "name": "none"}, {}, {"copy": {"bytes_per_second": 4e12}}, cells, rows)
+    found = plots._steps(cells)
+    assert [len(own) for own in found.values()] == [3, 3] and "b 8, h 32 on 8, d 128, bf16" in found
+    assert (tmp_path / "decode-fwd.png") in plots.draw(made, tmp_path)
+    figure = plots._decoding(made, "fwd", found)
+    assert figure.axes[0].get_ylabel() == "GB/s" and len(figure.axes[0].lines) == 3
