@@ -63,7 +63,9 @@ def unshard(x: Tensor, dim: int, group: Any, order: str = "zigzag", length: int 
 
 
 def positions(length: int, group: Any, order: str = "zigzag") -> Tensor:
-    """Which rows of a sequence of ``length`` this rank holds, int64, in the order in which it holds them: for rotary embeddings, say."""
+    """Which rows of a sequence of ``length`` this rank of ``group`` holds, int64, in the ``order`` in which it holds them ("zigzag" or
+    "contiguous", as ``shard`` has them): for rotary embeddings, say.
+    """
     own = resolve(group, "positions")
     check_order(order)
     _check_integer("length", length)

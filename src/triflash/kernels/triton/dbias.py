@@ -225,8 +225,8 @@ def dbias(
             tile = own_bias
         else:
             there = Span(first_row, queries)
-            shown = Span(first_col, visible)
-            tile = bias_tile(f, at, m0, n0, i, j, there, shown, not EVEN_M, not EVEN_N or HIDES, WIDE)
+            span = Span(first_col, visible)
+            tile = bias_tile(f, at, m0, n0, i, j, there, span, not EVEN_M, not EVEN_N or HIDES, WIDE)
         seen = mask_tile(f, at, m0, n0, i, j, M, visible, not EVEN_M, not EVEN_N or HIDES, WIDE)
         t = Round(
             q_at, k_at, v_at, do_at, q_strides[1], k_strides[1], v_strides[1], dout_strides[1], lse_at, rest_at, delta_at, at, visible,
