@@ -154,9 +154,9 @@ def _candidates(problem: Problem, amd: bool) -> list[TileConfig]:
     if problem.products and width < 256:
         shapes = {
             "forward": {64: [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)], 128: [(128, 32, 8, 1), (64, 32, 4, 1)]},
-            "dkdv": {64: [(32, 128, 8, 1), (32, 64, 4, 1)], 128: [(32, 32, 8, 1), (16, 32, 8, 1)]},
+            "dkdv": {64: [(32, 32, 4, 1)], 128: [(32, 32, 8, 1), (16, 32, 8, 1)]},
             "dq": {64: [(64, 64, 4, 1), (64, 32, 4, 1)], 128: [(32, 32, 4, 1), (32, 16, 4, 1)]},
-            "dbias": {64: [(64, 64, 4, 1), (32, 32, 4, 1)], 128: [(32, 64, 8, 1), (32, 32, 8, 1)]},
+            "dbias": {64: [(32, 32, 4, 1)], 128: [(32, 64, 8, 1), (32, 32, 8, 1)]},
         }[problem.kernel][width]
         return [TileConfig(*shape) for shape in [*shapes, (16, 16, 8, 1)]]
     if problem.itemsize > 2:  # float32 products keep whole operand rows in registers, so tiles are small
