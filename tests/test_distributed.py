@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import multiprocessing
 import os
 import re
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -472,6 +474,9 @@ def page(rank: int, store: str) -> None:
 
 
 def table(world: int) -> None:
+    if world == 3:  # partial gradients are exchanged whole, and fresh memory is NaN
+        torch._C._set_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
     for n, case in enumerate(CASES):
         for method in case.methods:
             if method == "ulysses" and case.shapes["q"][-2 if "layout" not in case.options else -3] % world:
@@ -589,6 +594,26 @@ def test_a_rank_that_does_not_go_on_ends_the_others(how: str, tmp_path: Path) ->
         said = (tmp_path / f"store.{rank}").read_text()
         assert said.startswith(f"context_parallel_attention, rank {rank} of 3: ") and "ended or hangs" in said, said
     assert not (tmp_path / f"store.{world - 1}").exists()
+
+
+def test_the_script_checks_and_measures(tmp_path: Path) -> None:
+    """On the CPU, where its figures mean nothing."""
+    words = ["--device", "cpu", "--ranks", "2", "--tokens", "24", "--heads", "4/2", "--dim", "8", "--repeats", "1", "--json"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
+        "TRITON_INTERPRET": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    script = Path(__file__).parent.parent / "scripts" / "context_parallel.py"
+    run = subprocess.run(
+        [sys.executable, str(script), *words, str(tmp_path / "found.json")], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    methods = {row["method"] for row in found["rows"]}
+    assert methods >= {*METHODS, "torch context_parallel", "allgather, bias"} and found["about"]["ranks"] == 2
+    assert "results and gradients agree" in run.stdout and "| 4/2 | ring |" in run.stdout
 
 
 def test_the_page_runs_as_written(tmp_path: Path) -> None:
