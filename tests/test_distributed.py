@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import multiprocessing
 import os
 import re
 import runpy
 import signal
 import socket
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import tiers
 import triflash
 from triflash import oracle
 from triflash.cli.bench.tolerance import GRADIENT_FACTOR, OUTPUT_FACTOR, Judgement, assert_close
@@ -472,6 +477,9 @@ def page(rank: int, store: str) -> None:
 
 
 def table(world: int) -> None:
+    if world == 3:  # partial gradients are exchanged whole, and fresh memory is NaN
+        torch._C._set_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
     for n, case in enumerate(CASES):
         for method in case.methods:
             if method == "ulysses" and case.shapes["q"][-2 if "layout" not in case.options else -3] % world:
@@ -508,6 +516,7 @@ def work(rank: int, world: int, store: str, what: str) -> None:
             for n, case in enumerate(case for case in CASES if case.name in FIRST):
                 check(case, what, "zigzag", known=n == 0)
         dist.barrier()
+        Path(f"{store}.seconds.{rank}").write_text(str(time.process_time()))
     finally:
         dist.destroy_process_group()
 
@@ -520,6 +529,7 @@ def example(rank: int, world: int, port: int, folder: str) -> None:
     sys.argv = ["long_context.py", "--steps", "50", "--length", "33"]
     with open(f"{folder}/said.{rank}", "w") as file, contextlib.redirect_stdout(file):
         runpy.run_path(str(EXAMPLE), run_name="__main__")
+    Path(f"{folder}/store.seconds.{rank}").write_text(str(time.process_time()))
 
 
 def survive(rank: int, world: int, store: str, how: str, done: Any) -> None:
@@ -551,24 +561,30 @@ def survive(rank: int, world: int, store: str, how: str, done: Any) -> None:
 FIRST = ("causal, uneven, other lengths", "bias, a sink, a soft cap", "bias of keys", "ALiBi, causal")
 
 
-def run(world: int, folder: Path, what: str) -> None:
+def tell(folder: Path, record_property: Callable[[str, object], None]) -> None:
+    """What processes cost that are the fork server's children, to tests/tiers.py."""
+    record_property(tiers.ELSEWHERE, sum(float(each.read_text()) for each in folder.glob("store.seconds.*")))
+
+
+def run(world: int, folder: Path, what: str, record_property: Callable[[str, object], None]) -> None:
     """All processes. The first that fails ends the others, and its words come here. They are forked from one that has imported PyTorch."""
     multiprocessing.set_forkserver_preload(PRELOADED)
     torch.multiprocessing.start_processes(work, (world, str(folder / "store"), what), nprocs=world, start_method="forkserver")
+    tell(folder, record_property)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_of_each(method: str, tmp_path: Path) -> None:
-    run(2, tmp_path, method)
+def test_one_of_each(method: str, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    run(2, tmp_path, method, record_property)
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_equal_to_attention(world: int, tmp_path: Path) -> None:
-    run(world, tmp_path, "all")
+def test_equal_to_attention(world: int, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    run(world, tmp_path, "all", record_property)
 
 
-def test_errors_and_kernels(tmp_path: Path) -> None:
-    run(2, tmp_path, "errors")
+def test_errors_and_kernels(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    run(2, tmp_path, "errors", record_property)
 
 
 @pytest.mark.parametrize("how", ["dies", "hangs"])
@@ -591,29 +607,50 @@ def test_a_rank_that_does_not_go_on_ends_the_others(how: str, tmp_path: Path) ->
     assert not (tmp_path / f"store.{world - 1}").exists()
 
 
+def test_the_script_checks_and_measures(tmp_path: Path) -> None:
+    """On the CPU, where its figures mean nothing."""
+    words = ["--device", "cpu", "--ranks", "2", "--tokens", "24", "--heads", "4/2", "--dim", "8", "--repeats", "1", "--json"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(each for each in sys.path if each),
+        "TRITON_INTERPRET": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    script = Path(__file__).parent.parent / "scripts" / "context_parallel.py"
+    run = subprocess.run(
+        [sys.executable, str(script), *words, str(tmp_path / "found.json")], capture_output=True, text=True, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    methods = {row["method"] for row in found["rows"]}
+    assert methods >= {*METHODS, "torch context_parallel", "allgather, bias"} and found["about"]["ranks"] == 2
+    assert "results and gradients agree" in run.stdout and "| 4/2 | ring |" in run.stdout
+
+
 def test_the_page_runs_as_written(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(page, ("",), nprocs=1, start_method="forkserver")
 
 
-def test_the_example_learns(tmp_path: Path) -> None:
+def test_the_example_learns(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     multiprocessing.set_forkserver_preload(PRELOADED)
     torch.multiprocessing.start_processes(example, (2, port, str(tmp_path)), nprocs=2, start_method="forkserver")
+    tell(tmp_path, record_property)
     losses = [float(line.split()[-1]) for line in (tmp_path / "said.0").read_text().splitlines()]
     assert len(losses) == 10 and losses[-1] < 0.75 * losses[0], losses
     assert (tmp_path / "said.1").read_text() == ""
     assert len(EXAMPLE.read_text().splitlines()) <= 80
 
 
-def test_packed(tmp_path: Path) -> None:
-    run(2, tmp_path, "packed")
+def test_packed(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    run(2, tmp_path, "packed", record_property)
 
 
-def test_compiled(tmp_path: Path) -> None:
-    run(2, tmp_path, "compiled")
+def test_compiled(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    run(2, tmp_path, "compiled", record_property)
 
 
-def test_shares(tmp_path: Path) -> None:
-    run(3, tmp_path, "shares")
+def test_shares(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    run(3, tmp_path, "shares", record_property)

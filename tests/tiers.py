@@ -22,6 +22,7 @@ DURATIONS = Path(__file__).parent / "durations.json"
 TENTHS = 10
 BUDGET = {"interpreted": 100.0, "compiled": 15.0}  # CPU seconds of the fixed part, in each of the three processes that make up a run
 DEAREST = 4.0  # CPU seconds; a test function with no case below has no claim to be in the fixed part
+ELSEWHERE = "processor seconds elsewhere"  # the property by which a test tells of processes that are not its children
 LEAST = 0.005  # CPU seconds; what a test costs that was too short to measure
 
 
@@ -180,7 +181,8 @@ class Recorder:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
         if call.when == "teardown":
-            item.user_properties.append(("cost", (processor_seconds() - self.began, sorted(self.kernels))))
+            elsewhere = sum(value for name, value in item.user_properties if name == ELSEWHERE)
+            item.user_properties.append(("cost", (processor_seconds() - self.began + elsewhere, sorted(self.kernels))))
         return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -26,6 +26,8 @@ def context_parallel_attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     *,
     group: Any,
     method: str = "allgather",
@@ -56,6 +58,8 @@ def context_parallel_attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     *,
     group: Any,
     return_lse: bool,
@@ -85,6 +89,8 @@ def context_parallel_attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     *,
     group: Any,
     method: str = "allgather",
@@ -117,6 +123,7 @@ def context_parallel_attention_varlen(
         q, k, v: this rank's rows ``(rows, Hq, D)``, ``(rows, Hk, D)``, ``(rows, Hk, Dv)`` of all documents.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 ``(B + 1,)``: where documents begin and end in the whole, the same on every rank. The
             host reads them: on the CPU they cost nothing, on a GPU it waits. cu_seqlens_k: default cu_seqlens_q.
+        max_seqlen_q, max_seqlen_k: taken as attention_varlen takes them, and not needed here.
         bias: my rows, all keys in their natural order, in one of three layouts. ``"padded"``: ``(B|1, Hq|1, m|1, N|1)``, of each document
             my rows and its keys, padded behind; ``"rows"``: ``(Hq|1, rows, N|1)``; ``"keys"``: ``(Hq|1, Tk)``, keys of the whole. Or a
             tuple of two. mask: likewise. bias_layout, mask_layout: see ``triflash.attention_varlen``.
@@ -133,6 +140,9 @@ def context_parallel_attention_varlen(
     """
     check_bool("return_lse", return_lse)
     check_order(order)
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 0):
+            raise bad_type(name, "an integer from 0 up, or None", repr(longest))
     ranks = resolve(group, "context_parallel_attention_varlen")
     if torch.compiler.is_compiling():
         raise unsupported("context_parallel_attention_varlen under torch.compile, whose host reads where documents begin", "auto",
