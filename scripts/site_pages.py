@@ -25,6 +25,7 @@ OUTSIDE = [
     "examples/t5_finetune.py",
     "examples/llama_generate.py",
     "examples/pairformer.py",
+    "examples/paged_cache.py",
 ]
 RENAMED = {"README.md": "index.md"}
 _LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])")

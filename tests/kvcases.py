@@ -174,7 +174,10 @@ def _layout(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def build(case: Case, seed: int = 0) -> Call:
+def build(case: Case, seed: int = 0, exact: bool = False) -> Call:
+    """exact: new rows of 8-bit caches need no rounding, or saturate, and scales are powers of 2: Triton's interpreter does not carry where it
+    rounds to 8 bits.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
@@ -212,9 +215,10 @@ def build(case: Case, seed: int = 0) -> Call:
     for name in ("k_scale", "v_scale"):
         own: Any = 1.0
         if case.scales == "number":
-            own = given[name] = 0.75 if name[0] == "k" else 0.5
+            own = given[name] = 0.75 if name[0] == "k" and not exact else 0.5
         elif scale_shape is not None:
             own = torch.rand(scale_shape, generator=g) + 0.5
+            own = own.log2().round().exp2() if exact else own
             given[name] = own[0] if case.scales == "h" else own
         scales.append(torch.as_tensor(own).expand(B, Hk))
     seen: list[tuple[Tensor, Tensor]] = []
@@ -225,8 +229,11 @@ def build(case: Case, seed: int = 0) -> Call:
         parts = []
         for b in range(B):
             fresh = normal(added[b], Hk, dim)
+            if case.fp8 and exact:
+                grid = torch.randint(16, 0x48, fresh.shape, dtype=torch.uint8, generator=g).view(FP8)
+                fresh = (grid.float() * own[b, :, None]).to(case.dtype)
             if case.fp8 and added[b]:
-                fresh[0] *= 1000.0  # saturates
+                fresh[0] = normal(Hk, dim) * 1000.0 if not exact else normal(Hk, dim).sign() * 3000.0  # saturates
             old = (normal(held[b], Hk, dim).float() / own[b, :, None]).to(cache_dtype)
             for j in range(held[b]):
                 if case.starts is None or j >= case.starts[b]:

@@ -133,7 +133,9 @@ RULES: dict[str, list[str]] = {
         "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.ops", "triflash.plan.select",
         "triflash.spec",
     ],
-    "triflash.integrations": ["torch", "transformers", "triflash.attention", "triflash.errors", "triflash.integrations"],
+    "triflash.integrations": [
+        "torch", "transformers", "triflash.attention", "triflash.errors", "triflash.integrations", "triflash.kvcache",
+    ],
 }  # fmt: skip
 THIRD_PARTY = ("torch", "transformers", "triton", "numpy", "triflash")
 

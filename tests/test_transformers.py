@@ -135,12 +135,13 @@ def registered() -> None:
 
 @dataclass
 class Seen:
-    """One call of ``attention``: q, k and v as meta tensors, and its keywords."""
+    """One call of ``attention``, or of ``attention_with_kvcache``: q, k and v, and its keywords."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     options: dict[str, Any]
+    cached: bool = False
 
     @property
     def lean(self) -> bool:
@@ -158,7 +159,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Seen]]:
         found.append(Seen(q, k, v, options))
         return triflash.attention(q, k, v, **options)
 
+    def spy_of_caches(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        found.append(Seen(q, k, v, options, cached=True))
+        return triflash.attention_with_kvcache(q, k, v, **options)
+
     monkeypatch.setattr(adapter, "attention", spy)
+    monkeypatch.setattr(adapter, "attention_with_kvcache", spy_of_caches)
     monkeypatch.setattr(patches, "attention", spy)
     return found
 
@@ -329,6 +335,9 @@ def dense(seen: Visible | Tensor) -> Tensor:
         shown &= distance <= seen.right
     if seen.keys is not None:
         shown &= seen.keys
+    if seen.used is not None:
+        mask = seen.options()["mask"]
+        return mask.expand(B, 1, M, N)
     return shown if seen.lengths is None else shown & (torch.arange(N) < seen.lengths[:, None, None, None])
 
 
@@ -369,6 +378,24 @@ def test_masks_say_what_transformers_says(kind: str, side: str) -> None:
         assert torch.equal(dense(seen), theirs.sdpa_mask(**given, allow_is_causal_skip=False)), (M, N, q_offset, kv_offset, seen)
         lean += isinstance(seen, Visible)
     assert lean >= (1 if kind == "chunk" else 5)
+
+
+@pytest.mark.parametrize("side", ["no mask", "none", "right", "left", "holes"])
+def test_masks_of_static_caches_say_what_transformers_says(side: str) -> None:
+    from transformers import masking_utils as theirs
+
+    for M, q_offset, allowed in ((1, 4, False), (1, 8, True), (3, 5, True), (3, 0, True)):
+        given = dict(
+            batch_size=B, q_length=M, kv_length=12, q_offset=torch.tensor(q_offset), kv_offset=0, mask_function=theirs.causal_mask_function,
+            attention_mask=None if side == "no mask" else padding(side, 8)[:, : q_offset + M].bool(),
+        )  # fmt: skip
+        if q_offset + M > 8 and side != "no mask":
+            given["attention_mask"] = torch.nn.functional.pad(given["attention_mask"], (0, q_offset + M - 8), value=True)
+        seen = lean_mask(**given, allow_is_causal_skip=allowed, config=transformers.LlamaConfig(), use_vmap=False)
+        assert isinstance(seen, Visible) and seen.used is not None
+        assert torch.equal(dense(seen), theirs.sdpa_mask(**given, allow_is_causal_skip=False))
+    whole = lean_mask(**{**given, "q_length": 3}, allow_is_causal_skip=False, config=transformers.LlamaConfig(), use_vmap=False)
+    assert isinstance(whole, Tensor)
 
 
 def test_heads_are_not_repeated(calls: list[Seen]) -> None:
@@ -438,8 +465,50 @@ def test_generate(name: str, cache: str, calls: list[Seen]) -> None:
     assert torch.equal(generated(mine, batch, **options), want)
     decoding = [call for call in calls if call.q.shape[1] == 1]
     assert calls and (decoding or cache == "none")
+    if name not in ("BLOOM", "MPT", "Falcon"):  # their own attention calls triflash's
+        assert all(call.cached for call in decoding if call.k.shape[1] > 1)
     if cache == "dynamic" and name in ("Llama", "Mistral", "Gemma-3", "gpt-oss", "GPT-2", "T5", "BLOOM", "MPT"):
         assert all(call.lean for call in calls)
+
+
+@pytest.mark.parametrize("name, full_layers", [("Llama", 2), ("Gemma-2", 1), ("T5", 2)])
+def test_static_caches_take_no_mask(name: str, full_layers: int, calls: list[Seen]) -> None:
+    """Where the device alone knows how full a cache is, layers that see all of it are told by its length: no mask of queries."""
+    theirs, mine, batch = both(name)
+    options: dict[str, Any] = {"cache_implementation": "static"}
+    want = generated(theirs, batch, **options)
+    calls.clear()
+    assert torch.equal(generated(mine, batch, **options), want)
+    told = [call for call in calls if call.cached and (own := call.options["cache_lengths"]) is not None and own.stride() == (0,)]
+    assert len(told) == 7 * full_layers and all(call.lean and call.options["causal"] for call in told)
+    assert all((call.options["mask"] is None) == (name == "T5") for call in told)  # a row of keys where the prompt is padded
+    assert all((call.options["bias"] is not None) == (name == "T5") for call in told)
+
+
+def test_compiled_steps_on_a_static_cache(calls: list[Seen]) -> None:
+    """As ``generate`` compiles them on GPUs: without a break, token for token."""
+    theirs, mine, batch = both("Llama")
+    want = generated(theirs, batch, cache_implementation="static")
+    config = transformers.CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    torch.compiler.reset()
+    assert torch.equal(generated(mine, batch, cache_implementation="static", compile_config=config), want)
+
+
+def test_gradients_through_a_static_cache(calls: list[Seen]) -> None:
+    """Then a mask is made, and ``attention`` has the gradient."""
+    theirs, mine, batch = both("Llama", "none")
+    found = []
+    for model in (theirs, mine):
+        cache = transformers.StaticCache(config=model.config, max_cache_len=20)
+        with torch.no_grad():
+            model(batch["input_ids"], past_key_values=cache)
+        x = torch.randn(B, 2, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        model.requires_grad_(False)
+        y = model(inputs_embeds=x, past_key_values=cache).logits
+        found.append(torch.autograd.grad(y.sum(), x)[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+    assert any(call.q.shape[1] == 2 and not call.cached for call in calls)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "T5"])

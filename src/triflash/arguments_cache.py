@@ -28,7 +28,16 @@ from .plan.select import check_backend, requested_backend
 from .spec import resolve_precision
 from .spec_cache import FP8, CacheOperands
 
-__all__ = ["CacheGiven", "CacheOptions", "CheckedCache", "check_requests", "checked_cache", "operands_of", "refuse_gradients"]
+__all__ = [
+    "CacheGiven",
+    "CacheOptions",
+    "CheckedCache",
+    "check_own_memory",
+    "check_requests",
+    "checked_cache",
+    "operands_of",
+    "refuse_gradients",
+]
 
 _CACHE_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, FP8)
 
@@ -320,10 +329,13 @@ def _check_out(given: CacheGiven, q: Tensor, Dv: int) -> None:
         raise bad_type("out", f"q's dtype {q.dtype}", out.dtype)
     if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
         raise bad_value("out", "memory of its own for every element", "an expanded tensor (a stride of 0)")
-    if torch.compiler.is_compiling() or out.device.type == "meta" or not out.numel():
-        return
-    for name, x in zip(CacheGiven._fields[:-1], given, strict=False):
-        if isinstance(x, Tensor) and type(x) is type(out) is Tensor and x.numel() and x.data_ptr() == out.data_ptr():
+
+
+def check_own_memory(given: tuple[Any, ...]) -> None:
+    """Check that out does not begin where another tensor of a call does."""
+    *others, out = given
+    for name, x in zip(CacheGiven._fields, others, strict=False):
+        if isinstance(x, Tensor) and x.numel() and out.numel() and x.data_ptr() == out.data_ptr():
             raise bad_value("out", "memory of its own", f"that of {name}", "it is written while the others are read")
 
 

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad, profiler
 
-from .arguments_cache import CacheGiven, CacheOptions, check_requests, checked_cache, operands_of, refuse_gradients
+from .arguments_cache import (
+    CacheGiven,
+    CacheOptions,
+    check_own_memory,
+    check_requests,
+    checked_cache,
+    operands_of,
+    refuse_gradients,
+)
 from .bound.cached import BoundCache
 from .bound.signature import CACHES, ambient, describe
 from .door import CASTING, CASTS, PLAIN, is_dtensor, refuse_tangents
@@ -29,7 +37,7 @@ _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _compiling = torch.compiler.is_compiling
 _autocast = torch._C._is_any_autocast_enabled
-_SCALES = (13, 14)  # k_scale, v_scale
+_environment = getattr(os.environ, "_data", None)  # a look-up by bytes takes a fraction of os.environ.get
 _constants: dict[tuple[float, torch.device], Tensor] = {}
 
 
@@ -50,7 +58,7 @@ def attend_cache(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: b
         )
     if _dispatch_modes() or _tracing() is not None:
         return _by_operators(given, options, return_lse)
-    if os.environ.get("TRIFLASH_CHECK") == "1":
+    if (os.environ.get("TRIFLASH_CHECK") == "1") if _environment is None else (_environment.get(b"TRIFLASH_CHECK") == b"1"):
         check_requests(CacheGiven(*given), CacheOptions(*options))
     if torch.is_grad_enabled():
         refuse_gradients(CacheGiven(*given))
@@ -60,7 +68,8 @@ def attend_cache(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: b
         cast = _autocast() and torch.is_autocast_enabled(q.device.type)
         facts, around = ambient(q)
         key = (
-            "cache", tuple([describe(x) if isinstance(x, Tensor) else x for x in given]), options, tuple(map(type, options)), return_lse,
+            "cache", tuple([x if x is None else describe(x) if isinstance(x, Tensor) else (type(x), x) for x in given]),
+            options, tuple(map(type, options)), return_lse,
             None if options[2] is None else tuple(map(type, options[2])), options[8] or requested_backend_soon(),
             resolve_precision("") if options[7] is None and q.dtype is torch.float32 else "", around,
         )  # fmt: skip
@@ -80,6 +89,8 @@ def attend_cache(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: b
         CACHES.add(key, call)
     if given[13] is not None or given[14] is not None:
         given = (*given[:13], *[_constant(x, q.device) for x in given[13:15]], *given[15:])
+    if given[17] is not None:
+        check_own_memory(given)
     if profiler._is_profiler_enabled:
         with profiler.record_function("triflash::attention_with_kvcache"):
             return _run(call, given, return_lse)
@@ -95,15 +106,24 @@ def bind_call(given: CacheGiven, options: tuple[Any, ...], facts: DeviceFacts, a
 
 
 def _run(call: BoundCache, given: tuple[Any, ...], return_lse: bool) -> Any:
-    named = CacheGiven._make(given)
-    results = call.run((*operands_of(named), *given[15:]))
-    if named.k_new is not None:
-        for cache in given[1:3]:
-            if not cache.is_inference():
-                torch.autograd.graph.increment_version(cache)
-    if named.out is not None:
-        results = [named.out, *results]
-    return tuple(results[:2]) if return_lse else results[0]
+    bias, _, slopes, _, k_scale, v_scale, k_new, _, out = given[9:]
+    if bias is given[10] is slopes is k_scale is v_scale is None:  # nothing to bring into another form
+        results = call.run(given)
+    else:
+        results = call.run((*operands_of(CacheGiven._make(given)), *given[15:]))
+    if k_new is not None:
+        _count_writes(given[1:3])
+    if out is not None:
+        _count_writes((out,))
+        results = [out, *results]
+    return (results[0], results[1]) if return_lse else results[0]
+
+
+def _count_writes(tensors: tuple[Tensor, ...]) -> None:
+    """Autograd, which may have saved them, is told that they were written."""
+    for x in tensors:
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
 
 
 def _is_number(x: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..attention import attention
 from ..errors import bad_type, bad_value
+from ..kvcache import attention_with_kvcache
 from . import patches
 from .visible import Visible, lean_mask
 
@@ -71,7 +72,8 @@ def attention_forward(
     output_attentions: bool = False,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers' ``AttentionInterface`` holds them, computed by :func:`triflash.attention`.
+    """An attention function as transformers' ``AttentionInterface`` holds them, computed by :func:`triflash.attention`, or, of fewer
+    queries than keys where nothing wants a gradient, by :func:`triflash.attention_with_kvcache`: the steps of ``generate``.
 
     Args:
         module: the model's attention module; its ``is_causal`` counts where there is no mask and no is_causal.
@@ -109,16 +111,27 @@ def attention_forward(
     if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries, the same for every entry
         query = query.expand(key.shape[0], -1, -1, -1)
     M, N = query.shape[2], key.shape[2]
+    held: Tensor | None = None
     bias = None if position_bias is not None and _is_zero(module) else position_bias
     if attention_mask is None:
         seen = _unmasked(module, M, N, is_causal, sliding_window)
     elif isinstance(attention_mask, Visible):
         if tuple(attention_mask.shape[2:]) != (M, N):
             raise bad_value("attention_mask", f"one of {M} queries and {N} keys", attention_mask)
-        seen, bias = attention_mask.options(), _sum(bias, attention_mask.bias)
+        bias = _sum(bias, attention_mask.bias)
+        held = attention_mask.used
+        seen = attention_mask.band()
     else:
         mask, bias = _added(attention_mask, bias, N)
         seen = {"mask": mask}
+    if (held is not None or M < N) and not dropout and _decodes((query, key, value, bias, s_aux), seen, held):
+        lengths = held.expand(key.shape[0]) if held is not None else seen.pop("key_lengths", None)
+        return attention_with_kvcache(
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), cache_lengths=lengths, bias=bias, mask=seen.get("mask"),
+            causal=seen.get("causal", False), window=seen.get("window"), scale=scaling, softcap=softcap, sink=s_aux,
+        ), None  # fmt: skip
+    if held is not None:
+        seen = attention_mask.options()  # type: ignore[union-attr]
     out = attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -132,6 +145,21 @@ def attention_forward(
         **seen,
     )
     return out, None
+
+
+def _decodes(tensors: tuple[Tensor | None, ...], seen: dict[str, Any], held: Tensor | None) -> bool:
+    """Whether a call is one on a KV cache: it needs no gradient, and its queries stand at the end of its keys."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return False
+    query, mask = tensors[0], seen.get("mask")
+    assert query is not None
+    full = (*query.shape[:3], tensors[1].shape[2])  # type: ignore[union-attr]
+    for x in (tensors[3], mask):
+        if x is not None and (x.dim() != 4 or any(own not in (1, size) for own, size in zip(x.shape, full, strict=True))):
+            return False  # attention has words for it
+    if held is None and seen.get("key_lengths") is not None:  # these move no diagonal, which a cache's do
+        return seen.get("causal") is False and seen.get("window") is None
+    return seen.get("causal") != "top_left"
 
 
 def _is_zero(module: nn.Module) -> bool:

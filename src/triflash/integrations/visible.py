@@ -27,6 +27,7 @@ class Visible:
     Query i of M sees key j of N if ``i' − left <= j <= i' + right``, with ``i' = i + N − M``, or ``i' = i`` if ``top_left``; None leaves a
     side open. keys: bool ``(B, 1, 1, N)``, True is visible; lengths: integers ``(B,)``, keys from that number on are hidden; one of them or
     neither. bias: floats that a model added to its mask, as BEiT does, with their gradient; or None.
+    used: an integer tensor without dims: so many of the N keys are there, as in a static cache, and ``i' = i + used − M``; or None: all.
 
     It stands where models expect a mask, so it answers for its shape, moves between devices, takes a bias, and says what is wrong where a
     model wants more.
@@ -43,31 +44,44 @@ class Visible:
         keys: Tensor | None = None,
         lengths: Tensor | None = None,
         bias: Tensor | None = None,
+        used: Tensor | None = None,
     ):
         self.shape, self.left, self.right, self.top_left = shape, left, right, top_left
-        self.keys, self.lengths, self.bias = keys, lengths, bias
+        self.keys, self.lengths, self.bias, self.used = keys, lengths, bias, used
 
     def to(self, *args: Any, **options: Any) -> Visible:
         """Itself, with its tensors where they are wanted. Dtypes stay."""
         device = options.get("device", next((x for x in args if isinstance(x, (str, int, torch.device))), None))
-        return self._with(*(x if x is None or device is None else x.to(device) for x in (self.keys, self.lengths, self.bias)))
+        tensors = (self.keys, self.lengths, self.bias, self.used)
+        return self._with(*(x if x is None or device is None else x.to(device) for x in tensors))
 
     def contiguous(self) -> Visible:
         """Itself: generation with static caches asks its masks for this."""
         return self
 
-    def _with(self, keys: Tensor | None, lengths: Tensor | None, bias: Tensor | None) -> Visible:
-        return Visible(self.shape, self.left, self.right, self.top_left, keys, lengths, bias)
+    def _with(self, keys: Tensor | None, lengths: Tensor | None, bias: Tensor | None, used: Tensor | None) -> Visible:
+        return Visible(self.shape, self.left, self.right, self.top_left, keys, lengths, bias, used)
 
     def __add__(self, bias: Any) -> Visible:
         if not isinstance(bias, Tensor) or not bias.is_floating_point():
             return self._no_tensor()
-        return self._with(self.keys, self.lengths, bias if self.bias is None else self.bias + bias)
+        return self._with(self.keys, self.lengths, bias if self.bias is None else self.bias + bias, self.used)
 
     __radd__ = __add__
 
     def options(self) -> dict[str, Any]:
-        """Keywords of :func:`triflash.attention`."""
+        """Keywords of :func:`triflash.attention`. With ``used`` they have a mask of (M, N): ``band`` has less."""
+        if self.used is not None:
+            M, N = self.shape[2:]
+            offset = torch.arange(N, device=self.used.device) - (self.used - M + torch.arange(M, device=self.used.device))[:, None]
+            shown = offset <= (N if self.right is None else self.right)
+            shown = shown & (torch.arange(N, device=self.used.device) < self.used)
+            shown = (shown if self.left is None else shown & (offset >= -self.left))[None, None]
+            return {"causal": False, "mask": shown if self.keys is None else shown & self.keys}
+        return self.band()
+
+    def band(self) -> dict[str, Any]:
+        """The same without ``used``."""
         causal: bool | str = "top_left" if self.top_left else self.right == 0
         window = None if self.left is None and not self.right else (self.left, self.right)
         return {"causal": causal, "window": window, "mask": self.keys, "key_lengths": self.lengths}
@@ -89,9 +103,10 @@ class Visible:
         return cls._no_tensor()
 
     def __repr__(self) -> str:
+        held = "" if self.used is None else ", used=…"
         hidden = "keys" if self.keys is not None else "lengths" if self.lengths is not None else "none"
         corner = "top_left" if self.top_left else "bottom_right"
-        return f"Visible(shape={tuple(self.shape)}, left={self.left}, right={self.right}, align={corner!r}, hidden={hidden})"
+        return f"Visible(shape={tuple(self.shape)}, left={self.left}, right={self.right}, align={corner!r}, hidden={hidden}{held})"
 
 
 def lean_mask(
@@ -133,6 +148,9 @@ def lean_mask(
         left, right, top_left = band
         keys, lengths = _padding(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
         return Visible(shape, left, right, top_left, keys, lengths)
+    if lean and _in_static_cache(shape, q_offset, kv_offset, mask_function, options):
+        # The cache adds to its own count in place before anything attends: a sum is a tensor of its own.
+        return Visible(shape, None, 0, keys=_hidden_keys(attention_mask, kv_length), used=q_offset + q_length)  # type: ignore[arg-type]
     from transformers import masking_utils
 
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -181,6 +199,59 @@ def _band(
         # A side that reaches beyond all keys is open; alignment to the top left has no two-sided window.
         return (reach, reach, False) if reach > 0 and bottom_right else (None if reach == 0 or reach < max(M, N) else (None, None, False))
     return None
+
+
+def _in_static_cache(
+    shape: tuple[int, int, int, int], q_offset: Any, kv_offset: Any, function: Callable[..., Any] | None, options: dict[str, Any]
+) -> bool:
+    """Whether the visible keys are those of plain causal attention in a cache of which the device alone knows how full it is."""
+    from transformers.masking_utils import causal_mask_function
+
+    if not isinstance(q_offset, Tensor) or q_offset.dim() or isinstance(kv_offset, Tensor) or kv_offset != 0:
+        return False
+    if function is not None and function is not causal_mask_function:
+        return False
+    if options.get("allow_is_causal_skip", True):
+        return True
+    # Of one query beside such a cache transformers always says no; so do models that compute with their mask.
+    config = options.get("config")
+    return shape[2] == 1 and config is not None and not _wants_whole(type(config))
+
+
+@torch.compiler.assume_constant_result
+def _wants_whole(config: type) -> bool:
+    """Whether models of this configuration's package ask for a whole mask."""
+    package = config.__module__.rpartition(".")[0]
+    return any("allow_is_causal_skip=False" in _text(name) for name in _modeling(package))
+
+
+def _modeling(package: str) -> list[str]:
+    """The modules of a package that hold models."""
+    return [
+        name for name in sys.modules if name.rpartition(".")[0] == package and name.rpartition(".")[2].startswith("modeling_")
+    ]  # fmt: skip
+
+
+@functools.cache
+def _text(name: str) -> str:
+    try:
+        return inspect.getsource(sys.modules[name])
+    except (OSError, TypeError):
+        return ""
+
+
+def _hidden_keys(mask: Tensor | Visible | None, N: int) -> Tensor | None:
+    """A bool padding mask of the keys so far as a row of N keys, if it hides any; what follows is beyond them."""
+    if mask is None:
+        return None
+    assert isinstance(mask, Tensor)
+    if mask.dtype != torch.bool:
+        mask = mask.to(torch.bool)
+    if not torch.compiler.is_compiling() and not _capturing(mask) and mask.all():
+        return None
+    missing = N - mask.shape[-1]
+    mask = torch.nn.functional.pad(mask, (0, missing), value=True) if missing > 0 else mask[:, :N]
+    return mask[:, None, None, :]
 
 
 def _causal_left(function: Callable[..., Any] | None, options: dict[str, Any], end: int) -> int | None:

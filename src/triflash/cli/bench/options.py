@@ -14,7 +14,7 @@ from .flops import HOST_PASSES, PASSES
 from .packed import KINDS, TOKENS
 from .providers import PROVIDERS, provider
 from .sweeps import SWEEPS, Job
-from .workloads import DTYPES, NAMED, Workload, named, short
+from .workloads import DECODE, DTYPES, NAMED, Workload, named, short
 
 __all__ = ["Options", "add_arguments", "listing"]
 
@@ -85,7 +85,10 @@ class Options:
             only = {name: found if getattr(given, name) else None for name, found in (("providers", providers), ("pass", passes))}
             jobs = _swept(given, shape, only)
         else:
-            jobs = [Job(w, tuple(dict.fromkeys(providers)), tuple(dict.fromkeys(passes))) for w in _workloads(given, shape, kind)]
+            jobs = [
+                Job(w, tuple(dict.fromkeys(providers)), tuple(dict.fromkeys(_of_caches(passes) if w.cache else passes)))
+                for w in _workloads(given, shape, kind)
+            ]
         return cls(
             jobs=tuple(replace(job, workload=replace(job.workload, dtype=dtype)) for dtype in dtypes for job in jobs),
             sweep=given.sweep or "",
@@ -110,6 +113,11 @@ class Options:
     def passes(self) -> list[str]:
         """Of all jobs."""
         return list(dict.fromkeys(which for job in self.jobs for which in job.passes))
+
+
+def _of_caches(passes: list[str]) -> list[str]:
+    """A KV cache has no backward pass: those of the passes asked for that need none, or the forward pass."""
+    return [name for name in passes if name in ("fwd", "host-nograd")] or ["fwd"]
 
 
 def _workloads(given: argparse.Namespace, shape: list[str], kind: str) -> list[Workload]:
@@ -335,6 +343,8 @@ def listing() -> str:
         )
         features = [w.mask if w.is_banded else "", f"bias {w.bias}" if w.bias else "", "with its gradient" if w.dbias else ""]
         lines.append(f"  {w.name:<{width}}  {w.about} ({', '.join(x for x in (sizes, *features) if x)})")
+    lines += ["Steps of decoding, by name or all by decode:"]
+    lines += [f"  {w.name:<{width}}  {w.about}" for w in DECODE.values()]
     lines += ["Packed sequences:", *(f"  {name:<{width}}  {about}" for name, about in KINDS.items())]
     lines += ["Sweeps:", *(f"  {name}  {sweep.about}" for name, sweep in SWEEPS.items())]
     return "\n".join([*lines, "Providers:", "  " + ", ".join(PROVIDERS)])

@@ -29,7 +29,8 @@ def draw(run: Run, folder: Path) -> list[Path]:
     """Write the PNG files and return their paths.
 
     For each pass a picture of lines for every dtype and bias that was measured at several lengths, one of bars for all other workloads;
-    where the gradient of a bias was asked for, a picture of speed and peak memory side by side; and the heat map.
+    where the gradient of a bias was asked for, a picture of speed and peak memory side by side; for steps of decoding that differ in the
+    cache's length alone GB/s over it; and the heat map.
     """
     written = []
     groups: dict[tuple[str, str], list[Cell]] = {}
@@ -39,6 +40,7 @@ def draw(run: Run, folder: Path) -> list[Path]:
     lines = {group: cells for group, cells in groups.items() if len({cell.workload["keys"] for cell in cells}) > 1}
     drawn = {cell.key for cells in lines.values() for cell in cells}
     bars = [cell for cell in run.cells if cell.key not in drawn]
+    steps = _steps(bars)
     for which in run.passes:
         if which in HOST_PASSES or which == "first":
             continue
@@ -49,6 +51,8 @@ def draw(run: Run, folder: Path) -> list[Path]:
             if bias.endswith("+db") and _has_peaks(run, which, cells):
                 figure = _memory_lines(run, which, dtype, bias, cells)
                 written.append(_write(figure, folder / f"memory-{safe}-{bias.replace('+', '-')}-{dtype}.png"))
+        if steps and any(cell.bytes.get(which) for own in steps.values() for cell in own):
+            written.append(_write(_decoding(run, which, steps), folder / f"decode-{safe}.png"))
         if bars:
             written.append(_write(_bars(run, which, bars), folder / f"speed-{safe}.png"))
             trained = [cell for cell in bars if cell.workload["dbias"]]
@@ -144,6 +148,38 @@ def _over_length(
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     return handles
+
+
+def _steps(cells: list[Cell]) -> dict[str, list[Cell]]:
+    """Steps of decoding that differ in the length of the cache alone, by what they share; of several lengths."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        w = cell.workload
+        if w.get("cache"):
+            heads = f"{w['heads']}" + (f" on {w['kv_heads']}" if w["kv_heads"] != w["heads"] else "")
+            queries = f", {w['queries']} queries each" if w["queries"] > 1 else ""
+            more = (f", bias {w['bias']}" if w["bias"] else "") + (", ragged" if "padding" in w["bias_values"] else "")
+            groups.setdefault(f"b {w['batch']}, h {heads}, d {w['head_dim']}{queries}{more}, {cell.dtype}", []).append(cell)
+    return {name: own for name, own in groups.items() if len({cell.workload["keys"] for cell in own}) > 1}
+
+
+def _decoding(run: Run, which: str, steps: dict[str, list[Cell]]) -> Figure:
+    """A panel for each kind of step: GB/s over the keys in the cache, and the copy bandwidth of the same run."""
+    figure = Figure(figsize=(1.6 + 4.2 * len(steps), 4.7), layout="constrained")
+    (axes,) = figure.subplots(1, len(steps), sharey=True, squeeze=False)
+    everything = [cell for own in steps.values() for cell in own]
+    handles: dict[str, Any] = {}
+    for (name, own), panel in zip(steps.items(), axes, strict=True):
+        own = sorted(own, key=lambda cell: cell.workload["keys"])
+        handles |= _over_length(run, which, panel, own, lambda cell, row: cell.bytes[row.which] / row.median_ms / 1e6, everything)
+        if copy := run.ceilings.get("copy"):
+            handles["copy"] = panel.axhline(copy["bytes_per_second"] / 1e9, color="#888888", linestyle="--", zorder=0, label="copy")
+        panel.set_title(name, fontsize=10)
+        panel.set_xlabel("keys in the cache")
+    axes[0].set_ylabel("GB/s")
+    figure.suptitle(f"{which}, steps of decoding: {run.machine['name']}", fontsize=12)
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=min(5, max(1, len(handles))), frameon=False)
+    return figure
 
 
 def _per(amount: float | None, unit: float) -> float | None:

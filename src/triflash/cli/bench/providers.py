@@ -68,6 +68,8 @@ class Triflash(Provider):
         more = _band(w)
         if w.packed:
             return _packed(w, problem, more | ({} if self.backend == "auto" else {"backend": self.backend}))
+        if w.cache:
+            return _cached(w, problem, {} if self.backend == "auto" else {"backend": self.backend})
         if self.backend != "auto":
             more["backend"] = self.backend
         if w.scale is not None:
@@ -102,6 +104,18 @@ def _packed(w: Workload, problem: Problem, more: dict[str, Any]) -> Entry:
         return out
 
     return Entry(call, lay=lambda x: x[0], unlay=lambda x: x[None], lay_bias=lambda bias: bias.squeeze(1))
+
+
+def _cached(w: Workload, problem: Problem, more: dict[str, Any]) -> Entry:
+    """``triflash.attention_with_kvcache`` on k and v as they are, of which requests hold so many keys."""
+    lengths = None if w.lengths is None else torch.tensor(w.lengths, dtype=torch.int32, device=problem.q.device)
+    causal = w.hi is not None
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = triflash.attention_with_kvcache(q, k, v, cache_lengths=lengths, bias=bias, causal=causal, scale=w.scale, **more)
+        return out
+
+    return Entry(call, lay_bias=lambda bias: None if lengths is not None else bias.squeeze(1))
 
 
 class TriflashDense(Provider):

@@ -184,6 +184,9 @@ def _sheet(run: Run, which: str, title: str, text: Callable[[Run, Cell, Row], st
 
 def _rate_cell(run: Run, cell: Cell, row: Row, factor: float) -> str:
     rate, shares = (run.rate(cell, row) or 0.0) / factor, run.of_ceiling(cell, row)
+    if cell.workload.get("cache"):  # nothing but memory traffic
+        moved = 1e3 * cell.bytes[row.which] / row.median_ms / 1e9
+        return f"{moved:.4g} GB/s" + (f" {100 * shares['copy']:.0f}%m" if "copy" in shares else "")
     text = f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}"
     if not shares:
         return text

@@ -14,7 +14,7 @@ from .formula import Options
 from .gate import Problem
 from .packed import lengths
 
-__all__ = ["DTYPES", "NAMED", "Workload", "named", "short"]
+__all__ = ["DECODE", "DTYPES", "NAMED", "Workload", "named", "short"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -26,10 +26,12 @@ class Workload:
     name: what the tables show. batch: of q, k and v; ``batch_inner`` divides it into (outer, inner). lo, hi: key j is visible to query i
     when ``lo <= j - i <= hi``. bias: a letter where it varies and 1 where it broadcasts, over ``bhqk`` or ``bihqk`` (i is the inner batch);
     None is no bias. bias_values: ``normal`` (random), ``alibi``, ``padding`` (keys beyond a batch entry's length are hidden),
-    ``alibi+padding`` or ``windows``. dbias: its gradient is asked for. scale: default ``1 / sqrt(head_dim)``. softcap, sinks: see
+    ``alibi+padding``, ``one-long+padding`` (the first entry has all keys, the others a sixteenth) or ``windows``. dbias: its gradient is
+    asked for. scale: default ``1 / sqrt(head_dim)``. softcap, sinks: see
     :class:`triflash.cli.bench.formula.Options`. about: where the shape is from. packed: a kind of
     :data:`triflash.cli.bench.packed.KINDS`: the one batch entry holds sequences of such lengths, drawn from packed_seed ("equal": of
-    ``length``), within which the band holds; a bias is by sequence (``b``) and position.
+    ``length``), within which the band holds; a bias is by sequence (``b``) and position. cache: k and v are a KV cache, of which the
+    queries are the last tokens: a forward pass alone.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Workload:
     packed: str = ""
     packed_seed: int = 0
     length: int = 0
+    cache: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
@@ -65,6 +68,8 @@ class Workload:
         sizes = (
             f"b{self.batch}/{self.batch_inner} h{self.heads}/{self.kv_heads} s{self.queries}x{self.keys} d{self.head_dim}x{self.value_dim}"
         )
+        if self.cache:
+            sizes += " cache"
         packed = f" | {self.packed} {self.length} {self.packed_seed}" if self.packed else ""
         return f"{self.name} | {sizes} | {self.lo}..{self.hi} | {self.bias}{'+db' if self.dbias else ''} | {self.dtype}{packed}"
 
@@ -109,6 +114,8 @@ class Workload:
         """Visible keys of each batch entry, spread evenly from a quarter of the keys to all of them; None where nothing is padded."""
         if "padding" not in self.bias_values:
             return None
+        if "one-long" in self.bias_values:
+            return [self.keys, *[max(1, self.keys // 16)] * (self.batch - 1)]
         steps = max(1, self.batch - 1)
         return [self.keys - (3 * self.keys // 4) * (self.batch - 1 - i) // steps for i in range(self.batch)]
 
@@ -133,7 +140,10 @@ class Workload:
         return attention_flops(self.pairs, self.head_dim, self.value_dim, which)
 
     def bytes(self, which: str) -> int:
-        """Compulsory traffic of a pass."""
+        """Compulsory traffic of a pass. Of a cache, what requests do not hold is no traffic, nor is what tells how much they hold."""
+        if self.cache and self.lengths is not None:
+            held = replace(self, batch=1, keys=sum(self.lengths), bias=None, bias_values="normal", queries=self.queries * self.batch)
+            return held.bytes(which)
         return attention_bytes(*self.shapes, self.bias_shape, DTYPES[self.dtype].itemsize, self.dbias, which)
 
     def build(self, device: torch.device, seed: int = 0) -> Problem:
@@ -180,7 +190,8 @@ class Workload:
         lo = None if self.lo is None else -max(1, -self.lo * queries // self.queries)
         heads = kv_heads * min(4, self.heads // self.kv_heads)
         sizes = dict(batch=outer * inner, batch_inner=inner, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys)
-        return replace(self, **sizes, lo=lo, name=f"{self.name} (tiny)")  # type: ignore[arg-type]
+        hi = keys - queries if self.cache and self.hi is not None else self.hi
+        return replace(self, **sizes, lo=lo, hi=hi, name=f"{self.name} (tiny)")  # type: ignore[arg-type]
 
 
 def _shifted_windows(windows: int, tokens: int, device: torch.device) -> Tensor:
@@ -252,8 +263,44 @@ _WORKLOADS = (
 NAMED = {workload.name: workload for workload in _WORKLOADS}
 
 
+def _decode(name: str, about: str, batch: int, keys: int, queries: int = 1, **more: object) -> Workload:
+    """A step of decoding: Llama 3 8B's heads unless it says others."""
+    sizes = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hi": None if queries == 1 else keys - queries, **more}
+    return Workload(f"decode-{name}", batch=batch, queries=queries, keys=keys, about=about, cache=True, **sizes)  # type: ignore[arg-type]
+
+
+_STEPS = (
+    *(
+        _decode(f"llama3-8b-b{batch}-{n}k", f"a token of each of {batch} requests of Llama 3 8B, {n}k keys in the cache", batch, 1024 * n)
+        for batch in (1, 8, 64)
+        for n in (1, 2, 4, 8, 16, 32, 64, 128)
+    ),
+    *(
+        _decode(f"speculative-m{m}", f"Llama 3 8B, {m} new tokens of each of 8 requests", 8, 16384, m)
+        for m in (1, 2, 4, 8)
+    ),
+    _decode("ragged", "Llama 3 8B, requests of 8k to 32k keys", 16, 32768, bias="b11k", bias_values="padding"),
+    _decode(
+        "ragged-one-long", "Llama 3 8B, one request of 128k keys beside 15 of 8k", 16, 131072, bias="b11k", bias_values="one-long+padding"
+    ),
+    *(
+        _decode(f"t5-xl-{n}", "T5 1.1 XL's decoder: a row of its position bias, products not scaled", 32, n, heads=32, kv_heads=32,
+                head_dim=64, bias="1h1k", scale=1.0)
+        for n in (512, 4096)
+    ),
+)  # fmt: skip
+DECODE = {workload.name: workload for workload in _STEPS}
+
+
 def named(name: str) -> list[Workload]:
-    """The workloads of that name, or whose names start with it (``gemma2``), or ``all``. Raises ValueError listing the names."""
+    """The workloads of that name, or whose names start with it (``gemma2``, ``decode``), or ``all`` but those of decoding. Raises
+    ValueError listing the names.
+    """
+    if name.startswith("decode"):
+        steps = [w for n, w in DECODE.items() if n == name or n.startswith(name + "-")]
+        if not steps:
+            raise ValueError(f"--workload {name}: wanted decode or one of {', '.join(DECODE)}")
+        return steps
     found = [w for n, w in NAMED.items() if name in (n, "all")] or [w for n, w in NAMED.items() if n.startswith(name + "-")]
     if not found:
         raise ValueError(f"--workload {name}: wanted all or one of {', '.join(NAMED)}")
