@@ -21,6 +21,7 @@ import kvcases
 import triflash
 from cases import HAVE_TRITON, Case, assert_right, attend, build, fill_hidden, hidden_of, kernels, named_gradients, small_tiles
 from triflash import UnsupportedError, attention, attention_with_kvcache
+from triflash.combine import combine
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.kernels import few
@@ -28,6 +29,9 @@ from triflash.plan.kernels.few import FewConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_backward, plan_forward
 from triflash.spec import AttentionSpec, BiasSpec, Needs
+
+if HAVE_TRITON:
+    from triflash.kernels.triton import combine as combine_kernels
 
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
 F32, BOOL = torch.float32, torch.bool
@@ -269,6 +273,50 @@ def test_addresses_in_a_cache(name: str) -> None:
     with every_address() as count:
         call.run("triton")
     assert count[0] > 1000
+
+
+@pytest.mark.parametrize("parts", [1, 2, 33, 70])
+@pytest.mark.parametrize("with_rest", [False, True])
+def test_combine_is_one_formula(parts: int, with_rest: bool, device: torch.device) -> None:
+    """The kernel that adds parts gives what ``triflash.combine`` does in float64; with what lse lost it tells huge parts apart."""
+    B, M, H, D = 2, 3, 4, 24
+    outs = torch.randn(parts, B, M, H, D, device=device)
+    lses = torch.randn(parts, B, H, M, device=device) * 4
+    lses[torch.rand(lses.shape, device=device) < 0.3] = -math.inf
+    lses[:, 0, 0, 0] = -math.inf
+    lses[:, 1, 1] = lses[:, 1, 1] + 1e9
+    rests = torch.randn(lses.shape, device=device) if with_rest else None
+    out, lse, rest = torch.empty(B, M, H, D, device=device), torch.empty(B, H, M, device=device), torch.empty(B, H, M, device=device)
+    poisoned = outs.masked_fill((lses == -math.inf).transpose(-1, -2)[..., None], math.nan)  # which nobody reads
+    strides = (out.stride()[:3], lse.stride()[:2], rest.stride()[:2])
+    args = (poisoned, lses, rests, out, lse, rest, None, None, *strides, H, M, parts, 0)
+    combine_kernels.combine[(B * M * H,)](*args, DV=D, BDV=32, num_warps=4)
+    wanted, wanted_lse = combine(outs.double(), lses.double(), None if rests is None else rests.double())
+    assert (out - wanted).norm() <= 1e-5 * wanted.norm()
+    seen = wanted_lse != -math.inf
+    assert torch.equal(seen, lse != -math.inf) and not out.isnan().any()
+    again = lse.double() * math.log2(math.e) + rest.double()  # lse in base 2, and what it lost
+    assert ((again - wanted_lse * math.log2(math.e))[seen].abs() <= 1e-6 * (1.0 + wanted_lse[seen].abs())).all()
+    merged, total = triflash.merge_states(list(outs), list(lses), None if rests is None else list(rests))
+    assert (merged - wanted).norm() <= 1e-5 * wanted.norm() and torch.equal(total == -math.inf, ~seen)
+
+
+def test_merging_with_rests(device: torch.device) -> None:
+    """Parts whose scores are all near 10⁹ merge as their whole, by rests; gradients too, in float64."""
+    q, k, v = (torch.randn(1, rows, 1, 8, dtype=torch.float64, device=device, requires_grad=True) for rows in (2, 20, 20))
+    parts = [attention(q, k[:, own], v[:, own], return_lse=True, backend="tiled") for own in (slice(0, 7), slice(7, 20))]
+    outs, lses = zip(*parts, strict=True)
+    whole = attention(q, k, v, backend="tiled")
+    merged, _ = triflash.merge_states(outs, lses, [torch.zeros_like(x) for x in lses])
+    torch.testing.assert_close(merged, whole)
+    for got, want in zip(torch.autograd.grad(merged.sum(), (q, k, v)), torch.autograd.grad(whole.sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(got, want)
+    values = [torch.full((1, 2, 1, 4), x, device=device) for x in (0.0, 1.0)]
+    huge = torch.full((1, 1, 2), 1e9, device=device)
+    merged, _ = triflash.merge_states(values, [huge, huge], [torch.zeros_like(huge), torch.full_like(huge, 1.0)])
+    torch.testing.assert_close(merged, torch.full_like(merged, 2 / 3))
+    with pytest.raises(ValueError, match=r"rests\[1\]: wanted shape"):
+        triflash.merge_states(values, [huge, huge], [huge, huge[..., :1]])
 
 
 def spec(M: int, N: int, B: int = 1, H: int = 8, groups: int = 1, D: int = 128, **more: Any) -> AttentionSpec:

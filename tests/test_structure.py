@@ -27,6 +27,7 @@ RULES: dict[str, list[str]] = {
     "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.prims", "triflash.kernels.triton.records"],
     "triflash.dropout": ["torch"],
     "triflash.lengths": ["torch"],
+    "triflash.combine": ["torch"],
     "triflash.flops": [],
     "triflash.tiled": ["torch", "triflash.dropout", "triflash.lengths"],
     "triflash.oracle": ["torch", "triflash.dropout", "triflash.lengths"],
@@ -127,7 +128,7 @@ RULES: dict[str, list[str]] = {
     "triflash.distributed.chunks": ["triflash.errors"],
     "triflash.distributed.group": ["torch", "triflash.errors"],
     "triflash.hints": ["triflash.errors"],
-    "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
+    "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.combine", "triflash.door", "triflash.errors", "triflash.hints"],
     "triflash.nn": ["torch", "triflash.attention", "triflash.checks", "triflash.errors", "triflash.nn"],
     "triflash.compat": [
         "torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors", "triflash.kvcache", "triflash.varlen",

@@ -6,7 +6,6 @@ Method: FlashAttention (Dao et al. 2022), FlashAttention-2 (Dao 2023); merging: 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from .arguments import ATTENTION, two_biases
 from .checks import check_bool
+from .combine import combine
 from .door import attend
 from .errors import bad_value
 from .hints import not_ours
@@ -218,12 +218,13 @@ _parameters = [each for each in inspect.signature(attention).parameters.values()
 attention.__signature__ = inspect.signature(attention).replace(parameters=_parameters)  # type: ignore[attr-defined]
 
 
-def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor], rests: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """The result over all keys from results over parts of them: ``lse = log Σ exp(lse_t)``, ``out = Σ exp(lse_t − lse) out_t``.
 
     Args:
         outs: of each part, ``(*batch, M, H, Dv)``. lses: of each part, ``(*batch, H, M)``, as ``attention`` returns them. Queries and
-            heads are the same in every part; keys are disjoint.
+            heads are the same in every part; keys are disjoint. rests: in lses' shapes, what each lse lost in rounding, in base 2, as
+            ``torch.ops.triflash.forward`` gives it; it matters where scores are huge. None: nothing.
 
     Returns:
         out in the parts' dtype and lse, differentiable by both. A query that no part saw a key for gets 0 and −inf.
@@ -241,9 +242,13 @@ def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor
             raise bad_value(
                 f"lses[{t}]", f"shape {tuple(wanted)} (heads before queries) on {out.device}", f"{tuple(lse.shape)} on {lse.device}"
             )
-    stacked = torch.stack(list(lses))
-    unseen = (stacked == -math.inf).all(0)
-    lse = torch.logsumexp(stacked.masked_fill(unseen, 0.0), 0).masked_fill(unseen, -math.inf)
-    weights = torch.exp(stacked - lse.masked_fill(unseen, 0.0)).transpose(-1, -2).unsqueeze(-1)
-    merged = (weights * torch.stack([out.to(stacked.dtype) for out in outs])).sum(0)
+    if rests is not None:
+        if len(rests) != len(lses):
+            raise bad_value("rests", f"one of each of {len(lses)} parts", len(rests))
+        for t, (lse, rest) in enumerate(zip(lses, rests, strict=True)):
+            if rest.shape != lse.shape or rest.device != lse.device:
+                raise bad_value(
+                    f"rests[{t}]", f"shape {tuple(lse.shape)} on {lse.device}, as lses[{t}]", f"{tuple(rest.shape)} on {rest.device}"
+                )
+    merged, lse = combine(torch.stack(list(outs)), torch.stack(list(lses)), None if rests is None else torch.stack(list(rests)))
     return merged.to(outs[0].dtype), lse
