@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -230,6 +231,32 @@ def check_kernels(method: str) -> None:
         grad.sum().backward()
     with torch.autocast("cpu", torch.bfloat16):
         assert context_parallel_attention(q, q, q, group=dist.group.WORLD, method=method).dtype == torch.bfloat16
+
+
+def check_programs() -> None:
+    """What plans are told of the device (4 SMs, of the interpreter): all of it, but less while a collective is in flight, or what was asked for."""
+    from triflash.bound import signature
+    from triflash.distributed import context_parallel_attention
+
+    q, seen = torch.randn(1, 4, 4, 4, requires_grad=True), []
+    asked = signature.facts_of
+
+    def noting(device: torch.device) -> Any:
+        seen.append(asked(device).sms)
+        return asked(device)
+
+    with mock.patch.object(signature, "facts_of", noting):
+        for options, forward, backward in (
+            ({"head_chunks": 2}, {4, 1}, {1}), ({"head_chunks": 1}, {4}, {4}), ({"programs": 3, "head_chunks": 2}, {3}, {3}),
+            ({"method": "ring"}, {4, 1}, {1}), ({"method": "ulysses", "programs": 2}, {2}, {2}), ({"programs": 100}, {4}, {4}),
+        ):  # fmt: skip
+            seen.clear()
+            out = context_parallel_attention(q, q, q, group=dist.group.WORLD, causal=True, **options)
+            assert set(seen) == forward, (options, seen)
+            seen.clear()
+            out.sum().backward()
+            assert set(seen) == backward, (options, seen)
+    assert asked(q.device).sms == 4
 
 
 def check_agreement(rank: int) -> None:
@@ -500,6 +527,7 @@ def work(rank: int, world: int, store: str, what: str) -> None:
         elif what == "errors":
             check_errors(rank, world)
             check_agreement(rank)
+            check_programs()
             for method in METHODS:
                 check_kernels(method)
         elif what == "packed":

@@ -260,7 +260,7 @@ tensors = "torch.distributed.tensor" in sys.modules
 q = torch.randn(1, 3, 1, 4, requires_grad=True)
 triflash.flash_attn_func(q, q, q).sum().backward()
 print(any(f"triflash.launch.{name}" in sys.modules for name in ("triton", "hopper")), torch.cuda.is_initialized())
-print("triflash.sharded" in sys.modules or tensors)
+print("triflash.sharded" in sys.modules or "triflash.distributed" in sys.modules or tensors)
 import triflash.integrations.transformers
 print("transformers" in sys.modules)
 """
