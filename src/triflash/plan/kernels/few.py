@@ -101,8 +101,8 @@ def takes(spec: AttentionSpec, device: DeviceFacts, tile: TileConfig) -> bool:
     """Whether ``attention`` takes the kernel by itself: where the forward kernel, with its ``tile``, would leave SMs without work.
 
     That is a GPU, at most MAX_QUERIES queries on MIN_KEYS keys or more, and fewer tiles of queries than SMs. Where one tile holds all rows
-    of a key head it is also taken for grouped heads, each of which would read the same keys, and wherever it was measured: with 128 tiles
-    for 132 SMs it took a third to a half of the forward kernel's time, most of whose tile is padding.
+    of a key head it is also taken for grouped heads, each of which would read the same keys, and in 16 bits wherever it was measured: with
+    128 tiles for 132 SMs it took a third to a half of the forward kernel's time, most of whose tile is padding.
     """
     if not device.arch.startswith(("sm", "gfx")) or not runs(spec):
         return False
@@ -110,7 +110,7 @@ def takes(spec: AttentionSpec, device: DeviceFacts, tile: TileConfig) -> bool:
         return False
     programs = ceil_div(spec.queries, tile.block_m) * spec.heads * spec.batch
     one_tile = spec.queries * spec.groups <= 64
-    return programs < device.sms or (one_tile and (spec.groups > 1 or device.arch in MEASURED))
+    return programs < device.sms or (one_tile and (spec.groups > 1 or (device.arch in MEASURED and spec.dtype != "fp32")))
 
 
 def choose(shape: Shape, device: DeviceFacts) -> FewConfig:
