@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .features import Program, at_head, bias_tile, drop_at, mask_tile, rescaled, scored, through_cap, visible_keys
+from .features import Program, Span, at_head, bias_tile, drop_at, mask_tile, rescaled, scored, through_cap, visible_keys
 from .prims import LN2, LOG2E, clamped, in_band, lse_rest, offset, probabilities, segments, stride_in_tile
 from .records import record
 
@@ -134,7 +134,7 @@ def _walk(acc, l, m, p, t, f, c, kv, begin, end, MASKED: tl.constexpr):
         k_tile = _load_keys(kv[0], kv[2], c, page, n0, p.BN, p.D, p.BD, MASKED, p.WIDE)
         s = tl.dot(t.q, tl.trans(k_tile.to(t.q.dtype)), input_precision=p.PRECISION)  # [BM, BN]
         seen = mask_tile(f, t.at, t.m0, n0, t.query, j, p.M, c.last, False, MASKED, p.WIDE)
-        bias = bias_tile(f, t.at, t.m0, n0, t.query, j, p.M, c.last, False, MASKED, p.WIDE)
+        bias = bias_tile(f, t.at, t.m0, n0, t.query, j, Span(None, p.M), Span(None, c.last), False, MASKED, p.WIDE)
         s, _ = scored(p, f, t.at, s, bias, seen, t.m0, n0, t.query, j, True)
         if MASKED:
             visible = in_band(t.m0 + t.query, n0 + j, c.last, p.lo, p.hi)
@@ -291,7 +291,7 @@ def few_forward(
             last = tl.minimum(last, f.most_keys)
     k += offset(entry, k_strides[0]) + offset(kv_head, k_strides[2])
     v += offset(entry, v_strides[0]) + offset(kv_head, v_strides[2])
-    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, True, EVEN_N, PRECISION, WIDE)
+    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, True, EVEN_N, PRECISION, WIDE, None, None, None)
     c = Part(b, kv_head, groups, heads, batch_inner, first, last, split, splits, least, table, table_step, pages, v_scale, PAGE)
     kv = (k, v, k_strides, v_strides)
     strides = (q_strides[1], q_strides[2], out_strides[2], out_strides[3], lse_strides[2], 0 if rest is None else rest_strides[2])
@@ -374,7 +374,7 @@ def _walk_back(dqt, p, t, f, c, kv, s, begin, end, NEED_DQ: tl.constexpr, MASKED
         k_tile = _load_keys(kv[0], kv[2], c, 0, n0, p.BN, p.D, p.BD, MASKED, p.WIDE)
         st = tl.dot(k_tile, tl.trans(t.q), input_precision=p.PRECISION)  # [BN, BM]
         seen = mask_tile(f, t.at, 0, n0, t.query, j, p.M, c.last, False, MASKED, p.WIDE)
-        bias = bias_tile(f, t.at, 0, n0, t.query, j, p.M, c.last, False, MASKED, p.WIDE)
+        bias = bias_tile(f, t.at, 0, n0, t.query, j, Span(None, p.M), Span(None, c.last), False, MASKED, p.WIDE)
         st, slope = scored(p, f, t.at, st, bias, seen, 0, n0, t.query, j, HAS_REST)
         if MASKED:
             st = tl.where(in_band(t.query, n0 + j, c.last, p.lo, p.hi), st, float("-inf"))
@@ -491,7 +491,7 @@ def few_backward(
     kv = (k, v, k_strides, v_strides)
 
     last = visible_keys(f, b, N)
-    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, True, EVEN_N, PRECISION, WIDE)
+    p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, True, EVEN_N, PRECISION, WIDE, None, None, None)
     c = Part(b, kv_head, groups, heads, batch_inner, None, last, split, splits, 1, None, 0, 0, None, 0)
     begin, full_begin, full_end, end = segments(0, M - 1, last, lo, hi, BN)
     blocks = tl.cdiv(N, BN)
