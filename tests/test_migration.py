@@ -14,7 +14,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "migration.md"
 
 def test_snippets_run_as_written() -> None:
     snippets = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(snippets) == 12
+    assert len(snippets) == 13
     builtin, names = F.scaled_dot_product_attention, dict[str, Any]()
     for snippet in snippets:
         exec(compile(snippet, str(PAGE), "exec"), names)
