@@ -176,12 +176,14 @@ def test_allowed_values_of_another_type() -> None:
 
 @contextmanager
 def precision() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
+    before, own = torch.get_float32_matmul_precision(), getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     torch.set_float32_matmul_precision("high")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        if own is not None:  # "none" is not what "highest" is: nobody set it
+            torch.backends.cuda.matmul.fp32_precision = own
 
 
 @contextmanager
