@@ -173,3 +173,16 @@ def test_gradients_are_refused() -> None:
     given["k"].requires_grad_()
     with pytest.raises(triflash.UnsupportedError, match=r"triflash\.attention"):
         flash_attn_with_kvcache(**given)
+
+
+@pytest.mark.parametrize(("name", "wrong", "words"), [
+    ("k", torch.zeros(2, 3, 8), r"k: wanted \(batch=2, seqlen_new, nheads_k, headdim=16\)"),
+    ("k", [1], "k: wanted a tensor, got list"),
+    ("window_size", 3, "window_size: wanted a pair"),
+    ("cache_seqlens", 2**70, "cache_seqlens: wanted a number of keys"),
+])  # fmt: skip
+def test_words_beside_rotary_tables(name: str, wrong: Any, words: str) -> None:
+    q, cache, new = torch.zeros(2, 1, 2, 16), torch.zeros(2, 8, 2, 16), torch.zeros(2, 1, 2, 16)
+    given = {"k": new, "v": new, "rotary_cos": torch.zeros(8, 8), "rotary_sin": torch.zeros(8, 8), "cache_seqlens": 2} | {name: wrong}
+    with pytest.raises((ValueError, TypeError), match=words):
+        flash_attn_with_kvcache(q, cache, cache.clone(), **given)

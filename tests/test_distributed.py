@@ -515,6 +515,42 @@ def table(world: int) -> None:
                 check(case, method, order, known=n % 2 == 0)
 
 
+SINGLE_ROWS: list[tuple[str, list[int], tuple[int, ...], dict[str, Any]]] = [
+    ("keys that all rows share", [0, 2], (1, 2), {"bias_layout": "keys"}),
+    ("a row that all share, of a document with one row a rank", [0, 2, 8], (2, 1, 1, 6), {}),
+    ("a row of its own, beside two on another rank", [0, 3], (1, 3, 3), {"bias_layout": "rows"}),
+]
+
+
+def check_single_rows(method: str) -> None:
+    """One row on a rank, and a bias of one row: the rank's own, or one that all share, whose gradient is that of all."""
+    from triflash.distributed import context_parallel_attention, context_parallel_attention_varlen, shard
+
+    group = dist.group.WORLD
+    for name, offsets, shape, options in SINGLE_ROWS:
+        torch.manual_seed(3)
+        cu = torch.tensor(offsets)
+        q, bias = torch.randn(offsets[-1], 2, 4, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+
+        def cut(x: Tensor, dim: int = 0, cu: Tensor = cu) -> Tensor:
+            return torch.cat([shard(part, dim, group) for part in x.split(cu.diff().tolist(), dim)], dim)
+
+        by_rows = options.get("bias_layout") == "rows"
+        learned = [x.clone().requires_grad_() for x in (q, bias)]
+        own = [x.clone().requires_grad_() for x in (cut(q), cut(bias, 1) if by_rows else bias)]
+        out = triflash.attention_varlen(*[learned[0]] * 3, cu, bias=learned[1], **options)
+        part = context_parallel_attention_varlen(*[own[0]] * 3, cu, bias=own[1], group=group, method=method, **options)
+        torch.testing.assert_close(part, cut(out), rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}, {method}: {text}")
+        weights = torch.randn(out.shape, dtype=torch.float64)
+        wanted, got = torch.autograd.grad(out, learned[1], weights)[0], torch.autograd.grad(part, own[1], cut(weights))[0]
+        wanted = cut(wanted, 1) if by_rows else wanted
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}, {method}: {text}")
+    q, bias = torch.randn(1, 3, 2, 4, dtype=torch.float64), torch.randn(1, 1, 3, 3, dtype=torch.float64)
+    parts = [shard(q, 1, group) for _ in range(3)]
+    part = context_parallel_attention(*parts, bias=shard(bias, 2, group), group=group, method=method, length=3, key_length=3)
+    torch.testing.assert_close(part, shard(triflash.attention(q, q, q, bias=bias), 1, group), rtol=1e-10, atol=1e-10)
+
+
 def work(rank: int, world: int, store: str, what: str) -> None:
     """What each process does."""
     begin(rank, world, store)
@@ -535,6 +571,8 @@ def work(rank: int, world: int, store: str, what: str) -> None:
                 for method in METHODS:
                     check_packed(method, ("zigzag", "contiguous")[n % 2], name, extra, options)
             check_packed_errors(rank)
+            for method in METHODS:
+                check_single_rows(method)
         elif what == "shares":
             check_shares(rank, world)
         elif what == "compiled":

@@ -549,7 +549,7 @@ def test_explained(backend: str) -> None:
     assert ("num_splits=4 changes nothing" in text) == (backend != "triton")
     for words in (
         "2 requests, 2 queries each, on a KV cache of up to 12 keys, 4 heads", "bias 1h1k fp32", "new keys", "causal (queries stand at the end",
-        "keys of a request are split into 4 parts" if backend == "triton" else f"keys are not split: backend {backend}", "not taken  ",
+        "keys of a request are split into 1 parts of equal length, of 4 asked for" if backend == "triton" else f"keys are not split: backend {backend}", "not taken  ",
     ):  # fmt: skip
         assert words in text, text
     del given["causal"]
@@ -583,3 +583,50 @@ def test_example(capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(path), run_name="__main__")
     told = capsys.readouterr().out
     assert told.count("leaves") == 3 and "10 of 10 pages are free" in told and "every request got" in told
+
+
+@pytest.mark.parametrize("how", ["tiled", "triton"])
+@pytest.mark.parametrize("extra", ["bias", "mask"])
+def test_a_bias_of_no_keys_hides_all(extra: str, how: str) -> None:
+    """It is not one that all keys share."""
+    if how == "triton" and not RUNS_TRITON:
+        pytest.skip("Triton runs nothing here")
+    q, k = torch.randn(1, 1, 1, 16, device=DEVICE), torch.randn(1, 64, 1, 16, device=DEVICE)
+    nothing = torch.zeros(1, 1, 1, 0, device=DEVICE, dtype=torch.bool if extra == "mask" else torch.float32)
+    out, lse = attention_with_kvcache(q, k, k, **{extra: nothing}, backend=how, return_lse=True)
+    assert not out.any() and (lse == -math.inf).all()
+
+
+def test_a_longest_of_no_queries_is_too_small_and_nothing_worse() -> None:
+    if not RUNS_TRITON:
+        pytest.skip("Triton runs nothing here")
+    q, k = torch.randn(1, 1, 16, device=DEVICE), torch.randn(1, 64, 1, 16, device=DEVICE)
+    cu = torch.tensor([0, 1], device=DEVICE)
+    got = attention_with_kvcache(q, k, k, cu_seqlens_q=cu, max_seqlen_q=0, backend="triton")
+    torch.testing.assert_close(got, attention_with_kvcache(q, k, k, cu_seqlens_q=cu, backend="tiled"))
+
+
+def test_no_more_splits_than_blocks() -> None:
+    q, k = torch.empty(4, 1, 8, 64, device="meta", dtype=torch.float16), torch.empty(4, 1024, 8, 64, device="meta", dtype=torch.float16)
+    found = triflash.explain(q, k, k, of=attention_with_kvcache, num_splits=10**6, device="h200")
+    assert found.forward.steps[0].step.splits <= 1024 // 16
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_explain_names_the_products(precision: str) -> None:
+    q, k = torch.empty(1, 1, 8, 64, device="meta"), torch.empty(1, 8192, 8, 64, device="meta")
+    for of in (attention, attention_with_kvcache):
+        step = triflash.explain(q, k, k, of=of, precision=precision, device="h200").forward.steps[0].step
+        assert (step.kernel, step.precision) == ("few_forward", precision)
+
+
+def test_checks_know_autocast_and_shared_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is right stays right when values are checked."""
+    monkeypatch.setenv("TRIFLASH_CHECK", "1")
+    q, k = torch.randn(2, 1, 2, 16), torch.randn(2, 8, 2, 16, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention_with_kvcache(q, k, k.clone()).dtype == torch.bfloat16
+    shared, new = torch.zeros(2, dtype=torch.int32), torch.randn(1, 2, 16, dtype=torch.bfloat16)
+    packed = {"k_new": new, "v_new": new, "cu_seqlens_new": torch.tensor([0, 1, 1]), "cache_lengths": torch.tensor([3, 4])}
+    attention_with_kvcache(q.bfloat16(), k, k.clone(), cache_index=shared, **packed)
+    assert attention_with_kvcache(q.to("meta"), *(k.float().to("meta") for _ in range(2))).is_meta

@@ -247,6 +247,28 @@ def test_each_kernel_says_how_it_multiplies_float32(precision: str, arch: str, h
     assert {step.precision for step in steps if step.kernel in ("forward", "dkdv", "dq", "dbias")} == {wanted}
 
 
+def test_few_queries_multiply_alike_in_both_passes() -> None:
+    """Where few_forward may run, which multiplies by FMA units, a backward pass that did otherwise would find other scores."""
+    asked = replace(spec(None, "fp32", queries=4, keys=4096), precision="default")
+    steps = plan_forward(asked, GPU, "triton").steps + plan_backward(asked, NO_BIAS, GPU, "triton").steps
+    assert {step.precision for step in steps} == {"ieee"} and steps[0].kernel == "few_forward"
+
+
+def test_kernels_that_multiply_no_tiles_say_nothing_of_products() -> None:
+    asked = replace(spec("11hqk", "fp32"), precision="tf32x3")
+    found = {step.kernel: step.precision for step in plan_backward(asked, ALL, GPU, "triton").steps}
+    assert found["delta"] == "ieee" and found["dq"] == "tf32x3"
+
+
+def test_features_do_not_lead_to_tiles_that_triton_misreads() -> None:
+    asked = replace(spec("11hqk", "fp32"), precision="tf32x3", softcap=5.0, alibi=True, dropout=0.1, key_starts=True)
+    for plan in (plan_forward(asked, GPU, "triton"), plan_backward(asked, ALL, GPU, "triton")):
+        for step in plan.steps:
+            if step.kernel in ("forward", "dkdv", "dq", "dbias"):
+                problem = Problem(step.kernel, 64, 4, True, False, step.precision)
+                assert isinstance(step.config, TileConfig) and misread(problem, step.config) is None
+
+
 def test_tiles_that_triton_misreads_are_refused() -> None:
     asked = replace(spec(None, "fp32"), precision="tf32x3")
     with override_configs(dkdv=TileConfig(16, 64, 8, 1)), pytest.raises(ValueError, match="override_configs.*or 4 warps, got 16x64 w8 s1"):

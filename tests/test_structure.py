@@ -134,6 +134,9 @@ RULES: dict[str, list[str]] = {
         "torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors", "triflash.kvcache", "triflash.varlen",
     ],
     "triflash.compat.words": [],
+    "triflash.compat.flash_attn_cache": [
+        "torch", "triflash.arguments", "triflash.checks", "triflash.compat.words", "triflash.errors", "triflash.kvcache",
+    ],
     "triflash.compat.flash_attn": [
         "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.flash_attn_cache", "triflash.compat.words",
         "triflash.door", "triflash.errors",

@@ -147,8 +147,6 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
     traced = _compiling() or _dispatch_modes() or _transforms() or _tracing() is not None
     if traced:
         return _varlen_by_operators(given, options, return_lse)
-    if os.environ.get("TRIFLASH_CHECK") == "1":
-        check_sequences(VarlenGiven(*given), VarlenOptions(*options))
     call, key, cast = None, None, False
     try:
         cast = _autocast() and torch.is_autocast_enabled(q.device.type)
@@ -167,6 +165,8 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
         key = None
     if cast:
         return _autocasted_varlen(given, options, return_lse)
+    if os.environ.get("TRIFLASH_CHECK") == "1":
+        check_sequences(VarlenGiven(*given), VarlenOptions(*options))
     if call is None:
         named = VarlenGiven(*given)
         settled = checked_varlen(named, VarlenOptions(*options))

@@ -58,8 +58,6 @@ def attend_cache(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: b
         )
     if _dispatch_modes() or _tracing() is not None:
         return _by_operators(given, options, return_lse)
-    if (os.environ.get("TRIFLASH_CHECK") == "1") if _environment is None else (_environment.get(b"TRIFLASH_CHECK") == b"1"):
-        check_requests(CacheGiven(*given), CacheOptions(*options))
     if torch.is_grad_enabled():
         refuse_gradients(CacheGiven(*given))
     call, key, cast = None, None, False
@@ -78,6 +76,8 @@ def attend_cache(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: b
         key = None  # a tensor that is none, or has no memory, or an option that cannot be hashed: the checks have words for it
     if cast:
         return _autocasted(given, options, return_lse)
+    if (os.environ.get("TRIFLASH_CHECK") == "1") if _environment is None else (_environment.get(b"TRIFLASH_CHECK") == b"1"):
+        check_requests(CacheGiven(*given), CacheOptions(*options))
     if call is None:
         named = CacheGiven(*given)
         settled = checked_cache(named, CacheOptions(*options))
@@ -139,6 +139,8 @@ def _constant(x: Any, device: torch.device) -> Any:
         return kept
     made = torch.full((1, 1), float(x), dtype=torch.float32, device=device)
     if len(_constants) < 256 and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if device.type == "cuda":  # once: another stream may read it next
+            torch.cuda.current_stream(device).synchronize()
         _constants[float(x), device] = made
     return made
 

@@ -174,7 +174,7 @@ def _problem_of_cache(spec: CacheSpec) -> str:
     band = f"keys from {_bound(None if spec.left is None else -spec.left)} to {_bound(spec.right)} of a query"
     if spec.left is None:
         band = "every key visible" if spec.right is None else "causal" if spec.right == 0 else band
-    precision = f" ({spec.precision} products)" if spec.dtype == "fp32" else ""
+    precision = f" ({spec.precision} products)" if spec.dtype == "fp32" and spec.precision != UNSET else ""
     return (
         f"{spec.requests} requests, {queries}, on a KV cache of up to {spec.capacity} keys{where}, {spec.heads} heads, {dims}, "
         f"{spec.dtype}{precision}{cache}, {', '.join(extras)}, {band} (queries stand at the end of their keys), scale {spec.scale:.4g}"

@@ -63,7 +63,8 @@ def attend_sharded(attend: Callable[..., Any], face: Face, given: Given, options
 def _mesh_of(given: Given) -> DeviceMesh:
     """The mesh that all tensors are on; a seed may be a plain tensor."""
     mesh: DeviceMesh = next(x.device_mesh for x in given if isinstance(x, DTensor))
-    for name, x in zip(Given._fields, given, strict=True):
+    for field, x in zip(Given._fields, given, strict=True):
+        name = {"diagonals": "diagonal", "second_bias": "bias[1]"}.get(field, field)  # as the caller knows it
         if isinstance(x, DTensor):
             if x.device_mesh != mesh:
                 raise bad_value(name, f"a DTensor on the mesh of the others, {mesh}", x.device_mesh)

@@ -489,7 +489,7 @@ def _packed_bias_spec(name: str, bias: Tensor, spec: AttentionSpec, sequences: i
     if len(shape) != 5 or shape[1] != 1 or H not in (1, spec.heads) or not fits[layout]:
         raise bad_value(name, f"the shape of {layout!r} in 5 dims", shape)
     per_sequence = layout != "padded" or sequences == B
-    return BiasSpec(_dtype_name(name, bias), (per_sequence, True, spec.heads == H, layout == "rows" or M > 1, layout == "keys" or N > 1))
+    return BiasSpec(_dtype_name(name, bias), (per_sequence, True, spec.heads == H, layout == "rows" or M != 1, layout == "keys" or N != 1))
 
 
 def _bias_spec(name: str, bias: Tensor | None, full: tuple[int, ...]) -> BiasSpec | None:

@@ -199,7 +199,7 @@ def cache_spec_of(
             if tuple(own.shape) not in shapes:
                 raise bad_value(name, f"shape {' or '.join(map(str, shapes))}", tuple(own.shape))
     rows = q.shape[0] if packed else q.shape[1]
-    queries = rows if not packed or max_queries is None else min(max_queries, rows)
+    queries = rows if not packed or max_queries is None else min(max(max_queries, 1), rows)
     mask = x.mask
     if mask is not None and mask.dtype != torch.bool:
         raise bad_type("mask", "a bool tensor", mask.dtype)
@@ -255,4 +255,4 @@ def _bias_spec(name: str, bias: Tensor | None, requests: int, heads: int, querie
         raise bad_value(name, f"1 or {queries} queries", M)
     if bias.dtype not in DTYPE_NAMES:
         raise bad_type(name, f"one of {', '.join(DTYPE_NAMES.values())}", bias.dtype)
-    return BiasSpec(DTYPE_NAMES[bias.dtype], (requests == B, True, heads == H, M > 1 or queries == M, N > 1))
+    return BiasSpec(DTYPE_NAMES[bias.dtype], (requests == B, True, heads == H, M != 1 or queries == M, N != 1))

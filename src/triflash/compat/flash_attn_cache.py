@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import band_of
 from ..checks import check_bool, check_key_lengths
 from ..errors import bad_type, bad_value
 from ..kvcache import attention_with_kvcache
@@ -74,7 +75,9 @@ def flash_attn_with_kvcache(
         raise bad_value("cache_seqlens", "how many keys there are before k and v", None)
     lengths: Any = cache_seqlens
     if isinstance(cache_seqlens, int) and not isinstance(cache_seqlens, bool):
-        lengths = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+        if not -(2**63) <= cache_seqlens < 2**63:
+            raise bad_value("cache_seqlens", "a number of keys", cache_seqlens)
+        lengths = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int64, device=q.device)
     check_key_lengths(lengths, q, (q.shape[0],), "cache_seqlens")
     cap: Any = None if isinstance(softcap, (int, float)) and softcap <= 0 else softcap
     if (rotary_cos is None) != (rotary_sin is None):
@@ -82,8 +85,12 @@ def flash_attn_with_kvcache(
     if rotary_cos is not None and rotary_sin is not None:
         if k is None:
             raise bad_value("k", "a tensor beside rotary_cos", None, "without new keys rotate q yourself")
-        _check_rotary(rotary_cos, rotary_sin, q)
-        moves = causal or tuple(window_size) != (-1, -1)
+        _check_rotary(rotary_cos, rotary_sin, q, k)
+        try:
+            band = band_of(False, window_size)
+        except (ValueError, TypeError) as error:
+            raise renamed(error, _WORDS) from None
+        moves = causal or band.left is not None or band.right is not None
         interleaved = check_bool("rotary_interleaved", rotary_interleaved)
         q = _rotated(q, rotary_cos, rotary_sin, lengths, interleaved, moves)
         k = _rotated(k, rotary_cos, rotary_sin, lengths, interleaved, True)
@@ -99,7 +106,11 @@ def flash_attn_with_kvcache(
         raise renamed(error, _WORDS) from None
 
 
-def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor) -> None:
+def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor, k: Any) -> None:
+    if not isinstance(k, Tensor):
+        raise bad_type("k", "a tensor", type(k).__name__)
+    if k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
+        raise bad_value("k", f"(batch={q.shape[0]}, seqlen_new, nheads_k, headdim={q.shape[-1]})", tuple(k.shape))
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise bad_type(name, "a tensor of floats", str(x.dtype) if isinstance(x, Tensor) else type(x).__name__)

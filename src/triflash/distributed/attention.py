@@ -201,9 +201,11 @@ def _check_count(name: str, count: Any) -> None:
 
 def attend_part(
     given: Given, options: Options, return_lse: bool, group: Group, method: str, order: str, lengths: tuple[int | None, int | None],
-    head_chunks: int | None, programs: int | None, entry: int = 0,
+    head_chunks: int | None, programs: int | None, entry: int = 0, own_rows: tuple[bool, bool, bool] | None = None,
 ) -> Any:  # fmt: skip
-    """This rank's part of a call. entry: the number of the first batch entry, to dropout."""
+    """This rank's part of a call. entry: the number of the first batch entry, to dropout. own_rows: of bias, second bias and mask, whether
+    a single row is a rank's own, and not one that all share; None: to be found out.
+    """
     if method not in METHODS:
         raise bad_value("method", f"one of {', '.join(METHODS)}", repr(method))
     check_order(order)
@@ -212,10 +214,10 @@ def attend_part(
     if isinstance(given.q, Tensor) and torch.is_autocast_enabled(given.q.device.type):
         with casting(given) as cast:
             whole = Given._make((*cast, *given[3:]))
-            return attend_part(whole, options, return_lse, group, method, order, lengths, head_chunks, programs, entry)
+            return attend_part(whole, options, return_lse, group, method, order, lengths, head_chunks, programs, entry, own_rows)
     _refuse(given)
     at = _rows_at(given, options)
-    M, N, one_row = _lengths(given, group, order, lengths, at)
+    M, N, one_row = _lengths(given, group, order, lengths, at, own_rows)
     long = given._replace(k=_long(given.k, at, N), v=_long(given.v, at, N))  # type: ignore[arg-type]
     settled = checked(ATTENTION, long, options)
     form = settled.form
@@ -270,7 +272,7 @@ def _long(x: Tensor, at: int, rows: int) -> Tensor:
 
 
 def _lengths(
-    given: Given, group: Group, order: str, lengths: tuple[int | None, int | None], at: int
+    given: Given, group: Group, order: str, lengths: tuple[int | None, int | None], at: int, own_rows: tuple[bool, bool, bool] | None
 ) -> tuple[int, int, tuple[bool, bool, bool]]:
     """M, N, and of bias, second bias and mask, where they have one row on a rank that holds one, whether that is the rank's."""
     held = [given.q.shape[at], given.k.shape[at]]  # type: ignore[union-attr]
@@ -284,7 +286,9 @@ def _lengths(
         elif compiling:
             raise bad_value(name, "the length over all ranks under torch.compile, which cannot ask the group", None)
     M, N = lengths
-    unclear = M is not None and any(own == 1 for own in rows) and 1 in (all_held := shares(M, group.size, order)) and set(all_held) != {1}
+    # What every rank finds alike: how many rows a bias has here says nothing about another rank, that there is one does.
+    asks = own_rows is None and M is not None and any(own >= 0 for own in rows)
+    unclear = asks and 1 in (all_held := shares(M, group.size, order)) and set(all_held) != {1}  # type: ignore[arg-type]
     if unclear and compiling:
         raise bad_value("bias", f"shares of more than one row under torch.compile, length {M} on {group.size} ranks", all_held)
     if M is None or N is None or unclear:
@@ -294,7 +298,7 @@ def _lengths(
         own_row = tuple(all(each[2 + n] == each[0] for each in told) for n in range(3))
     else:
         own_row = tuple(own == held[0] for own in rows)
-    return M, N, own_row  # type: ignore[return-value]
+    return M, N, own_row if own_rows is None else own_rows  # type: ignore[return-value]
 
 
 def _call(

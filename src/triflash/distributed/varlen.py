@@ -14,7 +14,7 @@ from ..errors import bad_type, bad_value, unsupported
 from ..spec import LAYOUTS
 from .attention import attend_part, seed_of_all
 from .chunks import check_order, share
-from .group import resolve
+from .group import Group, exchange_numbers, resolve
 
 __all__ = ["context_parallel_attention_varlen"]
 
@@ -169,6 +169,7 @@ def context_parallel_attention_varlen(
     seed = seed_of_all(seed_tensor(dropout_seed, q.device), dropout_seed is None, ranks) if dropout_p else None
     options = Options(causal, window, scale, softcap, dropout_p, deterministic, "bshd", precision, backend)
     outs, lses, heads = [], [], q.shape[1]
+    own_rows = _own_rows(((first, bias_layout), (second, bias_layout), (mask, mask_layout)), starts_q, ranks, order)
     for number, (M, N, q0, k0, q1, k1) in enumerate(spans):
         if M == 0:
             continue
@@ -177,7 +178,7 @@ def context_parallel_attention_varlen(
         )]  # fmt: skip
         slopes = alibi_slopes[number] if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 2 else alibi_slopes
         given = Given(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], mine[0], mine[2], None, slopes, sink, seed, mine[1])
-        out, lse = attend_part(given, options, True, ranks, method, order, (M, N), head_chunks, programs, number)
+        out, lse = attend_part(given, options, True, ranks, method, order, (M, N), head_chunks, programs, number, own_rows)
         outs.append(out[0])
         lses.append(lse[0])
     if not outs:
@@ -185,6 +186,23 @@ def context_parallel_attention_varlen(
     else:
         out, lse = torch.cat(outs), torch.cat(lses, 1)
     return (out, lse) if return_lse else out
+
+
+def _own_rows(extras: tuple[tuple[Any, str], ...], starts: list[int], ranks: Group, order: str) -> tuple[bool, bool, bool]:
+    """Of bias, second bias and mask: whether a row of a document is a rank's own. That of the layout "padded" is unless a rank that holds
+    more than one row of some document has a single one.
+    """
+    longest = [max((share(b - a, ranks.size, r, order) for a, b in pairwise(starts)), default=0) for r in range(ranks.size)]
+    rows = [x.shape[2] if isinstance(x, Tensor) and x.dim() == 4 else -1 for x, _ in extras]
+    told = [rows] * ranks.size
+    unsure = any(layout == "padded" and own >= 0 for own, (_, layout) in zip(rows, extras, strict=True))
+    if unsure and max(longest) > 1 and min(longest) <= 1:  # some rank cannot tell; all ranks know that
+        told = exchange_numbers(rows, ranks, next(x.device for x, _ in extras if isinstance(x, Tensor)))
+    found = []
+    for n, (_, layout) in enumerate(extras):
+        shared = any(each[n] == 1 and own > 1 for each, own in zip(told, longest, strict=True))
+        found.append(layout == "rows" or (layout == "padded" and not shared))
+    return found[0], found[1], found[2]
 
 
 def _starts(name: str, offsets: Any, count: int | None) -> list[int]:

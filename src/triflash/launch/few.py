@@ -242,8 +242,8 @@ def _cache_of(spec: CacheSpec, x: CacheOperands) -> few_kernels.Cache:
 def _cache_features(spec: CacheSpec, x: CacheOperands) -> Features:
     """What scores go through. Beyond what bias or mask have, nothing is visible; those of size 1 are shared by all."""
     extras = [own for own in (x.bias, x.mask) if own is not None]
-    most_keys = min((own.shape[3] for own in extras if own.shape[3] > 1), default=None)
-    most_queries = min((own.shape[2] for own in extras if own.shape[2] > 1), default=None) if spec.packed_queries else None
+    most_keys = min((own.shape[3] for own in extras if own.shape[3] != 1), default=None)
+    most_queries = min((own.shape[2] for own in extras if own.shape[2] != 1), default=None) if spec.packed_queries else None
     return Features(
         bias=x.bias,
         bias_strides=_request_strides(x.bias, spec.bias),

@@ -166,6 +166,8 @@ def products_of(kernel: str, spec: AttentionSpec, device: DeviceFacts) -> str:
         return "ieee"
     if spec.precision != UNSET:
         return spec.precision
+    if spec.queries <= few.MAX_QUERIES and spec.keys >= few.MIN_KEYS and few.runs(spec):
+        return "ieee"  # as few_forward does: a backward pass must find the scores of its forward pass
     passed = (kernel.removeprefix("packed_"), padded(max(spec.head_dim, spec.value_dim))) in tables.THREE_TF32
     return "tf32x3" if passed and device.arch.startswith("sm") else "ieee"
 
@@ -180,11 +182,14 @@ def problem_of(kernel: str, spec: AttentionSpec, device: DeviceFacts | None = No
     return Problem(kernel, head_dim, 4 if spec.dtype == "fp32" else 2, spec.bias is not None, banded, by_tensor_cores)
 
 
+_SUMS = ("delta", "dbias_sum", "sum_rows", "combine", "unowned", "cleared", "extents", "tiles")  # kernels that multiply no tiles
+
+
 def _with_products(steps: Iterable[Step], spec: AttentionSpec, device: DeviceFacts) -> tuple[Step, ...]:
     """The steps of a plan of the portable kernels, each with the precision of its products."""
     if spec.dtype != "fp32":
         return tuple(steps)
-    return tuple(replace(step, precision=products_of(step.kernel, spec, device)) for step in steps)
+    return tuple(step if step.kernel in _SUMS else replace(step, precision=products_of(step.kernel, spec, device)) for step in steps)
 
 
 class Choices(NamedTuple):
@@ -213,7 +218,7 @@ def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Ch
         return chosen, "chosen by hand (override_configs)"
     config, source = _measured_or_default(kernel, problem, spec, device, choices)
     lighter = with_features(problem, config, _weight(spec)) if device.arch.startswith("sm") else config  # AMD's registers suffice
-    if lighter != config and kernel != "delta":
+    if lighter != config and kernel != "delta" and not misread(problem, lighter):
         return lighter, f"{source}, with fewer scores a thread than {config} for what they go through"
     return config, source
 
@@ -221,7 +226,7 @@ def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Ch
 def _measured_or_default(
     kernel: str, problem: Problem, spec: AttentionSpec, device: DeviceFacts, choices: Choices
 ) -> tuple[TileConfig, str]:
-    if choices.tuned is not None and (config := choices.tuned.lookup(problem, device)):
+    if choices.tuned is not None and (config := choices.tuned.lookup(problem, device)) and not misread(problem, config):
         source = f"tuned, {choices.tuned.path}"
     elif row := tables.lookup(device.arch, problem):
         config, source = row.config, f"measured on {tables.MEASURED_ON.get(device.arch, device.arch)} (row of plan/tables.py)"
@@ -280,7 +285,7 @@ def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choi
     config = _config("forward", spec, device, choices)
     by_hand = dict(choices.by_hand)
     if few.takes(spec, device, config) if "few_forward" not in by_hand else few.runs(spec):
-        return Plan(name, few.forward_steps(spec, device, by_hand))
+        return Plan(name, _with_products(few.forward_steps(spec, device, by_hand), spec, device))
     programs = ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
     return Plan(name, _with_products([Step("forward", config, programs, _order(spec))] if programs else [], spec, device))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ...errors import bad_value
-from ...spec import AttentionSpec
+from ...spec import UNSET, AttentionSpec
 from ...spec_cache import CacheSpec
 from ..configs import MAX_HEAD_DIM, TileConfig, padded
 from ..device import DeviceFacts
@@ -280,13 +280,14 @@ def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, obje
     if spec.split_size is not None:
         splits = max(1, ceil_div(ceil_div(spec.capacity, config.block_n), ceil_div(spec.split_size, config.block_n)))
     elif spec.num_splits is not None:
-        splits = spec.num_splits
+        splits = min(spec.num_splits, max(1, ceil_div(spec.capacity, config.block_n)))
     else:
         splits = splits_of(shape, config, device.sms)
         if spec.lengths and not config.splits:
             splits = max(splits, min(MAX_SPLITS, ceil_div(spec.capacity, MOST_KEYS)))
     programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
-    steps = [Step("few_forward", config, programs, splits=splits)] if programs else []
+    products = "ieee" if spec.dtype != "fp32" or spec.precision == UNSET else spec.precision
+    steps = [Step("few_forward", config, programs, splits=splits, precision=products)] if programs else []
     if splits > 1 or spec.packed_queries or spec.split_size is not None:
         programs = spec.requests * spec.heads * spec.queries  # of packed queries at most: the launch knows their sum
         steps.append(Step("combine", COMBINE, programs, splits=splits, gives=("out", "lse")))
@@ -308,7 +309,8 @@ def why_cache(spec: CacheSpec, step: Step, device: DeviceFacts) -> str:
         whole = "" if size == spec.split_size else f" ({spec.split_size} in whole blocks of {step.config.block_n})"
         return f"keys are split every {size}{whole}, as asked for, whatever the batch"
     if spec.num_splits is not None:
-        return f"keys of a request are split into {step.splits} parts of equal length, as asked for"
+        why = "as asked for" if step.splits == spec.num_splits else f"of {spec.num_splits} asked for: there are no more blocks of keys"
+        return f"keys of a request are split into {step.splits} parts of equal length, {why}"
     text = _why(cache_shape_of(spec), step, step.config, device)
     return text + (", or fewer of a short request" if step.splits > 1 else "")
 
