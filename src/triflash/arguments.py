@@ -357,11 +357,10 @@ def check_offsets(name: str, offsets: Any, q: Tensor, count: int | None) -> int:
     if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
         raise bad_type(name, "an int32 or int64 tensor", str(offsets.dtype) if isinstance(offsets, Tensor) else type(offsets).__name__)
     if offsets.dim() != 1 or offsets.shape[0] < 1 or (count is not None and offsets.shape[0] != count + 1):
-        wanted = (
-            "one number more than sequences, shape (B + 1,)"
-            if count is None
-            else f"one number more than sequences or requests, shape ({count + 1},)"
-        )
+        wanted = "one number more than sequences, shape (B + 1,)"
+        if count is not None:
+            as_many = "one number more than requests" if name == "cu_seqlens_new" else "as many as cu_seqlens_q"
+            wanted = f"{as_many}, shape ({count + 1},)"
         raise bad_value(name, wanted, tuple(offsets.shape))
     if offsets.device != q.device:
         raise bad_value(name, f"q's device {q.device}, or the CPU", offsets.device)
