@@ -227,7 +227,7 @@ def _wants_whole(config: type) -> bool:
 def _modeling(package: str) -> list[str]:
     """The modules of a package that hold models."""
     return [
-        name for name in sys.modules if name.rpartition(".")[0] == package and name.rpartition(".")[2].startswith("modeling_")
+        name for name in list(sys.modules) if name.rpartition(".")[0] == package and name.rpartition(".")[2].startswith("modeling_")
     ]  # fmt: skip
 
 
@@ -330,13 +330,9 @@ _BESIDE = frozenset({"modeling_esmfold"})
 def _unrouted(config: type) -> str:
     """The module that has attention of its own for this configuration, or an empty string."""
     package = config.__module__.rpartition(".")[0]
-    for name, module in list(sys.modules.items()):
-        parent, _, file = name.rpartition(".")
-        if parent != package or not file.startswith("modeling_") or file in _BESIDE:
-            continue
-        try:
-            text = inspect.getsource(module)
-        except (OSError, TypeError):
+    for name in _modeling(package):
+        file, text = name.rpartition(".")[2], _text(name)
+        if file in _BESIDE or not text:
             continue
         used = re.compile(rf"\b{config.__name__}\b")
         if "ALL_ATTENTION_FUNCTIONS" not in text:

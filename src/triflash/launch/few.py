@@ -12,17 +12,15 @@ from ..kernels.triton import few as few_kernels
 from ..kernels.triton.features import Features
 from ..plan import layout
 from ..plan.configs import TileConfig, padded
-from ..plan.device import facts_of
-from ..plan.kernels.few import FewConfig, cache_steps, least_blocks, least_cache_blocks
-from ..plan.override import active
+from ..plan.kernels.few import FewConfig, least_blocks, least_cache_blocks
 from ..plan.steps import Plan, broadcast_rows, dbias_source
-from ..spec import UNSET, AttentionSpec, BiasSpec, Gradients, Operands, Saved
+from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from ..spec_cache import CacheOperands, CacheSpec
-from .calls import Call, bias_strides, slope_strides, start
+from .calls import Call, bias_strides, slope_strides
 from .common import is_wide
 from .room import Room
 
-__all__ = ["attend_cache", "backward_calls", "cache_calls", "combine_call", "forward_calls", "partial_sums", "row_strides"]
+__all__ = ["backward_calls", "cache_calls", "combine_call", "forward_calls", "partial_sums", "row_strides"]
 
 _NO_CACHE = few_kernels.Cache()
 
@@ -49,7 +47,7 @@ def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: F
         *(step.splits, least_blocks(config)),
     )
     wide = is_wide((q, k, v, saved.out, x.bias, x.mask, x.second_bias))
-    constants = constants_of(spec.head_dim, spec.value_dim, config, products(spec.precision), wide) | {
+    constants = constants_of(spec.head_dim, spec.value_dim, config, step.precision, wide) | {
         "EVEN_N": spec.keys % config.block_n == 0,
         "PAGE": 0,
     }
@@ -57,11 +55,6 @@ def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: F
     if step.splits > 1:
         calls.append(combine_call(plan, parts, saved))
     return calls
-
-
-def products(precision: str) -> str:
-    """How float32 elements are multiplied: where nobody chose, by FMA units, since three TF32 products were not judged here."""
-    return "ieee" if precision == UNSET else precision
 
 
 def constants_of(head_dim: int, value_dim: int, config: FewConfig, precision: str, wide: bool) -> dict[str, Any]:
@@ -120,7 +113,7 @@ def backward_calls(
         *(spec.lo, spec.hi, spec.scale, step.splits),
     )
     constants = constants_of(
-        spec.head_dim, spec.value_dim, step.config, products(spec.precision), is_wide((q, k, v, dout, x.bias, x.mask, x.second_bias))
+        spec.head_dim, spec.value_dim, step.config, step.precision, is_wide((q, k, v, dout, x.bias, x.mask, x.second_bias))
     )
     calls = [Call(few_kernels.few_backward, args, constants | {"EVEN_N": spec.keys % step.config.block_n == 0}, step.config, step.programs)]
     if last is not None:
@@ -161,16 +154,10 @@ def row_strides(spec: AttentionSpec, parts: Tensor) -> tuple[int, int, int, int]
     return strides[0], strides[1], strides[2], parts.stride(5) if parts.shape[5] > 1 else 0
 
 
-def attend_cache(spec: CacheSpec, x: CacheOperands, out: Tensor, lse: Tensor, room: Room) -> None:
-    """Fill out and lse, in the shapes of :class:`~triflash.spec_cache.CacheOperands`, with what queries see of a KV cache that holds the
-    new keys already. The caller finishes the room.
-    """
-    plan = Plan("triton", cache_steps(spec, facts_of(x.q.device), dict(active())))
-    start(x.q.device, cache_calls(room, plan, spec, x, out, lse))
-
-
 def cache_calls(room: Room, plan: Plan, spec: CacheSpec, x: CacheOperands, out: Tensor, lse: Tensor) -> list[Call]:
-    """The launches that do so, on real tensors or meta tensors. lse is contiguous along queries."""
+    """The launches that fill out and lse with what queries see of a KV cache that holds the new keys already, on real tensors or meta
+    tensors, in the shapes of :class:`~triflash.spec_cache.CacheOperands`. lse is contiguous along queries.
+    """
     if 0 in out.shape[:-1]:
         return []
     q = x.q
@@ -198,7 +185,7 @@ def cache_calls(room: Room, plan: Plan, spec: CacheSpec, x: CacheOperands, out: 
             *(-(-spec.queries * spec.groups // config.block_m), spec.heads, spec.groups, 1, q.shape[1], spec.capacity),
             *(None if spec.left is None else -spec.left, spec.right, spec.scale, splits, least_cache_blocks(spec, config)),
         )
-        constants = constants_of(spec.head_dim, spec.value_dim, config, products(spec.precision), wide)
+        constants = constants_of(spec.head_dim, spec.value_dim, config, forward.precision, wide)
         constants |= {"EVEN_N": False, "PAGE": spec.page_size or 0}
         calls.append(Call(few_kernels.few_forward, args, constants, config, forward.programs))
     if combine is not None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from ..errors import bad_type, bad_value
 from .configs import TileConfig
+from .kernels import few
 from .kernels.dbias import DbiasConfig
 from .kernels.dkdv import DkdvConfig
 from .kernels.dq import DqConfig
@@ -16,9 +17,9 @@ from .kernels.shared import HopperConfig
 
 HOPPER: dict[str, type[HopperConfig] | None] = {
     "forward": ForwardConfig, "delta": None, "dkdv": DkdvConfig, "dqdkdv": DkdvConfig, "dq": DqConfig, "dbias": DbiasConfig,
-    "few_forward": None, "few_backward": None,
+    **dict.fromkeys(few.KERNELS),
 }  # fmt: skip
-FEW = ("few_forward", "few_backward")  # which a configuration chosen by hand has backend triton take wherever they can run
+FEW = few.KERNELS  # which a configuration chosen by hand has backend triton take wherever they can run
 KERNELS = tuple(HOPPER)
 Config = TileConfig | HopperConfig
 

@@ -166,8 +166,8 @@ def products_of(kernel: str, spec: AttentionSpec, device: DeviceFacts) -> str:
         return "ieee"
     if spec.precision != UNSET:
         return spec.precision
-    if spec.queries <= few.MAX_QUERIES and spec.keys >= few.MIN_KEYS and few.runs(spec):
-        return "ieee"  # as few_forward does: a backward pass must find the scores of its forward pass
+    if kernel in few.KERNELS or (spec.queries <= few.MAX_QUERIES and spec.keys >= few.MIN_KEYS and few.runs(spec)):
+        return few.products_of(spec)  # the other kernels too: a backward pass must find the scores of its forward pass
     passed = (kernel.removeprefix("packed_"), padded(max(spec.head_dim, spec.value_dim))) in tables.THREE_TF32
     return "tf32x3" if passed and device.arch.startswith("sm") else "ieee"
 
@@ -182,14 +182,14 @@ def problem_of(kernel: str, spec: AttentionSpec, device: DeviceFacts | None = No
     return Problem(kernel, head_dim, 4 if spec.dtype == "fp32" else 2, spec.bias is not None, banded, by_tensor_cores)
 
 
-_SUMS = ("delta", "dbias_sum", "sum_rows", "combine", "unowned", "cleared", "extents", "tiles")  # kernels that multiply no tiles
+_MULTIPLY = ("forward", "dkdv", "dq", "dbias", "packed_dbias", *few.KERNELS)  # tiles; the others add, copy or make tables
 
 
 def _with_products(steps: Iterable[Step], spec: AttentionSpec, device: DeviceFacts) -> tuple[Step, ...]:
     """The steps of a plan of the portable kernels, each with the precision of its products."""
     if spec.dtype != "fp32":
         return tuple(steps)
-    return tuple(step if step.kernel in _SUMS else replace(step, precision=products_of(step.kernel, spec, device)) for step in steps)
+    return tuple(replace(step, precision=products_of(step.kernel, spec, device)) if step.kernel in _MULTIPLY else step for step in steps)
 
 
 class Choices(NamedTuple):

@@ -17,11 +17,12 @@ from ..device import DeviceFacts
 from ..steps import Step, ceil_div
 
 __all__ = [
-    "COMBINE", "MAX_QUERIES", "FewConfig", "Shape", "backward_steps", "cache_shape_of", "cache_steps", "choose", "choose_backward",
-    "dq_splits", "dq_steps", "forward_steps", "least_blocks", "least_cache_blocks", "runs", "runs_backward", "shape_of", "splits_of",
-    "takes", "takes_backward", "why", "why_cache", "why_not",
+    "COMBINE", "KERNELS", "MAX_QUERIES", "FewConfig", "Shape", "backward_steps", "cache_shape_of", "cache_steps", "choose",
+    "choose_backward", "dq_splits", "dq_steps", "forward_steps", "least_blocks", "least_cache_blocks", "products_of", "runs",
+    "runs_backward", "shape_of", "splits_of", "takes", "takes_backward", "why", "why_cache", "why_not",
 ]  # fmt: skip
 
+KERNELS = ("few_forward", "few_backward")
 MAX_QUERIES = 128  # of one request, from which on tiles of queries are many enough
 MEASURED = ("sm90",)  # H200, docs/tuning.md, 2026-11-29
 MIN_KEYS = 512  # below, a second launch costs more than idle SMs
@@ -77,6 +78,11 @@ def shape_of(spec: AttentionSpec) -> Shape:
         spec.bias is not None,
         heavy,
     )
+
+
+def products_of(spec: AttentionSpec | CacheSpec) -> str:
+    """How float32 elements are multiplied: where nobody chose by FMA units, since three TF32 products were not judged here."""
+    return "ieee" if spec.dtype != "fp32" or spec.precision == UNSET else spec.precision
 
 
 def why_not(spec: AttentionSpec) -> tuple[str, str] | None:
@@ -286,8 +292,7 @@ def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, obje
         if spec.lengths and not config.splits:
             splits = max(splits, min(MAX_SPLITS, ceil_div(spec.capacity, MOST_KEYS)))
     programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
-    products = "ieee" if spec.dtype != "fp32" or spec.precision == UNSET else spec.precision
-    steps = [Step("few_forward", config, programs, splits=splits, precision=products)] if programs else []
+    steps = [Step("few_forward", config, programs, splits=splits, precision=products_of(spec))] if programs else []
     if splits > 1 or spec.packed_queries or spec.split_size is not None:
         programs = spec.requests * spec.heads * spec.queries  # of packed queries at most: the launch knows their sum
         steps.append(Step("combine", COMBINE, programs, splits=splits, gives=("out", "lse")))
