@@ -29,6 +29,7 @@ from .ulysses import Ulysses
 __all__ = ["attend_part", "context_parallel_attention", "seed_of_all"]
 
 METHODS: dict[str, Any] = {"allgather": AllGather, "ulysses": Ulysses, "ring": Ring}
+CHUNK_PRODUCTS = 2e12  # floating-point operations of a chunk of heads, hidden ones among them: some 2 ms of an H200's
 
 
 @overload
@@ -140,7 +141,7 @@ def context_parallel_attention(
             and added in the order of ranks, else reduce-scattered.
         key_lengths, alibi_slopes, sink: see there, the same on every rank.
         head_chunks: of method allgather, into how many chunks the heads are cut: one is gathered while the one before computes. Default:
-            up to 4 on GPUs, 1 elsewhere. Other methods do not cut them.
+            up to 4 on GPUs if each has milliseconds of work, 1 elsewhere. Other methods do not cut them.
         programs: at most how many SMs persistent grids use (backend hopper); default: all, but 8 while a collective is in flight.
 
     Returns:
@@ -320,16 +321,20 @@ def _call(
         settled.deterministic, (by_row, by_second),
     )  # fmt: skip
     if head_chunks is None:
-        head_chunks = _chunks(x, by_heads)
+        head_chunks = _chunks(x, by_heads, M, N, group.size)
     return Call(problem, group, order, heads, key_heads, head_chunks, programs, by_heads, by_mask)  # type: ignore[arg-type]
 
 
-def _chunks(x: Any, by_heads: tuple[bool, ...]) -> int:
-    """As many chunks of heads as still fill a GPU, up to 4; one where a bias is shared by heads, whose gradient would be added up."""
+def _chunks(x: Any, by_heads: tuple[bool, ...], M: int, N: int, ranks: int) -> int:
+    """As many chunks of heads as still fill a GPU with work that is long beside what the host takes to launch a chunk, up to 4; one where a
+    bias is shared by heads, whose gradient would be added up.
+    """
     if x.q.device.type == "cpu" or any(y is not None and not own for y, own in zip((x.bias, x.second_bias), by_heads, strict=True)):
         return 1
-    chunks, tiles = min(4, x.k.shape[2]), x.q.shape[0] * x.q.shape[2] * -(-x.q.shape[1] // 128)
-    while chunks > 1 and tiles // chunks < 512:
+    B, _, H, D = x.q.shape
+    chunks, tiles = min(4, x.k.shape[2]), B * H * -(-x.q.shape[1] // 128)
+    products = 2 * B * H * M * N * (D + x.v.shape[3]) / ranks
+    while chunks > 1 and (tiles // chunks < 512 or products < CHUNK_PRODUCTS * chunks):
         chunks //= 2
     return max(1, chunks)
 

@@ -355,10 +355,16 @@ def forward(
         found.append((tile, Result(out, lse, rest)))
     if merged is not None:
         return None
-    empty = Merged(q, v.shape[3])
-    if x.sink is not None:
-        empty.sunk(x.sink)
-    result = empty.result(keeps(problem, x))
+    if found and sum(tile.height for tile in tiles) == q.shape[1]:  # every row has its tile
+        (B, M, H, _), kept = q.shape, found[0][1].rest
+        rows = found[0][1].lse.new_empty((B, H, M))
+        rest = None if kept is None or kept.dim() == 1 else kept.new_empty((B, H, M))
+        result = Result(q.new_empty((B, M, H, v.shape[3])), rows, rest)
+    else:
+        empty = Merged(q, v.shape[3])
+        if x.sink is not None:
+            empty.sunk(x.sink)
+        result = empty.result(keeps(problem, x))
     for tile, part in found:
         result.out[:, tile.rows], result.lse[:, :, tile.rows] = part.out, part.lse
         if result.rest is not None and part.rest is not None:
