@@ -171,7 +171,7 @@ def attention(
             dq; default ``torch.are_deterministic_algorithms_enabled()``. Only the backward kernels of backend ``hopper`` make a difference.
         layout: ``"bshd"`` as above, or ``"bhsd"``: q ``(*batch, Hq, M, D)``, k, v and the output alike. By strides; nothing is copied.
         precision: of float32 products: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``, three TF32 products for one; default PyTorch's own setting
-            for matrix products, and where nobody set one, ``"tf32x3"`` on NVIDIA GPUs for head dims up to 64, else ``"ieee"``.
+            for matrix products, and where nobody set one, ``"tf32x3"`` on NVIDIA GPUs for head dims up to 128, else ``"ieee"``.
         backend: as ``triflash.backend``; default the innermost block's, else ``TRIFLASH_BACKEND``, else ``"auto"``.
 
     Returns:

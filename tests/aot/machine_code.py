@@ -193,3 +193,36 @@ def ambiguous_descriptors(code: str) -> list[str]:
                             known.add((place, register))
                             follow.append((place, register))
     return found
+
+
+_LOW_HALF = re.compile(r"(R\d+), (P\d), (R\d+)(?:\.reuse)?, 0x[0-9a-f]+, RZ$")
+_HIGH_HALF = re.compile(r"R\d+, (R\d+)(?:\.reuse)?, -?0x[0-9a-f]+, RZ, (P\d), !PT$")
+
+
+def halves_of_one_register(code: str) -> list[str]:
+    """Sums of 64 bits of which both halves start from one register that nothing wrote in between.
+
+    A shared-memory descriptor is a sum of an address, whose upper half is 0, and a constant. ptxas 12.8 has lost both of its halves where
+    registers were scarce, and added the constant to one register that held a score by then: an illegal address.
+    """
+    found = []
+    lower: dict[str, str] = {}  # by the predicate that carries
+    for line in code.splitlines():
+        instruction = _INSTRUCTION.search(line)
+        if not instruction:
+            continue
+        _, op, operands = instruction.groups()
+        high = _HIGH_HALF.search(operands) if op == "IADD3.X" else None
+        if high and lower.get(high[2]) == high[1]:
+            found.append(line.strip())
+        written = re.match(r"(?:!?U?P\w+, )*R(\d+)\b", operands)
+        if written and not op.startswith(("ST", "RED", "R2UR")):
+            first, count = int(written[1]), 4 if ".128" in op else 2 if ".64" in op or "WIDE" in op else 1
+            gone = {f"R{first + n}" for n in range(count)}
+            lower = {carry: register for carry, register in lower.items() if register not in gone}
+        low = _LOW_HALF.match(operands) if op == "IADD3" else None
+        if low:
+            lower.pop(low[2], None)
+            if low[1] != low[3]:
+                lower[low[2]] = low[3]
+    return found

@@ -118,7 +118,15 @@ def with_features(problem: Problem, config: TileConfig, weight: int) -> TileConf
 
     weight: 1 for each of a soft cap, ALiBi, a mask beside a bias, dropout, and starts or query lengths. By what the compiler spills
     (``tests/aot``); not measured.
+
+    TF32 products beside any of them are taken from WGMMA, which a tile of 32 by 32 is too small for. Where registers are that scarce, ptxas
+    12.8 works out the shared-memory descriptor of such a product from a register that holds something else by then: an illegal address, or
+    products of other rows (H200, compute-sanitizer: dq by 64x64 tiles and 8 warps, a soft cap and dropout).
     """
+    if weight and problem.products:
+        if config.block_m <= 32 and config.block_n <= 32:
+            return config
+        return TileConfig(min(config.block_m, 32), min(config.block_n, 32), 4 if problem.head_dim <= 64 else 8, 1)
     most = 32 if weight < 2 else 16 if weight < 4 else 8
     least_m, most_warps = 32 if problem.kernel == "dkdv" else 64, 8
     while weight and config.block_m * config.block_n > most * 32 * config.num_warps:

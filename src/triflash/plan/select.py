@@ -217,7 +217,9 @@ def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Ch
             raise bad_value(f"override_configs({kernel}=…)", "tiles of 32 rows and more, or 4 warps", chosen, wrong)
         return chosen, "chosen by hand (override_configs)"
     config, source = _measured_or_default(kernel, problem, spec, device, choices)
-    lighter = with_features(problem, config, _weight(spec)) if device.arch.startswith("sm") else config  # AMD's registers suffice
+    lighter = (
+        with_features(problem, config, _weight(spec, problem.products)) if device.arch.startswith("sm") else config
+    )  # AMD's registers suffice
     if lighter != config and kernel != "delta" and not misread(problem, lighter):
         return lighter, f"{source}, with fewer scores a thread than {config} for what they go through"
     return config, source
@@ -243,10 +245,13 @@ def _measured_or_default(
     return config, source
 
 
-def _weight(spec: AttentionSpec) -> int:
-    """How much scores go through on their way, as :func:`with_features` counts it."""
+def _weight(spec: AttentionSpec, products: str) -> int:
+    """How much scores go through on their way, as :func:`with_features` counts it. products: TF32's, which leave fewer registers."""
     packed_bias = spec.packed is not None and spec.bias is not None  # whose rows and columns end anywhere
-    return (spec.softcap > 0) + spec.alibi + (spec.mask is not None) + (spec.dropout > 0) + packed_bias + spec.placed
+    weight = (spec.softcap > 0) + spec.alibi + (spec.mask is not None) + (spec.dropout > 0) + packed_bias + spec.placed
+    if products:
+        weight += (spec.packed is not None) + (spec.second is not None) + (spec.bias is not None and spec.bias.is_mask)
+    return weight
 
 
 def _config(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> TileConfig:
