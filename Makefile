@@ -1,6 +1,7 @@
 # make demo        train the demo model
 # make test        lint, types, and the tests that every change should pass, in minutes
-# make test-full   every test that needs no GPU, on the newest and the oldest versions as well
+# make test-full   every test that needs no GPU, also on the oldest versions, and half of the compilations on the newest Triton
+# make test-newest every compilation on the newest Triton
 # make test-gpu    the tests on this machine's own python and GPU (ARGS="-k dbias")
 # make test-torch  the interpreted tests with the lowest PyTorch (TORCH=2.10.0), whose CUDA build is gigabytes: not part of test-full
 # make package     build sdist and wheel, check them, and run the wheel in a fresh environment (ARGS=--release: RELEASING.md)
@@ -23,8 +24,11 @@ INTERPRETED = CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PY
 COMPILED = TRITON_CACHE_DIR=$(CURDIR)/.triton-cache $(PY) -m pytest -q -n $(WORKERS) tests/aot
 # Launched by Triton's own launchers on a driver that runs nothing.
 STUBBED = $(subst tests/aot,tests/stub,$(COMPILED))
-# Of what not every run can hold, the commit picks a tenth (tests/tiers.py); TENTH=0 to 9 picks another.
-CHOICE = $(if $(TENTH),--tenth $(TENTH))
+# Of what not every run can hold, the commit picks a twentieth (tests/tiers.py); PART=0 to 19 picks another.
+CHOICE = $(if $(PART),--part $(PART))
+# What test-rest runs besides: all that test leaves out (rest), or eight twentieths (some), as .ci/run does.
+TIER ?= rest
+NEWEST ?= --shard commit/2
 
 # Without a GPU: PyTorch's small CPU build, and everything pinned. With one: the PyTorch and Triton that belong together.
 GPU := $(shell command -v nvidia-smi rocm-smi 2>/dev/null)
@@ -51,11 +55,11 @@ test: lint
 	$(COMPILED) --tier first $(CHOICE)
 	$(STUBBED) --tier first $(CHOICE)
 
-# What test leaves out, and every compilation once more with the newest Triton (NEWEST='--shard 1/8': an eighth of them).
+# What test leaves out; the oldest versions; and of the compilations with the newest Triton the half that the commit picks.
 test-rest: .venv/.dev
-	$(INTERPRETED) --tier rest $(CHOICE)
-	$(COMPILED) --tier rest $(CHOICE)
-	$(STUBBED) --tier rest $(CHOICE)
+	$(INTERPRETED) --tier $(TIER) $(CHOICE)
+	$(COMPILED) --tier $(TIER) $(CHOICE)
+	$(STUBBED) --tier $(TIER) $(CHOICE)
 	$(MAKE) test-oldest
 	$(MAKE) test-newest ARGS="$(NEWEST)"
 

@@ -37,11 +37,11 @@ set_deterministic = torch._C._set_deterministic_algorithms
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--shard", metavar="I/N", help="run the I-th of N parts: several processes share a GPU without pytest-xdist")
-    parser.addoption("--tier", choices=["first", "rest"], help="run what every change should pass, or what that leaves out (tiers.py)")
+    parser.addoption("--shard", metavar="I/N", help="run the I-th of N parts, or commit/N: that which the commit picks")
     parser.addoption(
-        "--tenth", type=int, choices=range(tiers.TENTHS), help="of what the first tier takes only a tenth of (default: the commit's)"
+        "--tier", choices=tiers.TIERS, help="run what every change should pass, or some or all of what that leaves out (tiers.py)"
     )
+    parser.addoption("--part", type=int, choices=range(tiers.PARTS), help="of what is not fixed in the first tier (default: the commit's)")
     parser.addoption("--record", action="store_true", help="measure the tests and write what they cost to durations.json")
 
 
@@ -51,8 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "unpoisoned: allocations are left alone (tests of compilation)")
     if not chosen_apart(config) and not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    if config.getoption("--tier") and config.getoption("--tenth") is None:
-        config.option.tenth = tiers.tenth_of_commit()
+    if config.getoption("--tier") and config.getoption("--part") is None:
+        config.option.part = tiers.number_of_commit() % tiers.PARTS
     if config.getoption("--record"):
         parts = any("::" in arg for arg in config.args) or config.option.keyword or config.option.markexpr or config.option.tier
         recorder = tiers.Recorder(whole=not parts and not config.option.shard, writes=not hasattr(config, "workerinput"))
@@ -81,12 +81,15 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if shard := config.getoption("--shard"):
-        part, parts = map(int, shard.split("/"))
+        which, _, of = shard.partition("/")
+        parts = int(of)
+        part = tiers.number_of_commit() % parts + 1 if which == "commit" else int(which)
         keep(config, items, {item.nodeid for item in items if zlib.crc32(item.nodeid.encode()) % parts == part - 1})
     if tier := config.getoption("--tier"):
         budget = tiers.BUDGET["compiled" if chosen_apart(config) else "interpreted"]
-        fixed, tenth = tiers.split([tiers.described(item) for item in items], tiers.read(), budget, config.getoption("--tenth"))
-        keep(config, items, fixed | tenth if tier == "first" else {item.nodeid for item in items} - fixed - tenth)
+        keep(
+            config, items, tiers.tier_of([tiers.described(item) for item in items], tiers.read(), budget, tier, config.getoption("--part"))
+        )
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -103,7 +106,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not config.getoption("--tier"):
         return
     known, ran = tiers.read(), {report.nodeid for report in terminalreporter.getreports("passed")}
-    terminalreporter.write_line(f"the same tests again: make test TENTH={config.getoption('--tenth')}")
+    goal = {"first": "test", "some": "test-rest TIER=some", "rest": "test-rest"}[config.getoption("--tier")]
+    terminalreporter.write_line(f"the same tests again: make {goal} PART={config.getoption('--part')}")
     if new := ran - known.keys():
         terminalreporter.write_line(f"{len(new)} of them were never measured and ran for that reason: make durations")
 

@@ -53,8 +53,11 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize("case", KEYS, ids=str)
-@pytest.mark.parametrize("config", KEYS_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
+# Three cases for each configuration, in turns: test_features_together has every second one beside every feature.
+KEYS_BY_CONFIG = [(config, case) for n, config in enumerate(KEYS_CONFIGS) for m, case in enumerate(KEYS) if (m - n) % 5 in (0, 1, 3)]
+
+
+@pytest.mark.parametrize(("config", "case"), [pytest.param(*x, id="-".join(map(str, x)).replace(" ", "-")) for x in KEYS_BY_CONFIG])
 def test_keys_that_add_dq(config: DkdvConfig, case: Case) -> None:
     ran = check(case, carefully=config.unroll == 1, dqdkdv=config)
     assert [kernel for kernel in ran if kernel != "dbias_sum"] == ["forward", "preprocess", "dqdkdv", "postprocess"]
@@ -186,15 +189,17 @@ ADDING = [
 ]
 
 
-@pytest.mark.parametrize("D", [16, 64, 136])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("case", FEATURES, ids=str)
-def test_features(case: Case, D: int) -> None:
-    """In every kernel: those of narrow and of wide heads, dq added up and by itself, and every kernel that gives a bias its gradient. Of the two
-    narrow widths each way to add up dq has one: ``test_features_together`` has ways beside widths.
+def test_features(case: Case, wide: bool) -> None:
+    """In every kernel: those of narrow and of wide heads, dq added up and by itself, and every kernel that gives a bias its gradient. A case has
+    one of two narrow widths and two of the ways to add up dq: ``test_features_together`` has every two of features, widths and ways.
     """
+    number = FEATURES.index(case)
+    D = 136 if wide else (16, 64)[number % 2]
     check(replace(case, D=D), 2, D)
-    if D <= 64:
-        for config in ADDING[(FEATURES.index(case) + D // 64) % 2 :: 2]:
+    if not wide:
+        for config in ADDING[number // 2 % 2 :: 2]:
             check(replace(case, D=D), 3, D, carefully=False, dqdkdv=config)
 
 

@@ -42,10 +42,19 @@ def test_what_nobody_has_measured_and_what_is_skipped_runs_first() -> None:
     assert {"a[new]", "b[7]"} <= tiers.fixed_part(tests, costs, 0.0)
 
 
-def test_tenths_are_all_of_the_rest_and_cost_alike() -> None:
+def test_the_tiers_are_all_tests_and_parts_cost_alike() -> None:
     tests, costs = example()
-    fixed, _ = tiers.split(tests, costs, 30.0, 0)
-    parts = [tiers.split(tests, costs, 30.0, tenth)[1] for tenth in range(tiers.TENTHS)]
+    fixed = tiers.fixed_part(tests, costs, 30.0)
+    parts = []
+    for part in range(tiers.PARTS):
+        first, some, rest = (tiers.tier_of(tests, costs, 30.0, tier, part) for tier in tiers.TIERS)
+        assert fixed < first and not first & rest and first | rest == set(costs) and some < rest
+        assert (
+            some
+            == set().union(*(tiers.tier_of(tests, costs, 30.0, "first", (part + n) % tiers.PARTS) for n in range(1, tiers.SOME + 1)))
+            - fixed
+        )
+        parts.append(first - fixed)
     assert sorted(name for part in parts for name in part) == sorted(costs.keys() - fixed)
     prices = [sum(costs[name].seconds for name in part) for part in parts]
     assert max(prices) - min(prices) <= max(cost.seconds for cost in costs.values())

@@ -1,7 +1,8 @@
 """Which tests run first. ``durations.json`` has what each test cost when it was last measured and which kernels it ran; from that follow
-a fixed part, in which every test function, kernel and feature appears at its cheapest, and tenths of the rest, of which the commit picks one.
+a fixed part, in which every test function, kernel and feature appears at its cheapest, and parts of the rest, of which the commit picks one.
 
-``--tier first`` is the fixed part and a tenth, ``--tier rest`` what that leaves out, and together they are all tests. ``--record`` measures.
+``--tier first`` is the fixed part and that one, ``--tier some`` the parts after it that a merge is held to as well (.ci/run), ``--tier rest``
+all that ``first`` leaves out: together they are all tests. ``--record`` measures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from unittest import mock
 import pytest
 
 DURATIONS = Path(__file__).parent / "durations.json"
-TENTHS = 10
+PARTS = 20  # of what is not fixed
+SOME = 8  # of them, in the tier of that name
+TIERS = ("first", "some", "rest")
 BUDGET = {"interpreted": 100.0, "compiled": 15.0}  # CPU seconds of the fixed part, in each of the three processes that make up a run
 DEAREST = 4.0  # CPU seconds; a test function with no case below has no claim to be in the fixed part
 ELSEWHERE = "processor seconds elsewhere"  # the property by which a test tells of processes that are not its children
@@ -63,11 +66,15 @@ def features_of(case: Any) -> Iterator[str]:
             yield each.name if isinstance(value, (int, float, tuple)) else f"{each.name} {value}"
 
 
-def split(tests: Sequence[Candidate], costs: dict[str, Cost], budget: float, tenth: int) -> tuple[set[str], set[str]]:
-    """The names of the fixed part, and those of one tenth of the rest."""
+def tier_of(tests: Sequence[Candidate], costs: dict[str, Cost], budget: float, tier: str, part: int) -> set[str]:
+    """The names of one of ``TIERS``, where ``part`` is the one that is picked."""
     fixed = fixed_part(tests, costs, budget)
     rest = sorted((test.name for test in tests if test.name not in fixed), key=lambda name: (-costs[name].seconds, name))
-    return fixed, set(rest[tenth::TENTHS])  # each tenth has some of the longest and some of the shortest
+    parts = [set(rest[n::PARTS]) for n in range(PARTS)]  # each has some of the longest and some of the shortest
+    if tier == "first":
+        return fixed | parts[part]
+    after = [parts[(part + n) % PARTS] for n in range(1, PARTS)]
+    return set().union(*(after[:SOME] if tier == "some" else after))
 
 
 def fixed_part(tests: Sequence[Candidate], costs: dict[str, Cost], budget: float) -> set[str]:
@@ -125,13 +132,13 @@ def write(costs: dict[str, Cost]) -> None:
     DURATIONS.write_text(f'{{"kernels": {json.dumps(kernels)},\n"tests": {{\n{lines}\n}}}}\n')
 
 
-def tenth_of_commit() -> int:
-    """Which tenth the commit that is checked out picks; the first, where there is no commit."""
+def number_of_commit() -> int:
+    """The hash of the commit that is checked out, by which parts are picked; 0 where there is no commit."""
     try:
         run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
     except (OSError, subprocess.CalledProcessError):
         return 0
-    return int(run.stdout.strip(), 16) % TENTHS
+    return int(run.stdout.strip(), 16)
 
 
 def processor_seconds() -> float:
