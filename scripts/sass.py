@@ -49,8 +49,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 @dataclass(frozen=True)
 class Problem:
-    """bias, mask: letters where they vary over (batch, head, query, key), 1 where they broadcast. wants: gradients, letters of qkvb.
-    features: of "lengths", "slopes", "sink". configs: chosen by hand. S: queries and keys.
+    """bias, second, mask: letters where they vary over (batch, head, query, key), 1 where they broadcast. wants: gradients, letters of
+    qkvb, and s for that of the second bias. features: of "lengths", "slopes", "sink". configs: chosen by hand. S: queries and keys.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Problem:
     Hk: int = 8
     bias: str = ""
     bias_dtype: torch.dtype | None = None
+    second: str = ""
     mask: str = ""
     features: tuple[str, ...] = ()
     wants: str = "qkv"
@@ -113,6 +114,11 @@ PROBLEMS = (
     P("d64 soft cap", options={"softcap": 30.0}),
     P("d64 dropout", options={"dropout_p": 0.1}),
     P("d64 lengths, sink", features=("lengths", "sink"), options=CAUSAL),
+    P("d32 two biases", D=32, S=384, bias="b11k", second="1hqk", wants="qkvbs"),
+    P("d32 two biases, fixed order", D=32, S=384, bias="1hqk", second="b11k", wants="qkvbs", options={"deterministic": True}),
+    P("d64 two biases, causal", S=2000, bias="bhqk", second="111k", wants="qkvbs", options=CAUSAL),
+    P("d128 two biases, float32", D=128, bias="1hqk", second="b11k", bias_dtype=F32, wants="qkvbs"),
+    P("d256 two biases, mask", D=256, bias="1hqk", second="b11k", mask="b11k", wants="qkvbs"),
     P("d128 bias", D=128, bias="1hqk", wants="qkvb"),
     P("d128 bias, causal", D=128, bias="1hqk", wants="qkvb", options=CAUSAL),
     P("d128 bias of keys", D=128, bias="1h1k", wants="qkvb"),
@@ -141,6 +147,7 @@ def launches(p: Problem) -> list[Call]:
     k = empty(B, p.N or p.S, p.Hk, p.D, dtype=p.dtype)
     given = Given(
         q=empty(B, p.S, H, p.D, dtype=p.dtype), k=k, v=k, bias=of(p.bias, p.bias_dtype or p.dtype), mask=of(p.mask, torch.bool),
+        second_bias=of(p.second, p.dtype),
         key_lengths=empty(B, dtype=torch.int32) if "lengths" in p.features else None,
         alibi_slopes=empty(H, dtype=F32) if "slopes" in p.features else None,
         sink=empty(H, dtype=p.dtype) if "sink" in p.features else None,
@@ -149,8 +156,8 @@ def launches(p: Problem) -> list[Call]:
     facts = KNOWN_DEVICES["sm90"]
     with override_configs(**p.configs):
         call = bind(ATTENTION, given, Options(**p.options, backend=p.backend), facts)
-        operands = call.form.operands(given)
-        nothing, needs = Needs(*[False] * 4), Needs(*(letter in p.wants for letter in "qkvb"))
+        operands = call.form.operands((*given[:9], None, None, None, None, given.second_bias))
+        nothing, needs = Needs(*[False] * 4), Needs(*(letter in p.wants for letter in "qkvb"), dsecond="s" in p.wants)
         calls = ahead.calls_of(plan_forward(call.spec, facts, p.backend), call.spec, nothing, *operands)
         if p.wants:
             calls += ahead.calls_of(plan_backward(call.spec, needs, facts, p.backend), call.spec, needs, *operands)

@@ -57,11 +57,11 @@ class Case:
 
     bias: a letter where it varies and 1 where it broadcasts, aligned to the right of ``bhqk``, as in ``1h1k`` or ``qk``; five letters
         (``b1hqk``, ``1ihqk``) are over (outer batch, inner batch, head, query, key). None is no bias.
-    mask: the same for a boolean mask beside it. Hk: key heads, if not H. lengths: keys shown to the batch entries, repeated as needed.
+    second: the same for another bias beside it, of dtype second_dtype. mask: the same for a boolean mask beside them. Hk: key heads, if not H. lengths: keys shown to the batch entries, repeated as needed.
     starts, ends, key_starts: queries and keys that there are, likewise; diagonal: of the batch entries, from which lo and hi count.
     shift: the diagonal of ALiBi.
     alibi: ``h`` or ``bh``, what the slopes vary over. sink: whether there is one. softcap, dropout: 0 for none.
-    grads: any of the letters q, k, v, b, s (sink). dlse: the log-sum-exp gets a cotangent as well.
+    grads: any of the letters q, k, v, b, s (sink), t (second bias). dlse: the log-sum-exp gets a cotangent as well.
     tiles: queries and keys of a tile; None takes the default of the plan (and, on the tiled backend, its own choice).
     """
 
@@ -77,6 +77,8 @@ class Case:
     bias_dtype: torch.dtype | None = None
     bias_layout: str = "plain"
     bias_values: str = "normal"
+    second: str | None = None
+    second_dtype: torch.dtype | None = None
     Hk: int | None = None
     mask: str | None = None
     mask_layout: str = "plain"
@@ -96,7 +98,7 @@ class Case:
     hi: int | None = None
     scale: float | None = None
     batch_inner: int = 1
-    grads: str = "qkvbs"
+    grads: str = "qkvbst"
     dlse: bool = False
     layout: str = "plain"
     dout_layout: str = "plain"
@@ -116,7 +118,7 @@ class Case:
     @property
     def has_features(self) -> bool:
         """Beyond a band and one bias or mask."""
-        tensors = (self.mask, self.lengths, self.alibi, self.starts, self.ends, self.key_starts, self.diagonal)
+        tensors = (self.second, self.mask, self.lengths, self.alibi, self.starts, self.ends, self.key_starts, self.diagonal)
         return self.key_heads != self.H or any(x is not None for x in tensors) or self.sink or self.softcap > 0 or self.dropout > 0
 
     @property
@@ -145,6 +147,7 @@ class Inputs:
     alibi_slopes: Tensor | None = None
     sink: Tensor | None = None
     dropout_seed: Tensor | None = None
+    second_bias: Tensor | None = None
     query_starts: Tensor | None = None
     query_lengths: Tensor | None = None
     key_starts: Tensor | None = None
@@ -155,20 +158,20 @@ class Inputs:
         return self.query_starts, self.query_lengths, self.key_starts, self.diagonal
 
     def wanted(self) -> dict[str, Tensor]:
-        named = (("q", self.q), ("k", self.k), ("v", self.v), ("b", self.bias), ("s", self.sink))
+        named = (("q", self.q), ("k", self.k), ("v", self.v), ("b", self.bias), ("s", self.sink), ("t", self.second_bias))
         return {n: x for n, x in named if x is not None and x.requires_grad}
 
     def operands(self) -> Operands:
         """As the operators take them; a mask without a bias is one."""
-        bias, mask = five_dims(self.bias), five_dims(self.mask)
+        bias, second, mask = five_dims(self.bias), five_dims(self.second_bias), five_dims(self.mask)
         bias, mask = (mask, None) if bias is None else (bias, mask)
         some = (self.q, self.k, self.v, bias, mask, self.key_lengths, self.alibi_slopes, self.sink, self.dropout_seed)
-        return Operands(*some, *(None,) * 5, *self.places)
+        return Operands(*some, *(None,) * 4, second, *self.places)
 
     def replaced(self, leaves: dict[str, Tensor]) -> Operands:
-        """The operands with others for some of q, k, v, b, s."""
-        names = {"q": "q", "k": "k", "v": "v", "b": "bias", "s": "sink"}
-        return self.operands()._replace(**{names[n]: five_dims(x) if n == "b" else x for n, x in leaves.items()})
+        """The operands with others for some of q, k, v, b, s, t."""
+        names = {"q": "q", "k": "k", "v": "v", "b": "bias", "s": "sink", "t": "second_bias"}
+        return self.operands()._replace(**{names[n]: five_dims(x) if n in "bt" else x for n, x in leaves.items()})
 
 
 def with_layout(shape: tuple[int, ...], layout: str, make: Any) -> Tensor:
@@ -255,6 +258,9 @@ def build(case: Case, device: torch.device) -> Inputs:
             bias = with_layout(bias_shape(case), "keys_first", values)
         else:
             bias = with_layout(bias_shape(case), case.bias_layout, values)
+    second = None
+    if case.second is not None:
+        second = with_layout(bias_shape(case, case.second), case.bias_layout, lambda shape: normal(shape, case.second_dtype or dtype))
     mask = None
     if case.mask is not None:  # whole blocks of it show nothing
         mask = with_layout(bias_shape(case, case.mask), case.mask_layout, lambda shape: torch.rand(shape, generator=generator) < 0.7)
@@ -277,12 +283,12 @@ def build(case: Case, device: torch.device) -> Inputs:
     sink = normal((case.H,)) if case.sink else None
     if case.dropout:
         seed = torch.tensor([case.seed, 1], device=device)
-    leaves = [None if x is None else x.detach() for x in (q, k, v, bias, sink)]
-    for letter, leaf in zip("qkvbs", leaves, strict=True):
+    leaves = [None if x is None else x.detach() for x in (q, k, v, bias, sink, second)]
+    for letter, leaf in zip("qkvbst", leaves, strict=True):
         if leaf is not None and letter in case.grads and leaf.is_floating_point():
             leaf.requires_grad_()
-    *leaves, sink = leaves
-    return Inputs(*leaves, dout, dlse, mask, lengths, slopes, sink, seed, *places)  # type: ignore[arg-type]
+    *leaves, sink, second = leaves
+    return Inputs(*leaves, dout, dlse, mask, lengths, slopes, sink, seed, second, *places)  # type: ignore[arg-type]
 
 
 def hidden_of(
@@ -308,7 +314,7 @@ def fill_hidden(inputs: Inputs, junk: bool) -> None:
     """Hidden keys and values, and what bias and mask have for them, are junk, or zeros."""
     generator = torch.Generator().manual_seed(1)
     statistics = None if inputs.dlse is None else inputs.dlse.movedim(2, 1)
-    for x in hidden_of(inputs, (inputs.k, inputs.v), (inputs.bias, inputs.mask), (inputs.q, inputs.dout, statistics)):
+    for x in hidden_of(inputs, (inputs.k, inputs.v), (inputs.bias, inputs.second_bias, inputs.mask), (inputs.q, inputs.dout, statistics)):
         most = 1.0 if x.dtype == torch.bool else torch.finfo(x.dtype).max
         values = torch.tensor([math.nan, math.inf, -math.inf, most] if junk else [0.0])
         x.copy_(values[torch.randint(len(values), x.shape, generator=generator)])
@@ -369,12 +375,12 @@ def dbias_kernel(case: Case, shape: tuple[int, ...]) -> str:
     return "dkdv" if varies[4] and not varies[3] and case.key_heads == case.H else "dbias"
 
 
-def expected_kernels(case: Case, backend: str, bias: Tensor | None, adds: bool = False) -> list[str]:
+def expected_kernels(case: Case, backend: str, inputs: Inputs, adds: bool = False) -> list[str]:
     """What must run, in order, and nothing else; where something is summed up in parts, a ``…_sum`` may follow.
 
     adds: on Hopper, the kernel that gives dk or dv adds up dq wherever it can.
     """
-    there = {"b": case.bias is not None and case.bias_dtype != torch.bool, "s": case.sink}
+    there = {"b": case.bias is not None and case.bias_dtype != torch.bool, "s": case.sink, "t": case.second is not None}
     wanted = [n for n in case.grads if there.get(n, True)]
     if backend not in ("triton", *HOPPER):
         return ["forward", "backward"] if wanted else ["forward"]
@@ -384,24 +390,31 @@ def expected_kernels(case: Case, backend: str, bias: Tensor | None, adds: bool =
         return ["forward"]
     steps = ["forward"]
     if backend in HOPPER:
-        return steps + _expected_on_hopper(case, wanted, bias, adds) if wanted else steps
-    steps += ["delta"] if set(wanted) & set("qkbs") else []
-    source = dbias_kernel(case, tuple(bias.shape)) if "b" in wanted and bias is not None else None
-    steps += ["dkdv"] if set(wanted) & set("kv") or source == "dkdv" else []
-    steps += ["dq"] if "q" in wanted or source == "dq" else []
-    return steps + (["dbias"] if source == "dbias" else [])
+        return steps + _expected_on_hopper(case, wanted, inputs, adds) if wanted else steps
+    steps += ["delta"] if set(wanted) & set("qkbst") else []
+    sources = dbias_kernels(case, wanted, inputs)
+    steps += ["dkdv"] if set(wanted) & set("kv") or "dkdv" in sources else []
+    steps += ["dq"] if "q" in wanted or "dq" in sources else []
+    return steps + ["dbias"] * sources.count("dbias")
 
 
-def _expected_on_hopper(case: Case, wanted: list[str], bias: Tensor | None, adds: bool) -> list[str]:
-    source = dbias_kernel(replace(case, Hk=None), tuple(bias.shape)) if "b" in wanted and bias is not None else None
+def dbias_kernels(case: Case, wanted: Iterable[str], inputs: Inputs) -> list[str]:
+    """Which kernels the gradients of biases come from. A pass gives one of them; where both fall out of the same, the second has its own."""
+    given = [x for letter, x in (("b", inputs.bias), ("t", inputs.second_bias)) if letter in wanted and x is not None]
+    sources = [dbias_kernel(case, tuple(x.shape)) for x in given]
+    return [*sources[:1], *("dbias" if source in sources[:1] else source for source in sources[1:])]
+
+
+def _expected_on_hopper(case: Case, wanted: list[str], inputs: Inputs, adds: bool) -> list[str]:
+    sources = dbias_kernels(replace(case, Hk=None), wanted, inputs)
     narrow = max(case.D, case.Dv or case.D) <= 128
-    adding = adds and narrow and "q" in wanted and bool(set(wanted) & set("kv")) and source != "dq"
+    adding = adds and narrow and "q" in wanted and bool(set(wanted) & set("kv")) and "dq" not in sources
     steps = ["preprocess"]
-    if set(wanted) & set("kv") or source == "dkdv":
+    if set(wanted) & set("kv") or "dkdv" in sources:
         steps += ["dqdkdv" if adding else "dkdv"]
-    steps += ["dq"] if ("q" in wanted and not adding) or source == "dq" else []
+    steps += ["dq"] if ("q" in wanted and not adding) or "dq" in sources else []
     steps += ["postprocess"] if adding else []
-    return steps + (["dbias"] if source == "dbias" else [])
+    return steps + ["dbias"] * sources.count("dbias")
 
 
 def is_to_add_dq(case: Case, inputs: Inputs, raw: bool, configs: Configs) -> bool:
@@ -430,9 +443,9 @@ def expected_launches(case: Case, backend: str, inputs: Inputs, adds: bool = Fal
     if backend == "auto":
         spec, facts = spec_of_case(case, inputs), facts_of(inputs.q.device)
         wanted = inputs.wanted()
-        needs = Needs(*(letter in wanted for letter in "qkvb"))
+        needs = Needs(*(letter in wanted for letter in "qkvbst"))
         forward, backward = plan_forward(spec, facts).backend, plan_backward(spec, needs, facts).backend
-    names = expected_kernels(case, backward, inputs.bias, adds)
+    names = expected_kernels(case, backward, inputs, adds)
     forward, backward = ("hopper" if each == "stand-in" else each for each in (forward, backward))
     return [f"{forward if name == 'forward' else backward}: {name}" for name in names]
 
@@ -467,6 +480,11 @@ def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
         can = there and case.dtype in (torch.float16, torch.bfloat16) and torch.float64 not in dtypes
         empty = 0 in (case.B, case.H, case.M, case.N)
         masked = case.mask is not None and case.bias is not None  # beside a bias, both must vary over keys
+        if case.second is not None and sorted((len(p) > 1 and p[-2] == "q", p[-1] == "k") for p in (case.bias or "", case.second)) != [
+            (False, True),
+            (True, True),
+        ]:
+            return True  # of two biases, one varies over queries and keys and one over keys alone
         apart = masked and any(bias_shape(case, pattern)[-1] != case.N for pattern in (case.bias, case.mask))
         return not can or empty or apart or max(case.D, case.Dv or case.D) > MAX_HEAD_DIM
     return backend == "triton" and (torch.float64 in dtypes or (on_interpreter and torch.bfloat16 in dtypes))
@@ -583,7 +601,7 @@ def run_hidden(case: Case, backend: str, device: torch.device, configs: Configs 
         found.append(results)
         lse = results.get("lse")
         rows = (results["out"], results.get("dq"), None if lse is None else (lse != -math.inf).movedim(2, 1))
-        assert not any(x.any() for x in hidden_of(inputs, map(results.get, ("dk", "dv")), [results.get("db")], rows))
+        assert not any(x.any() for x in hidden_of(inputs, map(results.get, ("dk", "dv")), [results.get("db"), results.get("dt")], rows))
     for name, clean in found[0].items():
         dirty = found[1][name]
         assert not dirty.isnan().any(), name

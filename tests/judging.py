@@ -68,7 +68,7 @@ def judge(case: Case, inputs: Inputs, backend: str = "") -> dict[str, Judgement]
     # Slack: see triflash/cli/bench/tolerance.py.
     x = exact_inputs
     s, slope, kept = _scores(case, x)
-    bias5, group = five_dims(x.bias), case.H // case.key_heads if case.key_heads else 1
+    group = case.H // case.key_heads if case.key_heads else 1
     k, v = (y.repeat_interleave(group, 2) for y in (x.k, x.v))
     p = torch.exp(s - lse.masked_fill(lse == -torch.inf, torch.inf)[..., None])
     stored = out.to(case.dtype).double()
@@ -84,8 +84,9 @@ def judge(case: Case, inputs: Inputs, backend: str = "") -> dict[str, Judgement]
                 assert x.sink is not None
                 p_sink = torch.exp(x.sink[:, None] - lse).nan_to_num(0.0, 0.0)
                 return (p_sink * (1 + lse.nan_to_num(neginf=0.0).abs()) * g.delta).sum((0, 2))
-            if letter == "b":
-                return reduce_to_bias(g.ds, case, bias5).reshape(wanted["b"].shape)
+            if letter in "bt":
+                own = five_dims(x.bias if letter == "b" else x.second_bias)
+                return reduce_to_bias(g.ds, case, own).reshape(wanted[letter].shape)
             own = getattr(g, "d" + letter)
             return own if letter == "q" or group == 1 else own.unflatten(2, (-1, group)).sum(3)
 
@@ -109,7 +110,7 @@ def _scores(case: Case, x: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None
     if case.softcap:
         t = torch.tanh(s / case.softcap)
         s, slope = case.softcap * t, 1 - t * t
-    for extra in (five_dims(x.bias), five_dims(x.mask)):
+    for extra in (five_dims(x.bias), five_dims(x.second_bias), five_dims(x.mask)):
         if extra is not None and s.numel():
             extra = torch.where(extra, 0.0, -torch.inf) if extra.dtype == torch.bool else extra
             s = (s.unflatten(0, (-1, case.batch_inner)) + extra).flatten(0, 1)
@@ -133,7 +134,7 @@ def _scores(case: Case, x: Inputs) -> tuple[Tensor, Tensor | None, Tensor | None
 
 def _exact(x: Inputs, wanted: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """The oracle in float64 and, by autograd, the gradients that are wanted."""
-    named = zip("qkvbs", (x.q, x.k, x.v, x.bias, x.sink), strict=True)
+    named = zip("qkvbst", (x.q, x.k, x.v, x.bias, x.sink, x.second_bias), strict=True)
     leaves = {n: t.requires_grad_() for n, t in named if n in wanted and t is not None}
     out, lse = oracle.attention(**x.replaced(leaves).dense, **options)
     grads: tuple[Tensor, ...] = ()

@@ -296,7 +296,7 @@ def test_triangle_bad_input(change: Any, words: str) -> None:
         triangle_attention(**x)
 
 
-@pytest.mark.parametrize("two, masked, backend", [(False, False, "hopper"), (False, True, "hopper"), (True, False, "triton")])
+@pytest.mark.parametrize("two, masked, backend", [(False, False, "hopper"), (False, True, "hopper"), (True, False, "hopper")])
 def test_which_backend(two: bool, masked: bool, backend: str) -> None:
     """What docs/folding.md says runs on an H100, both passes, without a copy."""
     q = torch.empty(1, 384, 4, 384, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)

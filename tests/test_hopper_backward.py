@@ -64,7 +64,7 @@ def check_backend(ran: list[str]) -> list[str]:
 
 
 def expected(case: Case, inputs: Inputs, adds: bool) -> list[str]:
-    return expected_kernels(case, BACKEND, inputs.bias, adds)[1:]  # after the forward pass
+    return expected_kernels(case, BACKEND, inputs, adds)[1:]  # after the forward pass
 
 
 def check(case: Case, device: torch.device, adds: bool = True, deterministic: bool = False) -> None:

@@ -150,15 +150,6 @@ def test_the_sum_is_never_there() -> None:
     assert "bias b11k bf16 and 1hqk bf16" in text and "dsecond" in text
 
 
-def test_hopper_says_no() -> None:
-    q = torch.empty(1, 8, 128, 4, 64, device="meta", dtype=torch.bfloat16)
-    a, b = (torch.empty(shape, device="meta", dtype=torch.bfloat16) for shape in ((1, 8, 1, 1, 128), (1, 1, 4, 128, 128)))
-    explained = triflash.explain(q, q, q, bias=(a, b), device="h100")
-    assert explained.forward.backend == "triton" and "two biases" in str(explained)
-    with pytest.raises(UnsupportedError, match="two biases"):
-        triflash.explain(q, q, q, bias=(a, b), device="h100", backend="hopper")
-
-
 def step(*x: Tensor) -> Tensor:
     q, k, v, a, b = x
     out = attention(q, k, v, bias=(a, b))

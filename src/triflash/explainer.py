@@ -350,7 +350,8 @@ def _explained(plan: Plan, step: Step, spec: AttentionSpec | CacheSpec, device: 
             source += f"; {few.why(spec, step, device)}"
     elif isinstance(step.config, HopperConfig):
         source = hopper.source_of(step, dict(current_choices().by_hand))
-        estimate = step.config.shared_memory(spec, step.gives)
+        assert isinstance(spec, AttentionSpec)
+        estimate = hopper.shared_memory(spec, step)
     elif plan.backend == "triton" and (kernel := _SAME_TILES.get(step.kernel, step.kernel)) in KERNELS:
         assert isinstance(step.config, TileConfig)
         config, found = config_of(kernel, spec, device, current_choices())

@@ -18,8 +18,9 @@ from ..kernels.hopper import forward as forward_kernels
 from ..kernels.hopper.compat import TensorDescriptor, gl
 from ..plan import layout
 from ..plan.configs import padded
+from ..plan.hopper import tile_first
 from ..plan.kernels.forward import ForwardConfig, fuses_bias
-from ..plan.kernels.shared import ROWS, QueryConfig, bias_buffer, l2_order, mask_buffer, query_tiles
+from ..plan.kernels.shared import ROWS, QueryConfig, bias_buffer, l2_order, mask_buffer, query_tiles, second_buffer
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
 from .calls import SMALLEST_SCALE, Call, address_of, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
@@ -30,10 +31,12 @@ __all__ = [
     "descriptor",
     "forward",
     "forward_calls",
+    "in_order",
     "mask_tiles",
     "ready",
     "ready_operands",
     "register_limit",
+    "second_rows",
     "writable",
     "written",
 ]
@@ -51,8 +54,15 @@ def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Sav
     return forward_calls(plan, spec, ready_operands(room, spec, x), saved._replace(out=written(room, "out", saved.out)))
 
 
+def in_order(spec: AttentionSpec, x: Operands) -> tuple[AttentionSpec, Operands]:
+    """Spec and operands with that of two biases first that kernels take tiles of (``plan.hopper.tile_first``)."""
+    own = tile_first(spec)
+    return (own, x) if own is spec else (own, x._replace(bias=x.second_bias, second_bias=x.bias))
+
+
 def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches of a forward pass; all tensors are addressable."""
+    spec, x = in_order(spec, x)
     q, k, v, bias, mask, lengths, slopes, sink, seed, *_ = x
     out, lse, rest = saved
     calls = []
@@ -77,6 +87,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             *(bias_desc, pointer, lengths_of(lengths), slopes, sink, lse, rest),
             *(None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
             *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), dropout_of(spec, seed)),
+            *second_rows(spec, x.second_bias, config),
             *mask_tiles(spec, mask, config),
             *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
             *(tiles_m, tiles, *l2_order(spec, config, step.programs)),
@@ -98,6 +109,13 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
 def register_limit(config: QueryConfig) -> dict[str, int]:
     """``maxnreg``, the registers of a thread at launch, where several CTAs share an SM: one would else take all."""
     return {"maxnreg": config.launch_registers} if config.ctas_per_sm > 1 else {}
+
+
+def second_rows(spec: AttentionSpec, second: Tensor | None, config: QueryConfig) -> tuple[TensorDescriptor | None, tuple[int, ...] | None]:
+    """How kernels that own queries get a bias over keys alone beside one of tiles: as ``mask_tiles``."""
+    if second is None:
+        return None, None
+    return descriptor(second, (1, 1, 1, *second_buffer(spec, config).shape)), tuple(int(size > 1) for size in second.shape[:3])
 
 
 def mask_tiles(spec: AttentionSpec, mask: Tensor | None, config: QueryConfig) -> tuple[TensorDescriptor | None, tuple[int, ...] | None]:
@@ -148,10 +166,11 @@ def written(room: Room, name: str, x: Tensor) -> Tensor:
 def ready_operands(room: Room, spec: AttentionSpec, x: Operands) -> Operands:
     """The operands, or copies, as the kernels read them."""
     q, k, v = (ready(room, name, each) for name, each in zip("qkv", x[:3], strict=True))
-    bias, mask = x.bias, x.mask
+    bias, second, mask = x.bias, x.second_bias, x.mask
     if bias is not None and spec.bias is not None and spec.bias.varies[4]:  # else the bias is read through a pointer, of any strides
         bias = ready(room, "bias", once(bias))
-    return x._replace(q=q, k=k, v=v, bias=bias, mask=None if mask is None else ready(room, "mask", once(mask)))
+    second, mask = (None if own is None else ready(room, name, once(own)) for name, own in (("second bias", second), ("mask", mask)))
+    return x._replace(q=q, k=k, v=v, bias=bias, second_bias=second, mask=mask)
 
 
 def once(bias: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ..plan.kernels.shared import stats_kinds, stats_length
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper import descriptor, ready, ready_operands, written
+from .hopper import descriptor, in_order, ready, ready_operands, written
 from .hopper_dbias import dbias_call
 from .hopper_dq import dq_call
 from .room import Room
@@ -49,7 +49,7 @@ DELTA = 1  # row of the table of statistics: see kernels/hopper/scores_kq.py
 def backward(
     room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients
 ) -> list[Call]:
-    """The launches that fill those of dq, dk, dv, dbias, dsink that are given, of any strides."""
+    """The launches that fill those of dq, dk, dv, dbias, dsink, dsecond that are given, of any strides."""
     out, lse, rest = saved
     rest = rest if rest is None or rest.is_contiguous() else contiguous(room, "rest", rest, "it is not contiguous")
     saved = Saved(rows(room, "out", out), lse, rest)
@@ -63,14 +63,15 @@ def backward(
 
 
 def targets(room: Room, plan: Plan, grads: Gradients) -> Gradients:
-    """Where kernels write the gradients: what TMA can write, and a contiguous dbias; the rest is filled by way of these, copied."""
+    """Where kernels write the gradients: what TMA can write, and contiguous ones of biases; the rest is filled by way of these, copied."""
     dq, dk, dv = (None if grad is None else written(room, name, grad) for name, grad in zip(("dq", "dk", "dv"), grads, strict=False))
-    dbias = grads.dbias
-    if dbias is not None and any(step.kernel == "dq" and "dbias" in step.gives for step in plan.steps):
-        dbias = written(room, "dbias", dbias)
-    elif dbias is not None and not dbias.is_contiguous():
-        dbias = room.target("dbias", dbias.shape, dbias.dtype, dbias, "it is not contiguous")
-    return Gradients(dq, dk, dv, dbias, grads.dsink)
+    biases = {"dbias": grads.dbias, "dsecond": grads.dsecond}
+    for name, grad in biases.items():
+        if grad is not None and any(step.kernel == "dq" and name in step.gives for step in plan.steps):
+            biases[name] = written(room, name, grad)
+        elif grad is not None and not grad.is_contiguous():
+            biases[name] = room.target(name, grad.shape, grad.dtype, grad, "it is not contiguous")
+    return Gradients(dq, dk, dv, biases["dbias"], grads.dsink, biases["dsecond"])
 
 
 def backward_calls(
@@ -85,20 +86,24 @@ def backward_calls(
     grads: Gradients,
 ) -> list[Call]:
     """The launches of a backward pass, of which the first fills ``stats`` (:func:`new_stats`). All tensors are addressable."""
+    spec, x = in_order(spec, x)
     q, k, v, bias, *_ = x
     out, lse, rest = saved
-    dq, dk, dv, dbias, *_ = grads
+    dq, dk, dv, *_ = grads
+    biases = {"dbias": grads.dbias, "dsecond": grads.dsecond}
+    sums: dict[str, Tensor | None] = {}  # where a gradient of a bias comes in parts
     dq_sum = new_dq_sum(room, spec) if plan.step("postprocess") else None
     looking = stats.shape[1] == 3 and flags_small_lse(spec, plan.steps)
     small_lse = room.new("whether lse is small", (preprocess.FLAGS.value,), torch.int32) if looking else None
-    parts = None
     head_parts: HeadParts = (None, None)
     calls = []
     for step in plan.steps:
+        name = next((each for each in step.gives if each in biases), "")
+        target = biases.get(name)
         if step.kernel == "preprocess":
             calls.append(preprocess_call(spec, out, dout, dlse, lse, rest, stats, small_lse, dq_sum))
         elif step.kernel in ("dkdv", "dqdkdv"):
-            parts = partial_sums(room, step, dbias if "dbias" in step.gives else None)
+            parts = sums[name] = partial_sums(room, step, target)
             strides = row_strides(spec, parts) if parts is not None else None
             wanted = (dk if "dk" in step.gives else None, dv if "dv" in step.gives else None)
             head_parts = new_head_parts(room, spec, step)
@@ -107,24 +112,24 @@ def backward_calls(
             calls.append(dkdv_sum_call(spec, step, head_parts, dk if "dk" in step.gives else None, dv if "dv" in step.gives else None))
         elif step.kernel == "dq":
             assert isinstance(step.config, DqConfig)
-            target = dq
-            if target is None:  # it is the kernel's own result, and dbias beside it what was asked for
+            own = dq
+            if own is None:  # it is the kernel's own result, and dbias beside it what was asked for
                 shape = layout.tma_padded(q.shape, q.element_size())
-                target = room.new("dq, which nobody asked for", shape, q.dtype)[..., : q.shape[-1]]
-            full = dbias if "dbias" in step.gives else None
-            features = (x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, small_lse if reads_small_lse(spec, step) else None)
-            calls.append(dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, target, full, *features))
+                own = room.new("dq, which nobody asked for", shape, q.dtype)[..., : q.shape[-1]]
+            small = small_lse if reads_small_lse(spec, step) else None
+            features = (x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, small, x.second_bias)
+            calls.append(dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, own, target, *features))
         elif step.kernel == "postprocess":
             assert dq_sum is not None and dq is not None
             calls.append(postprocess_call(spec, dq_sum, dq, adds_by_red(plan)))
         elif step.kernel == "dbias":
-            parts = partial_sums(room, step, dbias if "dbias" in step.gives else None)
+            parts = sums[name] = partial_sums(room, step, target)
             assert isinstance(step.config, DbiasConfig) and bias is not None and parts is not None
-            operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed)
-            calls.append(dbias_call(spec, step.config, step.programs, step.splits, *operands, small_lse=small_lse))
+            operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, small_lse, x.second_bias)
+            calls.append(dbias_call(spec, step.config, step.programs, step.splits, *operands))
         elif step.kernel == "dbias_sum":
-            assert dbias is not None and step.config is not None
-            args = (parts, dbias, dbias.numel(), step.splits)
+            assert target is not None and step.config is not None
+            args = (sums[name], target, target.numel(), step.splits)
             calls.append(Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, step.config, step.programs))
     return calls
 
@@ -232,7 +237,8 @@ def dkdv_call(
     splits = config.head_splits
     head, value = dims(spec)
     half, rows = 64, config.block_m  # keys of a buffer, queries of a block
-    bias_desc = bias_on = pointer = strides = None
+    bias_desc = bias_on = None
+    pointer = x.second_bias
     if bias is not None:
         assert spec.bias is not None and spec.bias.varies[4]
         bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
@@ -241,7 +247,6 @@ def dkdv_call(
             bias_on = tuple(int(size > 1) for size in bias.shape[:3])
         else:
             pointer = bias
-            strides = bias_strides(bias)
     mask_desc = mask_on = key_mask = None
     if mask is not None:
         assert spec.mask is not None and spec.mask.varies[4]
@@ -272,7 +277,7 @@ def dkdv_call(
             lengths_of(lengths),
             slopes,
             dbias,
-            strides,
+            bias_strides(pointer),
             dbias_strides,
             slope_strides(slopes),
             bias_on,

@@ -26,6 +26,7 @@ def dbias_call(
     spec: AttentionSpec, config: DbiasConfig, programs: int, splits: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dout: Tensor,
     stats: Tensor, parts: Tensor, lengths: Tensor | None = None, slopes: Tensor | None = None,
     mask: Tensor | None = None, seed: Tensor | None = None, small_lse: Tensor | None = None,
+    second: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """dbias of a bias that ``plan.kernels.dbias.why_not`` allows, as ``splits`` parts: parts is (splits, the bias's own five dims).
 
@@ -54,6 +55,8 @@ def dbias_call(
             slope_strides(slopes),
             cap_of(spec),
             dropout_of(spec, seed),
+            second,
+            bias_strides(second),
             None if mask is None else mask.view(torch.uint8),
             bias_strides(mask),
         ),

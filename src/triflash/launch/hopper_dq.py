@@ -17,7 +17,7 @@ from ..plan.kernels.dq import DqConfig
 from ..plan.kernels.shared import ROWS, batch_fastest, bias_buffer, l2_order, query_tiles
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper import descriptor, mask_tiles, register_limit
+from .hopper import descriptor, mask_tiles, register_limit, second_rows
 
 __all__ = ["dq_call"]
 
@@ -26,6 +26,7 @@ def dq_call(
     spec: AttentionSpec, config: DqConfig, programs: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dout: Tensor,
     stats: Tensor, dq: Tensor, dbias: Tensor | None = None, lengths: Tensor | None = None, slopes: Tensor | None = None,
     mask: Tensor | None = None, seed: Tensor | None = None, small_lse: Tensor | None = None,
+    second: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q."""
     head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
@@ -54,6 +55,7 @@ def dq_call(
             bias_on,
             cap_of(spec),
             dropout_of(spec, seed),
+            *second_rows(spec, second, config),
             *mask_tiles(spec, mask, config),
         ),
         *(spec.batch, spec.heads, q.shape[2] // k.shape[2], spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ..spec import AttentionSpec, Needs
 from .configs import MAX_HEAD_DIM, TileConfig
@@ -13,7 +14,7 @@ from .steps import Step, broadcast_rows, ceil_div, sum_steps
 
 __all__ = [
     "FLAGS", "LARGEST_SOFTCAP", "ROWWISE", "adds_dq", "backward_steps", "flags_small_lse", "forward_steps", "reads_small_lse",
-    "reservation", "source_of", "why_not", "why_not_backward",
+    "reservation", "shared_memory", "source_of", "tile_first", "why_not", "why_not_backward",
 ]  # fmt: skip
 
 ROWWISE = TileConfig(64, 16, 4, 1)  # of preprocess, postprocess and dkdv_sum: 64 rows a program, no tiles of scores
@@ -31,14 +32,33 @@ def reservation(spec: AttentionSpec) -> str | None:
     return None
 
 
+def tile_first(spec: AttentionSpec) -> AttentionSpec:
+    """The spec as the kernels take it: of two biases first the one that varies over queries. Gradients keep their names."""
+    if spec.second is None or spec.bias is None or spec.bias.varies[3] or not spec.second.varies[3]:
+        return spec
+    return replace(spec, bias=spec.second, second=spec.bias)
+
+
+def _why_not_two(spec: AttentionSpec) -> tuple[str, str] | None:
+    """What the kernels cannot do with two biases, of which they take a tile and beside it a row."""
+    tile, row = spec.bias, spec.second
+    if tile is None or row is None:
+        return None
+    if not (tile.varies[3] and tile.varies[4] and row.varies[4]) or row.varies[3]:
+        which = "two biases other than one over queries and keys and one over keys alone"
+        return which, "use backend('triton')"
+    return ("a float64 bias", "cast the bias to float32, or use backend('tiled')") if row.dtype == "fp64" else None
+
+
 def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     """None if the forward kernel can run the spec, else (what it cannot do, the nearest thing that works)."""
+    spec = tile_first(spec)
     if spec.dropout_place == "any":
         return "dropout of a part that begins at no multiple of 16 rows and keys of the whole", "use backend('triton')"
     if spec.packed is not None:
         return "packed sequences", "it has no kernels for them yet: use backend('triton')"
-    if spec.second is not None:
-        return "two biases", "it has no kernels for them yet: use backend('triton')"
+    if reason := _why_not_two(spec):
+        return reason
     if spec.placed or spec.diagonal or spec.shift is not None:
         return f"{_places(spec)}", "it has no kernels for them yet: use backend('triton')"
     if device.arch != "sm90":
@@ -67,13 +87,14 @@ def _places(spec: AttentionSpec) -> str:
 
 def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> tuple[str, str] | None:
     """None if the kernels can give these gradients of a spec that ``why_not`` allows, else (what they cannot do, what works)."""
+    spec, needs = _in_order(spec, needs)
     if spec.bias is not None and not spec.bias.varies[4]:
         return "the backward pass with a bias that does not vary over keys", "use backend('triton')"
     alone = needs.dbias and dbias.owns_dbias(spec)
     if alone and (reason := dbias.why_not(spec, device)):
         return reason
     limit = device.shared_memory
-    fits = dkdv.choose(spec, limit, ("dbias",) if needs.dbias and dkdv.owns_dbias(spec) else ()) is not None
+    fits = dkdv.choose(spec, limit, _sum_of_keys(spec, needs)) is not None
     fits = fits and dq.choose(spec, limit, ("dq", "dbias") if needs.dbias and dq.owns_dbias(spec) else ("dq",)) is not None
     if not fits or (alone and dbias.choose(spec, limit) is None):
         sizes = f"head dims {spec.head_dim} and {spec.value_dim}"
@@ -83,17 +104,43 @@ def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> 
 
 def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
     """The kernel of a forward pass. by_hand: configurations chosen for single kernels."""
-    return (forward.step(spec, device, by_hand),)
+    return (forward.step(tile_first(spec), device, by_hand),)
+
+
+def _in_order(spec: AttentionSpec, needs: Needs) -> tuple[AttentionSpec, Needs]:
+    """``tile_first``, and the gradients that are needed, in that order."""
+    own = tile_first(spec)
+    return (own, needs) if own is spec else (own, replace(needs, dbias=needs.dsecond, dsecond=needs.dbias))
+
+
+def _sum_of_keys(spec: AttentionSpec, needs: Needs) -> tuple[str, ...]:
+    """The gradient of a bias over keys alone, if it is needed."""
+    row = dkdv.row_of_keys(spec)
+    return (row[0],) if row is not None and getattr(needs, row[0]) else ()
 
 
 def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
     """The kernels of a backward pass, in order, for what ``why_not_backward`` allows."""
+    own, needed = _in_order(spec, needs)
+    steps = _backward_steps(own, needed, device, by_hand)
+    if own is spec:
+        return steps
+    return tuple(replace(step, gives=_renamed(step.gives)) for step in steps)
+
+
+def _renamed(gives: tuple[str, ...]) -> tuple[str, ...]:
+    """With the gradients of two biases in the other order."""
+    names = {"dbias": "dsecond", "dsecond": "dbias"}
+    return tuple(names.get(name, name) for name in gives)
+
+
+def _backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
     pairs = spec.batch * spec.heads
-    by_keys, by_queries = needs.dbias and dkdv.owns_dbias(spec), needs.dbias and dq.owns_dbias(spec)
+    by_keys, by_queries = _sum_of_keys(spec, needs), needs.dbias and dq.owns_dbias(spec)
     adding = adds_dq(spec, needs, device.shared_memory, isinstance(by_hand.get("dqdkdv"), HopperConfig))
     steps = [Step("preprocess", ROWWISE, pairs * stats_length(spec) // ROWWISE.block_m)]
-    wanted = (("dk", needs.dk), ("dv", needs.dv), ("dq", adding), ("dbias", by_keys))
-    if gives := tuple(name for name, need in wanted if need):
+    wanted = (("dk", needs.dk), ("dv", needs.dv), ("dq", adding))
+    if gives := (*(name for name, need in wanted if need), *by_keys):
         own = dkdv.step(spec, device, by_hand, gives)
         steps.append(own)
         assert isinstance(own.config, dkdv.DkdvConfig)
@@ -107,8 +154,9 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         steps.append(Step("postprocess", ROWWISE, pairs * ceil_div(spec.queries, ROWWISE.block_m), gives=("dq",)))
     if needs.dbias and dbias.owns_dbias(spec):
         steps += dbias.steps(spec, device, by_hand)
-    elif by_keys:
-        steps += sum_steps(spec, broadcast_rows(spec))
+    row = dkdv.row_of_keys(spec)
+    if by_keys and row is not None:
+        steps += sum_steps(spec, broadcast_rows(spec, row[1]), row[1], row[0])
     return tuple(steps)
 
 
@@ -152,6 +200,13 @@ def flags_small_lse(spec: AttentionSpec, steps: Sequence[Step]) -> bool:
 def reads_small_lse(spec: AttentionSpec, step: Step) -> bool:
     """Whether that kernel is the faster for it."""
     return spec.keeps_rest and isinstance(step.config, HopperConfig) and step.config.reads_small_lse(spec)
+
+
+def shared_memory(spec: AttentionSpec, step: Step) -> int:
+    """Bytes that a program of a step takes, at most."""
+    assert isinstance(step.config, HopperConfig)
+    own = tile_first(spec)
+    return step.config.shared_memory(own, step.gives if own is spec else _renamed(step.gives))
 
 
 def source_of(step: Step, by_hand: Mapping[str, object]) -> str:

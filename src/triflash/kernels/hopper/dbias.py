@@ -55,6 +55,8 @@ class Program:
     slope_strides: object
     cap: object
     dropout: object
+    second: object
+    second_strides: object
     mask: object
     mask_strides: object
     batch_outer: object
@@ -297,6 +299,14 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             b, head = _round(p, r, b0, b1, own_head)
             lse, delta, rest = statistics(p.stats, b * p.heads + head, m0, p.M, p.HAS_REST, BM, BN)
             n_keys = visible_keys(p.lengths, b, p.N)
+            if p.second is not None:
+                keys = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
+                its = p.second + offset(b // p.batch_inner, p.second_strides[0]) + offset(b % p.batch_inner, p.second_strides[1])
+                its += offset(head, p.second_strides[2])
+                if p.EVEN:
+                    second = gl.expand_dims(gl.load(its + keys), 0)
+                else:
+                    second = gl.expand_dims(gl.load(its + keys, mask=keys < p.N, other=0), 0)
             if p.mask is not None:
                 j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
                 row = p.mask + offset(b // p.batch_inner, p.mask_strides[0]) + offset(b % p.batch_inner, p.mask_strides[1])
@@ -333,6 +343,8 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             if SMALL_LSE:
                 s = s - gl.expand_dims(lse, 1)
             s = add_bias(s, bias, False)
+            if p.second is not None:
+                s = add_bias(s, second, False)
             if p.ALIBI:
                 slope = slope_of(p.slopes, p.slope_strides, b, head)
                 s = add_alibi(s, slope, n0 - m0 - (p.N - p.M), 1, p.ALIBI)
@@ -398,18 +410,18 @@ COUNTS = [
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, small_lse, dbias_strides, slope_strides,
-    cap, dropout, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m, tiles_n, tiles, places,
-    fold, shuffle, C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, VARIES_B0: gl.constexpr, VARIES_B1: gl.constexpr,
-    VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr, ALIBI: gl.constexpr,
+    cap, dropout, second, second_strides, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m,
+    tiles_n, tiles, places, fold, shuffle, C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, VARIES_B0: gl.constexpr,
+    VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
     """``tiles_m`` by ``tiles_n`` tiles a head of the bias, which have ``places`` (``_tile``); ``tiles`` are the places of all heads of the
     bias, times ``splits``, the part slowest.
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
-    (part, outer batch, inner batch, head, query, key). stats: see ``scores_qk.py``; cap: ``features.tanh``; dropout:
-    ``dropout.philox_of``. Query head h reads key head
-    ``h // group``.
+    (part, outer batch, inner batch, head, query, key). second: a bias over keys alone beside it, and mask, come as pointers, with strides
+    (outer batch, inner batch, head, …); keys are neighbours. stats: see ``scores_qk.py``; cap: ``features.tanh``; dropout:
+    ``dropout.philox_of``. Query head h reads key head ``h // group``.
     """
     BN: gl.constexpr = C.block_n
     WGS: gl.constexpr = C.consumers
@@ -431,9 +443,9 @@ def dbias(
 
     p = Program(
         small_lse, dbias_desc, dbias_out, lengths, slopes, stats, left_s, right_s, bias_s, left, right, biases, ping_pong, dbias_strides,
-        slope_strides, cap, dropout, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale, splits, tiles_m,
-        tiles, places, fold, shuffle, zeros_s, tiles_n, C, chunks_of(D, C.chunk), chunks_of(DV, C.chunk), VARIES_B0, VARIES_B1,
-        VARIES_H, HAS_REST, EVEN, ALIBI,
+        slope_strides, cap, dropout, second, second_strides, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale,
+        splits, tiles_m, tiles, places, fold, shuffle, zeros_s, tiles_n, C, chunks_of(D, C.chunk), chunks_of(DV, C.chunk), VARIES_B0,
+        VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI,
     )  # fmt: skip
     if WGS == 1:
         gl.warp_specialize([

@@ -368,11 +368,11 @@ def dkdv(
     Descriptors of q, k, v, dout (``o_desc``), dk and dv are over (batch, length, head, dim); that of the table ``stats`` over (batch and
     head, LSE | DELTA | REST, query), which ``preprocess`` fills. The float32 sum of dq is a descriptor over (batch, head, query, dim) or,
     for red.global, a pointer dq_sum with rows of ROW columns (``dkdv_step.py``). A bias tile comes by a descriptor over its five dims,
-    switched off by ``bias_on`` where it broadcasts. A bias over keys alone comes as a pointer and strides; its gradient goes to ``dbias``
-    with strides (outer batch, inner batch, head, key). A mask beside the bias comes in the same two ways. ``group`` query heads share a key
-    head. With ``splits`` they are dealt out in so many parts, which count as key heads above; each part's sums of dk and dv go to dk_parts
-    and dv_parts, float32 and contiguous (batch, part, whole tiles of keys, padded dim). cap: see ``features.tanh``; dropout: see
-    ``philox_of``. None: absent, or not wanted.
+    switched off by ``bias_on`` where it broadcasts. A bias over keys alone, which may stand beside one of tiles, comes as a pointer and
+    strides; its gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). A mask beside them comes in the same two
+    ways. ``group`` query heads share a key head. With ``splits`` they are dealt out in so many parts, which count as key heads above; each
+    part's sums of dk and dv go to dk_parts and dv_parts, float32 and contiguous (batch, part, whole tiles of keys, padded dim). cap: see
+    ``features.tanh``; dropout: see ``philox_of``. None: absent, or not wanted.
     """
     DT: gl.constexpr = q_desc.dtype
     BM: gl.constexpr = C.block_m

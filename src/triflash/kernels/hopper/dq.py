@@ -43,7 +43,7 @@ from .features import (
 )
 from .layouts import accumulator, stacked
 from .rings import Ring, barriers, ring
-from .scores_qk import BM, add_bias, column_of, exponents, grid_of, mask_band, statistics, visible_blocks
+from .scores_qk import BM, add_bias, column_of, exponents, grid_of, mask_band, row_in, statistics, visible_blocks
 
 
 @record
@@ -63,6 +63,7 @@ class Program:
     v_s: object
     out_s: object
     bias_s: object
+    second_s: object
     mask_s: object
     queries: Ring
     keys: Ring
@@ -96,8 +97,8 @@ class Program:
 
 @record
 class Feed:
-    """What the producer alone needs: descriptors of what it loads, along which outer dims the bias and the mask vary, how many query heads
-    share a key head, and a block of zeros for what nobody sees of dbias.
+    """What the producer alone needs: descriptors of what it loads, along which outer dims the biases and the mask vary, how many query
+    heads share a key head, and a block of zeros for what nobody sees of dbias.
     """
 
     q_desc: object
@@ -106,6 +107,8 @@ class Feed:
     v_desc: object
     bias_desc: object
     bias_on: object
+    second_desc: object
+    second_on: object
     mask_desc: object
     mask_on: object
     group: object
@@ -148,6 +151,7 @@ def _produce(p, f):
     BN: gl.constexpr = p.C.block_n
     WGS: gl.constexpr = p.C.consumers
     BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes if f.bias_desc is not None else 0
+    SECOND_BYTES: gl.constexpr = f.second_desc.block_type.nbytes if f.second_desc is not None else 0
     MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
     grid = grid_of(p)
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
@@ -176,12 +180,15 @@ def _produce(p, f):
                 for w in gl.static_range(WGS):
                     slot = p.biases.slot(at, w)
                     bias_full = p.biases.acquire(at, w)
-                    mbarrier.expect(bias_full, BIAS_BYTES + MASK_BYTES)
+                    mbarrier.expect(bias_full, BIAS_BYTES + SECOND_BYTES + MASK_BYTES)
                     row = 0
                     if p.VARIES_M:
                         row = m0 + w * BM
                     at_bias = [outer * f.bias_on[0], inner * f.bias_on[1], head * f.bias_on[2], row, n0]
                     tma_load(f.bias_desc, at_bias, bias_full, p.bias_s.index(slot))
+                    if f.second_desc is not None:
+                        at_second = [outer * f.second_on[0], inner * f.second_on[1], head * f.second_on[2], 0, n0]
+                        tma_load(f.second_desc, at_second, bias_full, p.second_s.index(slot))
                     if f.mask_desc is not None:
                         mask_row = 0
                         if p.mask_s.shape[4] > 1:
@@ -252,6 +259,8 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
             WIDE: gl.constexpr = p.bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
             bias = gl.expand_dims(p.bias_s.index(slot).reshape([WIDE]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
         s = add_bias(s, bias, p.IS_MASK)
+        if p.second_s is not None:
+            s = add_bias(s, row_in(p.second_s.index(slot), BN), False)
         if p.mask_s is not None:
             s = mask_by_tile(s, p.mask_s.index(slot), BM, BN)
         if p.dbias_desc is None:
@@ -404,13 +413,13 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, small_lse, bias_strides, slope_strides,
-    bias_on, cap, dropout, mask_desc, mask_on, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
-    C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
+    bias_on, cap, dropout, second_desc, second_on, mask_desc, mask_on, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m,
+    tiles, l2_group, serpentine, C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
+    HAS_REST: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
-    Descriptors, bias and its strides as of the forward kernel; dbias_desc is over a full-shape bias, in blocks like the bias's. stats: see
+    Descriptors, biases and strides as of the forward kernel; dbias_desc is over a full-shape bias, in blocks like the bias's. stats: see
     ``scores_qk.py``; small_lse: the flags of ``preprocess``, or None; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside
     the bias, a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent.
 
@@ -432,6 +441,10 @@ def dq(
         bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIASES, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
+    if second_desc is not None:
+        second_s = gl.allocate_shared_memory(second_desc.dtype, stacked(BIASES, second_desc.block_shape), second_desc.layout)
+    else:
+        second_s = None
     if mask_desc is not None:
         mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIASES, mask_desc.block_shape), mask_desc.layout)
     else:
@@ -451,11 +464,11 @@ def dq(
         mbarrier.arrive(ping_pong[0].index(0))
 
     p = Program(
-        small_lse, dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, mask_s, queries, keys,
+        small_lse, dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, keys,
         values, biases, ping_pong, bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m,
         tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI,
     )  # fmt: skip
-    f = Feed(q_desc, dout_desc, k_desc, v_desc, bias_desc, bias_on, mask_desc, mask_on, group, zeros_s)
+    f = Feed(q_desc, dout_desc, k_desc, v_desc, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group, zeros_s)
     if WGS == 1:
         gl.warp_specialize([(_consume_either, (p, 0)), (_produce, (p, f))], [1], [24])
     else:

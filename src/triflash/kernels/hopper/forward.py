@@ -20,7 +20,7 @@ from .features import clear_masked, opaque, slope_of
 from .forward_loads import Feed, produce
 from .layouts import accumulator, stacked
 from .rings import Ring, barriers, ring
-from .scores_qk import BM, column_of, grid_of, visible_blocks
+from .scores_qk import BM, column_of, grid_of, row_in, visible_blocks
 from .softmax import by_row, rescaled, rescaled_accumulator, softmax
 
 
@@ -40,6 +40,7 @@ class Program:
     v_s: object
     out_s: object
     bias_s: object
+    second_s: object
     mask_s: object
     queries: Ring
     kv: Ring
@@ -117,8 +118,14 @@ def _bias_of(p, at, WG: gl.constexpr):
 
 
 @gluon.jit
+def _second_of(p, at, WG: gl.constexpr):
+    """A row of the second bias, which comes with the first one's tile."""
+    return row_in(p.second_s.index(p.biases.slot(at, WG)), p.C.block_n)
+
+
+@gluon.jit
 def _release_bias(p, at, WG: gl.constexpr):
-    """Give a bias buffer back, and that of the mask beside it.
+    """Give a bias buffer back, and those of the second bias and the mask beside it.
 
     The fence is needed: a load from shared memory can wait behind WGMMA operands, even after its thread has passed a barrier, and TMA would
     overwrite the tile before it is read.
@@ -178,8 +185,11 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
         n0 = (w.end - 1 - step) * BN
         stage = p.kv.slot(at, 0)
         bias = None
+        second = None
         if EARLY:  # before the MMAs, behind whose operands it would wait
             bias = _bias_of(p, at, WG)
+            if p.second_s is not None:
+                second = _second_of(p, at, WG)
         p.kv.wait(at, 0)
         if p.C.ping_pong:
             mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
@@ -198,7 +208,9 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
             mask_tile = p.mask_s.index(p.biases.slot(at, WG))
         if p.bias_s is not None and not EARLY:
             bias = _bias_of(p, at, WG)
-        s, p16, more, m = softmax(p, t, s, bias, mask_tile, m, n0, MASKED, False)
+            if p.second_s is not None:
+                second = _second_of(p, at, WG)
+        s, p16, more, m = softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED, False)
         if p.bias_s is not None and not EARLY:
             _release_bias(p, at, WG)
         o = warpgroup_mma_wait(0, [o_pending])
@@ -247,15 +259,18 @@ def _consume(p, WG: gl.constexpr):
     s = warpgroup_mma_wait(0, [s_pending])
     p.kv.release(0, 0)
     first_bias = None
+    first_second = None
     first_mask = None
     if p.bias_s is not None:
         first_bias = _bias_of(p, 0, WG)
+    if p.second_s is not None:
+        first_second = _second_of(p, 0, WG)
     if p.mask_s is not None:
         first_mask = p.mask_s.index(WG)
     first_slope = slope_of(p.slopes, p.slope_strides, b, head)
     first_n0 = (first_end - 1) * BN
     first_t = _rows(p, first_x, m0, row_bias, first_slope, None)
-    _scores, p16, l, m = softmax(p, first_t, s, first_bias, first_mask, None, first_n0, MASKED, CUT)
+    _scores, p16, l, m = softmax(p, first_t, s, first_bias, first_second, first_mask, None, first_n0, MASKED, CUT)
     if p.bias_s is not None:
         _release_bias(p, 0, WG)
     if p.dropout is not None:
@@ -323,15 +338,18 @@ def _consume(p, WG: gl.constexpr):
                 next_s = warpgroup_mma_wait(0, [next_pending])
                 p.kv.release(done, 0)
             next_bias = None
+            next_second = None
             next_mask = None
             if p.bias_s is not None:
                 next_bias = _bias_of(p, done, WG)
+            if p.second_s is not None:
+                next_second = _second_of(p, done, WG)
             if p.mask_s is not None:
                 next_mask = p.mask_s.index(p.biases.slot(done, WG))
             next_slope = slope_of(p.slopes, p.slope_strides, b, head)
             next_n0 = (next_end - 1) * BN
             next_t = _rows(p, next_x, m0, row_bias, next_slope, None)
-            _scores, next_p16, new_l, new_m = softmax(p, next_t, next_s, next_bias, next_mask, None, next_n0, MASKED, CUT)
+            _scores, next_p16, new_l, new_m = softmax(p, next_t, next_s, next_bias, next_second, next_mask, None, next_n0, MASKED, CUT)
             if p.bias_s is not None:
                 _release_bias(p, done, WG)
             if OVERLAP:
@@ -360,17 +378,18 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides, sink_stride,
-    cap, dropout, mask_desc, mask_on, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
-    C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr,
+    cap, dropout, second_desc, second_on, mask_desc, mask_on, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles,
+    l2_group, serpentine, C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
+    POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
     Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims,
     whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and strides
-    (outer batch, inner batch, head, query) instead. lse and rest are contiguous (batch, head, query). ``group`` query heads share a key
-    head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by head; cap: see ``features.tanh``; dropout:
-    see ``philox_of``; mask: beside the bias, a tile or a row with every tile of it. None: absent.
+    (outer batch, inner batch, head, query) instead. A second bias, which varies over keys alone, comes as the first does, a row with every
+    tile of it. lse and rest are contiguous (batch, head, query). ``group`` query heads share a key head. lengths: visible keys by batch;
+    slopes: of ALiBi, by strides (batch, head); sink: by head; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside the
+    bias, a tile or a row with every tile of it. None: absent.
 
     C: the configuration. Without its ``separate_o``, O leaves through Q's buffer, and the next tile begins when it has left. FUSING: see
     ``softmax``.
@@ -390,6 +409,10 @@ def forward(
         bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(BIASES, bias_desc.block_shape), bias_desc.layout)
     else:
         bias_s = None
+    if second_desc is not None:
+        second_s = gl.allocate_shared_memory(second_desc.dtype, stacked(BIASES, second_desc.block_shape), second_desc.layout)
+    else:
+        second_s = None
     if mask_desc is not None:
         mask_s = gl.allocate_shared_memory(mask_desc.dtype, stacked(BIASES, mask_desc.block_shape), mask_desc.layout)
     else:
@@ -403,11 +426,11 @@ def forward(
         mbarrier.arrive(ping_pong[0].index(0))
 
     p = Program(
-        out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, mask_s, queries, kv, biases, ping_pong,
+        out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, kv, biases, ping_pong,
         bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale * LOG2E, tiles_m,
         tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING,
     )  # fmt: skip
-    f = Feed(q_desc, k_desc, v_desc, bias_desc, bias_on, mask_desc, mask_on, group)
+    f = Feed(q_desc, k_desc, v_desc, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group)
     if WGS == 1:
         gl.warp_specialize([(_consume, (p, 0)), (produce, (p, f))], [1], [24])
     elif WGS == 2:

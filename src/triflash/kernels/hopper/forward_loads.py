@@ -7,8 +7,8 @@ from .scores_qk import BM, grid_of, visible_blocks
 
 @record
 class Feed:
-    """What the producer alone needs: descriptors of what it loads, along which outer dims the bias and the mask vary, and how many query
-    heads share a key head.
+    """What the producer alone needs: descriptors of what it loads, along which outer dims the biases and the mask vary, and how many
+    query heads share a key head.
     """
 
     q_desc: object
@@ -16,6 +16,8 @@ class Feed:
     v_desc: object
     bias_desc: object
     bias_on: object
+    second_desc: object
+    second_on: object
     mask_desc: object
     mask_on: object
     group: object
@@ -23,19 +25,23 @@ class Feed:
 
 @gluon.jit
 def _fetch_bias(p, f, at, b, head, m0, n0):
-    """For every consumer its tile of the bias, and of the mask beside it, of block ``at``."""
+    """For every consumer its tile of the bias, and of the second bias and the mask beside it, of block ``at``."""
     BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes
+    SECOND_BYTES: gl.constexpr = f.second_desc.block_type.nbytes if f.second_desc is not None else 0
     MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
     WGS: gl.constexpr = p.C.consumers
     for w in gl.static_range(WGS):
         slot = p.biases.slot(at, w)
         full = p.biases.acquire(at, w)
-        mbarrier.expect(full, BIAS_BYTES + MASK_BYTES)
+        mbarrier.expect(full, BIAS_BYTES + SECOND_BYTES + MASK_BYTES)
         row = 0
         if p.VARIES_M:
             row = m0 + w * BM
         outer, inner, bias_head = outer_at(b, p.batch_inner, head, f.bias_on)
         tma_load(f.bias_desc, [outer, inner, bias_head, row, n0], full, p.bias_s.index(slot))
+        if f.second_desc is not None:
+            second_outer, second_inner, second_head = outer_at(b, p.batch_inner, head, f.second_on)
+            tma_load(f.second_desc, [second_outer, second_inner, second_head, 0, n0], full, p.second_s.index(slot))
         if f.mask_desc is not None:
             mask_row = 0
             if p.mask_s.shape[4] > 1:

@@ -71,6 +71,12 @@ def add_bias(s, bias, IS_MASK: gl.constexpr):
 
 
 @gluon.jit
+def row_in(buffer, BN: gl.constexpr):
+    """BN numbers, one a key, for all queries, from a buffer of at least 128 bytes, which is what a buffer of TMA must be aligned to."""
+    return gl.expand_dims(buffer.reshape([buffer.shape[4]]).slice(0, BN).load(gl.SliceLayout(0, accumulator(BN))), 0)
+
+
+@gluon.jit
 def mask_band(x, m0, n0, N, lo, hi, BM: gl.constexpr, BN: gl.constexpr, MASKED_VALUE: gl.constexpr):
     """x of BM queries from m0 and BN keys from n0 on where the key exists and the query sees it, else HIDDEN (``select_le``)."""
     S: gl.constexpr = accumulator(BN)

@@ -18,7 +18,7 @@ from ..triton.prims import LOG2E
 from .compat import gl, gluon
 from .features import ONE_SIDED, add_alibi, line, mask_by_tile, mask_scores, rounded, softcapped, tanh, widened
 from .layouts import accumulator
-from .scores_qk import mask_band
+from .scores_qk import add_bias, mask_band
 
 # m of a query that has seen no key: every score is above it, and 2^(-inf - m) is 0 and not NaN.
 LOWEST = gl.constexpr(-3.4028234663852886e38)
@@ -311,11 +311,12 @@ def _shift(cap, slope, ALIBI: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def softmax(p, t, s, bias, mask_tile, m, n0, MASKED: gl.constexpr, CUT: gl.constexpr):
+def softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED: gl.constexpr, CUT: gl.constexpr):
     """``(scores, p in 16 bits, sums of p, m)`` of the scores s = q k of a block, of the 64 queries of ``t`` and the keys from n0 on; the
     last two by lane.
 
-    bias: a tile or a row of a bias or mask; mask_tile: of a mask beside it, in its buffer. None: absent. m None: a tile's first block, of
+    bias: a tile or a row of a bias or mask; second: a row of another bias, beside which none is fused; mask_tile: of a mask beside them, in
+    its buffer. None: absent. m None: a tile's first block, of
     which m is found. Of other blocks p, its sums and m go to ``rescaled``, which takes the scores. Beside a huge m, sums that are scaled or
     added late come out as NaN, so that ``rescaled`` computes them as the backward kernels do. CUT: a length may end in the block.
     ``p.FUSING``: there are registers to add a 16-bit bias in one instruction with the scale.
@@ -341,6 +342,8 @@ def softmax(p, t, s, bias, mask_tile, m, n0, MASKED: gl.constexpr, CUT: gl.const
     elif bias is not None and ORDER == "early":
         bias32, s = gl.broadcast(widened(bias), s)
         s = gl.fma(bias32, gl.full([64, COLUMNS], LOG2E, gl.float32, accumulator(COLUMNS)), s)
+    if second is not None:
+        s = add_bias(s, second, False)
     if mask_tile is not None:
         s = mask_by_tile(s, mask_tile, 64, COLUMNS)
     if t.row_bias is not None:

@@ -105,12 +105,13 @@ def choose(spec: AttentionSpec, limit: int) -> DbiasConfig | None:
 
     A large tile matters most: the loads of a round grow with the sum of its sides, the MMAs with their product. Narrow heads have time to
     load more: two CTAs of one consumer, of which one computes while the other waits, are up to 1.17 times as fast as one of two, but not
-    beside a mask, which takes registers. Then, for heads whose tiles are short, a second bias buffer, if it leaves each ring four slots.
+    beside a mask or another bias, which take registers. Then, for heads whose tiles are short, a second bias buffer, if it leaves each
+    ring four slots.
     """
     widest = padded(max(spec.head_dim, spec.value_dim))
     chunk = min(64, widest)
     least = slots_needed(spec, chunk)
-    if spec.mask is None and max(spec.head_dim, spec.value_dim) <= 48:
+    if spec.mask is spec.second is None and max(spec.head_dim, spec.value_dim) <= 48:
         for slots in range(4, least - 1, -1):
             pair = DbiasConfig(1, 128, slots, slots, chunk=chunk, ctas_per_sm=2)
             if pair.fits(spec, limit):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ...errors import bad_value
-from ...spec import AttentionSpec
+from ...spec import AttentionSpec, BiasSpec
 from ..configs import padded
 from ..device import DeviceFacts
 from ..steps import Step, broadcast_rows
@@ -27,7 +27,7 @@ from .shared import (
 )
 
 __all__ = [
-    "DQ_WARPGROUP_DIM", "NARROW", "DkdvConfig", "choose", "dims", "has_bias_tiles", "head_splits", "key_tiles", "l2_order", "owns_dbias",
+    "DQ_WARPGROUP_DIM", "NARROW", "DkdvConfig", "choose", "dims", "has_bias_tiles", "head_splits", "key_tiles", "l2_order", "row_of_keys",
     "step",
 ]  # fmt: skip
 
@@ -118,7 +118,7 @@ class DkdvConfig(HopperConfig):
         )
         stages = 2 * self.kv_stages, self.q_stages, self.o_stages
         if self.d256:  # p, and p times the derivative of the scores if the gradient of a bias wants it without
-            tiles = 4 if "dbias" in gives and spec.softcap else 2
+            tiles = 4 if _sums_keys(gives) and spec.softcap else 2
             return (*loaded, Buffer("p", tiles, (64, 64), 2), barriers(*stages, self.q_stages, self.o_stages, 4, 2))
         adding = "dq" in gives
         tma = 0 if self.red_dq or not adding else 4 if self.dq_warpgroup else 2
@@ -133,9 +133,16 @@ class DkdvConfig(HopperConfig):
         return not self.d256 or spec.bias is None or spec.bias.is_mask  # beside a bias d256's loop is no faster for it
 
 
-def owns_dbias(spec: AttentionSpec) -> bool:
-    """Whether the kernel gives the gradient of the spec's bias: of one over keys alone, a row of sums a (batch, head) pair."""
-    return spec.bias is not None and spec.bias.varies[4] and not spec.bias.varies[3]
+def row_of_keys(spec: AttentionSpec) -> tuple[str, BiasSpec] | None:
+    """The bias over keys alone, and the name of its gradient, which the kernel gives: a row of sums a (batch, head) pair."""
+    for name, bias in (("dbias", spec.bias), ("dsecond", spec.second)):
+        if bias is not None and bias.varies[4] and not bias.varies[3]:
+            return name, bias
+    return None
+
+
+def _sums_keys(gives: tuple[str, ...]) -> bool:
+    return "dbias" in gives or "dsecond" in gives
 
 
 def dims(spec: AttentionSpec) -> tuple[int, int]:
@@ -161,7 +168,7 @@ def has_bias_tiles(spec: AttentionSpec) -> bool:
 def _candidates(spec: AttentionSpec, gives: tuple[str, ...]) -> tuple[DkdvConfig, ...]:
     """From the fastest measured to the smallest (docs/tuning.md)."""
     widest, bias_tiles = max(dims(spec)), has_bias_tiles(spec)
-    adding, dbias = "dq" in gives, "dbias" in gives
+    adding, dbias = "dq" in gives, _sums_keys(gives)
     if widest > NARROW:
         return (DkdvConfig(2, 2, d256=True),)
     if widest <= DQ_WARPGROUP_DIM:
@@ -179,7 +186,7 @@ def _candidates(spec: AttentionSpec, gives: tuple[str, ...]) -> tuple[DkdvConfig
 
 @functools.lru_cache(maxsize=4096)
 def choose(spec: AttentionSpec, limit: int, gives: tuple[str, ...]) -> DkdvConfig | None:
-    """The first candidate that fits ``limit`` bytes of shared memory, or None; ``gives``: with "dq", "dbias" or neither."""
+    """The first candidate that fits ``limit`` bytes of shared memory, or None; ``gives``: with "dq", the gradient of a bias, or neither."""
     for config in _candidates(spec, gives):
         if config.shared_memory(spec, gives) <= limit:
             return config
@@ -276,8 +283,10 @@ def step(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]
         _check(spec, chosen, "dq" in gives)
         config = chosen
     else:
-        found = choose(spec, device.shared_memory, tuple(name for name in gives if name in ("dq", "dbias")))
+        found = choose(spec, device.shared_memory, tuple(name for name in gives if name in ("dq", "dbias", "dsecond")))
         assert found is not None, "why_not_backward refuses what fits no candidate"
         config = replace(found, head_splits=head_splits(spec, found, device.sms))
     programs = min(key_tiles(spec, config)[1], device.sms)
-    return Step(kernel, config, programs, order_of(spec), broadcast_rows(spec) if "dbias" in gives else 1, gives)
+    row = row_of_keys(spec)
+    splits = broadcast_rows(spec, row[1]) if row is not None and row[0] in gives else 1
+    return Step(kernel, config, programs, order_of(spec), splits, gives)

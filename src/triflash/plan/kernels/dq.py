@@ -11,7 +11,7 @@ from ...spec import AttentionSpec
 from ..configs import padded
 from ..device import DeviceFacts
 from ..steps import Step
-from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, is_light, mask_buffer, order_of, query_tiles
+from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, is_light, mask_buffer, order_of, query_tiles, second_buffer
 
 __all__ = ["DqConfig", "choose", "owns_dbias", "programs", "step"]
 
@@ -64,6 +64,7 @@ class DqConfig(QueryConfig):
             Buffer("v", self.v_stages, (self.block_n, value), 2),
             Buffer("dq", self.consumers * self.separate_dq, (64, head), 2),
             bias_buffer(spec, self, biases),
+            second_buffer(spec, self, biases),
             mask_buffer(spec, self, biases),
             bias_buffer(spec, self, int(unseen))._replace(name="zeros"),
             barriers(2 * self.consumers, 2 * self.k_stages, 2 * self.v_stages, 2 * biases, 3),

@@ -11,7 +11,19 @@ from ...spec import AttentionSpec
 from ..configs import padded
 from ..device import DeviceFacts
 from ..steps import Step
-from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, is_light, mask_buffer, mma_fits, order_of, query_tiles
+from .shared import (
+    Buffer,
+    QueryConfig,
+    barriers,
+    bias_buffer,
+    is_banded,
+    is_light,
+    mask_buffer,
+    mma_fits,
+    order_of,
+    query_tiles,
+    second_buffer,
+)
 
 __all__ = ["ForwardConfig", "choose", "config_of", "fuses_bias", "step", "why_not"]
 
@@ -65,6 +77,7 @@ class ForwardConfig(QueryConfig):
             Buffer("v", self.kv_stages, (self.block_n, value), 2),
             Buffer("o", self.consumers * self.separate_o, (64, value), 2),
             bias_buffer(spec, self, biases),
+            second_buffer(spec, self, biases),
             mask_buffer(spec, self, biases),
             barriers(2 * self.q_stages * self.consumers, 2 * self.kv_stages, 2 * biases, 3),
         )
@@ -162,8 +175,10 @@ def _span(spec: AttentionSpec) -> int:
 
 def fuses_bias(spec: AttentionSpec, config: ForwardConfig) -> bool:
     """Whether a consumer has registers to add a 16-bit bias in one instruction with the scale: for a block's scores, its bias, p, p of the
-    block before, O, and 40 more.
+    block before, O, and 40 more. Not beside a second bias.
     """
+    if spec.second is not None:
+        return False
     scores = config.block_n // 2
     return scores + 3 * scores // 2 + padded(spec.value_dim) // 2 + 40 <= config.registers
 

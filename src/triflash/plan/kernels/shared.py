@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
 
 from ...errors import bad_value
-from ...spec import AttentionSpec
+from ...spec import AttentionSpec, BiasSpec
 from ..configs import padded
 
 __all__ = [
     "L2_GROUP_BYTES", "MAX_SIMULATED_TILES", "ROWS", "STATS_MULTIPLE", "TILE_COST", "Buffer", "HopperConfig", "QueryConfig", "barriers",
     "batch_fastest", "best_order", "bias_buffer", "equal_groups", "is_banded", "is_light", "l2_order", "load_imbalance", "mask_buffer",
-    "mma_fits", "order_of", "query_tiles", "shared_limit", "stats_kinds", "stats_length",
+    "mma_fits", "order_of", "query_tiles", "second_buffer", "shared_limit", "stats_kinds", "stats_length",
 ]  # fmt: skip
 
 ROWS = 64  # queries of a consumer warpgroup: M of a WGMMA
@@ -160,14 +160,23 @@ def bias_buffer(spec: AttentionSpec, config: QueryConfig, count: int = 1) -> Buf
     """``count`` tiles of the bias, or rows of it where it does not vary over queries; none where it does not vary over keys."""
     if spec.bias is None or not spec.bias.varies[4]:
         return Buffer("bias", 0, (0, 0), 0)
-    itemsize = bias_itemsize(spec)
-    shape = (ROWS, config.block_n) if spec.bias.varies[3] else (1, max(config.block_n, TMA_ROW // itemsize))
-    return Buffer("bias", count, shape, itemsize)
+    return _tiles_of("bias", spec.bias, config, count)
 
 
-def bias_itemsize(spec: AttentionSpec) -> int:
-    assert spec.bias is not None
-    return {"bool": 1, "fp32": 4}.get(spec.bias.dtype, 2)
+def second_buffer(spec: AttentionSpec, config: QueryConfig, count: int = 1) -> Buffer:
+    """``count`` rows of the second bias, which varies over keys alone; none without one."""
+    return Buffer("second bias", 0, (0, 0), 0) if spec.second is None else _tiles_of("second bias", spec.second, config, count)
+
+
+def _tiles_of(name: str, bias: BiasSpec, config: QueryConfig, count: int) -> Buffer:
+    itemsize = bias_itemsize(bias)
+    shape = (ROWS, config.block_n) if bias.varies[3] else (1, max(config.block_n, TMA_ROW // itemsize))
+    return Buffer(name, count, shape, itemsize)
+
+
+def bias_itemsize(bias: BiasSpec) -> int:
+    """Bytes of an element."""
+    return {"bool": 1, "fp32": 4}.get(bias.dtype, 2)
 
 
 def mask_buffer(spec: AttentionSpec, config: QueryConfig, count: int = 1) -> Buffer:
@@ -230,7 +239,7 @@ def _shares_bias(spec: AttentionSpec) -> bool:
     """Whether all batch entries read the same bias, of which a head's does not stay in the L2 cache by itself."""
     if spec.bias is None or all(spec.bias.varies[:2]) or not spec.bias.varies[4]:
         return False
-    return spec.keys * (spec.queries if spec.bias.varies[3] else 1) * bias_itemsize(spec) > RESIDENT_BIAS
+    return spec.keys * (spec.queries if spec.bias.varies[3] else 1) * bias_itemsize(spec.bias) > RESIDENT_BIAS
 
 
 def _key_blocks(spec: AttentionSpec, config: QueryConfig, tile: int) -> int:
