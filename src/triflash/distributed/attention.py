@@ -20,7 +20,7 @@ from .agree import agree, rows_apart
 from .all_gather import AllGather
 from .call import Call, Saved
 from .chunks import check_order, shares
-from .group import Group, all_gather, exchange_numbers, process_group, resolve, wait
+from .group import Group, all_gather, exchange_numbers, process_group, refuse_transforms, resolve, wait
 from .ring import Ring
 from .shares import check_length, check_shares
 from .tiles import Extras, Problem, Result, placed
@@ -162,8 +162,9 @@ def context_parallel_attention(
     if more or others:
         raise not_ours("context_parallel_attention", [*inspect.signature(context_parallel_attention).parameters][3:], more, others)
     check_bool("return_lse", return_lse)
-    ranks = resolve(group)
     first, second = two_biases(bias)
+    refuse_transforms("context_parallel_attention", q=q, k=k, v=v, bias=first, sink=sink, **{"bias[1]": second})
+    ranks = resolve(group)
     if isinstance(q, Tensor) and not torch.compiler.is_compiling():
         at = 2 if layout == "bhsd" else 3
         m, n = (x.shape[-at] if isinstance(x, Tensor) and x.dim() >= at else -1 for x in (q, k))

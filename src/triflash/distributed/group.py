@@ -9,8 +9,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..errors import bad_type, bad_value
+from ..door import refuse_tangents
+from ..errors import UnsupportedError, bad_type, bad_value
 
 __all__ = [
     "Group",
@@ -22,12 +24,14 @@ __all__ = [
     "exchange_numbers",
     "process_group",
     "reduce_scatter",
+    "refuse_transforms",
     "resolve",
     "shift",
     "wait",
 ]
 
 _T = TypeVar("_T")
+_transforms = torch._C._are_functorch_transforms_active
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,19 @@ class Group:
     size: int
     rank: int
     call: str = "context_parallel_attention"
+
+
+def refuse_transforms(call: str, **given: Any) -> None:
+    """Raise under ``torch.func``'s transforms and where a tensor given has a forward-mode derivative: collectives have no rule for either.
+    Before any collective, so that no rank waits for another.
+    """
+    if forward_ad._current_level >= 0:
+        refuse_tangents(tuple(given.values()), tuple(given))
+    if not torch.compiler.is_compiling() and _transforms():
+        raise UnsupportedError(
+            f"torch.func transforms (grad, vjp, jacrev, vmap, …) of {call}: collectives have no rule for them; use torch.autograd, or make "
+            "a loop of calls of what vmap would run over"
+        )
 
 
 def process_group(group: Any) -> Any:

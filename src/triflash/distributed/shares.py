@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import bad_type, bad_value
 from .chunks import check_order, natural, pieces, shares
-from .group import Group, all_gather, exchange_numbers, resolve, wait
+from .group import Group, all_gather, exchange_numbers, refuse_transforms, resolve, wait
 
 __all__ = ["arranged", "check_length", "gathered", "positions", "shard", "unshard"]
 
@@ -49,6 +49,7 @@ def unshard(x: Tensor, dim: int, group: Any, order: str = "zigzag", length: int 
     Raises:
         ValueError, TypeError: no such dim, order or group, or shares that are not those of the length.
     """
+    refuse_transforms("unshard", x=x)
     own, dim = resolve(group, "unshard"), _dim(x, dim)
     check_order(order)
     if length is None:

@@ -14,7 +14,7 @@ from ..errors import bad_type, bad_value, unsupported
 from ..spec import LAYOUTS
 from .attention import attend_part, seed_of_all
 from .chunks import check_order, share
-from .group import Group, exchange_numbers, resolve
+from .group import Group, exchange_numbers, refuse_transforms, resolve
 
 __all__ = ["context_parallel_attention_varlen"]
 
@@ -143,6 +143,8 @@ def context_parallel_attention_varlen(
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 0):
             raise bad_type(name, "an integer from 0 up, or None", repr(longest))
+    first, second = two_biases(bias)
+    refuse_transforms("context_parallel_attention_varlen", q=q, k=k, v=v, bias=first, sink=sink, **{"bias[1]": second})
     ranks = resolve(group, "context_parallel_attention_varlen")
     if torch.compiler.is_compiling():
         raise unsupported("context_parallel_attention_varlen under torch.compile, whose host reads where documents begin", "auto",
@@ -153,7 +155,6 @@ def context_parallel_attention_varlen(
     for name, layout in (("bias_layout", bias_layout), ("mask_layout", mask_layout)):
         if layout not in LAYOUTS:
             raise bad_value(name, f"one of {', '.join(LAYOUTS)}", repr(layout))
-    first, second = two_biases(bias)
     spans: list[tuple[int, int, int, int, int, int]] = []  # of each document: lengths in all, my first query and key, and behind my last
     at_q = at_k = 0
     for (a, b), (c, d) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
