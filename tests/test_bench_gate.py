@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -170,3 +172,26 @@ def test_hidden_rows_and_masks() -> None:
     out = formula.attention(x.q, x.k, x.v, mask.bias, mask.options)
     assert verdict(reference(mask, ("out",)), {"out": out}) is None
     assert verdict(reference(mask, ("out",)), {"out": torch.zeros_like(out)}) is not None
+
+
+@pytest.mark.parametrize("limit", [10**9, 1500], ids=["whole", "sampled"])
+@pytest.mark.parametrize("kinds", [("b1hqk", "11h1k"), ("11h1k", "bi1q1"), ("b1h1k", "1ihqk")], ids="/".join)
+def test_two_biases(kinds: tuple[str, str], limit: int) -> None:
+    """Both are added, and both gradients judged, each by its own sums."""
+    shapes = {**{kind: shape for kind, (shape, _) in BIASES.items()}, "11h1k": (1, 1, 4, 1, 48), "bi1q1": (2, 2, 1, 40, 1)}
+    first, second = (torch.randn(shapes[kind]).half() for kind in kinds)
+    x = replace(problem(), bias=first, second=second, options=Options(scale=0.3, batch_inner=2))
+    names = (*RESULTS, "dsecond")
+    leaves = [t.double().requires_grad_() for t in (x.q, x.k, x.v, first, second)]
+    out = formula.attention(*leaves[:3], leaves[3:], x.options)
+    wanted, _ = oracle.attention(*leaves[:4], second_bias=leaves[4], batch_inner=2, scale=0.3)
+    torch.testing.assert_close(out, wanted)
+    grads = torch.autograd.grad(out, leaves, x.dout.double())
+    right = dict(zip(names, (t.detach().half() for t in (out, *grads)), strict=True))
+    parts = reference(x, names, limit)
+    assert {part.name for part in parts} == set(names) and verdict(parts, right) is None
+    for result in ("dbias", "dsecond"):
+        wrong = right[result].clone()
+        wrong[-1, -1, -1, -1, :] += 0.2 * wrong.abs().max() + ENOUGH
+        said = verdict(parts, {**right, result: wrong})
+        assert said is not None and said.startswith(f"{result}: ")

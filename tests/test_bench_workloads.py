@@ -36,6 +36,8 @@ SHAPES = {
     "of3-template": (1536, 4, 4, 384, 16, (None, None), (4, 1, 4, 384, 384)),
     "openfold-msa-row": (128, 8, 8, 256, 32, (None, None), (1, 1, 8, 256, 256)),
     "openfold-extra-msa": (1024, 8, 8, 256, 8, (None, None), (1, 1, 8, 256, 256)),
+    "evoformer-msa-row": (128, 8, 8, 384, 32, (None, None), (1, 1, 8, 384, 384)),
+    "evoformer-triangle": (384, 4, 4, 384, 32, (None, None), (1, 1, 4, 384, 384)),
 }
 TINY = [replace(w.shrunk(), dtype="fp32") for w in NAMED.values()]
 CPU = torch.device("cpu")
@@ -48,6 +50,9 @@ def test_shapes() -> None:
         assert (w.batch, w.heads, w.kv_heads, w.queries, w.keys, w.head_dim, w.value_dim) == (b, h, hk, s, s, d, d), name
         assert ((w.lo, w.hi), w.bias_shape) == (band, bias), name
         assert w.about
+    assert {name: w.second_shape for name, w in NAMED.items() if w.second} == {
+        "evoformer-msa-row": (1, 128, 1, 1, 384), "evoformer-triangle": (1, 384, 1, 1, 384),
+    }  # fmt: skip
     assert NAMED["t5-xl-encoder"].softmax_scale == 1.0
     assert NAMED["gemma2-9b-local"].softcap == NAMED["gemma2-9b-global"].softcap == 50.0
     assert NAMED["gpt-oss-20b-local"].sinks and NAMED["gpt-oss-20b-global"].sinks
@@ -75,13 +80,14 @@ def run(workload: Workload, attend: object) -> str | None:
     """The gate's verdict on the output and every gradient."""
     x: Problem = workload.build(CPU)
     leaves = [t.clone().requires_grad_() for t in (x.q, x.k, x.v)]
-    bias = x.bias
+    bias = x.given
     names = ["out", "dq", "dk", "dv"]
     wanted = list(leaves)
-    if workload.dbias and bias is not None:
-        bias = bias.clone().requires_grad_()
-        wanted.append(bias)
-        names.append("dbias")
+    if workload.dbias:
+        biases = [t.clone().requires_grad_() for t in x.biases.values()]
+        wanted += biases
+        names += x.biases
+        bias = biases[0] if len(biases) == 1 else tuple(biases)  # type: ignore[assignment]
     out = attend(workload, x)(*leaves, bias)  # type: ignore[operator]
     results = dict(zip(names, (out.detach(), *torch.autograd.grad(out, wanted, x.dout)), strict=True))
     return verdict(reference(x, names), results)
@@ -141,8 +147,9 @@ def test_flex_means_the_same(workload: Workload) -> None:
     """Its score and mask functions, run by FlexAttention's own dense emulation, forward only: it has no backward pass on a CPU."""
     x = workload.build(CPU)
     with torch.no_grad():
-        out = flexible.attend(workload, x, dense=True)(x.q, x.k, x.v, x.bias)
-    wanted = formula.attention(x.q.double(), x.k.double(), x.v.double(), None if x.bias is None else x.bias.double(), x.options)
+        out = flexible.attend(workload, x, dense=True)(x.q, x.k, x.v, x.given)
+    biases = [bias.double() for bias in x.biases.values()]
+    wanted = formula.attention(x.q.double(), x.k.double(), x.v.double(), biases, x.options)
     torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .entry import Biases
 from .gate import Part, Problem, reference
 from .gate_packed import packed_reference
 from .providers import Provider
@@ -19,7 +20,7 @@ __all__ = ["FORWARD_ONLY", "Contest", "Settings", "Side"]
 
 FORWARD_ONLY = ("fwd", "host-nograd", "host-fwd")
 
-Inputs = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
+Inputs = tuple[Tensor, Tensor, Tensor, "Biases"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Contest:
         self.problem: Problem = workload.build(settings.device, settings.seed)
         self.backward = any(which not in FORWARD_ONLY for which in settings.passes)
         self.wants_dbias = workload.dbias and self.problem.bias is not None
-        self.names = ["out", *(["dq", "dk", "dv"] if self.backward else []), *(["dbias"] if self.backward and self.wants_dbias else [])]
+        gradients = ("dq", "dk", "dv", *(self.problem.biases if self.wants_dbias else ()))
+        self.names = ["out", *(gradients if self.backward else ())]
         right = packed_reference if self.problem.sequences else reference
         self.parts: list[Part] = right(self.problem, self.names) if judged else []
 
@@ -54,14 +56,15 @@ class Side:
         x = contest.problem
         self.contest, self.entry = contest, provider.attend(contest.workload, x)
         q, k, v = (self.entry.lay(t.detach()) for t in (x.q, x.k, x.v))
-        bias = None if x.bias is None else self.entry.lay_bias(x.bias.detach())
+        laid = [self.entry.lay_bias(bias.detach()) for bias in x.biases.values()]
         self.dout = self.entry.lay(x.dout)
-        self.plain: Inputs = (q, k, v, bias)
+        biases = [bias for bias in laid if bias is not None]
+        self.plain: Inputs = (q, k, v, _as_given(biases))
         self.leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        if contest.wants_dbias and bias is not None:
-            bias = bias.detach().requires_grad_()
-            self.leaves.append(bias)
-        self.inputs: Inputs = (*self.leaves[:3], bias)  # type: ignore[assignment]
+        if contest.wants_dbias:
+            biases = [bias.detach().requires_grad_() for bias in biases]
+            self.leaves += biases
+        self.inputs: Inputs = (*self.leaves[:3], _as_given(biases))  # type: ignore[assignment]
 
     def forward(self) -> Tensor:
         """Without autograd, if :meth:`around` says so."""
@@ -106,7 +109,11 @@ class Side:
         """Of a pass, ``fwd`` or ``step``, by name and in the bench's layout."""
         with self.around(which):
             found = (self.forward(),) if which == "fwd" else self.step_with_output()
-        laid = {name: x if name == "dbias" else self.entry.unlay(x) for name, x in zip(self.contest.names, found, strict=False)}
-        if "dbias" in laid and self.contest.problem.bias is not None:
-            laid["dbias"] = laid["dbias"].reshape(self.contest.problem.bias.shape)
-        return laid
+        biases = self.contest.problem.biases
+        named = zip(self.contest.names, found, strict=False)
+        return {name: x.reshape(biases[name].shape) if name in biases else self.entry.unlay(x) for name, x in named}
+
+
+def _as_given(biases: list[Tensor]) -> Biases:
+    """None, one, or a pair, as providers take them."""
+    return None if not biases else biases[0] if len(biases) == 1 else (biases[0], biases[1])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Attend", "Entry", "heads_first"]
+__all__ = ["Attend", "Biases", "Entry", "heads_first"]
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]  # q, k, v, bias -> out
+Biases = Tensor | tuple[Tensor, Tensor] | None  # a pair is added
+Attend = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # q, k, v, biases -> out
 
 
 def _as_is(x: Tensor) -> Tensor:
@@ -21,9 +23,9 @@ def _as_is(x: Tensor) -> Tensor:
 class Entry:
     """A provider's function for one workload. Called itself, it goes from and to the bench's layout, ``(B, S, H, D)`` and five-dim biases.
 
-    call: what is timed: q, k, v and the bias (or None) in the provider's own layout -> out in that layout.
+    call: what is timed: q, k, v and the bias (or None, or two) in the provider's own layout -> out in that layout.
     lay, unlay: q, k, v, out and its gradient from the bench's layout into the provider's, and back; views, made before anything is timed.
-    lay_bias: the same of the bias; None where the provider is told otherwise (as key lengths).
+    lay_bias: the same of a bias; None where the provider is told otherwise (as key lengths).
     around: what a program enters once, and not in each call: SDPA's choice of a backend.
     """
 
@@ -33,8 +35,8 @@ class Entry:
     lay_bias: Callable[[Tensor], Tensor | None] = _as_is
     around: Callable[[], AbstractContextManager[object]] = nullcontext
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        laid = None if bias is None else self.lay_bias(bias)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, bias: Biases) -> Tensor:
+        laid = tuple(self.lay_bias(each) for each in bias) if isinstance(bias, tuple) else None if bias is None else self.lay_bias(bias)
         with self.around():
             return self.unlay(self.call(self.lay(q), self.lay(k), self.lay(v), laid))
 

@@ -17,7 +17,8 @@ __all__ = ["Box", "Problem", "as_slice"]
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention problem: tensors as :class:`.formula.Options` names them, dout like the output, bias five-dim or None.
+    """One attention problem: tensors as :class:`.formula.Options` names them, dout like the output, bias and a second one beside it
+    five-dim or None.
 
     sequences: lengths of those that are packed into the one batch entry; a bias is then by sequence and position.
     """
@@ -29,6 +30,17 @@ class Problem:
     dout: Tensor
     options: Options
     sequences: tuple[int, ...] = ()
+    second: Tensor | None = None
+
+    @property
+    def biases(self) -> dict[str, Tensor]:
+        """Those that there are, by the names of their gradients."""
+        return {name: x for name, x in (("dbias", self.bias), ("dsecond", self.second)) if x is not None}
+
+    @property
+    def given(self) -> Tensor | tuple[Tensor, Tensor] | None:
+        """The bias, or two, or None, as providers take them."""
+        return self.bias if self.bias is None or self.second is None else (self.bias, self.second)
 
 
 def as_slice(numbers: range) -> slice:
@@ -57,7 +69,7 @@ class Box:
         kv_heads = torch.tensor([h // group for h in heads], device=problem.k.device)
         self.q, self.dout = (x[batch, rows, as_slice(heads)] for x in (problem.q, problem.dout))
         self.k, self.v = (x[batch, self.keys].index_select(2, kv_heads) for x in (problem.k, problem.v))
-        self.bias = None if problem.bias is None else self._part_of(problem.bias, options.batch_inner, entries, heads, rows)
+        self.biases = {name: self._part_of(x, options.batch_inner, entries, heads, rows) for name, x in problem.biases.items()}
         self._exact(backward)
         self.plain = self._plain(backward)
 
@@ -78,7 +90,7 @@ class Box:
     def _exact(self, backward: bool) -> None:
         """The reference in float64 and the slacks: see ``tolerance``."""
         q, k, v, dout = (x.double() for x in (self.q, self.k, self.v, self.dout))
-        s, slope = formula.scores(q, k, self.bias, self.options)
+        s, slope = formula.scores(q, k, tuple(self.biases.values()), self.options)
         p = formula.probabilities(s, self.options.sinks)
         out = torch.einsum("bhmn,bnhd->bmhd", p, v)
         size = s.masked_fill(s == -torch.inf, 0.0).abs()
@@ -89,28 +101,28 @@ class Box:
         stored = out.to(self.q.dtype).double()
         exact, shifted = (closed_backward(q, k, v, p, o, dout, None, self.options.scale, slope) for o in (out, stored))
         rounding = rounding_backward(q, k, v, s, p, out, dout, None, self.options.scale, slope)
-        for name in ("dq", "dk", "dv", "ds"):
-            reduced = "dbias" if name == "ds" else name
-            a, b, c = (self._reduced(getattr(x, name), name) for x in (exact, shifted, rounding))
-            self.exact[reduced], self.shift[reduced], self.rounding[reduced] = a, b - a, c
-
-    def _reduced(self, x: Tensor, name: str) -> Tensor:
-        return x.sum_to_size(self.bias.shape) if name == "ds" and self.bias is not None else x
+        for name in ("dq", "dk", "dv", *self.biases):
+            if name in self.biases:
+                a, b, c = (x.ds.sum_to_size(self.biases[name].shape) for x in (exact, shifted, rounding))
+            else:
+                a, b, c = (getattr(x, name) for x in (exact, shifted, rounding))
+            self.exact[name], self.shift[name], self.rounding[name] = a, b - a, c
 
     def _plain(self, backward: bool) -> dict[str, Tensor]:
         """The yardstick: the oracle's formula, or its extension, in the inputs' dtype, by autograd."""
         named = {"dq": self.q, "dk": self.k, "dv": self.v}
-        if self.bias is not None and self.bias.dtype != torch.bool:
-            named["dbias"] = self.bias
+        named |= {name: x for name, x in self.biases.items() if x.dtype != torch.bool}
         with torch.enable_grad():
             leaves = {name: x.detach().clone().requires_grad_(backward) for name, x in named.items()}
-            q, k, v, bias = leaves["dq"], leaves["dk"], leaves["dv"], leaves.get("dbias", self.bias)
+            q, k, v = leaves["dq"], leaves["dk"], leaves["dv"]
+            biases = {**self.biases, **leaves}
+            bias, second = (biases.get(name) for name in ("dbias", "dsecond"))
             options = self.options
             if options.softcap is None and options.sinks is None:
-                out, _ = oracle.attention(q, k, v, bias, lo=options.lo, hi=options.hi, scale=options.scale, dtype=q.dtype)
+                more = dict(lo=options.lo, hi=options.hi, scale=options.scale, dtype=q.dtype)
+                out, _ = oracle.attention(q, k, v, bias, second_bias=second, **more)  # type: ignore[arg-type]
             else:
-                five = None if bias is None else bias[:, None]
-                out = formula.attention(q, k, v, five, options)
+                out = formula.attention(q, k, v, tuple(x[:, None] for x in (bias, second) if x is not None), options)
         if not backward:
             return {"out": out}
         grads = torch.autograd.grad(out, list(leaves.values()), self.dout)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import formula
 from .compiling import compiled
-from .entry import Entry, heads_first
+from .entry import Biases, Entry, heads_first
 from .gate import Problem
 from .packed import places
 from .workloads import Workload
@@ -36,11 +37,12 @@ def attend(workload: Workload, problem: Problem, dense: bool = False) -> Entry:
     if sinks is not None:
         more |= _wants_lse()
 
-    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Biases) -> Tensor:
         if number is not None and place is not None:
+            assert not isinstance(bias, tuple), "packed sequences have one bias here"
             score_mod = _by_place(bias, number, place, w.softcap)
         else:
-            score_mod = _score_mod(bias, w.batch_inner, w.softcap)
+            score_mod = _score_mod(formula.listed(bias), w.batch_inner, w.softcap)
         found = flex(q, k, v, score_mod=score_mod, **more)
         if sinks is None:
             return found
@@ -94,28 +96,35 @@ def _band(lo: int | None, hi: int | None) -> Callable[..., Tensor]:
     return lambda b, h, i, j: (j - i >= lo) & (j - i <= hi)
 
 
-def _score_mod(bias: Tensor | None, inner: int, softcap: float | None) -> Callable[..., Tensor] | None:
-    """The bias is captured, and read where it varies; dims of size 1 are read at 0."""
-    if bias is None and softcap is None:
+def _score_mod(biases: tuple[Tensor, ...], inner: int, softcap: float | None) -> Callable[..., Tensor] | None:
+    """Biases are captured, and read where they vary; dims of size 1 are read at 0."""
+    if not biases and softcap is None:
         return None
-    x = None
-    if bias is not None:
-        outer_varies, inner_varies = bias.shape[0] > 1, bias.shape[1] > 1
-        head_varies, query_varies, key_varies = (size > 1 for size in bias.shape[2:])
-        if (outer_varies and inner_varies) or not (outer_varies or inner_varies):
-            x = bias.flatten(0, 1)  # one batch dim, or none
-        else:
-            x = bias.squeeze(1) if outer_varies else bias.squeeze(0)
+    reads = [_read(bias, inner) for bias in biases]
 
     def score_mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if softcap is not None:
             s = softcap * torch.tanh(s / softcap)
-        if x is None:
-            return s
+        for read in reads:
+            s = s + read(b, h, i, j)
+        return s
+
+    return score_mod
+
+
+def _read(bias: Tensor, inner: int) -> Callable[..., Tensor]:
+    outer_varies, inner_varies = bias.shape[0] > 1, bias.shape[1] > 1
+    head_varies, query_varies, key_varies = (size > 1 for size in bias.shape[2:])
+    if (outer_varies and inner_varies) or not (outer_varies or inner_varies):
+        x = bias.flatten(0, 1)  # one batch dim, or none
+    else:
+        x = bias.squeeze(1) if outer_varies else bias.squeeze(0)
+
+    def read(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if outer_varies:
             entry: Any = b if inner_varies else b // inner
         else:
             entry = b % inner if inner_varies else b * 0  # PyTorch 2.10 takes no constants among captured tensors' indices
-        return s + x[entry, h if head_varies else h * 0, i if query_varies else i * 0, j if key_varies else j * 0]
+        return x[entry, h if head_varies else h * 0, i if query_varies else i * 0, j if key_varies else j * 0]
 
-    return score_mod
+    return read

@@ -6,6 +6,7 @@ test holds the two to the same result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ... import oracle
 
-__all__ = ["Options", "attention", "dense_bias", "grouped", "hidden", "probabilities", "scores"]
+__all__ = ["Options", "attention", "dense_bias", "grouped", "hidden", "listed", "probabilities", "scores"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ def grouped(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
 
 
+def listed(bias: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """The biases there are: none, one, or two that are added."""
+    return () if bias is None else (bias,) if isinstance(bias, Tensor) else tuple(bias)
+
+
 def dense_bias(bias: Tensor, batch: int, batch_inner: int) -> Tensor:
     """A five-dim bias as ``(B|1, Hq|1, M|1, N|1)``: a view, or a copy if it varies over one batch level of two."""
     if bias.shape[0] == bias.shape[1] == 1:
@@ -55,21 +61,24 @@ def hidden(queries: int, keys: int, options: Options, device: torch.device) -> T
     return ~oracle.visible(queries, keys, options.lo, options.hi, device)
 
 
-def scores(q: Tensor, k: Tensor, bias: Tensor | None, options: Options, banned: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def scores(
+    q: Tensor, k: Tensor, bias: Tensor | Sequence[Tensor] | None, options: Options, banned: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """``(B, Hq, M, N)`` scores in q's dtype, -inf where hidden, and the derivative of the soft cap (None without one).
 
-    ``bias`` is ``(B|1, Hq|1, M|1, N|1)``, k has as many heads as q; ``banned`` is what :func:`hidden` gives, where it is at hand already.
+    ``bias`` is ``(B|1, Hq|1, M|1, N|1)``, or two such, k has as many heads as q; ``banned`` is what :func:`hidden` gives, where it is at
+    hand already.
     """
     s = torch.einsum("bmhd,bnhd->bhmn", q, k) * options.scale
     slope = None
     if options.softcap is not None:
         tanh = torch.tanh(s / options.softcap)
         s, slope = options.softcap * tanh, 1 - tanh * tanh
-    if bias is not None:
-        if bias.dtype == torch.bool:
-            s = s.masked_fill(~bias, -torch.inf)
+    for each in listed(bias):
+        if each.dtype == torch.bool:
+            s = s.masked_fill(~each, -torch.inf)
         else:
-            s = s + bias.to(s.dtype).masked_fill(bias.double() < oracle.LEAST_BIAS, -torch.inf)
+            s = s + each.to(s.dtype).masked_fill(each.double() < oracle.LEAST_BIAS, -torch.inf)
     if banned is None:
         banned = hidden(s.shape[2], s.shape[3], options, s.device)
     if banned is not None:
@@ -95,7 +104,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | Sequence[Tensor] | None,
     options: Options,
     softmax_dtype: torch.dtype | None = None,
     banned: Tensor | None = None,
@@ -105,7 +114,7 @@ def attention(
     Every score is an element of ``(B, Hq, M, N)``, several times over. ``banned`` is as for :func:`scores`.
     """
     heads = q.shape[2]
-    bias = None if bias is None else dense_bias(bias, q.shape[0], options.batch_inner)
-    s, _ = scores(q, grouped(k, heads), bias, options, banned)
+    biases = [dense_bias(each, q.shape[0], options.batch_inner) for each in listed(bias)]
+    s, _ = scores(q, grouped(k, heads), biases, options, banned)
     p = probabilities(s if softmax_dtype is None else s.to(softmax_dtype), options.sinks)
     return torch.einsum("bhmn,bnhd->bmhd", p.to(q.dtype), grouped(v, heads))

@@ -34,7 +34,7 @@ from .tolerance import (
 
 __all__ = ["GRADIENTS", "Part", "Problem", "reference", "verdict"]
 
-GRADIENTS = ("dq", "dk", "dv", "dbias")
+GRADIENTS = ("dq", "dk", "dv", "dbias", "dsecond")
 LIMIT = {"cuda": 2**29, "cpu": 2**22}  # scores computed in float64: some 0.3 s on an H100, a second on two processor cores
 BOX = 2**22
 BLOCK = 8  # queries of a block
@@ -63,11 +63,11 @@ class _Region:
 
 
 def reference(problem: Problem, wanted: Sequence[str] = ("out", *GRADIENTS), limit: int | None = None) -> list[Part]:
-    """What the results ``wanted`` (of out, dq, dk, dv, dbias) of the problem are held against; reused for every provider.
+    """What the results ``wanted`` (of out, dq, dk, dv, dbias, dsecond) of the problem are held against; reused for every provider.
 
     Args:
         problem: its inputs; not modified.
-        wanted: names of the results to judge. ``dbias`` needs a bias that is not a mask.
+        wanted: names of the results to judge. ``dbias`` and ``dsecond`` need a bias that is not a mask, and are left out without one.
         limit: scores up to which all of the results are judged, by default 2^29 on a GPU and 2^22 on a CPU.
     """
     limit = LIMIT.get(problem.q.device.type, LIMIT["cpu"]) if limit is None else limit
@@ -101,22 +101,24 @@ def _regions(problem: Problem, wanted: Sequence[str], limit: int) -> Iterator[_R
     if B * Hq * M * N <= limit:
         yield _Region(range(B), range(Hq), all_rows, tuple(wanted))
         return
-    bias = problem.bias if "dbias" in wanted else None
-    of_rows = bias is not None and bias.shape[3] == M
+    biases = {name: bias for name, bias in problem.biases.items() if name in wanted}
+    of_rows = [name for name, bias in biases.items() if bias.shape[3] == M]
     rows = _sampled_rows(M, limit // (4 * B * Hq * N))
-    yield _Region(range(B), range(Hq), rows, tuple(n for n in wanted if n in ("out", "dq") or (n == "dbias" and of_rows)))
+    yield _Region(range(B), range(Hq), rows, tuple(n for n in wanted if n in ("out", "dq", *of_rows)))
     group = Hq // Hk
     pairs = list(dict.fromkeys([(B - 1, Hk - 1), (0, 0), (B // 2, Hk // 2)]))
     for b, h in pairs[: max(1, limit // (group * M * N))]:
-        yield _Region(range(b, b + 1), range(h * group, (h + 1) * group), all_rows, tuple(n for n in wanted if n != "dbias"))
-    if bias is not None and not of_rows:
+        yield _Region(range(b, b + 1), range(h * group, (h + 1) * group), all_rows, tuple(n for n in wanted if n not in biases))
+    for name, bias in biases.items():
+        if name in of_rows:
+            continue
         inner = problem.options.batch_inner
         entries = range(B)
         if bias.shape[0] > 1:
             entries = entries[-inner:]
         if bias.shape[1] > 1:
             entries = entries[inner - 1 :: inner]
-        yield _Region(entries, range(Hq)[-1:] if bias.shape[2] > 1 else range(Hq), all_rows, ("dbias",))
+        yield _Region(entries, range(Hq)[-1:] if bias.shape[2] > 1 else range(Hq), all_rows, (name,))
 
 
 def _sampled_rows(M: int, most: int) -> tuple[int, ...]:
@@ -177,10 +179,8 @@ def _compute(problem: Problem, region: _Region) -> list[Part]:
         "dq": (problem.q, rows),
         "dk": (problem.k, keys),
         "dv": (problem.v, keys),
-        "dbias": (problem.bias, ()),
     }
-    if "dbias" in region.gives:
-        places["dbias"] = (problem.bias, _bias_index(problem, region))
+    places |= {name: (bias, _bias_index(bias, inner, region)) for name, bias in problem.biases.items() if name in region.gives}
     sums = [_Sum(name, tensor, index) for name, (tensor, index) in places.items() if name in region.gives and tensor is not None]
 
     for entries, queries in _boxes(region, problem.k.shape[1]):
@@ -201,20 +201,18 @@ def _compute(problem: Problem, region: _Region) -> list[Part]:
                 elif total.name in ("dk", "dv"):
                     into[mine, box.keys].index_add_(2, to_kv, value)
                 else:
-                    assert problem.bias is not None
-                    outer = [(b - region.batch.start) // inner if problem.bias.shape[0] > 1 else 0 for b in entries]
-                    within = [b % inner if problem.bias.shape[1] > 1 and into.shape[1] > 1 else 0 for b in entries]
+                    whole = total.tensor.shape
+                    outer = [(b - region.batch.start) // inner if whole[0] > 1 else 0 for b in entries]
+                    within = [b % inner if whole[1] > 1 and into.shape[1] > 1 else 0 for b in entries]
                     at = torch.tensor([o * into.shape[1] + i for o, i in zip(outer, within, strict=True)], device=device)
-                    own = own_rows if problem.bias.shape[3] > 1 else slice(None)
-                    columns = box.keys if problem.bias.shape[4] > 1 else slice(None)
+                    own = own_rows if whole[3] > 1 else slice(None)
+                    columns = box.keys if whole[4] > 1 else slice(None)
                     into.flatten(0, 1)[:, :, own, columns].index_add_(0, at, value)
     return [total.part(problem.q.dtype) for total in sums]
 
 
-def _bias_index(problem: Problem, region: _Region) -> Index:
-    """Which part of the bias's gradient a region completes."""
-    bias, inner = problem.bias, problem.options.batch_inner
-    assert bias is not None
+def _bias_index(bias: Tensor, inner: int, region: _Region) -> Index:
+    """Which part of a bias's gradient a region completes."""
     everything = slice(None)
     outer = slice(region.batch.start // inner, None) if bias.shape[0] > 1 else everything
     within = slice(region.batch.start % inner, None) if bias.shape[1] > 1 and region.batch.step > 1 else everything

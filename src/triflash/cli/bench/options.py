@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ...errors import bad_value
 from .. import shorthand
 from .flops import HOST_PASSES, PASSES
 from .packed import KINDS, TOKENS
@@ -32,7 +33,17 @@ _CPU_TOKENS = 1024
 _HOST = "host"  # on the command line: all of the host's passes
 _ON = {"off": (False,), "on": (True,), "both": (False, True)}
 _pairs = shorthand.option(shorthand.items(shorthand.pair))
-_biases = shorthand.option(shorthand.items(shorthand.bias_pattern))
+
+
+def _one_or_two(text: str) -> str | None:
+    """A bias's pattern, or two with a stroke between them."""
+    patterns = [shorthand.bias_pattern(each) for each in text.split("/")]
+    if len(patterns) > 2 or (len(patterns) == 2 and None in patterns):
+        raise bad_value("bias", "one pattern, none, or two such as 1hqk/b11k", repr(text))
+    return None if patterns[0] is None else "/".join(map(str, patterns))
+
+
+_biases = shorthand.option(shorthand.items(_one_or_two))
 _size, _causal = shorthand.option(shorthand.size), shorthand.option(shorthand.causal)
 
 
@@ -165,7 +176,9 @@ def _grid(given: argparse.Namespace, kind: str) -> list[Workload]:
             words = [f"d{d}" + (f"x{dv}" if dv != d else ""), f"s{short(m)}" + (f"x{short(n)}" if n != m else "")]
             words += ["causal" if causal else "full"]
             words += [bias + ("+db" if dbias else "")] if bias else []
-            found.append(Workload(" ".join(words), b, h, m, n, d, value_dim=dv, hi=0 if causal else None, bias=bias, dbias=dbias))
+            first, _, second = (bias or "").partition("/")
+            biases: dict[str, Any] = {"bias": first or None, "second": second or None, "dbias": dbias}
+            found.append(Workload(" ".join(words), b, h, m, n, d, value_dim=dv, hi=0 if causal else None, **biases))
     return list(dict.fromkeys(found))
 
 
@@ -183,6 +196,8 @@ def _packed_grid(given: argparse.Namespace, kind: str) -> list[Workload]:
     chosen: dict[str, Any] = {n: getattr(given, n) or parsed.get(n, lambda default: default)(defaults[n]) for n in defaults}
     found = []
     for bias, name, (d, dv), causal in itertools.product(chosen["bias"], kinds, chosen["d"], chosen["causal"]):
+        if bias is not None and "/" in bias:
+            raise ValueError(f"--bias {bias}: two biases are for a batch here, not for packed sequences")
         if bias is not None and len(bias) > 4:
             raise ValueError(f"--bias {bias}: packed sequences have one batch level; b is a bias of each")
         h = shorthand.quotient("--hd", given.hd, "--d", d) if given.hd else chosen["h"]
@@ -297,7 +312,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=_size, metavar="N", help="instead of --b: batch times length; of --packed the rows in all")
     add("--hd", type=_size, metavar="N", help="instead of --h: heads times head dim")
     add("--causal", type=_causal, metavar="WHICH", help=words("top-left aligned: yes, no or both", "causal"))
-    add("--bias", type=_biases, metavar="KINDS", help=words("none, or bhqk with any letter replaced by 1", "bias"))
+    add("--bias", type=_biases, metavar="KINDS", help=words("none, or bhqk with any letter replaced by 1; two as 1hqk/b11k", "bias"))
     add("--dbias", choices=tuple(_ON), help=words("whether a bias asks for its gradient", "dbias"))
     add("--dtype", metavar="NAMES", help=words(f"of {', '.join(DTYPES)}", "dtype"))
     add(
@@ -343,7 +358,7 @@ def listing() -> str:
         sizes = (
             f"b {w.batch}, h {w.heads}" + (f" on {w.kv_heads}" if w.kv_heads != w.heads else "") + f", s {short(w.queries)}, d {w.head_dim}"
         )
-        features = [w.mask if w.is_banded else "", f"bias {w.bias}" if w.bias else "", "with its gradient" if w.dbias else ""]
+        features = [w.mask if w.is_banded else "", f"bias {w.biases}" if w.bias else "", "with its gradient" if w.dbias else ""]
         lines.append(f"  {w.name:<{width}}  {w.about} ({', '.join(x for x in (sizes, *features) if x)})")
     lines += ["Steps of decoding, by name or all by decode:"]
     lines += [f"  {w.name:<{width}}  {w.about}" for w in DECODE.values()]

@@ -217,7 +217,8 @@ def _steps(cells: list[Cell]) -> dict[str, list[Cell]]:
         if w.get("cache"):
             heads = f"{w['heads']}" + (f" on {w['kv_heads']}" if w["kv_heads"] != w["heads"] else "")
             queries = f", {w['queries']} queries each" if w["queries"] > 1 else ""
-            more = (f", bias {w['bias']}" if w["bias"] else "") + (", ragged" if "padding" in w["bias_values"] else "")
+            more = f", bias {w['bias']}" if w["bias"] else ""
+            more += (f"/{w['second']}" if w.get("second") else "") + (", ragged" if "padding" in w["bias_values"] else "")
             groups.setdefault(f"b {w['batch']}, h {heads}, d {w['head_dim']}{queries}{more}, {cell.dtype}", []).append(cell)
     return {name: own for name, own in groups.items() if len({cell.workload["keys"] for cell in own}) > 1}
 

@@ -19,7 +19,7 @@ from triflash.plan.select import BACKENDS
 
 from . import flexible, formula
 from .compiling import compiled
-from .entry import Entry, heads_first
+from .entry import Biases, Entry, heads_first
 from .gate import Problem
 from .packed import offsets, places
 from .workloads import Workload
@@ -83,7 +83,7 @@ class Triflash(Provider):
             lengths = torch.tensor(w.lengths, dtype=torch.int32, device=problem.q.device)
             more["key_lengths"] = lengths if w.batch_inner == 1 else lengths.unflatten(0, levels)
 
-        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        def call(q: Tensor, k: Tensor, v: Tensor, bias: Biases) -> Tensor:
             out: Tensor = triflash.attention(q, k, v, bias=bias, **more)
             return out
 
@@ -208,9 +208,11 @@ class Sdpa(Provider):
         causal = w.is_causal and w.bias is None
         hidden = None if causal else formula.hidden(w.queries, w.keys, options, problem.q.device)
 
-        def mask_of(bias: Tensor | None) -> Tensor | None:
+        def mask_of(bias: Biases) -> Tensor | None:
             if bias is None:
                 return None if hidden is None else ~hidden
+            if isinstance(bias, tuple):  # it takes their sum
+                bias = bias[0] + bias[1]
             if bias.dim() == 5:
                 bias = formula.dense_bias(bias, w.batch, options.batch_inner)
             return bias if hidden is None else bias.masked_fill(hidden, -torch.inf)
@@ -218,12 +220,12 @@ class Sdpa(Provider):
         def lay_bias(bias: Tensor) -> Tensor:
             return bias.squeeze(1) if bias.shape[1] == 1 and (bias.shape[0] == 1 or w.batch_inner == 1) else bias
 
-        folded = None if w.dbias else mask_of(problem.bias)
+        folded = None if w.dbias else mask_of(problem.given)
         more: dict[str, Any] = {"is_causal": causal, "scale": w.scale}
         if w.kv_heads != w.heads:
             more["enable_gqa"] = True
 
-        def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        def call(q: Tensor, k: Tensor, v: Tensor, bias: Biases) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_of(bias) if w.dbias else folded, **more)
 
         entry = Entry(call, lay=heads_first, unlay=heads_first, lay_bias=lay_bias)
@@ -337,19 +339,19 @@ class Chunked(Provider):
         inner = options.batch_inner
         each = min(inner, max(1, _CHUNK // (w.heads * w.queries * w.keys)))
 
-        def part(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-            return formula.attention(q, k, v, bias, replace(options, batch_inner=q.shape[0]), precise, hidden)
+        def part(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor) -> Tensor:
+            return formula.attention(q, k, v, biases, replace(options, batch_inner=q.shape[0]), precise, hidden)
 
-        def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        def run(q: Tensor, k: Tensor, v: Tensor, bias: Biases) -> Tensor:
             outs = []
             for outer in range(w.batch // inner):
                 for at in range(0, inner, each):
                     rows = slice(outer * inner + at, outer * inner + min(at + each, inner))
-                    some = bias
-                    if some is not None:
-                        some = some[outer : outer + 1] if some.shape[0] > 1 else some
-                        some = some[:, at : at + each] if some.shape[1] > 1 else some
-                    outs.append(checkpoint(part, q[rows], k[rows], v[rows], some, use_reentrant=False, preserve_rng_state=False))
+                    some = []
+                    for own in formula.listed(bias):
+                        own = own[outer : outer + 1] if own.shape[0] > 1 else own
+                        some.append(own[:, at : at + each] if own.shape[1] > 1 else own)
+                    outs.append(checkpoint(part, q[rows], k[rows], v[rows], *some, use_reentrant=False, preserve_rng_state=False))
             return torch.cat(outs)
 
         return Entry(run)

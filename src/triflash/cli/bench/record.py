@@ -42,7 +42,8 @@ class Cell:
     @property
     def bias(self) -> str:
         """The bias as the tables name it: ``none``, ``1hqk``, ``1hqk+db``."""
-        return (self.workload["bias"] or "none") + ("+db" if self.workload["dbias"] else "")
+        second = f"/{self.workload['second']}" if self.workload.get("second") else ""
+        return (self.workload["bias"] or "none") + second + ("+db" if self.workload["dbias"] else "")
 
 
 @dataclass

@@ -26,8 +26,9 @@ class Workload:
     name: what the tables show. batch: of q, k and v; ``batch_inner`` divides it into (outer, inner). lo, hi: key j is visible to query i
     when ``lo <= j - i <= hi``. bias: a letter where it varies and 1 where it broadcasts, over ``bhqk`` or ``bihqk`` (i is the inner batch);
     None is no bias. bias_values: ``normal`` (random), ``alibi``, ``padding`` (keys beyond a batch entry's length are hidden),
-    ``alibi+padding``, ``one-long+padding`` (the first entry has all keys, the others a sixteenth) or ``windows``. dbias: its gradient is
-    asked for. scale: default ``1 / sqrt(head_dim)``. softcap, sinks: see
+    ``alibi+padding``, ``one-long+padding`` (the first entry has all keys, the others a sixteenth) or ``windows``. second: where another
+    bias beside it varies; one over keys alone hides a seventh of them with -1e9, others are random. dbias: their gradients are asked for.
+    scale: default ``1 / sqrt(head_dim)``. softcap, sinks: see
     :class:`triflash.cli.bench.formula.Options`. about: where the shape is from. packed: a kind of
     :data:`triflash.cli.bench.packed.KINDS`: the one batch entry holds sequences of such lengths, drawn from packed_seed ("equal": of
     ``length``), within which the band holds; a bias is by sequence (``b``) and position. cache: k and v are a KV cache, of which the
@@ -46,6 +47,7 @@ class Workload:
     hi: int | None = None
     bias: str | None = None
     bias_values: str = "normal"
+    second: str | None = None
     dbias: bool = False
     batch_inner: int = 1
     scale: float | None = None
@@ -71,7 +73,7 @@ class Workload:
         if self.cache:
             sizes += " cache"
         packed = f" | {self.packed} {self.length} {self.packed_seed}" if self.packed else ""
-        return f"{self.name} | {sizes} | {self.lo}..{self.hi} | {self.bias}{'+db' if self.dbias else ''} | {self.dtype}{packed}"
+        return f"{self.name} | {sizes} | {self.lo}..{self.hi} | {self.biases}{'+db' if self.dbias else ''} | {self.dtype}{packed}"
 
     @property
     def sequences(self) -> tuple[int, ...]:
@@ -96,9 +98,22 @@ class Workload:
         return self.head_dim**-0.5 if self.scale is None else self.scale
 
     @property
+    def biases(self) -> str | None:
+        """As ``--bias`` takes them: two with a stroke between them."""
+        return self.bias if self.second is None else f"{self.bias}/{self.second}"
+
+    @property
     def bias_shape(self) -> tuple[int, ...] | None:
         """The bias's five sizes: outer batch, inner batch, head, query, key. Raises ValueError where ``bias`` is no pattern."""
-        five = None if self.bias is None else bias_pattern(self.bias)
+        return self._shape_of(self.bias)
+
+    @property
+    def second_shape(self) -> tuple[int, ...] | None:
+        """The same of the second bias."""
+        return self._shape_of(self.second)
+
+    def _shape_of(self, bias: str | None) -> tuple[int, ...] | None:
+        five = None if bias is None else bias_pattern(bias)
         if five is None:
             return None
         if len(five) < 5:
@@ -142,9 +157,10 @@ class Workload:
     def bytes(self, which: str) -> int:
         """Compulsory traffic of a pass. Of a cache, what requests do not hold is no traffic, nor is what tells how much they hold."""
         if self.cache and self.lengths is not None:
-            held = replace(self, batch=1, keys=sum(self.lengths), bias=None, bias_values="normal", queries=self.queries * self.batch)
+            held = replace(self.without_bias(), batch=1, keys=sum(self.lengths), queries=self.queries * self.batch)
             return held.bytes(which)
-        return attention_bytes(*self.shapes, self.bias_shape, DTYPES[self.dtype].itemsize, self.dbias, which)
+        biases = [math.prod(shape) for shape in (self.bias_shape, self.second_shape) if shape is not None]
+        return attention_bytes(*self.shapes, (sum(biases),), DTYPES[self.dtype].itemsize, self.dbias, which)
 
     def build(self, device: torch.device, seed: int = 0) -> Problem:
         """Random tensors: q, k, v and the output's gradient, standard normal (q such that scores are), and the bias."""
@@ -173,11 +189,17 @@ class Workload:
             bias = bias.to(dtype).contiguous()
         sinks = normal(self.heads).float() if self.sinks else None
         options = Options(self.softmax_scale, self.batch_inner, self.lo, self.hi, self.softcap, sinks)
-        return Problem(q, k, v, bias, dout, options, self.sequences)
+        second = None
+        if (shape := self.second_shape) is not None:
+            second = normal(*shape)
+            if shape[3] == 1 != self.queries:  # as models write a mask of keys; the first is seen
+                second = torch.where(second < -1.07, -1e9, 0.0).to(dtype)
+                second[..., 0] = 0.0
+        return Problem(q, k, v, bias, dout, options, self.sequences, second)
 
     def without_bias(self) -> Workload:
-        """The same, bias and padding left out. Its random q, k and v are the same."""
-        return replace(self, bias=None, bias_values="normal", dbias=False)
+        """The same, biases and padding left out. Its random q, k and v are the same."""
+        return replace(self, bias=None, bias_values="normal", second=None, dbias=False)
 
     def shrunk(self, length: int = 48) -> Workload:
         """The same features at a size for trying out and testing: says nothing about the model's speed."""
@@ -258,6 +280,14 @@ _WORKLOADS = (
     _square(
         "openfold-extra-msa", "OpenFold, extra MSA rows with pair bias, 1024 sequences, crop 256; no mask of keys", 1024, 8, 256, 8,
         batch_inner=1024, bias="b1hqk", dbias=True,
+    ),
+    _square(
+        "evoformer-msa-row", "DS4Sci_EvoformerAttention on MSA rows: 128 sequences, crop 384, a bias of keys beside that of pairs",
+        128, 8, 384, 32, batch_inner=128, bias="b1hqk", second="bi11k", dbias=True,
+    ),
+    _square(
+        "evoformer-triangle", "DS4Sci_EvoformerAttention on pairs, crop 384: af3-triangle with a bias of keys beside that of pairs",
+        384, 4, 384, 32, batch_inner=384, bias="b1hqk", second="bi11k", dbias=True,
     ),
 )  # fmt: skip
 NAMED = {workload.name: workload for workload in _WORKLOADS}
