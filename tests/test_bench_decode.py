@@ -11,9 +11,10 @@ import torch
 
 from triflash.cli.bench import options, report
 from triflash.cli.bench.measure import Settings, measure
+from triflash.cli.bench.models import named
 from triflash.cli.bench.providers import provider
 from triflash.cli.bench.record import Cell, Row, Run
-from triflash.cli.bench.workloads import DECODE, named
+from triflash.cli.bench.workloads import DECODE
 
 
 def test_decoding_is_told_by_name() -> None:

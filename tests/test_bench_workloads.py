@@ -9,8 +9,9 @@ import torch
 
 from triflash.cli.bench import flexible, formula, providers
 from triflash.cli.bench.gate import Problem, reference, verdict
+from triflash.cli.bench.models import named
 from triflash.cli.bench.providers import PROVIDERS, one_line, provider
-from triflash.cli.bench.workloads import NAMED, Workload, named, short
+from triflash.cli.bench.workloads import NAMED, Workload, short
 from triflash.plan.select import BACKENDS
 
 # batch, heads, key heads, queries, head dim, (lo, hi), bias, its shape

@@ -12,10 +12,11 @@ from typing import Any
 from ...errors import bad_value
 from .. import shorthand
 from .flops import HOST_PASSES, PASSES
+from .models import LAYERS, MODELS, named, sample
 from .packed import KINDS, TOKENS
 from .providers import PROVIDERS, provider
 from .sweeps import SWEEPS, Job
-from .workloads import DECODE, DTYPES, NAMED, Workload, named, short
+from .workloads import DECODE, DTYPES, NAMED, Workload, short
 
 __all__ = ["Options", "add_arguments", "listing"]
 
@@ -52,11 +53,13 @@ class Options:
     """A run, resolved: its jobs, in order.
 
     words: the command line, for the record. prepare: worker processes; part: this process is one of them, (i, n). sweep: the name of the
-    one that the jobs are from, or nothing. breakdown: whether steps of triflash are taken apart.
+    one that the jobs are from, or nothing. all: whether cells without a cliff are shown, too. breakdown: whether steps of triflash are
+    taken apart.
     """
 
     jobs: tuple[Job, ...]
     sweep: str
+    all: bool
     breakdown: bool
     device: str
     budget: float
@@ -93,9 +96,11 @@ class Options:
         if given.packed and "first" in passes:
             raise ValueError("--pass first: packed sequences are drawn for one number of tokens; drop it, or drop --packed")
         if given.sweep:
-            only = {name: found if getattr(given, name) else None for name, found in (("providers", providers), ("pass", passes))}
-            jobs = _swept(given, shape, only)
+            jobs = _swept(given, shape, {"providers": providers, "pass": passes})
         else:
+            for option in ("count", "all_cells"):
+                if getattr(given, option):
+                    raise ValueError(f"--{option.split('_')[0]}: is for --sweep models")
             jobs = [
                 Job(w, tuple(dict.fromkeys(providers)), tuple(dict.fromkeys(_of_caches(passes) if w.cache else passes)))
                 for w in _workloads(given, shape, kind)
@@ -103,6 +108,7 @@ class Options:
         return cls(
             jobs=tuple(replace(job, workload=replace(job.workload, dtype=dtype)) for dtype in dtypes for job in jobs),
             sweep=given.sweep or "",
+            all=given.all_cells,
             breakdown=given.breakdown,
             device=device,
             budget=given.budget or (_SWEEP_BUDGET if given.sweep else _BUDGET),
@@ -143,20 +149,40 @@ def _workloads(given: argparse.Namespace, shape: list[str], kind: str) -> list[W
     return list(dict.fromkeys(w.shrunk() if given.tiny else w for w in found))
 
 
-def _swept(given: argparse.Namespace, shape: list[str], only: dict[str, list[str] | None]) -> list[Job]:
-    """The jobs of a sweep, of which ``--providers`` and ``--pass`` choose some."""
+def _swept(given: argparse.Namespace, shape: list[str], chosen: dict[str, list[str]]) -> list[Job]:
+    """The jobs of a sweep, of which ``--providers`` and ``--pass`` choose some; ``chosen`` are these, or the device's defaults."""
     if shape or given.workload:
         raise ValueError(f"{', '.join(shape or ['--workload'])}: a sweep has its own problems; drop them, or drop --sweep")
+    sweep = SWEEPS[given.sweep]
+    if sweep.cliffs:
+        return _for_cliffs(given, chosen)
+    for option in ("count", "all_cells"):
+        if getattr(given, option):
+            raise ValueError(f"--{option.split('_')[0]}: is for --sweep models, whose cells are many")
     jobs = []
-    for job in SWEEPS[given.sweep].jobs:
-        providers = [name for name in job.providers if only["providers"] is None or name in only["providers"]]
-        passes = [which for which in job.passes if only["pass"] is None or which in only["pass"]]
+    for job in sweep.jobs:
+        providers = [name for name in job.providers if not given.providers or name in chosen["providers"]]
+        passes = [which for which in job.passes if not getattr(given, "pass") or which in chosen["pass"]]
         if providers and passes:
             workload = job.workload.shrunk() if given.tiny else job.workload
             jobs.append(Job(workload, tuple(providers), tuple(passes)))
     if not jobs:
         raise ValueError("--providers, --pass: the sweep has none of these together")
     return jobs
+
+
+def _for_cliffs(given: argparse.Namespace, chosen: dict[str, list[str]]) -> list[Job]:
+    """All layers or a sample, each beside all peers. A cell is two times: without triflash, or without peers, there is nothing to show."""
+    providers = tuple(dict.fromkeys(chosen["providers"]))
+    ours = [name.startswith("triflash") for name in providers]
+    if all(ours) or not any(ours):
+        raise ValueError(f"--providers {','.join(providers)}: wanted triflash and its peers, which --sweep {given.sweep} compares")
+    if "first" in chosen["pass"]:
+        raise ValueError("--pass first: its lengths are not the models'; wanted some of " + ", ".join(p for p in PASSES if p != "first"))
+    layers = sample(given.count, given.seed)
+    passes = tuple(dict.fromkeys(chosen["pass"]))
+    of_caches = tuple(_of_caches(list(passes)))
+    return [Job(w.shrunk() if given.tiny else w, providers, of_caches if w.cache else passes) for w in layers]
 
 
 def _grid(given: argparse.Namespace, kind: str) -> list[Workload]:
@@ -298,7 +324,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--workload", metavar="NAMES", help="named workloads, comma-separated; a family such as gemma2, or all; --list shows them")
-    add("--sweep", choices=tuple(SWEEPS), help="a set of problems, providers and passes with bars to hold them to; --list shows them")
+    add("--sweep", choices=tuple(SWEEPS), help="a set of problems, providers and passes, and what to hold them to; --list shows them")
+    add("--count", type=_size, metavar="N", help="of --sweep models: N layers, drawn by --seed, instead of all")
+    add("--all", dest="all_cells", action="store_true", help="of --sweep models: show all cells, not only those in which a peer is faster")
     add(
         "--packed",
         metavar="KINDS",
@@ -325,7 +353,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     words_of_budget = f"seconds of samples for each provider and pass (default {_BUDGET}; of a sweep {_SWEEP_BUDGET})"
     add("--budget", type=_seconds, metavar="S", help=words_of_budget)
     add("--min-samples", type=_size, default=10, metavar="N", help="samples even if the budget is spent (default 10)")
-    add("--seed", type=_seed, default=0, metavar="N", help="of the random inputs (default 0)")
+    add("--seed", type=_seed, default=0, metavar="N", help="of the random inputs, and of the layers that --count draws (default 0)")
     add("--device", type=_device, metavar="DEVICE", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add("--prepare", type=_count, metavar="N", help="on a GPU, first compile everything in N processes (default half the cores, up to 8)")
     add("--prepare-part", type=_part, help=argparse.SUPPRESS)
@@ -352,7 +380,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def listing() -> str:
     """What ``--list`` prints."""
-    width = max(map(len, NAMED))
+    width = max(map(len, (*NAMED, *LAYERS)))
     lines = ["Workloads:"]
     for w in NAMED.values():
         sizes = (
@@ -360,6 +388,10 @@ def listing() -> str:
         )
         features = [w.mask if w.is_banded else "", f"bias {w.biases}" if w.bias else "", "with its gradient" if w.dbias else ""]
         lines.append(f"  {w.name:<{width}}  {w.about} ({', '.join(x for x in (sizes, *features) if x)})")
+    lines += ["Layers of models, by name or in --sweep models, beside those above:"]
+    for model in MODELS:
+        names = [w.name for w in model.layers if w.name not in NAMED and w.name not in DECODE]
+        lines += [f"  {name:<{width}}  {model.name}: {LAYERS[name].about}" for name in names]
     lines += ["Steps of decoding, by name or all by decode:"]
     lines += [f"  {w.name:<{width}}  {w.about}" for w in DECODE.values()]
     lines += ["Packed sequences:", *(f"  {name:<{width}}  {about}" for name, about in KINDS.items())]

@@ -182,6 +182,11 @@ def _band(w: Workload) -> dict[str, Any]:
     return {"window": (None if w.lo is None else diagonal - w.lo, None if w.hi is None else w.hi - diagonal)}
 
 
+def _to_bottom_right(w: Workload) -> bool:
+    """Whether the mask is causal and the last query stands at the last key, as of a chunk that is prefilled."""
+    return w.lo is None and w.hi == w.keys - w.queries
+
+
 class Sdpa(Provider):
     """``torch.nn.functional.scaled_dot_product_attention`` with one of its backends, or (None) its own choice."""
 
@@ -266,7 +271,8 @@ class Fa4(Provider):
             return "needs a GPU"
         if workload.bias is not None:
             return "takes no bias tensor"
-        return "aligns causal to the bottom right" if workload.is_banded and workload.queries != workload.keys else None
+        odd = workload.is_banded and workload.queries != workload.keys and not _to_bottom_right(workload)
+        return "aligns causal to the bottom right" if odd else None
 
     def attend(self, workload: Workload, problem: Problem) -> Entry:
         """``flash_attn_func`` of ``flash_attn.cute``, or ``flash_attn_varlen_func``."""
@@ -274,7 +280,7 @@ class Fa4(Provider):
 
         w = workload
         more: dict[str, object] = {"softmax_scale": w.softmax_scale}
-        if w.is_causal:
+        if w.is_causal or _to_bottom_right(w):
             more["causal"] = True
         elif w.is_banded:
             more["window_size"] = (None if w.lo is None else -w.lo, w.hi)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,20 +18,23 @@ from rich.table import Table
 from .record import Cell, Row, Run, write_whole
 from .sweeps import SWEEPS, Sweep, verdicts
 from .timing import quantiles
+from .versus import Versus, beside_best_peer, command, compared, geometric_mean
+from .workloads import short
 
 __all__ = ["best_peer_ratio", "save", "save_samples", "show"]
 
-_WORDS = ("case", "peer")  # headings of columns that hold no numbers, beside the first
+_WORDS = ("case", "pass", "peer", "sizes")  # headings of columns that hold no numbers, beside the first
 
 
 @dataclass
 class _Sheet:
-    """A table before it has a format; ``notes`` are the reasons that its cells number."""
+    """A table before it has a format; ``notes`` are the reasons that its cells number, ``closing`` what is said below it."""
 
     title: str
     headings: list[str]
     lines: list[list[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    closing: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> str:
         if text not in self.notes:
@@ -39,8 +43,9 @@ class _Sheet:
 
 
 def show(run: Run, console: Console) -> None:
-    """Print the tables."""
-    for sheet in _sheets(run):
+    """Print the tables; of a sweep for cliffs those alone, the other tables are in ``bench.md``."""
+    sweep = _sweep_of(run)
+    for sheet in _sheets(run) if sweep is None or not sweep.cliffs else [_cliffs(run, run.options.get("all", False))]:
         table = Table(title="\n" + escape(sheet.title), title_justify="left")
         for at, heading in enumerate(sheet.headings):
             style = "bold" if heading.startswith("triflash") else None
@@ -53,16 +58,21 @@ def show(run: Run, console: Console) -> None:
         console.print(table)
         for number, text in enumerate(sheet.notes, 1):
             console.print(f"  [{number}] {text}", markup=False, highlight=False)
+        for text in sheet.closing:
+            console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 def save(run: Run, folder: Path) -> list[Path]:
-    """Write ``bench.json``, ``bench.csv``, ``samples.csv``, ``bench.md`` and, of a sweep, ``bars.json``, each whole or not at all.
+    """Write ``bench.json``, ``bench.csv``, ``samples.csv``, ``bench.md`` and, of a sweep, ``bars.json`` or ``cliffs.json``, each whole
+    or not at all.
 
     Returns their paths.
     """
     files = {"bench.json": run.dump(), "bench.csv": _summary(run), "samples.csv": _samples(run), "bench.md": _markdown(run)}
     sweep = _sweep_of(run)
-    if sweep is not None:
+    if sweep is not None and sweep.cliffs:
+        files["cliffs.json"] = json.dumps([each.facts(run) for each in compared(run)], indent=1) + "\n"
+    elif sweep is not None:
         files["bars.json"] = json.dumps([verdict.facts for verdict in verdicts(run, sweep.bars)], indent=1) + "\n"
     for name, text in files.items():
         write_whole(folder / name, text)
@@ -75,18 +85,9 @@ def save_samples(run: Run, folder: Path) -> None:
 
 
 def best_peer_ratio(run: Run, cell: Cell, which: str) -> float | None:
-    """Time of the fastest peer over that of triflash (its own choice, else its fastest backend); None if either is missing.
-
-    Who leaves out the bias is no peer, and compiled code is held to compiled code only where there is nothing else.
-    """
-    found = {name: row.median_ms for name in run.providers if (row := run.row(cell, name, which)) is not None and row.status == "ok"}
-    found = {name: ms for name, ms in found.items() if not name.endswith("-nobias")}
-    found = {name: ms for name, ms in found.items() if not name.endswith("-compiled")} or found
-    peers = [ms for name, ms in found.items() if not name.startswith("triflash")]
-    ours = {name: ms for name, ms in found.items() if name.startswith("triflash")}
-    if not peers or not ours:
-        return None
-    return min(peers) / ours.get("triflash", min(ours.values()))
+    """Time of the fastest peer over that of triflash; None if either is missing."""
+    found = beside_best_peer(run, cell, which)
+    return None if found is None else found.ratio
 
 
 _HOST_TITLES = {
@@ -102,7 +103,7 @@ def _sheets(run: Run) -> Iterable[_Sheet]:
     unit, factor = ("TFLOP/s", 1e12) if run.machine["device"] == "cuda" else ("GFLOP/s", 1e9)
     sweep = _sweep_of(run)
     if sweep is not None:
-        yield _bars(run, sweep)
+        yield _cliffs(run, everything=True) if sweep.cliffs else _bars(run, sweep)
     for which in run.passes:
         if which in _HOST_TITLES:
             yield _sheet(run, which, _HOST_TITLES[which], _first_cell if which == "first" else _host_cell)
@@ -137,6 +138,56 @@ def _bars(run: Run, sweep: Sweep) -> _Sheet:
         missed = sum(line[-1].endswith("MISSED") for line in mine)
         sheet.note(f"{bar.name}: " + (f"met in {len(mine) - missed} of {len(mine)}" if mine else "not measured"))
     return sheet
+
+
+def _cliffs(run: Run, everything: bool) -> _Sheet:
+    """The cells in which a peer is faster, or triflash has no right result, slowest first; ``everything``: all cells."""
+    found = compared(run)
+    shown = sorted((each for each in found if everything or each.is_cliff), key=_worst_first)
+    title = "every cell beside its best peer" if everything else "cells below 1.0 of the best peer"
+    sheet = _Sheet(f"sweep {run.options['sweep']}: {title}", ["case", "pass", "sizes", "triflash, ms", "peer", "peer, ms", "ratio"])
+    several = len({cell.dtype for cell in run.cells}) > 1
+    for each in shown:
+        name = each.cell.name + (f" {each.cell.dtype}" if several else "")
+        ours = f"{each.ours.median_ms:.4g}" if each.ours.status == "ok" else _why_none(sheet, each.ours)
+        peer = ["", ""] if each.peer is None else [each.peer.provider, f"{each.peer.median_ms:.4g}"]
+        sheet.lines.append([name, each.which, _sizes(each.cell), ours, *peer, "" if each.ratio is None else f"{each.ratio:.2f}x"])
+    for which in run.passes:
+        own = [each for each in found if each.which == which]
+        with_ratio = [each for each in own if each.ratio is not None]
+        if not with_ratio:
+            sheet.closing.append(f"{which}: no cell in which both triflash and a peer have a time")
+            continue
+        ratios = [each.ratio or 0.0 for each in with_ratio]
+        least = min(with_ratio, key=_worst_first)
+        words = f"{which}: geometric mean {geometric_mean(ratios):.2f}x of the best peer over {len(ratios)} cells"
+        words += f", {sum(ratio < 1 for ratio in ratios)} below 1.0, worst {min(ratios):.2f}x ({least.cell.name})"
+        alone = sum(each.peer is None and each.ours.status == "ok" for each in own)
+        sheet.closing.append(words + (f"; no peer in {alone}" if alone else ""))
+    if found:
+        worst = min(found, key=_worst_first)
+        sheet.closing.append(f"The {'worst' if worst.is_cliff else 'closest'} alone: {command(run, worst)}")
+    return sheet
+
+
+def _worst_first(each: Versus) -> tuple[bool, float]:
+    """No right result comes before any ratio; no peer behind all."""
+    return each.ours.status == "ok", math.inf if each.ratio is None else each.ratio
+
+
+def _why_none(sheet: _Sheet, row: Row) -> str:
+    return ("– " if row.status == "dash" else "WRONG ") + sheet.note(row.reason)
+
+
+def _sizes(cell: Cell) -> str:
+    """``b 2, h 32 on 8, s 8k, d 128, causal``."""
+    w = cell.workload
+    heads = f"h {w['heads']}" + (f" on {w['kv_heads']}" if w["kv_heads"] != w["heads"] else "")
+    length = f"s {short(w['queries'])}" + (f" x {short(w['keys'])}" if w["keys"] != w["queries"] else "")
+    dim = f"d {w['head_dim']}" + (f" x {w['value_dim']}" if w["value_dim"] != w["head_dim"] else "")
+    more = [cell.mask if cell.mask != "full" else "", "" if cell.bias == "none" else f"bias {cell.bias}"]
+    more += [f"soft cap {w['softcap']:g}" if w["softcap"] else "", "sinks" if w["sinks"] else "", "cache" if w["cache"] else ""]
+    return ", ".join([f"b {w['batch']}", heads, length, dim, *(x for x in more if x)])
 
 
 def _breakdown(run: Run, row: Row) -> Iterable[_Sheet]:
@@ -174,7 +225,7 @@ def _sheet(run: Run, which: str, title: str, text: Callable[[Run, Cell, Row], st
             elif row.status == "ok":
                 line.append(text(run, cell, row))
             else:
-                line.append(("– " if row.status == "dash" else "WRONG ") + sheet.note(row.reason))
+                line.append(_why_none(sheet, row))
         if ratio:
             times = best_peer_ratio(run, cell, which)
             line.append("" if times is None else f"{times:.2f}x")
@@ -227,6 +278,7 @@ def _markdown(run: Run) -> str:
         ]
         lines += ["| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in sheet.lines]
         lines += ["", *(f"[{number}] {text}  " for number, text in enumerate(sheet.notes, 1))]
+        lines += [*([""] if sheet.notes and sheet.closing else []), *(f"{text}  " for text in sheet.closing)]
     return "\n".join(lines).rstrip() + "\n"
 
 

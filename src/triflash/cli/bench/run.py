@@ -39,7 +39,7 @@ def run(options: Options) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.prepare and device.type == "cuda":
         _prepare(options, settings)
-    kept = {name: getattr(options, name) for name in ("note", "budget", "min_samples", "seed", "passes", "sweep")}
+    kept = {name: getattr(options, name) for name in ("note", "budget", "min_samples", "seed", "passes", "sweep", "all")}
     kept["words"] = _without_out(options.words)
     found = Run(machine.facts(device), kept)
     lost = ""

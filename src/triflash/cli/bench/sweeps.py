@@ -1,6 +1,7 @@
-"""Sweeps: several kinds of problems, each with its own providers and passes, and the bars that the results are held to.
+"""Sweeps: several kinds of problems, each with its own providers and passes, and what the results are held to.
 
-``host`` is what an eager call costs the host, and what an eager program sees of it.
+``host`` is what an eager call costs the host, and what an eager program sees of it, held to bars. ``models`` are the layers of many models,
+held to their best peers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .flops import HOST_PASSES
+from .models import LAYERS, MODELS
 from .record import Cell, Run
 from .workloads import Workload, short
 
@@ -22,7 +24,7 @@ def _any(cell: Cell) -> bool:
 
 @dataclass(frozen=True)
 class Job:
-    """A workload, who computes it, and in which passes."""
+    """A workload, who computes it, and in which passes. Of a sweep, no providers or passes: the device's defaults."""
 
     workload: Workload
     providers: tuple[str, ...]
@@ -70,11 +72,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Sweep:
-    """about: a line for ``--list``."""
+    """about: a line for ``--list``. cliffs: what is shown are the cells in which a peer is faster, and there are no bars."""
 
     about: str
     jobs: tuple[Job, ...]
-    bars: tuple[Bar, ...]
+    bars: tuple[Bar, ...] = ()
+    cliffs: bool = False
 
 
 def verdicts(run: Run, bars: tuple[Bar, ...]) -> list[Verdict]:
@@ -138,4 +141,9 @@ def _host() -> Sweep:
     )
 
 
-SWEEPS = {"host": _host()}
+def _models() -> Sweep:
+    about = f"{len(LAYERS)} attention layers of {len(MODELS)} models, of which it shows those where a peer is faster; --count N draws some"
+    return Sweep(about, tuple(Job(layer, (), ()) for layer in LAYERS.values()), cliffs=True)
+
+
+SWEEPS = {"host": _host(), "models": _models()}

@@ -14,7 +14,7 @@ from .formula import Options
 from .gate import Problem
 from .packed import lengths
 
-__all__ = ["DECODE", "DTYPES", "NAMED", "Workload", "named", "short"]
+__all__ = ["DECODE", "DTYPES", "NAMED", "Workload", "short"]
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -207,12 +207,17 @@ class Workload:
             queries, inner, outer = self.queries, 4, min(2, self.batch // self.batch_inner)
         else:
             queries, inner, outer = min(self.queries, length), min(self.batch_inner, 3), min(2, self.batch // self.batch_inner)
-        keys = queries if self.keys == self.queries else min(self.keys, length)
+        longer = length + length // 3  # keys of cross attention, where both are cut short: still not as many as queries
+        keys = queries if self.keys == self.queries else min(self.keys, longer if queries == length else length)
         kv_heads = min(self.kv_heads, 2)
         lo = None if self.lo is None else -max(1, -self.lo * queries // self.queries)
+        hi = self.hi
+        if hi is not None and hi == self.keys - self.queries:  # the last query stands at the last key
+            hi = keys - queries
+        elif hi:
+            hi = max(1, hi * queries // self.queries)
         heads = kv_heads * min(4, self.heads // self.kv_heads)
         sizes = dict(batch=outer * inner, batch_inner=inner, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys)
-        hi = keys - queries if self.cache and self.hi is not None else self.hi
         return replace(self, **sizes, lo=lo, hi=hi, name=f"{self.name} (tiny)")  # type: ignore[arg-type]
 
 
@@ -320,21 +325,6 @@ _STEPS = (
     ),
 )  # fmt: skip
 DECODE = {workload.name: workload for workload in _STEPS}
-
-
-def named(name: str) -> list[Workload]:
-    """The workloads of that name, or whose names start with it (``gemma2``, ``decode``), or ``all`` but those of decoding. Raises
-    ValueError listing the names.
-    """
-    if name.startswith("decode"):
-        steps = [w for n, w in DECODE.items() if n == name or n.startswith(name + "-")]
-        if not steps:
-            raise ValueError(f"--workload {name}: wanted decode or one of {', '.join(DECODE)}")
-        return steps
-    found = [w for n, w in NAMED.items() if name in (n, "all")] or [w for n, w in NAMED.items() if n.startswith(name + "-")]
-    if not found:
-        raise ValueError(f"--workload {name}: wanted all or one of {', '.join(NAMED)}")
-    return found
 
 
 def short(size: int) -> str:
