@@ -312,7 +312,7 @@ def test_what_was_measured_is_kept(error: BaseException, status: int, tmp_path: 
         (["--sweep", "host", "--workload", "vit-l"], "--workload: a sweep has its own problems"),
         (["--sweep", "host", "--providers", "flex"], "--providers, --pass: the sweep has none of these together"),
         (["--sweep", "hosts"], "invalid choice: 'hosts'"),
-        (["--workload", "gpt2"], "--workload gpt2: wanted all or one of"),
+        (["--workload", "gpt5"], "--workload gpt5: wanted all or one of"),
         (["--workload", "vit-l", "--d", "64"], "--d: a named workload has its own shape"),
         (["--tiny"], "--tiny: is for named workloads"),
         (["--budget", "0"], "not a positive number of seconds"),

@@ -73,8 +73,8 @@ def test_families_and_unknown_names() -> None:
     assert [w.name for w in named("gemma2-9b")] == ["gemma2-9b-local", "gemma2-9b-global"]
     assert [w.name for w in named("swin-b")] == ["swin-b"]
     assert len(named("all")) == len(NAMED)
-    with pytest.raises(ValueError, match="--workload gpt2: wanted all or one of llama3-8b"):
-        named("gpt2")
+    with pytest.raises(ValueError, match="--workload gpt5: wanted all or one of llama3-8b"):
+        named("gpt5")
 
 
 def run(workload: Workload, attend: object) -> str | None:
