@@ -126,7 +126,7 @@ RULES: dict[str, list[str]] = {
         "triflash.lengths", "triflash.ops", "triflash.plan.device", "triflash.spec",
     ],
     "triflash.distributed.chunks": ["triflash.errors"],
-    "triflash.distributed.group": ["torch", "triflash.errors"],
+    "triflash.distributed.group": ["torch", "triflash.door", "triflash.errors"],
     "triflash.hints": ["triflash.errors"],
     "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.combine", "triflash.door", "triflash.errors", "triflash.hints"],
     "triflash.nn": ["torch", "triflash.attention", "triflash.checks", "triflash.errors", "triflash.nn"],
