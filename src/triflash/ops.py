@@ -277,15 +277,13 @@ def differentiable_once(grads: list[Tensor | None], inputs: tuple[Tensor | None,
     return tied
 
 
-def _watched() -> bool:
-    """Whether a transform of ``torch.func`` or a dispatch mode is to see what runs: they see operators alone."""
-    return bool(torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
+# Whether a transform of ``torch.func`` or a dispatch mode is to see what runs: they see operators alone.
+_transforms = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-def _opaque(x: Tensor | None) -> bool:
+def _opaque(x: Tensor) -> bool:
     """Whether a tensor is not what its memory holds: a subclass, one of several of a vmap, a negated view."""
-    if x is None:
-        return False
     if type(x) is not Tensor or x.is_neg():
         return True
     try:
@@ -328,6 +326,8 @@ def _gradients_by_operator(
 
 
 _MISSING = (None,) * len(Operands._fields)
+_UNWANTED = (False,) * len(GRADIENTS)
+_LEADING = next(at for at, place in enumerate(GRADIENTS) if at != place)  # of the operands that have a gradient: q, k, v, bias
 
 
 class Attention(torch.autograd.Function):
@@ -345,17 +345,17 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        _, _, *wants = ctx.needs_input_grad
+        wants = ctx.needs_input_grad[2:]
         count = len(wants)
-        result: list[Tensor | None] = [None] * (2 + count)
         if dout is None and dlse is None:
-            return tuple(result)
+            return (None,) * (2 + count)
         call, saved = ctx.call, ctx.saved_tensors
         given, outputs = saved[:count] + _MISSING[count : len(call.given)], saved[count:]
         if dout is None:
             dout = torch.zeros_like(outputs[0])
-        needs = tuple([at < count and wants[at] for at in GRADIENTS])
-        if _watched() or _opaque(dout) or _opaque(dlse):
+        few = count <= _LEADING  # which autograd asks for in the order in which they come
+        needs = wants + _UNWANTED[count:] if few else tuple([at < count and wants[at] for at in GRADIENTS])
+        if _transforms() or _dispatch_modes() or _opaque(dout) or (dlse is not None and _opaque(dlse)):
             grads = _backward_by_operator(call, given, outputs, dout, dlse, needs)
         elif not torch.is_grad_enabled():
             grads = call.run_backward(given, outputs, dout, dlse, needs)
@@ -363,6 +363,9 @@ class Attention(torch.autograd.Function):
             with torch.no_grad():
                 grads = call.run_backward(given, outputs, dout, dlse, needs)
             grads = list(differentiable_once(grads, (dout, dlse, *given)))
+        if few:
+            return (None, None, *grads[:count])
+        result: list[Tensor | None] = [None] * (2 + count)
         for at, grad in zip(GRADIENTS, grads, strict=True):
             if grad is not None:
                 result[2 + at] = grad

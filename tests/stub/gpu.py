@@ -103,6 +103,7 @@ def activate() -> None:
             return GPUTarget("cuda", 90, 32)
 
     driver.set_active(Driver())
+    _library.stub_tell(_tell)
     compiler.CUDABackend.make_cubin = lambda self, source, *_: source.encode()
     load = CompiledKernel._init_handles
 
@@ -112,6 +113,25 @@ def activate() -> None:
             _compiled[self.function] = (self.name, _parameters(self.asm["ptx"]))
 
     CompiledKernel._init_handles = loaded
+
+
+@ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_size_t, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t))
+def _tell(function: int, index: int, offset: Any, size: Any) -> int:
+    """cuFuncGetParamInfo: parameters lie one behind the other, each at a multiple of its size, a tensor map of 64 bytes."""
+    _, parameters = _compiled[function]
+    if index >= len(parameters):
+        return 1
+    end = 0
+    for _, own in parameters[: index + 1]:
+        begin = -(-end // min(own, 64)) * min(own, 64)
+        end = begin + own
+    offset[0], size[0] = begin, own
+    return 0
+
+
+def refuse(count: int) -> None:
+    """The next so many launches fail, as on a thread without a context."""
+    _library.stub_refuse(count)
 
 
 def _parameters(ptx: str) -> list[tuple[str, int]]:

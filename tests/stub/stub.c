@@ -17,10 +17,14 @@ _Static_assert(sizeof(struct map) <= sizeof(CUtensorMap), "no room for it");
 // grid, block, bytes of shared memory, attributes of the launch
 typedef void (*watcher)(uint64_t function, const uint32_t shape[8], uint64_t stream, void **arguments);
 static watcher watching;
+// whether a function has such a parameter, and where it lies
+typedef CUresult (*teller)(uint64_t function, size_t index, size_t *offset, size_t *size);
+static teller telling;
 static unsigned long launches;
 static uint64_t handles = 0x1000;
 
 void stub_watch(watcher w) { watching = w; }
+void stub_tell(teller t) { telling = t; }
 unsigned long stub_launches(void) { return launches; }
 
 CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
@@ -54,6 +58,9 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute which, CUfunction f
   *value = which == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
   return CUDA_SUCCESS;
 }
+CUresult cuFuncGetParamInfo(CUfunction function, size_t index, size_t *offset, size_t *size) {
+  return telling ? telling((uint64_t)function, index, offset, size) : CUDA_ERROR_INVALID_VALUE;
+}
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute which, int value) { return CUDA_SUCCESS; }
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
 CUresult cuPointerGetAttribute(void *data, CUpointer_attribute which, CUdeviceptr pointer) { *(CUdeviceptr *)data = pointer; return CUDA_SUCCESS; }
@@ -63,7 +70,11 @@ CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute *which, void
 }
 CUresult cuOccupancyMaxActiveClusters(int *count, CUfunction function, const CUlaunchConfig *config) { *count = 1; return CUDA_SUCCESS; }
 
+static unsigned refused;
+void stub_refuse(unsigned count) { refused = count; }  // so many launches
+
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **arguments, void **extra) {
+  if (refused) { --refused; return CUDA_ERROR_INVALID_CONTEXT; }
   const uint32_t shape[8] = {c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ, c->sharedMemBytes, c->numAttrs};
   __atomic_add_fetch(&launches, 1, __ATOMIC_SEQ_CST);
   if (watching) watching((uint64_t)function, shape, (uint64_t)c->hStream, arguments);

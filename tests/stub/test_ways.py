@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from ways import bound_launches
 
 from triflash import attention, launch
 from triflash.bound.signature import CALLS
+from triflash.launch import native
 
 BACKENDS = ["triton", "hopper"]
 Q = torch.zeros(1, 72, 2, 32, dtype=torch.bfloat16)
@@ -30,11 +32,11 @@ def warm() -> None:
         assert ways(backend) == (1, 1)
 
 
-def ways(backend: str) -> tuple[int, int]:
+def ways(backend: str, q: Tensor = Q) -> tuple[int, int]:
     """How many launches one call makes, and how many of them go the bound way."""
     before = gpu.launches()
     with bound_launches() as bound:
-        attention(Q, Q, Q, backend=backend)
+        attention(q, q, q, backend=backend)
     return gpu.launches() - before, len(bound)
 
 
@@ -165,13 +167,62 @@ def test_knobs_that_make_another_kernel() -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_unknown_launcher_is_left_alone(backend: str) -> None:
     """A release of Triton that nobody here has seen."""
-    from triflash.launch import native
-
     CALLS.clear()
-    with mock.patch.object(native, "_c_launcher", side_effect=native._Unknown):
+    with mock.patch.object(native, "_c_launcher", side_effect=native._Unknown), unknown_kernels():
         assert ways(backend) == ways(backend) == (1, 0)
     CALLS.clear()
     assert ways(backend) == (1, 1)
+
+
+@contextmanager
+def unknown_kernels() -> Iterator[None]:
+    """As if no kernel had been bound before."""
+    with mock.patch.object(native, "_forms", weakref.WeakKeyDictionary()):
+        yield
+
+
+def launched_by_c() -> AbstractContextManager[Any]:
+    """The launches that go through Triton's C launcher, as its mock's calls."""
+    return mock.patch.object(native.Launch, "__call__", autospec=True, side_effect=native.Launch.__call__)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_driver_that_lays_parameters_out_otherwise(backend: str) -> None:
+    """Or tells nothing of them, as before CUDA 12.4: Triton's C launcher gets the arguments."""
+    for taking in ({"return_value": False}, None):
+        CALLS.clear()
+        driver = mock.patch.object(native._Libcuda, "takes", **taking) if taking else mock.patch.object(native, "_libcuda", lambda: None)
+        with driver, unknown_kernels(), launched_by_c() as launched:
+            assert ways(backend) == ways(backend) == (1, 1)
+        assert launched.call_count == 2
+    CALLS.clear()
+    with launched_by_c() as launched:
+        assert ways(backend) == (1, 1)
+    assert not launched.called
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_launch_that_the_driver_refuses(backend: str) -> None:
+    """As on a thread that has no context yet: Triton's launcher, which makes one, takes it and those behind it."""
+    with launched_by_c() as launched:
+        gpu.refuse(1)
+        assert ways(backend) == (1, 1) and launched.call_count == 1
+        assert ways(backend) == (1, 1) and launched.call_count == 1
+    gpu.refuse(2)
+    with pytest.raises(RuntimeError, match="Triton Error"):
+        ways(backend)
+
+
+def test_launches_are_kept_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are to be kept, the oldest of which go; what a launch hands over is that of its own addresses."""
+    monkeypatch.setattr(native, "_PREPARED", 8)
+    native._prepared.clear()
+    given = [torch.zeros_like(Q) for _ in range(20)]
+    for q in (*given, *reversed(given)):
+        with gpu.watching([q], kernels=False) as seen:
+            assert ways("hopper", q) == (1, 1)
+        assert q.data_ptr() in {each.value for each in seen[0].arguments if each.kind in ("pointer", "map")}
+        assert len(native._prepared) <= 8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

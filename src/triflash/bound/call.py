@@ -130,16 +130,19 @@ class BoundCall:
             needs: of each gradient whether it is needed. into: tensors to fill, in the form given; None: new ones.
         """
         all_given = (*given, *saved, dout, dlse, *(() if into is None else into))
-        key = (needs, into is None, current_choices(), tuple([None if x is None else (x.stride(), x.data_ptr() & 15) for x in all_given]))
+        addresses = [0 if x is None else x.data_ptr() for x in all_given]
+        low = 0
+        for address in addresses:
+            low |= address
+        strides = tuple([None if x is None else x.stride() for x in all_given])
+        aligned = tuple([address & 15 for address in addresses]) if low & 15 else None
+        key = (needs, into is None, current_choices(), strides, aligned)
         bound = self._backward.get(key)  # strides and alignment may change between a forward pass and its backward pass
         if bound is None:
             bound = self.bind_backward(all_given, len(saved), needs, into is not None)
             self._backward.add(key, bound)
-        made = bound.run(all_given, dout)
-        if into is not None:
-            return []
-        results = iter(made)
-        return [next(results) if need else None for need in needs]
+        made = iter(bound.run(all_given, dout, addresses))
+        return [] if into is not None else [next(made) if need else None for need in needs]
 
     def bind_backward(self, tensors: Given, saved_count: int, needs: Sequence[bool], into: bool) -> BoundPass:
         """The backward pass for tensors of such layouts: the operands, what was saved, dout, dlse, and if ``into`` the gradients."""

@@ -30,7 +30,7 @@ __all__ = ["BoundPass"]
 _ALIGNMENT = 256  # bytes, of each part of the scratch: what any load or tensor map wants
 
 Given = Sequence[Tensor | None]
-_Allocated = tuple[tuple[int, ...], tuple[int, ...], "torch.dtype | None"]  # None: the dtype of what it is allocated like
+_Allocated = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 class BoundPass:
@@ -54,29 +54,28 @@ class BoundPass:
     ) -> None:
         self.plan, self.spec, self.room, self.calls, self._aside = plan, spec, room, calls, aside
         self._device = device
-        self._results = [_shape_of(each, spec.tensor_dtype) for each in room.allocations if each.use == "result"]
+        self._results = [_shape_of(each) for each in room.allocations if each.use == "result"]
         self._steps: _Native | None = None
         self._tried = calls is None
         self._lock = threading.Lock()
 
-    def run(self, given: Given, like: Tensor) -> list[Tensor]:
+    def run(self, given: Given, like: Tensor, addresses: Sequence[int] | None = None) -> list[Tensor]:
         """Carry the pass out on the tensors of the given slots; returns the results, in the order of their allocation.
 
-        ``like``, in the spec's dtype, is one of them, where all memory is allocated.
+        ``like``, in the spec's dtype, is one of them, where all memory is allocated. addresses: theirs, if that is known.
         """
-        new = like.new_empty_strided
-        # Parsing a dtype takes PyTorch longer than finding the memory.
-        results = [new(shape, strides) if dtype is None else new(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
         native = self._steps
         if native is None and not self._tried:
             native = self._bind()
         if native is None or native.changed():
+            new = like.new_empty_strided
+            results = [new(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
             self._aside([*given, *results])
         elif native.index is None or native.index == _current_device():
-            native.run(given, results, like)
+            results = native.run(given, like, addresses)
         else:
             with torch.cuda.device(self._device):
-                native.run(given, results, like)
+                results = native.run(given, like, addresses)
         if launch.recorders:
             launch.record(self.plan)
         return results
@@ -91,16 +90,22 @@ class BoundPass:
             if not self._tried:
                 bound = [_native.bind(call, self.room.place) for call in self.calls]
                 known = [each for each in bound if each is not None]
-                self._steps = _Native(self.room, known, self._device, self.spec.tensor_dtype) if len(known) == len(bound) else None
+                self._steps = (
+                    _Native(self.room, self._results, known, self._device, self.spec.tensor_dtype) if len(known) == len(bound) else None
+                )
                 self._tried = True
         return self._steps
 
 
-def _shape_of(each: Allocation, like: torch.dtype) -> _Allocated:
-    return each.shape, each.strides, None if each.dtype == like else each.dtype
+def _shape_of(each: Allocation) -> _Allocated:
+    return each.shape, each.strides, each.dtype
 
 
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)  # which is not there in builds for CPUs
+_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms
+
+# What compiled graphs allocate by, on the current device, in half the time: not by way of the dispatcher, which PyTorch does not promise.
+_ALLOCATORS = {kind: getattr(getattr(torch._C._dynamo, "guards", None), f"_empty_strided_{kind}", None) for kind in ("cpu", "cuda")}
 
 
 class _Native:
@@ -108,32 +113,36 @@ class _Native:
     device that must be the current one; None: any.
     """
 
-    def __init__(self, room: Described, launches: list[Launch], device: torch.device, like: torch.dtype) -> None:
+    def __init__(self, room: Described, results: list[_Allocated], launches: list[Launch], device: torch.device, like: torch.dtype) -> None:
         from ..launch import native
 
-        self._launches = launches
+        self._launches = native.Launches(launches)
         self.changed = native.watch(launches)
         self.index = device.index if device.type == "cuda" else None
         self._stream: Callable[[int], int] = native.streams() if launches else int
-        given, results = room.given, sum(each.use == "result" for each in room.allocations)
+        self._allocate = _ALLOCATORS.get(device.type)
+        given, self._count = room.given, len(results)
         # Behind given and results: copies, then all scratch in one.
         copies = [(room.given + at, each) for at, each in enumerate(room.allocations) if each.use == "copy"]
-        self._copies_made = [_shape_of(each, like) for _, each in copies]
+        self._made = [*results, *(_shape_of(each) for _, each in copies)]
         places = {slot: (slot, 0) for slot in range(given)}
         kept = [room.given + at for at, each in enumerate(room.allocations) if each.use == "result"]
         places |= {slot: (given + at, 0) for at, slot in enumerate(kept)}
-        places |= {slot: (given + results + at, 0) for at, (slot, _) in enumerate(copies)}
-        shared, size = given + results + len(copies), 0
+        places |= {slot: (given + self._count + at, 0) for at, (slot, _) in enumerate(copies)}
+        shared, size = given + self._count + len(copies), 0
         for at, each in enumerate(room.allocations):
             if each.use == "scratch":
                 places[room.given + at] = (shared, size)
                 size += -(-each.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self._scratch = size // like.itemsize
+        if size:
+            self._made.append(((size // like.itemsize,), (1,), like))
         for one in launches:
             one.move(places)
-        used = sorted({slot for each in launches for slot in each.slots})
-        self._used, self._count = [slot for slot in used if slot < given + results], shared + 1
-        self._first_own, self._shared = given + results, shared
+        # Addresses come in the order of what is used of the given, then results, copies and the scratch.
+        self._used = sorted({slot for each in launches for slot in each.slots if slot < given})
+        order = [*self._used, *range(given, shared + 1)]
+        for one in launches:
+            one.move({slot: (at, 0) for at, slot in enumerate(order)})
         moved = lambda view: _moved(view, places)  # noqa: E731
         self._before = [(moved(each.target), moved(each.source)) for each in room.copies if not each.after]
         self._after = [(moved(each.target), moved(each.source)) for each in room.copies if each.after]
@@ -142,38 +151,36 @@ class _Native:
             (moved(s.dsink), moved(s.sink), moved(s.lse), None if s.rest is None else moved(s.rest), moved(s.delta), s.factor)
             for s in room.sinks
         ]
-        self._plain = not (self._before or self._after or self._zeros or self._sinks or copies)
+        self._plain = not (self._before or self._after or self._zeros or self._sinks)
 
-    def run(self, given: Given, results: list[Tensor], like: Tensor) -> None:
-        """Fill the results, on the current device."""
-        addresses = [0] * self._count
-        tensors = [*given, *results]
-        for slot in self._used:
-            addresses[slot] = tensors[slot].data_ptr()  # type: ignore[union-attr]
-        if not self._plain:
+    def run(self, given: Given, like: Tensor, known: Sequence[int] | None) -> list[Tensor]:
+        """The results, on the current device. known: the addresses of what is given."""
+        if self._allocate is None or _deterministic():  # PyTorch may be asked to fill what it allocates then
             new = like.new_empty_strided
-            for at, (shape, strides, dtype) in enumerate(self._copies_made, self._first_own):
-                made = new(shape, strides) if dtype is None else new(shape, strides, dtype=dtype)
-                tensors.append(made)
-                addresses[at] = made.data_ptr()
-        if self._scratch:
-            scratch = like.new_empty_strided((self._scratch,), (1,))
-            addresses[self._shared] = scratch.data_ptr()
-            tensors.append(scratch)
+            made = [new(shape, strides, dtype=dtype) for shape, strides, dtype in self._made]
+        else:
+            new = self._allocate
+            made = [new(shape, strides, dtype) for shape, strides, dtype in self._made]
+        if known is None:
+            addresses = [given[slot].data_ptr() for slot in self._used]  # type: ignore[union-attr]
+        else:
+            addresses = [known[slot] for slot in self._used]
+        addresses += [x.data_ptr() for x in made]
+        if self._plain:
+            self._launches(self._stream(self.index or 0), tuple(addresses))
+            return made[: self._count]
+        tensors = [*given, *made]
         for target, source in self._before:
             _seen(target, tensors).copy_(_seen(source, tensors))
-        if self._launches:
-            stream = self._stream(self.index or 0)
-            for each in self._launches:
-                each(stream, addresses)
-        if not self._plain:
-            for target, source in self._after:
-                _seen(target, tensors).copy_(_seen(source, tensors))
-            for view in self._zeros:
-                _seen(view, tensors).zero_()
-            for dsink, sink, lse, rest, delta, factor in self._sinks:
-                saved = Saved(_seen(lse, tensors), _seen(lse, tensors), None if rest is None else _seen(rest, tensors))
-                _seen(dsink, tensors).copy_(sink_gradient(_seen(sink, tensors), saved, _seen(delta, tensors), factor))
+        self._launches(self._stream(self.index or 0), tuple(addresses))
+        for target, source in self._after:
+            _seen(target, tensors).copy_(_seen(source, tensors))
+        for view in self._zeros:
+            _seen(view, tensors).zero_()
+        for dsink, sink, lse, rest, delta, factor in self._sinks:
+            saved = Saved(_seen(lse, tensors), _seen(lse, tensors), None if rest is None else _seen(rest, tensors))
+            _seen(dsink, tensors).copy_(sink_gradient(_seen(sink, tensors), saved, _seen(delta, tensors), factor))
+        return made[: self._count]
 
 
 def _moved(view: View, places: dict[int, tuple[int, int]]) -> View:

@@ -1,29 +1,41 @@
-"""What reaches into Triton: a compiled kernel's C launcher, called with addresses. Knows Triton 3.6 to 3.9 by what it finds there.
+"""What reaches into Triton and the driver: a compiled kernel launched with addresses. Knows Triton 3.6 to 3.9 by what it finds there.
 
 ``kernel[grid](...)`` binds, specialises, looks up and decomposes descriptors in Python at every launch. Of that only addresses change from
-one call of a signature to the next, so :func:`bind` does it once and a :class:`Launch` replaces addresses. What is not recognised here is
+one call of a signature to the next, so :func:`bind` does it once and a :class:`Launch` replaces addresses. :class:`Launches` of a pass keep
+the parameters of all its kernels as the driver takes them, by the addresses in them: where these come again, as those that an allocator
+gives do from one step of a program to the next, a launch is one call of ``cuLaunchKernelEx``. What is not recognised here is
 launched by ``kernel[grid]``, as ever: an AMD driver, the interpreter, a launcher of another form, scratch that Triton would allocate,
-launch hooks (profilers), other knobs than those in force when the kernel was bound, and ``TRIFLASH_BIND=0`` in the environment.
+launch hooks (profilers), other knobs than those in force when the kernel was bound, and ``TRIFLASH_BIND=0`` in the environment. And by
+Triton's C launcher, with addresses replaced among some hundred arguments: kernels of Triton 3.7 and later, clusters, cooperative grids,
+parameters that the driver lays out otherwise than they are known here or, before CUDA 12.4, tells nothing of, and whatever the driver
+says no to: a launcher has words for it, and on a thread without a context makes one.
 
 Only Triton 3.6.0 ever ran on a GPU here; 3.6.0 and the newest release run in the tests, against a driver that does nothing.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import inspect
+import itertools
+import operator
 import os
 import sys
 import threading
+import weakref
+from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .calls import Call
 
-__all__ = ["Launch", "bind", "stands_aside", "streams", "watch"]
+__all__ = ["Launch", "Launches", "bind", "stands_aside", "streams", "watch"]
 
 _MAPS = 64  # tensor maps kept for each descriptor of a launch, by address
+_PREPARED = 4096  # launches of a pass kept ready in a process, by address; some 3 kB each
 
 # Threads that need the same new kernel would each compile it, and parsing in two at once has failed. Triton loads a kernel when its
 # launcher is first asked for, in steps of which another thread may see the first.
@@ -33,15 +45,15 @@ _environment = getattr(os.environ, "_data", None)  # a look-up by bytes takes a 
 
 
 def stands_aside() -> bool:
-    """Whether launches go Triton's own way now, whatever was bound: hooks want to see them, or the environment says so.
+    """Whether launches go Triton's own way now, whatever was bound: hooks want to see them, or the environment says so."""
+    off = os.environ.get("TRIFLASH_BIND") == "0" if _environment is None else _environment.get(b"TRIFLASH_BIND") == b"0"
+    runtime = _knobs().runtime
+    return off or _hooked(runtime.launch_enter_hook) or _hooked(runtime.launch_exit_hook)
 
-    A hook is None, or a chain of functions, which may be empty, or one.
-    """
-    if (os.environ.get("TRIFLASH_BIND") == "0") if _environment is None else (_environment.get(b"TRIFLASH_BIND") == b"0"):
-        return True
-    runtime = (_triton_knobs or _knobs()).runtime
-    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return (before is not None and bool(getattr(before, "calls", True))) or (after is not None and bool(getattr(after, "calls", True)))
+
+def _hooked(hook: Any) -> bool:
+    """A hook is None, or a chain of functions, which may be empty, or one."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _knobs() -> Any:
@@ -56,16 +68,15 @@ def _knobs() -> Any:
 _triton_knobs: Any = None
 
 
-def state() -> tuple[Any, ...]:
-    """The knobs by which Triton compiles one or another kernel for the same arguments."""
-    knobs = _triton_knobs or _knobs()
-    runtime, compilation = knobs.runtime, knobs.compilation
-    return (
-        runtime.debug,
-        getattr(compilation, "instrumentation_mode", ""),
-        getattr(compilation, "fpsan_homomorphic_casts", None),
-        getattr(runtime, "add_stages_inspection_hook", None),
-    )
+# The knobs by which Triton compiles one or another kernel for the same arguments.
+_DECIDING = {"runtime": ("debug", "add_stages_inspection_hook"), "compilation": ("instrumentation_mode", "fpsan_homomorphic_casts")}
+
+
+def _deciding(group: str) -> tuple[Any, Callable[[Any], Any]]:
+    """A group of Triton's knobs, and what reads those of it that decide, as far as this release has them."""
+    knobs = getattr(_knobs(), group)
+    names = [name for name in _DECIDING[group] if hasattr(knobs, name)]
+    return knobs, operator.attrgetter(*names) if names else lambda _: None
 
 
 def streams() -> Callable[[int], int]:
@@ -87,48 +98,116 @@ _triton_driver: Any = None
 
 
 class Launch:
-    """One compiled kernel with its grid and every argument but the addresses.
+    """One compiled kernel with its grid and every parameter but the addresses.
 
-    pointers: (place among the arguments, slot, offset in bytes). maps: (place, slot, offset, what a tensor map is made of beside its
-    address, those made so far). nested: tuples among the arguments that hold addresses. watched: the module that the kernel comes from,
-    its name there, the kernel, and its hooks.
+    form: what is known of the kernel. numbers: its parameters as the driver takes them, 8 bytes each, 0 for what is an address. pointers:
+    (place among them, slot, offset in bytes). maps: (place, slot, offset, what a tensor map is made of beside its address, those made so
+    far). All three are None where only Triton's C launcher can launch it. watched: the module that the kernel comes from, its name there,
+    the kernel, and its hooks.
     """
 
-    __slots__ = (
-        "_after",
-        "_before",
-        "_encode",
-        "_last",
-        "_maps",
-        "_nested",
-        "_pointers",
-        "_raw",
-        "_template",
-        "compiled",
-        "watched",
-    )
+    __slots__ = ("_arguments", "_call", "_moves", "_place", "form", "grid", "maps", "numbers", "pointers", "watched")
 
     def __init__(self, call: Call, compiled: Any, place: Callable[[Tensor], tuple[int, int]]) -> None:
-        launcher = compiled.run
-        self.compiled = compiled
         kernel = call.kernel
         # What changes if somebody replaces the kernel, or wants to see its launches.
         self.watched = (sys.modules[kernel.__module__].__dict__, kernel.__name__, kernel, getattr(kernel, "pre_run_hooks", ()))
-        self._encode = _encoder()
-        self._raw, self._before, self._after, self._last = _c_launcher(launcher, compiled, call.programs)
+        self.form = form = _form_of(compiled)
+        self._call, self._place, self._moves = call, place, []  # type: tuple[Call, Any, list[Mapping[int, tuple[int, int]]]]
+        self._arguments: _Arguments | None = None
+        self.numbers: array[int] | None = None
+        self.pointers: list[tuple[int, int, int]] = []
+        self.maps: list[tuple[int, int, int, tuple[Any, ...], dict[int, Any]]] = []
+        if form.parts is None:
+            self._arguments = _Arguments(call, form, place)
+            return
+        self.grid = (call.programs | 1 << 32, 1 | form.threads << 32, 1 | 1 << 32, form.shared_memory)
+        numbers, given = [], call.args
+        recipes = iter(form.recipes)
+        for at, inside, kind in form.parts:
+            value = given[at] if inside is None else given[at][inside]
+            if kind == _INTEGER:
+                numbers.append(value & _WHOLE)
+            elif kind == _POINTER:
+                self.pointers.append((len(numbers), *place(value)))
+                numbers.append(0)
+            elif kind == _MAP:
+                self.maps.append((len(numbers), *place(value.base), _recipe(value, next(recipes)), {}))
+                numbers.append(0)
+                numbers += value.shape
+                numbers += value.strides
+            else:
+                numbers.append(_FLOATS[kind](value))
+        self.numbers = array("Q", [*numbers, 0, 0])  # and the addresses of scratch that nobody uses
+
+    @property
+    def slots(self) -> set[int]:
+        """Those whose addresses the launch takes."""
+        if self.numbers is None and self._arguments is not None:
+            return self._arguments.slots
+        return {each[1] for each in self.pointers} | {each[1] for each in self.maps}
+
+    def move(self, places: Mapping[int, tuple[int, int]]) -> None:
+        """Take slots for others: each is found at an offset, in bytes, of another."""
+        self._moves.append(places)
+        self.pointers = [_moved(places, *each) for each in self.pointers]
+        self.maps = [(*_moved(places, *each[:3]), *each[3:]) for each in self.maps]
+        if self._arguments is not None:
+            self._arguments.move(places)
+
+    def ready(self, stream: int, addresses: Sequence[int]) -> tuple[tuple[int, int, int], Any]:
+        """Configuration, function and parameters as ``cuLaunchKernelEx`` takes them, where the slots' tensors begin at ``addresses``; and
+        what has to live as long as they are used.
+        """
+        numbers = self.numbers
+        assert numbers is not None
+        cells = array("Q", [addresses[slot] + offset for _, slot, offset in self.pointers])
+        begin, count = numbers.buffer_info()
+        where = array("Q", range(begin, begin + 8 * count, 8))
+        begin, _ = cells.buffer_info()
+        for at, _, _ in self.pointers:
+            where[at] = begin
+            begin += 8
+        made = []
+        for at, slot, offset, recipe, known in self.maps:
+            tensor_map = _map_at(addresses[slot] + offset, recipe, known, self.form.encode)
+            where[at] = id(tensor_map) + _INSIDE
+            made.append(tensor_map)
+        config = array("Q", (*self.grid, stream, 0, 0))
+        return (config.buffer_info()[0], self.form.function, where.buffer_info()[0]), (config, where, numbers, cells, made)
+
+    def __call__(self, stream: int, addresses: Sequence[int]) -> None:
+        """Launch it by Triton's C launcher."""
+        if self._arguments is None:
+            arguments = _Arguments(self._call, self.form, self._place)
+            for places in self._moves:
+                arguments.move(places)
+            self._arguments = arguments
+        self._arguments.launch(stream, addresses)
+
+
+class _Arguments:
+    """What Triton's C launcher takes of one launch: every argument but the addresses.
+
+    pointers: (place among the arguments, slot, offset in bytes). maps: (place, slot, offset, recipe, those made so far), as those of
+    :class:`Launch`. nested: tuples among the arguments that hold addresses.
+    """
+
+    def __init__(self, call: Call, form: _Form, place: Callable[[Tensor], tuple[int, int]]) -> None:
+        self._form, self._grid = form, (call.programs, 1, 1)
         self._template: list[Any] = []
         self._pointers: list[tuple[int, int, int]] = []
         self._maps: list[tuple[int, int, int, tuple[Any, ...], dict[int, Any]]] = []
         self._nested: list[tuple[int, tuple[Any, ...], tuple[tuple[int, int, int], ...]]] = []
-        metadata = list(getattr(compiled.metadata, "tensordesc_meta", None) or ())
-        for value in _in_order(call):
+        recipes = iter(form.recipes)
+        parameters = list(call.kernel.signature.parameters.values())[len(call.args) :]
+        for value in (*call.args, *(call.constants.get(each.name, each.default) for each in parameters)):
             at = len(self._template)
             if isinstance(value, Tensor):
                 self._pointers.append((at, *place(value)))
                 self._template.append(0)
-            elif _is_descriptor(value):
-                recipe = _recipe(value, metadata.pop(0))
-                self._maps.append((at, *place(value.base), recipe, {}))
+            elif type(value).__name__ == "TensorDescriptor":
+                self._maps.append((at, *place(value.base), _recipe(value, next(recipes)), {}))
                 self._template += [None, *value.shape, *value.strides]
             elif isinstance(value, tuple) and any(isinstance(x, Tensor) for x in value):
                 inside = tuple((i, *place(x)) for i, x in enumerate(value) if isinstance(x, Tensor))
@@ -139,58 +218,225 @@ class Launch:
 
     @property
     def slots(self) -> set[int]:
-        """Those whose addresses the launch takes."""
         nested = {slot for _, _, inside in self._nested for _, slot, _ in inside}
         return {each[1] for each in self._pointers} | {each[1] for each in self._maps} | nested
 
     def move(self, places: Mapping[int, tuple[int, int]]) -> None:
-        """Take slots for others: each is found at an offset, in bytes, of another."""
+        self._pointers = [_moved(places, *each) for each in self._pointers]
+        self._maps = [(*_moved(places, *each[:3]), *each[3:]) for each in self._maps]
+        self._nested = [(at, values, tuple(_moved(places, *each) for each in inside)) for at, values, inside in self._nested]
 
-        def moved(at: int, slot: int, offset: int) -> tuple[int, int, int]:
-            other, begin = places[slot]
-            return at, other, begin + offset
-
-        self._pointers = [moved(*each) for each in self._pointers]
-        self._maps = [(*moved(*each[:3]), *each[3:]) for each in self._maps]
-        self._nested = [(at, values, tuple(moved(*each) for each in inside)) for at, values, inside in self._nested]
-
-    def arguments(self, addresses: Sequence[int]) -> list[Any]:
-        """What the kernel gets where the slots' tensors begin at ``addresses``."""
-        arguments = self._template.copy()
+    def launch(self, stream: int, addresses: Sequence[int]) -> None:
+        form, arguments = self._form, self._template.copy()
         for at, slot, offset in self._pointers:
             arguments[at] = addresses[slot] + offset
-        for at, slot, offset, recipe, made in self._maps:
-            address = addresses[slot] + offset
-            tensor_map = made.get(address)
-            if tensor_map is None:
-                if len(made) >= _MAPS:
-                    made.clear()
-                tensor_map = made[address] = self._encode(address, *recipe)
-            arguments[at] = tensor_map
+        for at, slot, offset, recipe, known in self._maps:
+            arguments[at] = _map_at(addresses[slot] + offset, recipe, known, form.encode)
         for at, values, inside in self._nested:
             changed = list(values)
             for i, slot, offset in inside:
                 changed[i] = addresses[slot] + offset
             arguments[at] = tuple(changed)
-        return arguments
-
-    def __call__(self, stream: int, addresses: Sequence[int]) -> None:
-        arguments = self.arguments(addresses)
-        if self._last is None:
-            self._raw(*self._before, stream, *self._after, *arguments)
+        if form.last is None:
+            form.raw(*self._grid, stream, *form.after, *arguments)
         else:
-            self._raw(*self._before, stream, *self._after, *self._last, tuple(arguments))
+            form.raw(*self._grid, stream, *form.after, *form.last, tuple(arguments))
+
+
+def _moved(places: Mapping[int, tuple[int, int]], at: int, slot: int, offset: int) -> tuple[int, int, int]:
+    other, begin = places[slot]
+    return at, other, begin + offset
+
+
+def _map_at(address: int, recipe: tuple[Any, ...], known: dict[int, Any], encode: Callable[..., Any]) -> Any:
+    """A tensor map, made or known."""
+    made = known.get(address)
+    if made is None:
+        if len(known) >= _MAPS:
+            known.clear()
+        made = known[address] = encode(address, *recipe)
+    return made
+
+
+class _Form(NamedTuple):
+    """What is known of a compiled kernel.
+
+    raw, after, last: the C function behind its launcher, its arguments between the stream and the kernel's own, and before a tuple of
+    those (None: they come one by one). encode: makes a tensor map. recipes: of each descriptor among the arguments, what its tensor map is
+    made of beside address, shape and strides. parts: where the kernel's parameters come from, in order: the argument, the place in that if
+    it is a tuple, and the kind; None: the driver does not say that it takes such. function, threads, shared_memory: of a launch.
+    """
+
+    raw: Callable[..., Any]
+    after: tuple[Any, ...]
+    last: Any
+    encode: Callable[..., Any]
+    recipes: tuple[tuple[Any, ...], ...]
+    parts: tuple[tuple[int, int | None, str], ...] | None
+    function: int
+    threads: int
+    shared_memory: int
+
+
+_forms: weakref.WeakKeyDictionary[Any, _Form] = weakref.WeakKeyDictionary()
+
+
+def _form_of(compiled: Any) -> _Form:
+    """Worked out once for a kernel; raises :class:`_Unknown`. Threads ask under :data:`_compiling`."""
+    form = _forms.get(compiled)
+    if form is None:
+        raw, after, last = _c_launcher(compiled.run, compiled)
+        recipes = tuple([_recipe_of(each) for each in getattr(compiled.metadata, "tensordesc_meta", None) or ()])
+        num_warps, num_ctas, shared_memory, *_ = compiled.packed_metadata
+        plain = last is None and num_ctas == 1 and not (compiled.run.launch_cooperative_grid or compiled.run.launch_pdl)
+        parts = _parts(compiled, len(recipes)) if plain else None
+        form = _Form(raw, after, last, _encoder(), recipes, parts, compiled.function, 32 * num_warps, shared_memory)
+        _forms[compiled] = form
+    return form
+
+
+_POINTER, _MAP, _INTEGER = "pointer", "map", "integer"
+_WHOLE = 0xFFFF_FFFF_FFFF_FFFF
+_INSIDE = 128  # bytes from where an object of Triton's begins to the tensor map in it; both are multiples of that
+_INTEGERS = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u1": 1, "u8": 1, "u16": 2, "u32": 4, "u64": 8}
+# Numbers as they lie in 8 bytes of which a kernel reads the first; ctypes makes what is too large infinite, as C does.
+_FLOATS: dict[str, Callable[[float], int]] = {
+    "fp32": lambda value: int.from_bytes(bytes(ctypes.c_float(value)), "little"),
+    "fp64": lambda value: int.from_bytes(bytes(ctypes.c_double(value)), "little"),
+}
+
+
+def _parts(compiled: Any, maps: int) -> tuple[tuple[int, int | None, str], ...] | None:
+    """:attr:`_Form.parts` of a kernel of which ``maps`` arguments are descriptors."""
+    driver = _libcuda()
+    found: list[tuple[int, int | None, str]] = []
+    sizes: list[int] = []
+    signature = compiled.src.signature.values()
+    every: list[tuple[int, int | None, Any]] = []
+    for at, own in enumerate(signature):
+        every += [(at, i, kind) for i, kind in enumerate(own)] if isinstance(own, tuple) else [(at, None, own)]
+    for at, inside, kind in every:
+        if not isinstance(kind, str):  # a tuple in a tuple
+            return None
+        if kind == "constexpr":
+            continue
+        if kind.startswith("tensordesc"):
+            rank = kind[kind.index("[") : kind.index("]")].count(",") + 1
+            found.append((at, inside, _MAP))
+            sizes += [128, *[4] * rank, *[8] * rank]
+        elif kind.startswith("*"):
+            found.append((at, inside, _POINTER))
+            sizes.append(8)
+        elif kind in _INTEGERS:
+            found.append((at, inside, _INTEGER))
+            sizes.append(_INTEGERS[kind])
+        elif kind in _FLOATS:
+            found.append((at, inside, kind))
+            sizes.append(4 if kind == "fp32" else 8)
+        else:
+            return None
+    known = driver is not None and sum(kind == _MAP for _, _, kind in found) == maps and driver.takes(compiled.function, [*sizes, 8, 8])
+    return tuple(found) if known else None
+
+
+class _Libcuda:
+    """The driver's own functions. launch: ``cuLaunchKernelEx`` of addresses of configuration, function, parameters and of nothing; gives
+    an error's number, or 0. Without the interpreter's lock, which whatever the driver waits for may need.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.launch = library.cuLaunchKernelEx
+        self.launch.argtypes, self.launch.restype = [ctypes.c_void_p] * 4, ctypes.c_int
+        self._told = library.cuFuncGetParamInfo
+        number = ctypes.POINTER(ctypes.c_size_t)
+        self._told.argtypes, self._told.restype = [ctypes.c_void_p, ctypes.c_size_t, number, number], ctypes.c_int
+
+    def takes(self, function: int, sizes: Sequence[int]) -> bool:
+        """Whether a function's parameters are of those sizes: as many, and so that the last is where they have it."""
+        end = begin = 0
+        for size in sizes:
+            unit = min(size, 64)
+            begin = -(-end // unit) * unit
+            end = begin + size
+        offset, last = ctypes.c_size_t(), ctypes.c_size_t()
+        if self._told(function, len(sizes) - 1, offset, last) != 0 or self._told(function, len(sizes), offset, last) == 0:
+            return False
+        self._told(function, len(sizes) - 1, offset, last)
+        return (offset.value, last.value) == (begin, sizes[-1])
+
+
+@functools.cache
+def _libcuda() -> _Libcuda | None:
+    """The driver that Triton has loaded; None: not here, older than CUDA 12.4, or Triton keeps tensor maps otherwise than is known here."""
+    from triton.backends.nvidia import driver
+
+    if sys.byteorder != "little" or getattr(driver.PyCUtensorMap, "__basicsize__", 0) != 2 * _INSIDE:
+        return None
+    try:
+        return _Libcuda(ctypes.CDLL("libcuda.so.1"))
+    except (OSError, AttributeError):
+        return None
+
+
+class Launches:
+    """The launches of a pass, in order."""
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self.launches = tuple(launches)
+        self._number = next(_numbers)
+        known = all(each.numbers is not None for each in launches)
+        driver = _libcuda() if known and launches else None
+        self._launch = None if driver is None else driver.launch
+
+    def __call__(self, stream: int, addresses: tuple[int, ...]) -> None:
+        """Launch them on a stream, where the slots' tensors begin at ``addresses``."""
+        launch = self._launch
+        if launch is None:
+            for each in self.launches:
+                each(stream, addresses)
+            return
+        prepared = _prepared.get((self._number, stream, addresses)) or self._prepare(stream, addresses)
+        for config, function, parameters in prepared[0]:
+            if launch(config, function, parameters, None):
+                first = prepared[0].index((config, function, parameters))
+                for each in self.launches[first:]:
+                    each(stream, addresses)
+                return
+
+    def _prepare(self, stream: int, addresses: tuple[int, ...]) -> _Prepared:
+        made = [each.ready(stream, addresses) for each in self.launches]
+        prepared = tuple([ready for ready, _ in made]), [kept for _, kept in made]
+        with _preparing:
+            if len(_prepared) >= _PREPARED:
+                for oldest in list(itertools.islice(_prepared, _PREPARED // 8)):
+                    del _prepared[oldest]
+            _prepared[self._number, stream, addresses] = prepared
+        return prepared
+
+
+_Prepared = tuple[tuple[tuple[int, int, int], ...], list[Any]]  # of each launch what the driver takes; and what keeps that alive
+_numbers = itertools.count()
+_prepared: dict[tuple[int, int, tuple[int, ...]], _Prepared] = {}
+_preparing = threading.Lock()
 
 
 def watch(launches: Sequence[Launch]) -> Callable[[], bool]:
     """What tells, before each run of bound launches, whether they have to go Triton's own way now: hooks want to see them, the environment
     says so, knobs are others than at binding time, a kernel was replaced or somebody watches it. Every eager call waits for the answer.
     """
-    then = state()
+    runtime, of_runtime = _deciding("runtime")
+    compilation, of_compilation = _deciding("compilation")
+    debugging, instrumented = of_runtime(runtime), of_compilation(compilation)
+    hooks_of = operator.attrgetter("launch_enter_hook", "launch_exit_hook")
     watched = [each.watched for each in launches]
 
     def changed() -> bool:
-        if stands_aside() or state() != then:
+        if (os.environ.get("TRIFLASH_BIND") == "0") if _environment is None else (_environment.get(b"TRIFLASH_BIND") == b"0"):
+            return True
+        before, after = hooks_of(runtime)
+        if (before is not None and getattr(before, "calls", True)) or (after is not None and getattr(after, "calls", True)):
+            return True
+        if of_runtime(runtime) != debugging or of_compilation(compilation) != instrumented:
             return True
         for module, name, kernel, hooks in watched:  # noqa: SIM110 (a generator would take longer than the rest)
             if hooks or module.get(name) is not kernel:
@@ -224,17 +470,6 @@ def bind(call: Call, place: Callable[[Tensor], tuple[int, int]]) -> Launch | Non
             return None
 
 
-def _in_order(call: Call) -> list[Any]:
-    """The kernel's arguments, one for each of its parameters."""
-    parameters = list(call.kernel.signature.parameters.values())
-    behind = parameters[len(call.args) :]
-    return [*call.args, *(call.constants.get(each.name, each.default) for each in behind)]
-
-
-def _is_descriptor(value: Any) -> bool:
-    return type(value).__name__ == "TensorDescriptor"
-
-
 def _encoder() -> Callable[..., Any]:
     utils = _driver().active.utils
     encode: Callable[..., Any] | None = getattr(utils, "fill_tma_descriptor_tiled", None) or getattr(utils, "fill_tma_descriptor", None)
@@ -243,33 +478,34 @@ def _encoder() -> Callable[..., Any]:
     return encode
 
 
-def _recipe(descriptor: Any, metadata: Any) -> tuple[Any, ...]:
-    """What a tensor map is made of beside its address, as Triton's driver passes it."""
+def _recipe_of(metadata: Any) -> tuple[Any, ...]:
+    """What the tensor map of one of a kernel's descriptors is made of beside address, shape and strides, as Triton's driver passes it."""
     from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
 
-    odd = metadata is None or metadata["fp4_padded"] or metadata.get("is_im2col") or getattr(descriptor, "round_f32_to_tf32", False)
-    if odd or descriptor.padding != "zero" or descriptor.strides[-1] != 1:
+    if metadata is None or metadata["fp4_padded"] or metadata.get("is_im2col"):
         raise _Unknown
-    dtype = TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]]
-    return (
-        *(metadata["swizzle"], metadata["elem_size"], dtype, metadata["block_size"]),
-        *(list(descriptor.shape), list(descriptor.strides), 0),
-    )
+    return metadata["swizzle"], metadata["elem_size"], TMA_DTYPE_DEVICE_TO_HOST[metadata["elem_type"]], metadata["block_size"]
 
 
-def _c_launcher(launcher: Any, compiled: Any, programs: int) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...], Any]:
-    """The C function behind a launcher, and its arguments before the stream, after it, and before a tuple of the kernel's own (None: those
+def _recipe(descriptor: Any, own: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All of it."""
+    if getattr(descriptor, "round_f32_to_tf32", False) or descriptor.padding != "zero" or descriptor.strides[-1] != 1:
+        raise _Unknown
+    return (*own, list(descriptor.shape), list(descriptor.strides), 0)
+
+
+def _c_launcher(launcher: Any, compiled: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
+    """The C function behind a launcher, and its arguments between the stream and the kernel's own, and before a tuple of those (None: they
     come one by one).
     """
     if type(launcher).__module__ != "triton.backends.nvidia.driver" or type(launcher).__name__ != "CudaLauncher":
         raise _Unknown
     if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
         raise _Unknown
-    grid = (programs, 1, 1)
     head = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
     if hasattr(launcher, "arg_annotations") and hasattr(launcher, "kernel_signature"):  # 3.7 and up: one C function for all kernels
         after = (*head, compiled.packed_metadata, None, None, None, None, None)
-        return _driver().active.utils.launch, grid, after, (launcher.arg_annotations, launcher.kernel_signature)
+        return _driver().active.utils.launch, after, (launcher.arg_annotations, launcher.kernel_signature)
     after = (*head, None, None, compiled.packed_metadata, None, None, None)  # 3.6: one made for the kernel's signature
     function = launcher.launch
     if inspect.isfunction(function):  # what decomposes descriptors, around it
@@ -277,4 +513,4 @@ def _c_launcher(launcher: Any, compiled: Any, programs: int) -> tuple[Callable[.
         function = inside["launcher"].cell_contents if "launcher" in inside else None
     if not inspect.isbuiltin(function):
         raise _Unknown
-    return function, grid, after, None
+    return function, after, None
