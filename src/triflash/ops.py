@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function as _single_level
 
+from .bound.cache import Recent
 from .bound.call import GRADIENTS, BoundCall
+from .bound.passes import BoundPass
 from .bound.signature import CALLS, ambient, describe
 from .errors import UnsupportedError, bad_value
 from .flops import register_formulas
@@ -114,16 +116,21 @@ class OperatorOptions(NamedTuple):
         return cls(*front, *more[:_BEHIND])._replace(**dict(zip(cls._fields[15:], more[_BEHIND:], strict=False)))
 
 
+_TENSORS = 9  # q to dropout_seed: what a bound call has of tensors in front of those that few calls have
+_FRONT = 16  # dout to needs: what the backward operator takes in front of the mask
 _BEHIND = 8  # mask to deterministic: what the backward operators take before query_starts
+
+
+def _given(q: Any, k: Any, v: Any, bias: Any, options: OperatorOptions, behind: int) -> tuple[Any, ...]:
+    """The tensors of a bound call, in order, or whatever stands for them; behind: how many there are after the seed of dropout."""
+    given = (q, k, v, bias, *options.tensors)
+    return (*given, None, None, None, None, options.second_bias, *options.places)[: len(given) + behind]
 
 
 def _bound(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: OperatorOptions) -> tuple[BoundCall, tuple[Tensor | None, ...]]:
     """What an operator's arguments bind to, and its tensors in order. Only a new signature is checked."""
-    given = (q, k, v, bias, *options.tensors)
-    if any(x is not None for x in options.places):
-        given = (*given, None, None, None, None, options.second_bias, *options.places)
-    elif options.second_bias is not None:
-        given = (*given, None, None, None, None, options.second_bias)
+    behind = 9 if any(x is not None for x in options.places) else 5 if options.second_bias is not None else 0
+    given = _given(q, k, v, bias, options, behind)
     numbers = options.numbers
     facts, around = ambient(q)
     key = ("operator", tuple([describe(x) for x in given]), numbers, tuple(map(type, numbers)), around)
@@ -140,9 +147,38 @@ def _bound(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Operat
     return call, given
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call, given = _bound(q, k, v, bias, OperatorOptions(*rest))
-    out, lse, *lost = call.run_forward(given)
+class _Ready:
+    """What calls of an operator do that have one signature: a bound pass, and of its slots, where their tensors are among the arguments."""
+
+    stamp = 0
+
+    def __init__(self, bound: BoundPass, places: Sequence[int | None]) -> None:
+        self._bound, self._places = bound, places
+
+    def run(self, args: Sequence[Any], like: Tensor) -> list[Tensor]:
+        """The results."""
+        return self._bound.run([None if at is None else args[at] for at in self._places], like)
+
+
+_READY: Recent[_Ready] = Recent(CALLS.capacity)
+
+
+def _signature(name: str, args: tuple[Any, ...], q: Tensor) -> tuple[Any, ...]:
+    """What tells one call of an operator from another."""
+    described = tuple([describe(x) if isinstance(x, Tensor) else x for x in args])
+    return name, described, tuple(map(type, args)), ambient(q)[1]
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, bias = args[:4]
+    key = _signature("forward", args, q)
+    ready = _READY.get(key)
+    if ready is None:
+        call, given = _bound(q, k, v, bias, OperatorOptions(*args[4:]))
+        places = _given(0, 1, 2, 3, OperatorOptions(*range(4, len(args))), len(given) - _TENSORS)
+        ready = _Ready(call.forward, places)
+        _READY.add(key, ready)
+    out, lse, *lost = ready.run(args, q)
     return out, lse, lost[0] if lost else q.new_empty(0, dtype=torch.float32)
 
 
@@ -163,7 +199,22 @@ def _backward(
     rest: Tensor | None, batch_inner: int, lo: int | None, hi: int | None, scale: float, precision: str, backend: str,
     needs: Sequence[bool], *more: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    options = OperatorOptions.of_backward((batch_inner, lo, hi, scale, precision, backend), more)
+    args = (
+        dout, dlse, q, k, v, bias, out, lse, rest, batch_inner, lo, hi, scale, precision, backend, tuple(needs), *more,
+    )  # fmt: skip
+    key = _signature("backward", args, q)
+    ready = _READY.get(key)
+    if ready is None:
+        ready = _ready_backward(args)
+        _READY.add(key, ready)
+    made = iter(ready.run(args, dout))
+    dq, dk, dv, dbias, dsink = [next(made) if need else q.new_empty(0) for need in _all_needs(needs)]
+    return dq, dk, dv, dbias, dsink
+
+
+def _ready_backward(args: tuple[Any, ...]) -> _Ready:
+    dout, dlse, q, k, v, bias, out, lse, rest, *front, needs = args[:_FRONT]
+    options = OperatorOptions.of_backward(front, args[_FRONT:])
     needs = _all_needs(needs)
     if needs[3] and (bias is None or bias.dtype == torch.bool):
         raise bad_value("needs", "False for a bias that is absent or a mask", needs)
@@ -172,9 +223,11 @@ def _backward(
     call, given = _bound(q, k, v, bias, options)
     saved = Saved(out, lse, kept(rest))
     check_saved(q, v, dout, dlse, saved)
-    grads = call.run_backward(given, [x for x in saved if x is not None], dout, dlse, (*needs, False))
-    dq, dk, dv, dbias, dsink = (q.new_empty(0) if grad is None else grad for grad in grads[:5])
-    return dq, dk, dv, dbias, dsink
+    kept_of = [at for at, x in zip((6, 7, 8), saved, strict=True) if x is not None]
+    bound = call.bound_backward((*given, *(args[at] for at in kept_of), dout, dlse), len(kept_of), (*needs, False))
+    behind = len(given) - _TENSORS
+    places = _given(2, 3, 4, 5, OperatorOptions.of_backward(range(9, 15), range(_FRONT, len(args))), behind)
+    return _Ready(bound, (*places, *kept_of, 0, 1))
 
 
 def _backward_two(

@@ -131,18 +131,25 @@ class BoundCall:
         """
         all_given = (*given, *saved, dout, dlse, *(() if into is None else into))
         addresses = [0 if x is None else x.data_ptr() for x in all_given]
+        made = iter(self._backward_of(all_given, addresses, len(saved), needs, into is not None).run(all_given, dout, addresses))
+        return [] if into is not None else [next(made) if need else None for need in needs]
+
+    def bound_backward(self, tensors: Given, saved_count: int, needs: tuple[bool, ...]) -> BoundPass:
+        """The backward pass for such tensors: the operands, what was saved, dout and dlse."""
+        return self._backward_of(tensors, [0 if x is None else x.data_ptr() for x in tensors], saved_count, needs, False)
+
+    def _backward_of(self, tensors: Given, addresses: list[int], saved_count: int, needs: tuple[bool, ...], into: bool) -> BoundPass:
         low = 0
         for address in addresses:
             low |= address
-        strides = tuple([None if x is None else x.stride() for x in all_given])
+        strides = tuple([None if x is None else x.stride() for x in tensors])
         aligned = tuple([address & 15 for address in addresses]) if low & 15 else None
-        key = (needs, into is None, current_choices(), strides, aligned)
+        key = (needs, into, current_choices(), strides, aligned)
         bound = self._backward.get(key)  # strides and alignment may change between a forward pass and its backward pass
         if bound is None:
-            bound = self.bind_backward(all_given, len(saved), needs, into is not None)
+            bound = self.bind_backward(tensors, saved_count, needs, into)
             self._backward.add(key, bound)
-        made = iter(bound.run(all_given, dout, addresses))
-        return [] if into is not None else [next(made) if need else None for need in needs]
+        return bound
 
     def bind_backward(self, tensors: Given, saved_count: int, needs: Sequence[bool], into: bool) -> BoundPass:
         """The backward pass for tensors of such layouts: the operands, what was saved, dout, dlse, and if ``into`` the gradients."""
