@@ -65,7 +65,7 @@ FAMILIES = [
            why="sinks with their gradient, windows"),
     Family("Llama-4", "Llama4ForCausalLM", "Llama4TextConfig", {**DECODER, "num_key_value_heads": 2, "head_dim": 8, "attention_chunk_size": 5,
            "num_local_experts": 2, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 48, "no_rope_layers": [1, 0]},
-           lean=False, why="chunked layers, once a sequence is longer than a chunk"),
+           why="chunks are packed sequences"),
     Family("GPT-2", "GPT2LMHeadModel", "GPT2Config", dict(vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=4,
            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
     Family("DeepSeek-V3", "DeepseekV3ForCausalLM", "DeepseekV3Config", {**DECODER, "num_key_value_heads": 4, "q_lora_rank": 16,
@@ -121,13 +121,14 @@ BY_NAME = dict(zip(NAMES, FAMILIES, strict=True))
 
 @dataclass
 class Seen:
-    """One call of ``attention``, or of ``attention_with_kvcache``: q, k and v, and its keywords."""
+    """One call of ``attention``, of ``attention_with_kvcache`` (cached) or of ``attention_varlen`` (packed): q, k and v, and its keywords."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     options: dict[str, Any]
     cached: bool = False
+    packed: bool = False
 
     @property
     def lean(self) -> bool:
@@ -148,7 +149,12 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
         found.append(Seen(q, k, v, options, cached=True))
         return triflash.attention_with_kvcache(q, k, v, **options)
 
+    def spy_of_blocks(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, **options: Any) -> Any:
+        found.append(Seen(q, k, v, {**options, "cu_seqlens": offsets}, packed=True))
+        return triflash.attention_varlen(q, k, v, offsets, **options)
+
     monkeypatch.setattr(adapter, "attention", spy)
+    monkeypatch.setattr(adapter, "attention_varlen", spy_of_blocks)
     monkeypatch.setattr(adapter, "attention_with_kvcache", spy_of_caches)
     monkeypatch.setattr(patches, "attention", spy)
     return found

@@ -149,6 +149,7 @@ RULES: dict[str, list[str]] = {
     ],
     "triflash.integrations": [
         "torch", "transformers", "triflash.attention", "triflash.errors", "triflash.integrations", "triflash.kvcache", "triflash.plan.device",
+        "triflash.varlen",
     ],
 }  # fmt: skip
 THIRD_PARTY = ("torch", "transformers", "triton", "numpy", "triflash")

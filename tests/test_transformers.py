@@ -77,7 +77,7 @@ def first_call(name: str, calls: list[Seen], batch: dict[str, Tensor] | None = N
 
 def said(call: Seen) -> dict[str, Any]:
     """What hides something in a call: shapes of tensors, values of the rest."""
-    names = ("causal", "window", "mask", "key_lengths", "key_starts", "diagonal")
+    names = ("causal", "window", "mask", "key_lengths", "key_starts", "diagonal", "cu_seqlens", "seqused_k")
     return {n: tuple(x.shape) if isinstance(x, Tensor) else x for n in names if (x := call.options.get(n)) is not None and x is not False}
 
 
@@ -94,7 +94,9 @@ def said(call: Seen) -> dict[str, Any]:
         ("BERT", "none", {}),
         ("BERT", "right", {"key_lengths": (B,)}),
         ("ModernBERT", "right", {"window": (3, 3), "key_lengths": (B,)}),
-        ("Llama-4", "none", {"mask": (B, 1, L, L)}),
+        ("Llama-4", "none", {"causal": "top_left", "cu_seqlens": (3 * B + 1,)}),
+        ("Llama-4", "right", {"causal": "top_left", "cu_seqlens": (3 * B + 1,), "seqused_k": (3 * B,)}),
+        ("Llama-4", "holes", {"mask": (B, 1, L, L)}),
     ],
 )
 def test_what_hides(name: str, side: str, want: dict[str, Any], calls: list[Seen]) -> None:
@@ -112,6 +114,8 @@ def dense(seen: Visible | Tensor) -> Tensor:
     if isinstance(seen, Tensor):
         return seen
     B, _, M, N = seen.shape
+    if seen.offsets is not None:
+        return seen.whole()
     diagonal = (0 if seen.top_left else N - M) if seen.diagonal is None else seen.diagonal
     if isinstance(diagonal, Tensor):
         diagonal = diagonal[:, None, None, None]
@@ -169,8 +173,18 @@ def test_masks_say_what_transformers_says(kind: str, side: str) -> None:
         given["q_offset"] = counter
         seen = lean_mask(**given, **options, local_size=size if "window" in kind or kind == "chunk" else None, use_vmap=False)
         counter += 1
-        assert isinstance(seen, Visible) is (kind != "chunk") and torch.equal(dense(seen), want), (M, N, q_offset, kv_offset, seen)
-    assert lean >= (1 if kind == "chunk" else 8)
+        assert isinstance(seen, Visible) or (kind == "chunk" and M > 1)
+        assert torch.equal(dense(seen), want), (M, N, q_offset, kv_offset, seen)
+        given["kv_offset"] = torch.tensor(kv_offset)
+        seen = lean_mask(
+            **given | {"q_offset": torch.tensor(q_offset)},
+            **options,
+            local_size=size if "window" in kind or kind == "chunk" else None,
+            use_vmap=False,
+        )
+        assert isinstance(seen, Visible) or (kind == "chunk" and M > 1)
+        assert torch.equal(dense(seen), want), (M, N, q_offset, kv_offset, seen)
+    assert lean >= (3 if kind == "chunk" else 8)
 
 
 @pytest.mark.parametrize("side", ["no mask", "none", "right", "left", "holes"])
@@ -255,9 +269,10 @@ def test_a_prefix_without_a_cache_aligns_to_the_top_left() -> None:
 # Masks that a model or its user brings.
 
 
-def test_packed_rows(calls: list[Seen]) -> None:
-    """Several sequences in a row, told by position_ids alone: a 4-dim mask."""
-    family = BY_NAME["Llama"]
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma-2", "Llama-4"])
+def test_packed_rows(name: str, calls: list[Seen]) -> None:
+    """Several sequences in a row, told by position_ids alone, are packed sequences, windows and chunks counted in each."""
+    family = BY_NAME[name]
     model, batch = made(family), inputs("causal", "none")
     del batch["attention_mask"]
     batch["position_ids"] = torch.cat([torch.arange(n) for n in (4, 5, 3)]).expand(B, L)
@@ -265,7 +280,25 @@ def test_packed_rows(calls: list[Seen]) -> None:
     want = results(model, batch)
     calls.clear()
     same(results(ours(family, model), batch), want)
-    assert [said(call) for call in calls] == [{"mask": (B, 1, L, L)}] * 2
+    windows = {"Mistral": [(4, 0), (4, 0)], "Gemma-2": [(4, 0), None]}.get(name, [None, None])
+    want_said: list[dict[str, Any]] = [
+        {"causal": "top_left", "cu_seqlens": (3 * B + 1,)} | ({} if each is None else {"window": each}) for each in windows
+    ]
+    assert all(call.lean and call.packed for call in calls) and [said(call) for call in calls] == want_said
+
+
+def test_blocks_beside_a_bias(calls: list[Seen]) -> None:
+    """What is added to scores by the place in the row has a whole mask beside it."""
+    torch.manual_seed(0)
+    q, k, v, bias = (torch.randn(shape) for shape in ((2, 2, 6, 8), (2, 2, 6, 8), (2, 2, 6, 8), (1, 2, 6, 6)))
+    seen = Visible((2, 1, 6, 6), 1, 0, offsets=torch.tensor([0, 4, 6, 9, 12]), used=torch.tensor([3, 2, 3, 0]))
+    out, _ = adapter.attention_forward(nn.Module(), q, k, v, seen, position_bias=bias)
+    shown = dense(seen)
+    assert said(calls[0]) == {"mask": (2, 1, 6, 6)} and shown[0, 0].sum(-1).tolist() == [1, 2, 2, 1, 1, 2] and not shown[1, 0, 3:].any()
+    added = bias.expand(2, -1, -1, -1).masked_fill(~shown, -torch.inf)
+    want = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=added).nan_to_num()
+    torch.testing.assert_close(out.transpose(1, 2), want)
+    assert seen.to(device="meta").offsets.is_meta and "blocks" in repr(seen)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..attention import attention
 from ..errors import bad_type, bad_value
 from ..kvcache import attention_with_kvcache
+from ..varlen import attention_varlen
 from . import patches
 from .visible import Visible, lean_mask
 
@@ -72,8 +73,9 @@ def attention_forward(
     output_attentions: bool = False,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers' ``AttentionInterface`` holds them, computed by ``triflash.attention``, or, of fewer
-    queries than keys where nothing wants a gradient, by ``triflash.attention_with_kvcache``: the steps of ``generate``.
+    """An attention function as transformers' ``AttentionInterface`` holds them, computed by ``triflash.attention``; of rows that hold
+    several sequences, or chunks, by ``triflash.attention_varlen``; of fewer queries than keys where nothing wants a gradient, by
+    ``triflash.attention_with_kvcache``: the steps of ``generate``.
 
     Args:
         module: the model's attention module; its ``is_causal`` counts where there is no mask and no is_causal.
@@ -118,7 +120,9 @@ def attention_forward(
         if tuple(attention_mask.shape[2:]) != (M, N):
             raise bad_value("attention_mask", f"one of {M} queries and {N} keys", attention_mask)
         bias = _sum(bias, attention_mask.bias)
-        seen = attention_mask.options()
+        if attention_mask.offsets is not None and bias is None:
+            return _in_blocks(attention_mask, query, key, value, scaling, dropout, softcap, s_aux, deterministic), None
+        seen = attention_mask.options() if attention_mask.offsets is None else {"mask": attention_mask.whole()}
     else:
         mask, bias = _added(attention_mask, bias, N)
         seen = {"mask": mask}
@@ -142,6 +146,27 @@ def attention_forward(
         **seen,
     )
     return out, None
+
+
+def _in_blocks(
+    seen: Visible,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None,
+    dropout: float,
+    softcap: float | None,
+    sink: Tensor | None,
+    deterministic: bool | None,
+) -> Tensor:
+    """Sequences that a row holds, or chunks, each by itself: the rows of all entries one behind the other."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    assert seen.offsets is not None
+    out = attention_varlen(
+        q, k, v, seen.offsets, seqused_k=seen.used, causal="top_left", window=None if seen.left is None else (seen.left, 0), scale=scale,
+        softcap=softcap, sink=sink, dropout_p=dropout, deterministic=deterministic or None,
+    )  # fmt: skip
+    return out.unflatten(0, (query.shape[0], query.shape[2]))
 
 
 def _decodes(tensors: tuple[Tensor | None, ...], seen: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import bad_value
 from ..plan.device import facts_of
+from .documents import chunk_starts, offsets_of, parts_of
 
 __all__ = ["Visible", "lean_mask", "own_attention", "refuse_unrouted"]
 
@@ -28,7 +29,8 @@ class Visible:
     Query i of M sees key j of N if ``i' − left <= j <= i' + right``, with ``i' = i + N − M``, or ``i' = i`` if ``top_left``, or
     ``i' = i + diagonal`` if there is one, a number or integers ``(B,)``, as a static cache has it; None leaves a side open. keys: bool
     ``(B, 1, 1, N)``, True is visible; or lengths, starts: integers ``(B,)``, keys from that number on, and before it, are hidden. bias:
-    floats that a model added to its mask, as BEiT does, with their gradient; or None.
+    floats that a model added to its mask, as BEiT does, with their gradient; or None. offsets ``(n + 1,)``, used ``(n,)``: the B·N rows,
+    one behind the other, are n blocks, of which each query sees its own alone, and of that the first ``used`` keys.
 
     It stands where models expect a mask, so it answers for its shape, moves between devices, takes a bias, and says what is wrong where a
     model wants more.
@@ -47,9 +49,12 @@ class Visible:
         bias: Tensor | None = None,
         starts: Tensor | None = None,
         diagonal: int | Tensor | None = None,
+        offsets: Tensor | None = None,
+        used: Tensor | None = None,
     ):
         self.shape, self.left, self.right, self.top_left = shape, left, right, top_left
         self.keys, self.lengths, self.bias, self.starts, self.diagonal = keys, lengths, bias, starts, diagonal
+        self.offsets, self.used = offsets, used
 
     def to(self, *args: Any, **options: Any) -> Visible:
         """Itself, with its tensors where they are wanted. Dtypes stay."""
@@ -62,7 +67,7 @@ class Visible:
         return self
 
     def _tensors(self) -> tuple[Any, ...]:
-        return self.keys, self.lengths, self.bias, self.starts, self.diagonal
+        return self.keys, self.lengths, self.bias, self.starts, self.diagonal, self.offsets, self.used
 
     def _with(self, *tensors: Any) -> Visible:
         return Visible(self.shape, self.left, self.right, self.top_left, *tensors)
@@ -82,6 +87,19 @@ class Visible:
         places = {"key_lengths": self.lengths, "key_starts": self.starts, "diagonal": self.diagonal}
         return {"causal": causal, "window": window, "mask": self.keys, **places}
 
+    def whole(self) -> Tensor:
+        """Of blocks the bool mask ``(B, 1, M, N)``, for what is added to scores by its place in the row."""
+        assert self.offsets is not None
+        B, _, M, N = self.shape
+        rows = torch.arange(B * N, device=self.offsets.device)
+        block = torch.searchsorted(self.offsets, rows, right=True) - 1
+        shown = torch.ones_like(rows, dtype=torch.bool) if self.used is None else rows - self.offsets[block] < self.used[block]
+        block, shown = block.view(B, N), shown.view(B, 1, 1, N)
+        behind = rows[:M, None] - rows[None, :N]
+        if self.left is not None:
+            shown = shown & (behind <= self.left)
+        return (block[:, None, :, None] == block[:, None, None, :]) & shown & (behind >= 0)
+
     @staticmethod
     def _no_tensor(*args: Any, **options: Any) -> Any:
         raise TypeError(
@@ -99,7 +117,7 @@ class Visible:
         return cls._no_tensor()
 
     def __repr__(self) -> str:
-        named = (("keys", self.keys), ("lengths", self.lengths), ("starts", self.starts))
+        named = (("keys", self.keys), ("lengths", self.lengths), ("starts", self.starts), ("blocks", self.offsets))
         hidden = " and ".join(name for name, x in named if x is not None) or "none"
         corner = "top_left" if self.top_left else "bottom_right" if self.diagonal is None else "diagonal"
         return f"Visible(shape={tuple(self.shape)}, left={self.left}, right={self.right}, align={corner!r}, hidden={hidden})"
@@ -139,15 +157,16 @@ def lean_mask(
         q_length, q_offset = cache_position.shape[0], _first(cache_position)
     assert q_length is not None
     shape = (batch_size, 1, q_length, kv_length)
-    unread = isinstance(kv_offset, Tensor) and attention_mask is not None  # which of its keys these are, the device knows alone
-    band = _band(shape, q_offset, kv_offset, mask_function, options) if lean and not unread else None
+    band = _band(shape, q_offset, kv_offset, mask_function, options) if lean else None
     if band is not None:
         left, right, top_left, diagonal = band
-        keys, lengths, starts = _padding(attention_mask, kv_length, kv_offset)  # type: ignore[arg-type]
+        keys, lengths, starts = _padding(attention_mask, kv_length, kv_offset)
         return Visible(shape, left, right, top_left, keys, lengths, None, starts, diagonal)
     if lean and _in_static_cache(shape, q_offset, kv_offset, mask_function, options):
         # The cache adds to its own count in place before anything attends: a clone is a tensor of its own.
         return Visible(shape, None, 0, keys=_hidden_keys(attention_mask, kv_length), diagonal=q_offset.clone().expand(batch_size))  # type: ignore[union-attr]
+    if lean and (blocks := _blocks(shape, q_offset, kv_offset, mask_function, attention_mask, options)) is not None:
+        return blocks
     from transformers import masking_utils
 
     options |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -179,17 +198,10 @@ def _band(
     shape: tuple[int, int, int, int], q_offset: Any, kv_offset: Any, function: Callable[..., Any] | None, options: dict[str, Any]
 ) -> tuple[int | None, int | None, bool, int | Tensor | None] | None:
     """(left, right, top_left, diagonal) of :class:`Visible`, or None if the visible keys are no band."""
-    B, _, M, N = shape
-    diagonal: int | Tensor | None = q_offset - kv_offset
-    top_left = False
-    if isinstance(diagonal, Tensor):  # of a static cache: known on the device alone, and counted up in place
-        if diagonal.numel() != 1:
-            return None
-        diagonal = diagonal.clone().reshape(1).expand(B)
-    elif diagonal == N - M:
-        diagonal = None
-    elif diagonal == 0:
-        diagonal, top_left = None, True
+    if isinstance(q_offset, Tensor) and q_offset.numel() != 1:
+        return None
+    M = shape[2]
+    diagonal, top_left = _diagonal(shape, q_offset, kv_offset)
     causal, two_sided = bool(options.get("allow_is_causal_skip", True)), bool(options.get("allow_is_bidirectional_skip", False))
     if causal:
         left = _causal_left(function, options, q_offset + M)
@@ -200,6 +212,51 @@ def _band(
             return (None, None, False, None)
         return None if reach == 0 else (reach, reach, False, 0 if top_left else diagonal)
     return None
+
+
+def _diagonal(shape: tuple[int, int, int, int], q_offset: Any, kv_offset: Any) -> tuple[int | Tensor | None, bool]:
+    """(diagonal, top_left) of :class:`Visible`."""
+    B, _, M, N = shape
+    diagonal = q_offset - kv_offset
+    if isinstance(diagonal, Tensor):  # of a static cache: known on the device alone, and counted up in place
+        return diagonal.clone().reshape(1).expand(B), False
+    return (None, False) if diagonal == N - M else (None, True) if diagonal == 0 else (diagonal, False)
+
+
+def _blocks(
+    shape: tuple[int, int, int, int],
+    q_offset: Any,
+    kv_offset: Any,
+    function: Callable[..., Any] | None,
+    mask: Tensor | None,
+    options: dict[str, Any],
+) -> Visible | None:
+    """Of rows that hold several sequences, or of chunks: blocks along the diagonal, or the one block in which all queries stand."""
+    if torch.compiler.is_compiling() or any(isinstance(x, Tensor) and x.numel() != 1 for x in (q_offset, kv_offset)):
+        return None
+    config = options.get("config")
+    # Of packed rows, and of one query beside a static cache, transformers always says no; so do models that compute with their mask.
+    if not options.get("allow_is_causal_skip", True) and (config is None or _wants_whole(type(config))):
+        return None
+    parts = parts_of(function)
+    if parts is None or not parts.causal or (parts.chunk is None and parts.sequences is None):
+        return None
+    B, _, M, N = shape
+    left = None if parts.window is None else parts.window - 1
+    held = [x for x in (parts.left, parts.sequences, mask) if x is not None]
+    reads = not any(map(_capturing, held))
+    if M == N and not isinstance(q_offset, Tensor) and q_offset == kv_offset == 0:
+        found = offsets_of(parts, B, N, mask) if reads and N else None
+        return None if found is None else Visible(shape, left, 0, offsets=found[0], used=found[1])
+    if parts.sequences is not None:
+        return None
+    starts = chunk_starts(parts, M, q_offset, kv_offset, reads)
+    if starts is None:
+        return None
+    diagonal, top_left = _diagonal(shape, q_offset, kv_offset)
+    keys, lengths, hidden = _padding(mask, N, kv_offset)
+    starts = starts.expand(B) if hidden is None else torch.maximum(starts, hidden)
+    return Visible(shape, left, 0, top_left, keys, lengths, None, starts, diagonal)
 
 
 def _in_static_cache(
@@ -279,10 +336,14 @@ def _reach(function: Callable[..., Any] | None, options: dict[str, Any]) -> int 
     return local if local is not None and local == getattr(options.get("config"), "sliding_window", None) else 0
 
 
-def _padding(mask: Tensor | None, N: int, offset: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _padding(mask: Tensor | None, N: int, offset: int | Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The keys of a bool padding mask that these N are: (keys, lengths, starts) of :class:`Visible`, keys or the others."""
     if mask is None:
         return None, None, None
+    if isinstance(offset, Tensor):  # which of its keys these are, the device knows alone
+        at = offset + torch.arange(N, device=mask.device)
+        shown = mask.to(torch.bool).index_select(1, at.clamp(max=mask.shape[1] - 1)) & (at < mask.shape[1])
+        return shown[:, None, None, :], None, None
     missing = offset + N - mask.shape[-1]
     if missing > 0:
         mask = torch.nn.functional.pad(mask, (0, missing))
