@@ -52,7 +52,7 @@ from .spec import AttentionSpec, Needs
 from .spec_cache import CacheSpec
 from .varlen import attention_varlen, near
 
-__all__ = ["explain"]
+__all__ = ["explain", "passes_of"]
 
 _INPUTS = ("q", "k", "v", "bias", "sink")
 # Of each function that is explained: what may follow v by position, and its other arguments.
@@ -121,15 +121,8 @@ def explain(
     named = _named(of, more, options)
     if of is attention_with_kvcache:
         return _of_cache(q, k, v, named, grads, backend, device, compile)
-    with _requested(backend):
-        facts, here = _facts(device, q.device if isinstance(q, Tensor) else torch.device("meta"))
-        call, given = _bound(of, q, k, v, named, facts)
-    needs = _needs(grads, (given.q, given.k, given.v, given.bias, given.sink, given.second_bias))
+    call, needs, bound, facts, here = _bound_passes(of, q, k, v, named, grads, backend, device)
     spec, requested = call.spec, call.backend
-    wants_gradients = any(vars(needs).values())
-    bound = [call.forward if wants_gradients or options.get("return_lse") else call.alone]
-    if wants_gradients:
-        bound.append(call.describe_backward(needs))
     plans = [each.plan for each in bound]
     passes = [_pass(each, spec, facts) for each in bound]
     if compile:
@@ -151,6 +144,50 @@ def explain(
         changed=_changed(plans, spec, needs, facts),
         notes=tuple(_notes(facts, plans, spec, compile)),
     )
+
+
+def passes_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    of: Callable[..., Any] = attention,
+    grads: Iterable[str] | None = None,
+    backend: str | None = None,
+    device: str | torch.device | DeviceFacts | None = None,
+    **options: Any,
+) -> tuple[list[tuple[str, BoundPass]], DeviceFacts]:
+    """The passes that a call with :func:`explain`'s arguments would carry out, by name, each with its launches on meta tensors, and the
+    device that they are for. Raises what ``explain`` raises.
+    """
+    named = _named(of, (), options)
+    if of is attention_with_kvcache:
+        call, facts, _ = _bound_cache(q, k, v, named, grads, backend, device)[:3]
+        return [("forward", call.bound)], facts
+    _, _, bound, facts, _ = _bound_passes(of, q, k, v, named, grads, backend, device)
+    return list(zip(("forward", "backward"), bound, strict=False)), facts
+
+
+def _bound_passes(
+    of: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    named: dict[str, Any],
+    grads: Iterable[str] | None,
+    backend: str | None,
+    device: str | torch.device | DeviceFacts | None,
+) -> tuple[BoundCall, Needs, list[BoundPass], DeviceFacts, bool]:
+    """The call; the gradients wanted; its forward and, if any are, its backward pass; the device, and whether it is here."""
+    with _requested(backend):
+        facts, here = _facts(device, q.device if isinstance(q, Tensor) else torch.device("meta"))
+        call, given = _bound(of, q, k, v, named, facts)
+    needs = _needs(grads, (given.q, given.k, given.v, given.bias, given.sink, given.second_bias))
+    wants_gradients = any(vars(needs).values())
+    bound = [call.forward if wants_gradients or named.get("return_lse") else call.alone]
+    if wants_gradients:
+        bound.append(call.describe_backward(needs))
+    return call, needs, bound, facts, here
 
 
 def _named(of: Callable[..., Any], more: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -207,19 +244,7 @@ def _of_cache(
     compiled: bool,
 ) -> Explanation:
     """Of a call on a KV cache."""
-    tensors: dict[str, Any] = {field: named.get(field) for field in CacheGiven._fields[3:]}
-    for offsets in ("cu_seqlens_q", "cu_seqlens_new"):
-        if tensors[offsets] is not None:
-            tensors[offsets] = near(q, offsets, tensors[offsets])
-    given = CacheGiven(q, k, v, **tensors)
-    options = CacheOptions(**{field: named[field] for field in CacheOptions._fields if field in named})
-    if grads is not None and tuple(grads):
-        raise UnsupportedError("gradients of attention_with_kvcache: there are none; explain triflash.attention, which has them")
-    refuse_gradients(given)
-    with _requested(name):
-        facts, here = _facts(device, q.device if isinstance(q, Tensor) else torch.device("meta"))
-        settled = checked_cache(given, options)
-        call = bind_call(given, (*settled.numbers, settled.backend), facts, alone=not named.get("return_lse"))
+    call, facts, here, settled = _bound_cache(q, k, v, named, grads, name, device)
     bound, spec = call.bound, call.spec
     passes = [_pass(bound, spec, facts)]
     if compiled:
@@ -240,6 +265,32 @@ def _of_cache(
         determinism=determinism,
         notes=(split_words(call.plan, spec, facts), *_notes(facts, [call.plan], spec, compiled)),
     )
+
+
+def _bound_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    named: dict[str, Any],
+    grads: Iterable[str] | None,
+    name: str | None,
+    device: str | torch.device | DeviceFacts | None,
+) -> tuple[Any, DeviceFacts, bool, Any]:
+    """The call on a KV cache, the device, whether it is here, and what was settled."""
+    tensors: dict[str, Any] = {field: named.get(field) for field in CacheGiven._fields[3:]}
+    for offsets in ("cu_seqlens_q", "cu_seqlens_new"):
+        if tensors[offsets] is not None:
+            tensors[offsets] = near(q, offsets, tensors[offsets])
+    given = CacheGiven(q, k, v, **tensors)
+    options = CacheOptions(**{field: named[field] for field in CacheOptions._fields if field in named})
+    if grads is not None and tuple(grads):
+        raise UnsupportedError("gradients of attention_with_kvcache: there are none; explain triflash.attention, which has them")
+    refuse_gradients(given)
+    with _requested(name):
+        facts, here = _facts(device, q.device if isinstance(q, Tensor) else torch.device("meta"))
+        settled = checked_cache(given, options)
+        call = bind_call(given, (*settled.numbers, settled.backend), facts, alone=not named.get("return_lse"))
+    return call, facts, here, settled
 
 
 def _not_taken_by_cache(taken: str, spec: CacheSpec, device: DeviceFacts, requested: str) -> Iterable[tuple[str, str]]:

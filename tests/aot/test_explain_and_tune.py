@@ -14,7 +14,7 @@ from test_compile import Target, calls
 
 import triflash
 from triflash.__main__ import main
-from triflash.cli.tune.candidates import Compiler, Job
+from triflash.cli.tune.candidates import Job, compiler
 from triflash.cli.tune.cases import Case
 from triflash.launch import ahead
 from triflash.launch.room import Real
@@ -143,11 +143,11 @@ def test_a_crash_of_the_compiler_costs_one_configuration() -> None:
     too_large = Job(CASE, "forward", TileConfig(256, 256, 4, 8), device)
     crash = Crash(CASE, "forward", TileConfig(128, 64, 4, 1), device)
     done: list[None] = []
-    with Compiler(1) as compiler:
-        found = compiler.build_all([good[0], crash, good[1]], lambda: done.append(None))
+    with compiler(1) as workers:
+        found = workers.build_all([good[0], crash, good[1]], lambda: done.append(None))
         assert found[crash].refused(device, 64) == "the compiler crashed" and len(done) == 3
         assert all(found[job].refused(device, 64) is None for job in good)
-        again = compiler.build_all([good[0], too_large])
+        again = workers.build_all([good[0], too_large])
     assert again[good[0]] == found[good[0]]
     assert "bytes of shared memory" in (again[too_large].refused(device, None) or "")
 

@@ -1,9 +1,9 @@
-"""``triflash explain`` on the command line: options, and meta tensors of the problem that they describe."""
+"""``triflash explain`` on the command line: options, and meta tensors of the problem that they describe. ``compile`` takes them, too."""
 
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,29 @@ from ..plan.overlay import load, tuned
 from ..plan.select import BACKENDS
 from . import shorthand
 
-__all__ = ["add_arguments", "explanation"]
+__all__ = ["add_arguments", "add_problem", "asked", "explanation", "using"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``triflash explain``."""
+    add_problem(parser)
+    parser.add_argument(
+        "--grads", default="all", metavar="qkvbs", help="gradients wanted: letters of qkvbs (s: sink), all (default) or none"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the kernels and tell registers, spills and shared memory; needs no GPU"
+    )
+
+
+def add_problem(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """What describes a problem, where it runs, and by which backend. several: ``--s`` takes a list of lengths."""
     size, dtype = shorthand.option(shorthand.size), shorthand.option(shorthand.dtype)
     parser.add_argument("--d", type=size, default=64, metavar="D", help="head dim (default 64)")
-    parser.add_argument("--s", type=size, default=2048, metavar="S", help="sequence length; 4k is 4096 (default 2k)")
+    if several:
+        lengths = shorthand.option(shorthand.items(shorthand.size))
+        parser.add_argument("--s", type=lengths, default=[2048], metavar="S,…", help="sequence lengths; 4k is 4096 (default 2k)")
+    else:
+        parser.add_argument("--s", type=size, default=2048, metavar="S", help="sequence length; 4k is 4096 (default 2k)")
     parser.add_argument("--sk", type=size, metavar="N", help="length of the keys (default that of the queries)")
     parser.add_argument("--b", type=size, default=4, metavar="B", help="batch (default 4)")
     parser.add_argument("--h", type=size, default=16, metavar="H", help="heads (default 16)")
@@ -46,23 +61,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--alibi", action="store_true", help="ALiBi slopes")
     parser.add_argument("--sink", action="store_true", help="a sink for each head")
     parser.add_argument("--dropout", type=float, metavar="P", help="probability of dropout")
-    parser.add_argument(
-        "--grads", default="all", metavar="qkvbs", help="gradients wanted: letters of qkvbs (s: sink), all (default) or none"
-    )
+    parser.add_argument("--deterministic", action="store_true", help="the same bits in every run, as PyTorch's deterministic mode asks for")
     parser.add_argument("--backend", choices=BACKENDS, help="as with triflash.backend (default: TRIFLASH_BACKEND, else auto)")
     parser.add_argument(
         "--device",
         metavar="DEVICE",
         help=f"{', '.join((*KNOWN_DEVICES, *NAMED_DEVICES))}, cuda, cuda:1 … (default: this machine's GPU, else its CPU)",
     )
-    parser.add_argument(
-        "--compile", action="store_true", help="compile the kernels and tell registers, spills and shared memory; needs no GPU"
-    )
     parser.add_argument("--tuned", type=Path, metavar="FILE", help="as with triflash.tuned")
 
 
 def explanation(given: argparse.Namespace) -> Explanation:
     """The explanation asked for. Raises ValueError, TypeError or UnsupportedError as :func:`triflash.explain` does."""
+    tensors, options = asked(given)
+    with using(given.tuned):
+        return explain(
+            *tensors,
+            grads=_gradients(given.grads, options["bias"] is not None, given.sink),
+            backend=given.backend,
+            device=given.device,
+            compile=given.compile,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+
+
+def using(file: Path | None) -> AbstractContextManager[None]:
+    """A tuned file within a block, checked before; None leaves things as they are."""
+    if file is None:
+        return nullcontext()
+    load(file, "--tuned")
+    return tuned(file)
+
+
+def asked(given: argparse.Namespace) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Any]]:
+    """q, k and v, meta tensors, and the other arguments of ``triflash.attention``; None where one is absent. Raises ValueError."""
 
     def empty(*shape: int, dtype: torch.dtype = given.dtype) -> torch.Tensor:
         try:
@@ -80,6 +112,8 @@ def explanation(given: argparse.Namespace) -> Explanation:
     named = ("key_lengths", "query_starts", "query_lengths", "key_starts", "diagonal")
     wanted = (given.lengths, given.query_starts, given.query_lengths, given.key_starts, given.diagonals)
     options: dict[str, Any] = {
+        "bias": bias,
+        "causal": given.causal,
         "mask": None if given.mask is None else empty(*shorthand.bias_shape(given.mask, given.b, given.h, given.s, keys), dtype=torch.bool),
         "window": given.window,
         **dict(zip(named, (empty(given.b, dtype=torch.int32) if there else None for there in wanted), strict=True)),
@@ -87,24 +121,11 @@ def explanation(given: argparse.Namespace) -> Explanation:
         "alibi_slopes": empty(given.h, dtype=torch.float32) if given.alibi else None,
         "sink": empty(given.h) if given.sink else None,
         "dropout_p": given.dropout,
+        "deterministic": True if given.deterministic else None,
     }
     if given.diagonal is not None:
         options["diagonal"] = given.diagonal
-    if given.tuned is not None:
-        load(given.tuned, "--tuned")
-    with nullcontext() if given.tuned is None else tuned(given.tuned):
-        return explain(
-            q,
-            k,
-            k,
-            bias,
-            causal=given.causal,
-            grads=_gradients(given.grads, bias is not None, given.sink),
-            backend=given.backend,
-            device=given.device,
-            compile=given.compile,
-            **{name: value for name, value in options.items() if value is not None},
-        )
+    return (q, k, k), options
 
 
 def _window(text: str) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from ..errors import UnsupportedError
 from ..plan.select import BACKENDS
 from . import explain_options, extras
 from .bench.options import add_arguments as add_bench_arguments
+from .compile import options as compile_options
 from .demo.options import Options, add_arguments
 from .tune import options as tune_options
 
@@ -21,7 +22,7 @@ __all__ = ["main"]
 _BAD_USE, _INTERRUPTED = 2, 130
 _GREETING = f"""triflash {__version__}: exact fused attention for PyTorch, with any bias and its gradient
 in a program    from triflash import attention; help(attention), and help(triflash.compat) for calls of SDPA, flash_attn and xformers
-here            triflash demo, bench, explain, tune or env; triflash --help says what each does"""
+here            triflash demo, bench, explain, compile, tune or env; triflash --help says what each does"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = "say what a problem runs on a device, which need not be here, and why: backend, kernels, tiles, memory"
     explain = commands.add_parser("explain", help=words, description=words, allow_abbrev=False)
     explain_options.add_arguments(explain)
+    words = "compile the kernels of problems into Triton's cache, in parallel and for any GPU, so that their first calls compile nothing"
+    compile_ = commands.add_parser("compile", help=words, description=words, allow_abbrev=False)
+    compile_options.add_arguments(compile_)
     words = "print versions, devices and settings, for a bug report"
     env = commands.add_parser("env", help=words, description=words, allow_abbrev=False)
     env.add_argument("--check", action="store_true", help="say instead what would run here and what is missing; status 1 if something is")
@@ -50,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if given.command == "bench":
         return _bench(bench, given, list(sys.argv[1:] if argv is None else argv))
-    run = {"demo": (_demo, demo), "explain": (_explain, explain), "env": (_env, env), "tune": (_tune, tune)}
+    run = {
+        "demo": (_demo, demo), "explain": (_explain, explain), "compile": (_compile, compile_), "env": (_env, env), "tune": (_tune, tune),
+    }  # fmt: skip
     command, own = run[given.command]
     return command(own, given)
 
@@ -113,6 +119,25 @@ def _explain(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     return 0
+
+
+def _compile(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
+    try:
+        from .compile import problems, run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "rich":
+            raise
+        return _needs("compile", "bench", error.name)
+    try:
+        return run.run(list(problems.problems(given, compile_options.defaults(parser))), given.workers, given.cache)
+    except UnsupportedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except (ValueError, TypeError, OSError) as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _env(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:

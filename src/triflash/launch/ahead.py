@@ -1,15 +1,20 @@
-"""Compile a kernel launch for a GPU that is not here, and read what the compiler made of it. Used by tests, ``explain`` and ``tune``.
+"""Compile a kernel launch for a GPU that is not here, and read what the compiler made of it. Used by tests, ``explain``, ``tune`` and
+``compile``.
 
 Works without any GPU or driver, but not under Triton's interpreter: the kernels must have been imported with ``TRITON_INTERPRET`` off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.build import compile_module_from_src
 from triton.runtime.jit import create_function_from_signature
 
 from ..plan.select import Plan
@@ -26,7 +32,7 @@ from . import backward_calls, forward_calls
 from .calls import Call
 from .room import Real, twin
 
-__all__ = ["Resources", "calls_of", "compile_for", "pass_calls", "resources"]
+__all__ = ["Resources", "build_launcher", "cache_folder", "calls_of", "compile_for", "identity", "pass_calls", "resources", "timed"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,71 @@ def compile_for(call: Call, arch: str) -> Any:
 
     The tensors among the arguments may be meta tensors.
     """
+    source, target, options = _source_of(call, arch)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def identity(call: Call, arch: str) -> str:
+    """What two launches share that are one compiled kernel: all of Triton's cache key that is the launch's own."""
+    source, _, options = _source_of(call, arch)
+    return f"{source.hash()}-{options.hash()}"
+
+
+def timed(call: Call, arch: str) -> tuple[Any, float, bool]:
+    """The compiled kernel, the seconds that this took, and whether Triton's cache had it."""
+    hits: list[bool] = []
+    knobs = triton.knobs.compilation
+    before = knobs.listener
+
+    def listener(*args: Any, cache_hit: bool, **more: Any) -> None:
+        hits.append(cache_hit)
+        if before is not None:
+            before(*args, cache_hit=cache_hit, **more)
+
+    knobs.listener = listener
+    try:
+        start = time.perf_counter()
+        compiled = compile_for(call, arch)
+        return compiled, time.perf_counter() - start, hits == [True]
+    finally:
+        knobs.listener = before
+
+
+def build_launcher(compiled: Any) -> bool:
+    """Build the C function by which this process would launch a compiled kernel on an NVIDIA GPU, and what Triton's driver needs, into
+    Triton's cache; whether that can be done here. Triton 3.6 has a launcher for each signature of kernels, later releases one for all.
+    """
+    from triton.backends.nvidia import driver
+
+    make = getattr(driver, "make_launcher", None)
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if make is None or compiler is None or compiled.metadata.target.backend != "cuda":
+        return False
+    src = compiled.src
+    constants = {(src.fn.arg_names.index(at),) if isinstance(at, str) else at: value for at, value in src.constants.items()}
+    text = make(constants, dict(src.signature), getattr(compiled.metadata, "tensordesc_meta", None))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            libraries = driver.library_dirs()
+        except (AssertionError, OSError, subprocess.SubprocessError):  # no driver is here: linked to an empty one of its name
+            empty = os.path.join(folder, "libcuda.so.1")
+            subprocess.run([compiler, "-shared", "-x", "c", os.devnull, "-Wl,-soname,libcuda.so.1", "-o", empty], check=True)
+            libraries = [driver.libdevice_dir, folder]
+        for name, source in (("__triton_launcher", text), ("cuda_utils", Path(driver.dirname, "driver.c").read_text())):
+            with contextlib.suppress(ImportError):  # Triton stores it, and then loads it, which needs the driver
+                compile_module_from_src(
+                    src=source, name=name, library_dirs=libraries, include_dirs=driver.include_dirs, libraries=driver.libraries
+                )
+    return True
+
+
+def cache_folder() -> Path:
+    """Where Triton keeps what this process compiles."""
+    return Path(triton.knobs.cache.dir)
+
+
+def _source_of(call: Call, arch: str) -> tuple[Any, GPUTarget, Any]:
+    """A launch as Triton compiles it: source, target, and the backend's options."""
     target = target_of(arch)
     backend = make_backend(target)
     kernel = call.kernel
@@ -56,8 +127,7 @@ def compile_for(call: Call, arch: str) -> Any:
     bound, specialization, options = bind(*call.args, **call.constants, **options)
     packed, signature, constexprs, attrs = kernel._pack_args(backend, options, bound, specialization, options)
     source_type = GluonASTSource if kernel.is_gluon() else ASTSource
-    source = source_type(kernel, signature, constexprs, attrs)
-    return triton.compile(source, target=target, options=packed.__dict__)
+    return source_type(kernel, signature, constexprs, attrs), target, packed
 
 
 def resources(compiled: Any) -> Resources:

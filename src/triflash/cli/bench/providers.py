@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .gate import Problem
 from .packed import offsets, places
 from .workloads import Workload
 
-__all__ = ["PROVIDERS", "Entry", "Provider", "one_line", "provider"]
+__all__ = ["PROVIDERS", "Asked", "Entry", "Provider", "asked_of_triflash", "one_line", "provider"]
 
 _CHUNK = 2**26  # scores of a chunk of the provider "chunked": 256 MiB in float32
 
@@ -63,59 +64,55 @@ class Triflash(Provider):
 
     def attend(self, workload: Workload, problem: Problem) -> Entry:
         """Two batch levels are two batch dims; padding without a gradient is passed as key lengths."""
-        w, options = workload, problem.options
-        levels = (w.batch // w.batch_inner, w.batch_inner)
-        more = _band(w)
-        if w.packed:
-            return _packed(w, problem, more | ({} if self.backend == "auto" else {"backend": self.backend}))
-        if w.cache:
-            return _cached(w, problem, {} if self.backend == "auto" else {"backend": self.backend})
-        if self.backend != "auto":
-            more["backend"] = self.backend
-        if w.scale is not None:
-            more["scale"] = w.scale
-        if w.softcap is not None:
-            more["softcap"] = w.softcap
-        if options.sinks is not None:
-            more["sink"] = options.sinks
-        padded = w.lengths is not None and w.bias_values == "padding" and not w.dbias
-        if padded:
-            lengths = torch.tensor(w.lengths, dtype=torch.int32, device=problem.q.device)
-            more["key_lengths"] = lengths if w.batch_inner == 1 else lengths.unflatten(0, levels)
+        asked = asked_of_triflash(workload, problem)
+        more = asked.more if self.backend == "auto" else {**asked.more, "backend": self.backend}
 
         def call(q: Tensor, k: Tensor, v: Tensor, bias: Biases) -> Tensor:
-            out: Tensor = triflash.attention(q, k, v, bias=bias, **more)
+            out: Tensor = asked.of(q, k, v, bias=bias, **more)
             return out
 
-        def lay_bias(bias: Tensor) -> Tensor | None:
-            return None if padded else bias.squeeze(1) if w.batch_inner == 1 else bias
-
-        if w.batch_inner == 1:
-            return Entry(call, lay_bias=lay_bias)
-        return Entry(call, lay=lambda x: x.unflatten(0, levels), unlay=lambda x: x.flatten(0, 1), lay_bias=lay_bias)
+        return Entry(call, lay=asked.lay, unlay=asked.unlay, lay_bias=asked.lay_bias)
 
 
-def _packed(w: Workload, problem: Problem, more: dict[str, Any]) -> Entry:
-    """``triflash.attention_varlen``, which is told how long the longest sequence is."""
-    cu, longest = offsets(problem.sequences, problem.q.device), max(problem.sequences)
+@dataclass(frozen=True)
+class Asked:
+    """What a workload asks of triflash: which function, with what beside q, k, v and the bias; and tensors' layouts (:class:`Entry`)."""
 
-    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor = triflash.attention_varlen(q, k, v, cu, cu, longest, longest, bias=bias, **more)
-        return out
+    of: Callable[..., Any]
+    more: dict[str, Any]
+    lay: Callable[[Tensor], Tensor]
+    unlay: Callable[[Tensor], Tensor]
+    lay_bias: Callable[[Tensor], Tensor | None]
 
-    return Entry(call, lay=lambda x: x[0], unlay=lambda x: x[None], lay_bias=lambda bias: bias.squeeze(1))
+
+def asked_of_triflash(w: Workload, problem: Problem) -> Asked:
+    """As its users would call it. The problem's tensors may be meta tensors."""
+    if w.packed:  # told how long the longest sequence is
+        cu, longest = offsets(problem.sequences, problem.q.device), max(problem.sequences)
+        lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        return Asked(triflash.attention_varlen, lengths | _band(w), lambda x: x[0], lambda x: x[None], lambda bias: bias.squeeze(1))
+    lengths_of = None if w.lengths is None else torch.tensor(w.lengths, dtype=torch.int32, device=problem.q.device)
+    if w.cache:  # k and v as they are, of which requests hold so many keys
+        more = {"cache_lengths": lengths_of, "causal": w.hi is not None, "scale": w.scale}
+        return Asked(triflash.attention_with_kvcache, more, _same, _same, lambda bias: None if lengths_of is not None else bias.squeeze(1))
+    more = _band(w)
+    options = {"scale": w.scale, "softcap": w.softcap, "sink": problem.options.sinks}
+    more |= {name: value for name, value in options.items() if value is not None}
+    levels = (w.batch // w.batch_inner, w.batch_inner)
+    padded = lengths_of is not None and w.bias_values == "padding" and not w.dbias
+    if lengths_of is not None and padded:
+        more["key_lengths"] = lengths_of if w.batch_inner == 1 else lengths_of.unflatten(0, levels)
+
+    def lay_bias(bias: Tensor) -> Tensor | None:
+        return None if padded else bias.squeeze(1) if w.batch_inner == 1 else bias
+
+    if w.batch_inner == 1:
+        return Asked(triflash.attention, more, _same, _same, lay_bias)
+    return Asked(triflash.attention, more, lambda x: x.unflatten(0, levels), lambda x: x.flatten(0, 1), lay_bias)
 
 
-def _cached(w: Workload, problem: Problem, more: dict[str, Any]) -> Entry:
-    """``triflash.attention_with_kvcache`` on k and v as they are, of which requests hold so many keys."""
-    lengths = None if w.lengths is None else torch.tensor(w.lengths, dtype=torch.int32, device=problem.q.device)
-    causal = w.hi is not None
-
-    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor = triflash.attention_with_kvcache(q, k, v, cache_lengths=lengths, bias=bias, causal=causal, scale=w.scale, **more)
-        return out
-
-    return Entry(call, lay_bias=lambda bias: None if lengths is not None else bias.squeeze(1))
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 class TriflashDense(Provider):

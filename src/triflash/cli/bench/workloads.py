@@ -197,6 +197,18 @@ class Workload:
                 second[..., 0] = 0.0
         return Problem(q, k, v, bias, dout, options, self.sequences, second)
 
+    def described(self) -> Problem:
+        """The same without memory: meta tensors."""
+        dtype, device = DTYPES[self.dtype], torch.device("meta")
+        q, k, v = (torch.empty(shape, dtype=dtype, device=device) for shape in self.shapes)
+        bias, second = (
+            None if shape is None else torch.empty(shape, dtype=dtype, device=device) for shape in (self.bias_shape, self.second_shape)
+        )
+        dout = q.new_empty(self.batch, self.queries, self.heads, self.value_dim)
+        sinks = q.new_empty(self.heads, dtype=torch.float32) if self.sinks else None
+        options = Options(self.softmax_scale, self.batch_inner, self.lo, self.hi, self.softcap, sinks)
+        return Problem(q, k, v, bias, dout, options, self.sequences, second)
+
     def without_bias(self) -> Workload:
         """The same, biases and padding left out. Its random q, k and v are the same."""
         return replace(self, bias=None, bias_values="normal", second=None, dbias=False)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,12 +11,13 @@ import torch
 
 from ...plan.configs import Problem, TileConfig, misread, with_wide_bias
 from ...plan.device import DeviceFacts
+from ..pool import Compiler, in_a_line
 from .cases import Case, launches, meta, plan_of
 
 if TYPE_CHECKING:
     from ...launch.ahead import Resources
 
-__all__ = ["Built", "Compiler", "Job", "build", "candidates", "shares"]
+__all__ = ["Built", "Job", "build", "candidates", "compiler", "shares"]
 
 # 16-bit elements on GPUs with 160 KiB of shared memory and more: block_m, block_n, warps, stages.
 _LARGE = {
@@ -120,60 +117,13 @@ def build(job: Job) -> Built:
         call = launches(plan, job.kernel, calls)[0]
         return Built(ahead.resources(ahead.compile_for(call, job.device.arch)))
     except Exception as error:  # noqa: BLE001 (compilers fail in many ways, and each only costs this configuration)
-        return Built(None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        return Built(None, in_a_line(error))
 
 
-class Compiler:
-    """Worker processes that compile jobs. To be used in a ``with`` block."""
-
-    def __init__(self, workers: int) -> None:
-        self.workers = workers
-        self.pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> Compiler:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-            self.pool = None
-
-    def build_all(self, jobs: Iterable[Job], done: Callable[[], None] = lambda: None) -> dict[Job, Built]:
-        """Compile all jobs; ``done`` is called after each.
-
-        A compiler that crashes takes its process with it, and all that was under way: that is then compiled again, one process each.
-        """
-        found: dict[Job, Built] = {}
-        left = list(dict.fromkeys(jobs))
-        if not left:
-            return found
-        self.pool = self.pool or _pool(self.workers)
-        try:
-            futures = {self.pool.submit(build, job): job for job in left}
-            for future in as_completed(futures):
-                found[futures[future]] = future.result()
-                done()
-        except BrokenProcessPool:
-            self.pool.shutdown()
-            self.pool = None
-            for job in left:
-                if job not in found:
-                    found[job] = _build_alone(job)
-                    done()
-        return found
+def compiler(workers: int) -> Compiler[Job, Built]:
+    """Worker processes that build jobs."""
+    return Compiler(workers, build, _crashed)
 
 
-def _build_alone(job: Job) -> Built:
-    try:
-        with _pool(1) as pool:
-            return pool.submit(build, job).result()
-    except BrokenProcessPool:
-        return Built(None, "the compiler crashed")
-
-
-def _pool(workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_leave_interrupts_to_the_parent)
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _crashed(reason: str) -> Built:
+    return Built(None, reason)

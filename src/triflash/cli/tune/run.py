@@ -16,7 +16,7 @@ from ...plan.configs import Problem, TileConfig
 from ...plan.device import KNOWN_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
 from ..terminal import table_console
 from . import report
-from .candidates import Built, Compiler, Job, candidates, shares
+from .candidates import Built, Job, candidates, compiler, shares
 from .cases import Case
 from .choose import finalists, ranking
 from .measure import Bench, Measured
@@ -29,7 +29,7 @@ _FINAL = 4  # times the budget
 
 
 class Builder(Protocol):
-    """What compiles jobs: :class:`Compiler`, or a test's stand-in."""
+    """What compiles jobs: :class:`~triflash.cli.pool.Compiler`, or a test's stand-in."""
 
     def build_all(self, jobs: Any, done: Callable[[], None] = ...) -> dict[Job, Built]: ...
 
@@ -41,12 +41,12 @@ def run(options: Options) -> int:
     if interpreting():
         raise bad_value("TRITON_INTERPRET", "0: tuning compiles kernels", "1")
     console = table_console()
-    with Compiler(options.workers) as compiler:
+    with compiler(options.workers) as workers:
         if options.device is not None:
-            return compile_only(options, KNOWN_DEVICES[options.device], compiler, console)
+            return compile_only(options, KNOWN_DEVICES[options.device], workers, console)
         if not torch.cuda.is_available():
             raise bad_value("triflash tune", "a GPU", "a machine without one", "--compile-only sm90 lists what is feasible there")
-        return tune(options, facts_of(torch.device("cuda", torch.cuda.current_device())), compiler, Bench, console)
+        return tune(options, facts_of(torch.device("cuda", torch.cuda.current_device())), workers, Bench, console)
 
 
 def compile_only(options: Options, device: DeviceFacts, compiler: Builder, console: Console) -> int:
