@@ -44,9 +44,9 @@ def plain(
     if bias is not None:
         s = s + bias.double()
     i, j = torch.arange(M, device=q.device)[:, None], torch.arange(N, device=q.device)[None, :]
-    if alibi_slopes is not None:
-        s = s - alibi_slopes.double()[..., None, None] * (i + N - M - j).abs()
     centre = i if causal == "top_left" else i + N - M
+    if alibi_slopes is not None:
+        s = s - alibi_slopes.double()[..., None, None] * (centre - j).abs()
     seen = torch.ones(M, N, dtype=torch.bool, device=q.device)
     if causal:
         seen = seen & (j <= centre)
@@ -102,6 +102,14 @@ def agree(tensors: list[Tensor], backend: str, extra: Tensor | None = None, kept
 def test_who_sees_whom(window: Any, causal: Any, lengths: tuple[int, int], backend: str, device: torch.device) -> None:
     M, N = lengths
     agree(inputs(1, M=M, N=N, device=device), backend, causal=causal, window=window)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("lengths", [(20, 27), (27, 20)], ids=str)
+@pytest.mark.parametrize("causal", [False, True, "top_left"])
+def test_slopes_count_from_where_queries_stand(causal: Any, lengths: tuple[int, int], backend: str, device: torch.device) -> None:
+    M, N = lengths
+    agree(inputs(1, M=M, N=N, device=device), backend, causal=causal, window=(9, 3), alibi_slopes=torch.rand(2, device=device))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -88,6 +88,8 @@ CASES = [
     Case("a mask of keys and lengths", qkv(12, 13, mask=(2, 1, 1, 13), key_lengths=(2,)), {"causal": True}, BOTH),
     Case("lengths", qkv(12, 17, 4, 2, key_lengths=(2,)), lse=True),
     Case("ALiBi, causal", qkv(16, 16, alibi_slopes=(4,)), {"causal": True}, BOTH, lse=True),
+    Case("ALiBi, top left", qkv(11, 18, alibi_slopes=(4,)), {"causal": "top_left"}),
+    Case("ALiBi, top left, fewer keys", qkv(18, 11, alibi_slopes=(4,)), {"causal": "top_left", "window": (30, None)}),
     Case("ALiBi both ways", qkv(13, 17, alibi_slopes=(2, 4)), {}, BOTH, lse=True),
     Case("ALiBi, a window, a bias, fewer keys", qkv(17, 11, bias=(4, 17, 11), alibi_slopes=(4,)), {"window": (6, 3)}, BOTH),
     Case("ALiBi, a mask alone, a sink", qkv(10, 12, mask=(10, 12), alibi_slopes=(4,), sink=(4,)), {}),

@@ -57,7 +57,7 @@ def reference(x: dict[str, Tensor], causal: Any, window: Any, slopes: Any, bias:
         found.append(oracle.attention(
             q[None], k[None], v[None], part(bias, b, m, n), mask=part(mask, b, m, n),
             alibi_slopes=None if slopes is None else slopes if slopes.dim() == 1 else slopes[b],
-            lo=None if left is None else diagonal - left, hi=None if right is None else diagonal + right, **options,
+            lo=None if left is None else diagonal - left, hi=None if right is None else diagonal + right, shift=diagonal, **options,
         ))  # fmt: skip
     return [out[0] for out, _ in found], [lse[0] for _, lse in found]
 
@@ -71,6 +71,7 @@ CASES: dict[str, dict[str, Any]] = {
     "a mask": {"mask": (4, 1, 17, 17)},
     "window, sink, cap": {"window": (3, 2), "sink": (H,), "softcap": 2.0, "scale": 0.3},
     "slopes of each": {"alibi_slopes": (4, H), "causal": True},
+    "slopes, top left": {"alibi_slopes": (H,), "causal": "top_left"},
 }
 
 

@@ -72,7 +72,7 @@ class Batch:
                 mask=part(mask, layouts[1] or layouts[0], b, rows, cols, False),
                 second_bias=part(leaves.get("second"), layouts[0], b, rows, cols, -math.inf),
                 alibi_slopes=slopes if slopes is None or slopes.dim() == 1 else slopes[b], sink=leaves.get("sink"),
-                lo=None if left is None else diagonal - left, hi=None if right is None else diagonal + right,
+                lo=None if left is None else diagonal - left, hi=None if right is None else diagonal + right, shift=diagonal,
                 dropout_p=dropout_p, dropout_seed=torch.tensor([seed, 0]) if dropout_p else None, first_entry=b, **options,
             )  # fmt: skip
             outs.append((rows, out[0]))

@@ -187,7 +187,7 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
     elif q.dtype == torch.float32 and not torch.compiler.is_compiling():
         precision = resolve_precision("")  # now, so that a backward pass multiplies as its forward pass did
     form = Form(batch, _split(bias, mask, second, batch), layout == "bhsd", face.tensors, contiguous=face.shapes is not None)
-    shift = diagonal if slopes is not None else None
+    shift = None if slopes is None else 0 if causal == "top_left" else diagonal
     return Checked(form, lo, hi, softmax_scale, cap, chance, deterministic, precision or "", backend or requested_backend(), shift)
 
 

@@ -467,7 +467,8 @@ def packed_spec_of(
     lo = None if left is None or left >= dense.keys + dense.queries else -left
     hi = None if right is None or right >= dense.keys + dense.queries else right
     second = None if x.second_bias is None else _packed_bias_spec("second_bias", x.second_bias, dense, B, bias_layout)
-    return replace(dense, bias=bias, mask=mask, second=second, alibi=slopes is not None, lo=lo, hi=hi, packed=packed)
+    shift = 0 if slopes is not None and not bottom_right else None
+    return replace(dense, bias=bias, mask=mask, second=second, alibi=slopes is not None, lo=lo, hi=hi, packed=packed, shift=shift)
 
 
 def _sizes_of(bias: Tensor | None, layout: str) -> tuple[int, int]:

@@ -319,7 +319,7 @@ def _call(
     by_heads = tuple(y is not None and (y.shape[2] > 1 or heads == 1) for y in (x.bias, x.second_bias))
     problem = Problem(
         M, N, lo, hi, settled.form.inner, settled.scale, settled.softcap, settled.dropout_p, settled.precision, settled.backend,
-        settled.deterministic, (by_row, by_second),
+        settled.deterministic, (by_row, by_second), options.causal == "top_left",
     )  # fmt: skip
     if head_chunks is None:
         head_chunks = _chunks(x, by_heads, M, N, group.size)

@@ -73,6 +73,7 @@ class Extras(NamedTuple):
 class Problem:
     """The whole problem, without tensors: its lengths, its band of visible ``lo <= j - i <= hi`` and its options, folded.
 
+    top_left: whether queries stand where they do from the first key, not the last.
     by_rows: whether bias and second bias vary over queries, so that this rank's rows of their gradients are all of them.
     """
 
@@ -88,10 +89,12 @@ class Problem:
     backend: str
     deterministic: bool
     by_rows: tuple[bool, bool] = (False, False)
+    top_left: bool = False
 
     @property
     def diagonal(self) -> int:
-        return self.keys - self.queries
+        """The key at which ALiBi sees the first query."""
+        return 0 if self.top_left else self.keys - self.queries
 
 
 class Tile(NamedTuple):
