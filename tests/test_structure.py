@@ -283,13 +283,25 @@ for words in (["--help"], []):
     except SystemExit as left:
         assert not left.code
 new = [name for name in sys.modules if name not in before]
+print([name for name in new if name.startswith(("triflash.cli.bench", "triflash.cli.tune", "triflash.cli.compile", "triflash.cli.explain"))])
 print("modules", len([name for name in new if not name.startswith("triflash")]), *{name.partition(".")[0] for name in new})
 """
     *answer, modules = run_python(program, TRITON_INTERPRET="0").splitlines()
     assert any("usage: triflash" in line for line in answer) and any("triflash --help says" in line for line in answer)
     _, count, *roots = modules.split()
-    assert int(count) <= 12, modules  # 5 on 2026-11-29; rich alone has 60
+    assert int(count) <= 12, modules  # 0 on 2026-11-30; rich alone has 60
     assert not {"triton", "rich", "matplotlib", "numpy", "transformers", "sympy"} & set(roots), roots
+    assert answer[-1] == "[]"  # nor the options of any command
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    """``triflash env | head -1`` ends without a traceback, whenever the text leaves."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    run = subprocess.run([sys.executable, "-m", "triflash", "env"], stdout=writer, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (141, "")
 
 
 def test_without_triton() -> None:
