@@ -332,6 +332,7 @@ def test_what_type_checkers_are_told() -> None:
     ({"is_causal": True}, r"is_causal: wanted an argument of attention \(bias, mask, causal, .*; causal='top_left' is aligned as"),
     ({"attn_mask": None}, "attn_mask: .*; mask= for a bool tensor .*, bias= for floats"),
     ({"softmax_scale": 1.0}, "softmax_scale: .*; scale="),
+    ({"relative_position_bias": None}, "relative_position_bias: .*; bias=, .*RelativeBias"),
     ({"dropout": 0.1}, "dropout: .*; dropout_p="),
     ({"window_size": (3, 0)}, r"window_size: .*; window=\(left, right\)"),
     ({"enable_gqa": True}, "enable_gqa: .*; leave it out"),

@@ -16,8 +16,11 @@ _HINTS = {
     "attn_mask": "mask= for a bool tensor (True = visible), bias= for floats that are added to the scores",
     "attention_mask": "mask=attention_mask[:, None, None, :].bool() for one of keys (True = visible), or key_lengths=; bias= for floats",
     "key_padding_mask": "mask=~key_padding_mask[:, None, None, :] (True = visible), or key_lengths=",
-    "attn_bias": "bias=",
-    "position_bias": "bias=",
+    **dict.fromkeys(("attn_bias", "position_bias", "pair_bias", "additive_mask"), "bias="),
+    **dict.fromkeys(
+        ("positional_bias", "relative_position_bias", "relative_attention_bias", "relative_bias", "rel_pos_bias", "rel_pos", "rpe"),
+        "bias=, a tensor that broadcasts to (*batch, Hq, M, N); triflash.nn.RelativeBias learns one of relative positions",
+    ),
     "block_mask": "mask= for a bool tensor, or causal=, window=, key_lengths=",
     "score_mod": "bias= for what is added to the scores, softcap= for a soft cap",
     "softmax_scale": "scale=",
