@@ -40,6 +40,8 @@ CASES: list[tuple[Case, dict[str, Any]]] = [
     (Case("bias of heads, window", **SMALL | {"grads": "qkvb", "N": 96}, bias="1hqk", lo=-20, hi=5), {"dbias": DbiasConfig(2, 64, 5, 4, 2)}),
     (Case("bias of heads", **SMALL | {"grads": "qkvb"}, bias="1hqk"), {"dbias": DbiasConfig(1, 32, 5, 4, chunk=32)}),
     (Case("bias and mask", **SMALL, bias="1hqk", mask="b11k"), {}),
+    (Case("two biases", **SMALL | {"grads": "qkvbt"}, bias="1hqk", second="b11k", second_dtype=F32), {}),
+    (Case("two biases, fixed order", **SMALL | {"grads": "qkvbt"}, bias="bhqk", second="111k", hi=9), {"dq": DqConfig(1, 64, 3, 2, 2)}),
     (Case("boolean bias", **SMALL, bias="11qk", bias_dtype=BOOL), {}),
     (Case("bias of queries", **SMALL | {"grads": ""}, bias="1hq1"), {}),
 ]  # fmt: skip
@@ -49,8 +51,8 @@ CASES: list[tuple[Case, dict[str, Any]]] = [
 def test_the_plan_adds_up_what_kernels_allocate(case: Case, configs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = build(replace(case, dtype=BF16), torch.device("cpu"))
     spec = spec_of_case(case, inputs)
-    needs, nothing = Needs(*(letter in case.grads for letter in "qkvb")), Needs(*[False] * 4)
-    operands = [None if x is None else x.detach().to("meta") for x in inputs.operands()[:9]]
+    needs, nothing = Needs(*(letter in case.grads for letter in "qkvbst")), Needs(*[False] * 4)
+    operands = [None if x is None else x.detach().to("meta") for x in inputs.operands()[:14]]
     with override_configs(**configs):
         plans = [(plan_forward(spec, ONE_SM, "hopper"), nothing)]
         plans += [(plan_backward(spec, needs, ONE_SM, "hopper"), needs)] if case.grads else []

@@ -42,12 +42,13 @@ SPILLS = 12  # 4-byte words that a thread may spill: a handful is what loop-inva
 def features_of(target: Any) -> str:
     """What a target has beyond dims, a bias and a band, as part of its name."""
     own = "soft-cap" * (target.softcap > 0) + f"mask-{target.mask}" * bool(target.mask) + "lengths" * target.lengths
+    own += f"second-{target.second}" * bool(target.second)
     return own + "dropout" * (target.dropout > 0) + "slopes" * target.slopes
 
 
 @dataclass(frozen=True)
 class Target:
-    """One compilation. bias: a letter where it varies, over (batch, head, query, key); empty is none. band: (lo, hi). config None: the plan's."""
+    """One compilation. bias, second: a letter where they vary, over (batch, head, query, key); empty is none. band: (lo, hi). config None: the plan's."""
 
     dims: tuple[int, int]
     dtype: torch.dtype = BF16
@@ -61,6 +62,7 @@ class Target:
     lengths: bool = False
     dropout: float = 0.0
     slopes: bool = False
+    second: str = ""
     spills: int = 0
 
     def __str__(self) -> str:
@@ -113,6 +115,10 @@ TARGETS = [
     Target((64, 64), bias="1hqk", band=CAUSAL, mask="b11k"),
     Target((64, 64), F16, bias="1h1k", bias_dtype=F32, mask="b1qk", length=ODD),
     Target((128, 128), bias="1hqk", mask="b11k", softcap=50.0),
+    # A row of keys beside a tile of bias, of either dtype, and a mask beside both.
+    Target((32, 32), bias="1hqk", second="b11k", length=512, spills=16),
+    Target((64, 64), bias="1hqk", second="b11k", band=CAUSAL),
+    Target((128, 128), F16, bias="bhqk", bias_dtype=F32, second="111k", mask="b11k", length=ODD, spills=24),
     # Key lengths.
     Target((64, 64), length=EVEN, lengths=True, spills=32),  # three consumers
     Target((256, 256), band=CAUSAL, length=EVEN, lengths=True),
@@ -153,6 +159,12 @@ def mask_of(pattern: str, batch: int, heads: int, length: int) -> torch.Tensor |
     return torch.empty((b, 1, h, q, -(-k // 16) * 16), device="meta", dtype=BOOL)[..., :k]
 
 
+def second_of(pattern: str, batch: int, heads: int, length: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """A second bias, on rows that TMA can address."""
+    mask = mask_of(pattern, batch, heads, length)
+    return None if mask is None else torch.empty_strided(mask.shape, mask.stride(), dtype=dtype, device="meta")
+
+
 def lengths_of(wanted: bool, batch: int) -> torch.Tensor | None:
     return torch.empty(batch, device="meta", dtype=torch.int32) if wanted else None
 
@@ -183,11 +195,14 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
     mask = mask_of(target.mask, batch, heads, target.length)
     lengths = lengths_of(target.lengths, batch)
     slopes, seed = slopes_of(target.slopes, heads), seed_of(target.dropout)
-    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, lengths, slopes, None, seed, target.softcap, target.dropout)
+    second = second_of(target.second, batch, heads, target.length, target.dtype)
+    numbers = (target.softcap, target.dropout, False)
+    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, lengths, slopes, None, seed, *numbers, second)
     kept = torch.empty_like(lse) if spec.keeps_rest else None
     with override_configs(forward=target.config) if target.config else nullcontext():
         plan = plan_forward(spec, SM90, "hopper")
-    (call,) = forward_calls(plan, spec, Operands(q, k, v, bias, mask, lengths, slopes, dropout_seed=seed), Saved(out, lse, kept))
+    operands = Operands(q, k, v, bias, mask, lengths, slopes, dropout_seed=seed, second_bias=second)
+    (call,) = forward_calls(plan, spec, operands, Saved(out, lse, kept))
     return spec, call
 
 

@@ -13,7 +13,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from machine_code import ambiguous_descriptors, compiled_with_log, disassembled, serialised, unfenced_products, unfenced_releases
-from test_hopper import CAUSAL, FULL, MIXED, WINDOW, features_of, lengths_of, mask_of, seed_of, slopes_of
+from test_hopper import CAUSAL, FULL, MIXED, WINDOW, features_of, lengths_of, mask_of, second_of, seed_of, slopes_of
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
@@ -32,7 +32,8 @@ EVEN, UNEVEN, ODD = 4096, 4080, 4095  # as in test_hopper.py, and long enough to
 
 @dataclass(frozen=True)
 class Target:
-    """One compilation. bias: a letter where it varies, over (batch, head, query, key); empty is none. grads: letters of qkvb. config None:
+    """One compilation. bias: a letter where it varies, over (batch, head, query, key); empty is none. grads: letters of qkvb,
+    and t for that of the second bias. config None:
     the plan's. adds: dq is added up where that can be. spills: 4-byte words that a thread may spill, on Triton 3.6.
     """
 
@@ -52,6 +53,7 @@ class Target:
     lengths: bool = False
     dropout: float = 0.0
     slopes: bool = False
+    second: str = ""
 
     def __str__(self) -> str:
         names = {BF16: "bf16", F16: "fp16", F32: "fp32", BOOL: "bool", None: ""}
@@ -64,7 +66,7 @@ class Target:
 
     @property
     def kernel(self) -> str:
-        adds = self.adds and max(self.dims) <= 128 and "q" in self.grads and self.grads.strip("qb") != ""
+        adds = self.adds and max(self.dims) <= 128 and "q" in self.grads and self.grads.strip("qbt") != ""
         return "dqdkdv" if adds else "dkdv"
 
 
@@ -95,6 +97,11 @@ TARGETS = [
     Target((64, 64), bias="1h1k", band=CAUSAL, grads="qkvb"),
     Target((128, 128), bias="1h1k", length=EVEN, grads="qkvb", spills=80),
     Target((256, 256), bias="1h1k", bias_dtype=F32, band=CAUSAL, grads="kvb", spills=28),
+    # Both: the row's gradient beside tiles of the other bias.
+    Target((32, 32), bias="1hqk", second="b11k", grads="qkvbt", length=512),
+    Target((64, 64), bias="1hqk", second="b11k", grads="qkvt", spills=28),
+    Target((128, 128), bias="1hqk", second="b11k", grads="qkvbt", spills=88),
+    Target((256, 256), bias="1hqk", bias_dtype=F32, second="111k", band=CAUSAL, grads="kvt", spills=28),
     # Some of the gradients.
     Target((64, 64), F16, band=CAUSAL, grads="qv"),
     Target((128, 128), band=CAUSAL, grads="qk", spills=LOOP),
@@ -164,12 +171,13 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
     mask, lengths = mask_of(target.mask, batch, heads, target.length), lengths_of(target.lengths, batch)
     slopes, seed = slopes_of(target.slopes, heads), seed_of(target.dropout)
+    second = second_of(target.second, batch, heads, target.length, target.dtype)
     numbers = (target.softcap, target.dropout, not target.adds)
-    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, lengths, slopes, None, seed, *numbers)
-    needs = Needs(*(letter in target.grads for letter in "qkvb"))
+    spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, lengths, slopes, None, seed, *numbers, second)
+    needs = Needs(*(letter in target.grads for letter in "qkvb"), dsecond="t" in target.grads)
     with override_configs(**{target.kernel: target.config}) if target.config else nullcontext():
         plan = plan_backward(spec, needs, SM90, "hopper")
-    calls = ahead.calls_of(plan, spec, needs, q, k, v, bias, mask, lengths, slopes, None, seed)
+    calls = ahead.calls_of(plan, spec, needs, q, k, v, bias, mask, lengths, slopes, None, seed, *[None] * 4, second)
     ((step, call),) = ((step, call) for step, call in zip(plan.steps, calls, strict=True) if step.kernel in ("dkdv", "dqdkdv"))
     assert step.kernel == target.kernel
     return spec, step, call

@@ -17,7 +17,7 @@ from ..plan.kernels.shared import ROWS
 from ..plan.steps import broadcast_rows
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper import descriptor, register_limit, writable
+from .hopper import descriptor, register_limit, second_rows, writable
 
 __all__ = ["dbias_call"]
 
@@ -55,8 +55,7 @@ def dbias_call(
             slope_strides(slopes),
             cap_of(spec),
             dropout_of(spec, seed),
-            second,
-            bias_strides(second),
+            *second_rows(spec, second, config),
             None if mask is None else mask.view(torch.uint8),
             bias_strides(mask),
         ),

@@ -28,10 +28,11 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .dropout import ds_of, keep_bits, philox_of, sign_dropped
+from .extent import outer_at
 from .features import add_alibi, all_lse_small, slope_of, softcapped, tanh, visible_keys
 from .layouts import accumulator, stacked
 from .rings import Ring, barriers, ring
-from .scores_qk import BM, add_bias, exponents, mask_band, statistics
+from .scores_qk import BM, add_bias, exponents, mask_band, row_in, statistics
 
 
 @record
@@ -55,8 +56,7 @@ class Program:
     slope_strides: object
     cap: object
     dropout: object
-    second: object
-    second_strides: object
+    second_s: object
     mask: object
     mask_strides: object
     batch_outer: object
@@ -169,33 +169,42 @@ def _round(p, r, b0, b1, head):
 
 
 @gluon.jit
-def _fetch(desc, buffers, slots, at, b, row, head, column, PARTS: gl.constexpr):
-    """One chunk of an operand into its slot, in PARTS buffers of rows that follow one another."""
+def _fetch(desc, buffers, slots, at, b, row, head, column, PARTS: gl.constexpr, MORE: gl.constexpr):
+    """One chunk of an operand into its slot, in PARTS buffers of rows that follow one another; the caller adds MORE bytes to them."""
     slot = slots.slot(at, 0)
     full = slots.full.index(slot)
     slots.acquire(at, 0)
-    mbarrier.expect(full, PARTS * desc.block_type.nbytes)
+    mbarrier.expect(full, PARTS * desc.block_type.nbytes + MORE)
     for w in gl.static_range(PARTS):
         tma_load(desc, [b, row + w * buffers.shape[2], head, column], full, buffers.index(slot * PARTS + w))
 
 
 @gluon.jit
-def _produce(p, s_desc, dp_desc, buffers, slots, group, OF_KEYS: gl.constexpr):
-    """A producer: every load of one operand of both MMAs, in the order in which the consumers need them."""
+def _produce(p, s_desc, dp_desc, buffers, slots, group, second_desc, second_on, OF_KEYS: gl.constexpr):
+    """A producer: every load of one operand of both MMAs, in the order in which the consumers need them.
+
+    second_desc: of a bias over keys alone, a row of which comes with the last chunk of keys of a round; or None.
+    """
     CHUNK: gl.constexpr = buffers.shape[4]
     PARTS: gl.constexpr = 1 if OF_KEYS else p.C.consumers
+    ROW: gl.constexpr = second_desc.block_type.nbytes if second_desc is not None else 0
     at = 0  # chunks so far
     for index in range(gl.program_id(0), p.tiles, gl.num_programs(0)):
         _part, b0, b1, own_head, m0, n0, first, last = _tile(p, index)
         row = n0 if OF_KEYS else m0
         for r in range(first, last):
-            b, head = _round(p, r, b0, b1, own_head)
+            b, query_head = _round(p, r, b0, b1, own_head)
+            head = query_head
             if OF_KEYS:
                 head = head // group
             for c in gl.static_range(p.S_CHUNKS):
-                _fetch(s_desc, buffers, slots, at + c, b, row, head, c * CHUNK, PARTS)
+                _fetch(s_desc, buffers, slots, at + c, b, row, head, c * CHUNK, PARTS, ROW if c == p.S_CHUNKS - 1 else 0)
+            if second_desc is not None:
+                outer, inner, bias_head = outer_at(b, p.batch_inner, query_head, second_on)
+                slot = slots.slot(at + p.S_CHUNKS - 1, 0)
+                tma_load(second_desc, [outer, inner, bias_head, 0, n0], slots.full.index(slot), p.second_s.index(slot))
             for c in gl.static_range(p.DP_CHUNKS):
-                _fetch(dp_desc, buffers, slots, at + p.S_CHUNKS + c, b, row, head, c * CHUNK, PARTS)
+                _fetch(dp_desc, buffers, slots, at + p.S_CHUNKS + c, b, row, head, c * CHUNK, PARTS, 0)
             at += p.S_CHUNKS + p.DP_CHUNKS
 
 
@@ -286,6 +295,7 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     CHUNKS: gl.constexpr = S_CHUNKS + DP_CHUNKS
     SLOTS: gl.constexpr = p.C.slots
     EARLY: gl.constexpr = 0 if CHUNKS <= SLOTS else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
+    ROW_FIRST: gl.constexpr = p.second_s is not None and SMALL_LSE  # in whichever order registers suffice for
     scale_log2 = p.scale * LOG2E
     nothing = gl.zeros([BM, BN], gl.float32, S)
     at = 0
@@ -299,14 +309,6 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             b, head = _round(p, r, b0, b1, own_head)
             lse, delta, rest = statistics(p.stats, b * p.heads + head, m0, p.M, p.HAS_REST, BM, BN)
             n_keys = visible_keys(p.lengths, b, p.N)
-            if p.second is not None:
-                keys = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
-                its = p.second + offset(b // p.batch_inner, p.second_strides[0]) + offset(b % p.batch_inner, p.second_strides[1])
-                its += offset(head, p.second_strides[2])
-                if p.EVEN:
-                    second = gl.expand_dims(gl.load(its + keys), 0)
-                else:
-                    second = gl.expand_dims(gl.load(its + keys, mask=keys < p.N, other=0), 0)
             if p.mask is not None:
                 j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
                 row = p.mask + offset(b // p.batch_inner, p.mask_strides[0]) + offset(b % p.batch_inner, p.mask_strides[1])
@@ -330,10 +332,14 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             if p.C.ping_pong:
                 mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
             s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
+            if p.second_s is not None:
+                second = row_in(p.second_s.index(p.right.slot(at + S_CHUNKS - 1, 0)), BN)
+                fence_async_shared()  # a load may wait behind WGMMA operands, and TMA overtake it: see the forward kernel
             _release(p, at + EARLY, S_CHUNKS - EARLY)
 
-            mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
-            bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
+            if not ROW_FIRST:
+                mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
+                bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
             if p.cap is not None:
                 if p.lengths is not None:  # a hidden key may be NaN, and ``tanh`` spreads NaN to the three scores that share its reciprocal
                     s = mask_band(s, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
@@ -342,8 +348,12 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
                 s = s * scale_log2
             if SMALL_LSE:
                 s = s - gl.expand_dims(lse, 1)
+            if ROW_FIRST:
+                s = add_bias(s, second, False)
+                mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
+                bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
             s = add_bias(s, bias, False)
-            if p.second is not None:
+            if p.second_s is not None and not ROW_FIRST:
                 s = add_bias(s, second, False)
             if p.ALIBI:
                 slope = slope_of(p.slopes, p.slope_strides, b, head)
@@ -410,7 +420,7 @@ COUNTS = [
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, small_lse, dbias_strides, slope_strides,
-    cap, dropout, second, second_strides, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m,
+    cap, dropout, second_desc, second_on, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m,
     tiles_n, tiles, places, fold, shuffle, C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, VARIES_B0: gl.constexpr,
     VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
@@ -419,9 +429,9 @@ def dbias(
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
-    (part, outer batch, inner batch, head, query, key). second: a bias over keys alone beside it, and mask, come as pointers, with strides
-    (outer batch, inner batch, head, …); keys are neighbours. stats: see ``scores_qk.py``; cap: ``features.tanh``; dropout:
-    ``dropout.philox_of``. Query head h reads key head ``h // group``.
+    (part, outer batch, inner batch, head, query, key). A second bias, over keys alone, comes as of the forward kernel, a row with the last
+    chunk of keys of a round; mask as a pointer, with strides (outer batch, inner batch, head); its keys are neighbours. stats: see
+    ``scores_qk.py``; cap: ``features.tanh``; dropout: ``dropout.philox_of``. Query head h reads key head ``h // group``.
     """
     BN: gl.constexpr = C.block_n
     WGS: gl.constexpr = C.consumers
@@ -429,6 +439,10 @@ def dbias(
     left_s = gl.allocate_shared_memory(DT, stacked(C.query_slots * WGS, q_desc.block_shape), q_desc.layout)
     right_s = gl.allocate_shared_memory(DT, stacked(C.key_slots, k_desc.block_shape), k_desc.layout)
     bias_s = gl.allocate_shared_memory(bias_desc.dtype, stacked(C.bias_stages * WGS, bias_desc.block_shape), bias_desc.layout)
+    if second_desc is not None:
+        second_s = gl.allocate_shared_memory(second_desc.dtype, stacked(C.key_slots, second_desc.block_shape), second_desc.layout)
+    else:
+        second_s = None
     zeros_s = None
     if dbias_desc is not None and (lo is not None or hi is not None):
         zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
@@ -443,17 +457,18 @@ def dbias(
 
     p = Program(
         small_lse, dbias_desc, dbias_out, lengths, slopes, stats, left_s, right_s, bias_s, left, right, biases, ping_pong, dbias_strides,
-        slope_strides, cap, dropout, second, second_strides, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale,
+        slope_strides, cap, dropout, second_s, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale,
         splits, tiles_m, tiles, places, fold, shuffle, zeros_s, tiles_n, C, chunks_of(D, C.chunk), chunks_of(DV, C.chunk), VARIES_B0,
         VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI,
     )  # fmt: skip
     if WGS == 1:
         gl.warp_specialize([
-            (_consume_either, (p, 0)), (_produce, (p, q_desc, dout_desc, left_s, left, group, False)),
-            (_produce, (p, k_desc, v_desc, right_s, right, group, True)), (_supply, (p, bias_desc)), (_clear, (p,)),
+            (_consume_either, (p, 0)), (_produce, (p, q_desc, dout_desc, left_s, left, group, None, None, False)),
+            (_produce, (p, k_desc, v_desc, right_s, right, group, second_desc, second_on, True)), (_supply, (p, bias_desc)), (_clear, (p,)),
         ], [1, 1, 1, 1], [32, 32, 32, 32])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume_either, (p, 0)), (_consume_either, (p, 1)), (_produce, (p, q_desc, dout_desc, left_s, left, group, False)),
-            (_produce, (p, k_desc, v_desc, right_s, right, group, True)), (_supply, (p, bias_desc)), (_clear, (p,)),
+            (_consume_either, (p, 0)), (_consume_either, (p, 1)),
+            (_produce, (p, q_desc, dout_desc, left_s, left, group, None, None, False)),
+            (_produce, (p, k_desc, v_desc, right_s, right, group, second_desc, second_on, True)), (_supply, (p, bias_desc)), (_clear, (p,)),
         ], [4, 1, 1, 1, 1], [C.registers, 32, 32, 32, 32])  # fmt: skip

@@ -12,7 +12,7 @@ from ...spec import AttentionSpec
 from ..configs import padded
 from ..device import DeviceFacts
 from ..steps import Step, broadcast_rows, ceil_div, sum_steps
-from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, order_of
+from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, order_of, second_buffer
 
 __all__ = ["DbiasConfig", "bias_tiles", "choose", "owns_dbias", "places", "programs", "shuffle", "slots_needed", "steps", "why_not"]
 
@@ -66,6 +66,7 @@ class DbiasConfig(QueryConfig):
             Buffer("q and dout", self.query_slots * self.consumers, (64, self.chunk), 2),
             Buffer("k and v", self.key_slots, (self.block_n, self.chunk), 2),
             bias_buffer(spec, self, biases),
+            second_buffer(spec, self, self.key_slots),
             bias_buffer(spec, self, int(is_banded(spec)))._replace(name="zeros"),
             barriers(2 * self.query_slots, 2 * self.key_slots, 2 * biases, 2),
         )
@@ -105,13 +106,12 @@ def choose(spec: AttentionSpec, limit: int) -> DbiasConfig | None:
 
     A large tile matters most: the loads of a round grow with the sum of its sides, the MMAs with their product. Narrow heads have time to
     load more: two CTAs of one consumer, of which one computes while the other waits, are up to 1.17 times as fast as one of two, but not
-    beside a mask or another bias, which take registers. Then, for heads whose tiles are short, a second bias buffer, if it leaves each
-    ring four slots.
+    beside a mask, which takes registers. Then, for heads whose tiles are short, a second bias buffer, if it leaves each ring four slots.
     """
     widest = padded(max(spec.head_dim, spec.value_dim))
     chunk = min(64, widest)
     least = slots_needed(spec, chunk)
-    if spec.mask is spec.second is None and max(spec.head_dim, spec.value_dim) <= 48:
+    if spec.mask is None and max(spec.head_dim, spec.value_dim) <= 48:
         for slots in range(4, least - 1, -1):
             pair = DbiasConfig(1, 128, slots, slots, chunk=chunk, ctas_per_sm=2)
             if pair.fits(spec, limit):
