@@ -39,8 +39,8 @@ PATIENCE = {"racecheck": 200.0, "synccheck": 200.0, "consan-forward": 300.0, "co
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, and the configurations of its kernels, as Python writes them. bias: letters over (batch, head, query, key). small: for
-    consan, which keeps books on every buffer in code of its own: with twice as many, ptxas takes four times as long, soon many minutes.
+    """A problem, and the configurations of its kernels, as Python writes them. bias, second: letters over (batch, head, query, key). small:
+    for consan, which keeps books on every buffer in code of its own: with twice as many, ptxas takes four times as long, soon many minutes.
     """
 
     kernels: str  # that must run, beside the forward kernel
@@ -50,6 +50,7 @@ class Case:
     H: int = 2
     Hk: int = 2
     bias: str = ""
+    second: str = ""
     mask: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -90,6 +91,17 @@ CASES = {
     ),
     "wide": Case("dkdv dq", {}, D=136, options={"causal": True, "dropout_p": 0.1}),
     "wide, bias, mask": Case("dkdv dq dbias", {}, D=256, bias="1hqk", mask="b11k"),
+    "two biases": Case(
+        "dqdkdv dbias", {"dbias": "DbiasConfig(1, 128, 4, 4, ctas_per_sm=2)"}, {"dqdkdv": "DkdvConfig(1, 1)"},
+        bias="1hqk", second="b11k", D=32,
+    ),
+    "two biases, fixed order, slopes": Case(
+        "dkdv dq", {"dkdv": "DkdvConfig(2, 2)"}, {"dkdv": "DkdvConfig(1, 1)", "dq": "DqConfig(1, 64, 2, 2)"},
+        bias="bhqk", second="111k", options={"deterministic": True, "causal": True, "slopes": True},
+    ),
+    "fixed order, slopes": Case(
+        "dkdv dq", {}, {"dkdv": "DkdvConfig(2, 1)"}, options={"deterministic": True, "causal": True, "slopes": True}
+    ),
     "gradient of a bias, soft cap": Case(
         "dbias", {"dbias": "DbiasConfig(2, 64, 5, 4)"}, {"dqdkdv": "DkdvConfig(1, 1)"}, bias="11qk", options={"softcap": 5.0}
     ),
@@ -130,6 +142,11 @@ def run_case(name: str, consan: str = "", small: bool = False) -> int:
     if case.bias:
         options["bias"] = normal(*(sizes.get(letter, 1) for letter in case.bias)).requires_grad_()
         leaves.append(options["bias"])
+    if case.second:
+        options["bias"] = (options["bias"], normal(*(sizes.get(letter, 1) for letter in case.second)).requires_grad_())
+        leaves.append(options["bias"][1])
+    if options.pop("slopes", False):
+        options["alibi_slopes"] = torch.rand(case.H, device="cuda")
     if case.mask:
         options["mask"] = torch.rand([sizes.get(letter, 1) for letter in case.mask], device="cuda") < 0.8
     if options.get("dropout_p"):
@@ -149,7 +166,7 @@ def run_case(name: str, consan: str = "", small: bool = False) -> int:
         return 3
     wanted = attention(q, k, v, **options, backend="oracle")
     references = [wanted.detach(), *torch.autograd.grad(wanted, leaves, torch.ones_like(wanted))]
-    for what, a, b in zip(("out", "dq", "dk", "dv", "dbias"), (out.detach(), *grads), references, strict=False):
+    for what, a, b in zip(("out", "dq", "dk", "dv", "dbias", "dsecond"), (out.detach(), *grads), references, strict=False):
         off = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-9))
         if not off < 0.05:
             print(f"WRONG: {what} is {off:.2g} off", flush=True)

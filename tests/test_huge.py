@@ -60,6 +60,27 @@ def test_equal_keys_share_alike(size: float, dtype: torch.dtype, backend: str, d
             assert ((dk.double() - 3 * ds * size * (scale or D**-0.5)).abs() <= 3 * off).all()
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("size, D", [(2.0**15, 16), (2.0**15, 64), (2.0**14, 136)])
+def test_slopes_beside_equal_keys(size: float, D: int, backend: str, deterministic: bool, device: torch.device) -> None:
+    """Distances are lost in such scores, whichever of a tile's corners they are counted from: all keys that a query sees share alike."""
+    dtype = F16 if backend == "hopper" or (backend == "triton" and not ON_GPU) else BF16
+    for causal, M, N in ((True, 150, 260), (False, 70, 130)):
+        q, k = full((1, M, 2, D), size, dtype, device), full((1, N, 2, D), size, dtype, device)
+        v = torch.randn(1, N, 2, D, device=device).to(dtype).requires_grad_()
+        slopes = torch.tensor([0.25, 0.003], device=device)
+        with on(backend) if backend == "hopper" else small_tiles((64, 64)):
+            out = attention(q, k, v, causal=causal, alibi_slopes=slopes, deterministic=deterministic, backend=backend)
+            dq, dk, dv = torch.autograd.grad(out, (q, k, v), torch.full_like(out, 2.0**-10))
+        seen = torch.ones(M, N, device=device, dtype=F64)
+        seen = (seen.tril(N - M) if causal else seen) / (seen.tril(N - M) if causal else seen).sum(1, keepdim=True)
+        torch.testing.assert_close(out.double(), torch.einsum("mn,bnhd->bmhd", seen, v.detach().double()), rtol=2e-2, atol=2e-2)
+        wanted = 2.0**-10 * seen.sum(0)[None, :, None, None]
+        torch.testing.assert_close(dv.double(), wanted.expand(dv.shape), rtol=2e-2, atol=1e-6)
+        assert dq.isfinite().all() and dk.isfinite().all()
+
+
 def draw(random_: random.Random, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor, dict[str, Any]]:
     """Products that float32 holds, and that either differ by much more than they are rounded by, or not at all; rows of very different
     magnitudes among them.

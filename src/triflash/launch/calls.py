@@ -98,8 +98,9 @@ def cap_of(spec: AttentionSpec) -> tuple[float, float] | None:
     return max(-LARGEST_FACTOR, min(factor, LARGEST_FACTOR)), max(SMALLEST_SCALE, spec.softcap * LOG2E)
 
 
-def alibi_of(spec: AttentionSpec) -> int:
-    """Which form of ALIBI the Hopper kernels take (``kernels/hopper/features.ONE_SIDED``): queries are counted so that the last meets the
+def alibi_of(spec: AttentionSpec, keys: int) -> int:
+    """Which form of ALIBI the Hopper kernels take (``kernels/hopper/features.one_sided``), with the keys of a block of the forward kernel,
+    whose rounding they repeat beside huge scores: queries are counted so that the last meets the
     last key, and a bound to the right may keep all of them from seeing a key behind them.
 
     Not beside a bias of numbers: kernels that own queries add the line over keys to a score and kernels that own keys the other one, and
@@ -108,7 +109,7 @@ def alibi_of(spec: AttentionSpec) -> int:
     if not spec.alibi:
         return 0
     exact = spec.bias is None or spec.bias.is_mask
-    return 2 if exact and spec.hi is not None and spec.hi <= spec.keys - spec.queries else 1
+    return keys if exact and spec.hi is not None and spec.hi <= spec.keys - spec.queries else 1
 
 
 def dropout_of(spec: AttentionSpec, seed: Tensor | None) -> tuple[Any, ...] | None:

@@ -99,7 +99,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             "VARIES_M": spec.bias is not None and spec.bias.varies[3],
             "POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE,
             "EVEN_N": spec.keys % block_n == 0 and not spec.key_lengths,
-            "ALIBI": alibi_of(spec),
+            "ALIBI": alibi_of(spec, block_n),
             "FUSING": fuses_bias(spec, config),
         }
         calls.append(Call(forward_kernels.forward, args, constants | register_limit(config), config, step.programs))

@@ -118,7 +118,7 @@ def backward_calls(
                 own = room.new("dq, which nobody asked for", shape, q.dtype)[..., : q.shape[-1]]
             small = small_lse if reads_small_lse(spec, step) else None
             features = (x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, small, x.second_bias)
-            calls.append(dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, own, target, *features))
+            calls.append(dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, own, target, *features, step.forward_keys))
         elif step.kernel == "postprocess":
             assert dq_sum is not None and dq is not None
             calls.append(postprocess_call(spec, dq_sum, dq, adds_by_red(plan)))
@@ -298,7 +298,7 @@ def dkdv_call(
         "HAS_REST": stats.shape[1] == 3,
         "IS_MASK": spec.bias is not None and spec.bias.is_mask,
         "EVEN_N": spec.keys % config.block_n == 0 and not spec.key_lengths,
-        "ALIBI": alibi_of(spec),
+        "ALIBI": alibi_of(spec, step.forward_keys),
         "BATCH_FASTEST": step.order == "batch",
         "LONGEST": "first" if spec.hi is not None else "none" if spec.lo is None else "last",
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..kernels.hopper import dq as dq_kernels
 from ..plan.configs import padded
 from ..plan.kernels.dq import DqConfig
-from ..plan.kernels.shared import ROWS, batch_fastest, bias_buffer, l2_order, query_tiles
+from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, batch_fastest, bias_buffer, l2_order, query_tiles
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
 from .hopper import descriptor, mask_tiles, register_limit, second_rows
@@ -26,7 +26,7 @@ def dq_call(
     spec: AttentionSpec, config: DqConfig, programs: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dout: Tensor,
     stats: Tensor, dq: Tensor, dbias: Tensor | None = None, lengths: Tensor | None = None, slopes: Tensor | None = None,
     mask: Tensor | None = None, seed: Tensor | None = None, small_lse: Tensor | None = None,
-    second: Tensor | None = None,
+    second: Tensor | None = None, forward_keys: int = SMALLEST_BLOCK,
 ) -> Call:  # fmt: skip
     """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q."""
     head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
@@ -68,6 +68,6 @@ def dq_call(
         "VARIES_M": spec.bias is not None and spec.bias.varies[3],
         "HAS_REST": stats.shape[1] == 3,
         "EVEN_N": spec.keys % block_n == 0 and lengths is None,
-        "ALIBI": alibi_of(spec),
+        "ALIBI": alibi_of(spec, forward_keys),
     }
     return Call(dq_kernels.dq, args, constants | register_limit(config), config, programs)

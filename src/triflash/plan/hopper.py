@@ -123,6 +123,9 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     """The kernels of a backward pass, in order, for what ``why_not_backward`` allows."""
     own, needed = _in_order(spec, needs)
     steps = _backward_steps(own, needed, device, by_hand)
+    if spec.alibi:
+        keys = forward.config_of(own, device, by_hand).block_n
+        steps = tuple(replace(step, forward_keys=keys) if step.kernel in ("dkdv", "dqdkdv", "dq") else step for step in steps)
     if own is spec:
         return steps
     return tuple(replace(step, gives=_renamed(step.gives)) for step in steps)

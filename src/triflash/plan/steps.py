@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..spec import AttentionSpec, BiasSpec
 from .configs import TileConfig
-from .kernels.shared import HopperConfig
+from .kernels.shared import SMALLEST_BLOCK, HopperConfig
 
 __all__ = ["IN_PYTORCH", "SUM_BLOCK", "Plan", "Step", "broadcast_rows", "ceil_div", "dbias_source", "sum_steps"]
 
@@ -20,7 +20,8 @@ class Step:
 
     kernel, config: its name and tile configuration (None: it has none). programs: how many it starts.
     order: which index of the grid varies fastest (see ``kernels/triton/prims.locate``). splits: parts that a reduction is cut into.
-    gives: the gradients that it computes. precision: of its float32 products.
+    gives: the gradients that it computes. precision: of its float32 products. forward_keys: of a block of the forward pass, where a
+    backward kernel repeats its rounding.
     """
 
     kernel: str
@@ -30,6 +31,7 @@ class Step:
     splits: int = 1
     gives: tuple[str, ...] = ()
     precision: str = "ieee"
+    forward_keys: int = SMALLEST_BLOCK
 
     def __str__(self) -> str:
         return self.kernel if self.config is None else f"{self.kernel} {self.config}"

@@ -28,14 +28,16 @@ from .compat import (
 from .dropout import ds_of, keep_bits, philox_of, sign_dropped
 from .extent import Extent, extent_of
 from .features import (
-    ONE_SIDED,
     add_alibi,
     all_lse_small,
     clear_masked,
     line,
+    line_of_keys,
     mask_by_tile,
+    one_sided,
     p_and_ds_factor,
     rounded,
+    scaled,
     slope_of,
     softcapped,
     tanh,
@@ -218,6 +220,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     S: gl.constexpr = accumulator(BN)
     DS: gl.constexpr = gl.DotOperandLayout(0, accumulator(BD), 2)
     BIASED: gl.constexpr = (p.bias_s is not None or p.bias is not None) and not p.IS_MASK
+    LINE: gl.constexpr = one_sided(p.ALIBI) and p.cap is None and not SMALL_LSE  # as the forward kernel rounds it
     LAGGING: gl.constexpr = p.C.deferred and not FIRST  # the block before is folded into dq here
     nothing = gl.zeros([BM, BN], gl.float32, S)
     k_slot = p.keys.slot(at, 0)
@@ -246,7 +249,10 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     if p.cap is not None:
         u = tanh(s, p.cap)
         s = softcapped(u, p.cap)
-    elif SMALL_LSE or BIASED or p.ALIBI or not p.HAS_REST:
+    elif LINE:
+        j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
+        s = scaled(s, t.scale_log2, gl.expand_dims(line_of_keys(t.slope, j, t.m0, t.diagonal, p.ALIBI), 0))
+    elif SMALL_LSE or BIASED or not p.HAS_REST:
         s = s * t.scale_log2
     else:
         s = rounded(s, t.scale_log2)
@@ -268,10 +274,12 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
             p.biases.release(at, WG)
     if p.bias is not None:
         s = add_bias(s, gl.expand_dims(t.column, 1), p.IS_MASK)
-    if p.ALIBI:
+    if LINE:
+        s = s + gl.expand_dims(line(0.0, -t.slope, BM, gl.SliceLayout(1, S)), 1)
+    elif p.ALIBI:
         s = add_alibi(s, t.slope, n0 - t.m0 - t.diagonal, 1, p.ALIBI)
     lse = t.lse
-    if p.ALIBI == ONE_SIDED:
+    if one_sided(p.ALIBI) and not LINE:
         lse = lse - line(0.0, -t.slope, BM, gl.SliceLayout(1, S))
     if MASKED:
         s = mask_band(s, t.m0, n0, t.x.keys, p.lo, p.hi, BM, BN, "0fFF800000")

@@ -6,7 +6,11 @@ from ..triton.prims import LOG2E, clamped, offset
 from .compat import fence_async_shared, gl, gluon, thread_barrier
 from .preprocess import FLAGS
 
-ONE_SIDED = gl.constexpr(2)  # ALIBI of the kernels: 0 without slopes, 2 where no query sees a key behind it, else 1
+
+@gluon.constexpr_function
+def one_sided(ALIBI):
+    """Of ALIBI of the kernels: 0 without slopes, else 1, or where no query sees a key behind it the keys of a forward block."""
+    return ALIBI > 1
 
 
 @gluon.jit
@@ -139,27 +143,48 @@ def line(first, slope, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
     """``first + slope * (0 … COUNT - 1)``. A thread knows all but the low bits of its elements' numbers at compile time; these alone are
     converted.
     """
-    at = gl.arange(0, COUNT, LAYOUT)
-    low = first + slope * (at & 7).to(gl.float32)
-    return gl.fma(gl.full([COUNT], slope, gl.float32, LAYOUT), (at & -8).to(gl.float32), low)
+    return _line_at(gl.full([COUNT], first, gl.float32, LAYOUT), slope, gl.arange(0, COUNT, LAYOUT))
+
+
+@gluon.jit
+def _line_at(first, slope, at):
+    slopes = gl.full(at.shape, slope, gl.float32, at.type.layout)
+    low = gl.fma(slopes, (at & 7).to(gl.float32), first)
+    return gl.fma(slopes, (at & -8).to(gl.float32), low)
+
+
+@gluon.jit
+def line_of_keys(slope, j, m0, diagonal, BLOCK: gl.constexpr):
+    """What the forward kernel adds to scores of the keys j and its 64 queries from m0 on, one-sidedly, to the last bit: it counts from the
+    first of a block's BLOCK keys.
+    """
+    at = j & (BLOCK - 1)
+    return _line_at(slope * (j - at - m0 - diagonal).to(gl.float32), slope, at)
+
+
+@gluon.jit
+def scaled(s, factor, line):
+    """``s * factor + line``, rounded once."""
+    line, s = gl.broadcast(line, s)
+    return gl.fma(s, gl.full(s.shape, factor, gl.float32, s.type.layout), line)
 
 
 @gluon.jit
 def add_alibi(x, slope, first, sign, FORM: gl.constexpr):
     """Scores x in base 2 less ``slope * |i - j|``, queries counted so that the last meets the last key.
 
-    first: ``j - i`` of the tile's first row and column; sign: 1 where columns are keys, -1 where they are queries. FORM: of ALIBI. Where it
-    is ONE_SIDED, ``-slope * |i - j| = slope * (j - i)`` is a line over columns plus one over rows: a score takes one addition, and the
+    first: ``j - i`` of the tile's first row and column; sign: 1 where columns are keys, -1 where they are queries. FORM: ALIBI. Where it is
+    ``one_sided``, ``-slope * |i - j| = slope * (j - i)`` is a line over columns plus one over rows: a score takes one addition, and the
     latter is left to the caller.
     """
     L: gl.constexpr = x.type.layout
     first = first.to(gl.float32)
-    if FORM == ONE_SIDED:
+    if one_sided(FORM):
         return x + gl.expand_dims(line(opaque(slope * first), slope * sign, x.shape[1], gl.SliceLayout(0, L)), 0)
     else:
         columns = gl.expand_dims(line(opaque(first), 1.0 * sign, x.shape[1], gl.SliceLayout(0, L)), 0)
         rows = gl.expand_dims(line(0.0, 1.0 * sign, x.shape[0], gl.SliceLayout(1, L)), 1)
-        return x - slope * gl.abs(columns - rows)
+        return gl.fma(gl.abs(columns - rows), gl.full(x.shape, -slope, gl.float32, L), x)
 
 
 # u = -1 / (1 + 2^x) of four scores of a thread, to 2^-21. An SM does 16 powers or reciprocals a cycle and 128 multiplications. The four

@@ -2,7 +2,20 @@
 
 from ..triton.prims import LOG2E, offset, segments
 from .compat import gl, gluon, record
-from .features import ONE_SIDED, add_alibi, line, opaque, p_and_ds_factor, rounded, select_le, softcapped, tanh, widened
+from .features import (
+    add_alibi,
+    line,
+    line_of_keys,
+    one_sided,
+    opaque,
+    p_and_ds_factor,
+    rounded,
+    scaled,
+    select_le,
+    softcapped,
+    tanh,
+    widened,
+)
 from .layouts import accumulator
 from .schedule import Uniform
 
@@ -123,7 +136,8 @@ def _exponents(p, t, s, bias, mask, lse, rest, m0, n0):
     KEY_BIASED: gl.constexpr = p.bias is not None
     PLAIN: gl.constexpr = bias is None and mask is None and t.key_mask is None and not KEY_BIASED and not p.ALIBI
     EARLY: gl.constexpr = t.SMALL_LSE or (PLAIN and (p.cap is not None or rest is None))
-    if p.ALIBI == ONE_SIDED:  # the other way round: the line over columns, which are queries here, goes along with their lse
+    LINE: gl.constexpr = one_sided(p.ALIBI) and p.cap is None and not EARLY  # as the forward kernel rounds it
+    if one_sided(p.ALIBI) and not LINE:  # the other way round: the line over columns, which are queries here, goes along with their lse
         first = (n0 - m0 - t.diagonal).to(gl.float32)
         lse = lse - gl.expand_dims(line(opaque(t.slope * first), -t.slope, BM, gl.SliceLayout(0, S)), 0)
     if p.cap is not None:
@@ -133,6 +147,9 @@ def _exponents(p, t, s, bias, mask, lse, rest, m0, n0):
             x = softcapped(s, p.cap)
     elif EARLY:
         x = s * t.scale_log2 - lse
+    elif LINE:
+        j = n0 + gl.arange(0, KEYS, gl.SliceLayout(1, S))
+        x = scaled(s, t.scale_log2, gl.expand_dims(line_of_keys(t.slope, j, m0, t.diagonal, p.ALIBI), 1))
     else:
         x = rounded(s, t.scale_log2)
     if bias is not None:
@@ -151,7 +168,9 @@ def _exponents(p, t, s, bias, mask, lse, rest, m0, n0):
     if t.key_mask is not None:
         mask_column, x = gl.broadcast(gl.expand_dims(t.key_mask, 1), x)
         x = gl.where(mask_column != 0, x, float("-inf"))
-    if p.ALIBI == ONE_SIDED:
+    if LINE:
+        x = x + gl.expand_dims(line(0.0, -t.slope, BM, gl.SliceLayout(0, S)), 0)
+    elif one_sided(p.ALIBI):
         x = x + gl.expand_dims(line(0.0, t.slope, KEYS, gl.SliceLayout(1, S)), 1)
     elif p.ALIBI:
         x = add_alibi(x, t.slope, n0 - m0 - t.diagonal, -1, p.ALIBI)
@@ -159,7 +178,7 @@ def _exponents(p, t, s, bias, mask, lse, rest, m0, n0):
         x = x - lse
     if rest is not None and not t.SMALL_LSE:
         x = x - rest
-        if PLAIN:  # nobody waits for this
+        if PLAIN or p.ALIBI:  # nobody waits for this
             x = gl.minimum(x, 0.0)
     elif (bias is not None or KEY_BIASED) and not (
         p.IS_MASK or t.SMALL_LSE

@@ -16,7 +16,7 @@ share, added up when a tile ends.
 
 from ..triton.prims import LOG2E
 from .compat import gl, gluon
-from .features import ONE_SIDED, add_alibi, line, mask_by_tile, mask_scores, rounded, softcapped, tanh, widened
+from .features import add_alibi, line, line_of_keys, mask_by_tile, mask_scores, one_sided, rounded, scaled, softcapped, tanh, widened
 from .layouts import accumulator
 from .scores_qk import add_bias, mask_band
 
@@ -247,6 +247,45 @@ def _less_reference(s, m, factor):
 
 
 @gluon.constexpr_function
+def _less_shifted_ptx(count):
+    """PTX for ``_less_shifted``. Operands: scores, in place, and what is added; scores, m, shifts, flags."""
+    less, m, shift, flag = count, 3 * count, 4 * count, 5 * count
+    lines = [
+        "{ .reg .pred p, q;",
+        f"setp.neu.f32 p, ${flag}, 0f00000000;",
+        f"setp.neu.or.f32 p, ${flag + 2}, 0f00000000, p;",
+        "vote.sync.any.pred q, p, 0xFFFFFFFF;",
+        *(f"sub.f32 ${less + row}, ${shift + row}, ${m + row};" for row in (0, 2)),
+        "@!q bra.uni SMALL;",
+    ]
+    for n in range(count):
+        row = n // 2 % 2 * 2
+        lines += [f"add.f32 ${n}, ${n}, ${shift + row};", f"sub.f32 ${n}, ${n}, ${m + row};"]
+    return "\n".join([*lines, *(f"mov.f32 ${less + row}, 0f00000000;" for row in (0, 2)), "SMALL: }"])
+
+
+@gluon.constexpr_function
+def _less_shifted_operands(count):
+    return ",".join(["=f"] * count + ["=&f"] * count + [str(n) for n in range(count)] + ["f"] * (3 * count))
+
+
+@gluon.jit
+def _less_shifted(s, m, shift):
+    """``(s', less)`` with scores less m = ``s + shift - m = s' + less``: s as it is, or in a warp with a huge m these differences,
+    rounded as in the backward kernels.
+    """
+    COLUMNS: gl.constexpr = s.shape[1] * 8
+    COUNT: gl.constexpr = COLUMNS // 2
+    flag = gl.where((gl.abs(m) > SMALL_REFERENCE) & (m != LOWEST), 1.0, 0.0)
+    m, s = gl.broadcast(_spread(m, COLUMNS), s)
+    shift, s = gl.broadcast(_spread(shift, COLUMNS), s)
+    flag, s = gl.broadcast(_spread(flag, COLUMNS), s)
+    f32 = gl.float32
+    out = gl.inline_asm_elementwise(_less_shifted_ptx(COUNT), _less_shifted_operands(COUNT), [s, m, shift, flag], (f32, f32), True, COUNT)
+    return out[0], _first(out[1])
+
+
+@gluon.constexpr_function
 def _accumulator_ptx(count):
     lines = [
         "{ .reg .pred p, q;",
@@ -304,7 +343,7 @@ def _factor(cap, scale_log2):
 def _shift(cap, slope, ALIBI: gl.constexpr, COLUMNS: gl.constexpr):
     """What is added to the scores of a query, late, by lane: see ``softcapped`` and ``add_alibi``."""
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(COLUMNS))
-    if ALIBI == ONE_SIDED:
+    if one_sided(ALIBI):
         return _of_rows(line(0.0, -slope, 64, ROWS), COLUMNS)
     else:
         return _of_rows(gl.full([64], 1.0, gl.float32, ROWS) * cap[1], COLUMNS)
@@ -324,8 +363,9 @@ def softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED: gl.constexpr, CUT: 
     COLUMNS: gl.constexpr = s.shape[1]
     FIRST: gl.constexpr = m is None
     ORDER: gl.constexpr = _order(bias, t.row_bias, p.cap, p.IS_MASK, p.ALIBI, p.POSITIVE_SCALE, p.FUSING and not FIRST)
-    HUGE: gl.constexpr = ORDER == "fused" or (ORDER == "late" and p.cap is None)  # whether m may be huge where it must not
-    SHIFTED: gl.constexpr = p.ALIBI == ONE_SIDED or (p.cap is not None and ORDER == "late")
+    LINE: gl.constexpr = one_sided(p.ALIBI) and p.cap is None  # added with the scale, and the other one late
+    HUGE: gl.constexpr = ORDER == "fused" or LINE or (ORDER == "late" and p.cap is None)  # whether m may be huge where it must not
+    SHIFTED: gl.constexpr = one_sided(p.ALIBI) or (p.cap is not None and ORDER == "late")
     L: gl.constexpr = _by_lane(COLUMNS)
     if p.cap is not None:
         if CUT:  # what a hidden key holds may make NaN of its score, and ``tanh`` of those beside it
@@ -333,7 +373,10 @@ def softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED: gl.constexpr, CUT: 
         s = tanh(s, p.cap)
         if ORDER == "early":
             s = softcapped(s, p.cap)
-    elif ORDER == "early" and _adds(bias, t.row_bias, p.IS_MASK, p.ALIBI):
+    elif LINE:
+        j = n0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, accumulator(COLUMNS)))
+        s = scaled(s, p.scale_log2, gl.expand_dims(line_of_keys(t.slope, j, t.m0, t.diagonal, COLUMNS), 0))
+    elif ORDER == "early" and not p.ALIBI and _adds(bias, t.row_bias, p.IS_MASK, p.ALIBI):
         s = s * p.scale_log2
     elif ORDER == "early":
         s = rounded(s, p.scale_log2)
@@ -352,7 +395,7 @@ def softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED: gl.constexpr, CUT: 
             s = gl.where(row != 0, s, float("-inf"))
         else:
             s = gl.fma(row, gl.full([64, COLUMNS], LOG2E, gl.float32, accumulator(COLUMNS)), s)
-    if p.ALIBI:
+    if p.ALIBI and not LINE:
         s = add_alibi(s, t.slope, n0 - t.m0 - t.diagonal, 1, p.ALIBI)
     if MASKED:
         s = mask_band(s, t.m0, n0, t.x.keys, p.lo, p.hi, 64, COLUMNS, "0fFF800000")
@@ -367,7 +410,9 @@ def softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED: gl.constexpr, CUT: 
     less = -m
     if SHIFTED:
         less = _shift(p.cap, t.slope, p.ALIBI, COLUMNS) - m
-    if HUGE and FIRST:
+    if LINE and FIRST:
+        s, less = _less_shifted(s, m, _shift(p.cap, t.slope, p.ALIBI, COLUMNS))
+    elif HUGE and FIRST:
         s, factor, less = _less_reference(s, m, p.scale_log2)
     elif HUGE:
         less = gl.where(gl.abs(m) > SMALL_REFERENCE, gl.where(m == LOWEST, -LOWEST, float("nan")), less)
@@ -375,7 +420,7 @@ def softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED: gl.constexpr, CUT: 
         less, s = gl.broadcast(_spread(less, COLUMNS), s)
         bias32, _s = gl.broadcast(widened(bias), _joined(s))
         weights = gl.exp2(s * p.scale_log2 + gl.fma(_split(bias32), gl.full(s.shape, LOG2E, gl.float32, L), less))
-    elif HUGE and FIRST:
+    elif HUGE and FIRST and not LINE:
         weights = gl.exp2(s * _spread(factor, COLUMNS) + _spread(less, COLUMNS))
     elif ORDER == "late":
         weights = gl.exp2(s * _factor(p.cap, p.scale_log2) + _spread(less, COLUMNS))
@@ -398,7 +443,7 @@ def rescaled(p, t, s, p16, l, m, bias):
         return _rescale(s, p16, l, m, _factor(p.cap, p.scale_log2), _shift(p.cap, t.slope, p.ALIBI, COLUMNS), None)
     elif ORDER == "late":
         return _rescale(s, p16, l, m, _factor(p.cap, p.scale_log2), None, None)
-    elif p.ALIBI == ONE_SIDED:
+    elif one_sided(p.ALIBI):
         return _rescale(s, p16, l, m, None, _shift(p.cap, t.slope, p.ALIBI, COLUMNS), None)
     else:
         return _rescale(s, p16, l, m, None, None, None)

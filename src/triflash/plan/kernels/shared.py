@@ -11,12 +11,14 @@ from ...spec import AttentionSpec, BiasSpec
 from ..configs import padded
 
 __all__ = [
-    "L2_GROUP_BYTES", "MAX_SIMULATED_TILES", "ROWS", "STATS_MULTIPLE", "TILE_COST", "Buffer", "HopperConfig", "QueryConfig", "barriers",
-    "batch_fastest", "best_order", "bias_buffer", "equal_groups", "is_banded", "is_light", "l2_order", "load_imbalance", "mask_buffer",
-    "mma_fits", "order_of", "query_tiles", "second_buffer", "shared_limit", "stats_kinds", "stats_length",
+    "L2_GROUP_BYTES", "MAX_SIMULATED_TILES", "ROWS", "SMALLEST_BLOCK", "STATS_MULTIPLE", "TILE_COST", "Buffer", "HopperConfig",
+    "QueryConfig", "barriers", "batch_fastest", "best_order", "bias_buffer", "equal_groups", "is_banded", "is_light", "l2_order",
+    "load_imbalance", "mask_buffer", "mma_fits", "order_of", "query_tiles", "second_buffer", "shared_limit", "stats_kinds",
+    "stats_length",
 ]  # fmt: skip
 
 ROWS = 64  # queries of a consumer warpgroup: M of a WGMMA
+SMALLEST_BLOCK = 16  # keys
 WARPGROUP = 128  # threads
 STATS_MULTIPLE = 128  # queries of the table of statistics, which TMA loads in whole blocks
 REGISTERS = 65536  # of an SM
