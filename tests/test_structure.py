@@ -62,7 +62,12 @@ RULES: dict[str, list[str]] = {
     "triflash.launch.native": ["torch", "triton", "triflash.launch.calls"],
     "triflash.launch.triton": [
         "torch", "triton", "triflash.dropout", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common",
-        "triflash.launch.few", "triflash.launch.packed", "triflash.launch.room", "triflash.plan", "triflash.spec", "triflash.errors",
+        "triflash.launch.few", "triflash.launch.packed", "triflash.launch.room", "triflash.launch.short", "triflash.plan", "triflash.spec",
+        "triflash.errors",
+    ],
+    "triflash.launch.short": [
+        "torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.few", "triflash.launch.room",
+        "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.few": [
         "torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.room", "triflash.plan",
@@ -230,7 +235,8 @@ def test_kernels_hand_records_on() -> None:
         assert handed < 0.03 * total and total > 1000
         assert [(count, name) for count, name, entry in signatures if not entry and count > 12] == []
         assert {name.partition(": ")[2] for count, name, entry in signatures if entry and count > 30} == {
-            "hopper": {"dkdv", "dkdv_d256", "dbias", "dq", "forward"}, "triton": {"forward", "dkdv", "dq", "dbias", "packed_dbias", "few_forward", "few_backward"},
+            "hopper": {"dkdv", "dkdv_d256", "dbias", "dq", "forward"}, "triton": {"forward", "dkdv", "dq", "dbias", "packed_dbias", "few_forward", "few_backward",
+                       "short_forward", "short_backward"},
         }[folder]  # fmt: skip
 
 

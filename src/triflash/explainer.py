@@ -34,6 +34,7 @@ from .plan.device import KNOWN_DEVICES, NAMED_DEVICES, DeviceFacts, facts_of, in
 from .plan.kernels import few
 from .plan.kernels.few import FewConfig
 from .plan.kernels.shared import HopperConfig
+from .plan.kernels.short import ShortConfig
 from .plan.override import KERNELS
 from .plan.select import (
     BACKENDS,
@@ -399,6 +400,9 @@ def _explained(plan: Plan, step: Step, spec: AttentionSpec | CacheSpec, device: 
         source = "chosen by hand (override_configs)" if chosen else FewConfig.SOURCE
         if isinstance(spec, AttentionSpec):  # of a cache a note says so
             source += f"; {few.why(spec, step, device)}"
+    elif isinstance(step.config, ShortConfig):
+        chosen = dict(current_choices().by_hand).get(step.kernel) == step.config
+        source = "chosen by hand (override_configs)" if chosen else ShortConfig.SOURCE
     elif isinstance(step.config, HopperConfig):
         source = hopper.source_of(step, dict(current_choices().by_hand))
         assert isinstance(spec, AttentionSpec)
@@ -440,7 +444,7 @@ def _not_preferred(name: str, chosen: str, spec: AttentionSpec | CacheSpec, devi
         return f"{could}, but {chosen} was asked for by name"
     if name == "oracle":
         return f"{could}, for debugging: it holds every score in memory, and is taken only when asked for by name"
-    if name == "hopper" and isinstance(spec, AttentionSpec) and (reservation := hopper.reservation(spec)):
+    if name == "hopper" and isinstance(spec, AttentionSpec) and (reservation := hopper.reservation(spec, device)):
         return f"{could}, but {reservation}"
     kind = "a CPU" if device.arch in ("cpu", "interpreter") else "a GPU"
     return f"{could}, slower here: the automatic choice prefers {chosen} on {kind}"

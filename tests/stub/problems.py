@@ -175,6 +175,24 @@ def many(backend: str) -> list[Problem]:
     else:
         problems += [
             P("fp32", dtype=F32, bias=(2, 136, 136), options=dict(precision="tf32")),
+            P("short rows", M=60, N=60, bias=(2, 60, 60)),
+            P("short rows, packed", M=49, N=49, call="flash_attn_qkvpacked_func", options=dict(causal=True)),
+            P(
+                "short rows, many features",
+                M=60,
+                N=60,
+                H=4,
+                Hk=2,
+                lengths=torch.int32,
+                alibi=(4,),
+                sink=True,
+                dlse=True,
+                bias=(2, 4, 60, 60),
+                mask=(2, 1, 1, 60),
+                options=dict(softcap=30.0, causal=True, dropout_p=0.2, dropout_seed=7),
+            ),
+            P("short rows, copies", M=50, N=61, D=20, bias=(2, 50, 61), mask=(2, 1, 50, 61), apart=True, wants="qvb"),
+            P("short rows, bias hq1", M=60, N=60, bias=(2, 60, 1), sink=True),
             P("wide forward", D=320, M=40, N=40, wants=""),
             P(
                 "where queries stand",

@@ -163,6 +163,6 @@ def calls_of(plan: Plan, spec: AttentionSpec, needs: Needs, *operands: Tensor | 
 def pass_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, grads: Gradients) -> list[Call]:
     """The launches of a plan: a forward pass writes ``saved``, a backward pass those of ``grads`` that are given."""
     room = Real(x.q)
-    if any(step.kernel in ("forward", "few_forward") for step in plan.steps):
+    if any(step.kernel in ("forward", "few_forward", "short_forward") for step in plan.steps):
         return forward_calls(room, plan, spec, x, saved)
     return backward_calls(room, plan, spec, x, saved, dout, None, grads)

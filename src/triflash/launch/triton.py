@@ -30,6 +30,8 @@ from .packed import backward_calls as packed_backward_calls
 from .packed import forward_calls as packed_forward_calls
 from .packed import packed_features
 from .room import Room
+from .short import backward_call as short_backward_call
+from .short import forward_calls as short_forward_calls
 
 __all__ = ["backward", "backward_calls", "contiguous", "forward", "forward_calls", "partial_sums", "row_strides", "rows", "scratch"]
 
@@ -47,6 +49,8 @@ def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Sav
         return packed_forward_calls(room, plan, spec, x, _features(spec, x), saved)
     if plan.step("few_forward") is not None:
         return few_forward_calls(room, plan, spec, x, _features(spec, x), saved)
+    if plan.step("short_forward") is not None:
+        return short_forward_calls(plan, spec, x, _features(spec, x), saved)
     return forward_calls(plan, spec, x, saved)
 
 
@@ -78,8 +82,11 @@ def backward(
 
 
 def scratch(room: Room, plan: Plan, saved: Saved) -> Tensor | None:
-    """Where a backward plan puts delta, for the kernels after it."""
-    return room.new("delta", saved.lse.shape, saved.lse.dtype) if plan.step("delta") is not None else None
+    """Where a backward plan puts delta, for what comes after: kernels that read it, or the gradient of a sink."""
+    short = plan.step("short_backward")
+    wanted = plan.step("delta") is not None
+    wanted = wanted or (short is not None and ("dsink" in short.gives or plan.step("dbias") is not None))
+    return room.new("delta", saved.lse.shape, saved.lse.dtype) if wanted else None
 
 
 def _sum_sink(room: Room, x: Operands, saved: Saved, delta: Tensor | None, grads: Gradients, factor: float) -> None:
@@ -143,6 +150,8 @@ def backward_calls(
             if spec.query_starts or spec.query_lengths:
                 f = f._replace(**{name: own for name, own in _places(spec, x).items() if name == "placed" or name.startswith("query_")})
             calls.append(Call(backward_kernels.delta, (*args, spec.heads, spec.queries, f), constants, config, step.programs))
+        elif step.kernel == "short_backward":
+            calls.append(short_backward_call(room, step, spec, x, inputs, out, dlse, grads, sums))
         elif step.kernel == "few_backward":
             calls += few_backward_calls(room, plan, spec, x, inputs, grads, sums)
         elif step.kernel == "dkdv":

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..spec import AttentionSpec, Needs
 from .configs import MAX_HEAD_DIM, TileConfig
 from .device import DeviceFacts
-from .kernels import dbias, dkdv, dq, forward
+from .kernels import dbias, dkdv, dq, few, forward, short
 from .kernels.shared import HopperConfig, is_banded, stats_length
 from .steps import Step, broadcast_rows, ceil_div, sum_steps
 
@@ -19,16 +19,21 @@ __all__ = [
 
 ROWWISE = TileConfig(64, 16, 4, 1)  # of preprocess, postprocess and dkdv_sum: 64 rows a program, no tiles of scores
 FLAGS = 512  # which preprocess sets if lse is small: kernels/hopper/preprocess.py says so
-SHORTEST = 256  # queries and keys; below, the host costs more than the GPU saves
+SHORTEST = 64  # queries of a tile, most of which fewer leave empty; up to so many keys nobody measured them (H200, tuning.md)
+SPLIT_QUERIES = 256  # below, on few.MIN_KEYS keys and more, backend triton's kernels split keys over SMs
 LARGEST_SOFTCAP = 500.0  # a score's rounding error is up to 8e-7 of the cap; 16-bit results would show that of a larger one
 
 
-def reservation(spec: AttentionSpec) -> str | None:
-    """Why the automatic choice does not take these kernels although they can run, or None if it does."""
+def reservation(spec: AttentionSpec, device: DeviceFacts, backward: bool = False) -> str | None:
+    """Why the automatic choice does not take these kernels for a pass although they can run it, or None if it does."""
     if spec.head_dim % 8 or spec.value_dim % 8:
         return "would copy tensors whose rows are no multiple of 16 bytes"
-    if min(spec.queries, spec.keys) < SHORTEST:
-        return f"costs the host more than it saves the GPU below {SHORTEST} queries or keys"
+    if short.takes_backward(spec, device) if backward else short.takes(spec, device):
+        return "the kernels of backend triton for short rows are faster here"
+    if spec.queries < SHORTEST or spec.keys <= SHORTEST:
+        return f"is known to be faster only from {SHORTEST} queries and with more than {SHORTEST} keys"
+    if spec.queries < SPLIT_QUERIES and spec.keys >= few.MIN_KEYS:
+        return f"has no kernel that splits {few.MIN_KEYS} keys and more over SMs for fewer than {SPLIT_QUERIES} queries"
     return None
 
 

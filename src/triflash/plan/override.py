@@ -7,19 +7,21 @@ from contextlib import contextmanager
 
 from ..errors import bad_type, bad_value
 from .configs import TileConfig
-from .kernels import few
+from .kernels import few, short
 from .kernels.dbias import DbiasConfig
 from .kernels.dkdv import DkdvConfig
 from .kernels.dq import DqConfig
 from .kernels.few import FewConfig
 from .kernels.forward import ForwardConfig
 from .kernels.shared import HopperConfig
+from .kernels.short import ShortConfig
 
 HOPPER: dict[str, type[HopperConfig] | None] = {
     "forward": ForwardConfig, "delta": None, "dkdv": DkdvConfig, "dqdkdv": DkdvConfig, "dq": DqConfig, "dbias": DbiasConfig,
-    **dict.fromkeys(few.KERNELS),
+    **dict.fromkeys(few.KERNELS), **dict.fromkeys(short.KERNELS),
 }  # fmt: skip
 FEW = few.KERNELS  # which a configuration chosen by hand has backend triton take wherever they can run
+SHORT = short.KERNELS  # and these
 KERNELS = tuple(HOPPER)
 Config = TileConfig | HopperConfig
 
@@ -36,6 +38,8 @@ def override_configs(**configs: Config) -> Iterator[None]:
     A :class:`FewConfig` for ``few_forward`` or ``few_backward`` has backend ``triton`` take that kernel wherever it can run; one for
     ``dq`` says into how many parts that kernel cuts the keys.
 
+    A :class:`ShortConfig` for ``short_forward`` or ``short_backward`` likewise.
+
     A :class:`ForwardConfig` for ``forward``, a :class:`DkdvConfig` for ``dkdv`` or ``dqdkdv``, a :class:`DqConfig` for ``dq`` and a
     :class:`DbiasConfig` for ``dbias`` are for backend ``hopper``; each backend passes over a configuration of the other's. One for
     ``dqdkdv`` also has dq summed in memory wherever that is possible.
@@ -51,6 +55,8 @@ def override_configs(**configs: Config) -> Iterator[None]:
         own = HOPPER[name]
         if isinstance(config, FewConfig) != (name in FEW) and not (name == "dq" and isinstance(config, FewConfig)):
             raise bad_type(name, "FewConfig" if name in FEW else "TileConfig", type(config).__name__)
+        if isinstance(config, ShortConfig) != (name in SHORT):
+            raise bad_type(name, "ShortConfig" if name in SHORT else "TileConfig", type(config).__name__)
         if isinstance(config, HopperConfig) and not (own and isinstance(config, own)):
             wanted = f"TileConfig or {own.__name__}" if own else "TileConfig"
             raise bad_type(name, wanted, type(config).__name__)

@@ -15,7 +15,7 @@ from ..spec import UNSET, AttentionSpec, BiasSpec, Needs
 from . import hopper, overlay, override, packed, tables
 from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM, Problem, TileConfig, default_config, misread, padded, with_features, with_wide_bias
 from .device import DeviceFacts, triton_problem
-from .kernels import few
+from .kernels import few, short
 from .steps import Plan, Step, broadcast_rows, ceil_div, dbias_source, sum_steps
 
 __all__ = [
@@ -139,7 +139,7 @@ def _choose(requested: str, spec: AttentionSpec, device: DeviceFacts, needs: Nee
     if requested == "auto":
         if device.arch in ("cpu", "interpreter"):
             return "tiled"
-        if hopper.reservation(spec) is None and not _why_not_pass("hopper", spec, device, needs):
+        if hopper.reservation(spec, device, needs is not None) is None and not _why_not_pass("hopper", spec, device, needs):
             return "hopper"
         return "tiled" if why_not("triton", spec, device, needs is not None) else "triton"
     if reason := _why_not_pass(requested, spec, device, needs):
@@ -182,7 +182,7 @@ def problem_of(kernel: str, spec: AttentionSpec, device: DeviceFacts | None = No
     return Problem(kernel, head_dim, 4 if spec.dtype == "fp32" else 2, spec.bias is not None, banded, by_tensor_cores)
 
 
-_MULTIPLY = ("forward", "dkdv", "dq", "dbias", "packed_dbias", *few.KERNELS)  # tiles; the others add, copy or make tables
+_MULTIPLY = ("forward", "dkdv", "dq", "dbias", "packed_dbias", *few.KERNELS, *short.KERNELS)  # tiles; the others add, copy or make tables
 
 
 def _with_products(steps: Iterable[Step], spec: AttentionSpec, device: DeviceFacts) -> tuple[Step, ...]:
@@ -287,8 +287,10 @@ def _plan_forward(spec: AttentionSpec, device: DeviceFacts, requested: str, choi
     if spec.packed is not None:
         steps = packed.forward_steps(spec, lambda kernel: _config(kernel, spec, device, choices))
         return Plan(name, _with_products(steps, spec, device))
-    config = _config("forward", spec, device, choices)
     by_hand = dict(choices.by_hand)
+    if short.takes(spec, device) if "short_forward" not in by_hand else short.runs(spec):
+        return Plan(name, _with_products([short.forward_step(spec, device, by_hand)], spec, device))
+    config = _config("forward", spec, device, choices)
     if few.takes(spec, device, config) if "few_forward" not in by_hand else few.runs(spec):
         return Plan(name, _with_products(few.forward_steps(spec, device, by_hand), spec, device))
     programs = ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
@@ -312,10 +314,13 @@ def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reque
     if spec.packed is not None:
         packed_steps = packed.backward_steps(spec, needs, lambda kernel: _config(kernel, spec, device, choices), device.sms)
         return Plan(name, _with_products(packed_steps, spec, device))
+    by_hand = dict(choices.by_hand)
+    is_short = short.takes_backward(spec, device) if "short_backward" not in by_hand else short.runs(spec, True)
+    if is_short and (short_steps := _short_steps(spec, needs, device, choices)):
+        return Plan(name, _with_products(short_steps, spec, device))
     batch_heads, batch_key_heads = spec.batch * spec.heads, spec.batch * spec.kv_heads
     steps = []
     sources = _bias_sources(spec, needs)
-    by_hand = dict(choices.by_hand)
     passes: tuple[str, ...] = ()  # of which gradients fall out of one kernel for few queries
     if needs.dq or needs.dk or needs.dsink or sources:
         config = _config("delta", spec, device, choices)
@@ -349,6 +354,22 @@ def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reque
         elif source == "dbias":
             steps += _dbias_steps(spec, bias, grad, device, _config("dbias", spec, device, choices))
     return Plan(name, _with_products(steps, spec, device))
+
+
+def _short_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, choices: Choices) -> list[Step]:
+    """The backward pass by the kernel for short rows, which leaves to ``dbias`` the gradients of such biases as it cannot sum up; empty if
+    it has nothing to give.
+    """
+    own = short.config_of_backward(spec, device, dict(choices.by_hand))
+    gives = short.gives_of(spec, needs, own)
+    if not gives:
+        return []
+    steps = list(short.backward_steps(spec, device, own, gives, needs.dsink))
+    for name, bias in (("dbias", spec.bias), ("dsecond", spec.second)):
+        if getattr(needs, name) and name not in gives:
+            assert bias is not None
+            steps += _dbias_steps(spec, bias, name, device, _config("dbias", spec, device, choices))
+    return steps
 
 
 def _bias_sources(spec: AttentionSpec, needs: Needs) -> dict[str, tuple[str, BiasSpec]]:
