@@ -27,7 +27,8 @@ from .shared import (
 
 __all__ = ["ForwardConfig", "choose", "config_of", "fuses_bias", "step", "why_not"]
 
-SHORT = 1088  # keys that a query sees at most, where rows are short: 1,024 and a block
+SHORT = 1088  # keys that a query sees at most under a band, where rows are short: 1,024 and a block
+SHORT_FULL = 256  # and without one
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
     bias_tiles = spec.bias is not None and spec.bias.varies[4]
     softcapped = spec.softcap > 0
     short = banded and light and seen <= SHORT
+    short_full = not banded and light and seen <= SHORT_FULL
     narrow: tuple[ForwardConfig, ...] = ()
     small: tuple[ForwardConfig, ...] = ()
     if head <= 64:
@@ -136,12 +138,14 @@ def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
                 ForwardConfig(2, 64, 2, ping_pong=True),
             )
             return (*narrow, *small, ForwardConfig(1, 128, 2, ctas_per_sm=2), *large)
-        if short and spec.bias is None:
+        if (short or short_full) and spec.bias is None:
             if head <= 32:
                 narrow = (ForwardConfig(1, 64, 3, q_stages=2, ctas_per_sm=4),)
             return (*narrow, ForwardConfig(1, 64, 3, ctas_per_sm=3), ForwardConfig(2, 64, 2, ping_pong=True))
         if spec.alibi and spec.hi is not None and not softcapped and spec.dropout == 0:
             return (ForwardConfig(1, 128, 2, q_stages=2, ctas_per_sm=2), ForwardConfig(2, 64, 2, ping_pong=True))
+        if light and spec.bias is None and not banded and seen <= 5 * 64:  # a block of 128 more would be half empty
+            return (ForwardConfig(2, 64, 2, ctas_per_sm=2), ForwardConfig(2, 64, 2, ping_pong=True))
         if light and spec.bias is None and seen >= (4096 if banded else 2048):  # a third consumer leaves no registers for more
             return (ForwardConfig(3, 128, 2, ping_pong=True), ForwardConfig(2, 64, 2, ping_pong=True))
         return (ForwardConfig(2, 128, 3, q_stages=2), ForwardConfig(2, 64, 2, ping_pong=True))
