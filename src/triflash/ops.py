@@ -118,6 +118,7 @@ class OperatorOptions(NamedTuple):
 
 _TENSORS = 9  # q to dropout_seed: what a bound call has of tensors in front of those that few calls have
 _FRONT = 16  # dout to needs: what the backward operator takes in front of the mask
+_NUMBERS = 7  # batch_inner to backend, and needs
 _BEHIND = 8  # mask to deterministic: what the backward operators take before query_starts
 
 
@@ -163,15 +164,27 @@ class _Ready:
 _READY: Recent[_Ready] = Recent(CALLS.capacity)
 
 
-def _signature(name: str, args: tuple[Any, ...], q: Tensor) -> tuple[Any, ...]:
-    """What tells one call of an operator from another."""
-    described = tuple([describe(x) if isinstance(x, Tensor) else x for x in args])
-    return name, described, tuple(map(type, args)), ambient(q)[1]
+def _signature(name: str, args: tuple[Any, ...], leading: int, q: Tensor) -> tuple[Any, ...]:
+    """What tells one call of an operator from another; leading: how many of the arguments are tensors, before the first that is none.
+
+    Less than :func:`~triflash.bound.signature.describe` asks: what gets here is what its memory holds.
+    """
+    tensors, rest = args[:leading], args[leading:]
+    if len(args) > leading + _NUMBERS:
+        tensors += tuple([x for x in rest if isinstance(x, Tensor)])
+        rest = tuple([Tensor if isinstance(x, Tensor) else x for x in rest])
+    low = 0
+    for x in tensors:
+        if x is not None:
+            low |= x.data_ptr()
+    described = tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
+    aligned = tuple([x is not None and x.data_ptr() & 15 for x in tensors]) if low & 15 else None
+    return name, described, aligned, rest, tuple(map(type, rest)), ambient(q)[1]
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, bias = args[:4]
-    key = _signature("forward", args, q)
+    key = _signature("forward", args, 4, q)
     ready = _READY.get(key)
     if ready is None:
         call, given = _bound(q, k, v, bias, OperatorOptions(*args[4:]))
@@ -202,7 +215,7 @@ def _backward(
     args = (
         dout, dlse, q, k, v, bias, out, lse, rest, batch_inner, lo, hi, scale, precision, backend, tuple(needs), *more,
     )  # fmt: skip
-    key = _signature("backward", args, q)
+    key = _signature("backward", args, 9, q)
     ready = _READY.get(key)
     if ready is None:
         ready = _ready_backward(args)

@@ -249,3 +249,23 @@ def test_packed_tensors_get_one_packed_gradient(name: str, backend: str) -> None
     assert results[: len(wanted)] == wanted and len(results) == len(wanted) + 1  # what passes keep to themselves is one more
     assert results[-1] < sum(wanted)
     assert [x.shape for x in gradients] == [x.shape for x in given] and all(x.is_contiguous() for x in gradients)
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_results_are_allocated_one_way_and_the_other(problem: Problem) -> None:
+    """As compiled graphs allocate, and by PyTorch where it may be asked to fill what it allocates (deterministic mode)."""
+
+    def facts(x: Tensor) -> tuple[Any, ...]:
+        return x.shape, x.stride(), x.dtype, x.device, type(x), x.is_leaf, x.requires_grad, x.is_inference(), x.storage_offset()
+
+    made, step = [], step_of(problem)
+    for deterministic in (False, True):
+        torch._C._set_deterministic_algorithms(deterministic, warn_only=True)
+        with bound_launches() as launched, watching(counted := [], "new_empty_strided"):
+            found = [facts(x) for x in step.run().values()]
+            with torch.inference_mode():
+                found.append(facts(attention(*(step.given[name] for name in "qkv"), backend=problem.backend)))
+        assert launched and bool(counted) == deterministic
+        made.append(found)
+    assert made[0] == made[1] and made[0][-1][-2]

@@ -136,13 +136,12 @@ class _Native:
                 size += -(-each.nbytes // _ALIGNMENT) * _ALIGNMENT
         if size:
             self._made.append(((size // like.itemsize,), (1,), like))
-        for one in launches:
-            one.move(places)
         # Addresses come in the order of what is used of the given, then results, copies and the scratch.
         self._used = sorted({slot for each in launches for slot in each.slots if slot < given})
-        order = [*self._used, *range(given, shared + 1)]
+        order = {slot: at for at, slot in enumerate([*self._used, *range(given, shared + 1)])}
+        where = {slot: (order[place], begin) for slot, (place, begin) in places.items() if place in order}
         for one in launches:
-            one.move({slot: (at, 0) for at, slot in enumerate(order)})
+            one.move(where)
         moved = lambda view: _moved(view, places)  # noqa: E731
         self._before = [(moved(each.target), moved(each.source)) for each in room.copies if not each.after]
         self._after = [(moved(each.target), moved(each.source)) for each in room.copies if each.after]

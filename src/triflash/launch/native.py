@@ -106,7 +106,7 @@ class Launch:
     the kernel, and its hooks.
     """
 
-    __slots__ = ("_arguments", "_call", "_moves", "_place", "form", "grid", "maps", "numbers", "pointers", "watched")
+    __slots__ = ("_arguments", "_call", "_moves", "_place", "_where", "form", "grid", "maps", "numbers", "pointers", "watched")
 
     def __init__(self, call: Call, compiled: Any, place: Callable[[Tensor], tuple[int, int]]) -> None:
         kernel = call.kernel
@@ -139,6 +139,8 @@ class Launch:
             else:
                 numbers.append(_FLOATS[kind](value))
         self.numbers = array("Q", [*numbers, 0, 0])  # and the addresses of scratch that nobody uses
+        begin, count = self.numbers.buffer_info()
+        self._where = array("Q", range(begin, begin + 8 * count, 8))
 
     @property
     def slots(self) -> set[int]:
@@ -159,11 +161,8 @@ class Launch:
         """Configuration, function and parameters as ``cuLaunchKernelEx`` takes them, where the slots' tensors begin at ``addresses``; and
         what has to live as long as they are used.
         """
-        numbers = self.numbers
-        assert numbers is not None
         cells = array("Q", [addresses[slot] + offset for _, slot, offset in self.pointers])
-        begin, count = numbers.buffer_info()
-        where = array("Q", range(begin, begin + 8 * count, 8))
+        where = self._where[:]
         begin, _ = cells.buffer_info()
         for at, _, _ in self.pointers:
             where[at] = begin
@@ -174,7 +173,7 @@ class Launch:
             where[at] = id(tensor_map) + _INSIDE
             made.append(tensor_map)
         config = array("Q", (*self.grid, stream, 0, 0))
-        return (config.buffer_info()[0], self.form.function, where.buffer_info()[0]), (config, where, numbers, cells, made)
+        return (config.buffer_info()[0], self.form.function, where.buffer_info()[0]), (config, where, self.numbers, cells, made)
 
     def __call__(self, stream: int, addresses: Sequence[int]) -> None:
         """Launch it by Triton's C launcher."""
