@@ -30,7 +30,7 @@ from .arguments import (
     checked_varlen,
 )
 from .bound.call import BoundCall
-from .bound.signature import CALLS, ambient, describe
+from .bound.signature import CALLS, ambient, describe, near_of, remember_near
 from .checks import check_seed_range, seed_tensor
 from .errors import UnsupportedError
 from .launch.room import meta, twin
@@ -39,7 +39,7 @@ from .ops import Attention, attention_forward
 from .ops_varlen import VarlenOptions as Varlen
 from .ops_varlen import VarlenTensors, bind_varlen, varlen_forward
 from .plan.device import DeviceFacts
-from .plan.select import requested_backend_soon
+from .plan.select import NO_CHOICES, current_choices, requested_backend_soon
 from .spec import resolve_precision, spec_of
 
 __all__ = [
@@ -57,6 +57,8 @@ __all__ = [
 ]
 
 PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they look like
+_ABSENT = (None,) * 5  # mask, key_lengths, alibi_slopes, sink and dropout_seed
+_HALF = (torch.float16, torch.bfloat16)  # whose products have one precision
 _SEED = meta((2,), (1,), torch.int64)
 CASTS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes
 # Where autocast exists; Dynamo of PyTorch 2.10 cannot trace the question.
@@ -86,6 +88,38 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
     if _dispatch_modes() or _transforms() or _tracing() is not None:
         return _by_operators(face, given, options, return_lse)
     causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, diagonal = options
+    near: Any = None
+    if (
+        mask is lengths is slopes is sink is seed is second is query_starts is query_lengths is key_starts is diagonals is None
+        and window is softcap is precision is diagonal is deterministic is None
+        and (causal is True or causal is False) and type(dropout_p) is float and not dropout_p and (scale is None or type(scale) is float)
+        and isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and not _autocast()
+    ):  # fmt: skip
+        choices = current_choices()
+        if choices is NO_CHOICES:
+            try:
+                near = (
+                    face.name,
+                    causal,
+                    scale,
+                    layout,
+                    backend or requested_backend_soon(),
+                    _deterministic(),
+                    bias is None,
+                    q.shape,
+                    k.shape,
+                )
+                few = (q, k, v) if bias is None else (q, k, v, bias)
+                found = near_of(near, few)
+            except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+                near = found = None  # as below
+            if found is not None:
+                if profiler._is_profiler_enabled:
+                    with profiler.record_function("triflash::attention"):
+                        return _run(found.call, (q, k, v, bias, *_ABSENT), return_lse)
+                if found.wants and torch.is_grad_enabled():
+                    return _apply(found.call, return_lse, *few)
+                return _without_gradients(found.call, (q, k, v, bias, *_ABSENT), return_lse)
     call, cast, placed = None, False, not (query_starts is query_lengths is key_starts is diagonals is None)
     try:
         more: Any = None
@@ -106,6 +140,8 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
         )  # fmt: skip
         if slopes is None or not (slopes.requires_grad and torch.is_grad_enabled()):
             call = CALLS.get(key)
+            if call is not None and near is not None and q.dtype in _HALF:
+                remember_near(near, few, call)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         key = None  # a tensor that is none, or has no memory, or an option that cannot be hashed: the checks have words for it
     if cast:
@@ -236,6 +272,10 @@ def _run(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) ->
             while given[count - 1] is None:  # autograd looks at each of them
                 count -= 1
             return _apply(call, return_lse, *given[:count])
+    return _without_gradients(call, given, return_lse)
+
+
+def _without_gradients(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) -> Any:
     if not return_lse:
         return call.run_alone(given)
     out, lse, *_ = call.run_forward(given)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -290,6 +291,100 @@ def test_backward_passes_by_what_is_wanted_and_how_it_lies() -> None:
         for kind in kinds:
             kind()
     assert len(bound) == len(kinds) and len(made) == 1
+
+
+def _plain(**options: Any) -> Callable[[], Any]:
+    """A call that has q, k, v and at most a bias, of which C tells whether it came before; ``change`` makes other tensors of these."""
+    change, within = options.pop("change", lambda x: x), options.pop("within", nullcontext)
+    names, dtype = options.pop("names", "q"), options.pop("dtype", BF16)
+    given = {name: torch.zeros(B, n, H, D, dtype=dtype) for name, n in (("q", M), ("k", N), ("v", N))}
+    given |= options.pop("more", {})
+    given |= {name: change(given[name]) for name in given if name in names}
+    options = {"backend": "triton", **options}
+
+    def call() -> Any:
+        with within():
+            return attention(given["q"], given["k"], given["v"], bias=given.get("bias"), **options)
+
+    return call
+
+
+PLAIN: dict[str, Callable[[], Callable[[], Any]]] = {
+    "base": _plain,
+    **{f"{name} {change.__name__}": partial(_plain, names=name, change=change) for name in "qkv" for change in (spread, shifted)},
+    "a parameter": partial(_plain, change=lambda x: torch.nn.Parameter(x, requires_grad=False)),
+    "who wants a gradient": partial(_plain, change=lambda x: x.clone().requires_grad_()),
+    "another's gradient": partial(_plain, names="v", change=lambda x: x.clone().requires_grad_()),
+    "keys": partial(_plain, names="kv", change=lambda x: x[:, :50].contiguous()),
+    "queries": partial(_plain, change=lambda x: x[:, :39].contiguous()),
+    "dtype": partial(_plain, dtype=F16),
+    "float32": partial(_plain, dtype=F32),
+    "float32, precision": partial(_plain, dtype=F32, within=precision),
+    "bias": partial(_plain, more={"bias": torch.zeros(H, M, N, dtype=BF16)}),
+    "bias, float32": partial(_plain, more={"bias": torch.zeros(H, M, N)}),
+    "bias, shape": partial(_plain, more={"bias": torch.zeros(1, M, N, dtype=BF16)}),
+    "bias, strides": partial(_plain, more={"bias": torch.zeros(H, M, N, dtype=BF16)}, names="bias", change=spread),
+    "bias, alignment": partial(_plain, more={"bias": torch.zeros(H, M, N, dtype=BF16)}, names="bias", change=shifted),
+    "bias, learnt": partial(_plain, more={"bias": torch.zeros(H, M, N, dtype=BF16, requires_grad=True)}),
+    "causal": partial(_plain, causal=True),
+    "top left": partial(_plain, causal="top_left"),
+    "scale": partial(_plain, scale=0.5),
+    "scale, an int": partial(_plain, scale=1),
+    "scale, one": partial(_plain, scale=1.0),
+    "soft cap": partial(_plain, softcap=2.0),
+    "window": partial(_plain, window=(3, 3)),
+    "diagonal": partial(_plain, diagonal=1),
+    "dropout": partial(_plain, dropout_p=0.5, dropout_seed=1),
+    "deterministic": partial(_plain, deterministic=False),
+    "determinism": partial(_plain, within=determinism),
+    "backend": partial(_plain, backend="hopper"),
+    "auto": partial(_plain, backend=None),
+    "environment": partial(_plain, backend=None, within=environment(TRIFLASH_BACKEND="tiled")),
+    "block": partial(_plain, backend=None, within=lambda: triflash.backend("triton")),
+    "configs": partial(_plain, within=lambda: override_configs(forward=TileConfig(16, 16, 4, 1))),
+    "autocast": partial(_plain, within=lambda: torch.autocast("cpu", dtype=F16)),
+}
+
+
+def test_a_call_that_is_told_by_few_questions_is_the_one_that_many_tell() -> None:
+    """Whatever came before it, in any order: C's comparison takes no call for another."""
+    ran: list[tuple[BoundCall, bool]] = []
+
+    def recorded(name: str) -> Any:
+        whole = getattr(BoundCall, name)
+
+        def run(self: BoundCall, *args: Any) -> Any:
+            ran.append((self, bool(name == "run_alone")))
+            return whole(self, *args)
+
+        return mock.patch.object(BoundCall, name, run)
+
+    def which(call: Callable[[], Any]) -> list[tuple[BoundCall, bool]]:
+        ran.clear()
+        call()
+        return [*ran]
+
+    calls = {name: make() for name, make in PLAIN.items()}
+    with nothing_compiled(), recorded("run_forward"), recorded("run_alone"):
+        wanted = {}
+        for name, call in calls.items():
+            call()
+            CALLS.near.clear()
+            wanted[name] = which(call)
+        assert len({id(each[0][0]) for each in wanted.values()}) >= len(calls) - 10  # gradients and blocks are not told apart
+        for _ in range(3):
+            for name, call in calls.items():
+                assert which(call) == wanted[name], name
+        for name, call in reversed(calls.items()):
+            assert which(call) == wanted[name], name
+        remembered = {id(each.call) for entries in CALLS.near.values() for each in entries}
+        assert {id(wanted[name][0][0]) for name in ("base", "causal", "bias", "scale", "backend")} <= remembered
+        asked: list[Any] = []
+        with mock.patch("triflash.door.describe", asked.append):
+            calls["bias"]()
+        assert not asked
+    CALLS.clear()
+    assert not CALLS.near
 
 
 class Unreadable(dict):  # type: ignore[type-arg]

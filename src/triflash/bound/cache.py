@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 __all__ = ["Entry", "Recent"]
 
@@ -22,10 +22,13 @@ class Recent(Generic[_E]):
     """``capacity`` entries at most; beyond it an eighth of them goes, the least recently used first.
 
     Time is counted in entries added, so that a look-up only notes the present. Threads share it: look-ups take no lock.
+
+    near: whatever a caller knows of entries that finds them faster; forgotten with the first of them.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.near: dict[Hashable, Any] = {}
         self.now = 0
         self._entries: dict[Hashable, _E] = {}
         self._lock = threading.Lock()
@@ -44,6 +47,7 @@ class Recent(Generic[_E]):
             entry.stamp = self.now
             self._entries[key] = entry
             if len(self._entries) > self.capacity:
+                self.near.clear()
                 oldest = sorted(self._entries.items(), key=lambda item: item[1].stamp)[: max(1, self.capacity // 8)]
                 for stale, _ in oldest:
                     if stale != key:
@@ -52,6 +56,7 @@ class Recent(Generic[_E]):
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
+            self.near.clear()
             self._entries.clear()
 
     def __len__(self) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..plan.device import DeviceFacts, facts_of
@@ -12,7 +14,7 @@ from .cache import Recent
 from .cached import BoundCache
 from .call import BoundCall
 
-__all__ = ["CACHES", "CALLS", "Ambient", "ambient", "describe"]
+__all__ = ["CACHES", "CALLS", "Ambient", "Near", "ambient", "describe", "near_of", "remember_near"]
 
 CAPACITY = 1024  # signatures; one takes some 50 kB
 
@@ -34,3 +36,51 @@ def ambient(q: Tensor) -> tuple[DeviceFacts, Ambient]:
     """
     facts = facts_of(q.device)
     return facts, (id(facts), current_choices())
+
+
+class Near(NamedTuple):
+    """A call of :data:`CALLS` as one C function tells it: ``check(q, k, v)`` or ``check(q, k, v, bias)`` compares classes, dispatch keys
+    (negation among them), dtypes, devices, sizes, strides and who requires a gradient. Addresses are multiples of 16. wants: whether one
+    of them requires a gradient.
+    """
+
+    check: Callable[..., bool]
+    call: BoundCall
+    wants: bool
+
+
+_NEAR, _EACH = 1024, 4  # keys, and of each the calls that are told apart by check
+# What Dynamo compares tensors by, in a tenth of the time that describing them takes. PyTorch does not promise it.
+_guards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
+
+
+def near_of(key: Any, tensors: tuple[Tensor, ...]) -> Near | None:
+    """The call of such a key for which these tensors were remembered."""
+    for each in CALLS.near.get(key, ()):
+        if each.check(*tensors):
+            low = 0
+            for x in tensors:
+                low |= x.data_ptr()
+            if low & 15:
+                return None
+            each.call.stamp = CALLS.now
+            found: Near = each
+            return found
+    return None
+
+
+def remember_near(key: Any, tensors: tuple[Tensor, ...], call: BoundCall) -> None:
+    """Remember them, if their addresses are multiples of 16, few like them are, and this PyTorch has what compares them."""
+    others = CALLS.near.get(key, ())
+    if _guards is None or len(others) >= _EACH or any(x.data_ptr() & 15 for x in tensors):
+        return
+    try:
+        sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+        check = _guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        known = check(*tensors) is True
+    except Exception:  # noqa: BLE001 (another form than that known here)
+        return
+    if known:
+        if len(CALLS.near) >= _NEAR:
+            CALLS.near.clear()
+        CALLS.near[key] = (*others, Near(check, call, any(x.requires_grad for x in tensors)))

@@ -20,6 +20,7 @@ from .steps import Plan, Step, broadcast_rows, ceil_div, dbias_source, sum_steps
 
 __all__ = [
     "BACKENDS",
+    "NO_CHOICES",
     "Choices",
     "Plan",
     "Step",
@@ -199,13 +200,13 @@ class Choices(NamedTuple):
     tuned: overlay.Overlay | None
 
 
-_NO_CHOICES = Choices((), None)
+NO_CHOICES = Choices((), None)
 
 
 def current_choices() -> Choices:
     """The choices in force where a pass starts."""
     by_hand, tuned = override.active(), overlay.active()
-    return Choices(by_hand, tuned) if by_hand or tuned is not None else _NO_CHOICES
+    return Choices(by_hand, tuned) if by_hand or tuned is not None else NO_CHOICES
 
 
 def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> tuple[TileConfig, str]:
