@@ -7,10 +7,12 @@ Works without any GPU or driver, but not under Triton's interpreter: the kernels
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 import time
 from dataclasses import dataclass
@@ -23,7 +25,6 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
-from triton.runtime.build import compile_module_from_src
 from triton.runtime.jit import create_function_from_signature
 
 from ..plan.select import Plan
@@ -94,6 +95,8 @@ def build_launcher(compiled: Any) -> bool:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if make is None or compiler is None or compiled.metadata.target.backend != "cuda":
         return False
+    from triton.runtime.build import compile_module_from_src
+
     src = compiled.src
     constants = {(src.fn.arg_names.index(at),) if isinstance(at, str) else at: value for at, value in src.constants.items()}
     text = make(constants, dict(src.signature), getattr(compiled.metadata, "tensordesc_meta", None))
@@ -105,11 +108,22 @@ def build_launcher(compiled: Any) -> bool:
             subprocess.run([compiler, "-shared", "-x", "c", os.devnull, "-Wl,-soname,libcuda.so.1", "-o", empty], check=True)
             libraries = [driver.libdevice_dir, folder]
         for name, source in (("__triton_launcher", text), ("cuda_utils", Path(driver.dirname, "driver.c").read_text())):
+            if _is_built(name, source):
+                continue
             with contextlib.suppress(ImportError):  # Triton stores it, and then loads it, which needs the driver
                 compile_module_from_src(
                     src=source, name=name, library_dirs=libraries, include_dirs=driver.include_dirs, libraries=driver.libraries
                 )
     return True
+
+
+def _is_built(name: str, source: str) -> bool:
+    """Whether Triton's cache has this module, by the key that Triton 3.6 gives it; asked here because Triton would load it to find out."""
+    from triton.runtime.build import platform_key
+    from triton.runtime.cache import get_cache_manager
+
+    key = hashlib.sha256((source + platform_key()).encode("utf-8")).hexdigest()
+    return get_cache_manager(key).get_file(f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}") is not None
 
 
 def cache_folder() -> Path:
