@@ -24,8 +24,8 @@ DESIGN = ROOT / "docs" / "design.md"
 BEGIN, END = "<!-- imports: scripts/house.py imports --write -->", "<!-- end of imports -->"
 LAUNCHED = {  # by the host, with arguments one by one
     "forward", "delta", "dkdv", "dq", "dbias", "dbias_sum", "dkdv_d256", "preprocess", "postprocess", "dkdv_sum",
-    "extents", "tiles", "unowned", "cleared", "packed_dbias", "append", "few_forward", "few_backward", "combine", "sum_rows",
-    "short_forward", "short_backward",
+    "extents", "listed", "ordered", "tiles", "unowned", "cleared", "packed_dbias", "append", "few_forward", "few_backward",
+    "combine", "sum_rows", "short_forward", "short_backward",
 }  # fmt: skip
 PASSED_ON = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT)
 SIGNS = frozenset("(),.:=*")

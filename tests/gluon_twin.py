@@ -101,6 +101,32 @@ class Descriptor:
         return whole, (*ranges[:-1], last), (*inside[:-1], slice(0, last.stop - last.start))
 
 
+class Ragged(Descriptor):
+    """One whose rows may begin and end anywhere: coordinates (2^30, end, 2^30 - length + row, head, column) are those of a row of so many
+    that end there. An address counts modulo 2^64, as on the GPU.
+    """
+
+    def __init__(self, host: Any) -> None:
+        rows, heads, columns = host.base.shape[1:]
+        super().__init__(
+            SimpleNamespace(base=host.base, shape=(rows, heads, columns), strides=host.strides[2:], block_shape=host.block_shape)
+        )
+        self.shape, self.steps = host.shape, host.strides
+
+    def part(self, at: Sequence[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        starts = [int(a) for a in at]
+        assert len(at) == 5 and all(0 <= start < 2**31 for start in starts)
+        inside = [min(max(size - start, 0), n) for start, n, size in zip(starts, self.block_shape, self.shape, strict=True)]
+        if 0 in inside:
+            nothing = slice(0, 0)
+            return (nothing,) * 3, (0, 0, *(nothing,) * 3)  # type: ignore[return-value]
+        first = sum(start * step for start, step in zip(starts, self.steps, strict=True)) % (2**64 // self.tensor.element_size())
+        row = (first - starts[3] * self.steps[3] - starts[4]) // self.steps[2] if self.tensor.shape[0] > 1 else 0
+        assert 0 <= row <= self.tensor.shape[0] - inside[2], "rows that there are not"
+        ranges = (slice(row, row + inside[2]), slice(starts[3], starts[3] + inside[3]), slice(starts[4], starts[4] + inside[4]))
+        return ranges, (0, 0, *(slice(0, n) for n in inside[2:]))  # type: ignore[return-value]
+
+
 def tma_load(descriptor: Descriptor, at: Sequence[Any], barrier: Barrier, target: Shared) -> None:
     source, inside = descriptor.part(at)
 
@@ -354,7 +380,7 @@ def run(call: Any, seed: int = 0) -> None:
 
     def value(x: Any) -> Any:
         if isinstance(x, TensorDescriptor):
-            return Descriptor(x)
+            return Ragged(x) if x.shape[0] == 0x7FFF0000 else Descriptor(x)
         if isinstance(x, Tensor):
             return Pointer(x)
         if isinstance(x, tuple):

@@ -78,7 +78,7 @@ def test_to_the_byte(name: str) -> None:
 def test_tiles_follow_the_mean_length() -> None:
     """Where a kernel has smaller tiles than it would have for a dense batch, it says so."""
     q = torch.empty(4096, H, 64, dtype=torch.float16, device="meta", requires_grad=True)
-    short, long = (explain(q, q, q, torch.arange(0, 4097, n), of=attention_varlen, device="sm90") for n in (16, 2048))
+    short, long = (explain(q, q, q, torch.arange(0, 4097, n), of=attention_varlen, device="sm80") for n in (16, 2048))
     (few,), (many,) = ([each for each in x.forward.steps if each.step.kernel == "forward"] for x in (short, long))
     assert few.step.config.block_m == 16 < many.step.config.block_m
     assert "less rows for what sequences are long on the average" in few.source and "less rows" not in many.source
@@ -117,7 +117,7 @@ def explained(**change: Any) -> Any:
     ({"key_lengths": None}, TypeError, r"key_lengths: wanted an argument of attention_varlen \(.*; seqused_k="),
     ({"bias": torch.zeros(3, 3)}, ValueError, "bias: wanted"),
     ({"grads": ("bias",)}, ValueError, "grads: wanted no bias"),
-    ({"backend": "hopper"}, UnsupportedError, "packed sequences"),
+    ({"backend": "hopper"}, UnsupportedError, "sm90"),
     ({"return_lse": 1}, TypeError, "return_lse: wanted"),
 ])  # fmt: skip
 def test_bad_input(change: dict[str, Any], kind: type[Exception], words: str) -> None:
@@ -182,3 +182,18 @@ def test_what_type_checkers_are_told() -> None:
         assert parameters.keys() == own.keys()
         for name, parameter in parameters.items():
             assert name == "return_lse" or (parameter.annotation, parameter.default) == (own[name].annotation, own[name].default)
+
+
+@triton_only
+@pytest.mark.parametrize("length, backend", [(8, "triton"), (16, "hopper"), (2048, "hopper")])
+def test_what_runs_on_hopper(length: int, backend: str) -> None:
+    """Its kernels, but for sequences that leave their tiles empty, and how tiles are dealt out."""
+    q = torch.empty(4096, H, 64, dtype=torch.float16, device="meta", requires_grad=True)
+    found = explain(q, q, q, torch.arange(0, 4097, length), causal=True, of=attention_varlen, device="h200")
+    assert found.forward.backend == backend
+    if backend == "hopper":
+        kernels = [step.step.kernel for step in found.forward.steps]
+        assert kernels == ["extents", "listed", "ordered", "forward", "unowned"]
+        assert "the longest first" in str(found) and any("listed on the device" in note for note in found.notes)
+    else:
+        assert "leave most empty" in str(found)

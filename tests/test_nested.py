@@ -266,7 +266,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (bad(sink=torch.zeros(3)), "sink: wanted"),
     (bad(softcap=-1.0), "softcap: wanted"),
     (bad(causal=1), "causal: wanted"),
-    (bad(backend="hopper"), "packed sequences"),
+    (bad(backend="hopper"), "sm90"),
 ]
 
 

@@ -80,8 +80,12 @@ RULES: dict[str, list[str]] = {
     ],
     "triflash.launch.sequences": ["torch", "triflash.spec"],
     "triflash.launch.hopper": [
-        "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.room", "triflash.plan", "triflash.spec",
-        "triflash.errors",
+        "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper_packed", "triflash.launch.room",
+        "triflash.plan", "triflash.spec", "triflash.errors",
+    ],
+    "triflash.launch.hopper_packed": [
+        "torch", "triflash.kernels.hopper", "triflash.kernels.triton.packed", "triflash.launch.calls", "triflash.launch.common",
+        "triflash.launch.packed", "triflash.launch.room", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.hopper_dq": [
         "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper", "triflash.plan", "triflash.spec",
@@ -90,8 +94,10 @@ RULES: dict[str, list[str]] = {
         "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.hopper_backward": [
-        "torch", "triflash.dropout", "triflash.kernels.hopper", "triflash.kernels.triton.dbias", "triflash.launch.calls", "triflash.launch.hopper",
-        "triflash.launch.hopper_dbias", "triflash.launch.hopper_dq", "triflash.launch.room", "triflash.launch.triton", "triflash.plan", "triflash.spec",
+        "torch", "triflash.dropout", "triflash.kernels.hopper", "triflash.kernels.triton.backward", "triflash.kernels.triton.dbias",
+        "triflash.kernels.triton.features", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.hopper",
+        "triflash.launch.hopper_dbias", "triflash.launch.hopper_dq", "triflash.launch.hopper_packed", "triflash.launch.packed",
+        "triflash.launch.room", "triflash.launch.triton", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.bound": [

@@ -347,6 +347,15 @@ def test_empty_tensors(backend: str, queries: int, keys: int) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_slopes_from_the_first_key_beside_a_shared_bias(backend: str) -> None:
+    batch = simple([17, 3, 20], causal="top_left", alibi_slopes=torch.tensor([0.3, 0.6]))
+    batch.lengths = batch.lengths[0], [9, 12, 19]
+    batch.starts = batch.starts[0], [0, 9, 21]
+    batch.leaves["bias"] = torch.randn(1, 1, 20, 20)
+    check(batch, backend, 1, 2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_of_a_shared_bias_have_the_same_bits(backend: str) -> None:
     batch = simple([17, 3, 0, 20, 9])
     leaves: dict[str, Tensor | None] = {name: x.to(DEVICE) for name, x in batch.leaves.items()}
@@ -481,7 +490,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_seqlen_q": 2.5}, "max_seqlen_q: wanted an integer"),
     ({"seqused_k": torch.ones(3)}, "seqused_k: wanted a tensor of integers"),
     ({"seqused_q": torch.ones(4, dtype=torch.int32)}, "seqused_q: wanted one for each"),
-    ({"backend": "hopper"}, "packed sequences"),
+    ({"backend": "hopper"}, "sm90"),
     ({"sink": torch.randn(3)}, "sink: wanted"),
     ({"alibi_slopes": torch.randn(2, 2)}, "alibi_slopes: wanted"),
     ({"window": (1,)}, "window: wanted"),

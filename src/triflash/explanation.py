@@ -18,6 +18,7 @@ __all__ = ["Copy", "ExplainedStep", "Explanation", "Pass", "human"]
 _HOPPER_ORDERS = {
     "head": "batches and heads in groups whose keys and values fit in the L2 cache",
     "batch": "batch entries that share a bias block side by side, in groups whose keys and values fit in the L2 cache",
+    "tile": "tiles of one head, the longest first, among those whose keys and values fit in the L2 cache, then the next head's",
 }
 _KEYS_ORDERS = {order: text.replace("keys and values", "queries and their gradients") for order, text in _HOPPER_ORDERS.items()}
 _ORDERS = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine_code import ambiguous_descriptors, compiled_with_log, disassembled, serialised, unfenced_releases
 
 from triflash.arguments import ATTENTION, Given, Options
 from triflash.bound.call import BoundCall
@@ -15,6 +16,7 @@ from triflash.launch.ahead import compile_for, resources
 from triflash.launch.room import meta
 from triflash.ops_varlen import VarlenOptions, VarlenTensors, bind_varlen
 from triflash.plan.device import KNOWN_DEVICES
+from triflash.plan.kernels.shared import HopperConfig
 
 H, D, T, B = 4, 64, 4096, 16
 MOST_SPILLS = 32  # words a thread; 26 is the most seen (dkdv with a bias, sm80)
@@ -27,14 +29,17 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return meta(shape, strides, dtype)
 
 
-def packed(arch: str, bias: tuple[int, ...] | None = None, layout: str = "padded", Hk: int = H, **given: Any) -> BoundCall:
+def packed(
+    arch: str, bias: tuple[int, ...] | None = None, layout: str = "padded", Hk: int = H, D: int = D, T: int = T, backend: str = "triton",
+    left: int | None = None, right: int | None = 0, softcap: float = 0.0, deterministic: bool = False, **given: Any,
+) -> BoundCall:  # fmt: skip
     cu = empty(B + 1, dtype=torch.int32)
     tensors = VarlenTensors(
-        empty(T, H, D), empty(T, Hk, D), empty(T, Hk, D), None if bias is None else empty(*bias), given.get("mask"), None, given.get("sink"),
-        given.get("seed"), cu, cu, None, None, None,
+        empty(T, H, D), empty(T, Hk, D), empty(T, Hk, D), None if bias is None else empty(*bias), given.get("mask"), given.get("slopes"),
+        given.get("sink"), given.get("seed"), cu, cu, None, None, None,
     )  # fmt: skip
     dropout = 0.1 if given.get("seed") is not None else 0.0
-    options = VarlenOptions(None, 0, True, 0.125, "ieee", layout, "padded", 0.0, dropout, False, None, None, "triton")
+    options = VarlenOptions(left, right, True, 0.125, "ieee", layout, "padded", softcap, dropout, deterministic, None, None, backend)
     return bind_varlen(tensors, options, KNOWN_DEVICES[arch], torch.device("cuda"))
 
 
@@ -74,3 +79,47 @@ def test_compiles_within_limits(arch: str, name: str) -> None:
             assert found.shared_memory <= limit, key
             assert found.spills <= MOST_SPILLS, (key, found)
     assert {"forward", "dkdv", "dq"} <= {kernel for kernel, _ in seen}
+
+
+LONG = 32768  # rows in all, 2,048 of a sequence
+HOPPER: dict[str, tuple[dict[str, Any], int]] = {  # problems, and words that a thread may spill: no more than of a dense batch
+    "d64 full": ({"right": None}, 12),
+    "d64 causal": ({}, 12),
+    "d64 short": ({"T": 8192}, 12),
+    "d64 fixed order": ({"deterministic": True}, 12),
+    "d128 full": ({"D": 128, "right": None}, 72),
+    "d128 causal": ({"D": 128, "Hk": 2}, 72),
+    "d256 window": ({"D": 256, "left": 700}, 28),
+    "d64 soft cap, slopes": ({"softcap": 30.0, "slopes": empty(1, H, dtype=torch.float32)}, 72),
+    "d64 a shared bias, a mask": ({"bias": (1, H, 2048, 2048), "mask": empty(B, 1, 2048, 2048, dtype=torch.bool)}, 64),
+    "d128 dropout, a sink": ({"D": 128, "seed": empty(2, dtype=torch.int64), "sink": empty(H)}, 96),
+}
+
+
+@pytest.mark.parametrize("name", HOPPER)
+def test_hopper_kernels(name: str) -> None:
+    """As those of dense batches: no product waits for another, no barrier is told too early, and no more is spilled."""
+    given, spills = HOPPER[name]
+    call = packed("sm90", **{"T": LONG, "backend": "hopper"} | given)
+    wanted = call.needs((True, True, True, False, call.spec.sink, False))
+    seen = {}
+    for bound in (call.forward, call.describe_backward(wanted)):
+        for each in bound.calls or ():
+            key = (each.kernel.__name__, str(each.config))
+            if key in seen:
+                continue
+            compiled, log = compiled_with_log(each)
+            seen[key] = found = resources(compiled)
+            assert found.shared_memory <= KNOWN_DEVICES["sm90"].shared_memory, key
+            if not isinstance(each.config, HopperConfig):
+                assert found.spills <= 2, (key, found)
+                continue
+            assert found.spills <= spills, (key, found)
+            assert found.shared_memory <= each.config.shared_memory(call.spec, ("dq",) if "postprocess" in str(bound.plan) else ()), key
+            code = disassembled(compiled)
+            assert not serialised(log) and not ambiguous_descriptors(code), key
+            if each.kernel.__name__ != "forward":  # statistics are read by plain loads
+                assert unfenced_releases(code) == 0, key
+    kernels = {kernel for kernel, _ in seen}
+    assert {"extents", "listed", "ordered", "forward", "unowned", "preprocess"} <= kernels
+    assert kernels & {"dkdv", "dkdv_d256"} and kernels & {"dq", "postprocess"}

@@ -109,7 +109,8 @@ def alibi_of(spec: AttentionSpec, keys: int) -> int:
     if not spec.alibi:
         return 0
     exact = spec.bias is None or spec.bias.is_mask
-    return keys if exact and spec.hi is not None and spec.hi <= spec.keys - spec.queries else 1
+    diagonal = 0 if spec.packed is not None else spec.keys - spec.queries  # that a band counts from
+    return keys if exact and spec.hi is not None and spec.hi <= diagonal else 1
 
 
 def dropout_of(spec: AttentionSpec, seed: Tensor | None) -> tuple[Any, ...] | None:

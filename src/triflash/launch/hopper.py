@@ -23,7 +23,9 @@ from ..plan.kernels.forward import ForwardConfig, fuses_bias
 from ..plan.kernels.shared import ROWS, QueryConfig, bias_buffer, l2_order, mask_buffer, query_tiles, second_buffer
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
+from . import hopper_packed
 from .calls import SMALLEST_SCALE, Call, address_of, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
+from .hopper_packed import Tables
 from .room import Room
 
 __all__ = [
@@ -51,7 +53,8 @@ _WRITE_REASON = "its rows are not a multiple of 16 bytes, so it is written with 
 
 def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches that fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); lse and rest are contiguous."""
-    return forward_calls(plan, spec, ready_operands(room, spec, x), saved._replace(out=written(room, "out", saved.out)))
+    saved = saved._replace(out=written(room, "out", saved.out))
+    return forward_calls(plan, spec, ready_operands(room, spec, x), saved, hopper_packed.tables(room, plan, spec))
 
 
 def in_order(spec: AttentionSpec, x: Operands) -> tuple[AttentionSpec, Operands]:
@@ -60,15 +63,18 @@ def in_order(spec: AttentionSpec, x: Operands) -> tuple[AttentionSpec, Operands]
     return (own, x) if own is spec else (own, x._replace(bias=x.second_bias, second_bias=x.bias))
 
 
-def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
-    """The launches of a forward pass; all tensors are addressable."""
+def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t: Tables | None = None) -> list[Call]:
+    """The launches of a forward pass; all tensors are addressable. t: the tables of packed sequences."""
     spec, x = in_order(spec, x)
     q, k, v, bias, mask, lengths, slopes, sink, seed, *_ = x
     out, lse, rest = saved
     calls = []
     for step in plan.steps:
         config = step.config
-        assert isinstance(config, ForwardConfig)
+        if not isinstance(config, ForwardConfig):
+            assert t is not None
+            calls.append(hopper_packed.around_call(step, spec, x, t, {"out": out}, saved))
+            continue
         head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
         tiled = spec.bias is not None and spec.bias.varies[4]
         bias_desc = None
@@ -78,19 +84,18 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             bias_desc = descriptor(bias, (1, 1, 1, *bias_buffer(spec, config).shape))
             bias_on = tuple(int(size > 1) for size in bias.shape[:3])
         pointer = None if tiled or bias is None else bias.view(torch.uint8) if bias.dtype == torch.bool else bias
-        tiles_m, tiles = query_tiles(spec, config)
         args = (
-            descriptor(q, (1, ROWS, 1, head)),
-            descriptor(k, (1, block_n, 1, head)),
-            descriptor(v, (1, block_n, 1, value)),
-            descriptor(out, (1, ROWS, 1, value)),
-            *(bias_desc, pointer, lengths_of(lengths), slopes, sink, lse, rest),
+            of_rows(spec, q, ROWS, head),
+            of_rows(spec, k, block_n, head),
+            of_rows(spec, v, block_n, value),
+            of_rows(spec, out, ROWS, value),
+            *(bias_desc, pointer, lengths_of(lengths), hopper_packed.tiles_of(t, spec, "queries"), slopes, sink, lse, rest),
             *(None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
             *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), dropout_of(spec, seed)),
             *second_rows(spec, x.second_bias, config),
             *mask_tiles(spec, mask, config),
-            *(spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
-            *(tiles_m, tiles, *l2_order(spec, config, step.programs)),
+            *(batch_of(spec), spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
+            *schedule_of_queries(spec, config, step.programs),
         )
         constants: dict[str, Any] = {
             "C": config,
@@ -98,7 +103,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
             "IS_MASK": spec.bias is not None and spec.bias.is_mask,
             "VARIES_M": spec.bias is not None and spec.bias.varies[3],
             "POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE,
-            "EVEN_N": spec.keys % block_n == 0 and not spec.key_lengths,
+            "EVEN_N": is_even(spec, block_n),
             "ALIBI": alibi_of(spec, block_n),
             "FUSING": fuses_bias(spec, config),
         }
@@ -123,6 +128,41 @@ def mask_tiles(spec: AttentionSpec, mask: Tensor | None, config: QueryConfig) ->
     if mask is None:
         return None, None
     return descriptor(mask.view(torch.uint8), (1, 1, 1, *mask_buffer(spec, config).shape)), tuple(int(size > 1) for size in mask.shape[:3])
+
+
+def batch_of(spec: AttentionSpec) -> int:
+    """How many batch entries, or packed sequences."""
+    return spec.batch if spec.packed is None else spec.packed.sequences
+
+
+def schedule_of_queries(spec: AttentionSpec, config: QueryConfig, programs: int) -> tuple[int, int, int, int]:
+    """How kernels that own queries deal out their tiles (``kernels/hopper/schedule.Uniform``); those of packed sequences have a table."""
+    return (0, 0, 0, 0) if spec.packed is not None else (*query_tiles(spec, config), *l2_order(spec, config, programs))
+
+
+def is_even(spec: AttentionSpec, block_n: int) -> bool:
+    """Whether keys end where a block does."""
+    return spec.keys % block_n == 0 and not spec.key_lengths and spec.packed is None
+
+
+def of_rows(spec: AttentionSpec, x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """A TMA descriptor of q, k, v or what lies like one, (batch, rows, heads, dim), in blocks of so many rows of a head."""
+    return descriptor(x, (1, rows, 1, columns)) if spec.packed is None else ragged(x, (1, 1, rows, 1, columns))
+
+
+def ragged(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
+    """A TMA descriptor of packed rows (1, rows, heads, dim), in which a sequence may begin and end anywhere (``kernels/hopper/extent.py``).
+
+    A block's address is that of coordinates (2^30, end, 2^30 - length + row, head, column): the first two dims' strides cancel 2^30 rows
+    modulo 2^64, and the third ends at 2^30, so what lies past the sequence's end is outside (Triton's ``tools/ragged_tma.py``).
+    """
+    _, rows, heads, _ = x.shape
+    unit = _ALIGNMENT // x.element_size()
+    row = unit if rows == 1 else x.stride(1)
+    strides = [2**34 - row, row, row, unit if heads == 1 else x.stride(2), 1]
+    return TensorDescriptor(
+        x, [0x7FFF0000, 0x7FFF0000, 2**30, heads, x.shape[3]], strides, list(block), _shared_layout(tuple(block), x.dtype)
+    )
 
 
 def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:

@@ -12,7 +12,9 @@ from ..dropout import rescale
 from ..kernels.hopper import dkdv as dkdv_kernels
 from ..kernels.hopper import dkdv_d256 as d256_kernels
 from ..kernels.hopper import postprocess, preprocess
+from ..kernels.triton import backward as backward_kernels
 from ..kernels.triton import dbias as dbias_kernels
+from ..kernels.triton.features import Features
 from ..plan import layout
 from ..plan.configs import padded
 from ..plan.hopper import ROWWISE, flags_small_lse, reads_small_lse
@@ -22,12 +24,18 @@ from ..plan.kernels.dq import DqConfig
 from ..plan.kernels.shared import stats_kinds, stats_length
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
+from . import hopper_packed
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper import descriptor, in_order, ready, ready_operands, written
-from .hopper_dbias import dbias_call
+from .common import is_wide
+from .hopper import batch_of, descriptor, in_order, is_even, of_rows, ready, ready_operands, written
+from .hopper_dbias import dbias_call as hopper_dbias_call
 from .hopper_dq import dq_call
+from .hopper_packed import Tables
+from .packed import OF_BIAS, PackedTables, dbias_call, table_call
+from .packed import row_strides as row_strides_of
+from .packed import tables as packed_tables
 from .room import Room
-from .triton import contiguous, partial_sums, row_strides, rows
+from .triton import contiguous, features_of, partial_sums, row_strides, rows
 
 __all__ = [
     "backward",
@@ -55,10 +63,14 @@ def backward(
     saved = Saved(rows(room, "out", out), lse, rest)
     written = targets(room, plan, grads)
     stats = new_stats(room, spec, rest is not None)
-    calls = backward_calls(room, plan, spec, ready_operands(room, spec, x), saved, ready(room, "dout", dout), dlse, stats, written)
-    if grads.dsink is not None and x.sink is not None:
+    delta = room.new("delta", saved.lse.shape, torch.float32) if plan.step("delta") is not None else None
+    calls = backward_calls(room, plan, spec, ready_operands(room, spec, x), saved, ready(room, "dout", dout), dlse, stats, written, delta)
+    if grads.dsink is not None and x.sink is not None and spec.packed is None:
         delta = stats[:, DELTA, : spec.queries].unflatten(0, (spec.batch, spec.heads))
         room.sum_sink(grads.dsink, x.sink, saved, delta, rescale(spec.dropout))
+    elif grads.dsink is not None and x.sink is not None:
+        assert delta is not None
+        room.sum_sink(grads.dsink, x.sink, saved, delta, 1.0)
     return calls
 
 
@@ -84,8 +96,11 @@ def backward_calls(
     dlse: Tensor | None,
     stats: Tensor,
     grads: Gradients,
+    delta: Tensor | None = None,
 ) -> list[Call]:
-    """The launches of a backward pass, of which the first fills ``stats`` (:func:`new_stats`). All tensors are addressable."""
+    """The launches of a backward pass, of which the first fills ``stats`` (:func:`new_stats`). All tensors are addressable. delta: room for
+    it by row, where packed sequences have a sink or a bias.
+    """
     spec, x = in_order(spec, x)
     q, k, v, bias, *_ = x
     out, lse, rest = saved
@@ -96,18 +111,34 @@ def backward_calls(
     looking = stats.shape[1] == 3 and flags_small_lse(spec, plan.steps)
     small_lse = room.new("whether lse is small", (preprocess.FLAGS.value,), torch.int32) if looking else None
     head_parts: HeadParts = (None, None)
+    t = hopper_packed.tables(room, plan, spec)
+    whole: PackedTables | None = None  # of the gradient of a bias of packed sequences
     calls = []
     for step in plan.steps:
         name = next((each for each in step.gives if each in biases), "")
         target = biases.get(name)
-        if step.kernel == "preprocess":
-            calls.append(preprocess_call(spec, out, dout, dlse, lse, rest, stats, small_lse, dq_sum))
+        if step.kernel == "tiles" or (step.kernel == "extents" and step.gives == ("dbias",)):
+            if whole is None:
+                whole = packed_tables(room, plan.steps[plan.steps.index(step) :], spec)
+            calls.append(table_call(step, spec, x, whole))
+        elif spec.packed is not None and step.kernel in OF_BIAS:
+            assert target is not None and whole is not None
+            own_strides = (row_strides_of(q), row_strides_of(k), row_strides_of(v), row_strides_of(dout), (1, lse.stride(1)))
+            inputs = (q, k, v, features_of(spec, x), dout, lse, rest, delta)
+            calls.append(dbias_call(room, step, spec, whole, inputs, own_strides, target, sums, is_wide((q, k, v, dout, bias, x.mask))))
+        elif step.kernel in hopper_packed.AROUND:
+            assert t is not None
+            calls.append(hopper_packed.around_call(step, spec, x, t, {"dq": dq, "dk": dk, "dv": dv}))
+        elif step.kernel == "delta":
+            calls.append(delta_call(step, spec, out, dout, dlse, delta))
+        elif step.kernel == "preprocess":
+            calls.append(preprocess_call(spec, out, dout, dlse, lse, rest, stats, small_lse, dq_sum, t))
         elif step.kernel in ("dkdv", "dqdkdv"):
             parts = sums[name] = partial_sums(room, step, target)
             strides = row_strides(spec, parts) if parts is not None else None
             wanted = (dk if "dk" in step.gives else None, dv if "dv" in step.gives else None)
             head_parts = new_head_parts(room, spec, step)
-            calls.append(dkdv_call(spec, step, x, dout, stats, small_lse, *wanted, head_parts, dq_sum, parts, strides))
+            calls.append(dkdv_call(spec, step, x, dout, stats, small_lse, *wanted, head_parts, dq_sum, parts, strides, t))
         elif step.kernel == "dkdv_sum":
             calls.append(dkdv_sum_call(spec, step, head_parts, dk if "dk" in step.gives else None, dv if "dv" in step.gives else None))
         elif step.kernel == "dq":
@@ -118,15 +149,16 @@ def backward_calls(
                 own = room.new("dq, which nobody asked for", shape, q.dtype)[..., : q.shape[-1]]
             small = small_lse if reads_small_lse(spec, step) else None
             features = (x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, small, x.second_bias)
-            calls.append(dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, own, target, *features, step.forward_keys))
+            how = (step.forward_keys, hopper_packed.tiles_of(t, spec, "queries"))
+            calls.append(dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, own, target, *features, *how))
         elif step.kernel == "postprocess":
             assert dq_sum is not None and dq is not None
-            calls.append(postprocess_call(spec, dq_sum, dq, adds_by_red(plan)))
+            calls.append(postprocess_call(spec, dq_sum, dq, adds_by_red(plan), t))
         elif step.kernel == "dbias":
             parts = sums[name] = partial_sums(room, step, target)
             assert isinstance(step.config, DbiasConfig) and bias is not None and parts is not None
             operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, small_lse, x.second_bias)
-            calls.append(dbias_call(spec, step.config, step.programs, step.splits, *operands))
+            calls.append(hopper_dbias_call(spec, step.config, step.programs, step.splits, *operands))
         elif step.kernel == "dbias_sum":
             assert target is not None and step.config is not None
             args = (sums[name], target, target.numel(), step.splits)
@@ -142,7 +174,7 @@ def new_stats(room: Room, spec: AttentionSpec, rest: bool) -> Tensor:
 
 def new_dq_sum(room: Room, spec: AttentionSpec) -> Tensor:
     """Room for the float32 sum of dq, (batch, head, query, dim): whole blocks of queries, whole groups of 8 columns."""
-    length = -(-spec.queries // ROWWISE.block_m) * ROWWISE.block_m
+    length = stats_length(spec) if spec.packed is not None else -(-spec.queries // ROWWISE.block_m) * ROWWISE.block_m
     return room.new("float32 sum of dq", (spec.batch, spec.heads, length, -(-spec.head_dim // 8) * 8), torch.float32)
 
 
@@ -156,10 +188,12 @@ def preprocess_call(
     stats: Tensor,
     small_lse: Tensor | None,
     dq_sum: Tensor | None,
+    t: Tables | None = None,
 ) -> Call:
     """Fills stats and small_lse, and dq_sum with zeros."""
+    entries, parts = _parts_of(t)
     args = (
-        *(out, dout, dlse, lse, rest if stats.shape[1] == 3 else None, stats, small_lse, dq_sum),
+        *(out, dout, dlse, lse, rest if stats.shape[1] == 3 else None, stats, small_lse, dq_sum, entries),
         *(out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride(), lse.stride()),
         *(spec.heads, spec.queries, stats.shape[2], 1 / rescale(spec.dropout)),
     )
@@ -172,8 +206,24 @@ def preprocess_call(
         "BROW": padded(row),
         "KINDS": stats.shape[1],
         "WIDE": True,
+        "PARTS": parts,
     }
-    return Call(preprocess.preprocess, args, constants, ROWWISE, stats.shape[0] * stats.shape[2] // ROWWISE.block_m)
+    rows = stats.shape[2] // ROWWISE.block_m if entries is None else entries.shape[0] * parts
+    return Call(preprocess.preprocess, args, constants, ROWWISE, stats.shape[0] * rows)
+
+
+def _parts_of(t: Tables | None) -> tuple[Tensor | None, int]:
+    """The table of tiles of packed queries, and of how many parts of ROWWISE a tile is."""
+    if t is None:
+        return None, 1
+    return t.of["queries"].table, t.of["queries"].rows // ROWWISE.block_m
+
+
+def delta_call(step: Step, spec: AttentionSpec, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor | None) -> Call:
+    """``delta = rowsum(out * dout) - dlse`` by row, which the gradient of a sink asks for where rows are packed."""
+    args = (out, dout, dlse, delta, out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride())
+    constants = {"BM": ROWWISE.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": True}
+    return Call(backward_kernels.delta, (*args, spec.heads, spec.queries, Features()), constants, ROWWISE, step.programs)
 
 
 def new_head_parts(room: Room, spec: AttentionSpec, step: Step) -> HeadParts:
@@ -206,12 +256,14 @@ def adds_by_red(plan: Plan) -> bool:
     return step is not None and isinstance(step.config, DkdvConfig) and step.config.red_dq
 
 
-def postprocess_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor, red_dq: bool) -> Call:
+def postprocess_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor, red_dq: bool, t: Tables | None = None) -> Call:
     """dq from its float32 sum; red_dq: as :func:`adds_by_red` says."""
-    args = (dq_sum, dq, dq.stride()[:3], spec.heads, spec.queries, spec.scale * rescale(spec.dropout))
+    entries, parts = _parts_of(t)
+    args = (dq_sum, dq, entries, dq.stride()[:3], spec.heads, spec.queries, spec.scale * rescale(spec.dropout), dq_sum.shape[2])
     dims = {"D": spec.head_dim, "BD": padded(spec.head_dim), "ROW": dq_sum.shape[3]}
-    constants = {"BM": ROWWISE.block_m, **dims, "RED_DQ": red_dq, "WIDE": True}
-    return Call(postprocess.postprocess, args, constants, ROWWISE, spec.batch * spec.heads * -(-spec.queries // ROWWISE.block_m))
+    constants = {"BM": ROWWISE.block_m, **dims, "RED_DQ": red_dq, "WIDE": True, "PARTS": parts}
+    rows = -(-spec.queries // ROWWISE.block_m) if entries is None else entries.shape[0] * parts
+    return Call(postprocess.postprocess, args, constants, ROWWISE, spec.batch * spec.heads * rows)
 
 
 def dkdv_call(
@@ -227,6 +279,7 @@ def dkdv_call(
     dq_sum: Tensor | None,
     dbias: Tensor | None,
     dbias_strides: tuple[int, int, int, int] | None,
+    t: Tables | None = None,
 ) -> Call:
     """dk, dv (or if there are any, their partial sums), what dq sums up to, and the gradient of a bias that varies over keys alone: what is
     None is not computed.
@@ -259,22 +312,24 @@ def dkdv_call(
     if dq_sum is not None:
         assert not config.d256
         sums = (None, dq_sum) if config.red_dq else (descriptor(dq_sum, (1, 1, rows, head // 2)), None)
-    tiles_n, tiles = key_tiles(spec, config)
+    packed = hopper_packed.tiles_of(t, spec, "keys")
+    schedule = (0, 0, 0, 0) if packed is not None else (*key_tiles(spec, config), *l2_order(spec, config, step.programs))
     args: tuple[Any, ...] = (
-        descriptor(q, (1, rows, 1, head)),
-        descriptor(k, (1, half, 1, head)),
-        descriptor(v, (1, half, 1, value)),
-        descriptor(dout, (1, rows, 1, value)),
+        of_rows(spec, q, rows, head),
+        of_rows(spec, k, half, head),
+        of_rows(spec, v, half, value),
+        of_rows(spec, dout, rows, value),
         descriptor(stats, (1, 1, rows)),
         small_lse if reads_small_lse(spec, step) else None,
         bias_desc,
-        None if dk is None or splits > 1 else descriptor(dk, (1, half, 1, head)),
-        None if dv is None or splits > 1 else descriptor(dv, (1, half, 1, value)),
+        None if dk is None or splits > 1 else of_rows(spec, dk, half, head),
+        None if dv is None or splits > 1 else of_rows(spec, dv, half, value),
         *(() if config.d256 else head_parts),
         *sums,
         *(
             pointer,
             lengths_of(lengths),
+            packed,
             slopes,
             dbias,
             bias_strides(pointer),
@@ -288,16 +343,16 @@ def dkdv_call(
             bias_strides(key_mask),
             mask_on,
         ),
-        *(spec.batch, spec.heads, spec.groups),
+        *(batch_of(spec), spec.heads, spec.groups),
         *(() if config.d256 else (splits if splits > 1 else None,)),
         *(spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
-        *(tiles_n, tiles, *l2_order(spec, config, step.programs)),
+        *schedule,
     )
     constants: dict[str, Any] = {
         "C": replace(config, head_splits=1),
         "HAS_REST": stats.shape[1] == 3,
         "IS_MASK": spec.bias is not None and spec.bias.is_mask,
-        "EVEN_N": spec.keys % config.block_n == 0 and not spec.key_lengths,
+        "EVEN_N": is_even(spec, config.block_n),
         "ALIBI": alibi_of(spec, step.forward_keys),
         "BATCH_FASTEST": step.order == "batch",
         "LONGEST": "first" if spec.hi is not None else "none" if spec.lo is None else "last",

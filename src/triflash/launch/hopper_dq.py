@@ -14,10 +14,10 @@ from torch import Tensor
 from ..kernels.hopper import dq as dq_kernels
 from ..plan.configs import padded
 from ..plan.kernels.dq import DqConfig
-from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, batch_fastest, bias_buffer, l2_order, query_tiles
+from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, batch_fastest, bias_buffer
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper import descriptor, mask_tiles, register_limit, second_rows
+from .hopper import batch_of, descriptor, is_even, mask_tiles, of_rows, register_limit, schedule_of_queries, second_rows
 
 __all__ = ["dq_call"]
 
@@ -26,7 +26,7 @@ def dq_call(
     spec: AttentionSpec, config: DqConfig, programs: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dout: Tensor,
     stats: Tensor, dq: Tensor, dbias: Tensor | None = None, lengths: Tensor | None = None, slopes: Tensor | None = None,
     mask: Tensor | None = None, seed: Tensor | None = None, small_lse: Tensor | None = None,
-    second: Tensor | None = None, forward_keys: int = SMALLEST_BLOCK,
+    second: Tensor | None = None, forward_keys: int = SMALLEST_BLOCK, packed: tuple[Any, ...] | None = None,
 ) -> Call:  # fmt: skip
     """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q."""
     head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
@@ -41,14 +41,13 @@ def dq_call(
         assert spec.bias is not None and all(spec.bias.varies) and not spec.bias.is_mask
         dbias_desc = descriptor(dbias, (1, 1, 1, ROWS, block_n))
     pointer = None if tiled else bias
-    tiles_m, tiles = query_tiles(spec, config)
     args = (
-        descriptor(q, (1, ROWS, 1, head)),
-        descriptor(dout, (1, ROWS, 1, value)),
-        descriptor(k, (1, block_n, 1, head)),
-        descriptor(v, (1, block_n, 1, value)),
-        descriptor(dq, (1, ROWS, 1, head)),
-        *(bias_desc, dbias_desc, pointer, lengths_of(lengths), slopes, stats, small_lse),
+        of_rows(spec, q, ROWS, head),
+        of_rows(spec, dout, ROWS, value),
+        of_rows(spec, k, block_n, head),
+        of_rows(spec, v, block_n, value),
+        of_rows(spec, dq, ROWS, head),
+        *(bias_desc, dbias_desc, pointer, lengths_of(lengths), packed, slopes, stats, small_lse),
         *(
             None if pointer is None else bias_strides(pointer)[:4],  # type: ignore[index]
             slope_strides(slopes),
@@ -58,8 +57,8 @@ def dq_call(
             *second_rows(spec, second, config),
             *mask_tiles(spec, mask, config),
         ),
-        *(spec.batch, spec.heads, q.shape[2] // k.shape[2], spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
-        *(tiles_m, tiles, *l2_order(spec, config, programs)),
+        *(batch_of(spec), spec.heads, q.shape[2] // k.shape[2], spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
+        *schedule_of_queries(spec, config, programs),
     )
     constants: dict[str, Any] = {
         "C": config,
@@ -67,7 +66,7 @@ def dq_call(
         "IS_MASK": spec.bias is not None and spec.bias.is_mask,
         "VARIES_M": spec.bias is not None and spec.bias.varies[3],
         "HAS_REST": stats.shape[1] == 3,
-        "EVEN_N": spec.keys % block_n == 0 and lengths is None,
+        "EVEN_N": is_even(spec, block_n),
         "ALIBI": alibi_of(spec, forward_keys),
     }
     return Call(dq_kernels.dq, args, constants | register_limit(config), config, programs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +21,16 @@ from .calls import SMALLEST_SCALE, Call, bias_strides
 from .common import config_of, constants_of, is_wide
 from .room import Room
 
-__all__ = ["backward_calls", "forward_calls"]
+__all__ = [
+    "OF_BIAS", "SEQUENCES", "PackedTables", "backward_calls", "dbias_call", "forward_calls", "packed_features", "row_strides", "table_call",
+    "tables", "unowned_call",
+]  # fmt: skip
 
-_SEQUENCES = 1024  # of one step of the kernel that tells their extents
+OF_BIAS = ("cleared", "packed_dbias", "dbias_sum")  # kernels for the gradient of a bias alone
+SEQUENCES = 1024  # of one step of the kernel that tells their extents
 
 
-class _Tables(NamedTuple):
+class PackedTables(NamedTuple):
     """What the device works out first. extents: (sequences, 4); first_q, first_k: (sequences + 1,), the first tile of each; tiles_q,
     tiles_k: (most tiles, 2). None: not wanted.
     """
@@ -44,10 +49,11 @@ def _sequences(spec: AttentionSpec) -> int:
     return spec.packed.sequences
 
 
-def _tables(room: Room, plan: Plan, spec: AttentionSpec) -> _Tables:
+def tables(room: Room, steps: Sequence[Step], spec: AttentionSpec) -> PackedTables:
+    """Room for the tables that these steps of a plan make, the first of which is ``extents``."""
     count = _sequences(spec)
-    wanted = {step.gives for step in plan.steps if step.kernel == "tiles"}
-    config = config_of(next(step for step in plan.steps if step.kernel == "extents"))
+    wanted = {step.gives for step in steps if step.kernel == "tiles"}
+    config = config_of(steps[0])
     bound_q, bound_k = most_tiles(spec.queries, count, config.block_m), most_tiles(spec.keys, count, config.block_n)
 
     def new(name: str, *shape: int) -> Tensor:
@@ -59,17 +65,18 @@ def _tables(room: Room, plan: Plan, spec: AttentionSpec) -> _Tables:
         first.append(new(f"first tiles of {name}", count + 1) if there else None)
         tiles.append(new(f"tiles of {name}", max(bound, 1), 2) if there else None)
     extents = new("extents of sequences", max(count, 1), 4)
-    return _Tables(extents, first[0], first[1], tiles[0], tiles[1], bound_q, bound_k)
+    return PackedTables(extents, first[0], first[1], tiles[0], tiles[1], bound_q, bound_k)
 
 
-def _table_call(step: Step, spec: AttentionSpec, x: Operands, t: _Tables) -> Call:
+def table_call(step: Step, spec: AttentionSpec, x: Operands, t: PackedTables) -> Call:
+    """A launch that fills one of them: of ``extents`` or ``tiles``."""
     config, count = config_of(step), _sequences(spec)
     if step.kernel == "extents":
         args: tuple[Any, ...] = (
-            *(x.offsets_q, x.offsets_k, x.used_q, x.used_k, t.extents, t.first_q, t.first_k),
-            *(count, spec.queries, spec.keys),
+            *(x.offsets_q, x.offsets_k, x.used_q, x.used_k, t.extents, t.first_q, t.first_k, None, None),
+            *(count, spec.queries, spec.keys, None, None),
         )
-        constants = {"BM": config.block_m, "BN": config.block_n, "BLOCK": _SEQUENCES}
+        constants = {"BM": config.block_m, "BN": config.block_n, "BLOCK": SEQUENCES, "COUNTERS": 1}
         return Call(packed_kernels.extents, args, constants, config, step.programs)
     of_queries = step.gives == ("tiles of queries",)
     first, tiles, bound = (t.first_q, t.tiles_q, t.bound_q) if of_queries else (t.first_k, t.tiles_k, t.bound_k)
@@ -77,7 +84,7 @@ def _table_call(step: Step, spec: AttentionSpec, x: Operands, t: _Tables) -> Cal
     return Call(packed_kernels.tiles, args, {"BLOCK": ROWS_A_PROGRAM}, config, step.programs)
 
 
-def _unowned_call(step: Step, spec: AttentionSpec, t: _Tables, given: dict[str, Tensor | None], saved: Saved | None = None) -> Call:
+def unowned_call(step: Step, spec: AttentionSpec, extents: Tensor, given: dict[str, Tensor | None], saved: Saved | None = None) -> Call:
     """Zeros in the rows of one or two tensors, and in ``saved``, that belong to no sequence."""
     tensors = [given[name] for name in step.gives if name != "lse"]
     x, y = [*tensors, None][:2]
@@ -85,7 +92,7 @@ def _unowned_call(step: Step, spec: AttentionSpec, t: _Tables, given: dict[str, 
     of_keys = step.gives[0] in ("dk", "dv")
     lse, rest = (None, None) if saved is None else (saved.lse, saved.rest)
     args = (
-        *(t.extents.view(-1)[2:] if of_keys else t.extents, x, y, lse, rest, _row_and_head(x), None if y is None else _row_and_head(y)),
+        *(extents.view(-1)[2:] if of_keys else extents, x, y, lse, rest, _row_and_head(x), None if y is None else _row_and_head(y)),
         *(None if lse is None else lse.stride(1), _sequences(spec), x.shape[1], x.shape[2], _sequences(spec).bit_length()),
     )
     widest = max(x.shape[3], 0 if y is None else y.shape[3])
@@ -97,12 +104,12 @@ def _row_and_head(x: Tensor) -> tuple[int, int]:
     return x.stride(1), x.stride(2)
 
 
-def _strides(x: Tensor | None) -> tuple[int, int, int] | None:
+def row_strides(x: Tensor | None) -> tuple[int, int, int] | None:
     """(row, row, head): the kernels' stride of batch entries is by what a sequence's first row moves it."""
     return None if x is None else (x.stride(1), x.stride(1), x.stride(2))
 
 
-def _packed(spec: AttentionSpec, t: _Tables, tiles: Tensor | None) -> tuple[Tensor | None, Tensor, int]:
+def _packed(spec: AttentionSpec, t: PackedTables, tiles: Tensor | None) -> tuple[Tensor | None, Tensor, int]:
     assert spec.packed is not None
     return tiles, t.extents, int(spec.packed.bottom_right)
 
@@ -143,19 +150,19 @@ def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: F
     """The launches of a forward pass."""
     out, lse, rest = saved
     calls = []
-    t = _tables(room, plan, spec) if plan.steps else None
+    t = tables(room, plan.steps, spec) if plan.steps else None
     for step in plan.steps:
         assert t is not None
         if step.kernel == "forward":
-            strides = (_strides(x.q), _strides(x.k), _strides(x.v), _strides(out), (1, lse.stride(1)))
+            strides = (row_strides(x.q), row_strides(x.k), row_strides(x.v), row_strides(out), (1, lse.stride(1)))
             args = (x.q, x.k, x.v, f, out, lse, rest, *strides, *_sizes(spec, t.bound_q), _packed(spec, t, t.tiles_q))
             constants = constants_of(spec, config_of(step), is_wide((x.q, x.k, x.v, out, x.bias, x.mask, x.second_bias)), step.precision)
             constants = constants | {"POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": "tile"}
             calls.append(Call(forward_kernels.forward, args, constants, config_of(step), step.programs))
         elif step.kernel == "unowned":
-            calls.append(_unowned_call(step, spec, t, {"out": out}, saved))
+            calls.append(unowned_call(step, spec, t.extents, {"out": out}, saved))
         else:
-            calls.append(_table_call(step, spec, x, t))
+            calls.append(table_call(step, spec, x, t))
     return calls
 
 
@@ -174,13 +181,13 @@ def backward_calls(
     """The launches of a backward pass."""
     out, lse, rest = saved
     dq, dk, dv, *_ = grads
-    t = _tables(room, plan, spec)
+    t = tables(room, plan.steps, spec)
     inputs = (x.q, x.k, x.v, f, dout, lse, rest, delta)
-    strides = (_strides(x.q), _strides(x.k), _strides(x.v), _strides(dout), (1, lse.stride(1)))
+    strides = (row_strides(x.q), row_strides(x.k), row_strides(x.v), row_strides(dout), (1, lse.stride(1)))
     wide = is_wide((x.q, x.k, x.v, out, dout, x.bias, x.mask, dq, dk, dv, x.second_bias))
     given = {"dq": dq, "dk": dk, "dv": dv}
     biases = {"dbias": grads.dbias, "dsecond": grads.dsecond}
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Tensor | None] = {}
     calls = []
     for step in plan.steps:
         config = config_of(step)
@@ -192,32 +199,22 @@ def backward_calls(
             own = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
             args: tuple[Any, ...] = (out, dout, dlse, delta, *rows, spec.heads, spec.queries, Features())
             calls.append(Call(backward_kernels.delta, args, own, config, step.programs))
-        elif step.kernel == "cleared":
-            assert target is not None
-            calls.append(Call(packed_kernels.cleared, (target, target.numel()), {"BLOCK": SUM_BLOCK}, config, step.programs))
         elif step.kernel == "dkdv":
-            args = (*inputs, dk, dv, target, *strides, _strides(dk), _strides(dv), _key_strides(target))
+            args = (*inputs, dk, dv, target, *strides, row_strides(dk), row_strides(dv), _key_strides(target))
             args += (*_sizes(spec, t.bound_k), _packed(spec, t, t.tiles_k))
             constants = constants | {"GROUPED": spec.groups > 1, "ORDER": "tile"}
             calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
         elif step.kernel == "dq":
-            args = (*inputs, dq, target, *strides, _strides(dq), bias_strides(target), *_sizes(spec, t.bound_q))
+            args = (*inputs, dq, target, *strides, row_strides(dq), bias_strides(target), *_sizes(spec, t.bound_q))
             constants = constants | {"ORDER": "tile"}
             calls.append(Call(backward_kernels.dq, (*args, _packed(spec, t, t.tiles_q), None), constants, config, step.programs))
         elif step.kernel == "unowned":
-            calls.append(_unowned_call(step, spec, t, given))
-        elif step.kernel == "packed_dbias":
+            calls.append(unowned_call(step, spec, t.extents, given))
+        elif step.kernel in OF_BIAS:
             assert target is not None
-            parts = target.unsqueeze(0)
-            if step.splits > 1:
-                parts = sums[name] = room.new(f"partial sums of {name}", (step.splits, *target.shape), torch.float32)
-            calls.append(_dbias_call(step, name, spec, t, inputs, strides, parts, constants))
-        elif step.kernel == "dbias_sum":
-            assert target is not None
-            args = (sums[name], target, target.numel(), step.splits)
-            calls.append(Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, config, step.programs))
+            calls.append(dbias_call(room, step, spec, t, inputs, strides, target, sums, wide))
         else:
-            calls.append(_table_call(step, spec, x, t))
+            calls.append(table_call(step, spec, x, t))
     return calls
 
 
@@ -229,16 +226,30 @@ def _key_strides(dbias: Tensor | None) -> tuple[int, int, int, int] | None:
     return sequence, 0, head, key
 
 
-def _dbias_call(
+def dbias_call(
+    room: Room,
     step: Step,
-    name: str,
     spec: AttentionSpec,
-    t: _Tables,
+    t: PackedTables,
     inputs: tuple[Any, ...],
     strides: tuple[Any, ...],
-    parts: Tensor,
-    constants: dict[str, Any],
+    target: Tensor,
+    sums: dict[str, Tensor | None],
+    wide: bool,
 ) -> Call:
+    """A launch of :data:`OF_BIAS`, for the gradient of a bias that no other kernel gives, into ``target``, which is contiguous. inputs: q,
+    k, v, features, dout, lse, rest, delta, and strides of those that have some. sums: by name, where the gradient comes in parts.
+    """
+    config = config_of(step)
+    (name,) = step.gives
+    if step.kernel == "cleared":
+        return Call(packed_kernels.cleared, (target, target.numel()), {"BLOCK": SUM_BLOCK}, config, step.programs)
+    if step.kernel == "dbias_sum":
+        return Call(dbias_kernels.dbias_sum, (sums[name], target, target.numel(), step.splits), {"BLOCK": SUM_BLOCK}, config, step.programs)
+    constants = constants_of(spec, config, wide, step.precision)
+    parts = target.unsqueeze(0)
+    if step.splits > 1:
+        parts = sums[name] = room.new(f"partial sums of {name}", (step.splits, *target.shape), torch.float32)
     packed, bias = spec.packed, spec.second if name == "dsecond" else spec.bias
     assert packed is not None and bias is not None
     listed = "" if packed.bias_layout == "padded" else packed.bias_layout

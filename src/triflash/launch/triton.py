@@ -33,7 +33,9 @@ from .room import Room
 from .short import backward_call as short_backward_call
 from .short import forward_calls as short_forward_calls
 
-__all__ = ["backward", "backward_calls", "contiguous", "forward", "forward_calls", "partial_sums", "row_strides", "rows", "scratch"]
+__all__ = [
+    "backward", "backward_calls", "contiguous", "features_of", "forward", "forward_calls", "partial_sums", "row_strides", "rows", "scratch",
+]  # fmt: skip
 
 _NO_FEATURES = Features()
 
@@ -46,11 +48,11 @@ def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Sav
     """The launches that fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); the outputs are contiguous."""
     x = _ready(room, x)
     if spec.packed is not None:
-        return packed_forward_calls(room, plan, spec, x, _features(spec, x), saved)
+        return packed_forward_calls(room, plan, spec, x, features_of(spec, x), saved)
     if plan.step("few_forward") is not None:
-        return few_forward_calls(room, plan, spec, x, _features(spec, x), saved)
+        return few_forward_calls(room, plan, spec, x, features_of(spec, x), saved)
     if plan.step("short_forward") is not None:
-        return short_forward_calls(plan, spec, x, _features(spec, x), saved)
+        return short_forward_calls(plan, spec, x, features_of(spec, x), saved)
     return forward_calls(plan, spec, x, saved)
 
 
@@ -104,7 +106,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) ->
     calls = []
     for step in plan.steps:
         args = (
-            *(q, k, v, _features(spec, x), out, lse, rest),
+            *(q, k, v, features_of(spec, x), out, lse, rest),
             *(_strides(q), _strides(k), _strides(v), _strides(out), lse.stride()[:2]),
             *_sizes(spec),
             *(spec.lo, spec.hi, spec.scale, None),
@@ -128,11 +130,11 @@ def backward_calls(
 ) -> list[Call]:
     """The launches of a backward pass, of which the first fills ``delta`` (:func:`scratch`)."""
     if spec.packed is not None:
-        return packed_backward_calls(room, plan, spec, x, _features(spec, x), saved, dout, dlse, delta, grads)
+        return packed_backward_calls(room, plan, spec, x, features_of(spec, x), saved, dout, dlse, delta, grads)
     q, k, v, bias, mask, *_ = x
     out, lse, rest = saved
     dq, dk, dv, *_ = grads
-    inputs = (q, k, v, _features(spec, x), dout, lse, rest, delta)
+    inputs = (q, k, v, features_of(spec, x), dout, lse, rest, delta)
     strides = (_strides(q), _strides(k), _strides(v), _strides(dout), lse.stride()[:2])
     wide = is_wide((q, k, v, out, dout, bias, mask, dq, dk, dv, x.second_bias))
     biases = {"dbias": (grads.dbias, spec.bias), "dsecond": (grads.dsecond, spec.second)}
@@ -188,7 +190,7 @@ def backward_calls(
     return calls
 
 
-def _features(spec: AttentionSpec, x: Operands) -> Features:
+def features_of(spec: AttentionSpec, x: Operands) -> Features:
     """Everything beyond q, k, v and a band, as the kernels take it."""
     placed = spec.placed or spec.diagonal
     if all(each is None for each in x[3:9]) and not spec.softcap and not placed:

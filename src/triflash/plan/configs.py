@@ -11,6 +11,7 @@ __all__ = [
     "MAX_FORWARD_HEAD_DIM",
     "MAX_HEAD_DIM",
     "Problem",
+    "TableConfig",
     "TileConfig",
     "default_config",
     "misread",
@@ -43,6 +44,14 @@ class TileConfig:
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"
+
+
+@dataclass(frozen=True)
+class TableConfig(TileConfig):
+    """Of a kernel that lists the tiles of others: these may have any number of queries and keys."""
+
+    def __post_init__(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)

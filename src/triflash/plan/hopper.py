@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from ..spec import AttentionSpec, Needs
+from . import hopper_packed
 from .configs import MAX_HEAD_DIM, TileConfig
 from .device import DeviceFacts
+from .hopper_packed import ROWWISE
 from .kernels import dbias, dkdv, dq, few, forward, short
 from .kernels.shared import HopperConfig, is_banded, stats_length
+from .packed import dbias_steps
 from .steps import Step, broadcast_rows, ceil_div, sum_steps
 
 __all__ = [
@@ -17,10 +20,10 @@ __all__ = [
     "reservation", "shared_memory", "source_of", "tile_first", "why_not", "why_not_backward",
 ]  # fmt: skip
 
-ROWWISE = TileConfig(64, 16, 4, 1)  # of preprocess, postprocess and dkdv_sum: 64 rows a program, no tiles of scores
 FLAGS = 512  # which preprocess sets if lse is small: kernels/hopper/preprocess.py says so
 SHORTEST = 64  # queries of a tile, most of which fewer leave empty; up to so many keys nobody measured them (H200, tuning.md)
 SPLIT_QUERIES = 256  # below, on few.MIN_KEYS keys and more, backend triton's kernels split keys over SMs
+SPARSE = 16  # queries of a packed sequence, in the mean; those of 34 were worth it
 LARGEST_SOFTCAP = 500.0  # a score's rounding error is up to 8e-7 of the cap; 16-bit results would show that of a larger one
 
 
@@ -28,6 +31,10 @@ def reservation(spec: AttentionSpec, device: DeviceFacts, backward: bool = False
     """Why the automatic choice does not take these kernels for a pass although they can run it, or None if it does."""
     if spec.head_dim % 8 or spec.value_dim % 8:
         return "would copy tensors whose rows are no multiple of 16 bytes"
+    if spec.packed is not None:
+        if hopper_packed.like(spec).queries < SPARSE:
+            return f"has tiles of 64 queries, of which sequences of fewer than {SPARSE} leave most empty"
+        return None
     if short.takes_backward(spec, device) if backward else short.takes(spec, device):
         return "the kernels of backend triton for short rows are faster here"
     if spec.queries < SHORTEST or spec.keys <= SHORTEST:
@@ -60,11 +67,11 @@ def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     spec = tile_first(spec)
     if spec.dropout_place == "any":
         return "dropout of a part that begins at no multiple of 16 rows and keys of the whole", "use backend('triton')"
-    if spec.packed is not None:
-        return "packed sequences", "it has no kernels for them yet: use backend('triton')"
+    if spec.packed is not None and (reason := hopper_packed.why_not(spec)):
+        return reason
     if reason := _why_not_two(spec):
         return reason
-    if spec.placed or spec.diagonal or spec.shift is not None:
+    if spec.placed or spec.diagonal or (spec.shift is not None and spec.packed is None):
         return f"{_places(spec)}", "it has no kernels for them yet: use backend('triton')"
     if device.arch != "sm90":
         return f"{device.arch}", "its kernels are made for sm90 (H100, H200, H20): use backend('triton')"
@@ -80,7 +87,7 @@ def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
         return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
     if spec.is_empty:
         return "empty tensors", "use backend('triton')"
-    return forward.why_not(spec, device)
+    return forward.why_not(spec if spec.packed is None else hopper_packed.like(spec), device)
 
 
 def _places(spec: AttentionSpec) -> str:
@@ -92,6 +99,8 @@ def _places(spec: AttentionSpec) -> str:
 
 def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> tuple[str, str] | None:
     """None if the kernels can give these gradients of a spec that ``why_not`` allows, else (what they cannot do, what works)."""
+    if spec.packed is not None:
+        spec, needs = hopper_packed.like(spec), replace(needs, dbias=False)  # which has portable kernels
     spec, needs = _in_order(spec, needs)
     if spec.bias is not None and not spec.bias.varies[4]:
         return "the backward pass with a bias that does not vary over keys", "use backend('triton')"
@@ -108,7 +117,9 @@ def why_not_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts) -> 
 
 
 def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
-    """The kernel of a forward pass. by_hand: configurations chosen for single kernels."""
+    """The kernels of a forward pass. by_hand: configurations chosen for single kernels."""
+    if spec.packed is not None:
+        return hopper_packed.forward_steps(spec, device, by_hand)
     return (forward.step(tile_first(spec), device, by_hand),)
 
 
@@ -124,8 +135,16 @@ def _sum_of_keys(spec: AttentionSpec, needs: Needs) -> tuple[str, ...]:
     return (row[0],) if row is not None and getattr(needs, row[0]) else ()
 
 
-def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
-    """The kernels of a backward pass, in order, for what ``why_not_backward`` allows."""
+def backward_steps(
+    spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object], portable: Callable[[str], TileConfig]
+) -> tuple[Step, ...]:
+    """The kernels of a backward pass, in order, for what ``why_not_backward`` allows. portable: configurations of portable kernels."""
+    if spec.packed is not None:
+        alike = hopper_packed.like(spec)
+        given = replace(needs, dbias=False)
+        adding = adds_dq(alike, given, device.shared_memory, isinstance(by_hand.get("dqdkdv"), HopperConfig))
+        packed_steps = hopper_packed.backward_steps(spec, needs, device, by_hand, adding)
+        return (*packed_steps, *dbias_steps(spec, portable("dbias"), device.sms)) if needs.dbias else packed_steps
     own, needed = _in_order(spec, needs)
     steps = _backward_steps(own, needed, device, by_hand)
     if spec.alibi:

@@ -13,7 +13,7 @@ from ..spec import AttentionSpec, BiasSpec, Needs, Packed
 from .configs import TileConfig
 from .steps import SUM_BLOCK, Step, ceil_div, sum_steps
 
-__all__ = ["ROWS_A_PROGRAM", "backward_steps", "dbias_source", "forward_steps", "most_tiles"]
+__all__ = ["ROWS_A_PROGRAM", "backward_steps", "dbias_source", "dbias_steps", "forward_steps", "most_tiles"]
 
 ROWS_A_PROGRAM = 128  # of the kernels that fill tables, and zeros where no sequence is
 _TABLES = TileConfig(128, 16, 4, 1)
@@ -101,9 +101,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, config: Config, sms: int) 
         own = config("delta")
         programs = ceil_div(spec.queries, own.block_m) * spec.heads
         steps.append(Step("delta", own, programs, gives=("dsink",) if needs.dsink else ()))
-    steps += [
-        Step("cleared", _TABLES, ceil_div(_elements(spec, name, bias), SUM_BLOCK), gives=(name,)) for name, (_, bias) in sources.items()
-    ]
+    steps += [_cleared(spec, name, bias) for name, (_, bias) in sources.items()]
 
     def wanted(kernel: str, *grads: tuple[str, bool]) -> tuple[str, ...]:
         return (*(name for name, need in grads if need), *(name for name, (source, _) in sources.items() if source == kernel))
@@ -143,6 +141,19 @@ def _elements(spec: AttentionSpec, name: str, bias: BiasSpec) -> int:
     if packed.bias_layout == "rows":
         return heads * spec.queries * bias_cols
     return heads * (packed.sequences if bias.varies[0] else 1) * bias_rows * bias_cols
+
+
+def _cleared(spec: AttentionSpec, name: str, bias: BiasSpec) -> Step:
+    return Step("cleared", _TABLES, ceil_div(_elements(spec, name, bias), SUM_BLOCK), gives=(name,))
+
+
+def dbias_steps(spec: AttentionSpec, config: TileConfig, sms: int) -> tuple[Step, ...]:
+    """The gradient of a bias by a kernel of its own, with tables of its own, whichever kernels give those of q, k and v."""
+    assert spec.bias is not None
+    layout = _packed(spec).bias_layout
+    extents, *tiles = _table_steps(spec, config.block_m if layout == "rows" else None, config.block_n if layout == "keys" else None)
+    own = (replace(extents, gives=("dbias",)), *tiles, _cleared(spec, "dbias", spec.bias))
+    return (*own, *_dbias_steps(spec, spec.bias, "dbias", config, sms))
 
 
 def _dbias_steps(spec: AttentionSpec, bias: BiasSpec, name: str, config: TileConfig, sms: int) -> list[Step]:

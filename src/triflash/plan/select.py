@@ -306,8 +306,12 @@ def plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, reques
 @functools.lru_cache(maxsize=1024)
 def _plan_backward(spec: AttentionSpec, needs: Needs, device: DeviceFacts, requested: str, choices: Choices) -> Plan:
     name = _choose(requested, spec, device, needs)
+
+    def portable(kernel: str) -> TileConfig:
+        return _config(kernel, spec, device, choices)
+
     if name == "hopper":
-        return Plan(name, hopper.backward_steps(spec, needs, device, dict(choices.by_hand)))
+        return Plan(name, hopper.backward_steps(spec, needs, device, dict(choices.by_hand), portable))
     if name != "triton":
         return Plan(name, (Step("backward"),))
     if spec.is_empty:

@@ -307,7 +307,7 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         acc = gl.zeros([BM, BN], gl.float32, S)
         for r in range(first, last):
             b, head = _round(p, r, b0, b1, own_head)
-            lse, delta, rest = statistics(p.stats, b * p.heads + head, m0, p.M, p.HAS_REST, BM, BN)
+            lse, delta, rest = statistics(p.stats, b * p.heads + head, m0, (p.M + 127) // 128 * 128, p.HAS_REST, BM, BN)
             n_keys = visible_keys(p.lengths, b, p.N)
             if p.mask is not None:
                 j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))

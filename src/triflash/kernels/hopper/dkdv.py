@@ -31,7 +31,7 @@ from .dkdv_step import (
     weigh,
 )
 from .dropout import philox_of
-from .extent import Extent, extent_of, outer_at
+from .extent import Extent, extent_of, key_rows, outer_at, padded_row, pair_of, place_in_bias, query_rows
 from .features import all_lse_small, clear_masked, slope_of
 from .layouts import accumulator, stacked
 from .rings import Ring, bar_sync, barriers, ring
@@ -50,6 +50,7 @@ class Program:
     dbias: object
     bias: object
     lengths: object
+    packed: object
     slopes: object
     q_s: object
     k_s: object
@@ -114,7 +115,6 @@ class Keys:
     """
 
     x: Extent
-    diagonal: object
     n0: object
     kv: object
     key_bias: object
@@ -155,20 +155,22 @@ def _produce(p, f):
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
-        begin, whole, part, end = visible_blocks(p, extent_of(b, p.M, p.N, p.lengths), n0)
+        x = extent_of(p, b)
+        begin, whole, part, end = visible_blocks(p, x, n0)
         own_head, first_head, members = query_heads(kv_head, p.group, p.splits)
         kv = p.kv.slot(wave, 0)
         kv_full = p.kv.full.index(kv)
         p.kv.acquire(wave, 0)
         mbarrier.expect(kv_full, 2 * (f.k_desc.block_type.nbytes + f.v_desc.block_type.nbytes))
         for w in gl.static_range(2):
-            tma_load(f.k_desc, [b, n0 + w * HALF, own_head, 0], kv_full, p.k_s.index(kv * 2 + w))
-            tma_load(f.v_desc, [b, n0 + w * HALF, own_head, 0], kv_full, p.v_s.index(kv * 2 + w))
+            tma_load(f.k_desc, key_rows(p, x, n0 + w * HALF, own_head), kv_full, p.k_s.index(kv * 2 + w))
+            tma_load(f.v_desc, key_rows(p, x, n0 + w * HALF, own_head), kv_full, p.v_s.index(kv * 2 + w))
         steps = end - begin
         for step in range(steps * members):
             head = first_head + step // steps
             m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
-            row = b * p.heads + head
+            row = pair_of(p, x, head)
+            padded = padded_row(x, m0)
             at = done + step
             stage = at % Q_STAGES
             if at >= Q_STAGES:
@@ -176,11 +178,11 @@ def _produce(p, f):
             q_full = p.q_full.index(stage)
             if p.rest_s is not None:
                 mbarrier.expect(q_full, f.q_desc.block_type.nbytes + 2 * STATS)
-                tma_load(f.stats_desc, [row, REST, m0], q_full, p.rest_s.index(stage))
+                tma_load(f.stats_desc, [row, REST, padded], q_full, p.rest_s.index(stage))
             else:
                 mbarrier.expect(q_full, f.q_desc.block_type.nbytes + STATS)
-            tma_load(f.stats_desc, [row, LSE, m0], q_full, p.lse_s.index(stage))
-            tma_load(f.q_desc, [b, m0, head, 0], q_full, p.q_s.index(stage))
+            tma_load(f.stats_desc, [row, LSE, padded], q_full, p.lse_s.index(stage))
+            tma_load(f.q_desc, query_rows(p, x, m0, head), q_full, p.q_s.index(stage))
             if f.bias_desc is not None or f.mask_desc is not None:
                 for w in gl.static_range(2):
                     slot = at % BIAS_STAGES * 2 + w
@@ -189,18 +191,20 @@ def _produce(p, f):
                     bias_full = p.bias_full.index(slot)
                     mbarrier.expect(bias_full, BIAS_BYTES + MASK_BYTES)
                     if f.bias_desc is not None:
-                        outer, inner, bias_head = outer_at(b, p.batch_inner, head, f.bias_on)
-                        tma_load(f.bias_desc, [outer, inner, bias_head, m0, n0 + w * HALF], bias_full, p.bias_s.index(slot))
+                        outer, inner, bias_head = outer_at(x.b, p.batch_inner, head, f.bias_on)
+                        row_at, column_at = place_in_bias(p, x, m0, n0 + w * HALF, 0)
+                        tma_load(f.bias_desc, [outer, inner, bias_head, row_at, column_at], bias_full, p.bias_s.index(slot))
                     if f.mask_desc is not None:
-                        mask_outer, mask_inner, mask_head = outer_at(b, p.batch_inner, head, f.mask_on)
-                        tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, m0, n0 + w * HALF], bias_full, p.mask_s.index(slot))
+                        mask_outer, mask_inner, mask_head = outer_at(x.b, p.batch_inner, head, f.mask_on)
+                        mask_row, mask_column = place_in_bias(p, x, m0, n0 + w * HALF, 1)
+                        tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, mask_row, mask_column], bias_full, p.mask_s.index(slot))
             o_stage = at % O_STAGES
             if at >= O_STAGES:
                 bar_sync(O_FREE + o_stage, 288)
             o_full = p.o_full.index(o_stage)
             mbarrier.expect(o_full, f.o_desc.block_type.nbytes + STATS)
-            tma_load(f.stats_desc, [row, DELTA, m0], o_full, p.delta_s.index(o_stage))
-            tma_load(f.o_desc, [b, m0, head, 0], o_full, p.o_s.index(o_stage))
+            tma_load(f.stats_desc, [row, DELTA, padded], o_full, p.delta_s.index(o_stage))
+            tma_load(f.o_desc, query_rows(p, x, m0, head), o_full, p.o_s.index(o_stage))
         done += steps * members
 
 
@@ -215,8 +219,8 @@ def _walk(p, t, start, stop, dk, dv, db, place, first, last, MASKED: gl.constexp
     steps of the loop ptxas would serialise the MMAs.
     """
     HALF: gl.constexpr = p.C.block_n // 2
-    BD: gl.constexpr = p.k_s.shape[4]
-    BDV: gl.constexpr = p.v_s.shape[4]
+    BD: gl.constexpr = p.k_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.shape[-1]
     k = p.k_s.index(t.kv * 2 + t.WG).reshape([HALF, BD])  # in registers they would save a fifth of what is read, but see docs/tuning.md
     v = p.v_s.index(t.kv * 2 + t.WG).reshape([HALF, BDV])
     span = Span(start, stop, k, v, MASKED)
@@ -255,8 +259,8 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     BN: gl.constexpr = p.C.block_n
     HALF: gl.constexpr = BN // 2
     UNROLL: gl.constexpr = p.C.unroll
-    BD: gl.constexpr = p.k_s.shape[4]
-    BDV: gl.constexpr = p.v_s.shape[4]
+    BD: gl.constexpr = p.k_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.shape[-1]
     DT: gl.constexpr = p.k_s.dtype
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
     grid = grid_of(p)
@@ -264,7 +268,7 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     done = 0
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
-        x = extent_of(b, p.M, p.N, p.lengths)
+        x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0)
         steps = end - begin
         dk = gl.zeros([HALF, BD], gl.float32, accumulator(BD))
@@ -284,20 +288,20 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             head = first_head + member
             sum_base = 0
             if p.dq_sum is not None:
-                sum_base = first_block(b * p.heads + head, p.M, BM)
-            slope = slope_of(p.slopes, p.slope_strides, b, head)
+                sum_base = first_block(p, x, head, BM)
+            slope = slope_of(p.slopes, p.slope_strides, x.b, head)
             philox = None
             if p.dropout is not None:
-                philox = philox_of(p.dropout, b, head, p.heads)
+                philox = philox_of(p.dropout, x.b, head, p.heads)
             key_bias = gl.zeros([HALF], gl.float32, ROWS)
             if p.bias is not None:
-                key_bias = of_keys(p, p.bias, p.bias_strides, b, head, j).to(gl.float32)
+                key_bias = of_keys(p, p.bias, p.bias_strides, x, head, j, 0).to(gl.float32)
             key_mask = None
             if p.mask is not None:
-                key_mask = of_keys(p, p.mask, p.mask_strides, b, head, j)
+                key_mask = of_keys(p, p.mask, p.mask_strides, x, head, j, 1)
             db = gl.zeros([HALF], gl.float32, ROWS)
             base = done + member * steps - begin
-            t = Keys(x, x.diagonal(), n0, kv, key_bias, key_mask, slope, philox, scale_log2, done, base, sum_base, WG, SMALL_LSE)
+            t = Keys(x, n0, kv, key_bias, key_mask, slope, philox, scale_log2, done, base, sum_base, WG, SMALL_LSE)
             if (p.hi is not None) or (not p.EVEN_N):
                 dk, dv, db, place = _walk_all(p, t, begin, whole, dk, dv, db, place, True, 1)
             dk, dv, db, place = _walk_all(p, t, whole, part, dk, dv, db, place, False, UNROLL)
@@ -336,9 +340,9 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             p.v_s.index(kv * 2 + WG).reshape([HALF, BDV]).store(dv.to(DT))
         fence_async_shared()
         if p.dk_desc is not None:
-            tma_store(p.dk_desc, [b, n0 + WG * HALF, own_head, 0], p.k_s.index(kv * 2 + WG))
+            tma_store(p.dk_desc, key_rows(p, x, n0 + WG * HALF, own_head), p.k_s.index(kv * 2 + WG))
         if p.dv_desc is not None:
-            tma_store(p.dv_desc, [b, n0 + WG * HALF, own_head, 0], p.v_s.index(kv * 2 + WG))
+            tma_store(p.dv_desc, key_rows(p, x, n0 + WG * HALF, own_head), p.v_s.index(kv * 2 + WG))
         tma_store_wait(0)
         p.kv.release(wave, 0)
 
@@ -358,7 +362,7 @@ COUNTS = ["batch", "heads", "group", "splits", "batch_inner", "M", "N", "lo", "h
 @gluon.jit(do_not_specialize=COUNTS)
 def dkdv(
     q_desc, k_desc, v_desc, o_desc, stats_desc, small_lse, bias_desc, dk_desc, dv_desc, dk_parts, dv_parts, dq_desc, dq_sum, bias, lengths,
-    slopes, dbias, bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
+    packed, slopes, dbias, bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, ROW: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
@@ -420,7 +424,7 @@ def dkdv(
     fence_async_shared()
 
     p = Program(
-        small_lse, dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s,
+        small_lse, dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, packed, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s,
         bias_s, mask_s, ds_s, dq_s, dq_sum, kv, q_full, o_full, bias_full, ds_empty, dq_empty, consumers_done, bias_strides,
         dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits, batch_inner, M, N, lo, hi,
         scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, DQ_WARPGROUP, ROW, IS_MASK, EVEN_N, ALIBI,

@@ -20,7 +20,7 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .dropout import drop, ds_of, keep_bits, philox_of, sign_dropped
-from .extent import Extent, extent_of, outer_at
+from .extent import Extent, extent_of, key_rows, outer_at, padded_row, pair_of, place_in_bias, query_rows
 from .features import all_lse_small, clear_masked, slope_of
 from .layouts import accumulator, stacked
 from .rings import Ring, ring
@@ -37,6 +37,7 @@ class Program:
     dbias: object
     bias: object
     lengths: object
+    packed: object
     slopes: object
     q_s: object
     k_s: object
@@ -88,7 +89,6 @@ class Keys:
     """The 64 keys of a tile, from n0 on, and what they have for one query head. Numbers of blocks as in ``dkdv.Keys``."""
 
     x: Extent
-    diagonal: object
     n0: object
     key_bias: object
     key_mask: object
@@ -111,16 +111,18 @@ def _produce(p, f):
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
-        begin, whole, part, end = visible_blocks(p, extent_of(b, p.M, p.N, p.lengths), n0)
+        x = extent_of(p, b)
+        begin, whole, part, end = visible_blocks(p, x, n0)
         kv_full = p.kv.acquire(wave, 0)
         mbarrier.expect(kv_full, f.k_desc.block_type.nbytes + f.v_desc.block_type.nbytes)
-        tma_load(f.k_desc, [b, n0, kv_head, 0], kv_full, p.k_s)
-        tma_load(f.v_desc, [b, n0, kv_head, 0], kv_full, p.v_s)
+        tma_load(f.k_desc, key_rows(p, x, n0, kv_head), kv_full, p.k_s)
+        tma_load(f.v_desc, key_rows(p, x, n0, kv_head), kv_full, p.v_s)
         steps = end - begin
         for step in range(steps * p.group):
             head = kv_head * p.group + step // steps
             m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
-            row = b * p.heads + head
+            row = pair_of(p, x, head)
+            padded = padded_row(x, m0)
             at = done + step
             stage = p.queries.slot(at, 0)
             phase = p.queries.phase(at) ^ 1
@@ -128,25 +130,27 @@ def _produce(p, f):
             q_full = p.queries.full.index(stage)
             if p.rest_s is not None:
                 mbarrier.expect(q_full, f.q_desc.block_type.nbytes + 2 * STATS)
-                tma_load(f.stats_desc, [row, REST, m0], q_full, p.rest_s.index(stage))
+                tma_load(f.stats_desc, [row, REST, padded], q_full, p.rest_s.index(stage))
             else:
                 mbarrier.expect(q_full, f.q_desc.block_type.nbytes + STATS)
-            tma_load(f.stats_desc, [row, LSE, m0], q_full, p.lse_s.index(stage))
-            tma_load(f.q_desc, [b, m0, head, 0], q_full, p.q_s.index(stage))
+            tma_load(f.stats_desc, [row, LSE, padded], q_full, p.lse_s.index(stage))
+            tma_load(f.q_desc, query_rows(p, x, m0, head), q_full, p.q_s.index(stage))
             if f.bias_desc is not None or f.mask_desc is not None:
                 bias_full = p.biases.acquire(at, 0)
                 mbarrier.expect(bias_full, BIAS_BYTES + MASK_BYTES)
                 if f.bias_desc is not None:
-                    outer, inner, bias_head = outer_at(b, p.batch_inner, head, f.bias_on)
-                    tma_load(f.bias_desc, [outer, inner, bias_head, m0, n0], bias_full, p.bias_s)
+                    outer, inner, bias_head = outer_at(x.b, p.batch_inner, head, f.bias_on)
+                    row_at, column_at = place_in_bias(p, x, m0, n0, 0)
+                    tma_load(f.bias_desc, [outer, inner, bias_head, row_at, column_at], bias_full, p.bias_s)
                 if f.mask_desc is not None:
-                    mask_outer, mask_inner, mask_head = outer_at(b, p.batch_inner, head, f.mask_on)
-                    tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, m0, n0], bias_full, p.mask_s)
+                    mask_outer, mask_inner, mask_head = outer_at(x.b, p.batch_inner, head, f.mask_on)
+                    mask_row, mask_column = place_in_bias(p, x, m0, n0, 1)
+                    tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, mask_row, mask_column], bias_full, p.mask_s)
             mbarrier.wait(p.douts.empty.index(stage), phase)
             o_full = p.douts.full.index(stage)
             mbarrier.expect(o_full, f.o_desc.block_type.nbytes + STATS)
-            tma_load(f.stats_desc, [row, DELTA, m0], o_full, p.delta_s.index(stage))
-            tma_load(f.o_desc, [b, m0, head, 0], o_full, p.o_s.index(stage))
+            tma_load(f.stats_desc, [row, DELTA, padded], o_full, p.delta_s.index(stage))
+            tma_load(f.o_desc, query_rows(p, x, m0, head), o_full, p.o_s.index(stage))
         done += steps * p.group
 
 
@@ -155,12 +159,13 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
     """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next, from ``operand``."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    W: gl.constexpr = p.k_s.shape[3]
+    W: gl.constexpr = p.k_s.shape[-1]
     S: gl.constexpr = accumulator(BM)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
     NEED_DV: gl.constexpr = p.dv_desc is not None
     DROPPED: gl.constexpr = t.philox is not None
+    ASKS: gl.constexpr = p.packed is not None and p.bias_s is not None
     UNDROPPED: gl.constexpr = p.p_s.shape[0] == 4  # the other consumer asks for these too
     nothing = gl.zeros([BN, BM], gl.float32, S)
     k = p.k_s.reshape([BN, W])
@@ -173,7 +178,7 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
         s_pending = warpgroup_mma(k, p.q_s.index(stage).reshape([BM, W]).permute((1, 0)), nothing, use_acc=False, is_async=True)
         lse = gl.expand_dims(p.lse_s.index(stage).reshape([BM]).load(COLS), 0)
         m0 = block * BM
-        if (p.ALIBI or DROPPED) and not MASKED:
+        if (p.ALIBI or DROPPED or ASKS) and not MASKED:
             m0 = in_turn(block, first, last, t.n0, BM) * BM
         before = at - go.to(gl.int32)  # a tile's first step has p = 0 for the block before, and takes dout of its own
         if NEED_DV:
@@ -229,7 +234,7 @@ def _values(p, SMALL_LSE: gl.constexpr):
     """The consumer of scores: pᵀ for itself and for the other one, and dv."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    W: gl.constexpr = p.k_s.shape[3]
+    W: gl.constexpr = p.k_s.shape[-1]
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
     DT: gl.constexpr = p.k_s.dtype
@@ -238,7 +243,7 @@ def _values(p, SMALL_LSE: gl.constexpr):
     done = 0
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
-        x = extent_of(b, p.M, p.N, p.lengths)
+        x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0)
         steps = end - begin
         dv = gl.zeros([BN, W], gl.float32, accumulator(W))
@@ -248,18 +253,18 @@ def _values(p, SMALL_LSE: gl.constexpr):
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
                 clear_masked(p.k_s.reshape([BN, W]), x.keys - n0)
         for member in range(p.group):
-            slope = slope_of(p.slopes, p.slope_strides, b, kv_head * p.group + member)
+            slope = slope_of(p.slopes, p.slope_strides, x.b, kv_head * p.group + member)
             philox = None
             if p.dropout is not None:
-                philox = philox_of(p.dropout, b, kv_head * p.group + member, p.heads)
+                philox = philox_of(p.dropout, x.b, kv_head * p.group + member, p.heads)
             j = n0 + gl.arange(0, BN, ROWS)
             key_bias = gl.zeros([BN], gl.float32, ROWS)
             if p.bias is not None:
-                key_bias = of_keys(p, p.bias, p.bias_strides, b, kv_head * p.group + member, j).to(gl.float32)
+                key_bias = of_keys(p, p.bias, p.bias_strides, x, kv_head * p.group + member, j, 0).to(gl.float32)
             key_mask = None
             if p.mask is not None:
-                key_mask = of_keys(p, p.mask, p.mask_strides, b, kv_head * p.group + member, j)
-            t = Keys(x, x.diagonal(), n0, key_bias, key_mask, slope, philox, scale_log2, done, done + member * steps - begin, SMALL_LSE)
+                key_mask = of_keys(p, p.mask, p.mask_strides, x, kv_head * p.group + member, j, 1)
+            t = Keys(x, n0, key_bias, key_mask, slope, philox, scale_log2, done, done + member * steps - begin, SMALL_LSE)
             # Both masked walks are there whenever there is any bound, one of them perhaps without a block: with one of them missing, the
             # assembler of Triton 3.6 (12.8) serialises the MMAs (C7513).
             if (p.hi is not None) or (p.lo is not None) or (not p.EVEN_N):
@@ -278,7 +283,7 @@ def _values(p, SMALL_LSE: gl.constexpr):
                 dv = dv * p.dropout[2]
             p.k_s.reshape([BN, W]).store(dv.to(DT))  # nobody else reads these keys
             fence_async_shared()
-            tma_store(p.dv_desc, [b, n0, kv_head, 0], p.k_s)
+            tma_store(p.dv_desc, key_rows(p, x, n0, kv_head), p.k_s)
             tma_store_wait(0)
         p.kv.release(wave, 0)
 
@@ -297,7 +302,7 @@ def _walk_keys(p, t, dk, db, ds16, first, last):
     """dsᵀ of the query blocks ``first … last``; ``dk += dsᵀ q`` of each one is started in the step of the next, from ``ds16``."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    W: gl.constexpr = p.v_s.shape[3]
+    W: gl.constexpr = p.v_s.shape[-1]
     S: gl.constexpr = accumulator(BM)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
@@ -344,7 +349,7 @@ def _keys(p):
     """The consumer of dout: dsᵀ, dk, and the gradient of a bias that varies over keys alone."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    W: gl.constexpr = p.v_s.shape[3]
+    W: gl.constexpr = p.v_s.shape[-1]
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
     DT: gl.constexpr = p.v_s.dtype
@@ -352,7 +357,7 @@ def _keys(p):
     done = 0
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
-        x = extent_of(b, p.M, p.N, p.lengths)
+        x = extent_of(p, b)
         begin, _whole, _part, end = visible_blocks(p, x, n0)
         steps = end - begin
         dk = gl.zeros([BN, W], gl.float32, accumulator(W))
@@ -363,7 +368,7 @@ def _keys(p):
                 clear_masked(p.v_s.reshape([BN, W]), x.keys - n0)
         for member in range(p.group):
             db = gl.zeros([BN], gl.float32, ROWS)
-            t = Keys(x, None, n0, None, None, None, None, None, done, done + member * steps - begin, False)
+            t = Keys(x, n0, None, None, None, None, None, done, done + member * steps - begin, False)
             dk, db, ds16 = _walk_keys(p, t, dk, db, ds16, begin, end)
             if p.dbias is not None:
                 j = n0 + gl.arange(0, BN, ROWS)
@@ -379,7 +384,7 @@ def _keys(p):
                 dk = dk * p.dropout[2]
             p.v_s.reshape([BN, W]).store((dk * p.scale).to(DT))  # nobody else reads these values
             fence_async_shared()
-            tma_store(p.dk_desc, [b, n0, kv_head, 0], p.v_s)
+            tma_store(p.dk_desc, key_rows(p, x, n0, kv_head), p.v_s)
             tma_store_wait(0)
         p.kv.release(wave, 0)
 
@@ -389,7 +394,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dkdv_d256(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, small_lse, bias_desc, dk_desc, dv_desc, bias, lengths, slopes, dbias, bias_strides,
+    q_desc, k_desc, v_desc, o_desc, stats_desc, small_lse, bias_desc, dk_desc, dv_desc, bias, lengths, packed, slopes, dbias, bias_strides,
     dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
@@ -432,8 +437,8 @@ def dkdv_d256(
     fence_async_shared()
 
     p = Program(
-        small_lse, dk_desc, dv_desc, dbias, bias, lengths, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s, kv,
-        queries, douts, weights, biases, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
+        small_lse, dk_desc, dv_desc, dbias, bias, lengths, packed, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s,
+        kv, queries, douts, weights, biases, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
         group, None, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DS, IS_MASK, EVEN_N, ALIBI,
         BATCH_FASTEST, LONGEST,
     )  # fmt: skip

@@ -9,7 +9,7 @@ further down. ``preprocess.py`` clears the sum and ``postprocess.py`` reads it.
 from ..triton.prims import offset
 from .compat import fence_async_shared, gl, gluon, mbarrier, tma_add, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from .dropout import drop, ds_of, keep_bits, sign_dropped
-from .extent import extent_of
+from .extent import extent_of, padded_length, pair_of, rows_of_sum
 from .layouts import accumulator
 from .rings import bar_arrive, bar_sync
 from .scores_kq import grid_of, in_turn, probabilities, query_heads, turned, visible_blocks
@@ -28,9 +28,12 @@ _OPERANDS = gl.constexpr("=r,=r,=r,=r,l,l,l,l,f,f,f,f,r,r,r,r")
 
 
 @gluon.jit
-def first_block(pair, M, BM: gl.constexpr):
-    """The number of a (batch, head) pair's first query block in the sum."""
-    return pair * ((M + BM - 1) // BM)
+def first_block(p, x, head, BM: gl.constexpr):
+    """The number of a head's first query block in the sum."""
+    if p.packed is not None:
+        return head * (padded_length(p) // BM) + x.first_padded // BM
+    else:
+        return pair_of(p, x, head) * ((p.M + BM - 1) // BM)
 
 
 @gluon.jit
@@ -60,7 +63,8 @@ def add_dq_by_tma(p, dq_desc):
     grid = grid_of(p)
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
-        begin, whole, part, end = visible_blocks(p, extent_of(b, p.M, p.N, p.lengths), n0)
+        x = extent_of(p, b)
+        begin, whole, part, end = visible_blocks(p, x, n0)
         steps = end - begin
         _own, first_head, members = query_heads(kv_head, p.group, p.splits)
         for step in range(steps * members):
@@ -68,7 +72,7 @@ def add_dq_by_tma(p, dq_desc):
             m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
             bar_sync(DQ_HERE, 288)
             for w in gl.static_range(2):
-                tma_add(dq_desc, [b, head, m0, w * COLUMNS], p.dq_s.index(w))
+                tma_add(dq_desc, rows_of_sum(p, x, m0, head, w * COLUMNS), p.dq_s.index(w))
             tma_store_wait(1)
             mbarrier.arrive(p.dq_empty.index(0))
             tma_store_wait(0)
@@ -79,7 +83,7 @@ def add_dq_by_tma(p, dq_desc):
 def run_dq_warpgroup(p, dq_desc):
     """The warpgroup that computes ``ds k`` of every block and adds it to dq in global memory by TMA."""
     BM: gl.constexpr = p.C.block_m
-    BD: gl.constexpr = p.k_s.shape[4]
+    BD: gl.constexpr = p.k_s.shape[-1]
     HALF: gl.constexpr = p.C.block_n // 2
     COLUMNS: gl.constexpr = p.dq_s.shape[4]
     grid = grid_of(p)
@@ -87,7 +91,8 @@ def run_dq_warpgroup(p, dq_desc):
     done = 0
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
-        begin, whole, part, end = visible_blocks(p, extent_of(b, p.M, p.N, p.lengths), n0)
+        x = extent_of(p, b)
+        begin, whole, part, end = visible_blocks(p, x, n0)
         steps = end - begin
         _own, first_head, members = query_heads(kv_head, p.group, p.splits)
         kv = p.kv.slot(wave, 0)
@@ -110,8 +115,8 @@ def run_dq_warpgroup(p, dq_desc):
             p.dq_s.index(slot * 2).reshape([BM, COLUMNS]).store(gl.convert_layout(left, accumulator(COLUMNS)))
             p.dq_s.index(slot * 2 + 1).reshape([BM, COLUMNS]).store(gl.convert_layout(right, accumulator(COLUMNS)))
             fence_async_shared()
-            tma_add(dq_desc, [b, head, m0, 0], p.dq_s.index(slot * 2))
-            tma_add(dq_desc, [b, head, m0, COLUMNS], p.dq_s.index(slot * 2 + 1))
+            tma_add(dq_desc, rows_of_sum(p, x, m0, head, 0), p.dq_s.index(slot * 2))
+            tma_add(dq_desc, rows_of_sum(p, x, m0, head, COLUMNS), p.dq_s.index(slot * 2 + 1))
         done += steps * members
     tma_store_wait(0)
 
@@ -121,7 +126,7 @@ def dq_mma(p, number, kv, WG: gl.constexpr):
     """Issue ``ds k`` of block ``number``, half of the columns."""
     BM: gl.constexpr = p.C.block_m
     HALF: gl.constexpr = p.C.block_n // 2
-    BD: gl.constexpr = p.k_s.shape[4]
+    BD: gl.constexpr = p.k_s.shape[-1]
     PART: gl.constexpr = BD // 2
     slot = number & 1
     nothing = gl.zeros([BM, PART], gl.float32, accumulator(PART))
@@ -210,8 +215,8 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
     WG: gl.constexpr = t.WG
     BM: gl.constexpr = p.C.block_m
     HALF: gl.constexpr = p.C.block_n // 2
-    BD: gl.constexpr = p.q_s.shape[4]
-    BDV: gl.constexpr = p.o_s.shape[4]
+    BD: gl.constexpr = p.q_s.shape[-1]
+    BDV: gl.constexpr = p.o_s.shape[-1]
     DT: gl.constexpr = p.q_s.dtype
     S: gl.constexpr = accumulator(BM)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
@@ -225,6 +230,7 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
     RED_DQ: gl.constexpr = p.dq_sum is not None
     TILES: gl.constexpr = p.bias_s is not None or p.mask_s is not None
     DROPPED: gl.constexpr = t.philox is not None
+    ASKS: gl.constexpr = p.packed is not None and p.bias_s is not None
     ALONE: gl.constexpr = p.NEED_DV and not p.NEED_DK and p.ds_s is None  # no other MMA follows
     AFTER: gl.constexpr = 1 if p.NEED_DK else 0  # MMAs of dk issued after those of dv and dq
     NEXT: gl.constexpr = 0 if not MORE else 2 if DQ_WARPGROUP and p.NEED_DS else 1  # MMAs of the next block
@@ -237,7 +243,7 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
     bias_slot = at % BIAS_STAGES * 2 + WG
     go = at > t.done
     m0 = block * BM
-    if (p.ALIBI or DROPPED or RED_DQ) and not span.MASKED:  # nothing else asks where a whole block lies
+    if (p.ALIBI or DROPPED or RED_DQ or ASKS) and not span.MASKED:  # nothing else asks where a whole block lies
         m0 = in_turn(block, span.start, span.stop, t.n0, BM) * BM
     if DROPPED:  # under the MMAs
         bits = keep_bits(t.philox, m0, t.n0 + WG * HALF, HALF, BM, True)

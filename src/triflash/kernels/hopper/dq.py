@@ -26,7 +26,7 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .dropout import ds_of, keep_bits, philox_of, sign_dropped
-from .extent import Extent, extent_of
+from .extent import Extent, extent_of, padded_length, padded_row, pair_of, place_in_bias, place_of_keys, query_rows, rows
 from .features import (
     add_alibi,
     all_lse_small,
@@ -57,6 +57,7 @@ class Program:
     dbias_desc: object
     bias: object
     lengths: object
+    packed: object
     slopes: object
     stats: object
     q_s: object
@@ -122,7 +123,6 @@ class Rows:
     """A consumer's 64 queries of a tile, from m0 on, of which q and dout are operands: their statistics and what else belongs to them."""
 
     x: Extent
-    diagonal: object
     m0: object
     head: object
     outer: object
@@ -155,29 +155,31 @@ def _produce(p, f):
     BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes if f.bias_desc is not None else 0
     SECOND_BYTES: gl.constexpr = f.second_desc.block_type.nbytes if f.second_desc is not None else 0
     MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
-    grid = grid_of(p)
+    grid = grid_of(p, 0)
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     for wave in range(grid.waves()):
         m0, head, b = grid.locate(wave)
-        begin, _a, _b, end = visible_blocks(p, extent_of(b, p.M, p.N, p.lengths), m0)
-        outer = b // p.batch_inner
-        inner = b % p.batch_inner
+        x = extent_of(p, b)
+        begin, _a, _b, end = visible_blocks(p, x, m0)
+        outer = x.b // p.batch_inner
+        inner = x.b % p.batch_inner
         key_head = head // f.group
         for j in range(end - begin):
             n0 = (end - 1 - j) * BN
             at = done + j
+            place = place_of_keys(x, n0)
             k_full = p.keys.acquire(at, 0)
             mbarrier.expect(k_full, f.k_desc.block_type.nbytes)
-            tma_load(f.k_desc, [b, n0, key_head, 0], k_full, p.k_s.index(p.keys.slot(at, 0)))
+            tma_load(f.k_desc, rows(p, place, key_head), k_full, p.k_s.index(p.keys.slot(at, 0)))
             if j == 0:
                 for w in gl.static_range(WGS):
                     q_full = p.queries.acquire(wave, w)
                     mbarrier.expect(q_full, f.q_desc.block_type.nbytes + f.dout_desc.block_type.nbytes)
-                    tma_load(f.q_desc, [b, m0 + w * BM, head, 0], q_full, p.q_s.index(w))
-                    tma_load(f.dout_desc, [b, m0 + w * BM, head, 0], q_full, p.dout_s.index(w))
+                    tma_load(f.q_desc, query_rows(p, x, m0 + w * BM, head), q_full, p.q_s.index(w))
+                    tma_load(f.dout_desc, query_rows(p, x, m0 + w * BM, head), q_full, p.dout_s.index(w))
             v_full = p.values.acquire(at, 0)
             mbarrier.expect(v_full, f.v_desc.block_type.nbytes)
-            tma_load(f.v_desc, [b, n0, key_head, 0], v_full, p.v_s.index(p.values.slot(at, 0)))
+            tma_load(f.v_desc, rows(p, place, key_head), v_full, p.v_s.index(p.values.slot(at, 0)))
             if f.bias_desc is not None:
                 for w in gl.static_range(WGS):
                     slot = p.biases.slot(at, w)
@@ -186,7 +188,8 @@ def _produce(p, f):
                     row = 0
                     if p.VARIES_M:
                         row = m0 + w * BM
-                    at_bias = [outer * f.bias_on[0], inner * f.bias_on[1], head * f.bias_on[2], row, n0]
+                    row, column = place_in_bias(p, x, row, n0, 0)
+                    at_bias = [outer * f.bias_on[0], inner * f.bias_on[1], head * f.bias_on[2], row, column]
                     tma_load(f.bias_desc, at_bias, bias_full, p.bias_s.index(slot))
                     if f.second_desc is not None:
                         at_second = [outer * f.second_on[0], inner * f.second_on[1], head * f.second_on[2], 0, n0]
@@ -195,7 +198,8 @@ def _produce(p, f):
                         mask_row = 0
                         if p.mask_s.shape[4] > 1:
                             mask_row = m0 + w * BM
-                        at_mask = [outer * f.mask_on[0], inner * f.mask_on[1], head * f.mask_on[2], mask_row, n0]
+                        mask_row, mask_column = place_in_bias(p, x, mask_row, n0, 1)
+                        at_mask = [outer * f.mask_on[0], inner * f.mask_on[1], head * f.mask_on[2], mask_row, mask_column]
                         tma_load(f.mask_desc, at_mask, bias_full, p.mask_s.index(slot))
         done += end - begin
         if f.zeros_s is not None:
@@ -215,8 +219,8 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     SMALL_LSE: see ``preprocess.py``. CUT: a length may end in the block.
     """
     BN: gl.constexpr = p.C.block_n
-    BD: gl.constexpr = p.k_s.shape[4]
-    BDV: gl.constexpr = p.v_s.shape[4]
+    BD: gl.constexpr = p.k_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.shape[-1]
     S: gl.constexpr = accumulator(BN)
     DS: gl.constexpr = gl.DotOperandLayout(0, accumulator(BD), 2)
     BIASED: gl.constexpr = (p.bias_s is not None or p.bias is not None) and not p.IS_MASK
@@ -251,7 +255,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
         s = softcapped(u, p.cap)
     elif LINE:
         j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
-        s = scaled(s, t.scale_log2, gl.expand_dims(line_of_keys(t.slope, j, t.m0, t.diagonal, p.ALIBI), 0))
+        s = scaled(s, t.scale_log2, gl.expand_dims(line_of_keys(t.slope, j, t.m0, t.x.diagonal, p.ALIBI), 0))
     elif SMALL_LSE or BIASED or not p.HAS_REST:
         s = s * t.scale_log2
     else:
@@ -277,12 +281,12 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     if LINE:
         s = s + gl.expand_dims(line(0.0, -t.slope, BM, gl.SliceLayout(1, S)), 1)
     elif p.ALIBI:
-        s = add_alibi(s, t.slope, n0 - t.m0 - t.diagonal, 1, p.ALIBI)
+        s = add_alibi(s, t.slope, n0 - t.m0 - t.x.diagonal, 1, p.ALIBI)
     lse = t.lse
     if one_sided(p.ALIBI) and not LINE:
         lse = lse - line(0.0, -t.slope, BM, gl.SliceLayout(1, S))
     if MASKED:
-        s = mask_band(s, t.m0, n0, t.x.keys, p.lo, p.hi, BM, BN, "0fFF800000")
+        s = mask_band(s, t.m0, n0, t.x.keys, t.x.lo, t.x.hi, BM, BN, "0fFF800000")
     x = exponents(s, lse, t.rest, p.HAS_REST and not SMALL_LSE, BIASED)
     if p.cap is not None and p.dbias_desc is None:
         _, weight = p_and_ds_factor(x, u, t.q.dtype)
@@ -342,8 +346,8 @@ def _walk(p, t, w, dq, ds, first, last, WG: gl.constexpr, SMALL_LSE: gl.constexp
 def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     """One consumer: 64 queries of every tile of the program."""
     BN: gl.constexpr = p.C.block_n
-    BD: gl.constexpr = p.q_s.shape[4]
-    BDV: gl.constexpr = p.v_s.shape[4]
+    BD: gl.constexpr = p.q_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.shape[-1]
     MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
     scale_log2 = p.scale * LOG2E
     q = p.q_s.index(WG).reshape([BM, BD])
@@ -352,29 +356,29 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         target = p.out_s.index(WG)
     else:
         target = p.q_s.index(WG)
-    grid = grid_of(p)
+    grid = grid_of(p, 0)
     done = 0  # blocks of earlier tiles
     for wave in range(grid.waves()):
         m0, head, b = grid.locate(wave)
-        x = extent_of(b, p.M, p.N, p.lengths)
-        slope = slope_of(p.slopes, p.slope_strides, b, head)
+        x = extent_of(p, b)
+        slope = slope_of(p.slopes, p.slope_strides, x.b, head)
         philox = None
         if p.dropout is not None:
-            philox = philox_of(p.dropout, b, head, p.heads)
+            philox = philox_of(p.dropout, x.b, head, p.heads)
         begin, full_begin, full_end, end = visible_blocks(p, x, m0)
         steps = end - begin
         m0 += WG * BM
-        outer = b // p.batch_inner
-        inner = b % p.batch_inner
-        lse, delta, rest = statistics(p.stats, b * p.heads + head, m0, p.M, p.HAS_REST, BM, BN)
-        column = column_of(p.bias, p.bias_strides, m0, head, b, p.batch_inner, p.M, BM, BN)
+        outer = x.b // p.batch_inner
+        inner = x.b % p.batch_inner
+        lse, delta, rest = statistics(p.stats, pair_of(p, x, head), padded_row(x, m0), padded_length(p), p.HAS_REST, BM, BN)
+        column = column_of(p, x, m0, head, BM, BN)
         dq = gl.zeros([BM, BD], gl.float32, accumulator(BD))
         p.queries.wait(wave, WG)
         if p.lengths is not None:
             if (end * BN > x.keys) & (x.keys < p.N):  # no other block of a tile is cut by a length
                 p.keys.wait(done, 0)
                 clear_masked(p.k_s.index(p.keys.slot(done, 0)).reshape([BN, BD]), x.keys - (end - 1) * BN)
-        t = Rows(x, x.diagonal(), m0, head, outer, inner, q, dout, lse, delta, rest, column, slope, philox, scale_log2)
+        t = Rows(x, m0, head, outer, inner, q, dout, lse, delta, rest, column, slope, philox, scale_log2)
         w = Walk(done, steps, end)
         dq, ds = _step(p, t, dq, dq, done, (end - 1) * BN, WG, SMALL_LSE, True, MASKED, p.lengths is not None)
         if p.C.separate_dq:
@@ -398,7 +402,7 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             dq = dq * p.dropout[2]
         target.reshape([BM, BD]).store((dq * p.scale).to(q.dtype))
         fence_async_shared()
-        tma_store(p.dq_desc, [b, m0, head, 0], target)
+        tma_store(p.dq_desc, query_rows(p, x, m0, head), target)
         if not p.C.separate_dq:
             tma_store_wait(0)
             mbarrier.arrive(p.queries.empty.index(WG))
@@ -420,10 +424,11 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
-    q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, slopes, stats, small_lse, bias_strides, slope_strides,
-    bias_on, cap, dropout, second_desc, second_on, mask_desc, mask_on, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m,
-    tiles, l2_group, serpentine, C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
-    HAS_REST: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
+    q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, packed, slopes, stats, small_lse, bias_strides,
+    slope_strides, bias_on, cap, dropout, second_desc, second_on, mask_desc, mask_on,
+    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
+    C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
@@ -472,9 +477,9 @@ def dq(
         mbarrier.arrive(ping_pong[0].index(0))
 
     p = Program(
-        small_lse, dq_desc, dbias_desc, bias, lengths, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, keys,
-        values, biases, ping_pong, bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale, tiles_m,
-        tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI,
+        small_lse, dq_desc, dbias_desc, bias, lengths, packed, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, second_s, mask_s,
+        queries, keys, values, biases, ping_pong, bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi,
+        scale, tiles_m, tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI,
     )  # fmt: skip
     f = Feed(q_desc, dout_desc, k_desc, v_desc, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group, zeros_s)
     if WGS == 1:

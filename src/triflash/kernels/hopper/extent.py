@@ -1,27 +1,158 @@
-"""Which queries and keys a tile's sequence has. Called by every Hopper kernel that owns tiles of a sequence, once a tile."""
+"""Which queries and keys a tile's sequence has, and where its rows lie. Called by every Hopper kernel that owns tiles, once a tile.
 
-from .compat import gluon, record
+Of packed sequences the host knows neither a length nor how many tiles there are: ``listed.py`` makes a table of the tiles on the device. A
+tensor of rows is then addressed by a descriptor of five dims whose coordinates tell where a sequence ends, so that the hardware fills what
+is loaded past its end with zeros, and drops what is stored there (``triton/tools/ragged_tma.py``; ``launch/hopper.ragged``).
+"""
+
+from ..triton.prims import offset
+from .compat import gl, gluon, record
 from .features import visible_keys
+
+ENTRY = gl.constexpr(8)  # numbers of a table's entry, in the order of Extent's fields behind the tile's first row
+BEYOND = gl.constexpr(2**29)  # the first row of a tile that there is not: past every sequence's end
+BILLION = gl.constexpr(2**30)  # where a ragged descriptor's dim of rows ends
+PADDING = gl.constexpr(128)  # rows that statistics of a sequence begin at a multiple of
 
 
 @record
 class Extent:
-    """queries: of the sequence. keys: the visible ones, of ``stored``."""
+    """A sequence: a batch entry, or one of those packed into one.
 
+    b: its number. queries: it has; keys: visible ones. diagonal: the key at distance 0 from query 0, in ALiBi. lo, hi: its band, of
+    ``j - i``. first_query, first_key: where it begins among packed rows; first_padded: where its statistics do, which begin at multiples of
+    PADDING so that tiles read no neighbour's. None: nothing is packed.
+    """
+
+    b: object
     queries: object
     keys: object
-    stored: object
-
-    @gluon.jit
-    def diagonal(self):
-        """The key at distance 0 from query 0, in bands and ALiBi: the last query meets the last stored key."""
-        return self.stored - self.queries
+    diagonal: object
+    lo: object
+    hi: object
+    first_query: object
+    first_key: object
+    first_padded: object
 
 
 @gluon.jit
-def extent_of(b, M, N, lengths):
-    """The extent of batch entry b with M queries and N keys, of which ``lengths`` may hide some."""
-    return Extent(M, visible_keys(lengths, b, N), N)
+def extent_of(p, b):
+    """The extent of batch entry b, or with packed sequences of the tile b of the table."""
+    if p.packed is not None:
+        at = p.packed[0] + b * ENTRY
+        queries = gl.load(at + 3)
+        diagonal = gl.load(at + 6) * p.packed[2]
+        lo = p.lo
+        hi = p.hi
+        if p.lo is not None:
+            lo = p.lo + diagonal
+        if p.hi is not None:
+            hi = p.hi + diagonal
+        return Extent(gl.load(at + 1), queries, gl.load(at + 5), diagonal, lo, hi, gl.load(at + 2), gl.load(at + 4), gl.load(at + 7))
+    else:
+        return Extent(b, p.M, visible_keys(p.lengths, b, p.N), p.N - p.M, p.lo, p.hi, None, None, None)
+
+
+@gluon.jit
+def place_of_queries(x, row):
+    """Where a block of the sequence's queries lies, or of what lies as they do, from ``row`` on: two numbers for ``rows``."""
+    if x.first_query is not None:
+        return x.first_query + x.queries, BILLION - x.queries + row
+    else:
+        return x.b, row
+
+
+@gluon.jit
+def place_of_keys(x, row):
+    """The same of its keys."""
+    if x.first_key is not None:
+        return x.first_key + x.keys, BILLION - x.keys + row
+    else:
+        return x.b, row
+
+
+@gluon.jit
+def rows(p, place, head):
+    """A place's coordinates for TMA, of a head."""
+    if p.packed is not None:
+        return [BILLION, place[0], place[1], head, 0]
+    else:
+        return [place[0], place[1], head, 0]
+
+
+@gluon.jit
+def query_rows(p, x, row, head):
+    """Coordinates of a block of queries."""
+    return rows(p, place_of_queries(x, row), head)
+
+
+@gluon.jit
+def key_rows(p, x, row, head):
+    """Coordinates of a block of keys."""
+    return rows(p, place_of_keys(x, row), head)
+
+
+@gluon.jit
+def lse_row(p, x, head):
+    """Where lse of a head begins, contiguous by batch entry, head and query."""
+    if x.first_query is not None:
+        return offset(head, p.M) + x.first_query
+    else:
+        return offset(x.b * p.heads + head, p.M)
+
+
+@gluon.jit
+def pair_of(p, x, head):
+    """The row of a (batch, head) pair in the table of statistics and in the sum of dq: all packed sequences share that of the head."""
+    if x.first_padded is not None:
+        return head
+    else:
+        return x.b * p.heads + head
+
+
+@gluon.jit
+def padded_row(x, row):
+    """Where a query's statistics, and its part of the sum of dq, lie in that row."""
+    if x.first_padded is not None:
+        return x.first_padded + row
+    else:
+        return row
+
+
+@gluon.jit
+def padded_length(p):
+    """How long that row is in the table of statistics: queries up to a multiple of PADDING, or those of each packed sequence."""
+    if p.packed is not None:
+        return ((p.M + (PADDING - 1)) // PADDING + p.batch) * PADDING
+    else:
+        return (p.M + (PADDING - 1)) // PADDING * PADDING
+
+
+@gluon.jit
+def rows_of_sum(p, x, row, head, column):
+    """Coordinates of a block of the float32 sum of dq."""
+    if p.packed is not None:
+        return [0, head, x.first_padded + row, column]
+    else:
+        return [x.b, head, row, column]
+
+
+@gluon.jit
+def stored_keys(p, x):
+    """How many keys of the sequence have numbers in memory, of a bias or mask over keys."""
+    if p.packed is not None:
+        return x.keys
+    else:
+        return p.N
+
+
+@gluon.jit
+def place_in_bias(p, x, row, column, MASK: gl.constexpr):
+    """Where the sequence's row and column lie in a bias, or (MASK) in the mask beside it, which may be packed along queries or keys."""
+    if p.packed is not None:
+        return row + x.first_query * p.packed[3 + 2 * MASK], column + x.first_key * p.packed[4 + 2 * MASK]
+    else:
+        return row, column
 
 
 @gluon.jit

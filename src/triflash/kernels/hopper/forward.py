@@ -15,7 +15,7 @@ recomputed from loop-carried scalars where that is cheap: Triton 3.6 failed to c
 from ..triton.prims import LN2, LOG2E, offset
 from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from .dropout import drop, keep_bits, philox_of
-from .extent import Extent, extent_of
+from .extent import Extent, extent_of, lse_row, query_rows
 from .features import clear_masked, opaque, slope_of
 from .forward_loads import Feed, produce
 from .layouts import accumulator, stacked
@@ -31,6 +31,7 @@ class Program:
     out_desc: object
     bias: object
     lengths: object
+    packed: object
     slopes: object
     sink: object
     lse: object
@@ -78,7 +79,6 @@ class Rows:
     """A consumer's 64 queries of a tile, from m0 on. row_bias: a number each; slope: of ALiBi; philox: of dropout."""
 
     x: Extent
-    diagonal: object
     m0: object
     row_bias: object
     slope: object
@@ -98,9 +98,9 @@ class Walk:
 @gluon.jit
 def _rows(p, x, m0, row_bias, slope, philox):
     if p.bias is not None:
-        return Rows(x, x.diagonal(), m0, row_bias, slope, philox)
+        return Rows(x, m0, row_bias, slope, philox)
     else:
-        return Rows(x, x.diagonal(), m0, None, slope, philox)
+        return Rows(x, m0, None, slope, philox)
 
 
 @gluon.jit
@@ -113,7 +113,7 @@ def _bias_of(p, at, WG: gl.constexpr):
     if p.VARIES_M:
         return tile.reshape([BM, BN]).load(S)
     else:
-        WIDE: gl.constexpr = p.bias_s.shape[5]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
+        WIDE: gl.constexpr = p.bias_s.shape[-1]  # at least 128 bytes, which is what a buffer of TMA must be aligned to
         return gl.expand_dims(tile.reshape([WIDE]).slice(0, BN).load(gl.SliceLayout(0, S)), 0)
 
 
@@ -135,9 +135,9 @@ def _release_bias(p, at, WG: gl.constexpr):
 
 
 @gluon.jit
-def _finish(p, o, l, m, target, m0, head, b):
+def _finish(p, o, l, m, target, x, m0, head):
     """Divide O by the row sums, and write O (through the shared buffer ``target``), lse and rest of 64 queries."""
-    BDV: gl.constexpr = p.v_s.shape[4]
+    BDV: gl.constexpr = p.v_s.shape[-1]
     O: gl.constexpr = accumulator(BDV)
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(p.C.block_n))
     l, m = by_row(l, m, ROWS)
@@ -156,22 +156,22 @@ def _finish(p, o, l, m, target, m0, head, b):
     tma_store_wait(0)  # what this buffer held before must have left it
     target.reshape([BM, BDV]).store(o)
     fence_async_shared()
-    tma_store(p.out_desc, [b, m0, head, 0], target)
+    tma_store(p.out_desc, query_rows(p, x, m0, head), target)
     i = m0 + gl.arange(0, BM, ROWS)
     row_lse = gl.where(unseen, float("-inf"), (m + gl.log2(l)) * LN2)
-    at_row = offset(b * p.heads + head, p.M) + i
-    gl.store(p.lse + at_row, row_lse, mask=i < p.M)
+    at_row = lse_row(p, x, head) + i
+    gl.store(p.lse + at_row, row_lse, mask=i < x.queries)
     if p.rest is not None:  # see lse_rest of the portable kernels
         again = gl.where(unseen, 0.0, row_lse * LOG2E)
-        gl.store(p.rest + at_row, gl.where(unseen, 0.0, (m - again) + gl.log2(l)), mask=i < p.M)
+        gl.store(p.rest + at_row, gl.where(unseen, 0.0, (m - again) + gl.log2(l)), mask=i < x.queries)
 
 
 @gluon.jit
 def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr):
     """Steps ``first … last`` of a tile: q kᵀ of a block, and p v of the block before, of which ``weights`` are p, under its softmax."""
     BN: gl.constexpr = p.C.block_n
-    BD: gl.constexpr = p.k_s.shape[4]
-    BDV: gl.constexpr = p.v_s.shape[4]
+    BD: gl.constexpr = p.k_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.shape[-1]
     P: gl.constexpr = gl.DotOperandLayout(0, accumulator(BDV), 2)
     EARLY: gl.constexpr = p.bias_s is not None and p.mask_s is None and not p.IS_MASK  # mask bytes take many instructions
     nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
@@ -231,23 +231,23 @@ def _consume(p, WG: gl.constexpr):
     With a buffer for the output, the first step of a tile also issues the last p v of the tile before, which is finished under it.
     """
     BN: gl.constexpr = p.C.block_n
-    BD: gl.constexpr = p.q_s.shape[4]
-    BDV: gl.constexpr = p.v_s.shape[4]
+    BD: gl.constexpr = p.q_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.shape[-1]
     O: gl.constexpr = accumulator(BDV)
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
     MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
     OVERLAP: gl.constexpr = p.C.separate_o
     CUT: gl.constexpr = p.lengths is not None
     nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
-    grid = grid_of(p)
+    grid = grid_of(p, 1)
     waves = grid.waves()
     done = 0  # blocks of earlier tiles
 
     m0, head, b = grid.locate(0)
-    first_x = extent_of(b, p.M, p.N, p.lengths)
+    first_x = extent_of(p, b)
     _begin, _full_begin, _full_end, first_end = visible_blocks(p, first_x, m0)
     m0 += WG * BM
-    row_bias = column_of(p.bias, p.bias_strides, m0, head, b, p.batch_inner, p.M, BM, BN)
+    row_bias = column_of(p, first_x, m0, head, BM, BN)
     p.queries.wait(0, WG)
     p.kv.wait(0, 0)
     if p.C.ping_pong:
@@ -267,24 +267,24 @@ def _consume(p, WG: gl.constexpr):
         first_second = _second_of(p, 0, WG)
     if p.mask_s is not None:
         first_mask = p.mask_s.index(WG)
-    first_slope = slope_of(p.slopes, p.slope_strides, b, head)
+    first_slope = slope_of(p.slopes, p.slope_strides, first_x.b, head)
     first_n0 = (first_end - 1) * BN
     first_t = _rows(p, first_x, m0, row_bias, first_slope, None)
     _scores, p16, l, m = softmax(p, first_t, s, first_bias, first_second, first_mask, None, first_n0, MASKED, CUT)
     if p.bias_s is not None:
         _release_bias(p, 0, WG)
     if p.dropout is not None:
-        p16 = drop(p16, keep_bits(philox_of(p.dropout, b, head, p.heads), m0, first_n0, BM, BN, False))
+        p16 = drop(p16, keep_bits(philox_of(p.dropout, first_x.b, head, p.heads), m0, first_n0, BM, BN, False))
     weights = gl.convert_layout(p16, P)
     o = gl.zeros([BM, BDV], gl.float32, O)
     for wave in range(waves):
         q_slot = p.queries.slot(wave, WG)
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
-        x = extent_of(b, p.M, p.N, p.lengths)
-        slope = slope_of(p.slopes, p.slope_strides, b, head)
+        x = extent_of(p, b)
+        slope = slope_of(p.slopes, p.slope_strides, x.b, head)
         philox = None
         if p.dropout is not None:
-            philox = philox_of(p.dropout, b, head, p.heads)
+            philox = philox_of(p.dropout, x.b, head, p.heads)
         begin, full_begin, full_end, end = visible_blocks(p, x, m0 - WG * BM)
         steps = end - begin
         if p.lengths is not None:
@@ -296,7 +296,7 @@ def _consume(p, WG: gl.constexpr):
                 mbarrier.arrive(p.queries.empty.index(q_slot))
         t = _rows(p, x, m0, row_bias, slope, philox)
         w = Walk(q_slot, done, steps, end)
-        if p.hi is not None:
+        if (p.hi is not None) or (p.packed is not None):
             o, l, m, weights = _walk(p, t, w, o, l, m, weights, 1, end - full_end, WG, True)
         whole = max(1, end - full_end)
         o, l, m, weights = _walk(p, t, w, o, l, m, weights, whole, end - full_begin, WG, False)
@@ -308,13 +308,12 @@ def _consume(p, WG: gl.constexpr):
         if not OVERLAP:  # O leaves through Q's buffer, so the next tile begins when it has left
             p.kv.wait(done, 0)
             o = warpgroup_mma_wait(0, [warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)])
-            _finish(p, o, l, m, p.q_s.index(WG), m0, head, b)
+            _finish(p, o, l, m, p.q_s.index(WG), x, m0, head)
             tma_store_wait(0)
             mbarrier.arrive(p.queries.empty.index(WG))
         if wave + 1 < waves:  # the first block of the next tile, and under it the last MMA of this one
             old_m0 = m0
             old_head = head
-            old_b = b
             p.queries.wait(wave + 1, WG)
             p.kv.wait(done, 0)
             if p.C.ping_pong:
@@ -328,10 +327,10 @@ def _consume(p, WG: gl.constexpr):
                 mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
             # Where the next tile lies takes some divisions, which run under its first MMA.
             m0, head, b = grid.locate(wave + 1)
-            next_x = extent_of(b, p.M, p.N, p.lengths)
+            next_x = extent_of(p, b)
             _begin, _full_begin, _full_end, next_end = visible_blocks(p, next_x, m0)
             m0 += WG * BM
-            row_bias = column_of(p.bias, p.bias_strides, m0, head, b, p.batch_inner, p.M, BM, BN)
+            row_bias = column_of(p, next_x, m0, head, BM, BN)
             if OVERLAP:
                 next_s = warpgroup_mma_wait(1, [next_pending])
             else:
@@ -346,7 +345,7 @@ def _consume(p, WG: gl.constexpr):
                 next_second = _second_of(p, done, WG)
             if p.mask_s is not None:
                 next_mask = p.mask_s.index(p.biases.slot(done, WG))
-            next_slope = slope_of(p.slopes, p.slope_strides, b, head)
+            next_slope = slope_of(p.slopes, p.slope_strides, next_x.b, head)
             next_n0 = (next_end - 1) * BN
             next_t = _rows(p, next_x, m0, row_bias, next_slope, None)
             _scores, next_p16, new_l, new_m = softmax(p, next_t, next_s, next_bias, next_second, next_mask, None, next_n0, MASKED, CUT)
@@ -356,10 +355,10 @@ def _consume(p, WG: gl.constexpr):
                 o = warpgroup_mma_wait(0, [o_pending])
                 p.kv.release(done, 0)
             if p.dropout is not None:
-                next_p16 = drop(next_p16, keep_bits(philox_of(p.dropout, b, head, p.heads), m0, next_n0, BM, BN, False))
+                next_p16 = drop(next_p16, keep_bits(philox_of(p.dropout, next_x.b, head, p.heads), m0, next_n0, BM, BN, False))
             weights = gl.convert_layout(next_p16, P)
             if OVERLAP:
-                _finish(p, o, l, m, p.out_s.index(WG), old_m0, old_head, old_b)
+                _finish(p, o, l, m, p.out_s.index(WG), x, old_m0, old_head)
             m = new_m
             l = new_l
             o = gl.zeros([BM, BDV], gl.float32, O)
@@ -367,7 +366,7 @@ def _consume(p, WG: gl.constexpr):
         p.kv.wait(done, 0)
         v = p.v_s.index(p.kv.slot(done, 0)).reshape([BN, BDV])
         o = warpgroup_mma_wait(0, [warpgroup_mma(weights, v, o, is_async=True)])
-        _finish(p, o, l, m, p.out_s.index(WG), m0, head, b)
+        _finish(p, o, l, m, p.out_s.index(WG), extent_of(p, b), m0, head)
         tma_store_wait(0)
 
 
@@ -377,10 +376,11 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
-    q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides, sink_stride,
-    cap, dropout, second_desc, second_on, mask_desc, mask_on, batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles,
-    l2_group, serpentine, C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr,
-    POSITIVE_SCALE: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, packed, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides,
+    sink_stride, cap, dropout, second_desc, second_on, mask_desc, mask_on,
+    batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
+    C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
@@ -426,7 +426,8 @@ def forward(
         mbarrier.arrive(ping_pong[0].index(0))
 
     p = Program(
-        out_desc, bias, lengths, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, kv, biases, ping_pong,
+        out_desc, bias, lengths, packed, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, kv, biases,
+        ping_pong,
         bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale * LOG2E, tiles_m,
         tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING,
     )  # fmt: skip

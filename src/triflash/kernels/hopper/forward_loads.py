@@ -1,7 +1,7 @@
 """The producer of the forward kernel for Hopper: every TMA load of a CTA. Called by ``forward.py``."""
 
 from .compat import gl, gluon, mbarrier, record, tma_load
-from .extent import extent_of, outer_at
+from .extent import extent_of, outer_at, place_in_bias, place_of_keys, query_rows, rows
 from .scores_qk import BM, grid_of, visible_blocks
 
 
@@ -24,7 +24,7 @@ class Feed:
 
 
 @gluon.jit
-def _fetch_bias(p, f, at, b, head, m0, n0):
+def _fetch_bias(p, f, at, x, head, m0, n0):
     """For every consumer its tile of the bias, and of the second bias and the mask beside it, of block ``at``."""
     BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes
     SECOND_BYTES: gl.constexpr = f.second_desc.block_type.nbytes if f.second_desc is not None else 0
@@ -37,27 +37,29 @@ def _fetch_bias(p, f, at, b, head, m0, n0):
         row = 0
         if p.VARIES_M:
             row = m0 + w * BM
-        outer, inner, bias_head = outer_at(b, p.batch_inner, head, f.bias_on)
-        tma_load(f.bias_desc, [outer, inner, bias_head, row, n0], full, p.bias_s.index(slot))
+        outer, inner, bias_head = outer_at(x.b, p.batch_inner, head, f.bias_on)
+        row, column = place_in_bias(p, x, row, n0, 0)
+        tma_load(f.bias_desc, [outer, inner, bias_head, row, column], full, p.bias_s.index(slot))
         if f.second_desc is not None:
-            second_outer, second_inner, second_head = outer_at(b, p.batch_inner, head, f.second_on)
+            second_outer, second_inner, second_head = outer_at(x.b, p.batch_inner, head, f.second_on)
             tma_load(f.second_desc, [second_outer, second_inner, second_head, 0, n0], full, p.second_s.index(slot))
         if f.mask_desc is not None:
             mask_row = 0
             if p.mask_s.shape[4] > 1:
                 mask_row = m0 + w * BM
-            mask_outer, mask_inner, mask_head = outer_at(b, p.batch_inner, head, f.mask_on)
-            tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, mask_row, n0], full, p.mask_s.index(slot))
+            mask_outer, mask_inner, mask_head = outer_at(x.b, p.batch_inner, head, f.mask_on)
+            mask_row, mask_column = place_in_bias(p, x, mask_row, n0, 1)
+            tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, mask_row, mask_column], full, p.mask_s.index(slot))
 
 
 @gluon.jit
-def _fetch_queries(p, f, wave, b, m0, head):
+def _fetch_queries(p, f, wave, x, m0, head):
     """The queries of a tile, for every consumer its own."""
     WGS: gl.constexpr = p.C.consumers
     for w in gl.static_range(WGS):
         full = p.queries.acquire(wave, w)
         mbarrier.expect(full, f.q_desc.block_type.nbytes)
-        tma_load(f.q_desc, [b, m0 + w * BM, head, 0], full, p.q_s.index(p.queries.slot(wave, w)))
+        tma_load(f.q_desc, query_rows(p, x, m0 + w * BM, head), full, p.q_s.index(p.queries.slot(wave, w)))
 
 
 @gluon.jit
@@ -69,37 +71,39 @@ def produce(p, f):
     BN: gl.constexpr = p.C.block_n
     K_BYTES: gl.constexpr = f.k_desc.block_type.nbytes
     V_BYTES: gl.constexpr = f.v_desc.block_type.nbytes
-    grid = grid_of(p)
+    grid = grid_of(p, 1)
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
-    n_before = 0  # where the values of the block before lie
+    n_before = 0  # where the values of the block before lie: ``place_of_keys``, and their head
     head_before = 0
     b_before = 0
     for wave in range(grid.waves()):
         m0, head, b = grid.locate(wave)
-        begin, _a, _b, end = visible_blocks(p, extent_of(b, p.M, p.N, p.lengths), m0)
+        x = extent_of(p, b)
+        begin, _a, _b, end = visible_blocks(p, x, m0)
         for j in range(end - begin):
             n0 = (end - 1 - j) * BN
             at = done + j
             if p.C.q_stages == 2:  # before the first keys, whose buffer may not be free for long yet
                 if j == 0:
-                    _fetch_queries(p, f, wave, b, m0, head)
+                    _fetch_queries(p, f, wave, x, m0, head)
             stage = p.kv.slot(at, 0)
             full = p.kv.full.index(stage)
             p.kv.acquire(at, 0)
             mbarrier.expect(full, K_BYTES + V_BYTES, pred=at > 0)
             mbarrier.expect(full, K_BYTES, pred=at == 0)
-            tma_load(f.k_desc, [b, n0, head // f.group, 0], full, p.k_s.index(stage))
+            place = place_of_keys(x, n0)
+            tma_load(f.k_desc, rows(p, place, head // f.group), full, p.k_s.index(stage))
             if at > 0:
-                tma_load(f.v_desc, [b_before, n_before, head_before, 0], full, p.v_s.index(stage))
-            n_before = n0
+                tma_load(f.v_desc, rows(p, (b_before, n_before), head_before), full, p.v_s.index(stage))
+            n_before = place[1]
             head_before = head // f.group
-            b_before = b
+            b_before = place[0]
             if p.C.q_stages == 1:
                 if j == 0:
-                    _fetch_queries(p, f, wave, b, m0, head)
+                    _fetch_queries(p, f, wave, x, m0, head)
             if f.bias_desc is not None:
-                _fetch_bias(p, f, at, b, head, m0, n0)
+                _fetch_bias(p, f, at, x, head, m0, n0)
         done += end - begin
     full = p.kv.acquire(done, 0)
     mbarrier.expect(full, V_BYTES)
-    tma_load(f.v_desc, [b_before, n_before, head_before, 0], full, p.v_s.index(p.kv.slot(done, 0)))
+    tma_load(f.v_desc, rows(p, (b_before, n_before), head_before), full, p.v_s.index(p.kv.slot(done, 0)))

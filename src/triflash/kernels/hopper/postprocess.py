@@ -4,19 +4,27 @@ import triton
 import triton.language as tl
 
 from ..triton.prims import load_rows, offset, store_rows
+from .preprocess import of_part
 
 
 @triton.jit
 def postprocess(
-    dq_sum, dq, dq_strides, heads, M, scale, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROW: tl.constexpr, RED_DQ: tl.constexpr,
-    WIDE: tl.constexpr,
+    dq_sum, dq, entries, dq_strides, heads, M, scale, padded_M, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROW: tl.constexpr,
+    RED_DQ: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BM queries of one head: ``dq = scale * dq_sum``, in dq's dtype. RED_DQ: it was added up straight from registers."""
-    tiles = tl.cdiv(M, BM)
-    m0 = tl.program_id(0) % tiles * BM
-    pair = tl.program_id(0) // tiles
-    dq += offset(pair // heads, dq_strides[0]) + offset(pair % heads, dq_strides[2])
-    block = dq_sum + offset(tl.program_id(0), BM * ROW)
+    """One program owns BM queries of one head: ``dq = scale * dq_sum``, in dq's dtype. RED_DQ: it was added up straight from registers.
+    entries: the table of tiles of packed sequences, or None; dq_sum has padded_M rows for each head then.
+    """
+    if entries is not None:
+        head, m0, M, first, first_padded = of_part(entries, heads, BM, PARTS)
+        dq += offset(first, dq_strides[1]) + offset(head, dq_strides[2])
+        block = dq_sum + offset(head * (padded_M // BM) + (first_padded + m0) // BM, BM * ROW)
+    else:
+        tiles = tl.cdiv(M, BM)
+        m0 = tl.program_id(0) % tiles * BM
+        pair = tl.program_id(0) // tiles
+        dq += offset(pair // heads, dq_strides[0]) + offset(pair % heads, dq_strides[2])
+        block = dq_sum + offset(tl.program_id(0), BM * ROW)
     if RED_DQ:
         # A number of a group lies at (16 rows of a warp, row of 8, pair of columns, whether 8 rows further down, column of the pair).
         groups = load_rows(block, 8 * BM, 0, ROW // 8, BD // 8, 8 * BM, 8 * BM, True, False)

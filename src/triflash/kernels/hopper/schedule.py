@@ -1,6 +1,7 @@
 """Which tiles a program works through: called by every Hopper kernel with a persistent grid."""
 
 from .compat import gl, gluon, record
+from .extent import BEYOND, ENTRY
 
 
 @record
@@ -53,6 +54,39 @@ class Uniform:
             head = pair % self.heads
             b = pair // self.heads
         return tile * self.TILE, head, b
+
+
+@record
+class Listed:
+    """A persistent grid that deals out the tiles of a table (``listed.py``): ``entries`` have ENTRY numbers each, there are ``count`` for
+    each of ``heads``. A head's tiles are dealt out before the next head's, in turn from the shortest to the longest and back, the last
+    head's so that they end with the shortest, and every other wave to the programs from the other end. LEAST: tiles that a program has even
+    where there are none for it; such a one has no rows.
+    """
+
+    entries: object
+    count: object
+    heads: object
+    LEAST: gl.constexpr
+
+    @gluon.jit
+    def waves(self):
+        """How many tiles this program works through."""
+        programs = gl.num_programs(0)
+        tiles = self.count * self.heads
+        waves = tiles // programs
+        return max(waves + (_place(waves, 1) < tiles % programs).to(gl.int32), self.LEAST)
+
+    @gluon.jit
+    def locate(self, wave):
+        """(first row, head, number in the table) of this program's tile of a wave."""
+        index = wave * gl.num_programs(0) + _place(wave, 1)
+        exists = index < self.count * self.heads
+        head = gl.where(exists, index // max(self.count, 1), 0)
+        at = index - head * self.count
+        at = gl.where(((self.heads - 1 - head) & 1) == 0, at, self.count - 1 - at)
+        at = gl.where(exists, at, 0)
+        return gl.where(exists, gl.load(self.entries + at * ENTRY), BEYOND), head, at
 
 
 @gluon.jit

@@ -2,6 +2,7 @@
 
 from ..triton.prims import LOG2E, offset, segments
 from .compat import gl, gluon, record
+from .extent import place_in_bias, stored_keys
 from .features import (
     add_alibi,
     line,
@@ -17,7 +18,7 @@ from .features import (
     widened,
 )
 from .layouts import accumulator
-from .schedule import Uniform
+from .schedule import Listed, Uniform
 
 LSE = gl.constexpr(0)  # rows of the table of statistics
 DELTA = gl.constexpr(1)
@@ -42,17 +43,11 @@ class Feed:
 @gluon.jit
 def grid_of(p):
     """A program's tiles of keys: of key heads, or of the parts that they are split into."""
-    return Uniform(
-        p.tiles_n,
-        p.tiles,
-        p.batch,
-        key_heads(p.heads, p.group, p.splits),
-        p.l2_group,
-        p.serpentine,
-        p.C.block_n,
-        p.LONGEST,
-        p.BATCH_FASTEST,
-    )
+    heads = key_heads(p.heads, p.group, p.splits)
+    if p.packed is not None:
+        return Listed(p.packed[0], gl.load(p.packed[1]), heads, 0)
+    else:
+        return Uniform(p.tiles_n, p.tiles, p.batch, heads, p.l2_group, p.serpentine, p.C.block_n, p.LONGEST, p.BATCH_FASTEST)
 
 
 @gluon.jit
@@ -62,8 +57,8 @@ def visible_blocks(p, x, n0):
     """
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    low = -p.hi if p.hi is not None else None  # the band as keys see queries
-    high = -p.lo if p.lo is not None else None
+    low = -x.hi if x.hi is not None else None  # the band as keys see queries
+    high = -x.lo if x.lo is not None else None
     begin, a, b, end = segments(n0, min(n0 + BN, x.keys) - 1, (x.queries + BM - 1) // BM * BM, low, high, BM)
     end = gl.where(n0 < x.keys, end, begin)
     over = n0 + BN > x.keys
@@ -108,11 +103,12 @@ def query_heads(kv_head, group, splits):
 
 
 @gluon.jit
-def of_keys(p, x, strides, b, head, j):
-    """The numbers of the keys j, one each, of a bias or mask that varies over keys alone."""
-    row = x + offset(b // p.batch_inner, strides[0]) + offset(b % p.batch_inner, strides[1])
+def of_keys(p, numbers, strides, x, head, j, MASK: gl.constexpr):
+    """The numbers of the keys j, one each, of a bias or (MASK) mask that varies over keys alone."""
+    row = numbers + offset(x.b // p.batch_inner, strides[0]) + offset(x.b % p.batch_inner, strides[1])
     row += offset(head, strides[2])
-    return gl.load(row + j.to(gl.int64) * strides[4], mask=j < p.N, other=0)
+    _row, column = place_in_bias(p, x, 0, j, MASK)
+    return gl.load(row + column.to(gl.int64) * strides[4], mask=j < stored_keys(p, x), other=0)
 
 
 @gluon.jit
@@ -138,7 +134,7 @@ def _exponents(p, t, s, bias, mask, lse, rest, m0, n0):
     EARLY: gl.constexpr = t.SMALL_LSE or (PLAIN and (p.cap is not None or rest is None))
     LINE: gl.constexpr = one_sided(p.ALIBI) and p.cap is None and not EARLY  # as the forward kernel rounds it
     if one_sided(p.ALIBI) and not LINE:  # the other way round: the line over columns, which are queries here, goes along with their lse
-        first = (n0 - m0 - t.diagonal).to(gl.float32)
+        first = (n0 - m0 - t.x.diagonal).to(gl.float32)
         lse = lse - gl.expand_dims(line(opaque(t.slope * first), -t.slope, BM, gl.SliceLayout(0, S)), 0)
     if p.cap is not None:
         if EARLY:
@@ -149,7 +145,7 @@ def _exponents(p, t, s, bias, mask, lse, rest, m0, n0):
         x = s * t.scale_log2 - lse
     elif LINE:
         j = n0 + gl.arange(0, KEYS, gl.SliceLayout(1, S))
-        x = scaled(s, t.scale_log2, gl.expand_dims(line_of_keys(t.slope, j, m0, t.diagonal, p.ALIBI), 1))
+        x = scaled(s, t.scale_log2, gl.expand_dims(line_of_keys(t.slope, j, m0, t.x.diagonal, p.ALIBI), 1))
     else:
         x = rounded(s, t.scale_log2)
     if bias is not None:
@@ -173,7 +169,7 @@ def _exponents(p, t, s, bias, mask, lse, rest, m0, n0):
     elif one_sided(p.ALIBI):
         x = x + gl.expand_dims(line(0.0, t.slope, KEYS, gl.SliceLayout(1, S)), 1)
     elif p.ALIBI:
-        x = add_alibi(x, t.slope, n0 - m0 - t.diagonal, -1, p.ALIBI)
+        x = add_alibi(x, t.slope, n0 - m0 - t.x.diagonal, -1, p.ALIBI)
     if not EARLY:
         x = x - lse
     if rest is not None and not t.SMALL_LSE:
@@ -210,11 +206,13 @@ def probabilities(p, t, s, bias, mask, lse, rest, m0, n0, MASKED: gl.constexpr):
     if MASKED:
         MASKED_VALUE: gl.constexpr = "0f00000000" if p.cap is None else "0fFF800000"  # 0, or -inf
         if p.hi is not None:  # one comparison a score: the first query that sees the key, none if there is no such key
-            weight = select_le(weight, gl.where(j < t.x.keys, j - p.hi, 0x7FFFFFFF), i, MASKED_VALUE)
+            weight = select_le(weight, gl.where(j < t.x.keys, j - t.x.hi, 0x7FFFFFFF), i, MASKED_VALUE)
         else:
             weight = select_le(weight, j, j * 0 + (t.x.keys - 1), MASKED_VALUE)
         if p.lo is not None:
-            weight = select_le(weight, i, j - p.lo, MASKED_VALUE)
+            weight = select_le(weight, i, j - t.x.lo, MASKED_VALUE)
+    if p.packed is not None and bias is not None:  # past a sequence's end it may be anything
+        weight = select_le(weight, i, j * 0 + (t.x.queries - 1), "0f00000000" if p.cap is None else "0fFF800000")
     if p.cap is not None:
         return p_and_ds_factor(weight, u, p.q_s.dtype)
     else:

@@ -8,19 +8,23 @@ query that sees no key or does not exist: p is 0 there, and no mask of queries i
 
 from ..triton.prims import LOG2E, offset, segments
 from .compat import gl, gluon
+from .extent import place_in_bias
 from .features import mask_scores, select_le, widened
 from .layouts import accumulator
-from .schedule import Uniform
+from .schedule import Listed, Uniform
 
 BM = gl.constexpr(64)  # queries of a consumer
 
 
 @gluon.jit
-def grid_of(p):
-    """A program's tiles of queries: 64 a consumer."""
+def grid_of(p, LEAST: gl.constexpr):
+    """A program's tiles of queries: 64 a consumer, LEAST tiles at least (``schedule.Listed``)."""
     TILE: gl.constexpr = BM * p.C.consumers
     LONGEST: gl.constexpr = "last" if p.hi is not None else "none"
-    return Uniform(p.tiles_m, p.tiles, p.batch, p.heads, p.l2_group, p.serpentine, TILE, LONGEST, p.BATCH_FASTEST)
+    if p.packed is not None:
+        return Listed(p.packed[0], gl.load(p.packed[1]), p.heads, LEAST)
+    else:
+        return Uniform(p.tiles_m, p.tiles, p.batch, p.heads, p.l2_group, p.serpentine, TILE, LONGEST, p.BATCH_FASTEST)
 
 
 @gluon.jit
@@ -29,16 +33,17 @@ def visible_blocks(p, x, m0):
     altogether.
     """
     last = min(m0 + BM * p.C.consumers, x.queries) - 1
-    begin, full_begin, full_end, end = segments(m0, last, x.keys, p.lo, p.hi, p.C.block_n)
+    begin, full_begin, full_end, end = segments(m0, last, x.keys, x.lo, x.hi, p.C.block_n)
     return begin, full_begin, full_end, max(end, begin + 1)
 
 
 @gluon.jit
-def statistics(stats, pair, m0, M, HAS_REST: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
-    """``(lse, delta, rest)`` of the BM queries from ``m0`` of a pair of batch and head; without a rest, lse in its place."""
+def statistics(stats, pair, m0, row, HAS_REST: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
+    """``(lse, delta, rest)`` of the BM queries from ``m0`` of a pair of batch and head, whose ``row`` is so long; without a rest, lse in
+    its place.
+    """
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
     COUNT: gl.constexpr = 3 if HAS_REST else 2
-    row = (M + 127) // 128 * 128
     at = stats + offset(pair * COUNT, row) + (m0 + gl.arange(0, BM, ROWS))
     lse = gl.load(at)
     delta = gl.load(at + row)
@@ -49,13 +54,15 @@ def statistics(stats, pair, m0, M, HAS_REST: gl.constexpr, BM: gl.constexpr, BN:
 
 
 @gluon.jit
-def column_of(bias, strides, m0, head, b, batch_inner, M, BM: gl.constexpr, BN: gl.constexpr):
+def column_of(p, x, m0, head, BM: gl.constexpr, BN: gl.constexpr):
     """A bias without a dim of keys, one number a query, of BM queries; zeros where there is none."""
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BN))
-    if bias is not None:
+    if p.bias is not None:
         i = m0 + gl.arange(0, BM, ROWS)
-        at = bias + offset(b // batch_inner, strides[0]) + offset(b % batch_inner, strides[1]) + offset(head, strides[2])
-        return gl.load(at + i.to(gl.int64) * strides[3], mask=i < M, other=0).to(gl.float32)
+        strides = p.bias_strides
+        at = p.bias + offset(x.b // p.batch_inner, strides[0]) + offset(x.b % p.batch_inner, strides[1]) + offset(head, strides[2])
+        row, _column = place_in_bias(p, x, i, 0, 0)
+        return gl.load(at + row.to(gl.int64) * strides[3], mask=i < x.queries, other=0).to(gl.float32)
     else:
         return gl.zeros([BM], gl.float32, ROWS)
 

@@ -375,7 +375,7 @@ def softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED: gl.constexpr, CUT: 
             s = softcapped(s, p.cap)
     elif LINE:
         j = n0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, accumulator(COLUMNS)))
-        s = scaled(s, p.scale_log2, gl.expand_dims(line_of_keys(t.slope, j, t.m0, t.diagonal, COLUMNS), 0))
+        s = scaled(s, p.scale_log2, gl.expand_dims(line_of_keys(t.slope, j, t.m0, t.x.diagonal, COLUMNS), 0))
     elif ORDER == "early" and not p.ALIBI and _adds(bias, t.row_bias, p.IS_MASK, p.ALIBI):
         s = s * p.scale_log2
     elif ORDER == "early":
@@ -396,9 +396,9 @@ def softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED: gl.constexpr, CUT: 
         else:
             s = gl.fma(row, gl.full([64, COLUMNS], LOG2E, gl.float32, accumulator(COLUMNS)), s)
     if p.ALIBI and not LINE:
-        s = add_alibi(s, t.slope, n0 - t.m0 - t.diagonal, 1, p.ALIBI)
+        s = add_alibi(s, t.slope, n0 - t.m0 - t.x.diagonal, 1, p.ALIBI)
     if MASKED:
-        s = mask_band(s, t.m0, n0, t.x.keys, p.lo, p.hi, 64, COLUMNS, "0fFF800000")
+        s = mask_band(s, t.m0, n0, t.x.keys, t.x.lo, t.x.hi, 64, COLUMNS, "0fFF800000")
     s = _split(s)
     if FIRST:
         top = gl.max(gl.max(s, 3), 1)

@@ -10,7 +10,7 @@ import triton.language as tl
 from .dbias import Round, _ds
 from .extent import diagonal, of_sequence
 from .features import Program, Span, at_head, bias_tile, mask_tile, shows_anything, visible_keys
-from .prims import clamped, offset, segments, store_tile
+from .prims import clamped, last_at_most, offset, segments, store_tile
 
 MOST_TILES: tl.constexpr = tl.constexpr(2**30)
 
@@ -37,12 +37,16 @@ def _numbered(first, before, length, b, inside, BLOCK: tl.constexpr):
 
 @triton.jit
 def extents(
-    offsets_q, offsets_k, used_q, used_k, table, first_q, first_k, sequences, T_q, T_k,
-    BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr,
+    offsets_q, offsets_k, used_q, used_k, table, first_q, first_k, diagonals, counters, sequences, T_q, T_k, most_q, most_k,
+    BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, COUNTERS: tl.constexpr,
 ):  # fmt: skip
     """One program. table (sequences, 4): first query, queries, first key, keys of each, kept within the tensors; first_q, first_k
-    (sequences + 1,): the number of its first tile of BM queries, of BN keys (None: not wanted), and how many there are in all.
+    (sequences + 1,): the number of its first tile of BM queries, of BN keys, and how many there are in all; diagonals (sequences,): the key
+    that its first query meets where its last query meets its last key; counters: COUNTERS zeros. None: not wanted. most_q, most_k: so many
+    queries and keys of a sequence count as its own, but for diagonals; None: all.
     """
+    if counters is not None:
+        tl.store(counters + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
     before_q = tl.cast(0, tl.int64)
     before_k = tl.cast(0, tl.int64)
     for begin in range(0, sequences, BLOCK):
@@ -50,6 +54,12 @@ def extents(
         inside = b < sequences
         q0, M = _lengths(offsets_q, used_q, b, inside, T_q)
         k0, N = _lengths(offsets_k, used_k, b, inside, T_k)
+        if diagonals is not None:
+            tl.store(diagonals + b, N - M, mask=inside)
+        if most_q is not None:
+            M = tl.minimum(M, most_q)
+        if most_k is not None:
+            N = tl.minimum(N, most_k)
         tl.store(table + 4 * b, q0, mask=inside)
         tl.store(table + 4 * b + 1, M, mask=inside)
         tl.store(table + 4 * b + 2, k0, mask=inside)
@@ -65,24 +75,10 @@ def extents(
 
 
 @triton.jit
-def _last_at_most(keys, stride, x, count, rounds):
-    """The last of ``count`` keys, in ascending order ``stride`` apart, that is at most x; 0 if none is. rounds: the bits of count."""
-    low = tl.zeros_like(x)
-    high = low + tl.maximum(count - 1, 0)
-    for _ in range(rounds):
-        middle = (low + high + 1) // 2
-        below = tl.load(keys + stride * middle, mask=middle < count, other=0) <= x
-        low = tl.where(below, middle, low)
-        high = tl.where(below, high, middle - 1)
-        high = tl.maximum(high, low)
-    return low
-
-
-@triton.jit
 def tiles(first, table, sequences, bound, rounds, BLOCK: tl.constexpr):
     """One program fills BLOCK of the ``bound`` entries (sequence, tile) of a table of tiles; (-1, 0) where there is no tile left."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = _last_at_most(first, 1, entry, sequences, rounds)
+    b = last_at_most(first, 1, entry, sequences, rounds)
     exists = entry < tl.load(first + sequences)
     tile = tl.where(exists, entry - tl.load(first + b), 0)
     tl.store(table + 2 * entry, tl.where(exists, b, -1), mask=entry < bound)
@@ -98,7 +94,7 @@ def unowned(
     and -inf to lse, where no sequence is. table: its column of ``extents``, start and length. None: not there.
     """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = _last_at_most(table, 4, rows, sequences, rounds)
+    b = last_at_most(table, 4, rows, sequences, rounds)
     there = b < sequences
     start = tl.load(table + 4 * b, mask=there, other=0)
     length = tl.load(table + 4 * b + 1, mask=there, other=0)
@@ -201,7 +197,7 @@ def packed_dbias(
             low = lo + diagonal(packed, M, N)
         if hi is not None:
             high = hi + diagonal(packed, M, N)
-        p = Program(M, N, low, high, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE, None, None, None)
+        p = Program(M, N, low, high, scale, BM, BN, D, DV, BD, BDV, EVEN_M, EVEN_N, PRECISION, WIDE, None, None, f.shift)
         begin_m = 0
         count_m = 1
         begin_n = 0

@@ -274,3 +274,17 @@ def load_vector(base, start, length, BLOCK: tl.constexpr, MASKED: tl.constexpr):
         return tl.load(base + start + r, mask=start + r < length, other=0.0)
     else:
         return tl.load(base + start + r)
+
+
+@triton.jit
+def last_at_most(keys, stride, x, count, rounds):
+    """The last of ``count`` keys, in ascending order ``stride`` apart, that is at most x; 0 if none is. rounds: the bits of count."""
+    low = tl.zeros_like(x)
+    high = low + tl.maximum(count - 1, 0)
+    for _ in range(rounds):
+        middle = (low + high + 1) // 2
+        below = tl.load(keys + stride * middle, mask=middle < count, other=0) <= x
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle - 1)
+        high = tl.maximum(high, low)
+    return low

@@ -151,8 +151,9 @@ def stats_kinds(spec: AttentionSpec) -> int:
 
 
 def stats_length(spec: AttentionSpec) -> int:
-    """Columns of the table: queries, rounded up to what every tile divides."""
-    return -(-spec.queries // STATS_MULTIPLE) * STATS_MULTIPLE
+    """Columns of the table: queries, rounded up to what every tile divides; of packed sequences, those of each."""
+    multiples = -(-spec.queries // STATS_MULTIPLE)
+    return (multiples if spec.packed is None else multiples + spec.packed.sequences) * STATS_MULTIPLE
 
 
 # Tiles of a bias, and of a mask beside it.

@@ -1,0 +1,113 @@
+"""What the launches of the Hopper kernels need for packed sequences: tables made on the device, and zeros where no sequence is."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.hopper import listed as listed_kernels
+from ..kernels.hopper.extent import ENTRY
+from ..kernels.triton import packed as packed_kernels
+from ..plan.hopper_packed import cached_rows, packed_of, rows_of
+from ..plan.packed import ROWS_A_PROGRAM
+from ..plan.steps import Plan, Step
+from ..spec import AttentionSpec, Operands, Saved
+from .calls import Call
+from .common import config_of
+from .packed import SEQUENCES, unowned_call
+from .room import Room
+
+__all__ = ["AROUND", "Tables", "around_call", "tables", "tiles_of"]
+
+AROUND = ("extents", "listed", "ordered", "unowned")  # kernels
+_GROUPS = listed_kernels.BUCKETS.value * listed_kernels.CHUNKS.value
+
+
+class Table(NamedTuple):
+    """Of tiles. first: that of each sequence, (sequences + 1,). entries: (most tiles, ENTRY), as they come, with their places, (most tiles,
+    2), and in order. counters: of tiles of about the same length. total: how many there are, (1,). rows: of a tile.
+    """
+
+    first: Tensor
+    entries: Tensor
+    places: Tensor
+    table: Tensor
+    counters: Tensor
+    total: Tensor
+    rows: int
+
+
+class Tables(NamedTuple):
+    """What the device works out first. extents: (sequences, 4); diagonals: (sequences,); counters: of both tables; by name, those of
+    "queries" and "keys" that are wanted.
+    """
+
+    extents: Tensor
+    diagonals: Tensor
+    counters: Tensor
+    of: dict[str, Table]
+
+
+def tables(room: Room, plan: Plan, spec: AttentionSpec) -> Tables | None:
+    """Room for the tables that a plan makes; None: it has none, because nothing is packed."""
+    if spec.packed is None:
+        return None
+    count = spec.packed.sequences
+
+    def new(name: str, *shape: int) -> Tensor:
+        return room.new(name, shape, torch.int32)
+
+    counters = new("numbers of tiles by length", 2, _GROUPS)
+    t = Tables(new("extents of sequences", max(count, 1), 4), new("diagonals of sequences", max(count, 1)), counters, {})
+    for step in plan.steps:
+        if step.kernel == "listed":
+            (name,) = step.gives
+            rows, most = rows_of(step, spec)
+            t.of[name] = Table(
+                new(f"first tiles of {name}", count + 1), new(f"tiles of {name} as they come", most, ENTRY.value),
+                new(f"places of tiles of {name}", most, 2), new(f"tiles of {name}", most, ENTRY.value), counters[len(t.of)],
+                new(f"number of tiles of {name}", 1), rows,
+            )  # fmt: skip
+    return t
+
+
+def tiles_of(t: Tables | None, spec: AttentionSpec, name: str) -> tuple[Any, ...] | None:
+    """What a kernel takes of a table: its entries, how many there are, and as 1 or 0 whether bands meet the last query and key of a
+    sequence, else its first ones, and whether the bias is packed along queries, along keys, and the mask likewise; None: nothing is packed.
+    """
+    if t is None:
+        return None
+    packed = packed_of(spec)
+    along = [int(layout == name) for layout in (packed.bias_layout, packed.mask_layout) for name in ("rows", "keys")]
+    return (t.of[name].table, t.of[name].total, int(packed.bottom_right), *along)
+
+
+def around_call(
+    step: Step, spec: AttentionSpec, x: Operands, t: Tables, given: dict[str, Tensor | None], saved: Saved | None = None
+) -> Call:
+    """A launch before or after the kernels that all batches have: of :data:`AROUND`."""
+    packed, config = packed_of(spec), config_of(step)
+    if step.kernel == "unowned":
+        return unowned_call(step, spec, t.extents, given, saved)
+    if step.kernel == "extents":
+        first = (t.of[name].first if name in t.of else None for name in ("queries", "keys"))
+        args: tuple[Any, ...] = (
+            *(x.offsets_q, x.offsets_k, x.used_q, x.used_k, t.extents, *first, t.diagonals, t.counters),
+            *(packed.sequences, spec.queries, spec.keys, packed.most_queries, packed.most_keys),
+        )
+        constants: dict[str, Any] = {"BM": config.block_m, "BN": config.block_n, "BLOCK": SEQUENCES, "COUNTERS": 2 * _GROUPS}
+        return Call(packed_kernels.extents, args, constants, config, step.programs)
+    (name,) = step.gives
+    own = t.of[name]
+    bound = own.table.shape[0]
+    if step.kernel == "ordered":
+        args = (own.entries, own.places, own.counters, own.table, bound)
+        return Call(listed_kernels.ordered, args, {"BLOCK": ROWS_A_PROGRAM}, config, step.programs)
+    args = (
+        *(t.extents, own.first, t.diagonals, own.entries, own.places, own.counters, own.total, packed.sequences, bound),
+        *(packed.sequences.bit_length(), int(packed.bottom_right), spec.lo, spec.hi, cached_rows(spec, name)),
+    )
+    constants = {"BLOCK": ROWS_A_PROGRAM, "TILE": own.rows, "OF_KEYS": name == "keys"}
+    return Call(listed_kernels.listed, args, constants, config, step.programs)
