@@ -26,6 +26,7 @@ from test_hopper import (
     features_of,
     lengths_of,
     mask_of,
+    second_of,
     seed_of,
     serialised,
     slopes_of,
@@ -70,6 +71,7 @@ class Target:
     lengths: bool = False
     dropout: float = 0.0
     slopes: bool = False
+    second: str = ""
     spills: int = 0
 
     def __str__(self) -> str:
@@ -148,6 +150,12 @@ TARGETS = [
     # All at once, at wide heads.
     dq(256, "1hqk", CAUSAL, mask="b1qk", lengths=True, softcap=50.0, dropout=0.1, spills=48),
     dbias(256, "1hqk", mask="b11k", lengths=True, softcap=50.0, dropout=0.1, spills=56),
+    # A row of keys beside a tile of bias.
+    dq(64, "1hqk", CAUSAL, second="b11k"),
+    dq(128, "bhqk", gradient=True, second="111k", bias_dtype=F32),
+    dbias(32, "1hqk", second="b11k", spills=24),
+    dbias(64, "1hqk", CAUSAL, second="b11k"),
+    dbias(128, "11qk", second="bh1k", mask="b11k", length=ODD, spills=48),
     # Several programs a processor.
     dq(32, "1hqk", mask="b11k"),
     dq(32, "bhqk", gradient=True),
@@ -183,8 +191,9 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Call, int
         bias = make(b, 1, *rest, dtype=target.bias_dtype or target.dtype)
     mask, lengths = mask_of(target.mask, batch, heads, target.length), lengths_of(target.lengths, batch)
     slopes, seed = slopes_of(target.slopes, heads), seed_of(target.dropout)
-    numbers = (target.softcap, target.dropout)
-    spec = spec_of(q, make(*q.shape), dout, bias, 1, *target.band, 0.125, "ieee", mask, lengths, slopes, None, seed, *numbers)
+    second = second_of(target.second, batch, heads, target.length, target.dtype)
+    numbers = (target.softcap, target.dropout, False)
+    spec = spec_of(q, make(*q.shape), dout, bias, 1, *target.band, 0.125, "ieee", mask, lengths, slopes, None, seed, *numbers, second)
     stats = torch.empty((batch * heads, 3 if spec.keeps_rest else 2, -(-target.length // 128) * 128), device="meta", dtype=F32)
     if target.splits:
         assert bias is not None and dbias_plan.why_not(spec, SM90) is None
@@ -193,7 +202,7 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Call, int
         dtype = bias.dtype if target.splits == 1 else F32
         parts = make(target.splits, *bias.shape, dtype=dtype)
         programs = dbias_plan.programs(spec, config, target.splits, SM90.sms)
-        operands = (q, k, v, bias, dout, stats, parts, lengths, slopes, mask, seed)
+        operands = (q, k, v, bias, dout, stats, parts, lengths, slopes, mask, seed, None, second)
         return dbias_call(spec, config, programs, target.splits, *operands), config.shared_memory(spec)
     gives = ("dq", "dbias") if target.gradient else ("dq",)
     config = target.config or dq_plan.choose(spec, SM90.shared_memory, gives)
@@ -201,7 +210,7 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Call, int
     full = make(*bias.shape, dtype=bias.dtype) if bias is not None and target.gradient else None
     programs = dq_plan.programs(spec, config, SM90.sms)
     small_lse = torch.empty(FLAGS, device="meta", dtype=torch.int32) if reads_small_lse(spec, Step("dq", config, programs)) else None
-    call = dq_call(spec, config, programs, q, k, v, bias, dout, stats, grad, full, lengths, slopes, mask, seed, small_lse)
+    call = dq_call(spec, config, programs, q, k, v, bias, dout, stats, grad, full, lengths, slopes, mask, seed, small_lse, second)
     return call, config.shared_memory(spec, gives)
 
 
