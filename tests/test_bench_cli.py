@@ -304,7 +304,7 @@ def test_what_was_measured_is_kept(error: BaseException, status: int, tmp_path: 
         (["--hd", "100", "--d", "64"], "--hd: wanted a multiple of every --d, got 100; --d 64 does not divide it"),
         (["--bias", "hqkb"], "argument --bias: bias: wanted none, or dims such as 1hqk"),
         (["--bias", "1hqk/none"], "argument --bias: bias: wanted one pattern, none, or two such as 1hqk/b11k"),
-        (["--bias", "1hqk/b11k", "--packed", "zipf"], "--bias 1hqk/b11k: two biases are for a batch here, not for packed sequences"),
+        (["--bias", "1hqk/b11k", "--packed", "uniform"], "--bias 1hqk/b11k: two biases are for a batch here, not for packed sequences"),
         (["--providers", "sdpa,fa5"], "--providers fa5: wanted some of triflash"),
         (["--dtype", "fp8"], "--dtype fp8: wanted some of bf16, fp16, fp32"),
         (["--pass", "sideways"], "--pass sideways: wanted some of fwd, bwd"),
