@@ -271,6 +271,26 @@ def test_who_takes_them(N: int, D: int) -> None:
         assert names(plan_backward(spec(N, N, D=D), ALL, KNOWN_DEVICES[arch])) == ["delta", "dkdv", "dq"]
 
 
+def test_who_takes_longer_rows() -> None:
+    """Up to 80 keys forward and 128 backward these, where nothing else is asked of them; then Hopper's, from 64 queries on."""
+    device = KNOWN_DEVICES["sm90"]
+
+    def kernels_of(problem: AttentionSpec) -> tuple[str, str]:
+        plans = plan_forward(problem, device), plan_backward(problem, replace(ALL, dbias=problem.bias is not None), device)
+        forward, backward = (f"{plan.backend} {plan.steps[0].kernel}" for plan in plans)
+        return forward, backward
+
+    short, hopper = ("triton short_forward", "triton short_backward"), ("hopper forward", "hopper preprocess")
+    assert kernels_of(spec(77, 77)) == short
+    assert kernels_of(spec(128, 128)) == kernels_of(spec(77, 77, D=128)) == (hopper[0], short[1])
+    assert kernels_of(spec(77, 77, bias=SHARED)) == kernels_of(spec(77, 77, softcap=30.0)) == (short[0], hopper[1])
+    assert kernels_of(spec(197, 197)) == kernels_of(spec(2048, 77, B=8, D=128)) == hopper
+    assert kernels_of(spec(2048, 77, B=8)) == short and plan_forward(spec(2048, 77, B=8), device).steps[0].programs == 8 * 16 * 8
+    assert kernels_of(spec(2048, 77, B=9)) == (short[0], hopper[1])  # pairs for two rounds, of which the second is nearly empty
+    assert kernels_of(spec(50, 197)) == ("triton forward", "triton delta") and kernels_of(spec(50, 600))[0] == "triton few_forward"
+    assert kernels_of(spec(200, 600))[0] == "triton forward" and kernels_of(spec(200, 300)) == hopper
+
+
 def test_what_the_backward_kernel_leaves_to_others() -> None:
     """The gradient of a bias that it cannot sum up, for which it writes delta; of a sink, that alone."""
     device = KNOWN_DEVICES["sm90"]
