@@ -110,16 +110,16 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
                     k.shape,
                 )
                 few = (q, k, v) if bias is None else (q, k, v, bias)
-                found = near_of(near, few)
+                found = near_of(CALLS, near, few)
             except (AttributeError, TypeError, RuntimeError, NotImplementedError):
                 near = found = None  # as below
             if found is not None:
                 if profiler._is_profiler_enabled:
                     with profiler.record_function("triflash::attention"):
-                        return _run(found.call, (q, k, v, bias, *_ABSENT), return_lse)
+                        return _run(found.entry, (q, k, v, bias, *_ABSENT), return_lse)
                 if found.wants and torch.is_grad_enabled():
-                    return _apply(found.call, return_lse, *few)
-                return _without_gradients(found.call, (q, k, v, bias, *_ABSENT), return_lse)
+                    return _apply(found.entry, return_lse, *few)
+                return _without_gradients(found.entry, (q, k, v, bias, *_ABSENT), return_lse)
     call, cast, placed = None, False, not (query_starts is query_lengths is key_starts is diagonals is None)
     try:
         more: Any = None
@@ -141,7 +141,7 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
         if slopes is None or not (slopes.requires_grad and torch.is_grad_enabled()):
             call = CALLS.get(key)
             if call is not None and near is not None and q.dtype in _HALF:
-                remember_near(near, few, call)
+                remember_near(CALLS, near, few, call)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         key = None  # a tensor that is none, or has no memory, or an option that cannot be hashed: the checks have words for it
     if cast:

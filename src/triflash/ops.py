@@ -25,7 +25,7 @@ from torch._functorch.utils import enable_single_level_autograd_function as _sin
 from .bound.cache import Recent
 from .bound.call import GRADIENTS, BoundCall
 from .bound.passes import BoundPass
-from .bound.signature import CALLS, ambient, describe
+from .bound.signature import CALLS, ambient, current_choices, describe, near_of, remember_near
 from .errors import UnsupportedError, bad_value
 from .flops import register_formulas
 from .form import Form
@@ -164,35 +164,43 @@ class _Ready:
 _READY: Recent[_Ready] = Recent(CALLS.capacity)
 
 
-def _signature(name: str, args: tuple[Any, ...], leading: int, q: Tensor) -> tuple[Any, ...]:
-    """What tells one call of an operator from another; leading: how many of the arguments are tensors, before the first that is none.
+def _ready(name: str, args: tuple[Any, ...], leading: int, q: Tensor, make: Callable[[tuple[Any, ...]], _Ready]) -> _Ready:
+    """What was made of arguments like these; leading: how many of them are tensors, before the first that is none.
 
-    Less than :func:`~triflash.bound.signature.describe` asks: what gets here is what its memory holds.
+    Tensors are asked less than :func:`~triflash.bound.signature.describe` asks: what gets here is what its memory holds.
     """
     tensors, rest = args[:leading], args[leading:]
     if len(args) > leading + _NUMBERS:
         tensors += tuple([x for x in rest if isinstance(x, Tensor)])
         rest = tuple([Tensor if isinstance(x, Tensor) else x for x in rest])
-    low = 0
-    for x in tensors:
-        if x is not None:
-            low |= x.data_ptr()
-    described = tuple([None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors])
-    aligned = tuple([x is not None and x.data_ptr() & 15 for x in tensors]) if low & 15 else None
-    return name, described, aligned, rest, tuple(map(type, rest)), ambient(q)[1]
+    given = [x for x in tensors if x is not None]
+    missing = tuple([x is None for x in tensors]) if len(given) != len(tensors) else len(given)
+    near = (name, missing, q.shape, rest, tuple(map(type, rest)), current_choices())
+    known = near_of(_READY, near, given)
+    if known is not None:
+        found: _Ready = known.entry
+        return found
+    described = tuple([(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in given])
+    key = (near, described, ambient(q)[1])
+    ready = _READY.get(key)
+    if ready is None:
+        ready = make(args)
+        _READY.add(key, ready)
+    else:
+        remember_near(_READY, near, given, ready)
+    return ready
 
 
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, bias = args[:4]
-    key = _signature("forward", args, 4, q)
-    ready = _READY.get(key)
-    if ready is None:
-        call, given = _bound(q, k, v, bias, OperatorOptions(*args[4:]))
-        places = _given(0, 1, 2, 3, OperatorOptions(*range(4, len(args))), len(given) - _TENSORS)
-        ready = _Ready(call.forward, places)
-        _READY.add(key, ready)
-    out, lse, *lost = ready.run(args, q)
+    q = args[0]
+    out, lse, *lost = _ready("forward", args, 4, q, _ready_forward).run(args, q)
     return out, lse, lost[0] if lost else q.new_empty(0, dtype=torch.float32)
+
+
+def _ready_forward(args: tuple[Any, ...]) -> _Ready:
+    q, k, v, bias, *rest = args
+    call, given = _bound(q, k, v, bias, OperatorOptions(*rest))
+    return _Ready(call.forward, _given(0, 1, 2, 3, OperatorOptions(*range(4, len(args))), len(given) - _TENSORS))
 
 
 def kept(rest: Tensor | None) -> Tensor | None:
@@ -215,12 +223,7 @@ def _backward(
     args = (
         dout, dlse, q, k, v, bias, out, lse, rest, batch_inner, lo, hi, scale, precision, backend, tuple(needs), *more,
     )  # fmt: skip
-    key = _signature("backward", args, 9, q)
-    ready = _READY.get(key)
-    if ready is None:
-        ready = _ready_backward(args)
-        _READY.add(key, ready)
-    made = iter(ready.run(args, dout))
+    made = iter(_ready("backward", args, 9, q, _ready_backward).run(args, dout))
     dq, dk, dv, dbias, dsink = [next(made) if need else q.new_empty(0) for need in _all_needs(needs)]
     return dq, dk, dv, dbias, dsink
 

@@ -377,7 +377,7 @@ def test_a_call_that_is_told_by_few_questions_is_the_one_that_many_tell() -> Non
                 assert which(call) == wanted[name], name
         for name, call in reversed(calls.items()):
             assert which(call) == wanted[name], name
-        remembered = {id(each.call) for entries in CALLS.near.values() for each in entries}
+        remembered = {id(each.entry) for entries in CALLS.near.values() for each in entries}
         assert {id(wanted[name][0][0]) for name in ("base", "causal", "bias", "scale", "backend")} <= remembered
         asked: list[Any] = []
         with mock.patch("triflash.door.describe", asked.append):

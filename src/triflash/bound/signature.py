@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from .cache import Recent
 from .cached import BoundCache
 from .call import BoundCall
 
-__all__ = ["CACHES", "CALLS", "Ambient", "Near", "ambient", "describe", "near_of", "remember_near"]
+__all__ = ["CACHES", "CALLS", "Ambient", "Near", "ambient", "current_choices", "describe", "near_of", "remember_near"]
 
 CAPACITY = 1024  # signatures; one takes some 50 kB
 
@@ -39,39 +39,39 @@ def ambient(q: Tensor) -> tuple[DeviceFacts, Ambient]:
 
 
 class Near(NamedTuple):
-    """A call of :data:`CALLS` as one C function tells it: ``check(q, k, v)`` or ``check(q, k, v, bias)`` compares classes, dispatch keys
+    """An entry of a :class:`~triflash.bound.cache.Recent` as one C function tells it: ``check(*tensors)`` compares classes, dispatch keys
     (negation among them), dtypes, devices, sizes, strides and who requires a gradient. Addresses are multiples of 16. wants: whether one
     of them requires a gradient.
     """
 
     check: Callable[..., bool]
-    call: BoundCall
+    entry: Any
     wants: bool
 
 
-_NEAR, _EACH = 1024, 4  # keys, and of each the calls that are told apart by check
+_NEAR, _EACH = 1024, 4  # keys, and of each the entries that are told apart by check
 # What Dynamo compares tensors by, in a tenth of the time that describing them takes. PyTorch does not promise it.
 _guards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
 
-def near_of(key: Any, tensors: tuple[Tensor, ...]) -> Near | None:
-    """The call of such a key for which these tensors were remembered."""
-    for each in CALLS.near.get(key, ()):
+def near_of(recent: Recent[Any], key: Any, tensors: Sequence[Tensor]) -> Near | None:
+    """The entry that was remembered under such a key for tensors like these."""
+    for each in recent.near.get((key, facts_of), ()):  # a device has one set of facts, unless a test gives it another
         if each.check(*tensors):
             low = 0
             for x in tensors:
                 low |= x.data_ptr()
             if low & 15:
                 return None
-            each.call.stamp = CALLS.now
+            each.entry.stamp = recent.now
             found: Near = each
             return found
     return None
 
 
-def remember_near(key: Any, tensors: tuple[Tensor, ...], call: BoundCall) -> None:
+def remember_near(recent: Recent[Any], key: Any, tensors: Sequence[Tensor], entry: Any) -> None:
     """Remember them, if their addresses are multiples of 16, few like them are, and this PyTorch has what compares them."""
-    others = CALLS.near.get(key, ())
+    others = recent.near.get((key, facts_of), ())
     if _guards is None or len(others) >= _EACH or any(x.data_ptr() & 15 for x in tensors):
         return
     try:
@@ -81,6 +81,6 @@ def remember_near(key: Any, tensors: tuple[Tensor, ...], call: BoundCall) -> Non
     except Exception:  # noqa: BLE001 (another form than that known here)
         return
     if known:
-        if len(CALLS.near) >= _NEAR:
-            CALLS.near.clear()
-        CALLS.near[key] = (*others, Near(check, call, any(x.requires_grad for x in tensors)))
+        if len(recent.near) >= _NEAR:
+            recent.near.clear()
+        recent.near[key, facts_of] = (*others, Near(check, entry, any(x.requires_grad for x in tensors)))
