@@ -5,9 +5,11 @@ the keys of each request, gathered by the text of docs/semantics.md, in Python's
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -345,3 +347,26 @@ def assert_right(call: Call, out: Tensor, lse: Tensor) -> None:
     for name, got in (("out", out), ("lse", lse)):
         problem = disagreement(got.cpu(), judgements[name])
         assert problem is None, f"{call.case.name}: {name}: {problem}"
+
+
+# Calls that are no case: small tensors, of which a test changes some.
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+RUNS_TRITON = GPU or os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = [
+    "tiled",
+    "oracle",
+    pytest.param("triton", marks=pytest.mark.skipif(not RUNS_TRITON, reason="Triton runs nothing here")),
+]
+
+
+def simple(B: int = 2, M: int = 2, N: int = 12, dtype: torch.dtype = torch.float32, **more: Any) -> dict[str, Any]:
+    made = {
+        "q": torch.randn(B, M, 4, 8, dtype=dtype), "k_cache": torch.randn(B, N, 2, 8, dtype=dtype),
+        "v_cache": torch.randn(B, N, 2, 8, dtype=dtype), "cache_lengths": torch.tensor([5, 9][:B]),
+    }  # fmt: skip
+    return {**{name: x.to(DEVICE) for name, x in made.items()}, **more}
+
+
+def with_new(M: int = 2, **more: Any) -> dict[str, Any]:
+    return simple(M=M, k_new=torch.randn(2, M, 2, 8, device=DEVICE), v_new=torch.randn(2, M, 2, 8, device=DEVICE), causal=True, **more)

@@ -1,0 +1,143 @@
+"""Context parallelism of packed documents, each cut by itself: values and gradients of ``attention_varlen``, single rows, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import triflash
+from ranks import METHODS, call_of, made, needs_gloo, run
+
+pytestmark = needs_gloo
+
+PACKED: list[tuple[str, dict[str, tuple[int, ...]], dict[str, Any]]] = [
+    ("plain", {}, {}),
+    ("causal, ALiBi, a sink", {"alibi_slopes": (4, 4), "sink": (4,)}, {"causal": True}),
+    ("padded", {"bias": (1, 4, 11, 13), "mask": (4, 1, 11, 13)}, {"causal": True, "window": (4, None)}),
+    ("rows", {"bias": (4, 24, 13), "sink": (4,)}, {"bias_layout": "rows", "softcap": 4.0}),
+    ("keys", {"bias": (1, 30), "second": (4, 30)}, {"bias_layout": "keys", "causal": True}),
+    ("dropout", {}, {"dropout_p": 0.3, "dropout_seed": 5, "causal": "top_left"}),
+]  # fmt: skip
+
+
+def check_packed(method: str, order: str, name: str, extra: dict[str, tuple[int, ...]], options: dict[str, Any]) -> None:
+    """Documents of 11, 0, 5 and 8 queries and 13, 3, 6 and 8 keys, each cut by itself."""
+    from triflash.distributed import context_parallel_attention_varlen, shard
+
+    group = dist.group.WORLD
+    cu_q, cu_k = torch.tensor([0, 11, 11, 16, 24]), torch.tensor([0, 13, 16, 22, 30])
+
+    def cut(x: Tensor, cu: Tensor, dim: int = 0) -> Tensor:
+        return torch.cat([shard(part, dim, group, order) for part in x.split(cu.diff().tolist(), dim)], dim)
+
+    torch.manual_seed(2)
+    shapes = {"q": (24, 4, 3), "k": (30, 2, 3), "v": (30, 2, 5), **extra}
+    whole = {each: made(each, shape, 30, torch.float64) for each, shape in shapes.items()}
+    dout, dlse = torch.randn(24, 4, 5, dtype=torch.float64), torch.randn(4, 24, dtype=torch.float64)
+    cuts: dict[str, Any] = {"q": lambda x: cut(x, cu_q), "k": lambda x: cut(x, cu_k), "v": lambda x: cut(x, cu_k)}
+    if name == "rows":
+        cuts["bias"] = lambda x: cut(x, cu_q, 1)
+    learned = [each for each, x in whole.items() if x.is_floating_point() and each != "alibi_slopes"]
+    parts = {each: cuts.get(each, torch.clone)(x).detach().requires_grad_(each in learned) for each, x in whole.items()}
+    if name == "padded":  # rows of a document that share one bias differ from document to document: expanded, and cut
+        for each in ("bias", "mask"):
+            expanded = whole[each].expand(4, -1, -1, -1)
+            rows = [shard(x[:, : int(m)], 1, group, order) for x, m in zip(expanded, cu_q.diff(), strict=True)]
+            most = max(2, *(x.shape[1] for x in rows))  # a dim of 1 would be shared
+            parts[each] = torch.stack([torch.nn.functional.pad(x, (0, 0, 0, most - x.shape[1])) for x in rows]).detach()
+        learned.remove("bias")
+    for each in learned:
+        whole[each].requires_grad_()
+    result = call_of(
+        context_parallel_attention_varlen,
+        parts,
+        cu_seqlens_q=cu_q,
+        cu_seqlens_k=cu_k,
+        group=group,
+        method=method,
+        order=order,
+        return_lse=True,
+        **options,
+    )
+    expected = call_of(triflash.attention_varlen, whole, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, return_lse=True, **options)
+    torch.autograd.backward(expected, [dout, dlse])
+    torch.autograd.backward(result, [cut(dout, cu_q), cut(dlse, cu_q, 1)])
+    where = f"{name}, {method}, {order}"
+    for got, wanted in zip(result, (cut(expected[0], cu_q), cut(expected[1], cu_q, 1)), strict=True):
+        torch.testing.assert_close(got.detach(), wanted.detach(), rtol=1e-10, atol=1e-10, msg=lambda text: f"{where}: {text}")
+    for each in learned:
+        wanted = cuts.get(each, torch.clone)(whole[each].grad)
+        torch.testing.assert_close(
+            parts[each].grad, wanted, rtol=1e-10, atol=1e-10, msg=lambda text, each=each: f"{where}, d{each}: {text}"
+        )
+
+
+def check_packed_errors(rank: int) -> None:
+    from triflash.distributed import context_parallel_attention_varlen
+
+    x, cu = torch.randn(4, 2, 4), torch.tensor([0, 8])
+    for error, words, offsets, options in (
+        (ValueError, rf"^q: wanted 3 dims and 5 rows on rank {rank} of 2, its zigzag shares of the documents, got \(4, 2, 4\)", torch.tensor([0, 10]), {}),
+        (ValueError, "^cu_seqlens_q: wanted offsets that begin with 0 and do not decrease", torch.tensor([0, 9, 8]), {}),
+        (TypeError, "^cu_seqlens_q: wanted an int32 or int64 tensor, got list", [0, 8], {}),
+        (ValueError, "^bias_layout: wanted one of padded, rows, keys", cu, {"bias_layout": "row"}),
+        (ValueError, "^bias: wanted 1 or at least 4 rows and 1 or at least 8 keys, document 0", cu, {"bias": torch.zeros(1, 2, 4, 7)}),
+        (ValueError, "^method: wanted one of", cu, {"method": "all"}),
+    ):  # fmt: skip
+        with pytest.raises(error, match=words):
+            context_parallel_attention_varlen(x, x, x, offsets, group=dist.group.WORLD, **options)
+
+
+SINGLE_ROWS: list[tuple[str, list[int], tuple[int, ...], dict[str, Any]]] = [
+    ("keys that all rows share", [0, 2], (1, 2), {"bias_layout": "keys"}),
+    ("a row that all share, of a document with one row a rank", [0, 2, 8], (2, 1, 1, 6), {}),
+    ("a row of its own, beside two on another rank", [0, 3], (1, 3, 3), {"bias_layout": "rows"}),
+]
+
+
+def check_single_rows(method: str) -> None:
+    """One row on a rank, and a bias of one row: the rank's own, or one that all share, whose gradient is that of all."""
+    from triflash.distributed import context_parallel_attention, context_parallel_attention_varlen, shard
+
+    group = dist.group.WORLD
+    for name, offsets, shape, options in SINGLE_ROWS:
+        torch.manual_seed(3)
+        cu = torch.tensor(offsets)
+        q, bias = torch.randn(offsets[-1], 2, 4, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+
+        def cut(x: Tensor, dim: int = 0, cu: Tensor = cu) -> Tensor:
+            return torch.cat([shard(part, dim, group) for part in x.split(cu.diff().tolist(), dim)], dim)
+
+        by_rows = options.get("bias_layout") == "rows"
+        learned = [x.clone().requires_grad_() for x in (q, bias)]
+        own = [x.clone().requires_grad_() for x in (cut(q), cut(bias, 1) if by_rows else bias)]
+        out = triflash.attention_varlen(*[learned[0]] * 3, cu, bias=learned[1], **options)
+        part = context_parallel_attention_varlen(*[own[0]] * 3, cu, bias=own[1], group=group, method=method, **options)
+        torch.testing.assert_close(part, cut(out), rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}, {method}: {text}")
+        weights = torch.randn(out.shape, dtype=torch.float64)
+        wanted, got = torch.autograd.grad(out, learned[1], weights)[0], torch.autograd.grad(part, own[1], cut(weights))[0]
+        wanted = cut(wanted, 1) if by_rows else wanted
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}, {method}: {text}")
+    q, bias = torch.randn(1, 3, 2, 4, dtype=torch.float64), torch.randn(1, 1, 3, 3, dtype=torch.float64)
+    parts = [shard(q, 1, group) for _ in range(3)]
+    part = context_parallel_attention(*parts, bias=shard(bias, 2, group), group=group, method=method, length=3, key_length=3)
+    torch.testing.assert_close(part, shard(triflash.attention(q, q, q, bias=bias), 1, group), rtol=1e-10, atol=1e-10)
+
+
+def check_documents(rank: int, world: int) -> None:
+    for n, (name, extra, options) in enumerate(PACKED):
+        for method in METHODS:
+            check_packed(method, ("zigzag", "contiguous")[n % 2], name, extra, options)
+    check_packed_errors(rank)
+    for method in METHODS:
+        check_single_rows(method)
+
+
+def test_packed(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+    run(2, tmp_path, record_property, check_documents)
