@@ -109,7 +109,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     goal = {"first": "test", "some": "test-rest TIER=some", "rest": "test-rest"}[config.getoption("--tier")]
     terminalreporter.write_line(f"the same tests again: make {goal} PART={config.getoption('--part')}")
     if new := ran - known.keys():
-        terminalreporter.write_line(f"{len(new)} of them were never measured and ran for that reason: make durations")
+        terminalreporter.write_line(f"{len(new)} of them were never measured: make durations")
 
 
 @pytest.fixture(scope="session")

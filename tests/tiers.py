@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import resource
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
@@ -26,6 +27,8 @@ TIERS = ("first", "some", "rest")
 BUDGET = {"interpreted": 100.0, "compiled": 15.0}  # CPU seconds of the fixed part, in each of the three processes that make up a run
 DEAREST = 4.0  # CPU seconds; a test function with no case below has no claim to be in the fixed part
 ELSEWHERE = "processor seconds elsewhere"  # the property by which a test tells of processes that are not its children
+UNMEASURED = 2  # tests of a function that were never measured, which run first; any more wait like others, and count as ASSUMED
+ASSUMED = 1.0  # CPU seconds
 LEAST = 0.005  # CPU seconds; what a test costs that was too short to measure
 
 
@@ -69,7 +72,8 @@ def features_of(case: Any) -> Iterator[str]:
 def tier_of(tests: Sequence[Candidate], costs: dict[str, Cost], budget: float, tier: str, part: int) -> set[str]:
     """The names of one of ``TIERS``, where ``part`` is the one that is picked."""
     fixed = fixed_part(tests, costs, budget)
-    rest = sorted((test.name for test in tests if test.name not in fixed), key=lambda name: (-costs[name].seconds, name))
+    seconds = {test.name: costs[test.name].seconds if test.name in costs else ASSUMED for test in tests}
+    rest = sorted((test.name for test in tests if test.name not in fixed), key=lambda name: (-seconds[name], name))
     parts = [set(rest[n::PARTS]) for n in range(PARTS)]  # each has some of the longest and some of the shortest
     if tier == "first":
         return fixed | parts[part]
@@ -78,12 +82,21 @@ def tier_of(tests: Sequence[Candidate], costs: dict[str, Cost], budget: float, t
 
 
 def fixed_part(tests: Sequence[Candidate], costs: dict[str, Cost], budget: float) -> set[str]:
-    """Tests that were never measured and those that are skipped; then, cheapest first, whatever has something in it that no other yet has."""
-    chosen = {test.name for test in tests if test.name not in costs or costs[test.name].seconds == 0}
+    """The first tests of a function that were never measured, and those that are skipped; then, cheapest first, whatever has something in it
+    that no other yet has.
+    """
+    chosen, new = {test.name for test in tests if test.name in costs and costs[test.name].seconds == 0}, Counter[str]()
+    for test in tests:
+        if test.name not in costs:
+            new[test.function] += 1
+            if new[test.function] <= UNMEASURED:
+                chosen.add(test.name)
+    costs = {test.name: costs.get(test.name, Cost(ASSUMED)) for test in tests}
     measured = sorted((test for test in tests if test.name not in chosen), key=lambda test: (costs[test.name].seconds, test.name))
     spent = 0.0
     for wanted, must in LEVELS:
-        covered = {tag for test in measured if test.name in chosen for tag in wanted(test, costs[test.name])}
+        ran = (test for test in tests if test.name in chosen and costs[test.name].seconds)
+        covered = {tag for test in ran for tag in wanted(test, costs[test.name])}
         for test in measured:
             cost = costs[test.name]
             tags = set(wanted(test, cost))
