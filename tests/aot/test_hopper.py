@@ -92,6 +92,9 @@ TARGETS = [
     Target((32, 32), band=CAUSAL),
     Target((96, 96), F16, band=WINDOW),
     Target((192, 128), band=CAUSAL, length=EVEN),
+    # Of which columns that pad a head are left out of q k.
+    Target((80, 80), band=CAUSAL),
+    Target((160, 160), length=EVEN),
     # A tile of bias a block.
     *(Target((d, d), bias="1hqk", band=band) for d, band in ((64, CAUSAL), (128, CAUSAL), (256, FULL))),
     Target((128, 128), bias="1hqk", length=EVEN),
@@ -256,6 +259,16 @@ def test_compiles_within_limits(target: Target) -> None:
         assert unfenced_products(code.replace("FENCE", "NOP")) > 0  # the check can fail
     if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
         assert used.spills <= max(SPILLS, target.spills), f"{call.config}: {used}"
+
+
+@pytest.mark.parametrize("head_dim, steps", [(64, 4), (72, 5), (80, 5), (96, 6), (128, 8), (144, 9), (160, 10), (192, 12), (256, 16)])
+def test_columns_that_pad_a_head_are_not_multiplied(head_dim: int, steps: int) -> None:
+    """q and k, in steps of 16: by the constant that the kernel is compiled for, and two head dims by their machine code."""
+    _, call = the_call(Target((head_dim, head_dim), band=CAUSAL))
+    assert call.constants["QK"] == 16 * steps
+    if head_dim in (80, 160):
+        ptx = ahead.compile_for(call, "sm90").asm["ptx"]
+        assert ptx.count("wgmma.mma_async") % (steps + call.config.block_n // 16) == 0  # p v: along keys
 
 
 @pytest.mark.parametrize(

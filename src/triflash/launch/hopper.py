@@ -106,9 +106,18 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t:
             "EVEN_N": is_even(spec, block_n),
             "ALIBI": alibi_of(spec, block_n),
             "FUSING": fuses_bias(spec, config),
+            "QK": multiplied_columns(spec.head_dim),
         }
         calls.append(Call(forward_kernels.forward, args, constants | register_limit(config), config, step.programs))
     return calls
+
+
+def multiplied_columns(head_dim: int) -> int:
+    """Of a head padded to a power of 2, how many columns q and k are multiplied in: whole panels of 64, as shared memory is swizzled, and
+    16, 32 or 64 of the last one.
+    """
+    whole, rest = divmod(head_dim, 64)
+    return min(padded(head_dim), 64 * whole + (padded(rest) if rest else 0)) if whole else padded(head_dim)
 
 
 def register_limit(config: QueryConfig) -> dict[str, int]:

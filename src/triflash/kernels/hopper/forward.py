@@ -72,6 +72,7 @@ class Program:
     EVEN_N: gl.constexpr
     ALIBI: gl.constexpr
     FUSING: gl.constexpr
+    QK: gl.constexpr
 
 
 @record
@@ -166,6 +167,28 @@ def _finish(p, o, l, m, target, x, m0, head):
         gl.store(p.rest + at_row, gl.where(unseen, 0.0, (m - again) + gl.log2(l)), mask=i < x.queries)
 
 
+@gluon.constexpr_function
+def _largest(columns):
+    """The largest power of 2 up to so many."""
+    return 1 << (columns.bit_length() - 1)
+
+
+@gluon.jit
+def _qk(q, k, s, FIRST: gl.constexpr, QK: gl.constexpr):
+    """q kᵀ over the columns from FIRST up to QK, issued; with FIRST 0 s is what the MMA is told instead of zeros, else it is added to.
+
+    Columns that only pad a head to a power of 2 are left out. A piece is a power of 2 of columns and begins at a multiple of that.
+    """
+    SIZE: gl.constexpr = _largest(QK - FIRST)
+    if SIZE == q.shape[1]:
+        return warpgroup_mma(q, k.permute((1, 0)), s, use_acc=False, is_async=True)
+    else:
+        s = warpgroup_mma(q.slice(FIRST, SIZE, 1), k.slice(FIRST, SIZE, 1).permute((1, 0)), s, use_acc=FIRST > 0, is_async=True)
+        if FIRST + SIZE < QK:
+            s = _qk(q, k, s, FIRST + SIZE, QK)
+        return s
+
+
 @gluon.jit
 def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr):
     """Steps ``first … last`` of a tile: q kᵀ of a block, and p v of the block before, of which ``weights`` are p, under its softmax."""
@@ -193,7 +216,7 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
         p.kv.wait(at, 0)
         if p.C.ping_pong:
             mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
-        s_pending = warpgroup_mma(q, p.k_s.index(stage).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        s_pending = _qk(q, p.k_s.index(stage).reshape([BN, BD]), nothing, 0, p.QK)
         if EARLY:
             _release_bias(p, at, WG)
         o_pending = warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
@@ -253,7 +276,7 @@ def _consume(p, WG: gl.constexpr):
     if p.C.ping_pong:
         mbarrier.wait(p.ping_pong[WG].index(0), 0)
     q = p.q_s.index(WG).reshape([BM, BD])
-    s_pending = warpgroup_mma(q, p.k_s.index(0).reshape([BN, BD]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    s_pending = _qk(q, p.k_s.index(0).reshape([BN, BD]), nothing, 0, p.QK)
     if p.C.ping_pong:
         mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
     s = warpgroup_mma_wait(0, [s_pending])
@@ -320,7 +343,7 @@ def _consume(p, WG: gl.constexpr):
                 mbarrier.wait(p.ping_pong[WG].index(0), done & 1)
             next_q = p.q_s.index(p.queries.slot(wave + 1, WG)).reshape([BM, BD])
             k = p.k_s.index(stage).reshape([BN, BD])
-            next_pending = warpgroup_mma(next_q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            next_pending = _qk(next_q, k, nothing, 0, p.QK)
             if OVERLAP:
                 o_pending = warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
             if p.C.ping_pong:
@@ -380,7 +403,7 @@ def forward(
     sink_stride, cap, dropout, second_desc, second_on, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr, QK: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
@@ -429,7 +452,7 @@ def forward(
         out_desc, bias, lengths, packed, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, kv, biases,
         ping_pong,
         bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale * LOG2E, tiles_m,
-        tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING,
+        tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING, QK,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group)
     if WGS == 1:
