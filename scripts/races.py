@@ -92,8 +92,9 @@ CASES = {
     "wide": Case("dkdv dq", {}, D=136, options={"causal": True, "dropout_p": 0.1}),
     "wide, bias, mask": Case("dkdv dq dbias", {}, D=256, bias="1hqk", mask="b11k"),
     "two biases": Case(
-        "dqdkdv dbias", {"dbias": "DbiasConfig(1, 128, 4, 4, ctas_per_sm=2)"}, {"dqdkdv": "DkdvConfig(1, 1)"},
-        bias="1hqk", second="b11k", D=32,
+        "dqdkdv dbias",
+        {"dqdkdv": "DkdvConfig(2, 2, 2, dq_warpgroup=True)", "dbias": "DbiasConfig(1, 128, 4, 4, chunk=32, ctas_per_sm=2)"},
+        {"dqdkdv": "DkdvConfig(1, 1)"}, bias="1hqk", second="b11k", D=32,
     ),
     "two biases, fixed order, slopes": Case(
         "dkdv dq", {"dkdv": "DkdvConfig(2, 2)"}, {"dkdv": "DkdvConfig(1, 1)", "dq": "DqConfig(1, 64, 2, 2)"},

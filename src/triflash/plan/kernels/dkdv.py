@@ -176,7 +176,7 @@ def _candidates(spec: AttentionSpec, gives: tuple[str, ...]) -> tuple[DkdvConfig
         of_its_own: tuple[DkdvConfig, ...] = ()
         if adding and (is_light(spec) or not dbias):
             short = is_light(spec) and not (is_banded(spec) and bias_tiles)  # what is not light takes registers
-            unroll = 2 if short and (not dbias or spec.second is not None) else 1
+            unroll = 2 if short and not dbias else 1
             of_its_own = tuple(DkdvConfig(2, 2, bias, kv_stages=kv, dq_warpgroup=True, unroll=unroll) for kv in (2, 1))
         kept = 1 if adding else bias  # dS is announced at the named barriers that a second buffer would want
         return (*of_its_own, DkdvConfig(2, 2, kept, kv_stages=2), DkdvConfig(2, 2, kept), DkdvConfig(2, 2), DkdvConfig(1, 1))
