@@ -208,8 +208,8 @@ def test_options_of_attention() -> None:
     assert explained.spec.groups == 2 and explained.spec.batch_inner == 3 and explained.spec.deterministic
     assert "probabilities of the sink" in dict(explained.memory)
     if HAVE_TRITON:
-        assert dict(explained.not_taken)["hopper"] == "could run it, but the kernels of backend triton for short rows are faster here"
-        assert explained.backward.steps[0].step.gives == ("dq", "dsink")  # type: ignore[union-attr]
+        assert "could run it, but is known to be faster only from 64 queries" in dict(explained.not_taken)["hopper"]
+        assert explained.backward.steps[0].step.gives == ("dsink",)  # type: ignore[union-attr]
     assert explain(q[0], k[0], k[0], device="sm90", layout="bshd").spec.groups == 2
     with pytest.raises(TypeError, match="softmax: wanted an argument of attention"):
         explain(q, k, k, softmax=1.0)

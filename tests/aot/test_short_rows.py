@@ -30,8 +30,6 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def calls(arch: str, M: int, N: int, D: int, bias: bool = False, **options: Any) -> dict[str, Call]:
     q, k = empty(41, M, 16, D), empty(41, N, 16, D)
     given = Given(q, k, k, empty(1, 16, M, N) if bias else None)
-    if "dropout_p" in options:
-        given = given._replace(dropout_seed=meta((2,), (1,), torch.int64))
     call = bind(ATTENTION, given, Options(**options), KNOWN_DEVICES[arch])
     passes = (call.forward, call.describe_backward(Needs(True, True, True, bias)))
     return {each.kernel.__name__: each for bound in passes for each in bound.calls or ()}
@@ -39,8 +37,8 @@ def calls(arch: str, M: int, N: int, D: int, bias: bool = False, **options: Any)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "windows": dict(M=49, N=49, D=32, bias=True), "patches": dict(M=64, N=64, D=64), "wide heads": dict(M=64, N=64, D=128),
-    "captions": dict(M=77, N=77, D=64, causal=True), "captions, many queries": dict(M=2048, N=77, D=64), "64, bias": dict(M=64, N=64, D=128, bias=True),
-    "soft cap, window": dict(M=64, N=64, D=64, softcap=30.0, window=(20, 10)), "dropout": dict(M=49, N=49, D=128, dropout_p=0.1),
+    "captions": dict(M=77, N=77, D=64, causal=True), "captions, many queries": dict(M=2048, N=77, D=64),
+    "64, bias": dict(M=64, N=64, D=128, bias=True),
 }  # fmt: skip
 
 

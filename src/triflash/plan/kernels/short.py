@@ -90,7 +90,12 @@ def takes_backward(spec: AttentionSpec, device: DeviceFacts) -> bool:
 
 
 def _measured(spec: AttentionSpec, device: DeviceFacts, backward: bool) -> bool:
-    return device.arch in MEASURED and spec.dtype in ("fp16", "bf16") and runs(spec, backward)
+    """Whether anything like it ran on a GPU of that kind, and was right: what has not is no default, whatever the interpreter says."""
+    if device.arch not in MEASURED or spec.dtype not in ("fp16", "bf16") or _width(spec) > 128 or not runs(spec, backward):
+        return False
+    bias = spec.bias
+    shared = bias is None or (bias.dtype == spec.dtype and bias.varies[3] and bias.varies[4] and not all(bias.varies))
+    return shared and spec.groups == 1 and spec.lo is None and not (_is_heavy(spec) or spec.key_lengths or spec.sink)
 
 
 def _width(spec: AttentionSpec) -> int:
@@ -105,7 +110,7 @@ def _is_heavy(spec: AttentionSpec) -> bool:
 def _best(spec: AttentionSpec, sms: int) -> ShortConfig | None:
     """What was measured to be the fastest of the forward kernel, where that is faster than other kernels; else None."""
     width = _width(spec)
-    if width > 128 or spec.keys > (PIECES if width <= 64 else 64):
+    if spec.keys > (PIECES if width <= 64 else 64):
         return None
     tiles = ceil_div(spec.queries, 64)
     if tiles >= 4 * ROUNDS and tiles // ROUNDS * spec.batch * spec.heads >= 4 * sms:
@@ -115,14 +120,14 @@ def _best(spec: AttentionSpec, sms: int) -> ShortConfig | None:
 
 def _best_backward(spec: AttentionSpec, sms: int) -> ShortConfig | None:
     """The same of the backward kernel."""
-    width, pairs, heavy = _width(spec), spec.batch * spec.kv_heads, _is_heavy(spec)
-    if width > 128 or (spec.queries * spec.groups > 256 and ceil_div(pairs, sms) * sms > MAX_LOAD_IMBALANCE * pairs):
+    width, pairs = _width(spec), spec.batch * spec.kv_heads
+    if spec.queries > 256 and ceil_div(pairs, sms) * sms > MAX_LOAD_IMBALANCE * pairs:
         return None
     if spec.keys <= 64:
-        if heavy or spec.bias is not None:  # more to keep in registers
-            return ShortConfig(64, 64, 4 if width <= 64 else 8, 1 if heavy else 2)
+        if spec.bias is not None:  # more to keep in registers
+            return ShortConfig(64, 64, 4 if width <= 64 else 8, 2)
         return ShortConfig(64, 64, 4, 1, ctas_per_sm={64: 4, 128: 2}.get(width, 0))
-    if spec.keys > 128 or heavy or spec.bias is not None:
+    if spec.keys > 128 or spec.bias is not None:
         return None
     if spec.queries > 128:
         return ShortConfig(64, 128, 8, 2) if width <= 64 else None
