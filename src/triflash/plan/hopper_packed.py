@@ -22,7 +22,7 @@ __all__ = ["ROWWISE", "backward_steps", "cached_rows", "forward_steps", "like", 
 
 ROWWISE = TileConfig(ROWS, 16, 4, 1)  # of preprocess, postprocess and dkdv_sum: 64 rows a program, no tiles of scores
 TALL = 2 * ROWS  # queries of a tile in the table, where no kernel that owns them says otherwise
-NARROW_STRETCH, WIDE_STRETCH = 0.8, 2.0  # of mean lengths: see _forward_config
+NARROW_STRETCH, WIDE_STRETCH = 0.8, 4.5  # of mean lengths: see _forward_config
 MOST_ROWS = 2**29  # of a tensor: what the coordinates of ragged descriptors leave
 
 
@@ -89,16 +89,24 @@ def unowned_step(length: int, gives: tuple[str, ...]) -> Step:
     return Step("unowned", TileConfig(ROWS_A_PROGRAM, 16, 4, 1), ceil_div(length, ROWS_A_PROGRAM), gives=gives)
 
 
+def _widest(spec: AttentionSpec) -> int:
+    return padded(max(spec.head_dim, spec.value_dim))
+
+
+def _is_tiny(spec: AttentionSpec) -> bool:
+    """Whether most sequences are no longer than the smallest tile, and nothing but a band comes with them."""
+    return like(spec).queries <= ROWS and _widest(spec) <= 128 and is_light(spec) and spec.bias is None
+
+
 def _forward_config(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> forward.ForwardConfig:
     """By hand, else by the rule for dense batches (H200, 2026-11-30; docs/tuning.md).
 
     Where lengths differ most of the work is that of the longest: at head dims above 64, where large tiles gain most, the rule is asked
-    about twice the mean. Below, under a band, small tiles gain what the ends of sequences waste of large ones. Sequences that do not fill a
-    tile of 64 take the smallest.
+    about several times the mean. Below, under a band, small tiles gain what the ends of sequences waste of large ones. Sequences that do
+    not fill a tile of 64 take the smallest.
     """
-    alike, widest = like(spec), padded(max(spec.head_dim, spec.value_dim))
-    narrow = widest <= 64
-    if "forward" not in by_hand and alike.queries <= ROWS and widest <= 128 and is_light(spec) and spec.bias is None:
+    narrow = _widest(spec) <= 64
+    if "forward" not in by_hand and _is_tiny(spec):
         config = forward.ForwardConfig(1, 64, 2, q_stages=2, ctas_per_sm=3) if narrow else forward.ForwardConfig(1, 64, 2, ctas_per_sm=2)
         if config.fits(spec, device.shared_memory):
             return config
@@ -128,6 +136,10 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     if needs.dq and not adding:
         own = dq.step(alike, device, by_hand, ("dq",))
         assert isinstance(own.config, dq.DqConfig)
+        if "dq" not in by_hand and _is_tiny(spec):
+            small = dq.DqConfig(1, 64, 2, 2, ctas_per_sm=3) if _widest(spec) <= 64 else dq.DqConfig(1, 64, 2, 1, ctas_per_sm=2)
+            own = replace(own, config=small if small.fits(spec, device.shared_memory, ("dq",)) else own.config)
+            assert isinstance(own.config, dq.DqConfig)
         tiles = max(most_tiles(spec.queries, sequences, own.config.block_m), 1) * spec.heads
         programs = min(tiles, device.sms * own.config.ctas_per_sm) if own.config.persistent else tiles
         queries = replace(own, programs=programs, order="tile")
