@@ -5,6 +5,7 @@ On the interpreter the plan does not take them by itself; ``override_configs`` d
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -339,6 +340,11 @@ def test_configurations_are_checked() -> None:
             pass
     with pytest.raises(ValueError, match="few_backward: "), override_configs(few_backward=SPLIT):
         plan_backward(spec(32, 1000), Needs(True, True, True, False), KNOWN_DEVICES["sm90"], "triton")
+    for stages, arch, refused in ((1, "sm90", True), (2, "sm90", False), (1, "sm80", False)):
+        with override_configs(few_backward=FewConfig(16, 64, 4, stages)):
+            told = pytest.raises(ValueError, match="beyond shared memory") if refused else contextlib.nullcontext()
+            with told:
+                plan_backward(spec(1, 8192), Needs(True, True, True, False), KNOWN_DEVICES[arch], "triton")
 
 
 # The interpreter rounds to 8 bits in a way of its own, so that there no such keys are appended.
