@@ -79,7 +79,7 @@ def test_threads_bind_cold_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     monkeypatch.setattr(knobs.compilation, "listener", listening)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    steps = [step_of(Problem("cold", M=16, N=16, D=16, options={"softcap": 2.0**-number}, backend="triton")) for number in range(1, 7)]
+    steps = [step_of(Problem("cold", M=16, N=400, D=16, options={"softcap": 2.0**-number}, backend="triton")) for number in range(1, 7)]
     barrier, failures = threading.Barrier(len(steps)), []
 
     def work(step: Step) -> None:
@@ -232,8 +232,8 @@ def test_bad_input_raises_in_the_first_call_and_in_the_thousandth() -> None:
 @pytest.mark.parametrize("name", ["qkv", "kv"])
 def test_packed_tensors_get_one_packed_gradient(name: str, backend: str) -> None:
     """dk and dv are written where they belong: no copy, no concatenation."""
-    packed = torch.randn(2, 72, 3 if name == "qkv" else 2, 2, 32).to(BF16).requires_grad_()
-    q = torch.randn(2, 72, 2, 32).to(BF16).requires_grad_()
+    packed = torch.randn(2, 400, 3 if name == "qkv" else 2, 2, 32).to(BF16).requires_grad_()
+    q = torch.randn(2, 400, 2, 32).to(BF16).requires_grad_()
     functions = {
         "qkv": (triflash.flash_attn_qkvpacked_func, (packed,)), "kv": (triflash.flash_attn_kvpacked_func, (q, packed)),
     }  # fmt: skip

@@ -251,7 +251,9 @@ def test_what_is_no_member() -> None:
 
 def test_choices_of_a_backward_pass_are_those_when_it_starts() -> None:
     """Not those of its forward pass, nor of an earlier backward pass of the same call."""
-    q, k, v = (torch.zeros(B, n, H, 64, dtype=BF16, requires_grad=True) for n in (M, N, N))
+    q, k, v = (
+        torch.zeros(B, n, H, 64, dtype=BF16, requires_grad=True) for n in (M, 400, 400)
+    )  # beyond rows that have kernels of their own
     small = TileConfig(16, 32, 4, 1)
 
     def tiles(**chosen: TileConfig) -> bool:
