@@ -135,14 +135,14 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         keys = replace(own, config=config, programs=min(tiles, device.sms), order="tile")
     if needs.dq and not adding:
         own = dq.step(alike, device, by_hand, ("dq",))
-        assert isinstance(own.config, dq.DqConfig)
+        chosen = own.config
+        assert isinstance(chosen, dq.DqConfig)
         if "dq" not in by_hand and _is_tiny(spec):
             small = dq.DqConfig(1, 64, 2, 2, ctas_per_sm=3) if _widest(spec) <= 64 else dq.DqConfig(1, 64, 2, 1, ctas_per_sm=2)
-            own = replace(own, config=small if small.fits(spec, device.shared_memory, ("dq",)) else own.config)
-            assert isinstance(own.config, dq.DqConfig)
-        tiles = max(most_tiles(spec.queries, sequences, own.config.block_m), 1) * spec.heads
-        programs = min(tiles, device.sms * own.config.ctas_per_sm) if own.config.persistent else tiles
-        queries = replace(own, programs=programs, order="tile")
+            chosen = small if small.fits(spec, device.shared_memory, ("dq",)) else chosen
+        tiles = max(most_tiles(spec.queries, sequences, chosen.block_m), 1) * spec.heads
+        programs = min(tiles, device.sms * chosen.ctas_per_sm) if chosen.persistent else tiles
+        queries = replace(own, config=chosen, programs=programs, order="tile")
     block_m = TALL if queries is None else queries.config.block_m  # type: ignore[union-attr]
     parts = max(most_tiles(spec.queries, sequences, block_m), 1) * (block_m // ROWS) * spec.heads
     if spec.alibi:

@@ -141,8 +141,8 @@ def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
         if (short or short_full) and spec.bias is None:
             if head <= 32:
                 narrow = (ForwardConfig(1, 64, 3, q_stages=2, ctas_per_sm=4),)
-            ahead = 2 if seen <= (SHORT_FULL if banded else 128) else 1  # the next tile's queries
-            short_rows = tuple(ForwardConfig(1, 64, 3, q_stages=stages, ctas_per_sm=3) for stages in range(ahead, 0, -1))
+            stages_of_queries = 2 if seen <= (SHORT_FULL if banded else 128) else 1  # the next tile's queries come ahead
+            short_rows = tuple(ForwardConfig(1, 64, 3, q_stages=stages, ctas_per_sm=3) for stages in range(stages_of_queries, 0, -1))
             return (*narrow, *short_rows, ForwardConfig(2, 64, 2, ping_pong=True))
         if spec.alibi and spec.hi is not None and not softcapped and spec.dropout == 0:
             return (ForwardConfig(1, 128, 2, q_stages=2, ctas_per_sm=2), ForwardConfig(2, 64, 2, ping_pong=True))
