@@ -32,6 +32,7 @@ OUTSIDE = [
     "examples/llama_generate.py",
     "examples/pairformer.py",
     "examples/paged_cache.py",
+    "examples/plot_bias.py",
 ]
 RENAMED = {"README.md": "index.md"}
 _LINK = re.compile(r"(?<=\]\()([^)\s:#]+)(?=[)#])")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import runpy
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -161,3 +164,13 @@ def test_compiled_and_on_meta() -> None:
 def test_bad_input(make: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         make()
+
+
+def test_the_example_draws_what_it_learned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    path = Path(__file__).parent.parent / "examples" / "plot_bias.py"
+    assert path.read_text().count("\n") <= 80
+    monkeypatch.setattr(sys, "argv", [str(path), "--steps", "3", "--out", str(tmp_path / "bias.png")])
+    runpy.run_path(str(path), run_name="__main__")
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert losses[-1] < losses[0] and (tmp_path / "bias.png").read_bytes()[:4] == b"\x89PNG"
