@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..plan.device import DeviceFacts, facts_of
+from ..plan.device import DeviceFacts, facts_of, limits_in_force
 from ..plan.select import Choices, current_choices
 from .cache import Recent
 from .cached import BoundCache
@@ -54,9 +54,14 @@ _NEAR, _EACH = 1024, 4  # keys, and of each the entries that are told apart by c
 _guards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
 
+def _near_key(key: Any) -> tuple[Any, ...]:
+    """With what the facts of a device follow from: it has one set of them, but for limits, and unless a test gives it another."""
+    return (key, facts_of, limits_in_force())
+
+
 def near_of(recent: Recent[Any], key: Any, tensors: Sequence[Tensor]) -> Near | None:
     """The entry that was remembered under such a key for tensors like these."""
-    for each in recent.near.get((key, facts_of), ()):  # a device has one set of facts, unless a test gives it another
+    for each in recent.near.get(_near_key(key), ()):
         if each.check(*tensors):
             low = 0
             for x in tensors:
@@ -71,7 +76,8 @@ def near_of(recent: Recent[Any], key: Any, tensors: Sequence[Tensor]) -> Near | 
 
 def remember_near(recent: Recent[Any], key: Any, tensors: Sequence[Tensor], entry: Any) -> None:
     """Remember them, if their addresses are multiples of 16, few like them are, and this PyTorch has what compares them."""
-    others = recent.near.get((key, facts_of), ())
+    key = _near_key(key)
+    others = recent.near.get(key, ())
     if _guards is None or len(others) >= _EACH or any(x.data_ptr() & 15 for x in tensors):
         return
     try:
@@ -83,4 +89,4 @@ def remember_near(recent: Recent[Any], key: Any, tensors: Sequence[Tensor], entr
     if known:
         if len(recent.near) >= _NEAR:
             recent.near.clear()
-        recent.near[key, facts_of] = (*others, Near(check, entry, any(x.requires_grad for x in tensors)))
+        recent.near[key] = (*others, Near(check, entry, any(x.requires_grad for x in tensors)))

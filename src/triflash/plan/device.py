@@ -13,7 +13,7 @@ import torch
 
 OLDEST_TRITON = (3, 6)
 
-__all__ = ["KNOWN_DEVICES", "NAMED_DEVICES", "DeviceFacts", "facts_of", "limited", "triton_problem", "triton_version"]
+__all__ = ["KNOWN_DEVICES", "NAMED_DEVICES", "DeviceFacts", "facts_of", "limited", "limits_in_force", "triton_problem", "triton_version"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ def _has_metadata(package: str) -> bool:
 
 
 _limits: ContextVar[tuple[int | None, int] | None] = ContextVar("limits", default=None)
+limits_in_force = _limits.get  # the largest number of SMs, and how many to leave alone; None outside of blocks of limited
 
 
 class limited:
