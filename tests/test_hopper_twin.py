@@ -366,7 +366,7 @@ def test_features_together(number: int) -> None:
     ("forward_loads", "p.kv.acquire(at, _)", "pass"),
     ("forward_loads", "p.kv.acquire(done, _)", "p.kv.full.index(p.kv.slot(done, 0))"),
     ("forward_loads", "p.queries.acquire(_1, _2)", "p.queries.full.index(p.queries.slot(_1, _2))"),
-    ("forward_loads", "tma_load(f.v_desc, [_, _, _1, 0], full, _2)", "tma_load(f.v_desc, [b, n0, _1, 0], full, _2)"),
+    ("forward_loads", "tma_load(f.v_desc, rows(p, (_, _), _1), full, _2)", "tma_load(f.v_desc, rows(p, (b, n0), _1), full, _2)"),
     ("forward", "p.kv.wait(at, _)", "pass"),
     ("forward", "warpgroup_mma_wait(1, [s_pending])", "warpgroup_mma_wait(2, [s_pending])"),
     ("rings", "mbarrier.wait(self.full.index(_), _)", "pass"),
