@@ -128,9 +128,9 @@ def with_features(problem: Problem, config: TileConfig, weight: int) -> TileConf
     weight: 1 for each of a soft cap, ALiBi, a mask beside a bias, dropout, and starts or query lengths. By what the compiler spills
     (``tests/aot``); not measured.
 
-    TF32 products beside any of them are taken from WGMMA, which a tile of 32 by 32 is too small for. Where registers are that scarce, ptxas
-    12.8 works out the shared-memory descriptor of such a product from a register that holds something else by then: an illegal address, or
-    products of other rows (H200, compute-sanitizer: dq by 64x64 tiles and 8 warps, a soft cap and dropout).
+    TF32 products beside any of them get tiles of 32 by 32, which are multiplied by mma.sync. Larger ones take WGMMA, and where registers
+    are scarce ptxas 12.8 works out the address of an operand in shared memory from a register that holds something else by then: an
+    illegal address (H200, compute-sanitizer: dq by 64x64 tiles and 8 warps, a soft cap and dropout; docs/results).
     """
     if weight and problem.products:
         if config.block_m <= 32 and config.block_n <= 32:

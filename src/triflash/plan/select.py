@@ -218,9 +218,8 @@ def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Ch
             raise bad_value(f"override_configs({kernel}=…)", "tiles of 32 rows and more, or 4 warps", chosen, wrong)
         return chosen, "chosen by hand (override_configs)"
     config, source = _measured_or_default(kernel, problem, spec, device, choices)
-    lighter = (
-        with_features(problem, config, _weight(spec, problem.products)) if device.arch.startswith("sm") else config
-    )  # AMD's registers suffice
+    weight = _weight(spec, problem.products) if device.arch.startswith("sm") else 0  # AMD's registers suffice
+    lighter = with_features(problem, config, weight)
     if lighter != config and kernel != "delta" and not misread(problem, lighter):
         return lighter, f"{source}, with fewer scores a thread than {config} for what they go through"
     return config, source

@@ -237,8 +237,9 @@ def backward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[st
     config = chosen if isinstance(chosen, FewConfig) else choose_backward(shape, device)
     if config.block_m < shape.rows:
         raise bad_value("few_backward", f"block_m of {shape.rows} rows at least (queries times grouped heads)", config.block_m)
+    # Seen on an H200 with Triton 3.6.0, 4 and 8 warps; with blocks of 32 keys, tiles of 64 rows, or two stages gradients were right.
     if device.arch.startswith("sm9") and config.block_m < 32 and config.block_n >= 64 and config.num_stages < 2:
-        raise bad_value(  # H200, Triton 3.6.0, 4 and 8 warps; blocks of 32 keys, tiles of 64 rows and two stages are right
+        raise bad_value(
             "few_backward", "two stages, blocks of 32 keys, or tiles of 32 rows", config, "its products read beyond shared memory"
         )
     splits = min(splits_of(shape, config, device.sms), ceil_div(spec.keys, config.block_n))
