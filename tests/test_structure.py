@@ -23,6 +23,7 @@ OUTSIDE_THE_RULES = ("triflash.cli", "triflash.__main__")  # applications: they 
 # Who may import what: the longest prefix decides; a rule lists allowed prefixes.
 RULES: dict[str, list[str]] = {
     "triflash.kernels": [],
+    "triflash.kernels.keys": ["triton"],
     "triflash.kernels.triton": ["triton", "triflash.kernels.triton"],
     "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.prims", "triflash.kernels.triton.records"],
     "triflash.dropout": ["torch"],
@@ -57,7 +58,7 @@ RULES: dict[str, list[str]] = {
         "triflash.plan", "triflash.slots", "triflash.spec_cache", "triflash.tiled_cache",
     ],
     "triflash.launch.append": ["torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.plan", "triflash.spec_cache"],
-    "triflash.launch.calls": ["torch", "triflash.dropout", "triflash.plan", "triflash.spec"],
+    "triflash.launch.calls": ["torch", "triflash.kernels.keys", "triflash.dropout", "triflash.plan", "triflash.spec"],
     "triflash.launch.room": ["torch", "triflash.launch.calls", "triflash.spec"],
     "triflash.launch.native": ["torch", "triton", "triflash.launch.calls"],
     "triflash.launch.triton": [

@@ -136,6 +136,7 @@ def _source_of(call: Call, arch: str) -> tuple[Any, GPUTarget, Any]:
     target = target_of(arch)
     backend = make_backend(target)
     kernel = call.kernel
+    call.settle()
     options = {"num_warps": call.config.num_warps, "num_stages": call.config.num_stages, "debug": False}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*call.args, **call.constants, **options)

@@ -1,4 +1,4 @@
-"""A kernel launch as a value, and what the kernel families' launchers share. Needs torch only."""
+"""A kernel launch as a value, and what the kernel families' launchers share. Imports torch only."""
 
 from __future__ import annotations
 
@@ -49,7 +49,14 @@ class Call:
 
     def start(self) -> None:
         """Launch it on the current device, by Triton's own way."""
+        self.settle()
         self.kernel[(self.programs,)](*self.args, **self.options)
+
+    def settle(self) -> None:
+        """Fix its kernel's key in Triton's cache, whatever this process has compiled before."""
+        from ..kernels.keys import settle
+
+        settle(self.kernel)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -460,6 +460,7 @@ def bind(call: Call, place: Callable[[Tensor], tuple[int, int]]) -> Launch | Non
     if not hasattr(kernel, "warmup") or getattr(kernel, "pre_run_hooks", None):
         return None  # somebody watches it
     with _compiling:
+        call.settle()
         compiled = kernel.run(*call.args, grid=(call.programs,), warmup=True, **call.options)
         if hasattr(compiled, "result"):  # compiled by a thread of its own
             compiled = compiled.result()

@@ -24,7 +24,7 @@ _ADD_FOUR = gl.constexpr(
     " mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;"
 )
 
-_OPERANDS = gl.constexpr("=r,=r,=r,=r,l,l,l,l,f,f,f,f,r,r,r,r")
+_ADD_OPERANDS = gl.constexpr("=r,=r,=r,=r,l,l,l,l,f,f,f,f,r,r,r,r")
 
 
 @gluon.jit
@@ -52,7 +52,7 @@ def red_add_dq(dq_sum, block, dq, go, FIRST: gl.constexpr, ROW: gl.constexpr):
             kept = kept & go.to(gl.int32)
         kept, place = gl.broadcast(kept, place)
         at = dq_sum + offset(block, ROWS * ROW) + place
-        gl.inline_asm_elementwise(_ADD_FOUR, _OPERANDS, [at.to(gl.int64), dq, kept], gl.int32, False, 4)
+        gl.inline_asm_elementwise(_ADD_FOUR, _ADD_OPERANDS, [at.to(gl.int64), dq, kept], gl.int32, False, 4)
 
 
 @gluon.jit

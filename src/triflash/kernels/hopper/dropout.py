@@ -79,7 +79,7 @@ def _philox_ptx(KEYS_BY_ROW):
     return "{ " + "\n".join(lines) + " }"
 
 
-_OPERANDS = gl.constexpr(",".join(["=r"] * 4 + ["r"] * 32))
+_PHILOX_OPERANDS = gl.constexpr(",".join(["=r"] * 4 + ["r"] * 32))
 
 
 @gluon.jit
@@ -102,7 +102,7 @@ def keep_bits(philox, m0, n0, ROWS: gl.constexpr, COLUMNS: gl.constexpr, KEYS_BY
     key = gl.full([ROWS, COLUMNS], opaque(philox[0]), gl.int32, L)
     keep = gl.full([ROWS, COLUMNS], philox[2], gl.int32, L)
     text: gl.constexpr = _philox_ptx(KEYS_BY_ROW)
-    return gl.inline_asm_elementwise(text, _OPERANDS, [j, i, key, keep], gl.int16, True, 8)
+    return gl.inline_asm_elementwise(text, _PHILOX_OPERANDS, [j, i, key, keep], gl.int16, True, 8)
 
 
 _DROP = gl.constexpr("and.b32 $0, $1, $2;")
