@@ -22,11 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "triflash"
 DESIGN = ROOT / "docs" / "design.md"
 BEGIN, END = "<!-- imports: scripts/house.py imports --write -->", "<!-- end of imports -->"
-LAUNCHED = {  # by the host, with arguments one by one
-    "forward", "delta", "dkdv", "dq", "dbias", "dbias_sum", "dkdv_d256", "preprocess", "postprocess", "dkdv_sum",
-    "extents", "listed", "ordered", "tiles", "unowned", "cleared", "packed_dbias", "append", "few_forward", "few_backward",
-    "combine", "sum_rows", "short_forward", "short_backward",
-}  # fmt: skip
 PASSED_ON = (tokenize.NAME, tokenize.NUMBER, tokenize.STRING, tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT)
 SIGNS = frozenset("(),.:=*")
 
@@ -90,9 +85,17 @@ def label(room: str) -> str:
     return f'{room.replace(".", "_")}["{room.replace(".", "/")}"]'
 
 
+def launched() -> set[str]:
+    """The kernels that the host launches, with arguments one by one: those of which ``launch/`` makes a ``Call``."""
+    nodes = (node for path in (PACKAGE / "launch").glob("*.py") for node in ast.walk(ast.parse(path.read_text())))
+    calls = (node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Call")
+    return {call.args[0].attr for call in calls if call.args and isinstance(call.args[0], ast.Attribute)}
+
+
 def plumbing(folder: Path) -> tuple[int, int, list[tuple[int, str, bool]]]:
     """(lines that only hand on, lines in all, (parameters, function, whether the host launches it) of all functions)."""
     handed, total, signatures = 0, 0, []
+    entries = launched()
     for path in sorted(folder.glob("*.py")):
         text = path.read_text()
         lines = text.splitlines()
@@ -100,8 +103,9 @@ def plumbing(folder: Path) -> tuple[int, int, list[tuple[int, str, bool]]]:
         found: set[int] = set()
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                entry = node.name in LAUNCHED
-                signatures.append((len(node.args.args), f"{path.name}: {node.name}", entry))
+                entry = node.name in entries
+                taken = len(node.args.posonlyargs) + len(node.args.args) + len(node.args.kwonlyargs)
+                signatures.append((taken, f"{path.name}: {node.name}", entry))
                 if not entry:
                     found |= set(range(node.lineno + 1, node.body[0].lineno))
             elif isinstance(node, ast.Call) and node.end_lineno is not None:

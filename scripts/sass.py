@@ -5,7 +5,7 @@
     python3 scripts/sass.py compare before after   exit status 1 if any kernel differs; --renamed OLD=NEW for a kernel
 
 ``launches.txt`` has grids and arguments of every launch; the first line of a kernel's machine code has its registers, spilled words and
-shared memory. Compiling all of it takes two cores four minutes. ptxas 12.8 makes now and then another order of instructions of the very
+shared memory. Compiling all of it takes two cores eight minutes. ptxas 12.8 makes now and then another order of instructions of the very
 same PTX: such kernels are named and do not count. Code of two Triton releases differs: compare what one release makes of two trees, of
 which ``PYTHONPATH=<other tree>/src`` chooses the other.
 """
@@ -31,15 +31,19 @@ os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same instructions at other l
 import torch
 import triton
 
+import triflash
 from triflash.arguments import ATTENTION, Given, Options
 from triflash.door import bind
+from triflash.explainer import passes_of
 from triflash.launch import ahead
 from triflash.launch.calls import Call
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.kernels.dbias import DbiasConfig
 from triflash.plan.kernels.dkdv import DkdvConfig
 from triflash.plan.kernels.dq import DqConfig
+from triflash.plan.kernels.few import FewConfig
 from triflash.plan.kernels.forward import ForwardConfig
+from triflash.plan.kernels.short import ShortConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_backward, plan_forward
 from triflash.spec import Needs
@@ -50,7 +54,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 @dataclass(frozen=True)
 class Problem:
     """bias, second, mask: letters where they vary over (batch, head, query, key), 1 where they broadcast. wants: gradients, letters of
-    qkvb, and s for that of the second bias. features: of "lengths", "slopes", "sink". configs: chosen by hand. S: queries and keys.
+    qkvb, and s for that of the second bias. features: of "lengths", "slopes", "sink". configs: chosen by hand. S: queries, and keys if N
+    does not say otherwise.
     """
 
     name: str
@@ -70,7 +75,63 @@ class Problem:
     configs: dict[str, Any] = field(default_factory=dict)
 
 
-B, H = 4, 8
+@dataclass(frozen=True)
+class Packed:
+    """Of ``attention_varlen``: S rows in 16 sequences. bias: its shape."""
+
+    name: str
+    D: int = 64
+    S: int = 32768
+    Hk: int = 8
+    dtype: torch.dtype = torch.bfloat16
+    bias: tuple[int, ...] = ()
+    wants: str = "qkv"
+    backend: str = "hopper"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        q, k = (empty(self.S, heads, self.D, dtype=self.dtype) for heads in (H, self.Hk))
+        return q, k, k
+
+    def named(self) -> dict[str, Any]:
+        letters = {"q": "q", "k": "k", "v": "v", "b": "bias"}
+        tensors = {"cu_seqlens_q": empty(SEQUENCES + 1, dtype=torch.int32)}
+        tensors |= {"bias": empty(*self.bias, dtype=self.dtype)} if self.bias else {}
+        tensors |= {"dropout_seed": empty(2, dtype=torch.int64)} if "dropout_p" in self.options else {}
+        grads = [letters[letter] for letter in self.wants]
+        return {"of": triflash.attention_varlen, "grads": grads, "backend": self.backend, **tensors, **self.options}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Of ``attention_with_kvcache``: 4 requests of M new rows, on 4,096 keys. page: keys of a page; 0: there are none."""
+
+    name: str
+    M: int = 1
+    D: int = 128
+    page: int = 0
+    packed: bool = False
+    fp8: bool = False
+    bias: bool = False
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        rows = (B * self.M,) if self.packed else (B, self.M)
+        slots = (600, self.page) if self.page else (B, 4096)
+        cache = empty(*slots, 2, self.D, dtype=torch.float8_e4m3fn if self.fp8 else BF16)
+        return empty(*rows, H, self.D, dtype=BF16), cache, cache
+
+    def named(self) -> dict[str, Any]:
+        new = empty(*((B * self.M,) if self.packed else (B, self.M)), 2, self.D, dtype=BF16)
+        tensors = {"cache_lengths": empty(B, dtype=torch.int32), "k_new": new, "v_new": new}
+        tensors |= {"page_table": empty(B, 4096 // self.page, dtype=torch.int32)} if self.page else {}
+        tensors |= {"k_scale": empty(2, dtype=F32), "v_scale": empty(2, dtype=F32)} if self.fp8 else {}
+        tensors |= {"bias": empty(B, H, self.M, 4096, dtype=BF16)} if self.bias else {}
+        tensors |= {name: empty(B + 1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_new") if self.packed}
+        longest = {"max_seqlen_q": self.M} if self.packed else {}
+        return {"of": triflash.attention_with_kvcache, "backend": "triton", "causal": True, **tensors, **longest}
+
+
+B, H, SEQUENCES = 4, 8, 16
 P, CAUSAL, WINDOW = Problem, {"causal": True}, {"window": (500, 100)}
 SLOW = {"separate_dq": False, "deferred": False}
 PING_PONG = ForwardConfig(2, 64, 2, ping_pong=True, separate_o=False)
@@ -130,6 +191,29 @@ PROBLEMS = (
     P("portable, all", backend="triton", bias="1hqk", mask="b11k", features=("lengths", "slopes", "sink"), wants="qkvb", options=EVERY),
     P("portable, bias of keys, fp32", backend="triton", dtype=F32, bias="b11k", wants="qkvb", S=1000),
     P("portable, full bias", backend="triton", bias="bhqk", wants="qkvb", S=1000),
+    P("short d64", S=64, backend="auto"),
+    P("short d32, bias", D=32, S=49, backend="auto", bias="1hqk", wants="qkvb"),
+    P("short d64, many queries, causal", S=2048, N=77, backend="auto", options=CAUSAL),
+    P("short, all", S=60, backend="triton", bias="bhqk", mask="b11k", features=("lengths", "slopes", "sink"), wants="qkvb", options=EVERY,
+      configs={"short_forward": ShortConfig(64, 64, 4, 1), "short_backward": ShortConfig(64, 64, 4, 2)}),
+    P("few d64", S=8, N=8192, backend="triton"),
+    P("few d128, grouped, bias", D=128, S=1, N=8192, Hk=2, backend="triton", bias="1hqk", wants="qkvb",
+      configs={"few_backward": FewConfig(16, 64, 4, 2, splits=4)}),
+    Packed("packed d64 causal", options=CAUSAL),
+    Packed("packed d128, fixed order", D=128, Hk=2, options={"deterministic": True}),
+    Packed("packed d256 window", D=256, options=WINDOW),
+    Packed("packed d64 tiny", S=512, options=CAUSAL),
+    Packed("packed d64, a shared bias", bias=(1, H, 2048, 2048), wants="qkvb", options=CAUSAL),
+    Packed("packed d64, a bias by rows, all", bias=(H, 32768, 2048), options={"bias_layout": "rows", **EVERY}),
+    Packed("packed portable d64", S=4096, backend="triton", options=CAUSAL),
+    Packed("packed portable, a shared bias", S=4096, backend="triton", bias=(1, H, 256, 256), wants="qkvb"),
+    Packed("packed portable, a full bias", S=4096, backend="triton", bias=(SEQUENCES, H, 256, 256), wants="qkvb"),
+    Packed("packed portable, a bias of keys, all", S=4096, Hk=2, backend="triton", bias=(1, 4096), wants="qkvb",
+           options={"bias_layout": "keys", **EVERY}),
+    Cache("cache d128"),
+    Cache("cache d64, bias", M=4, D=64, bias=True),
+    Cache("cache d128, pages, 8 bits", page=64, fp8=True),
+    Cache("cache d128, small pages, packed", M=6, page=16, packed=True),
 )  # fmt: skip
 
 
@@ -137,8 +221,16 @@ def empty(*shape: int, dtype: torch.dtype, wanted: bool = False) -> torch.Tensor
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=wanted)
 
 
-def launches(p: Problem) -> list[Call]:
+def launches(p: Problem | Packed | Cache) -> list[Call]:
     """Of the forward and the backward pass."""
+    if isinstance(p, Problem):
+        return dense_launches(p)
+    passes, _ = passes_of(*p.tensors(), **p.named(), device=KNOWN_DEVICES["sm90"])
+    return [call for _, bound in passes for call in bound.calls or ()]
+
+
+def dense_launches(p: Problem) -> list[Call]:
+    """Of ``attention``."""
 
     def of(pattern: str, dtype: torch.dtype) -> torch.Tensor | None:
         sizes = (B, H, p.S, p.N or p.S)
@@ -201,11 +293,11 @@ def compiled(name: str, number: int) -> tuple[str, str, str]:
     return file_name, "\n".join([f"// {ahead.resources(kernel)}", *code, ""]), kernel.asm["ptx"]
 
 
-def chosen(only: Sequence[str]) -> list[Problem]:
+def chosen(only: Sequence[str]) -> list[Problem | Packed | Cache]:
     return [p for p in PROBLEMS if not only or any(text in p.name for text in only)]
 
 
-def distinct(problems: Sequence[Problem]) -> Iterator[tuple[Problem, int, Call]]:
+def distinct(problems: Sequence[Problem | Packed | Cache]) -> Iterator[tuple[Problem | Packed | Cache, int, Call]]:
     """Launches whose kernel is compiled in another way than that of any launch before."""
     seen = set()
     for problem in problems:

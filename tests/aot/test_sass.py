@@ -1,0 +1,39 @@
+"""``scripts/sass.py``, by which a change of kernels that must change nothing is judged: its table has every kernel that there is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+import house
+import sass
+
+
+@pytest.fixture(autouse=True)
+def any_order() -> Iterator[None]:
+    """As the script runs: without PyTorch's deterministic algorithms, under which dq is never added up."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def test_the_table_launches_every_kernel() -> None:
+    found = {sass.kernel_name(call) for problem in sass.PROBLEMS for call in sass.launches(problem)}
+    assert found == house.launched() and len(found) >= 24
+
+
+def test_problems_have_names_of_their_own() -> None:
+    names = [problem.name for problem in sass.PROBLEMS]
+    assert len(names) == len({name.replace(",", "").replace(" ", "-") for name in names})
+
+
+def test_launches_of_one_table_compare_equal_and_another_does_not() -> None:
+    one, other = (problem for problem in sass.PROBLEMS if problem.name in ("packed d64 causal", "packed d64 tiny"))
+    described = [list(map(sass.described, sass.launches(problem))) for problem in (one, one, other)]
+    assert described[0] == described[1] != described[2]
