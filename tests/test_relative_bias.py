@@ -52,6 +52,9 @@ T5: dict[str, tuple[dict[str, Any], tuple[int, int, int]]] = {  # options; queri
     "some queries of a cache": ({"bidirectional": False}, (3, 150, 147)),
     "one key": ({}, (50, 1, 0)),
     "odd": ({"buckets": 10, "max_distance": 11}, (12, 13, 4)),
+    "queries far behind all keys": ({"buckets": 8, "max_distance": 9}, (3, 5, 10**12)),
+    "queries far before all keys": ({"buckets": 8, "max_distance": 9}, (3, 5, -(10**12))),
+    "queries before all keys, one of them far": ({"buckets": 8, "max_distance": 9}, (4, 5, -7)),
 }
 
 
@@ -148,6 +151,46 @@ def test_compiled_and_on_meta() -> None:
     assert RelativeBias(2, window=(3, 4), device="meta")().shape == (1, 2, 12, 12)
 
 
+class Reader(nn.Module):
+    """Queries of one sequence on the keys of another, the last of each at the same position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = RelativeBias(2)
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        M, N = q.shape[1], k.shape[1]
+        return triflash.attention(q, k, k, bias=self.bias(M, N, first_query=N - M), causal=True)
+
+
+def rows(*lengths: int) -> list[Tensor]:
+    return [torch.randn(2, length, 2, 8) for length in lengths]
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("own", [False, True], ids=["two lengths", "one length"])
+def test_an_exported_program_holds_for_a_range_of_lengths(own: bool) -> None:
+    model, name = Reader(), torch.export.Dim("queries", min=2, max=300)
+    shapes = {"q": {1: name}, "k": {1: name if own else torch.export.Dim("keys", min=2, max=400)}}
+    with torch.no_grad():
+        program = torch.export.export(model, tuple(rows(16, 16 if own else 32)), dynamic_shapes=shapes).module()
+        for M, N in ((300, 300), (17, 17), (2, 2)) if own else ((3, 400), (300, 2), (160, 160)):
+            given = rows(M, N)
+            torch.testing.assert_close(program(*given), model(*given))
+
+
+@pytest.mark.unpoisoned
+def test_two_graphs_are_enough_for_all_lengths() -> None:
+    """Of lengths that 16 divides, and of others: what is near and what is far is no matter of the graph."""
+    model = Reader()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):  # a third raises
+        for length in (7, 32, 100, 250, 160):
+            given = rows(length, length)
+            torch.testing.assert_close(compiled(*given), model(*given))
+
+
 @pytest.mark.parametrize("make, kind, message", [
     (lambda: RelativeBias(0), ValueError, "heads: wanted 1 or more, got 0"),
     (lambda: RelativeBias(2, buckets=7), ValueError, "buckets: wanted an even number"),
@@ -158,6 +201,7 @@ def test_compiled_and_on_meta() -> None:
     (lambda: RelativeBias(2, window=(7, 0)), ValueError, "window: wanted 1 or more"),
     (RelativeBias(2), TypeError, "queries: wanted a number of queries, got None"),
     (lambda: RelativeBias(2)(3.0), TypeError, "queries: wanted a whole number"),
+    (lambda: RelativeBias(2)(3, 3, 0.5), TypeError, "first_query: wanted a whole number, got 0.5"),
     (lambda: RelativeBias(2, window=(3, 3))(8), ValueError, r"queries: wanted 9, of the window \(3, 3\), got 8"),
     (lambda: RelativeBias(2, window=(3, 3))(9, 9, 1), ValueError, "first_query: wanted 0"),
 ])  # fmt: skip

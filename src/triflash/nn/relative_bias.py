@@ -86,6 +86,9 @@ class RelativeBias(nn.Module):
             first_query: the position of query 0 among the keys: N − M where the keys come from a cache.
 
         Half-precision tables are spread, and their gradients summed, in float32. Memory for a moment: H · M · (M + N) elements.
+
+        Lengths may be symbolic: torch.compile makes a graph for lengths that 16 divides and one for others; a program of torch.export holds
+        for the range that is asked for, and leaves rows unpadded.
         """
         wide = self.weight.float() if self.weight.dtype in (torch.float16, torch.bfloat16) else self.weight
         if self.window is None:
@@ -102,21 +105,26 @@ class RelativeBias(nn.Module):
             bias = self._by_window(wide)
         bias = bias.to(self.weight.dtype)
         length = bias.shape[-1]
-        return nn.functional.pad(bias, (0, -length % _ROW_MULTIPLE))[..., :length].unsqueeze(0)
+        if torch.compiler.is_exporting():  # the layout of padded rows depends on the length, and a program is for a range of lengths
+            return bias.contiguous().unsqueeze(0)
+        return nn.functional.pad(bias, (0, -length % _ROW_MULTIPLE)).narrow(-1, 0, length).unsqueeze(0)
 
     def _by_distance(self, table: Tensor, M: int, N: int, first: int) -> Tensor:
         _check_count("queries", M, 0)
         _check_count("keys", N, 0)
+        _check_whole("first_query", first)
         if 0 in (M, N):
             return table.new_empty(table.shape[1], M, N)
+        (_, low, first_row), *between, (high, _, last_row) = self._segments
         rows = table.unbind(0)
-        lowest, highest = 1 - M - first, N - 1 - first  # of key minus query
-        parts = []
-        for low, high, row in self._segments:
-            begin, end = lowest if low is None else max(low, lowest), highest if high is None else min(high, highest)
-            if begin <= end:
-                parts.append(rows[row].expand(end - begin + 1, -1))
-        return _spread(torch.cat(parts).T, M, N)
+        assert low is not None and high is not None
+        # All distances that any lengths could want, of which a piece is cut: branches on lengths would bind a graph to some of them.
+        first = torch.sym_max(torch.sym_min(first, N - low), -M - high)  # as far as anything changes
+        before, behind = M + torch.sym_max(first, 0), N + 1 + torch.sym_max(-first, 0)
+        near = [rows[row].expand(1 + end - begin, -1) for begin, end, row in between if begin is not None and end is not None]
+        values = torch.cat((rows[first_row].expand(before, -1), *near, rows[last_row].expand(behind, -1)))
+        # It begins with distance low + 1 − before, of key minus query; 1 − M − first is the first that is wanted.
+        return _spread(values.narrow(0, torch.sym_max(-first, 0) - low, M + N).T, M, N)
 
     def _by_window(self, table: Tensor) -> Tensor:
         assert self.window is not None
@@ -129,15 +137,15 @@ class RelativeBias(nn.Module):
 
 
 def _spread(values: Tensor, M: int, N: int) -> Tensor:
-    """``(…, M + N − 1)`` to ``(…, M, N)``: entry (i, j) is the value of distance j − i, those from 1 − M to N − 1 in order.
+    """``(…, M + N − 1)``, or longer, to ``(…, M, N)``: entry (i, j) is the value of distance j − i, those from 1 − M to N − 1 in order.
 
     M copies of the values in a row, read in rows that are one shorter: each begins one value earlier in its copy than the row before.
     """
     if M == 1:
-        return values.unsqueeze(-2)
-    length = M + N - 1
+        return values.narrow(-1, 0, N).unsqueeze(-2)
+    length = values.shape[-1]
     copies = values.unsqueeze(-2).expand(*values.shape[:-1], M, length).reshape(*values.shape[:-1], M * length)
-    return copies.narrow(-1, M - 1, M * (length - 1)).unflatten(-1, (M, length - 1))[..., :N]
+    return copies.narrow(-1, M - 1, M * (length - 1)).unflatten(-1, (M, length - 1)).narrow(-1, 0, N)
 
 
 def _segments(side: int, max_distance: int, bidirectional: bool) -> list[tuple[int | None, int | None, int]]:
@@ -170,8 +178,12 @@ def _checked_window(window: Any) -> tuple[int, int]:
     return window[0], window[1]
 
 
-def _check_count(name: str, value: Any, least: int) -> None:
+def _check_whole(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise bad_type(name, "a whole number", repr(value))
+
+
+def _check_count(name: str, value: Any, least: int) -> None:
+    _check_whole(name, value)
     if value < least:
         raise bad_value(name, f"{least} or more", value)
