@@ -29,8 +29,9 @@ PRELOADED = ["torch", "torch.distributed.device_mesh", "triflash.distributed", "
 def made(name: str, shape: tuple[int, ...], keys: int, dtype: torch.dtype) -> Tensor:
     if name == "mask":
         return torch.rand(shape) > 0.3
-    if name == "key_lengths":
-        return torch.randint(0, keys + 1, shape)
+    if name in ("key_lengths", "key_starts", "query_starts", "query_lengths", "diagonal"):
+        lengths = torch.randint(0, keys + 1, shape)
+        return lengths // 3 if name.endswith("starts") else lengths
     x = torch.randn(shape, dtype=torch.float64)
     return (x.abs() if name == "alibi_slopes" else x).to(dtype)
 

@@ -35,7 +35,7 @@ class AllGather:
             some = x.heads(heads)
             todo = tiles_of(call.problem, call.rows, call.all_keys, some)
             with call.at_work(more and call.group.size > 1):
-                found.append(computed(call.problem, todo, q[:, :, heads], all_k, all_v, some))
+                found.append(computed(call.problem, todo, call.rows, q[:, :, heads], all_k, all_v, some))
         result = found[0]
         if len(found) > 1:
             rest = None if result.rest is None else torch.cat([r.rest for r in found if r.rest is not None], 1)

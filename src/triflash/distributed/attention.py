@@ -48,6 +48,10 @@ def context_parallel_attention(
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
+    diagonal: int | Tensor | None = None,
+    query_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -79,6 +83,10 @@ def context_parallel_attention(
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
+    diagonal: int | Tensor | None = None,
+    query_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -107,6 +115,10 @@ def context_parallel_attention(
     causal: bool | str = False,
     window: tuple[int | None, int | None] | None = None,
     key_lengths: Tensor | None = None,
+    diagonal: int | Tensor | None = None,
+    query_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
@@ -139,7 +151,8 @@ def context_parallel_attention(
         causal, window, scale, softcap, dropout_p, dropout_seed, return_lse, deterministic, layout, precision, backend: see
             ``triflash.attention``; positions are those in the whole sequence. Deterministic: partial gradients are exchanged whole
             and added in the order of ranks, else reduce-scattered.
-        key_lengths, alibi_slopes, sink: see there, the same on every rank.
+        key_lengths, diagonal, query_starts, query_lengths, key_starts, alibi_slopes, sink: see there, the same on every rank; they number
+            the queries and keys of the whole sequence.
         head_chunks: of method allgather, into how many chunks the heads are cut: one is gathered while the one before computes. Default:
             up to 4 on GPUs if each has milliseconds of work, 1 elsewhere. Other methods do not cut them.
         programs: at most how many SMs persistent grids use (backend hopper); default: all, but 8 while a collective is in flight.
@@ -165,6 +178,8 @@ def context_parallel_attention(
     first, second = two_biases(bias)
     refuse_transforms("context_parallel_attention", q=q, k=k, v=v, bias=first, sink=sink, **{"bias[1]": second})
     ranks = resolve(group)
+    number, diagonals = (None, diagonal) if isinstance(diagonal, Tensor) else (diagonal, None)
+    options = Options(causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, number)
     if isinstance(q, Tensor) and not torch.compiler.is_compiling():
         at = 2 if layout == "bhsd" else 3
         m, n = (x.shape[-at] if isinstance(x, Tensor) and x.dim() >= at else -1 for x in (q, k))
@@ -173,12 +188,14 @@ def context_parallel_attention(
         names = ("method", "order", "length", "key_length", "head_chunks", "programs", "return_lse")
         agree(process_group(group), ranks, q.device, {
             **dict(zip(names, options_given, strict=True)),
-            **Options(causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend)._asdict(),
+            **options._asdict(), "diagonal": diagonal,
             "q": rows_apart(q, -at, m), "k": rows_apart(k, -at, n), "v": rows_apart(v, -at, n), **biases, "key_lengths": key_lengths,
+            "query_starts": query_starts, "query_lengths": query_lengths, "key_starts": key_starts,
             "alibi_slopes": alibi_slopes, "sink": sink, "dropout_seed": dropout_seed,
         })  # fmt: skip
-    given = Given(q, k, v, first, mask, key_lengths, alibi_slopes, sink, dropout_seed, second)
-    options = Options(causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend)
+    given = Given(
+        q, k, v, first, mask, key_lengths, alibi_slopes, sink, dropout_seed, second, query_starts, query_lengths, key_starts, diagonals
+    )  # fmt: skip
     return attend_part(given, options, return_lse, ranks, method, order, (length, key_length), head_chunks, programs)
 
 
@@ -223,14 +240,15 @@ def attend_part(
     long = given._replace(k=_long(given.k, at, N), v=_long(given.v, at, N))  # type: ignore[arg-type]
     settled = checked(ATTENTION, long, options)
     form = settled.form
-    x = form.operands((*given[:8], None, None, None, None, None, given.second_bias))
+    x = form.operands((*given[:8], None, None, None, None, None, given.second_bias, *given[10:]))
     seed = _seed(given, group, x.q.shape[2], entry) if settled.dropout_p else None
     call = _call(settled, given, x, group, order, (M, N), one_row, head_chunks, programs, options)
     k, v = x.k, x.v
     if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
         k, v = k.view_as(k), v.view_as(v)
     out, lse = _Attend.apply(
-        METHODS[method], call, x.q, k, v, x.bias, x.second_bias, x.sink, x.mask, x.key_lengths, x.alibi_slopes, seed
+        METHODS[method], call, x.q, k, v, x.bias, x.second_bias, x.sink, x.mask, x.key_lengths, x.alibi_slopes, seed,
+        x.query_starts, x.query_lengths, x.key_starts, x.diagonal,
     )  # fmt: skip
     out = form.out_of(out)
     return (out, form.lse_of(lse)) if return_lse else out
@@ -250,7 +268,7 @@ def _seed(given: Given, group: Group, heads: int, entry: int) -> Tensor:
 
 
 def _refuse(given: Given) -> None:
-    for name, x in zip(Given._fields, given, strict=True):
+    for name, x in zip((*Given._fields[:-1], "diagonal"), given, strict=True):
         if isinstance(x, Tensor) and (x.is_nested or type(x).__name__ == "DTensor"):
             hint = "attention_varlen's rows of jagged tensors: context_parallel_attention_varlen" if x.is_nested else f"{name}.to_local()"
             raise bad_type(name, "this rank's rows in a plain tensor", "a NestedTensor" if x.is_nested else "a DTensor", hint)
@@ -314,12 +332,16 @@ def _call(
         y is not None and (own if held == 1 else y.shape[3] == held)
         for own, y in zip(own_row, (x.bias, x.second_bias, x.mask), strict=True)
     )
-    lo, hi = band_of(options.causal, options.window).offsets(M, N)
+    if options.diagonal is None:
+        diagonal = 0 if options.causal == "top_left" else N - M
+    else:
+        diagonal = options.diagonal
+    lo, hi = band_of(options.causal, options.window).offsets(M, N, options.diagonal if x.diagonal is None else 0)
     heads, key_heads = x.q.shape[2], x.k.shape[2]
     by_heads = tuple(y is not None and (y.shape[2] > 1 or heads == 1) for y in (x.bias, x.second_bias))
     problem = Problem(
         M, N, lo, hi, settled.form.inner, settled.scale, settled.softcap, settled.dropout_p, settled.precision, settled.backend,
-        settled.deterministic, (by_row, by_second), options.causal == "top_left",
+        settled.deterministic, (by_row, by_second), diagonal, x.diagonal is not None,
     )  # fmt: skip
     if head_chunks is None:
         head_chunks = _chunks(x, by_heads, M, N, group.size)
@@ -341,7 +363,7 @@ def _chunks(x: Any, by_heads: tuple[bool, ...], M: int, N: int, ranks: int) -> i
 
 
 class _Attend(torch.autograd.Function):
-    """``_Attend.apply(method, call, q, k, v, bias, second, sink, mask, key_lengths, slopes, seed)``, canonical: out and lse."""
+    """``_Attend.apply(method, call, q, k, v, *extras)``, canonical, extras as :class:`~.tiles.Extras` has them: out and lse."""
 
     @staticmethod
     def forward(ctx: Any, method: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, *extras: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -354,7 +376,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        nothing: tuple[Tensor | None, ...] = (None,) * 12
+        nothing: tuple[Tensor | None, ...] = (None,) * (5 + len(Extras._fields))
         if dout is None and dlse is None:
             return nothing
         q, k, v, *rest = ctx.saved_tensors

@@ -106,14 +106,13 @@ def over_group(call: Call, sums: Sums, dq: Tensor | None, dk: Tensor | None, dv:
     return Gradients(dq, dk, dv, dbias, dsecond, dsink)
 
 
-def computed(problem: Problem, todo: list[Tile], q: Tensor, k: Tensor, v: Tensor, x: Extras) -> Result:
+def computed(problem: Problem, todo: list[Tile], rows: Sequence[Piece], q: Tensor, k: Tensor, v: Tensor, x: Extras) -> Result:
     """The result of a rank's rows, all of whose keys are at hand."""
     if once(todo):
-        result = tiles.forward(problem, todo, q, k, v, x)
+        result = tiles.forward(problem, todo, rows, q, k, v, x)
         assert result is not None
         return result
     merged = Merged(q, v.shape[3])
-    tiles.forward(problem, todo, q, k, v, x, merged)
-    if x.sink is not None:
-        merged.sunk(x.sink)
+    tiles.forward(problem, todo, rows, q, k, v, x, merged)
+    merged.sunk(x, rows)
     return merged.result(tiles.keeps(problem, x))

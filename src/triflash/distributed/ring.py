@@ -33,11 +33,10 @@ class Ring:
             coming = _sent(call, both, source) if step + 1 < size else None
             all_k, all_v = apart(both, k.shape[3])
             with call.at_work(coming is not None):
-                tiles.forward(problem, tiles_of(problem, call.rows, call.keys_of(source), x), q, all_k, all_v, x, merged)
+                tiles.forward(problem, tiles_of(problem, call.rows, call.keys_of(source), x), call.rows, q, all_k, all_v, x, merged)
             if coming is not None:
                 both = _received(call, coming, both, source)
-        if x.sink is not None:
-            merged.sunk(x.sink)
+        merged.sunk(x, call.rows)
         result = merged.result(tiles.keeps(problem, x))
         all_there(call.group, q)
         return result, Saved(q, k, v, x, result)

@@ -21,8 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import unsupported
-from ..lengths import comparable
+from ..lengths import FARTHEST, Places, comparable
 from ..ops import attention_backward, attention_backward_, attention_backward_two, attention_forward
 from ..spec import keeps_rest
 from .chunks import Piece
@@ -49,7 +48,7 @@ LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 
 class Extras(NamedTuple):
     """What there is beside q, k and v, as operators take it: with five dims, rows of this rank and all keys; the seed in the form that
-    tells the place of a part (:func:`triflash.dropout.keep_mask`). None: absent.
+    tells the place of a part (:func:`triflash.dropout.keep_mask`); starts, lengths and diagonals number the whole problem's. None: absent.
     """
 
     bias: Tensor | None = None
@@ -59,6 +58,15 @@ class Extras(NamedTuple):
     key_lengths: Tensor | None = None
     slopes: Tensor | None = None
     seed: Tensor | None = None
+    query_starts: Tensor | None = None
+    query_lengths: Tensor | None = None
+    key_starts: Tensor | None = None
+    diagonal: Tensor | None = None
+
+    @property
+    def places(self) -> tuple[Tensor | None, ...]:
+        """query_starts, query_lengths, key_starts and diagonal."""
+        return self[7:]
 
     def heads(self, part: slice) -> Extras:
         """Those of some query heads."""
@@ -73,8 +81,8 @@ class Extras(NamedTuple):
 class Problem:
     """The whole problem, without tensors: its lengths, its band of visible ``lo <= j - i <= hi`` and its options, folded.
 
-    top_left: whether queries stand where they do from the first key, not the last.
-    by_rows: whether bias and second bias vary over queries, so that this rank's rows of their gradients are all of them.
+    by_rows: whether bias and second bias vary over queries, so that this rank's rows of their gradients are all of them. diagonal: the key
+    at which ALiBi sees the first query. by_entry: whether each batch entry has a diagonal of its own, from which lo and hi count.
     """
 
     queries: int
@@ -89,12 +97,8 @@ class Problem:
     backend: str
     deterministic: bool
     by_rows: tuple[bool, bool] = (False, False)
-    top_left: bool = False
-
-    @property
-    def diagonal(self) -> int:
-        """The key at which ALiBi sees the first query."""
-        return 0 if self.top_left else self.keys - self.queries
+    diagonal: int = 0
+    by_entry: bool = False
 
 
 class Tile(NamedTuple):
@@ -122,7 +126,7 @@ class Tile(NamedTuple):
 
 
 def _moved(problem: Problem, row: int, key: int) -> tuple[int | None, int | None]:
-    shift = row - key
+    shift = 0 if problem.by_entry else row - key
     return (None if problem.lo is None else problem.lo + shift, None if problem.hi is None else problem.hi + shift)
 
 
@@ -130,6 +134,8 @@ def _seen(problem: Problem, q: Piece, k: Piece) -> str:
     """Of a rectangle: whether "all" of it lies in the band, "some" or "none"."""
     least, most = k.start - (q.stop - 1), k.stop - 1 - q.start
     lo, hi = problem.lo, problem.hi
+    if problem.by_entry and (lo is not None or hi is not None):
+        return "some"  # the device knows which
     if (lo is not None and most < lo) or (hi is not None and least > hi):
         return "none"
     return "all" if (lo is None or least >= lo) and (hi is None or most <= hi) else "some"
@@ -137,8 +143,8 @@ def _seen(problem: Problem, q: Piece, k: Piece) -> str:
 
 def tiles_of(problem: Problem, rows: Sequence[Piece], keys: Sequence[Piece], extras: Extras) -> list[Tile]:
     """The tiles of which something is visible, of a rank's rows and the keys at hand."""
-    plain = extras.slopes is None and not problem.dropout_p
-    many = plain and extras.key_lengths is None
+    plain = extras.slopes is None and not problem.dropout_p and extras.query_starts is None and extras.query_lengths is None
+    many = plain and extras.key_lengths is None and extras.key_starts is None and not problem.by_entry
     many = many and all(x is None or x.shape[4] == 1 for x in (extras.bias, extras.second, extras.mask))
     seen = {(q, k): _seen(problem, q, k) for q in rows for k in keys}
     left = {pair for pair, how in seen.items() if how != "none"}
@@ -173,15 +179,15 @@ def _size(piece: Piece) -> int:
 def _tiles(problem: Problem, q: Piece, k: Piece, alibi: bool) -> list[Tile]:
     """The tiles of one rectangle: one, or where ALiBi wants it up to three."""
     a, b, k0, k1 = q.start, q.stop, k.start, k.stop
-    if problem.hi is not None:
+    if problem.hi is not None and not problem.by_entry:
         k1 = min(k1, b + problem.hi)
 
     def tile(r0: int, r1: int, c0: int, c1: int, side: str) -> Tile:
         rows, keys = slice(q.at + r0 - a, q.at + r1 - a), slice(k.at + c0 - k0, k.at + c1 - k0)
         return Tile(rows, keys, r0, c0, *_moved(problem, r0, c0), side)
 
-    if not alibi:
-        return [tile(a, b, k0, k1, "")]
+    if not alibi or problem.by_entry:
+        return [tile(a, b, k0, k1, "own" if alibi else "")]
     shift, found = problem.diagonal, []
     cut = min(max(k1 - shift, a), b)  # rows from here on have the diagonal behind the last key
     if cut > a:
@@ -241,10 +247,15 @@ class Merged:
         self.out[:, rows] += out * _weight(lse, after, self.out.dtype)
         self.lse[:, :, rows] = after
 
-    def sunk(self, sink: Tensor) -> None:
-        """Let a sink take its part: once, behind the last tile."""
+    def sunk(self, x: Extras, rows: Sequence[Piece]) -> None:
+        """Let the sink take its part, if there is one, of this rank's rows: once, behind the last tile."""
+        if x.sink is None:
+            return
         everything = slice(0, self.out.shape[1])
-        before, after = self.lse, torch.logaddexp2(self.lse, (sink.double() * LOG2E)[:, None])
+        before, after = self.lse, torch.logaddexp2(self.lse, (x.sink.double() * LOG2E)[:, None])
+        absent = _absent(x, rows)
+        if absent is not None:
+            after = after.masked_fill(absent[:, None], -math.inf)
         self._weigh(everything, before, after)
         self.lse = after
 
@@ -256,6 +267,16 @@ class Merged:
         lse = (self.lse * LN2).to(wide(self.dtype))
         lost = (self.lse - (lse * LOG2E).double()).masked_fill(unseen, 0.0).float() if rest else None
         return Result(self.out.to(self.dtype), lse, lost)
+
+
+def _absent(x: Extras, rows: Sequence[Piece]) -> Tensor | None:
+    """Which of a rank's rows are none, ``(B, rows)``, by query_starts and query_lengths. None: all are rows."""
+    given = x.query_lengths if x.query_starts is None else x.query_starts
+    if given is None or not rows:
+        return None
+    at = torch.cat([torch.arange(p.start, p.stop, device=given.device) for p in rows])
+    present = Places(x.query_starts, x.query_lengths).rows(at)
+    return None if present is None else ~present
 
 
 def _weight(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
@@ -289,24 +310,24 @@ class _Inputs(NamedTuple):
     slopes: Tensor | None
     shift: Tensor | None
     numbers: tuple[object, ...]
+    places: tuple[object, ...]  # query_starts to the operators' shift; () where all are None
 
 
 def _inputs(problem: Problem, tile: Tile, q: Tensor, k: Tensor, v: Tensor, x: Extras, exclusive: bool) -> _Inputs:
     bias, second, mask = (None if y is None else part_of(y, tile) for y in (x.bias, x.second, x.mask))
     if not exclusive:  # gradients are summed over tiles: in float32
         bias, second = (y if y is None or y.dtype in (torch.bool, torch.float64) else y.float() for y in (bias, second))
-    lengths = x.key_lengths
-    if lengths is not None and tile.key:
-        lengths = (comparable(lengths) - tile.key).clamp(min=0)
+    lengths = _from(x.key_lengths, tile.key)
+    places: tuple[object, ...] = ()
+    if any(y is not None for y in x.places):
+        diagonal = None if x.diagonal is None else comparable(x.diagonal).clamp(-FARTHEST, FARTHEST) + (tile.row - tile.key)
+        places = (_from(x.query_starts, tile.row), _from(x.query_lengths, tile.row), _from(x.key_starts, tile.key), diagonal, None)
     slopes, shift = (x.slopes if tile.alibi == "own" else None), None
-    if tile.alibi in ("behind", "ahead"):
+    if tile.alibi in ("behind", "ahead") and second is not None:  # a third bias there is not: the operator counts from another diagonal
+        slopes, places = x.slopes, (*(places or (None,) * 5)[:4], problem.diagonal + tile.row - tile.key)
+    elif tile.alibi in ("behind", "ahead"):
         assert x.slopes is not None
         line, shift = _line(problem, tile, q, x.slopes)
-        if second is not None:
-            raise unsupported(
-                "two biases beside ALiBi slopes where a rank's keys do not end at its diagonal", "auto",
-                "method='ulysses' does it, and so does method='allgather' with causal=True",
-            )  # fmt: skip
         if bias is None:
             bias = line
         elif bias.dtype == torch.bool:
@@ -314,7 +335,12 @@ def _inputs(problem: Problem, tile: Tile, q: Tensor, k: Tensor, v: Tensor, x: Ex
         else:
             second = line
     numbers = (problem.batch_inner, tile.lo, tile.hi, problem.scale, problem.precision, problem.backend)
-    return _Inputs(q[:, tile.rows], k[:, tile.keys], v[:, tile.keys], bias, second, mask, lengths, slopes, shift, numbers)
+    return _Inputs(q[:, tile.rows], k[:, tile.keys], v[:, tile.keys], bias, second, mask, lengths, slopes, shift, numbers, places)
+
+
+def _from(numbers: Tensor | None, begin: int) -> Tensor | None:
+    """Starts or lengths, counted from further on."""
+    return numbers if numbers is None or not begin else (comparable(numbers) - begin).clamp(min=0)
 
 
 def part_of(x: Tensor, tile: Tile) -> Tensor:
@@ -338,15 +364,16 @@ def _line(problem: Problem, tile: Tile, q: Tensor, slopes: Tensor) -> tuple[Tens
 
 
 def forward(
-    problem: Problem, tiles: Sequence[Tile], q: Tensor, k: Tensor, v: Tensor, x: Extras, merged: Merged | None = None
-) -> Result | None:
+    problem: Problem, tiles: Sequence[Tile], rows: Sequence[Piece], q: Tensor, k: Tensor, v: Tensor, x: Extras,
+    merged: Merged | None = None,
+) -> Result | None:  # fmt: skip
     """The result of tiles of which no two have a row in common, sink included; or their part of ``merged``, sink not."""
     found: list[tuple[Tile, Result]] = []
     for tile in tiles:
         y = _inputs(problem, tile, q, k, v, x, exclusive=True)
         out, lse, rest = attention_forward(
             y.q, y.k, y.v, y.bias, *y.numbers, y.mask, y.key_lengths, y.slopes, x.sink if merged is None and y.shift is None else None,
-            _seed(problem, tile, x), problem.softcap, problem.dropout_p, problem.deterministic, y.second,
+            _seed(problem, tile, x), problem.softcap, problem.dropout_p, problem.deterministic, y.second, *y.places,
         )  # fmt: skip
         if merged is not None:
             whole = in_base_2(lse, rest)
@@ -360,13 +387,12 @@ def forward(
         return None
     if found and sum(tile.height for tile in tiles) == q.shape[1]:  # every row has its tile
         (B, M, H, _), kept = q.shape, found[0][1].rest
-        rows = found[0][1].lse.new_empty((B, H, M))
+        lse = found[0][1].lse.new_empty((B, H, M))
         rest = None if kept is None or kept.dim() == 1 else kept.new_empty((B, H, M))
-        result = Result(q.new_empty((B, M, H, v.shape[3])), rows, rest)
+        result = Result(q.new_empty((B, M, H, v.shape[3])), lse, rest)
     else:
         empty = Merged(q, v.shape[3])
-        if x.sink is not None:
-            empty.sunk(x.sink)
+        empty.sunk(x, rows)
         result = empty.result(keeps(problem, x))
     for tile, part in found:
         result.out[:, tile.rows], result.lse[:, :, tile.rows] = part.out, part.lse
@@ -489,13 +515,13 @@ def _gradients(
     more = (y.mask, y.key_lengths, y.slopes, None, _seed(problem, tile, x), problem.softcap, problem.dropout_p, problem.deterministic)
     if sums.exclusive and sums.dbias is not None and y.second is None:
         own = [z.new_empty(z.shape) if want else None for z, want in zip((y.q, y.k, y.v), wants, strict=True)]
-        attention_backward_(*saved, *y.numbers, *own, part_of(sums.dbias, tile), *more)
+        attention_backward_(*saved, *y.numbers, *own, part_of(sums.dbias, tile), *more, *((None, *y.places) if y.places else ()))
         return own
     needs = [*wants, sums.dbias is not None, False]
     if y.second is not None:
-        grads = attention_backward_two(*saved, *y.numbers, [*needs, sums.dsecond is not None], y.second, *more)
+        grads = attention_backward_two(*saved, *y.numbers, [*needs, sums.dsecond is not None], y.second, *more, *y.places)
     else:
-        grads = (*attention_backward(*saved, *y.numbers, needs, *more), None)
+        grads = (*attention_backward(*saved, *y.numbers, needs, *more, *y.places), None)
     for total, grad in ((sums.dbias, grads[3]), (sums.dsecond, grads[5])):
         if total is not None:
             part = part_of(total, tile)
@@ -519,4 +545,4 @@ def sink_gradient(sums: Sums, x: Extras, result: Result, dout: Tensor, dlse: Ten
     if dlse is not None:
         delta = delta - dlse
     p = torch.exp2((x.sink.double() * LOG2E)[:, None] - in_base_2(result.lse, result.rest)).to(dtype)
-    sums.dsink -= (p.masked_fill(result.lse == -math.inf, 0.0) * delta).sum((0, 2))
+    sums.dsink -= (p * delta).masked_fill(result.lse == -math.inf, 0.0).sum((0, 2))

@@ -30,7 +30,7 @@ class Ulysses:
         some = _extras(call, x)
         q, k, v = (each.whole() for each in sent)
         with call.at_work(False):
-            result = computed(problem, _all_tiles(call, some), q, k, v, some)
+            result = computed(problem, _all_tiles(call, some), _all_rows(call), q, k, v, some)
         back = [_to_rows(call, y, problem.queries) for y in (result.out, _as_rows(result.lse))]
         out, lse = (each.whole() for each in back)
         return Result(out, lse.squeeze(-1).transpose(1, 2), None), Saved(q, k, v, some, result)
@@ -74,9 +74,12 @@ def _repeats(call: Call) -> int:
     return math.lcm(call.key_heads, size) // call.key_heads if call.key_heads else 1
 
 
+def _all_rows(call: Call) -> tuple[Piece, ...]:
+    return (Piece(0, call.problem.queries, 0),) if call.problem.queries else ()
+
+
 def _all_tiles(call: Call, x: Extras) -> list[tiles.Tile]:
-    rows = (Piece(0, call.problem.queries, 0),) if call.problem.queries else ()
-    return tiles_of(call.problem, rows, call.all_keys, x)
+    return tiles_of(call.problem, _all_rows(call), call.all_keys, x)
 
 
 def _as_rows(lse: Tensor) -> Tensor:
@@ -150,7 +153,8 @@ def _extras(call: Call, x: Extras) -> Extras:
             y = y[:, :, own]
         moved.append(_bias_to_heads(call, y, by_heads) if by_rows else y)
     rest = Extras(sink=x.sink, slopes=x.slopes, seed=x.seed).heads(own)
-    return rest._replace(bias=moved[0], second=moved[1], mask=moved[2], key_lengths=x.key_lengths)
+    own_heads = {name: getattr(rest, name) for name in ("sink", "slopes", "seed")}
+    return x._replace(bias=moved[0], second=moved[1], mask=moved[2], **own_heads)
 
 
 def _bias_to_heads(call: Call, y: Tensor, by_heads: bool) -> Tensor:
