@@ -63,8 +63,11 @@ RULES: dict[str, list[str]] = {
     "triflash.launch.native": ["torch", "triton", "triflash.launch.calls"],
     "triflash.launch.triton": [
         "torch", "triton", "triflash.dropout", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common",
-        "triflash.launch.few", "triflash.launch.packed", "triflash.launch.room", "triflash.launch.short", "triflash.plan", "triflash.spec",
-        "triflash.errors",
+        "triflash.launch.few", "triflash.launch.packed", "triflash.launch.portable", "triflash.launch.room", "triflash.launch.short",
+        "triflash.plan", "triflash.spec", "triflash.errors",
+    ],
+    "triflash.launch.portable": [
+        "torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.short": [
         "torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.few", "triflash.launch.room",
@@ -76,8 +79,8 @@ RULES: dict[str, list[str]] = {
     ],
     "triflash.launch.common": ["torch", "triflash.plan", "triflash.spec"],
     "triflash.launch.packed": [
-        "torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.room", "triflash.plan",
-        "triflash.spec",
+        "torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.portable",
+        "triflash.launch.room", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.sequences": ["torch", "triflash.spec"],
     "triflash.launch.hopper": [
@@ -85,8 +88,7 @@ RULES: dict[str, list[str]] = {
         "triflash.plan", "triflash.spec", "triflash.errors",
     ],
     "triflash.launch.hopper_packed": [
-        "torch", "triflash.kernels.hopper", "triflash.kernels.triton.packed", "triflash.launch.calls", "triflash.launch.common",
-        "triflash.launch.packed", "triflash.launch.room", "triflash.plan", "triflash.spec",
+        "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.packed", "triflash.launch.room", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.hopper_dq": [
         "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper", "triflash.plan", "triflash.spec",
@@ -95,10 +97,9 @@ RULES: dict[str, list[str]] = {
         "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.hopper_backward": [
-        "torch", "triflash.dropout", "triflash.kernels.hopper", "triflash.kernels.triton.backward", "triflash.kernels.triton.dbias",
-        "triflash.kernels.triton.features", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.hopper",
+        "torch", "triflash.dropout", "triflash.kernels.hopper", "triflash.kernels.triton.features", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.hopper",
         "triflash.launch.hopper_dbias", "triflash.launch.hopper_dq", "triflash.launch.hopper_packed", "triflash.launch.packed",
-        "triflash.launch.room", "triflash.launch.triton", "triflash.plan", "triflash.spec",
+        "triflash.launch.portable", "triflash.launch.room", "triflash.launch.triton", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],
     "triflash.bound": [

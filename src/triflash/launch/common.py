@@ -12,7 +12,7 @@ from ..plan.configs import TileConfig, padded
 from ..plan.steps import Step
 from ..spec import AttentionSpec
 
-__all__ = ["config_of", "constants_of", "is_wide"]
+__all__ = ["config_of", "constants_of", "is_wide", "tile_constants"]
 
 _WIDE_STRIDE = 2**22  # from this stride on, an offset inside a tile of up to 256 rows and columns might not fit 31 bits
 
@@ -35,16 +35,13 @@ def is_wide(tensors: Iterable[Tensor | None]) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def constants_of(spec: AttentionSpec, config: TileConfig, wide: bool, precision: str) -> dict[str, Any]:
-    """The compile-time constants that the kernels share. Cached: add to it with ``|``, never ``|=``."""
-    return {
-        "BM": config.block_m,
-        "BN": config.block_n,
-        "D": spec.head_dim,
-        "DV": spec.value_dim,
-        "BD": padded(spec.head_dim),
-        "BDV": padded(spec.value_dim),
-        "EVEN_M": spec.packed is None and not spec.placed and spec.queries % config.block_m == 0,
-        "EVEN_N": spec.packed is None and not spec.placed and spec.keys % config.block_n == 0,
-        "PRECISION": precision,
-        "WIDE": wide,
-    }
+    """The compile-time constants of the kernels that walk blocks of ``block_n`` keys. Cached: add to it with ``|``, never ``|=``."""
+    dense = spec.packed is None and not spec.placed
+    even = {"EVEN_M": dense and spec.queries % config.block_m == 0, "EVEN_N": dense and spec.keys % config.block_n == 0}
+    return tile_constants(spec.head_dim, spec.value_dim, config, wide, precision) | {"BN": config.block_n} | even
+
+
+def tile_constants(head_dim: int, value_dim: int, config: TileConfig, wide: bool, precision: str) -> dict[str, Any]:
+    """The compile-time constants of all portable kernels that have tiles of scores."""
+    dims = {"D": head_dim, "DV": value_dim, "BD": padded(head_dim), "BDV": padded(value_dim)}
+    return {"BM": config.block_m, **dims, "PRECISION": precision, "WIDE": wide}

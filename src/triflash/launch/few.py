@@ -17,7 +17,7 @@ from ..plan.steps import Plan, broadcast_rows, dbias_source
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from ..spec_cache import CacheOperands, CacheSpec
 from .calls import Call, bias_strides, slope_strides
-from .common import is_wide
+from .common import is_wide, tile_constants
 from .room import Room
 
 __all__ = ["backward_calls", "cache_calls", "combine_call", "forward_calls", "partial_sums", "row_strides"]
@@ -47,27 +47,16 @@ def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: F
         *(step.splits, least_blocks(config)),
     )
     wide = is_wide((q, k, v, saved.out, x.bias, x.mask, x.second_bias))
-    constants = constants_of(spec.head_dim, spec.value_dim, config, step.precision, wide) | {
-        "EVEN_N": spec.keys % config.block_n == 0,
-        "PAGE": 0,
-    }
+    constants = few_constants(spec, config, wide, step.precision) | {"EVEN_N": spec.keys % config.block_n == 0, "PAGE": 0}
     calls = [Call(few_kernels.few_forward, args, constants, config, step.programs)]
     if step.splits > 1:
         calls.append(combine_call(plan, parts, saved))
     return calls
 
 
-def constants_of(head_dim: int, value_dim: int, config: FewConfig, precision: str, wide: bool) -> dict[str, Any]:
-    return {
-        "BM": config.block_m,
-        "BN": config.block_n,
-        "D": head_dim,
-        "DV": value_dim,
-        "BD": padded(head_dim),
-        "BDV": padded(value_dim),
-        "PRECISION": precision,
-        "WIDE": wide,
-    }
+def few_constants(spec: AttentionSpec | CacheSpec, config: FewConfig, wide: bool, precision: str) -> dict[str, Any]:
+    """The compile-time constants that both passes have."""
+    return tile_constants(spec.head_dim, spec.value_dim, config, wide, precision) | {"BN": config.block_n}
 
 
 def new_parts(room: Room, splits: int, batch: int, queries: int, heads: int, value_dim: int) -> Saved:
@@ -112,9 +101,7 @@ def backward_calls(
         *(bias_strides(full), column_strides, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys),
         *(spec.lo, spec.hi, spec.scale, step.splits),
     )
-    constants = constants_of(
-        spec.head_dim, spec.value_dim, step.config, step.precision, is_wide((q, k, v, dout, x.bias, x.mask, x.second_bias))
-    )
+    constants = few_constants(spec, step.config, is_wide((q, k, v, dout, x.bias, x.mask, x.second_bias)), step.precision)
     calls = [Call(few_kernels.few_backward, args, constants | {"EVEN_N": spec.keys % step.config.block_n == 0}, step.config, step.programs)]
     if last is not None:
         assert dq is not None and parts is not None
@@ -185,8 +172,7 @@ def cache_calls(room: Room, plan: Plan, spec: CacheSpec, x: CacheOperands, out: 
             *(-(-spec.queries * spec.groups // config.block_m), spec.heads, spec.groups, 1, q.shape[1], spec.capacity),
             *(None if spec.left is None else -spec.left, spec.right, spec.scale, splits, least_cache_blocks(spec, config)),
         )
-        constants = constants_of(spec.head_dim, spec.value_dim, config, forward.precision, wide)
-        constants |= {"EVEN_N": False, "PAGE": spec.page_size or 0}
+        constants = few_constants(spec, config, wide, forward.precision) | {"EVEN_N": False, "PAGE": spec.page_size or 0}
         calls.append(Call(few_kernels.few_forward, args, constants, config, forward.programs))
     if combine is not None:
         calls.append(combine_call(plan, parts, result, x.offsets_q))

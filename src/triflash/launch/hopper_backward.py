@@ -12,8 +12,6 @@ from ..dropout import rescale
 from ..kernels.hopper import dkdv as dkdv_kernels
 from ..kernels.hopper import dkdv_d256 as d256_kernels
 from ..kernels.hopper import postprocess, preprocess
-from ..kernels.triton import backward as backward_kernels
-from ..kernels.triton import dbias as dbias_kernels
 from ..kernels.triton.features import Features
 from ..plan import layout
 from ..plan.configs import padded
@@ -22,7 +20,7 @@ from ..plan.kernels.dbias import DbiasConfig
 from ..plan.kernels.dkdv import DkdvConfig, dims, key_tiles, l2_order
 from ..plan.kernels.dq import DqConfig
 from ..plan.kernels.shared import stats_kinds, stats_length
-from ..plan.steps import SUM_BLOCK, Plan, Step
+from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_packed
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
@@ -32,8 +30,8 @@ from .hopper_dbias import dbias_call as hopper_dbias_call
 from .hopper_dq import dq_call
 from .hopper_packed import Tables
 from .packed import OF_BIAS, PackedTables, dbias_call, table_call
-from .packed import row_strides as row_strides_of
 from .packed import tables as packed_tables
+from .portable import dbias_sum_call, delta_call
 from .room import Room
 from .triton import contiguous, features_of, partial_sums, row_strides, rows
 
@@ -123,14 +121,13 @@ def backward_calls(
             calls.append(table_call(step, spec, x, whole))
         elif spec.packed is not None and step.kernel in OF_BIAS:
             assert target is not None and whole is not None
-            own_strides = (row_strides_of(q), row_strides_of(k), row_strides_of(v), row_strides_of(dout), (1, lse.stride(1)))
             inputs = (q, k, v, features_of(spec, x), dout, lse, rest, delta)
-            calls.append(dbias_call(room, step, spec, whole, inputs, own_strides, target, sums, is_wide((q, k, v, dout, bias, x.mask))))
+            calls.append(dbias_call(room, step, spec, whole, inputs, target, sums, is_wide((q, k, v, dout, bias, x.mask))))
         elif step.kernel in hopper_packed.AROUND:
             assert t is not None
             calls.append(hopper_packed.around_call(step, spec, x, t, {"dq": dq, "dk": dk, "dv": dv}))
         elif step.kernel == "delta":
-            calls.append(delta_call(step, spec, out, dout, dlse, delta))
+            calls.append(delta_call(step, spec, out, dout, dlse, delta, Features(), True))
         elif step.kernel == "preprocess":
             calls.append(preprocess_call(spec, out, dout, dlse, lse, rest, stats, small_lse, dq_sum, t))
         elif step.kernel in ("dkdv", "dqdkdv"):
@@ -160,9 +157,8 @@ def backward_calls(
             operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, small_lse, x.second_bias)
             calls.append(hopper_dbias_call(spec, step.config, step.programs, step.splits, *operands))
         elif step.kernel == "dbias_sum":
-            assert target is not None and step.config is not None
-            args = (sums[name], target, target.numel(), step.splits)
-            calls.append(Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, step.config, step.programs))
+            assert target is not None
+            calls.append(dbias_sum_call(step, sums[name], target))
     return calls
 
 
@@ -217,13 +213,6 @@ def _parts_of(t: Tables | None) -> tuple[Tensor | None, int]:
     if t is None:
         return None, 1
     return t.of["queries"].table, t.of["queries"].rows // ROWWISE.block_m
-
-
-def delta_call(step: Step, spec: AttentionSpec, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor | None) -> Call:
-    """``delta = rowsum(out * dout) - dlse`` by row, which the gradient of a sink asks for where rows are packed."""
-    args = (out, dout, dlse, delta, out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride())
-    constants = {"BM": ROWWISE.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": True}
-    return Call(backward_kernels.delta, (*args, spec.heads, spec.queries, Features()), constants, ROWWISE, step.programs)
 
 
 def new_head_parts(room: Room, spec: AttentionSpec, step: Step) -> HeadParts:

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from ..kernels.hopper import listed as listed_kernels
 from ..kernels.hopper.extent import ENTRY
-from ..kernels.triton import packed as packed_kernels
 from ..plan.hopper_packed import cached_rows, packed_of, rows_of
 from ..plan.packed import ROWS_A_PROGRAM
 from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, Operands, Saved
 from .calls import Call
 from .common import config_of
-from .packed import SEQUENCES, unowned_call
+from .packed import extents_call, unowned_call
 from .room import Room
 
 __all__ = ["AROUND", "Tables", "around_call", "tables", "tiles_of"]
@@ -92,18 +91,13 @@ def around_call(
     if step.kernel == "unowned":
         return unowned_call(step, spec, t.extents, given, saved)
     if step.kernel == "extents":
-        first = (t.of[name].first if name in t.of else None for name in ("queries", "keys"))
-        args: tuple[Any, ...] = (
-            *(x.offsets_q, x.offsets_k, x.used_q, x.used_k, t.extents, *first, t.diagonals, t.counters),
-            *(packed.sequences, spec.queries, spec.keys, packed.most_queries, packed.most_keys),
-        )
-        constants: dict[str, Any] = {"BM": config.block_m, "BN": config.block_n, "BLOCK": SEQUENCES, "COUNTERS": 2 * _GROUPS}
-        return Call(packed_kernels.extents, args, constants, config, step.programs)
+        first = [t.of[name].first if name in t.of else None for name in ("queries", "keys")]
+        return extents_call(step, spec, x, t.extents, (first[0], first[1]), t.diagonals, t.counters)
     (name,) = step.gives
     own = t.of[name]
     bound = own.table.shape[0]
     if step.kernel == "ordered":
-        args = (own.entries, own.places, own.counters, own.table, bound)
+        args: tuple[Any, ...] = (own.entries, own.places, own.counters, own.table, bound)
         return Call(listed_kernels.ordered, args, {"BLOCK": ROWS_A_PROGRAM}, config, step.programs)
     args = (
         *(t.extents, own.first, t.diagonals, own.entries, own.places, own.counters, own.total, packed.sequences, bound),

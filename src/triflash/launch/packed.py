@@ -8,21 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.triton import backward as backward_kernels
-from ..kernels.triton import dbias as dbias_kernels
-from ..kernels.triton import forward as forward_kernels
 from ..kernels.triton import packed as packed_kernels
 from ..kernels.triton.features import Features
 from ..plan.configs import padded
 from ..plan.packed import ROWS_A_PROGRAM, most_tiles
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
-from .calls import SMALLEST_SCALE, Call, bias_strides
+from .calls import Call, bias_strides
 from .common import config_of, constants_of, is_wide
+from .portable import Rows, dbias_sum_call, delta_call, dkdv_call, dq_call, forward_call, input_strides
 from .room import Room
 
 __all__ = [
-    "OF_BIAS", "SEQUENCES", "PackedTables", "backward_calls", "dbias_call", "forward_calls", "packed_features", "row_strides", "table_call",
+    "OF_BIAS", "PackedTables", "backward_calls", "dbias_call", "extents_call", "forward_calls", "packed_features", "table_call",
     "tables", "unowned_call",
 ]  # fmt: skip
 
@@ -72,16 +70,28 @@ def table_call(step: Step, spec: AttentionSpec, x: Operands, t: PackedTables) ->
     """A launch that fills one of them: of ``extents`` or ``tiles``."""
     config, count = config_of(step), _sequences(spec)
     if step.kernel == "extents":
-        args: tuple[Any, ...] = (
-            *(x.offsets_q, x.offsets_k, x.used_q, x.used_k, t.extents, t.first_q, t.first_k, None, None),
-            *(count, spec.queries, spec.keys, None, None),
-        )
-        constants = {"BM": config.block_m, "BN": config.block_n, "BLOCK": SEQUENCES, "COUNTERS": 1}
-        return Call(packed_kernels.extents, args, constants, config, step.programs)
+        return extents_call(step, spec, x, t.extents, (t.first_q, t.first_k))
     of_queries = step.gives == ("tiles of queries",)
     first, tiles, bound = (t.first_q, t.tiles_q, t.bound_q) if of_queries else (t.first_k, t.tiles_k, t.bound_k)
     args = (first, tiles, count, bound, count.bit_length())
     return Call(packed_kernels.tiles, args, {"BLOCK": ROWS_A_PROGRAM}, config, step.programs)
+
+
+def extents_call(
+    step: Step, spec: AttentionSpec, x: Operands, extents: Tensor, first: tuple[Tensor | None, Tensor | None],
+    diagonals: Tensor | None = None, counters: Tensor | None = None,
+) -> Call:  # fmt: skip
+    """Extents of the sequences, and the first tile of each, of queries and of keys. diagonals, counters: where kernels with a fixed grid
+    follow, (sequences,), and what is to be set to 0.
+    """
+    packed, config = spec.packed, config_of(step)
+    assert packed is not None
+    most = (None, None) if diagonals is None else (packed.most_queries, packed.most_keys)
+    offsets = (x.offsets_q, x.offsets_k, x.used_q, x.used_k)
+    args = (*offsets, extents, *first, diagonals, counters, packed.sequences, spec.queries, spec.keys, *most)
+    cleared = 1 if counters is None else counters.numel()
+    constants = {"BM": config.block_m, "BN": config.block_n, "BLOCK": SEQUENCES, "COUNTERS": cleared}
+    return Call(packed_kernels.extents, args, constants, config, step.programs)
 
 
 def unowned_call(step: Step, spec: AttentionSpec, extents: Tensor, given: dict[str, Tensor | None], saved: Saved | None = None) -> Call:
@@ -142,25 +152,22 @@ def packed_features(spec: AttentionSpec, x: Operands, f: Features) -> Features:
     )
 
 
-def _sizes(spec: AttentionSpec, bound: int) -> tuple[Any, ...]:
-    return bound, spec.heads, spec.groups, 1, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale
+def rows_of(spec: AttentionSpec, t: PackedTables, of_keys: bool) -> Rows:
+    """How rows of sequences are found, by kernels that own queries or keys."""
+    tiles, bound = (t.tiles_k, t.bound_k) if of_keys else (t.tiles_q, t.bound_q)
+    return Rows(row_strides, lambda lse: (1, lse.stride(1)), bound, 1, _packed(spec, t, tiles))
 
 
 def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: Features, saved: Saved) -> list[Call]:
     """The launches of a forward pass."""
-    out, lse, rest = saved
     calls = []
     t = tables(room, plan.steps, spec) if plan.steps else None
     for step in plan.steps:
         assert t is not None
         if step.kernel == "forward":
-            strides = (row_strides(x.q), row_strides(x.k), row_strides(x.v), row_strides(out), (1, lse.stride(1)))
-            args = (x.q, x.k, x.v, f, out, lse, rest, *strides, *_sizes(spec, t.bound_q), _packed(spec, t, t.tiles_q))
-            constants = constants_of(spec, config_of(step), is_wide((x.q, x.k, x.v, out, x.bias, x.mask, x.second_bias)), step.precision)
-            constants = constants | {"POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": "tile"}
-            calls.append(Call(forward_kernels.forward, args, constants, config_of(step), step.programs))
+            calls.append(forward_call(step, spec, x, f, saved, rows_of(spec, t, of_keys=False)))
         elif step.kernel == "unowned":
-            calls.append(unowned_call(step, spec, t.extents, {"out": out}, saved))
+            calls.append(unowned_call(step, spec, t.extents, {"out": saved.out}, saved))
         else:
             calls.append(table_call(step, spec, x, t))
     return calls
@@ -183,36 +190,25 @@ def backward_calls(
     dq, dk, dv, *_ = grads
     t = tables(room, plan.steps, spec)
     inputs = (x.q, x.k, x.v, f, dout, lse, rest, delta)
-    strides = (row_strides(x.q), row_strides(x.k), row_strides(x.v), row_strides(dout), (1, lse.stride(1)))
     wide = is_wide((x.q, x.k, x.v, out, dout, x.bias, x.mask, dq, dk, dv, x.second_bias))
     given = {"dq": dq, "dk": dk, "dv": dv}
     biases = {"dbias": grads.dbias, "dsecond": grads.dsecond}
     sums: dict[str, Tensor | None] = {}
     calls = []
     for step in plan.steps:
-        config = config_of(step)
-        constants = constants_of(spec, config, wide, step.precision)
         name = next((each for each in step.gives if each in biases), "")
         target = biases.get(name)
         if step.kernel == "delta":
-            rows = (out.stride()[:3], dout.stride()[:3], None if dlse is None else dlse.stride())
-            own = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
-            args: tuple[Any, ...] = (out, dout, dlse, delta, *rows, spec.heads, spec.queries, Features())
-            calls.append(Call(backward_kernels.delta, args, own, config, step.programs))
+            calls.append(delta_call(step, spec, out, dout, dlse, delta, Features(), wide))
         elif step.kernel == "dkdv":
-            args = (*inputs, dk, dv, target, *strides, row_strides(dk), row_strides(dv), _key_strides(target))
-            args += (*_sizes(spec, t.bound_k), _packed(spec, t, t.tiles_k))
-            constants = constants | {"GROUPED": spec.groups > 1, "ORDER": "tile"}
-            calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
+            calls.append(dkdv_call(step, spec, inputs, rows_of(spec, t, of_keys=True), (dk, dv, target), _key_strides(target), wide))
         elif step.kernel == "dq":
-            args = (*inputs, dq, target, *strides, row_strides(dq), bias_strides(target), *_sizes(spec, t.bound_q))
-            constants = constants | {"ORDER": "tile"}
-            calls.append(Call(backward_kernels.dq, (*args, _packed(spec, t, t.tiles_q), None), constants, config, step.programs))
+            calls.append(dq_call(step, spec, inputs, rows_of(spec, t, of_keys=False), (dq, target), row_strides(dq), wide))
         elif step.kernel == "unowned":
             calls.append(unowned_call(step, spec, t.extents, given))
         elif step.kernel in OF_BIAS:
             assert target is not None
-            calls.append(dbias_call(room, step, spec, t, inputs, strides, target, sums, wide))
+            calls.append(dbias_call(room, step, spec, t, inputs, target, sums, wide))
         else:
             calls.append(table_call(step, spec, x, t))
     return calls
@@ -232,20 +228,19 @@ def dbias_call(
     spec: AttentionSpec,
     t: PackedTables,
     inputs: tuple[Any, ...],
-    strides: tuple[Any, ...],
     target: Tensor,
     sums: dict[str, Tensor | None],
     wide: bool,
 ) -> Call:
     """A launch of :data:`OF_BIAS`, for the gradient of a bias that no other kernel gives, into ``target``, which is contiguous. inputs: q,
-    k, v, features, dout, lse, rest, delta, and strides of those that have some. sums: by name, where the gradient comes in parts.
+    k, v, features, dout, lse, rest, delta. sums: by name, where the gradient comes in parts.
     """
     config = config_of(step)
     (name,) = step.gives
     if step.kernel == "cleared":
         return Call(packed_kernels.cleared, (target, target.numel()), {"BLOCK": SUM_BLOCK}, config, step.programs)
     if step.kernel == "dbias_sum":
-        return Call(dbias_kernels.dbias_sum, (sums[name], target, target.numel(), step.splits), {"BLOCK": SUM_BLOCK}, config, step.programs)
+        return dbias_sum_call(step, sums[name], target)
     constants = constants_of(spec, config, wide, step.precision)
     parts = target.unsqueeze(0)
     if step.splits > 1:
@@ -257,7 +252,8 @@ def dbias_call(
     sequence, _, head, row, col = bias_strides(parts[0])  # type: ignore[misc]
     varies = dict(zip(("VARIES_B", "VARIES_H", "VARIES_M", "VARIES_N"), (bias.varies[0], *bias.varies[2:]), strict=True))
     args = (
-        *(*inputs, parts, _packed(spec, t, tiles), *strides, (parts.stride(0), sequence, head, row, col), (row, col)),
+        *(*inputs, parts, _packed(spec, t, tiles), *input_strides(inputs, rows_of(spec, t, of_keys=False))),
+        *((parts.stride(0), sequence, head, row, col), (row, col)),
         *(spec.heads, spec.groups, packed.sequences, spec.queries, bound),
         *(packed.second_sizes if name == "dsecond" else packed.bias_sizes),
         *(spec.lo, spec.hi, spec.scale, step.splits),

@@ -11,7 +11,7 @@ from ..plan.kernels.short import ShortConfig, bias_form, pieces, sum_of
 from ..plan.steps import Plan, Step, broadcast_rows
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from .calls import Call, bias_strides
-from .common import constants_of, is_wide
+from .common import constants_of, is_wide, tile_constants
 from .few import partial_sums, row_strides
 from .room import Room
 
@@ -31,10 +31,11 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, f: Any, saved: S
         *(-(-tiles // (rounds or 1)), rounds, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys),
         *(spec.lo, spec.hi, spec.scale),
     )
-    constants = constants_of(spec, config, is_wide((q, k, v, out, x.bias, x.mask, x.second_bias)), step.precision)
+    wide = is_wide((q, k, v, out, x.bias, x.mask, x.second_bias))
     own = pieces(spec.keys, config.block_n)
-    sizes = zip(("BN", "BN2", "BN3"), (*own, 0, 0), strict=False)
-    constants = constants | dict(sizes) | {"EVEN_N": sum(own) == spec.keys, "LATE": config.late_v}
+    sizes = dict(zip(("BN", "BN2", "BN3"), (*own, 0, 0), strict=False))
+    even = {"EVEN_M": spec.queries % config.block_m == 0, "EVEN_N": sum(own) == spec.keys}
+    constants = tile_constants(spec.head_dim, spec.value_dim, config, wide, step.precision) | sizes | even | {"LATE": config.late_v}
     return [Call(kernels.short_forward, args, constants | _limit_of(config), config, step.programs)]
 
 

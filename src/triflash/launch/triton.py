@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from ..dropout import rescale, threshold
-from ..kernels.triton import backward as backward_kernels
 from ..kernels.triton import dbias as dbias_kernels
-from ..kernels.triton import forward as forward_kernels
 from ..kernels.triton.features import Features
 from ..plan import layout
-from ..plan.configs import padded
-from ..plan.steps import SUM_BLOCK, Plan, Step
+from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
-from .calls import SMALLEST_SCALE, Call, bias_strides, lengths_stride, slope_strides
+from .calls import Call, bias_strides, lengths_stride, slope_strides
 from .common import config_of, constants_of, is_wide
 from .few import backward_calls as few_backward_calls
 from .few import dq_parts, row_strides, sum_call
@@ -29,6 +26,7 @@ from .few import partial_sums as sums_of
 from .packed import backward_calls as packed_backward_calls
 from .packed import forward_calls as packed_forward_calls
 from .packed import packed_features
+from .portable import Rows, dbias_sum_call, delta_call, dkdv_call, dq_call, forward_call, input_strides
 from .room import Room
 from .short import backward_call as short_backward_call
 from .short import forward_calls as short_forward_calls
@@ -101,20 +99,7 @@ def _sum_sink(room: Room, x: Operands, saved: Saved, delta: Tensor | None, grads
 
 def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches of a forward pass."""
-    q, k, v, bias, mask, *_ = x
-    out, lse, rest = saved
-    calls = []
-    for step in plan.steps:
-        args = (
-            *(q, k, v, features_of(spec, x), out, lse, rest),
-            *(_strides(q), _strides(k), _strides(v), _strides(out), lse.stride()[:2]),
-            *_sizes(spec),
-            *(spec.lo, spec.hi, spec.scale, None),
-        )
-        constants = constants_of(spec, config_of(step), is_wide((q, k, v, out, bias, mask, x.second_bias)), step.precision)
-        constants = constants | {"POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": step.order}
-        calls.append(Call(forward_kernels.forward, args, constants, config_of(step), step.programs))
-    return calls
+    return [forward_call(step, spec, x, features_of(spec, x), saved, _rows_of(spec)) for step in plan.steps]
 
 
 def backward_calls(
@@ -135,23 +120,20 @@ def backward_calls(
     out, lse, rest = saved
     dq, dk, dv, *_ = grads
     inputs = (q, k, v, features_of(spec, x), dout, lse, rest, delta)
-    strides = (_strides(q), _strides(k), _strides(v), _strides(dout), lse.stride()[:2])
+    here = _rows_of(spec)
     wide = is_wide((q, k, v, out, dout, bias, mask, dq, dk, dv, x.second_bias))
     biases = {"dbias": (grads.dbias, spec.bias), "dsecond": (grads.dsecond, spec.second)}
     sums: dict[str, Tensor | None] = {}  # where a gradient of a bias comes in parts
-    outputs: tuple[Any, ...]
     calls = []
     for step in plan.steps:
         config = config_of(step)
         name = next((each for each in step.gives if each in biases), "")
         target, bias_spec = biases.get(name, (None, None))
         if step.kernel == "delta":
-            args: tuple[Any, ...] = (out, dout, dlse, delta, _strides(out), _strides(dout), None if dlse is None else dlse.stride())
-            constants = {"BM": config.block_m, "DV": spec.value_dim, "BDV": padded(spec.value_dim), "WIDE": wide}
             f = _NO_FEATURES
             if spec.query_starts or spec.query_lengths:
                 f = f._replace(**{name: own for name, own in _places(spec, x).items() if name == "placed" or name.startswith("query_")})
-            calls.append(Call(backward_kernels.delta, (*args, spec.heads, spec.queries, f), constants, config, step.programs))
+            calls.append(delta_call(step, spec, out, dout, dlse, delta, f, wide))
         elif step.kernel == "short_backward":
             calls.append(short_backward_call(room, step, spec, x, inputs, out, dlse, grads, sums))
         elif step.kernel == "few_backward":
@@ -159,19 +141,13 @@ def backward_calls(
         elif step.kernel == "dkdv":
             parts = sums[name] = partial_sums(room, step, target)
             target_strides = row_strides(spec, parts) if parts is not None else None
-            outputs = (dk, dv, parts, *strides, _strides(dk), _strides(dv), target_strides)
-            args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale, None)
-            constants = constants_of(spec, config, wide, step.precision) | {"GROUPED": spec.groups > 1, "ORDER": step.order}
-            calls.append(Call(backward_kernels.dkdv, args, constants, config, step.programs))
+            calls.append(dkdv_call(step, spec, inputs, here, (dk, dv, parts), target_strides, wide))
         elif step.kernel == "dq":
             parts = dq
             dq_strides: tuple[int, ...] | None = _strides(dq)
             if step.splits > 1 and dq is not None:
                 parts, dq_strides = dq_parts(room, step.splits, dq)
-            outputs = (parts, target, *strides, dq_strides, bias_strides(target))
-            args = (*inputs, *outputs, *_sizes(spec), spec.lo, spec.hi, spec.scale, None, step.splits if step.splits > 1 else None)
-            constants = constants_of(spec, config, wide, step.precision) | {"ORDER": step.order}
-            calls.append(Call(backward_kernels.dq, args, constants, config, step.programs))
+            calls.append(dq_call(step, spec, inputs, here, (parts, target), dq_strides, wide))
             if step.splits > 1 and dq is not None:
                 assert parts is not None
                 calls.append(sum_call(plan, spec, parts, dq))
@@ -179,14 +155,13 @@ def backward_calls(
             parts = sums[name] = partial_sums(room, step, target)
             assert parts is not None and bias_spec is not None
             sizes = (spec.heads, spec.groups, spec.batch_outer, spec.batch_inner, spec.queries, spec.keys)
-            args = (*inputs, parts, *strides, (parts.stride(0), *bias_strides(parts[0])))  # type: ignore[misc]
-            args += (*sizes, spec.lo, spec.hi, spec.scale, step.splits)
+            parts_strides = (parts.stride(0), *bias_strides(parts[0]))  # type: ignore[misc]
+            args = (*inputs, parts, *input_strides(inputs, here), parts_strides, *sizes, spec.lo, spec.hi, spec.scale, step.splits)
             varies = dict(zip(("VARIES_B0", "VARIES_B1", "VARIES_H", "VARIES_M", "VARIES_N"), bias_spec.varies, strict=True))
             calls.append(Call(dbias_kernels.dbias, args, constants_of(spec, config, wide, step.precision) | varies, config, step.programs))
         elif step.kernel == "dbias_sum":
             assert target is not None
-            args = (sums[name], target, target.numel(), step.splits)
-            calls.append(Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, config, step.programs))
+            calls.append(dbias_sum_call(step, sums[name], target))
     return calls
 
 
@@ -295,5 +270,6 @@ def _strides(x: Tensor | None) -> tuple[int, int, int] | None:
     return None if x is None else x.stride()[:3]  # type: ignore[return-value]
 
 
-def _sizes(spec: AttentionSpec) -> tuple[int, int, int, int, int, int]:
-    return spec.batch, spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys
+def _rows_of(spec: AttentionSpec) -> Rows:
+    """How rows of a dense batch are found."""
+    return Rows(_strides, lambda lse: lse.stride()[:2], spec.batch, spec.batch_inner, None)
