@@ -1,4 +1,4 @@
-"""What every result of a ``Case`` is held against, by the tolerance rule: the exact result, plain PyTorch's, and slack. Called by ``cases.py``."""
+"""What every result of a ``Case`` is held against, by the tolerance rule: the exact result, plain PyTorch's, and slack. Called by ``running.py``."""
 
 from __future__ import annotations
 

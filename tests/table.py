@@ -1,8 +1,11 @@
-"""Tables that more than one file of tests runs, each case by the one body that ``cases.py`` has: problems of several tiles, which on Hopper
-fill its rings of buffers, and configurations of its kernels. Problems of a tile or two, for every backend, are in test_edges.py.
+"""Tables that more than one file of tests runs, each case by the one body that ``running.py`` has: problems of several tiles, which on Hopper
+fill its rings of buffers, and configurations of its kernels; every feature at a size that a file chooses (``features``). Problems of a tile or
+two, for every backend, are in test_edges.py.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -77,3 +80,49 @@ DROPPED = [
     Case("dropout, lengths, slopes", B=2, M=130, N=150, lengths=(64, 150), alibi="h", dropout=0.9),
 ]
 FEATURES = [*CAPPED, *MASKED, *DROPPED]
+
+
+def features(M: int, N: int) -> list[Case]:
+    """Every feature by itself, and all together, at the size that a kernel is for: M queries and N keys."""
+    size: dict[str, Any] = dict(M=M, N=N)
+    everything: dict[str, Any] = dict(
+        H=4, Hk=2, mask="b11k", lengths=(N, N // 2 + 2), sink=True, softcap=2.0, dropout=0.2, hi=N - M, dlse=True
+    )
+    return [
+        Case("grouped", B=2, **size, H=6, Hk=2),
+        Case("float32", **size, dtype=F32, bias="1hqk"),
+        Case("head dims", **size, D=24, Dv=40),
+        Case("value dim of 1", **size, D=17, Dv=1),
+        Case("wide heads", **size, D=200, Dv=72, H=1),
+        Case("strides", B=2, **size, layout="mixed", dout_layout="sliced"),
+        Case("last dim not contiguous", B=2, **size, layout="step", dout_layout="step"),
+        Case("bias of full shape", B=2, **size, bias="bhqk", bias_values="inf"),
+        Case("bias of full shape, float32, grouped", B=2, **size, H=4, Hk=2, bias="bhqk", bias_dtype=F32),
+        Case("bias of keys", B=2, **size, bias="b11k"),
+        Case("bias of keys of a head", B=2, **size, bias="1h1k", lo=-5, hi=N - 10),
+        Case("bias of keys, grouped", B=2, **size, H=4, Hk=2, bias="1h1k"),
+        Case("bias of queries", B=2, **size, bias="1hq1", bias_layout="expanded"),
+        Case("bias of one number", B=2, **size, bias="1111"),
+        Case("bias, transposed in memory", B=2, **size, bias="1hqk", bias_layout="transposed"),
+        Case("bias, sliced", B=2, **size, bias="bhqk", bias_layout="sliced"),
+        Case("bias, two batch levels", B=4, **size, batch_inner=2, bias="1ihqk"),
+        Case("least numbers", **size, bias="1hqk", bias_values="least", bias_dtype=F32),
+        Case("huge bias", **size, bias="1hqk", bias_values="huge", bias_dtype=F32),
+        Case("mask", B=2, **size, bias="b11k", bias_dtype=BOOL),
+        Case("mask that hides all", B=2, **size, bias="b1qk", bias_dtype=BOOL, bias_values="all"),
+        Case("mask beside a bias", B=2, **size, bias="1hqk", mask="b1qk"),
+        Case("ALiBi", B=2, **size, alibi="bh", H=4, Hk=2),
+        Case("window", B=2, **size, lo=N // 5, hi=N // 2),
+        Case("bottom right", B=2, **size, hi=N - M),
+        Case("rows that see nothing", B=2, M=20, N=40, hi=-10),
+        Case("soft cap", B=2, **size, softcap=2.0, magnitude=3.0, bias="1hqk"),
+        Case("sink", B=2, **size, sink=True, H=4, Hk=2),
+        Case("sink alone", B=2, **size, sink=True, lengths=(0, 0)),
+        Case("lengths", B=4, **size, lengths=(N, 1, 0, N // 2 - 2)),
+        Case("dropout", B=2, **size, H=4, Hk=2, dropout=0.3),
+        Case("gradient of lse", B=2, **size, dlse=True),
+        Case("negative scale", B=2, **size, scale=-0.4),
+        Case("scale 0", **size, scale=0.0),
+        Case("huge scores", **size, magnitude=30.0, scale=1.0, dtype=F32),
+        Case("everything", B=2, **size, bias="bhqk", alibi="bh", **everything),
+    ]  # fmt: skip

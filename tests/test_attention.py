@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import BACKENDS
+from here import BACKENDS
 from triflash import attention, merge_states
 
 F32 = torch.float32

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import triflash
-from cases import triton_only
+from here import triton_only
 from triflash import UnsupportedError, attention, backend, flash_attn_func, record_launches
 
 ON_GPU = torch.cuda.is_available()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import EVERY_BACKEND, ON_HOPPER, small_tiles
+from here import EVERY_BACKEND, ON_HOPPER
+from running import small_tiles
 from triflash import attention
 from triflash.form import Form
 from triflash.spec import INTEGERS

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import triflash
-from cases import BACKENDS, EVERY_BACKEND, NEAREST, ON_HOPPER, Case, run_case, small_tiles, triton_only
+from cases import Case
+from here import BACKENDS, EVERY_BACKEND, NEAREST, ON_HOPPER, triton_only
+from running import run_case, small_tiles
 from table import FEATURES as FEATURES_IN_TILES
 from triflash import oracle
 from triflash.triton_flash_attention import _flash_attn_backward, _flash_attn_forward

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import HAVE_TRITON, triton_only, with_layout
+from cases import with_layout
+from here import HAVE_TRITON, triton_only
 from test_attention import WRONG, Q
 from test_bad_input import OPTIONS, TENSORS, ids, qkv
 from test_structure import run_python

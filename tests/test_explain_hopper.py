@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import triton_only, with_layout
+from cases import with_layout
+from here import triton_only
 from triflash import attention, explain
 from triflash.__main__ import main
 from triflash.cli.shorthand import bias_shape

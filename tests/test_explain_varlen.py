@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import triton_only
+from here import triton_only
 from triflash import UnsupportedError, attention, attention_varlen, explain
 from triflash.plan.device import KNOWN_DEVICES
 from unlaunched import check_bytes, unlaunched

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import BACKENDS, HAVE_TRITON, Case, hopper_only, run_hidden, small_tiles
+from cases import Case
+from here import BACKENDS, HAVE_TRITON, hopper_only
+from running import run_hidden, small_tiles
 from test_attention import agree, inputs
 from triflash import attention, ops
 from triflash.dropout import keep_mask, philox2x32, philox4x32, rescale, threshold

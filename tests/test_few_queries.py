@@ -19,7 +19,11 @@ from torch import Tensor
 import kvcases
 import triflash
 from addresses import every_address
-from cases import HAVE_TRITON, Case, assert_right, attend, build, fill_hidden, hidden_of, kernels, named_gradients, small_tiles
+from cases import Case, build, fill_hidden, hidden_of
+from expected import kernels
+from here import HAVE_TRITON
+from running import assert_right, attend, named_gradients, small_tiles
+from table import features
 from triflash import UnsupportedError, attention, attention_with_kvcache
 from triflash.combine import combine
 from triflash.plan.configs import TileConfig
@@ -75,47 +79,11 @@ def run(case: Case, device: torch.device, forward: FewConfig = SPLIT, backward: 
 
 
 FEATURES = [
+    *features(3, 70),
     Case("one query", B=2, M=1, N=100),
     Case("one query, one head, one batch entry", M=1, N=49, H=1),
-    Case("grouped", B=2, M=3, N=100, H=6, Hk=2),
     Case("more rows than a tile", M=11, N=70, H=3, Hk=1, causal=False),
-    Case("float32", M=2, N=70, dtype=F32, bias="1hqk"),
-    Case("head dims", M=2, N=70, D=24, Dv=40),
-    Case("value dim of 1", M=2, N=40, D=17, Dv=1),
-    Case("wide heads", M=1, N=40, D=200, Dv=72, H=1),
-    Case("strides", B=2, M=3, N=70, layout="mixed", dout_layout="sliced"),
-    Case("last dim not contiguous", B=2, M=2, N=40, layout="step", dout_layout="step"),
-    Case("bias of full shape", B=2, M=3, N=70, bias="bhqk", bias_values="inf"),
-    Case("bias of full shape, float32, grouped", B=2, M=3, N=70, H=4, Hk=2, bias="bhqk", bias_dtype=F32),
-    Case("bias of keys", B=2, M=3, N=70, bias="b11k"),
-    Case("bias of keys of a head", B=2, M=3, N=70, bias="1h1k", lo=-5, hi=60),
-    Case("bias of keys, grouped", B=2, M=3, N=70, H=4, Hk=2, bias="1h1k"),
-    Case("bias of queries", B=2, M=3, N=70, bias="1hq1", bias_layout="expanded"),
-    Case("bias of one number", B=2, M=3, N=70, bias="1111"),
-    Case("bias, transposed in memory", B=2, M=3, N=70, bias="1hqk", bias_layout="transposed"),
-    Case("bias, sliced", B=2, M=3, N=70, bias="bhqk", bias_layout="sliced"),
-    Case("bias, two batch levels", B=4, M=3, N=70, batch_inner=2, bias="1ihqk"),
-    Case("least numbers", B=1, M=4, N=70, bias="1hqk", bias_values="least", bias_dtype=F32),
-    Case("huge bias", B=1, M=4, N=70, bias="1hqk", bias_values="huge", bias_dtype=F32),
-    Case("mask", B=2, M=3, N=70, bias="b11k", bias_dtype=BOOL),
-    Case("mask that hides all", B=2, M=3, N=70, bias="b1qk", bias_dtype=BOOL, bias_values="all"),
-    Case("mask beside a bias", B=2, M=3, N=70, bias="1hqk", mask="b1qk"),
-    Case("ALiBi", B=2, M=3, N=90, alibi="bh", H=4, Hk=2),
-    Case("window", B=2, M=5, N=90, lo=20, hi=50),
-    Case("bottom right", B=2, M=5, N=90, hi=85),
     Case("top left", B=2, M=20, N=90, causal=True),
-    Case("rows that see nothing", B=2, M=20, N=40, hi=-10),
-    Case("soft cap", B=2, M=3, N=70, softcap=2.0, magnitude=3.0, bias="1hqk"),
-    Case("sink", B=2, M=3, N=70, sink=True, H=4, Hk=2),
-    Case("sink alone", B=2, M=2, N=70, sink=True, lengths=(0, 0)),
-    Case("lengths", B=4, M=2, N=70, lengths=(70, 1, 0, 33)),
-    Case("dropout", B=2, M=3, N=70, H=4, Hk=2, dropout=0.3),
-    Case("gradient of lse", B=2, M=3, N=70, dlse=True),
-    Case("negative scale", B=2, M=3, N=70, scale=-0.4),
-    Case("scale 0", B=1, M=3, N=70, scale=0.0),
-    Case("huge scores", B=1, M=3, N=70, magnitude=30.0, scale=1.0, dtype=F32),
-    Case("everything", B=2, M=3, N=90, H=4, Hk=2, bias="bhqk", mask="b11k", lengths=(90, 37), alibi="bh", sink=True, softcap=2.0, dropout=0.2,
-         hi=87, dlse=True),
     Case("dq alone", B=2, M=3, N=70, grads="q"),
     Case("dk alone", B=2, M=3, N=70, grads="k"),
     Case("dv alone", B=2, M=3, N=70, grads="v"),

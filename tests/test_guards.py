@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import kernels, small_tiles, triton_only
+from expected import kernels
+from here import triton_only
+from running import small_tiles
 from test_dtypes import on
 from triflash import launch, ops
 from triflash.bound import signature

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import Case, Inputs, assert_right, build, expected_kernels, few_processors, hopper_only, named_gradients, run_case
+from cases import Case, Inputs, build
+from expected import expected_kernels
+from here import hopper_only
+from running import assert_right, few_processors, named_gradients, run_case
 from table import FEATURES
 from triflash import ops
 from triflash.plan.device import facts_of

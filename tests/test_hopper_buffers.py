@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import gluon_twin
-from cases import Case, build, spec_of_case, stand_in_only
+from cases import Case, build
+from expected import spec_of_case
+from here import stand_in_only
 from triflash.launch import ahead
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.kernels.dbias import DbiasConfig

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import Case, attend, build, few_processors, hopper_only, run_case
+from cases import Case, build
+from here import hopper_only
+from running import attend, few_processors, run_case
 from table import FORWARD, GROWING
 from triflash import ops, oracle
 from triflash.plan.kernels.forward import ForwardConfig

@@ -12,8 +12,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from cases import Case, run_hidden, stand_in_only
+from cases import Case
+from here import stand_in_only
 from mutations import mutate, noticed
+from running import run_hidden
 from table import DBIAS_CONFIGS, FORWARD_CONFIGS
 from triflash.plan.kernels.dbias import DbiasConfig
 from triflash.plan.kernels.dkdv import DkdvConfig

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from cases import triton_only
+from here import triton_only
 from triflash import UnsupportedError, backend, flash_attn_func, record_launches
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES

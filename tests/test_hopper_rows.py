@@ -16,8 +16,11 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import gluon_twin
-from cases import ON_HOPPER, Case, Inputs, assert_right, build, hopper_only, named_gradients, spec_of_case, with_layout
+from cases import Case, Inputs, build, with_layout
+from expected import spec_of_case
+from here import ON_HOPPER, hopper_only
 from mutations import mutate, noticed
+from running import assert_right, named_gradients
 from triflash import oracle
 from triflash.launch.calls import Call, start
 from triflash.launch.hopper_dbias import dbias_call

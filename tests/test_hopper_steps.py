@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cases import triton_only
+from here import triton_only
 from test_hopper_plan import SM90, spec, visits
 from triflash import UnsupportedError
 from triflash.launch.room import Described, Real, twin

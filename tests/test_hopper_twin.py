@@ -14,9 +14,11 @@ import torch
 pytest.importorskip("triton")
 
 import gluon_twin
-from cases import Case, Inputs, assert_right, build, results_of, run_case, stand_in_only
+from cases import Case, Inputs, build
+from here import stand_in_only
 from mutations import mutate, noticed
 from pairwise import pairwise
+from running import assert_right, results_of, run_case
 from table import DBIAS_CONFIGS, FEATURES, FORWARD, FORWARD_CONFIGS, GROWING
 from triflash.launch.hopper_backward import new_stats, preprocess_call
 from triflash.launch.room import Real

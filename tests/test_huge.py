@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import EVERY_BACKEND, small_tiles
+from here import EVERY_BACKEND
+from running import small_tiles
 from test_dtypes import on
 from triflash import attention
 

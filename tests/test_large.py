@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import BACKENDS, hopper_only, small_tiles, triton_only
+from here import BACKENDS, hopper_only, triton_only
+from running import small_tiles
 from triflash import ops, oracle
 
 pytestmark = pytest.mark.unpoisoned

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import BACKENDS, HAVE_TRITON, kernels
+from expected import kernels
+from here import BACKENDS, HAVE_TRITON
 from triflash import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, ops
 
 pytestmark = pytest.mark.unpoisoned

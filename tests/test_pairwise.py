@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from cases import BACKENDS, NEAREST, Case, run_case
+from cases import Case
+from here import BACKENDS, NEAREST
 from pairwise import pairs_of, pairwise
+from running import run_case
 
 ON_GPU = torch.cuda.is_available()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import triton_only
+from here import triton_only
 from triflash import flash_attn_func, ops, oracle
 from triflash.spec import resolve_precision
 

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cases import BACKENDS, small_tiles
+from here import BACKENDS
+from running import small_tiles
 from triflash import ops
 
 FEW = settings(

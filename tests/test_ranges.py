@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from cases import triton_only
+from here import triton_only
 from triflash.tiled import _visible_slices, slices
 
 BOUNDS = (None, -9, -4, -1, 0, 1, 3, 8)

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import triflash
-from cases import BACKENDS, Case, build, kernels, results_of, small_tiles
+from cases import Case, build
+from expected import kernels
+from here import BACKENDS
+from running import results_of, small_tiles
 
 ON_GPU = torch.cuda.is_available()
 CASES = [

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import BACKENDS, kernels, small_tiles
+from expected import kernels
+from here import BACKENDS
+from running import small_tiles
 from triflash import oracle
 from triflash import triton_flash_attention as seed
 from triflash.bound import call, signature

@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import stress_hopper as stress
-from cases import triton_only
+from here import triton_only
 from triflash import oracle
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.override import override_configs

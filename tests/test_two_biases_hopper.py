@@ -13,7 +13,9 @@ import torch
 pytest.importorskip("triton")
 
 import triflash
-from cases import HAVE_TRITON, ON_HOPPER, Case, run_case
+from cases import Case
+from here import HAVE_TRITON, ON_HOPPER
+from running import run_case
 from triflash import UnsupportedError
 from triflash.plan.kernels.dbias import DbiasConfig
 from triflash.plan.kernels.dkdv import DkdvConfig

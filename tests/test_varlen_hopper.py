@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 import gluon_twin
 import triflash
-from cases import ON_HOPPER, stand_in_only
+from here import ON_HOPPER, stand_in_only
 from test_varlen import Batch, loss_of, near
 from triflash import UnsupportedError, attention_varlen
 from triflash.plan.kernels.dkdv import DkdvConfig

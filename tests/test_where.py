@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import triflash
-from cases import BACKENDS, Case, run_case, run_hidden
+from cases import Case
+from here import BACKENDS
+from running import run_case, run_hidden
 from test_guards import Guarded, backends, on_backends
 from triflash import UnsupportedError, attention, ops
 
