@@ -84,8 +84,8 @@ RULES: dict[str, list[str]] = {
     ],
     "triflash.launch.sequences": ["torch", "triflash.spec"],
     "triflash.launch.hopper": [
-        "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper_packed", "triflash.launch.room",
-        "triflash.plan", "triflash.spec", "triflash.errors",
+        "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper_packed", "triflash.launch.packed",
+        "triflash.launch.room", "triflash.plan", "triflash.spec", "triflash.errors",
     ],
     "triflash.launch.hopper_packed": [
         "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.packed", "triflash.launch.room", "triflash.plan", "triflash.spec",

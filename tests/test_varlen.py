@@ -38,10 +38,11 @@ class Batch:
     used: tuple[list[int] | None, list[int] | None]
     options: dict[str, Any] = field(default_factory=dict)
     offsets: torch.dtype = torch.int32
+    step: int = 1  # of offsets and used lengths in memory
 
     def call(self, leaves: dict[str, Tensor | None], backend: str, device: str = DEVICE) -> tuple[Tensor, Tensor]:
         def numbers(x: list[int] | None) -> Tensor | None:
-            return None if x is None else torch.tensor(x, dtype=self.offsets, device=device)
+            return None if x is None else torch.tensor(x, dtype=self.offsets, device=device).repeat_interleave(self.step)[:: self.step]
 
         options = {key: x.to(device) if isinstance(x, Tensor) else x for key, x in self.options.items()}
         cu = [numbers([*starts, starts[-1] + lengths[-1]]) for starts, lengths in zip(self.starts, self.lengths, strict=True)]
@@ -216,6 +217,28 @@ def simple(lengths: list[int], H: int = 2, D: int = 16, **options: Any) -> Batch
     starts = [sum(lengths[:b]) for b in range(len(lengths))]
     leaves = {name: torch.randn(sum(lengths), H, D) for name in "qkv"}
     return Batch(leaves, (starts, starts), (lengths, lengths), (None, None), options)
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_of_any_strides(backend: str, used: bool) -> None:
+    """Every other number of something larger, or one number for all: kernels read them one behind the other."""
+    batch = simple([5, 17, 1, 12], causal=True)
+    batch.step = 2
+    if used:
+        batch.used = ([4, 9, 0, 12], [5, 3, 1, 7])
+    for name, x, y in zip(("out", "lse"), batch.call(batch.leaves, backend), batch.reference(doubled(batch)), strict=True):
+        near(name, x, y, 2e-5)
+    q, k, v = (x.to(DEVICE) for x in batch.leaves.values())
+    offsets = torch.tensor([0, 5, 22, 23, 35], dtype=torch.int32, device=DEVICE)
+    for most in (0, 2):
+        given = torch.tensor([most], device=DEVICE).expand(4)
+        results = [attention_varlen(q, k, v, offsets, seqused_k=each, backend=backend) for each in (given, given.contiguous())]
+        assert torch.equal(*results)
+
+
+def doubled(batch: Batch) -> dict[str, Tensor]:
+    return {name: x.double() for name, x in batch.leaves.items()}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -122,6 +122,15 @@ def test_random_problems(seed: int) -> None:
     check(drawn(seed), seed, seed % 2 == 1, 0.8)
 
 
+def test_offsets_of_any_strides() -> None:
+    """Every other number of something larger: the kernel that reads them takes them one behind the other."""
+    for bias in ({}, {"bias": torch.randn(1, 2, 150, 150, generator=torch.Generator().manual_seed(1)).to(HALF)}):
+        batch = several([70, 0, 64, 1], causal=True)
+        batch.leaves |= bias
+        batch.used, batch.step = ([70, 0, 33, 1], [5, 0, 64, 1]), 2
+        assert "extents" in check(batch, 0)
+
+
 @pytest.mark.skipif(not ON_HOPPER, reason="the same again, in the other dtype and in wide heads")
 @pytest.mark.parametrize("seed", range(100))
 def test_random_problems_in_bfloat16(seed: int) -> None:

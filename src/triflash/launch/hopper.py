@@ -26,6 +26,7 @@ from ..spec import AttentionSpec, Operands, Saved
 from . import hopper_packed
 from .calls import SMALLEST_SCALE, Call, address_of, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
 from .hopper_packed import Tables
+from .packed import in_line
 from .room import Room
 
 __all__ = [
@@ -219,7 +220,7 @@ def ready_operands(room: Room, spec: AttentionSpec, x: Operands) -> Operands:
     if bias is not None and spec.bias is not None and spec.bias.varies[4]:  # else the bias is read through a pointer, of any strides
         bias = ready(room, "bias", once(bias))
     second, mask = (None if own is None else ready(room, name, once(own)) for name, own in (("second bias", second), ("mask", mask)))
-    return x._replace(q=q, k=k, v=v, bias=bias, second_bias=second, mask=mask)
+    return in_line(room, x._replace(q=q, k=k, v=v, bias=bias, second_bias=second, mask=mask))
 
 
 def once(bias: Tensor) -> Tensor:

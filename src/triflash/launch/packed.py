@@ -20,7 +20,7 @@ from .portable import Rows, dbias_sum_call, delta_call, dkdv_call, dq_call, forw
 from .room import Room
 
 __all__ = [
-    "OF_BIAS", "PackedTables", "backward_calls", "dbias_call", "extents_call", "forward_calls", "packed_features", "table_call",
+    "OF_BIAS", "PackedTables", "backward_calls", "dbias_call", "extents_call", "forward_calls", "in_line", "packed_features", "table_call",
     "tables", "unowned_call",
 ]  # fmt: skip
 
@@ -64,6 +64,18 @@ def tables(room: Room, steps: Sequence[Step], spec: AttentionSpec) -> PackedTabl
         tiles.append(new(f"tiles of {name}", max(bound, 1), 2) if there else None)
     extents = new("extents of sequences", max(count, 1), 4)
     return PackedTables(extents, first[0], first[1], tiles[0], tiles[1], bound_q, bound_k)
+
+
+def in_line(room: Room, x: Operands) -> Operands:
+    """The operands with offsets and used lengths one behind the other, as ``extents`` reads them: copies of those that lie otherwise."""
+    given = {"offsets_q": "cu_seqlens_q", "offsets_k": "cu_seqlens_k", "used_q": "seqused_q", "used_k": "seqused_k"}
+    copies = {}
+    for field, name in given.items():
+        numbers = getattr(x, field)
+        if numbers is not None and not numbers.is_contiguous():
+            target = room.new(name, numbers.shape, numbers.dtype)
+            copies[field] = room.copied(name, numbers, target, "its numbers do not lie one behind the other")
+    return x._replace(**copies) if copies else x
 
 
 def table_call(step: Step, spec: AttentionSpec, x: Operands, t: PackedTables) -> Call:

@@ -25,7 +25,7 @@ from .few import forward_calls as few_forward_calls
 from .few import partial_sums as sums_of
 from .packed import backward_calls as packed_backward_calls
 from .packed import forward_calls as packed_forward_calls
-from .packed import packed_features
+from .packed import in_line, packed_features
 from .portable import Rows, dbias_sum_call, delta_call, dkdv_call, dq_call, forward_call, input_strides
 from .room import Room
 from .short import backward_call as short_backward_call
@@ -231,7 +231,7 @@ def _ready(room: Room, x: Operands) -> Operands:
     bias, second, mask = (
         _vectorisable(room, name, each) for name, each in (("bias", x.bias), ("second bias", x.second_bias), ("mask", x.mask))
     )
-    return x._replace(q=q, k=k, v=v, bias=bias, second_bias=second, mask=mask)
+    return in_line(room, x._replace(q=q, k=k, v=v, bias=bias, second_bias=second, mask=mask))
 
 
 def rows(room: Room, name: str, x: Tensor) -> Tensor:
