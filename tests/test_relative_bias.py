@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import triflash
@@ -189,6 +190,36 @@ def test_two_graphs_are_enough_for_all_lengths() -> None:
         for length in (7, 32, 100, 250, 160):
             given = rows(length, length)
             torch.testing.assert_close(compiled(*given), model(*given))
+
+
+@pytest.mark.unpoisoned
+def test_made_without_memory_and_filled_later() -> None:
+    """As large models are, before each process gets its part."""
+    with torch.device("meta"):
+        module = RelativeBias(2, buckets=8, max_distance=20)
+        assert module(30, 41).shape == (1, 2, 30, 41)
+    expected = RelativeBias(2, buckets=8, max_distance=20)
+    module.to_empty(device="cpu").load_state_dict(expected.state_dict())
+    assert torch.equal(module(30, 41), expected(30, 41))
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
+def test_a_table_that_is_a_dtensor_has_its_gradient() -> None:
+    """Rows that no distance has, as T5's of distance 0 from behind, included."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+    whole, module = RelativeBias(4), RelativeBias(4)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        module.weight = nn.Parameter(distribute_tensor(whole.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(1)]))
+        bias, weights = module(9, 30), torch.randn(1, 4, 9, 30)
+        assert isinstance(bias, DTensor) and bias.placements == (Shard(1),)
+        for x, y in ((bias.to_local(), weights), (whole(9, 30), weights)):
+            (x * y).sum().backward()
+        torch.testing.assert_close(module.weight.grad.full_tensor(), whole.weight.grad)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("make, kind, message", [

@@ -122,7 +122,9 @@ class RelativeBias(nn.Module):
         first = torch.sym_max(torch.sym_min(first, N - low), -M - high)  # as far as anything changes
         before, behind = M + torch.sym_max(first, 0), N + 1 + torch.sym_max(-first, 0)
         near = [rows[row].expand(1 + end - begin, -1) for begin, end, row in between if begin is not None and end is not None]
-        values = torch.cat((rows[first_row].expand(before, -1), *near, rows[last_row].expand(behind, -1)))
+        # Of no length: a row without gradient is a plain zero to autograd, which cannot be stacked with gradients that are DTensors.
+        unused = [rows[row].expand(0, -1) for row in range(len(rows)) if row not in {row for _, _, row in self._segments}]
+        values = torch.cat((rows[first_row].expand(before, -1), *near, rows[last_row].expand(behind, -1), *unused))
         # It begins with distance low + 1 − before, of key minus query; 1 − M − first is the first that is wanted.
         return _spread(values.narrow(0, torch.sym_max(-first, 0) - low, M + N).T, M, N)
 
@@ -151,7 +153,7 @@ def _spread(values: Tensor, M: int, N: int) -> Tensor:
 def _segments(side: int, max_distance: int, bidirectional: bool) -> list[tuple[int | None, int | None, int]]:
     """(lowest, highest, row) of key minus query, ascending and without gaps; None: no end. side: buckets of one direction."""
     exact = side // 2
-    far = torch.arange(exact, max_distance + 1)
+    far = torch.arange(exact, max_distance + 1, device="cpu")  # also where a module is made under torch.device("meta")
     # In float32, as code for T5 has it: where this is a whole number rounding decides (10 buckets a side up to 160).
     scaled = torch.log(far.float() / exact) / math.log(max_distance / exact) * (side - exact)
     shared = (exact + scaled.to(torch.int64)).clamp(max=side - 1)
