@@ -81,6 +81,51 @@ def check_programs() -> None:
     assert asked(q.device).sms == 4
 
 
+def check_known_calls() -> None:
+    """A call like one before is neither checked nor planned again; one that differs in anything that checks or plans depend on is."""
+    from triflash.distributed import attention, context_parallel_attention
+
+    q, checked, seen = torch.randn(1, 4, 2, 6), attention.checked, []
+    slopes = torch.rand(2)
+
+    def counting(*args: Any) -> Any:
+        seen.append(args)
+        return checked(*args)
+
+    def run(x: Tensor = q, **options: Any) -> int:
+        seen.clear()
+        context_parallel_attention(x, x, x, **{"group": dist.group.WORLD, "length": 8, "key_length": 8, "softcap": 7.5, **options})
+        return len(seen)
+
+    with mock.patch.object(attention, "checked", counting), triflash.backend("tiled"):
+        assert run() == 1
+        assert run() == run(torch.randn_like(q)) == 0
+        for other in (
+            {"x": q.double()}, {"x": q[..., :5]}, {"causal": True}, {"window": (1, 1)}, {"scale": 1}, {"scale": 1.0}, {"method": "ring"},
+            {"order": "contiguous"}, {"bias": torch.zeros(1, 8)}, {"bias": torch.zeros(1, 8).half()}, {"programs": 3}, {"deterministic": True},
+            {"backend": "tiled"}, {"dropout_p": 0.5, "dropout_seed": 1}, {"diagonal": 0}, {"diagonal": torch.zeros(1).int()},
+            {"query_starts": torch.zeros(1).int()}, {"group": dist.new_group([0, 1])}, {"alibi_slopes": slopes},
+        ):  # fmt: skip
+            assert run(**other) == 1, other
+            assert run(**other) == 0, other
+        assert run(length=None) == run(length=None) == 1  # ranks must tell each other each time
+        assert run(dropout_p=0.5, dropout_seed=2) == 0
+        with pytest.raises(ValueError, match="^dropout_seed: wanted a number of 64 bits"):
+            run(dropout_p=0.5, dropout_seed=2**64)
+        with pytest.raises(TypeError, match="^window: wanted two integers"):
+            run(window=(True, True))
+        with pytest.raises(ValueError, match="^alibi_slopes: wanted a tensor that requires no gradient"):
+            run(alibi_slopes=slopes.clone().requires_grad_())
+        with triflash.backend("oracle"):
+            assert run() == 1
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if before != "tf32" else "ieee"
+        try:
+            assert run() == 1
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+
+
 def check_agreement(rank: int) -> None:
     """TRIFLASH_CHECK=1: every rank raises the same words, which name the argument and a rank; one that checks is enough."""
     from triflash.distributed import context_parallel_attention
@@ -169,6 +214,7 @@ def check_arguments(rank: int, world: int) -> None:
     check_errors(rank, world)
     check_agreement(rank)
     check_programs()
+    check_known_calls()
     for method in METHODS:
         check_kernels(method)
 

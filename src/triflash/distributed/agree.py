@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,8 +20,9 @@ _EITHER = "1 or rows"
 _checks: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by process group: whether its ranks check, as all of them know
 
 
-def agree(handle: Any, group: Group, device: torch.device, given: Mapping[str, Any]) -> None:
-    """Raise the same ValueError on every rank, naming the first argument that ranks do not agree about, and a rank.
+def agree(handle: Any, group: Group, device: torch.device, told: Callable[[], Mapping[str, Any]]) -> None:
+    """Raise the same ValueError on every rank, naming the first argument that ranks do not agree about, and a rank. told: gives
+    the arguments, by name.
 
     Whether to is read from the environment when a group is first used, by every rank, and agreed by one collective: if one checks, all do.
     Never while PyTorch traces or a CUDA graph is captured.
@@ -33,6 +34,7 @@ def agree(handle: Any, group: Group, device: torch.device, given: Mapping[str, A
         _checks[handle] = any(each[0] for each in exchange_numbers([own], group, device))
     if not _checks[handle]:
         return
+    given = told()
     text = json.dumps({name: _described(x) for name, x in given.items()}).encode()
     most = max(each[0] for each in exchange_numbers([len(text)], group, device))
     padded = torch.tensor([[*text, *b" " * (most - len(text))]], dtype=torch.uint8, device=device)

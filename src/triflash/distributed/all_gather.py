@@ -13,8 +13,9 @@ from . import tiles
 from .call import Call, Gradients, Saved, apart, computed, joined, over_group, parts_of
 from .chunks import share, shares
 from .group import added, all_gather, all_to_all, reduce_scatter, wait
+from .merging import Result, wide
 from .shares import arranged
-from .tiles import Extras, Result, Sums, once, tiles_of, wide
+from .tiles import Extras, Sums, once
 
 __all__ = ["AllGather"]
 
@@ -32,10 +33,10 @@ class AllGather:
             more = at + 1 < len(parts)
             if more:
                 coming = _gather(call, k, v, parts[at + 1][1])
-            some = x.heads(heads)
-            todo = tiles_of(call.problem, call.rows, call.all_keys, some)
+            some = x.heads(heads) if len(parts) > 1 else x
+            todo = call.tiles(some)
             with call.at_work(more and call.group.size > 1):
-                found.append(computed(call.problem, todo, call.rows, q[:, :, heads], all_k, all_v, some))
+                found.append(computed(call.problem, todo, call.rows, _heads_of(q, heads), all_k, all_v, some))
         result = found[0]
         if len(found) > 1:
             rest = None if result.rest is None else torch.cat([r.rest for r in found if r.rest is not None], 1)
@@ -46,7 +47,7 @@ class AllGather:
     def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Sequence[bool]) -> Gradients:
         q, k, v, x, result = saved
         parts = _head_chunks(call, q, k)
-        sums = Sums(x, needs, len(parts) == 1, tiles_of(call.problem, call.rows, call.all_keys, x))
+        sums = Sums(x, needs, len(parts) == 1, call.tiles(x))
         widths = [width for width, need in ((k.shape[3], needs[1]), (v.shape[3], needs[2])) if need]
         dqs: list[Tensor] = []
         sent: list[_Scattered] = []
@@ -56,16 +57,16 @@ class AllGather:
             more = at + 1 < len(parts)
             if more:
                 coming = _gather(call, k, v, parts[at + 1][1])
-            some, part = x.heads(heads), Result(*(_heads_of(y, heads) for y in result))  # type: ignore[arg-type]
-            todo = tiles_of(call.problem, call.rows, call.all_keys, some)
-            q_part = q[:, :, heads]
+            some, part = x.heads(heads) if len(parts) > 1 else x, Result(*(y if y is None else _heads_of(y, heads) for y in result))  # type: ignore[arg-type]
+            todo = call.tiles(some)
+            q_part = _heads_of(q, heads)
             dq = q_part.new_empty(q_part.shape, dtype=q.dtype if once(todo) else wide(q.dtype)) if needs[0] else None
             own_grads = all_k.new_empty((*all_k.shape[:3], sum(widths)), dtype=wide(k.dtype)) if widths else None
             dk, dv = parts_of(own_grads, needs, k.shape[3])
             with call.at_work((more or at > 0) and call.group.size > 1):
                 tiles.backward(
-                    call.problem, todo, q_part, all_k, all_v, some, part, dout[:, :, heads], None if dlse is None else dlse[:, heads],
-                    sums.heads(heads), dq, dk, dv,
+                    call.problem, todo, q_part, all_k, all_v, some, part, _heads_of(dout, heads),
+                    None if dlse is None else _heads_of(dlse, heads), sums.heads(heads), dq, dk, dv,
                 )  # fmt: skip
             del all_k, all_v
             if dq is not None:
@@ -82,10 +83,10 @@ class AllGather:
         return over_group(call, sums, dq, None if dk is None else dk.to(k.dtype), None if dv is None else dv.to(v.dtype))
 
 
-def _heads_of(x: Tensor | None, heads: slice) -> Tensor | None:
-    if x is None:
-        return None
-    return x[:, :, heads] if x.dim() == 4 else x[:, heads]
+def _heads_of(x: Tensor, heads: slice) -> Tensor:
+    """Some heads of ``(B, rows, H, ·)`` or ``(B, H, rows)``."""
+    at = 2 if x.dim() == 4 else 1
+    return x if heads.stop - heads.start == x.shape[at] else x.narrow(at, heads.start, heads.stop - heads.start)
 
 
 def _head_chunks(call: Call, q: Tensor, k: Tensor) -> list[tuple[slice, slice]]:
@@ -111,7 +112,7 @@ class _Gathered(NamedTuple):
 
 
 def _gather(call: Call, k: Tensor, v: Tensor, heads: slice) -> _Gathered:
-    both = joined(k[:, :, heads], v[:, :, heads])
+    both = joined(_heads_of(k, heads), _heads_of(v, heads))
     if call.group.size == 1:
         return _Gathered(call, both, k.shape[3])
     most = max(shares(call.problem.keys, call.group.size, call.order))
@@ -130,11 +131,16 @@ class _Scattered:
             self.moving = grads
             return
         held = shares(keys, group.size, call.order)
-        stacked = grads.new_empty(group.size, grads.shape[0], max(held), *grads.shape[2:])
-        for rank in range(group.size):
-            for p in call.keys_of(rank):
-                stacked[rank, :, p.at : p.at + p.stop - p.start] = grads[:, p.start : p.stop]
-            stacked[rank, :, held[rank] :] = 0
+        if grads.shape[0] == 1 and min(held) == max(held):  # no padding: one copy
+            own = [grads[:, p.start : p.stop] for rank in range(group.size) for p in call.keys_of(rank)]
+            stacked = torch.cat(own, 1).view(group.size, 1, held[0], *grads.shape[2:]) if own else grads.new_empty(group.size, *grads.shape)
+        else:
+            stacked = grads.new_empty(group.size, grads.shape[0], max(held), *grads.shape[2:])
+            for rank in range(group.size):
+                for p in call.keys_of(rank):
+                    stacked[rank, :, p.at : p.at + p.stop - p.start] = grads[:, p.start : p.stop]
+                if held[rank] < max(held):
+                    stacked[rank, :, held[rank] :] = 0
         if call.in_order:
             self.moving = all_to_all(stacked, [1] * group.size, [1] * group.size, group)
         else:

@@ -11,19 +11,24 @@ import torch
 from torch import Tensor
 
 from ..arguments import ATTENTION, Checked, Given, Options, band_of, checked, two_biases
-from ..checks import check_bool, seed_tensor
+from ..bound.cache import Recent
+from ..checks import check_bool, check_seed_range, seed_tensor
 from ..door import casting
 from ..errors import bad_type, bad_value
+from ..form import Form
 from ..hints import not_ours
 from ..ops import differentiable_once
+from ..plan.select import requested_backend_soon
+from ..spec import resolve_precision
 from .agree import agree, rows_apart
 from .all_gather import AllGather
 from .call import Call, Saved
 from .chunks import check_order, shares
 from .group import Group, all_gather, exchange_numbers, process_group, refuse_transforms, resolve, wait
+from .merging import Result
 from .ring import Ring
 from .shares import check_length, check_shares
-from .tiles import Extras, Problem, Result, placed
+from .tiles import Extras, Problem, placed
 from .ulysses import Ulysses
 
 __all__ = ["attend_part", "context_parallel_attention", "seed_of_all"]
@@ -182,14 +187,12 @@ def context_parallel_attention(
     options = Options(causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, number)
     if isinstance(q, Tensor) and not torch.compiler.is_compiling():
         at = 2 if layout == "bhsd" else 3
-        m, n = (x.shape[-at] if isinstance(x, Tensor) and x.dim() >= at else -1 for x in (q, k))
-        biases = {"bias": rows_apart(first, -2, m), "bias[1]": rows_apart(second, -2, m), "mask": rows_apart(mask, -2, m)}
-        options_given = (method, order, length, key_length, head_chunks, programs, return_lse)
-        names = ("method", "order", "length", "key_length", "head_chunks", "programs", "return_lse")
-        agree(process_group(group), ranks, q.device, {
-            **dict(zip(names, options_given, strict=True)),
-            **options._asdict(), "diagonal": diagonal,
-            "q": rows_apart(q, -at, m), "k": rows_apart(k, -at, n), "v": rows_apart(v, -at, n), **biases, "key_lengths": key_lengths,
+        m, n = [x.shape[-at] if isinstance(x, Tensor) and x.dim() >= at else -1 for x in (q, k)]
+        agree(process_group(group), ranks, q.device, lambda: {
+            "method": method, "order": order, "length": length, "key_length": key_length, "head_chunks": head_chunks,
+            "programs": programs, "return_lse": return_lse, **options._asdict(), "diagonal": diagonal,
+            "q": rows_apart(q, -at, m), "k": rows_apart(k, -at, n), "v": rows_apart(v, -at, n), "bias": rows_apart(first, -2, m),
+            "bias[1]": rows_apart(second, -2, m), "mask": rows_apart(mask, -2, m), "key_lengths": key_lengths,
             "query_starts": query_starts, "query_lengths": query_lengths, "key_starts": key_starts,
             "alibi_slopes": alibi_slopes, "sink": sink, "dropout_seed": dropout_seed,
         })  # fmt: skip
@@ -225,24 +228,21 @@ def attend_part(
     """This rank's part of a call. entry: the number of the first batch entry, to dropout. own_rows: of bias, second bias and mask, whether
     a single row is a rank's own, and not one that all share; None: to be found out.
     """
-    if method not in METHODS:
-        raise bad_value("method", f"one of {', '.join(METHODS)}", repr(method))
-    check_order(order)
-    for name, count in (("head_chunks", head_chunks), ("programs", programs)):
-        _check_count(name, count)
     if isinstance(given.q, Tensor) and torch.is_autocast_enabled(given.q.device.type):
         with casting(given) as cast:
             whole = Given._make((*cast, *given[3:]))
             return attend_part(whole, options, return_lse, group, method, order, lengths, head_chunks, programs, entry, own_rows)
-    _refuse(given)
-    at = _rows_at(given, options)
-    M, N, one_row = _lengths(given, group, order, lengths, at, own_rows)
-    long = given._replace(k=_long(given.k, at, N), v=_long(given.v, at, N))  # type: ignore[arg-type]
-    settled = checked(ATTENTION, long, options)
-    form = settled.form
+    key = _signature(given, options, lengths, group, method, order, head_chunks, programs, own_rows)
+    known = None if key is None else _CALLS.get(key)
+    if known is None:
+        known = _settled(given, options, group, method, order, lengths, head_chunks, programs, own_rows)
+        if key is not None and not known.told:
+            _CALLS.add(key, known)
+    elif isinstance(given.dropout_seed, int):
+        check_seed_range(given.dropout_seed)
+    form, call = known.form, known.call
     x = form.operands((*given[:8], None, None, None, None, None, given.second_bias, *given[10:]))
-    seed = _seed(given, group, x.q.shape[2], entry) if settled.dropout_p else None
-    call = _call(settled, given, x, group, order, (M, N), one_row, head_chunks, programs, options)
+    seed = _seed(given, group, call.heads, entry) if call.problem.dropout_p else None
     k, v = x.k, x.v
     if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
         k, v = k.view_as(k), v.view_as(v)
@@ -252,6 +252,57 @@ def attend_part(
     )  # fmt: skip
     out = form.out_of(out)
     return (out, form.lse_of(lse)) if return_lse else out
+
+
+class _Settled:
+    """What calls of one signature share. told: whether the ranks had to tell each other something, which the next call's may tell again."""
+
+    stamp = 0
+
+    def __init__(self, form: Form, call: Call, told: bool) -> None:
+        self.form, self.call, self.told = form, call, told
+
+
+_CALLS: Recent[_Settled] = Recent(1024)
+
+
+def _signature(given: Given, options: Options, lengths: tuple[int | None, int | None], *rest: Any) -> Any:
+    """What checks and plans depend on. None: they must be made anew."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return None
+    slopes, window = given.alibi_slopes, options.window
+    try:
+        if isinstance(slopes, Tensor) and slopes.requires_grad and torch.is_grad_enabled():
+            return None
+        tensors = tuple([(x.shape, x.dtype, x.device, type(x)) if isinstance(x, Tensor) and not x.is_nested else type(x) for x in given])
+        key = (
+            tensors, options, tuple(map(type, options)), None if window is None else tuple(map(type, window)), lengths,
+            tuple(map(type, lengths)), rest, tuple(map(type, rest)), options.backend or requested_backend_soon(),
+            torch.are_deterministic_algorithms_enabled(), resolve_precision("") if options.precision is None else "",
+        )  # fmt: skip
+        hash(key)
+    except (AttributeError, TypeError, RuntimeError):
+        return None  # the checks have words for it
+    return key
+
+
+def _settled(
+    given: Given, options: Options, group: Group, method: str, order: str, lengths: tuple[int | None, int | None],
+    head_chunks: int | None, programs: int | None, own_rows: tuple[bool, bool, bool] | None,
+) -> _Settled:  # fmt: skip
+    """A call, checked and planned."""
+    if method not in METHODS:
+        raise bad_value("method", f"one of {', '.join(METHODS)}", repr(method))
+    check_order(order)
+    for name, count in (("head_chunks", head_chunks), ("programs", programs)):
+        _check_count(name, count)
+    _refuse(given)
+    at = _rows_at(given, options)
+    M, N, one_row, told = _lengths(given, group, order, lengths, at, own_rows)
+    long = given._replace(k=_long(given.k, at, N), v=_long(given.v, at, N))  # type: ignore[arg-type]
+    settled = checked(ATTENTION, long, options)
+    x = settled.form.operands((*given[:8], None, None, None, None, None, given.second_bias, *given[10:]))
+    return _Settled(settled.form, _call(settled, given, x, group, order, (M, N), one_row, head_chunks, programs, options), told)
 
 
 def seed_of_all(seed: Tensor, drawn: bool, group: Group) -> Tensor:
@@ -293,8 +344,10 @@ def _long(x: Tensor, at: int, rows: int) -> Tensor:
 
 def _lengths(
     given: Given, group: Group, order: str, lengths: tuple[int | None, int | None], at: int, own_rows: tuple[bool, bool, bool] | None
-) -> tuple[int, int, tuple[bool, bool, bool]]:
-    """M, N, and of bias, second bias and mask, where they have one row on a rank that holds one, whether that is the rank's."""
+) -> tuple[int, int, tuple[bool, bool, bool], bool]:
+    """M, N, and of bias, second bias and mask, where they have one row on a rank that holds one, whether that is the rank's. And whether
+    the ranks told each other.
+    """
     held = [given.q.shape[at], given.k.shape[at]]  # type: ignore[union-attr]
     biases = (given.bias, given.second_bias, given.mask)
     rows = [-1 if not isinstance(x, Tensor) or x.dim() < 2 else x.shape[-2] for x in biases]
@@ -310,15 +363,16 @@ def _lengths(
     asks = own_rows is None and M is not None and any(own >= 0 for own in rows)
     unclear = asks and 1 in (all_held := shares(M, group.size, order)) and set(all_held) != {1}  # type: ignore[arg-type]
     if unclear and compiling:
-        raise bad_value("bias", f"shares of more than one row under torch.compile, length {M} on {group.size} ranks", all_held)
-    if M is None or N is None or unclear:
+        raise bad_value("bias", f"shares of more than one row under torch.compile, length {M} on {group.size} ranks", list(all_held))
+    asked = M is None or N is None or unclear
+    if asked:
         told = exchange_numbers([*held, *rows], group, given.q.device)
         M = check_shares("q", "length", [each[0] for each in told], group, order) if M is None else M
         N = check_shares("k", "key_length", [each[1] for each in told], group, order) if N is None else N
         own_row = tuple(all(each[2 + n] == each[0] for each in told) for n in range(3))
     else:
         own_row = tuple(own == held[0] for own in rows)
-    return M, N, own_row if own_rows is None else own_rows  # type: ignore[return-value]
+    return M, N, own_row if own_rows is None else own_rows, asked  # type: ignore[return-value]
 
 
 def _call(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from ..plan.device import limited
 from . import tiles
 from .chunks import Piece, pieces
 from .group import Group, all_reduce
-from .tiles import Extras, Merged, Problem, Result, Sums, Tile, once
+from .merging import Merged, Result
+from .tiles import Extras, Problem, Sums, Tile, once, tiles_of
 
 __all__ = ["Call", "Gradients", "Saved", "apart", "computed", "joined", "over_group", "parts_of"]
 
@@ -23,7 +24,7 @@ class Call:
     """One call: the problem, the group, the order of rows, and how its work is cut.
 
     programs: the SMs that a grid may use; None: all, but 8 while a collective is in flight. by_heads: whether bias and second bias vary
-    over heads.
+    over heads. plans: the tiles, by what keys are at hand: calls of one signature share them.
     """
 
     problem: Problem
@@ -35,6 +36,7 @@ class Call:
     programs: int | None
     by_heads: tuple[bool, bool] = (False, False)
     mask_by_rows: bool = False
+    plans: dict[Any, list[Tile]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def rows(self) -> tuple[Piece, ...]:
@@ -44,8 +46,28 @@ class Call:
         return pieces(self.problem.keys, self.group.size, rank, self.order)
 
     @property
+    def all_rows(self) -> tuple[Piece, ...]:
+        return (Piece(0, self.problem.queries, 0),) if self.problem.queries else ()
+
+    @property
     def all_keys(self) -> tuple[Piece, ...]:
         return (Piece(0, self.problem.keys, 0),) if self.problem.keys else ()
+
+    def tiles(self, x: Extras, source: int | None = None) -> list[Tile]:
+        """The tiles of this rank's rows and a rank's keys; None: all keys."""
+        return self._planned(source, x, lambda: (self.rows, self.all_keys if source is None else self.keys_of(source)))
+
+    def all_tiles(self, x: Extras) -> list[Tile]:
+        """The tiles of all rows and all keys."""
+        return self._planned("all", x, lambda: (self.all_rows, self.all_keys))
+
+    def _planned(self, name: Any, x: Extras, of: Callable[[], tuple[Sequence[Piece], Sequence[Piece]]]) -> list[Tile]:
+        if torch.compiler.is_compiling():
+            return tiles_of(self.problem, *of(), x)
+        found = self.plans.get(name)
+        if found is None:
+            found = self.plans[name] = tiles_of(self.problem, *of(), x)
+        return found
 
     @property
     def in_order(self) -> bool:
@@ -114,5 +136,5 @@ def computed(problem: Problem, todo: list[Tile], rows: Sequence[Piece], q: Tenso
         return result
     merged = Merged(q, v.shape[3])
     tiles.forward(problem, todo, rows, q, k, v, x, merged)
-    merged.sunk(x, rows)
+    tiles.sunk(merged, x, rows)
     return merged.result(tiles.keeps(problem, x))

@@ -1,8 +1,12 @@
-"""Which rows of a sequence each rank holds. Integers alone: no tensor, no process group."""
+"""Which rows of a sequence each rank holds. Integers alone: no tensor, no process group. Asked again and again, so remembered."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
 
 from ..errors import bad_value
 
@@ -19,12 +23,34 @@ class Piece(NamedTuple):
     at: int
 
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _remembered(function: _F) -> _F:
+    """What a function of integers gave for the same; not for symbolic ones."""
+    known: dict[tuple[Any, ...], Any] = {}
+
+    @functools.wraps(function)
+    def asked(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or type(args[0]) is not int:
+            return function(*args)
+        found = known.get(args)
+        if found is None:
+            if len(known) >= 4096:
+                known.clear()
+            found = known[args] = function(*args)
+        return found
+
+    return asked  # type: ignore[return-value]
+
+
 def check_order(order: object) -> None:
     """Raise ValueError unless ``order`` names one."""
     if order not in ORDERS:
         raise bad_value("order", f"one of {', '.join(ORDERS)}", repr(order))
 
 
+@_remembered
 def pieces(length: int, size: int, rank: int, order: str) -> tuple[Piece, ...]:
     """What rank holds of a sequence, in the order in which it holds it; neighbours are one piece, empty ones none.
 
@@ -47,17 +73,20 @@ def pieces(length: int, size: int, rank: int, order: str) -> tuple[Piece, ...]:
     return tuple(found)
 
 
+@_remembered
 def share(length: int, size: int, rank: int, order: str) -> int:
     """How many rows rank holds."""
     return sum(piece.stop - piece.start for piece in pieces(length, size, rank, order))
 
 
-def shares(length: int, size: int, order: str) -> list[int]:
+@_remembered
+def shares(length: int, size: int, order: str) -> tuple[int, ...]:
     """How many rows each rank holds."""
-    return [share(length, size, rank, order) for rank in range(size)]
+    return tuple([share(length, size, rank, order) for rank in range(size)])
 
 
-def natural(length: int, size: int, order: str) -> list[tuple[int, Piece]]:
+@_remembered
+def natural(length: int, size: int, order: str) -> tuple[tuple[int, Piece], ...]:
     """All pieces with their ranks, in the order of the sequence."""
     found = [(rank, piece) for rank in range(size) for piece in pieces(length, size, rank, order)]
-    return sorted(found, key=lambda each: each[1].start)
+    return tuple(sorted(found, key=lambda each: each[1].start))

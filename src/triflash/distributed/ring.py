@@ -13,8 +13,10 @@ from torch import Tensor
 from ..errors import unsupported
 from . import tiles
 from .call import Call, Gradients, Saved, apart, joined, over_group, parts_of
+from .chunks import share
 from .group import all_there, shift, wait
-from .tiles import Extras, Merged, Result, Sums, tiles_of, wide
+from .merging import Merged, Result, wide
+from .tiles import Extras, Sums
 
 __all__ = ["Ring"]
 
@@ -33,10 +35,10 @@ class Ring:
             coming = _sent(call, both, source) if step + 1 < size else None
             all_k, all_v = apart(both, k.shape[3])
             with call.at_work(coming is not None):
-                tiles.forward(problem, tiles_of(problem, call.rows, call.keys_of(source), x), call.rows, q, all_k, all_v, x, merged)
+                tiles.forward(problem, call.tiles(x, source), call.rows, q, all_k, all_v, x, merged)
             if coming is not None:
                 both = _received(call, coming, both, source)
-        merged.sunk(x, call.rows)
+        tiles.sunk(merged, x, call.rows)
         result = merged.result(tiles.keeps(problem, x))
         all_there(call.group, q)
         return result, Saved(q, k, v, x, result)
@@ -58,7 +60,7 @@ class Ring:
             own = both.new_empty((*both.shape[:3], sum(wanted)), dtype=wide(q.dtype)) if wanted else None
             dk, dv = parts_of(own, needs, width)
             with call.at_work(coming is not None or moving is not None):
-                todo = tiles_of(problem, call.rows, call.keys_of(source), x)
+                todo = call.tiles(x, source)
                 tiles.backward(problem, todo, q, all_k, all_v, x, result, dout, dlse, sums, dq, dk, dv, more_rows=step > 0)
             if own is not None:
                 if moving is not None:
@@ -85,7 +87,7 @@ def _refuse_oracle(call: Call) -> None:
 
 def _numbers(call: Call, like: Tensor, source: int) -> int:
     """How many numbers a rank's share of such keys has."""
-    held = sum(p.stop - p.start for p in call.keys_of(source % call.group.size))
+    held = share(call.problem.keys, call.group.size, source % call.group.size, call.order)
     return like.shape[0] * held * like.shape[2] * like.shape[3]
 
 
@@ -95,5 +97,5 @@ def _sent(call: Call, both: Tensor, source: int) -> Tensor:
 
 
 def _received(call: Call, coming: Tensor, both: Tensor, source: int) -> Tensor:
-    rows = sum(p.stop - p.start for p in call.keys_of((source - 1) % call.group.size))
+    rows = share(call.problem.keys, call.group.size, (source - 1) % call.group.size, call.order)
     return wait(coming, call.group).view(both.shape[0], rows, *both.shape[2:])

@@ -98,8 +98,9 @@ def gathered(x: Tensor, group: Group, order: str, length: int) -> Tensor:
 
 def arranged(parts: Tensor, dim: int, group: Group, order: str, length: int) -> Tensor:
     """From the shares ``(size, …)``, padded in ``dim`` of each, the whole in its natural order."""
-    found = [parts[rank].narrow(dim, p.at, p.stop - p.start) for rank, p in natural(length, group.size, order)]
-    return torch.cat(found, dim) if found else parts[0].narrow(dim, 0, 0)
+    of = parts.unbind(0)
+    found = [of[rank].narrow(dim, p.at, p.stop - p.start) for rank, p in natural(length, group.size, order)]
+    return torch.cat(found, dim) if found else of[0].narrow(dim, 0, 0)
 
 
 def check_length(name: str, length: int, of: str, held: int, group: Group, order: str) -> None:

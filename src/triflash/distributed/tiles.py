@@ -1,13 +1,11 @@
 """Attention of some rows and some keys of a longer problem: what every method runs on its own GPU, by the operators of ``ops.py``.
 
 A *tile* is a rectangle of one problem's scores, given to an operator with the band moved to where it lies. Where a row's keys come in one
-tile its result is that operator's; where they come in several the results are merged in float32 (:class:`Merged`), and the backward pass
-of every tile is given the merged output and lse.
+tile its result is that operator's; where they come in several the results are merged in float32 (``merging.py``), and the backward pass of
+every tile is given the merged output and lse.
 
 ALiBi counts from the diagonal that ends in the last query and the last key of what an operator is given. A tile that does not end there
 is cut where the diagonal crosses it; what lies on one side of it is a bias of keys, and a shift of its rows.
-
-Merging: Rabe and Staats 2021.
 """
 
 from __future__ import annotations
@@ -25,12 +23,11 @@ from ..lengths import FARTHEST, Places, comparable
 from ..ops import attention_backward, attention_backward_, attention_backward_two, attention_forward
 from ..spec import keeps_rest
 from .chunks import Piece
+from .merging import LOG2E, Merged, Result, in_base_2, split, wide
 
 __all__ = [
     "Extras",
-    "Merged",
     "Problem",
-    "Result",
     "Sums",
     "Tile",
     "backward",
@@ -39,11 +36,9 @@ __all__ = [
     "once",
     "placed",
     "sink_gradient",
+    "sunk",
     "tiles_of",
-    "wide",
 ]
-
-LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 
 
 class Extras(NamedTuple):
@@ -212,61 +207,15 @@ def once(tiles: Sequence[Tile]) -> bool:
     return apart and not any(tile.alibi in ("behind", "ahead") for tile in tiles)
 
 
-class Result(NamedTuple):
-    """Of a rank's rows: out ``(B, M, H, Dv)`` in q's dtype, lse and, where it is kept, rest ``(B, H, M)``."""
-
-    out: Tensor
-    lse: Tensor
-    rest: Tensor | None
-
-
 def keeps(problem: Problem, extras: Extras) -> bool:
     """Whether operators keep what a float32 lse loses."""
     return keeps_rest(None if extras.bias is None else extras.bias.dtype, extras.slopes is not None, problem.softcap)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What is summed in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class Merged:
-    """Results of tiles as they come: float32 sums, and lse in base 2 in float64, which a huge one does not lose its digits in."""
-
-    def __init__(self, q: Tensor, width: int) -> None:
-        batch, queries, heads, _ = q.shape
-        self.dtype = q.dtype
-        self.out = q.new_zeros((batch, queries, heads, width), dtype=wide(q.dtype))
-        self.lse = q.new_full((batch, heads, queries), -math.inf, dtype=torch.float64)
-
-    def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
-        """One tile's output and its lse in base 2, float64."""
-        before = self.lse[:, :, rows]
-        after = torch.logaddexp2(before, lse)
-        self._weigh(rows, before, after)
-        self.out[:, rows] += out * _weight(lse, after, self.out.dtype)
-        self.lse[:, :, rows] = after
-
-    def sunk(self, x: Extras, rows: Sequence[Piece]) -> None:
-        """Let the sink take its part, if there is one, of this rank's rows: once, behind the last tile."""
-        if x.sink is None:
-            return
-        everything = slice(0, self.out.shape[1])
-        before, after = self.lse, torch.logaddexp2(self.lse, (x.sink.double() * LOG2E)[:, None])
-        absent = _absent(x, rows)
-        if absent is not None:
-            after = after.masked_fill(absent[:, None], -math.inf)
-        self._weigh(everything, before, after)
-        self.lse = after
-
-    def _weigh(self, rows: slice, before: Tensor, after: Tensor) -> None:
-        self.out[:, rows] *= _weight(before, after, self.out.dtype)
-
-    def result(self, rest: bool) -> Result:
-        unseen = self.lse == -math.inf
-        lse = (self.lse * LN2).to(wide(self.dtype))
-        lost = (self.lse - (lse * LOG2E).double()).masked_fill(unseen, 0.0).float() if rest else None
-        return Result(self.out.to(self.dtype), lse, lost)
+def sunk(merged: Merged, x: Extras, rows: Sequence[Piece]) -> None:
+    """Let the sink take its part of a rank's rows, if there is one; of those that are rows."""
+    if x.sink is not None:
+        merged.sunk(x.sink, _absent(x, rows))
 
 
 def _absent(x: Extras, rows: Sequence[Piece]) -> Tensor | None:
@@ -277,24 +226,6 @@ def _absent(x: Extras, rows: Sequence[Piece]) -> Tensor | None:
     at = torch.cat([torch.arange(p.start, p.stop, device=given.device) for p in rows])
     present = Places(x.query_starts, x.query_lengths).rows(at)
     return None if present is None else ~present
-
-
-def _weight(part: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
-    """``2^(part - whole)`` of each row, beside out; 0 where nothing was seen."""
-    return torch.exp2(part - whole.masked_fill(whole == -math.inf, 0.0)).to(dtype).transpose(1, 2).unsqueeze(-1)
-
-
-def in_base_2(lse: Tensor, rest: Tensor | None) -> Tensor:
-    """An operator's lse with what it lost, in float64."""
-    x = (lse * LOG2E).double()
-    return x if rest is None or rest.dim() == 1 else x + rest.double()
-
-
-def _split(lse: Tensor, dtype: torch.dtype, rest: bool) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`in_base_2`."""
-    short = (lse * LN2).to(dtype)
-    lost = (lse - (short * LOG2E).double()).masked_fill(lse == -math.inf, 0.0).float() if rest else lse.new_empty(0, dtype=torch.float32)
-    return short, lost
 
 
 class _Inputs(NamedTuple):
@@ -335,7 +266,14 @@ def _inputs(problem: Problem, tile: Tile, q: Tensor, k: Tensor, v: Tensor, x: Ex
         else:
             second = line
     numbers = (problem.batch_inner, tile.lo, tile.hi, problem.scale, problem.precision, problem.backend)
-    return _Inputs(q[:, tile.rows], k[:, tile.keys], v[:, tile.keys], bias, second, mask, lengths, slopes, shift, numbers, places)
+    return _Inputs(
+        _rows_of(q, tile.rows), _rows_of(k, tile.keys), _rows_of(v, tile.keys), bias, second, mask, lengths, slopes, shift, numbers, places
+    )
+
+
+def _rows_of(x: Tensor, part: slice) -> Tensor:
+    """Some rows of ``(B, rows, H, ·)``."""
+    return x if part.stop - part.start == x.shape[1] else x[:, part]
 
 
 def _from(numbers: Tensor | None, begin: int) -> Tensor | None:
@@ -345,9 +283,9 @@ def _from(numbers: Tensor | None, begin: int) -> Tensor | None:
 
 def part_of(x: Tensor, tile: Tile) -> Tensor:
     """The part of a bias or mask of five dims that a tile needs: this rank's rows, and keys by where they stand."""
-    if x.shape[3] > 1:
+    if x.shape[3] not in (1, tile.height):
         x = x[:, :, :, tile.rows]
-    return x[..., tile.key : tile.key + tile.width] if x.shape[4] > 1 else x
+    return x if x.shape[4] in (1, tile.width) else x[..., tile.key : tile.key + tile.width]
 
 
 def _line(problem: Problem, tile: Tile, q: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
@@ -392,7 +330,7 @@ def forward(
         result = Result(q.new_empty((B, M, H, v.shape[3])), lse, rest)
     else:
         empty = Merged(q, v.shape[3])
-        empty.sunk(x, rows)
+        sunk(empty, x, rows)
         result = empty.result(keeps(problem, x))
     for tile, part in found:
         result.out[:, tile.rows], result.lse[:, :, tile.rows] = part.out, part.lse
@@ -405,19 +343,26 @@ def _seed(problem: Problem, tile: Tile, x: Extras) -> Tensor | None:
     """Dropout's, at the tile's place. Kernels of backend hopper want to know whether that is a multiple of 16."""
     if not problem.dropout_p or x.seed is None:
         return None
-    seed = _counted_from(x.seed, (tile.row, tile.key, 0))
-    return torch.cat((seed, seed.new_full((1,), 16))) if tile.row % 16 == tile.key % 16 == 0 else seed
+    return _counted_from(x.seed, (tile.row, tile.key, 0), tile.row % 16 == tile.key % 16 == 0)
 
 
-def _counted_from(seed: Tensor, place: tuple[int, int, int]) -> Tensor:
-    """A seed whose part begins further on, by so many queries, keys and heads."""
-    moved = [seed.new_full((1,), n) for n in (0, 0, *place, 0)]  # no copy from the host, for which a captured graph could not wait
-    return seed + torch.cat(moved)
+def _counted_from(seed: Tensor, place: tuple[int, int, int], aligned: bool = False) -> Tensor:
+    """A seed whose part begins further on, by so many queries, keys and heads. Nothing is copied from the host, for which a captured graph
+    could not wait.
+    """
+    moved = torch.nn.functional.pad(seed, (0, 1), value=16) if aligned else seed.clone()
+    for at, count in enumerate(place, 2):
+        if count:
+            moved[at : at + 1] += count
+    return moved
 
 
 def placed(seed: Tensor, heads: int, head: int = 0) -> Tensor:
     """(seed, offset) as the form that tells the place of a part: all of the whole, from a head on."""
-    return torch.cat((seed, *(seed.new_full((1,), n) for n in (0, 0, head, heads))))
+    whole = torch.nn.functional.pad(seed, (0, 4))
+    whole[4:5] = head
+    whole[5:] = heads
+    return whole
 
 
 class Sums:
@@ -504,13 +449,13 @@ def _gradients(
     """Those of q, k and v of one tile; those of the biases are added to the sums."""
     y = _inputs(problem, tile, q, k, v, x, sums.exclusive)
     rows = tile.rows
-    lse, lost = result.lse[:, :, rows].contiguous(), q.new_empty(0, dtype=torch.float32)
+    lse, lost = _rows(result.lse, rows), q.new_empty(0, dtype=torch.float32)
     if y.shift is not None:
-        lse, lost = _split(in_base_2(lse, _rows(result.rest, rows)) + y.shift, lse.dtype, True)
+        lse, lost = split(in_base_2(lse, None if result.rest is None else _rows(result.rest, rows)) + y.shift, lse.dtype, True)
     elif result.rest is not None:
-        lost = result.rest[:, :, rows].contiguous()
+        lost = _rows(result.rest, rows)
     saved = (
-        dout[:, rows], None if dlse is None else dlse[:, :, rows].contiguous(), y.q, y.k, y.v, y.bias, result.out[:, rows], lse, lost,
+        _rows_of(dout, rows), None if dlse is None else _rows(dlse, rows), y.q, y.k, y.v, y.bias, _rows_of(result.out, rows), lse, lost,
     )  # fmt: skip
     more = (y.mask, y.key_lengths, y.slopes, None, _seed(problem, tile, x), problem.softcap, problem.dropout_p, problem.deterministic)
     if sums.exclusive and sums.dbias is not None and y.second is None:
@@ -532,8 +477,9 @@ def _gradients(
     return grads[:3]
 
 
-def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
-    return None if x is None else x[:, :, rows]
+def _rows(x: Tensor, rows: slice) -> Tensor:
+    """Some rows of ``(B, H, rows)``, contiguous."""
+    return (x if rows.stop - rows.start == x.shape[2] else x[:, :, rows]).contiguous()
 
 
 def sink_gradient(sums: Sums, x: Extras, result: Result, dout: Tensor, dlse: Tensor | None) -> None:

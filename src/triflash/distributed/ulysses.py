@@ -12,9 +12,10 @@ from torch import Tensor
 from ..errors import unsupported
 from . import tiles
 from .call import Call, Gradients, Saved, computed
-from .chunks import Piece, natural, pieces, share, shares
+from .chunks import natural, pieces, share, shares
 from .group import all_reduce, all_to_all, wait
-from .tiles import Extras, Result, Sums, once, tiles_of, wide
+from .merging import Result, wide
+from .tiles import Extras, Sums, once
 
 __all__ = ["Ulysses"]
 
@@ -30,7 +31,7 @@ class Ulysses:
         some = _extras(call, x)
         q, k, v = (each.whole() for each in sent)
         with call.at_work(False):
-            result = computed(problem, _all_tiles(call, some), _all_rows(call), q, k, v, some)
+            result = computed(problem, call.all_tiles(some), call.all_rows, q, k, v, some)
         back = [_to_rows(call, y, problem.queries) for y in (result.out, _as_rows(result.lse))]
         out, lse = (each.whole() for each in back)
         return Result(out, lse.squeeze(-1).transpose(1, 2), None), Saved(q, k, v, some, result)
@@ -43,7 +44,7 @@ class Ulysses:
         dout, *more = (each.whole() for each in sent)
         dlse = more[0].squeeze(-1).transpose(1, 2) if more else None
         by_heads = all(own or y is None for own, y in zip(call.by_heads, (x.bias, x.second), strict=True))
-        todo = _all_tiles(call, x)
+        todo = call.all_tiles(x)
         sums = Sums(x, needs, by_heads, todo)
         dq = q.new_empty(q.shape, dtype=q.dtype if once(todo) else wide(q.dtype)) if needs[0] else None
         dk, dv = (y.new_empty(y.shape, dtype=wide(y.dtype)) if need else None for need, y in ((needs[1], k), (needs[2], v)))
@@ -72,14 +73,6 @@ def _repeats(call: Call) -> int:
             "method='allgather' and method='ring' take any number of heads",
         )  # fmt: skip
     return math.lcm(call.key_heads, size) // call.key_heads if call.key_heads else 1
-
-
-def _all_rows(call: Call) -> tuple[Piece, ...]:
-    return (Piece(0, call.problem.queries, 0),) if call.problem.queries else ()
-
-
-def _all_tiles(call: Call, x: Extras) -> list[tiles.Tile]:
-    return tiles_of(call.problem, _all_rows(call), call.all_keys, x)
 
 
 def _as_rows(lse: Tensor) -> Tensor:
