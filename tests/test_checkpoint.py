@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import triflash
 
 pytestmark = pytest.mark.unpoisoned
-FEATURES = Path(__file__).parent.parent / "docs" / "features.md"
+PAGE = Path(__file__).parent.parent / "docs" / "pytorch.md"
 
 
 def inputs(device: torch.device) -> list[Tensor]:
@@ -49,7 +49,7 @@ def test_a_named_backend_holds_where_a_call_is_run_again(reentrant: bool, device
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_block_holds_where_it_also_spans_the_backward_pass(reentrant: bool, device: torch.device) -> None:
-    """PyTorch tells nobody that a call is run again: what docs/features.md says of blocks."""
+    """PyTorch tells nobody that a call is run again: what docs/pytorch.md says of blocks."""
     leaves = inputs(device)
     with triflash.record_launches() as ran:
         with triflash.backend("oracle"):
@@ -116,10 +116,11 @@ def test_selective_checkpointing_compiled(device: torch.device) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_the_programs_of_the_page_run() -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", FEATURES.read_text(), re.DOTALL)
+def test_the_program_of_the_page_runs() -> None:
+    section = re.split(r"^## ", PAGE.read_text().partition("## Checkpointing and threads")[2], flags=re.MULTILINE)[0]
+    (program,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     names: dict[str, Any] = {}
     with triflash.record_launches() as ran:
-        exec(compile(program, str(FEATURES), "exec"), names)
+        exec(compile(program, str(PAGE), "exec"), names)
     assert ran == [f"tiled: {name}" for name in ("forward", "forward", "backward", "forward", "backward")]
     assert names["q"].grad is not None
