@@ -285,6 +285,14 @@ MODULES: dict[str, Any] = {
 }
 
 
+def test_weights_that_are_asked_for_are_pytorchs_to_compute() -> None:
+    """What docs/migration.md lists as not reached; and nothing but that keyword decides."""
+    module, x = nn.MultiheadAttention(8, 2, batch_first=True).train(), torch.randn(2, 5, 8)
+    with sdpa.replace():
+        assert ran_in(lambda: module(x, x, x)) == [] and module(x, x, x)[1].shape == (2, 5, 5)
+        assert ran_in(lambda: module(x, x, x, need_weights=False)) == ["tiled: forward"]
+
+
 @pytest.mark.parametrize("how", ["plain", "causal", "padding", "float mask"])
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_of_pytorch(name: str, how: str) -> None:

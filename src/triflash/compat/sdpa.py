@@ -171,8 +171,9 @@ def replace() -> Iterator[None]:
     warning says so, once for each reason. A backward pass that runs checkpointed layers again must run within the block as well.
 
     Not reached: names that were imported before (``from torch.nn.functional import scaled_dot_product_attention``), calls of
-    ``torch.ops.aten`` and ``torch._C._nn``, scripted modules, and what ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` run in
-    eval mode without gradients, which is a fused operator of their own (``torch.backends.mha.set_fastpath_enabled(False)`` turns it off).
+    ``torch.ops.aten`` and ``torch._C._nn``, scripted modules, ``nn.MultiheadAttention`` that is asked for weights (``need_weights=True``,
+    its default), and what it and ``nn.TransformerEncoderLayer`` run in eval mode without gradients, which is a fused operator of their own
+    (``torch.backends.mha.set_fastpath_enabled(False)`` turns it off).
     """
     _enter()
     try:
