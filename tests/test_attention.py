@@ -337,6 +337,13 @@ def test_what_type_checkers_are_told() -> None:
     ({"window_size": (3, 0)}, r"window_size: .*; window=\(left, right\)"),
     ({"enable_gqa": True}, "enable_gqa: .*; leave it out"),
     ({"cu_seqlens_q": None}, "cu_seqlens_q: .*; triflash.attention_varlen takes packed sequences"),
+    ({"attention_bias": None}, "attention_bias: .*; bias="),
+    ({"pos_bias": None}, "pos_bias: .*; bias=, .*RelativeBias"),
+    ({"head_mask": None}, r"head_mask: .*; nothing: multiply each head's output, out \* head_mask"),
+    ({"value": None}, "value: .*; the third by position, v"),
+    ({"learnable_sink": None}, "learnable_sink: .*; sink="),
+    ({"attn_logit_softcapping": 30.0}, "attn_logit_softcapping: .*; softcap="),
+    ({"attention_dropout": 0.1}, "attention_dropout: .*; dropout_p="),
     ({"cuasal": True}, r"cuasal: .*; did you mean causal=\?"),
     ({"nonsense": 1}, "nonsense: wanted an argument of attention .*, got a name that it does not have$"),
 ])  # fmt: skip
