@@ -435,6 +435,15 @@ def test_output_attentions_of_a_model() -> None:
         made(BY_NAME["Llama"], adapter.NAME)(**inputs("causal"), output_attentions=True)
 
 
+@pytest.mark.parametrize("name", ["Llama", "BERT"])
+def test_output_attentions_of_a_config(name: str) -> None:
+    """Where nobody says so in the call; transformers would give an empty tuple."""
+    model = made(BY_NAME[name], adapter.NAME, output_attentions=True)
+    with pytest.raises(ValueError, match="^output_attentions: wanted False, got True; .*eager"):
+        model(**inputs(BY_NAME[name].kind))
+    model(**inputs(BY_NAME[name].kind), output_attentions=False)
+
+
 def test_patches_come_off_again(calls: list[Seen]) -> None:
     family = BY_NAME["BLOOM"]
     model, batch = made(family), inputs("causal")

@@ -70,7 +70,7 @@ def attention_forward(
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
     deterministic: bool | None = None,
-    output_attentions: bool = False,
+    output_attentions: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """An attention function as transformers' ``AttentionInterface`` holds them, computed by ``triflash.attention``; of rows that hold
@@ -89,7 +89,7 @@ def attention_forward(
         softcap: bounds the scaled products. s_aux: a sink for each head ``(H,)``, with its gradient.
         position_bias: floats that broadcast to ``(B, H, M, N)``, added to the scaled scores, with their gradient.
         deterministic: True asks for the same bits in every run; otherwise PyTorch's own setting counts.
-        output_attentions: must be False: probabilities are never in memory.
+        output_attentions: must not be True, nor, if it is not said here, be so in the module's config: probabilities are never in memory.
         options: keywords that change nothing here are ignored; others raise.
 
     Returns:
@@ -98,6 +98,8 @@ def attention_forward(
     Raises:
         ValueError, TypeError: keywords that would change the result and are not known, or arguments that do not fit each other.
     """
+    if output_attentions is None:
+        output_attentions = getattr(getattr(module, "config", None), "output_attentions", False)
     if output_attentions:
         raise bad_value("output_attentions", "False", True, "probabilities are never in memory; attn_implementation='eager' returns them")
     whole = isinstance(attention_mask, Tensor)
