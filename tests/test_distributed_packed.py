@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ranks import METHODS, call_of, made, needs_gloo, run
 
 pytestmark = needs_gloo
 
+ORDERS = ("zigzag", "contiguous")
 PACKED: list[tuple[str, dict[str, tuple[int, ...]], dict[str, Any]]] = [
     ("plain", {}, {}),
     ("causal, ALiBi, a sink", {"alibi_slopes": (4, 4), "sink": (4,)}, {"causal": True}),
@@ -23,6 +25,9 @@ PACKED: list[tuple[str, dict[str, tuple[int, ...]], dict[str, Any]]] = [
     ("rows", {"bias": (4, 24, 13), "sink": (4,)}, {"bias_layout": "rows", "softcap": 4.0}),
     ("keys", {"bias": (1, 30), "second": (4, 30)}, {"bias_layout": "keys", "causal": True}),
     ("dropout", {}, {"dropout_p": 0.3, "dropout_seed": 5, "causal": "top_left"}),
+    ("keys that a window ends with", {"bias": (4, 24, 16), "second": (1, 24, 13), "mask": (4, 30)}, {"bias_layout": "rows", "mask_layout": "keys", "window": (3, 0)}),
+    ("one row of a bias", {"bias": (4, 1, 1, 13), "mask": (1, 4, 1, 13), "alibi_slopes": (4,)}, {"causal": True}),
+    ("a window both ways", {"sink": (4,)}, {"window": (4, 2)}),
 ]  # fmt: skip
 
 
@@ -41,8 +46,8 @@ def check_packed(method: str, order: str, name: str, extra: dict[str, tuple[int,
     whole = {each: made(each, shape, 30, torch.float64) for each, shape in shapes.items()}
     dout, dlse = torch.randn(24, 4, 5, dtype=torch.float64), torch.randn(4, 24, dtype=torch.float64)
     cuts: dict[str, Any] = {"q": lambda x: cut(x, cu_q), "k": lambda x: cut(x, cu_k), "v": lambda x: cut(x, cu_k)}
-    if name == "rows":
-        cuts["bias"] = lambda x: cut(x, cu_q, 1)
+    if options.get("bias_layout") == "rows":
+        cuts["bias"] = cuts["second"] = lambda x: cut(x, cu_q, 1)
     learned = [each for each, x in whole.items() if x.is_floating_point() and each != "alibi_slopes"]
     parts = {each: cuts.get(each, torch.clone)(x).detach().requires_grad_(each in learned) for each, x in whole.items()}
     if name == "padded":  # rows of a document that share one bias differ from document to document: expanded, and cut
@@ -94,6 +99,78 @@ def check_packed_errors(rank: int) -> None:
             context_parallel_attention_varlen(x, x, x, offsets, group=dist.group.WORLD, **options)
 
 
+def check_at_once() -> None:
+    """Of four documents: how many launches each method takes, forward. Two where a rank's two pieces see unlike parts of a
+    document; the last rank's are one piece."""
+    from triflash.distributed import context_parallel_attention_varlen, shard
+
+    group, cu = dist.group.WORLD, torch.tensor([0, 9, 13, 21, 30])
+    shares = [torch.cat([shard(x, 0, group, order) for x in torch.ones(30, 2, 4).split(cu.diff().tolist())]) for order in ORDERS]
+    for method, order, options, launches in (
+        ("allgather", "zigzag", {}, 1), ("allgather", "zigzag", {"causal": True}, 2 - dist.get_rank()), ("allgather", "contiguous", {"causal": True}, 1),
+        ("allgather", "zigzag", {"window": (3, 3)}, None), ("allgather", "zigzag", {"dropout_p": 0.5}, None),
+        ("ulysses", "zigzag", {"window": (3, 3)}, 1), ("ulysses", "contiguous", {"causal": "top_left"}, 1), ("ring", "zigzag", {}, None),
+    ):  # fmt: skip
+        x = shares[ORDERS.index(order)]
+        with triflash.record_launches() as ran:
+            context_parallel_attention_varlen(x, x, x, cu, group=group, method=method, order=order, backend="tiled", **options)
+        assert ran == ["tiled: forward"] * launches if launches else len(ran) >= 4, (method, order, options, ran)
+    nothing = torch.zeros(0, 2, 4, requires_grad=True)
+    for method in METHODS:
+        for options in ({}, {"dropout_p": 0.5}, {"alibi_slopes": torch.ones(0, 2)}):
+            out = context_parallel_attention_varlen(*[nothing] * 3, torch.tensor([0]), group=group, method=method, **options)
+            assert out.shape == (0, 2, 4) and torch.autograd.grad(out.sum(), nothing)[0].shape == nothing.shape
+
+
+def check_packed_agreement(rank: int) -> None:
+    """TRIFLASH_CHECK=1, packed: what differs is named on every rank."""
+    from triflash.distributed import context_parallel_attention_varlen
+
+    x = torch.randn(8, 2, 4)
+    os.environ["TRIFLASH_CHECK"] = "1"
+    other = dist.new_group([0, 1])
+    for name, words, cu, options in (
+        ("cu_seqlens_q", r"offsets \[0, 16\] as on rank 0, got offsets \[0, 8, 16\] on rank 1", [[0, 16], [0, 8, 16]][rank], {}),
+        ("causal", "False as on rank 0, got True on rank 1", [0, 16], {"causal": rank == 1}),
+        ("bias", r"a float32 tensor of shape \(2, rows, 16\) as on rank 0, got .*\(1, rows, 16\) on rank 1", [0, 16], {"bias": torch.zeros(2 - rank, 8, 16), "bias_layout": "rows"}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name}: wanted the same on every rank, {words}"):
+            context_parallel_attention_varlen(x, x, x, torch.tensor(cu), group=other, **options)
+    assert context_parallel_attention_varlen(x, x, x, torch.tensor([0, 16]), group=other).shape == x.shape
+    del os.environ["TRIFLASH_CHECK"]
+
+
+def pairs_of(starts: list[int], world: int, order: str) -> list[int]:
+    """The visible pairs of causal documents that each rank has."""
+    from triflash.distributed.packed import Documents
+
+    documents = Documents.of(starts, world, order)
+    found = []
+    for rank in range(world):
+        begin, length, _ = documents.pieces(rank)
+        first = begin - documents.starts[:-1, None] + 1  # the keys that a piece's first row sees
+        found.append(int((length * first + length * (length - 1) // 2).sum()))
+    return found
+
+
+def test_a_zigzag_deals_out_as_many_visible_pairs() -> None:
+    """To each rank exactly as many where chunks are of one length, else to within a row of a chunk and document; and no row twice."""
+    from triflash.distributed.packed import Documents
+
+    starts = [0, 48, 48, 144, 168]
+    assert len(set(pairs_of(starts, 3, "zigzag"))) == 1
+    assert max(pairs_of(starts, 3, "contiguous")) > 4 * min(pairs_of(starts, 3, "contiguous"))
+    uneven = [0, 101, 333, 335, 1000]
+    for world in (2, 3, 8):
+        found = pairs_of(uneven, world, "zigzag")
+        assert sum(found) == sum(n * (n + 1) // 2 for n in (101, 232, 2, 665))
+        assert max(found) - min(found) <= sum(n for n in (101, 232, 2, 665))
+        for order in ORDERS:
+            documents = Documents.of(uneven, world, order)
+            slots = documents.slots(documents.rows, torch.device("cpu"))
+            assert sorted(slots.tolist()) == list(range(1000))
+
+
 SINGLE_ROWS: list[tuple[str, list[int], tuple[int, ...], dict[str, Any]]] = [
     ("keys that all rows share", [0, 2], (1, 2), {"bias_layout": "keys"}),
     ("a row that all share, of a document with one row a rank", [0, 2, 8], (2, 1, 1, 6), {}),
@@ -135,6 +212,8 @@ def check_documents(rank: int, world: int) -> None:
         for method in METHODS:
             check_packed(method, ("zigzag", "contiguous")[n % 2], name, extra, options)
     check_packed_errors(rank)
+    check_packed_agreement(rank)
+    check_at_once()
     for method in METHODS:
         check_single_rows(method)
 

@@ -137,6 +137,7 @@ RULES: dict[str, list[str]] = {
     "triflash.distributed": [
         "torch", "triflash.distributed", "triflash.arguments", "triflash.bound.cache", "triflash.checks", "triflash.door", "triflash.errors",
         "triflash.form", "triflash.hints", "triflash.lengths", "triflash.ops", "triflash.plan.device", "triflash.plan.select", "triflash.spec",
+        "triflash.varlen",
     ],
     "triflash.distributed.chunks": ["torch", "triflash.errors"],
     "triflash.distributed.merging": ["torch"],

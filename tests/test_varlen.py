@@ -367,6 +367,8 @@ def test_empty_tensors(backend: str, queries: int, keys: int) -> None:
     assert out.shape == q.shape and not out.any() and (lse == -math.inf).all()
     for grad, x in zip(torch.autograd.grad(out.sum(), (q, k, v)), (q, k, v), strict=True):
         assert grad.shape == x.shape and not grad.any()
+    none = torch.tensor([0], device=DEVICE)  # no sequence, slopes of each
+    assert attention_varlen(q[:0], k[:0], v[:0], none, alibi_slopes=torch.ones(0, 2, device=DEVICE), backend=backend).shape == (0, 2, 8)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

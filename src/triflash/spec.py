@@ -442,7 +442,7 @@ def packed_spec_of(
             raise bad_value(name, f"q's device {x.q.device}", own.device)
     slopes = x.alibi_slopes
     dense = spec_of(
-        x.q, x.k, x.v, None, 1, None, None, scale, precision, None, None, None if slopes is None else slopes[:1], x.sink,
+        x.q, x.k, x.v, None, 1, None, None, scale, precision, None, None, None if slopes is None or not B else slopes[:1], x.sink,
         x.dropout_seed, softcap, dropout_p, deterministic,
     )  # fmt: skip
     if dense.dropout_place:

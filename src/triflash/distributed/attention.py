@@ -31,7 +31,7 @@ from .shares import check_length, check_shares
 from .tiles import Extras, Problem, placed
 from .ulysses import Ulysses
 
-__all__ = ["attend_part", "context_parallel_attention", "seed_of_all"]
+__all__ = ["attend_part", "check_count", "check_method", "context_parallel_attention", "seed_of_all"]
 
 METHODS: dict[str, Any] = {"allgather": AllGather, "ulysses": Ulysses, "ring": Ring}
 CHUNK_PRODUCTS = 2e12  # floating-point operations of a chunk of heads, hidden ones among them: some 2 ms of an H200's
@@ -212,7 +212,14 @@ context_parallel_attention.__signature__ = inspect.signature(context_parallel_at
 )
 
 
-def _check_count(name: str, count: Any) -> None:
+def check_method(method: object) -> None:
+    """Raise ValueError unless ``method`` names one."""
+    if method not in METHODS:
+        raise bad_value("method", f"one of {', '.join(METHODS)}", repr(method))
+
+
+def check_count(name: str, count: Any) -> None:
+    """Raise unless it is None or a positive integer."""
     if count is None:
         return
     if isinstance(count, bool) or not isinstance(count, int):
@@ -291,11 +298,10 @@ def _settled(
     head_chunks: int | None, programs: int | None, own_rows: tuple[bool, bool, bool] | None,
 ) -> _Settled:  # fmt: skip
     """A call, checked and planned."""
-    if method not in METHODS:
-        raise bad_value("method", f"one of {', '.join(METHODS)}", repr(method))
+    check_method(method)
     check_order(order)
     for name, count in (("head_chunks", head_chunks), ("programs", programs)):
-        _check_count(name, count)
+        check_count(name, count)
     _refuse(given)
     at = _rows_at(given, options)
     M, N, one_row, told = _lengths(given, group, order, lengths, at, own_rows)

@@ -17,7 +17,7 @@ from .group import all_reduce, all_to_all, wait
 from .merging import Result, wide
 from .tiles import Extras, Sums, once
 
-__all__ = ["Ulysses"]
+__all__ = ["Ulysses", "repeats_of"]
 
 
 class Ulysses:
@@ -25,7 +25,7 @@ class Ulysses:
 
     @staticmethod
     def forward(call: Call, q: Tensor, k: Tensor, v: Tensor, x: Extras) -> tuple[Result, Saved]:
-        problem, repeats = call.problem, _repeats(call)
+        problem, repeats = call.problem, repeats_of(call.heads, call.key_heads, call.group.size)
         k, v = (y if repeats == 1 else y.repeat_interleave(repeats, 2) for y in (k, v))
         sent = [_to_heads(call, y, length) for y, length in ((q, problem.queries), (k, problem.keys), (v, problem.keys))]
         some = _extras(call, x)
@@ -39,7 +39,7 @@ class Ulysses:
     @staticmethod
     def backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None, needs: Sequence[bool]) -> Gradients:
         q, k, v, x, result = saved
-        problem, repeats = call.problem, _repeats(call)
+        problem, repeats = call.problem, repeats_of(call.heads, call.key_heads, call.group.size)
         sent = [_to_heads(call, y, problem.queries) for y in ([dout] if dlse is None else [dout, _as_rows(dlse)])]
         dout, *more = (each.whole() for each in sent)
         dlse = more[0].squeeze(-1).transpose(1, 2) if more else None
@@ -64,15 +64,14 @@ class Ulysses:
         return Gradients(dq, dk, dv, dbias, dsecond, dsink)
 
 
-def _repeats(call: Call) -> int:
+def repeats_of(heads: int, key_heads: int, size: int) -> int:
     """How often a key head is repeated, so that every rank gets as many. Raises UnsupportedError where query heads cannot be dealt out."""
-    size = call.group.size
-    if call.heads % size:
+    if heads % size:
         raise unsupported(
-            f"method='ulysses' with {call.heads} query heads on {size} ranks, which do not divide them", "auto",
+            f"method='ulysses' with {heads} query heads on {size} ranks, which do not divide them", "auto",
             "method='allgather' and method='ring' take any number of heads",
         )  # fmt: skip
-    return math.lcm(call.key_heads, size) // call.key_heads if call.key_heads else 1
+    return math.lcm(key_heads, size) // key_heads if key_heads else 1
 
 
 def _as_rows(lse: Tensor) -> Tensor:

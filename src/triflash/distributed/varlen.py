@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import zlib
 from itertools import pairwise
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..arguments import Given, Options, two_biases
+from ..arguments import Given, Options, VarlenGiven, VarlenOptions, two_biases
 from ..checks import check_bool, seed_tensor
 from ..errors import bad_type, bad_value, unsupported
+from ..plan.device import limited
 from ..spec import LAYOUTS
-from .attention import attend_part, seed_of_all
+from .agree import agree, rows_apart
+from .attention import attend_part, check_count, check_method, seed_of_all
 from .chunks import check_order, share
-from .group import Group, exchange_numbers, refuse_transforms, resolve
+from .group import Group, exchange_numbers, process_group, refuse_transforms, resolve
+from .merging import wide
+from .packed import Packed, at_once
 
 __all__ = ["context_parallel_attention_varlen"]
 
@@ -132,14 +137,18 @@ def context_parallel_attention_varlen(
             ``triflash.attention_varlen``.
 
     Returns:
-        out ``(rows, Hq, Dv)``, or ``(out, lse)`` with lse ``(Hq, rows)``. Documents run one after the other, so short ones are better kept
-        whole on one rank.
+        out ``(rows, Hq, Dv)``, or ``(out, lse)`` with lse ``(Hq, rows)``. All documents go in one message each way and one launch (a causal
+        zigzag: two) by Ulysses, and by allgather if what is visible ends with the diagonal (causal, or a window of 0 to the right) or there
+        is neither window nor ALiBi. By ring, with dropout, and with rows of the layout ``"padded"`` they run one after the other.
 
     Raises:
         ValueError, TypeError: a wrong argument, named. UnsupportedError: under torch.compile, or what no backend can do.
     """
     check_bool("return_lse", return_lse)
+    check_method(method)
     check_order(order)
+    for name, count in (("head_chunks", head_chunks), ("programs", programs)):
+        check_count(name, count)
     for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
         if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 0):
             raise bad_type(name, "an integer from 0 up, or None", repr(longest))
@@ -167,10 +176,26 @@ def context_parallel_attention_varlen(
         if x.dim() != 3 or x.shape[0] != rows:
             wanted = f"3 dims and {rows} rows on rank {ranks.rank} of {ranks.size}, its {order} shares of the documents"
             raise bad_value(name, wanted, tuple(x.shape))
+    agree(process_group(group), ranks, q.device, lambda: {
+        "method": method, "order": order, "cu_seqlens_q": _summary(starts_q), "cu_seqlens_k": _summary(starts_k), "causal": causal,
+        "window": window, "scale": scale, "softcap": softcap, "dropout_p": dropout_p, "deterministic": deterministic,
+        "precision": precision, "backend": backend, "head_chunks": head_chunks, "programs": programs, "return_lse": return_lse,
+        "bias_layout": bias_layout, "mask_layout": mask_layout, "q": rows_apart(q, 0, at_q), "k": rows_apart(k, 0, at_k),
+        "v": rows_apart(v, 0, at_k), "bias": _apart(first, bias_layout), "bias[1]": _apart(second, bias_layout),
+        "mask": _apart(mask, mask_layout), "alibi_slopes": alibi_slopes, "sink": sink, "dropout_seed": dropout_seed,
+    })  # fmt: skip
+    own_rows = _own_rows(((first, bias_layout), (second, bias_layout), (mask, mask_layout)), starts_q, ranks, order)
+    cu = torch.tensor(starts_q)
+    packed = VarlenGiven(q, k, v, first, mask, alibi_slopes, sink, dropout_seed, cu, cu, None, None, second)
+    said = VarlenOptions(bias_layout, mask_layout, causal, window, scale, softcap, dropout_p, deterministic, precision, backend)
+    in_order = torch.are_deterministic_algorithms_enabled() if deterministic is None else deterministic is True
+    with limited(programs):
+        whole = at_once(Packed(packed, said, starts_q, starts_k, own_rows, in_order), ranks, method, order)
+    if whole is not None:
+        return whole if return_lse else whole[0]
     seed = seed_of_all(seed_tensor(dropout_seed, q.device), dropout_seed is None, ranks) if dropout_p else None
     options = Options(causal, window, scale, softcap, dropout_p, deterministic, "bshd", precision, backend)
     outs, lses, heads = [], [], q.shape[1]
-    own_rows = _own_rows(((first, bias_layout), (second, bias_layout), (mask, mask_layout)), starts_q, ranks, order)
     for number, (M, N, q0, k0, q1, k1) in enumerate(spans):
         if M == 0:
             continue
@@ -182,11 +207,25 @@ def context_parallel_attention_varlen(
         out, lse = attend_part(given, options, True, ranks, method, order, (M, N), head_chunks, programs, number, own_rows)
         outs.append(out[0])
         lses.append(lse[0])
-    if not outs:
-        out, lse = q.new_empty((0, heads, v.shape[2])), q.new_empty((heads, 0), dtype=torch.float32)
+    if not outs:  # nothing, whose gradients are 0
+        nothing = q.sum() + k.sum() + v.sum()
+        out, lse = nothing.expand(0, heads, v.shape[2]), nothing.to(wide(q.dtype)).expand(heads, 0)
     else:
         out, lse = torch.cat(outs), torch.cat(lses, 1)
     return (out, lse) if return_lse else out
+
+
+def _summary(starts: list[int]) -> str:
+    """Documents, for :func:`~.agree.agree`: in full where they are few."""
+    if len(starts) <= 9:
+        return f"offsets {starts}"
+    return f"offsets of {len(starts) - 1} documents and {starts[-1]} rows (CRC {zlib.crc32(repr(starts).encode()):08x})"
+
+
+def _apart(x: Any, layout: str) -> Any:
+    """A bias or mask for :func:`~.agree.agree`, whose rows may differ in number."""
+    at = {"rows": 1, "padded": 2}.get(layout)
+    return x if at is None or not isinstance(x, Tensor) or x.dim() <= at else rows_apart(x, at, x.shape[at])
 
 
 def _own_rows(extras: tuple[tuple[Any, str], ...], starts: list[int], ranks: Group, order: str) -> tuple[bool, bool, bool]:
