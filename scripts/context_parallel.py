@@ -2,6 +2,7 @@
 
     python scripts/context_parallel.py                       # all GPUs; checks, then measures
     python scripts/context_parallel.py --tokens 4096 --heads 32/8 64/8 --json results.json
+    python scripts/context_parallel.py --draw results.json   # measures nothing: draws weak scaling from what was, in results.svg
     python scripts/context_parallel.py --device cpu --ranks 2 --tokens 64 --heads 4/2 --dim 8   # gloo: that the script runs
 
 A step is timed by CUDA events on every rank, behind a barrier; the figure is the median of the slowest rank's. Efficiency is what one GPU
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import socket
@@ -20,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -28,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import triflash
+from svg import Drawing
 from triflash.distributed import all_gather as gather_method
 from triflash.distributed import context_parallel_attention, shard
 from triflash.distributed import ring as ring_method
@@ -328,6 +332,47 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def weak_scaling(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """A step on groups of more and more ranks, each with as many rows, as SVG: compute, and above it exposed communication. A causal rank's
+    work grows with the group: a mark is at one GPU's time times its size, which would be perfect.
+    """
+    rows = [row for row in rows if "ranks" in row]
+    if not rows:
+        raise SystemExit("no weak scaling in what was measured")
+    wide, high, left, top = 250.0, 190.0, 52.0, 74.0
+    drawing = Drawing(left + 2 * (wide + 14), top + high + 46, "Weak scaling of context-parallel attention")
+    heads, gpu = rows[0]["heads"], about.get("gpu") or "CPU"
+    drawing.text(
+        8, 20, f"{gpu}, {about['tokens a rank']:,} tokens a rank, {heads} heads of {about['head dim']}, {rows[0]['method']}", "ink head"
+    )
+    for at, colour, words in ((8, "cool", "compute"), (96, "part", "exposed communication"), (270, "mark", "one GPU's time × ranks")):
+        drawing.rect(at, 32, 12, 12 if colour != "mark" else 3, colour)
+        drawing.text(at + 18, 43, words, "small soft")
+    for number, (name, title) in enumerate((("forward", "forward"), ("both", "forward and backward"))):
+        ideal = [rows[0][name] / rows[0]["ranks"] * row["ranks"] for row in rows]
+        ceiling = max([row[name] for row in rows] + ideal)
+        step = 10 ** math.floor(math.log10(ceiling)) / 2
+        while ceiling / step > 6:
+            step *= 2
+        above = step * math.ceil(ceiling / step)
+        x0 = left + number * (wide + 14)
+        drawing.text(x0 + wide / 2, top - 8, f"{title}, ms", "ink", "middle")
+        for n in range(round(above / step) + 1):
+            y = top + high * (1 - n * step / above)
+            drawing.path([(x0, y), (x0 + wide, y)], "thin s-grid")
+            drawing.text(x0 - 6, y + 4, f"{n * step:g}", "small soft", "end")
+        room = (wide - 20) / len(rows)
+        for n, (row, perfect) in enumerate(zip(rows, ideal, strict=True)):
+            compute = min(row["compute_" + name], row[name])
+            x, scale = x0 + 10 + n * room + room * 0.2, high / above
+            drawing.rect(x, top + high - compute * scale, room * 0.6, compute * scale, "cool")
+            drawing.rect(x, top + high - row[name] * scale, room * 0.6, (row[name] - compute) * scale, "part")
+            drawing.rect(x - room * 0.1, top + high - perfect * scale - 1.5, room * 0.8, 3, "mark")
+            drawing.text(x + room * 0.3, top + high + 18, f"{row['ranks']}", "small soft", "middle")
+        drawing.text(x0 + wide / 2, top + high + 38, "ranks", "small soft", "middle")
+    return drawing.svg()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, help="default: as many as there are GPUs")
@@ -338,7 +383,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many")
     parser.add_argument("--json", help="a file for what was measured")
+    parser.add_argument("--draw", metavar="JSON", help="draw weak scaling from such a file, beside it, and measure nothing")
     options = parser.parse_args()
+    if options.draw:
+        found = json.loads(Path(options.draw).read_text())
+        Path(options.draw).with_suffix(".svg").write_text(weak_scaling(found["about"], found["rows"]))
+        return
     world = options.ranks or torch.cuda.device_count()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

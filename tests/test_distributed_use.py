@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -357,6 +358,45 @@ def test_the_script_checks_and_measures(tmp_path: Path) -> None:
     methods = {row["method"] for row in found["rows"]}
     assert methods >= {*METHODS, "torch context_parallel", "allgather, bias"} and found["about"]["ranks"] == 2
     assert "results and gradients agree" in run.stdout and "| 4/2 | ring |" in run.stdout
+
+
+def test_the_script_draws_weak_scaling(tmp_path: Path) -> None:
+    """From figures that were measured elsewhere: compute and exposed communication lie one on the other, and a mark where no time is lost."""
+    rows: list[dict[str, Any]] = [{"heads": "32/8", "method": "ring", "forward": 9.0, "both": 30.0}]
+    for ranks, forward, compute in ((1, 2.0, 2.1), (2, 4.5, 4.0), (4, 10.0, 8.0)):
+        rows.append(
+            {
+                "heads": "32/8",
+                "method": "allgather",
+                "ranks": ranks,
+                "forward": forward,
+                "compute_forward": compute,
+                "both": 3 * forward,
+                "compute_both": 3 * compute,
+            }
+        )
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps({"about": {"gpu": "A GPU", "tokens a rank": 8192, "head dim": 128}, "rows": rows}))
+    script = Path(__file__).parent.parent / "scripts" / "context_parallel.py"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(each for each in sys.path if each)}
+    run = subprocess.run([sys.executable, str(script), "--draw", str(file)], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    drawn = ET.fromstring(file.with_suffix(".svg").read_text())
+    shapes = [each.attrib for each in drawn.iter("{http://www.w3.org/2000/svg}rect")]
+    assert all(float(x["y"]) >= 0 and float(x["height"]) >= 0 for x in shapes)
+    bars = {name: [float(x["height"]) for x in shapes if x["class"] == name][1:] for name in ("cool", "part")}  # behind the legend's
+    for panel in (0, 3):
+        whole, below = (
+            [a + b for a, b in zip(bars["cool"], bars["part"], strict=True)][panel : panel + 3],
+            bars["cool"][panel : panel + 3],
+        )
+        assert [x / whole[2] for x in whole] == pytest.approx([0.2, 0.45, 1.0], rel=1e-3)
+        assert [x / whole[2] for x in below] == pytest.approx([0.2, 0.4, 0.8], rel=1e-3)  # never more than the step took
+    words = [each.text for each in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert "A GPU, 8,192 tokens a rank, 32/8 heads of 128, allgather" in words
+    file.write_text(json.dumps({"about": {}, "rows": rows[:1]}))
+    run = subprocess.run([sys.executable, str(script), "--draw", str(file)], capture_output=True, text=True, env=environment)
+    assert run.returncode == 1 and "no weak scaling" in run.stderr
 
 
 def test_the_page_runs_as_written(tmp_path: Path) -> None:
