@@ -333,7 +333,7 @@ def _largest_score(case: Case, q: Tensor, k: Tensor, bias: Tensor | None) -> flo
     scale = case.D**-0.5 if case.scale is None else case.scale
     if not q.numel() or not k.numel():
         return 0.0
-    size = scale * q.double().norm(dim=-1).max() * k.norm(dim=-1).max()
+    size = abs(scale) * q.double().norm(dim=-1).max() * k.norm(dim=-1).max()
     if bias is not None and bias.numel():
         size = size + bias.double().abs().max()
     if case.alibi:
