@@ -26,7 +26,7 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .dropout import ds_of, keep_bits, philox_of, sign_dropped
-from .extent import Extent, extent_of, padded_length, padded_row, pair_of, place_in_bias, place_of_keys, query_rows, rows
+from .extent import Extent, extent_of, padded_length, padded_row, pair_of, place_in_bias, place_of, query_rows, rows
 from .features import (
     add_alibi,
     all_lse_small,
@@ -167,7 +167,7 @@ def _produce(p, f):
         for j in range(end - begin):
             n0 = (end - 1 - j) * BN
             at = done + j
-            place = place_of_keys(x, n0)
+            place = place_of(x, x.first_key, x.keys, n0)
             k_full = p.keys.acquire(at, 0)
             mbarrier.expect(k_full, f.k_desc.block_type.nbytes)
             tma_load(f.k_desc, rows(p, place, key_head), k_full, p.k_s.index(p.keys.slot(at, 0)))

@@ -54,19 +54,10 @@ def extent_of(p, b):
 
 
 @gluon.jit
-def place_of_queries(x, row):
-    """Where a block of the sequence's queries lies, or of what lies as they do, from ``row`` on: two numbers for ``rows``."""
-    if x.first_query is not None:
-        return x.first_query + x.queries, BILLION - x.queries + row
-    else:
-        return x.b, row
-
-
-@gluon.jit
-def place_of_keys(x, row):
-    """The same of its keys."""
-    if x.first_key is not None:
-        return x.first_key + x.keys, BILLION - x.keys + row
+def place_of(x, first, length, row):
+    """Where a block of the sequence's queries or keys lies, from ``row`` on: two numbers for ``rows``. first, length: of which."""
+    if first is not None:
+        return first + length, BILLION - length + row
     else:
         return x.b, row
 
@@ -83,13 +74,13 @@ def rows(p, place, head):
 @gluon.jit
 def query_rows(p, x, row, head):
     """Coordinates of a block of queries."""
-    return rows(p, place_of_queries(x, row), head)
+    return rows(p, place_of(x, x.first_query, x.queries, row), head)
 
 
 @gluon.jit
 def key_rows(p, x, row, head):
     """Coordinates of a block of keys."""
-    return rows(p, place_of_keys(x, row), head)
+    return rows(p, place_of(x, x.first_key, x.keys, row), head)
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """The producer of the forward kernel for Hopper: every TMA load of a CTA. Called by ``forward.py``."""
 
 from .compat import gl, gluon, mbarrier, record, tma_load
-from .extent import extent_of, outer_at, place_in_bias, place_of_keys, query_rows, rows
+from .extent import extent_of, outer_at, place_in_bias, place_of, query_rows, rows
 from .scores_qk import BM, grid_of, visible_blocks
 
 
@@ -73,7 +73,7 @@ def produce(p, f):
     V_BYTES: gl.constexpr = f.v_desc.block_type.nbytes
     grid = grid_of(p, 1)
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
-    n_before = 0  # where the values of the block before lie: ``place_of_keys``, and their head
+    n_before = 0  # where the values of the block before lie: ``place_of``, and their head
     head_before = 0
     b_before = 0
     for wave in range(grid.waves()):
@@ -91,7 +91,7 @@ def produce(p, f):
             p.kv.acquire(at, 0)
             mbarrier.expect(full, K_BYTES + V_BYTES, pred=at > 0)
             mbarrier.expect(full, K_BYTES, pred=at == 0)
-            place = place_of_keys(x, n0)
+            place = place_of(x, x.first_key, x.keys, n0)
             tma_load(f.k_desc, rows(p, place, head // f.group), full, p.k_s.index(stage))
             if at > 0:
                 tma_load(f.v_desc, rows(p, (b_before, n_before), head_before), full, p.v_s.index(stage))
