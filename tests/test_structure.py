@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -236,6 +237,21 @@ def test_a_file_opens_with_what_it_is(name: str) -> None:
         docstring = ast.get_docstring(ast.parse(text))
         assert docstring, f"{name} wants a first line that says what it holds"
         assert text.count("\n") <= 550, f"{name} is probably two files"
+
+
+PUBLIC = (  # what users call, and what is called as they ask for it
+    "triflash", "triflash.__main__", "triflash.attention", "triflash.varlen", "triflash.kvcache", "triflash.triton_flash_attention",
+    "triflash.explainer", "triflash.cli", "triflash.compat", "triflash.integrations", "triflash.nn", "triflash.distributed",
+    "triflash.distributed.attention", "triflash.distributed.varlen", "triflash.distributed.shares",
+)  # fmt: skip
+ROOMS = ("triflash.cli", "triflash.compat", "triflash.integrations", "triflash.nn")  # of which all files are so
+
+
+@pytest.mark.parametrize("name", [n for n in MODULES if n not in PUBLIC and not any(within(n, room) for room in ROOMS)])
+def test_a_file_says_who_calls_it(name: str) -> None:
+    docstring = ast.get_docstring(ast.parse(MODULES[name].read_text())) or ""
+    by = r"\b([Cc]alled|[Ll]aunched|[Uu]sed|[Ii]mported|[Rr]ead|[Ss]tarted( only)?) by\b"
+    assert re.search(rf"{by}|[Kk]ernels import them|\bcalls? it\b|what ``dkdv.py`` makes", docstring, re.IGNORECASE), name
 
 
 def test_kernels_hand_records_on() -> None:

@@ -1,4 +1,4 @@
-"""Every check of a call's arguments, and every option folded: what comes out has one meaning each. Computes next to nothing."""
+"""Every check of a call's arguments, and every option folded: what comes out has one meaning each. Called by ``door.py`` and faces."""
 
 from __future__ import annotations
 

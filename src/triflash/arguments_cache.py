@@ -1,4 +1,7 @@
-"""Every check of a call on a KV cache, and its options folded, as ``arguments.py`` has them of attention. Computes next to nothing."""
+"""Every check of a call on a KV cache, and its options folded, as ``arguments.py`` has them of attention.
+
+Called by ``door_cache.py``. Computes next to nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Results over parts of the keys, put together, in any dtype and with gradients; ``kernels/triton/combine.py`` is the same as a kernel."""
+"""Results over parts of the keys, put together, in any dtype and with gradients: ``merge_states`` calls it.
+
+``kernels/triton/combine.py`` is the same as a kernel.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The one way in: from what a caller of a public function writes to a bound call, or to the operators where PyTorch traces.
 
-A call is checked once for each signature (``arguments.py``); a repeat finds what was bound then and hands its tensors over. Eager calls
-wait for every microsecond spent here.
+Called by the public functions. A call is checked once for each signature (``arguments.py``); a repeat finds what was bound then and
+hands its tensors over. Eager calls wait for every microsecond spent here.
 """
 
 from __future__ import annotations

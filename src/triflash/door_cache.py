@@ -1,5 +1,5 @@
 """The way in of calls on a KV cache, as ``door.py`` is of attention: a call is checked once for each signature; what traces takes the
-operators.
+operators. Called by ``kvcache.py``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What :func:`triflash.explain` returns: plain values about one call, and their text."""
+"""What :func:`triflash.explain` returns: plain values about one call, and their text. Called by ``explainer.py``."""
 
 from __future__ import annotations
 

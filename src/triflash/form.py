@@ -1,6 +1,7 @@
 """How a caller lays the tensors of one call out, and the way to the canonical form of the operators: views, wherever strides allow.
 
-Used on a caller's tensors, on fake ones while PyTorch traces, and on meta tensors while a pass is bound. Torch only.
+Called by ``arguments.py``, ``ops*.py`` and ``bound/``: on a caller's tensors, on fake ones while PyTorch traces, and on meta tensors while
+a pass is bound. Torch only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""What other packages call the arguments of attention: errors for a name that is not ours say which is. Only errors come here."""
+"""What other packages call the arguments of attention: errors for a name that is not ours say which is.
+
+Called by the public functions when something is wrong already.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Key lengths and the like, which are integers of any dtype, for the backends in PyTorch. Torch only."""
+"""Key lengths and the like, which are integers of any dtype, for the backends in PyTorch, which call it. Torch only."""
 
 from __future__ import annotations
 

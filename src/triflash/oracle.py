@@ -1,4 +1,4 @@
-"""Exact attention, dense: the semantics page in code, and the judge of every test. Torch only.
+"""Exact attention, dense: the semantics page in code, and the judge of every test. Called by ``launch/``. Torch only.
 
 It materialises every score, so it is meant for small problems; ``backend("oracle")`` runs it for anyone who wants to rule triflash out.
 """

@@ -1,4 +1,4 @@
-"""Exact attention on a KV cache, dense: keys are gathered, and the semantics page's code does the rest. Torch only."""
+"""Exact attention on a KV cache, dense: keys are gathered, and the semantics page's code does the rest. Called by ``launch/cache.py``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Where the keys of a KV cache lie, how many of them a request has, and new ones put behind them: for the backends in PyTorch. Torch only.
 
-What is wrong is kept harmless here as the kernels do it: lengths are clamped to what a request can hold, numbers of pages and entries to
-those that there are when they are read; what would be written through a wrong one, or past the capacity, is dropped.
+Called by ``launch/cache.py``, ``tiled_cache.py`` and ``oracle_cache.py``. What is wrong is kept harmless here as the kernels do it: lengths
+are clamped to what a request can hold, numbers of pages and entries to those that there are when they are read; what would be written
+through a wrong one, or past the capacity, is dropped.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""One call on a KV cache as plain numbers, as ``spec.py`` has it of attention: no tensors, hashable, canonical. Torch and ``spec`` only."""
+"""One call on a KV cache as plain numbers, as ``spec.py`` has it of attention: no tensors, hashable, canonical.
+
+Called by ``arguments_cache.py``, ``plan/`` and ``launch/``. Torch and ``spec`` only.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A bounded map that forgets what was least recently asked for. A look-up is one of a dict: eager calls wait for it."""
+"""A bounded map that forgets what was least recently asked for. A look-up is one of a dict: eager calls wait for it.
+
+Called by ``bound/`` and ``door.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One call on a KV cache, bound."""
+"""One call on a KV cache, bound. Called by ``door_cache.py`` and ``ops_cache.py``."""
 
 from __future__ import annotations
 

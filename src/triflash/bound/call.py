@@ -1,4 +1,4 @@
-"""One call of attention, bound: its forward pass, and its backward passes as they come."""
+"""One call of attention, bound: its forward pass, and its backward passes as they come. Called by ``door.py`` and ``ops*.py``."""
 
 from __future__ import annotations
 

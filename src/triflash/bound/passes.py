@@ -1,4 +1,4 @@
-"""One pass, bound: its allocations, copies and launches, repeated with the addresses of each call.
+"""One pass, bound: its allocations, copies and launches, repeated with the addresses of each call. Called by ``call.py``, ``cached.py``.
 
 Tensors of a pass have *slots*: first those that a call hands in, then those that the pass allocates. A bound pass is made from the shapes,
 strides, dtypes and alignments of its tensors alone, on meta tensors, and holds no tensor of a caller and no scratch: calls of any thread

@@ -1,4 +1,7 @@
-"""What tells one call from another: everything that a bound pass depends on, and nothing else. And the calls that are bound."""
+"""What tells one call from another: everything that a bound pass depends on, and nothing else. And the calls that are bound.
+
+Called by ``door*.py`` and ``ops*.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Whether all ranks mean the same call: with ``TRIFLASH_CHECK=1`` they tell each other first, and what differs is named."""
+"""Whether all ranks mean the same call: with ``TRIFLASH_CHECK=1`` they tell each other first, and what differs is named.
+
+Called by ``attention.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All-gather: every rank gets all keys, head chunk by head chunk, and computes its rows."""
+"""All-gather: every rank gets all keys, head chunk by head chunk, and computes its rows. Called by ``attention.py``."""
 
 from __future__ import annotations
 

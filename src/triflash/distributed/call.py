@@ -1,4 +1,7 @@
-"""What the methods share: one call's group, order and cuts, what they keep for a backward pass, and what that gives."""
+"""What the methods share: one call's group, order and cuts, what they keep for a backward pass, and what that gives.
+
+Called by ``attention.py`` and the methods.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which rows of a sequence each rank holds. Integers alone: no tensor, no process group. Asked again and again, so remembered."""
+"""Which rows of a sequence each rank holds. Integers alone: no tensor, no process group. Called by all methods, and remembered."""
 
 from __future__ import annotations
 

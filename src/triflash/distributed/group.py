@@ -1,4 +1,7 @@
-"""Process groups and what is said over them: functional collectives, which compiled code takes in, with errors that name the rank."""
+"""Process groups and what is said over them: functional collectives, which compiled code takes in, with errors that name the rank.
+
+Called by the rest of ``distributed/``.
+"""
 
 from __future__ import annotations
 

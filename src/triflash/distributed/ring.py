@@ -1,7 +1,7 @@
 """Ring: keys and values go from rank to rank, and partial results are merged in float32 as they come (Liu et al. 2023).
 
 Zigzag shares, as in Megatron-LM and ring-flash-attention, give every rank as many visible pairs in every step of a causal problem. In the
-backward pass the gradients of keys and values travel behind them, in float32, and end where they belong.
+backward pass the gradients of keys and values travel behind them, in float32, and end where they belong. Called by ``attention.py``.
 """
 
 from __future__ import annotations

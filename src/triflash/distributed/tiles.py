@@ -1,4 +1,6 @@
-"""Attention of some rows and some keys of a longer problem: what every method runs on its own GPU, by the operators of ``ops.py``.
+"""Attention of some rows and some keys of a longer problem: called by every method on its own GPU.
+
+It is the operators of ``ops.py`` that compute them.
 
 A *tile* is a rectangle of one problem's scores, given to an operator with the band moved to where it lies. Where a row's keys come in one
 tile its result is that operator's; where they come in several the results are merged in float32 (``merging.py``), and the backward pass of

@@ -1,4 +1,7 @@
-"""Ulysses: two all-to-alls turn a rank's rows of all heads into all rows of some heads, and back (Jacobs et al. 2023)."""
+"""Ulysses: two all-to-alls turn a rank's rows of all heads into all rows of some heads, and back (Jacobs et al. 2023).
+
+Called by ``attention.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys of kernels in Triton's cache that no earlier use of another kernel changes.
+"""Keys of kernels in Triton's cache that no earlier use of another kernel changes. Called by ``launch/calls.py``.
 
 Triton keys a function by its source, the keys of the functions that it calls, and global constants: its own, and of those functions whose
 keys were known before (3.6 and 3.7: ``DependenciesFinder._update_hash`` reads a callee's constants, then works out its key). What else a

@@ -1,4 +1,4 @@
-"""The launch that puts new keys and values into a KV cache. Imports Triton's kernels, so it is itself imported only when one runs."""
+"""The launch that puts new keys and values into a KV cache. Called by ``launch/cache.py`` when one runs: it imports Triton's kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A kernel launch as a value, and what the kernel families' launchers share. Imports torch only."""
+"""A kernel launch as a value, and what the kernel families' launchers share. Called by all of ``launch/``; imports torch only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What launches of the portable kernels share, of dense batches and of packed sequences. Needs torch only."""
+"""What launches of the portable kernels share, of dense batches and packed sequences. Called by their files here; needs torch only."""
 
 from __future__ import annotations
 

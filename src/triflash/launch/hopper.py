@@ -1,4 +1,4 @@
-"""Arguments and launches of the Hopper kernels. Imports triton, so it is itself imported only when a plan needs it.
+"""Arguments and launches of the Hopper kernels. Called by ``launch/__init__.py`` when a plan needs it: it imports triton.
 
 What TMA can address: a contiguous last dim, an address and strides that are multiples of 16 bytes. Tensors that are laid out otherwise are
 copied to rows that are padded to that; their copies live as long as the launch. It writes whole 16 bytes: what ends between two of them is

@@ -1,4 +1,4 @@
-"""Arguments and launches of the backward kernels for Hopper. Imports triton, so it is itself imported only when a plan needs it."""
+"""Arguments and launches of the backward kernels for Hopper. Called by ``launch/__init__.py`` when a plan needs it: it imports triton."""
 
 from __future__ import annotations
 

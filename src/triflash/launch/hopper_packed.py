@@ -1,4 +1,7 @@
-"""What the launches of the Hopper kernels need for packed sequences: tables made on the device, and zeros where no sequence is."""
+"""What the launches of the Hopper kernels need for packed sequences: tables made on the device, and zeros where no sequence is.
+
+Called by ``launch/hopper.py`` and ``launch/hopper_backward.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a pass finds memory, copies and the sum of a sink: a ``Room``. Launchers ask it; who called them decides what it does.
+"""Where a pass finds memory, copies and the sum of a sink: a ``Room``. Called by launchers; who called them decides what it does.
 
 ``Real`` allocates and copies as it is asked, for tools that run a plan on tensors at hand. ``Described`` works on meta tensors and keeps
 what was asked for: a bound pass (``bound/``) repeats it with new addresses, and ``explain`` prints it. Needs torch only.

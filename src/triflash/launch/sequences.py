@@ -1,4 +1,7 @@
-"""Packed sequences one after the other, for the backends in PyTorch: each is a dense problem on views. Reads the offsets. Torch only."""
+"""Packed sequences one after the other, for the backends in PyTorch: each is a dense problem on views. Reads the offsets.
+
+Called by ``launch/__init__.py``. Torch only.
+"""
 
 from __future__ import annotations
 

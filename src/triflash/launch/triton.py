@@ -1,4 +1,4 @@
-"""Arguments and launches of the portable Triton kernels. Imports triton, so it is itself imported only when a plan needs it.
+"""Arguments and launches of the portable Triton kernels. Called by ``launch/__init__.py`` when a plan needs it: it imports triton.
 
 They turn a plan and tensors, which may be meta tensors, into :class:`Call` values and start none; a :class:`~.room.Room` gives the memory.
 The ahead-of-time tests compile the very same calls for GPUs that are not here.

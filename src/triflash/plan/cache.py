@@ -1,4 +1,4 @@
-"""Which backend runs a call on a KV cache, and its steps. Pure, cached, no tensors."""
+"""Which backend runs a call on a KV cache, and its steps. Called by ``bound/``. Pure, cached, no tensors."""
 
 from __future__ import annotations
 

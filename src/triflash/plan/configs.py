@@ -1,4 +1,7 @@
-"""Tile configurations: what a row may hold, how much shared memory it takes, and the analytic default where nothing was measured."""
+"""Tile configurations: what a row may hold, how much shared memory it takes, and the analytic default where nothing was measured.
+
+Called by ``select.py`` and the rooms of kernels.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts about a device that a plan may depend on. The only module that asks about hardware; called by ``ops.py`` and tests."""
+"""Facts about a device that a plan may depend on. The only module that asks about hardware; called by ``bound/`` and by applications."""
 
 from __future__ import annotations
 

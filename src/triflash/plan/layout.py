@@ -1,6 +1,6 @@
 """Memory layouts that the kernels read as they are, and those that a launch copies first. Plain numbers, no tensors.
 
-The launchers ask here what to copy, and ``explain`` what they will.
+Called by the launchers, who ask what to copy, and by ``explain``, which tells what they will.
 """
 
 from __future__ import annotations

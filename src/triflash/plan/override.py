@@ -1,4 +1,4 @@
-"""Choose tile configurations by hand, for tuning and for tests that must reach a tile boundary at a small size."""
+"""Configurations chosen by hand: called by ``triflash tune`` and by tests that must reach a tile boundary at a small size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Spec and device facts in, plan out: which backend runs, which kernels, with which tiles and grids. Pure, cached, no tensors."""
+"""Spec and device facts in, plan out: which backend runs, which kernels, with which tiles and grids. Called by ``bound/``.
+
+Pure, cached, no tensors.
+"""
 
 from __future__ import annotations
 

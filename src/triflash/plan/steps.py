@@ -1,4 +1,4 @@
-"""What a plan is made of: a backend and its kernels in order. Pure."""
+"""What a plan is made of: a backend and its kernels in order. Called by all of ``plan/`` and ``launch/``. Pure."""
 
 from __future__ import annotations
 

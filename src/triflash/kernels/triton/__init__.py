@@ -1,1 +1,1 @@
-"""Portable Triton kernels: NVIDIA from sm80 and AMD CDNA."""
+"""Portable Triton kernels: NVIDIA from sm80 and AMD CDNA. Launched by ``launch/``."""

@@ -1,4 +1,4 @@
-"""New keys and values, written behind those in a KV cache."""
+"""New keys and values, written behind those in a KV cache. Launched by ``launch/append.py``."""
 
 import triton
 import triton.language as tl

@@ -6,8 +6,8 @@ where dropout multiplies p of dv, and dout vᵀ, by its keep-mask over 1 - p, an
 Two passes, each of which owns its output tile, so nothing is added atomically and results are bitwise reproducible. The pass for dq has
 every tile of ds once, so it writes the gradient of a bias of full shape; the pass for dk and dv sums ds over all queries on its way, which
 is the gradient of a bias that varies over keys only, unless query heads share a key head: those it walks one after the other, so that dk
-and dv take no buffer per query head. All other biases have a kernel of their own (``dbias.py``). sᵀ and dpᵀ come
-straight from ``k qᵀ`` and ``v doutᵀ``: no tile is transposed in registers (Triton 3.4 to 3.7 has miscompiled that on Hopper).
+and dv take no buffer per query head. All other biases have a kernel of their own (``dbias.py``). Launched by ``launch/portable.py``. sᵀ and
+dpᵀ come straight from ``k qᵀ`` and ``v doutᵀ``: no tile is transposed in registers (Triton 3.4 to 3.7 has miscompiled that on Hopper).
 """
 
 import triton

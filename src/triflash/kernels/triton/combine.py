@@ -1,7 +1,7 @@
 """Results over parts of the keys, put together: the last step of kernels that split keys, of ring steps, and of ``merge_states``.
 
 A part is (out, lse, rest): its own softmax's output, and the log of its sum as a float32 and what that lost (``prims.lse_rest``).
-``triflash/combine.py`` is the same in PyTorch.
+``triflash/combine.py`` is the same in PyTorch. Launched by ``launch/few.py``.
 """
 
 import triton

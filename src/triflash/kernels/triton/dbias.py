@@ -1,6 +1,6 @@
 """The kernels that give the gradient of a bias that broadcasts, in the bias's own shape.
 
-A bias of full shape, and one that varies over keys only, get theirs from the passes of ``backward.py``.
+A bias of full shape, and one that varies over keys only, get theirs from the passes of ``backward.py``. Launched by ``launch/triton.py``.
 """
 
 import triton

@@ -3,7 +3,7 @@
 Of packed sequences two tables are made on the device, before all other kernels of a pass (``packed.py``): ``tiles``, a pair (sequence,
 tile) for each program of a head, and ``extents``, four numbers for each sequence. A kernel gets ``packed = (tiles, extents,
 bottom_right)``; bottom_right: 1 if the diagonal meets the last query and the last key of a sequence, 0 if its first ones. None: there are
-none.
+none. Called by the portable kernels.
 
 Of a batch entry the queries and keys that there are, and its diagonal, are read where the features say so (``features.Features``); without,
 there are all, and the diagonal is N - M.

@@ -1,7 +1,7 @@
 """What turns products into scores and hides some of them, for every kernel alike; a score's derivative stands beside it.
 
 Scores are in base 2. ``None`` stands for an absent feature and compiles its branch away. A function that has nothing to return for one
-returns a number that nobody reads.
+returns a number that nobody reads. Called by the portable kernels.
 """
 
 from typing import Any, NamedTuple

@@ -3,7 +3,7 @@
 Where the forward kernel has a program for each tile of queries, of which there are fewer than SMs, this one has one for each tile of rows
 and *chunk* of keys. Rows are queries times the query heads that share a key head, so that keys are read once for all of them. Chunks are
 as long as the device's own lengths say: the host only says into how many parts a request is cut at most. What parts give is put together
-by ``combine.py``, in the order of the keys.
+by ``combine.py``, in the order of the keys. Launched by ``launch/few.py``.
 """
 
 from typing import Any, NamedTuple

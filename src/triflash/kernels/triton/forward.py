@@ -1,4 +1,4 @@
-"""The forward kernel."""
+"""The forward kernel. Launched by ``launch/triton.py`` and ``launch/packed.py``, through ``launch/portable.py``."""
 
 import triton
 import triton.language as tl

@@ -1,7 +1,7 @@
 """What packed sequences need beside the kernels for all: tables of sequences and tiles, made on the device, zeros where no sequence is, and
 the gradient of a bias that several sequences, heads, queries or keys share.
 
-The host knows neither a length nor how many tiles there are, only how many there can be. No offset reads or writes out of bounds.
+Launched by ``launch/packed.py``. The host knows neither lengths nor tiles, only how many there can be. No offset reaches out of bounds.
 """
 
 import triton

@@ -2,7 +2,7 @@
 
 Conventions: ``i`` is a query, ``j`` a key. A tile's first row and column are scalars, positions inside it are small tensors, so that
 offsets stay 32-bit inside a tile while every tile's base address is 64-bit. ``None`` stands for an absent feature and compiles its
-branch away. Scores are in base 2: ``s_log2 = log2(e) * (scale * q kᵀ + bias)``.
+branch away. Scores are in base 2: ``s_log2 = log2(e) * (scale * q kᵀ + bias)``. Called by the other files here.
 """
 
 import triton

@@ -7,7 +7,7 @@ compute.
 Forward, the softmax is taken of whole rows: no running maximum, no output to rescale. Backward, one program has all keys of a key head and
 walks the queries that see them, so that it owns all gradients of the pair, and adds nothing atomically:
     delta = rowsum(out * dout) - dlse;   dv += pᵀ dout;   dsᵀ = pᵀ * (v doutᵀ - delta);   dk += scale dsᵀ q;   dqᵀ = scale kᵀ dsᵀ
-Tiles of scores are transposed, as in ``backward.dkdv``, and dq too, so that none is transposed in registers.
+Tiles of scores are transposed, as in ``backward.dkdv``, and dq too, so none is transposed in registers. Launched by ``launch/short.py``.
 """
 
 import triton

@@ -1,4 +1,7 @@
-"""The kernel for dbias on Hopper (``kernels/hopper/dbias.py``), of a bias that broadcasts over batch or heads. Pure."""
+"""The kernel for dbias on Hopper (``kernels/hopper/dbias.py``), of a bias that broadcasts over batch or heads.
+
+Called by ``plan/hopper.py``. Pure.
+"""
 
 from __future__ import annotations
 

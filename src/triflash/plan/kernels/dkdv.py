@@ -1,4 +1,7 @@
-"""The kernels for dk and dv on Hopper, which may sum dq too (``kernels/hopper/dkdv.py``, ``dkdv_d256.py``). Pure."""
+"""The kernels for dk and dv on Hopper, which may sum dq too (``kernels/hopper/dkdv.py``, ``dkdv_d256.py``).
+
+Called by ``plan/hopper.py``. Pure.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The kernel for dq on Hopper (``kernels/hopper/dq.py``), which also gives dbias of a full-shape bias. Pure."""
+"""The kernel for dq on Hopper (``kernels/hopper/dq.py``), which also gives dbias of a full-shape bias.
+
+Called by ``plan/hopper.py``. Pure.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The kernel for few queries on many keys (``kernels/triton/few.py``): its configuration, what it can do, when it is taken, and into how
-many parts keys are cut. Pure; of ``attention`` and of calls on a KV cache.
+many parts keys are cut. Called by ``plan/select.py``, ``plan/cache.py`` and ``launch/few.py``. Pure.
 """
 
 from __future__ import annotations

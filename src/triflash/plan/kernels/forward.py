@@ -1,4 +1,7 @@
-"""The forward kernel on Hopper (``kernels/hopper/forward.py``): its configuration, choice, shared memory and grid. Pure."""
+"""The forward kernel on Hopper (``kernels/hopper/forward.py``): its configuration, choice, shared memory and grid.
+
+Called by ``plan/hopper.py``. Pure.
+"""
 
 from __future__ import annotations
 

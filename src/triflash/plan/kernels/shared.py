@@ -1,4 +1,7 @@
-"""What the rooms of Hopper's kernels share: buffers in shared memory, registers, tiles of a bias, and the order of tiles. Pure."""
+"""What the rooms of Hopper's kernels share: buffers in shared memory, registers, tiles of a bias, and the order of tiles. Pure.
+
+Called by those rooms and by ``launch/hopper*.py``.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The kernels for short rows (``kernels/triton/short.py``), whose programs have all keys of a head: their configurations, what they can do,
-when they are taken, and their grids. Pure.
+when they are taken, and their grids. Called by ``plan/select.py`` and ``launch/short.py``. Pure.
 """
 
 from __future__ import annotations
