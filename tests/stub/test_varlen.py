@@ -11,11 +11,12 @@ from triflash import attention_varlen
 from triflash.bound.signature import CALLS
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("D, dtype", [(64, torch.bfloat16), (72, torch.float16)])
-def test_every_launch_is_bound(D: int, dtype: torch.dtype, deterministic: bool) -> None:
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("D, dtype, deterministic", [(64, torch.bfloat16, False), (64, torch.bfloat16, True), (72, torch.float16, False)])
+def test_every_launch_is_bound(D: int, dtype: torch.dtype, deterministic: bool, step: int) -> None:
+    """step: of the offsets in memory; those that do not lie one behind the other are copied."""
     CALLS.clear()
-    cu = torch.tensor([0, 300, 300, 1000], dtype=torch.int32)
+    cu = torch.tensor([0, 300, 300, 1000], dtype=torch.int32).repeat_interleave(step)[::step]
     for turn in range(2):
         q, k, v = (torch.zeros(1024, heads, D, dtype=dtype).requires_grad_() for heads in (4, 2, 2))
         before = gpu.launches()

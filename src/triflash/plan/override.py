@@ -16,13 +16,12 @@ from .kernels.forward import ForwardConfig
 from .kernels.shared import HopperConfig
 from .kernels.short import ShortConfig
 
-HOPPER: dict[str, type[HopperConfig] | None] = {
-    "forward": ForwardConfig, "delta": None, "dkdv": DkdvConfig, "dqdkdv": DkdvConfig, "dq": DqConfig, "dbias": DbiasConfig,
-    **dict.fromkeys(few.KERNELS), **dict.fromkeys(short.KERNELS),
+TAKES: dict[str, tuple[type[TileConfig | HopperConfig], ...]] = {  # which configurations a kernel of that name takes
+    "forward": (TileConfig, ForwardConfig), "delta": (TileConfig,), "dkdv": (TileConfig, DkdvConfig), "dqdkdv": (TileConfig, DkdvConfig),
+    "dq": (TileConfig, DqConfig, FewConfig), "dbias": (TileConfig, DbiasConfig), **dict.fromkeys(few.KERNELS, (FewConfig,)),
+    **dict.fromkeys(short.KERNELS, (ShortConfig,)),
 }  # fmt: skip
-FEW = few.KERNELS  # which a configuration chosen by hand has backend triton take wherever they can run
-SHORT = short.KERNELS  # and these
-KERNELS = tuple(HOPPER)
+KERNELS = tuple(TAKES)
 Config = TileConfig | HopperConfig
 
 __all__ = ["active", "override_configs"]
@@ -46,20 +45,14 @@ def override_configs(**configs: Config) -> Iterator[None]:
 
     Raises:
         ValueError: no kernel has that name.
-        TypeError: a Hopper kernel gets the configuration of another.
+        TypeError: a kernel gets the configuration of another.
     """
     global _active
     for name, config in configs.items():
         if name not in KERNELS:
             raise bad_value(name, f"one of {', '.join(KERNELS)}", "a configuration for an unknown kernel")
-        own = HOPPER[name]
-        if isinstance(config, FewConfig) != (name in FEW) and not (name == "dq" and isinstance(config, FewConfig)):
-            raise bad_type(name, "FewConfig" if name in FEW else "TileConfig", type(config).__name__)
-        if isinstance(config, ShortConfig) != (name in SHORT):
-            raise bad_type(name, "ShortConfig" if name in SHORT else "TileConfig", type(config).__name__)
-        if isinstance(config, HopperConfig) and not (own and isinstance(config, own)):
-            wanted = f"TileConfig or {own.__name__}" if own else "TileConfig"
-            raise bad_type(name, wanted, type(config).__name__)
+        if type(config) not in TAKES[name]:
+            raise bad_type(name, " or ".join(each.__name__ for each in TAKES[name]), type(config).__name__)
     before = _active
     _active = {**before, **configs}
     try:
