@@ -197,3 +197,16 @@ def test_what_runs_on_hopper(length: int, backend: str) -> None:
         assert "the longest first" in str(found) and any("listed on the device" in note for note in found.notes)
     else:
         assert "leave most empty" in str(found)
+
+
+@triton_only
+def test_where_configurations_come_from_on_hopper() -> None:
+    """The gradient of a bias has a portable kernel's tiles there; what has no tiles of scores says so, delta too."""
+    q, cu = torch.empty(4096, H, 64, dtype=torch.bfloat16, device="meta"), torch.empty(17, dtype=torch.int32, device="meta")
+    bias = torch.empty(1, H, 256, 256, dtype=torch.bfloat16, device="meta")
+    told = explain(q, q, q, cu, bias=bias, of=attention_varlen, device="h200", grads=("q", "bias"))
+    assert told.backward is not None
+    sources = {each.step.kernel: each.source for each in (*told.forward.steps, *told.backward.steps)}
+    assert "row of plan/tables.py" in sources["packed_dbias"]
+    for kernel in ("extents", "listed", "delta", "preprocess", "cleared"):
+        assert sources[kernel] == "fixed: it has no tiles of scores", kernel

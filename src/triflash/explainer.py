@@ -391,7 +391,9 @@ _SAME_TILES = {"packed_dbias": "dbias"}  # kernels that have the configuration o
 def _explained(plan: Plan, step: Step, spec: AttentionSpec | CacheSpec, device: DeviceFacts) -> ExplainedStep:
     if step.config is None:
         return ExplainedStep(step)
-    source = "fixed: it has no tiles of scores" if step.kernel not in KERNELS else f"the choice of backend {plan.backend}"
+    portable = plan.backend == "triton" or step.kernel in _SAME_TILES  # of which hopper's plans have some
+    fixed = step.kernel not in KERNELS or not (portable or isinstance(step.config, HopperConfig))
+    source = "fixed: it has no tiles of scores" if fixed else f"the choice of backend {plan.backend}"
     estimate = None
     if isinstance(spec, CacheSpec):
         return ExplainedStep(step, "fixed: it has no tiles of scores" if step.kernel in ("append", "combine") else source)
@@ -407,7 +409,7 @@ def _explained(plan: Plan, step: Step, spec: AttentionSpec | CacheSpec, device: 
         source = hopper.source_of(step, dict(current_choices().by_hand))
         assert isinstance(spec, AttentionSpec)
         estimate = hopper.shared_memory(spec, step)
-    elif plan.backend == "triton" and (kernel := _SAME_TILES.get(step.kernel, step.kernel)) in KERNELS:
+    elif portable and (kernel := _SAME_TILES.get(step.kernel, step.kernel)) in KERNELS:
         assert isinstance(step.config, TileConfig)
         config, found = config_of(kernel, spec, device, current_choices())
         if spec.packed is not None and config != step.config:
