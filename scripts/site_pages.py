@@ -30,6 +30,7 @@ OUTSIDE = [
     "LICENSE",
     "examples/t5_finetune.py",
     "examples/llama_generate.py",
+    "examples/swin_images.py",
     "examples/pairformer.py",
     "examples/paged_cache.py",
     "examples/plot_bias.py",
