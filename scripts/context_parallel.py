@@ -332,6 +332,31 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def model() -> str:
+    """The computed table of docs/distributed.md: 8,192 tokens a rank, 32 query heads on 8 key heads, d 128, causal, 2 bytes a number."""
+    m, H, Hk, D, MiB = 8192, 32, 8, 128, 2**20
+    lines = [
+        "| R | tokens | compute, ms | all-gather, ring: MiB sent | ms | Ulysses: MiB sent | ms | MiB held: all-gather | Ulysses | ring |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for R in (2, 4, 8, 16, 32, 64):
+        S = m * R
+        products = 4 * H * D * S * S / 2 / R  # of a rank's visible pairs; the backward pass has 2.5 times as many
+        compute = f"{products / 560e9:.1f} / {2.5 * products / 460e9:.1f}"
+        keys = S * 2 * Hk * D * 2  # bytes of K and V
+        speed = 370e6 if R <= 8 else 45e6  # bytes a millisecond
+        cells = []
+        for forward, backward in (
+            ((R - 1) / R * keys, (R - 1) / R * 3 * keys),  # K and V; and again, with dk and dv in float32
+            ((R - 1) / R**2 * S * 2 * (H + Hk) * D * 2,) * 2,  # Q, K, V and out; dout, dq, dk and dv
+        ):
+            digits = 2 if R <= 8 else 1
+            cells += [f"{forward / MiB:,.0f} / {backward / MiB:,.0f}", f"{forward / speed:.{digits}f} / {backward / speed:.{digits}f}"]
+        held = (keys / 2, m * 2 * (H + Hk) * D * 2, 2 * m * 2 * Hk * D * 2 + m * H * (4 * D + 8))
+        lines.append(f"| {R} | {S:,} | {compute} | {' | '.join(cells)} | {' | '.join(f'{x / MiB:,.0f}' for x in held)} |")
+    return "\n".join(lines)
+
+
 def weak_scaling(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """A step on groups of more and more ranks, each with as many rows, as SVG: compute, and above it exposed communication. A causal rank's
     work grows with the group: a mark is at one GPU's time times its size, which would be perfect.
@@ -383,8 +408,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing new after so many")
     parser.add_argument("--json", help="a file for what was measured")
+    parser.add_argument("--model", action="store_true", help="print what the model says of up to 64 GPUs, and measure nothing")
     parser.add_argument("--draw", metavar="JSON", help="draw weak scaling from such a file, beside it, and measure nothing")
     options = parser.parse_args()
+    if options.model:
+        print(model())
+        return
     if options.draw:
         found = json.loads(Path(options.draw).read_text())
         Path(options.draw).with_suffix(".svg").write_text(weak_scaling(found["about"], found["rows"]))

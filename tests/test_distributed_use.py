@@ -399,6 +399,13 @@ def test_the_script_draws_weak_scaling(tmp_path: Path) -> None:
     assert run.returncode == 1 and "no weak scaling" in run.stderr
 
 
+def test_the_page_has_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = Path(__file__).parent.parent / "scripts"
+    monkeypatch.syspath_prepend(scripts)
+    script = runpy.run_path(str(scripts / "context_parallel.py"))
+    assert f"\n\n{script['model']()}\n\n" in PAGE.read_text()
+
+
 def test_the_page_runs_as_written(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(page, ("",), nprocs=1, start_method="forkserver")
 
