@@ -150,6 +150,11 @@ def check_agreement(rank: int) -> None:
             context_parallel_attention(q, q, q, group=group, **options)
     with pytest.raises(ValueError, match=r"^q: wanted the same on every rank, .*rows, 2, 4\) as on rank 0, got .*rows, 2, 3\) on rank 1"):
         context_parallel_attention(*[q[..., : 4 - rank]] * 3, group=group)
+    os.environ["TRIFLASH_CHECK"] = "1"  # values are looked at as in attention
+    for name, words in (("key_lengths", "values from 0 to 8, got 9"), ("query_starts", "values from 0 to 8, got -1")):
+        with pytest.raises(ValueError, match=f"^{name}: wanted {words} of batch entry 0"):
+            context_parallel_attention(q, q, q, group=group, **{name: torch.tensor([9 if name == "key_lengths" else -1])})
+    del os.environ["TRIFLASH_CHECK"]
     x = q[:, : 3 + rank]  # shares may differ
     context_parallel_attention(x, x, x, group=group, order="contiguous", length=7, key_length=7)
     torch.testing.assert_close(context_parallel_attention(q, q, q, group=group), same)

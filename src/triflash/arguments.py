@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from .form import Form
 from .lengths import FARTHEST
 from .plan.select import check_backend, requested_backend
 from .spec import LAYOUTS as PACKED_LAYOUTS
-from .spec import AttentionSpec, Band, resolve_precision
+from .spec import Band, resolve_precision
 
 __all__ = [
     "ATTENTION",
@@ -204,7 +204,14 @@ def _check_diagonal(diagonal: Any, diagonals: Tensor | None, causal: Any) -> Non
             raise bad_value("diagonal", f"an int from -{FARTHEST} to {FARTHEST}", diagonal)
 
 
-def check_places(given: Given, spec: AttentionSpec) -> None:
+class _Lengths(Protocol):
+    @property
+    def queries(self) -> int: ...
+    @property
+    def keys(self) -> int: ...
+
+
+def check_places(given: Given, spec: _Lengths) -> None:
     """Look at the values of lengths, starts and diagonals, and name those that are out of range. Waits for the device."""
     most = {"key_lengths": spec.keys, "key_starts": spec.keys, "query_starts": spec.queries, "query_lengths": spec.queries}
     for name in (*most, "diagonals"):

@@ -5,12 +5,13 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..arguments import ATTENTION, Checked, Given, Options, band_of, checked, two_biases
+from ..arguments import ATTENTION, Checked, Given, Options, band_of, check_places, checked, two_biases
 from ..bound.cache import Recent
 from ..checks import check_bool, check_seed_range, seed_tensor
 from ..door import casting
@@ -248,6 +249,9 @@ def attend_part(
     elif isinstance(given.dropout_seed, int):
         check_seed_range(given.dropout_seed)
     form, call = known.form, known.call
+    numbered = not (given.key_lengths is given.query_starts is given.query_lengths is given.key_starts is given.diagonals is None)
+    if numbered and not torch.compiler.is_compiling() and os.environ.get("TRIFLASH_CHECK") == "1":
+        check_places(given, call.problem)
     x = form.operands((*given[:8], None, None, None, None, None, given.second_bias, *given[10:]))
     seed = _seed(given, group, call.heads, entry) if call.problem.dropout_p else None
     k, v = x.k, x.v
