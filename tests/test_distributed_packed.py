@@ -94,9 +94,18 @@ def check_packed_errors(rank: int) -> None:
         (ValueError, "^bias_layout: wanted one of padded, rows, keys", cu, {"bias_layout": "row"}),
         (ValueError, "^bias: wanted 1 or at least 4 rows and 1 or at least 8 keys, document 0", cu, {"bias": torch.zeros(1, 2, 4, 7)}),
         (ValueError, "^method: wanted one of", cu, {"method": "all"}),
+        (ValueError, r"^alibi_slopes: wanted one for each head, shape \(2,\) or \(2, 2\), got \(3,\)", torch.tensor([0, 4, 8]), {"alibi_slopes": torch.ones(3)}),
+        (ValueError, r"^v: wanted shape \(Tk=8, Hk=2, Dv\)|^k: ", cu, {"v": x[:, :1]}),
+        (TypeError, "^causal: wanted True, False or 'top_left'", cu, {"causal": "left"}),
     ):  # fmt: skip
         with pytest.raises(error, match=words):
-            context_parallel_attention_varlen(x, x, x, offsets, group=dist.group.WORLD, **options)
+            context_parallel_attention_varlen(x, x, **{"v": x, "cu_seqlens_q": offsets, "group": dist.group.WORLD, **options})
+    leaf = x.clone().requires_grad_()
+    for method in METHODS:
+        out = context_parallel_attention_varlen(leaf, leaf, leaf, cu, group=dist.group.WORLD, method=method)
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        with pytest.raises(triflash.UnsupportedError, match="second derivative"):
+            grad.sum().backward()
 
 
 def check_at_once() -> None:

@@ -6,15 +6,15 @@ Between the exchanges a rank has whole documents (Ulysses: of its heads) or its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..arguments import VarlenGiven, VarlenOptions, band_of, checked_varlen
+from ..ops import differentiable_once
 from ..varlen import attention_varlen
 from .call import apart, joined
 from .group import Group, added, all_gather, all_reduce, all_to_all, reduce_scatter, wait
@@ -27,13 +27,15 @@ __all__ = ["Documents", "Packed", "at_once"]
 @dataclass(frozen=True)
 class Documents:
     """How a stream of documents is spread. starts: of each, and the stream's end. begin, length: of each document's chunks in the stream,
-    ``(documents, chunks)``. held: the chunks of each rank.
+    ``(documents, chunks)``. held: the chunks of each rank, and rows: how many rows these have.
     """
 
     starts: Tensor
     begin: Tensor
     length: Tensor
     held: list[list[int]]
+    rows: list[int]
+    _slots: dict[Any, Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, starts: list[int], size: int, order: str) -> Documents:
@@ -41,12 +43,10 @@ class Documents:
         count = 2 * size if order == "zigzag" else size
         bounds = offsets.diff()[:, None] * torch.arange(count + 1) // count
         held = [[rank, count - 1 - rank] if order == "zigzag" else [rank] for rank in range(size)]
-        return cls(offsets, offsets[:-1, None] + bounds[:, :-1], bounds.diff(dim=1), held)
-
-    @property
-    def rows(self) -> list[int]:
-        """How many rows of the stream each rank holds."""
-        return [int(self.length[:, own].sum()) for own in self.held]
+        length = bounds.diff(dim=1)
+        of_chunks = length.sum(0).tolist()
+        rows = [sum(of_chunks[chunk] for chunk in own) for own in held]
+        return cls(offsets, offsets[:-1, None] + bounds[:, :-1], length, held, rows)
 
     def pieces(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of a rank's chunks, ``(documents, 1 or 2)``: where they begin in the stream, their lengths, and where they stand in its rows."""
@@ -55,12 +55,18 @@ class Documents:
 
     def slots(self, most: list[int], device: torch.device) -> Tensor:
         """Of every row of the stream: where it stands in the rows of all ranks, ``most[r]`` of rank r, one rank's behind another's."""
+        key = (*most, device)
+        known = self._slots.get(key)
+        if known is not None:
+            return known
         at = torch.empty_like(self.begin)
         for rank, before in enumerate(accumulate(most[:-1], initial=0)):
             at[:, self.held[rank]] = self.pieces(rank)[2] + before
         total = int(self.starts[-1])
         moved = torch.stack(((at - self.begin).flatten(), self.length.flatten())).to(device)
-        return torch.repeat_interleave(moved[0], moved[1], output_size=total) + torch.arange(total, device=device)
+        found = torch.repeat_interleave(moved[0], moved[1], output_size=total) + torch.arange(total, device=device)
+        self._slots[key] = found
+        return found
 
 
 class Packed(NamedTuple):
@@ -76,6 +82,7 @@ class Packed(NamedTuple):
 
 def at_once(call: Packed, group: Group, method: str, order: str) -> tuple[Tensor, Tensor] | None:
     """out and lse of this rank's rows; None: documents must run one after the other."""
+    _check(call)
     given, options = call.given, call.options
     if method == "ring" or options.dropout_p or _uneven(call, method):
         return None
@@ -93,7 +100,6 @@ def at_once(call: Packed, group: Group, method: str, order: str) -> tuple[Tensor
         seen = (begin + length - queries.starts[:-1, None]) + diagonal[:, None]  # keys up to a piece's last row's
         if bool((seen > N[:, None]).any()):
             return None
-    _check(call)
     times = 1 if whole or method == "ulysses" else length.shape[1]
     shared = _replicated(call, group, times)
     if method == "ulysses":
@@ -208,10 +214,11 @@ class _Summed(torch.autograd.Function):
         return tuple([x.view_as(x) for _ in range(times)])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        total = added(torch.stack([grad.to(wide(grad.dtype)) for grad in grads]))
-        return all_reduce(total, ctx.group, ctx.in_order).to(grads[0].dtype), None, None, None
+        with torch.no_grad():
+            total = added(torch.stack([grad.to(wide(grad.dtype)) for grad in grads]))
+            total = all_reduce(total, ctx.group, ctx.in_order).to(grads[0].dtype)
+        return (*differentiable_once([total], grads), None, None, None)
 
 
 class _Gathered(torch.autograd.Function):
@@ -233,22 +240,23 @@ class _Gathered(torch.autograd.Function):
         return tuple([x.view_as(x) for _ in range(times) for x in apart(whole, k.shape[2])])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slots,) = ctx.saved_tensors
         group, most = ctx.group, max(ctx.held)
-        total = torch.cat(grads[:2], -1).to(wide(grads[0].dtype))
-        for at in range(2, len(grads), 2):
-            total += torch.cat(grads[at : at + 2], -1)
-        stacked = total.new_zeros(group.size * most, *total.shape[1:])
-        stacked[slots] = total  # no slot twice
-        own = stacked
-        if group.size > 1 and ctx.in_order:
-            own = added(wait(all_to_all(stacked, [most] * group.size, [most] * group.size, group), group).unflatten(0, (group.size, most)))
-        elif group.size > 1:
-            own = wait(reduce_scatter(stacked, group), group)
-        dk, dv = apart(own[: ctx.held[group.rank]].to(grads[0].dtype), ctx.width)
-        return dk, dv, None, None, None, None
+        with torch.no_grad():
+            total = torch.cat(grads[:2], -1).to(wide(grads[0].dtype))
+            for at in range(2, len(grads), 2):
+                total += torch.cat(grads[at : at + 2], -1)
+            stacked = total.new_zeros(group.size * most, *total.shape[1:])
+            stacked[slots] = total  # no slot twice
+            own = stacked
+            if group.size > 1 and ctx.in_order:
+                split = [most] * group.size
+                own = added(wait(all_to_all(stacked, split, split, group), group).unflatten(0, (group.size, most)))
+            elif group.size > 1:
+                own = wait(reduce_scatter(stacked, group), group)
+            dk, dv = apart(own[: ctx.held[group.rank]].to(grads[0].dtype), ctx.width)
+        return (*differentiable_once([dk, dv], grads), None, None, None, None)
 
 
 def _heads_out(x: Tensor, documents: Documents, slots: Tensor, group: Group) -> Tensor:
@@ -281,13 +289,14 @@ class _ToHeads(torch.autograd.Function):
         return _heads_out(x.repeat_interleave(times, 1) if times > 1 else x, documents, slots, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         documents, group, times = ctx.rest
-        whole = grad if times == 1 else grad.to(wide(grad.dtype))
         (slots,) = ctx.saved_tensors
-        rows = _rows_back(whole, documents, slots, group)
-        return rows if times == 1 else rows.unflatten(1, (-1, times)).sum(2).to(grad.dtype), None, None, None
+        with torch.no_grad():
+            rows = _rows_back(grad if times == 1 else grad.to(wide(grad.dtype)), documents, slots, group)
+            if times > 1:
+                rows = rows.unflatten(1, (-1, times)).sum(2).to(grad.dtype)
+        return (*differentiable_once([rows], (grad,)), None, None, None)
 
 
 class _ToRows(torch.autograd.Function):
@@ -301,8 +310,9 @@ class _ToRows(torch.autograd.Function):
         return _rows_back(x, documents, slots, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         documents, group = ctx.rest
         (slots,) = ctx.saved_tensors
-        return _heads_out(grad, documents, slots, group), None, None
+        with torch.no_grad():
+            heads = _heads_out(grad, documents, slots, group)
+        return (*differentiable_once([heads], (grad,)), None, None)
