@@ -62,6 +62,7 @@ RULES: dict[str, list[str]] = {
     "triflash.launch.calls": ["torch", "triflash.kernels.keys", "triflash.dropout", "triflash.plan", "triflash.spec"],
     "triflash.launch.room": ["torch", "triflash.launch.calls", "triflash.spec"],
     "triflash.launch.native": ["torch", "triton", "triflash.launch.calls"],
+    "triflash.launch.compiling": ["torch", "triton", "triflash.errors", "triflash.launch.ahead", "triflash.launch.calls"],
     "triflash.launch.triton": [
         "torch", "triton", "triflash.dropout", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common",
         "triflash.launch.few", "triflash.launch.packed", "triflash.launch.portable", "triflash.launch.room", "triflash.launch.short",

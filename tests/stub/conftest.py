@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -47,5 +48,14 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the environment of the tests says, launches are bound."""
-    for name in ("TRIFLASH_BIND", "TRIFLASH_BACKEND", "TRIFLASH_TUNED"):
+    for name in ("TRIFLASH_BIND", "TRIFLASH_BACKEND", "TRIFLASH_TUNED", "TRIFLASH_COMPILE_THREADS"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def compiled_to_the_end(settings: None) -> Iterator[None]:
+    """No kernel that one test began is compiled in another, with its settings."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == "triflash-compile":
+            thread.join()

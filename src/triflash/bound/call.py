@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import launch
 from ..form import Form
+from ..launch.calls import Call
 from ..launch.room import Described, meta, twin
 from ..plan.device import DeviceFacts
 from ..plan.select import Plan, current_choices, plan_backward, plan_forward
@@ -103,7 +104,12 @@ class BoundCall:
                 saved = self.saved(results)
             launch.run_forward(plan, spec, form.operands(tensors[:count]), saved)
 
-        return BoundPass(plan, spec, room, calls, aside, self.device)
+        return BoundPass(plan, spec, room, calls, aside, self.device, None if alone else self._calls_of_backward)
+
+    def _calls_of_backward(self, given: Given) -> list[Call]:
+        """The launches of the backward pass that will be asked for: where these tensors require gradients."""
+        needs = [at < len(given) and (x := given[at]) is not None and x.requires_grad for at in GRADIENTS]
+        return (self._usual_backward(needs).calls or []) if any(needs) else []
 
     def saved(self, results: Given) -> Saved:
         """out, lse and, where it was kept, rest, in canonical form."""
@@ -189,9 +195,11 @@ class BoundCall:
 
     def describe_backward(self, needs: Needs) -> BoundPass:
         """The backward pass that gives such gradients, for an output gradient that lies as out does, and none of lse."""
+        return self._usual_backward((needs.dq, needs.dk, needs.dv, needs.dbias, needs.dsink, needs.dsecond))
+
+    def _usual_backward(self, needs: Sequence[bool]) -> BoundPass:
         results = [meta(each.shape, each.strides, each.dtype) for each in self.forward.room.allocations if each.use == "result"]
-        wanted = (needs.dq, needs.dk, needs.dv, needs.dbias, needs.dsink, needs.dsecond)
-        return self.bind_backward((*self.given, *results, twin(results[0]), None), len(results), wanted, into=False)
+        return self.bind_backward((*self.given, *results, twin(results[0]), None), len(results), needs, into=False)
 
     def needs(self, needs: Sequence[bool]) -> Needs:
         """The gradients of canonical operands that are needed, from those of what was given."""

@@ -7,6 +7,7 @@ share it.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -38,7 +39,8 @@ class BoundPass:
 
     plan, spec: what it carries out. room: what it allocates and copies, as ``explain`` prints it. calls: its launches on meta tensors; None
     where the backend works in PyTorch, or there is nothing to compute. aside: runs the pass without anything bound, from the tensors of
-    all slots, whose allocations have been made.
+    all slots, whose allocations have been made. follows: the launches, on meta tensors, of the pass that these given tensors will probably
+    ask for next, whose kernels are compiled beside those of this one; it may raise.
     """
 
     stamp = 0
@@ -51,7 +53,9 @@ class BoundPass:
         calls: list[Call] | None,
         aside: Callable[[Given], None],
         device: torch.device,
+        follows: Callable[[Given], list[Call]] | None = None,
     ) -> None:
+        self.follows = follows
         self.plan, self.spec, self.room, self.calls, self._aside = plan, spec, room, calls, aside
         self._device = device
         self._results = [_shape_of(each) for each in room.allocations if each.use == "result"]
@@ -66,7 +70,7 @@ class BoundPass:
         """
         native = self._steps
         if native is None and not self._tried:
-            native = self._bind()
+            native = self._bind(given)
         if native is None or native.changed():
             new = like.new_empty_strided
             results = [new(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
@@ -80,21 +84,30 @@ class BoundPass:
             launch.record(self.plan)
         return results
 
-    def _bind(self) -> _Native | None:
+    def _bind(self, given: Given) -> _Native | None:
         from ..launch import native as _native  # needs Triton
 
         if _native.stands_aside():
             return None  # for now
-        assert self.calls is not None
         with self._lock, launch.on(self._device):
             if not self._tried:
-                bound = [_native.bind(call, self.room.place) for call in self.calls]
-                known = [each for each in bound if each is not None]
-                self._steps = (
-                    _Native(self.room, self._results, known, self._device, self.spec.tensor_dtype) if len(known) == len(bound) else None
-                )
+                self._steps = self._bound(given)
                 self._tried = True
         return self._steps
+
+    def _bound(self, given: Given) -> _Native | None:
+        from ..launch import compiling
+        from ..launch import native as _native
+
+        assert self.calls is not None
+        if not all(map(_native.can_bind, self.calls)):
+            return None
+        follows = self.follows
+        later = None if follows is None else functools.partial(follows, given)
+        compiled = compiling.compiled_kernels(self.calls, later)
+        launches = [_native.bind(call, kernel, self.room.place) for call, kernel in zip(self.calls, compiled, strict=True)]
+        known = [each for each in launches if each is not None]
+        return _Native(self.room, self._results, known, self._device, self.spec.tensor_dtype) if len(known) == len(launches) else None
 
 
 def _shape_of(each: Allocation) -> _Allocated:

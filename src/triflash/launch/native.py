@@ -32,14 +32,13 @@ from torch import Tensor
 
 from .calls import Call
 
-__all__ = ["Launch", "Launches", "bind", "stands_aside", "streams", "watch"]
+__all__ = ["Launch", "Launches", "bind", "can_bind", "stands_aside", "streams", "watch"]
 
 _MAPS = 64  # tensor maps kept for each descriptor of a launch, by address
 _PREPARED = 4096  # launches of a pass kept ready in a process, by address; some 3 kB each
 
-# Threads that need the same new kernel would each compile it, and parsing in two at once has failed. Triton loads a kernel when its
-# launcher is first asked for, in steps of which another thread may see the first.
-_compiling = threading.Lock()
+# Triton loads a kernel when its launcher is first asked for, in steps of which another thread may see the first.
+_loading = threading.Lock()
 
 _environment = getattr(os.environ, "_data", None)  # a look-up by bytes takes a fortieth of os.environ.get
 
@@ -281,7 +280,7 @@ _forms: weakref.WeakKeyDictionary[Any, _Form] = weakref.WeakKeyDictionary()
 
 
 def _form_of(compiled: Any) -> _Form:
-    """Worked out once for a kernel; raises :class:`_Unknown`. Threads ask under :data:`_compiling`."""
+    """Worked out once for a kernel; raises :class:`_Unknown`. Threads ask under :data:`_loading`."""
     form = _forms.get(compiled)
     if form is None:
         raw, after, last = _c_launcher(compiled.run, compiled)
@@ -449,21 +448,19 @@ class _Unknown(Exception):
     """Something of Triton's has another form than those that are known here."""
 
 
-def bind(call: Call, place: Callable[[Tensor], tuple[int, int]]) -> Launch | None:
-    """Compile a launch's kernel for the current device, unless that was done, and bind it; None: it has to go Triton's own way.
+def can_bind(call: Call) -> bool:
+    """Whether a launch need not go Triton's own way for what is known before its kernel is compiled."""
+    if getattr(_knobs().runtime, "interpret", False):
+        return False
+    return hasattr(call.kernel, "warmup") and not getattr(call.kernel, "pre_run_hooks", None)  # else somebody watches it
+
+
+def bind(call: Call, compiled: Any, place: Callable[[Tensor], tuple[int, int]]) -> Launch | None:
+    """Bind a launch of a compiled kernel on the current device; None: it has to go Triton's own way.
 
     The call's tensors are meta tensors, whose addresses modulo 16 bytes are those of every call; ``place`` tells slot and offset in bytes.
     """
-    kernel = call.kernel
-    if getattr(_knobs().runtime, "interpret", False):
-        return None
-    if not hasattr(kernel, "warmup") or getattr(kernel, "pre_run_hooks", None):
-        return None  # somebody watches it
-    with _compiling:
-        call.settle()
-        compiled = kernel.run(*call.args, grid=(call.programs,), warmup=True, **call.options)
-        if hasattr(compiled, "result"):  # compiled by a thread of its own
-            compiled = compiled.result()
+    with _loading:
         try:
             return Launch(call, compiled, place)
         except _Unknown:

@@ -1,0 +1,345 @@
+"""Kernels that a pass needs and Triton does not have yet, compiled side by side by threads. Called by ``bound/passes.py``, once for a pass.
+
+Triton holds the interpreter's lock while it reads a kernel's source, a seventh of the time; MLIR's passes and LLVM release it, and ptxas is
+a process. So threads do what processes would, without a start that takes as long as a small kernel, and leave nothing behind. What is
+compiled, under which key and with which settings, is for Triton to say: its own mode for compiling asynchronously hands over functions.
+
+Whoever needs new kernels compiles the first of them and starts a thread for each other, also for those of a backward pass that will be
+asked for. Sources are read one at a time, and while somebody waits here: reading them, Triton changes the process's filters of warnings for
+a while. A thread ends with its kernel, and its failure is raised where the kernel is needed.
+
+One kernel after another: with ``TRIFLASH_COMPILE_THREADS=1``, on one processor, while a CUDA graph is captured, under hooks and knobs of
+Triton that mean to see every compilation, and where Triton has no such mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import bad_value
+from .calls import Call
+
+__all__ = ["compiled_kernels"]
+
+_MOST = 8  # kernels at a time: no pass has more large ones, and each takes some 100 MB
+_VARIABLE = "TRIFLASH_COMPILE_THREADS"
+
+
+# Held while Triton is asked for kernels and reads their sources. Parsing in two threads at once has failed (CPython 3.11).
+_parsing = threading.Lock()
+
+_under_way: dict[str, _Job] = {}  # by Triton's key; added to under ``_parsing``
+_changed = threading.Condition(threading.RLock())  # of a job's state, and of
+_compiling = 0  # jobs beyond their source
+_waiting: list[_Job] = []  # until there are fewer
+
+
+def compiled_kernels(calls: Sequence[Call], later: Callable[[], Sequence[Call]] | None = None) -> list[Any]:
+    """The compiled kernels of launches on the current device. later: launches that will follow, whose kernels are begun as well if some of
+    these are new; it may raise.
+
+    Raises what Triton raises for a kernel that does not compile.
+    """
+    limit = _limit()
+    mode = _triton_mode() if limit > 1 and not _capturing() else None
+    if mode is None or mode.get() is not None:
+        with _parsing:
+            found = [_asked(call) for call in calls]
+    else:
+        with _parsing, _as_mode(mode):
+            found = [_asked(call) for call in calls]
+        if jobs := [each.job for each in found if isinstance(each, _Awaited)]:
+            behind = _later_jobs(mode, later) if later is not None else []
+            for job in jobs:
+                job.urgent = True
+            start = functools.partial(_start, [*jobs[1:], *behind], limit)
+            jobs[0].run(None, start)
+            if jobs[0].error is None:
+                start()  # if somebody else compiles it, or has by now
+            for job in behind:
+                job.wait_for_source()
+    return [_result(each) for each in found]
+
+
+def _asked(call: Call) -> Any:
+    """Triton's compiled kernel of a launch, or what stands for it until it is compiled."""
+    call.settle()
+    return call.kernel.run(*call.args, grid=(call.programs,), warmup=True, **call.options)
+
+
+def _result(compiled: Any) -> Any:
+    return compiled.result() if hasattr(compiled, "result") else compiled
+
+
+def _later_jobs(mode: Any, later: Callable[[], Sequence[Call]]) -> list[_Job]:
+    with contextlib.suppress(Exception):  # whoever needs these kernels is told then
+        calls = later()
+        with _parsing, _as_mode(mode):
+            found = [each for each in map(_asked, calls) if isinstance(each, _Awaited)]
+        for each in found:
+            each.kept = True
+        return [each.job for each in found]
+    return []
+
+
+def _limit() -> int:
+    """How many kernels are compiled at a time."""
+    given = os.environ.get(_VARIABLE)
+    if given is None:
+        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(processors, _MOST)
+    if not given.isdecimal() or int(given) < 1:
+        raise bad_value(_VARIABLE, "a number from 1 (one kernel after another) up", repr(given))
+    return int(given)
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _triton_mode() -> Any:
+    """Triton's variable for a mode of compiling; None: it has none, or somebody wants to see kernels compiled one by one."""
+    from triton import knobs
+
+    try:
+        from triton.runtime._async_compile import active_mode
+    except ImportError:
+        return None
+    watched = knobs.runtime.jit_cache_hook is not None or knobs.runtime.jit_post_compile_hook is not None
+    return None if watched or knobs.compilation.always_compile else active_mode
+
+
+@contextlib.contextmanager
+def _as_mode(mode: Any) -> Iterator[None]:
+    token = mode.set(_Mode())
+    try:
+        yield
+    finally:
+        mode.reset(token)
+
+
+class _Mode:
+    """What Triton asks, in the place of its ``AsyncCompileMode``, to have a kernel compiled that is not in memory."""
+
+    def submit(
+        self, key: str, compile_it: Callable[[], Any], keep: Callable[[Any], None], drop: Callable[[Any], None] | None = None
+    ) -> Any:
+        """The kernel if Triton's cache on disk has it, else an :class:`_Awaited`. keep, drop: tell Triton that it is there, or failed."""
+        job = _under_way.get(key)
+        if job is None:
+            source = _source_of(compile_it)
+            if source is None or _on_disk(key, source):
+                kernel = compile_it()
+                keep(kernel)
+                return kernel
+            job = _under_way[key] = _Job(key, compile_it, source)
+        awaited = _Awaited(job, keep, drop)
+        job.awaiting.append(awaited)
+        return awaited
+
+
+def _source_of(compile_it: Callable[[], Any]) -> Any:
+    """Of Triton's function that compiles a kernel what it compiles, or None if that has another form than is known here."""
+    code, cells = getattr(compile_it, "__code__", None), getattr(compile_it, "__closure__", None)
+    inside = dict(zip(code.co_freevars, cells, strict=True)) if code is not None and cells is not None else {}
+    source = inside["src"].cell_contents if "src" in inside else None
+    return source if hasattr(source, "make_ir") and hasattr(source, "name") else None
+
+
+def _on_disk(key: str, source: Any) -> bool:
+    """Whether Triton's cache has a kernel, as ``triton.compile`` asks for it. Raises what that raises where there can be no cache."""
+    from triton.runtime.cache import get_cache_manager
+
+    name = f"{source.name[:150]}.json"
+    return name in (get_cache_manager(hashlib.sha256(key.encode("utf-8")).hexdigest()).get_group(name) or {})
+
+
+class _Abandoned(Exception):
+    """The main thread has ended: nothing more is begun."""
+
+
+class _Job:
+    """A kernel to compile, by whoever comes first."""
+
+    def __init__(self, key: str, compile_it: Callable[[], Any], source: Any) -> None:
+        self.key, self._compile, self._source, self._make_ir = key, compile_it, source, source.make_ir
+        self.awaiting: list[_Awaited] = []
+        self.kernel: Any = None
+        self.error: Exception | None = None
+        self.urgent, self.size = False, 0.0  # somebody waits; seconds that its source took to read
+        self._begun = self._read = self._ended = False
+
+    def claim(self) -> bool:
+        """Whether nobody has begun; then the caller has."""
+        with _changed:
+            begun, self._begun = self._begun, True
+        return not begun
+
+    def run(self, limit: int | None, then: Callable[[], None] | None = None) -> None:
+        """Compile it, unless somebody has begun."""
+        if self.claim():
+            self.carry_out(limit, then)
+
+    def carry_out(self, limit: int | None, then: Callable[[], None] | None = None) -> None:
+        """Compile it, which is claimed. limit: of kernels at a time; None: somebody needs it at once. then: what to do when its source has
+        been read.
+        """
+        inside = False
+
+        def read(*arguments: Any) -> Any:
+            nonlocal inside
+            with _parsing:
+                if limit is not None and _process_ends():
+                    raise _Abandoned
+                before = time.thread_time()
+                module = self._make_ir(*arguments)
+                self.size = time.thread_time() - before
+            with _changed:
+                self._read = True
+                _changed.notify_all()
+            if then is not None:
+                then()
+            self._enter(limit)
+            inside = True
+            return module
+
+        self._source.make_ir = read
+        try:
+            self._ended = self._tried()
+        finally:
+            self._source.make_ir = self._make_ir
+            self._leave(inside)
+
+    def _enter(self, limit: int | None) -> None:
+        """Be one of a limited number: what somebody waits for goes first, then what is larger."""
+        global _compiling
+        with _changed:
+            if limit is not None:
+                _waiting.append(self)
+                _changed.wait_for(lambda: _process_ends() or (_compiling < limit and self is max(_waiting, key=_Job.rank)))
+                _waiting.remove(self)
+                _changed.notify_all()
+                if _process_ends():
+                    raise _Abandoned
+            _compiling += 1
+
+    def _leave(self, inside: bool) -> None:
+        """And claim it no longer: an interrupted one is left to others."""
+        global _compiling
+        with _changed:
+            _compiling -= inside
+            self.release()
+
+    def rank(self) -> tuple[bool, float]:
+        return self.urgent, self.size
+
+    def _tried(self) -> bool:
+        """Whether the kernel is there, or failed."""
+        try:
+            self.kernel = self._compile()
+            _build_launcher(self.kernel)
+        except _Abandoned:
+            return False
+        except Exception as error:  # noqa: BLE001 (raised by who needs the kernel)
+            self.error = error
+        _under_way.pop(self.key, None)
+        for each in list(self.awaiting):
+            each.settle()
+        return True
+
+    def release(self) -> None:
+        """Claim it no longer."""
+        with _changed:
+            self._begun = self._ended
+            _changed.notify_all()
+
+    def wait_for_source(self) -> None:
+        """Until it has been read, or whoever began to is no more."""
+        with _changed:
+            _changed.wait_for(lambda: self._read or not self._begun or self._ended)
+
+    def wait(self) -> None:
+        """Until it is compiled, or failed; by oneself if nobody has begun."""
+        while not self._ended:
+            self.run(None)
+            with _changed:
+                self.urgent = True
+                _changed.notify_all()
+                _changed.wait_for(lambda: self._ended or not self._begun)
+
+
+def _process_ends() -> bool:
+    return not threading.main_thread().is_alive()
+
+
+class _Awaited:
+    """What Triton has of a kernel until it is compiled. kept: nobody waits for it now."""
+
+    def __init__(self, job: _Job, keep: Callable[[Any], None], drop: Callable[[Any], None] | None) -> None:
+        self.job, self._keep, self._drop = job, keep, drop
+        self.kept = False
+
+    def settle(self) -> None:
+        """Tell Triton of a kernel that nobody waits for."""
+        if not self.kept:
+            return
+        if self.job.error is None:
+            self._keep(self.job.kernel)
+        elif self._drop is not None:
+            self._drop(self)
+
+    def result(self, ignore_errors: bool = False) -> Any:
+        self.job.wait()
+        if self.job.error is None:
+            self._keep(self.job.kernel)
+        else:
+            if self._drop is not None:
+                self._drop(self)
+            if not ignore_errors:
+                raise self.job.error
+        return self.job.kernel
+
+
+def _build_launcher(kernel: Any) -> None:
+    """The C function that launches it, half a second of a C compiler, where Triton has one for each signature. What fails here fails again,
+    and is told, where the kernel is loaded.
+    """
+    from .ahead import build_launcher
+
+    with contextlib.suppress(Exception):
+        build_launcher(kernel)
+
+
+def _start(jobs: Sequence[_Job], limit: int) -> None:
+    """A thread for each job that nobody has begun."""
+    for job in jobs:
+        if not job.claim():
+            continue
+        # They hold up the end of the process for as long as a kernel takes: Python cannot end a thread inside LLVM.
+        thread = threading.Thread(target=job.carry_out, args=(limit,), name="triflash-compile", daemon=False)
+        try:
+            thread.start()
+        except RuntimeError:  # the process ends, or has too many: who needs the kernel compiles it
+            job.release()
+
+
+def _after_fork() -> None:
+    """Of threads a forked process has none but its own."""
+    global _parsing, _changed, _compiling
+    _parsing, _changed, _compiling = threading.Lock(), threading.Condition(threading.RLock()), 0
+    _waiting.clear()
+    for job in _under_way.values():
+        job.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
