@@ -15,7 +15,7 @@ from torch import Tensor
 from .arguments import ATTENTION, two_biases
 from .checks import check_bool
 from .combine import combine
-from .door import attend
+from .door import attend, attend_plain
 from .errors import bad_value
 from .hints import not_ours
 
@@ -201,11 +201,21 @@ def attention(
     """
     if more or others:
         raise not_ours("attention", [*inspect.signature(attention).parameters][3:], more, others)
-    check_bool("return_lse", return_lse)
-    second = None
+    if return_lse is not False:
+        check_bool("return_lse", return_lse)
+    second = number = diagonals = None
     if isinstance(bias, (tuple, list)):
         bias, second = two_biases(bias)
-    number, diagonals = (None, diagonal) if isinstance(diagonal, Tensor) else (diagonal, None)
+    if (
+        mask is None and window is None and key_lengths is None and diagonal is None and query_starts is None and query_lengths is None
+        and key_starts is None and softcap is None and alibi_slopes is None and sink is None and type(dropout_p) is float and not dropout_p
+        and dropout_seed is None and deterministic is None and precision is None and second is None
+    ):  # fmt: skip
+        return attend_plain(ATTENTION, q, k, v, bias, causal, scale, layout, backend, return_lse)
+    if isinstance(diagonal, Tensor):
+        diagonals = diagonal
+    else:
+        number = diagonal
     given = (
         q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed, second, query_starts, query_lengths, key_starts, diagonals,
     )  # fmt: skip

@@ -47,6 +47,7 @@ __all__ = [
     "CASTS",
     "PLAIN",
     "attend",
+    "attend_plain",
     "attend_varlen",
     "bind",
     "bind_sequences",
@@ -71,7 +72,7 @@ _tracing = torch._C._get_tracing_state
 _apply = super(torch.autograd.Function, Attention).apply  # less what Function.apply asks of functorch, which attend did
 _compiling = torch.compiler.is_compiling
 _autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
-_deterministic = torch.are_deterministic_algorithms_enabled
+_deterministic: Callable[[], bool] = torch._C._get_deterministic_algorithms
 
 
 def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool = False) -> Any:
@@ -80,6 +81,49 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
     ``given`` and ``options`` are the fields of :class:`~triflash.arguments.Given` and :class:`~triflash.arguments.Options`, of which plain
     tuples are made faster. Raises what :func:`~triflash.arguments.checked` does, in the first call of a signature and in every other.
     """
+    q, k, v, bias, mask, lengths, slopes, sink, seed, second, query_starts, query_lengths, key_starts, diagonals = given
+    causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, diagonal = options
+    if (
+        mask is lengths is slopes is sink is seed is second is query_starts is query_lengths is key_starts is diagonals is None
+        and window is softcap is precision is diagonal is deterministic is None and type(dropout_p) is float and not dropout_p
+    ):  # fmt: skip
+        return attend_plain(face, q, k, v, bias, causal, scale, layout, backend, return_lse)
+    return _attend(face, given, options, return_lse, None)
+
+
+def attend_plain(
+    face: Face, q: Tensor, k: Tensor, v: Tensor, bias: Any, causal: bool | str, scale: float | None, layout: str, backend: str | None,
+    return_lse: bool,
+) -> Any:  # fmt: skip
+    """:func:`attend` of nothing more than that."""
+    key = None
+    if (
+        (causal is True or causal is False) and (scale is None or type(scale) is float)
+        and not (_compiling() or _dispatch_modes() or _transforms() or _autocast() or forward_ad._current_level >= 0)
+        and _tracing() is None and isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
+        and current_choices() is NO_CHOICES
+    ):  # fmt: skip
+        few = (q, k, v) if bias is None else (q, k, v, bias)
+        try:
+            key = (
+                face.name, causal, scale, layout, backend or requested_backend_soon(), _deterministic(), bias is None, q.shape, k.shape,
+            )  # fmt: skip
+            found = near_of(CALLS, key, few)
+        except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+            key = found = None  # as in _attend
+        if found is not None:
+            if profiler._is_profiler_enabled:
+                with profiler.record_function("triflash::attention"):
+                    return _run(found.entry, (q, k, v, bias, *_ABSENT), return_lse)
+            if found.wants and torch.is_grad_enabled():
+                return _apply(found.entry, return_lse, *few)
+            return _without_gradients(found.entry, few, return_lse)
+    given = (q, k, v, bias, None, None, None, None, None, None, None, None, None, None)
+    return _attend(face, given, (causal, None, scale, None, 0.0, None, layout, None, backend, None), return_lse, key)
+
+
+def _attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool, near: tuple[Any, ...] | None) -> Any:
+    """:func:`attend` of anything. near: what finds the call sooner the next time."""
     if forward_ad._current_level >= 0:
         refuse_tangents(given)
     if _compiling():
@@ -88,38 +132,6 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
     if _dispatch_modes() or _transforms() or _tracing() is not None:
         return _by_operators(face, given, options, return_lse)
     causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, diagonal = options
-    near: Any = None
-    if (
-        mask is lengths is slopes is sink is seed is second is query_starts is query_lengths is key_starts is diagonals is None
-        and window is softcap is precision is diagonal is deterministic is None
-        and (causal is True or causal is False) and type(dropout_p) is float and not dropout_p and (scale is None or type(scale) is float)
-        and isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and not _autocast()
-    ):  # fmt: skip
-        choices = current_choices()
-        if choices is NO_CHOICES:
-            try:
-                near = (
-                    face.name,
-                    causal,
-                    scale,
-                    layout,
-                    backend or requested_backend_soon(),
-                    _deterministic(),
-                    bias is None,
-                    q.shape,
-                    k.shape,
-                )
-                few = (q, k, v) if bias is None else (q, k, v, bias)
-                found = near_of(CALLS, near, few)
-            except (AttributeError, TypeError, RuntimeError, NotImplementedError):
-                near = found = None  # as below
-            if found is not None:
-                if profiler._is_profiler_enabled:
-                    with profiler.record_function("triflash::attention"):
-                        return _run(found.entry, (q, k, v, bias, *_ABSENT), return_lse)
-                if found.wants and torch.is_grad_enabled():
-                    return _apply(found.entry, return_lse, *few)
-                return _without_gradients(found.entry, (q, k, v, bias, *_ABSENT), return_lse)
     call, cast, placed = None, False, not (query_starts is query_lengths is key_starts is diagonals is None)
     try:
         more: Any = None
@@ -141,7 +153,7 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
         if slopes is None or not (slopes.requires_grad and torch.is_grad_enabled()):
             call = CALLS.get(key)
             if call is not None and near is not None and q.dtype in _HALF:
-                remember_near(CALLS, near, few, call)
+                remember_near(CALLS, near, (q, k, v) if bias is None else (q, k, v, bias), call)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         key = None  # a tensor that is none, or has no memory, or an option that cannot be hashed: the checks have words for it
     if cast:

@@ -153,12 +153,12 @@ class _Ready:
 
     stamp = 0
 
-    def __init__(self, bound: BoundPass, places: Sequence[int | None]) -> None:
-        self._bound, self._places = bound, places
+    def __init__(self, bound: BoundPass, places: Sequence[int | None], args: Sequence[Any]) -> None:
+        self._bound, self._places = bound, [at for at in places if at is not None and args[at] is not None]
 
     def run(self, args: Sequence[Any], like: Tensor) -> list[Tensor]:
         """The results."""
-        return self._bound.run([None if at is None else args[at] for at in self._places], like)
+        return self._bound.run([args[at] for at in self._places], like)
 
 
 _READY: Recent[_Ready] = Recent(CALLS.capacity)
@@ -200,7 +200,7 @@ def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _ready_forward(args: tuple[Any, ...]) -> _Ready:
     q, k, v, bias, *rest = args
     call, given = _bound(q, k, v, bias, OperatorOptions(*rest))
-    return _Ready(call.forward, _given(0, 1, 2, 3, OperatorOptions(*range(4, len(args))), len(given) - _TENSORS))
+    return _Ready(call.forward, _given(0, 1, 2, 3, OperatorOptions(*range(4, len(args))), len(given) - _TENSORS), args)
 
 
 def kept(rest: Tensor | None) -> Tensor | None:
@@ -243,7 +243,7 @@ def _ready_backward(args: tuple[Any, ...]) -> _Ready:
     bound = call.bound_backward((*given, *(args[at] for at in kept_of), dout, dlse), len(kept_of), (*needs, False))
     behind = len(given) - _TENSORS
     places = _given(2, 3, 4, 5, OperatorOptions.of_backward(range(9, 15), range(_FRONT, len(args))), behind)
-    return _Ready(bound, (*places, *kept_of, 0, 1))
+    return _Ready(bound, (*places, *kept_of, 0, 1), args)
 
 
 def _backward_two(
@@ -406,39 +406,46 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: BoundCall, return_lse: bool, *given: Tensor | None) -> Any:
-        results = call.run_forward(given + _MISSING[len(given) : len(call.given)])
+        results = call.run_forward(given)
         ctx.call = call
-        ctx.save_for_backward(*given, *results)
-        ctx.set_materialize_grads(False)
+        ctx.to_save = (*given, *results)  # what save_for_backward and set_materialize_grads do
+        ctx.materialize_grads = False
         return (results[0], results[1]) if return_lse else results[0]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        wants = ctx.needs_input_grad[2:]
-        count = len(wants)
+        wants, call, saved = ctx.needs_input_grad, ctx.call, ctx.saved_tensors
+        plain = not (torch.is_grad_enabled() or _transforms() or _dispatch_modes())
+        if plain and dlse is None and dout is not None:
+            known = call.run_known_backward(wants, (*saved, dout))
+            if known is not None:
+                return known
         if dout is None and dlse is None:
-            return (None,) * (2 + count)
-        call, saved = ctx.call, ctx.saved_tensors
+            return (None,) * len(wants)
+        count = len(wants) - 2
         given, outputs = saved[:count] + _MISSING[count : len(call.given)], saved[count:]
         if dout is None:
             dout = torch.zeros_like(outputs[0])
         few = count <= _LEADING  # which autograd asks for in the order in which they come
-        needs = wants + _UNWANTED[count:] if few else tuple([at < count and wants[at] for at in GRADIENTS])
+        needs = wants[2:] + _UNWANTED[count:] if few else tuple([at < count and wants[2 + at] for at in GRADIENTS])
         if _transforms() or _dispatch_modes() or _opaque(dout) or (dlse is not None and _opaque(dlse)):
             grads = _backward_by_operator(call, given, outputs, dout, dlse, needs)
-        elif not torch.is_grad_enabled():
+        elif plain:
             grads = call.run_backward(given, outputs, dout, dlse, needs)
+            if few and dlse is None:
+                call.remember_backward(wants, (*saved, dout), len(outputs), needs)
         else:
             with torch.no_grad():
                 grads = call.run_backward(given, outputs, dout, dlse, needs)
             grads = list(differentiable_once(grads, (dout, dlse, *given)))
         if few:
             return (None, None, *grads[:count])
-        result: list[Tensor | None] = [None] * (2 + count)
-        for at, grad in zip(GRADIENTS, grads, strict=True):
-            if grad is not None:
-                result[2 + at] = grad
-        return tuple(result)
+        by_place = dict(zip(GRADIENTS, grads, strict=True))
+        return None, None, *(by_place.get(at) for at in range(count))
+
+
+if hasattr(Attention, "_backward_cls"):  # autograd calls ``apply`` of the context, which asks three more functions
+    Attention._backward_cls.apply = Attention.backward  # type: ignore[attr-defined]
 
 
 # What says of an operator how it is differentiated: keep, of a context, its arguments and its results, what the backward pass needs; and

@@ -20,6 +20,7 @@ from ways import binding, check_both_ways, nothing_compiled
 import triflash
 from triflash import attention
 from triflash.bound.call import BoundCall
+from triflash.bound.passes import BoundPass
 from triflash.bound.signature import CALLS
 from triflash.plan import overlay
 from triflash.plan.configs import TileConfig
@@ -387,6 +388,82 @@ def test_a_call_that_is_told_by_few_questions_is_the_one_that_many_tell() -> Non
         assert not asked
     CALLS.clear()
     assert not CALLS.near
+
+
+def stored(pack: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
+    """What is saved for a backward pass comes back otherwise than it went."""
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+
+
+BACKWARD: dict[str, dict[str, Any]] = {
+    "base": {},
+    "q": {"wants": "q"},
+    "k, v": {"wants": "kv"},
+    "strides": {"dout": spread},
+    "alignment": {"dout": shifted},
+    "expanded": {"dout": lambda x: x[:, :1].expand(x.shape)},
+    "negated": {"dout": torch._neg_view},
+    "dlse": {"lse": True},
+    "configs": {"within": lambda: override_configs(delta=TileConfig(16, 16, 4, 1))},
+    "saved, strides": {"saved": spread},
+    "saved, alignment": {"saved": shifted},
+    "gradients of gradients": {"twice": True},
+}
+
+
+def test_a_backward_pass_that_is_told_by_one_question_is_the_one_that_many_tell() -> None:
+    """Whatever came before it, in any order: C's comparison takes no backward pass for another."""
+    ran: list[BoundPass] = []
+    described: list[Any] = []
+    run, backward_of = BoundPass.run, BoundCall._backward_of
+
+    def recorded(self: BoundPass, *args: Any) -> Any:
+        ran.append(self)
+        return run(self, *args)
+
+    def counted(self: BoundCall, *args: Any) -> Any:
+        described.append(args)
+        return backward_of(self, *args)
+
+    calls: list[BoundCall] = []
+
+    def which(kind: dict[str, Any], forget: bool = False) -> tuple[BoundPass, bool]:
+        """The backward pass of a step, and whether many questions were asked."""
+        wants = kind.get("wants", "qkv")
+        q, k, v = given = [
+            torch.zeros(B, n, H, D, dtype=BF16, requires_grad=name in wants) for name, n in zip("qkv", (M, N, N), strict=True)
+        ]
+        with stored(kind["saved"]) if "saved" in kind else nullcontext():
+            out, sums = attention(q, k, v, return_lse=True, backend="triton")
+        calls.append(out.grad_fn.call)
+        if forget:
+            calls[-1]._backward.near.clear()
+        ran.clear(), described.clear()
+        of, by = ((out, sums), (torch.zeros_like(out), torch.zeros_like(sums))) if kind.get("lse") else ((out,), (torch.zeros_like(out),))
+        with kind.get("within", nullcontext)():
+            torch.autograd.grad(
+                of,
+                [x for x in given if x.requires_grad],
+                [kind.get("dout", lambda x: x)(by[0]), *by[1:]],
+                create_graph=kind.get("twice", False),
+            )
+        (one,) = ran or (None,)
+        return one, bool(described)  # type: ignore[return-value]
+
+    with nothing_compiled(), mock.patch.object(BoundPass, "run", recorded), mock.patch.object(BoundCall, "_backward_of", counted):
+        wanted = {}
+        for name, kind in BACKWARD.items():
+            which(kind)
+            wanted[name] = which(kind, forget=True)[0]
+        for names in (list(BACKWARD), list(reversed(BACKWARD)), list(BACKWARD)):
+            for name in names:
+                assert which(BACKWARD[name])[0] is wanted[name], name
+        assert len({*map(id, calls)}) == 1
+        for name in ("base", "q", "k, v", "strides", "expanded", "saved, strides"):
+            which(BACKWARD[name])
+            assert not which(BACKWARD[name])[1], name
+        for name in ("alignment", "dlse", "configs", "saved, alignment", "gradients of gradients"):
+            assert which(BACKWARD[name])[1], name
 
 
 class Unreadable(dict):  # type: ignore[type-arg]

@@ -27,13 +27,13 @@ FILLED = {bytes.fromhex(text) for text in ("ffffffff", "c07fc07f", "007e007e", "
 def bound_launches() -> Iterator[list[native.Launch]]:
     """Those that go the bound way within the block."""
     seen: list[native.Launch] = []
-    called = native.Launches.__call__
+    called = native.Launches.start
 
     def counted(self: native.Launches, *arguments: object) -> None:
         seen.extend(self.launches)
         called(self, *arguments)  # type: ignore[arg-type]
 
-    with mock.patch.object(native.Launches, "__call__", counted):
+    with mock.patch.object(native.Launches, "start", counted):
         yield seen
 
 

@@ -94,7 +94,7 @@ class BoundCache:
 
     def run(self, given: Given) -> list[Tensor]:
         """Carry it out; gives what it allocated of out and lse."""
-        return self.bound.run(given, given[_Q])  # type: ignore[arg-type]
+        return self.bound.run([x for x in given if x is not None], given[_Q])  # type: ignore[arg-type]
 
 
 def lse_shape(q: Tensor) -> tuple[int, ...]:

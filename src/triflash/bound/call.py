@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +15,17 @@ from ..form import Form
 from ..launch.calls import Call
 from ..launch.room import Described, meta, twin
 from ..plan.device import DeviceFacts
-from ..plan.select import Plan, current_choices, plan_backward, plan_forward
+from ..plan.select import NO_CHOICES, Plan, current_choices, plan_backward, plan_forward
 from ..plan.steps import IN_PYTORCH
 from ..spec import AttentionSpec, Gradients, Needs, Saved
 from .cache import Recent
+from .compare import address, comparison_of
 from .passes import BoundPass
 
 __all__ = ["GRADIENTS", "BoundCall"]
 
 _BACKWARD_PASSES = 16  # kept for one call's signature: by the gradients asked for and the strides of what comes back
+_KNOWN = 4  # kinds of backward passes that one C function each tells, of the same gradients
 GRADIENTS = (0, 1, 2, 3, 7, 13)  # the operands that have one: q, k, v, bias, sink, second bias
 
 Given = Sequence[Tensor | None]
@@ -53,6 +57,7 @@ class BoundCall:
         self.form, self.given, self.spec, self.facts, self.backend, self.device = form, tuple(given), spec, facts, backend, device
         self._gpu = facts.arch not in ("cpu", "interpreter")
         self._backward: Recent[BoundPass] = Recent(_BACKWARD_PASSES)
+        self._count = sum(x is not None for x in given)
         self._plan = plan_forward(spec, facts, backend)
 
     @functools.cached_property
@@ -118,12 +123,14 @@ class BoundCall:
         return Saved(self.form.rows("out", out), self.form.lse("lse", lse), rest[0] if rest else None)
 
     def run_forward(self, given: Given) -> list[Tensor]:
-        """out and lse in the caller's layout and, if the spec keeps it, rest ``(B, H, M)``."""
-        return self.forward.run(given, given[0])  # type: ignore[arg-type]
+        """out and lse in the caller's layout and, if the spec keeps it, rest ``(B, H, M)``. Missing tensors may be left out."""
+        there: Sequence[Any] = given if len(given) == self._count else [x for x in given if x is not None]
+        return self.forward.run(there, there[0])
 
     def run_alone(self, given: Given) -> Tensor:
         """out alone."""
-        return self.alone.run(given, given[0])[0]  # type: ignore[arg-type]
+        there: Sequence[Any] = given if len(given) == self._count else [x for x in given if x is not None]
+        return self.alone.run(there, there[0])[0]
 
     def run_backward(
         self, given: Given, saved: Given, dout: Tensor, dlse: Tensor | None, needs: tuple[bool, ...], into: Given | None = None
@@ -135,21 +142,54 @@ class BoundCall:
             saved: out, lse and, where there is one, rest. dout, dlse: in the layouts of out and lse.
             needs: of each gradient whether it is needed. into: tensors to fill, in the form given; None: new ones.
         """
-        all_given = (*given, *saved, dout, dlse, *(() if into is None else into))
-        addresses = [0 if x is None else x.data_ptr() for x in all_given]
-        made = iter(self._backward_of(all_given, addresses, len(saved), needs, into is not None).run(all_given, dout, addresses))
+        tensors = (*given, *saved, dout, dlse, *(() if into is None else into))
+        there = [x for x in tensors if x is not None]
+        addresses = [*map(address, there)]
+        bound = self._backward_of(tensors, addresses, len(saved), needs, into is not None)
+        made = iter(bound.run(there, dout, addresses))
         return [] if into is not None else [next(made) if need else None for need in needs]
+
+    def run_known_backward(self, wants: tuple[bool, ...], there: tuple[Tensor, ...]) -> tuple[Tensor | None, ...] | None:
+        """The gradients where ``wants``, of two that are no tensors and the operands, says so, None elsewhere, by the pass that
+        :meth:`remember_backward` was told of for tensors like these. None: nothing is known of such.
+        """
+        for check, bound in self._backward.near.get(wants, ()):
+            if check(*there):
+                addresses = [*map(address, there)]
+                if functools.reduce(operator.or_, addresses) & 15 or current_choices() is not NO_CHOICES:
+                    return None
+                bound.stamp = self._backward.now
+                grads = bound.run(there, there[-1], addresses)
+                if len(grads) == len(wants) - 2:
+                    return None, None, *grads
+                made = iter(grads)
+                return tuple([next(made) if want else None for want in wants])
+        return None
+
+    def remember_backward(self, wants: tuple[bool, ...], there: tuple[Tensor, ...], saved_count: int, needs: tuple[bool, ...]) -> None:
+        """Let backward passes for such tensors, the operands, what was saved and dout, be told by one C function.
+
+        wants: stands for needs. Nothing is remembered of calls with a tensor missing between others, of addresses that are no multiples of
+        16, where configurations are chosen, or of more kinds than few.
+        """
+        known = self._backward.near.get(wants, ())
+        if len(known) >= _KNOWN or len(there) != self._count + saved_count + 1 or current_choices() is not NO_CHOICES:
+            return
+        addresses = [*map(address, there)]
+        check = None if any(each & 15 for each in addresses) else comparison_of(there)
+        if check is not None:
+            missing = (None,) * (len(self.given) - self._count)
+            tensors = (*there[: self._count], *missing, *there[self._count :], None)
+            self._backward.near[wants] = (*known, (check, self._backward_of(tensors, addresses, saved_count, needs, False)))
 
     def bound_backward(self, tensors: Given, saved_count: int, needs: tuple[bool, ...]) -> BoundPass:
         """The backward pass for such tensors: the operands, what was saved, dout and dlse."""
-        return self._backward_of(tensors, [0 if x is None else x.data_ptr() for x in tensors], saved_count, needs, False)
+        return self._backward_of(tensors, [x.data_ptr() for x in tensors if x is not None], saved_count, needs, False)
 
-    def _backward_of(self, tensors: Given, addresses: list[int], saved_count: int, needs: tuple[bool, ...], into: bool) -> BoundPass:
-        low = 0
-        for address in addresses:
-            low |= address
+    def _backward_of(self, tensors: Given, addresses: Sequence[int], saved_count: int, needs: tuple[bool, ...], into: bool) -> BoundPass:
+        low = functools.reduce(operator.or_, addresses)
         strides = tuple([None if x is None else x.stride() for x in tensors])
-        aligned = tuple([address & 15 for address in addresses]) if low & 15 else None
+        aligned = tuple([each & 15 for each in addresses]) if low & 15 else None
         key = (needs, into, current_choices(), strides, aligned)
         bound = self._backward.get(key)  # strides and alignment may change between a forward pass and its backward pass
         if bound is None:

@@ -8,6 +8,7 @@ share it.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from ..launch.room import Allocation, Described, View
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Saved
 from ..spec_cache import CacheSpec
+from .compare import address
 
 if TYPE_CHECKING:
     from ..launch.native import Launch
@@ -58,31 +60,44 @@ class BoundPass:
         self.follows = follows
         self.plan, self.spec, self.room, self.calls, self._aside = plan, spec, room, calls, aside
         self._device = device
+        self._there = room.there
         self._results = [_shape_of(each) for each in room.allocations if each.use == "result"]
         self._steps: _Native | None = None
         self._tried = calls is None
         self._lock = threading.Lock()
 
-    def run(self, given: Given, like: Tensor, addresses: Sequence[int] | None = None) -> list[Tensor]:
-        """Carry the pass out on the tensors of the given slots; returns the results, in the order of their allocation.
+    def run(self, there: Sequence[Tensor], like: Tensor, addresses: Sequence[int] | None = None) -> list[Tensor]:
+        """Carry the pass out on the tensors of the given slots, less those where there is none; returns the results, in the order of their
+        allocation.
 
         ``like``, in the spec's dtype, is one of them, where all memory is allocated. addresses: theirs, if that is known.
         """
         native = self._steps
         if native is None and not self._tried:
-            native = self._bind(given)
+            native = self._bind(self._given(there))
         if native is None or native.changed():
-            new = like.new_empty_strided
-            results = [new(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
-            self._aside([*given, *results])
+            results = self._run_aside(there, like)
         elif native.index is None or native.index == _current_device():
-            results = native.run(given, like, addresses)
+            results = native.run(there, like, addresses)
         else:
             with torch.cuda.device(self._device):
-                results = native.run(given, like, addresses)
+                results = native.run(there, like, addresses)
         if launch.recorders:
             launch.record(self.plan)
         return results
+
+    def _run_aside(self, there: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+        new = like.new_empty_strided
+        results = [new(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
+        self._aside([*self._given(there), *results])
+        return results
+
+    def _given(self, there: Sequence[Tensor]) -> list[Tensor | None]:
+        """The tensors of all given slots."""
+        given: list[Tensor | None] = [None] * self.room.given
+        for slot, x in zip(self._there, there, strict=True):
+            given[slot] = x
+        return given
 
     def _bind(self, given: Given) -> _Native | None:
         from ..launch import native as _native  # needs Triton
@@ -132,29 +147,29 @@ class _Native:
         self._launches = native.Launches(launches)
         self.changed = native.watch(launches)
         self.index = device.index if device.type == "cuda" else None
+        self._device = self.index or 0
         self._stream: Callable[[int], int] = native.streams() if launches else int
         self._allocate = _ALLOCATORS.get(device.type)
-        given, self._count = room.given, len(results)
-        # Behind given and results: copies, then all scratch in one.
+        self._count = len(results)
+        # Tensors come as those of the given slots that are there, results, copies, then all scratch in one.
+        at_of = {slot: at for at, slot in enumerate(room.there)}
+        first = len(at_of)
         copies = [(room.given + at, each) for at, each in enumerate(room.allocations) if each.use == "copy"]
         self._made = [*results, *(_shape_of(each) for _, each in copies)]
-        places = {slot: (slot, 0) for slot in range(given)}
+        places = {slot: (at, 0) for slot, at in at_of.items()}
         kept = [room.given + at for at, each in enumerate(room.allocations) if each.use == "result"]
-        places |= {slot: (given + at, 0) for at, slot in enumerate(kept)}
-        places |= {slot: (given + self._count + at, 0) for at, (slot, _) in enumerate(copies)}
-        shared, size = given + self._count + len(copies), 0
+        places |= {slot: (first + at, 0) for at, slot in enumerate(kept)}
+        places |= {slot: (first + self._count + at, 0) for at, (slot, _) in enumerate(copies)}
+        shared, size = first + self._count + len(copies), 0
         for at, each in enumerate(room.allocations):
             if each.use == "scratch":
                 places[room.given + at] = (shared, size)
                 size += -(-each.nbytes // _ALIGNMENT) * _ALIGNMENT
         if size:
             self._made.append(((size // like.itemsize,), (1,), like))
-        # Addresses come in the order of what is used of the given, then results, copies and the scratch.
-        self._used = sorted({slot for each in launches for slot in each.slots if slot < given})
-        order = {slot: at for at, slot in enumerate([*self._used, *range(given, shared + 1)])}
-        where = {slot: (order[place], begin) for slot, (place, begin) in places.items() if place in order}
         for one in launches:
-            one.move(where)
+            one.move(places)
+        self._all = len(self._made) == self._count
         moved = lambda view: _moved(view, places)  # noqa: E731
         self._before = [(moved(each.target), moved(each.source)) for each in room.copies if not each.after]
         self._after = [(moved(each.target), moved(each.source)) for each in room.copies if each.after]
@@ -165,26 +180,21 @@ class _Native:
         ]
         self._plain = not (self._before or self._after or self._zeros or self._sinks)
 
-    def run(self, given: Given, like: Tensor, known: Sequence[int] | None) -> list[Tensor]:
+    def run(self, there: Sequence[Tensor], like: Tensor, known: Sequence[int] | None) -> list[Tensor]:
         """The results, on the current device. known: the addresses of what is given."""
-        if self._allocate is None or _deterministic():  # PyTorch may be asked to fill what it allocates then
-            new = like.new_empty_strided
-            made = [new(shape, strides, dtype=dtype) for shape, strides, dtype in self._made]
+        new = self._allocate
+        if new is None or _deterministic():  # PyTorch may be asked to fill what it allocates then
+            made = [like.new_empty_strided(shape, strides, dtype=dtype) for shape, strides, dtype in self._made]
         else:
-            new = self._allocate
-            made = [new(shape, strides, dtype) for shape, strides, dtype in self._made]
-        if known is None:
-            addresses = [given[slot].data_ptr() for slot in self._used]  # type: ignore[union-attr]
-        else:
-            addresses = [known[slot] for slot in self._used]
-        addresses += [x.data_ptr() for x in made]
+            made = [*itertools.starmap(new, self._made)]
+        addresses = (*map(address, there), *map(address, made)) if known is None else (*known, *map(address, made))
         if self._plain:
-            self._launches(self._stream(self.index or 0), tuple(addresses))
-            return made[: self._count]
-        tensors = [*given, *made]
+            self._launches.start(self._stream(self._device), addresses)
+            return made if self._all else made[: self._count]
+        tensors = [*there, *made]
         for target, source in self._before:
             _seen(target, tensors).copy_(_seen(source, tensors))
-        self._launches(self._stream(self.index or 0), tuple(addresses))
+        self._launches.start(self._stream(self._device), addresses)
         for target, source in self._after:
             _seen(target, tensors).copy_(_seen(source, tensors))
         for view in self._zeros:
@@ -200,10 +210,9 @@ def _moved(view: View, places: dict[int, tuple[int, int]]) -> View:
     return view._replace(slot=slot, offset=view.offset + offset // view.dtype.itemsize)
 
 
-def _seen(view: View, tensors: list[Tensor | None]) -> Tensor:
+def _seen(view: View, tensors: list[Tensor]) -> Tensor:
     """The part of a slot that a view means."""
     whole = tensors[view.slot]
-    assert whole is not None
     if whole.dtype != view.dtype:
         if whole.dtype.itemsize == view.dtype.itemsize:  # bool read as bytes
             whole = whole.view(view.dtype)

@@ -71,11 +71,9 @@ _triton_knobs: Any = None
 _DECIDING = {"runtime": ("debug", "add_stages_inspection_hook"), "compilation": ("instrumentation_mode", "fpsan_homomorphic_casts")}
 
 
-def _deciding(group: str) -> tuple[Any, Callable[[Any], Any]]:
-    """A group of Triton's knobs, and what reads those of it that decide, as far as this release has them."""
-    knobs = getattr(_knobs(), group)
-    names = [name for name in _DECIDING[group] if hasattr(knobs, name)]
-    return knobs, operator.attrgetter(*names) if names else lambda _: None
+def _deciding(group: str) -> list[str]:
+    """Those of a group that this release has."""
+    return [name for name in _DECIDING[group] if hasattr(getattr(_knobs(), group), name)]
 
 
 def streams() -> Callable[[int], int]:
@@ -156,9 +154,9 @@ class Launch:
         if self._arguments is not None:
             self._arguments.move(places)
 
-    def ready(self, stream: int, addresses: Sequence[int]) -> tuple[tuple[int, int, int], Any]:
-        """Configuration, function and parameters as ``cuLaunchKernelEx`` takes them, where the slots' tensors begin at ``addresses``; and
-        what has to live as long as they are used.
+    def ready(self, stream: int, addresses: Sequence[int]) -> tuple[tuple[int, int, int, None], Any]:
+        """Configuration, function, parameters and nothing more, as ``cuLaunchKernelEx`` takes them, where the slots' tensors begin at
+        ``addresses``; and what has to live as long as they are used.
         """
         cells = array("Q", [addresses[slot] + offset for _, slot, offset in self.pointers])
         where = self._where[:]
@@ -172,7 +170,7 @@ class Launch:
             where[at] = id(tensor_map) + _INSIDE
             made.append(tensor_map)
         config = array("Q", (*self.grid, stream, 0, 0))
-        return (config.buffer_info()[0], self.form.function, where.buffer_info()[0]), (config, where, self.numbers, cells, made)
+        return (config.buffer_info()[0], self.form.function, where.buffer_info()[0], None), (config, where, self.numbers, cells, made)
 
     def __call__(self, stream: int, addresses: Sequence[int]) -> None:
         """Launch it by Triton's C launcher."""
@@ -386,20 +384,17 @@ class Launches:
         driver = _libcuda() if known and launches else None
         self._launch = None if driver is None else driver.launch
 
-    def __call__(self, stream: int, addresses: tuple[int, ...]) -> None:
+    def start(self, stream: int, addresses: tuple[int, ...]) -> None:
         """Launch them on a stream, where the slots' tensors begin at ``addresses``."""
-        launch = self._launch
-        if launch is None:
+        if self._launch is None:
             for each in self.launches:
                 each(stream, addresses)
             return
         prepared = _prepared.get((self._number, stream, addresses)) or self._prepare(stream, addresses)
-        for config, function, parameters in prepared[0]:
-            if launch(config, function, parameters, None):
-                first = prepared[0].index((config, function, parameters))
-                for each in self.launches[first:]:
-                    each(stream, addresses)
-                return
+        rest = iter(prepared[0])
+        if any(itertools.starmap(self._launch, rest)):  # which ends at the first that the driver refuses
+            for each in self.launches[len(self.launches) - operator.length_hint(rest) - 1 :]:
+                each(stream, addresses)
 
     def _prepare(self, stream: int, addresses: tuple[int, ...]) -> _Prepared:
         made = [each.ready(stream, addresses) for each in self.launches]
@@ -412,7 +407,7 @@ class Launches:
         return prepared
 
 
-_Prepared = tuple[tuple[tuple[int, int, int], ...], list[Any]]  # of each launch what the driver takes; and what keeps that alive
+_Prepared = tuple[tuple[tuple[int, int, int, None], ...], list[Any]]  # of each launch what the driver takes; and what keeps that alive
 _numbers = itertools.count()
 _prepared: dict[tuple[int, int, tuple[int, ...]], _Prepared] = {}
 _preparing = threading.Lock()
@@ -422,26 +417,34 @@ def watch(launches: Sequence[Launch]) -> Callable[[], bool]:
     """What tells, before each run of bound launches, whether they have to go Triton's own way now: hooks want to see them, the environment
     says so, knobs are others than at binding time, a kernel was replaced or somebody watches it. Every eager call waits for the answer.
     """
-    runtime, of_runtime = _deciding("runtime")
-    compilation, of_compilation = _deciding("compilation")
-    debugging, instrumented = of_runtime(runtime), of_compilation(compilation)
-    hooks_of = operator.attrgetter("launch_enter_hook", "launch_exit_hook")
-    watched = [each.watched for each in launches]
+    runtime, compilation = _knobs().runtime, _knobs().compilation
+    of_runtime = operator.attrgetter(*map(_calls_of, ("launch_enter_hook", "launch_exit_hook")), *_deciding("runtime"))
+    of_compilation = operator.attrgetter("__class__", *_deciding("compilation"))  # one name at least
+    as_bound = (*([] if isinstance(each, list) else None for each in of_runtime(runtime)[:2]), *of_runtime(runtime)[2:])
+    instrumented = of_compilation(compilation)
+    modules, names, kernels, hooks = map(list, zip(*(each.watched for each in launches), strict=True)) if launches else ([], [], [], [])
+    unwatched = [type(each)() for each in hooks]
+    switch, off = (lambda _: os.environ.get("TRIFLASH_BIND"), "0") if _environment is None else (_environment.get, b"0")
 
     def changed() -> bool:
-        if (os.environ.get("TRIFLASH_BIND") == "0") if _environment is None else (_environment.get(b"TRIFLASH_BIND") == b"0"):
+        # C compares each of these in one go: what is the same object is equal.
+        try:
+            return (
+                of_runtime(runtime) != as_bound
+                or of_compilation(compilation) != instrumented
+                or [*map(dict.get, modules, names)] != kernels
+                or hooks != unwatched
+                or switch(b"TRIFLASH_BIND") == off
+            )
+        except AttributeError:  # hooks of another kind than there were
             return True
-        before, after = hooks_of(runtime)
-        if (before is not None and getattr(before, "calls", True)) or (after is not None and getattr(after, "calls", True)):
-            return True
-        if of_runtime(runtime) != debugging or of_compilation(compilation) != instrumented:
-            return True
-        for module, name, kernel, hooks in watched:  # noqa: SIM110 (a generator would take longer than the rest)
-            if hooks or module.get(name) is not kernel:
-                return True
-        return False
 
     return changed
+
+
+def _calls_of(hook: str) -> str:
+    """The name of what is empty as long as nobody hooks in: of a chain of functions its list."""
+    return f"{hook}.calls" if hasattr(getattr(_knobs().runtime, hook), "calls") else hook
 
 
 class _Unknown(Exception):

@@ -149,6 +149,11 @@ class Described:
         self._slots: dict[int, tuple[int, int]] = {}  # storage -> slot, and where in the storage the slot's tensor begins, in bytes
         self._kept: list[Tensor] = []  # while a storage lives, nothing else gets its number
 
+    @property
+    def there(self) -> list[int]:
+        """The slots of given tensors, but for those where none is handed in."""
+        return sorted({slot for slot, _ in self._slots.values() if slot < self.given})
+
     def give(self, x: Tensor | None) -> None:
         """The next tensor that a call hands in; None: it hands in none."""
         assert not self.allocations, "slots of given tensors come first"

@@ -1,0 +1,30 @@
+"""Tensors told from others by one C function, for whoever waits for every microsecond."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["address", "comparison_of"]
+
+address: Callable[[Tensor], int] = torch._C.TensorBase.data_ptr  # for ``map``, which takes half the time of a comprehension
+
+# What Dynamo compares tensors by, in a tenth of the time that describing them takes. PyTorch does not promise it.
+_guards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
+
+
+def comparison_of(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """``check(*others)``, which compares classes, dispatch keys (negation among them), dtypes, devices, sizes, strides and who requires a
+    gradient; None: this PyTorch does not have it in the form known here. It keeps no tensor.
+    """
+    if _guards is None:
+        return None
+    try:
+        sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
+        check: Callable[..., bool] = _guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+        return check if check(*tensors) is True else None
+    except Exception:  # noqa: BLE001 (another form than that known here)
+        return None

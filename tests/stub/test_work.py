@@ -1,0 +1,64 @@
+"""How much of our Python a call runs that came before: by count, which no other process disturbs. Eager calls wait for every line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+import triflash
+from triflash import attention
+from triflash.bound.signature import CALLS
+
+OURS = str(Path(triflash.__file__).parent)
+Q, K, V, DOUT = (torch.zeros(1, 136, 2, 64, dtype=torch.bfloat16) for _ in range(4))
+LEARNT = [x.clone().requires_grad_() for x in (Q, K, V, torch.zeros(2, 136, 136, dtype=torch.bfloat16))]
+
+
+def forward(**options: Any) -> None:
+    attention(Q, K, V, **options)
+
+
+def step(**options: Any) -> None:
+    torch.autograd.grad(attention(*LEARNT[:3], **options), LEARNT[:3], DOUT)
+
+
+def step_with_bias(**options: Any) -> None:
+    torch.autograd.grad(attention(*LEARNT[:3], bias=LEARNT[3], **options), LEARNT, DOUT)
+
+
+def functions_run(call: Callable[[], object]) -> list[str]:
+    """Our functions, in order, as often as they are called, but for what prepares launches for new addresses: an allocator decides that."""
+    seen: list[str] = []
+
+    def called(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(OURS):
+            above: FrameType | None = frame
+            while above is not None and above.f_code.co_name != "_prepare":
+                above = above.f_back
+            if above is None:
+                seen.append(frame.f_code.co_name)
+
+    for _ in range(5):
+        call()
+    sys.setprofile(called)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("call", "backend", "most"),
+    [(forward, "triton", 13), (forward, "hopper", 13), (step, "triton", 23), (step, "hopper", 23), (step_with_bias, "hopper", 23)],
+)
+def test_a_known_call_runs_few_functions(call: Callable[..., None], backend: str, most: int) -> None:
+    CALLS.clear()
+    seen = functions_run(lambda: call(backend=backend, causal=True))
+    assert len(seen) <= most, " ".join(seen)
