@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function as _single_level
 
-from .bound.cache import Recent
 from .bound.call import GRADIENTS, BoundCall
-from .bound.passes import BoundPass
-from .bound.signature import CALLS, ambient, current_choices, describe, near_of, remember_near
+from .bound.passes import nothing
+from .bound.ready import Ready, ready
+from .bound.signature import CALLS, ambient, describe
 from .errors import UnsupportedError, bad_value
 from .flops import register_formulas
 from .form import Form
@@ -118,7 +118,6 @@ class OperatorOptions(NamedTuple):
 
 _TENSORS = 9  # q to dropout_seed: what a bound call has of tensors in front of those that few calls have
 _FRONT = 16  # dout to needs: what the backward operator takes in front of the mask
-_NUMBERS = 7  # batch_inner to backend, and needs
 _BEHIND = 8  # mask to deterministic: what the backward operators take before query_starts
 
 
@@ -148,59 +147,18 @@ def _bound(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, options: Operat
     return call, given
 
 
-class _Ready:
-    """What calls of an operator do that have one signature: a bound pass, and of its slots, where their tensors are among the arguments."""
-
-    stamp = 0
-
-    def __init__(self, bound: BoundPass, places: Sequence[int | None], args: Sequence[Any]) -> None:
-        self._bound, self._places = bound, [at for at in places if at is not None and args[at] is not None]
-
-    def run(self, args: Sequence[Any], like: Tensor) -> list[Tensor]:
-        """The results."""
-        return self._bound.run([args[at] for at in self._places], like)
-
-
-_READY: Recent[_Ready] = Recent(CALLS.capacity)
-
-
-def _ready(name: str, args: tuple[Any, ...], leading: int, q: Tensor, make: Callable[[tuple[Any, ...]], _Ready]) -> _Ready:
-    """What was made of arguments like these; leading: how many of them are tensors, before the first that is none.
-
-    Tensors are asked less than :func:`~triflash.bound.signature.describe` asks: what gets here is what its memory holds.
-    """
-    tensors, rest = args[:leading], args[leading:]
-    if len(args) > leading + _NUMBERS:
-        tensors += tuple([x for x in rest if isinstance(x, Tensor)])
-        rest = tuple([Tensor if isinstance(x, Tensor) else x for x in rest])
-    given = [x for x in tensors if x is not None]
-    missing = tuple([x is None for x in tensors]) if len(given) != len(tensors) else len(given)
-    near = (name, missing, q.shape, rest, tuple(map(type, rest)), current_choices())
-    known = near_of(_READY, near, given)
-    if known is not None:
-        found: _Ready = known.entry
-        return found
-    described = tuple([(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in given])
-    key = (near, described, ambient(q)[1])
-    ready = _READY.get(key)
-    if ready is None:
-        ready = make(args)
-        _READY.add(key, ready)
-    else:
-        remember_near(_READY, near, given, ready)
-    return ready
-
-
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     q = args[0]
-    out, lse, *lost = _ready("forward", args, 4, q, _ready_forward).run(args, q)
-    return out, lse, lost[0] if lost else q.new_empty(0, dtype=torch.float32)
+    results = ready("forward", args, q, _ready_forward).run(args, q)
+    if len(results) == 3:
+        return results  # type: ignore[return-value]
+    return *results, nothing(q, torch.float32)  # type: ignore[return-value]
 
 
-def _ready_forward(args: tuple[Any, ...]) -> _Ready:
+def _ready_forward(args: tuple[Any, ...]) -> Ready:
     q, k, v, bias, *rest = args
     call, given = _bound(q, k, v, bias, OperatorOptions(*rest))
-    return _Ready(call.forward, _given(0, 1, 2, 3, OperatorOptions(*range(4, len(args))), len(given) - _TENSORS), args)
+    return Ready(call.forward, _given(0, 1, 2, 3, OperatorOptions(*range(4, len(args))), len(given) - _TENSORS), args)
 
 
 def kept(rest: Tensor | None) -> Tensor | None:
@@ -223,12 +181,12 @@ def _backward(
     args = (
         dout, dlse, q, k, v, bias, out, lse, rest, batch_inner, lo, hi, scale, precision, backend, tuple(needs), *more,
     )  # fmt: skip
-    made = iter(_ready("backward", args, 9, q, _ready_backward).run(args, dout))
-    dq, dk, dv, dbias, dsink = [next(made) if need else q.new_empty(0) for need in _all_needs(needs)]
+    made = iter(ready("backward", args, q, _ready_backward).run(args, dout))
+    dq, dk, dv, dbias, dsink = [next(made) if need else nothing(q, q.dtype) for need in _all_needs(needs)]
     return dq, dk, dv, dbias, dsink
 
 
-def _ready_backward(args: tuple[Any, ...]) -> _Ready:
+def _ready_backward(args: tuple[Any, ...]) -> Ready:
     dout, dlse, q, k, v, bias, out, lse, rest, *front, needs = args[:_FRONT]
     options = OperatorOptions.of_backward(front, args[_FRONT:])
     needs = _all_needs(needs)
@@ -243,7 +201,7 @@ def _ready_backward(args: tuple[Any, ...]) -> _Ready:
     bound = call.bound_backward((*given, *(args[at] for at in kept_of), dout, dlse), len(kept_of), (*needs, False))
     behind = len(given) - _TENSORS
     places = _given(2, 3, 4, 5, OperatorOptions.of_backward(range(9, 15), range(_FRONT, len(args))), behind)
-    return _Ready(bound, (*places, *kept_of, 0, 1), args)
+    return Ready(bound, (*places, *kept_of, 0, 1), args)
 
 
 def _backward_two(
