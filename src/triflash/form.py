@@ -60,6 +60,9 @@ class Form:
         if self.canonical:
             everything = (q, k, v, bias, mask, lengths, slopes, sink, seed, *(offsets or (None,) * 4), other, *places)
             return Operands._make(everything + (None,) * (len(Operands._fields) - len(everything)))
+        # Names that no variable holds: whatever is read here from outside, a compiled program compares at every call.
+        offsets_q, offsets_k, used_q, used_k = offsets or (None, None, None, None)
+        starts, counts, key_starts, diagonal = places or (None, None, None, None)
         return Operands(
             self.rows("q", q, copy),
             self.rows("k", k, copy),
@@ -70,9 +73,15 @@ class Form:
             alibi_slopes=None if slopes is None else self._heads(slopes, copy),
             sink=sink,
             dropout_seed=seed,
-            **dict(zip(Operands._fields[9:], offsets, strict=False)),
+            offsets_q=offsets_q,
+            offsets_k=offsets_k,
+            used_q=used_q,
+            used_k=used_k,
             second_bias=self._five("second_bias", other, copy, first),
-            **{name: _entries(name, x, copy) for name, x in zip(Operands._fields[14:], places, strict=False)},
+            query_starts=_entries("query_starts", starts, copy),
+            query_lengths=_entries("query_lengths", counts, copy),
+            key_starts=_entries("key_starts", key_starts, copy),
+            diagonal=_entries("diagonal", diagonal, copy),
         )
 
     def unpacked(self, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
