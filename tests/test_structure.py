@@ -227,6 +227,7 @@ def test_autograd_lives_in_few_places() -> None:
             "triflash.vmap",
             "triflash.triton_flash_attention",
             "triflash.distributed.attention",
+            "triflash.distributed.packed",
             "triflash.distributed.shares",
         ), name
 

@@ -1,4 +1,4 @@
-"""Tensors told from others by one C function, for whoever waits for every microsecond."""
+"""Tensors told from others by one C function, where every microsecond counts. Called by ``signature.py``, ``call.py``, ``passes.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operators do with arguments like those of a call before: told sooner than what a call is bound by."""
+"""What operators do with arguments like those of a call before: told sooner than what a call is bound by. Called by ``ops.py``."""
 
 from __future__ import annotations
 

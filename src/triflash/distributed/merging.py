@@ -1,4 +1,5 @@
-"""Results of parts of a row's keys, merged in float32 as they come, and lse in base 2 in float64 without what a float32 loses. Torch only.
+"""Results of parts of a row's keys, merged in float32 as they come, and lse in base 2 in float64 without what a float32 loses. Torch
+only; called by all methods.
 
 Merging: Rabe and Staats 2021.
 """
