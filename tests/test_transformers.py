@@ -436,6 +436,16 @@ def test_output_attentions_of_a_model() -> None:
 
 
 @pytest.mark.parametrize("name", ["Llama", "BERT"])
+def test_a_mask_of_three_dims_is_refused_by_name(name: str) -> None:
+    """With what goes instead."""
+    model, ids = made(BY_NAME[name], adapter.NAME), inputs(BY_NAME[name].kind)["input_ids"]
+    mask = torch.ones(*ids.shape, ids.shape[1], dtype=torch.long).tril()
+    with pytest.raises(ValueError, match=r"^attention_mask: wanted \(B, keys\), or 4 dims .*; mask.bool\(\)\[:, None\]"):
+        model(input_ids=ids, attention_mask=mask)
+    model(input_ids=ids, attention_mask=mask.bool()[:, None])
+
+
+@pytest.mark.parametrize("name", ["Llama", "BERT"])
 def test_output_attentions_of_a_config(name: str) -> None:
     """Where nobody says so in the call; transformers would give an empty tuple."""
     model = made(BY_NAME[name], adapter.NAME, output_attentions=True)

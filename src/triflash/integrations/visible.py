@@ -153,6 +153,9 @@ def lean_mask(
         refuse_unrouted(type(config))
     if isinstance(attention_mask, Visible):  # a model inside a model was given the outer one's
         return attention_mask
+    if attention_mask is not None and attention_mask.dim() != 2:
+        hint = "mask.bool()[:, None] says which keys each query sees" if attention_mask.dim() == 3 else ""
+        raise bad_value("attention_mask", "(B, keys), or 4 dims (B, H or 1, queries, keys)", tuple(attention_mask.shape), hint)
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], _first(cache_position)
     assert q_length is not None
