@@ -124,6 +124,12 @@ def check_at_once() -> None:
         with triflash.record_launches() as ran:
             context_parallel_attention_varlen(x, x, x, cu, group=group, method=method, order=order, backend="tiled", **options)
         assert ran == ["tiled: forward"] * launches if launches else len(ran) >= 4, (method, order, options, ran)
+    few = torch.tensor([0, 5, 9, 17, 22])  # keys; in contiguous shares only some ranks have rows beyond them
+    y = torch.cat([shard(x, 0, group, "contiguous") for x in torch.randn(30, 2, 4).split(cu.diff().tolist())])
+    keys = torch.cat([shard(x, 0, group, "contiguous") for x in torch.ones(22, 2, 4).split(few.diff().tolist())])
+    for method in METHODS:
+        out = context_parallel_attention_varlen(y, keys, keys, cu, few, group=group, method=method, order="contiguous", causal="top_left")
+        torch.testing.assert_close(out, torch.ones_like(out))
     nothing = torch.zeros(0, 2, 4, requires_grad=True)
     for method in METHODS:
         for options in ({}, {"dropout_p": 0.5}, {"alibi_slopes": torch.ones(0, 2)}):

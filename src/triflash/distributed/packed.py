@@ -93,13 +93,11 @@ def at_once(call: Packed, group: Group, method: str, order: str) -> tuple[Tensor
     band = band_of(options.causal, options.window)
     whole = band.left is None and band.right is None and given.alibi_slopes is None
     if method == "allgather" and not whole:
-        if band.right != 0:
-            return None
         M, N = queries.starts.diff(), keys.starts.diff()
+        if band.right != 0 or (band.anchor == "top_left" and bool((M > N).any())):  # of all ranks' rows: all must find the same
+            return None
         diagonal = torch.zeros_like(M) if band.anchor == "top_left" else N - M
         seen = (begin + length - queries.starts[:-1, None]) + diagonal[:, None]  # keys up to a piece's last row's
-        if bool((seen > N[:, None]).any()):
-            return None
     times = 1 if whole or method == "ulysses" else length.shape[1]
     shared = _replicated(call, group, times)
     if method == "ulysses":
