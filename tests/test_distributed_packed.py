@@ -190,6 +190,7 @@ SINGLE_ROWS: list[tuple[str, list[int], tuple[int, ...], dict[str, Any]]] = [
     ("keys that all rows share", [0, 2], (1, 2), {"bias_layout": "keys"}),
     ("a row that all share, of a document with one row a rank", [0, 2, 8], (2, 1, 1, 6), {}),
     ("a row of its own, beside two on another rank", [0, 3], (1, 3, 3), {"bias_layout": "rows"}),
+    ("a row of its own, beside a document without any there", [0, 1, 3], (1, 3, 2), {"bias_layout": "rows"}),
 ]
 
 

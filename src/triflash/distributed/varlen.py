@@ -199,8 +199,9 @@ def context_parallel_attention_varlen(
     for number, (M, N, q0, k0, q1, k1) in enumerate(spans):
         if M == 0:
             continue
-        mine = [_of_document(name, x, layout, number, len(spans), (q0, q1), (starts_k[number], N)) for name, x, layout in (
-            ("bias", first, bias_layout), ("bias[1]", second, bias_layout), ("mask", mask, mask_layout)
+        mine = [_of_document(name, x, layout, own, number, len(spans), (q0, q1), (starts_k[number], N)) for name, x, layout, own in (
+            ("bias", first, bias_layout, own_rows[0]), ("bias[1]", second, bias_layout, own_rows[1]),
+            ("mask", mask, mask_layout, own_rows[2]),
         )]  # fmt: skip
         slopes = alibi_slopes[number] if isinstance(alibi_slopes, Tensor) and alibi_slopes.dim() == 2 else alibi_slopes
         given = Given(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], mine[0], mine[2], None, slopes, sink, seed, mine[1])
@@ -258,9 +259,9 @@ def _starts(name: str, offsets: Any, count: int | None) -> list[int]:
 
 
 def _of_document(
-    name: str, x: Any, layout: str, number: int, count: int, rows: tuple[int, int], keys: tuple[int, int]
+    name: str, x: Any, layout: str, own: bool, number: int, count: int, rows: tuple[int, int], keys: tuple[int, int]
 ) -> Tensor | None:  # fmt: skip
-    """A document's part of a bias or mask: ``(heads, my rows, its keys)``."""
+    """A document's part of a bias or mask: ``(heads, my rows, its keys)``. own: a single row is this rank's, of some document."""
     if x is None:
         return None
     if not isinstance(x, Tensor):
@@ -278,6 +279,6 @@ def _of_document(
         q0, q1 = 0, q1 - q0
     if (x.shape[1] != 1 and x.shape[1] < q1) or (x.shape[2] != 1 and x.shape[2] < length):
         raise bad_value(name, f"1 or at least {q1} rows and 1 or at least {length} keys, document {number}", tuple(x.shape[1:]))
-    if x.shape[1] != 1:
+    if own or x.shape[1] != 1:
         x = x[:, q0:q1]
     return x[..., :length] if x.shape[2] != 1 else x
