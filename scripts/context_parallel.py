@@ -364,14 +364,14 @@ def weak_scaling(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     rows = [row for row in rows if "ranks" in row]
     if not rows:
         raise SystemExit("no weak scaling in what was measured")
-    wide, high, left, top = 250.0, 190.0, 52.0, 74.0
-    drawing = Drawing(left + 2 * (wide + 14), top + high + 46, "Weak scaling of context-parallel attention")
+    wide, gap, high, left, top = 250.0, 44.0, 190.0, 44.0, 74.0
+    drawing = Drawing(left + 2 * wide + gap + 10, top + high + 46, "Weak scaling of context-parallel attention")
     heads, gpu = rows[0]["heads"], about.get("gpu") or "CPU"
     drawing.text(
         8, 20, f"{gpu}, {about['tokens a rank']:,} tokens a rank, {heads} heads of {about['head dim']}, {rows[0]['method']}", "ink head"
     )
     for at, colour, words in ((8, "cool", "compute"), (96, "part", "exposed communication"), (270, "mark", "one GPU's time × ranks")):
-        drawing.rect(at, 32, 12, 12 if colour != "mark" else 3, colour)
+        drawing.rect(at, 32 if colour != "mark" else 37, 12, 12 if colour != "mark" else 3, colour)
         drawing.text(at + 18, 43, words, "small soft")
     for number, (name, title) in enumerate((("forward", "forward"), ("both", "forward and backward"))):
         ideal = [rows[0][name] / rows[0]["ranks"] * row["ranks"] for row in rows]
@@ -380,7 +380,7 @@ def weak_scaling(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         while ceiling / step > 6:
             step *= 2
         above = step * math.ceil(ceiling / step)
-        x0 = left + number * (wide + 14)
+        x0 = left + number * (wide + gap)
         drawing.text(x0 + wide / 2, top - 8, f"{title}, ms", "ink", "middle")
         for n in range(round(above / step) + 1):
             y = top + high * (1 - n * step / above)
