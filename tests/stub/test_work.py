@@ -33,13 +33,15 @@ def step_with_bias(**options: Any) -> None:
 
 
 def functions_run(call: Callable[[], object]) -> list[str]:
-    """Our functions, in order, as often as they are called, but for what prepares launches for new addresses: an allocator decides that."""
+    """Our functions, in order, as often as they are called, but for what prepares launches for new addresses, which an allocator decides,
+    and what hands them to Triton's C launcher, which its release does.
+    """
     seen: list[str] = []
 
     def called(frame: FrameType, event: str, _: object) -> None:
         if event == "call" and frame.f_code.co_filename.startswith(OURS):
             above: FrameType | None = frame
-            while above is not None and above.f_code.co_name != "_prepare":
+            while above is not None and above.f_code.co_name not in ("_prepare", "__call__"):
                 above = above.f_back
             if above is None:
                 seen.append(frame.f_code.co_name)
