@@ -12,6 +12,7 @@ from unittest import mock
 import gpu
 import pytest
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from ways import bound_launches
@@ -181,6 +182,9 @@ def unknown_kernels() -> Iterator[None]:
         yield
 
 
+OURS = triton.__version__.startswith("3.6")  # whose launchers take a kernel's parameters as they are; later ones are called by Triton's
+
+
 def launched_by_c() -> AbstractContextManager[Any]:
     """The launches that go through Triton's C launcher, as its mock's calls."""
     return mock.patch.object(native.Launch, "__call__", autospec=True, side_effect=native.Launch.__call__)
@@ -198,9 +202,10 @@ def test_a_driver_that_lays_parameters_out_otherwise(backend: str) -> None:
     CALLS.clear()
     with launched_by_c() as launched:
         assert ways(backend) == (1, 1)
-    assert not launched.called
+    assert launched.called is not OURS
 
 
+@pytest.mark.skipif(not OURS, reason="every launch goes through Triton's launcher")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_launch_that_the_driver_refuses(backend: str) -> None:
     """As on a thread that has no context yet: Triton's launcher, which makes one, takes it and those behind it."""
