@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
-os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same instructions at other lines of the source are the same
 
 import torch
 import triton
@@ -372,6 +371,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(options.folder) != (1 if options.what == "write" else 2):
         parser.error("write takes one folder, compare two")
     if options.what == "write":
+        os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same instructions at other lines of the source are the same
         write(options.folder[0], options.only, options.workers)
         return 0
     renamed = dict(text.split("=", 1) for text in options.renamed)
