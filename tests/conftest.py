@@ -80,16 +80,16 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if shard := config.getoption("--shard"):
-        which, _, of = shard.partition("/")
-        parts = int(of)
-        part = tiers.number_of_commit() % parts + 1 if which == "commit" else int(which)
-        keep(config, items, {item.nodeid for item in items if zlib.crc32(item.nodeid.encode()) % parts == part - 1})
     if tier := config.getoption("--tier"):
         budget = tiers.BUDGET["compiled" if chosen_apart(config) else "interpreted"]
         keep(
             config, items, tiers.tier_of([tiers.described(item) for item in items], tiers.read(), budget, tier, config.getoption("--part"))
         )
+    if shard := config.getoption("--shard"):
+        which, _, of = shard.partition("/")
+        parts = int(of)
+        part = tiers.number_of_commit() % parts + 1 if which == "commit" else int(which)
+        keep(config, items, {item.nodeid for item in items if zlib.crc32(item.nodeid.encode()) % parts == part - 1})
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
