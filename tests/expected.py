@@ -13,6 +13,7 @@ from judging import HOPPER
 from triflash.plan.configs import MAX_HEAD_DIM
 from triflash.plan.device import KNOWN_DEVICES, facts_of
 from triflash.plan.hopper import adds_dq
+from triflash.plan.kernels import short
 from triflash.plan.override import Config
 from triflash.plan.select import plan_backward, plan_forward
 from triflash.spec import AttentionSpec, Needs, spec_of
@@ -109,8 +110,22 @@ def expected_launches(case: Case, backend: str, inputs: Inputs, adds: bool = Fal
         needs = Needs(*(letter in wanted for letter in "qkvbst"))
         forward, backward = plan_forward(spec, facts).backend, plan_backward(spec, needs, facts).backend
     names = expected_kernels(case, backward, inputs, adds)
+    if "triton" in (forward, backward):
+        names = _by_short_rows(case, inputs, names, forward == "triton", backward == "triton")
     forward, backward = ("hopper" if each == "stand-in" else each for each in (forward, backward))
     return [f"{forward if name == 'forward' else backward}: {name}" for name in names]
+
+
+def _by_short_rows(case: Case, inputs: Inputs, names: list[str], forward: bool, backward: bool) -> list[str]:
+    """With the kernels for short rows where the plan takes them by itself, which test_short_rows.py is about."""
+    spec, facts, wanted = spec_of_case(case, inputs), facts_of(inputs.q.device), inputs.wanted()
+    if forward and names[:1] == ["forward"] and short.takes(spec, facts):
+        names = ["short_forward", *names[1:]]
+    if backward and len(names) > 1 and short.takes_backward(spec, facts):
+        gives = short.gives_of(spec, Needs(*(letter in wanted for letter in "qkvbst")), short.config_of_backward(spec, facts, {}))
+        left = sum(letter in wanted and name not in gives for letter, name in (("b", "dbias"), ("t", "dsecond")))
+        names = [*names[:1], "short_backward", *["dbias"] * left] if gives else names
+    return names
 
 
 def lacks_backward(case: Case, inputs: Inputs) -> bool:

@@ -285,8 +285,10 @@ def test_magnitudes(name: str, seed: int, device: torch.device) -> None:
         exact = [y.detach().double().requires_grad_() for y in leaves]
         wanted = own.call(*exact)
         wanted_grads = torch.autograd.grad(wanted, exact, dout.double())
+    largest = [float(y.detach().abs().max()) for y in leaves]
+    lost = 1e-5 * largest[2] * max(largest[:2]) if len(x) > 2 else 0.0  # what the rounding of dout vᵀ comes to in dq and dk
     for got, right in zip(grads, wanted_grads, strict=True):
-        assert (got.isfinite() | (right.abs() > 1e35)).all()
+        assert (got.isfinite() | (right.abs() + lost > 1e35)).all()
     if most == 1e3:
         near(out, wanted, 2e-3)
 

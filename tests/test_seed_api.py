@@ -267,7 +267,7 @@ def test_deterministic_algorithms_are_asked_for_as_the_forward_pass_was(
     seen: list[bool] = []
 
     def spying(spec: Any, *rest: Any) -> Any:
-        seen.append(spec.deterministic)
+        seen.append(spec.deterministic)  # twice where the pass is compiled ahead
         return plan_backward(spec, *rest)
 
     monkeypatch.setattr(call, "plan_backward", spying)
@@ -278,4 +278,4 @@ def test_deterministic_algorithms_are_asked_for_as_the_forward_pass_was(
     out = getattr(seed, function)(*arguments)
     torch.use_deterministic_algorithms(not wanted)
     out.sum().backward()
-    assert seen == [wanted]
+    assert set(seen) == {wanted}

@@ -34,6 +34,8 @@ from triflash.spec import AttentionSpec, BiasSpec, Needs
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
 F32 = torch.float32
 
+LEAST = 64 if torch.cuda.is_available() else 16  # rows of a tile: what WGMMA multiplies
+
 
 def block_of(keys: int) -> int:
     return max(16, 1 << (keys - 1).bit_length())
@@ -57,10 +59,9 @@ def results_of(case: Case, inputs: Any, forward: ShortConfig, backward: ShortCon
 
 def run(case: Case, device: torch.device, tile: int = 16, rounds: int = 0, block: int = 0) -> list[str]:
     """Compute a case by these kernels, judge all of it, and see that they ran, and no other pass beside them."""
-    least = 64 if device.type == "cuda" else 16  # what WGMMA multiplies
-    block = max(least, block or block_of(case.N))
-    forward = ShortConfig(max(least, tile), block, 4, 1, rounds=min(rounds, 2), late_v=rounds == 3)
-    backward = ShortConfig(max(least, tile), max(least, block_of(case.N)), 4, 1, rounds=rounds)
+    block = max(LEAST, block or block_of(case.N))
+    forward = ShortConfig(max(LEAST, tile), block, 4, 1, rounds=min(rounds, 2), late_v=rounds == 3)
+    backward = ShortConfig(max(LEAST, tile), max(LEAST, block_of(case.N)), 4, 1, rounds=rounds)
     inputs = build(case, device)
     results, ran = results_of(case, inputs, forward, backward)
     assert_right(case, inputs, results)
@@ -144,7 +145,7 @@ def test_dbias_alone(bias: str, device: torch.device) -> None:
 
 def test_hidden_keys_may_hold_anything(device: torch.device) -> None:
     case, found = Case("hidden", B=3, M=20, N=30, H=4, Hk=2, bias="b11k", lengths=(30, 20, 0)), []
-    config = ShortConfig(16, 32, 4, 1)
+    config = ShortConfig(LEAST, max(LEAST, 32), 4, 1)
     for junk in (False, True):
         inputs = build(case, device)
         fill_hidden(inputs, junk)
@@ -157,7 +158,7 @@ def test_hidden_keys_may_hold_anything(device: torch.device) -> None:
 
 def test_two_biases(device: torch.device) -> None:
     q, k, v = (torch.randn(2, rows, 4, 16, device=device, requires_grad=True) for rows in (13, 30, 30))
-    config = ShortConfig(16, 32, 4, 1)
+    config = ShortConfig(LEAST, max(LEAST, 32), 4, 1)
     pairs = [
         ((2, 1, 1, 30), (1, 4, 13, 30)),
         ((2, 4, 13, 30), (1, 4, 1, 30)),
@@ -184,7 +185,7 @@ def test_gradients_fill_only_their_elements(device: torch.device) -> None:
     """Gradients that the caller lays out: what lies between their elements stays as it was."""
     dout = torch.randn(1, 12, 4, 16, device=device)
     leaves = [torch.randn(1, rows, 3, 4, 16, device=device).requires_grad_() for rows in (12, 20, 20)]
-    config = ShortConfig(16, 32, 4, 1)
+    config = ShortConfig(LEAST, max(LEAST, 32), 4, 1)
     with by_hand(Case(""), config, config):
         out = attention(*(x[:, :, 1] for x in leaves), backend="triton")
         grads = torch.autograd.grad(out, leaves, dout)

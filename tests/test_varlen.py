@@ -227,13 +227,14 @@ def test_offsets_of_any_strides(backend: str, used: bool) -> None:
     batch.step = 2
     if used:
         batch.used = ([4, 9, 0, 12], [5, 3, 1, 7])
-    for name, x, y in zip(("out", "lse"), batch.call(batch.leaves, backend), batch.reference(doubled(batch)), strict=True):
+    given = {name: x.to(DEVICE) for name, x in batch.leaves.items()}
+    for name, x, y in zip(("out", "lse"), batch.call(given, backend), batch.reference(doubled(batch)), strict=True):
         near(name, x, y, 2e-5)
-    q, k, v = (x.to(DEVICE) for x in batch.leaves.values())
+    q, k, v = given.values()
     offsets = torch.tensor([0, 5, 22, 23, 35], dtype=torch.int32, device=DEVICE)
     for most in (0, 2):
-        given = torch.tensor([most], device=DEVICE).expand(4)
-        results = [attention_varlen(q, k, v, offsets, seqused_k=each, backend=backend) for each in (given, given.contiguous())]
+        used_k = torch.tensor([most], device=DEVICE).expand(4)
+        results = [attention_varlen(q, k, v, offsets, seqused_k=each, backend=backend) for each in (used_k, used_k.contiguous())]
         assert torch.equal(*results)
 
 
