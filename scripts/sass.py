@@ -204,6 +204,7 @@ PROBLEMS = (
     Packed("packed d64 tiny", S=512, options=CAUSAL),
     Packed("packed d64, a shared bias", bias=(1, H, 2048, 2048), wants="qkvb", options=CAUSAL),
     Packed("packed d64, a bias by rows, all", bias=(H, 32768, 2048), options={"bias_layout": "rows", **EVERY}),
+    Packed("packed d64, a bias of keys", bias=(H, 32768), options={"bias_layout": "keys", **CAUSAL}),
     Packed("packed portable d64", S=4096, backend="triton", options=CAUSAL),
     Packed("packed portable, a shared bias", S=4096, backend="triton", bias=(1, H, 256, 256), wants="qkvb"),
     Packed("packed portable, a full bias", S=4096, backend="triton", bias=(SEQUENCES, H, 256, 256), wants="qkvb"),

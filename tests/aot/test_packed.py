@@ -93,6 +93,7 @@ HOPPER: dict[str, tuple[dict[str, Any], int]] = {  # problems, and words that a 
     "d256 window": ({"D": 256, "left": 700}, 28),
     "d64 soft cap, slopes": ({"softcap": 30.0, "slopes": empty(1, H, dtype=torch.float32)}, 72),
     "d64 a shared bias, a mask": ({"bias": (1, H, 2048, 2048), "mask": empty(B, 1, 2048, 2048, dtype=torch.bool)}, 64),
+    "d64 a bias of keys": ({"bias": (1, LONG), "layout": "keys"}, 64),
     "d128 dropout, a sink": ({"D": 128, "seed": empty(2, dtype=torch.int64), "sink": empty(H)}, 96),
 }
 

@@ -55,7 +55,8 @@ _WRITE_REASON = "its rows are not a multiple of 16 bytes, so it is written with 
 def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches that fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); lse and rest are contiguous."""
     saved = saved._replace(out=written(room, "out", saved.out))
-    return forward_calls(plan, spec, ready_operands(room, spec, x), saved, hopper_packed.tables(room, plan, spec))
+    x = ready_operands(room, spec, x)
+    return forward_calls(plan, spec, x, saved, hopper_packed.tables(room, plan, spec, x))
 
 
 def in_order(spec: AttentionSpec, x: Operands) -> tuple[AttentionSpec, Operands]:
@@ -66,7 +67,8 @@ def in_order(spec: AttentionSpec, x: Operands) -> tuple[AttentionSpec, Operands]
 
 def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t: Tables | None = None) -> list[Call]:
     """The launches of a forward pass; all tensors are addressable. t: the tables of packed sequences."""
-    spec, x = in_order(spec, x)
+    spec, given = in_order(spec, x)
+    x = hopper_packed.as_spread(t, given)
     q, k, v, bias, mask, lengths, slopes, sink, seed, *_ = x
     out, lse, rest = saved
     calls = []
@@ -74,7 +76,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t:
         config = step.config
         if not isinstance(config, ForwardConfig):
             assert t is not None
-            calls.append(hopper_packed.around_call(step, spec, x, t, {"out": out}, saved))
+            calls.append(hopper_packed.around_call(step, spec, given, t, {"out": out}, saved))
             continue
         head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
         tiled = spec.bias is not None and spec.bias.varies[4]
@@ -218,8 +220,10 @@ def ready_operands(room: Room, spec: AttentionSpec, x: Operands) -> Operands:
     q, k, v = (ready(room, name, each) for name, each in zip("qkv", x[:3], strict=True))
     bias, second, mask = x.bias, x.second_bias, x.mask
     if bias is not None and spec.bias is not None and spec.bias.varies[4]:  # else the bias is read through a pointer, of any strides
-        bias = ready(room, "bias", once(bias))
-    second, mask = (None if own is None else ready(room, name, once(own)) for name, own in (("second bias", second), ("mask", mask)))
+        bias = once(bias) if hopper_packed.spreads(spec, "bias") else ready(room, "bias", once(bias))
+    if mask is not None:
+        mask = once(mask) if hopper_packed.spreads(spec, "mask") else ready(room, "mask", once(mask))
+    second = None if second is None else ready(room, "second bias", once(second))
     return in_line(room, x._replace(q=q, k=k, v=v, bias=bias, second_bias=second, mask=mask))
 
 

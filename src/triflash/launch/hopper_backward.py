@@ -99,7 +99,9 @@ def backward_calls(
     """The launches of a backward pass, of which the first fills ``stats`` (:func:`new_stats`). All tensors are addressable. delta: room for
     it by row, where packed sequences have a sink or a bias.
     """
-    spec, x = in_order(spec, x)
+    spec, given = in_order(spec, x)
+    t = hopper_packed.tables(room, plan, spec, given)
+    x = hopper_packed.as_spread(t, given)
     q, k, v, bias, *_ = x
     out, lse, rest = saved
     dq, dk, dv, *_ = grads
@@ -109,7 +111,6 @@ def backward_calls(
     looking = stats.shape[1] == 3 and flags_small_lse(spec, plan.steps)
     small_lse = room.new("whether lse is small", (preprocess.FLAGS.value,), torch.int32) if looking else None
     head_parts: HeadParts = (None, None)
-    t = hopper_packed.tables(room, plan, spec)
     whole: PackedTables | None = None  # of the gradient of a bias of packed sequences
     calls = []
     for step in plan.steps:
@@ -118,14 +119,15 @@ def backward_calls(
         if step.kernel == "tiles" or (step.kernel == "extents" and step.gives == ("dbias",)):
             if whole is None:
                 whole = packed_tables(room, plan.steps[plan.steps.index(step) :], spec)
-            calls.append(table_call(step, spec, x, whole))
+            calls.append(table_call(step, spec, given, whole))
         elif spec.packed is not None and step.kernel in OF_BIAS:
             assert target is not None and whole is not None
-            inputs = (q, k, v, features_of(spec, x), dout, lse, rest, delta)
-            calls.append(dbias_call(room, step, spec, whole, inputs, target, sums, is_wide((q, k, v, dout, bias, x.mask))))
+            inputs = (q, k, v, features_of(spec, given), dout, lse, rest, delta)
+            wide = is_wide((q, k, v, dout, given.bias, given.mask))
+            calls.append(dbias_call(room, step, spec, whole, inputs, target, sums, wide))
         elif step.kernel in hopper_packed.AROUND:
             assert t is not None
-            calls.append(hopper_packed.around_call(step, spec, x, t, {"dq": dq, "dk": dk, "dv": dv}))
+            calls.append(hopper_packed.around_call(step, spec, given, t, {"dq": dq, "dk": dk, "dv": dv}))
         elif step.kernel == "delta":
             calls.append(delta_call(step, spec, out, dout, dlse, delta, Features(), True))
         elif step.kernel == "preprocess":

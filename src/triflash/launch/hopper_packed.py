@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.hopper import listed as listed_kernels
 from ..kernels.hopper.extent import ENTRY
-from ..plan.hopper_packed import cached_rows, packed_of, rows_of
+from ..plan.hopper_packed import cached_rows, packed_of, rows_of, spread_length, spread_steps
 from ..plan.packed import ROWS_A_PROGRAM
 from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, Operands, Saved
@@ -23,7 +23,7 @@ from .room import Room
 
 __all__ = ["AROUND", "Tables", "around_call", "tables", "tiles_of"]
 
-AROUND = ("extents", "listed", "ordered", "unowned")  # kernels
+AROUND = ("extents", "listed", "ordered", "spread", "unowned")  # kernels
 _GROUPS = listed_kernels.BUCKETS.value * listed_kernels.CHUNKS.value
 
 
@@ -43,16 +43,18 @@ class Table(NamedTuple):
 
 class Tables(NamedTuple):
     """What the device works out first. extents: (sequences, 4); diagonals: (sequences,); counters: of both tables; by name, those of
-    "queries" and "keys" that are wanted.
+    "queries" and "keys" that are wanted. spread: room for a "bias" and a "mask" over packed keys, (1, 1, heads or 1, 1, keys), as they are
+    read.
     """
 
     extents: Tensor
     diagonals: Tensor
     counters: Tensor
     of: dict[str, Table]
+    spread: dict[str, Tensor]
 
 
-def tables(room: Room, plan: Plan, spec: AttentionSpec) -> Tables | None:
+def tables(room: Room, plan: Plan, spec: AttentionSpec, x: Operands) -> Tables | None:
     """Room for the tables that a plan makes; None: it has none, because nothing is packed."""
     if spec.packed is None:
         return None
@@ -62,7 +64,7 @@ def tables(room: Room, plan: Plan, spec: AttentionSpec) -> Tables | None:
         return room.new(name, shape, torch.int32)
 
     counters = new("numbers of tiles by length", 2, _GROUPS)
-    t = Tables(new("extents of sequences", max(count, 1), 4), new("diagonals of sequences", max(count, 1)), counters, {})
+    t = Tables(new("extents of sequences", max(count, 1), 4), new("diagonals of sequences", max(count, 1)), counters, {}, {})
     for step in plan.steps:
         if step.kernel == "listed":
             (name,) = step.gives
@@ -72,7 +74,21 @@ def tables(room: Room, plan: Plan, spec: AttentionSpec) -> Tables | None:
                 new(f"places of tiles of {name}", most, 2), new(f"tiles of {name}", most, ENTRY.value), counters[len(t.of)],
                 new(f"number of tiles of {name}", 1), rows,
             )  # fmt: skip
+        elif step.kernel == "spread":
+            (name,) = step.gives
+            own = getattr(x, name)
+            t.spread[name] = room.new(f"{name} of packed keys", (*own.shape[:-1], spread_length(spec)), own.dtype)
     return t
+
+
+def spreads(spec: AttentionSpec, name: str) -> bool:
+    """Whether ``spread`` lays out the "bias" or "mask"."""
+    return any(step.gives == (name,) for step in spread_steps(spec))
+
+
+def as_spread(t: Tables | None, x: Operands) -> Operands:
+    """The operands with those in the place of others that ``spread`` lays out."""
+    return x if t is None or not t.spread else x._replace(**t.spread)
 
 
 def tiles_of(t: Tables | None, spec: AttentionSpec, name: str) -> tuple[Any, ...] | None:
@@ -97,10 +113,18 @@ def around_call(
         first = [t.of[name].first if name in t.of else None for name in ("queries", "keys")]
         return extents_call(step, spec, x, t.extents, (first[0], first[1]), t.diagonals, t.counters)
     (name,) = step.gives
+    if step.kernel == "spread":
+        source, target = (own.view(torch.uint8) if own.dtype == torch.bool else own for own in (getattr(x, name), t.spread[name]))
+        blocks = step.programs // source.shape[2]
+        args: tuple[Any, ...] = (
+            *(t.extents.view(-1)[2:], source, target, source.stride(2), source.stride(4), target.stride(2)),
+            *(packed.sequences, spec.keys, blocks, packed.sequences.bit_length()),
+        )
+        return Call(listed_kernels.spread, args, {"BLOCK": ROWS_A_PROGRAM}, config, step.programs)
     own = t.of[name]
     bound = own.table.shape[0]
     if step.kernel == "ordered":
-        args: tuple[Any, ...] = (own.entries, own.places, own.counters, own.table, bound)
+        args = (own.entries, own.places, own.counters, own.table, bound)
         return Call(listed_kernels.ordered, args, {"BLOCK": ROWS_A_PROGRAM}, config, step.programs)
     args = (
         *(t.extents, own.first, t.diagonals, own.entries, own.places, own.counters, own.total, packed.sequences, bound),

@@ -14,11 +14,13 @@ from ..spec import AttentionSpec, Needs, Packed
 from .configs import TableConfig, TileConfig, padded
 from .device import DeviceFacts
 from .kernels import dkdv, dq, forward
-from .kernels.shared import L2_GROUP_BYTES, ROWS, is_banded, is_light
+from .kernels.shared import L2_GROUP_BYTES, ROWS, STATS_MULTIPLE, is_banded, is_light
 from .packed import ROWS_A_PROGRAM, most_tiles
 from .steps import Step, ceil_div
 
-__all__ = ["ROWWISE", "backward_steps", "cached_rows", "forward_steps", "like", "packed_of", "rows_of", "why_not"]
+__all__ = [
+    "ROWWISE", "backward_steps", "cached_rows", "forward_steps", "like", "packed_of", "rows_of", "spread_length", "spread_steps", "why_not",
+]  # fmt: skip
 
 ROWWISE = TileConfig(ROWS, 16, 4, 1)  # of preprocess, postprocess and dkdv_sum: 64 rows a program, no tiles of scores
 TALL = 2 * ROWS  # queries of a tile in the table, where no kernel that owns them says otherwise
@@ -71,6 +73,23 @@ def table_steps(spec: AttentionSpec, block_m: int | None, block_n: int | None) -
     return steps
 
 
+def spread_steps(spec: AttentionSpec) -> list[Step]:
+    """A bias and a mask over packed keys, each laid out so that TMA can load a sequence's part."""
+    if spec.packed is None:
+        return []
+    packed, steps = packed_of(spec), []
+    for name, own, layout in (("bias", spec.bias, packed.bias_layout), ("mask", spec.mask, packed.mask_layout)):
+        if own is not None and own.varies[4] and layout == "keys":
+            programs = ceil_div(spec.keys, ROWS_A_PROGRAM) * (spec.heads if own.varies[2] else 1)
+            steps.append(Step("spread", TileConfig(ROWS_A_PROGRAM, 16, 4, 1), programs, gives=(name,)))
+    return steps
+
+
+def spread_length(spec: AttentionSpec) -> int:
+    """How long a head's bias over packed keys is where each sequence's begins at a multiple of that of statistics."""
+    return (ceil_div(spec.keys, STATS_MULTIPLE) + packed_of(spec).sequences) * STATS_MULTIPLE
+
+
 def rows_of(step: Step, spec: AttentionSpec) -> tuple[int, int]:
     """(rows of a tile, most tiles but 1 at least) of the table that a step is about."""
     assert isinstance(step.config, TableConfig)
@@ -119,7 +138,12 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str
     config = _forward_config(spec, device, by_hand)
     tiles = max(most_tiles(spec.queries, packed_of(spec).sequences, config.block_m), 1) * spec.heads
     programs = min(tiles, device.sms * config.ctas_per_sm) if config.persistent else tiles
-    return (*table_steps(spec, config.block_m, None), Step("forward", config, programs), unowned_step(spec.queries, ("out", "lse")))
+    return (
+        *table_steps(spec, config.block_m, None),
+        *spread_steps(spec),
+        Step("forward", config, programs),
+        unowned_step(spec.queries, ("out", "lse")),
+    )
 
 
 def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object], adding: bool) -> tuple[Step, ...]:
@@ -151,6 +175,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     steps = []
     if keys is not None or queries is not None:
         steps = table_steps(spec, block_m, None if keys is None else keys.config.block_n)  # type: ignore[union-attr]
+        steps += spread_steps(spec)
     if needs.dsink or needs.dbias:  # by row, for those that read it so
         steps.append(Step("delta", ROWWISE, ceil_div(spec.queries, ROWS) * spec.heads, gives=("dsink",) * needs.dsink))
     if keys is not None or queries is not None:

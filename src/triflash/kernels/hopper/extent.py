@@ -12,7 +12,7 @@ from .features import visible_keys
 ENTRY = gl.constexpr(8)  # numbers of a table's entry, in the order of Extent's fields behind the tile's first row
 BEYOND = gl.constexpr(2**29)  # the first row of a tile that there is not: past every sequence's end
 BILLION = gl.constexpr(2**30)  # where a ragged descriptor's dim of rows ends
-PADDING = gl.constexpr(128)  # rows that statistics of a sequence begin at a multiple of
+PADDING = gl.constexpr(128)  # rows that statistics of a sequence begin at a multiple of, and its row of a bias over keys
 
 
 @record
@@ -139,9 +139,12 @@ def stored_keys(p, x):
 
 @gluon.jit
 def place_in_bias(p, x, row, column, MASK: gl.constexpr):
-    """Where the sequence's row and column lie in a bias, or (MASK) in the mask beside it, which may be packed along queries or keys."""
+    """Where the sequence's row and column lie in a bias, or (MASK) in the mask beside it, which may be packed along queries or keys: the
+    latter as ``listed.spread`` lays it out.
+    """
     if p.packed is not None:
-        return row + x.first_query * p.packed[3 + 2 * MASK], column + x.first_key * p.packed[4 + 2 * MASK]
+        first = (x.first_key + x.b * PADDING) // PADDING * PADDING
+        return row + x.first_query * p.packed[3 + 2 * MASK], column + first * p.packed[4 + 2 * MASK]
     else:
         return row, column
 

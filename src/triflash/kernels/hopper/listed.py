@@ -4,6 +4,8 @@ Launched by ``launch/hopper_packed.py`` behind ``kernels/triton/packed.extents``
 Tiles differ in length, and each program of a persistent grid takes one of each wave: the longest come first, so that all get about the
 same. They are sorted by counting: ``listed`` numbers the tiles of about the same length, within CHUNKS of the packed rows whose operands
 stay in the L2 cache together, and ``ordered`` puts them where they belong. Which of two such tiles comes first is left to chance.
+
+``spread`` has to do with no tiles: it lays out a bias or mask over packed keys so that TMA can load it.
 """
 
 import triton
@@ -99,3 +101,20 @@ def ordered(entries, places, counters, table, bound, BLOCK: tl.constexpr):
     column = tl.arange(0, COLUMNS)
     x = tl.load(entries + COLUMNS * entry[:, None] + column[None, :], mask=inside[:, None], other=0)
     tl.store(table + COLUMNS * to[:, None] + column[None, :], x, mask=inside[:, None])
+
+
+@triton.jit
+def spread(extents, x, target, x_head, x_key, target_head, sequences, T, blocks, rounds, BLOCK: tl.constexpr):
+    """One program moves BLOCK numbers of a head's bias or mask over packed keys to where Hopper's kernels look for them: each sequence's
+    from a multiple of 128 on (extent.PADDING), as TMA takes no block that begins off a multiple of 16 bytes. Nothing is written between.
+
+    extents: the columns of ``packed.extents`` that are about keys; x_head, x_key, target_head: strides; blocks: of a head.
+    """
+    head = tl.program_id(0) // blocks
+    key = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    b = last_at_most(extents, 4, key, sequences, rounds)
+    first = tl.load(extents + 4 * b)
+    at = key - first
+    owned = (at >= 0) & (at < tl.load(extents + 4 * b + 1)) & (key < T)
+    number = tl.load(x + head.to(tl.int64) * x_head + key.to(tl.int64) * x_key, mask=owned, other=0)
+    tl.store(target + head.to(tl.int64) * target_head + (first + b * 128) // 128 * 128 + at, number, mask=owned)
