@@ -1,6 +1,6 @@
 # make demo        train the demo model
 # make test        lint, types, and the tests that every change should pass, in minutes
-# make test-full   every test that needs no GPU, also on the oldest versions, and half of the compilations on the newest Triton
+# make test-full   every test that needs no GPU, also on the oldest versions, and an eighth of the compilations on the newest Triton
 # make test-newest every compilation on the newest Triton
 # make test-gpu    the tests on this machine's own python and GPU (ARGS="-k dbias")
 # make test-torch  the interpreted tests with the lowest PyTorch (TORCH=2.10.0), whose CUDA build is gigabytes: not part of test-full
@@ -24,11 +24,10 @@ INTERPRETED = CUDA_VISIBLE_DEVICES= HIP_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(PY
 COMPILED = TRITON_CACHE_DIR=$(CURDIR)/.triton-cache $(PY) -m pytest -q -n $(WORKERS) tests/aot
 # Launched by Triton's own launchers on a driver that runs nothing.
 STUBBED = $(subst tests/aot,tests/stub,$(COMPILED))
-# Of what not every run can hold, the commit picks a twentieth (tests/tiers.py); PART=0 to 19 picks another.
+# Of what not every run can hold, the commit picks a fiftieth (tests/tiers.py); PART=0 to 49 picks another.
 CHOICE = $(if $(PART),--part $(PART))
-# What test-rest runs besides: all that test leaves out (rest), or eight twentieths (some), as .ci/run does.
+# What test-rest runs besides: all that test leaves out (rest), or two fifths (some), as .ci/run does.
 TIER ?= rest
-NEWEST ?= --shard commit/2
 
 # Without a GPU: PyTorch's small CPU build, and everything pinned. With one: the PyTorch and Triton that belong together.
 GPU := $(shell command -v nvidia-smi rocm-smi 2>/dev/null)
@@ -36,7 +35,7 @@ CPU_WHEELS := https://download.pytorch.org/whl/cpu/torch/
 UNPINNED := $(if $(GPU),^(torch|triton)==,^$$)
 INSTALL = -m pip install --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: demo docs help package test test-full test-rest test-newest test-oldest test-torch test-gpu durations lint clean
+.PHONY: demo docs help package test test-full test-rest test-others test-newest test-oldest test-torch test-gpu durations lint clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -55,17 +54,23 @@ test: lint
 	$(COMPILED) --tier first $(CHOICE)
 	$(STUBBED) --tier first $(CHOICE)
 
-# What test leaves out; the oldest versions; and of the compilations with the newest Triton the half that the commit picks.
+# What test leaves out; the oldest versions; and of the compilations with the newest Triton the eighth that the commit picks.
 test-rest: .venv/.dev
 	$(INTERPRETED) --tier $(TIER) $(CHOICE)
 	$(COMPILED) --tier $(TIER) $(CHOICE)
 	$(STUBBED) --tier $(TIER) $(CHOICE)
-	$(MAKE) test-oldest
-	$(MAKE) test-newest ARGS="$(NEWEST)"
+	$(MAKE) test-others
 
-test-full:
-	$(MAKE) test
-	$(MAKE) test-rest
+test-others:
+	$(MAKE) test-oldest
+	$(MAKE) test-newest ARGS="--shard commit/8"
+
+# As test and test-rest, in one go.
+test-full: lint
+	$(INTERPRETED)
+	$(COMPILED)
+	$(STUBBED)
+	$(MAKE) test-others
 
 # What each test costs and which kernels it runs, which decides what is tested first: tests/durations.json.
 durations: .venv/.dev

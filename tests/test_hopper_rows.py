@@ -199,15 +199,18 @@ DBIAS_CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("processors", [2, 132])
-@pytest.mark.parametrize("config", DQ_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
+def with_processors(configs: list[Any]) -> list[Any]:
+    """Each with few or many of them, in turn."""
+    return [pytest.param(c, (2, 132)[n % 2], id=str(c).replace(" ", "-")) for n, c in enumerate(configs)]
+
+
+@pytest.mark.parametrize(("config", "processors"), with_processors(DQ_CONFIGS))
 def test_configurations_of_dq(config: DqConfig, processors: int, device: torch.device) -> None:
     for bias, band in ((None, (None, None)), ("b1hqk", (None, 0)), ("11hqk", (-50, 50)), ("b111k", (None, None))):
         run_dq(problem(M=300, N=333, bias=bias, band=band), device, config, processors)
 
 
-@pytest.mark.parametrize("processors", [2, 132])
-@pytest.mark.parametrize("config", DBIAS_CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
+@pytest.mark.parametrize(("config", "processors"), with_processors(DBIAS_CONFIGS))
 def test_configurations_of_dbias(config: DbiasConfig, processors: int, device: torch.device) -> None:
     for bias, band in (("11hqk", (None, None)), ("b11qk", (None, 0))):
         run_dbias(problem(M=300, N=333, H=3, bias=bias, band=band), device, config, processors)

@@ -40,7 +40,7 @@ def test_what_nobody_has_measured_and_what_is_skipped_runs_first() -> None:
     tests.append(Candidate("a[new]", "a"))
     costs["b[7]"] = Cost(0.0)
     assert {"a[new]", "b[7]"} <= tiers.fixed_part(tests, costs, 0.0)
-    many = [Candidate(f"c[{number}]", "c") for number in range(40)]
+    many = [Candidate(f"c[{number}]", "c") for number in range(2 * tiers.PARTS)]
     fixed = tiers.fixed_part([*tests, *many], costs, 0.0)
     assert len(fixed & {test.name for test in many}) == tiers.UNMEASURED  # the others are spread over the parts
     parts = [tiers.tier_of([*tests, *many], costs, 0.0, "first", part) - fixed for part in range(tiers.PARTS)]

@@ -21,11 +21,11 @@ from unittest import mock
 import pytest
 
 DURATIONS = Path(__file__).parent / "durations.json"
-PARTS = 20  # of what is not fixed
-SOME = 8  # of them, in the tier of that name
+PARTS = 50  # of what is not fixed
+SOME = 20  # of them, in the tier of that name
 TIERS = ("first", "some", "rest")
 BUDGET = {"interpreted": 100.0, "compiled": 15.0}  # CPU seconds of the fixed part, in each of the three processes that make up a run
-DEAREST = 4.0  # CPU seconds; a test function with no case below has no claim to be in the fixed part
+DEAREST = 2.5  # CPU seconds; a test function with no case below has no claim to be in the fixed part
 ELSEWHERE = "processor seconds elsewhere"  # the property by which a test tells of processes that are not its children
 UNMEASURED = 2  # tests of a function that were never measured, which run first; any more wait like others, and count as ASSUMED
 ASSUMED = 1.0  # CPU seconds

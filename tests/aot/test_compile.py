@@ -62,18 +62,20 @@ class Target(NamedTuple):
 def targets() -> Iterator[Target]:
     for arch in ARCHITECTURES:
         close = arch in ("sm86", "sm100")  # to one that is compiled for more: other limits, the same instructions
-        for head_dim in (256,) if close else (32, 64, 128, 256) if arch == "sm90" else (64, 128, 256):
+        for head_dim in (256,) if close else (32, 64, 128, 256) if arch == "sm90" else (128, 256):
             for bias in ("", "1hqk") if arch == "sm90" or (head_dim in (64, 128) and not close) else ("1hqk",):
                 # A causal kernel holds both copies of the loop; where measured rows tell full from causal, both are compiled.
                 for causal in (False, True) if arch == "sm90" else (True,):
                     for kernel in ("forward", "dkdv", "dq", *(["dbias"] if bias else [])):
                         yield Target(arch, kernel, head_dim, torch.bfloat16, bias, causal)
-        for head_dim in (256,) if close else (64, 256):
+        for head_dim in (64, 256) if arch == "sm90" else () if close else (256,):
             for kernel in ("forward", "dkdv", "dq", "dbias"):
                 yield Target(arch, kernel, head_dim, torch.float32, "1hqk", True)
+        if close:
+            continue
         yield Target(arch, "delta", 128, torch.bfloat16, "", False)
         yield Target(arch, "dbias_sum", 64, torch.bfloat16, "1h1k", False)
-        for head_dim in (64, 128):  # the passes that write the gradient of a bias on their way
+        for head_dim in (64, 128) if arch == "sm90" else (128,):  # the passes that write the gradient of a bias on their way
             for causal in (False, True) if arch == "sm90" else (True,):
                 yield Target(arch, "dkdv", head_dim, torch.bfloat16, "1h1k", causal)
                 yield Target(arch, "dq", head_dim, torch.bfloat16, "bhqk", causal)

@@ -88,7 +88,6 @@ TARGETS = [
     # The sizes that matter most, causal and not, at lengths with and without a rest.
     *(Target((d, d), band=band, length=length) for d in (64, 128, 256) for band, length in ((FULL, EVEN), (CAUSAL, UNEVEN))),
     # Other head dims, padded ones among them, and a value dim of its own.
-    Target((16, 16), F16, length=EVEN),
     Target((32, 32), band=CAUSAL),
     Target((96, 96), F16, band=WINDOW),
     Target((192, 128), band=CAUSAL, length=EVEN),
@@ -97,44 +96,35 @@ TARGETS = [
     Target((160, 160), length=EVEN),
     # A tile of bias a block.
     *(Target((d, d), bias="1hqk", band=band) for d, band in ((64, CAUSAL), (128, CAUSAL), (256, FULL))),
-    Target((128, 128), bias="1hqk", length=EVEN),
     Target((128, 128), bias="1hqk", spills=24),
     Target((256, 256), bias="1hqk", bias_dtype=F32, spills=20),
     Target((96, 96), F16, bias="bhqk", bias_dtype=F32, band=WINDOW, length=ODD, spills=18),
-    Target((64, 64), bias="bhqk", bias_dtype=BOOL),
     # A row of bias a block.
     Target((64, 64), bias="1h1k", band=CAUSAL),
     Target((128, 128), bias="1h1k", bias_dtype=F32, spills=28),
     Target((32, 32), bias="b11k", bias_dtype=BOOL),
     # A number a query.
     Target((64, 64), bias="1hq1"),
-    Target((128, 128), bias="1hq1", bias_dtype=BOOL, band=CAUSAL),
     # Soft caps.
     *(Target((d, d), band=band, softcap=50.0) for d, band in MIXED[:2]),
     Target((128, 128), F16, bias="1hqk", band=CAUSAL, softcap=30.0),
-    Target((128, 128), band=WINDOW, softcap=50.0),
     # Masks beside biases, a row or a tile of either.
     Target((128, 128), bias="1hqk", mask="b1qk"),
-    Target((64, 64), bias="1hqk", band=CAUSAL, mask="b11k"),
     Target((64, 64), F16, bias="1h1k", bias_dtype=F32, mask="b1qk", length=ODD),
     Target((128, 128), bias="1hqk", mask="b11k", softcap=50.0),
     # A row of keys beside a tile of bias, of either dtype, and a mask beside both.
     Target((32, 32), bias="1hqk", second="b11k", length=512, spills=16),
-    Target((64, 64), bias="1hqk", second="b11k", band=CAUSAL),
     Target((128, 128), F16, bias="bhqk", bias_dtype=F32, second="111k", mask="b11k", length=ODD, spills=24),
     # Key lengths.
     Target((64, 64), length=EVEN, lengths=True, spills=32),  # three consumers
     Target((256, 256), band=CAUSAL, length=EVEN, lengths=True),
-    Target((128, 128), band=CAUSAL, lengths=True, softcap=50.0),
     Target((16, 16), F16, length=ODD, lengths=True),
-    Target((128, 128), bias="1h1k", band=CAUSAL, lengths=True),
     Target((64, 64), lengths=True, config=ForwardConfig(3, 16, 2)),
     Target((128, 128), bias="bhqk", band=WINDOW, mask="b1qk", lengths=True),
     # ALiBi, one- and two-sided.
     *(Target((d, d), band=band, slopes=True) for d, band in MIXED[:2]),
     Target((64, 64), bias="1hqk", band=CAUSAL, slopes=True, softcap=50.0),
     # Dropout.
-    Target((64, 64), band=CAUSAL, dropout=0.1),
     Target((128, 128), dropout=0.1, spills=28),  # in the block of one consumer
     Target((128, 128), bias="1hqk", band=CAUSAL, dropout=0.1),
     # All at once, with spills outside the loops, but for one word in a block that the band cuts.
@@ -142,7 +132,6 @@ TARGETS = [
     Target((256, 256), bias="1hqk", mask="b1qk", band=CAUSAL, lengths=True, dropout=0.1),
     # Several programs a processor.
     *(Target((d, d), bias="1hqk", band=band, length=512) for d, band in ((32, FULL), (64, CAUSAL))),
-    Target((32, 32), bias="1hqk", band=CAUSAL, length=512, mask="b11k"),
     *(Target((d, d), band=CAUSAL, length=512) for d in (32, 64, 128, 256)),
     Target((64, 64), band=(-255, 0), length=ODD),
     Target((64, 64), band=CAUSAL, length=512, lengths=True),

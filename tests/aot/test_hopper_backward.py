@@ -83,7 +83,6 @@ TARGETS = [
     Target((256, 256), F16, band=CAUSAL, length=ODD, spills=28),
     # Other head dims, padded ones among them, and a value dim of its own.
     Target((40, 40), F16, band=CAUSAL, length=ODD),
-    Target((96, 64), band=WINDOW),
     Target((192, 128), band=WINDOW, length=EVEN),
     # A tile of bias a block.
     *(Target((64, 64), bias="1hqk", band=band) for band in (FULL, CAUSAL)),
@@ -92,49 +91,36 @@ TARGETS = [
     Target((128, 128), bias="1hqk", spills=LOOP),
     Target((128, 128), bias="1hqk", bias_dtype=F32, band=CAUSAL, spills=72),
     Target((256, 256), bias="1hqk", band=CAUSAL, spills=28),
-    Target((192, 192), bias="b1qk", bias_dtype=BOOL),
     # A number a key, and its gradient.
     Target((64, 64), bias="1h1k", band=CAUSAL, grads="qkvb"),
     Target((128, 128), bias="1h1k", length=EVEN, grads="qkvb", spills=80),
     Target((256, 256), bias="1h1k", bias_dtype=F32, band=CAUSAL, grads="kvb", spills=28),
     # Both: the row's gradient beside tiles of the other bias.
     Target((32, 32), bias="1hqk", second="b11k", grads="qkvbt", length=512),
-    Target((64, 64), bias="1hqk", second="b11k", grads="qkvt", spills=28),
     Target((128, 128), bias="1hqk", second="b11k", grads="qkvbt", spills=88),
     Target((256, 256), bias="1hqk", bias_dtype=F32, second="111k", band=CAUSAL, grads="kvt", spills=28),
     # Some of the gradients.
-    Target((64, 64), F16, band=CAUSAL, grads="qv"),
     Target((128, 128), band=CAUSAL, grads="qk", spills=LOOP),
-    Target((128, 128), bias="1hqk", grads="v"),
-    Target((64, 64), bias="1h1k", grads="b"),
     Target((64, 64), bias="1h1k", grads="vb"),
     Target((256, 256), grads="k"),
-    Target((256, 256), F16, band=CAUSAL, grads="v", spills=28),
     # Soft caps: nothing more is spilled, but where one number a key and its gradient come with it.
     *(Target((d, d), band=band, adds=d == 64, softcap=50.0, spills=LOOP) for d, band in MIXED),
-    Target((128, 128), band=CAUSAL, softcap=50.0, spills=LOOP),
     Target((64, 64), F16, bias="1hqk", band=CAUSAL, softcap=30.0),
-    Target((128, 128), F16, bias="1hqk", bias_dtype=BOOL, softcap=30.0, spills=LOOP),
     Target((256, 256), band=WINDOW, softcap=50.0),
     # Masks beside biases.
     Target((128, 128), bias="1hqk", mask="b1qk", spills=64),
-    Target((64, 64), bias="1hqk", band=CAUSAL, mask="b11k", spills=64),
     Target((64, 64), F16, bias="1h1k", grads="qkvb", mask="b1qk", spills=28),
     # Key lengths.
     *(Target((d, d), band=band, lengths=True, spills=LOOP) for d, band in MIXED),
-    Target((128, 128), band=CAUSAL, lengths=True, adds=False, spills=LOOP),
-    Target((256, 256), band=WINDOW, length=EVEN, lengths=True),
     # All at once: names and types of one feature must leave those of another alone, which nothing but the compiler checks.
     Target((64, 64), bias="1h1k", grads="qkvb", mask="b11k", lengths=True, softcap=50.0, spills=80),
     Target((128, 128), bias="1hqk", band=WINDOW, mask="b1qk", lengths=True, softcap=50.0, spills=120),
     Target((256, 256), bias="1h1k", grads="kvb", mask="b11k", lengths=True, softcap=50.0, spills=40),
     # Narrow heads: as they are where dq has a kernel of its own.
     Target((16, 16), bias="1hqk", adds=False),
-    Target((32, 16), F16, band=CAUSAL, lengths=True, adds=False),
     Target((32, 32), bias="1hqk", mask="b11k", band=CAUSAL, adds=False, dropout=0.1, spills=96),
     # … and where it is added up: no wider than they are.
     Target((32, 32), bias="1hqk", band=CAUSAL),
-    Target((32, 32), length=EVEN),
     Target((24, 64), F16, bias="1h1k", grads="qkvb", softcap=50.0, lengths=True),
     Target((16, 32), bias="1hqk", bias_dtype=F32, band=WINDOW, slopes=True, config=DkdvConfig(2, 2)),
     # The query heads of a key head in parts, whose sums leave straight from registers.
@@ -145,7 +131,6 @@ TARGETS = [
     Target((128, 128), slopes=True, spills=72),
     # Dropout: marks take 16 registers more beside products that fill them, some of which are spilled once a block.
     *(Target((d, d), band=band, dropout=0.1, spills=96) for d, band in MIXED[:2]),
-    *(Target((d, d), band=band, adds=False, dropout=0.1, spills=96) for d, band in ((64, FULL), (128, CAUSAL))),
     Target((128, 128), bias="1hqk", band=CAUSAL, dropout=0.1, spills=124),
     *(Target((d, d), F16, band=CAUSAL, grads=grads, dropout=0.1, spills=96) for d, grads in ((64, "k"), (128, "v"))),
     Target((64, 64), bias="1h1k", grads="qkvb", softcap=50.0, lengths=True, dropout=0.1, spills=96),
