@@ -370,7 +370,7 @@ def _stand_ins() -> dict[str, Any]:
     return {
         "gl": gl, "tl": gl, "gluon": SimpleNamespace(jit=jit, constexpr_function=jit), "triton": SimpleNamespace(jit=jit), "mbarrier": mbarrier,
         "tma_load": tma_load, "tma_store": tma_store, "tma_add": tma_add, "tma_store_wait": tma_store_wait, "warpgroup_mma": warpgroup_mma,
-        "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": fence, "thread_barrier": lambda: None, "record": record,
+        "warpgroup_mma_wait": warpgroup_mma_wait, "mma_v2": lambda a, b, acc: a.float() @ b.float() + acc, "fence_async_shared": fence, "thread_barrier": lambda: None, "record": record,
         "range": lambda *bounds: scalars(range(*bounds)), "min": lambda *x: Scalar(min(x)), "max": lambda *x: Scalar(max(x)),
     }  # fmt: skip
 

@@ -18,10 +18,12 @@ from here import HAVE_TRITON, ON_HOPPER
 from running import run_case
 from triflash import UnsupportedError
 from triflash.plan.kernels.dbias import DbiasConfig
-from triflash.plan.kernels.dkdv import DkdvConfig
+from triflash.plan.kernels.dkdv import DkdvConfig, sums_by_mma
 from triflash.plan.kernels.dq import DqConfig
 from triflash.plan.kernels.forward import ForwardConfig
+from triflash.plan.kernels.shared import row_by_mma
 from triflash.plan.override import Config
+from triflash.spec import AttentionSpec, BiasSpec
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(
@@ -67,6 +69,9 @@ FEATURES = [
     Case("huge", B=2, M=100, N=150, bias="b11k", second="1hqk", bias_values="huge"),
     Case("odd rows", B=2, M=75, N=157, bias="1hqk", second="b11k", bias_layout="sliced"),
     Case("bf16", B=2, M=75, N=140, bias="1hqk", second="b11k", dtype=BF16),
+    Case("float32 row of bf16", B=2, M=75, N=140, bias="1hqk", second="b11k", second_dtype=F32, dtype=BF16),
+    Case("no scale", B=2, M=75, N=140, bias="1hqk", second="b11k", scale=0.0),
+    Case("negative scale", B=2, M=75, N=140, bias="1hqk", second="b11k", scale=-0.3, dtype=BF16),
 ]  # fmt: skip
 
 
@@ -122,6 +127,31 @@ def test_the_plan() -> None:
         )
         assert not explained.copies  # the sum is never there
         assert max(size for _, size in explained.memory) < 384 * 4 * 384 * 384 * 2
+
+
+def test_rows_by_tensor_cores() -> None:
+    """Not where no scale can be divided by, or a soft cap comes between; sums not where bfloat16 would lose what the bias or ds can hold."""
+    tile, row = BiasSpec("bf16", (False, False, True, True, True)), BiasSpec("bf16", (True, True, False, False, True))
+    spec = AttentionSpec("bf16", 1, 4, 384, 384, 4, 32, 32, tile, None, None, 32**-0.5, "ieee", second=row)
+    assert row_by_mma(spec) and sums_by_mma(spec)
+    for scale in (0.0, 1e-30, 1e30):
+        other = replace(spec, scale=scale)
+        assert not row_by_mma(other) and sums_by_mma(other)
+    assert row_by_mma(replace(spec, scale=-2.0))
+    for other in (replace(spec, softcap=20.0), replace(spec, second=None)):
+        assert not row_by_mma(other) and not sums_by_mma(other)
+    for other in (replace(spec, dtype="fp16"), replace(spec, second=replace(row, dtype="fp32"))):
+        assert row_by_mma(other) and not sums_by_mma(other)
+
+
+def test_parts_fill_whole_waves() -> None:
+    """Of the loops of dbias, each of two programs an SM: 72 tiles of 384 rounds cut in 4 gave 24 of 264 programs twice as much as the rest."""
+    for rows, heads, loads in ((384, 4, 36 * 3), (128, 8, 30 * 3)):
+        q, pair = shaped(1, rows, 384, heads, 32), shaped(1, 1, heads, 384, 384)
+        explained = triflash.explain(q, q, q, bias=pair, device="h100")
+        step = next(step.step for step in explained.backward.steps if step.step.kernel == "dbias")
+        tiles = heads * 6 * 3 * step.splits
+        assert step.programs == 264 and -(-tiles // 264) * -(-rows // step.splits) < loads
 
 
 @pytest.mark.parametrize("first, second", [

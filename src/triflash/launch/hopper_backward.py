@@ -17,9 +17,9 @@ from ..plan import layout
 from ..plan.configs import padded
 from ..plan.hopper import ROWWISE, flags_small_lse, reads_small_lse
 from ..plan.kernels.dbias import DbiasConfig
-from ..plan.kernels.dkdv import DkdvConfig, dims, key_tiles, l2_order
+from ..plan.kernels.dkdv import DkdvConfig, dims, key_tiles, l2_order, sums_by_mma
 from ..plan.kernels.dq import DqConfig
-from ..plan.kernels.shared import stats_kinds, stats_length
+from ..plan.kernels.shared import row_by_mma, stats_kinds, stats_length
 from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from . import hopper_packed
@@ -350,5 +350,6 @@ def dkdv_call(
     }
     if config.d256:
         return Call(d256_kernels.dkdv_d256, args, constants, config, step.programs)
+    constants |= {"ROW_BY_MMA": row_by_mma(spec), "SUM_BY_MMA": sums_by_mma(spec) and dbias is not None}
     constants["ROW"] = dq_sum.shape[3] if dq_sum is not None and config.red_dq else 0
     return Call(dkdv_kernels.dkdv, args, constants, config, step.programs)

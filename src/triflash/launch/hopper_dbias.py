@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..kernels.hopper import dbias as dbias_kernels
 from ..plan.kernels.dbias import DbiasConfig, bias_tiles, places, shuffle, slots_needed
-from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK
+from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, row_by_mma
 from ..plan.steps import broadcast_rows
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
@@ -73,5 +73,6 @@ def dbias_call(
         "HAS_REST": stats.shape[1] == 3,
         "EVEN": spec.queries % config.block_m == 0 and spec.keys % block_n == 0,
         "ALIBI": alibi_of(spec, SMALLEST_BLOCK),
+        "ROW_BY_MMA": row_by_mma(spec),
     }
     return Call(dbias_kernels.dbias, args, constants | register_limit(config), config, programs)

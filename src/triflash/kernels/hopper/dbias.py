@@ -29,7 +29,8 @@ from .compat import (
 )
 from .dropout import ds_of, keep_bits, philox_of, sign_dropped
 from .extent import outer_at
-from .features import add_alibi, all_lse_small, slope_of, softcapped, tanh, visible_keys
+from .features import add_alibi, all_lse_small, opaque, slope_of, softcapped, tanh, visible_keys
+from .key_rows import PIECES, operand, store_row
 from .layouts import accumulator, stacked
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, add_bias, exponents, mask_band, row_in, statistics
@@ -57,6 +58,8 @@ class Program:
     cap: object
     dropout: object
     second_s: object
+    row_s: object
+    ones_s: object
     mask: object
     mask_strides: object
     batch_outer: object
@@ -295,9 +298,13 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     CHUNKS: gl.constexpr = S_CHUNKS + DP_CHUNKS
     SLOTS: gl.constexpr = p.C.slots
     EARLY: gl.constexpr = 0 if CHUNKS <= SLOTS else S_CHUNKS - 1  # chunks of s whose slots must be free before all of dp fits
-    ROW_FIRST: gl.constexpr = p.second_s is not None and SMALL_LSE  # in whichever order registers suffice for
+    BY_MMA: gl.constexpr = p.row_s is not None and SMALL_LSE
+    ADDED: gl.constexpr = p.second_s is not None and not BY_MMA
+    ROW_FIRST: gl.constexpr = ADDED and SMALL_LSE  # in whichever order registers suffice for
     scale_log2 = p.scale * LOG2E
     nothing = gl.zeros([BM, BN], gl.float32, S)
+    if BY_MMA:
+        unscale = opaque(1.0 / p.scale)
     at = 0
     wave = 0
     for index in range(gl.program_id(0), p.tiles, gl.num_programs(0)):
@@ -326,13 +333,18 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
                 if c <= EARLY:
                     s_pending = warpgroup_mma_wait(1, [s_pending])
                     _release(p, at + c - 1, 1)
+            if BY_MMA:
+                row_at = p.second_s.index(p.right.slot(at + S_CHUNKS - 1, 0))
+                row = row_at.reshape([row_at.shape[4]]).slice(0, BN).load(gl.SliceLayout(1, PIECES))
+                store_row(p.row_s.index(WG), row, unscale)
+                s_pending = warpgroup_mma(p.ones_s.index(0), p.row_s.index(WG).permute((1, 0)), s_pending, is_async=True)
             dp_pending = _multiply(p, nothing, at + S_CHUNKS, WG, True)
             for c in gl.static_range(S_CHUNKS + 1, CHUNKS):
                 dp_pending = _multiply(p, dp_pending, at + c, WG, False)
             if p.C.ping_pong:
                 mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
             s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
-            if p.second_s is not None:
+            if ADDED:
                 second = row_in(p.second_s.index(p.right.slot(at + S_CHUNKS - 1, 0)), BN)
                 fence_async_shared()  # a load may wait behind WGMMA operands, and TMA overtake it: see the forward kernel
             _release(p, at + EARLY, S_CHUNKS - EARLY)
@@ -353,7 +365,7 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
                 mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
                 bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
             s = add_bias(s, bias, False)
-            if p.second_s is not None and not ROW_FIRST:
+            if ADDED and not ROW_FIRST:
                 s = add_bias(s, second, False)
             if p.ALIBI:
                 slope = slope_of(p.slopes, p.slope_strides, b, head)
@@ -423,6 +435,7 @@ def dbias(
     cap, dropout, second_desc, second_on, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m,
     tiles_n, tiles, places, fold, shuffle, C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, VARIES_B0: gl.constexpr,
     VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr, ALIBI: gl.constexpr,
+    ROW_BY_MMA: gl.constexpr,
 ):  # fmt: skip
     """``tiles_m`` by ``tiles_n`` tiles a head of the bias, which have ``places`` (``_tile``); ``tiles`` are the places of all heads of the
     bias, times ``splits``, the part slowest.
@@ -443,6 +456,11 @@ def dbias(
         second_s = gl.allocate_shared_memory(second_desc.dtype, stacked(C.key_slots, second_desc.block_shape), second_desc.layout)
     else:
         second_s = None
+    row_s = None
+    ones_s = None
+    if ROW_BY_MMA:
+        row_s = operand(WGS, BN, 0.0)
+        ones_s = operand(1, BM, 1.0)
     zeros_s = None
     if dbias_desc is not None and (lo is not None or hi is not None):
         zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
@@ -457,7 +475,7 @@ def dbias(
 
     p = Program(
         small_lse, dbias_desc, dbias_out, lengths, slopes, stats, left_s, right_s, bias_s, left, right, biases, ping_pong, dbias_strides,
-        slope_strides, cap, dropout, second_s, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale,
+        slope_strides, cap, dropout, second_s, row_s, ones_s, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale,
         splits, tiles_m, tiles, places, fold, shuffle, zeros_s, tiles_n, C, chunks_of(D, C.chunk), chunks_of(DV, C.chunk), VARIES_B0,
         VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI,
     )  # fmt: skip

@@ -33,6 +33,7 @@ from .dkdv_step import (
 from .dropout import philox_of
 from .extent import Extent, extent_of, key_rows, outer_at, padded_row, pair_of, place_in_bias, query_rows
 from .features import all_lse_small, clear_masked, slope_of
+from .key_rows import PIECES, no_sums, operand, store_row, total
 from .layouts import accumulator, stacked
 from .rings import Ring, bar_sync, barriers, ring
 from .scores_kq import DELTA, LSE, REST, Feed, grid_of, of_keys, query_heads, store_dbias, turned, visible_blocks
@@ -64,6 +65,8 @@ class Program:
     ds_s: object
     dq_s: object
     dq_sum: object
+    row_s: object
+    ones_s: object
     kv: Ring
     q_full: object
     o_full: object
@@ -104,6 +107,7 @@ class Program:
     ALIBI: gl.constexpr
     BATCH_FASTEST: gl.constexpr
     LONGEST: gl.constexpr
+    SUM_BY_MMA: gl.constexpr
 
 
 @record
@@ -131,12 +135,15 @@ class Keys:
 
 @record
 class Span:
-    """The query blocks ``start … stop`` of a tile, MASKED or not, in the order of ``turned``, and its keys and values as operands."""
+    """The query blocks ``start … stop`` of a tile, MASKED or not, in the order of ``turned``, and as operands its keys and values and the
+    keys' row of a bias (``key_rows.py``; None: added otherwise).
+    """
 
     start: object
     stop: object
     k: object
     v: object
+    row: object
     MASKED: gl.constexpr
 
 
@@ -223,7 +230,10 @@ def _walk(p, t, start, stop, dk, dv, db, place, first, last, MASKED: gl.constexp
     BDV: gl.constexpr = p.v_s.shape[-1]
     k = p.k_s.index(t.kv * 2 + t.WG).reshape([HALF, BD])  # in registers they would save a fifth of what is read, but see docs/tuning.md
     v = p.v_s.index(t.kv * 2 + t.WG).reshape([HALF, BDV])
-    span = Span(start, stop, k, v, MASKED)
+    row = None
+    if p.row_s is not None and t.SMALL_LSE:
+        row = p.row_s.index(t.WG)
+    span = Span(start, stop, k, v, row, MASKED)
     for number in range(first, last, UNROLL):
         s, lse = score(p, span, t.base + number)
         dp = weigh(p, t, span, t.base + number, s)
@@ -294,12 +304,19 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             if p.dropout is not None:
                 philox = philox_of(p.dropout, x.b, head, p.heads)
             key_bias = gl.zeros([HALF], gl.float32, ROWS)
-            if p.bias is not None:
+            if p.row_s is not None and SMALL_LSE:
+                key_bias = None
+                its = n0 + WG * HALF + gl.arange(0, HALF, gl.SliceLayout(1, PIECES))
+                store_row(p.row_s.index(WG), of_keys(p, p.bias, p.bias_strides, x, head, its, 0), 1.0 / p.scale)
+            elif p.bias is not None:
                 key_bias = of_keys(p, p.bias, p.bias_strides, x, head, j, 0).to(gl.float32)
             key_mask = None
             if p.mask is not None:
                 key_mask = of_keys(p, p.mask, p.mask_strides, x, head, j, 1)
-            db = gl.zeros([HALF], gl.float32, ROWS)
+            if p.SUM_BY_MMA:
+                db = no_sums(HALF)
+            else:
+                db = gl.zeros([HALF], gl.float32, ROWS)
             base = done + member * steps - begin
             t = Keys(x, n0, kv, key_bias, key_mask, slope, philox, scale_log2, done, base, sum_base, WG, SMALL_LSE)
             if (p.hi is not None) or (not p.EVEN_N):
@@ -308,7 +325,10 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             if p.lo is not None:
                 dk, dv, db, place = _walk_all(p, t, part, end, dk, dv, db, place, True, 1)
             if p.NEED_DB:
-                store_dbias(p, db, b, head, j)
+                if p.SUM_BY_MMA:
+                    store_dbias(p, total(db, ROWS), b, head, j)
+                else:
+                    store_dbias(p, db, b, head, j)
         done += steps * members
         if p.DQ_WARPGROUP:
             if steps > 0:  # these keys are still read for dq
@@ -365,7 +385,7 @@ def dkdv(
     packed, slopes, dbias, bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, ROW: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, ROW_BY_MMA: gl.constexpr, SUM_BY_MMA: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 128 keys of a key head: ``tiles`` of them, ``tiles_n`` a (batch, key head) pair, dealt out by ``schedule.Uniform``.
 
@@ -414,6 +434,11 @@ def dkdv(
         dq_s = gl.allocate_shared_memory(gl.float32, stacked(4 if DQ_WARPGROUP else 2, dq_desc.block_shape), dq_desc.layout)
     else:
         dq_s = None
+    row_s = None
+    ones_s = None
+    if ROW_BY_MMA:
+        row_s = operand(2, C.block_n // 2, 0.0)
+        ones_s = operand(1, BM, 1.0)
     kv = ring(C.kv_stages, 1, 2, True)
     q_full = barriers(C.q_stages, 1)
     o_full = barriers(C.o_stages, 1)
@@ -425,10 +450,10 @@ def dkdv(
 
     p = Program(
         small_lse, dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, packed, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s,
-        bias_s, mask_s, ds_s, dq_s, dq_sum, kv, q_full, o_full, bias_full, ds_empty, dq_empty, consumers_done, bias_strides,
-        dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits, batch_inner, M, N, lo, hi,
-        scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, DQ_WARPGROUP, ROW, IS_MASK, EVEN_N, ALIBI,
-        BATCH_FASTEST, LONGEST,
+        bias_s, mask_s, ds_s, dq_s, dq_sum, row_s, ones_s, kv, q_full, o_full, bias_full, ds_empty, dq_empty, consumers_done,
+        bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits, batch_inner, M, N, lo,
+        hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, DQ_WARPGROUP, ROW, IS_MASK, EVEN_N, ALIBI,
+        BATCH_FASTEST, LONGEST, SUM_BY_MMA,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
     if DQ_WARPGROUP:

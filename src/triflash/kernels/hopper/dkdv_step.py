@@ -10,6 +10,7 @@ from ..triton.prims import offset
 from .compat import fence_async_shared, gl, gluon, mbarrier, tma_add, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from .dropout import drop, ds_of, keep_bits, sign_dropped
 from .extent import extent_of, padded_length, pair_of, rows_of_sum
+from .key_rows import add_columns
 from .layouts import accumulator
 from .rings import bar_arrive, bar_sync
 from .scores_kq import grid_of, in_turn, probabilities, query_heads, turned, visible_blocks
@@ -165,6 +166,8 @@ def score(p, span, at):
     mbarrier.wait(p.q_full.index(stage), (at // STAGES) & 1)
     q = p.q_s.index(stage).reshape([BM, BD]).permute((1, 0))
     pending = warpgroup_mma(span.k, q, gl.zeros([KEYS, BM], gl.float32, S), use_acc=False, is_async=True)
+    if span.row is not None:
+        pending = warpgroup_mma(span.row, p.ones_s.index(0).permute((1, 0)), pending, is_async=True)
     return pending, gl.expand_dims(p.lse_s.index(stage).reshape([BM]).load(gl.SliceLayout(0, S)), 0)
 
 
@@ -289,9 +292,11 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
         ds = ds_of(weight, dp, delta, DROPPED)
         if p.NEED_DB and p.cap is not None:  # the bias is added behind the cap
             db += gl.sum(ds_of(undropped.to(gl.float32), dp, delta, DROPPED), 1)
-        elif p.NEED_DB:
+        elif p.NEED_DB and not p.SUM_BY_MMA:
             db += gl.sum(ds, 1)
         ds16 = ds.to(DT)
+        if p.NEED_DB and p.SUM_BY_MMA:
+            db = add_columns(db, ds16)
         if NEED_DQ:
             if go:
                 bar_sync(DS_HERE + 8 * WG + ((at - 1) & 1), 256)

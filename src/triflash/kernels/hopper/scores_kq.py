@@ -129,7 +129,7 @@ def _exponents(p, t, s, bias, mask, lse, rest, m0, n0):
     KEYS: gl.constexpr = s.shape[0]
     BM: gl.constexpr = s.shape[1]
     S: gl.constexpr = accumulator(BM)
-    KEY_BIASED: gl.constexpr = p.bias is not None
+    KEY_BIASED: gl.constexpr = p.bias is not None and t.key_bias is not None
     PLAIN: gl.constexpr = bias is None and mask is None and t.key_mask is None and not KEY_BIASED and not p.ALIBI
     EARLY: gl.constexpr = t.SMALL_LSE or (PLAIN and (p.cap is not None or rest is None))
     LINE: gl.constexpr = one_sided(p.ALIBI) and p.cap is None and not EARLY  # as the forward kernel rounds it

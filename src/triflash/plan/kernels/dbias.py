@@ -15,11 +15,13 @@ from ...spec import AttentionSpec
 from ..configs import padded
 from ..device import DeviceFacts
 from ..steps import Step, broadcast_rows, ceil_div, sum_steps
-from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, order_of, second_buffer
+from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, order_of, row_buffers, second_buffer
 
 __all__ = ["DbiasConfig", "bias_tiles", "choose", "owns_dbias", "places", "programs", "shuffle", "slots_needed", "steps", "why_not"]
 
 EMPTY_PLACE_COST = 0.05  # of passing over a place without a tile, in rounds
+PART_COST = 4  # rounds, to write a tile's partial sum and to read it again
+MOST_WAVES = 3  # of tiles that are cut into parts: more even out little, and each takes room
 MAX_SIMULATED_TILES = 65536  # with more tiles every order comes out even
 SHUFFLES = (1, 3, 5, 7, 11, 13, 17, 19)
 
@@ -70,6 +72,7 @@ class DbiasConfig(QueryConfig):
             Buffer("k and v", self.key_slots, (self.block_n, self.chunk), 2),
             bias_buffer(spec, self, biases),
             second_buffer(spec, self, self.key_slots),
+            *row_buffers(spec, self.consumers, self.block_n),
             bias_buffer(spec, self, int(is_banded(spec)))._replace(name="zeros"),
             barriers(2 * self.query_slots, 2 * self.key_slots, 2 * biases, 2),
         )
@@ -194,6 +197,17 @@ def _best_shuffle(spec: AttentionSpec, config: DbiasConfig, splits: int, program
     return min(found)
 
 
+def _splits(spec: AttentionSpec, config: DbiasConfig, most: int) -> int:
+    """Into how many parts the loops are cut where ``most`` CTAs run at a time: those that give the busiest CTA fewest rounds. Under a band,
+    where tiles that nobody sees are no work, as many as give each CTA a tile.
+    """
+    own, rounds = bias_tiles(spec, config)[2], broadcast_rows(spec)
+    if is_banded(spec):
+        return max(1, min(rounds, ceil_div(most, own)))
+    ways = range(1, max(1, min(rounds, MOST_WAVES * most // own)) + 1)
+    return min(ways, key=lambda splits: (ceil_div(own * splits, most) * (ceil_div(rounds, splits) + PART_COST * (splits > 1)), splits))
+
+
 def steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> list[Step]:
     """The kernel, with its grid, and the sum of its parts if tiles are so few that the loop over (batch, head) pairs is split."""
     chosen = by_hand.get("dbias")
@@ -204,7 +218,6 @@ def steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object
         found = choose(spec, device.shared_memory)
         assert found is not None, "why_not_backward refuses what fits no candidate"
         config = found
-    own = bias_tiles(spec, config)[2]
-    splits = max(1, min(broadcast_rows(spec), ceil_div(device.sms * config.ctas_per_sm, own)))
+    splits = _splits(spec, config, device.sms * config.ctas_per_sm)
     grid = programs(spec, config, splits, device.sms)
     return [Step("dbias", config, grid, order_of(spec), splits, ("dbias",)), *sum_steps(spec, splits)]

@@ -26,12 +26,13 @@ from .shared import (
     is_light,
     load_imbalance,
     order_of,
+    row_buffers,
     stats_kinds,
 )
 
 __all__ = [
     "DQ_WARPGROUP_DIM", "NARROW", "DkdvConfig", "choose", "dims", "has_bias_tiles", "head_splits", "key_tiles", "l2_order", "row_of_keys",
-    "step",
+    "step", "sums_by_mma",
 ]  # fmt: skip
 
 NARROW = 128  # head dims up to which one kernel gives dk, dv and dq; above, dkdv_d256 gives dk and dv, of half as many keys
@@ -129,6 +130,7 @@ class DkdvConfig(HopperConfig):
             *loaded,
             Buffer("ds", 4 * adding, (64, 64), 2),
             Buffer("dq", tma, (64, head // 2), 4),
+            *row_buffers(spec, 2, 64),
             barriers(*stages, 2 * self.bias_stages, 2, 2, 1),
         )
 
@@ -142,6 +144,14 @@ def row_of_keys(spec: AttentionSpec) -> tuple[str, BiasSpec] | None:
         if bias is not None and bias.varies[4] and not bias.varies[3]:
             return name, bias
     return None
+
+
+def sums_by_mma(spec: AttentionSpec) -> bool:
+    """Whether the kernel sums that gradient up from ds of 16 bits, beside a bias of tiles: where the bias has as few, and ds float32's
+    range. A soft cap's is of another ds.
+    """
+    row = row_of_keys(spec)
+    return spec.second is not None and not spec.softcap and row is not None and spec.dtype == row[1].dtype == "bf16"
 
 
 def _sums_keys(gives: tuple[str, ...]) -> bool:

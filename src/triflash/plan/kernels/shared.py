@@ -16,8 +16,8 @@ from ..configs import padded
 __all__ = [
     "L2_GROUP_BYTES", "MAX_SIMULATED_TILES", "ROWS", "SMALLEST_BLOCK", "STATS_MULTIPLE", "TILE_COST", "Buffer", "HopperConfig",
     "QueryConfig", "barriers", "batch_fastest", "best_order", "bias_buffer", "equal_groups", "is_banded", "is_light", "l2_order",
-    "load_imbalance", "mask_buffer", "mma_fits", "order_of", "query_tiles", "second_buffer", "shared_limit", "stats_kinds",
-    "stats_length",
+    "load_imbalance", "mask_buffer", "mma_fits", "order_of", "query_tiles", "row_buffers", "row_by_mma", "second_buffer", "shared_limit",
+    "stats_kinds", "stats_length",
 ]  # fmt: skip
 
 ROWS = 64  # queries of a consumer warpgroup: M of a WGMMA
@@ -29,6 +29,8 @@ PRODUCER_REGISTERS = 24  # of a thread; the kernels say so
 MMA_REGISTERS = 30  # of a thread, beside the accumulator of an MMA
 RESERVED = 1024  # bytes of shared memory that the system takes for each CTA
 ALIGNMENT = 1024  # bytes that aligning the buffers may cost a CTA
+MMA_STEP = 16  # columns of a WGMMA of 16-bit numbers
+LARGEST_SCALE = 2.0**64  # or its inverse, of scores of which a bias is a step of the product: both are far from what overflows
 TMA_ROW = 128  # bytes: the alignment that TMA asks of a buffer, and so the least size of a row of one
 
 L2_GROUP_BYTES = 24 * 2**20  # keys and values that tiles running at a time may share: half of an H100's L2 cache
@@ -172,6 +174,17 @@ def bias_buffer(spec: AttentionSpec, config: QueryConfig, count: int = 1) -> Buf
 def second_buffer(spec: AttentionSpec, config: QueryConfig, count: int = 1) -> Buffer:
     """``count`` rows of the second bias, which varies over keys alone; none without one."""
     return Buffer("second bias", 0, (0, 0), 0) if spec.second is None else _tiles_of("second bias", spec.second, config, count)
+
+
+def row_by_mma(spec: AttentionSpec) -> bool:
+    """Whether the backward kernels add a bias over keys alone, beside one of tiles, as a step of q k (``kernels/hopper/key_rows.py``)."""
+    return spec.second is not None and spec.keeps_rest and not spec.softcap and 1 / LARGEST_SCALE <= abs(spec.scale) <= LARGEST_SCALE
+
+
+def row_buffers(spec: AttentionSpec, count: int, keys: int) -> tuple[Buffer, Buffer]:
+    """``count`` such rows, and the ones that they are multiplied by; none where they are added otherwise."""
+    there = int(row_by_mma(spec))
+    return Buffer("row of keys", count * there, (keys, MMA_STEP), 2), Buffer("ones", there, (ROWS, MMA_STEP), 2)
 
 
 def _tiles_of(name: str, bias: BiasSpec, config: QueryConfig, count: int) -> Buffer:
