@@ -26,7 +26,7 @@ RULES: dict[str, list[str]] = {
     "triflash.kernels": [],
     "triflash.kernels.keys": ["triton"],
     "triflash.kernels.triton": ["triton", "triflash.kernels.triton"],
-    "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.prims", "triflash.kernels.triton.records"],
+    "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.packed", "triflash.kernels.triton.prims", "triflash.kernels.triton.records"],
     "triflash.dropout": ["torch"],
     "triflash.lengths": ["torch"],
     "triflash.combine": ["torch"],

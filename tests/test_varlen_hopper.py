@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ import triflash
 from here import ON_HOPPER, stand_in_only
 from test_varlen import Batch, loss_of, near
 from triflash import UnsupportedError, attention_varlen
+from triflash.bound.signature import CALLS
+from triflash.plan import hopper_packed, select
 from triflash.plan.kernels.dkdv import DkdvConfig
 from triflash.plan.kernels.dq import DqConfig
 from triflash.plan.kernels.forward import ForwardConfig
@@ -32,10 +35,30 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2}
 SIZES = (0, 1, 15, 16, 63, 64, 65, 127, 128, 129, 150)
 
 
+APART = ["extents", "listed", "ordered"]  # the kernels that make the tables of many tiles
+
+
 @contextlib.contextmanager
-def hopper(seed: int = 0, processors: int = 3, **configs: Any) -> Iterator[list[str]]:
-    """Within it calls run on Hopper's kernels, or the stand-in for them; what ran."""
+def many_tiles() -> Iterator[None]:
+    """Within it all tiles are too many for one program."""
+
+    def forget() -> None:
+        CALLS.clear()
+        select._plan_forward.cache_clear()
+        select._plan_backward.cache_clear()
+
+    forget()
+    with mock.patch.object(hopper_packed, "LISTED_AT_ONCE", -1):
+        yield
+    forget()
+
+
+@contextlib.contextmanager
+def hopper(seed: int = 0, processors: int = 3, apart: bool = False, **configs: Any) -> Iterator[list[str]]:
+    """Within it calls run on Hopper's kernels, or the stand-in for them; what ran. apart: with ``many_tiles``."""
     with contextlib.ExitStack() as stack:
+        if apart:
+            stack.enter_context(many_tiles())
         if not ON_HOPPER:
             stack.enter_context(gluon_twin.twin_device(processors, seed))
         stack.enter_context(override_configs(**{name: config for name, config in configs.items() if config is not None}))
@@ -119,7 +142,8 @@ def check(batch: Batch, seed: int, deterministic: bool = False, share: float = 1
 
 @pytest.mark.parametrize("seed", range(300 if ON_HOPPER else 40))
 def test_random_problems(seed: int) -> None:
-    check(drawn(seed), seed, seed % 2 == 1, 0.8)
+    ran = check(drawn(seed), seed, seed % 2 == 1, 0.8, apart=seed % 3 == 0)
+    assert ran[:3] == APART if seed % 3 == 0 else ran[0] == "prepared"
 
 
 def test_offsets_of_any_strides() -> None:
@@ -128,7 +152,7 @@ def test_offsets_of_any_strides() -> None:
         batch = several([70, 0, 64, 1], causal=True)
         batch.leaves |= bias
         batch.used, batch.step = ([70, 0, 33, 1], [5, 0, 64, 1]), 2
-        assert "extents" in check(batch, 0)
+        assert "prepared" in check(batch, 0) and "extents" in check(batch, 0, apart=True)
 
 
 @pytest.mark.skipif(not ON_HOPPER, reason="the same again, in the other dtype and in wide heads")
@@ -147,7 +171,7 @@ def test_forward_tiles(number: int, config: ForwardConfig) -> None:
     batch = drawn(3 * FORWARD.index(config) + number, dims=(16,))
     if not config.separate_o:
         batch.leaves["v"] = batch.leaves["v"][..., :16].contiguous()
-    assert check(batch, number, share=0.0, forward=config)[:3] == ["extents", "listed", "ordered"]
+    assert check(batch, number, share=0.0, forward=config)[:2] == ["prepared", "forward"]
 
 
 KEYS = [DkdvConfig(2, 2, dq_warpgroup=True, unroll=2), DkdvConfig(2, 2, red_dq=True), DkdvConfig(2, 2, kv_stages=2), DkdvConfig(1, 1)]
@@ -216,9 +240,9 @@ def walled(rows: int, heads: int, fill: float, dtype: torch.dtype = HALF, wall: 
 HOSTILE = [[0, 30, 10, 20], [-5, 4, -1, 99], [40, 30, 20, 10], [0, 10**9, 5, 2**31 - 1], [0, 0, 0, 0], [20, 20, 20, 20], [0, 150, 0, 150]]
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic, apart", [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("offsets", HOSTILE, ids=str)
-def test_wrong_offsets_touch_nothing_else(offsets: list[int], deterministic: bool) -> None:
+def test_wrong_offsets_touch_nothing_else(offsets: list[int], deterministic: bool, apart: bool) -> None:
     """Results are undefined, but nothing beside the tensors is read (it is NaN) or, of gradients, written (it is guarded)."""
     T = 150 if max(offsets) == 150 else 20
     given = []
@@ -228,7 +252,7 @@ def test_wrong_offsets_touch_nothing_else(offsets: list[int], deterministic: boo
         given.append(inside.requires_grad_())
     cu = torch.tensor(offsets, dtype=torch.int64, device=DEVICE)
     pairs = [walled(T, heads, 7.0) for heads in (2, 1, 1)]
-    with hopper() as ran:
+    with hopper(apart=apart) as ran:
         out, lse = attention_varlen(*given, cu, causal=True, return_lse=True, deterministic=deterministic)
         grads = torch.autograd.grad(out.sum(), given)
         from triflash.compat import flash_attn
@@ -245,8 +269,8 @@ def test_wrong_offsets_touch_nothing_else(offsets: list[int], deterministic: boo
     assert all(line.startswith("hopper") for line in ran)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_what_no_sequence_owns_may_be_anything(deterministic: bool) -> None:
+@pytest.mark.parametrize("deterministic, apart", [(False, False), (True, False), (False, True)])
+def test_what_no_sequence_owns_may_be_anything(deterministic: bool, apart: bool) -> None:
     """NaN in rows of nobody, in rows that are not used, and in a neighbour, stays there; such rows get zeros."""
     used, starts, T = [60, 30, 70], [2, 80, 130], 220
     dead = torch.ones(T, dtype=torch.bool)
@@ -257,7 +281,7 @@ def test_what_no_sequence_owns_may_be_anything(deterministic: bool) -> None:
     dirty = [x.masked_fill(dead[:, None, None], math.nan).requires_grad_() for x in (q, k, v)]
     cu, some = torch.tensor([*starts, 210], device=DEVICE), torch.tensor(used, device=DEVICE)
     options: dict[str, Any] = {"seqused_q": some, "seqused_k": some, "causal": True, "deterministic": deterministic}
-    with hopper():
+    with hopper(apart=apart):
         out, lse = attention_varlen(*dirty, cu, return_lse=True, **options)
         dout = torch.randn(out.shape).to(out).masked_fill(dead[:, None, None], math.nan)
         grads = torch.autograd.grad(out, dirty, dout)

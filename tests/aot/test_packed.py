@@ -121,5 +121,5 @@ def test_hopper_kernels(name: str) -> None:
             if each.kernel.__name__ != "forward":  # statistics are read by plain loads
                 assert unfenced_releases(code) == 0, key
     kernels = {kernel for kernel, _ in seen}
-    assert {"extents", "listed", "ordered", "forward", "unowned", "preprocess"} <= kernels
+    assert {"prepared", "forward", "preprocess"} <= kernels
     assert kernels & {"dkdv", "dkdv_d256"} and kernels & {"dq", "postprocess"}

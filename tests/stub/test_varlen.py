@@ -24,5 +24,5 @@ def test_every_launch_is_bound(D: int, dtype: torch.dtype, deterministic: bool, 
             out = attention_varlen(q, k, v, cu, causal=True, backend="hopper", deterministic=deterministic)
             torch.autograd.grad(out, (q, k, v), torch.zeros_like(out))
         count = gpu.launches() - before
-        assert count == len(bound) and count >= 12, turn
+        assert count == len(bound) == 6, turn  # forward two, backward four: tables, statistics, and two that have the products or sum dq
     assert len(CALLS) == 1

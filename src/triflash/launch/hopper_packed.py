@@ -12,18 +12,19 @@ from torch import Tensor
 
 from ..kernels.hopper import listed as listed_kernels
 from ..kernels.hopper.extent import ENTRY
+from ..plan.configs import padded
 from ..plan.hopper_packed import cached_rows, packed_of, rows_of, spread_length, spread_steps
 from ..plan.packed import ROWS_A_PROGRAM
 from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, Operands, Saved
 from .calls import Call
 from .common import config_of
-from .packed import extents_call, unowned_call
+from .packed import extents_call, row_and_head, unowned_call
 from .room import Room
 
 __all__ = ["AROUND", "Tables", "around_call", "tables", "tiles_of"]
 
-AROUND = ("extents", "listed", "ordered", "spread", "unowned")  # kernels
+AROUND = ("prepared", "extents", "listed", "ordered", "spread", "unowned")  # kernels
 _GROUPS = listed_kernels.BUCKETS.value * listed_kernels.CHUNKS.value
 
 
@@ -66,15 +67,16 @@ def tables(room: Room, plan: Plan, spec: AttentionSpec, x: Operands) -> Tables |
     counters = new("numbers of tiles by length", 2, _GROUPS)
     t = Tables(new("extents of sequences", max(count, 1), 4), new("diagonals of sequences", max(count, 1)), counters, {}, {})
     for step in plan.steps:
-        if step.kernel == "listed":
-            (name,) = step.gives
-            rows, most = rows_of(step, spec)
+        for name in ("queries", "keys") if step.kernel in ("listed", "prepared") else ():
+            if name not in step.gives:
+                continue
+            rows, most = rows_of(config_of(step), spec, name)
             t.of[name] = Table(
                 new(f"first tiles of {name}", count + 1), new(f"tiles of {name} as they come", most, ENTRY.value),
-                new(f"places of tiles of {name}", most, 2), new(f"tiles of {name}", most, ENTRY.value), counters[len(t.of)],
-                new(f"number of tiles of {name}", 1), rows,
+                new(f"places of tiles of {name}", most, 2), new(f"tiles of {name}", most, ENTRY.value),
+                counters[int(name == "keys")], new(f"number of tiles of {name}", 1), rows,
             )  # fmt: skip
-        elif step.kernel == "spread":
+        if step.kernel == "spread":
             (name,) = step.gives
             own = getattr(x, name)
             t.spread[name] = room.new(f"{name} of packed keys", (*own.shape[:-1], spread_length(spec)), own.dtype)
@@ -107,8 +109,10 @@ def around_call(
 ) -> Call:
     """A launch before or after the kernels that all batches have: of :data:`AROUND`."""
     packed, config = packed_of(spec), config_of(step)
+    if step.kernel == "prepared":
+        return _prepared_call(step, spec, x, t, given, saved)
     if step.kernel == "unowned":
-        return unowned_call(step, spec, t.extents, given, saved)
+        return unowned_call(step, spec, x, given, saved, (packed.most_queries, packed.most_keys))
     if step.kernel == "extents":
         first = [t.of[name].first if name in t.of else None for name in ("queries", "keys")]
         return extents_call(step, spec, x, t.extents, (first[0], first[1]), t.diagonals, t.counters)
@@ -132,3 +136,35 @@ def around_call(
     )
     constants = {"BLOCK": ROWS_A_PROGRAM, "TILE": own.rows, "OF_KEYS": name == "keys"}
     return Call(listed_kernels.listed, args, constants, config, step.programs)
+
+
+def _prepared_call(
+    step: Step, spec: AttentionSpec, x: Operands, t: Tables, given: dict[str, Tensor | None], saved: Saved | None = None
+) -> Call:
+    """The launch that makes all tables and clears what no sequence has of the tensors that the step gives."""
+    packed, config = packed_of(spec), config_of(step)
+    cleared = {name: given[name] for name in ("out", "dq", "dk", "dv") if name in step.gives}
+    of_queries, dk, dv = cleared.get("out", cleared.get("dq")), cleared.get("dk"), cleared.get("dv")
+    lse, rest = (None, None) if saved is None else (saved.lse, saved.rest)
+    of = [
+        None if (own := t.of.get(name)) is None
+        else (own.first, own.entries, own.places, own.table, own.total, own.table.shape[0], cached_rows(spec, name))
+        for name in ("queries", "keys")
+    ]  # fmt: skip
+    strides = [None if each is None else row_and_head(each) for each in (of_queries, dk, dv)]
+    count = packed.sequences
+    args = (
+        *(x.offsets_q, x.offsets_k, x.used_q, x.used_k, t.extents, t.diagonals, t.counters, *of),
+        *(packed.most_queries, packed.most_keys, spec.lo, spec.hi),
+        (count, count.bit_length(), int(packed.bottom_right), spec.queries, spec.keys, spec.heads, spec.kv_heads),
+        *(of_queries, lse, rest, dk, dv, strides[0], None if lse is None else lse.stride(1), *strides[1:]),
+    )
+    sizes = {name: 0 if each is None else each.shape[3] for name, each in zip(("DX", "DK", "DV"), (of_queries, dk, dv), strict=True)}
+    constants = {
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "BLOCK": ROWS_A_PROGRAM,
+        **sizes,
+        "BLOCK_DIM": padded(max(sizes.values())),
+    }
+    return Call(listed_kernels.prepared, args, constants, config, step.programs)

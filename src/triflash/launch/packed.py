@@ -20,8 +20,8 @@ from .portable import Rows, dbias_sum_call, delta_call, dkdv_call, dq_call, forw
 from .room import Room
 
 __all__ = [
-    "OF_BIAS", "PackedTables", "backward_calls", "dbias_call", "extents_call", "forward_calls", "in_line", "packed_features", "table_call",
-    "tables", "unowned_call",
+    "OF_BIAS", "PackedTables", "backward_calls", "dbias_call", "extents_call", "forward_calls", "in_line", "packed_features",
+    "row_and_head", "table_call", "tables", "unowned_call",
 ]  # fmt: skip
 
 OF_BIAS = ("cleared", "packed_dbias", "dbias_sum")  # kernels for the gradient of a bias alone
@@ -106,23 +106,31 @@ def extents_call(
     return Call(packed_kernels.extents, args, constants, config, step.programs)
 
 
-def unowned_call(step: Step, spec: AttentionSpec, extents: Tensor, given: dict[str, Tensor | None], saved: Saved | None = None) -> Call:
-    """Zeros in the rows of one or two tensors, and in ``saved``, that belong to no sequence."""
+def unowned_call(
+    step: Step, spec: AttentionSpec, x: Operands, given: dict[str, Tensor | None], saved: Saved | None = None,
+    most: tuple[int | None, int | None] = (None, None),
+) -> Call:  # fmt: skip
+    """Zeros in the rows of one or two tensors, and in ``saved``, that belong to no sequence. most: so many queries and keys of a sequence
+    count as its own; None: all.
+    """
     tensors = [given[name] for name in step.gives if name != "lse"]
-    x, y = [*tensors, None][:2]
-    assert x is not None
+    first, second = [*tensors, None][:2]
+    count = _sequences(spec)
+    assert first is not None
     of_keys = step.gives[0] in ("dk", "dv")
+    owned = (x.offsets_k, x.used_k, most[1]) if of_keys else (x.offsets_q, x.used_q, most[0])
     lse, rest = (None, None) if saved is None else (saved.lse, saved.rest)
     args = (
-        *(extents.view(-1)[2:] if of_keys else extents, x, y, lse, rest, _row_and_head(x), None if y is None else _row_and_head(y)),
-        *(None if lse is None else lse.stride(1), _sequences(spec), x.shape[1], x.shape[2], _sequences(spec).bit_length()),
+        *(*owned, first, second, lse, rest, row_and_head(first), None if second is None else row_and_head(second)),
+        *(None if lse is None else lse.stride(1), count, first.shape[1], first.shape[2], count.bit_length(), 0),
     )
-    widest = max(x.shape[3], 0 if y is None else y.shape[3])
-    constants = {"DX": x.shape[3], "DY": 0 if y is None else y.shape[3], "BLOCK": ROWS_A_PROGRAM, "BLOCK_DIM": padded(widest)}
+    widest = max(first.shape[3], 0 if second is None else second.shape[3])
+    constants = {"DX": first.shape[3], "DY": 0 if second is None else second.shape[3], "BLOCK": ROWS_A_PROGRAM, "BLOCK_DIM": padded(widest)}
     return Call(packed_kernels.unowned, args, constants, config_of(step), step.programs)
 
 
-def _row_and_head(x: Tensor) -> tuple[int, int]:
+def row_and_head(x: Tensor) -> tuple[int, int]:
+    """The strides that kernels of rows of nobody take."""
     return x.stride(1), x.stride(2)
 
 
@@ -179,7 +187,7 @@ def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: F
         if step.kernel == "forward":
             calls.append(forward_call(step, spec, x, f, saved, rows_of(spec, t, of_keys=False)))
         elif step.kernel == "unowned":
-            calls.append(unowned_call(step, spec, t.extents, {"out": saved.out}, saved))
+            calls.append(unowned_call(step, spec, x, {"out": saved.out}, saved))
         else:
             calls.append(table_call(step, spec, x, t))
     return calls
@@ -217,7 +225,7 @@ def backward_calls(
         elif step.kernel == "dq":
             calls.append(dq_call(step, spec, inputs, rows_of(spec, t, of_keys=False), (dq, target), row_strides(dq), wide))
         elif step.kernel == "unowned":
-            calls.append(unowned_call(step, spec, t.extents, given))
+            calls.append(unowned_call(step, spec, x, given))
         elif step.kernel in OF_BIAS:
             assert target is not None
             calls.append(dbias_call(room, step, spec, t, inputs, target, sums, wide))

@@ -25,6 +25,7 @@ __all__ = [
 ROWWISE = TileConfig(ROWS, 16, 4, 1)  # of preprocess, postprocess and dkdv_sum: 64 rows a program, no tiles of scores
 TALL = 2 * ROWS  # queries of a tile in the table, where no kernel that owns them says otherwise
 NARROW_STRETCH, WIDE_STRETCH = 0.8, 4.5  # of mean lengths: see _forward_config
+LISTED_AT_ONCE = 1024  # tiles of a table that one program makes, and sequences, as kernels/hopper/listed.py has it
 MOST_ROWS = 2**29  # of a tensor: what the coordinates of ragged descriptors leave
 
 
@@ -67,9 +68,7 @@ def table_steps(spec: AttentionSpec, block_m: int | None, block_n: int | None) -
     steps = [Step("extents", config)]
     names = [name for name, block in (("queries", block_m), ("keys", block_n)) if block is not None]
     for kernel in ("listed", "ordered"):
-        for name in names:
-            step = Step(kernel, config, gives=(name,))
-            steps.append(replace(step, programs=ceil_div(rows_of(step, spec)[1], ROWS_A_PROGRAM)))
+        steps += [Step(kernel, config, ceil_div(rows_of(config, spec, name)[1], ROWS_A_PROGRAM), gives=(name,)) for name in names]
     return steps
 
 
@@ -90,11 +89,23 @@ def spread_length(spec: AttentionSpec) -> int:
     return (ceil_div(spec.keys, STATS_MULTIPLE) + packed_of(spec).sequences) * STATS_MULTIPLE
 
 
-def rows_of(step: Step, spec: AttentionSpec) -> tuple[int, int]:
-    """(rows of a tile, most tiles but 1 at least) of the table that a step is about."""
-    assert isinstance(step.config, TableConfig)
-    rows, block = (spec.queries, step.config.block_m) if step.gives == ("queries",) else (spec.keys, step.config.block_n)
+def rows_of(config: TileConfig, spec: AttentionSpec, name: str) -> tuple[int, int]:
+    """(rows of a tile, most tiles but 1 at least) of a table."""
+    rows, block = (spec.queries, config.block_m) if name == "queries" else (spec.keys, config.block_n)
     return block, max(most_tiles(rows, packed_of(spec).sequences, block), 1)
+
+
+def _prepared_step(spec: AttentionSpec, block_m: int | None, block_n: int | None, gives: tuple[str, ...]) -> Step | None:
+    """One kernel instead of ``table_steps`` and, where rows belong to no sequence, for the zeros in what it ``gives``; None: tiles are too
+    many for one program.
+    """
+    config = TableConfig(block_m or 16, block_n or 16, 8, 1)
+    names = tuple(name for name, block in (("queries", block_m), ("keys", block_n)) if block is not None)
+    if packed_of(spec).sequences > LISTED_AT_ONCE or any(rows_of(config, spec, name)[1] > LISTED_AT_ONCE for name in names):
+        return None
+    of_queries, of_keys = {"out", "dq"} & {*gives}, {"dk", "dv"} & {*gives}
+    clearing = sum(ceil_div(rows, ROWS_A_PROGRAM) for rows, some in ((spec.queries, of_queries), (spec.keys, of_keys)) if some)
+    return Step("prepared", config, 1 + clearing, gives=(*names, *gives))
 
 
 def cached_rows(spec: AttentionSpec, name: str) -> int:
@@ -138,12 +149,11 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str
     config = _forward_config(spec, device, by_hand)
     tiles = max(most_tiles(spec.queries, packed_of(spec).sequences, config.block_m), 1) * spec.heads
     programs = min(tiles, device.sms * config.ctas_per_sm) if config.persistent else tiles
-    return (
-        *table_steps(spec, config.block_m, None),
-        *spread_steps(spec),
-        Step("forward", config, programs),
-        unowned_step(spec.queries, ("out", "lse")),
-    )
+    own = Step("forward", config, programs)
+    if prepared := _prepared_step(spec, config.block_m, None, ("out", "lse")):
+        return (prepared, *spread_steps(spec), own)
+    steps = (*table_steps(spec, config.block_m, None), *spread_steps(spec))
+    return (*steps, own, unowned_step(spec.queries, ("out", "lse")))
 
 
 def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object], adding: bool) -> tuple[Step, ...]:
@@ -173,8 +183,12 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         forward_keys = _forward_config(spec, device, by_hand).block_n
         keys, queries = (None if step is None else replace(step, forward_keys=forward_keys) for step in (keys, queries))
     steps = []
+    prepared: Step | None = None
     if keys is not None or queries is not None:
-        steps = table_steps(spec, block_m, None if keys is None else keys.config.block_n)  # type: ignore[union-attr]
+        block_n = None if keys is None else keys.config.block_n  # type: ignore[union-attr]
+        cleared = tuple(name for name, need in (("dq", needs.dq), ("dk", needs.dk), ("dv", needs.dv)) if need)
+        prepared = _prepared_step(spec, block_m, block_n, cleared)
+        steps = table_steps(spec, block_m, block_n) if prepared is None else [prepared]
         steps += spread_steps(spec)
     if needs.dsink or needs.dbias:  # by row, for those that read it so
         steps.append(Step("delta", ROWWISE, ceil_div(spec.queries, ROWS) * spec.heads, gives=("dsink",) * needs.dsink))
@@ -182,12 +196,13 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         steps.append(Step("preprocess", ROWWISE, parts))
     if keys is not None:
         steps.append(keys)
-        if given := tuple(name for name in ("dk", "dv") if name in keys.gives):
+        given = tuple(name for name in ("dk", "dv") if name in keys.gives)
+        if given and prepared is None:
             steps.append(unowned_step(spec.keys, given))
     if queries is not None:
         steps.append(queries)
     if adding:
         steps.append(Step("postprocess", ROWWISE, parts, gives=("dq",)))
-    if needs.dq:
+    if needs.dq and prepared is None:
         steps.append(unowned_step(spec.queries, ("dq",)))
     return tuple(steps)

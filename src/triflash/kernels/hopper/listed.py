@@ -1,5 +1,5 @@
 """The table of the tiles of packed sequences, which the Hopper kernels work through (``schedule.Listed``): in plain Triton, on the device.
-Launched by ``launch/hopper_packed.py`` behind ``kernels/triton/packed.extents``.
+Launched by ``launch/hopper_packed.py``: ``prepared`` alone, or where tiles are many the other two behind ``kernels/triton/packed.extents``.
 
 Tiles differ in length, and each program of a persistent grid takes one of each wave: the longest come first, so that all get about the
 same. They are sorted by counting: ``listed`` numbers the tiles of about the same length, within CHUNKS of the packed rows whose operands
@@ -11,11 +11,14 @@ stay in the L2 cache together, and ``ordered`` puts them where they belong. Whic
 import triton
 import triton.language as tl
 
+from ..triton.packed import extents as extents_of_sequences
+from ..triton.packed import unowned
 from ..triton.prims import last_at_most
 
 BUCKETS = tl.constexpr(128)  # of tiles of about the same length: eight an octave of blocks
 CHUNKS = tl.constexpr(4)
 COLUMNS = tl.constexpr(8)  # extent.ENTRY
+AT_ONCE = tl.constexpr(1024)  # tiles of a table, and sequences, that one program lists
 
 
 @triton.jit
@@ -118,3 +121,59 @@ def spread(extents, x, target, x_head, x_key, target_head, sequences, T, blocks,
     owned = (at >= 0) & (at < tl.load(extents + 4 * b + 1)) & (key < T)
     number = tl.load(x + head.to(tl.int64) * x_head + key.to(tl.int64) * x_key, mask=owned, other=0)
     tl.store(target + head.to(tl.int64) * target_head + (first + b * 128) // 128 * 128 + at, number, mask=owned)
+
+
+@triton.jit
+def prepared(
+    offsets_q, offsets_k, used_q, used_k, extents, diagonals, counters, queries, keys, most_q, most_k, lo, hi, sizes, x, lse, rest, dk, dv,
+    x_strides, lse_stride, dk_strides, dv_strides,
+    BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, DX: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DIM: tl.constexpr,
+):  # fmt: skip
+    """All kernels around those that multiply, in one launch. The first program does what ``extents``, ``listed`` and ``ordered`` do, with
+    barriers between; the others clear what no sequence has (``packed.unowned``), of x, lse and rest, and behind that of dk and dv.
+
+    queries, keys: of a table ``(first, entries, places, table, count, bound, chunk)``, bound AT_ONCE at most. x: out or dq. sizes:
+    ``(sequences, their bits, bottom_right, T_q, T_k, heads, key heads)``, AT_ONCE sequences at most. None: not wanted.
+    """
+    sequences, rounds, bottom_right, T_q, T_k, heads, kv_heads = sizes
+    programs_q = 0
+    if x is not None:
+        programs_q = tl.cdiv(T_q, BLOCK)
+    if tl.program_id(0) == 0:
+        first_q = None
+        first_k = None
+        if queries is not None:
+            first_q, entries_q, places_q, table_q, count_q, bound_q, chunk_q = queries
+        if keys is not None:
+            first_k, entries_k, places_k, table_k, count_k, bound_k, chunk_k = keys
+        counters_k = counters + CHUNKS * BUCKETS
+        extents_of_sequences(
+            offsets_q, offsets_k, used_q, used_k, extents, first_q, first_k, diagonals, counters, sequences, T_q, T_k, most_q, most_k,
+            BM, BN, AT_ONCE, 2 * CHUNKS * BUCKETS,
+        )  # fmt: skip
+        tl.debug_barrier()
+        if queries is not None:
+            listed(
+                extents, first_q, diagonals, entries_q, places_q, counters, count_q, sequences, bound_q, rounds, bottom_right, lo, hi,
+                chunk_q, AT_ONCE, BM, False,
+            )  # fmt: skip
+        if keys is not None:
+            listed(
+                extents, first_k, diagonals, entries_k, places_k, counters_k, count_k, sequences, bound_k, rounds, bottom_right, lo, hi,
+                chunk_k, AT_ONCE, BN, True,
+            )  # fmt: skip
+        tl.debug_barrier()
+        if queries is not None:
+            ordered(entries_q, places_q, counters, table_q, bound_q, AT_ONCE)
+        if keys is not None:
+            ordered(entries_k, places_k, counters_k, table_k, bound_k, AT_ONCE)
+    elif tl.program_id(0) <= programs_q:
+        unowned(
+            offsets_q, used_q, most_q, x, None, lse, rest, x_strides, None, lse_stride, sequences, T_q, heads, rounds, 1,
+            DX, 0, BLOCK, BLOCK_DIM,
+        )  # fmt: skip
+    else:
+        unowned(
+            offsets_k, used_k, most_k, dk, dv, None, None, dk_strides, dv_strides, None, sequences, T_k, kv_heads, rounds, 1 + programs_q,
+            DK, DV, BLOCK, BLOCK_DIM,
+        )  # fmt: skip

@@ -87,17 +87,17 @@ def tiles(first, table, sequences, bound, rounds, BLOCK: tl.constexpr):
 
 @triton.jit
 def unowned(
-    table, x, y, lse, rest, x_strides, y_strides, lse_stride, sequences, T, heads, rounds,
+    offsets, used, most, x, y, lse, rest, x_strides, y_strides, lse_stride, sequences, T, heads, rounds, first,
     DX: tl.constexpr, DY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK rows of packed tensors x and y (strides by row and head) and of lse and rest, by (head, row), and writes 0,
-    and -inf to lse, where no sequence is. table: its column of ``extents``, start and length. None: not there.
+    and -inf to lse, where no sequence is: by what ``extents`` reads. first: the program that owns the first rows. None: not there.
     """
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = last_at_most(table, 4, rows, sequences, rounds)
-    there = b < sequences
-    start = tl.load(table + 4 * b, mask=there, other=0)
-    length = tl.load(table + 4 * b + 1, mask=there, other=0)
+    rows = (tl.program_id(0) - first) * BLOCK + tl.arange(0, BLOCK)
+    b = last_at_most(offsets, 1, rows, sequences, rounds)
+    start, length = _lengths(offsets, used, b, b < sequences, T)
+    if most is not None:
+        length = tl.minimum(length, most)
     lost = (rows < T) & ((rows < start) | (rows >= start + length))
     if tl.max(lost.to(tl.int32), 0) > 0:
         d = tl.arange(0, BLOCK_DIM)
