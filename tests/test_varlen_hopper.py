@@ -171,7 +171,7 @@ def test_forward_tiles(number: int, config: ForwardConfig) -> None:
     batch = drawn(3 * FORWARD.index(config) + number, dims=(16,))
     if not config.separate_o:
         batch.leaves["v"] = batch.leaves["v"][..., :16].contiguous()
-    assert check(batch, number, share=0.0, forward=config)[:2] == ["prepared", "forward"]
+    assert [name for name in check(batch, number, share=0.0, forward=config) if name != "spread"][:2] == ["prepared", "forward"]
 
 
 KEYS = [DkdvConfig(2, 2, dq_warpgroup=True, unroll=2), DkdvConfig(2, 2, red_dq=True), DkdvConfig(2, 2, kv_stages=2), DkdvConfig(1, 1)]
