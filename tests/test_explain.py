@@ -25,8 +25,9 @@ from triflash.explanation import Explanation, human
 from triflash.plan import layout, overlay
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import KNOWN_DEVICES, NAMED_DEVICES, DeviceFacts, facts_of, interpreting, triton_version
+from triflash.plan.kernels.portable import problem_of
 from triflash.plan.override import override_configs
-from triflash.plan.select import BACKENDS, plan_backward, plan_forward, problem_of, why_not
+from triflash.plan.select import BACKENDS, plan_backward, plan_forward, why_not
 from triflash.spec import Needs
 from unlaunched import check_bytes, unlaunched
 

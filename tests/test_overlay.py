@@ -18,9 +18,10 @@ from test_structure import run_python
 from triflash.plan import overlay, tables
 from triflash.plan.configs import Problem, TileConfig, with_wide_bias
 from triflash.plan.device import KNOWN_DEVICES, triton_version
+from triflash.plan.kernels.portable import config_of, problem_of
 from triflash.plan.overlay import Entry, load, tuned, write
 from triflash.plan.override import override_configs
-from triflash.plan.select import config_of, current_choices, plan_backward, plan_forward, problem_of
+from triflash.plan.select import current_choices, plan_backward, plan_forward
 from triflash.spec import Needs
 
 HERE = dataclasses.replace(KNOWN_DEVICES["sm90"], name="NVIDIA H200")

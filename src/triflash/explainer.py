@@ -33,6 +33,7 @@ from .plan.configs import TileConfig, shared_memory
 from .plan.device import KNOWN_DEVICES, NAMED_DEVICES, DeviceFacts, facts_of, interpreting, triton_problem, triton_version
 from .plan.kernels import few
 from .plan.kernels.few import FewConfig
+from .plan.kernels.portable import config_of, problem_of
 from .plan.kernels.shared import HopperConfig
 from .plan.kernels.short import ShortConfig
 from .plan.override import KERNELS
@@ -41,11 +42,9 @@ from .plan.select import (
     Plan,
     Step,
     backend,
-    config_of,
     current_choices,
     plan_backward,
     plan_forward,
-    problem_of,
     why_not,
 )
 from .plan.steps import IN_PYTORCH

@@ -19,7 +19,8 @@ from triflash.launch.triton import backward_calls, forward_calls, scratch
 from triflash.plan import tables
 from triflash.plan.configs import MAX_HEAD_DIM
 from triflash.plan.device import KNOWN_DEVICES
-from triflash.plan.select import Plan, plan_backward, plan_forward, problem_of
+from triflash.plan.kernels.portable import problem_of
+from triflash.plan.select import Plan, plan_backward, plan_forward
 from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Saved, spec_of
 
 ARCHITECTURES = ("sm80", "sm86", "sm90", "sm100", "gfx942")

@@ -41,11 +41,12 @@ from triflash.launch.calls import Call
 from triflash.launch.hopper_dbias import dbias_call
 from triflash.launch.hopper_dq import dq_call
 from triflash.plan.configs import padded
-from triflash.plan.hopper import FLAGS, reads_small_lse
+from triflash.plan.hopper import reads_small_lse
 from triflash.plan.kernels import dbias as dbias_plan
 from triflash.plan.kernels import dq as dq_plan
 from triflash.plan.kernels.dbias import DbiasConfig
 from triflash.plan.kernels.dq import DqConfig
+from triflash.plan.kernels.rowwise import FLAGS
 from triflash.plan.steps import Step
 from triflash.spec import spec_of
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..kernels.triton import append as kernels
-from ..plan.cache import APPEND
-from ..plan.steps import ceil_div
+from ..plan.kernels.append import CONFIG, programs
 from ..spec_cache import CacheOperands, CacheSpec
 from .calls import Call
 
@@ -20,7 +19,7 @@ def append_calls(spec: CacheSpec, x: CacheOperands, k_new: Tensor, v_new: Tensor
     rows = k_new.shape[0] if spec.packed_new else k_new.shape[0] * k_new.shape[1]
     if 0 in (rows, heads, slots, spec.capacity, spec.requests):
         return []
-    constants = {"BLOCK": APPEND.block_m, "D": D, "DV": v.shape[3], "ROUNDS": spec.requests.bit_length() if spec.packed_new else 0}
+    constants = {"BLOCK": CONFIG.block_m, "D": D, "DV": v.shape[3], "ROUNDS": spec.requests.bit_length() if spec.packed_new else 0}
     scales = [stride for own in (x.k_scale, x.v_scale) for stride in _shared(own)]
     args = (
         k, v, k_new, v_new, x.cache_lengths, x.page_table, x.cache_index, x.offsets_new, x.k_scale, x.v_scale,
@@ -29,7 +28,7 @@ def append_calls(spec: CacheSpec, x: CacheOperands, k_new: Tensor, v_new: Tensor
         rows, k_new.shape[1] if k_new.dim() == 4 else 1, spec.requests, slots, size,
         0 if x.page_table is None else x.page_table.shape[1], heads,
     )  # fmt: skip
-    return [Call(kernels.append, args, constants, APPEND, ceil_div(rows, APPEND.block_m) * heads)]
+    return [Call(kernels.append, args, constants, CONFIG, programs(rows, heads))]
 
 
 def _four(x: Tensor) -> tuple[int, ...]:

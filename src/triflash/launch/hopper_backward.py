@@ -15,7 +15,8 @@ from ..kernels.hopper import postprocess, preprocess
 from ..kernels.triton.features import Features
 from ..plan import layout
 from ..plan.configs import padded
-from ..plan.hopper import ROWWISE, flags_small_lse, reads_small_lse
+from ..plan.hopper import flags_small_lse, reads_small_lse
+from ..plan.kernels import rowwise
 from ..plan.kernels.dbias import DbiasConfig
 from ..plan.kernels.dkdv import DkdvConfig, dims, key_tiles, l2_order, sums_by_mma
 from ..plan.kernels.dq import DqConfig
@@ -172,7 +173,7 @@ def new_stats(room: Room, spec: AttentionSpec, rest: bool) -> Tensor:
 
 def new_dq_sum(room: Room, spec: AttentionSpec) -> Tensor:
     """Room for the float32 sum of dq, (batch, head, query, dim): whole blocks of queries, whole groups of 8 columns."""
-    length = stats_length(spec) if spec.packed is not None else -(-spec.queries // ROWWISE.block_m) * ROWWISE.block_m
+    length = stats_length(spec) if spec.packed is not None else -(-spec.queries // rowwise.CONFIG.block_m) * rowwise.CONFIG.block_m
     return room.new("float32 sum of dq", (spec.batch, spec.heads, length, -(-spec.head_dim // 8) * 8), torch.float32)
 
 
@@ -197,7 +198,7 @@ def preprocess_call(
     )
     row = 8 if dq_sum is None else dq_sum.shape[3]
     constants = {
-        "BM": ROWWISE.block_m,
+        "BM": rowwise.CONFIG.block_m,
         "DV": spec.value_dim,
         "BDV": padded(spec.value_dim),
         "ROW": row,
@@ -206,15 +207,19 @@ def preprocess_call(
         "WIDE": True,
         "PARTS": parts,
     }
-    rows = stats.shape[2] // ROWWISE.block_m if entries is None else entries.shape[0] * parts
-    return Call(preprocess.preprocess, args, constants, ROWWISE, stats.shape[0] * rows)
+    return Call(preprocess.preprocess, args, constants, rowwise.CONFIG, rowwise.preprocess_step(spec, _queries_of_a_tile(t)).programs)
 
 
 def _parts_of(t: Tables | None) -> tuple[Tensor | None, int]:
-    """The table of tiles of packed queries, and of how many parts of ROWWISE a tile is."""
+    """The table of tiles of packed queries, and of how many parts of rowwise.CONFIG a tile is."""
     if t is None:
         return None, 1
-    return t.of["queries"].table, t.of["queries"].rows // ROWWISE.block_m
+    return t.of["queries"].table, _queries_of_a_tile(t) // rowwise.CONFIG.block_m
+
+
+def _queries_of_a_tile(t: Tables | None) -> int:
+    """In the table of tiles of packed queries; of others a part."""
+    return rowwise.CONFIG.block_m if t is None else t.of["queries"].rows
 
 
 def new_head_parts(room: Room, spec: AttentionSpec, step: Step) -> HeadParts:
@@ -237,8 +242,8 @@ def dkdv_sum_call(spec: AttentionSpec, step: Step, parts: HeadParts, dk: Tensor 
     strides = (None if grad is None else grad.stride()[:3] for grad in (dk, dv))
     args = (*parts, dk, dv, *strides, spec.kv_heads, spec.keys, length, step.splits)
     head, value = dims(spec)
-    constants = {"BM": ROWWISE.block_m, "D": spec.head_dim, "DV": spec.value_dim, "BD": head, "BDV": value, "WIDE": True}
-    return Call(postprocess.dkdv_sum, args, constants, ROWWISE, step.programs)
+    constants = {"BM": rowwise.CONFIG.block_m, "D": spec.head_dim, "DV": spec.value_dim, "BD": head, "BDV": value, "WIDE": True}
+    return Call(postprocess.dkdv_sum, args, constants, rowwise.CONFIG, step.programs)
 
 
 def adds_by_red(plan: Plan) -> bool:
@@ -252,9 +257,8 @@ def postprocess_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor, red_dq: bo
     entries, parts = _parts_of(t)
     args = (dq_sum, dq, entries, dq.stride()[:3], spec.heads, spec.queries, spec.scale * rescale(spec.dropout), dq_sum.shape[2])
     dims = {"D": spec.head_dim, "BD": padded(spec.head_dim), "ROW": dq_sum.shape[3]}
-    constants = {"BM": ROWWISE.block_m, **dims, "RED_DQ": red_dq, "WIDE": True, "PARTS": parts}
-    rows = -(-spec.queries // ROWWISE.block_m) if entries is None else entries.shape[0] * parts
-    return Call(postprocess.postprocess, args, constants, ROWWISE, spec.batch * spec.heads * rows)
+    constants = {"BM": rowwise.CONFIG.block_m, **dims, "RED_DQ": red_dq, "WIDE": True, "PARTS": parts}
+    return Call(postprocess.postprocess, args, constants, rowwise.CONFIG, rowwise.postprocess_step(spec, _queries_of_a_tile(t)).programs)
 
 
 def dkdv_call(

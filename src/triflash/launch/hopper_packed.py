@@ -13,8 +13,8 @@ from torch import Tensor
 from ..kernels.hopper import listed as listed_kernels
 from ..kernels.hopper.extent import ENTRY
 from ..plan.configs import padded
-from ..plan.hopper_packed import cached_rows, packed_of, rows_of, spread_length, spread_steps
-from ..plan.packed import ROWS_A_PROGRAM
+from ..plan.kernels.listed import cached_rows, rows_of, spread_length, spread_steps
+from ..plan.kernels.packed import ROWS_A_PROGRAM, packed_of
 from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, Operands, Saved
 from .calls import Call

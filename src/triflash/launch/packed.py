@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.triton import packed as packed_kernels
 from ..kernels.triton.features import Features
 from ..plan.configs import padded
-from ..plan.packed import ROWS_A_PROGRAM, most_tiles
+from ..plan.kernels.packed import ROWS_A_PROGRAM, most_tiles
 from ..plan.steps import SUM_BLOCK, Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from .calls import Call, bias_strides

@@ -7,21 +7,20 @@ import functools
 from ..errors import unsupported
 from ..spec_cache import CacheSpec
 from . import override
-from .configs import MAX_HEAD_DIM, TileConfig
+from .configs import MAX_HEAD_DIM
 from .device import DeviceFacts, triton_problem
-from .kernels import few
+from .kernels import append, few
 from .select import check_backend
-from .steps import Plan, Step, ceil_div
+from .steps import IN_PYTORCH, Plan, Step
 
-__all__ = ["APPEND", "plan_cache", "split_words", "why_not_cache"]
+__all__ = ["plan_cache", "split_words", "why_not_cache"]
 
-APPEND = TileConfig(16, 16, 4, 1)  # of the kernel that writes new rows: block_m of one key head a program
 _E4M3 = 89  # the first sm whose Triton has it
 
 
 def why_not_cache(name: str, spec: CacheSpec, device: DeviceFacts) -> tuple[str, str] | None:
     """None if the backend can run such a call on the device, else (what it cannot, what does work)."""
-    if name in ("tiled", "oracle"):
+    if name in IN_PYTORCH:
         return None
     if name == "hopper":
         return "KV caches", "use backend('triton'), which splits keys on every GPU"
@@ -58,18 +57,10 @@ def _plan(spec: CacheSpec, device: DeviceFacts, requested: str, by_hand: tuple[t
         name = "tiled" if device.arch in ("cpu", "interpreter") or why_not_cache("triton", spec, device) else "triton"
     elif reason := why_not_cache(requested, spec, device):
         raise unsupported(reason[0], requested, reason[1])
-    appends = () if spec.new is None else (append_step(spec, name),)
     if name == "triton":
+        appends = () if spec.new is None else (append.step(spec),)
         return Plan(name, (*appends, *few.cache_steps(spec, device, dict(by_hand))))
-    return Plan(name, (*appends, Step("forward")))
-
-
-def append_step(spec: CacheSpec, backend: str) -> Step:
-    """The step that writes new keys and values."""
-    if backend in ("tiled", "oracle"):
-        return Step("append")
-    rows = (spec.new or 0) * (1 if spec.packed_new else spec.requests)
-    return Step("append", APPEND, ceil_div(rows, APPEND.block_m) * spec.kv_heads)
+    return Plan(name, (*(() if spec.new is None else (Step("append"),)), Step("forward")))
 
 
 def split_words(plan: Plan, spec: CacheSpec, device: DeviceFacts) -> str:

@@ -1,6 +1,6 @@
 """Tile configurations: what a row may hold, how much shared memory it takes, and the analytic default where nothing was measured.
 
-Called by ``select.py`` and the rooms of kernels.
+Called by the rooms of kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ __all__ = [
     "MAX_FORWARD_HEAD_DIM",
     "MAX_HEAD_DIM",
     "Problem",
-    "TableConfig",
     "TileConfig",
     "default_config",
     "misread",
@@ -47,14 +46,6 @@ class TileConfig:
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n} w{self.num_warps} s{self.num_stages}"
-
-
-@dataclass(frozen=True)
-class TableConfig(TileConfig):
-    """Of a kernel that lists the tiles of others: these may have any number of queries and keys."""
-
-    def __post_init__(self) -> None:
-        pass
 
 
 @dataclass(frozen=True)

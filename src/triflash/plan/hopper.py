@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..spec import AttentionSpec, Needs
 from . import hopper_packed
-from .configs import MAX_HEAD_DIM, TileConfig
+from .choices import Choices
+from .configs import MAX_HEAD_DIM
 from .device import DeviceFacts
-from .hopper_packed import ROWWISE
-from .kernels import dbias, dkdv, dq, few, forward, short
-from .kernels.shared import HopperConfig, is_banded, stats_length
+from .kernels import dbias, dkdv, dq, few, forward, rowwise, short
+from .kernels.shared import HopperConfig, is_banded
 from .packed import dbias_steps
-from .steps import Step, broadcast_rows, ceil_div, sum_steps
+from .steps import Step, broadcast_rows, sum_steps
 
 __all__ = [
-    "FLAGS", "LARGEST_SOFTCAP", "ROWWISE", "adds_dq", "backward_steps", "flags_small_lse", "forward_steps", "reads_small_lse",
-    "reservation", "shared_memory", "source_of", "tile_first", "why_not", "why_not_backward",
+    "LARGEST_SOFTCAP", "adds_dq", "backward_steps", "flags_small_lse", "forward_steps", "reads_small_lse", "reservation",
+    "shared_memory", "source_of", "tile_first", "why_not", "why_not_backward",
 ]  # fmt: skip
 
-FLAGS = 512  # which preprocess sets if lse is small: kernels/hopper/preprocess.py says so
 SHORTEST = 64  # queries of a tile, most of which fewer leave empty; up to so many keys nobody measured them (H200, tuning.md)
 SPLIT_QUERIES = 256  # below, on few.MIN_KEYS keys and more, backend triton's kernels split keys over SMs
 SPARSE = 16  # queries of a packed sequence, in the mean; those of 34 were worth it
@@ -135,16 +134,15 @@ def _sum_of_keys(spec: AttentionSpec, needs: Needs) -> tuple[str, ...]:
     return (row[0],) if row is not None and getattr(needs, row[0]) else ()
 
 
-def backward_steps(
-    spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object], portable: Callable[[str], TileConfig]
-) -> tuple[Step, ...]:
-    """The kernels of a backward pass, in order, for what ``why_not_backward`` allows. portable: configurations of portable kernels."""
+def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, choices: Choices) -> tuple[Step, ...]:
+    """The kernels of a backward pass, in order, for what ``why_not_backward`` allows."""
+    by_hand = dict(choices.by_hand)
     if spec.packed is not None:
         alike = hopper_packed.like(spec)
         given = replace(needs, dbias=False)
         adding = adds_dq(alike, given, device.shared_memory, isinstance(by_hand.get("dqdkdv"), HopperConfig))
         packed_steps = hopper_packed.backward_steps(spec, needs, device, by_hand, adding)
-        return (*packed_steps, *dbias_steps(spec, portable("dbias"), device.sms)) if needs.dbias else packed_steps
+        return (*packed_steps, *dbias_steps(spec, device, choices)) if needs.dbias else packed_steps
     own, needed = _in_order(spec, needs)
     steps = _backward_steps(own, needed, device, by_hand)
     if spec.alibi:
@@ -162,10 +160,9 @@ def _renamed(gives: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
-    pairs = spec.batch * spec.heads
     by_keys, by_queries = _sum_of_keys(spec, needs), needs.dbias and dq.owns_dbias(spec)
     adding = adds_dq(spec, needs, device.shared_memory, isinstance(by_hand.get("dqdkdv"), HopperConfig))
-    steps = [Step("preprocess", ROWWISE, pairs * stats_length(spec) // ROWWISE.block_m)]
+    steps = [rowwise.preprocess_step(spec)]
     wanted = (("dk", needs.dk), ("dv", needs.dv), ("dq", adding))
     if gives := (*(name for name, need in wanted if need), *by_keys):
         own = dkdv.step(spec, device, by_hand, gives)
@@ -173,12 +170,11 @@ def _backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_h
         assert isinstance(own.config, dkdv.DkdvConfig)
         summed = tuple(name for name in ("dk", "dv") if name in gives)
         if own.config.head_splits > 1 and summed:  # sums for a bias alone keep the heads apart anyway
-            programs = spec.batch * spec.kv_heads * ceil_div(spec.keys, ROWWISE.block_m)
-            steps.append(Step("dkdv_sum", ROWWISE, programs, splits=own.config.head_splits, gives=summed))
+            steps.append(rowwise.dkdv_sum_step(spec, own.config.head_splits, summed))
     if (needs.dq and not adding) or by_queries:
         steps.append(dq.step(spec, device, by_hand, ("dq",) * needs.dq + ("dbias",) * by_queries))
     if adding:
-        steps.append(Step("postprocess", ROWWISE, pairs * ceil_div(spec.queries, ROWWISE.block_m), gives=("dq",)))
+        steps.append(rowwise.postprocess_step(spec))
     if needs.dbias and dbias.owns_dbias(spec):
         steps += dbias.steps(spec, device, by_hand)
     row = dkdv.row_of_keys(spec)

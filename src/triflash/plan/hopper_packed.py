@@ -10,29 +10,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import ceil
 
-from ..spec import AttentionSpec, Needs, Packed
-from .configs import TableConfig, TileConfig, padded
+from ..spec import AttentionSpec, Needs
+from .configs import padded
 from .device import DeviceFacts
-from .kernels import dkdv, dq, forward
-from .kernels.shared import L2_GROUP_BYTES, ROWS, STATS_MULTIPLE, is_banded, is_light
-from .packed import ROWS_A_PROGRAM, most_tiles
-from .steps import Step, ceil_div
+from .kernels import dkdv, dq, forward, rowwise
+from .kernels.listed import prepared_step, spread_steps, table_steps
+from .kernels.packed import most_tiles, packed_of, unowned_step
+from .kernels.shared import ROWS, is_banded, is_light
+from .steps import Step
 
-__all__ = [
-    "ROWWISE", "backward_steps", "cached_rows", "forward_steps", "like", "packed_of", "rows_of", "spread_length", "spread_steps", "why_not",
-]  # fmt: skip
+__all__ = ["backward_steps", "forward_steps", "like", "why_not"]
 
-ROWWISE = TileConfig(ROWS, 16, 4, 1)  # of preprocess, postprocess and dkdv_sum: 64 rows a program, no tiles of scores
 TALL = 2 * ROWS  # queries of a tile in the table, where no kernel that owns them says otherwise
 NARROW_STRETCH, WIDE_STRETCH = 0.8, 4.5  # of mean lengths: see _forward_config
-LISTED_AT_ONCE = 1024  # tiles of a table that one program makes, and sequences, as kernels/hopper/listed.py has it
 MOST_ROWS = 2**29  # of a tensor: what the coordinates of ragged descriptors leave
-
-
-def packed_of(spec: AttentionSpec) -> Packed:
-    """What there is of them in a spec that has some."""
-    assert spec.packed is not None
-    return spec.packed
 
 
 def like(spec: AttentionSpec, stretch: float = 1.0) -> AttentionSpec:
@@ -60,63 +51,6 @@ def why_not(spec: AttentionSpec) -> tuple[str, str] | None:
     if spec.heads * most_tiles(max(spec.queries, spec.keys), packed.sequences, 64) >= 2**31:
         return "so many tiles of packed sequences", "use backend('triton')"
     return None
-
-
-def table_steps(spec: AttentionSpec, block_m: int | None, block_n: int | None) -> list[Step]:
-    """A table of the sequences, and tables of their tiles of so many queries, of so many keys; None: of none."""
-    config = TableConfig(block_m or 16, block_n or 16, 4, 1)
-    steps = [Step("extents", config)]
-    names = [name for name, block in (("queries", block_m), ("keys", block_n)) if block is not None]
-    for kernel in ("listed", "ordered"):
-        steps += [Step(kernel, config, ceil_div(rows_of(config, spec, name)[1], ROWS_A_PROGRAM), gives=(name,)) for name in names]
-    return steps
-
-
-def spread_steps(spec: AttentionSpec) -> list[Step]:
-    """A bias and a mask over packed keys, each laid out so that TMA can load a sequence's part."""
-    if spec.packed is None:
-        return []
-    packed, steps = packed_of(spec), []
-    for name, own, layout in (("bias", spec.bias, packed.bias_layout), ("mask", spec.mask, packed.mask_layout)):
-        if own is not None and own.varies[4] and layout == "keys":
-            programs = ceil_div(spec.keys, ROWS_A_PROGRAM) * (spec.heads if own.varies[2] else 1)
-            steps.append(Step("spread", TileConfig(ROWS_A_PROGRAM, 16, 4, 1), programs, gives=(name,)))
-    return steps
-
-
-def spread_length(spec: AttentionSpec) -> int:
-    """How long a head's bias over packed keys is where each sequence's begins at a multiple of that of statistics."""
-    return (ceil_div(spec.keys, STATS_MULTIPLE) + packed_of(spec).sequences) * STATS_MULTIPLE
-
-
-def rows_of(config: TileConfig, spec: AttentionSpec, name: str) -> tuple[int, int]:
-    """(rows of a tile, most tiles but 1 at least) of a table."""
-    rows, block = (spec.queries, config.block_m) if name == "queries" else (spec.keys, config.block_n)
-    return block, max(most_tiles(rows, packed_of(spec).sequences, block), 1)
-
-
-def _prepared_step(spec: AttentionSpec, block_m: int | None, block_n: int | None, gives: tuple[str, ...]) -> Step | None:
-    """One kernel instead of ``table_steps`` and, where rows belong to no sequence, for the zeros in what it ``gives``; None: tiles are too
-    many for one program.
-    """
-    config = TableConfig(block_m or 16, block_n or 16, 8, 1)
-    names = tuple(name for name, block in (("queries", block_m), ("keys", block_n)) if block is not None)
-    if packed_of(spec).sequences > LISTED_AT_ONCE or any(rows_of(config, spec, name)[1] > LISTED_AT_ONCE for name in names):
-        return None
-    of_queries, of_keys = {"out", "dq"} & {*gives}, {"dk", "dv"} & {*gives}
-    clearing = sum(ceil_div(rows, ROWS_A_PROGRAM) for rows, some in ((spec.queries, of_queries), (spec.keys, of_keys)) if some)
-    return Step("prepared", config, 1 + clearing, gives=(*names, *gives))
-
-
-def cached_rows(spec: AttentionSpec, name: str) -> int:
-    """How many rows of what tiles of queries, or of keys, read may share the L2 cache, of a head: keys and values, or queries and dout."""
-    width = spec.head_dim + spec.value_dim if name == "queries" else spec.groups * (spec.head_dim + spec.value_dim)
-    return max(1, L2_GROUP_BYTES // (2 * width))
-
-
-def unowned_step(length: int, gives: tuple[str, ...]) -> Step:
-    """Zeros in the rows that belong to no sequence."""
-    return Step("unowned", TileConfig(ROWS_A_PROGRAM, 16, 4, 1), ceil_div(length, ROWS_A_PROGRAM), gives=gives)
 
 
 def _widest(spec: AttentionSpec) -> int:
@@ -150,7 +84,7 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str
     tiles = max(most_tiles(spec.queries, packed_of(spec).sequences, config.block_m), 1) * spec.heads
     programs = min(tiles, device.sms * config.ctas_per_sm) if config.persistent else tiles
     own = Step("forward", config, programs)
-    if prepared := _prepared_step(spec, config.block_m, None, ("out", "lse")):
+    if prepared := prepared_step(spec, config.block_m, None, ("out", "lse")):
         return (prepared, *spread_steps(spec), own)
     steps = (*table_steps(spec, config.block_m, None), *spread_steps(spec))
     return (*steps, own, unowned_step(spec.queries, ("out", "lse")))
@@ -178,7 +112,6 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         programs = min(tiles, device.sms * chosen.ctas_per_sm) if chosen.persistent else tiles
         queries = replace(own, config=chosen, programs=programs, order="tile")
     block_m = TALL if queries is None else queries.config.block_m  # type: ignore[union-attr]
-    parts = max(most_tiles(spec.queries, sequences, block_m), 1) * (block_m // ROWS) * spec.heads
     if spec.alibi:
         forward_keys = _forward_config(spec, device, by_hand).block_n
         keys, queries = (None if step is None else replace(step, forward_keys=forward_keys) for step in (keys, queries))
@@ -187,13 +120,13 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     if keys is not None or queries is not None:
         block_n = None if keys is None else keys.config.block_n  # type: ignore[union-attr]
         cleared = tuple(name for name, need in (("dq", needs.dq), ("dk", needs.dk), ("dv", needs.dv)) if need)
-        prepared = _prepared_step(spec, block_m, block_n, cleared)
+        prepared = prepared_step(spec, block_m, block_n, cleared)
         steps = table_steps(spec, block_m, block_n) if prepared is None else [prepared]
         steps += spread_steps(spec)
     if needs.dsink or needs.dbias:  # by row, for those that read it so
-        steps.append(Step("delta", ROWWISE, ceil_div(spec.queries, ROWS) * spec.heads, gives=("dsink",) * needs.dsink))
+        steps.append(rowwise.delta_step(spec, needs.dsink))
     if keys is not None or queries is not None:
-        steps.append(Step("preprocess", ROWWISE, parts))
+        steps.append(rowwise.preprocess_step(spec, block_m))
     if keys is not None:
         steps.append(keys)
         given = tuple(name for name in ("dk", "dv") if name in keys.gives)
@@ -202,7 +135,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     if queries is not None:
         steps.append(queries)
     if adding:
-        steps.append(Step("postprocess", ROWWISE, parts, gives=("dq",)))
+        steps.append(rowwise.postprocess_step(spec, block_m))
     if needs.dq and prepared is None:
         steps.append(unowned_step(spec.queries, ("dq",)))
     return tuple(steps)

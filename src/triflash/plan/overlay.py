@@ -1,4 +1,4 @@
-"""Tuned configurations: a file that ``triflash tune`` wrote, read by ``select.py`` only if the user points to it.
+"""Tuned configurations: a file that ``triflash tune`` wrote, read by ``kernels/portable.py`` only if the user points to it.
 
 An entry holds for one GPU, one Triton version and one state of the kernels' source. Any other entry is ignored, with one warning a file.
 """

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..spec import AttentionSpec, BiasSpec
+from ..spec import UNSET, AttentionSpec, BiasSpec
+from ..spec_cache import CacheSpec
 from .configs import TileConfig
 from .kernels.shared import SMALLEST_BLOCK, HopperConfig
 
-__all__ = ["IN_PYTORCH", "SUM_BLOCK", "Plan", "Step", "broadcast_rows", "ceil_div", "dbias_source", "sum_steps"]
+__all__ = ["IN_PYTORCH", "SUM_BLOCK", "Plan", "Step", "asked_products", "broadcast_rows", "ceil_div", "dbias_source", "sum_steps"]
 
 IN_PYTORCH = ("tiled", "oracle")  # backends that launch no kernels of ours
 SUM_BLOCK = 1024  # elements of dbias that one program of dbias_sum adds up
@@ -52,6 +53,11 @@ class Plan:
 def ceil_div(a: int, b: int) -> int:
     """The least integer that is not below a / b."""
     return -(-a // b)
+
+
+def asked_products(spec: AttentionSpec | CacheSpec) -> str:
+    """How float32 elements are multiplied as the caller asks; where nobody does by FMA units, ``"ieee"``."""
+    return "ieee" if spec.dtype != "fp32" or spec.precision == UNSET else spec.precision
 
 
 def dbias_source(spec: AttentionSpec, bias: BiasSpec) -> str:

@@ -1,4 +1,4 @@
-"""Measured configurations: the rows that beat the analytic default, and where they did. Read by ``select.py``.
+"""Measured configurations: the rows that beat the analytic default, and where they did. Read by ``kernels/portable.py``.
 
 A row says on what it was measured and against what. Anything without a row gets ``configs.default_config``.
 """

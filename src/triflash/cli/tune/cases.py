@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ...plan.configs import Problem, TileConfig
 from ...plan.device import DeviceFacts
+from ...plan.kernels.portable import problem_of
 from ...plan.layout import BIAS_STRIDE
 from ...plan.overlay import TUNABLE, tuned
 from ...plan.override import override_configs
-from ...plan.select import Plan, plan_backward, plan_forward, problem_of
+from ...plan.select import Plan, plan_backward, plan_forward
 from ...spec import DTYPE_NAMES, AttentionSpec, Needs, spec_of
 from ..shorthand import bias_shape
 

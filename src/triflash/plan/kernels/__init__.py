@@ -1,3 +1,5 @@
-"""A room for each of Hopper's kernels: its configuration, what it supports, how it is chosen, shared memory, grid and order. Called by
-``plan/hopper.py`` and, for what a launch repeats of it, by ``launch/hopper*.py``. Pure.
+"""A room for each kernel, or for kernels that share them: configuration, what it supports, how it is chosen, shared memory, grid and order.
+
+Called by the passes (``plan/triton.py``, ``packed.py``, ``hopper.py``, ``hopper_packed.py``, ``cache.py``) and, for what a launch
+repeats of it, by ``launch/``. Pure.
 """

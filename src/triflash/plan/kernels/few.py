@@ -1,5 +1,5 @@
 """The kernel for few queries on many keys (``kernels/triton/few.py``): its configuration, what it can do, when it is taken, and into how
-many parts keys are cut. Called by ``plan/select.py``, ``plan/cache.py`` and ``launch/few.py``. Pure.
+many parts keys are cut. Called by ``plan/triton.py``, ``plan/cache.py`` and ``launch/few.py``. Pure.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ...errors import bad_value
-from ...spec import UNSET, AttentionSpec
+from ...spec import AttentionSpec
 from ...spec_cache import CacheSpec
 from ..configs import MAX_HEAD_DIM, TileConfig, padded
 from ..device import DeviceFacts
-from ..steps import Step, ceil_div
+from ..steps import Step, asked_products, ceil_div
 
 __all__ = [
-    "COMBINE", "KERNELS", "MAX_QUERIES", "FewConfig", "Shape", "backward_steps", "cache_shape_of", "cache_steps", "choose",
-    "choose_backward", "dq_splits", "dq_steps", "forward_steps", "least_blocks", "least_cache_blocks", "products_of", "runs",
-    "runs_backward", "shape_of", "splits_of", "takes", "takes_backward", "why", "why_cache", "why_not",
+    "COMBINE", "KERNELS", "MIN_KEYS", "FewConfig", "Shape", "backward_steps", "cache_shape_of", "cache_steps", "choose",
+    "choose_backward", "dq_splits", "forward_steps", "has_few_queries", "least_blocks", "least_cache_blocks", "runs", "runs_backward",
+    "shape_of", "splits_of", "sum_steps", "takes", "takes_backward", "why", "why_cache", "why_not",
 ]  # fmt: skip
 
 KERNELS = ("few_forward", "few_backward")
@@ -80,11 +80,6 @@ def shape_of(spec: AttentionSpec) -> Shape:
     )
 
 
-def products_of(spec: AttentionSpec | CacheSpec) -> str:
-    """How float32 elements are multiplied: where nobody chose by FMA units, since three TF32 products were not judged here."""
-    return "ieee" if spec.dtype != "fp32" or spec.precision == UNSET else spec.precision
-
-
 def why_not(spec: AttentionSpec) -> tuple[str, str] | None:
     """None if the kernel can run a spec that backend ``triton`` can, else (what it cannot do, the nearest thing that works)."""
     if spec.packed is not None:
@@ -103,6 +98,11 @@ def runs(spec: AttentionSpec) -> bool:
     return not spec.is_empty and why_not(spec) is None
 
 
+def has_few_queries(spec: AttentionSpec) -> bool:
+    """Whether a spec that the kernel can run is what it is made for, whether or not it is taken."""
+    return spec.queries <= MAX_QUERIES and spec.keys >= MIN_KEYS and runs(spec)
+
+
 def takes(spec: AttentionSpec, device: DeviceFacts, tile: TileConfig) -> bool:
     """Whether ``attention`` takes the kernel by itself: where the forward kernel, with its ``tile``, would leave SMs without work.
 
@@ -110,9 +110,7 @@ def takes(spec: AttentionSpec, device: DeviceFacts, tile: TileConfig) -> bool:
     of a key head it is also taken for grouped heads, each of which would read the same keys, and in 16 bits wherever it was measured: with
     128 tiles for 132 SMs it took a third to a half of the forward kernel's time, most of whose tile is padding.
     """
-    if not device.arch.startswith(("sm", "gfx")) or not runs(spec):
-        return False
-    if spec.queries > MAX_QUERIES or spec.keys < MIN_KEYS:
+    if not device.arch.startswith(("sm", "gfx")) or not has_few_queries(spec):
         return False
     programs = ceil_div(spec.queries, tile.block_m) * spec.heads * spec.batch
     one_tile = spec.queries * spec.groups <= 64
@@ -189,14 +187,20 @@ def least_blocks(config: FewConfig) -> int:
     return 1 if config.splits else max(1, LEAST_KEYS // config.block_n)
 
 
-def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
-    """The kernels of a forward pass."""
+def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object], tile: TileConfig) -> tuple[Step, ...]:
+    """The kernels of a forward pass, which the forward kernel would run with ``tile``; none where it is to: with a configuration chosen by
+    hand they run wherever they can.
+
+    Three TF32 products were not judged here, so that they are nobody's default.
+    """
     chosen = by_hand.get("few_forward")
+    if not (takes(spec, device, tile) if chosen is None else runs(spec)):
+        return ()
     shape = shape_of(spec)
     config = chosen if isinstance(chosen, FewConfig) else choose(shape, device)
     splits = splits_of(shape, config, device.sms)
     programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
-    steps = [Step("few_forward", config, programs, splits=splits)]
+    steps = [Step("few_forward", config, programs, splits=splits, precision=asked_products(spec))]
     if splits > 1:
         steps.append(Step("combine", COMBINE, spec.batch * spec.heads * spec.queries, splits=splits, gives=("out", "lse")))
     return tuple(steps)
@@ -231,9 +235,11 @@ def choose_backward(shape: Shape, device: DeviceFacts) -> FewConfig:
 
 
 def backward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object], gives: tuple[str, ...]) -> tuple[Step, ...]:
-    """The kernels that give these gradients; the statistics are there."""
-    shape = shape_of(spec)
+    """The kernels that give these gradients, where the statistics are there; none where others are to, as of the forward pass."""
     chosen = by_hand.get("few_backward")
+    if not gives or not (takes_backward(spec, device) if chosen is None else runs_backward(spec)):
+        return ()
+    shape = shape_of(spec)
     config = chosen if isinstance(chosen, FewConfig) else choose_backward(shape, device)
     if config.block_m < shape.rows:
         raise bad_value("few_backward", f"block_m of {shape.rows} rows at least (queries times grouped heads)", config.block_m)
@@ -243,10 +249,14 @@ def backward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[st
             "few_backward", "two stages, blocks of 32 keys, or tiles of 32 rows", config, "its products read beyond shared memory"
         )
     splits = min(splits_of(shape, config, device.sms), ceil_div(spec.keys, config.block_n))
-    steps = [Step("few_backward", config, shape.pairs * splits, splits=splits, gives=gives)]
-    if splits > 1 and "dq" in gives:
-        steps.append(Step("sum_rows", COMBINE, spec.batch * spec.heads * spec.queries, splits=splits, gives=("dq",)))
-    return tuple(steps)
+    step = Step("few_backward", config, shape.pairs * splits, splits=splits, gives=gives, precision=asked_products(spec))
+    return (step, *sum_steps(spec, splits)) if "dq" in gives else (step,)
+
+
+def sum_steps(spec: AttentionSpec, splits: int) -> tuple[Step, ...]:
+    """The sum of so many parts of dq, in the order of the keys; none of a single one."""
+    step = Step("sum_rows", COMBINE, spec.batch * spec.heads * spec.queries, splits=splits, gives=("dq",))
+    return (step,) if splits > 1 else ()
 
 
 def dq_splits(spec: AttentionSpec, device: DeviceFacts, config: TileConfig, programs: int) -> int:
@@ -259,14 +269,6 @@ def dq_splits(spec: AttentionSpec, device: DeviceFacts, config: TileConfig, prog
         return 1
     shape = replace(shape_of(spec), rows=spec.queries, pairs=spec.batch * spec.heads)
     return splits_of(shape, FewConfig(config.block_m, config.block_n, config.num_warps, config.num_stages), device.sms)
-
-
-def dq_steps(spec: AttentionSpec, config: TileConfig, programs: int, splits: int, gives: tuple[str, ...]) -> list[Step]:
-    """That kernel, and the sum of its parts in the order of the keys."""
-    steps = [Step("dq", config, programs * splits, splits=splits, gives=gives)]
-    if "dq" in gives:
-        steps.append(Step("sum_rows", COMBINE, spec.batch * spec.heads * spec.queries, splits=splits, gives=("dq",)))
-    return steps
 
 
 def cache_shape_of(spec: CacheSpec) -> Shape:
@@ -297,7 +299,7 @@ def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, obje
         if spec.lengths and not config.splits:
             splits = max(splits, min(MAX_SPLITS, ceil_div(spec.capacity, MOST_KEYS)))
     programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
-    steps = [Step("few_forward", config, programs, splits=splits, precision=products_of(spec))] if programs else []
+    steps = [Step("few_forward", config, programs, splits=splits, precision=asked_products(spec))] if programs else []
     if splits > 1 or spec.packed_queries or spec.split_size is not None:
         programs = spec.requests * spec.heads * spec.queries  # of packed queries at most: the launch knows their sum
         steps.append(Step("combine", COMBINE, programs, splits=splits, gives=("out", "lse")))

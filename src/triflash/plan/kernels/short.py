@@ -1,5 +1,5 @@
 """The kernels for short rows (``kernels/triton/short.py``), whose programs have all keys of a head: their configurations, what they can do,
-when they are taken, and their grids. Called by ``plan/select.py`` and ``launch/short.py``. Pure.
+when they are taken, and their grids. Called by ``plan/triton.py`` and ``launch/short.py``. Pure.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec, Needs
 from ..configs import MAX_HEAD_DIM, TileConfig, padded
 from ..device import DeviceFacts
-from ..steps import Step, broadcast_rows, ceil_div, sum_steps
+from ..steps import Step, asked_products, broadcast_rows, ceil_div, sum_steps
 
 __all__ = [
-    "KERNELS", "ShortConfig", "backward_steps", "bias_form", "choose", "choose_backward", "config_of_backward", "forward_step", "gives_of",
-    "pieces", "runs", "sum_of", "takes", "takes_backward", "why_not",
+    "KERNELS", "ShortConfig", "backward_steps", "bias_form", "choose", "choose_backward", "forward_steps", "pieces", "runs", "sum_of",
+    "takes", "takes_backward", "why_not",
 ]  # fmt: skip
 
 KERNELS = ("short_forward", "short_backward")
@@ -162,17 +162,19 @@ def pieces(keys: int, block_n: int) -> tuple[int, ...]:
     return tuple(found) if left <= 0 else ()
 
 
-def forward_step(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> Step:
-    """The kernel of a forward pass."""
+def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
+    """The kernel of a forward pass; none where others are to run: with a configuration chosen by hand it runs wherever it can."""
     chosen = by_hand.get("short_forward")
+    if not (takes(spec, device) if chosen is None else runs(spec)):
+        return ()
     config = chosen if isinstance(chosen, ShortConfig) else choose(spec, device)
     if not pieces(spec.keys, config.block_n):
         raise bad_value("short_forward", f"block_n that has {spec.keys} keys in three pieces", config.block_n)
     parts = ceil_div(ceil_div(spec.queries, config.block_m), max(1, config.rounds))
-    return Step("short_forward", config, parts * spec.heads * spec.batch)
+    return (Step("short_forward", config, parts * spec.heads * spec.batch, precision=asked_products(spec)),)
 
 
-def config_of_backward(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> ShortConfig:
+def _config_of_backward(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> ShortConfig:
     """By hand, else by rule."""
     chosen = by_hand.get("short_backward")
     config = chosen if isinstance(chosen, ShortConfig) else choose_backward(spec, device)
@@ -198,7 +200,7 @@ def bias_form(spec: AttentionSpec, bias: BiasSpec, config: ShortConfig) -> str:
     return "sum" if spec.queries <= config.block_m else ""
 
 
-def gives_of(spec: AttentionSpec, needs: Needs, config: ShortConfig) -> tuple[str, ...]:
+def _gives_of(spec: AttentionSpec, needs: Needs, config: ShortConfig) -> tuple[str, ...]:
     """The gradients that the backward kernel gives: of two biases a full one and one other, which it adds up in the same registers."""
     gives = [name for name in ("dq", "dk", "dv") if getattr(needs, name)]
     taken: set[bool] = set()
@@ -219,8 +221,16 @@ def _biases(spec: AttentionSpec) -> list[tuple[str, BiasSpec]]:
     return [(name, bias) for name, bias in (("dbias", spec.bias), ("dsecond", spec.second)) if bias is not None]
 
 
-def backward_steps(spec: AttentionSpec, device: DeviceFacts, config: ShortConfig, gives: tuple[str, ...], dsink: bool) -> tuple[Step, ...]:
-    """The backward kernel, and what adds up its partial sums of the gradient of a bias. dsink: it writes delta, from which that follows."""
+def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
+    """The backward kernel, and what adds up its partial sums of the gradient of a bias; it leaves those that it cannot sum up. None where
+    others are to run, as of the forward pass, or where it has nothing to give. For dsink it writes delta, from which that follows.
+    """
+    if not (runs(spec, True) if "short_backward" in by_hand else takes_backward(spec, device)):
+        return ()
+    config = _config_of_backward(spec, device, by_hand)
+    gives = _gives_of(spec, needs, config)
+    if not gives:
+        return ()
     sums: list[Step] = []
     own, looped = 1, spec.batch * spec.kv_heads  # pairs that programs own, or loop over
     summed = sum_of(spec, config, gives)
@@ -236,5 +246,5 @@ def backward_steps(spec: AttentionSpec, device: DeviceFacts, config: ShortConfig
         at_a_time = device.sms * (config.ctas_per_sm or 2)
         splits = ceil_div(looped, config.rounds) if config.rounds else min(looped, max(1, at_a_time // own))
         sums = sum_steps(spec, splits, bias, name)
-    gives = (*gives, "dsink") if dsink else gives
-    return Step("short_backward", config, own * splits, splits=splits, gives=gives), *sums
+    gives = (*gives, "dsink") if needs.dsink else gives
+    return Step("short_backward", config, own * splits, splits=splits, gives=gives, precision=asked_products(spec)), *sums
