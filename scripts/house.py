@@ -76,8 +76,8 @@ def graph() -> str:
 
     lines = ["```mermaid", "graph TD"]
     for own in sorted(arrows):
-        direct = sorted(target for target in arrows[own] if target not in reach(own, target))
-        lines += [f"    {label(own)} --> {label(target)}" for target in direct]
+        kept = sorted(target for target in arrows[own] if target not in reach(own, target))
+        lines += [f"    {label(own)} --> {label(target)}" for target in kept]
     return "\n".join([*lines, "```"])
 
 

@@ -67,7 +67,7 @@ class Problem:
     hi: int | None = None
     scale: float = 0.125
     hidden: bool = False  # a fifth of the bias is -inf
-    processors: int = 132  # what the plan is told: with few, a program works through many tiles
+    sms: int = 132  # what the plan is told: with few, a program works through many tiles
     config: ForwardConfig | None = None
     seed: int = 0
     softcap: float = 0.0
@@ -122,10 +122,10 @@ def starter(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | No
     spec = problem.spec(*tensors)
     x, saved = Operands(*tensors), Saved(results[0], results[1], results[2])  # type: ignore[arg-type]
     with override_configs(forward=problem.config) if problem.config else nullcontext():
-        plan = plan_forward(spec, replace(facts_of(tensors[0].device), sms=problem.processors), "hopper")
+        plan = plan_forward(spec, replace(facts_of(tensors[0].device), sms=problem.sms), "hopper")
     if not problem.gradients:
         return lambda: launch.run_forward(plan, spec, x, saved)
-    facts = replace(facts_of(tensors[0].device), sms=problem.processors)
+    facts = replace(facts_of(tensors[0].device), sms=problem.sms)
     adding = dkdv.choose(spec, facts.shared_memory, ("dq",)) if problem.gradients == "added" and max(problem.D, problem.Dv) <= 128 else None
     with override_configs(dqdkdv=adding) if adding else nullcontext():
         grads = Gradients(*results[3:])
@@ -244,7 +244,7 @@ def drawn(seed: int, worker: int, count: int, backward: bool = False) -> Iterato
         lo, hi = {"none": (None, None), "causal": (None, 0), "left": (middle, None), "right": (None, middle)}.get(
             band, (middle, middle + width)
         )
-        problem = Problem(**family, M=M, N=N, lo=lo, hi=hi, processors=chooser.choice((2, 5, 132)), seed=chooser.randint(0, 2**31))
+        problem = Problem(**family, M=M, N=N, lo=lo, hi=hi, sms=chooser.choice((2, 5, 132)), seed=chooser.randint(0, 2**31))
         if backward and (problem.bias is None or problem.bias[4] == "k"):  # a bias without a dim of keys has no Hopper backward pass
             problem = replace(problem, gradients="added" if (number // PER_FAMILY) % 2 else "own")
         yield problem
@@ -365,15 +365,15 @@ def run_random(
 
 SMALL = [
     Problem(1, 1, 4, 300, 300, 64, 64, hi=0),
-    Problem(2, 1, 8, 260, 200, 64, 64, processors=7),
-    Problem(1, 1, 4, 500, 500, 128, 128, hi=0, processors=5),
+    Problem(2, 1, 8, 260, 200, 64, 64, sms=7),
+    Problem(1, 1, 4, 500, 500, 128, 128, hi=0, sms=5),
     Problem(2, 1, 4, 200, 333, 128, 128, bias="11hqk"),
     Problem(2, 1, 4, 200, 333, 40, 40, dtype="fp16", bias="b111k", bias_dtype="fp32", hi=0),
-    Problem(1, 1, 3, 300, 200, 256, 256, processors=3),
-    Problem(1, 1, 16, 500, 500, 64, 64, hi=0, processors=5),
-    Problem(2, 1, 4, 400, 400, 64, 64, bias="11hqk", hi=0, processors=3),
-    Problem(2, 1, 4, 300, 300, 64, 64, hi=0, config=ForwardConfig(2, 64, 2, ping_pong=True), processors=4),
-    Problem(1, 1, 3, 400, 300, 64, 64, bias="11hqk", config=ForwardConfig(3, 64, 2, bias_stages=2, separate_o=False), processors=2),
+    Problem(1, 1, 3, 300, 200, 256, 256, sms=3),
+    Problem(1, 1, 16, 500, 500, 64, 64, hi=0, sms=5),
+    Problem(2, 1, 4, 400, 400, 64, 64, bias="11hqk", hi=0, sms=3),
+    Problem(2, 1, 4, 300, 300, 64, 64, hi=0, config=ForwardConfig(2, 64, 2, ping_pong=True), sms=4),
+    Problem(1, 1, 3, 400, 300, 64, 64, bias="11hqk", config=ForwardConfig(3, 64, 2, bias_stages=2, separate_o=False), sms=2),
 ]
 TOGETHER = 500  # launches between two looks at the result
 
@@ -420,7 +420,7 @@ def run_repeats(count: int, device: str = "cuda", backward: bool = False) -> int
 def run_tiny(device: str = "cuda", backward: bool = False) -> int:
     """A few problems of few tiles, for a tool that makes everything a hundred times slower."""
     bad = 0
-    for problem in (replace(problem, outer=1, H=2, M=130, N=100, processors=2) for problem in ours(backward)):
+    for problem in (replace(problem, outer=1, H=2, M=130, N=100, sms=2) for problem in ours(backward)):
         tensors = problem.tensors(torch.device(device))
         ratio, at = judge(problem, tensors, solve(problem, tensors))
         bad += ratio > 1

@@ -168,7 +168,7 @@ def is_unsupported(case: Case, backend: str, device: torch.device) -> bool:
     return backend == "triton" and (torch.float64 in dtypes or (on_interpreter and torch.bfloat16 in dtypes))
 
 
-def may_not_be_mild(case: Case, inputs: Inputs) -> bool:
-    """Whether Hopper's ``preprocess`` is asked if statistics are mild, and may say no."""
+def lse_may_be_large(case: Case, inputs: Inputs) -> bool:
+    """Whether Hopper's ``preprocess`` is asked if every lse is small, and may say no."""
     bias = inputs.operands().bias
     return max(case.D, case.Dv or 0) <= 128 and ((bias is not None and bias.dtype != torch.bool) or case.alibi is not None)

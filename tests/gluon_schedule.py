@@ -31,7 +31,7 @@ class Schedule:
     """
 
     def __init__(self, partitions: int) -> None:
-        self.turns = [threading.Semaphore(0) for _ in range(partitions)]
+        self.gates = [threading.Semaphore(0) for _ in range(partitions)]
         self.until: dict[int, Callable[[], bool] | None] = dict.fromkeys(range(partitions))  # what those wait for that have not ended
         self.idents: dict[int, int | None] = {}
         self.loads: list[tuple[int, Callable[[], None]]] = []
@@ -45,8 +45,8 @@ class Schedule:
             return
         self.until[me] = until
         if (chosen := self.chosen()) != me:
-            self.turns[chosen].release()
-            self.turns[me].acquire()
+            self.gates[chosen].release()
+            self.gates[me].acquire()
             if self.failure is not None:
                 raise Stopped
         self.until[me] = None
@@ -85,20 +85,20 @@ class Schedule:
         del self.until[me]
         if self.failure is None and failure is None and self.until:
             try:
-                self.turns[self.chosen()].release()
+                self.gates[self.chosen()].release()
             except BaseException as found:  # noqa: BLE001 - the kernel's failure, raised again by ``run``
                 failure = found
         if self.failure is None and failure is not None:
             self.failure = failure
             for number in self.until:
-                self.turns[number].release()
+                self.gates[number].release()
 
     def run(self, partitions: Sequence[Callable[[], None]]) -> None:
         """Carry all of them out; raises what the first that fails raises."""
 
         @torch.no_grad()
         def carry_out(me: int) -> None:
-            self.turns[me].acquire()
+            self.gates[me].acquire()
             failure = None
             try:
                 if self.failure is None:
@@ -113,7 +113,7 @@ class Schedule:
         for me, thread in enumerate(threads):
             thread.start()
             self.idents[me] = thread.ident
-        self.turns[self.chosen()].release()
+        self.gates[self.chosen()].release()
         for thread in threads:
             thread.join()
         if self.failure is not None:
@@ -146,7 +146,7 @@ class Barrier:
             self.phase, self.pending = self.phase + 1, self.count
 
     def arrive(self, count: int = 1, pred: Any = True) -> None:
-        assert not here.unfenced, "others would be told before what was stored can be seen by TMA and products"
+        assert not here.unfenced, "others would be told before what was stored can be seen by TMA and MMAs"
         if pred:
             step()
             self.change(count, 0)
@@ -161,15 +161,15 @@ class Barrier:
             step(lambda: self.phase & 1 != parity)
 
 
-class Processor:
-    """The numbered barriers of a processor, at which whole partitions arrive or wait."""
+class NamedBarriers:
+    """The numbered barriers of a program, at which whole partitions arrive or wait."""
 
     def __init__(self) -> None:
         self.arrived, self.phase = [0] * 16, [0] * 16
 
     def reach(self, number: int, threads: int, waits: bool) -> None:
         assert 5 <= number < 16, "Triton uses the others"
-        assert not here.unfenced, "others would be told before what was stored can be seen by TMA and products"
+        assert not here.unfenced, "others would be told before what was stored can be seen by TMA and MMAs"
         step()
         phase = self.phase[number]
         self.arrived[number] += here.threads

@@ -5,7 +5,7 @@ seed runs the same every time. What is asynchronous on the GPU happens here at o
 store reads its buffers when it is issued, so one that has not arrived is seen, or when it is waited for, so one that was released too early
 has other contents by then; a load lands some steps later, and until a product has been waited for its registers hold NaN. Barriers count
 arrivals and bytes like mbarriers. It is a failure (``Hang``) if every partition waits, no load is under way and so none can go on, and so is
-telling another partition of plain stores that no fence has made visible to TMA and products. What it cannot see is what a compiler does to
+telling another partition of plain stores that no fence has made visible to TMA and MMAs. What it cannot see is what a compiler does to
 the order of instructions (``aot/``), nor programs that run at the same time.
 """
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 import ptx_twin
-from gluon_schedule import KERNELS, Barrier, Processor, Schedule, here, step
+from gluon_schedule import KERNELS, Barrier, NamedBarriers, Schedule, here, step
 from gluon_values import Pointer, Scalar, larger, load, scalars, smaller, store, where, wrapped
 from triflash.bound import signature
 from triflash.dropout import philox2x32
@@ -165,7 +165,7 @@ def tma_store_wait(pendings: int) -> None:
         here.stores.pop(0)()
 
 
-class Product:
+class Mma:
     """A product under way: its operands in shared memory are read when it is issued, or when it is waited for."""
 
     def __init__(self, run: Callable[[], Tensor], shape: tuple[int, int]) -> None:
@@ -176,18 +176,18 @@ class Product:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*(x.unfinished if isinstance(x, Product) else x for x in args), **(kwargs or {}))
+        return function(*(x.unfinished if isinstance(x, Mma) else x for x in args), **(kwargs or {}))
 
 
 def _of_unfinished(name: str) -> Callable[..., Any]:
-    return lambda self, *others: getattr(self.unfinished, name)(*(x.unfinished if isinstance(x, Product) else x for x in others))
+    return lambda self, *others: getattr(self.unfinished, name)(*(x.unfinished if isinstance(x, Mma) else x for x in others))
 
 
 for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "neg", "lt", "le", "gt", "ge", "getitem"):
-    setattr(Product, f"__{_name}__", _of_unfinished(f"__{_name}__"))
+    setattr(Mma, f"__{_name}__", _of_unfinished(f"__{_name}__"))
 
 
-def warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Product:
+def warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Mma:
     assert is_async and a.dtype == b.dtype
     assert not any(isinstance(x, Shared) and x.buffer in here.unfenced for x in (a, b)), "a product would not see what was stored"
     step()
@@ -196,19 +196,19 @@ def warpgroup_mma(a: Any, b: Shared, acc: Any, use_acc: bool = True, is_async: b
         left, right = left.clone(), right.clone()
 
     def run() -> Tensor:
-        before = acc.value if isinstance(acc, Product) else acc
+        before = acc.value if isinstance(acc, Mma) else acc
         return left.float() @ right.float() + (before if use_acc else 0.0)
 
-    product = Product(run, (left.shape[0], right.shape[1]))
-    here.products.append(product)
-    return product
+    mma = Mma(run, (left.shape[0], right.shape[1]))
+    here.mmas.append(mma)
+    return mma
 
 
 def warpgroup_mma_wait(pendings: int, deps: Sequence[Any]) -> Any:
     step()
-    while len(here.products) > pendings:
-        product = here.products.pop(0)
-        product.value = product.run()
+    while len(here.mmas) > pendings:
+        mma = here.mmas.pop(0)
+        mma.value = mma.run()
     (dep,) = deps
     return dep if dep.value is None else dep.value
 
@@ -239,7 +239,7 @@ def _added_up(pointer: Pointer, x: Tensor, kept: Tensor) -> None:
 
 
 def inline_asm(text: str, constraints: str, arguments: Sequence[Any], dtype: Any, *_: object) -> Any:
-    """A copy, a wider copy, an addition in memory, a negative, choices, ``tanh`` and ``p_and_ds_factor`` of a soft cap, what dropout draws, what warps vote about, or a barrier of the processor."""
+    """A copy, a wider copy, an addition in memory, a negative, choices, ``tanh`` and ``p_and_ds_factor`` of a soft cap, what dropout draws, what warps vote about, or a named barrier."""
     if text == "mov.b32 $0, $1;":
         return arguments[0]
     if "vote." in text:
@@ -247,9 +247,9 @@ def inline_asm(text: str, constraints: str, arguments: Sequence[Any], dtype: Any
     if text.startswith("shl.b32 $0, $2, 16;"):
         return arguments[0].to(dtype)
     if "setp.ne.u16" in text:
-        s, shown = arguments
-        assert shown.dtype == torch.uint8
-        return torch.where(shown != 0, s, -math.inf)
+        s, mask = arguments
+        assert mask.dtype == torch.uint8
+        return torch.where(mask != 0, s, -math.inf)
     if "red." in text:
         return _added_up(*arguments)
     if text.startswith("neg.f32"):
@@ -269,31 +269,31 @@ def inline_asm(text: str, constraints: str, arguments: Sequence[Any], dtype: Any
     if "ex2" in text:
         return _sharing(-1.0 / (1.0 + torch.exp2(arguments[0].clamp(max=30.0))))
     kind, threads = re.fullmatch(r"bar\.(arrive|sync) \$1, (\d+); mov.u32 \$0, 0;", text).groups()  # type: ignore[union-attr]
-    here.processor.reach(int(arguments[0]), int(threads), kind == "sync")
+    here.named.reach(int(arguments[0]), int(threads), kind == "sync")
     return None
 
 
 def _sharing(u: Tensor) -> Tensor:
     """Four scores of a thread share a reciprocal, and NaN: two neighbours in a row, and those 8 rows further down."""
-    together = u.view(u.shape[0] // 16, 2, 8, u.shape[1] // 2, 2)
-    return together.masked_fill(together.isnan().any(4, True).any(1, True), torch.nan).view(u.shape)
+    quads = u.view(u.shape[0] // 16, 2, 8, u.shape[1] // 2, 2)
+    return quads.masked_fill(quads.isnan().any(4, True).any(1, True), torch.nan).view(u.shape)
 
 
 def warp_specialize(partitions: Sequence[tuple[Callable[..., None], tuple[Any, ...]]], warps: Sequence[int], registers: object) -> None:
-    program, processor, schedule = here.program, Processor(), Schedule(len(partitions))
+    program, named, schedule = here.program, NamedBarriers(), Schedule(len(partitions))
 
     def partition(number: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-        here.program, here.processor, here.schedule, here.number = program, processor, schedule, number
+        here.program, here.named, here.schedule, here.number = program, named, schedule, number
         here.threads = 32 * [4, *warps][number]
         begin()
         function(*arguments)
-        assert not here.products and not here.stores, "left without waiting"
+        assert not here.mmas and not here.stores, "left without waiting"
 
     schedule.run([functools.partial(partition, number, *each) for number, each in enumerate(partitions)])
 
 
 def begin() -> None:
-    here.products, here.stores, here.unfenced = [], [], set()
+    here.mmas, here.stores, here.unfenced = [], [], set()
 
 
 def allocate(dtype: Any, shape: Sequence[int], layout: object) -> Any:
@@ -398,21 +398,21 @@ def run(call: Any, seed: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def twin_device(processors: int, seed: int = 0, edges: bool = True, mild: bool = True) -> Iterator[None]:
-    """The package believes in an sm90 with so many processors; its Gluon kernels run here, and what runs before and after them unless
-    ``edges`` is false; the others in Triton's interpreter, which is slow. mild: without it, no statistic counts as mild.
+def twin_device(sms: int, seed: int = 0, rowwise: bool = True, small_lse: bool = True) -> Iterator[None]:
+    """The package believes in an sm90 with so many SMs; its Gluon kernels run here, and what runs before and after them unless
+    ``rowwise`` is false; the others in Triton's interpreter, which is slow. small_lse: without it, no lse counts as small.
     """
     interpreted = Call.start
 
     def carry_out(call: Call) -> None:
-        if isinstance(call.config, HopperConfig) or (edges and call.kernel.fn.__module__.endswith((".preprocess", ".postprocess"))):
+        if isinstance(call.config, HopperConfig) or (rowwise and call.kernel.fn.__module__.endswith((".preprocess", ".postprocess"))):
             run(call, seed)
         else:
             interpreted(call)
-        if not mild and call.kernel.fn.__name__ == "preprocess" and call.args[6] is not None:
+        if not small_lse and call.kernel.fn.__name__ == "preprocess" and call.args[6] is not None:
             assert call.args[6].dtype == torch.int32
             call.args[6].zero_()
 
-    facts = replace(KNOWN_DEVICES["sm90"], sms=processors)
+    facts = replace(KNOWN_DEVICES["sm90"], sms=sms)
     with mock.patch.object(Call, "start", carry_out), mock.patch.object(signature, "facts_of", lambda _: facts):
         yield

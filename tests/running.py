@@ -21,7 +21,7 @@ from torch import Tensor
 
 import triflash
 from cases import Case, Inputs, build, fill_hidden, hidden_of
-from expected import Configs, expected_launches, is_to_add_dq, is_unsupported, kernels, may_not_be_mild, what_hopper_gives
+from expected import Configs, expected_launches, is_to_add_dq, is_unsupported, kernels, lse_may_be_large, what_hopper_gives
 from here import ON_HOPPER
 from judging import HOPPER, judge
 from triflash import tiled
@@ -33,7 +33,7 @@ from triflash.plan.kernels.dkdv import DkdvConfig
 from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import override_configs
 
-FEW_PROCESSORS = 3  # what a persistent grid is made to believe in, so that a program gets several tiles of a small problem
+FEW_SMS = 3  # what a persistent grid is made to believe in, so that a program gets several tiles of a small problem
 KERNELS = ("forward", "delta", "dkdv", "dq", "dbias")
 
 
@@ -58,7 +58,7 @@ def small_tiles(tiles: tuple[int, int] | None, backend: str = "") -> Iterator[No
         yield
         return
     if backend in HOPPER:
-        with override_configs(forward=ForwardConfig(1 if tiles[0] <= 32 else 2, tiles[1], 2), dqdkdv=DkdvConfig(1, 1)), few_processors():
+        with override_configs(forward=ForwardConfig(1 if tiles[0] <= 32 else 2, tiles[1], 2), dqdkdv=DkdvConfig(1, 1)), few_sms():
             yield
         return
     config = TileConfig(*tiles, num_warps=4, num_stages=1)
@@ -67,8 +67,8 @@ def small_tiles(tiles: tuple[int, int] | None, backend: str = "") -> Iterator[No
 
 
 @contextlib.contextmanager
-def few_processors(count: int = FEW_PROCESSORS) -> Iterator[None]:
-    """Plans are made for a device like this one with so many processors."""
+def few_sms(count: int = FEW_SMS) -> Iterator[None]:
+    """Plans are made for a device like this one with so many SMs."""
     facts = functools.cache(lambda device: replace(facts_of(device), sms=count))
     with mock.patch.object(signature, "facts_of", facts):
         yield
@@ -76,20 +76,20 @@ def few_processors(count: int = FEW_PROCESSORS) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_backend(
-    case: Case, backend: str, configs: Configs, processors: int | None = None, seed: int = 0, edges: bool = True, mild: bool = True
+    case: Case, backend: str, configs: Configs, sms: int | None = None, seed: int = 0, rowwise: bool = True, small_lse: bool = True
 ) -> Iterator[list[str]]:
     """Where a case runs: with the configurations given, or without any with ``small_tiles``; the record of what is launched.
 
-    processors: that a device of Hopper's is believed to have. seed, edges, mild: of the stand-in (``gluon_twin.twin_device``).
+    sms: that a device of Hopper's is believed to have. seed, rowwise, small_lse: of the stand-in (``gluon_twin.twin_device``).
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(override_configs(**configs) if configs else small_tiles(case.tiles, backend))
         if backend == "stand-in":  # last, so that it says what the device is
             import gluon_twin
 
-            stack.enter_context(gluon_twin.twin_device(processors or FEW_PROCESSORS, seed, edges, mild))
-        elif processors is not None:
-            stack.enter_context(few_processors(processors))
+            stack.enter_context(gluon_twin.twin_device(sms or FEW_SMS, seed, rowwise, small_lse))
+        elif sms is not None:
+            stack.enter_context(few_sms(sms))
         yield stack.enter_context(triflash.record_launches())
 
 
@@ -98,11 +98,11 @@ def results_of(
 ) -> tuple[list[dict[str, Tensor]], list[str]]:
     """out, lse (from the operator alone) and every gradient asked for, by name; and the record of launches. device: see ``on_backend``.
 
-    With configurations and on the stand-in by the operator, else by the seed's functions if they can. carefully: if statistics might not be
-    mild, the stand-in computes the gradients once more as if they were not.
+    With configurations and on the stand-in by the operator, else by the seed's functions if they can. carefully: if an lse might be
+    large, the stand-in computes the gradients once more as if one were.
     """
     configs, wanted = configs or {}, inputs.wanted()
-    twice = backend == "stand-in" and carefully and bool(wanted) and may_not_be_mild(case, inputs)
+    twice = backend == "stand-in" and carefully and bool(wanted) and lse_may_be_large(case, inputs)
     with on_backend(case, backend, configs, **device) as ran:
         out, lse = attend(case, inputs, backend, is_raw_on(backend, configs))
         outputs, cotangents = ([out], [inputs.dout]) if inputs.dlse is None else ([out, lse], [inputs.dout, inputs.dlse])
@@ -110,7 +110,7 @@ def results_of(
     results = {"out": out.detach()} if lse is None else {"out": out.detach(), "lse": lse.detach()}
     found = [results | named_gradients(wanted, grads)]
     if twice:
-        with on_backend(case, backend, configs, mild=False, **device) as again:
+        with on_backend(case, backend, configs, small_lse=False, **device) as again:
             grads = torch.autograd.grad(outputs, list(wanted.values()), cotangents)
         assert again == ran[1:]
         found.append(named_gradients(wanted, grads))

@@ -50,11 +50,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_calls_take_turns_and_slow_ones_are_spread(clock: Clock) -> None:
-    turns: list[str] = []
-    found = measure_interleaved({"quick": clock.call(2**-10), "slow": clock.call(2**-6)}, device=CPU, budget=0.5, after=turns.append)
+    order: list[str] = []
+    found = measure_interleaved({"quick": clock.call(2**-10), "slow": clock.call(2**-6)}, device=CPU, budget=0.5, after=order.append)
     assert len(found["quick"].ms) == 512 and len(found["slow"].ms) == 32  # what fits the budget
     assert set(found["quick"].ms) == {1000 * 2**-10} and set(found["slow"].ms) == {1000 * 2**-6}
-    at = [i / len(turns) for i, name in enumerate(turns) if name == "slow"]
+    at = [i / len(order) for i, name in enumerate(order) if name == "slow"]
     assert min(at) < 0.25 and max(at) > 0.75 and all(b - a < 0.25 for a, b in itertools.pairwise(at))
 
 

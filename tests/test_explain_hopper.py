@@ -37,8 +37,8 @@ def test_both_passes_by_hopper() -> None:
     q = empty(2, 1000, 4, 64)
     explained = explain(q, q, q, causal=True, grads=("q", "k", "v"), device="sm90")
     assert explained.backward is not None and explained.backward.backend == explained.backend == "hopper" and explained.changed == ""
-    prepare, keys, rows = explained.backward.steps
-    assert prepare.source.startswith("fixed") and prepare.shared_memory is None
+    preprocess, keys, rows = explained.backward.steps
+    assert preprocess.source.startswith("fixed") and preprocess.shared_memory is None
     assert isinstance(keys.step.config, DkdvConfig) and isinstance(rows.step.config, DqConfig)
     assert keys.source == "the first candidate that fits, of plan/kernels/dkdv.py"
     assert rows.source == "the first candidate that fits, of plan/kernels/dq.py"

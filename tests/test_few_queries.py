@@ -334,7 +334,7 @@ def test_bits_do_not_depend_on_the_batch(device: torch.device) -> None:
     """With split_size a request has the same bits alone, beside others and in pages of a longer table."""
     q, k, v = torch.randn(3, 2, 4, 16, device=device), *(torch.randn(3, 96, 2, 16, device=device) for _ in "kv")
     lengths = torch.tensor([40, 96, 7], device=device)
-    together = attention_with_kvcache(q, k, v, cache_lengths=lengths, split_size=32, causal=True, return_lse=True, backend="triton")
+    batched = attention_with_kvcache(q, k, v, cache_lengths=lengths, split_size=32, causal=True, return_lse=True, backend="triton")
     for b in range(3):
         one = slice(b, b + 1)
         for capacity in (96, 48 if b != 1 else 96):
@@ -342,10 +342,10 @@ def test_bits_do_not_depend_on_the_batch(device: torch.device) -> None:
                 q[one], k[one, :capacity], v[one, :capacity], cache_lengths=lengths[one], split_size=32, causal=True, return_lse=True,
                 backend="triton",
             )  # fmt: skip
-            for x, y in zip(together, alone, strict=True):
+            for x, y in zip(batched, alone, strict=True):
                 assert torch.equal(x[one], y)
     one = attention_with_kvcache(q, k, v, cache_lengths=lengths, num_splits=1, causal=True, backend="triton")
-    assert (together[0] - one).norm() <= 1e-5 * one.norm()
+    assert (batched[0] - one).norm() <= 1e-5 * one.norm()
 
 
 def test_packed_queries_longer_than_said(device: torch.device) -> None:

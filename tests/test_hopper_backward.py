@@ -19,7 +19,7 @@ import triflash
 from cases import Case, Inputs, build
 from expected import expected_kernels
 from here import hopper_only
-from running import assert_right, few_processors, named_gradients, run_case
+from running import assert_right, few_sms, named_gradients, run_case
 from table import FEATURES
 from triflash import ops
 from triflash.plan.device import facts_of
@@ -152,24 +152,24 @@ CANDIDATES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("processors", [2, 132], ids=lambda n: f"{n} processors")
+@pytest.mark.parametrize("sms", [2, 132], ids=lambda n: f"{n} SMs")
 @pytest.mark.parametrize("dim, bias, config", CANDIDATES, ids=str)
-def test_every_candidate(dim: int, bias: str | None, config: DkdvConfig, processors: int, device: torch.device) -> None:
+def test_every_candidate(dim: int, bias: str | None, config: DkdvConfig, sms: int, device: torch.device) -> None:
     """With two programs for all tiles, buffers and barriers wrap around many times and from tile to tile; with many, each has one tile."""
     case = replace(BASE, D=dim, bias=bias, N=400)
     inputs = build(case, device)
     kernel = "dkdv" if config.d256 else "dqdkdv"
-    with override_configs(**{kernel: config}), few_processors(processors), triflash.record_launches() as ran:
+    with override_configs(**{kernel: config}), few_sms(sms), triflash.record_launches() as ran:
         grads, _ = backward(case, inputs, saved_of(case, inputs))
     assert f"{BACKEND}: {kernel} {config}" in ran
     assert_right(case, inputs, named_gradients(grads, grads.values()))
 
 
-@pytest.mark.parametrize("processors", [1, 2, 3, 5, 7, 40])
+@pytest.mark.parametrize("sms", [1, 2, 3, 5, 7, 40])
 @pytest.mark.parametrize("bias", [None, "1hqk", "1h1k"])
-def test_many_tiles_a_program(bias: str | None, processors: int, device: torch.device) -> None:
+def test_many_tiles_a_program(bias: str | None, sms: int, device: torch.device) -> None:
     case = replace(BASE, M=330, N=650, bias=bias, grads="qkv" if bias is None else "qkvb")
-    with few_processors(processors):
+    with few_sms(sms):
         check(case, device)
 
 
@@ -180,7 +180,7 @@ def test_grouped_heads(key_heads: int, bias: str | None, deterministic: bool, de
     """8 query heads on 8, 4 and 1 key heads: a program of the kernel that owns keys walks the queries of all heads of a group."""
     case = replace(BASE, H=8, Hk=key_heads, bias=bias, grads="qkv" if bias is None else "qkvb")
     check(case, device, deterministic=deterministic)
-    with few_processors(3):
+    with few_sms(3):
         check(replace(case, seed=1), device, deterministic=deterministic)
 
 
@@ -223,16 +223,16 @@ def test_the_same_bits_every_time(dim: int, bias: str | None, device: torch.devi
         assert all(grad.isfinite().all() for grad in first.values())
 
 
-@pytest.mark.parametrize("processors", [1, 3, 7])
-def test_bits_do_not_depend_on_who_does_a_tile(processors: int, device: torch.device) -> None:
-    """But for dbias, whose parts are as many as it takes processors."""
+@pytest.mark.parametrize("sms", [1, 3, 7])
+def test_bits_do_not_depend_on_who_does_a_tile(sms: int, device: torch.device) -> None:
+    """But for dbias, whose parts are as many as it takes SMs."""
     for bias in (None, "1h1k", "bhqk"):
         case = replace(BASE, bias=bias, N=650, grads="qkv" if bias is None else "qkvb")
         inputs = build(case, device)
         saved = saved_of(case, inputs)
-        with few_processors(20):
+        with few_sms(20):
             wanted, _ = backward(case, inputs, saved, deterministic=True)
-        with few_processors(processors):
+        with few_sms(sms):
             got, _ = backward(case, inputs, saved, deterministic=True)
         assert all(torch.equal(got[letter], x) for letter, x in wanted.items()), bias
 

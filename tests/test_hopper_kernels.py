@@ -17,7 +17,7 @@ from torch import Tensor
 import triflash
 from cases import Case, build
 from here import hopper_only
-from running import attend, few_processors, run_case
+from running import attend, few_sms, run_case
 from table import FORWARD, GROWING
 from triflash import ops, oracle
 from triflash.plan.kernels.forward import ForwardConfig
@@ -48,24 +48,24 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.parametrize("processors", [2, 132], ids=lambda n: f"{n} processors")
+@pytest.mark.parametrize("sms", [2, 132], ids=lambda n: f"{n} SMs")
 @pytest.mark.parametrize("case", PROBLEMS, ids=str)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c).replace(" ", "-"))
-def test_every_configuration(config: ForwardConfig, case: Case, processors: int, device: torch.device) -> None:
+def test_every_configuration(config: ForwardConfig, case: Case, sms: int, device: torch.device) -> None:
     """With two programs for all tiles, buffers and barriers wrap around many times and from tile to tile; with many, each has one tile."""
     if case.Dv is not None and not config.separate_o:
         pytest.skip("the output leaves through q's buffer, which has other rows")
-    run_case(replace(case, grads=""), "hopper", device, {"forward": config}, processors=processors)
+    run_case(replace(case, grads=""), "hopper", device, {"forward": config}, sms=sms)
 
 
-@pytest.mark.parametrize("processors", [1, 3, 5, 7])
-def test_bits_do_not_depend_on_who_does_a_tile(processors: int, device: torch.device) -> None:
+@pytest.mark.parametrize("sms", [1, 3, 5, 7])
+def test_bits_do_not_depend_on_who_does_a_tile(sms: int, device: torch.device) -> None:
     q, k, v = (torch.randn(2, 500, 3, 64, device=device, dtype=BF16) for _ in range(3))
     bias = torch.randn(1, 1, 3, 500, 500, device=device)
     for given, hi in ((None, None), (bias, 0)):
         arguments = (q, k, v, given, 1, None, hi, 0.125, "", "hopper")
         wanted = ops.attention_forward(*arguments)
-        with few_processors(processors):
+        with few_sms(sms):
             got = ops.attention_forward(*arguments)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 

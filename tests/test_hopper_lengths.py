@@ -37,7 +37,7 @@ def problem(name: str, **options: Any) -> Case:
 
 def check(case: Case, seed: int = 0, **configs: Config | None) -> list[str]:
     given = {name: config for name, config in configs.items() if config is not None}
-    return run_hidden(case, "stand-in", CPU, given, seed, processors=3)
+    return run_hidden(case, "stand-in", CPU, given, seed, sms=3)
 
 
 def pairs(configs: Sequence[Any], problems: list[Case]) -> list[Any]:

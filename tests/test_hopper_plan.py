@@ -285,10 +285,10 @@ def test_every_tile_is_visited_once(batch_fastest: bool, longest: str, monkeypat
             continue
         for l2_group, serpentine in itertools.product({1, 2, pairs}, (0, 1)):
             problem = (tiles_m, batch, heads, min(l2_group, pairs), serpentine, batch_fastest, longest)
-            dealt = visits(monkeypatch, programs, tiles, *problem)
+            visited = visits(monkeypatch, programs, tiles, *problem)
             wanted = itertools.product(range(0, 128 * tiles_m, 128), range(heads), range(batch))
-            assert sorted(itertools.chain(*dealt)) == sorted(wanted), (programs, problem)
-            counts = [len(mine) for mine in dealt]
+            assert sorted(itertools.chain(*visited)) == sorted(wanted), (programs, problem)
+            counts = [len(mine) for mine in visited]
             assert min(counts) >= 1 and max(counts) - min(counts) <= 1, (programs, problem)
 
 
@@ -342,8 +342,8 @@ def test_causal_work_is_dealt_evenly(length: int, pairs: int, monkeypatch: pytes
     problem = spec(queries=length, keys=length, heads=pairs, batch_outer=1, head_dim=128, value_dim=128, hi=0)
     config = ForwardConfig(2, 128, 2)
     tiles_m, tiles = shared.query_tiles(problem, config)
-    dealt = visits(monkeypatch, 132, tiles, tiles_m, 1, pairs, *shared.l2_order(problem, config, 132), False, "last")
-    load = [sum(m0 // 128 + 1 + shared.TILE_COST for m0, _, _ in mine) for mine in dealt]
+    visited = visits(monkeypatch, 132, tiles, tiles_m, 1, pairs, *shared.l2_order(problem, config, 132), False, "last")
+    load = [sum(m0 // 128 + 1 + shared.TILE_COST for m0, _, _ in mine) for mine in visited]
     assert max(load) <= 1.07 * sum(load) / len(load)
 
 

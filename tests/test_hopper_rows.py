@@ -75,7 +75,7 @@ def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return with_layout(tuple(x.shape), "padded", lambda shape: x.new_full(shape, torch.nan, dtype=dtype or x.dtype))
 
 
-def run_dq(case: Case, device: torch.device, config: DqConfig | None = None, processors: int = 2, seed: int = 0) -> Call:
+def run_dq(case: Case, device: torch.device, config: DqConfig | None = None, sms: int = 2, seed: int = 0) -> Call:
     """dq, and dbias if the bias is of full shape."""
     case = replace(case, seed=seed)
     x = build(case, device)
@@ -84,16 +84,14 @@ def run_dq(case: Case, device: torch.device, config: DqConfig | None = None, pro
     config = config or dq_plan.choose(spec, LIMIT, ("dq", "dbias") if "b" in given else ("dq",))
     assert config is not None
     grads = {letter: empty(leaf) for letter, leaf in given.items() if leaf is not None}
-    programs = dq_plan.programs(spec, config, processors)
+    programs = dq_plan.programs(spec, config, sms)
     call = dq_call(spec, config, programs, x.q, x.k, x.v, x.bias, x.dout, statistics(case, x, spec), grads["q"], grads.get("b"))
     carry_out(call, device, seed)
     assert_right(case, x, named_gradients(grads, grads.values()))
     return call
 
 
-def run_dbias(
-    case: Case, device: torch.device, config: DbiasConfig | None = None, processors: int = 2, splits: int = 1, seed: int = 0
-) -> Call:
+def run_dbias(case: Case, device: torch.device, config: DbiasConfig | None = None, sms: int = 2, splits: int = 1, seed: int = 0) -> Call:
     case = replace(case, seed=seed)
     x = build(case, device)
     spec = spec_of_case(case, x)
@@ -103,7 +101,7 @@ def run_dbias(
     splits = min(splits, broadcast_rows(spec))
     shape = x.bias.new_empty(splits, *x.bias.shape)
     parts = empty(shape) if splits == 1 else torch.full_like(shape, torch.nan, dtype=F32)
-    programs = dbias_plan.programs(spec, config, splits, processors)
+    programs = dbias_plan.programs(spec, config, splits, sms)
     call = dbias_call(spec, config, programs, splits, x.q, x.k, x.v, x.bias, x.dout, statistics(case, x, spec), parts)
     carry_out(call, device, seed)
     assert_right(case, x, {"db": parts.double().sum(0).to(x.bias.dtype)})
@@ -117,10 +115,10 @@ BANDS = [(None, None), (None, 0), (-70, 20), (None, -60), (40, None), (-30, -10)
 @pytest.mark.parametrize("sizes", [(257, 321), (321, 257), (128, 128)], ids=str)
 def test_bands(band: tuple[int | None, int | None], sizes: tuple[int, int], device: torch.device) -> None:
     case = problem(M=sizes[0], N=sizes[1], band=band)
-    run_dq(case, device, processors=3)
-    run_dq(replace(case, bias="b1hqk"), device, processors=3)
-    run_dbias(replace(case, bias="11hqk"), device, processors=3)
-    run_dbias(replace(case, bias="11hqk"), device, processors=5, splits=2)
+    run_dq(case, device, sms=3)
+    run_dq(replace(case, bias="b1hqk"), device, sms=3)
+    run_dbias(replace(case, bias="11hqk"), device, sms=3)
+    run_dbias(replace(case, bias="11hqk"), device, sms=5, splits=2)
 
 
 @pytest.mark.parametrize("M", [1, 2, 63, 64, 65, 127, 128, 129, 193])
@@ -199,21 +197,21 @@ DBIAS_CONFIGS = [
 ]
 
 
-def with_processors(configs: list[Any]) -> list[Any]:
+def with_sms(configs: list[Any]) -> list[Any]:
     """Each with few or many of them, in turn."""
     return [pytest.param(c, (2, 132)[n % 2], id=str(c).replace(" ", "-")) for n, c in enumerate(configs)]
 
 
-@pytest.mark.parametrize(("config", "processors"), with_processors(DQ_CONFIGS))
-def test_configurations_of_dq(config: DqConfig, processors: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("config", "sms"), with_sms(DQ_CONFIGS))
+def test_configurations_of_dq(config: DqConfig, sms: int, device: torch.device) -> None:
     for bias, band in ((None, (None, None)), ("b1hqk", (None, 0)), ("11hqk", (-50, 50)), ("b111k", (None, None))):
-        run_dq(problem(M=300, N=333, bias=bias, band=band), device, config, processors)
+        run_dq(problem(M=300, N=333, bias=bias, band=band), device, config, sms)
 
 
-@pytest.mark.parametrize(("config", "processors"), with_processors(DBIAS_CONFIGS))
-def test_configurations_of_dbias(config: DbiasConfig, processors: int, device: torch.device) -> None:
+@pytest.mark.parametrize(("config", "sms"), with_sms(DBIAS_CONFIGS))
+def test_configurations_of_dbias(config: DbiasConfig, sms: int, device: torch.device) -> None:
     for bias, band in (("11hqk", (None, None)), ("b11qk", (None, 0))):
-        run_dbias(problem(M=300, N=333, H=3, bias=bias, band=band), device, config, processors)
+        run_dbias(problem(M=300, N=333, H=3, bias=bias, band=band), device, config, sms)
 
 
 @pytest.mark.parametrize("config", [DbiasConfig(2, 128, 5, 4, 2), DbiasConfig(1, 64, 5, 6)], ids=lambda c: str(c).replace(" ", "-"))
@@ -242,7 +240,7 @@ def test_repeats(kernel: str, dim: int, device: torch.device) -> None:
     for band in ((None, None), (None, 0)):
         case = problem(B=4, M=520, N=504, H=16, D=dim, Dv=dim, band=band)
         bias = {"dq": "11h1k", "dq and dbias": "b1hqk", "dbias": "11hqk"}[kernel]
-        call = (run_dbias if kernel == "dbias" else run_dq)(replace(case, bias=bias), device, processors=132)
+        call = (run_dbias if kernel == "dbias" else run_dq)(replace(case, bias=bias), device, sms=132)
         written = [x.base for x in call.args[4:7] if hasattr(x, "base")] if kernel != "dbias" else [call.args[5].base]
         first, differing = [x.clone() for x in written], torch.zeros((), device=device, dtype=torch.int64)
         for _ in range(200):

@@ -43,8 +43,8 @@ def names(plan: Plan) -> list[str]:
     return [step.kernel for step in plan.steps]
 
 
-def planned(problem: AttentionSpec, letters: str, processors: int = SM90.sms) -> Plan:
-    plan = plan_backward(problem, needs_of(letters), replace(SM90, sms=processors), "hopper")
+def planned(problem: AttentionSpec, letters: str, sms: int = SM90.sms) -> Plan:
+    plan = plan_backward(problem, needs_of(letters), replace(SM90, sms=sms), "hopper")
     assert plan.backend == "hopper"
     return plan
 
@@ -121,14 +121,14 @@ def test_which_kernel_gives_the_gradient_of_a_bias(bias: str, letters: str, dims
 
 
 def test_a_small_bias_is_cut_into_parts() -> None:
-    """As many as there are processors, and no more than what it is summed over."""
+    """As many as there are SMs, and no more than what it is summed over."""
     problem = spec("11hqk", batch_outer=40, queries=300, keys=200, heads=2)
-    for processors in (1, 8, 132, 10_000):
-        plan = planned(problem, "b", processors)
+    for sms in (1, 8, 132, 10_000):
+        plan = planned(problem, "b", sms)
         (step,) = (step for step in plan.steps if step.kernel == "dbias")
         assert isinstance(step.config, DbiasConfig)
         tiles = bias_tiles(problem, step.config)[2]
-        programs = processors * step.config.ctas_per_sm
+        programs = sms * step.config.ctas_per_sm
         assert step.splits == max(1, min(40, -(-programs // tiles))) and step.programs <= min(programs, tiles * step.splits)
         assert (plan.steps[-1].kernel == "dbias_sum") == (step.splits > 1)
 
@@ -140,7 +140,7 @@ def test_grouped_heads(groups: int) -> None:
     assert plan_forward(problem, SM90).backend == plan_backward(problem, needs_of("qkv"), SM90).backend == "hopper"
     many = planned(problem, "qkv", 10_000)
     preprocess, keys, *sums, postprocess = many.steps
-    assert isinstance(keys.config, DkdvConfig) and keys.config.head_splits == (2 if groups == 4 else 1)  # for so many processors
+    assert isinstance(keys.config, DkdvConfig) and keys.config.head_splits == (2 if groups == 4 else 1)  # for so many SMs
     assert keys.programs == LONG // 128 * 2 * 4 // groups * keys.config.head_splits
     assert preprocess.programs == -(-300 // 128) * 2 * 2 * 4 and postprocess.programs == -(-300 // 64) * 2 * 4
     assert [step.programs for step in sums] == ([LONG // 64 * 2] if groups == 4 else [])
@@ -201,8 +201,8 @@ def test_shared_memory_counts_every_buffer() -> None:
     assert config.shared_memory(problem, ("dq",)) - used == ds + dq
     assert replace(config, red_dq=True).shared_memory(problem, ("dq",)) - used == ds
     wide = spec("b1hqk", "bool", head_dim=200, value_dim=130)
-    capped = replace(wide, bias=spec("11h1k").bias, softcap=50.0)  # dk asks for p times a derivative, dbias for p itself
-    own, shared = (DkdvConfig(2, 2, d256=True).shared_memory(capped, gives) for gives in (("dbias",), ()))
+    softcapped = replace(wide, bias=spec("11h1k").bias, softcap=50.0)  # dk asks for p times a derivative, dbias for p itself
+    own, shared = (DkdvConfig(2, 2, d256=True).shared_memory(softcapped, gives) for gives in (("dbias",), ()))
     assert own - shared == 2 * 64 * 64 * 2 and own <= LIMIT
     k_v, q, dout, p, bias = 64 * 2 * 512, 2 * 64 * (512 + 4), 2 * 64 * (512 + 4), 2 * 64 * 64 * 2, 64 * 64
     used = DkdvConfig(2, 2, d256=True).shared_memory(wide)

@@ -1,5 +1,5 @@
 """All Hopper kernels, by the plans and launches that a GPU would get, on the CPU's stand-in for it (``gluon_twin.py``), judged as every
-backend is. Few processors, so that a program has several tiles and its buffers and barriers wrap around."""
+backend is. Few SMs, so that a program has several tiles and its buffers and barriers wrap around."""
 
 from __future__ import annotations
 
@@ -33,12 +33,10 @@ pytestmark = stand_in_only
 CPU, BF16, F16, F32, BOOL = torch.device("cpu"), torch.bfloat16, torch.float16, torch.float32, torch.bool
 
 
-def check(
-    case: Case, processors: int = 2, seed: int = 0, edges: bool = True, carefully: bool = True, **configs: Config | None
-) -> list[str]:
+def check(case: Case, sms: int = 2, seed: int = 0, rowwise: bool = True, carefully: bool = True, **configs: Config | None) -> list[str]:
     """Run and judge a case with the plan's own tiles, but for the configurations given; the kernels that ran."""
     given = {name: config for name, config in configs.items() if config is not None}
-    return run_case(replace(case, tiles=None), "stand-in", CPU, given, carefully, processors=processors, seed=seed, edges=edges)
+    return run_case(replace(case, tiles=None), "stand-in", CPU, given, carefully, sms=sms, seed=seed, rowwise=rowwise)
 
 
 KEYS_CONFIGS = [
@@ -91,7 +89,7 @@ def test_without_a_rest(bias: str) -> None:
         case = Case("no rest", B=2, M=130, N=150, D=D, bias=bias, alibi="h", causal=D > 16, lengths=(140, 64))
         inputs = build(case, CPU)
         x, options = inputs.operands(), (1, *case.band, case.softmax_scale, "", "hopper")
-        with gluon_twin.twin_device(2, edges=False), override_configs(**({} if config is None else {"dqdkdv": config})), torch.no_grad():
+        with gluon_twin.twin_device(2, rowwise=False), override_configs(**({} if config is None else {"dqdkdv": config})), torch.no_grad():
             out, lse, _ = torch.ops.triflash.forward(*x[:4], *options, *x[4:9])
             grads = torch.ops.triflash.backward(inputs.dout, None, *x[:4], out, lse, None, *options, [True] * 4, *x[4:9])
         found = {f"d{letter}": grad.view_as(leaf) for (letter, leaf), grad in zip(inputs.wanted().items(), grads, strict=False)}
@@ -100,18 +98,18 @@ def test_without_a_rest(bias: str) -> None:
 
 
 @pytest.mark.parametrize("outer, M", [(1, 1), (2, 130), (300, 70), (2, 1100)])  # programs: fewer and more than flags; several goes a head
-def test_whether_statistics_are_mild(outer: int, M: int) -> None:
+def test_whether_every_lse_is_small(outer: int, M: int) -> None:
     """Of every query, the last one of the last head included; those that see no key have no say."""
     like = torch.empty(outer, M, 2, 16, dtype=F16)
     spec = spec_of(like, like, like, torch.empty(1, 1, 2, M, M), 1, None, None, 0.25, "ieee")
-    for value, mild in ((-699.0, 1), (-math.inf, 1), (701.0, 0), (-701.0, 0)):
+    for value, small_lse in ((-699.0, 1), (-math.inf, 1), (701.0, 0), (-701.0, 0)):
         for at in ((0, 0, 0), (-1, -1, -1)):
             lse = torch.zeros(outer, 2, M)
             lse[at] = value
             stats, flags = new_stats(Real(lse), spec, True), torch.full((512,), 7, dtype=torch.int32)
             zeros = torch.zeros_like(like)
             gluon_twin.run(preprocess_call(spec, zeros, zeros, None, lse, torch.zeros_like(lse), stats, flags, None))
-            assert set(flags.tolist()) <= {0, 1} and flags.min() == mild and (flags == 0).sum() == 1 - mild
+            assert set(flags.tolist()) <= {0, 1} and flags.min() == small_lse and (flags == 0).sum() == 1 - small_lse
 
 
 @pytest.mark.parametrize("grads", ["q", "k", "v", "b", "s", "qk", "vb", "kvs"])
@@ -138,7 +136,7 @@ WIDE = [
 @pytest.mark.parametrize("case", WIDE, ids=str)
 @pytest.mark.parametrize("stages", [2, 3])
 def test_wide_heads(stages: int, case: Case) -> None:
-    ran = check(case, 7 - 2 * stages, stages, edges=stages == 2, dkdv=DkdvConfig(stages, stages, d256=True))
+    ran = check(case, 7 - 2 * stages, stages, rowwise=stages == 2, dkdv=DkdvConfig(stages, stages, d256=True))
     assert "dkdv" in ran and "dqdkdv" not in ran
 
 
@@ -184,8 +182,8 @@ def every_other(configs: list[Any], cases: list[Case]) -> list[Any]:
 
 @pytest.mark.parametrize(("config", "case"), every_other(FORWARD_CONFIGS, FORWARD))
 def test_forward(config: ForwardConfig | None, case: Case) -> None:
-    processors = 1 + 2 * (FORWARD.index(case) % 2)
-    check(replace(case, grads=""), processors, processors, forward=config)
+    sms = 1 + 2 * (FORWARD.index(case) % 2)
+    check(replace(case, grads=""), sms, sms, forward=config)
 
 
 ADDING = [
@@ -231,10 +229,10 @@ def test_slopes_beside_a_huge_bias(adds: bool) -> None:
     assert off_one(case, inputs, {"dqdkdv": DkdvConfig(2, 2)} if adds else {}) < 0.01
 
 
-@pytest.mark.parametrize("mild", [True, False])
-def test_maxima_that_become_huge(mild: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bias that the forward kernel adds together with the scale: not where it is huge, else p of the two passes would not be the same. mild:
-    were it taken for mild, that would be seen.
+@pytest.mark.parametrize("small_lse", [True, False])
+def test_maxima_that_become_huge(small_lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias that the forward kernel adds together with the scale: not where it is huge, else p of the two passes would not be the same. small_lse:
+    were it taken for small, that would be seen.
     """
     case = Case("huge", B=2, M=200, N=300, H=2, bias="1hqk", dtype=BF16, grads="v")
     inputs = build(case, CPU)
@@ -242,15 +240,15 @@ def test_maxima_that_become_huge(mild: bool, monkeypatch: pytest.MonkeyPatch) ->
     with torch.no_grad():
         inputs.bias[..., :100, :] = -1e9
         inputs.bias[..., 40:140, 17:22] = 1e9  # visited last
-    if mild:
+    if small_lse:
         mutate(monkeypatch, "softmax", "gl.abs(m) > SMALL_REFERENCE", "m > 1e38")
-    assert (off_one(case, inputs, {"forward": ForwardConfig(1, 128, 2, ctas_per_sm=2)}) < 0.01) is not mild
+    assert (off_one(case, inputs, {"forward": ForwardConfig(1, 128, 2, ctas_per_sm=2)}) < 0.01) is not small_lse
 
 
 def off_one(case: Case, inputs: Inputs, configs: dict[str, Config]) -> float:
     """By how much p of the backward pass sums up to something else than 1 over the keys of a query, on average over queries."""
     inputs.dout.fill_(1.0)
-    (results,), _ = results_of(case, inputs, "stand-in", configs, processors=2)
+    (results,), _ = results_of(case, inputs, "stand-in", configs, sms=2)
     return (results["dv"].double().sum(1) / case.M - 1).abs().max().item()
 
 
@@ -297,7 +295,7 @@ AXES: dict[str, list[Any]] = {
     "dlse": [False, True],
     "grads": ["qkvbs", "qkvbs", "b", "qv", "kb", "k", "v", "qs"],
     "layout": ["plain", "plain", "mixed"],
-    "processors": [1, 2, 3],
+    "sms": [1, 2, 3],
     "keys": [None, *KEYS_CONFIGS[::2]],  # each by itself has a test above
     "forward": [
         None,
@@ -338,7 +336,7 @@ def test_features_together(number: int) -> None:
     configs = {name: row[key] for name, key in (("dqdkdv", "keys"), ("forward", "forward")) if row[key] is not None}
     if "dqdkdv" in configs and max(D, Dv) > 64:  # no registers for it
         configs["dqdkdv"] = replace(configs["dqdkdv"], dq_warpgroup=False, bias_stages=1)
-    check(Case(f"together {number}", seed=number, **sizes, **{name: row[name] for name in plain}), row["processors"], number, **configs)
+    check(Case(f"together {number}", seed=number, **sizes, **{name: row[name] for name in plain}), row["sms"], number, **configs)
 
 
 @pytest.mark.parametrize("kernel, old, new", [

@@ -129,10 +129,10 @@ def test_partial_rows_of_dbias(bias: str) -> None:
 def test_dbias_splits(bias: str) -> None:
     """The broadcast loop is split only where tiles are few, never into more parts than it has rounds, and then the parts are summed."""
     config = TileConfig(64, 64, 4, 1)
-    for heads, processors in itertools.product((1, 5, 500), (1, 100, 10_000)):
+    for heads, sms in itertools.product((1, 5, 500), (1, 100, 10_000)):
         problem = spec(bias, batch_outer=3, batch_inner=2, queries=130, keys=70, heads=heads)
         with override_configs(dbias=config):
-            plan = plan_backward(problem, Needs(False, False, False, True), DeviceFacts("sm90", processors, 1 << 18), "triton")
+            plan = plan_backward(problem, Needs(False, False, False, True), DeviceFacts("sm90", sms, 1 << 18), "triton")
         step = plan.step("dbias")
         assert step is not None and step.config == config
         sizes = dict(zip(range(5), (3, 2, heads, 3, 2), strict=True))
@@ -144,7 +144,7 @@ def test_dbias_splits(bias: str) -> None:
                 own *= size
         assert 1 <= step.splits <= looped
         assert step.programs == own * step.splits
-        assert own < 2 * processors or step.splits == 1
+        assert own < 2 * sms or step.splits == 1
         assert (plan.step("dbias_sum") is not None) == (step.splits > 1)
         if step.splits > 1:
             assert plan.step("dbias_sum").splits == step.splits  # type: ignore[union-attr]

@@ -45,7 +45,7 @@ def test_repeats(case: Case, backend: str, device: torch.device) -> None:
 @pytest.mark.parametrize("dim", [40, 64, 128])
 @pytest.mark.parametrize("bias", [None, "11qk", "1h1k"])
 def test_repeats_with_the_devices_own_tiles(bias: str | None, dim: int, device: torch.device) -> None:
-    """The seed's author feared races at head dims other than 64 and 128; so this runs many programs per processor, 100 times."""
+    """The seed's author feared races at head dims other than 64 and 128; so this runs many programs per SM, 100 times."""
     case = Case("races", B=8, M=520, N=500, H=8, D=dim, bias=bias, tiles=None, dlse=True, dtype=torch.bfloat16)
     first, _ = bits(case, "triton", device)
     for _ in range(100):
@@ -59,9 +59,9 @@ def test_a_batch_entry_does_not_depend_on_its_neighbours(backend: str, device: t
     q, k, v = (torch.randn(3, 20, 2, 8, device=device, requires_grad=True) for _ in range(3))
     dout = torch.randn(3, 20, 2, 8, device=device)
     with triflash.backend(backend), small_tiles((16, 16)):
-        together = torch.autograd.grad(triflash.flash_attn_func(q, k, v, None, True), (q, k, v), dout)
+        batched = torch.autograd.grad(triflash.flash_attn_func(q, k, v, None, True), (q, k, v), dout)
         alone = [x[1:2].detach().requires_grad_() for x in (q, k, v)]
-        apart = torch.autograd.grad(triflash.flash_attn_func(*alone, None, True), alone, dout[1:2])
+        single = torch.autograd.grad(triflash.flash_attn_func(*alone, None, True), alone, dout[1:2])
     tolerance = 0.0 if backend == "triton" else 1e-6  # PyTorch's batched products may choose another algorithm per batch size
-    for a, b in zip(together, apart, strict=True):
+    for a, b in zip(batched, single, strict=True):
         torch.testing.assert_close(a[1:2], b, rtol=tolerance, atol=tolerance)

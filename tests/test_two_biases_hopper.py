@@ -35,7 +35,7 @@ BF16, F16, F32, BOOL = torch.bfloat16, torch.float16, torch.float32, torch.bool
 def check(case: Case, device: torch.device, carefully: bool = False, **configs: Config | None) -> list[str]:
     """Run and judge a case with the plan's own tiles, but for the configurations given; the kernels that ran."""
     given = {name: config for name, config in configs.items() if config is not None}
-    how: dict[str, Any] = {} if GPU else {"processors": 2}
+    how: dict[str, Any] = {} if GPU else {"sms": 2}
     return run_case(replace(case, tiles=None), "hopper" if GPU else "stand-in", device, given, carefully, **how)
 
 

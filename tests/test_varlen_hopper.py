@@ -22,7 +22,8 @@ from here import ON_HOPPER, stand_in_only
 from test_varlen import Batch, loss_of, near
 from triflash import UnsupportedError, attention_varlen
 from triflash.bound.signature import CALLS
-from triflash.plan import hopper_packed, select
+from triflash.plan import select
+from triflash.plan.kernels import listed
 from triflash.plan.kernels.dkdv import DkdvConfig
 from triflash.plan.kernels.dq import DqConfig
 from triflash.plan.kernels.forward import ForwardConfig
@@ -48,19 +49,19 @@ def many_tiles() -> Iterator[None]:
         select._plan_backward.cache_clear()
 
     forget()
-    with mock.patch.object(hopper_packed, "LISTED_AT_ONCE", -1):
+    with mock.patch.object(listed, "LISTED_AT_ONCE", -1):
         yield
     forget()
 
 
 @contextlib.contextmanager
-def hopper(seed: int = 0, processors: int = 3, apart: bool = False, **configs: Any) -> Iterator[list[str]]:
+def hopper(seed: int = 0, sms: int = 3, apart: bool = False, **configs: Any) -> Iterator[list[str]]:
     """Within it calls run on Hopper's kernels, or the stand-in for them; what ran. apart: with ``many_tiles``."""
     with contextlib.ExitStack() as stack:
         if apart:
             stack.enter_context(many_tiles())
         if not ON_HOPPER:
-            stack.enter_context(gluon_twin.twin_device(processors, seed))
+            stack.enter_context(gluon_twin.twin_device(sms, seed))
         stack.enter_context(override_configs(**{name: config for name, config in configs.items() if config is not None}))
         stack.enter_context(triflash.backend("hopper"))
         yield stack.enter_context(triflash.record_launches())

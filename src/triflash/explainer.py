@@ -491,8 +491,8 @@ def _notes(device: DeviceFacts, plans: list[Plan], spec: AttentionSpec | CacheSp
         bound = "programs are as many as there can be tiles: the host does not know how long sequences are"
         yield f"{bound}; those that are left over end at once"
     if plans[0].backend == "hopper" and isinstance(spec, AttentionSpec) and spec.packed is not None:
-        dealt = "tiles are listed on the device, the longest first, and dealt out to a fixed number of programs"
-        yield f"{dealt}: the host does not know how long sequences are"
+        listed = "tiles are listed on the device, the longest first, and dealt out to a fixed number of programs"
+        yield f"{listed}: the host does not know how long sequences are"
     choices = current_choices()
     if choices.tuned is not None and device.arch not in ("cpu", "interpreter"):
         yield f"tuned configurations are read from {choices.tuned.path} (they hold for one GPU, Triton {triton_version() or 'unknown'})"

@@ -130,7 +130,7 @@ TARGETS = [
     # All at once, with spills outside the loops, but for one word in a block that the band cuts.
     Target((128, 128), F16, bias="1h1k", mask="b11k", band=WINDOW, lengths=True, softcap=50.0, dropout=0.1, spills=16),
     Target((256, 256), bias="1hqk", mask="b1qk", band=CAUSAL, lengths=True, dropout=0.1),
-    # Several programs a processor.
+    # Several programs an SM.
     *(Target((d, d), bias="1hqk", band=band, length=512) for d, band in ((32, FULL), (64, CAUSAL))),
     *(Target((d, d), band=CAUSAL, length=512) for d in (32, 64, 128, 256)),
     Target((64, 64), band=(-255, 0), length=ODD),

@@ -150,7 +150,7 @@ TARGETS = [
     dbias(32, "1hqk", second="b11k", spills=24),
     dbias(64, "1hqk", CAUSAL, second="b11k"),
     dbias(128, "11qk", second="bh1k", mask="b11k", length=ODD, spills=48),
-    # Several programs a processor.
+    # Several programs an SM.
     dq(32, "1hqk", mask="b11k"),
     dq(32, "bhqk", gradient=True),
     *(dq(32, band=band) for band in (FULL, WINDOW)),

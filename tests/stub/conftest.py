@@ -27,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The package takes CPU tensors for those of an sm90 with 132 processors."""
+    """The package takes CPU tensors for those of an sm90 with 132 SMs."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("there is a real GPU")

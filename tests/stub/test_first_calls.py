@@ -31,7 +31,7 @@ GUARD = 300.0  # seconds after which a test fails that would otherwise hang
 
 @pytest.fixture(autouse=True)
 def cold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Nothing is bound, in memory or on disk; two kernels at a time, however many processors there are."""
+    """Nothing is bound, in memory or on disk; two kernels at a time, however many cores there are."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRIFLASH_COMPILE_THREADS", "2")
     assert portable
@@ -208,8 +208,8 @@ def test_how_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIFLASH_COMPILE_THREADS", "30")
     assert compiling._limit() == 30
     monkeypatch.delenv("TRIFLASH_COMPILE_THREADS")
-    for processors, limit in ((1, 1), (3, 3), (64, 8)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _, count=processors: set(range(count)), raising=False)
+    for cores, limit in ((1, 1), (3, 3), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, count=cores: set(range(count)), raising=False)
         assert compiling._limit() == limit
 
 

@@ -356,11 +356,11 @@ def _padding(mask: Tensor | None, N: int, offset: int | Tensor) -> tuple[Tensor 
     if not torch.compiler.is_compiling() and not _capturing(mask):
         # One read a forward pass, as for SDPA: nothing is hidden, or only keys at the ends, which are then not even visited.
         falling = (mask[:, 1:] <= mask[:, :-1]).all()
-        turns = (mask[:, 1:] != mask[:, :-1]).sum(-1) + mask[:, 0]  # of entries with one run of keys 1 or 2
-        together = (turns + mask[:, -1] <= 2).all()
+        changes = (mask[:, 1:] != mask[:, :-1]).sum(-1) + mask[:, 0]  # of entries with one run of keys 1 or 2
+        single = (changes + mask[:, -1] <= 2).all()
         count = mask.sum(-1)
         reach = (mask[:, -1] | (count == 0)).all()
-        everything, at_end, one_run, to_the_end = torch.stack([mask.all(), falling, together, reach]).tolist()
+        everything, at_end, one_run, to_the_end = torch.stack([mask.all(), falling, single, reach]).tolist()
         if everything:
             return None, None, None
         if at_end:

@@ -8,7 +8,7 @@ Whoever needs new kernels compiles the first of them and starts a thread for eac
 asked for. Sources are read one at a time, and while somebody waits here: reading them, Triton changes the process's filters of warnings for
 a while. A thread ends with its kernel, and its failure is raised where the kernel is needed.
 
-One kernel after another: with ``TRIFLASH_COMPILE_THREADS=1``, on one processor, while a CUDA graph is captured, under hooks and knobs of
+One kernel after another: with ``TRIFLASH_COMPILE_THREADS=1``, on one core, while a CUDA graph is captured, under hooks and knobs of
 Triton that mean to see every compilation, and where Triton has no such mode.
 """
 
@@ -95,8 +95,8 @@ def _limit() -> int:
     """How many kernels are compiled at a time."""
     given = os.environ.get(_VARIABLE)
     if given is None:
-        processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return min(processors, _MOST)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, _MOST)
     if not given.isdecimal() or int(given) < 1:
         raise bad_value(_VARIABLE, "a number from 1 (one kernel after another) up", repr(given))
     return int(given)

@@ -196,8 +196,8 @@ def _time_first(workload: Workload, providers: Sequence[Provider], rows: dict[st
         return seconds
 
     count = 2 * max(FIRST_LENGTHS, settings.min_samples)
-    turns = [n for n in range(count + 1) if n % 2 == 0] + [n for n in range(count + 1) if n % 2]
-    for n in turns:
+    order = [n for n in range(count + 1) if n % 2 == 0] + [n for n in range(count + 1) if n % 2]
+    for n in order:
         for provider in providers:
             row = rows[provider.name]
             if row.status == "ok":
