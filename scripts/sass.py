@@ -48,45 +48,83 @@ from triflash.plan.select import plan_backward, plan_forward
 from triflash.spec import Needs
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SM90 = KNOWN_DEVICES["sm90"]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """bias, second, mask: letters where they vary over (batch, head, query, key), 1 where they broadcast. wants: gradients, letters of
-    qkvb, and s for that of the second bias. features: of "lengths", "slopes", "sink". configs: chosen by hand. S: queries, and keys if N
-    does not say otherwise.
+    """What every problem has. S: queries, and keys if nothing says otherwise. bias: letters or a shape. wants: gradients, letters of qkvb
+    and, of the second bias, s.
     """
 
     name: str
     D: int = 64
     S: int = 2048
-    N: int | None = None
-    dtype: torch.dtype = BF16
     Hk: int = 8
-    bias: str = ""
+    dtype: torch.dtype = BF16
+    bias: Any = ""
+    wants: str = "qkv"
+    backend: str = "hopper"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def calls(self) -> list[Call]:
+        """The launches of the forward and the backward pass, as ``explain`` has them."""
+        passes, _ = passes_of(*self.tensors(), **self.named(), device=SM90)
+        return [call for _, bound in passes for call in bound.calls or ()]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """q, and keys and values."""
+        raise NotImplementedError
+
+    def named(self) -> dict[str, Any]:
+        """What ``passes_of`` is told besides."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Dense(Problem):
+    """Of ``attention``. bias, second, mask: letters where they vary over (batch, head, query, key), 1 where they broadcast. N: keys.
+    features: of "lengths", "slopes", "sink". configs: chosen by hand.
+    """
+
+    N: int | None = None
     bias_dtype: torch.dtype | None = None
     second: str = ""
     mask: str = ""
     features: tuple[str, ...] = ()
-    wants: str = "qkv"
-    backend: str = "hopper"
-    options: dict[str, Any] = field(default_factory=dict)
     configs: dict[str, Any] = field(default_factory=dict)
+
+    def calls(self) -> list[Call]:
+        def of(pattern: str, dtype: torch.dtype) -> torch.Tensor | None:
+            sizes = (B, H, self.S, self.N or self.S)
+            return empty(*(1 if c == "1" else n for c, n in zip(pattern, sizes, strict=True)), dtype=dtype) if pattern else None
+
+        k = empty(B, self.N or self.S, self.Hk, self.D, dtype=self.dtype)
+        given = Given(
+            q=empty(B, self.S, H, self.D, dtype=self.dtype), k=k, v=k, bias=of(self.bias, self.bias_dtype or self.dtype),
+            mask=of(self.mask, torch.bool), second_bias=of(self.second, self.dtype),
+            key_lengths=empty(B, dtype=torch.int32) if "lengths" in self.features else None,
+            alibi_slopes=empty(H, dtype=F32) if "slopes" in self.features else None,
+            sink=empty(H, dtype=self.dtype) if "sink" in self.features else None,
+            dropout_seed=empty(2, dtype=torch.int64) if self.options.get("dropout_p") else None,
+        )  # fmt: skip
+        with override_configs(**self.configs):
+            call = bind(ATTENTION, given, Options(**self.options, backend=self.backend), SM90)
+            operands = call.form.operands((*given[:9], None, None, None, None, given.second_bias))
+            nothing, needs = Needs(*[False] * 4), Needs(*(letter in self.wants for letter in "qkvb"), dsecond="s" in self.wants)
+            calls = ahead.calls_of(plan_forward(call.spec, SM90, self.backend), call.spec, nothing, *operands)
+            if self.wants:
+                calls += ahead.calls_of(plan_backward(call.spec, needs, SM90, self.backend), call.spec, needs, *operands)
+        for kernel, config in self.configs.items():
+            assert any(each.config == config for each in calls), f"{self.name}: {kernel} is not launched by {config}"
+        return calls
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Of ``attention_varlen``: S rows in 16 sequences. bias: its shape."""
+class Packed(Problem):
+    """Of ``attention_varlen``: S rows in 16 sequences."""
 
-    name: str
-    D: int = 64
     S: int = 32768
-    Hk: int = 8
-    dtype: torch.dtype = torch.bfloat16
-    bias: tuple[int, ...] = ()
-    wants: str = "qkv"
-    backend: str = "hopper"
-    options: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         q, k = (empty(self.S, heads, self.D, dtype=self.dtype) for heads in (H, self.Hk))
@@ -102,36 +140,39 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Cache:
-    """Of ``attention_with_kvcache``: 4 requests of M new rows, on 4,096 keys. page: keys of a page; 0: there are none."""
+class Cache(Problem):
+    """Of ``attention_with_kvcache``: 4 requests of M new rows, on S keys. page: keys of a page; 0: no pages. bias: a letter for any."""
 
-    name: str
-    M: int = 1
     D: int = 128
+    S: int = 4096
+    Hk: int = 2
+    backend: str = "triton"
+    M: int = 1
     page: int = 0
     packed: bool = False
     fp8: bool = False
-    bias: bool = False
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        rows = (B * self.M,) if self.packed else (B, self.M)
-        slots = (600, self.page) if self.page else (B, 4096)
-        cache = empty(*slots, 2, self.D, dtype=torch.float8_e4m3fn if self.fp8 else BF16)
-        return empty(*rows, H, self.D, dtype=BF16), cache, cache
+        slots = (600, self.page) if self.page else (B, self.S)
+        cache = empty(*slots, self.Hk, self.D, dtype=torch.float8_e4m3fn if self.fp8 else self.dtype)
+        return self._rows(H), cache, cache
+
+    def _rows(self, heads: int) -> torch.Tensor:
+        return empty(*((B * self.M,) if self.packed else (B, self.M)), heads, self.D, dtype=self.dtype)
 
     def named(self) -> dict[str, Any]:
-        new = empty(*((B * self.M,) if self.packed else (B, self.M)), 2, self.D, dtype=BF16)
+        new = self._rows(self.Hk)
         tensors = {"cache_lengths": empty(B, dtype=torch.int32), "k_new": new, "v_new": new}
-        tensors |= {"page_table": empty(B, 4096 // self.page, dtype=torch.int32)} if self.page else {}
-        tensors |= {"k_scale": empty(2, dtype=F32), "v_scale": empty(2, dtype=F32)} if self.fp8 else {}
-        tensors |= {"bias": empty(B, H, self.M, 4096, dtype=BF16)} if self.bias else {}
+        tensors |= {"page_table": empty(B, self.S // self.page, dtype=torch.int32)} if self.page else {}
+        tensors |= {"k_scale": empty(self.Hk, dtype=F32), "v_scale": empty(self.Hk, dtype=F32)} if self.fp8 else {}
+        tensors |= {"bias": empty(B, H, self.M, self.S, dtype=self.dtype)} if self.bias else {}
         tensors |= {name: empty(B + 1, dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_new") if self.packed}
         longest = {"max_seqlen_q": self.M} if self.packed else {}
-        return {"of": triflash.attention_with_kvcache, "backend": "triton", "causal": True, **tensors, **longest}
+        return {"of": triflash.attention_with_kvcache, "backend": self.backend, "causal": True, **tensors, **longest}
 
 
 B, H, SEQUENCES = 4, 8, 16
-P, CAUSAL, WINDOW = Problem, {"causal": True}, {"window": (500, 100)}
+P, CAUSAL, WINDOW = Dense, {"causal": True}, {"window": (500, 100)}
 SLOW = {"separate_dq": False, "deferred": False}
 PING_PONG = ForwardConfig(2, 64, 2, ping_pong=True, separate_o=False)
 EVERY = {"dropout_p": 0.1, "softcap": 30.0, "causal": True}
@@ -146,8 +187,9 @@ PROBLEMS = (
     P("d64 grouped, window", Hk=2, options=WINDOW),
     P("d64 one key head", S=512, Hk=1, options=CAUSAL),
     P("d64 by TMA", options=CAUSAL, configs={"dqdkdv": DkdvConfig(2, 1), "forward": PING_PONG}),
-    P("d64 apart", configs={"dqdkdv": DkdvConfig(2, 2, dq_warpgroup=True, unroll=2), "forward": ForwardConfig(2, 128, 2, q_stages=2)}),
-    P("d64 direct", options=CAUSAL, configs={"dqdkdv": DkdvConfig(2, 2, red_dq=True, unroll=2), "forward": ForwardConfig(1, 64, 2)}),
+    P("d64 dq warpgroup",
+      configs={"dqdkdv": DkdvConfig(2, 2, dq_warpgroup=True, unroll=2), "forward": ForwardConfig(2, 128, 2, q_stages=2)}),
+    P("d64 red dq", options=CAUSAL, configs={"dqdkdv": DkdvConfig(2, 2, red_dq=True, unroll=2), "forward": ForwardConfig(1, 64, 2)}),
     P("d64 three consumers", configs={"forward": ForwardConfig(3, 128, 2, ping_pong=True)}, wants=""),
     P("d128 full", D=128),
     P("d128 causal", D=128, options=CAUSAL),
@@ -184,7 +226,8 @@ PROBLEMS = (
     P("d128 bias of keys", D=128, bias="1h1k", wants="qkvb"),
     P("d128 slopes, soft cap, dropout, sink", D=128, features=("slopes", "sink"), options=EVERY),
     P("d128 dbias of one consumer", D=128, bias="1hqk", wants="b", configs={"dbias": DbiasConfig(1, 64, 6, 6)}),
-    P("d128 dq not ahead", D=128, S=1000, options={"deterministic": True}, configs={"dq": DqConfig(2, 64, 2, 2, ping_pong=True, **SLOW)}),
+    P("d128 dq not deferred", D=128, S=1000, options={"deterministic": True},
+      configs={"dq": DqConfig(2, 64, 2, 2, ping_pong=True, **SLOW)}),
     P("portable d64", backend="triton", options=CAUSAL),
     P("portable d128, bias", D=128, backend="triton", bias="1hqk", wants="qkvb"),
     P("portable, all", backend="triton", bias="1hqk", mask="b11k", features=("lengths", "slopes", "sink"), wants="qkvb", options=EVERY),
@@ -211,7 +254,7 @@ PROBLEMS = (
     Packed("packed portable, a bias of keys, all", S=4096, Hk=2, backend="triton", bias=(1, 4096), wants="qkvb",
            options={"bias_layout": "keys", **EVERY}),
     Cache("cache d128"),
-    Cache("cache d64, bias", M=4, D=64, bias=True),
+    Cache("cache d64, bias", M=4, D=64, bias="k"),
     Cache("cache d128, pages, 8 bits", page=64, fp8=True),
     Cache("cache d128, small pages, packed", M=6, page=16, packed=True),
 )  # fmt: skip
@@ -219,43 +262,6 @@ PROBLEMS = (
 
 def empty(*shape: int, dtype: torch.dtype, wanted: bool = False) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=wanted)
-
-
-def launches(p: Problem | Packed | Cache) -> list[Call]:
-    """Of the forward and the backward pass."""
-    if isinstance(p, Problem):
-        return dense_launches(p)
-    passes, _ = passes_of(*p.tensors(), **p.named(), device=KNOWN_DEVICES["sm90"])
-    return [call for _, bound in passes for call in bound.calls or ()]
-
-
-def dense_launches(p: Problem) -> list[Call]:
-    """Of ``attention``."""
-
-    def of(pattern: str, dtype: torch.dtype) -> torch.Tensor | None:
-        sizes = (B, H, p.S, p.N or p.S)
-        return empty(*(1 if c == "1" else n for c, n in zip(pattern, sizes, strict=True)), dtype=dtype) if pattern else None
-
-    k = empty(B, p.N or p.S, p.Hk, p.D, dtype=p.dtype)
-    given = Given(
-        q=empty(B, p.S, H, p.D, dtype=p.dtype), k=k, v=k, bias=of(p.bias, p.bias_dtype or p.dtype), mask=of(p.mask, torch.bool),
-        second_bias=of(p.second, p.dtype),
-        key_lengths=empty(B, dtype=torch.int32) if "lengths" in p.features else None,
-        alibi_slopes=empty(H, dtype=F32) if "slopes" in p.features else None,
-        sink=empty(H, dtype=p.dtype) if "sink" in p.features else None,
-        dropout_seed=empty(2, dtype=torch.int64) if p.options.get("dropout_p") else None,
-    )  # fmt: skip
-    facts = KNOWN_DEVICES["sm90"]
-    with override_configs(**p.configs):
-        call = bind(ATTENTION, given, Options(**p.options, backend=p.backend), facts)
-        operands = call.form.operands((*given[:9], None, None, None, None, given.second_bias))
-        nothing, needs = Needs(*[False] * 4), Needs(*(letter in p.wants for letter in "qkvb"), dsecond="s" in p.wants)
-        calls = ahead.calls_of(plan_forward(call.spec, facts, p.backend), call.spec, nothing, *operands)
-        if p.wants:
-            calls += ahead.calls_of(plan_backward(call.spec, needs, facts, p.backend), call.spec, needs, *operands)
-    for kernel, config in p.configs.items():
-        assert any(each.config == config for each in calls), f"{p.name}: {kernel} is not launched by {config}"
-    return calls
 
 
 def described(call: Call) -> str:
@@ -280,7 +286,7 @@ def kernel_name(call: Call) -> str:
 def compiled(name: str, number: int) -> tuple[str, str, str]:
     """The name of a problem's launch, its machine code and its PTX."""
     problem = next(p for p in PROBLEMS if p.name == name)
-    call = launches(problem)[number]
+    call = problem.calls()[number]
     kernel = ahead.compile_for(call, "sm90")
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -293,15 +299,15 @@ def compiled(name: str, number: int) -> tuple[str, str, str]:
     return file_name, "\n".join([f"// {ahead.resources(kernel)}", *code, ""]), kernel.asm["ptx"]
 
 
-def chosen(only: Sequence[str]) -> list[Problem | Packed | Cache]:
+def chosen(only: Sequence[str]) -> list[Problem]:
     return [p for p in PROBLEMS if not only or any(text in p.name for text in only)]
 
 
-def distinct(problems: Sequence[Problem | Packed | Cache]) -> Iterator[tuple[Problem | Packed | Cache, int, Call]]:
+def distinct(problems: Sequence[Problem]) -> Iterator[tuple[Problem, int, Call]]:
     """Launches whose kernel is compiled in another way than that of any launch before."""
     seen = set()
     for problem in problems:
-        for number, call in enumerate(launches(problem)):
+        for number, call in enumerate(problem.calls()):
             kinds = tuple(re.sub(r"\d+", "#", text) for text in map(described_kind, call.args))
             key = (kernel_name(call), call.kernel.fn.__module__, kinds, str(call.constants), str(call.config))
             if key not in seen:
@@ -319,7 +325,7 @@ def described_kind(x: Any) -> str:
 def write(folder: Path, only: Sequence[str], workers: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     work = list(distinct(chosen(only)))
-    (folder / "launches.txt").write_text("".join(f"{p.name}: {described(call)}\n" for p in chosen(only) for call in launches(p)))
+    (folder / "launches.txt").write_text("".join(f"{p.name}: {described(call)}\n" for p in chosen(only) for call in p.calls()))
     with ProcessPoolExecutor(workers) as pool:
         running = [pool.submit(compiled, problem.name, number) for problem, number, _ in work]
         for count, each in enumerate(as_completed(running), 1):

@@ -24,7 +24,7 @@ def any_order() -> Iterator[None]:
 
 
 def test_the_table_launches_every_kernel() -> None:
-    found = {sass.kernel_name(call) for problem in sass.PROBLEMS for call in sass.launches(problem)}
+    found = {sass.kernel_name(call) for problem in sass.PROBLEMS for call in problem.calls()}
     assert found == house.launched() and len(found) >= 24
 
 
@@ -35,5 +35,5 @@ def test_problems_have_names_of_their_own() -> None:
 
 def test_launches_of_one_table_compare_equal_and_another_does_not() -> None:
     one, other = (problem for problem in sass.PROBLEMS if problem.name in ("packed d64 causal", "packed d64 tiny"))
-    described = [list(map(sass.described, sass.launches(problem))) for problem in (one, one, other)]
+    described = [list(map(sass.described, problem.calls())) for problem in (one, one, other)]
     assert described[0] == described[1] != described[2]
