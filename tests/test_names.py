@@ -6,6 +6,7 @@ A reader of FlashAttention-3, CUTLASS or PyTorch looks for the names on the righ
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Container, Iterator
 from pathlib import Path
 
@@ -87,6 +88,14 @@ def test_old_names_are_gone_elsewhere(folder: Path) -> None:
     names = NAMES.keys() - ELSEWHERE.keys()
     found = {str(path.relative_to(folder)): old_names(path.read_text(), names) for path in sorted(folder.rglob("*.py"))}
     assert len(found) > 10 and {path: each for path, each in found.items() if each} == {}
+
+
+def test_pages_do_not_quote_old_names() -> None:
+    """What stands between backticks, in pages about the present."""
+    pages = [*(HERE.parent / "docs").glob("*.md"), HERE.parent / "README.md", HERE.parent / "CONTRIBUTING.md"]
+    quoted = {(page.name, text) for page in pages for text in re.findall(r"`([^`\n]+)`", page.read_text())}
+    names = NAMES.keys() - ELSEWHERE.keys()
+    assert len(quoted) > 1000 and [each for each in sorted(quoted) if names & set(re.findall(r"\w+", each[1]))] == []
 
 
 def test_old_files_are_gone_and_new_ones_there() -> None:

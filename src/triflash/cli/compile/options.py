@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=shorthand.option(shorthand.size),
         default=min(16, os.cpu_count() or 1),
         metavar="N",
-        help="processes that compile (default: all processors, up to 16)",
+        help="processes that compile (default: all cores, up to 16)",
     )
     parser.add_argument("--cache", type=Path, metavar="DIR", help="the cache to fill (default: TRITON_CACHE_DIR, else ~/.triton/cache)")
 

@@ -162,7 +162,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_size,
         default=min(16, os.cpu_count() or 1),
         metavar="N",
-        help="processes that compile (default: all processors, up to 16)",
+        help="processes that compile (default: all cores, up to 16)",
     )
     parser.add_argument(
         "--compile-only",
