@@ -12,6 +12,7 @@ from .device import DeviceFacts, triton_problem
 from .kernels import append, few
 from .select import check_backend
 from .steps import IN_PYTORCH, Plan, Step
+from .triton import why_not_dtypes
 
 __all__ = ["plan_cache", "split_words", "why_not_cache"]
 
@@ -26,17 +27,10 @@ def why_not_cache(name: str, spec: CacheSpec, device: DeviceFacts) -> tuple[str,
         return "KV caches", "use backend('triton'), which splits keys on every GPU"
     if problem := triton_problem():
         return f"anything: {problem}", "install triton (Linux) or use backend('tiled')"
-    if device.arch == "cpu":
-        return "CPU tensors", "move them to a GPU, set TRITON_INTERPRET=1 before importing triflash, or use backend('tiled')"
-    sm = int(device.arch[2:]) if device.arch.startswith("sm") else 0
-    if 0 < sm < 80:
-        return f"{device.arch}", "Triton needs sm80 (Ampere) or later: use backend('tiled')"
-    if spec.dtype == "fp64" or "fp64" in (each.dtype for each in (spec.bias,) if each is not None):
-        return "float64", "use backend('tiled'), or float32"
-    if spec.cache_dtype == "fp8" and 0 < sm < _E4M3:
+    if reason := why_not_dtypes(device, spec.dtype, spec.bias):
+        return reason
+    if spec.cache_dtype == "fp8" and device.arch.startswith("sm") and int(device.arch[2:]) < _E4M3:
         return f"float8_e4m3fn caches on {device.arch}, for which Triton has no e4m3", "keep 16-bit caches there, or use backend('tiled')"
-    if device.arch == "interpreter" and "bf16" in (spec.dtype, *(each.dtype for each in (spec.bias,) if each is not None)):
-        return "bfloat16 in Triton's interpreter", "the interpreter multiplies bfloat16 wrongly: use float16 or float32 there"
     if not spec.contiguous_rows:
         return "caches whose last dim is not contiguous", "lay them out with a contiguous last dim, or use backend('tiled')"
     if max(spec.head_dim, spec.value_dim) > MAX_HEAD_DIM:

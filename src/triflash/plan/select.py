@@ -15,9 +15,8 @@ from ..errors import UnsupportedError, bad_type, bad_value, unsupported
 from ..spec import AttentionSpec, Needs
 from . import hopper, triton
 from .choices import NO_CHOICES, Choices, current_choices
-from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM
 from .device import DeviceFacts, triton_problem
-from .steps import Plan, Step
+from .steps import IN_PYTORCH, Plan, Step
 
 __all__ = [
     "BACKENDS",
@@ -104,27 +103,11 @@ def requested_backend_soon() -> str:
 
 def why_not(name: str, spec: AttentionSpec, device: DeviceFacts, backward: bool = False) -> tuple[str, str] | None:
     """None if the backend can compute the spec's forward (or backward) pass on the device, else (what it cannot, what does work)."""
-    if name not in ("triton", "hopper"):
+    if name in IN_PYTORCH:
         return None
     if problem := triton_problem():
         return f"anything: {problem}", "install triton (Linux) or use backend('tiled')"
-    if name == "hopper":
-        return hopper.why_not(spec, device)
-    if device.arch == "cpu":
-        return "CPU tensors", "move them to a GPU, set TRITON_INTERPRET=1 before importing triflash, or use backend('tiled')"
-    if device.arch.startswith("sm") and int(device.arch[2:]) < 80:
-        return f"{device.arch}", "Triton needs sm80 (Ampere) or later: use backend('tiled')"
-    if spec.dtype == "fp64":
-        return "float64", "use backend('tiled'), or float32 with torch.set_float32_matmul_precision('highest')"
-    if "fp64" in (each.dtype for each in (spec.bias, spec.second) if each is not None):
-        return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
-    head_dim, limit = max(spec.head_dim, spec.value_dim), MAX_HEAD_DIM if backward else MAX_FORWARD_HEAD_DIM
-    if head_dim > limit:
-        which = "backward pass" if backward else "forward pass"
-        return f"the {which} of head dim {head_dim}", f"its limit is {limit}; backend('tiled') takes any"
-    if device.arch == "interpreter" and "bf16" in (spec.dtype, *(each.dtype for each in (spec.bias, spec.second) if each is not None)):
-        return "bfloat16 in Triton's interpreter", "the interpreter multiplies bfloat16 wrongly: use float16 or float32 there"
-    return None
+    return hopper.why_not(spec, device) if name == "hopper" else triton.why_not(spec, device, backward)
 
 
 def _why_not_pass(name: str, spec: AttentionSpec, device: DeviceFacts, needs: Needs | None) -> tuple[str, str] | None:

@@ -1,15 +1,46 @@
-"""The passes of backend ``triton``: which kernels run for which gradients. Called by ``select.py``. Pure."""
+"""The passes of backend ``triton``: which kernels run for which gradients, and what none of them can do.
+
+Called by ``select.py``; ``cache.py`` asks what of it holds for KV caches. Pure.
+"""
 
 from __future__ import annotations
 
-from ..spec import AttentionSpec, Needs
+from ..spec import AttentionSpec, BiasSpec, Needs
 from . import packed
 from .choices import Choices
+from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM
 from .device import DeviceFacts
 from .kernels import few, portable, short
 from .steps import Step, broadcast_rows, sum_steps
 
-__all__ = ["backward_steps", "forward_steps"]
+__all__ = ["backward_steps", "forward_steps", "why_not", "why_not_dtypes"]
+
+
+def why_not(spec: AttentionSpec, device: DeviceFacts, backward: bool) -> tuple[str, str] | None:
+    """None if the portable kernels can compute the spec's forward (or backward) pass, else (what they cannot, what does work)."""
+    if reason := why_not_dtypes(device, spec.dtype, spec.bias, spec.second):
+        return reason
+    head_dim, limit = max(spec.head_dim, spec.value_dim), MAX_HEAD_DIM if backward else MAX_FORWARD_HEAD_DIM
+    if head_dim > limit:
+        which = "backward pass" if backward else "forward pass"
+        return f"the {which} of head dim {head_dim}", f"its limit is {limit}; backend('tiled') takes any"
+    return None
+
+
+def why_not_dtypes(device: DeviceFacts, dtype: str, *biases: BiasSpec | None) -> tuple[str, str] | None:
+    """None if kernels for elements and biases of such dtypes run on the device, else (what cannot, what does work)."""
+    of_biases = [each.dtype for each in biases if each is not None]
+    if device.arch == "cpu":
+        return "CPU tensors", "move them to a GPU, set TRITON_INTERPRET=1 before importing triflash, or use backend('tiled')"
+    if device.arch.startswith("sm") and int(device.arch[2:]) < 80:
+        return f"{device.arch}", "Triton needs sm80 (Ampere) or later: use backend('tiled')"
+    if dtype == "fp64":
+        return "float64", "use backend('tiled'), or float32 with torch.set_float32_matmul_precision('highest')"
+    if "fp64" in of_biases:
+        return "a float64 bias", "cast the bias to float32, or use backend('tiled')"
+    if device.arch == "interpreter" and "bf16" in (dtype, *of_biases):
+        return "bfloat16 in Triton's interpreter", "the interpreter multiplies bfloat16 wrongly: use float16 or float32 there"
+    return None
 
 
 def forward_steps(spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> tuple[Step, ...]:
