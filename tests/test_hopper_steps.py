@@ -23,7 +23,7 @@ from triflash.plan.kernels.dq import DqConfig
 from triflash.plan.kernels.shared import HopperConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import Plan, plan_backward, plan_forward
-from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Saved
+from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Packed, Saved
 from unlaunched import watching
 
 pytestmark = triton_only
@@ -251,8 +251,11 @@ def test_override_by_hand() -> None:
         plan = planned(spec("11hqk", keys=SHORT), "qkvb")
         assert [step.config for step in plan.steps[1:4]] == [keys, rows, bias]
         assert plan_backward(problem, needs_of("qkv"), SM90, "triton") == usual["triton"]
-    with override_configs(dkdv=portable, dq=portable, dqdkdv=portable):
+    tiny = replace(spec(keys=512, queries=512, batch_outer=1), packed=Packed(16), deterministic=True)
+    both = [plan_forward(tiny, SM90, "hopper"), planned(tiny, "qkv")]
+    with override_configs(forward=portable, dkdv=portable, dq=portable, dqdkdv=portable):
         assert planned(problem, "qkv") == usual["hopper"]
+        assert [plan_forward(tiny, SM90, "hopper"), planned(tiny, "qkv")] == both
         assert plan_backward(problem, needs_of("qkv"), SM90, "triton").steps[-1].config == portable
     for kernel, other in (("forward", keys), ("dkdv", rows), ("dq", bias), ("dbias", rows), ("delta", keys)):
         with pytest.raises(TypeError, match=f"^{kernel}: wanted TileConfig"), override_configs(**{kernel: other}):

@@ -5,7 +5,9 @@ Called by the rooms of kernels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ..errors import bad_value, unsupported
 from .device import DeviceFacts
@@ -15,6 +17,7 @@ __all__ = [
     "MAX_HEAD_DIM",
     "Problem",
     "TileConfig",
+    "chosen",
     "default_config",
     "misread",
     "padded",
@@ -58,6 +61,15 @@ class Problem:
     bias: bool
     banded: bool  # causal: some tiles are partly visible, and a second, masked copy of the loop takes registers
     products: str = ""  # of float32 elements: "tf32" or "tf32x3" by tensor cores; "" by FMA units, and of 16-bit elements
+
+
+_Config = TypeVar("_Config")
+
+
+def chosen(by_hand: Mapping[str, object], kernel: str, kind: type[_Config]) -> _Config | None:
+    """What the caller chose for a kernel by hand, if it is of a room's own kind: backends pass over each other's."""
+    config = by_hand.get(kernel)
+    return config if isinstance(config, kind) else None
 
 
 def padded(head_dim: int) -> int:

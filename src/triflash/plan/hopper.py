@@ -140,7 +140,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, choic
     if spec.packed is not None:
         alike = hopper_packed.like(spec)
         given = replace(needs, dbias=False)
-        adding = adds_dq(alike, given, device.shared_memory, isinstance(by_hand.get("dqdkdv"), HopperConfig))
+        adding = adds_dq(alike, given, device.shared_memory, dkdv.sums_dq_by_hand(by_hand))
         packed_steps = hopper_packed.backward_steps(spec, needs, device, by_hand, adding)
         return (*packed_steps, *dbias_steps(spec, device, choices)) if needs.dbias else packed_steps
     own, needed = _in_order(spec, needs)
@@ -161,7 +161,7 @@ def _renamed(gives: tuple[str, ...]) -> tuple[str, ...]:
 
 def _backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
     by_keys, by_queries = _sum_of_keys(spec, needs), needs.dbias and dq.owns_dbias(spec)
-    adding = adds_dq(spec, needs, device.shared_memory, isinstance(by_hand.get("dqdkdv"), HopperConfig))
+    adding = adds_dq(spec, needs, device.shared_memory, dkdv.sums_dq_by_hand(by_hand))
     steps = [rowwise.preprocess_step(spec)]
     wanted = (("dk", needs.dk), ("dv", needs.dv), ("dq", adding))
     if gives := (*(name for name, need in wanted if need), *by_keys):

@@ -70,7 +70,7 @@ def _forward_config(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[s
     not fill a tile of 64 take the smallest.
     """
     narrow = _widest(spec) <= 64
-    if "forward" not in by_hand and _is_tiny(spec):
+    if forward.by_hand_of(by_hand) is None and _is_tiny(spec):
         config = forward.ForwardConfig(1, 64, 2, q_stages=2, ctas_per_sm=3) if narrow else forward.ForwardConfig(1, 64, 2, ctas_per_sm=2)
         if config.fits(spec, device.shared_memory):
             return config
@@ -105,7 +105,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         own = dq.step(alike, device, by_hand, ("dq",))
         chosen = own.config
         assert isinstance(chosen, dq.DqConfig)
-        if "dq" not in by_hand and _is_tiny(spec):
+        if dq.by_hand_of(by_hand) is None and _is_tiny(spec):
             small = dq.DqConfig(1, 64, 2, 2, ctas_per_sm=3) if _widest(spec) <= 64 else dq.DqConfig(1, 64, 2, 1, ctas_per_sm=2)
             chosen = small if small.fits(spec, device.shared_memory, ("dq",)) else chosen
         tiles = max(most_tiles(spec.queries, sequences, chosen.block_m), 1) * spec.heads

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ...errors import bad_value
 from ...spec import AttentionSpec
-from ..configs import padded
+from ..configs import chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step, broadcast_rows, ceil_div, sum_steps
 from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, order_of, row_buffers, second_buffer
@@ -210,14 +210,12 @@ def _splits(spec: AttentionSpec, config: DbiasConfig, most: int) -> int:
 
 def steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> list[Step]:
     """The kernel, with its grid, and the sum of its parts if tiles are so few that the loop over (batch, head) pairs is split."""
-    chosen = by_hand.get("dbias")
-    if isinstance(chosen, DbiasConfig):
-        chosen.check(spec, 0, device.shared_memory)
-        config = chosen
+    config = chosen(by_hand, "dbias", DbiasConfig)
+    if config is not None:
+        config.check(spec, 0, device.shared_memory)
     else:
-        found = choose(spec, device.shared_memory)
-        assert found is not None, "why_not_backward refuses what fits no candidate"
-        config = found
+        config = choose(spec, device.shared_memory)
+        assert config is not None, "why_not_backward refuses what fits no candidate"
     splits = _splits(spec, config, device.sms * config.ctas_per_sm)
     grid = programs(spec, config, splits, device.sms)
     return [Step("dbias", config, grid, order_of(spec), splits, ("dbias",)), *sum_steps(spec, splits)]

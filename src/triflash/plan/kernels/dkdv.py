@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec
-from ..configs import padded
+from ..configs import chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step, broadcast_rows
 from .shared import (
@@ -32,7 +32,7 @@ from .shared import (
 
 __all__ = [
     "DQ_WARPGROUP_DIM", "NARROW", "DkdvConfig", "choose", "dims", "has_bias_tiles", "head_splits", "key_tiles", "l2_order", "row_of_keys",
-    "step", "sums_by_mma",
+    "step", "sums_by_mma", "sums_dq_by_hand",
 ]  # fmt: skip
 
 NARROW = 128  # head dims up to which one kernel gives dk, dv and dq; above, dkdv_d256 gives dk and dv, of half as many keys
@@ -289,13 +289,17 @@ def _check(spec: AttentionSpec, config: DkdvConfig, adding: bool) -> None:
         raise bad_value("head_splits", f"at most {spec.groups}, the query heads of a key head", config.head_splits)
 
 
+def sums_dq_by_hand(by_hand: Mapping[str, object]) -> bool:
+    """Whether the caller asks for the kernel that sums dq, by its configuration."""
+    return chosen(by_hand, "dqdkdv", DkdvConfig) is not None
+
+
 def step(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object], gives: tuple[str, ...]) -> Step:
     """The kernel, with its grid, for what a plan of ``plan/hopper.py`` asks of it: called "dqdkdv" where it sums dq too."""
     kernel = "dqdkdv" if "dq" in gives else "dkdv"
-    chosen = by_hand.get(kernel)
-    if isinstance(chosen, DkdvConfig):
-        _check(spec, chosen, "dq" in gives)
-        config = chosen
+    config = chosen(by_hand, kernel, DkdvConfig)
+    if config is not None:
+        _check(spec, config, "dq" in gives)
     else:
         found = choose(spec, device.shared_memory, tuple(name for name in gives if name in ("dq", "dbias", "dsecond")))
         assert found is not None, "why_not_backward refuses what fits no candidate"

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 from ...errors import bad_value
 from ...spec import AttentionSpec
-from ..configs import padded
+from ..configs import chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step
 from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, is_light, mask_buffer, order_of, query_tiles, second_buffer
 
-__all__ = ["DqConfig", "choose", "owns_dbias", "programs", "step"]
+__all__ = ["DqConfig", "by_hand_of", "choose", "owns_dbias", "programs", "step"]
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,17 @@ def programs(spec: AttentionSpec, config: DqConfig, sms: int) -> int:
     return min(tiles, sms * config.ctas_per_sm) if config.persistent else tiles
 
 
+def by_hand_of(by_hand: Mapping[str, object]) -> DqConfig | None:
+    """What the caller chose, if anything."""
+    return chosen(by_hand, "dq", DqConfig)
+
+
 def step(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object], gives: tuple[str, ...]) -> Step:
     """The kernel, with its grid, for what a plan of ``plan/hopper.py`` asks of it."""
-    chosen = by_hand.get("dq")
-    if isinstance(chosen, DqConfig):
-        chosen.check(spec, spec.head_dim, device.shared_memory, gives)
-        config = chosen
+    config = by_hand_of(by_hand)
+    if config is not None:
+        config.check(spec, spec.head_dim, device.shared_memory, gives)
     else:
-        found = choose(spec, device.shared_memory, gives, device.sms)
-        assert found is not None, "why_not_backward refuses what fits no candidate"
-        config = found
+        config = choose(spec, device.shared_memory, gives, device.sms)
+        assert config is not None, "why_not_backward refuses what fits no candidate"
     return Step("dq", config, programs(spec, config, device.sms), order_of(spec), gives=gives)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from ...errors import bad_value
 from ...spec import AttentionSpec
 from ...spec_cache import CacheSpec
-from ..configs import MAX_HEAD_DIM, TileConfig, padded
+from ..configs import MAX_HEAD_DIM, TileConfig, chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step, asked_products, ceil_div
 
@@ -193,11 +193,11 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str
 
     Three TF32 products were not judged here, so that they are nobody's default.
     """
-    chosen = by_hand.get("few_forward")
-    if not (takes(spec, device, tile) if chosen is None else runs(spec)):
+    config = chosen(by_hand, "few_forward", FewConfig)
+    if not (takes(spec, device, tile) if config is None else runs(spec)):
         return ()
     shape = shape_of(spec)
-    config = chosen if isinstance(chosen, FewConfig) else choose(shape, device)
+    config = config or choose(shape, device)
     splits = splits_of(shape, config, device.sms)
     programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
     steps = [Step("few_forward", config, programs, splits=splits, precision=asked_products(spec))]
@@ -236,11 +236,11 @@ def choose_backward(shape: Shape, device: DeviceFacts) -> FewConfig:
 
 def backward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object], gives: tuple[str, ...]) -> tuple[Step, ...]:
     """The kernels that give these gradients, where the statistics are there; none where others are to, as of the forward pass."""
-    chosen = by_hand.get("few_backward")
-    if not gives or not (takes_backward(spec, device) if chosen is None else runs_backward(spec)):
+    config = chosen(by_hand, "few_backward", FewConfig)
+    if not gives or not (takes_backward(spec, device) if config is None else runs_backward(spec)):
         return ()
     shape = shape_of(spec)
-    config = chosen if isinstance(chosen, FewConfig) else choose_backward(shape, device)
+    config = config or choose_backward(shape, device)
     if config.block_m < shape.rows:
         raise bad_value("few_backward", f"block_m of {shape.rows} rows at least (queries times grouped heads)", config.block_m)
     # Seen on an H200 with Triton 3.6.0, 4 and 8 warps; with blocks of 32 keys, tiles of 64 rows, or two stages gradients were right.
@@ -286,10 +286,9 @@ def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, obje
     parts are put together.
     """
     shape = cache_shape_of(spec)
-    chosen = by_hand.get("few_forward")
     # How long packed queries are says the longest one.
     typical = replace(shape, rows=spec.groups) if spec.packed_queries and spec.split_size is not None else shape
-    config = chosen if isinstance(chosen, FewConfig) else choose(typical, device)
+    config = chosen(by_hand, "few_forward", FewConfig) or choose(typical, device)
     if spec.split_size is not None:
         splits = max(1, ceil_div(ceil_div(spec.capacity, config.block_n), ceil_div(spec.split_size, config.block_n)))
     elif spec.num_splits is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ...errors import bad_value
 from ...spec import AttentionSpec
-from ..configs import padded
+from ..configs import chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step
 from .shared import (
@@ -28,7 +28,7 @@ from .shared import (
     second_buffer,
 )
 
-__all__ = ["ForwardConfig", "choose", "config_of", "fuses_bias", "step", "why_not"]
+__all__ = ["ForwardConfig", "by_hand_of", "choose", "config_of", "fuses_bias", "step", "why_not"]
 
 SHORT = 1088  # keys that a query sees at most under a band, where rows are short: 1,024 and a block
 SHORT_FULL = 256  # and without one
@@ -192,15 +192,19 @@ def fuses_bias(spec: AttentionSpec, config: ForwardConfig) -> bool:
     return scores + 3 * scores // 2 + padded(spec.value_dim) // 2 + 40 <= config.registers
 
 
+def by_hand_of(by_hand: Mapping[str, object]) -> ForwardConfig | None:
+    """What the caller chose, if anything."""
+    return chosen(by_hand, "forward", ForwardConfig)
+
+
 def config_of(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> ForwardConfig:
     """By hand, else by rule, for a spec that ``why_not`` allows."""
-    chosen = by_hand.get("forward")
-    if isinstance(chosen, ForwardConfig):
-        if not _has_room_for_o(spec, chosen):
+    if (own := by_hand_of(by_hand)) is not None:
+        if not _has_room_for_o(spec, own):
             wanted = f"True for head dims {spec.head_dim} and {spec.value_dim}"
             raise bad_value("separate_o", wanted, False, "a tile of O does not fit in Q's buffer")
-        chosen.check(spec, spec.value_dim, device.shared_memory)
-        return chosen
+        own.check(spec, spec.value_dim, device.shared_memory)
+        return own
     config = choose(spec, device.shared_memory, device.sms)
     assert config is not None, "why_not refuses what fits no candidate"
     return config

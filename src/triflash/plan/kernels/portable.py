@@ -11,7 +11,7 @@ from ...errors import bad_value, unsupported
 from ...spec import UNSET, AttentionSpec, BiasSpec, Needs
 from .. import tables
 from ..choices import Choices
-from ..configs import Problem, TileConfig, default_config, misread, padded, with_features, with_wide_bias
+from ..configs import Problem, TileConfig, chosen, default_config, misread, padded, with_features, with_wide_bias
 from ..device import DeviceFacts
 from ..steps import Step, asked_products, broadcast_rows, ceil_div, dbias_source, sum_steps
 from . import few
@@ -51,12 +51,11 @@ def problem_of(kernel: str, spec: AttentionSpec, device: DeviceFacts | None = No
 
 def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> tuple[TileConfig, str]:
     """A kernel's configuration and where it comes from: by hand, else a tuned file, else a measured row, else the analytic default."""
-    chosen = dict(choices.by_hand).get(kernel)
     problem = problem_of(kernel, spec, device)
-    if isinstance(chosen, TileConfig):
-        if kernel != "delta" and (wrong := misread(problem, chosen)):
-            raise bad_value(f"override_configs({kernel}=…)", "tiles of 32 rows and more, or 4 warps", chosen, wrong)
-        return chosen, "chosen by hand (override_configs)"
+    if (own := chosen(dict(choices.by_hand), kernel, TileConfig)) is not None:
+        if kernel != "delta" and (wrong := misread(problem, own)):
+            raise bad_value(f"override_configs({kernel}=…)", "tiles of 32 rows and more, or 4 warps", own, wrong)
+        return own, "chosen by hand (override_configs)"
     config, source = _measured_or_default(kernel, problem, spec, device, choices)
     weight = _weight(spec, problem.products) if device.arch.startswith("sm") else 0  # AMD's registers suffice
     lighter = with_features(problem, config, weight)

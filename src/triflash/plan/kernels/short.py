@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec, Needs
-from ..configs import MAX_HEAD_DIM, TileConfig, padded
+from ..configs import MAX_HEAD_DIM, TileConfig, chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step, asked_products, broadcast_rows, ceil_div, sum_steps
 
@@ -164,26 +164,23 @@ def pieces(keys: int, block_n: int) -> tuple[int, ...]:
 
 def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
     """The kernel of a forward pass; none where others are to run: with a configuration chosen by hand it runs wherever it can."""
-    chosen = by_hand.get("short_forward")
-    if not (takes(spec, device) if chosen is None else runs(spec)):
+    config = chosen(by_hand, "short_forward", ShortConfig)
+    if not (takes(spec, device) if config is None else runs(spec)):
         return ()
-    config = chosen if isinstance(chosen, ShortConfig) else choose(spec, device)
+    config = config or choose(spec, device)
     if not pieces(spec.keys, config.block_n):
         raise bad_value("short_forward", f"block_n that has {spec.keys} keys in three pieces", config.block_n)
     parts = ceil_div(ceil_div(spec.queries, config.block_m), max(1, config.rounds))
     return (Step("short_forward", config, parts * spec.heads * spec.batch, precision=asked_products(spec)),)
 
 
-def _config_of_backward(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> ShortConfig:
-    """By hand, else by rule."""
-    chosen = by_hand.get("short_backward")
-    config = chosen if isinstance(chosen, ShortConfig) else choose_backward(spec, device)
+def _check_backward(spec: AttentionSpec, device: DeviceFacts, config: ShortConfig) -> None:
+    """Raise ValueError where a configuration is none for the spec."""
     if config.block_n < spec.keys:
         raise bad_value("short_backward", f"block_n of {spec.keys} keys at least", config.block_n)
     if device.arch == "sm90" and spec.dtype != "fp32" and config.block_m < 64:
         why = "Triton 3.6 reads ds of 32 queries wrongly there, as an operand of WGMMA: dq was wrong on an H200"
         raise bad_value("short_backward", "block_m of 64 queries at least on sm90", config.block_m, why)
-    return config
 
 
 def bias_form(spec: AttentionSpec, bias: BiasSpec, config: ShortConfig) -> str:
@@ -225,9 +222,11 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     """The backward kernel, and what adds up its partial sums of the gradient of a bias; it leaves those that it cannot sum up. None where
     others are to run, as of the forward pass, or where it has nothing to give. For dsink it writes delta, from which that follows.
     """
-    if not (runs(spec, True) if "short_backward" in by_hand else takes_backward(spec, device)):
+    config = chosen(by_hand, "short_backward", ShortConfig)
+    if not (takes_backward(spec, device) if config is None else runs(spec, True)):
         return ()
-    config = _config_of_backward(spec, device, by_hand)
+    config = config or choose_backward(spec, device)
+    _check_backward(spec, device, config)
     gives = _gives_of(spec, needs, config)
     if not gives:
         return ()
