@@ -31,15 +31,15 @@ from .room import Room
 
 __all__ = [
     "addressable",
+    "bias_by_queries",
+    "blocks_of",
     "descriptor",
     "forward",
     "forward_calls",
     "in_order",
-    "mask_tiles",
     "ready",
     "ready_operands",
     "register_limit",
-    "second_rows",
     "writable",
     "written",
 ]
@@ -79,24 +79,17 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t:
             calls.append(hopper_packed.around_call(step, spec, given, t, {"out": out}, saved))
             continue
         head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
-        tiled = spec.bias is not None and spec.bias.varies[4]
-        bias_desc = None
-        bias_on: tuple[int, ...] | None = None
-        if bias is not None and tiled:
-            bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
-            bias_desc = descriptor(bias, (1, 1, 1, *bias_buffer(spec, config).shape))
-            bias_on = tuple(int(size > 1) for size in bias.shape[:3])
-        pointer = None if tiled or bias is None else bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+        bias_desc, bias_on, pointer, pointer_strides = bias_by_queries(spec, bias, config)
         args = (
             of_rows(spec, q, ROWS, head),
             of_rows(spec, k, block_n, head),
             of_rows(spec, v, block_n, value),
             of_rows(spec, out, ROWS, value),
             *(bias_desc, pointer, lengths_of(lengths), hopper_packed.tiles_of(t, spec, "queries"), slopes, sink, lse, rest),
-            *(None if pointer is None else bias_strides(pointer)[:4], bias_on),  # type: ignore[index]
+            *(pointer_strides, bias_on),
             *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), dropout_of(spec, seed)),
-            *second_rows(spec, x.second_bias, config),
-            *mask_tiles(spec, mask, config),
+            *blocks_of(x.second_bias, second_buffer(spec, config).shape),
+            *blocks_of(mask, mask_buffer(spec, config).shape),
             *(batch_of(spec), spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
             *schedule_of_queries(spec, config, step.programs),
         )
@@ -128,18 +121,22 @@ def register_limit(config: QueryConfig) -> dict[str, int]:
     return {"maxnreg": config.launch_registers} if config.ctas_per_sm > 1 else {}
 
 
-def second_rows(spec: AttentionSpec, second: Tensor | None, config: QueryConfig) -> tuple[TensorDescriptor | None, tuple[int, ...] | None]:
-    """How kernels that own queries get a bias over keys alone beside one of tiles: as ``mask_tiles``."""
-    if second is None:
+def blocks_of(x: Tensor | None, block: Sequence[int]) -> tuple[TensorDescriptor | None, tuple[int, ...] | None]:
+    """How kernels get a bias or a mask in blocks of its two inner dims: a descriptor, and along which outer dims it varies."""
+    if x is None:
         return None, None
-    return descriptor(second, (1, 1, 1, *second_buffer(spec, config).shape)), tuple(int(size > 1) for size in second.shape[:3])
+    x = x.view(torch.uint8) if x.dtype == torch.bool else x
+    return descriptor(x, (1, 1, 1, *block)), tuple(int(size > 1) for size in x.shape[:3])
 
 
-def mask_tiles(spec: AttentionSpec, mask: Tensor | None, config: QueryConfig) -> tuple[TensorDescriptor | None, tuple[int, ...] | None]:
-    """How kernels that own queries get a mask beside a bias: its descriptor, and along which outer dims it varies."""
-    if mask is None:
-        return None, None
-    return descriptor(mask.view(torch.uint8), (1, 1, 1, *mask_buffer(spec, config).shape)), tuple(int(size > 1) for size in mask.shape[:3])
+def bias_by_queries(
+    spec: AttentionSpec, bias: Tensor | None, config: QueryConfig
+) -> tuple[TensorDescriptor | None, tuple[int, ...] | None, Tensor | None, tuple[int, ...] | None]:
+    """How kernels that own queries get the bias: as :func:`blocks_of`, or where it does not vary over keys a pointer and its strides."""
+    if bias is None or (spec.bias is not None and spec.bias.varies[4]):
+        return *blocks_of(bias, bias_buffer(spec, config).shape), None, None
+    bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
+    return None, None, bias, bias_strides(bias)[:4]  # type: ignore[index]
 
 
 def batch_of(spec: AttentionSpec) -> int:

@@ -12,6 +12,7 @@ from ..dropout import rescale
 from ..kernels.hopper import dkdv as dkdv_kernels
 from ..kernels.hopper import dkdv_d256 as d256_kernels
 from ..kernels.hopper import postprocess, preprocess
+from ..kernels.hopper.compat import TensorDescriptor
 from ..kernels.triton.features import Features
 from ..plan import layout
 from ..plan.configs import padded
@@ -22,11 +23,11 @@ from ..plan.kernels.dkdv import DkdvConfig, dims, key_tiles, l2_order, sums_by_m
 from ..plan.kernels.dq import DqConfig
 from ..plan.kernels.shared import row_by_mma, stats_kinds, stats_length
 from ..plan.steps import Plan, Step
-from ..spec import AttentionSpec, Gradients, Operands, Saved
+from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from . import hopper_packed
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
 from .common import is_wide
-from .hopper import batch_of, descriptor, in_order, is_even, of_rows, ready, ready_operands, written
+from .hopper import batch_of, blocks_of, descriptor, in_order, is_even, of_rows, ready, ready_operands, written
 from .hopper_dbias import dbias_call as hopper_dbias_call
 from .hopper_dq import dq_call
 from .hopper_packed import Tables
@@ -285,24 +286,9 @@ def dkdv_call(
     splits = config.head_splits
     head, value = dims(spec)
     half, rows = 64, config.block_m  # keys of a buffer, queries of a block
-    bias_desc = bias_on = None
-    pointer = x.second_bias
-    if bias is not None:
-        assert spec.bias is not None and spec.bias.varies[4]
-        bias = bias.view(torch.uint8) if bias.dtype == torch.bool else bias
-        if spec.bias.varies[3]:
-            bias_desc = descriptor(bias, (1, 1, 1, rows, half))
-            bias_on = tuple(int(size > 1) for size in bias.shape[:3])
-        else:
-            pointer = bias
-    mask_desc = mask_on = key_mask = None
-    if mask is not None:
-        assert spec.mask is not None and spec.mask.varies[4]
-        mask = mask.view(torch.uint8)
-        if spec.mask.varies[3]:
-            mask_desc, mask_on = descriptor(mask, (1, 1, 1, rows, half)), tuple(int(size > 1) for size in mask.shape[:3])
-        else:
-            key_mask = mask
+    bias_desc, bias_on, key_bias = _bias_by_keys(spec.bias, bias, (rows, half))
+    mask_desc, mask_on, key_mask = _bias_by_keys(spec.mask, mask, (rows, half))
+    pointer = x.second_bias if key_bias is None else key_bias
     sums: tuple[Any, ...] = () if config.d256 else (None, None)
     if dq_sum is not None:
         assert not config.d256
@@ -357,3 +343,15 @@ def dkdv_call(
     constants |= {"ROW_BY_MMA": row_by_mma(spec), "SUM_BY_MMA": sums_by_mma(spec) and dbias is not None}
     constants["ROW"] = dq_sum.shape[3] if dq_sum is not None and config.red_dq else 0
     return Call(dkdv_kernels.dkdv, args, constants, config, step.programs)
+
+
+def _bias_by_keys(
+    spec: BiasSpec | None, bias: Tensor | None, block: tuple[int, int]
+) -> tuple[TensorDescriptor | None, tuple[int, ...] | None, Tensor | None]:
+    """How kernels that own keys get a bias or a mask: as :func:`~.hopper.blocks_of`, or one over keys alone as a pointer."""
+    if bias is None:
+        return None, None, None
+    assert spec is not None and spec.varies[4]
+    if spec.varies[3]:
+        return *blocks_of(bias, block), None
+    return None, None, bias.view(torch.uint8) if bias.dtype == torch.bool else bias

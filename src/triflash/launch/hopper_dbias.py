@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..kernels.hopper import dbias as dbias_kernels
 from ..plan.kernels.dbias import DbiasConfig, bias_tiles, places, shuffle, slots_needed
-from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, row_by_mma
+from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, row_by_mma, second_buffer
 from ..plan.steps import broadcast_rows
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper import descriptor, register_limit, second_rows, writable
+from .hopper import blocks_of, descriptor, register_limit, writable
 
 __all__ = ["dbias_call"]
 
@@ -55,7 +55,7 @@ def dbias_call(
             slope_strides(slopes),
             cap_of(spec),
             dropout_of(spec, seed),
-            *second_rows(spec, second, config),
+            *blocks_of(second, second_buffer(spec, config).shape),
             None if mask is None else mask.view(torch.uint8),
             bias_strides(mask),
         ),

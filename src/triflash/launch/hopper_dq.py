@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..kernels.hopper import dq as dq_kernels
 from ..plan.configs import padded
 from ..plan.kernels.dq import DqConfig
-from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, batch_fastest, bias_buffer
+from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, batch_fastest, mask_buffer, second_buffer
 from ..spec import AttentionSpec
-from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper import batch_of, descriptor, is_even, mask_tiles, of_rows, register_limit, schedule_of_queries, second_rows
+from .calls import Call, alibi_of, cap_of, dropout_of, lengths_of, slope_strides
+from .hopper import batch_of, bias_by_queries, blocks_of, descriptor, is_even, of_rows, register_limit, schedule_of_queries
 
 __all__ = ["dq_call"]
 
@@ -30,17 +29,11 @@ def dq_call(
 ) -> Call:  # fmt: skip
     """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q."""
     head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
-    tiled = spec.bias is not None and spec.bias.varies[4]
-    bias_desc = dbias_desc = None
-    bias_on: tuple[int, ...] | None = None
-    bias = bias.view(torch.uint8) if bias is not None and bias.dtype == torch.bool else bias
-    if bias is not None and tiled:
-        bias_desc = descriptor(bias, (1, 1, 1, *bias_buffer(spec, config).shape))
-        bias_on = tuple(int(size > 1) for size in bias.shape[:3])
+    bias_desc, bias_on, pointer, pointer_strides = bias_by_queries(spec, bias, config)
+    dbias_desc = None
     if dbias is not None:
         assert spec.bias is not None and all(spec.bias.varies) and not spec.bias.is_mask
         dbias_desc = descriptor(dbias, (1, 1, 1, ROWS, block_n))
-    pointer = None if tiled else bias
     args = (
         of_rows(spec, q, ROWS, head),
         of_rows(spec, dout, ROWS, value),
@@ -49,13 +42,13 @@ def dq_call(
         of_rows(spec, dq, ROWS, head),
         *(bias_desc, dbias_desc, pointer, lengths_of(lengths), packed, slopes, stats, small_lse),
         *(
-            None if pointer is None else bias_strides(pointer)[:4],  # type: ignore[index]
+            pointer_strides,
             slope_strides(slopes),
             bias_on,
             cap_of(spec),
             dropout_of(spec, seed),
-            *second_rows(spec, second, config),
-            *mask_tiles(spec, mask, config),
+            *blocks_of(second, second_buffer(spec, config).shape),
+            *blocks_of(mask, mask_buffer(spec, config).shape),
         ),
         *(batch_of(spec), spec.heads, q.shape[2] // k.shape[2], spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
         *schedule_of_queries(spec, config, programs),
