@@ -35,7 +35,6 @@ from .plan.kernels import few
 from .plan.kernels.few import FewConfig
 from .plan.kernels.portable import config_of, problem_of
 from .plan.kernels.shared import HopperConfig
-from .plan.kernels.short import ShortConfig
 from .plan.override import KERNELS
 from .plan.select import (
     BACKENDS,
@@ -396,18 +395,13 @@ def _explained(plan: Plan, step: Step, spec: AttentionSpec | CacheSpec, device: 
     estimate = None
     if isinstance(spec, CacheSpec):
         return ExplainedStep(step, "fixed: it has no tiles of scores" if step.kernel in ("append", "combine") else source)
-    if isinstance(step.config, FewConfig):
+    if step.config.SOURCE:  # a rule of the kernel's room
         chosen = dict(current_choices().by_hand).get(step.kernel) == step.config
-        source = "chosen by hand (override_configs)" if chosen else FewConfig.SOURCE
-        if isinstance(spec, AttentionSpec):  # of a cache a note says so
+        source = "chosen by hand (override_configs)" if chosen else step.config.SOURCE
+        if isinstance(step.config, FewConfig):
             source += f"; {few.why(spec, step, device)}"
-    elif isinstance(step.config, ShortConfig):
-        chosen = dict(current_choices().by_hand).get(step.kernel) == step.config
-        source = "chosen by hand (override_configs)" if chosen else ShortConfig.SOURCE
-    elif isinstance(step.config, HopperConfig):
-        source = hopper.source_of(step, dict(current_choices().by_hand))
-        assert isinstance(spec, AttentionSpec)
-        estimate = hopper.shared_memory(spec, step)
+        elif isinstance(step.config, HopperConfig):
+            estimate = hopper.shared_memory(spec, step)
     elif portable and (kernel := _SAME_TILES.get(step.kernel, step.kernel)) in KERNELS:
         assert isinstance(step.config, TileConfig)
         config, found = config_of(kernel, spec, device, current_choices())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from ..errors import bad_value, unsupported
 from .device import DeviceFacts
@@ -39,6 +39,8 @@ class TileConfig:
     block_n: int
     num_warps: int
     num_stages: int
+
+    SOURCE: ClassVar[str] = ""  # where the plan takes one from by a rule of its room, as explain says it; others say it case by case
 
     def __post_init__(self) -> None:
         for name, allowed in (("block_m", (16, 32, 64, 128, 256)), ("block_n", (16, 32, 64, 128, 256)), ("num_warps", (1, 2, 4, 8, 16))):

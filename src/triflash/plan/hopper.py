@@ -17,7 +17,7 @@ from .steps import Step, broadcast_rows, sum_steps
 
 __all__ = [
     "LARGEST_SOFTCAP", "adds_dq", "backward_steps", "flags_small_lse", "forward_steps", "reads_small_lse", "reservation",
-    "shared_memory", "source_of", "tile_first", "why_not", "why_not_backward",
+    "shared_memory", "tile_first", "why_not", "why_not_backward",
 ]  # fmt: skip
 
 SHORTEST = 64  # queries of a tile, most of which fewer leave empty; up to so many keys nobody measured them (H200, tuning.md)
@@ -230,9 +230,3 @@ def shared_memory(spec: AttentionSpec, step: Step) -> int:
     assert isinstance(step.config, HopperConfig)
     own = tile_first(spec)
     return step.config.shared_memory(own, step.gives if own is spec else _renamed(step.gives))
-
-
-def source_of(step: Step, by_hand: Mapping[str, object]) -> str:
-    """Where the configuration of a kernel that has tiles of scores comes from."""
-    assert isinstance(step.config, HopperConfig)
-    return "chosen by hand (override_configs)" if by_hand.get(step.kernel) == step.config else step.config.SOURCE
