@@ -2,12 +2,14 @@
 
     python3 scripts/sass.py write before           before/<problem>.<number>.<kernel>.sass and .ptx, one a launch, and before/launches.txt
     python3 scripts/sass.py write after --only bias --only d64
+    python3 scripts/sass.py keys after             after/launches.txt and keys.txt alone, in seconds: nothing is compiled
     python3 scripts/sass.py compare before after   exit status 1 if any kernel differs; --renamed OLD=NEW for a kernel
 
-``launches.txt`` has grids and arguments of every launch; the first line of a kernel's machine code has its registers, spilled words and
-shared memory. Compiling all of it takes two cores eight minutes. ptxas 12.8 makes now and then another order of instructions of the very
-same PTX: such kernels are named and do not count. Code of two Triton releases differs: compare what one release makes of two trees, of
-which ``PYTHONPATH=<other tree>/src`` chooses the other.
+``launches.txt`` has grids and arguments of every launch, ``keys.txt`` what Triton compiles it from: its source with all that it calls,
+constants, types and options, hashed. Where keys are the same, so is the machine code, and nobody need compile it. The first line of a
+kernel's machine code has its registers, spilled words and shared memory. Compiling all of it takes two cores eight minutes. ptxas 12.8
+makes now and then another order of instructions of the very same PTX: such kernels are named and do not count. Code of two Triton releases
+differs: compare what one release makes of two trees, of which ``PYTHONPATH=<other tree>/src`` chooses the other.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -322,10 +325,19 @@ def described_kind(x: Any) -> str:
     return f"{x.base.dtype}{x.block_shape}" if type(x).__name__ == "TensorDescriptor" else str(getattr(x, "dtype", None) or type(x))
 
 
-def write(folder: Path, only: Sequence[str], workers: int) -> None:
+def write_keys(folder: Path, only: Sequence[str]) -> None:
+    """``launches.txt`` and ``keys.txt``, a line a launch."""
     folder.mkdir(parents=True, exist_ok=True)
+    calls = [(f"{p.name}: ", call) for p in chosen(only) for call in p.calls()]
+    (folder / "launches.txt").write_text("".join(f"{name}{described(call)}\n" for name, call in calls))
+    keys = [(f"{name}{kernel_name(call)} ", ahead.identity(call, "sm90")) for name, call in calls]
+    (folder / "keys.txt").write_text("".join(f"{name}{key}\n" for name, key in keys))
+    print(f"{len(keys)} launches of {len({key for _, key in keys})} kernels")
+
+
+def write(folder: Path, only: Sequence[str], workers: int) -> None:
+    write_keys(folder, only)
     work = list(distinct(chosen(only)))
-    (folder / "launches.txt").write_text("".join(f"{p.name}: {described(call)}\n" for p in chosen(only) for call in p.calls()))
     with ProcessPoolExecutor(workers) as pool:
         running = [pool.submit(compiled, problem.name, number) for problem, number, _ in work]
         for count, each in enumerate(as_completed(running), 1):
@@ -364,19 +376,37 @@ def compare(before: Path, after: Path, only: Sequence[str], renamed: dict[str, s
         bad += not same
         print(f"{name}: {result}")
     print(f"{len({*names[0], *names[1]})} kernels, {bad} differ")
-    return bad
+    return bad + compare_lines(before, after, only)
+
+
+def compare_lines(before: Path, after: Path, only: Sequence[str]) -> int:
+    """How many launches of one are compiled from what none of the other is, where there is no machine code of both to tell; prints it."""
+
+    def lines(folder: Path, name: str) -> list[str]:
+        text = (folder / name).read_text() if (folder / name).exists() else ""
+        return [line for line in text.splitlines() if not only or any(part in line.partition(": ")[0] for part in only)]
+
+    changed = {}
+    for name in ("launches.txt", "keys.txt"):
+        one, other = (Counter(lines(folder, name)) for folder in (before, after))
+        changed[name] = max((one - other).total(), (other - one).total())
+    print(f"{changed['launches.txt']} launches with other arguments, {changed['keys.txt']} compiled from something else")
+    return 0 if any(before.glob("*.sass")) and any(after.glob("*.sass")) else changed["keys.txt"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("what", choices=["write", "compare"])
+    parser.add_argument("what", choices=["write", "keys", "compare"])
     parser.add_argument("folder", type=Path, nargs="+")
     parser.add_argument("--only", action="append", default=[], help="part of a problem's name")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--renamed", action="append", default=[], metavar="OLD=NEW", help="a kernel, or another part of a file's name")
     options = parser.parse_args(argv)
-    if len(options.folder) != (1 if options.what == "write" else 2):
-        parser.error("write takes one folder, compare two")
+    if len(options.folder) != (2 if options.what == "compare" else 1):
+        parser.error("write and keys take one folder, compare two")
+    if options.what == "keys":
+        write_keys(options.folder[0], options.only)
+        return 0
     if options.what == "write":
         os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # the same instructions at other lines of the source are the same
         write(options.folder[0], options.only, options.workers)

@@ -37,3 +37,17 @@ def test_launches_of_one_table_compare_equal_and_another_does_not() -> None:
     one, other = (problem for problem in sass.PROBLEMS if problem.name in ("packed d64 causal", "packed d64 tiny"))
     described = [list(map(sass.described, problem.calls())) for problem in (one, one, other)]
     assert described[0] == described[1] != described[2]
+
+
+def test_keys_tell_without_compiling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what a launch is compiled from, and with which arguments; a key that differs is a kernel that does."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        assert sass.main(["keys", str(folder), "--only", "packed d64 tiny"]) == 0
+    assert sass.main(["compare", str(one), str(other)]) == 0
+    assert capsys.readouterr().out.endswith("0 launches with other arguments, 0 compiled from something else\n")
+    lines = (other / "keys.txt").read_text().splitlines()
+    assert len(lines) > 10 and len(lines) == len((other / "launches.txt").read_text().splitlines())
+    (other / "keys.txt").write_text("\n".join([lines[0] + "0", *lines[1:]]))
+    assert sass.main(["compare", str(one), str(other)]) == 1
+    assert "0 launches with other arguments, 1 compiled from something else" in capsys.readouterr().out
