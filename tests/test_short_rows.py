@@ -249,6 +249,20 @@ def test_who_takes_them(N: int, D: int) -> None:
         assert names(plan_backward(spec(N, N, D=D), ALL, KNOWN_DEVICES[arch])) == ["delta", "dkdv", "dq"]
 
 
+def test_a_kernel_chosen_by_hand_is_not_replaced() -> None:
+    """Neither by these nor by those for few queries, which take the place of others by themselves."""
+    device, tile, few = KNOWN_DEVICES["sm90"], TileConfig(64, 64, 4, 1), FewConfig(16, 64, 4, 2)
+    for config, forward, backward in (
+        ({"forward": tile}, "forward", "short_backward"), ({"few_forward": few}, "few_forward", "short_backward"),
+        ({"dq": tile}, "short_forward", "delta"), ({"dkdv": tile, "short_backward": ShortConfig(64, 64, 4, 1)}, "short_forward", "short_backward"),
+    ):  # fmt: skip
+        with override_configs(**config):
+            assert names(plan_forward(spec(1, 49), device, "triton"))[0] == forward
+            assert names(plan_backward(spec(1, 49), ALL, device, "triton"))[0] == backward
+    with override_configs(forward=tile):
+        assert names(plan_forward(spec(8, 4096), device)) == ["forward"]
+
+
 def test_who_takes_longer_rows() -> None:
     """Up to 80 keys forward and 128 backward these, where nothing else is asked of them; then Hopper's, from 64 queries on."""
     device = KNOWN_DEVICES["sm90"]

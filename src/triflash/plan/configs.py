@@ -20,6 +20,7 @@ __all__ = [
     "chosen",
     "default_config",
     "misread",
+    "others_chosen",
     "padded",
     "shared_memory",
     "with_features",
@@ -72,6 +73,11 @@ def chosen(by_hand: Mapping[str, object], kernel: str, kind: type[_Config]) -> _
     """What the caller chose for a kernel by hand, if it is of a room's own kind: backends pass over each other's."""
     config = by_hand.get(kernel)
     return config if isinstance(config, kind) else None
+
+
+def others_chosen(by_hand: Mapping[str, object], *kernels: str) -> bool:
+    """Whether the caller chose one of these portable kernels by hand, so that no other takes its place by itself."""
+    return any(chosen(by_hand, kernel, TileConfig) is not None for kernel in kernels)
 
 
 def padded(head_dim: int) -> int:

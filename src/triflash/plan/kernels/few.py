@@ -12,7 +12,7 @@ from typing import ClassVar
 from ...errors import bad_value
 from ...spec import AttentionSpec
 from ...spec_cache import CacheSpec
-from ..configs import MAX_HEAD_DIM, TileConfig, chosen, padded
+from ..configs import MAX_HEAD_DIM, TileConfig, chosen, others_chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step, asked_products, ceil_div
 
@@ -194,7 +194,8 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str
     Three TF32 products were not judged here, so that they are nobody's default.
     """
     config = chosen(by_hand, "few_forward", FewConfig)
-    if not (takes(spec, device, tile) if config is None else runs(spec)):
+    others = others_chosen(by_hand, "forward")
+    if not (takes(spec, device, tile) and not others if config is None else runs(spec)):
         return ()
     shape = shape_of(spec)
     config = config or choose(shape, device)
@@ -237,7 +238,8 @@ def choose_backward(shape: Shape, device: DeviceFacts) -> FewConfig:
 def backward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object], gives: tuple[str, ...]) -> tuple[Step, ...]:
     """The kernels that give these gradients, where the statistics are there; none where others are to, as of the forward pass."""
     config = chosen(by_hand, "few_backward", FewConfig)
-    if not gives or not (takes_backward(spec, device) if config is None else runs_backward(spec)):
+    others = others_chosen(by_hand, "dkdv", "dq")
+    if not gives or not (takes_backward(spec, device) and not others if config is None else runs_backward(spec)):
         return ()
     shape = shape_of(spec)
     config = config or choose_backward(shape, device)

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec, Needs
-from ..configs import MAX_HEAD_DIM, TileConfig, chosen, padded
+from ..configs import MAX_HEAD_DIM, TileConfig, chosen, others_chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step, asked_products, broadcast_rows, ceil_div, sum_steps
 
@@ -163,9 +163,12 @@ def pieces(keys: int, block_n: int) -> tuple[int, ...]:
 
 
 def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
-    """The kernel of a forward pass; none where others are to run: with a configuration chosen by hand it runs wherever it can."""
+    """The kernel of a forward pass; none where others are to run: with a configuration chosen by hand it runs wherever it can, and nowhere
+    where another kernel's was.
+    """
     config = chosen(by_hand, "short_forward", ShortConfig)
-    if not (takes(spec, device) if config is None else runs(spec)):
+    others = others_chosen(by_hand, "forward", "few_forward")
+    if not (takes(spec, device) and not others if config is None else runs(spec)):
         return ()
     config = config or choose(spec, device)
     if not pieces(spec.keys, config.block_n):
@@ -223,7 +226,8 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     others are to run, as of the forward pass, or where it has nothing to give. For dsink it writes delta, from which that follows.
     """
     config = chosen(by_hand, "short_backward", ShortConfig)
-    if not (takes_backward(spec, device) if config is None else runs(spec, True)):
+    others = others_chosen(by_hand, "dkdv", "dq", "few_backward")
+    if not (takes_backward(spec, device) and not others if config is None else runs(spec, True)):
         return ()
     config = config or choose_backward(spec, device)
     _check_backward(spec, device, config)
