@@ -142,6 +142,24 @@ def test_wide_heads(stages: int, case: Case) -> None:
     assert "dkdv" in ran and "dqdkdv" not in ran
 
 
+PADDED = [(66, 80), (88, 96), (112, 72), (130, 144), (160, 160), (192, 128), (200, 24), (40, 224)]
+
+
+@pytest.mark.parametrize("dims", PADDED, ids=str)
+def test_heads_that_are_padded(dims: tuple[int, int]) -> None:
+    """Every kernel leaves out columns that only pad: pieces of 64 and 128 columns, and 16, 32 and 64 behind them."""
+    D, Dv = dims
+    both = {"B": 2, "H": 1, "M": 70, "N": 140, "D": D, "Dv": Dv}
+    ran = check(Case("padded", **both, causal=True))  # dq by a kernel of its own
+    ran += check(Case("padded, a shared bias", **both, bias="11qk", grads="b"))
+    assert {"forward", "dkdv", "dq", "dbias"} <= set(ran)
+    if max(dims) <= 128:
+        config = DkdvConfig(2, 2, red_dq=True)
+        for case in (Case("padded, lengths", **both, lengths=(140, 70)), Case("padded, dropout", **both, dropout=0.2)):
+            assert "dqdkdv" in check(case, dqdkdv=config)
+        assert "dqdkdv" in check(Case("padded, a bias", **both, bias="1hqk", grads="qkv", hi=40), dqdkdv=DkdvConfig(2, 2))
+
+
 TILES = [
     Case("lengths, slopes", B=3, M=200, N=600, H=2, bias="1hqk", lengths=(0, 128, 999), alibi="bh", sink=True, grads="qkvb"),
     Case("causal, grouped, slopes", B=2, M=300, N=300, H=4, Hk=2, bias="b1qk", alibi="h", causal=True, grads="b"),

@@ -83,6 +83,8 @@ TARGETS = [
     Target((256, 256), F16, band=CAUSAL, length=ODD, spills=28),
     # Other head dims, padded ones among them, and a value dim of its own.
     Target((40, 40), F16, band=CAUSAL, length=ODD),
+    *(Target((d, d), band=CAUSAL, spills=LOOP) for d in (80, 96)),
+    Target((160, 160), F16, band=CAUSAL),
     Target((192, 128), band=WINDOW, length=EVEN),
     # A tile of bias a block.
     *(Target((64, 64), bias="1hqk", band=band) for band in (FULL, CAUSAL)),
@@ -191,6 +193,19 @@ def test_compiles_within_limits(target: Target) -> None:
     if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
         assert used.spills <= target.spills, f"{call.config}: {used}"
     assert not serialised(log)
+
+
+@pytest.mark.parametrize(
+    "dims, columns",
+    [((64, 64), (64, 64)), ((80, 72), (80, 80)), ((96, 64), (96, 64)), ((192, 128), (192, 128)), ((160, 24), (160, 32))],
+)
+def test_columns_that_pad_a_head_are_not_multiplied(dims: tuple[int, int], columns: tuple[int, int]) -> None:
+    """As in test_hopper.py: s over the columns of q and k, dp over those of dout and v, by the steps of 16 in the PTX."""
+    call = the_call(Target(dims, band=CAUSAL, adds=False))[2]
+    assert (call.constants["QK"], call.constants["OV"]) == columns
+    if dims == (160, 24):  # blocks of 64 queries tell both from dk and dv, which are wider; dp is there once, s a copy of its loop
+        found = ahead.compile_for(call, "sm90").asm["ptx"].count("m64n64k16") - columns[1] // 16
+        assert found > 0 and found % (columns[0] // 16) == 0
 
 
 def test_other_sizes_are_the_same_kernel() -> None:

@@ -17,7 +17,7 @@ from ..plan.kernels.dq import DqConfig
 from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, batch_fastest, bias_buffer
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper import batch_of, descriptor, is_even, mask_tiles, of_rows, register_limit, schedule_of_queries, second_rows
+from .hopper import batch_of, descriptor, is_even, mask_tiles, multiplied_columns, of_rows, register_limit, schedule_of_queries, second_rows
 
 __all__ = ["dq_call"]
 
@@ -68,5 +68,7 @@ def dq_call(
         "HAS_REST": stats.shape[1] == 3,
         "EVEN_N": is_even(spec, block_n),
         "ALIBI": alibi_of(spec, forward_keys),
+        "QK": multiplied_columns(spec.head_dim, head),
+        "OV": multiplied_columns(spec.value_dim, value),
     }
     return Call(dq_kernels.dq, args, constants | register_limit(config), config, programs)

@@ -104,6 +104,8 @@ class Program:
     ALIBI: gl.constexpr
     BATCH_FASTEST: gl.constexpr
     LONGEST: gl.constexpr
+    QK: gl.constexpr
+    OV: gl.constexpr
 
 
 @record
@@ -365,7 +367,7 @@ def dkdv(
     packed, slopes, dbias, bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, ROW: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 128 keys of a key head: ``tiles`` of them, ``tiles_n`` a (batch, key head) pair, dealt out by ``schedule.Uniform``.
 
@@ -376,7 +378,8 @@ def dkdv(
     strides; its gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). A mask beside them comes in the same two
     ways. ``group`` query heads share a key head. With ``splits`` they are dealt out in so many parts, which count as key heads above; each
     part's sums of dk and dv go to dk_parts and dv_parts, float32 and contiguous (batch, part, whole tiles of keys, padded dim). cap: see
-    ``features.tanh``; dropout: see ``philox_of``. None: absent, or not wanted.
+    ``features.tanh``; dropout: see ``philox_of``. None: absent, or not wanted. QK, OV: columns of q and k, of dout
+    and v that are multiplied.
     """
     DT: gl.constexpr = q_desc.dtype
     BM: gl.constexpr = C.block_m
@@ -428,7 +431,7 @@ def dkdv(
         bias_s, mask_s, ds_s, dq_s, dq_sum, kv, q_full, o_full, bias_full, ds_empty, dq_empty, consumers_done, bias_strides,
         dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits, batch_inner, M, N, lo, hi,
         scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, DQ_WARPGROUP, ROW, IS_MASK, EVEN_N, ALIBI,
-        BATCH_FASTEST, LONGEST,
+        BATCH_FASTEST, LONGEST, QK, OV,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
     if DQ_WARPGROUP:

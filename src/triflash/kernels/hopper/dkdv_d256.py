@@ -23,6 +23,7 @@ from .dropout import drop, ds_of, keep_bits, philox_of, sign_dropped
 from .extent import Extent, extent_of, key_rows, outer_at, padded_row, pair_of, place_in_bias, query_rows
 from .features import all_lse_small, clear_masked, slope_of
 from .layouts import accumulator, stacked
+from .products import over_columns
 from .rings import Ring, ring
 from .scores_kq import DELTA, LSE, REST, Feed, grid_of, in_turn, of_keys, probabilities, store_dbias, turned, visible_blocks
 
@@ -82,6 +83,8 @@ class Program:
     ALIBI: gl.constexpr
     BATCH_FASTEST: gl.constexpr
     LONGEST: gl.constexpr
+    QK: gl.constexpr
+    OV: gl.constexpr
 
 
 @record
@@ -175,7 +178,7 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
         phase = p.queries.phase(at)
         go = at > t.done
         mbarrier.wait(p.queries.full.index(stage), phase)
-        s_pending = warpgroup_mma(k, p.q_s.index(stage).reshape([BM, W]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        s_pending = over_columns(k, p.q_s.index(stage).reshape([BM, W]), nothing, 0, p.QK, False)
         lse = gl.expand_dims(p.lse_s.index(stage).reshape([BM]).load(COLS), 0)
         m0 = block * BM
         if (p.ALIBI or DROPPED or ASKS) and not MASKED:
@@ -315,7 +318,7 @@ def _walk_keys(p, t, dk, db, ds16, first, last):
         stage = p.douts.slot(at, 0)
         go = at > t.done
         p.douts.wait(at, 0)
-        dp_pending = warpgroup_mma(v, p.o_s.index(stage).reshape([BM, W]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        dp_pending = over_columns(v, p.o_s.index(stage).reshape([BM, W]), nothing, 0, p.OV, False)
         before = at - go.to(gl.int32)  # a tile's first step has ds = 0 for the block before, and takes q of its own
         if NEED_DK:
             p.queries.wait(before, 0)
@@ -398,7 +401,7 @@ def dkdv_d256(
     dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 keys of a key head. Arguments as of ``dkdv.dkdv``, but all blocks have the same number of columns."""
     DT: gl.constexpr = q_desc.dtype
@@ -440,7 +443,7 @@ def dkdv_d256(
         small_lse, dk_desc, dv_desc, dbias, bias, lengths, packed, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s,
         kv, queries, douts, weights, biases, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
         group, None, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DS, IS_MASK, EVEN_N, ALIBI,
-        BATCH_FASTEST, LONGEST,
+        BATCH_FASTEST, LONGEST, QK, OV,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
     if NEED_DS:

@@ -11,6 +11,7 @@ from .compat import fence_async_shared, gl, gluon, mbarrier, tma_add, tma_store_
 from .dropout import drop, ds_of, keep_bits, sign_dropped
 from .extent import extent_of, padded_length, pair_of, rows_of_sum
 from .layouts import accumulator
+from .products import groups, over_columns
 from .rings import bar_arrive, bar_sync
 from .scores_kq import grid_of, in_turn, probabilities, query_heads, turned, visible_blocks
 
@@ -163,8 +164,8 @@ def score(p, span, at):
     BD: gl.constexpr = span.k.shape[1]
     stage = at % STAGES
     mbarrier.wait(p.q_full.index(stage), (at // STAGES) & 1)
-    q = p.q_s.index(stage).reshape([BM, BD]).permute((1, 0))
-    pending = warpgroup_mma(span.k, q, gl.zeros([KEYS, BM], gl.float32, S), use_acc=False, is_async=True)
+    q = p.q_s.index(stage).reshape([BM, BD])
+    pending = over_columns(span.k, q, gl.zeros([KEYS, BM], gl.float32, S), 0, p.QK, False)
     return pending, gl.expand_dims(p.lse_s.index(stage).reshape([BM]).load(gl.SliceLayout(0, S)), 0)
 
 
@@ -185,13 +186,13 @@ def weigh(p, t, span, at, nothing):
     stage = at % STAGES
     mbarrier.wait(p.o_full.index(stage), (at // STAGES) & 1)
     if p.NEED_DS:
-        o = p.o_s.index(stage).reshape([BM, BDV]).permute((1, 0))
+        o = p.o_s.index(stage).reshape([BM, BDV])
         start = gl.zeros([KEYS, BM], gl.float32, S)
         if LESS_DELTA:
             delta = p.delta_s.index(stage).reshape([BM]).load(gl.SliceLayout(0, S))
             delta, start = gl.broadcast(gl.expand_dims(delta, 0), start)
             start = gl.inline_asm_elementwise(_NEGATED, "=f,=f,=f,=f,f,f,f,f", [delta], gl.float32, False, 4)
-        return warpgroup_mma(span.v, o, start, use_acc=LESS_DELTA, is_async=True)
+        return over_columns(span.v, o, start, 0, p.OV, LESS_DELTA)
     else:
         return nothing
 
@@ -233,7 +234,8 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
     ASKS: gl.constexpr = p.packed is not None and p.bias_s is not None
     ALONE: gl.constexpr = p.NEED_DV and not p.NEED_DK and p.ds_s is None  # no other MMA follows
     AFTER: gl.constexpr = 1 if p.NEED_DK else 0  # MMAs of dk issued after those of dv and dq
-    NEXT: gl.constexpr = 0 if not MORE else 2 if DQ_WARPGROUP and p.NEED_DS else 1  # MMAs of the next block
+    DP: gl.constexpr = groups(p.OV) if p.NEED_DS else 0  # MMAs of dp
+    NEXT: gl.constexpr = 0 if not MORE else groups(p.QK) + (DP if DQ_WARPGROUP else 0)  # MMAs of the next block
     SOON: gl.constexpr = DQ_WARPGROUP and p.NEED_DV and p.bias_s is None  # dv's MMA before ds is there
     LESS_DELTA: gl.constexpr = less_delta(DROPPED, DQ_WARPGROUP)
     FENCED: gl.constexpr = SOON or BIAS_STAGES == 1  # before the next block, which is not loaded whole while a single bias buffer is in use
@@ -247,7 +249,7 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
         m0 = in_turn(block, span.start, span.stop, t.n0, BM) * BM
     if DROPPED:  # under the MMAs
         bits = keep_bits(t.philox, m0, t.n0 + WG * HALF, HALF, BM, True)
-    s = warpgroup_mma_wait(1 if p.NEED_DS else 0, [s_pending])
+    s = warpgroup_mma_wait(DP, [s_pending])
     bias = None
     mask = None
     if TILES:

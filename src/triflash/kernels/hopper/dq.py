@@ -44,6 +44,7 @@ from .features import (
     tanh_slope,
 )
 from .layouts import accumulator, stacked
+from .products import groups, over_columns
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, add_bias, column_of, exponents, grid_of, mask_band, row_in, statistics, visible_blocks
 
@@ -96,6 +97,8 @@ class Program:
     HAS_REST: gl.constexpr
     EVEN_N: gl.constexpr
     ALIBI: gl.constexpr
+    QK: gl.constexpr
+    OV: gl.constexpr
 
 
 @record
@@ -235,10 +238,10 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     p.keys.wait(at, 0)
     if p.C.ping_pong:
         mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
-    s_pending = warpgroup_mma(t.q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    s_pending = over_columns(t.q, k, nothing, 0, p.QK, False)
     mbarrier.wait(p.values.full.index(v_slot), v_phase)
     v = p.v_s.index(v_slot).reshape([BN, BDV])
-    dp_pending = warpgroup_mma(t.dout, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    dp_pending = over_columns(t.dout, v, nothing, 0, p.OV, False)
     if LAGGING:
         dq_pending = warpgroup_mma(ds, p.k_s.index(before).reshape([BN, BD]), dq, is_async=True)
     if p.C.ping_pong:
@@ -246,9 +249,9 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     if t.philox is not None:  # under the MMAs
         bits = keep_bits(t.philox, t.m0, n0, BM, BN, False)
     if LAGGING:
-        s = warpgroup_mma_wait(2, [s_pending])
+        s = warpgroup_mma_wait(groups(p.OV) + 1, [s_pending])
     else:
-        s = warpgroup_mma_wait(1, [s_pending])
+        s = warpgroup_mma_wait(groups(p.OV), [s_pending])
 
     if p.cap is not None:
         u = tanh(s, p.cap)
@@ -428,13 +431,13 @@ def dq(
     slope_strides, bias_on, cap, dropout, second_desc, second_on, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
     Descriptors, biases and strides as of the forward kernel; dbias_desc is over a full-shape bias, in blocks like the bias's. stats: see
     ``scores_qk.py``; small_lse: the flags of ``preprocess``, or None; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside
-    the bias, a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent.
+    the bias, a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent. QK, OV: as of ``dkdv.dkdv``.
 
     C: the configuration. Without its ``separate_dq``, dq leaves through Q's buffer, and the next tile begins when it has left.
     """
@@ -479,7 +482,7 @@ def dq(
     p = Program(
         small_lse, dq_desc, dbias_desc, bias, lengths, packed, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, second_s, mask_s,
         queries, keys, values, biases, ping_pong, bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi,
-        scale, tiles_m, tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI,
+        scale, tiles_m, tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, QK, OV,
     )  # fmt: skip
     f = Feed(q_desc, dout_desc, k_desc, v_desc, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group, zeros_s)
     if WGS == 1:

@@ -19,6 +19,7 @@ from .extent import Extent, extent_of, lse_row, query_rows
 from .features import clear_masked, opaque, slope_of
 from .forward_loads import Feed, produce
 from .layouts import accumulator, stacked
+from .products import over_columns
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, column_of, grid_of, row_in, visible_blocks
 from .softmax import by_row, rescaled, rescaled_accumulator, softmax
@@ -167,28 +168,6 @@ def _finish(p, o, l, m, target, x, m0, head):
         gl.store(p.rest + at_row, gl.where(unseen, 0.0, (m - again) + gl.log2(l)), mask=i < x.queries)
 
 
-@gluon.constexpr_function
-def _largest(columns):
-    """The largest power of 2 up to so many."""
-    return 1 << (columns.bit_length() - 1)
-
-
-@gluon.jit
-def _qk(q, k, s, FIRST: gl.constexpr, QK: gl.constexpr):
-    """q kᵀ over the columns from FIRST up to QK, issued; with FIRST 0 s is what the MMA is told instead of zeros, else it is added to.
-
-    Columns that only pad a head to a power of 2 are left out. A piece is a power of 2 of columns and begins at a multiple of that.
-    """
-    SIZE: gl.constexpr = _largest(QK - FIRST)
-    if SIZE == q.shape[1]:
-        return warpgroup_mma(q, k.permute((1, 0)), s, use_acc=False, is_async=True)
-    else:
-        s = warpgroup_mma(q.slice(FIRST, SIZE, 1), k.slice(FIRST, SIZE, 1).permute((1, 0)), s, use_acc=FIRST > 0, is_async=True)
-        if FIRST + SIZE < QK:
-            s = _qk(q, k, s, FIRST + SIZE, QK)
-        return s
-
-
 @gluon.jit
 def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr):
     """Steps ``first … last`` of a tile: q kᵀ of a block, and p v of the block before, of which ``weights`` are p, under its softmax."""
@@ -216,7 +195,7 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
         p.kv.wait(at, 0)
         if p.C.ping_pong:
             mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
-        s_pending = _qk(q, p.k_s.index(stage).reshape([BN, BD]), nothing, 0, p.QK)
+        s_pending = over_columns(q, p.k_s.index(stage).reshape([BN, BD]), nothing, 0, p.QK, False)
         if EARLY:
             _release_bias(p, at, WG)
         o_pending = warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
@@ -276,7 +255,7 @@ def _consume(p, WG: gl.constexpr):
     if p.C.ping_pong:
         mbarrier.wait(p.ping_pong[WG].index(0), 0)
     q = p.q_s.index(WG).reshape([BM, BD])
-    s_pending = _qk(q, p.k_s.index(0).reshape([BN, BD]), nothing, 0, p.QK)
+    s_pending = over_columns(q, p.k_s.index(0).reshape([BN, BD]), nothing, 0, p.QK, False)
     if p.C.ping_pong:
         mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
     s = warpgroup_mma_wait(0, [s_pending])
@@ -343,7 +322,7 @@ def _consume(p, WG: gl.constexpr):
                 mbarrier.wait(p.ping_pong[WG].index(0), done & 1)
             next_q = p.q_s.index(p.queries.slot(wave + 1, WG)).reshape([BM, BD])
             k = p.k_s.index(stage).reshape([BN, BD])
-            next_pending = _qk(next_q, k, nothing, 0, p.QK)
+            next_pending = over_columns(next_q, k, nothing, 0, p.QK, False)
             if OVERLAP:
                 o_pending = warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
             if p.C.ping_pong:
