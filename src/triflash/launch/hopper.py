@@ -111,6 +111,7 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t:
             "ALIBI": alibi_of(spec, block_n),
             "FUSING": fuses_bias(spec, config),
             "QK": multiplied_columns(spec.head_dim, head),
+            "OV": multiplied_columns(spec.value_dim, value),
         }
         calls.append(Call(forward_kernels.forward, args, constants | register_limit(config), config, step.programs))
     return calls

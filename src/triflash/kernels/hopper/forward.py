@@ -13,13 +13,13 @@ recomputed from loop-carried scalars where that is cheap: Triton 3.6 failed to c
 """
 
 from ..triton.prims import LN2, LOG2E, offset
-from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
+from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store, tma_store_wait, warpgroup_mma_wait
 from .dropout import drop, keep_bits, philox_of
 from .extent import Extent, extent_of, lse_row, query_rows
 from .features import clear_masked, opaque, slope_of
 from .forward_loads import Feed, produce
 from .layouts import accumulator, stacked
-from .products import over_columns
+from .products import Pieces, into_columns, left_operand, over_columns, pieces, store_columns, times, waited, zeros_of
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, column_of, grid_of, row_in, visible_blocks
 from .softmax import by_row, rescaled, rescaled_accumulator, softmax
@@ -74,6 +74,7 @@ class Program:
     ALIBI: gl.constexpr
     FUSING: gl.constexpr
     QK: gl.constexpr
+    OV: gl.constexpr
 
 
 @record
@@ -140,7 +141,6 @@ def _release_bias(p, at, WG: gl.constexpr):
 def _finish(p, o, l, m, target, x, m0, head):
     """Divide O by the row sums, and write O (through the shared buffer ``target``), lse and rest of 64 queries."""
     BDV: gl.constexpr = p.v_s.shape[-1]
-    O: gl.constexpr = accumulator(BDV)
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(p.C.block_n))
     l, m = by_row(l, m, ROWS)
     weight = gl.full([BM], 1.0, gl.float32, ROWS)
@@ -154,9 +154,9 @@ def _finish(p, o, l, m, target, x, m0, head):
         weight = weight * p.dropout[2]
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
-    o = (o * gl.expand_dims(gl.convert_layout(weight / l, gl.SliceLayout(1, O)), 1)).to(p.q_s.dtype)
+    o = times(o, weight / l)
     tma_store_wait(0)  # what this buffer held before must have left it
-    target.reshape([BM, BDV]).store(o)
+    store_columns(target.reshape([BM, BDV]), o)
     fence_async_shared()
     tma_store(p.out_desc, query_rows(p, x, m0, head), target)
     i = m0 + gl.arange(0, BM, ROWS)
@@ -169,12 +169,21 @@ def _finish(p, o, l, m, target, x, m0, head):
 
 
 @gluon.jit
+def _rescaled(o, factor):
+    """``rescaled_accumulator`` of each piece."""
+    if o.second is None:
+        return Pieces(rescaled_accumulator(o.first, factor), None)
+    else:
+        return Pieces(rescaled_accumulator(o.first, factor), rescaled_accumulator(o.second, factor))
+
+
+@gluon.jit
 def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr):
     """Steps ``first … last`` of a tile: q kᵀ of a block, and p v of the block before, of which ``weights`` are p, under its softmax."""
     BN: gl.constexpr = p.C.block_n
     BD: gl.constexpr = p.k_s.shape[-1]
     BDV: gl.constexpr = p.v_s.shape[-1]
-    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(BDV), 2)
+    P: gl.constexpr = left_operand(p.OV, BDV)
     EARLY: gl.constexpr = p.bias_s is not None and p.mask_s is None and not p.IS_MASK  # mask bytes take many instructions
     nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
     q_slot = w.q_slot
@@ -198,10 +207,10 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
         s_pending = over_columns(q, p.k_s.index(stage).reshape([BN, BD]), nothing, 0, p.QK, False)
         if EARLY:
             _release_bias(p, at, WG)
-        o_pending = warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
+        o_pending = into_columns(weights, p.v_s.index(stage).reshape([BN, BDV]), o)
         if p.C.ping_pong:
             mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
-        s = warpgroup_mma_wait(1, [s_pending])
+        s = warpgroup_mma_wait(pieces(p.OV, BDV), [s_pending])
         if p.C.separate_o:
             if step == w.steps - 1:  # no more MMAs with this q: the next can be fetched while the softmax runs
                 mbarrier.arrive(p.queries.empty.index(q_slot))
@@ -215,14 +224,14 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
         s, p16, more, m = softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED, False)
         if p.bias_s is not None and not EARLY:
             _release_bias(p, at, WG)
-        o = warpgroup_mma_wait(0, [o_pending])
+        o = waited(0, o_pending)
         p.kv.release(at, 0)
         p16, more, m, factor = rescaled(p, t, s, p16, more, m, bias)
         l = l * factor + more
         if t.philox is not None:  # earlier, the bits would take registers that the softmax needs
             p16 = drop(p16, keep_bits(t.philox, t.m0, n0, BM, BN, False))
         weights = gl.convert_layout(p16, P)
-        o = rescaled_accumulator(o, factor)
+        o = _rescaled(o, factor)
     return o, l, m, weights
 
 
@@ -235,8 +244,7 @@ def _consume(p, WG: gl.constexpr):
     BN: gl.constexpr = p.C.block_n
     BD: gl.constexpr = p.q_s.shape[-1]
     BDV: gl.constexpr = p.v_s.shape[-1]
-    O: gl.constexpr = accumulator(BDV)
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    P: gl.constexpr = left_operand(p.OV, BDV)
     MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
     OVERLAP: gl.constexpr = p.C.separate_o
     CUT: gl.constexpr = p.lengths is not None
@@ -278,7 +286,7 @@ def _consume(p, WG: gl.constexpr):
     if p.dropout is not None:
         p16 = drop(p16, keep_bits(philox_of(p.dropout, first_x.b, head, p.heads), m0, first_n0, BM, BN, False))
     weights = gl.convert_layout(p16, P)
-    o = gl.zeros([BM, BDV], gl.float32, O)
+    o = zeros_of(BM, p.OV, BDV)
     for wave in range(waves):
         q_slot = p.queries.slot(wave, WG)
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
@@ -309,7 +317,7 @@ def _consume(p, WG: gl.constexpr):
         stage = p.kv.slot(done, 0)
         if not OVERLAP:  # O leaves through Q's buffer, so the next tile begins when it has left
             p.kv.wait(done, 0)
-            o = warpgroup_mma_wait(0, [warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)])
+            o = waited(0, into_columns(weights, p.v_s.index(stage).reshape([BN, BDV]), o))
             _finish(p, o, l, m, p.q_s.index(WG), x, m0, head)
             tma_store_wait(0)
             mbarrier.arrive(p.queries.empty.index(WG))
@@ -324,7 +332,7 @@ def _consume(p, WG: gl.constexpr):
             k = p.k_s.index(stage).reshape([BN, BD])
             next_pending = over_columns(next_q, k, nothing, 0, p.QK, False)
             if OVERLAP:
-                o_pending = warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
+                o_pending = into_columns(weights, p.v_s.index(stage).reshape([BN, BDV]), o)
             if p.C.ping_pong:
                 mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
             # Where the next tile lies takes some divisions, which run under its first MMA.
@@ -334,7 +342,7 @@ def _consume(p, WG: gl.constexpr):
             m0 += WG * BM
             row_bias = column_of(p, next_x, m0, head, BM, BN)
             if OVERLAP:
-                next_s = warpgroup_mma_wait(1, [next_pending])
+                next_s = warpgroup_mma_wait(pieces(p.OV, BDV), [next_pending])
             else:
                 next_s = warpgroup_mma_wait(0, [next_pending])
                 p.kv.release(done, 0)
@@ -354,7 +362,7 @@ def _consume(p, WG: gl.constexpr):
             if p.bias_s is not None:
                 _release_bias(p, done, WG)
             if OVERLAP:
-                o = warpgroup_mma_wait(0, [o_pending])
+                o = waited(0, o_pending)
                 p.kv.release(done, 0)
             if p.dropout is not None:
                 next_p16 = drop(next_p16, keep_bits(philox_of(p.dropout, next_x.b, head, p.heads), m0, next_n0, BM, BN, False))
@@ -363,11 +371,11 @@ def _consume(p, WG: gl.constexpr):
                 _finish(p, o, l, m, p.out_s.index(WG), x, old_m0, old_head)
             m = new_m
             l = new_l
-            o = gl.zeros([BM, BDV], gl.float32, O)
+            o = zeros_of(BM, p.OV, BDV)
     if OVERLAP:
         p.kv.wait(done, 0)
         v = p.v_s.index(p.kv.slot(done, 0)).reshape([BN, BDV])
-        o = warpgroup_mma_wait(0, [warpgroup_mma(weights, v, o, is_async=True)])
+        o = waited(0, into_columns(weights, v, o))
         _finish(p, o, l, m, p.out_s.index(WG), extent_of(p, b), m0, head)
         tma_store_wait(0)
 
@@ -382,7 +390,7 @@ def forward(
     sink_stride, cap, dropout, second_desc, second_on, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr, QK: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
@@ -394,7 +402,7 @@ def forward(
     bias, a tile or a row with every tile of it. None: absent.
 
     C: the configuration. Without its ``separate_o``, O leaves through Q's buffer, and the next tile begins when it has left. FUSING: see
-    ``softmax``.
+    ``softmax``. QK, OV: columns of q and k, of v and O that are multiplied.
     """
     DT: gl.constexpr = q_desc.dtype
     WGS: gl.constexpr = C.consumers
@@ -431,7 +439,7 @@ def forward(
         out_desc, bias, lengths, packed, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, kv, biases,
         ping_pong,
         bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale * LOG2E, tiles_m,
-        tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING, QK,
+        tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING, QK, OV,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group)
     if WGS == 1:

@@ -1,6 +1,11 @@
-"""Products of heads that are padded to a power of 2, without the columns that only pad. Called by every Hopper kernel that has scores."""
+"""Products of heads that are padded to a power of 2, without the columns that only pad. Called by every Hopper kernel that has scores.
 
-from .compat import gl, gluon, warpgroup_mma
+Where a product sums over them, it is issued in pieces (``over_columns``). Where they are the columns of its result, the accumulator is a
+record of one or two pieces (``Pieces``), each a power of 2 of columns.
+"""
+
+from .compat import gl, gluon, record, warpgroup_mma, warpgroup_mma_wait
+from .layouts import accumulator
 
 
 @gluon.constexpr_function
@@ -30,3 +35,96 @@ def over_columns(a, b, acc, FIRST: gl.constexpr, COLUMNS: gl.constexpr, ADDS: gl
         if FIRST + SIZE < COLUMNS:
             acc = over_columns(a, b, acc, FIRST + SIZE, COLUMNS, True)
         return acc
+
+
+@record
+class Pieces:
+    """An accumulator of a head's columns; second: what is behind the first piece, None if that is all."""
+
+    first: object
+    second: object
+
+
+@gluon.constexpr_function
+def piece(columns, width, number):
+    """How many columns the first (0) and second (1) piece of so many columns have; all of a block of ``width`` where three were needed."""
+    first = _largest(columns)
+    second = columns - first
+    if second & (second - 1):
+        return width if number == 0 else 0
+    return second if number else first
+
+
+@gluon.constexpr_function
+def pieces(columns, width):
+    """In how many pieces so many columns are accumulated: 1 or 2. Each counts where one waits for what was issued before it."""
+    return 1 if piece(columns, width, 1) == 0 else 2
+
+
+@gluon.jit
+def zeros_of(ROWS: gl.constexpr, COLUMNS: gl.constexpr, WIDTH: gl.constexpr):
+    """An accumulator of zeros, of COLUMNS that lie in blocks of WIDTH."""
+    FIRST: gl.constexpr = piece(COLUMNS, WIDTH, 0)
+    SECOND: gl.constexpr = piece(COLUMNS, WIDTH, 1)
+    first = gl.zeros([ROWS, FIRST], gl.float32, accumulator(FIRST))
+    if SECOND > 0:
+        return Pieces(first, gl.zeros([ROWS, SECOND], gl.float32, accumulator(SECOND)))
+    else:
+        return Pieces(first, None)
+
+
+@gluon.constexpr_function
+def left_operand(columns, width):
+    """The layout of a left operand in registers, as ``into_columns`` takes it."""
+    return gl.DotOperandLayout(0, accumulator(piece(columns, width, 0)), 2)
+
+
+@gluon.jit
+def into_columns(a, b, acc):
+    """acc + a b, issued: of a in registers (``left_operand``) and the columns of b, in shared memory, that acc has."""
+    FIRST: gl.constexpr = acc.first.shape[1]
+    if FIRST == b.shape[1]:
+        return Pieces(warpgroup_mma(a, b, acc.first, is_async=True), None)
+    elif acc.second is None:
+        return Pieces(warpgroup_mma(a, b.slice(0, FIRST, 1), acc.first, is_async=True), None)
+    else:
+        SECOND: gl.constexpr = acc.second.shape[1]
+        first = warpgroup_mma(a, b.slice(0, FIRST, 1), acc.first, is_async=True)
+        again = gl.convert_layout(a, gl.DotOperandLayout(0, accumulator(SECOND), 2), assert_trivial=True)
+        return Pieces(first, warpgroup_mma(again, b.slice(FIRST, SECOND, 1), acc.second, is_async=True))
+
+
+@gluon.jit
+def waited(PENDING: gl.constexpr, acc):
+    """The accumulator, once at most PENDING of the MMAs issued are under way."""
+    if acc.second is None:
+        return Pieces(warpgroup_mma_wait(PENDING, [acc.first]), None)
+    else:
+        first, second = warpgroup_mma_wait(PENDING, [acc.first, acc.second])
+        return Pieces(first, second)
+
+
+@gluon.jit
+def times(acc, factor):
+    """The accumulator times a number, or a number a row, of any layout of rows."""
+    if acc.second is None:
+        return Pieces(_times(acc.first, factor), None)
+    else:
+        return Pieces(_times(acc.first, factor), _times(acc.second, factor))
+
+
+@gluon.jit
+def _times(x, factor):
+    return x * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, accumulator(x.shape[1]))), 1)
+
+
+@gluon.jit
+def store_columns(target, acc):
+    """Store the accumulator to its columns of a block in shared memory, in that block's dtype."""
+    FIRST: gl.constexpr = acc.first.shape[1]
+    if FIRST == target.shape[1]:
+        target.store(acc.first.to(target.dtype))
+    else:
+        target.slice(0, FIRST, 1).store(acc.first.to(target.dtype))
+        if acc.second is not None:
+            target.slice(FIRST, acc.second.shape[1], 1).store(acc.second.to(target.dtype))
