@@ -158,6 +158,8 @@ def test_heads_that_are_padded(dims: tuple[int, int]) -> None:
         for case in (Case("padded, lengths", **both, lengths=(140, 70)), Case("padded, dropout", **both, dropout=0.2)):
             assert "dqdkdv" in check(case, dqdkdv=config)
         assert "dqdkdv" in check(Case("padded, a bias", **both, bias="1hqk", grads="qkv", hi=40), dqdkdv=DkdvConfig(2, 2))
+        grouped = Case("padded, in parts", **both | {"B": 1, "H": 4}, Hk=1, grads="qkv")
+        assert "dkdv_sum" in check(grouped, dqdkdv=DkdvConfig(2, 2, head_splits=2))
 
 
 TILES = [
@@ -186,6 +188,21 @@ TILES = [
 def test_gradients_of_a_bias_by_a_kernel_of_their_own(config: DbiasConfig | None, case: Case) -> None:
     ran = check(case, 3, TILES.index(case), dbias=config)
     assert "dbias" in ran
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("FIRST + SIZE < COLUMNS", "False"),  # what a product sums over
+        ("b.slice(FIRST, SECOND, 1)", "b.slice(0, SECOND, 1)"),
+        ("target.slice(FIRST, _1, 1)", "target.slice(0, _1, 1)"),
+    ],
+)
+def test_a_wrong_piece_is_noticed(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    mutate(monkeypatch, "products", old, new)
+    case = Case("padded", B=1, H=1, M=70, N=140, D=160, Dv=96, causal=True)
+    for grads in ("", "k", "q"):  # the forward pass, dk, dq
+        assert noticed(lambda seed, grads=grads: check(replace(case, grads=grads), seed=seed), 1)
 
 
 def test_wide_heads_want_two_buffers() -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -129,6 +130,7 @@ TARGETS = [
     Target((64, 64), band=CAUSAL, groups=4, config=DkdvConfig(2, 2, dq_warpgroup=True, unroll=2, head_splits=2)),
     Target((128, 128), F16, groups=8, config=DkdvConfig(2, 2, red_dq=True, head_splits=3), spills=LOOP),
     Target((40, 128), bias="1h1k", grads="qvb", groups=4, config=DkdvConfig(2, 2, head_splits=4), adds=False, spills=LOOP),
+    Target((80, 72), groups=4, config=DkdvConfig(2, 2, head_splits=2)),
     # ALiBi, one- and two-sided.
     Target((128, 128), slopes=True, spills=72),
     # Dropout: marks take 16 registers more beside products that fill them, some of which are spilled once a block.
@@ -200,12 +202,14 @@ def test_compiles_within_limits(target: Target) -> None:
     [((64, 64), (64, 64)), ((80, 72), (80, 80)), ((96, 64), (96, 64)), ((192, 128), (192, 128)), ((160, 24), (160, 32))],
 )
 def test_columns_that_pad_a_head_are_not_multiplied(dims: tuple[int, int], columns: tuple[int, int]) -> None:
-    """As in test_hopper.py: s over the columns of q and k, dp over those of dout and v, by the steps of 16 in the PTX."""
+    """As in test_hopper.py: s, dk and dq have the columns of q and k, dp and dv those of dout and v."""
+    s, dp = (n // 16 for n in columns)
     call = the_call(Target(dims, band=CAUSAL, adds=False))[2]
     assert (call.constants["QK"], call.constants["OV"]) == columns
-    if dims == (160, 24):  # blocks of 64 queries tell both from dk and dv, which are wider; dp is there once, s a copy of its loop
-        found = ahead.compile_for(call, "sm90").asm["ptx"].count("m64n64k16") - columns[1] // 16
-        assert found > 0 and found % (columns[0] // 16) == 0
+    if dims == (160, 24):  # s and dp are 64 queries wide, and dp is there once; dk is 128 and 32 wide, dv 32
+        found = Counter(re.findall(r"m64n(\d+)k16", ahead.compile_for(call, "sm90").asm["ptx"]))
+        assert set(found) == {"64", "128", "32"} and found["32"] > found["128"] > 0
+        assert found["64"] > dp and (found["64"] - dp) % s == 0
 
 
 def test_other_sizes_are_the_same_kernel() -> None:

@@ -16,14 +16,13 @@ from .compat import (
     tma_load,
     tma_store,
     tma_store_wait,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 from .dropout import drop, ds_of, keep_bits, philox_of, sign_dropped
 from .extent import Extent, extent_of, key_rows, outer_at, padded_row, pair_of, place_in_bias, query_rows
 from .features import all_lse_small, clear_masked, slope_of
 from .layouts import accumulator, stacked
-from .products import over_columns
+from .products import into_columns, left_operand, over_columns, pieces, store_columns, times, waited, zeros_of
 from .rings import Ring, ring
 from .scores_kq import DELTA, LSE, REST, Feed, grid_of, in_turn, of_keys, probabilities, store_dbias, turned, visible_blocks
 
@@ -165,7 +164,7 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
     W: gl.constexpr = p.k_s.shape[-1]
     S: gl.constexpr = accumulator(BM)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
-    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    P: gl.constexpr = left_operand(p.OV, W)
     NEED_DV: gl.constexpr = p.dv_desc is not None
     DROPPED: gl.constexpr = t.philox is not None
     ASKS: gl.constexpr = p.packed is not None and p.bias_s is not None
@@ -186,11 +185,11 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
         before = at - go.to(gl.int32)  # a tile's first step has p = 0 for the block before, and takes dout of its own
         if NEED_DV:
             p.douts.wait(before, 0)
-            dv_pending = warpgroup_mma(operand, p.o_s.index(p.douts.slot(before, 0)).reshape([BM, W]), dv, is_async=True)
+            dv_pending = into_columns(operand, p.o_s.index(p.douts.slot(before, 0)).reshape([BM, W]), dv)
         if DROPPED:  # under the MMAs
             bits = keep_bits(t.philox, m0, t.n0, BN, BM, True)
         if NEED_DV:
-            s = warpgroup_mma_wait(1, [s_pending])
+            s = warpgroup_mma_wait(pieces(p.OV, W), [s_pending])
         else:
             s = warpgroup_mma_wait(0, [s_pending])
         bias = None
@@ -225,7 +224,7 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
         if p.NEED_DS:
             mbarrier.arrive(p.weights.full.index(at & 1))
         if NEED_DV:
-            dv = warpgroup_mma_wait(0, [dv_pending])
+            dv = waited(0, dv_pending)
             if go:
                 p.douts.release(before, 0)
         operand = gl.convert_layout(p16, P)
@@ -239,7 +238,7 @@ def _values(p, SMALL_LSE: gl.constexpr):
     BN: gl.constexpr = p.C.block_n
     W: gl.constexpr = p.k_s.shape[-1]
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
-    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    P: gl.constexpr = left_operand(p.OV, W)
     DT: gl.constexpr = p.k_s.dtype
     grid = grid_of(p)
     scale_log2 = p.scale * LOG2E
@@ -249,7 +248,7 @@ def _values(p, SMALL_LSE: gl.constexpr):
         x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0)
         steps = end - begin
-        dv = gl.zeros([BN, W], gl.float32, accumulator(W))
+        dv = zeros_of(BN, p.OV, W)
         operand = gl.zeros([BN, BM], DT, P)
         p.kv.wait(wave, 0)
         if p.lengths is not None:
@@ -280,11 +279,11 @@ def _values(p, SMALL_LSE: gl.constexpr):
             if steps > 0:
                 p.douts.wait(done - 1, 0)
                 last = p.o_s.index(p.douts.slot(done - 1, 0)).reshape([BM, W])
-                dv = warpgroup_mma_wait(0, [warpgroup_mma(operand, last, dv, is_async=True)])
+                dv = waited(0, into_columns(operand, last, dv))
                 p.douts.release(done - 1, 0)
             if p.dropout is not None:
-                dv = dv * p.dropout[2]
-            p.k_s.reshape([BN, W]).store(dv.to(DT))  # nobody else reads these keys
+                dv = times(dv, p.dropout[2])
+            store_columns(p.k_s.reshape([BN, W]), dv)  # nobody else reads these keys
             fence_async_shared()
             tma_store(p.dv_desc, key_rows(p, x, n0, kv_head), p.k_s)
             tma_store_wait(0)
@@ -308,7 +307,7 @@ def _walk_keys(p, t, dk, db, ds16, first, last):
     W: gl.constexpr = p.v_s.shape[-1]
     S: gl.constexpr = accumulator(BM)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
-    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    P: gl.constexpr = left_operand(p.QK, W)
     NEED_DK: gl.constexpr = p.dk_desc is not None
     DROPPED: gl.constexpr = p.dropout is not None
     nothing = gl.zeros([BN, BM], gl.float32, S)
@@ -322,11 +321,11 @@ def _walk_keys(p, t, dk, db, ds16, first, last):
         before = at - go.to(gl.int32)  # a tile's first step has ds = 0 for the block before, and takes q of its own
         if NEED_DK:
             p.queries.wait(before, 0)
-            dk_pending = warpgroup_mma(ds16, p.q_s.index(p.queries.slot(before, 0)).reshape([BM, W]), dk, is_async=True)
+            dk_pending = into_columns(ds16, p.q_s.index(p.queries.slot(before, 0)).reshape([BM, W]), dk)
         delta = gl.expand_dims(p.delta_s.index(stage).reshape([BM]).load(COLS), 0)
         mbarrier.wait(p.weights.full.index(at & 1), (at >> 1) & 1)
         weight = p.p_s.index(at & 1).permute((1, 0)).load(S)
-        dp = warpgroup_mma_wait(1 if NEED_DK else 0, [dp_pending])
+        dp = warpgroup_mma_wait(pieces(p.QK, W) if NEED_DK else 0, [dp_pending])
         ds = ds_of(weight.to(gl.float32), dp, delta, DROPPED)
         if p.dbias is not None and p.p_s.shape[0] == 4:
             own = p.p_s.index(2 + (at & 1)).permute((1, 0)).load(S).to(gl.float32)
@@ -337,7 +336,7 @@ def _walk_keys(p, t, dk, db, ds16, first, last):
         p.douts.release(at, 0)
         mbarrier.arrive(p.weights.empty.index(at & 1))
         if NEED_DK:
-            dk = warpgroup_mma_wait(0, [dk_pending])
+            dk = waited(0, dk_pending)
             if go:
                 p.queries.release(before, 0)
             ds16 = gl.convert_layout(ds.to(p.v_s.dtype), P)
@@ -354,7 +353,7 @@ def _keys(p):
     BN: gl.constexpr = p.C.block_n
     W: gl.constexpr = p.v_s.shape[-1]
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
-    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    P: gl.constexpr = left_operand(p.QK, W)
     DT: gl.constexpr = p.v_s.dtype
     grid = grid_of(p)
     done = 0
@@ -363,7 +362,7 @@ def _keys(p):
         x = extent_of(p, b)
         begin, _whole, _part, end = visible_blocks(p, x, n0)
         steps = end - begin
-        dk = gl.zeros([BN, W], gl.float32, accumulator(W))
+        dk = zeros_of(BN, p.QK, W)
         ds16 = gl.zeros([BN, BM], DT, P)
         p.kv.wait(wave, 0)
         if p.lengths is not None:
@@ -381,11 +380,11 @@ def _keys(p):
             if steps > 0:
                 p.queries.wait(done - 1, 0)
                 last = p.q_s.index(p.queries.slot(done - 1, 0)).reshape([BM, W])
-                dk = warpgroup_mma_wait(0, [warpgroup_mma(ds16, last, dk, is_async=True)])
+                dk = waited(0, into_columns(ds16, last, dk))
                 p.queries.release(done - 1, 0)
             if p.dropout is not None:
-                dk = dk * p.dropout[2]
-            p.v_s.reshape([BN, W]).store((dk * p.scale).to(DT))  # nobody else reads these values
+                dk = times(dk, p.dropout[2])
+            store_columns(p.v_s.reshape([BN, W]), times(dk, p.scale))  # nobody else reads these values
             fence_async_shared()
             tma_store(p.dk_desc, key_rows(p, x, n0, kv_head), p.v_s)
             tma_store_wait(0)

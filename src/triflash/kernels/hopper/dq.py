@@ -22,7 +22,6 @@ from .compat import (
     tma_load,
     tma_store,
     tma_store_wait,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 from .dropout import ds_of, keep_bits, philox_of, sign_dropped
@@ -44,7 +43,7 @@ from .features import (
     tanh_slope,
 )
 from .layouts import accumulator, stacked
-from .products import groups, over_columns
+from .products import groups, into_columns, left_operand, over_columns, pieces, store_columns, times, waited, zeros_of
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, add_bias, column_of, exponents, grid_of, mask_band, row_in, statistics, visible_blocks
 
@@ -225,7 +224,8 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     BD: gl.constexpr = p.k_s.shape[-1]
     BDV: gl.constexpr = p.v_s.shape[-1]
     S: gl.constexpr = accumulator(BN)
-    DS: gl.constexpr = gl.DotOperandLayout(0, accumulator(BD), 2)
+    DS: gl.constexpr = left_operand(p.QK, BD)
+    DQ: gl.constexpr = pieces(p.QK, BD)  # MMAs of dq
     BIASED: gl.constexpr = (p.bias_s is not None or p.bias is not None) and not p.IS_MASK
     LINE: gl.constexpr = one_sided(p.ALIBI) and p.cap is None and not SMALL_LSE  # as the forward kernel rounds it
     LAGGING: gl.constexpr = p.C.deferred and not FIRST  # the block before is folded into dq here
@@ -243,13 +243,13 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     v = p.v_s.index(v_slot).reshape([BN, BDV])
     dp_pending = over_columns(t.dout, v, nothing, 0, p.OV, False)
     if LAGGING:
-        dq_pending = warpgroup_mma(ds, p.k_s.index(before).reshape([BN, BD]), dq, is_async=True)
+        dq_pending = into_columns(ds, p.k_s.index(before).reshape([BN, BD]), dq)
     if p.C.ping_pong:
         mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
     if t.philox is not None:  # under the MMAs
         bits = keep_bits(t.philox, t.m0, n0, BM, BN, False)
     if LAGGING:
-        s = warpgroup_mma_wait(groups(p.OV) + 1, [s_pending])
+        s = warpgroup_mma_wait(groups(p.OV) + DQ, [s_pending])
     else:
         s = warpgroup_mma_wait(groups(p.OV), [s_pending])
 
@@ -300,7 +300,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
 
     mbarrier.wait(p.values.full.index(v_slot), v_phase)  # long since full: ptxas does not move the wait below up past it
     if LAGGING:
-        dp = warpgroup_mma_wait(1, [dp_pending])
+        dp = warpgroup_mma_wait(DQ, [dp_pending])
     else:
         dp = warpgroup_mma_wait(0, [dp_pending])
     p.values.release(at, 0)
@@ -308,7 +308,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
         dp = mask_band(dp, t.m0, n0, t.x.keys, None, None, BM, BN, "0f00000000")
     ds32 = ds_of(weight, dp, gl.expand_dims(t.delta, 1), t.philox is not None)
     if LAGGING:  # before anything is rounded: the MMA under way reads the registers that the rounded ds will take
-        dq = warpgroup_mma_wait(0, [dq_pending])
+        dq = waited(0, dq_pending)
         mbarrier.arrive(p.keys.empty.index(before))
     if p.dbias_desc is not None:
         own = p.biases.slot(at, WG)
@@ -329,7 +329,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
             ds32 = ds32 * tanh_slope(u)
     ds16 = gl.convert_layout(ds32.to(t.q.dtype), DS)
     if not p.C.deferred:
-        dq = warpgroup_mma_wait(0, [warpgroup_mma(ds16, k, dq, is_async=True)])
+        dq = waited(0, into_columns(ds16, k, dq))
         p.keys.release(at, 0)
     return dq, ds16
 
@@ -375,7 +375,7 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         inner = x.b % p.batch_inner
         lse, delta, rest = statistics(p.stats, pair_of(p, x, head), padded_row(x, m0), padded_length(p), p.HAS_REST, BM, BN)
         column = column_of(p, x, m0, head, BM, BN)
-        dq = gl.zeros([BM, BD], gl.float32, accumulator(BD))
+        dq = zeros_of(BM, p.QK, BD)
         p.queries.wait(wave, WG)
         if p.lengths is not None:
             if (end * BN > x.keys) & (x.keys < p.N):  # no other block of a tile is cut by a length
@@ -398,12 +398,12 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         done += steps
         if p.C.deferred:
             k = p.k_s.index(p.keys.slot(done - 1, 0)).reshape([BN, BD])
-            dq = warpgroup_mma_wait(0, [warpgroup_mma(ds, k, dq, is_async=True)])
+            dq = waited(0, into_columns(ds, k, dq))
             p.keys.release(done - 1, 0)
         tma_store_wait(0)  # what the target held before must have left it
         if p.dropout is not None:
-            dq = dq * p.dropout[2]
-        target.reshape([BM, BD]).store((dq * p.scale).to(q.dtype))
+            dq = times(dq, p.dropout[2])
+        store_columns(target.reshape([BM, BD]), times(dq, p.scale))
         fence_async_shared()
         tma_store(p.dq_desc, query_rows(p, x, m0, head), target)
         if not p.C.separate_dq:

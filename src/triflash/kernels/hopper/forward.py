@@ -19,7 +19,7 @@ from .extent import Extent, extent_of, lse_row, query_rows
 from .features import clear_masked, opaque, slope_of
 from .forward_loads import Feed, produce
 from .layouts import accumulator, stacked
-from .products import Pieces, into_columns, left_operand, over_columns, pieces, store_columns, times, waited, zeros_of
+from .products import Pieces, into_columns, left_operand, over_columns, pieces, store_columns, times_rows, waited, zeros_of
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, column_of, grid_of, row_in, visible_blocks
 from .softmax import by_row, rescaled, rescaled_accumulator, softmax
@@ -154,7 +154,7 @@ def _finish(p, o, l, m, target, x, m0, head):
         weight = weight * p.dropout[2]
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
-    o = times(o, weight / l)
+    o = times_rows(o, weight / l)
     tma_store_wait(0)  # what this buffer held before must have left it
     store_columns(target.reshape([BM, BDV]), o)
     fence_async_shared()

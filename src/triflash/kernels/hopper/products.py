@@ -106,15 +106,24 @@ def waited(PENDING: gl.constexpr, acc):
 
 @gluon.jit
 def times(acc, factor):
-    """The accumulator times a number, or a number a row, of any layout of rows."""
+    """The accumulator times a number."""
     if acc.second is None:
-        return Pieces(_times(acc.first, factor), None)
+        return Pieces(acc.first * factor, None)
     else:
-        return Pieces(_times(acc.first, factor), _times(acc.second, factor))
+        return Pieces(acc.first * factor, acc.second * factor)
 
 
 @gluon.jit
-def _times(x, factor):
+def times_rows(acc, factor):
+    """The accumulator times a number a row, of any layout of rows."""
+    if acc.second is None:
+        return Pieces(_times_rows(acc.first, factor), None)
+    else:
+        return Pieces(_times_rows(acc.first, factor), _times_rows(acc.second, factor))
+
+
+@gluon.jit
+def _times_rows(x, factor):
     return x * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, accumulator(x.shape[1]))), 1)
 
 
