@@ -208,7 +208,7 @@ def test_a_wrong_piece_is_noticed(monkeypatch: pytest.MonkeyPatch, old: str, new
 def test_consumers_that_swap_buffers_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     """dk leaves through k's buffer, and dv through v's, where the other consumer may still be at work."""
     mutate(monkeypatch, "dkdv_d256", "bar_sync(TILE_DONE, 256)", "None")
-    assert noticed(lambda seed: check(Case("swapped", B=1, H=2, M=150, N=140, D=144, Dv=32), seed=seed), 12)
+    assert noticed(lambda seed: check(Case("swapped", B=1, H=2, M=150, N=140, D=200, Dv=32), seed=seed), 12)
 
 
 def test_wide_heads_want_two_buffers() -> None:

@@ -23,7 +23,7 @@ from .dropout import drop, ds_of, keep_bits, philox_of, sign_dropped
 from .extent import Extent, extent_of, key_rows, outer_at, padded_row, pair_of, place_in_bias, query_rows
 from .features import all_lse_small, clear_masked, slope_of
 from .layouts import accumulator, stacked
-from .products import into_columns, left_operand, over_columns, pieces, store_columns, times, waited, zeros_of
+from .products import held, holds, into_columns, left_operand, over_columns, over_held, pieces, store_columns, times, waited, zeros_of
 from .rings import Ring, bar_sync, ring
 from .scores_kq import DELTA, LSE, REST, Feed, grid_of, in_turn, of_keys, probabilities, store_dbias, turned, visible_blocks
 
@@ -160,7 +160,7 @@ def _produce(p, f):
 
 
 @gluon.jit
-def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
+def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
     """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next, from ``operand``."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
@@ -174,14 +174,17 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
     ASKS: gl.constexpr = p.packed is not None and p.bias_s is not None
     UNDROPPED: gl.constexpr = p.p_s.shape[0] == 4  # the other consumer asks for these too
     nothing = gl.zeros([BN, BM], gl.float32, S)
-    k = p.k_s.reshape([BN, BD])
     for block in range(first, last):
         at = t.base + block
         stage = p.queries.slot(at, 0)
         phase = p.queries.phase(at)
         go = at > t.done
         mbarrier.wait(p.queries.full.index(stage), phase)
-        s_pending = over_columns(k, p.q_s.index(stage).reshape([BM, BD]), nothing, 0, p.QK, False)
+        q = p.q_s.index(stage).reshape([BM, BD])
+        if holds(p.QK, p.OV, BDV):
+            s_pending = over_held(k, q, nothing)
+        else:
+            s_pending = over_columns(k, q, nothing, 0, p.QK, False)
         lse = gl.expand_dims(p.lse_s.index(stage).reshape([BM]).load(COLS), 0)
         m0 = block * BM
         if (p.ALIBI or DROPPED or ASKS) and not MASKED:
@@ -264,6 +267,9 @@ def _values(p, SMALL_LSE: gl.constexpr):
         if p.lengths is not None:
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
                 clear_masked(p.k_s.reshape([BN, BD]), x.keys - n0)
+        k = p.k_s.reshape([BN, BD])
+        if holds(p.QK, p.OV, BDV):
+            k = held(k, p.QK, BM)
         for member in range(p.group):
             slope = slope_of(p.slopes, p.slope_strides, x.b, kv_head * p.group + member)
             philox = None
@@ -280,10 +286,10 @@ def _values(p, SMALL_LSE: gl.constexpr):
             # Both masked walks are there whenever there is any bound, one of them perhaps without a block: with one of them missing, the
             # assembler of Triton 3.6 (12.8) serialises the MMAs (C7513).
             if (p.hi is not None) or (p.lo is not None) or (not p.EVEN_N):
-                dv, operand = _walk_values(p, t, dv, operand, begin, whole, True)
-            dv, operand = _walk_values(p, t, dv, operand, whole, part, False)
+                dv, operand = _walk_values(p, t, k, dv, operand, begin, whole, True)
+            dv, operand = _walk_values(p, t, k, dv, operand, whole, part, False)
             if (p.lo is not None) or (p.hi is not None):
-                dv, operand = _walk_values(p, t, dv, operand, part, end, True)
+                dv, operand = _walk_values(p, t, k, dv, operand, part, end, True)
         done += steps * p.group
         if p.dv_desc is not None:
             if steps > 0:
@@ -313,7 +319,7 @@ def _values_either(p):
 
 
 @gluon.jit
-def _walk_keys(p, t, dk, db, ds16, first, last):
+def _walk_keys(p, t, v, dk, db, ds16, first, last):
     """dsᵀ of the query blocks ``first … last``; ``dk += dsᵀ q`` of each one is started in the step of the next, from ``ds16``."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
@@ -325,13 +331,16 @@ def _walk_keys(p, t, dk, db, ds16, first, last):
     NEED_DK: gl.constexpr = p.dk_desc is not None
     DROPPED: gl.constexpr = p.dropout is not None
     nothing = gl.zeros([BN, BM], gl.float32, S)
-    v = p.v_s.reshape([BN, BDV])
     for block in range(first, last):
         at = t.base + block
         stage = p.douts.slot(at, 0)
         go = at > t.done
         p.douts.wait(at, 0)
-        dp_pending = over_columns(v, p.o_s.index(stage).reshape([BM, BDV]), nothing, 0, p.OV, False)
+        o = p.o_s.index(stage).reshape([BM, BDV])
+        if holds(p.OV, p.QK, BD):
+            dp_pending = over_held(v, o, nothing)
+        else:
+            dp_pending = over_columns(v, o, nothing, 0, p.OV, False)
         before = at - go.to(gl.int32)  # a tile's first step has ds = 0 for the block before, and takes q of its own
         if NEED_DK:
             p.queries.wait(before, 0)
@@ -388,10 +397,13 @@ def _keys(p):
         if p.lengths is not None:
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
                 clear_masked(p.v_s.reshape([BN, BDV]), x.keys - n0)
+        v = p.v_s.reshape([BN, BDV])
+        if holds(p.OV, p.QK, BD):
+            v = held(v, p.OV, BM)
         for member in range(p.group):
             db = gl.zeros([BN], gl.float32, ROWS)
             t = Keys(x, n0, None, None, None, None, None, done, done + member * steps - begin, False)
-            dk, db, ds16 = _walk_keys(p, t, dk, db, ds16, begin, end)
+            dk, db, ds16 = _walk_keys(p, t, v, dk, db, ds16, begin, end)
             if p.dbias is not None:
                 j = n0 + gl.arange(0, BN, ROWS)
                 store_dbias(p, db, b, kv_head * p.group + member, j)

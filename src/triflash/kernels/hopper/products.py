@@ -7,6 +7,8 @@ record of one or two pieces (``Pieces``), each a power of 2 of columns.
 from .compat import gl, gluon, record, warpgroup_mma, warpgroup_mma_wait
 from .layouts import accumulator
 
+HELD = gl.constexpr(128)  # registers of a thread, of an accumulator and an operand beside it
+
 
 @gluon.constexpr_function
 def _largest(columns):
@@ -137,3 +139,35 @@ def store_columns(target, acc):
         target.slice(0, FIRST, 1).store(acc.first.to(target.dtype))
         if acc.second is not None:
             target.slice(FIRST, acc.second.shape[1], 1).store(acc.second.to(target.dtype))
+
+
+@gluon.constexpr_function
+def holds(summed, columns, width):
+    """Whether a consumer has registers to hold the left operand of a product over ``summed`` columns, in one or two pieces, beside an
+    accumulator of ``columns`` in blocks of ``width``. Held, it is read from shared memory once a tile, not once a block.
+    """
+    accumulated = piece(columns, width, 0) + piece(columns, width, 1)
+    return piece(summed, 0, 0) > 0 and accumulated // 2 + summed // 4 <= HELD
+
+
+@gluon.jit
+def held(block, COLUMNS: gl.constexpr, RESULT: gl.constexpr):
+    """A block's COLUMNS in registers, in pieces, as a left operand of products with RESULT columns."""
+    FIRST: gl.constexpr = piece(COLUMNS, 0, 0)
+    SECOND: gl.constexpr = piece(COLUMNS, 0, 1)
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator(RESULT), 2)
+    first = block.slice(0, FIRST, 1).load(OPERAND)
+    if SECOND > 0:
+        return Pieces(first, block.slice(FIRST, SECOND, 1).load(OPERAND))
+    else:
+        return Pieces(first, None)
+
+
+@gluon.jit
+def over_held(a, b, acc):
+    """a bᵀ over the columns of a, in registers (``held``); acc is what the MMA is told instead of zeros."""
+    FIRST: gl.constexpr = a.first.shape[1]
+    acc = warpgroup_mma(a.first, b.slice(0, FIRST, 1).permute((1, 0)), acc, use_acc=False, is_async=True)
+    if a.second is not None:
+        acc = warpgroup_mma(a.second, b.slice(FIRST, a.second.shape[1], 1).permute((1, 0)), acc, is_async=True)
+    return acc
