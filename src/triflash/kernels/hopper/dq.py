@@ -43,7 +43,20 @@ from .features import (
     tanh_slope,
 )
 from .layouts import accumulator, stacked
-from .products import groups, into_columns, left_operand, over_columns, pieces, store_columns, times, waited, zeros_of
+from .products import (
+    groups,
+    held,
+    holds,
+    into_columns,
+    left_operand,
+    over_columns,
+    over_held,
+    pieces,
+    store_columns,
+    times,
+    waited,
+    zeros_of,
+)
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, add_bias, column_of, exponents, grid_of, mask_band, row_in, statistics, visible_blocks
 
@@ -214,6 +227,21 @@ def _produce(p, f):
         tma_store_wait(0)
 
 
+HELD = gl.constexpr(192)  # registers of dq, scores and left operands; with 208 ptxas serialises MMAs
+
+
+@gluon.constexpr_function
+def _holds_q(head, width, value, value_width, keys):
+    """Whether q is in registers: where a head is padded, for others have not been looked at."""
+    return (head < width or value < value_width) and holds(HELD, 2 * keys, head, width, head)
+
+
+@gluon.constexpr_function
+def _holds_dout(head, width, value, value_width, keys):
+    """Whether dout is, too."""
+    return _holds_q(head, width, value, value_width, keys) and holds(HELD, 2 * keys, head, width, head, value)
+
+
 @gluon.jit
 def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, CUT: gl.constexpr):
     """One key block: ``(dq, ds)`` with the block before in dq (``p.C.deferred``), or the block itself.
@@ -226,6 +254,8 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     S: gl.constexpr = accumulator(BN)
     DS: gl.constexpr = left_operand(p.QK, BD)
     DQ: gl.constexpr = pieces(p.QK, BD)  # MMAs of dq
+    HOLD_Q: gl.constexpr = _holds_q(p.QK, BD, p.OV, BDV, BN)
+    HOLD_DOUT: gl.constexpr = _holds_dout(p.QK, BD, p.OV, BDV, BN)
     BIASED: gl.constexpr = (p.bias_s is not None or p.bias is not None) and not p.IS_MASK
     LINE: gl.constexpr = one_sided(p.ALIBI) and p.cap is None and not SMALL_LSE  # as the forward kernel rounds it
     LAGGING: gl.constexpr = p.C.deferred and not FIRST  # the block before is folded into dq here
@@ -238,10 +268,16 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     p.keys.wait(at, 0)
     if p.C.ping_pong:
         mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
-    s_pending = over_columns(t.q, k, nothing, 0, p.QK, False)
+    if HOLD_Q:
+        s_pending = over_held(t.q, k, nothing)
+    else:
+        s_pending = over_columns(t.q, k, nothing, 0, p.QK, False)
     mbarrier.wait(p.values.full.index(v_slot), v_phase)
     v = p.v_s.index(v_slot).reshape([BN, BDV])
-    dp_pending = over_columns(t.dout, v, nothing, 0, p.OV, False)
+    if HOLD_DOUT:
+        dp_pending = over_held(t.dout, v, nothing)
+    else:
+        dp_pending = over_columns(t.dout, v, nothing, 0, p.OV, False)
     if LAGGING:
         dq_pending = into_columns(ds, p.k_s.index(before).reshape([BN, BD]), dq)
     if p.C.ping_pong:
@@ -292,7 +328,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
         s = mask_band(s, t.m0, n0, t.x.keys, t.x.lo, t.x.hi, BM, BN, "0fFF800000")
     x = exponents(s, lse, t.rest, p.HAS_REST and not SMALL_LSE, BIASED)
     if p.cap is not None and p.dbias_desc is None:
-        _, weight = p_and_ds_factor(x, u, t.q.dtype)
+        _, weight = p_and_ds_factor(x, u, p.q_s.dtype)
     else:
         weight = gl.exp2(x)
     if t.philox is not None:
@@ -327,7 +363,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
                 p.biases.release(at - 1, WG)
         if p.cap is not None:  # the bias is added behind it
             ds32 = ds32 * tanh_slope(u)
-    ds16 = gl.convert_layout(ds32.to(t.q.dtype), DS)
+    ds16 = gl.convert_layout(ds32.to(p.q_s.dtype), DS)
     if not p.C.deferred:
         dq = waited(0, into_columns(ds16, k, dq))
         p.keys.release(at, 0)
@@ -352,9 +388,9 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     BD: gl.constexpr = p.q_s.shape[-1]
     BDV: gl.constexpr = p.v_s.shape[-1]
     MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
+    HOLD_Q: gl.constexpr = _holds_q(p.QK, BD, p.OV, BDV, BN)
+    HOLD_DOUT: gl.constexpr = _holds_dout(p.QK, BD, p.OV, BDV, BN)
     scale_log2 = p.scale * LOG2E
-    q = p.q_s.index(WG).reshape([BM, BD])
-    dout = p.dout_s.index(WG).reshape([BM, BDV])
     if p.C.separate_dq:
         target = p.out_s.index(WG)
     else:
@@ -377,6 +413,14 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         column = column_of(p, x, m0, head, BM, BN)
         dq = zeros_of(BM, p.QK, BD)
         p.queries.wait(wave, WG)
+        q = p.q_s.index(WG).reshape([BM, BD])
+        dout = p.dout_s.index(WG).reshape([BM, BDV])
+        if HOLD_Q:
+            q = held(q, p.QK, BN)
+        if HOLD_DOUT:
+            dout = held(dout, p.OV, BN)
+        if HOLD_Q:
+            fence_async_shared()  # a load may wait behind WGMMA operands, and TMA overtake it: see the forward kernel
         if p.lengths is not None:
             if (end * BN > x.keys) & (x.keys < p.N):  # no other block of a tile is cut by a length
                 p.keys.wait(done, 0)

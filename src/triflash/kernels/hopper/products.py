@@ -7,8 +7,6 @@ record of one or two pieces (``Pieces``), each a power of 2 of columns.
 from .compat import gl, gluon, record, warpgroup_mma, warpgroup_mma_wait
 from .layouts import accumulator
 
-HELD = gl.constexpr(128)  # registers of a thread, of an accumulator and an operand beside it
-
 
 @gluon.constexpr_function
 def _largest(columns):
@@ -142,12 +140,13 @@ def store_columns(target, acc):
 
 
 @gluon.constexpr_function
-def holds(summed, columns, width):
-    """Whether a consumer has registers to hold the left operand of a product over ``summed`` columns, in one or two pieces, beside an
-    accumulator of ``columns`` in blocks of ``width``. Held, it is read from shared memory once a tile, not once a block.
+def holds(limit, scores, columns, width, *summed):
+    """Whether a thread's ``limit`` of registers holds the left operands of products over ``summed`` columns, each in one or two pieces,
+    beside an accumulator of ``columns`` in blocks of ``width`` and tiles of ``scores`` columns in all. Held, an operand is read from shared
+    memory once a tile, not once a block.
     """
     accumulated = piece(columns, width, 0) + piece(columns, width, 1)
-    return piece(summed, 0, 0) > 0 and accumulated // 2 + summed // 4 <= HELD
+    return all(piece(each, 0, 0) > 0 for each in summed) and (accumulated + scores) // 2 + sum(summed) // 4 <= limit
 
 
 @gluon.jit
