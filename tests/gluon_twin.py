@@ -209,8 +209,8 @@ def warpgroup_mma_wait(pendings: int, deps: Sequence[Any]) -> Any:
     while len(here.mmas) > pendings:
         mma = here.mmas.pop(0)
         mma.value = mma.run()
-    (dep,) = deps
-    return dep if dep.value is None else dep.value
+    done = tuple(dep if dep.value is None else dep.value for dep in deps)
+    return done if len(done) > 1 else done[0]
 
 
 def fence() -> None:

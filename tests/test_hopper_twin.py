@@ -140,6 +140,26 @@ def test_wide_heads(stages: int, case: Case) -> None:
     assert "dkdv" in ran and "dqdkdv" not in ran
 
 
+PADDED = [(66, 80), (88, 96), (112, 72), (130, 144), (160, 160), (192, 128), (200, 24), (40, 224)]
+
+
+@pytest.mark.parametrize("dims", PADDED, ids=str)
+def test_heads_that_are_padded(dims: tuple[int, int]) -> None:
+    """Every kernel leaves out columns that only pad: pieces of 64 and 128 columns, and 16, 32 and 64 behind them."""
+    D, Dv = dims
+    both = {"B": 2, "H": 1, "M": 70, "N": 140, "D": D, "Dv": Dv}
+    ran = check(Case("padded", **both, causal=True))  # dq by a kernel of its own
+    ran += check(Case("padded, a shared bias", **both, bias="11qk", grads="b"))
+    assert {"forward", "dkdv", "dq", "dbias"} <= set(ran)
+    if max(dims) <= 128:
+        config = DkdvConfig(2, 2, red_dq=True)
+        for case in (Case("padded, lengths", **both, lengths=(140, 70)), Case("padded, dropout", **both, dropout=0.2)):
+            assert "dqdkdv" in check(case, dqdkdv=config)
+        assert "dqdkdv" in check(Case("padded, a bias", **both, bias="1hqk", grads="qkv", hi=40), dqdkdv=DkdvConfig(2, 2))
+        grouped = Case("padded, in parts", **both | {"B": 1, "H": 4}, Hk=1, grads="qkv")
+        assert "dkdv_sum" in check(grouped, dqdkdv=DkdvConfig(2, 2, head_splits=2))
+
+
 TILES = [
     Case("lengths, slopes", B=3, M=200, N=600, H=2, bias="1hqk", lengths=(0, 128, 999), alibi="bh", sink=True, grads="qkvb"),
     Case("causal, grouped, slopes", B=2, M=300, N=300, H=4, Hk=2, bias="b1qk", alibi="h", causal=True, grads="b"),
@@ -166,6 +186,27 @@ TILES = [
 def test_gradients_of_a_bias_by_a_kernel_of_their_own(config: DbiasConfig | None, case: Case) -> None:
     ran = check(case, 3, TILES.index(case), dbias=config)
     assert "dbias" in ran
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("FIRST + SIZE < COLUMNS", "False"),  # what a product sums over
+        ("b.slice(FIRST, SECOND, 1)", "b.slice(0, SECOND, 1)"),
+        ("target.slice(FIRST, _1, 1)", "target.slice(0, _1, 1)"),
+    ],
+)
+def test_a_wrong_piece_is_noticed(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    mutate(monkeypatch, "products", old, new)
+    case = Case("padded", B=1, H=1, M=70, N=140, D=160, Dv=96, causal=True)
+    for grads in ("", "k", "q"):  # the forward pass, dk, dq
+        assert noticed(lambda seed, grads=grads: check(replace(case, grads=grads), seed=seed), 1)
+
+
+def test_consumers_that_swap_buffers_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dk leaves through k's buffer, and dv through v's, where the other consumer may still be at work."""
+    mutate(monkeypatch, "dkdv_d256", "bar_sync(TILE_DONE, 256)", "None")
+    assert noticed(lambda seed: check(Case("swapped", B=1, H=2, M=150, N=140, D=200, Dv=32), seed=seed), 12)
 
 
 def test_wide_heads_want_two_buffers() -> None:

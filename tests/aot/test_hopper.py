@@ -4,6 +4,7 @@ and no more shared memory than the plan reckons with. Compiled is the very call 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,6 +95,9 @@ TARGETS = [
     # Of which columns that pad a head are left out of q k.
     Target((80, 80), band=CAUSAL),
     Target((160, 160), length=EVEN),
+    Target((208, 72), F16, band=CAUSAL),  # three pieces would be needed of its q k
+    Target((72, 208), band=CAUSAL),  # … and of its output, which is one
+    Target((192, 192), band=CAUSAL),
     # A tile of bias a block.
     *(Target((d, d), bias="1hqk", band=band) for d, band in ((64, CAUSAL), (128, CAUSAL), (256, FULL))),
     Target((128, 128), bias="1hqk", spills=24),
@@ -252,12 +256,12 @@ def test_compiles_within_limits(target: Target) -> None:
 
 @pytest.mark.parametrize("head_dim, steps", [(64, 4), (72, 5), (80, 5), (96, 6), (128, 8), (144, 9), (160, 10), (192, 12), (256, 16)])
 def test_columns_that_pad_a_head_are_not_multiplied(head_dim: int, steps: int) -> None:
-    """q and k, in steps of 16: by the constant that the kernel is compiled for, and one head dim by its PTX."""
+    """q and k in steps of 16, and v: by the constants that the kernel is compiled for, and one head dim by its PTX."""
     _, call = the_call(Target((head_dim, head_dim), band=CAUSAL))
-    assert call.constants["QK"] == 16 * steps
-    if head_dim == 160:  # its blocks of 64 keys tell q k, 64 columns wide, from p v, which is 256 wide
-        found = ahead.compile_for(call, "sm90").asm["ptx"].count(f"m64n{call.config.block_n}k16")
-        assert found > 0 and found % steps == 0
+    assert call.constants["QK"] == call.constants["OV"] == 16 * steps
+    if head_dim == 160:  # its blocks of 64 keys tell q k, 64 columns wide, from p v, whose accumulator is 128 and 32 wide
+        found = Counter(re.findall(r"m64n(\d+)k16", ahead.compile_for(call, "sm90").asm["ptx"]))
+        assert set(found) == {"64", "128", "32"} and found["64"] % steps == 0 and found["128"] == found["32"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -83,6 +84,8 @@ TARGETS = [
     Target((256, 256), F16, band=CAUSAL, length=ODD, spills=28),
     # Other head dims, padded ones among them, and a value dim of its own.
     Target((40, 40), F16, band=CAUSAL, length=ODD),
+    *(Target((d, d), band=CAUSAL, spills=LOOP) for d in (80, 96)),
+    Target((160, 160), F16, band=CAUSAL),
     Target((192, 128), band=WINDOW, length=EVEN),
     # A tile of bias a block.
     *(Target((64, 64), bias="1hqk", band=band) for band in (FULL, CAUSAL)),
@@ -127,6 +130,7 @@ TARGETS = [
     Target((64, 64), band=CAUSAL, groups=4, config=DkdvConfig(2, 2, dq_warpgroup=True, unroll=2, head_splits=2)),
     Target((128, 128), F16, groups=8, config=DkdvConfig(2, 2, red_dq=True, head_splits=3), spills=LOOP),
     Target((40, 128), bias="1h1k", grads="qvb", groups=4, config=DkdvConfig(2, 2, head_splits=4), adds=False, spills=LOOP),
+    Target((80, 72), groups=4, config=DkdvConfig(2, 2, head_splits=2)),
     # ALiBi, one- and two-sided.
     Target((128, 128), slopes=True, spills=72),
     # Dropout: marks take 16 registers more beside products that fill them, some of which are spilled once a block.
@@ -193,6 +197,21 @@ def test_compiles_within_limits(target: Target) -> None:
     if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
         assert used.spills <= target.spills, f"{call.config}: {used}"
     assert not serialised(log)
+
+
+@pytest.mark.parametrize(
+    "dims, columns",
+    [((64, 64), (64, 64)), ((80, 72), (80, 80)), ((96, 64), (96, 64)), ((192, 128), (192, 128)), ((160, 24), (160, 32))],
+)
+def test_columns_that_pad_a_head_are_not_multiplied(dims: tuple[int, int], columns: tuple[int, int]) -> None:
+    """As in test_hopper.py: s, dk and dq have the columns of q and k, dp and dv those of dout and v."""
+    s, dp = (n // 16 for n in columns)
+    call = the_call(Target(dims, band=CAUSAL, adds=False))[2]
+    assert (call.constants["QK"], call.constants["OV"]) == columns
+    if dims == (160, 24):  # s and dp are 64 queries wide, and dp is there once; dk is 128 and 32 wide, dv 32
+        found = Counter(re.findall(r"m64n(\d+)k16", ahead.compile_for(call, "sm90").asm["ptx"]))
+        assert set(found) == {"64", "128", "32"} and found["32"] > found["128"] > 0
+        assert found["64"] > dp and (found["64"] - dp) % s == 0
 
 
 def test_other_sizes_are_the_same_kernel() -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "forward",
     "forward_calls",
     "in_order",
+    "multiplied_columns",
     "ready",
     "ready_operands",
     "register_limit",
@@ -102,18 +103,19 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t:
             "EVEN_N": is_even(spec, block_n),
             "ALIBI": alibi_of(spec, block_n),
             "FUSING": fuses_bias(spec, config),
-            "QK": multiplied_columns(spec.head_dim),
+            "QK": multiplied_columns(spec.head_dim, head),
+            "OV": multiplied_columns(spec.value_dim, value),
         }
         calls.append(Call(forward_kernels.forward, args, constants | register_limit(config), config, step.programs))
     return calls
 
 
-def multiplied_columns(head_dim: int) -> int:
-    """Of a head padded to a power of 2, how many columns q and k are multiplied in: whole panels of 64, as shared memory is swizzled, and
-    16, 32 or 64 of the last one.
+def multiplied_columns(dim: int, width: int) -> int:
+    """Of a head that lies in blocks of ``width`` columns, how many are multiplied: whole panels of 64, as shared memory is swizzled, and
+    16, 32 or 64 of the last one; all of a block of one panel.
     """
-    whole, rest = divmod(head_dim, 64)
-    return min(padded(head_dim), 64 * whole + (padded(rest) if rest else 0)) if whole else padded(head_dim)
+    whole, rest = divmod(dim, 64)
+    return 64 * whole + (padded(rest) if rest else 0) if width > 64 else width
 
 
 def register_limit(config: QueryConfig) -> dict[str, int]:

@@ -27,7 +27,7 @@ from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from . import hopper_packed
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
 from .common import is_wide
-from .hopper import batch_of, blocks_of, descriptor, in_order, is_even, of_rows, ready, ready_operands, written
+from .hopper import batch_of, blocks_of, descriptor, in_order, is_even, multiplied_columns, of_rows, ready, ready_operands, written
 from .hopper_dbias import dbias_call as hopper_dbias_call
 from .hopper_dq import dq_call
 from .hopper_packed import Tables
@@ -337,6 +337,8 @@ def dkdv_call(
         "ALIBI": alibi_of(spec, step.forward_keys),
         "BATCH_FASTEST": step.order == "batch",
         "LONGEST": "first" if spec.hi is not None else "none" if spec.lo is None else "last",
+        "QK": multiplied_columns(spec.head_dim, head),
+        "OV": multiplied_columns(spec.value_dim, value),
     }
     if config.d256:
         return Call(d256_kernels.dkdv_d256, args, constants, config, step.programs)

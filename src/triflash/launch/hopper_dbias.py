@@ -17,7 +17,7 @@ from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, row_by_mma, second_buffe
 from ..plan.steps import broadcast_rows
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper import blocks_of, descriptor, register_limit, writable
+from .hopper import blocks_of, descriptor, multiplied_columns, register_limit, writable
 
 __all__ = ["dbias_call"]
 
@@ -65,8 +65,8 @@ def dbias_call(
     )
     constants: dict[str, Any] = {
         "C": config,
-        "D": spec.head_dim,
-        "DV": spec.value_dim,
+        "QK": multiplied_columns(spec.head_dim, -(-spec.head_dim // chunk) * chunk),
+        "OV": multiplied_columns(spec.value_dim, -(-spec.value_dim // chunk) * chunk),
         "VARIES_B0": spec.bias.varies[0],
         "VARIES_B1": spec.bias.varies[1],
         "VARIES_H": spec.bias.varies[2],

@@ -16,7 +16,17 @@ from ..plan.kernels.dq import DqConfig
 from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, batch_fastest, mask_buffer, second_buffer
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper import batch_of, bias_by_queries, blocks_of, descriptor, is_even, of_rows, register_limit, schedule_of_queries
+from .hopper import (
+    batch_of,
+    bias_by_queries,
+    blocks_of,
+    descriptor,
+    is_even,
+    multiplied_columns,
+    of_rows,
+    register_limit,
+    schedule_of_queries,
+)
 
 __all__ = ["dq_call"]
 
@@ -61,5 +71,7 @@ def dq_call(
         "HAS_REST": stats.shape[1] == 3,
         "EVEN_N": is_even(spec, block_n),
         "ALIBI": alibi_of(spec, forward_keys),
+        "QK": multiplied_columns(spec.head_dim, head),
+        "OV": multiplied_columns(spec.value_dim, value),
     }
     return Call(dq_kernels.dq, args, constants | register_limit(config), config, programs)

@@ -32,6 +32,7 @@ from .extent import outer_at
 from .features import add_alibi, all_lse_small, opaque, slope_of, softcapped, tanh, visible_keys
 from .key_rows import PIECES, operand, store_row
 from .layouts import accumulator, stacked
+from .products import over_columns
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, add_bias, exponents, mask_band, row_in, statistics
 
@@ -81,6 +82,8 @@ class Program:
     C: gl.constexpr
     S_CHUNKS: gl.constexpr
     DP_CHUNKS: gl.constexpr
+    QK: gl.constexpr
+    OV: gl.constexpr
     VARIES_B0: gl.constexpr
     VARIES_B1: gl.constexpr
     VARIES_H: gl.constexpr
@@ -270,14 +273,15 @@ def _own(p, part, b0, b1, head, m0, n0):
 
 
 @gluon.jit
-def _multiply(p, acc, at, WG: gl.constexpr, FIRST: gl.constexpr):
-    """Wait for a chunk of both operands and issue its MMA."""
+def _multiply(p, acc, at, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, WG: gl.constexpr):
+    """Wait for chunk ``at`` of both operands, number CHUNK of a head of which so many columns are multiplied, and issue its MMA."""
     WGS: gl.constexpr = p.C.consumers
     p.left.wait(at, 0)
     p.right.wait(at, 0)
     left = p.left_s.index(p.left.slot(at, 0) * WGS + WG).reshape([p.left_s.shape[2], p.left_s.shape[4]])
-    right = p.right_s.index(p.right.slot(at, 0)).reshape([p.right_s.shape[2], p.right_s.shape[4]]).permute((1, 0))
-    return warpgroup_mma(left, right, acc, use_acc=not FIRST, is_async=True)
+    right = p.right_s.index(p.right.slot(at, 0)).reshape([p.right_s.shape[2], p.right_s.shape[4]])
+    WIDTH: gl.constexpr = p.right_s.shape[4]
+    return over_columns(left, right, acc, 0, min(WIDTH, COLUMNS - CHUNK * WIDTH), CHUNK > 0)
 
 
 @gluon.jit
@@ -327,9 +331,9 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
                     mask_row = gl.expand_dims(gl.load(row + j, mask=j < (p.N + 1) // 2 * 2, other=0), 0)
             if p.C.ping_pong:
                 mbarrier.wait(p.ping_pong[WG].index(0), (at // CHUNKS) & 1)
-            s_pending = _multiply(p, nothing, at, WG, True)
+            s_pending = _multiply(p, nothing, at, 0, p.QK, WG)
             for c in gl.static_range(1, S_CHUNKS):
-                s_pending = _multiply(p, s_pending, at + c, WG, False)
+                s_pending = _multiply(p, s_pending, at + c, c, p.QK, WG)
                 if c <= EARLY:
                     s_pending = warpgroup_mma_wait(1, [s_pending])
                     _release(p, at + c - 1, 1)
@@ -338,9 +342,9 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
                 row = row_at.reshape([row_at.shape[4]]).slice(0, BN).load(gl.SliceLayout(1, PIECES))
                 store_row(p.row_s.index(WG), row, unscale)
                 s_pending = warpgroup_mma(p.ones_s.index(0), p.row_s.index(WG).permute((1, 0)), s_pending, is_async=True)
-            dp_pending = _multiply(p, nothing, at + S_CHUNKS, WG, True)
-            for c in gl.static_range(S_CHUNKS + 1, CHUNKS):
-                dp_pending = _multiply(p, dp_pending, at + c, WG, False)
+            dp_pending = _multiply(p, nothing, at + S_CHUNKS, 0, p.OV, WG)
+            for c in gl.static_range(1, DP_CHUNKS):
+                dp_pending = _multiply(p, dp_pending, at + S_CHUNKS + c, c, p.OV, WG)
             if p.C.ping_pong:
                 mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
             s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
@@ -433,7 +437,7 @@ COUNTS = [
 def dbias(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, small_lse, dbias_strides, slope_strides,
     cap, dropout, second_desc, second_on, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m,
-    tiles_n, tiles, places, fold, shuffle, C: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, VARIES_B0: gl.constexpr,
+    tiles_n, tiles, places, fold, shuffle, C: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr, VARIES_B0: gl.constexpr,
     VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr, ALIBI: gl.constexpr,
     ROW_BY_MMA: gl.constexpr,
 ):  # fmt: skip
@@ -476,8 +480,8 @@ def dbias(
     p = Program(
         small_lse, dbias_desc, dbias_out, lengths, slopes, stats, left_s, right_s, bias_s, left, right, biases, ping_pong, dbias_strides,
         slope_strides, cap, dropout, second_s, row_s, ones_s, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale,
-        splits, tiles_m, tiles, places, fold, shuffle, zeros_s, tiles_n, C, chunks_of(D, C.chunk), chunks_of(DV, C.chunk), VARIES_B0,
-        VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI,
+        splits, tiles_m, tiles, places, fold, shuffle, zeros_s, tiles_n, C, chunks_of(QK, C.chunk), chunks_of(OV, C.chunk), QK, OV,
+        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI,
     )  # fmt: skip
     if WGS == 1:
         gl.warp_specialize([

@@ -35,6 +35,7 @@ from .extent import Extent, extent_of, key_rows, outer_at, padded_row, pair_of, 
 from .features import all_lse_small, clear_masked, slope_of
 from .key_rows import PIECES, no_sums, operand, store_row, total
 from .layouts import accumulator, stacked
+from .products import store_columns, times, zeros_of
 from .rings import Ring, bar_sync, barriers, ring
 from .scores_kq import DELTA, LSE, REST, Feed, grid_of, of_keys, query_heads, store_dbias, turned, visible_blocks
 
@@ -108,6 +109,8 @@ class Program:
     BATCH_FASTEST: gl.constexpr
     LONGEST: gl.constexpr
     SUM_BY_MMA: gl.constexpr
+    QK: gl.constexpr
+    OV: gl.constexpr
 
 
 @record
@@ -253,13 +256,21 @@ def _walk_all(p, t, start, stop, dk, dv, db, place, MASKED: gl.constexpr, UNROLL
 
 
 @gluon.jit
-def _keep(parts, row, x):
-    """Store x to rows of a contiguous float32 array, from ``row`` on; the array has whole tiles."""
+def _keep(parts, row, acc, WIDTH: gl.constexpr):
+    """Store an accumulator to rows of a contiguous float32 array (…, WIDTH), from ``row`` on; the array has whole tiles."""
+    _keep_piece(parts, row, acc.first, 0, WIDTH)
+    if acc.second is not None:
+        _keep_piece(parts, row, acc.second, acc.first.shape[1], WIDTH)
+
+
+@gluon.jit
+def _keep_piece(parts, row, x, FIRST: gl.constexpr, WIDTH: gl.constexpr):
+    """x, columns from FIRST on."""
     L: gl.constexpr = x.type.layout
     i = gl.expand_dims(gl.arange(0, x.shape[0], gl.SliceLayout(1, L)), 1)
-    c = gl.expand_dims(gl.arange(0, x.shape[1], gl.SliceLayout(0, L)), 0)
+    c = gl.expand_dims(FIRST + gl.arange(0, x.shape[1], gl.SliceLayout(0, L)), 0)
     i, c = gl.broadcast(i, c)
-    gl.store(parts + (offset(row, x.shape[1]) + (i * x.shape[1] + c)), x)
+    gl.store(parts + (offset(row, WIDTH) + (i * WIDTH + c)), x)
 
 
 @gluon.jit
@@ -271,7 +282,6 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     UNROLL: gl.constexpr = p.C.unroll
     BD: gl.constexpr = p.k_s.shape[-1]
     BDV: gl.constexpr = p.v_s.shape[-1]
-    DT: gl.constexpr = p.k_s.dtype
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
     grid = grid_of(p)
     scale_log2 = p.scale * LOG2E
@@ -281,8 +291,8 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0)
         steps = end - begin
-        dk = gl.zeros([HALF, BD], gl.float32, accumulator(BD))
-        dv = gl.zeros([HALF, BDV], gl.float32, accumulator(BDV))
+        dk = zeros_of(HALF, p.QK, BD)
+        dv = zeros_of(HALF, p.OV, BDV)
         j = n0 + WG * HALF + gl.arange(0, HALF, ROWS)
         kv = p.kv.slot(wave, 0)
         p.kv.wait(wave, 0)
@@ -347,17 +357,17 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             mbarrier.arrive(p.consumers_done.index(0))
             mbarrier.wait(p.consumers_done.index(0), wave & 1)
         if p.dropout is not None:
-            dk = dk * p.dropout[2]
-            dv = dv * p.dropout[2]
+            dk = times(dk, p.dropout[2])
+            dv = times(dv, p.dropout[2])
         row_of_parts = (b * grid.heads + kv_head) * p.tiles_n * BN + n0 + WG * HALF
         if p.dk_parts is not None:
-            _keep(p.dk_parts, row_of_parts, dk * p.scale)
+            _keep(p.dk_parts, row_of_parts, times(dk, p.scale), BD)
         elif p.NEED_DK:
-            p.k_s.index(kv * 2 + WG).reshape([HALF, BD]).store((dk * p.scale).to(DT))
+            store_columns(p.k_s.index(kv * 2 + WG).reshape([HALF, BD]), times(dk, p.scale))
         if p.dv_parts is not None:
-            _keep(p.dv_parts, row_of_parts, dv)
+            _keep(p.dv_parts, row_of_parts, dv, BDV)
         elif p.NEED_DV:
-            p.v_s.index(kv * 2 + WG).reshape([HALF, BDV]).store(dv.to(DT))
+            store_columns(p.v_s.index(kv * 2 + WG).reshape([HALF, BDV]), dv)
         fence_async_shared()
         if p.dk_desc is not None:
             tma_store(p.dk_desc, key_rows(p, x, n0 + WG * HALF, own_head), p.k_s.index(kv * 2 + WG))
@@ -385,7 +395,8 @@ def dkdv(
     packed, slopes, dbias, bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, ROW: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, ROW_BY_MMA: gl.constexpr, SUM_BY_MMA: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, ROW_BY_MMA: gl.constexpr, SUM_BY_MMA: gl.constexpr, QK: gl.constexpr,
+    OV: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 128 keys of a key head: ``tiles`` of them, ``tiles_n`` a (batch, key head) pair, dealt out by ``schedule.Uniform``.
 
@@ -396,7 +407,8 @@ def dkdv(
     strides; its gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). A mask beside them comes in the same two
     ways. ``group`` query heads share a key head. With ``splits`` they are dealt out in so many parts, which count as key heads above; each
     part's sums of dk and dv go to dk_parts and dv_parts, float32 and contiguous (batch, part, whole tiles of keys, padded dim). cap: see
-    ``features.tanh``; dropout: see ``philox_of``. None: absent, or not wanted.
+    ``features.tanh``; dropout: see ``philox_of``. None: absent, or not wanted. QK, OV: columns of q and k, of dout
+    and v that are multiplied.
     """
     DT: gl.constexpr = q_desc.dtype
     BM: gl.constexpr = C.block_m
@@ -453,7 +465,7 @@ def dkdv(
         bias_s, mask_s, ds_s, dq_s, dq_sum, row_s, ones_s, kv, q_full, o_full, bias_full, ds_empty, dq_empty, consumers_done,
         bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits, batch_inner, M, N, lo,
         hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, DQ_WARPGROUP, ROW, IS_MASK, EVEN_N, ALIBI,
-        BATCH_FASTEST, LONGEST, SUM_BY_MMA,
+        BATCH_FASTEST, LONGEST, SUM_BY_MMA, QK, OV,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
     if DQ_WARPGROUP:

@@ -3,7 +3,8 @@
 dk and dv of 64 keys with 256 dims fill a consumer's registers each, so the two consumers split the work by MMA, not by key as in
 ``dkdv.py``: one computes sᵀ, pᵀ and ``dv += pᵀ dout``, the other dpᵀ, dsᵀ and ``dk += scale dsᵀ q``. pᵀ goes from the first to the second
 through shared memory in q's dtype, in which it is the operand of dv anyway. The second MMA of a block runs under the first of the next. dq
-comes from ``dq.py``.
+comes from ``dq.py``. dv leaves through the buffer of k, which only its consumer reads, and dk through that of v; where they are not of the
+same width (``SWAPPED``), through those of v and k, once the consumers have met.
 """
 
 from ..triton.prims import LOG2E
@@ -16,15 +17,18 @@ from .compat import (
     tma_load,
     tma_store,
     tma_store_wait,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 from .dropout import drop, ds_of, keep_bits, philox_of, sign_dropped
 from .extent import Extent, extent_of, key_rows, outer_at, padded_row, pair_of, place_in_bias, query_rows
 from .features import all_lse_small, clear_masked, slope_of
 from .layouts import accumulator, stacked
-from .rings import Ring, ring
+from .products import held, holds, into_columns, left_operand, over_columns, over_held, pieces, store_columns, times, waited, zeros_of
+from .rings import Ring, bar_sync, ring
 from .scores_kq import DELTA, LSE, REST, Feed, grid_of, in_turn, of_keys, probabilities, store_dbias, turned, visible_blocks
+
+HELD = gl.constexpr(192)  # registers of sums, scores and a left operand, beside which nothing is spilled
+TILE_DONE = gl.constexpr(5)  # the named barrier at which both consumers meet, once neither reads a tile's keys and values any more
 
 
 @record
@@ -82,6 +86,8 @@ class Program:
     ALIBI: gl.constexpr
     BATCH_FASTEST: gl.constexpr
     LONGEST: gl.constexpr
+    QK: gl.constexpr
+    OV: gl.constexpr
 
 
 @record
@@ -155,27 +161,31 @@ def _produce(p, f):
 
 
 @gluon.jit
-def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
+def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
     """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next, from ``operand``."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    W: gl.constexpr = p.k_s.shape[-1]
+    BD: gl.constexpr = p.k_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.shape[-1]
     S: gl.constexpr = accumulator(BM)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
-    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    P: gl.constexpr = left_operand(p.OV, BDV)
     NEED_DV: gl.constexpr = p.dv_desc is not None
     DROPPED: gl.constexpr = t.philox is not None
     ASKS: gl.constexpr = p.packed is not None and p.bias_s is not None
     UNDROPPED: gl.constexpr = p.p_s.shape[0] == 4  # the other consumer asks for these too
     nothing = gl.zeros([BN, BM], gl.float32, S)
-    k = p.k_s.reshape([BN, W])
     for block in range(first, last):
         at = t.base + block
         stage = p.queries.slot(at, 0)
         phase = p.queries.phase(at)
         go = at > t.done
         mbarrier.wait(p.queries.full.index(stage), phase)
-        s_pending = warpgroup_mma(k, p.q_s.index(stage).reshape([BM, W]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        q = p.q_s.index(stage).reshape([BM, BD])
+        if holds(HELD, 2 * BM, p.OV, BDV, p.QK):
+            s_pending = over_held(k, q, nothing)
+        else:
+            s_pending = over_columns(k, q, nothing, 0, p.QK, False)
         lse = gl.expand_dims(p.lse_s.index(stage).reshape([BM]).load(COLS), 0)
         m0 = block * BM
         if (p.ALIBI or DROPPED or ASKS) and not MASKED:
@@ -183,11 +193,11 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
         before = at - go.to(gl.int32)  # a tile's first step has p = 0 for the block before, and takes dout of its own
         if NEED_DV:
             p.douts.wait(before, 0)
-            dv_pending = warpgroup_mma(operand, p.o_s.index(p.douts.slot(before, 0)).reshape([BM, W]), dv, is_async=True)
+            dv_pending = into_columns(operand, p.o_s.index(p.douts.slot(before, 0)).reshape([BM, BDV]), dv)
         if DROPPED:  # under the MMAs
             bits = keep_bits(t.philox, m0, t.n0, BN, BM, True)
         if NEED_DV:
-            s = warpgroup_mma_wait(1, [s_pending])
+            s = warpgroup_mma_wait(pieces(p.OV, BDV), [s_pending])
         else:
             s = warpgroup_mma_wait(0, [s_pending])
         bias = None
@@ -222,7 +232,7 @@ def _walk_values(p, t, dv, operand, first, last, MASKED: gl.constexpr):
         if p.NEED_DS:
             mbarrier.arrive(p.weights.full.index(at & 1))
         if NEED_DV:
-            dv = warpgroup_mma_wait(0, [dv_pending])
+            dv = waited(0, dv_pending)
             if go:
                 p.douts.release(before, 0)
         operand = gl.convert_layout(p16, P)
@@ -234,10 +244,16 @@ def _values(p, SMALL_LSE: gl.constexpr):
     """The consumer of scores: pᵀ for itself and for the other one, and dv."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    W: gl.constexpr = p.k_s.shape[-1]
+    BD: gl.constexpr = p.k_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.shape[-1]
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
-    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    P: gl.constexpr = left_operand(p.OV, BDV)
     DT: gl.constexpr = p.k_s.dtype
+    SWAPPED: gl.constexpr = BD != BDV
+    if SWAPPED:
+        target = p.v_s
+    else:
+        target = p.k_s  # nobody else reads these keys
     grid = grid_of(p)
     scale_log2 = p.scale * LOG2E
     done = 0
@@ -246,12 +262,15 @@ def _values(p, SMALL_LSE: gl.constexpr):
         x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0)
         steps = end - begin
-        dv = gl.zeros([BN, W], gl.float32, accumulator(W))
+        dv = zeros_of(BN, p.OV, BDV)
         operand = gl.zeros([BN, BM], DT, P)
         p.kv.wait(wave, 0)
         if p.lengths is not None:
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
-                clear_masked(p.k_s.reshape([BN, W]), x.keys - n0)
+                clear_masked(p.k_s.reshape([BN, BD]), x.keys - n0)
+        k = p.k_s.reshape([BN, BD])
+        if holds(HELD, 2 * BM, p.OV, BDV, p.QK):
+            k = held(k, p.QK, BM)
         for member in range(p.group):
             slope = slope_of(p.slopes, p.slope_strides, x.b, kv_head * p.group + member)
             philox = None
@@ -268,22 +287,25 @@ def _values(p, SMALL_LSE: gl.constexpr):
             # Both masked walks are there whenever there is any bound, one of them perhaps without a block: with one of them missing, the
             # assembler of Triton 3.6 (12.8) serialises the MMAs (C7513).
             if (p.hi is not None) or (p.lo is not None) or (not p.EVEN_N):
-                dv, operand = _walk_values(p, t, dv, operand, begin, whole, True)
-            dv, operand = _walk_values(p, t, dv, operand, whole, part, False)
+                dv, operand = _walk_values(p, t, k, dv, operand, begin, whole, True)
+            dv, operand = _walk_values(p, t, k, dv, operand, whole, part, False)
             if (p.lo is not None) or (p.hi is not None):
-                dv, operand = _walk_values(p, t, dv, operand, part, end, True)
+                dv, operand = _walk_values(p, t, k, dv, operand, part, end, True)
         done += steps * p.group
         if p.dv_desc is not None:
             if steps > 0:
                 p.douts.wait(done - 1, 0)
-                last = p.o_s.index(p.douts.slot(done - 1, 0)).reshape([BM, W])
-                dv = warpgroup_mma_wait(0, [warpgroup_mma(operand, last, dv, is_async=True)])
+                last = p.o_s.index(p.douts.slot(done - 1, 0)).reshape([BM, BDV])
+                dv = waited(0, into_columns(operand, last, dv))
                 p.douts.release(done - 1, 0)
             if p.dropout is not None:
-                dv = dv * p.dropout[2]
-            p.k_s.reshape([BN, W]).store(dv.to(DT))  # nobody else reads these keys
+                dv = times(dv, p.dropout[2])
+        if SWAPPED and p.NEED_DS:
+            bar_sync(TILE_DONE, 256)
+        if p.dv_desc is not None:
+            store_columns(target.reshape([BN, BDV]), dv)
             fence_async_shared()
-            tma_store(p.dv_desc, key_rows(p, x, n0, kv_head), p.k_s)
+            tma_store(p.dv_desc, key_rows(p, x, n0, kv_head), target)
             tma_store_wait(0)
         p.kv.release(wave, 0)
 
@@ -298,32 +320,36 @@ def _values_either(p):
 
 
 @gluon.jit
-def _walk_keys(p, t, dk, db, ds16, first, last):
+def _walk_keys(p, t, v, dk, db, ds16, first, last):
     """dsᵀ of the query blocks ``first … last``; ``dk += dsᵀ q`` of each one is started in the step of the next, from ``ds16``."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    W: gl.constexpr = p.v_s.shape[-1]
+    BD: gl.constexpr = p.k_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.shape[-1]
     S: gl.constexpr = accumulator(BM)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
-    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    P: gl.constexpr = left_operand(p.QK, BD)
     NEED_DK: gl.constexpr = p.dk_desc is not None
     DROPPED: gl.constexpr = p.dropout is not None
     nothing = gl.zeros([BN, BM], gl.float32, S)
-    v = p.v_s.reshape([BN, W])
     for block in range(first, last):
         at = t.base + block
         stage = p.douts.slot(at, 0)
         go = at > t.done
         p.douts.wait(at, 0)
-        dp_pending = warpgroup_mma(v, p.o_s.index(stage).reshape([BM, W]).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        o = p.o_s.index(stage).reshape([BM, BDV])
+        if holds(HELD, 2 * BM, p.QK, BD, p.OV):
+            dp_pending = over_held(v, o, nothing)
+        else:
+            dp_pending = over_columns(v, o, nothing, 0, p.OV, False)
         before = at - go.to(gl.int32)  # a tile's first step has ds = 0 for the block before, and takes q of its own
         if NEED_DK:
             p.queries.wait(before, 0)
-            dk_pending = warpgroup_mma(ds16, p.q_s.index(p.queries.slot(before, 0)).reshape([BM, W]), dk, is_async=True)
+            dk_pending = into_columns(ds16, p.q_s.index(p.queries.slot(before, 0)).reshape([BM, BD]), dk)
         delta = gl.expand_dims(p.delta_s.index(stage).reshape([BM]).load(COLS), 0)
         mbarrier.wait(p.weights.full.index(at & 1), (at >> 1) & 1)
         weight = p.p_s.index(at & 1).permute((1, 0)).load(S)
-        dp = warpgroup_mma_wait(1 if NEED_DK else 0, [dp_pending])
+        dp = warpgroup_mma_wait(pieces(p.QK, BD) if NEED_DK else 0, [dp_pending])
         ds = ds_of(weight.to(gl.float32), dp, delta, DROPPED)
         if p.dbias is not None and p.p_s.shape[0] == 4:
             own = p.p_s.index(2 + (at & 1)).permute((1, 0)).load(S).to(gl.float32)
@@ -334,7 +360,7 @@ def _walk_keys(p, t, dk, db, ds16, first, last):
         p.douts.release(at, 0)
         mbarrier.arrive(p.weights.empty.index(at & 1))
         if NEED_DK:
-            dk = warpgroup_mma_wait(0, [dk_pending])
+            dk = waited(0, dk_pending)
             if go:
                 p.queries.release(before, 0)
             ds16 = gl.convert_layout(ds.to(p.v_s.dtype), P)
@@ -349,10 +375,16 @@ def _keys(p):
     """The consumer of dout: dsᵀ, dk, and the gradient of a bias that varies over keys alone."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    W: gl.constexpr = p.v_s.shape[-1]
+    BD: gl.constexpr = p.k_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.shape[-1]
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
-    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(W), 2)
+    P: gl.constexpr = left_operand(p.QK, BD)
     DT: gl.constexpr = p.v_s.dtype
+    SWAPPED: gl.constexpr = BD != BDV
+    if SWAPPED:
+        target = p.k_s
+    else:
+        target = p.v_s  # nobody else reads these values
     grid = grid_of(p)
     done = 0
     for wave in range(grid.waves()):
@@ -360,16 +392,19 @@ def _keys(p):
         x = extent_of(p, b)
         begin, _whole, _part, end = visible_blocks(p, x, n0)
         steps = end - begin
-        dk = gl.zeros([BN, W], gl.float32, accumulator(W))
+        dk = zeros_of(BN, p.QK, BD)
         ds16 = gl.zeros([BN, BM], DT, P)
         p.kv.wait(wave, 0)
         if p.lengths is not None:
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
-                clear_masked(p.v_s.reshape([BN, W]), x.keys - n0)
+                clear_masked(p.v_s.reshape([BN, BDV]), x.keys - n0)
+        v = p.v_s.reshape([BN, BDV])
+        if holds(HELD, 2 * BM, p.QK, BD, p.OV):
+            v = held(v, p.OV, BM)
         for member in range(p.group):
             db = gl.zeros([BN], gl.float32, ROWS)
             t = Keys(x, n0, None, None, None, None, None, done, done + member * steps - begin, False)
-            dk, db, ds16 = _walk_keys(p, t, dk, db, ds16, begin, end)
+            dk, db, ds16 = _walk_keys(p, t, v, dk, db, ds16, begin, end)
             if p.dbias is not None:
                 j = n0 + gl.arange(0, BN, ROWS)
                 store_dbias(p, db, b, kv_head * p.group + member, j)
@@ -377,14 +412,17 @@ def _keys(p):
         if p.dk_desc is not None:
             if steps > 0:
                 p.queries.wait(done - 1, 0)
-                last = p.q_s.index(p.queries.slot(done - 1, 0)).reshape([BM, W])
-                dk = warpgroup_mma_wait(0, [warpgroup_mma(ds16, last, dk, is_async=True)])
+                last = p.q_s.index(p.queries.slot(done - 1, 0)).reshape([BM, BD])
+                dk = waited(0, into_columns(ds16, last, dk))
                 p.queries.release(done - 1, 0)
             if p.dropout is not None:
-                dk = dk * p.dropout[2]
-            p.v_s.reshape([BN, W]).store((dk * p.scale).to(DT))  # nobody else reads these values
+                dk = times(dk, p.dropout[2])
+        if SWAPPED:
+            bar_sync(TILE_DONE, 256)
+        if p.dk_desc is not None:
+            store_columns(target.reshape([BN, BD]), times(dk, p.scale))
             fence_async_shared()
-            tma_store(p.dk_desc, key_rows(p, x, n0, kv_head), p.v_s)
+            tma_store(p.dk_desc, key_rows(p, x, n0, kv_head), target)
             tma_store_wait(0)
         p.kv.release(wave, 0)
 
@@ -398,9 +436,9 @@ def dkdv_d256(
     dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 64 keys of a key head. Arguments as of ``dkdv.dkdv``, but all blocks have the same number of columns."""
+    """Tiles of 64 keys of a key head. Arguments as of ``dkdv.dkdv``."""
     DT: gl.constexpr = q_desc.dtype
     STAGES: gl.constexpr = C.q_stages
     NEED_DS: gl.constexpr = (dk_desc is not None) or (dbias is not None)
@@ -440,7 +478,7 @@ def dkdv_d256(
         small_lse, dk_desc, dv_desc, dbias, bias, lengths, packed, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s,
         kv, queries, douts, weights, biases, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
         group, None, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DS, IS_MASK, EVEN_N, ALIBI,
-        BATCH_FASTEST, LONGEST,
+        BATCH_FASTEST, LONGEST, QK, OV,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
     if NEED_DS:

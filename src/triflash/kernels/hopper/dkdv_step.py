@@ -12,6 +12,7 @@ from .dropout import drop, ds_of, keep_bits, sign_dropped
 from .extent import extent_of, padded_length, pair_of, rows_of_sum
 from .key_rows import add_columns
 from .layouts import accumulator
+from .products import groups, into_columns, left_operand, over_columns, pieces, waited
 from .rings import bar_arrive, bar_sync
 from .scores_kq import grid_of, in_turn, probabilities, query_heads, turned, visible_blocks
 
@@ -124,15 +125,16 @@ def run_dq_warpgroup(p, dq_desc):
 
 @gluon.jit
 def dq_mma(p, number, kv, WG: gl.constexpr):
-    """Issue ``ds k`` of block ``number``, half of the columns."""
+    """Issue ``ds k`` of block ``number``, half of the columns, less those that only pad."""
     BM: gl.constexpr = p.C.block_m
     HALF: gl.constexpr = p.C.block_n // 2
     BD: gl.constexpr = p.k_s.shape[-1]
-    PART: gl.constexpr = BD // 2
+    HALF_BD: gl.constexpr = BD // 2
+    PART: gl.constexpr = min(HALF_BD, p.QK - WG * HALF_BD)
     slot = number & 1
     nothing = gl.zeros([BM, PART], gl.float32, accumulator(PART))
-    k0 = p.k_s.index(kv * 2).reshape([HALF, BD]).slice(WG * PART, PART, 1)
-    k1 = p.k_s.index(kv * 2 + 1).reshape([HALF, BD]).slice(WG * PART, PART, 1)
+    k0 = p.k_s.index(kv * 2).reshape([HALF, BD]).slice(WG * HALF_BD, PART, 1)
+    k1 = p.k_s.index(kv * 2 + 1).reshape([HALF, BD]).slice(WG * HALF_BD, PART, 1)
     pending = warpgroup_mma(p.ds_s.index(slot * 2), k0, nothing, use_acc=False, is_async=True)
     return warpgroup_mma(p.ds_s.index(slot * 2 + 1), k1, pending, is_async=True)
 
@@ -140,7 +142,11 @@ def dq_mma(p, number, kv, WG: gl.constexpr):
 @gluon.jit
 def hand_dq_to_tma(p, dq, go, WG: gl.constexpr):
     """Store half of a block's dq for the warp that adds it. Without ``go`` the warp is not told."""
-    p.dq_s.index(WG).reshape(dq.shape).store(dq)
+    target = p.dq_s.index(WG).reshape([p.dq_s.shape[3], p.dq_s.shape[4]])
+    if dq.shape[1] == target.shape[1]:
+        target.store(dq)
+    else:  # dq in memory does not have the other columns
+        target.slice(0, dq.shape[1], 1).store(dq)
     fence_async_shared()
     if go:
         bar_arrive(DQ_HERE, 288)
@@ -164,8 +170,8 @@ def score(p, span, at):
     BD: gl.constexpr = span.k.shape[1]
     stage = at % STAGES
     mbarrier.wait(p.q_full.index(stage), (at // STAGES) & 1)
-    q = p.q_s.index(stage).reshape([BM, BD]).permute((1, 0))
-    pending = warpgroup_mma(span.k, q, gl.zeros([KEYS, BM], gl.float32, S), use_acc=False, is_async=True)
+    q = p.q_s.index(stage).reshape([BM, BD])
+    pending = over_columns(span.k, q, gl.zeros([KEYS, BM], gl.float32, S), 0, p.QK, False)
     if span.row is not None:
         pending = warpgroup_mma(span.row, p.ones_s.index(0).permute((1, 0)), pending, is_async=True)
     return pending, gl.expand_dims(p.lse_s.index(stage).reshape([BM]).load(gl.SliceLayout(0, S)), 0)
@@ -188,13 +194,13 @@ def weigh(p, t, span, at, nothing):
     stage = at % STAGES
     mbarrier.wait(p.o_full.index(stage), (at // STAGES) & 1)
     if p.NEED_DS:
-        o = p.o_s.index(stage).reshape([BM, BDV]).permute((1, 0))
+        o = p.o_s.index(stage).reshape([BM, BDV])
         start = gl.zeros([KEYS, BM], gl.float32, S)
         if LESS_DELTA:
             delta = p.delta_s.index(stage).reshape([BM]).load(gl.SliceLayout(0, S))
             delta, start = gl.broadcast(gl.expand_dims(delta, 0), start)
             start = gl.inline_asm_elementwise(_NEGATED, "=f,=f,=f,=f,f,f,f,f", [delta], gl.float32, False, 4)
-        return warpgroup_mma(span.v, o, start, use_acc=LESS_DELTA, is_async=True)
+        return over_columns(span.v, o, start, 0, p.OV, LESS_DELTA)
     else:
         return nothing
 
@@ -223,8 +229,8 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
     DT: gl.constexpr = p.q_s.dtype
     S: gl.constexpr = accumulator(BM)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
-    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(BDV), 2)
-    DS: gl.constexpr = gl.DotOperandLayout(0, accumulator(BD), 2)
+    P: gl.constexpr = left_operand(p.OV, BDV)
+    DS: gl.constexpr = left_operand(p.QK, BD)
     Q_STAGES: gl.constexpr = p.C.q_stages
     O_STAGES: gl.constexpr = p.C.o_stages
     BIAS_STAGES: gl.constexpr = p.C.bias_stages
@@ -235,8 +241,9 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
     DROPPED: gl.constexpr = t.philox is not None
     ASKS: gl.constexpr = p.packed is not None and p.bias_s is not None
     ALONE: gl.constexpr = p.NEED_DV and not p.NEED_DK and p.ds_s is None  # no other MMA follows
-    AFTER: gl.constexpr = 1 if p.NEED_DK else 0  # MMAs of dk issued after those of dv and dq
-    NEXT: gl.constexpr = 0 if not MORE else 2 if DQ_WARPGROUP and p.NEED_DS else 1  # MMAs of the next block
+    AFTER: gl.constexpr = pieces(p.QK, BD) if p.NEED_DK else 0  # MMAs of dk issued after those of dv and dq
+    DP: gl.constexpr = groups(p.OV) if p.NEED_DS else 0  # MMAs of dp
+    NEXT: gl.constexpr = 0 if not MORE else groups(p.QK) + (DP if DQ_WARPGROUP else 0)  # MMAs of the next block
     SOON: gl.constexpr = DQ_WARPGROUP and p.NEED_DV and p.bias_s is None  # dv's MMA before ds is there
     LESS_DELTA: gl.constexpr = less_delta(DROPPED, DQ_WARPGROUP)
     FENCED: gl.constexpr = SOON or BIAS_STAGES == 1  # before the next block, which is not loaded whole while a single bias buffer is in use
@@ -250,7 +257,7 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
         m0 = in_turn(block, span.start, span.stop, t.n0, BM) * BM
     if DROPPED:  # under the MMAs
         bits = keep_bits(t.philox, m0, t.n0 + WG * HALF, HALF, BM, True)
-    s = warpgroup_mma_wait(1 if p.NEED_DS else 0, [s_pending])
+    s = warpgroup_mma_wait(DP, [s_pending])
     bias = None
     mask = None
     if TILES:
@@ -274,7 +281,7 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
     if p.NEED_DV:
         operand = gl.convert_layout(p16, P)
     if SOON:
-        dv_pending = warpgroup_mma(operand, p.o_s.index(o_stage).reshape([BM, BDV]), dv, is_async=True)
+        dv_pending = into_columns(operand, p.o_s.index(o_stage).reshape([BM, BDV]), dv)
     if p.NEED_DS:
         delta = None
         if not LESS_DELTA:
@@ -288,7 +295,7 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
             mbarrier.wait(p.o_full.index(o_stage), (at // O_STAGES) & 1)
         else:
             mbarrier.wait(p.ds_empty.index(0), 1)
-        dp = warpgroup_mma_wait(1 if SOON else 0, [dp_pending])
+        dp = warpgroup_mma_wait(pieces(p.OV, BDV) if SOON else 0, [dp_pending])
         ds = ds_of(weight, dp, delta, DROPPED)
         if p.NEED_DB and p.cap is not None:  # the bias is added behind the cap
             db += gl.sum(ds_of(undropped.to(gl.float32), dp, delta, DROPPED), 1)
@@ -303,9 +310,9 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
         if p.ds_s is not None:
             p.ds_s.index((at & 1) * 2 + WG).permute((1, 0)).store(ds16)
     if p.NEED_DV and not SOON:
-        dv_pending = warpgroup_mma(operand, p.o_s.index(o_stage).reshape([BM, BDV]), dv, is_async=True)
+        dv_pending = into_columns(operand, p.o_s.index(o_stage).reshape([BM, BDV]), dv)
     if ALONE:  # here, because ptxas 12.8 (Triton 3.6) crashes on a wait further down
-        dv = warpgroup_mma_wait(0, [dv_pending])
+        dv = waited(0, dv_pending)
     # The fence stands before a buffer that was read by plain loads goes back to TMA, and before others are told of ds. It waits for ds to
     # be stored: where no MMA here needs that, behind all that can be started.
     if not DQ_WARPGROUP:
@@ -315,7 +322,7 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
         if NEED_DQ:
             dq_pending = dq_mma(p, at - 1, t.kv, WG)
     if p.NEED_DK:
-        dk_pending = warpgroup_mma(gl.convert_layout(ds16, DS), p.q_s.index(q_stage).reshape([BM, BD]), dk, is_async=True)
+        dk_pending = into_columns(gl.convert_layout(ds16, DS), p.q_s.index(q_stage).reshape([BM, BD]), dk)
     if DQ_WARPGROUP and FENCED:
         _tell_of_ds(at, bias_slot, TILES)
     if MORE:
@@ -340,10 +347,10 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
         else:
             hand_dq_to_tma(p, dq, go, WG)
     if p.NEED_DV and not ALONE:
-        dv = warpgroup_mma_wait(AFTER + NEXT, [dv_pending])
+        dv = waited(AFTER + NEXT, dv_pending)
     bar_arrive(O_FREE + o_stage, 288)
     if p.NEED_DK:
-        dk = warpgroup_mma_wait(NEXT, [dk_pending])
+        dk = waited(NEXT, dk_pending)
     bar_arrive(Q_FREE + q_stage, 288)
     if MORE and not DQ_WARPGROUP:
         dp_pending = weigh(p, t, span, at + 1, s_pending)

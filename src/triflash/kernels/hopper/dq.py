@@ -22,7 +22,6 @@ from .compat import (
     tma_load,
     tma_store,
     tma_store_wait,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 from .dropout import ds_of, keep_bits, philox_of, sign_dropped
@@ -44,6 +43,20 @@ from .features import (
     tanh_slope,
 )
 from .layouts import accumulator, stacked
+from .products import (
+    groups,
+    held,
+    holds,
+    into_columns,
+    left_operand,
+    over_columns,
+    over_held,
+    pieces,
+    store_columns,
+    times,
+    waited,
+    zeros_of,
+)
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, add_bias, column_of, exponents, grid_of, mask_band, row_in, statistics, visible_blocks
 
@@ -96,6 +109,8 @@ class Program:
     HAS_REST: gl.constexpr
     EVEN_N: gl.constexpr
     ALIBI: gl.constexpr
+    QK: gl.constexpr
+    OV: gl.constexpr
 
 
 @record
@@ -212,6 +227,21 @@ def _produce(p, f):
         tma_store_wait(0)
 
 
+HELD = gl.constexpr(192)  # registers of dq, scores and left operands; with 208 ptxas serialises MMAs
+
+
+@gluon.constexpr_function
+def _holds_q(head, width, value, value_width, keys):
+    """Whether q is in registers: where a head is padded, for others have not been looked at."""
+    return (head < width or value < value_width) and holds(HELD, 2 * keys, head, width, head)
+
+
+@gluon.constexpr_function
+def _holds_dout(head, width, value, value_width, keys):
+    """Whether dout is, too."""
+    return _holds_q(head, width, value, value_width, keys) and holds(HELD, 2 * keys, head, width, head, value)
+
+
 @gluon.jit
 def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, CUT: gl.constexpr):
     """One key block: ``(dq, ds)`` with the block before in dq (``p.C.deferred``), or the block itself.
@@ -222,7 +252,10 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     BD: gl.constexpr = p.k_s.shape[-1]
     BDV: gl.constexpr = p.v_s.shape[-1]
     S: gl.constexpr = accumulator(BN)
-    DS: gl.constexpr = gl.DotOperandLayout(0, accumulator(BD), 2)
+    DS: gl.constexpr = left_operand(p.QK, BD)
+    DQ: gl.constexpr = pieces(p.QK, BD)  # MMAs of dq
+    HOLD_Q: gl.constexpr = _holds_q(p.QK, BD, p.OV, BDV, BN)
+    HOLD_DOUT: gl.constexpr = _holds_dout(p.QK, BD, p.OV, BDV, BN)
     BIASED: gl.constexpr = (p.bias_s is not None or p.bias is not None) and not p.IS_MASK
     LINE: gl.constexpr = one_sided(p.ALIBI) and p.cap is None and not SMALL_LSE  # as the forward kernel rounds it
     LAGGING: gl.constexpr = p.C.deferred and not FIRST  # the block before is folded into dq here
@@ -235,20 +268,26 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     p.keys.wait(at, 0)
     if p.C.ping_pong:
         mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
-    s_pending = warpgroup_mma(t.q, k.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if HOLD_Q:
+        s_pending = over_held(t.q, k, nothing)
+    else:
+        s_pending = over_columns(t.q, k, nothing, 0, p.QK, False)
     mbarrier.wait(p.values.full.index(v_slot), v_phase)
     v = p.v_s.index(v_slot).reshape([BN, BDV])
-    dp_pending = warpgroup_mma(t.dout, v.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    if HOLD_DOUT:
+        dp_pending = over_held(t.dout, v, nothing)
+    else:
+        dp_pending = over_columns(t.dout, v, nothing, 0, p.OV, False)
     if LAGGING:
-        dq_pending = warpgroup_mma(ds, p.k_s.index(before).reshape([BN, BD]), dq, is_async=True)
+        dq_pending = into_columns(ds, p.k_s.index(before).reshape([BN, BD]), dq)
     if p.C.ping_pong:
         mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
     if t.philox is not None:  # under the MMAs
         bits = keep_bits(t.philox, t.m0, n0, BM, BN, False)
     if LAGGING:
-        s = warpgroup_mma_wait(2, [s_pending])
+        s = warpgroup_mma_wait(groups(p.OV) + DQ, [s_pending])
     else:
-        s = warpgroup_mma_wait(1, [s_pending])
+        s = warpgroup_mma_wait(groups(p.OV), [s_pending])
 
     if p.cap is not None:
         u = tanh(s, p.cap)
@@ -289,7 +328,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
         s = mask_band(s, t.m0, n0, t.x.keys, t.x.lo, t.x.hi, BM, BN, "0fFF800000")
     x = exponents(s, lse, t.rest, p.HAS_REST and not SMALL_LSE, BIASED)
     if p.cap is not None and p.dbias_desc is None:
-        _, weight = p_and_ds_factor(x, u, t.q.dtype)
+        _, weight = p_and_ds_factor(x, u, p.q_s.dtype)
     else:
         weight = gl.exp2(x)
     if t.philox is not None:
@@ -297,7 +336,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
 
     mbarrier.wait(p.values.full.index(v_slot), v_phase)  # long since full: ptxas does not move the wait below up past it
     if LAGGING:
-        dp = warpgroup_mma_wait(1, [dp_pending])
+        dp = warpgroup_mma_wait(DQ, [dp_pending])
     else:
         dp = warpgroup_mma_wait(0, [dp_pending])
     p.values.release(at, 0)
@@ -305,7 +344,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
         dp = mask_band(dp, t.m0, n0, t.x.keys, None, None, BM, BN, "0f00000000")
     ds32 = ds_of(weight, dp, gl.expand_dims(t.delta, 1), t.philox is not None)
     if LAGGING:  # before anything is rounded: the MMA under way reads the registers that the rounded ds will take
-        dq = warpgroup_mma_wait(0, [dq_pending])
+        dq = waited(0, dq_pending)
         mbarrier.arrive(p.keys.empty.index(before))
     if p.dbias_desc is not None:
         own = p.biases.slot(at, WG)
@@ -324,9 +363,9 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
                 p.biases.release(at - 1, WG)
         if p.cap is not None:  # the bias is added behind it
             ds32 = ds32 * tanh_slope(u)
-    ds16 = gl.convert_layout(ds32.to(t.q.dtype), DS)
+    ds16 = gl.convert_layout(ds32.to(p.q_s.dtype), DS)
     if not p.C.deferred:
-        dq = warpgroup_mma_wait(0, [warpgroup_mma(ds16, k, dq, is_async=True)])
+        dq = waited(0, into_columns(ds16, k, dq))
         p.keys.release(at, 0)
     return dq, ds16
 
@@ -349,9 +388,9 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     BD: gl.constexpr = p.q_s.shape[-1]
     BDV: gl.constexpr = p.v_s.shape[-1]
     MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
+    HOLD_Q: gl.constexpr = _holds_q(p.QK, BD, p.OV, BDV, BN)
+    HOLD_DOUT: gl.constexpr = _holds_dout(p.QK, BD, p.OV, BDV, BN)
     scale_log2 = p.scale * LOG2E
-    q = p.q_s.index(WG).reshape([BM, BD])
-    dout = p.dout_s.index(WG).reshape([BM, BDV])
     if p.C.separate_dq:
         target = p.out_s.index(WG)
     else:
@@ -372,8 +411,16 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         inner = x.b % p.batch_inner
         lse, delta, rest = statistics(p.stats, pair_of(p, x, head), padded_row(x, m0), padded_length(p), p.HAS_REST, BM, BN)
         column = column_of(p, x, m0, head, BM, BN)
-        dq = gl.zeros([BM, BD], gl.float32, accumulator(BD))
+        dq = zeros_of(BM, p.QK, BD)
         p.queries.wait(wave, WG)
+        q = p.q_s.index(WG).reshape([BM, BD])
+        dout = p.dout_s.index(WG).reshape([BM, BDV])
+        if HOLD_Q:
+            q = held(q, p.QK, BN)
+        if HOLD_DOUT:
+            dout = held(dout, p.OV, BN)
+        if HOLD_Q:
+            fence_async_shared()  # a load may wait behind WGMMA operands, and TMA overtake it: see the forward kernel
         if p.lengths is not None:
             if (end * BN > x.keys) & (x.keys < p.N):  # no other block of a tile is cut by a length
                 p.keys.wait(done, 0)
@@ -395,12 +442,12 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         done += steps
         if p.C.deferred:
             k = p.k_s.index(p.keys.slot(done - 1, 0)).reshape([BN, BD])
-            dq = warpgroup_mma_wait(0, [warpgroup_mma(ds, k, dq, is_async=True)])
+            dq = waited(0, into_columns(ds, k, dq))
             p.keys.release(done - 1, 0)
         tma_store_wait(0)  # what the target held before must have left it
         if p.dropout is not None:
-            dq = dq * p.dropout[2]
-        target.reshape([BM, BD]).store((dq * p.scale).to(q.dtype))
+            dq = times(dq, p.dropout[2])
+        store_columns(target.reshape([BM, BD]), times(dq, p.scale))
         fence_async_shared()
         tma_store(p.dq_desc, query_rows(p, x, m0, head), target)
         if not p.C.separate_dq:
@@ -428,13 +475,13 @@ def dq(
     slope_strides, bias_on, cap, dropout, second_desc, second_on, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
     Descriptors, biases and strides as of the forward kernel; dbias_desc is over a full-shape bias, in blocks like the bias's. stats: see
     ``scores_qk.py``; small_lse: the flags of ``preprocess``, or None; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside
-    the bias, a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent.
+    the bias, a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent. QK, OV: as of ``dkdv.dkdv``.
 
     C: the configuration. Without its ``separate_dq``, dq leaves through Q's buffer, and the next tile begins when it has left.
     """
@@ -479,7 +526,7 @@ def dq(
     p = Program(
         small_lse, dq_desc, dbias_desc, bias, lengths, packed, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, second_s, mask_s,
         queries, keys, values, biases, ping_pong, bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi,
-        scale, tiles_m, tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI,
+        scale, tiles_m, tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, QK, OV,
     )  # fmt: skip
     f = Feed(q_desc, dout_desc, k_desc, v_desc, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group, zeros_s)
     if WGS == 1:

@@ -13,12 +13,13 @@ recomputed from loop-carried scalars where that is cheap: Triton 3.6 failed to c
 """
 
 from ..triton.prims import LN2, LOG2E, offset
-from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
+from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store, tma_store_wait, warpgroup_mma_wait
 from .dropout import drop, keep_bits, philox_of
 from .extent import Extent, extent_of, lse_row, query_rows
 from .features import clear_masked, opaque, slope_of
 from .forward_loads import Feed, produce
 from .layouts import accumulator, stacked
+from .products import Pieces, into_columns, left_operand, over_columns, pieces, store_columns, times_rows, waited, zeros_of
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, column_of, grid_of, row_in, visible_blocks
 from .softmax import by_row, rescaled, rescaled_accumulator, softmax
@@ -73,6 +74,7 @@ class Program:
     ALIBI: gl.constexpr
     FUSING: gl.constexpr
     QK: gl.constexpr
+    OV: gl.constexpr
 
 
 @record
@@ -139,7 +141,6 @@ def _release_bias(p, at, WG: gl.constexpr):
 def _finish(p, o, l, m, target, x, m0, head):
     """Divide O by the row sums, and write O (through the shared buffer ``target``), lse and rest of 64 queries."""
     BDV: gl.constexpr = p.v_s.shape[-1]
-    O: gl.constexpr = accumulator(BDV)
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(p.C.block_n))
     l, m = by_row(l, m, ROWS)
     weight = gl.full([BM], 1.0, gl.float32, ROWS)
@@ -153,9 +154,9 @@ def _finish(p, o, l, m, target, x, m0, head):
         weight = weight * p.dropout[2]
     unseen = l == 0.0
     l = gl.where(unseen, 1.0, l)
-    o = (o * gl.expand_dims(gl.convert_layout(weight / l, gl.SliceLayout(1, O)), 1)).to(p.q_s.dtype)
+    o = times_rows(o, weight / l)
     tma_store_wait(0)  # what this buffer held before must have left it
-    target.reshape([BM, BDV]).store(o)
+    store_columns(target.reshape([BM, BDV]), o)
     fence_async_shared()
     tma_store(p.out_desc, query_rows(p, x, m0, head), target)
     i = m0 + gl.arange(0, BM, ROWS)
@@ -167,26 +168,13 @@ def _finish(p, o, l, m, target, x, m0, head):
         gl.store(p.rest + at_row, gl.where(unseen, 0.0, (m - again) + gl.log2(l)), mask=i < x.queries)
 
 
-@gluon.constexpr_function
-def _largest(columns):
-    """The largest power of 2 up to so many."""
-    return 1 << (columns.bit_length() - 1)
-
-
 @gluon.jit
-def _qk(q, k, s, FIRST: gl.constexpr, QK: gl.constexpr):
-    """q kᵀ over the columns from FIRST up to QK, issued; with FIRST 0 s is what the MMA is told instead of zeros, else it is added to.
-
-    Columns that only pad a head to a power of 2 are left out. A piece is a power of 2 of columns and begins at a multiple of that.
-    """
-    SIZE: gl.constexpr = _largest(QK - FIRST)
-    if SIZE == q.shape[1]:
-        return warpgroup_mma(q, k.permute((1, 0)), s, use_acc=False, is_async=True)
+def _rescaled(o, factor):
+    """``rescaled_accumulator`` of each piece."""
+    if o.second is None:
+        return Pieces(rescaled_accumulator(o.first, factor), None)
     else:
-        s = warpgroup_mma(q.slice(FIRST, SIZE, 1), k.slice(FIRST, SIZE, 1).permute((1, 0)), s, use_acc=FIRST > 0, is_async=True)
-        if FIRST + SIZE < QK:
-            s = _qk(q, k, s, FIRST + SIZE, QK)
-        return s
+        return Pieces(rescaled_accumulator(o.first, factor), rescaled_accumulator(o.second, factor))
 
 
 @gluon.jit
@@ -195,7 +183,7 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
     BN: gl.constexpr = p.C.block_n
     BD: gl.constexpr = p.k_s.shape[-1]
     BDV: gl.constexpr = p.v_s.shape[-1]
-    P: gl.constexpr = gl.DotOperandLayout(0, accumulator(BDV), 2)
+    P: gl.constexpr = left_operand(p.OV, BDV)
     EARLY: gl.constexpr = p.bias_s is not None and p.mask_s is None and not p.IS_MASK  # mask bytes take many instructions
     nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
     q_slot = w.q_slot
@@ -216,13 +204,13 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
         p.kv.wait(at, 0)
         if p.C.ping_pong:
             mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
-        s_pending = _qk(q, p.k_s.index(stage).reshape([BN, BD]), nothing, 0, p.QK)
+        s_pending = over_columns(q, p.k_s.index(stage).reshape([BN, BD]), nothing, 0, p.QK, False)
         if EARLY:
             _release_bias(p, at, WG)
-        o_pending = warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
+        o_pending = into_columns(weights, p.v_s.index(stage).reshape([BN, BDV]), o)
         if p.C.ping_pong:
             mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
-        s = warpgroup_mma_wait(1, [s_pending])
+        s = warpgroup_mma_wait(pieces(p.OV, BDV), [s_pending])
         if p.C.separate_o:
             if step == w.steps - 1:  # no more MMAs with this q: the next can be fetched while the softmax runs
                 mbarrier.arrive(p.queries.empty.index(q_slot))
@@ -236,14 +224,14 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
         s, p16, more, m = softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED, False)
         if p.bias_s is not None and not EARLY:
             _release_bias(p, at, WG)
-        o = warpgroup_mma_wait(0, [o_pending])
+        o = waited(0, o_pending)
         p.kv.release(at, 0)
         p16, more, m, factor = rescaled(p, t, s, p16, more, m, bias)
         l = l * factor + more
         if t.philox is not None:  # earlier, the bits would take registers that the softmax needs
             p16 = drop(p16, keep_bits(t.philox, t.m0, n0, BM, BN, False))
         weights = gl.convert_layout(p16, P)
-        o = rescaled_accumulator(o, factor)
+        o = _rescaled(o, factor)
     return o, l, m, weights
 
 
@@ -256,8 +244,7 @@ def _consume(p, WG: gl.constexpr):
     BN: gl.constexpr = p.C.block_n
     BD: gl.constexpr = p.q_s.shape[-1]
     BDV: gl.constexpr = p.v_s.shape[-1]
-    O: gl.constexpr = accumulator(BDV)
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    P: gl.constexpr = left_operand(p.OV, BDV)
     MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
     OVERLAP: gl.constexpr = p.C.separate_o
     CUT: gl.constexpr = p.lengths is not None
@@ -276,7 +263,7 @@ def _consume(p, WG: gl.constexpr):
     if p.C.ping_pong:
         mbarrier.wait(p.ping_pong[WG].index(0), 0)
     q = p.q_s.index(WG).reshape([BM, BD])
-    s_pending = _qk(q, p.k_s.index(0).reshape([BN, BD]), nothing, 0, p.QK)
+    s_pending = over_columns(q, p.k_s.index(0).reshape([BN, BD]), nothing, 0, p.QK, False)
     if p.C.ping_pong:
         mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
     s = warpgroup_mma_wait(0, [s_pending])
@@ -299,7 +286,7 @@ def _consume(p, WG: gl.constexpr):
     if p.dropout is not None:
         p16 = drop(p16, keep_bits(philox_of(p.dropout, first_x.b, head, p.heads), m0, first_n0, BM, BN, False))
     weights = gl.convert_layout(p16, P)
-    o = gl.zeros([BM, BDV], gl.float32, O)
+    o = zeros_of(BM, p.OV, BDV)
     for wave in range(waves):
         q_slot = p.queries.slot(wave, WG)
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
@@ -330,7 +317,7 @@ def _consume(p, WG: gl.constexpr):
         stage = p.kv.slot(done, 0)
         if not OVERLAP:  # O leaves through Q's buffer, so the next tile begins when it has left
             p.kv.wait(done, 0)
-            o = warpgroup_mma_wait(0, [warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)])
+            o = waited(0, into_columns(weights, p.v_s.index(stage).reshape([BN, BDV]), o))
             _finish(p, o, l, m, p.q_s.index(WG), x, m0, head)
             tma_store_wait(0)
             mbarrier.arrive(p.queries.empty.index(WG))
@@ -343,9 +330,9 @@ def _consume(p, WG: gl.constexpr):
                 mbarrier.wait(p.ping_pong[WG].index(0), done & 1)
             next_q = p.q_s.index(p.queries.slot(wave + 1, WG)).reshape([BM, BD])
             k = p.k_s.index(stage).reshape([BN, BD])
-            next_pending = _qk(next_q, k, nothing, 0, p.QK)
+            next_pending = over_columns(next_q, k, nothing, 0, p.QK, False)
             if OVERLAP:
-                o_pending = warpgroup_mma(weights, p.v_s.index(stage).reshape([BN, BDV]), o, is_async=True)
+                o_pending = into_columns(weights, p.v_s.index(stage).reshape([BN, BDV]), o)
             if p.C.ping_pong:
                 mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
             # Where the next tile lies takes some divisions, which run under its first MMA.
@@ -355,7 +342,7 @@ def _consume(p, WG: gl.constexpr):
             m0 += WG * BM
             row_bias = column_of(p, next_x, m0, head, BM, BN)
             if OVERLAP:
-                next_s = warpgroup_mma_wait(1, [next_pending])
+                next_s = warpgroup_mma_wait(pieces(p.OV, BDV), [next_pending])
             else:
                 next_s = warpgroup_mma_wait(0, [next_pending])
                 p.kv.release(done, 0)
@@ -375,7 +362,7 @@ def _consume(p, WG: gl.constexpr):
             if p.bias_s is not None:
                 _release_bias(p, done, WG)
             if OVERLAP:
-                o = warpgroup_mma_wait(0, [o_pending])
+                o = waited(0, o_pending)
                 p.kv.release(done, 0)
             if p.dropout is not None:
                 next_p16 = drop(next_p16, keep_bits(philox_of(p.dropout, next_x.b, head, p.heads), m0, next_n0, BM, BN, False))
@@ -384,11 +371,11 @@ def _consume(p, WG: gl.constexpr):
                 _finish(p, o, l, m, p.out_s.index(WG), x, old_m0, old_head)
             m = new_m
             l = new_l
-            o = gl.zeros([BM, BDV], gl.float32, O)
+            o = zeros_of(BM, p.OV, BDV)
     if OVERLAP:
         p.kv.wait(done, 0)
         v = p.v_s.index(p.kv.slot(done, 0)).reshape([BN, BDV])
-        o = warpgroup_mma_wait(0, [warpgroup_mma(weights, v, o, is_async=True)])
+        o = waited(0, into_columns(weights, v, o))
         _finish(p, o, l, m, p.out_s.index(WG), extent_of(p, b), m0, head)
         tma_store_wait(0)
 
@@ -403,7 +390,7 @@ def forward(
     sink_stride, cap, dropout, second_desc, second_on, mask_desc, mask_on,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr, QK: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
@@ -415,7 +402,7 @@ def forward(
     bias, a tile or a row with every tile of it. None: absent.
 
     C: the configuration. Without its ``separate_o``, O leaves through Q's buffer, and the next tile begins when it has left. FUSING: see
-    ``softmax``.
+    ``softmax``. QK, OV: columns of q and k, of v and O that are multiplied.
     """
     DT: gl.constexpr = q_desc.dtype
     WGS: gl.constexpr = C.consumers
@@ -452,7 +439,7 @@ def forward(
         out_desc, bias, lengths, packed, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, kv, biases,
         ping_pong,
         bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale * LOG2E, tiles_m,
-        tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING, QK,
+        tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING, QK, OV,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group)
     if WGS == 1:

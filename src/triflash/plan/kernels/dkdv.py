@@ -159,10 +159,8 @@ def _sums_keys(gives: tuple[str, ...]) -> bool:
 
 
 def dims(spec: AttentionSpec) -> tuple[int, int]:
-    """Head dims of q and k, and of v, as the kernel pads them: above 128 alike."""
-    head, value = max(SMALLEST_DIM, padded(spec.head_dim)), max(SMALLEST_DIM, padded(spec.value_dim))
-    widest = max(head, value)
-    return (widest, widest) if widest > NARROW else (head, value)
+    """Head dims of q and k, and of v, as the kernel pads them."""
+    return max(SMALLEST_DIM, padded(spec.head_dim)), max(SMALLEST_DIM, padded(spec.value_dim))
 
 
 def _tiled(spec: AttentionSpec) -> list[tuple[str, int]]:
