@@ -248,6 +248,7 @@ PROBLEMS = (
     Packed("packed d128, fixed order", D=128, Hk=2, options={"deterministic": True}),
     Packed("packed d256 window", D=256, options=WINDOW),
     Packed("packed d64 tiny", S=512, options=CAUSAL),
+    Packed("packed d64, many tiles", S=131072, options=CAUSAL),
     Packed("packed d64, a shared bias", bias=(1, H, 2048, 2048), wants="qkvb", options=CAUSAL),
     Packed("packed d64, a bias by rows, all", bias=(H, 32768, 2048), options={"bias_layout": "rows", **EVERY}),
     Packed("packed d64, a bias of keys", bias=(H, 32768), options={"bias_layout": "keys", **CAUSAL}),
