@@ -256,6 +256,25 @@ def test_a_file_says_who_calls_it(name: str) -> None:
     assert re.search(rf"{by}|[Kk]ernels import them|\bcalls? it\b|what ``dkdv.py`` makes", docstring, re.IGNORECASE), name
 
 
+def test_each_kernel_has_one_room() -> None:
+    """Steps with a configuration and a grid are made in ``plan/kernels`` alone, and each kernel's in one file, of its backend."""
+    rooms: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())) if within(name, "triflash.plan") else ():
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Step" and len(node.args) > 1:
+                assert within(name, "triflash.plan.kernels"), f"{name}:{node.lineno} plans a kernel"
+                if isinstance(node.args[0], ast.Constant):
+                    rooms.setdefault(node.args[0].value, set()).add(name.rpartition(".")[2])
+    of_both = {
+        "forward": {"forward", "portable"},
+        "dq": {"dq", "portable"},
+        "dbias": {"dbias", "portable"},
+        "delta": {"portable", "rowwise"},
+    }
+    of_both |= {"extents": {"listed", "packed"}}
+    assert len(rooms) >= 20 and {kernel: files for kernel, files in rooms.items() if len(files) > 1} == of_both
+
+
 def test_kernels_hand_records_on() -> None:
     """No function that runs on the device takes more than 12 parameters, and few lines only hand them on."""
     for folder in ("hopper", "triton"):

@@ -12,7 +12,8 @@ from ..kernels.triton import packed as packed_kernels
 from ..kernels.triton.features import Features
 from ..plan.configs import padded
 from ..plan.kernels.packed import ROWS_A_PROGRAM, most_tiles
-from ..plan.steps import SUM_BLOCK, Plan, Step
+from ..plan.kernels.parts import SUM_BLOCK
+from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from .calls import Call, bias_strides
 from .common import config_of, constants_of, is_wide

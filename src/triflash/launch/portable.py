@@ -15,7 +15,8 @@ from ..kernels.triton import dbias as dbias_kernels
 from ..kernels.triton import forward as forward_kernels
 from ..kernels.triton.features import Features
 from ..plan.configs import TileConfig, padded
-from ..plan.steps import SUM_BLOCK, Step
+from ..plan.kernels.parts import SUM_BLOCK
+from ..plan.steps import Step
 from ..spec import AttentionSpec, Operands, Saved
 from .calls import SMALLEST_SCALE, Call, bias_strides
 from .common import config_of, constants_of, is_wide

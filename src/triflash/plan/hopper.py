@@ -11,9 +11,10 @@ from .choices import Choices
 from .configs import MAX_HEAD_DIM
 from .device import DeviceFacts
 from .kernels import dbias, dkdv, dq, few, forward, rowwise, short
+from .kernels.parts import dbias_sum_steps
 from .kernels.shared import HopperConfig, is_banded
 from .packed import dbias_steps
-from .steps import Step, broadcast_rows, sum_steps
+from .steps import Step, broadcast_rows
 
 __all__ = [
     "LARGEST_SOFTCAP", "adds_dq", "backward_steps", "flags_small_lse", "forward_steps", "reads_small_lse", "reservation",
@@ -179,7 +180,7 @@ def _backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_h
         steps += dbias.steps(spec, device, by_hand)
     row = dkdv.row_of_keys(spec)
     if by_keys and row is not None:
-        steps += sum_steps(spec, broadcast_rows(spec, row[1]), row[1], row[0])
+        steps += dbias_sum_steps(spec, broadcast_rows(spec, row[1]), row[1], row[0])
     return tuple(steps)
 
 

@@ -82,12 +82,11 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str
     """The kernels of a forward pass."""
     config = _forward_config(spec, device, by_hand)
     tiles = max(most_tiles(spec.queries, packed_of(spec).sequences, config.block_m), 1) * spec.heads
-    programs = min(tiles, device.sms * config.ctas_per_sm) if config.persistent else tiles
-    own = Step("forward", config, programs)
+    own = forward.step_of(config, tiles, device)
     if prepared := prepared_step(spec, config.block_m, None, ("out", "lse")):
         return (prepared, *spread_steps(spec), own)
-    steps = (*table_steps(spec, config.block_m, None), *spread_steps(spec))
-    return (*steps, own, unowned_step(spec.queries, ("out", "lse")))
+    tables = (*table_steps(spec, config.block_m, None), *spread_steps(spec))
+    return (*tables, own, unowned_step(spec.queries, ("out", "lse")))
 
 
 def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object], adding: bool) -> tuple[Step, ...]:

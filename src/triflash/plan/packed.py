@@ -13,19 +13,10 @@ from .choices import Choices
 from .configs import TileConfig
 from .device import DeviceFacts
 from .kernels import packed_dbias, portable
-from .kernels.packed import most_tiles, packed_of, table_steps, unowned_step
+from .kernels.packed import packed_of, table_steps, unowned_step
 from .steps import Step, ceil_div
 
 __all__ = ["backward_steps", "dbias_steps", "forward_steps"]
-
-
-def _tile_step(
-    kernel: str, spec: AttentionSpec, device: DeviceFacts, config: TileConfig, of_keys: bool = False, gives: tuple[str, ...] = ()
-) -> Step:
-    """A kernel whose programs own a tile of a sequence, of queries and a head or of keys and a key head."""
-    rows, block = (spec.keys, config.block_n) if of_keys else (spec.queries, config.block_m)
-    programs = most_tiles(rows, packed_of(spec).sequences, block) * (spec.kv_heads if of_keys else spec.heads)
-    return Step(kernel, config, programs, gives=gives, precision=portable.products_of(kernel, spec, device))
 
 
 def _fitted(config: TileConfig, spec: AttentionSpec, of_keys: bool) -> TileConfig:
@@ -48,7 +39,7 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, choices: Choices) ->
     if 0 in (spec.queries, spec.heads):
         return ()
     own = _fitted(portable.config_of("forward", spec, device, choices)[0], spec, of_keys=False)
-    step = _tile_step("forward", spec, device, own)
+    step = portable.packed_step("forward", spec, device, own)
     return (*table_steps(spec, own.block_m, None), step, unowned_step(spec.queries, ("out", "lse")))
 
 
@@ -78,12 +69,12 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, choic
 
     if gives := wanted("dkdv", ("dk", needs.dk), ("dv", needs.dv)):
         block_n = by_keys.block_n
-        steps.append(_tile_step("dkdv", spec, device, by_keys, of_keys=True, gives=gives))
+        steps.append(portable.packed_step("dkdv", spec, device, by_keys, of_keys=True, gives=gives))
         if given := tuple(name for name in gives if name in ("dk", "dv")):
             steps.append(unowned_step(spec.keys, given))
     if gives := wanted("dq", ("dq", needs.dq)):
         block_m = by_queries.block_m
-        steps.append(_tile_step("dq", spec, device, by_queries, gives=gives))
+        steps.append(portable.packed_step("dq", spec, device, by_queries, gives=gives))
         if needs.dq:
             steps.append(unowned_step(spec.queries, ("dq",)))
     if shared is not None:

@@ -9,10 +9,9 @@ from ..spec_cache import CacheSpec
 from .configs import TileConfig
 from .kernels.shared import SMALLEST_BLOCK, HopperConfig
 
-__all__ = ["IN_PYTORCH", "SUM_BLOCK", "Plan", "Step", "asked_products", "broadcast_rows", "ceil_div", "dbias_source", "sum_steps"]
+__all__ = ["IN_PYTORCH", "Plan", "Step", "asked_products", "broadcast_rows", "ceil_div", "dbias_source"]
 
 IN_PYTORCH = ("tiled", "oracle")  # backends that launch no kernels of ours
-SUM_BLOCK = 1024  # elements of dbias that one program of dbias_sum adds up
 
 
 @dataclass(frozen=True)
@@ -81,19 +80,3 @@ def broadcast_rows(spec: AttentionSpec, bias: BiasSpec | None = None) -> int:
     for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads), bias.varies[:3], strict=True):
         rows *= 1 if varies else size
     return rows
-
-
-def sum_steps(
-    spec: AttentionSpec, splits: int, bias: BiasSpec | None = None, name: str = "dbias", elements: int | None = None
-) -> list[Step]:
-    """Adding up ``splits`` partial sums of the gradient ``name`` of a bias (None: the first), in a fixed order, if there are several.
-    elements: of the bias, if it is a packed one.
-    """
-    bias = bias or spec.bias
-    assert bias is not None
-    if elements is None:
-        elements = 1
-        for size, varies in zip((spec.batch_outer, spec.batch_inner, spec.heads, spec.queries, spec.keys), bias.varies, strict=True):
-            elements *= size if varies else 1
-    config = TileConfig(64, 16, 4, 1)
-    return [Step("dbias_sum", config, ceil_div(elements, SUM_BLOCK), splits=splits, gives=(name,))] if splits > 1 else []

@@ -11,7 +11,8 @@ from .choices import Choices
 from .configs import MAX_FORWARD_HEAD_DIM, MAX_HEAD_DIM
 from .device import DeviceFacts
 from .kernels import few, portable, short
-from .steps import Step, broadcast_rows, sum_steps
+from .kernels.parts import dbias_sum_steps
+from .steps import Step, broadcast_rows
 
 __all__ = ["backward_steps", "forward_steps", "why_not", "why_not_dtypes"]
 
@@ -75,7 +76,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, choic
     )
     for grad, (source, bias) in sources.items():
         if source == "dkdv":
-            steps += sum_steps(spec, broadcast_rows(spec, bias), bias, grad)
+            steps += dbias_sum_steps(spec, broadcast_rows(spec, bias), bias, grad)
         elif source == "dbias":
             steps += portable.dbias_steps(spec, bias, grad, device, choices)
     return tuple(steps)

@@ -14,7 +14,8 @@ from ...errors import bad_value
 from ...spec import AttentionSpec
 from ..configs import chosen, padded
 from ..device import DeviceFacts
-from ..steps import Step, broadcast_rows, ceil_div, sum_steps
+from ..steps import Step, broadcast_rows, ceil_div
+from .parts import dbias_sum_steps
 from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, order_of, row_buffers, second_buffer
 
 __all__ = ["DbiasConfig", "bias_tiles", "choose", "owns_dbias", "places", "programs", "shuffle", "slots_needed", "steps", "why_not"]
@@ -218,4 +219,4 @@ def steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object
         assert config is not None, "why_not_backward refuses what fits no candidate"
     splits = _splits(spec, config, device.sms * config.ctas_per_sm)
     grid = programs(spec, config, splits, device.sms)
-    return [Step("dbias", config, grid, order_of(spec), splits, ("dbias",)), *sum_steps(spec, splits)]
+    return [Step("dbias", config, grid, order_of(spec), splits, ("dbias",)), *dbias_sum_steps(spec, splits)]

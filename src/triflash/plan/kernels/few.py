@@ -15,11 +15,12 @@ from ...spec_cache import CacheSpec
 from ..configs import MAX_HEAD_DIM, TileConfig, chosen, others_chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step, asked_products, ceil_div
+from .parts import combine_step, sum_rows_steps
 
 __all__ = [
-    "COMBINE", "KERNELS", "MIN_KEYS", "FewConfig", "Shape", "backward_steps", "cache_shape_of", "cache_steps", "choose",
+    "KERNELS", "MIN_KEYS", "FewConfig", "Shape", "backward_steps", "cache_shape_of", "cache_steps", "choose",
     "choose_backward", "dq_splits", "forward_steps", "has_few_queries", "least_blocks", "least_cache_blocks", "runs", "runs_backward",
-    "shape_of", "splits_of", "sum_steps", "takes", "takes_backward", "why", "why_cache", "why_not",
+    "shape_of", "splits_of", "takes", "takes_backward", "why", "why_cache", "why_not",
 ]  # fmt: skip
 
 KERNELS = ("few_forward", "few_backward")
@@ -29,7 +30,6 @@ MIN_KEYS = 512  # below, a second launch costs more than idle SMs
 LEAST_KEYS = 256  # of a part: fewer keys take less time than putting parts together
 MAX_SPLITS = 256  # that the plan takes by itself
 MOST_KEYS = 4096  # of a part where requests may differ in length: SMs that are done with short ones share a long one
-COMBINE = TileConfig(16, 16, 4, 1)  # of ``combine``: a program owns one row
 PROGRAM_COST = 512  # of a program besides its keys, in keys: beginning, end and what ``combine`` reads of it
 
 
@@ -203,7 +203,7 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str
     programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
     steps = [Step("few_forward", config, programs, splits=splits, precision=asked_products(spec))]
     if splits > 1:
-        steps.append(Step("combine", COMBINE, spec.batch * spec.heads * spec.queries, splits=splits, gives=("out", "lse")))
+        steps.append(combine_step(spec.batch * spec.heads * spec.queries, splits))
     return tuple(steps)
 
 
@@ -252,13 +252,7 @@ def backward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[st
         )
     splits = min(splits_of(shape, config, device.sms), ceil_div(spec.keys, config.block_n))
     step = Step("few_backward", config, shape.pairs * splits, splits=splits, gives=gives, precision=asked_products(spec))
-    return (step, *sum_steps(spec, splits)) if "dq" in gives else (step,)
-
-
-def sum_steps(spec: AttentionSpec, splits: int) -> tuple[Step, ...]:
-    """The sum of so many parts of dq, in the order of the keys; none of a single one."""
-    step = Step("sum_rows", COMBINE, spec.batch * spec.heads * spec.queries, splits=splits, gives=("dq",))
-    return (step,) if splits > 1 else ()
+    return (step, *sum_rows_steps(spec, splits)) if "dq" in gives else (step,)
 
 
 def dq_splits(spec: AttentionSpec, device: DeviceFacts, config: TileConfig, programs: int) -> int:
@@ -303,7 +297,7 @@ def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, obje
     steps = [Step("few_forward", config, programs, splits=splits, precision=asked_products(spec))] if programs else []
     if splits > 1 or spec.packed_queries or spec.split_size is not None:
         programs = spec.requests * spec.heads * spec.queries  # of packed queries at most: the launch knows their sum
-        steps.append(Step("combine", COMBINE, programs, splits=splits, gives=("out", "lse")))
+        steps.append(combine_step(programs, splits))
     return tuple(steps)
 
 

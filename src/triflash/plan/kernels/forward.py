@@ -28,7 +28,7 @@ from .shared import (
     second_buffer,
 )
 
-__all__ = ["ForwardConfig", "by_hand_of", "choose", "config_of", "fuses_bias", "step", "why_not"]
+__all__ = ["ForwardConfig", "by_hand_of", "choose", "config_of", "fuses_bias", "step", "step_of", "why_not"]
 
 SHORT = 1088  # keys that a query sees at most under a band, where rows are short: 1,024 and a block
 SHORT_FULL = 256  # and without one
@@ -213,6 +213,10 @@ def config_of(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, ob
 def step(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> Step:
     """The kernel, with its grid."""
     config = config_of(spec, device, by_hand)
-    tiles = query_tiles(spec, config)[1]
+    return step_of(config, query_tiles(spec, config)[1], device, order_of(spec))
+
+
+def step_of(config: ForwardConfig, tiles: int, device: DeviceFacts, order: str = "tile") -> Step:
+    """The kernel with a grid for so many tiles."""
     programs = min(tiles, device.sms * config.ctas_per_sm) if config.persistent else tiles
-    return Step("forward", config, programs, order_of(spec))
+    return Step("forward", config, programs, order)

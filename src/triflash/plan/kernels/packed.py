@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from ...spec import AttentionSpec, Packed
 from ..configs import TileConfig
-from ..steps import SUM_BLOCK, Step, ceil_div
+from ..steps import Step, ceil_div
+from .parts import SUM_BLOCK
 
 __all__ = ["ROWS_A_PROGRAM", "cleared_step", "most_tiles", "packed_of", "table_steps", "unowned_step"]
 

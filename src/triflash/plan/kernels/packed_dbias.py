@@ -11,8 +11,9 @@ from dataclasses import replace
 from ...errors import unsupported
 from ...spec import AttentionSpec, BiasSpec, Needs
 from ..configs import TileConfig
-from ..steps import Step, ceil_div, sum_steps
+from ..steps import Step, ceil_div
 from .packed import cleared_step, most_tiles, packed_of, table_steps
+from .parts import dbias_sum_steps
 
 __all__ = ["KERNEL", "alone_steps", "cleared_steps", "sources", "steps"]
 
@@ -91,4 +92,4 @@ def _steps(spec: AttentionSpec, bias: BiasSpec, name: str, config: TileConfig, s
     if programs * splits >= 2**31:
         raise unsupported(f"the gradient of a bias of {programs} tiles", "triton", "use 'tiled'")
     own = Step(KERNEL, config, programs * splits, splits=splits, gives=(name,), precision=precision)
-    return [own, *sum_steps(spec, splits, bias, name, _elements(spec, name, bias))]
+    return [own, *dbias_sum_steps(spec, splits, bias, name, _elements(spec, name, bias))]

@@ -13,12 +13,14 @@ from .. import tables
 from ..choices import Choices
 from ..configs import Problem, TileConfig, chosen, default_config, misread, padded, with_features, with_wide_bias
 from ..device import DeviceFacts
-from ..steps import Step, asked_products, broadcast_rows, ceil_div, dbias_source, sum_steps
+from ..steps import Step, asked_products, broadcast_rows, ceil_div, dbias_source
 from . import few
+from .packed import most_tiles, packed_of
+from .parts import dbias_sum_steps, sum_rows_steps
 
 __all__ = [
     "Sources", "bias_sources", "config_of", "dbias_steps", "delta_step", "dkdv_steps", "dq_steps", "forward_steps", "order_of",
-    "problem_of", "products_of",
+    "packed_step", "problem_of", "products_of",
 ]  # fmt: skip
 
 Sources = dict[str, tuple[str, BiasSpec]]  # by name of a gradient: which kernel gives it, and the bias
@@ -143,7 +145,16 @@ def dq_steps(spec: AttentionSpec, device: DeviceFacts, choices: Choices, gives: 
     splits = few.dq_splits(spec, device, config, programs)
     order = order_of(spec) if splits == 1 else "tile"
     step = Step("dq", config, programs * splits, order, splits, own, products_of("dq", spec, device))
-    return (step, *few.sum_steps(spec, splits)) if "dq" in own else (step,)
+    return (step, *sum_rows_steps(spec, splits)) if "dq" in own else (step,)
+
+
+def packed_step(
+    kernel: str, spec: AttentionSpec, device: DeviceFacts, config: TileConfig, of_keys: bool = False, gives: tuple[str, ...] = ()
+) -> Step:
+    """One of these kernels on packed sequences, whose programs own a tile of one, of queries and a head or of keys and a key head."""
+    rows, block = (spec.keys, config.block_n) if of_keys else (spec.queries, config.block_m)
+    programs = most_tiles(rows, packed_of(spec).sequences, block) * (spec.kv_heads if of_keys else spec.heads)
+    return Step(kernel, config, programs, gives=gives, precision=products_of(kernel, spec, device))
 
 
 def bias_sources(spec: AttentionSpec, needs: Needs) -> Sources:
@@ -179,4 +190,4 @@ def dbias_steps(spec: AttentionSpec, bias: BiasSpec, name: str, device: DeviceFa
         raise unsupported(f"the gradient of a bias broadcast over {looped} tiles", "triton", "sum a larger bias's gradient, or use 'tiled'")
     splits = max(1, min(looped, ceil_div(2 * device.sms, own)))
     step = Step("dbias", config, own * splits, splits=splits, gives=(name,), precision=products_of("dbias", spec, device))
-    return [step, *sum_steps(spec, splits, bias, name)]
+    return [step, *dbias_sum_steps(spec, splits, bias, name)]

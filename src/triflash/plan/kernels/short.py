@@ -12,7 +12,8 @@ from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec, Needs
 from ..configs import MAX_HEAD_DIM, TileConfig, chosen, others_chosen, padded
 from ..device import DeviceFacts
-from ..steps import Step, asked_products, broadcast_rows, ceil_div, sum_steps
+from ..steps import Step, asked_products, broadcast_rows, ceil_div
+from .parts import dbias_sum_steps
 
 __all__ = [
     "KERNELS", "ShortConfig", "backward_steps", "bias_form", "choose", "choose_backward", "forward_steps", "pieces", "runs", "sum_of",
@@ -241,13 +242,13 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         splits = ceil_div(looped, max(1, config.rounds))
         for name, bias in _biases(spec):
             if name in gives and bias_form(spec, bias, config) == "keys":
-                sums = sum_steps(spec, broadcast_rows(spec, bias), bias, name)
+                sums = dbias_sum_steps(spec, broadcast_rows(spec, bias), bias, name)
     else:
         name, bias = summed
         looped = broadcast_rows(spec, bias)
         own = spec.batch * spec.heads // looped
         at_a_time = device.sms * (config.ctas_per_sm or 2)
         splits = ceil_div(looped, config.rounds) if config.rounds else min(looped, max(1, at_a_time // own))
-        sums = sum_steps(spec, splits, bias, name)
+        sums = dbias_sum_steps(spec, splits, bias, name)
     gives = (*gives, "dsink") if needs.dsink else gives
     return Step("short_backward", config, own * splits, splits=splits, gives=gives, precision=asked_products(spec)), *sums
