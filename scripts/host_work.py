@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 CELLS = ("forward", "step", "step, bias", "step, portable", "operator", "operator, backward", "bare", "cold step", "cold bare")
+_folder = tempfile.TemporaryDirectory()  # of the stub, which Triton's launchers are linked to
 QUIET = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "67108864"}  # the C library gives no memory back between steps
 
 
@@ -38,13 +39,9 @@ def calls(checkout: Path) -> dict[str, Callable[[], Any]]:
 
     from unlaunched import OnGPU
 
-    with tempfile.TemporaryDirectory() as folder:
-        if problem := gpu.build(Path(folder)):
-            raise SystemExit(problem)
-        gpu.activate()
-        from triflash.launch import native
-
-        native._libcuda()
+    if problem := gpu.build(Path(_folder.name)):
+        raise SystemExit(problem)
+    gpu.activate()
     from triflash import attention, launch
     from triflash.bound import signature
     from triflash.plan.device import KNOWN_DEVICES
