@@ -55,15 +55,22 @@ _PLACES = "Tensor? query_starts=None, Tensor? query_lengths=None, Tensor? key_st
 _SAVED = "Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor out, Tensor lse, Tensor? rest"
 _GIVEN = "Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dbias"
 
+# Kernels take any strides. Inductor does not see to those of the original program, and calls such an operator without naming defaults.
+ANY_LAYOUT = (torch.Tag.flexible_layout,)
+
 _library = torch.library.Library("triflash", "DEF")
 _library.define(
     f"forward(Tensor q, Tensor k, Tensor v, Tensor? bias, {_OPTIONS}, {_MORE}, Tensor? second_bias=None, {_PLACES})"
-    " -> (Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor)",
+    tags=ANY_LAYOUT,
 )
-_library.define(f"backward({_SAVED}, {_OPTIONS}, bool[] needs, {_MORE}, {_PLACES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    f"backward({_SAVED}, {_OPTIONS}, bool[] needs, {_MORE}, {_PLACES}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", tags=ANY_LAYOUT
+)
 _library.define(
     f"backward_two({_SAVED}, {_OPTIONS}, bool[] needs, Tensor second_bias, {_MORE}, {_PLACES})"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=ANY_LAYOUT,
 )
 _library.define(f"backward_({_SAVED}, {_OPTIONS}, {_GIVEN}, {_MORE}, Tensor(e!)? dsink=None, {_PLACES}) -> ()")
 
