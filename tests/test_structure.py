@@ -26,7 +26,8 @@ RULES: dict[str, list[str]] = {
     "triflash.kernels": [],
     "triflash.kernels.keys": ["triton"],
     "triflash.kernels.triton": ["triton", "triflash.kernels.triton"],
-    "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.packed", "triflash.kernels.triton.prims", "triflash.kernels.triton.records"],
+    "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.packed", "triflash.kernels.triton.prims", "triflash.kernels.triton.records", "triflash.untried"],
+    "triflash.untried": [],
     "triflash.dropout": ["torch"],
     "triflash.lengths": ["torch"],
     "triflash.combine": ["torch"],
@@ -48,7 +49,7 @@ RULES: dict[str, list[str]] = {
         "triflash.door_cache", "triflash.errors", "triflash.explanation", "triflash.hints", "triflash.kvcache", "triflash.launch.ahead",
         "triflash.nested", "triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.varlen",
     ],
-    "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.errors"],
+    "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.errors", "triflash.untried"],
     "triflash.plan.device": ["torch"],
     "triflash.launch": [
         "torch", "triflash.launch", "triflash.lengths", "triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.tiled",

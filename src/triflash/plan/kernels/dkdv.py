@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec
+from ...untried import UNTRIED
 from ..configs import chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step, broadcast_rows
@@ -151,7 +152,7 @@ def sums_by_mma(spec: AttentionSpec) -> bool:
     range. A soft cap's is of another ds.
     """
     row = row_of_keys(spec)
-    return spec.second is not None and not spec.softcap and row is not None and spec.dtype == row[1].dtype == "bf16"
+    return UNTRIED and spec.second is not None and not spec.softcap and row is not None and spec.dtype == row[1].dtype == "bf16"
 
 
 def _sums_keys(gives: tuple[str, ...]) -> bool:
@@ -159,8 +160,10 @@ def _sums_keys(gives: tuple[str, ...]) -> bool:
 
 
 def dims(spec: AttentionSpec) -> tuple[int, int]:
-    """Head dims of q and k, and of v, as the kernel pads them."""
-    return max(SMALLEST_DIM, padded(spec.head_dim)), max(SMALLEST_DIM, padded(spec.value_dim))
+    """Head dims of q and k, and of v, as the kernel pads them: above 128 alike, though it takes blocks of their own widths, too."""
+    head, value = max(SMALLEST_DIM, padded(spec.head_dim)), max(SMALLEST_DIM, padded(spec.value_dim))
+    widest = max(head, value)
+    return (widest, widest) if widest > NARROW and not UNTRIED else (head, value)
 
 
 def _tiled(spec: AttentionSpec) -> list[tuple[str, int]]:
