@@ -125,8 +125,8 @@ def backward_calls(
         elif spec.packed is not None and step.kernel in OF_BIAS:
             assert target is not None and whole is not None
             inputs = (q, k, v, features_of(spec, given), dout, lse, rest, delta)
-            large = is_wide((q, k, v, dout, given.bias, given.mask))
-            calls.append(dbias_call(room, step, spec, whole, inputs, target, sums, large))
+            offsets_of_64_bits = is_wide((q, k, v, dout, given.bias, given.mask))
+            calls.append(dbias_call(room, step, spec, whole, inputs, target, sums, offsets_of_64_bits))
         elif step.kernel in hopper_packed.AROUND:
             assert t is not None
             calls.append(hopper_packed.around_call(step, spec, given, t, {"dq": dq, "dk": dk, "dv": dv}))
