@@ -255,7 +255,7 @@ def test_repeats(kernel: str, dim: int, device: torch.device) -> None:
     ("dq", "p.values.acquire(_1, _2)", "p.values.full.index(p.values.slot(_1, _2))"),
     ("dq", "p.keys.acquire(_1, _2)", "p.keys.full.index(p.keys.slot(_1, _2))"),
     ("dq", "mbarrier.arrive(p.keys.empty.index(before))", "pass"),
-    ("dq", "warpgroup_mma_wait(2, [s_pending])", "warpgroup_mma_wait(3, [s_pending])"),
+    ("dq", "warpgroup_mma_wait(groups(_1) + DQ, [s_pending])", "warpgroup_mma_wait(groups(_1) + DQ + 1, [s_pending])"),
     ("dq", "tma_store_wait(1)", "pass"),
     ("dbias", "slots.acquire(_, _)", "pass"),
     ("dbias", "p.left.wait(_, _)", "pass"),

@@ -98,6 +98,7 @@ TARGETS = [
     Target((208, 72), F16, band=CAUSAL),  # three pieces would be needed of its q k
     Target((72, 208), band=CAUSAL),  # … and of its output, which is one
     Target((192, 192), band=CAUSAL),
+    Target((160, 160), bias="1hqk", band=CAUSAL),
     # A tile of bias a block.
     *(Target((d, d), bias="1hqk", band=band) for d, band in ((64, CAUSAL), (128, CAUSAL), (256, FULL))),
     Target((128, 128), bias="1hqk", spills=24),

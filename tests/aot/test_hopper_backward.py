@@ -86,6 +86,7 @@ TARGETS = [
     Target((40, 40), F16, band=CAUSAL, length=ODD),
     *(Target((d, d), band=CAUSAL, spills=LOOP) for d in (80, 96)),
     Target((160, 160), F16, band=CAUSAL),
+    Target((160, 160), bias="1h1k", band=CAUSAL, grads="kvb", softcap=50.0, dropout=0.1, spills=28),
     Target((192, 128), band=WINDOW, length=EVEN),
     # A tile of bias a block.
     *(Target((64, 64), bias="1hqk", band=band) for band in (FULL, CAUSAL)),

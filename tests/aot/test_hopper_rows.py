@@ -105,7 +105,9 @@ def dbias(d: int, *args: object, splits: int = 1, **more: object) -> Target:
 TARGETS = [
     *(dq(d, band=band, length=length) for d in (64, 128, 256) for band, length in ((FULL, EVEN), (CAUSAL, UNEVEN))),
     dq(32, dtype=F16, length=ODD),
+    dq(96, band=WINDOW, dtype=F16),
     dq(160, band=CAUSAL),
+    dq(160, band=CAUSAL, dropout=0.1),
     Target((192, 128), band=CAUSAL),
     *(dq(d, "1hqk", band) for d, band in MIXED),
     dq(128, "1hqk", WINDOW, dtype=F16, bias_dtype=F32),

@@ -23,7 +23,20 @@ from .dropout import drop, ds_of, keep_bits, philox_of, sign_dropped
 from .extent import Extent, extent_of, key_rows, outer_at, padded_row, pair_of, place_in_bias, query_rows
 from .features import all_lse_small, clear_masked, slope_of
 from .layouts import accumulator, stacked
-from .products import held, holds, into_columns, left_operand, over_columns, over_held, pieces, store_columns, times, waited, zeros_of
+from .products import (
+    HOLDS,
+    held,
+    holds,
+    into_columns,
+    left_operand,
+    over_columns,
+    over_held,
+    pieces,
+    store_columns,
+    times,
+    waited,
+    zeros_of,
+)
 from .rings import Ring, bar_sync, ring
 from .scores_kq import DELTA, LSE, REST, Feed, grid_of, in_turn, of_keys, probabilities, store_dbias, turned, visible_blocks
 
@@ -182,7 +195,7 @@ def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
         go = at > t.done
         mbarrier.wait(p.queries.full.index(stage), phase)
         q = p.q_s.index(stage).reshape([BM, BD])
-        if holds(HELD, 2 * BM, p.OV, BDV, p.QK):
+        if HOLDS and holds(HELD, 2 * BM, p.OV, BDV, p.QK):
             s_pending = over_held(k, q, nothing)
         else:
             s_pending = over_columns(k, q, nothing, 0, p.QK, False)
@@ -269,7 +282,7 @@ def _values(p, SMALL_LSE: gl.constexpr):
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
                 clear_masked(p.k_s.reshape([BN, BD]), x.keys - n0)
         k = p.k_s.reshape([BN, BD])
-        if holds(HELD, 2 * BM, p.OV, BDV, p.QK):
+        if HOLDS and holds(HELD, 2 * BM, p.OV, BDV, p.QK):
             k = held(k, p.QK, BM)
         for member in range(p.group):
             slope = slope_of(p.slopes, p.slope_strides, x.b, kv_head * p.group + member)
@@ -338,7 +351,7 @@ def _walk_keys(p, t, v, dk, db, ds16, first, last):
         go = at > t.done
         p.douts.wait(at, 0)
         o = p.o_s.index(stage).reshape([BM, BDV])
-        if holds(HELD, 2 * BM, p.QK, BD, p.OV):
+        if HOLDS and holds(HELD, 2 * BM, p.QK, BD, p.OV):
             dp_pending = over_held(v, o, nothing)
         else:
             dp_pending = over_columns(v, o, nothing, 0, p.OV, False)
@@ -399,7 +412,7 @@ def _keys(p):
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
                 clear_masked(p.v_s.reshape([BN, BDV]), x.keys - n0)
         v = p.v_s.reshape([BN, BDV])
-        if holds(HELD, 2 * BM, p.QK, BD, p.OV):
+        if HOLDS and holds(HELD, 2 * BM, p.QK, BD, p.OV):
             v = held(v, p.OV, BM)
         for member in range(p.group):
             db = gl.zeros([BN], gl.float32, ROWS)

@@ -44,6 +44,7 @@ from .features import (
 )
 from .layouts import accumulator, stacked
 from .products import (
+    HOLDS,
     groups,
     held,
     holds,
@@ -254,8 +255,8 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     S: gl.constexpr = accumulator(BN)
     DS: gl.constexpr = left_operand(p.QK, BD)
     DQ: gl.constexpr = pieces(p.QK, BD)  # MMAs of dq
-    HOLD_Q: gl.constexpr = _holds_q(p.QK, BD, p.OV, BDV, BN)
-    HOLD_DOUT: gl.constexpr = _holds_dout(p.QK, BD, p.OV, BDV, BN)
+    HOLD_Q: gl.constexpr = HOLDS and _holds_q(p.QK, BD, p.OV, BDV, BN)
+    HOLD_DOUT: gl.constexpr = HOLDS and _holds_dout(p.QK, BD, p.OV, BDV, BN)
     BIASED: gl.constexpr = (p.bias_s is not None or p.bias is not None) and not p.IS_MASK
     LINE: gl.constexpr = one_sided(p.ALIBI) and p.cap is None and not SMALL_LSE  # as the forward kernel rounds it
     LAGGING: gl.constexpr = p.C.deferred and not FIRST  # the block before is folded into dq here
@@ -388,8 +389,8 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     BD: gl.constexpr = p.q_s.shape[-1]
     BDV: gl.constexpr = p.v_s.shape[-1]
     MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
-    HOLD_Q: gl.constexpr = _holds_q(p.QK, BD, p.OV, BDV, BN)
-    HOLD_DOUT: gl.constexpr = _holds_dout(p.QK, BD, p.OV, BDV, BN)
+    HOLD_Q: gl.constexpr = HOLDS and _holds_q(p.QK, BD, p.OV, BDV, BN)
+    HOLD_DOUT: gl.constexpr = HOLDS and _holds_dout(p.QK, BD, p.OV, BDV, BN)
     scale_log2 = p.scale * LOG2E
     if p.C.separate_dq:
         target = p.out_s.index(WG)

@@ -19,7 +19,21 @@ from .extent import Extent, extent_of, lse_row, query_rows
 from .features import clear_masked, opaque, slope_of
 from .forward_loads import Feed, produce
 from .layouts import accumulator, stacked
-from .products import Pieces, into_columns, left_operand, over_columns, pieces, store_columns, times_rows, waited, zeros_of
+from .products import (
+    HOLDS,
+    Pieces,
+    held,
+    holds,
+    into_columns,
+    left_operand,
+    over_columns,
+    over_held,
+    pieces,
+    store_columns,
+    times_rows,
+    waited,
+    zeros_of,
+)
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, column_of, grid_of, row_in, visible_blocks
 from .softmax import by_row, rescaled, rescaled_accumulator, softmax
@@ -178,8 +192,10 @@ def _rescaled(o, factor):
 
 
 @gluon.jit
-def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr):
-    """Steps ``first … last`` of a tile: q kᵀ of a block, and p v of the block before, of which ``weights`` are p, under its softmax."""
+def _walk(p, t, w, held_q, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr):
+    """Steps ``first … last`` of a tile: q kᵀ of a block, and p v of the block before, of which ``weights`` are p, under its softmax.
+    held_q: q in registers, or None.
+    """
     BN: gl.constexpr = p.C.block_n
     BD: gl.constexpr = p.k_s.shape[-1]
     BDV: gl.constexpr = p.v_s.shape[-1]
@@ -204,7 +220,11 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
         p.kv.wait(at, 0)
         if p.C.ping_pong:
             mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
-        s_pending = over_columns(q, p.k_s.index(stage).reshape([BN, BD]), nothing, 0, p.QK, False)
+        k = p.k_s.index(stage).reshape([BN, BD])
+        if held_q is not None:
+            s_pending = over_held(held_q, k, nothing)
+        else:
+            s_pending = over_columns(q, k, nothing, 0, p.QK, False)
         if EARLY:
             _release_bias(p, at, WG)
         o_pending = into_columns(weights, p.v_s.index(stage).reshape([BN, BDV]), o)
@@ -247,6 +267,8 @@ def _consume(p, WG: gl.constexpr):
     P: gl.constexpr = left_operand(p.OV, BDV)
     MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
     OVERLAP: gl.constexpr = p.C.separate_o
+    # For padded heads alone, because others have not been looked at. 48: what else a thread has, beside which nothing is spilled.
+    HOLD_Q: gl.constexpr = HOLDS and (p.QK < BD or p.OV < BDV) and holds(p.C.registers - 48, 2 * BN, p.OV, BDV, p.QK)
     CUT: gl.constexpr = p.lengths is not None
     nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
     grid = grid_of(p, 1)
@@ -289,6 +311,10 @@ def _consume(p, WG: gl.constexpr):
     o = zeros_of(BM, p.OV, BDV)
     for wave in range(waves):
         q_slot = p.queries.slot(wave, WG)
+        held_q = None
+        if HOLD_Q:
+            held_q = held(p.q_s.index(q_slot).reshape([BM, BD]), p.QK, BN)
+            fence_async_shared()  # as in ``_release_bias``
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
         x = extent_of(p, b)
         slope = slope_of(p.slopes, p.slope_strides, x.b, head)
@@ -307,12 +333,12 @@ def _consume(p, WG: gl.constexpr):
         t = _rows(p, x, m0, row_bias, slope, philox)
         w = Walk(q_slot, done, steps, end)
         if (p.hi is not None) or (p.packed is not None):
-            o, l, m, weights = _walk(p, t, w, o, l, m, weights, 1, end - full_end, WG, True)
+            o, l, m, weights = _walk(p, t, w, held_q, o, l, m, weights, 1, end - full_end, WG, True)
         whole = max(1, end - full_end)
-        o, l, m, weights = _walk(p, t, w, o, l, m, weights, whole, end - full_begin, WG, False)
+        o, l, m, weights = _walk(p, t, w, held_q, o, l, m, weights, whole, end - full_begin, WG, False)
         if p.lo is not None:
             left = max(1, end - full_begin)
-            o, l, m, weights = _walk(p, t, w, o, l, m, weights, left, steps, WG, True)
+            o, l, m, weights = _walk(p, t, w, held_q, o, l, m, weights, left, steps, WG, True)
         done += steps
         stage = p.kv.slot(done, 0)
         if not OVERLAP:  # O leaves through Q's buffer, so the next tile begins when it has left

@@ -4,8 +4,11 @@ Where a product sums over them, it is issued in pieces (``over_columns``). Where
 record of one or two pieces (``Pieces``), each a power of 2 of columns.
 """
 
+from ...untried import UNTRIED
 from .compat import gl, gluon, record, warpgroup_mma, warpgroup_mma_wait
 from .layouts import accumulator
+
+HOLDS = gl.constexpr(UNTRIED)  # left operands in registers (``holds``)
 
 
 @gluon.constexpr_function

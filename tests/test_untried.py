@@ -1,0 +1,32 @@
+"""What ``TRIFLASH_UNTRIED=1`` turns on is right on the stand-in for a GPU: some tests of it once more, in a process of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from here import stand_in_only
+from triflash.untried import UNTRIED
+
+HERE = Path(__file__).parent
+TESTS = (  # and which of them: packed sequences prepared by one launch; rows by tensor cores; padded heads with operands in registers
+    ("test_varlen_hopper.py", "test_random_problems or strides or test_forward_tiles"),
+    ("test_two_biases_hopper.py", "not test_parts_fill_whole_waves"),
+    ("test_hopper_twin.py", "padded or swap or wide_heads"),
+)
+
+
+@pytest.mark.skipif(UNTRIED, reason="they run so anyway")
+@pytest.mark.parametrize(("file", "which"), TESTS, ids=[file.removeprefix("test_").removesuffix(".py") for file, _ in TESTS])
+def test_what_is_off_is_right(file: str, which: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / file), "-k", which]
+    run = subprocess.run(command, env=os.environ | {"TRIFLASH_UNTRIED": "1"}, capture_output=True, text=True, cwd=HERE.parent)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    assert " passed" in run.stdout
+
+
+pytestmark = stand_in_only
