@@ -15,7 +15,7 @@ from torch import Tensor
 import triflash
 from expected import kernels
 from here import BACKENDS, HAVE_TRITON
-from triflash import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, ops
+from triflash import attention, flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, ops
 
 pytestmark = pytest.mark.unpoisoned
 COMPILERS = ["aot_eager"]
@@ -196,6 +196,71 @@ def test_compiled_bad_input_still_raises(device: torch.device) -> None:
     compiled = torch.compile(flash_attn_func, backend="aot_eager")
     with pytest.raises(Exception, match="k: wanted shape"):
         compiled(q, k[..., :4], v)
+
+
+BAD: dict[str, tuple[type[Exception], str, Callable[[Tensor], Any]]] = {
+    "shape": (ValueError, r"k: wanted shape \(B=2, N=12, Hk=3, D=8\), got \(2, 12, 3, 4\)", lambda q: attention(q, q[..., :4], q)),
+    "dtype": (TypeError, "k: wanted q's dtype torch.float32, got torch.float64", lambda q: attention(q, q.double(), q)),
+    "bias": (ValueError, r"bias: wanted 2 to 4 dims .*, got \(2, 12\)", lambda q: attention(q, q, q, bias=q[:, :, 0, 0])),
+    "mask": (TypeError, "mask: wanted a bool tensor", lambda q: attention(q, q, q, mask=q[0, :, 0] @ q[0, :, 0].T)),
+    "window": (ValueError, r"window: wanted integers from 0 up.*, got \(1, -7\)", lambda q: attention(q, q, q, window=(1, -7))),
+    "number": (ValueError, "dropout_p: wanted a number from 0 .*, got 1.5", lambda q: attention(q, q, q, dropout_p=1.5)),
+    "word": (ValueError, "layout: wanted one of bshd, bhsd, got 'x'", lambda q: attention(q, q, q, layout="x")),
+    "no tensor": (TypeError, "q: wanted a tensor, got list", lambda q: attention([q], q, q)),  # type: ignore[call-overload]
+    "no number": (TypeError, "scale: wanted a number or None, got str", lambda q: attention(q, q, q, scale="x")),  # type: ignore[call-overload]
+    "no bool": (TypeError, "causal: wanted True, False or 'top_left', got 1", lambda q: attention(q, q, q, causal=1)),  # type: ignore[call-overload]
+    "name": (TypeError, "is_causal: wanted an argument of attention", lambda q: attention(q, q, q, is_causal=True)),  # type: ignore[call-overload]
+    "backend": (triflash.UnsupportedError, "not supported by backend 'hopper'", lambda q: attention(q, q, q, backend="hopper")),
+}
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("name", BAD)
+def test_compiled_errors_are_those_of_eager_calls(name: str, fullgraph: bool, device: torch.device) -> None:
+    """Of the same class; where a graph may not be left, Dynamo's own error has the words, also where it knows sizes by names alone."""
+    kind, words, call = BAD[name]
+    if name == "backend" and device.type == "cuda":
+        pytest.skip("there may be such a GPU")
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=words) as caught:
+        torch.compile(call, backend="aot_eager", fullgraph=fullgraph, dynamic=True)(torch.randn(2, 12, 3, 8, device=device))
+    if not fullgraph:
+        assert caught.type is kind
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_compiled_call_compares_little(with_bias: bool, device: torch.device) -> None:
+    """What Dynamo reads while it traces our Python it compares in every call: 152 such guards took a fifth of a compiled forward pass."""
+    torch._dynamo.reset()
+    found: list[Any] = []
+
+    def all_of(guards: Any) -> list[bool]:
+        found.extend(guards)
+        return [True] * len(guards)
+
+    compiled = torch.compile(
+        lambda q, k, v, bias: attention(q, k, v, bias=bias, causal=True),
+        backend="eager",
+        fullgraph=True,
+        options={"guard_filter_fn": all_of},
+    )
+    q, k, v, bias = tensors(device)
+    compiled(q, k, v, bias if with_bias else None)
+    assert 0 < len(found) <= 36, [(each.guard_type, each.name) for each in found]
+
+
+@pytest.mark.skipif("inductor" not in COMPILERS, reason="needs a C++ compiler")
+def test_generated_code_names_no_defaults(device: torch.device) -> None:
+    """Operators take any layout; Inductor names the default of each argument of one that does not: 14 of forward, 12 of backward."""
+    from torch._inductor.utils import fresh_cache, run_and_get_code
+
+    torch._dynamo.reset()
+    q, k, v, _ = tensors(device)
+    compiled = torch.compile(lambda q, k, v: attention(q, k, v, causal=True), fullgraph=True)
+    with fresh_cache():
+        _, code = run_and_get_code(results, compiled, [q, k, v])
+    calls = [line for each in code for line in each.splitlines() if "torch.ops.triflash." in line and " = " in line]
+    assert len(calls) == 2 and not any("softcap=" in line for line in calls), calls
 
 
 @pytest.mark.parametrize("compiler", COMPILERS[:1])

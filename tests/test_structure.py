@@ -112,6 +112,7 @@ RULES: dict[str, list[str]] = {
     "triflash.ops": [
         "torch", "triflash.bound", "triflash.errors", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.saved", "triflash.spec",
     ],
+    "triflash.ops_checked": ["torch", "triflash.arguments", "triflash.checks", "triflash.errors", "triflash.ops"],
     "triflash.ops_varlen": [
         "torch", "triflash.bound", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.ops", "triflash.plan.device",
         "triflash.saved", "triflash.spec",
@@ -126,27 +127,30 @@ RULES: dict[str, list[str]] = {
         "torch", "triflash.arguments", "triflash.checks", "triflash.errors", "triflash.plan.select", "triflash.spec", "triflash.spec_cache",
     ],
     "triflash.door_cache": [
-        "torch", "triflash.arguments_cache", "triflash.bound", "triflash.door", "triflash.errors", "triflash.ops_cache", "triflash.plan",
+        "torch", "triflash.arguments_cache", "triflash.bound", "triflash.door", "triflash.errors", "triflash.ops_cache", "triflash.ops_checked", "triflash.plan",
         "triflash.spec", "triflash.spec_cache",
     ],
     "triflash.kvcache": ["torch", "triflash.checks", "triflash.door_cache", "triflash.hints", "triflash.varlen"],
     "triflash.door": [
         "torch", "triflash.arguments", "triflash.bound", "triflash.checks", "triflash.errors", "triflash.launch.room", "triflash.nested",
-        "triflash.ops", "triflash.ops_varlen", "triflash.plan", "triflash.sharded", "triflash.spec",
+        "triflash.ops", "triflash.ops_checked", "triflash.ops_varlen", "triflash.plan", "triflash.sharded", "triflash.spec",
     ],
     "triflash.nested": ["torch", "triflash.arguments", "triflash.errors"],
     "triflash.sharded": ["torch", "triflash.arguments", "triflash.errors"],
     "triflash.vmap": ["torch", "triflash.ops"],
     "triflash.distributed": [
-        "torch", "triflash.distributed", "triflash.arguments", "triflash.bound.cache", "triflash.checks", "triflash.door", "triflash.errors",
-        "triflash.form", "triflash.hints", "triflash.lengths", "triflash.ops", "triflash.plan.device", "triflash.plan.select", "triflash.spec",
+        "torch", "triflash.distributed", "triflash.arguments", "triflash.bound.cache", "triflash.checks", "triflash.errors",
+        "triflash.form", "triflash.hints", "triflash.lengths", "triflash.ops", "triflash.ops_checked", "triflash.plan.device", "triflash.plan.select", "triflash.spec",
         "triflash.varlen",
     ],
     "triflash.distributed.chunks": ["torch", "triflash.errors"],
     "triflash.distributed.merging": ["torch"],
-    "triflash.distributed.group": ["torch", "triflash.door", "triflash.errors"],
+    "triflash.distributed.group": ["torch", "triflash.errors", "triflash.ops_checked"],
     "triflash.hints": ["triflash.errors"],
-    "triflash.attention": ["torch", "triflash.arguments", "triflash.checks", "triflash.combine", "triflash.door", "triflash.errors", "triflash.hints"],
+    "triflash.attention": [
+        "torch", "triflash.arguments", "triflash.checks", "triflash.combine", "triflash.door", "triflash.errors", "triflash.hints",
+        "triflash.ops_checked", "triflash.plan.select",
+    ],
     "triflash.nn": ["torch", "triflash.attention", "triflash.checks", "triflash.errors", "triflash.nn"],
     "triflash.compat": [
         "torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors", "triflash.kvcache", "triflash.varlen",

@@ -18,6 +18,8 @@ from .combine import combine
 from .door import attend, attend_plain
 from .errors import bad_value
 from .hints import not_ours
+from .ops_checked import checked_attention
+from .plan.select import _of_environment, _requested
 
 __all__ = ["attention", "merge_states"]
 
@@ -103,33 +105,7 @@ def attention(
     precision: str | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *more: Any,
-    bias: Tensor | tuple[Tensor | None, ...] | None = None,
-    mask: Tensor | None = None,
-    causal: bool | str = False,
-    window: tuple[int | None, int | None] | None = None,
-    key_lengths: Tensor | None = None,
-    diagonal: int | Tensor | None = None,
-    query_starts: Tensor | None = None,
-    query_lengths: Tensor | None = None,
-    key_starts: Tensor | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    sink: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
-    return_lse: bool = False,
-    deterministic: bool | None = None,
-    layout: str = "bshd",
-    precision: str | None = None,
-    backend: str | None = None,
-    **others: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+def attention(q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention, ``softmax(scale * q kᵀ + bias) v`` over the visible keys, with gradients for q, k, v, the bias and the sink.
 
     Written out, for query i and key j of one head: ``s = scale * q·k``; ``s = softcap * tanh(s / softcap)``; ``s += bias``;
@@ -199,6 +175,40 @@ def attention(
 
     Sources: grouped heads (Ainslie et al. 2023), ALiBi (Press et al. 2022), soft cap (Gemma 2, 2024), sinks (gpt-oss, 2025).
     """
+    if _compiling():
+        return _in_graph(q, k, v, *more, **options)
+    if more or not _PLAIN.issuperset(options):
+        return _attention(q, k, v, *more, **options)
+    return attend_plain(ATTENTION, q, k, v, **options)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *more: Any,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
+    mask: Tensor | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    key_lengths: Tensor | None = None,
+    diagonal: int | Tensor | None = None,
+    query_starts: Tensor | None = None,
+    query_lengths: Tensor | None = None,
+    key_starts: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    layout: str = "bshd",
+    precision: str | None = None,
+    backend: str | None = None,
+    **others: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
     if more or others:
         raise not_ours("attention", [*inspect.signature(attention).parameters][3:], more, others)
     if return_lse is not False:
@@ -206,12 +216,6 @@ def attention(
     second = number = diagonals = None
     if isinstance(bias, (tuple, list)):
         bias, second = two_biases(bias)
-    if (
-        mask is None and window is None and key_lengths is None and diagonal is None and query_starts is None and query_lengths is None
-        and key_starts is None and softcap is None and alibi_slopes is None and sink is None and type(dropout_p) is float and not dropout_p
-        and dropout_seed is None and deterministic is None and precision is None and second is None
-    ):  # fmt: skip
-        return attend_plain(ATTENTION, q, k, v, bias, causal, scale, layout, backend, return_lse)
     if isinstance(diagonal, Tensor):
         diagonals = diagonal
     else:
@@ -223,9 +227,59 @@ def attention(
     return attend(ATTENTION, given, options, return_lse)
 
 
+def _in_graph(q: Any, k: Any, v: Any, *more: Any, **options: Any) -> Any:
+    """What ``torch.compile`` traces: one operator, if arguments are of the usual types, else all that an eager call does.
+
+    A compiled program compares in each call whatever was read here from outside, functions and their defaults too: hence those within.
+    """
+
+    def are(kinds: tuple[str, ...], *values: Any) -> bool:
+        for value in values:  # noqa: SIM110 (one thing less to compare)
+            if type(value).__name__ not in kinds:
+                return False
+        return True
+
+    def by_operator(
+        bias: Any = None, mask: Any = None, causal: Any = False, window: Any = None, key_lengths: Any = None, diagonal: Any = None,
+        query_starts: Any = None, query_lengths: Any = None, key_starts: Any = None, scale: Any = None, softcap: Any = None,
+        alibi_slopes: Any = None, sink: Any = None, dropout_p: Any = 0.0, dropout_seed: Any = None, return_lse: Any = False,
+        deterministic: Any = None, layout: Any = "bshd", precision: Any = None, backend: Any = None, **others: Any,
+    ) -> Any:  # fmt: skip
+        number = diagonals = None
+        if are(("int", "NoneType"), diagonal):
+            number = diagonal
+        else:
+            diagonals = diagonal
+        left, right = window if are(("tuple",), window) and len(window) == 2 else (None, None)
+        if (
+            others or not are(("Tensor", "Parameter"), q, k, v)
+            or (q.device.type in ("cpu", "cuda", "xpu") and _autocast(q.device.type))  # casts are seen: PyTorch 2.10 caches graphs by these
+            or not are(("NoneType", "Tensor", "Parameter"), bias, mask, key_lengths, alibi_slopes, sink, dropout_seed)
+            or not are(("NoneType", "Tensor", "Parameter"), query_starts, query_lengths, key_starts, diagonals)
+            or not (are(("bool",), causal) or (are(("str",), causal) and causal == "top_left"))
+            or not (window is None or (are(("tuple",), window) and len(window) == 2)) or not are(("NoneType", "int"), left, right)
+            or not are(("NoneType", "int", "float"), scale, softcap) or not are(("float",), dropout_p)
+            or not are(("NoneType", "bool"), deterministic) or not are(("bool",), return_lse)
+            or not are(("str",), layout) or not are(("NoneType", "str"), precision, backend)
+        ):  # fmt: skip
+            return None
+        out, lse = checked_attention(
+            q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed, None, query_starts, query_lengths, key_starts, diagonals,
+            number, "top_left" if causal == "top_left" else "True" if causal else "False", window is not None, left, right, scale, softcap,
+            dropout_p, deterministic, layout, precision, backend or _requested.name or _of_environment(),
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+
+    found = None if more else by_operator(**options)
+    return _attention(q, k, v, *more, **options) if found is None else found
+
+
+_compiling, _autocast = torch.compiler.is_compiling, torch.is_autocast_enabled
+_PLAIN = frozenset({"bias", "causal", "scale", "return_lse", "layout", "backend"})  # options of a call that is told soonest
+
 # more and others are for errors alone: help() shows the rest.
-_parameters = [each for each in inspect.signature(attention).parameters.values() if each.name not in ("more", "others")]
-attention.__signature__ = inspect.signature(attention).replace(parameters=_parameters)  # type: ignore[attr-defined]
+_parameters = [each for each in inspect.signature(_attention).parameters.values() if each.name not in ("more", "others")]
+attention.__signature__ = inspect.signature(_attention).replace(parameters=_parameters)  # type: ignore[attr-defined]
 
 
 def merge_states(outs: Sequence[Tensor], lses: Sequence[Tensor], rests: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor]:

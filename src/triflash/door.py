@@ -7,8 +7,7 @@ hands its tensors over. Eager calls wait for every microsecond spent here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,14 +27,16 @@ from .arguments import (
     check_sequences,
     checked,
     checked_varlen,
+    two_biases,
 )
 from .bound.call import BoundCall
 from .bound.signature import CALLS, ambient, describe, near_of, remember_near
-from .checks import check_seed_range, seed_tensor
+from .checks import check_bool, check_seed_range, seed_tensor
 from .errors import UnsupportedError
 from .launch.room import meta, twin
 from .nested import attend_nested, is_nested
-from .ops import Attention, attention_forward
+from .ops import Attention
+from .ops_checked import casting, compute, is_casting, refuse_tangents
 from .ops_varlen import VarlenOptions as Varlen
 from .ops_varlen import VarlenTensors, bind_varlen, varlen_forward
 from .plan.device import DeviceFacts
@@ -43,17 +44,13 @@ from .plan.select import NO_CHOICES, current_choices, requested_backend_soon
 from .spec import resolve_precision, spec_of
 
 __all__ = [
-    "CASTING",
-    "CASTS",
     "PLAIN",
     "attend",
     "attend_plain",
     "attend_varlen",
     "bind",
     "bind_sequences",
-    "casting",
     "is_dtensor",
-    "refuse_tangents",
     "varlen_options",
 ]
 
@@ -61,9 +58,6 @@ PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they lo
 _ABSENT = (None,) * 5  # mask, key_lengths, alibi_slopes, sink and dropout_seed
 _HALF = (torch.float16, torch.bfloat16)  # whose products have one precision
 _SEED = meta((2,), (1,), torch.int64)
-CASTS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes
-# Where autocast exists; Dynamo of PyTorch 2.10 cannot trace the question.
-CASTING = tuple([kind for kind in ("cpu", "cuda", "xpu") if torch.amp.is_autocast_available(kind)])
 
 # Looked up once: an eager call asks all of them.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -84,7 +78,8 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
     q, k, v, bias, mask, lengths, slopes, sink, seed, second, query_starts, query_lengths, key_starts, diagonals = given
     causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, diagonal = options
     if (
-        mask is lengths is slopes is sink is seed is second is query_starts is query_lengths is key_starts is diagonals is None
+        not _compiling() and mask is lengths is slopes is sink is seed is second is None
+        and query_starts is query_lengths is key_starts is diagonals is None
         and window is softcap is precision is diagonal is deterministic is None and type(dropout_p) is float and not dropout_p
     ):  # fmt: skip
         return attend_plain(face, q, k, v, bias, causal, scale, layout, backend, return_lse)
@@ -92,16 +87,15 @@ def attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_
 
 
 def attend_plain(
-    face: Face, q: Tensor, k: Tensor, v: Tensor, bias: Any, causal: bool | str, scale: float | None, layout: str, backend: str | None,
-    return_lse: bool,
+    face: Face, q: Tensor, k: Tensor, v: Tensor, bias: Any = None, causal: bool | str = False, scale: float | None = None,
+    layout: str = "bshd", backend: str | None = None, return_lse: bool = False,
 ) -> Any:  # fmt: skip
-    """:func:`attend` of nothing more than that."""
+    """:func:`attend` of nothing more than that, where Dynamo does not trace. bias may be two."""
     key = None
     if (
-        (causal is True or causal is False) and (scale is None or type(scale) is float)
-        and not (_compiling() or _dispatch_modes() or _transforms() or _autocast() or forward_ad._current_level >= 0)
-        and _tracing() is None and isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)
-        and current_choices() is NO_CHOICES
+        (causal is True or causal is False) and (scale is None or type(scale) is float) and (return_lse is False or return_lse is True)
+        and not (_dispatch_modes() or _transforms() or _autocast() or forward_ad._current_level >= 0)
+        and _tracing() is None and current_choices() is NO_CHOICES
     ):  # fmt: skip
         few = (q, k, v) if bias is None else (q, k, v, bias)
         try:
@@ -118,7 +112,11 @@ def attend_plain(
             if found.wants and torch.is_grad_enabled():
                 return _apply(found.entry, return_lse, *few)
             return _without_gradients(found.entry, few, return_lse)
-    given = (q, k, v, bias, None, None, None, None, None, None, None, None, None, None)
+    check_bool("return_lse", return_lse)
+    second = None
+    if isinstance(bias, (tuple, list)):
+        (bias, second), key = two_biases(bias), None
+    given = (q, k, v, bias, None, None, None, None, None, second, None, None, None, None)
     return _attend(face, given, (causal, None, scale, None, 0.0, None, layout, None, backend, None), return_lse, key)
 
 
@@ -257,7 +255,7 @@ def varlen_options(settled: CheckedVarlen) -> Varlen:
 
 def _varlen_by_operators(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     q = given[0]
-    if isinstance(q, Tensor) and q.device.type in CASTING and torch.is_autocast_enabled(q.device.type):
+    if is_casting(q):
         return _autocasted_varlen(given, options, return_lse)
     named = VarlenGiven(*given)
     if any(isinstance(x, Tensor) and is_dtensor(x) for x in given):
@@ -320,7 +318,7 @@ def _bound(call: Checked, given: Given, facts: DeviceFacts, device: torch.device
 def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     """The same by operators, which tracers, transforms and subclasses see."""
     q = given[0]
-    if isinstance(q, Tensor) and q.device.type in CASTING and torch.is_autocast_enabled(q.device.type):
+    if is_casting(q):
         return _autocasted(face, given, options, return_lse)
     if face.shapes is None and is_nested(given):
         return attend_nested(attend_varlen, Given(*given), Options(*options), return_lse)
@@ -332,15 +330,8 @@ def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], 
         from .sharded import attend_sharded  # here: DTensor's imports take more than half a second
 
         return attend_sharded(attend, face, Given(*given), Options(*options), return_lse)
-    call = checked(face, Given(*given), Options(*options))
-    seed = seed_tensor(given[8], given[0].device) if call.dropout_p else None
-    x = call.form.operands((*given[:8], seed, None, None, None, None, *given[9:]))
-    out, lse, _ = attention_forward(
-        *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, call.backend, *x[4:9], call.softcap, call.dropout_p,
-        call.deterministic, *x[13:], call.shift,
-    )  # fmt: skip
-    out = call.form.out_of(out)
-    return (out, call.form.lse_of(lse)) if return_lse else out
+    out, lse = compute(face, Given(*given), Options(*options))
+    return (out, lse) if return_lse else out
 
 
 def is_dtensor(x: Tensor) -> bool:
@@ -351,27 +342,7 @@ def is_dtensor(x: Tensor) -> bool:
     return type(x).__name__ == "DTensor" and type(x).__module__.startswith("torch.distributed.tensor")
 
 
-def refuse_tangents(given: tuple[Any, ...], names: tuple[str, ...] = Given._fields) -> None:
-    """Forward-mode derivatives (``torch.func.jvp``, ``jacfwd``, ``linearize``, dual tensors) are refused: they would come out as zero."""
-    for name, x in zip(names, given, strict=True):
-        if isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
-            raise UnsupportedError(
-                f"forward-mode derivatives by {name} (torch.func.jvp, jacfwd, linearize, dual tensors): no backend has them; use reverse "
-                "mode (torch.func.vjp, jacrev, grad), or differentiate dense attention in PyTorch"
-            )
-
-
 def _autocasted(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     """Under autocast q, k and v are of its dtype, as those of SDPA; bias, sink and slopes keep theirs. Casts are differentiable."""
     with casting(given) as cast:
         return attend(face, (*cast, *given[3:]), options, return_lse)
-
-
-@contextmanager
-def casting(given: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    """q, k and v in autocast's dtype, for a call in the block, in which there is none."""
-    device = given[0].device.type
-    dtype = torch.get_autocast_dtype(device)
-    cast = tuple([x.to(dtype) if isinstance(x, Tensor) and x.dtype in CASTS else x for x in given[:3]])
-    with torch.autocast(device, enabled=False):
-        yield cast

@@ -22,9 +22,10 @@ from .arguments_cache import (
 )
 from .bound.cached import BoundCache
 from .bound.signature import CACHES, ambient, describe
-from .door import CASTING, CASTS, PLAIN, is_dtensor, refuse_tangents
+from .door import PLAIN, is_dtensor
 from .errors import UnsupportedError
 from .ops_cache import bind_cache, cache_append, cache_forward, cache_forward_out
+from .ops_checked import CASTS, is_casting, refuse_tangents
 from .plan.device import DeviceFacts
 from .plan.select import requested_backend_soon
 from .spec import resolve_precision
@@ -148,7 +149,7 @@ def _constant(x: Any, device: torch.device) -> Any:
 def _by_operators(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     """The same by operators, which tracers and subclasses see."""
     q = given[0]
-    if isinstance(q, Tensor) and q.device.type in CASTING and torch.is_autocast_enabled(q.device.type):
+    if is_casting(q):
         return _autocasted(given, options, return_lse)
     if any(isinstance(x, Tensor) and is_dtensor(x) for x in given):
         raise UnsupportedError("KV caches as DTensors: call attention_with_kvcache on what each process has, x.to_local()")

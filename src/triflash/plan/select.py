@@ -87,11 +87,17 @@ def check_backend(argument: str, name: object) -> None:
 
 def requested_backend() -> str:
     """What the caller asked for: the innermost ``with backend(...)``, else ``TRIFLASH_BACKEND``, else ``auto``."""
-    name = _requested.name
-    if name is None:
-        name = os.environ.get(_ENVIRONMENT) or "auto"
-        check_backend(_ENVIRONMENT, name)
+    return _requested.name or _of_environment()
+
+
+def _of_environment() -> str:
+    name = os.environ.get(_ENVIRONMENT) or "auto"
+    check_backend(_ENVIRONMENT, name)
     return name
+
+
+# As torch.compiler.assume_constant_result says it, which imports all of Dynamo: compiled programs keep the environment that they saw.
+_of_environment._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def requested_backend_soon() -> str:
