@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -368,6 +369,27 @@ def test_a_larger_l2_group_must_be_worth_it() -> None:
     assert shared.best_order(lengths, pairs, programs, [1, 8], preferred=1, tolerance=0.6)[0] == 1
     assert shared.best_order(lengths, pairs, programs, [1, 8], preferred=1, tolerance=0.5)[0] == 8
     assert shared.best_order(lengths, pairs, programs, [1, 2, 8], preferred=4)[0] == 2
+
+
+@pytest.mark.parametrize("serpentine", [0, 1])
+def test_load_imbalance_is_that_of_dealing_tile_by_tile(serpentine: int) -> None:
+    rng = random.Random(serpentine)
+    for _ in range(200):
+        lengths = [rng.randrange(1, 20) for _ in range(rng.randrange(1, 9))]
+        pairs, programs = rng.randrange(1, 30), rng.randrange(1, 17)
+        l2_group = rng.randrange(1, pairs + 1)
+        groups = -(-pairs // l2_group)
+        tiles = [
+            length
+            for number in range(groups)
+            for length in (lengths[::-1] if (groups - 1 - number) % 2 else lengths)
+            for _ in range(min(l2_group, pairs - number * l2_group))
+        ]
+        load = [0.0] * programs
+        for at, length in enumerate(tiles):
+            wave, place = divmod(at, programs)
+            load[programs - 1 - place if wave & serpentine else place] += length
+        assert shared.load_imbalance(lengths, pairs, programs, l2_group, serpentine) == max(load) * programs / sum(load)
 
 
 @triton_only

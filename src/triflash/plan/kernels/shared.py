@@ -6,7 +6,9 @@ Called by those rooms and by ``launch/hopper*.py``.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterable
+from itertools import chain, repeat
 from typing import ClassVar, NamedTuple
 
 from ...errors import bad_value
@@ -293,14 +295,19 @@ def equal_groups(pairs: int, most: int) -> int:
 
 def load_imbalance(lengths: list[int], pairs: int, programs: int, l2_group: int, serpentine: int) -> float:
     """The blocks of the busiest program over the mean."""
-    load = [0.0] * programs
-    groups = -(-pairs // l2_group)
-    at = 0
-    for number in range(groups):
-        size = min(l2_group, pairs - number * l2_group)
-        for length in reversed(lengths) if (groups - 1 - number) % 2 else lengths:
-            for _ in range(size):
-                wave, place = divmod(at, programs)
-                load[programs - 1 - place if wave & serpentine else place] += length
-                at += 1
+    even, odd = _dealt(tuple(lengths), pairs, programs, l2_group)
+    load = [*map(operator.add, even, odd[::-1] if serpentine else odd)]
     return max(load) * programs / sum(load)
+
+
+@functools.lru_cache(maxsize=64)
+def _dealt(lengths: tuple[int, ...], pairs: int, programs: int, l2_group: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The blocks at each place of all even waves, and of all odd ones. Loops in C: first calls wait for tens of thousands of tiles."""
+    groups = -(-pairs // l2_group)
+    group, last = ([*chain.from_iterable(map(repeat, lengths, repeat(n)))] for n in (l2_group, pairs - (groups - 1) * l2_group))
+    ways = (group, group[::-1])
+    tiles = [*chain.from_iterable(ways[(groups - 1 - number) % 2] for number in range(groups - 1)), *last]
+    tiles += [0] * (-len(tiles) % (2 * programs))
+    waves = [tiles[at : at + programs] for at in range(0, len(tiles), programs)]
+    even, odd = (tuple(map(sum, zip(*waves[first::2], strict=True))) for first in (0, 1))
+    return even, odd
