@@ -121,7 +121,7 @@ def test_which_kernel_gives_the_gradient_of_a_bias(bias: str, letters: str, dims
 
 
 def test_a_small_bias_is_cut_into_parts() -> None:
-    """As many as there are SMs, and no more than what it is summed over."""
+    """Such that the busiest SM has no more rounds than with a tile for each, in three waves at most, and no more parts than rounds."""
     problem = spec("11hqk", batch_outer=40, queries=300, keys=200, heads=2)
     for sms in (1, 8, 132, 10_000):
         plan = planned(problem, "b", sms)
@@ -129,7 +129,10 @@ def test_a_small_bias_is_cut_into_parts() -> None:
         assert isinstance(step.config, DbiasConfig)
         tiles = bias_tiles(problem, step.config)[2]
         programs = sms * step.config.ctas_per_sm
-        assert step.splits == max(1, min(40, -(-programs // tiles))) and step.programs <= min(programs, tiles * step.splits)
+        each = max(1, min(40, -(-programs // tiles)))
+        rounds, most = (-(-tiles * parts // programs) * -(-40 // parts) for parts in (step.splits, each))
+        assert rounds <= most and step.programs <= min(programs, tiles * step.splits)
+        assert 1 <= step.splits <= min(40, max(1, 3 * programs // tiles))
         assert (plan.steps[-1].kernel == "dbias_sum") == (step.splits > 1)
 
 
