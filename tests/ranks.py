@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,21 @@ def begin(rank: int, world: int, store: str, timeout: datetime.timedelta | None 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout)
+
+
+@contextlib.contextmanager
+def without_group() -> Iterator[None]:
+    """No process group is there, of an earlier test in this process neither, and none is left."""
+
+    def end() -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    end()
+    try:
+        yield
+    finally:
+        end()
 
 
 def work(rank: int, world: int, store: str, function: Callable[..., None], *args: Any) -> None:

@@ -16,12 +16,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 import triflash
-from ranks import needs_gloo, run
+from ranks import needs_gloo, run, without_group
 
 pytestmark = pytest.mark.unpoisoned
 _, NEEDS_GLOO = needs_gloo
@@ -143,10 +142,7 @@ def test_two_processes(tmp_path: Path, record_property: Callable[[str, object], 
 
 @NEEDS_GLOO
 def test_one_process_as_written(names: dict[str, Any]) -> None:
-    try:
+    with without_group():
         for heading in ("DDP and FSDP2", "Tensor parallel"):
             execute(heading, names)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     check_parts(names["replicated"], names, 1)

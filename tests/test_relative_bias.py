@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import triflash
+from ranks import without_group
 from triflash.nn import RelativeBias
 
 
@@ -210,16 +211,14 @@ def test_a_table_that_is_a_dtensor_has_its_gradient() -> None:
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
     whole, module = RelativeBias(4), RelativeBias(4)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with without_group():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         module.weight = nn.Parameter(distribute_tensor(whole.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(1)]))
         bias, weights = module(9, 30), torch.randn(1, 4, 9, 30)
         assert isinstance(bias, DTensor) and bias.placements[0] in (Shard(1), Replicate())  # the latter before PyTorch 2.13
         for x, y in ((bias.to_local(), weights), (whole(9, 30), weights)):
             (x * y).sum().backward()
         torch.testing.assert_close(module.weight.grad.full_tensor(), whole.weight.grad)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("make, kind, message", [
