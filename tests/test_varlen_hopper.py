@@ -22,11 +22,14 @@ from here import ON_HOPPER, stand_in_only
 from test_varlen import Batch, loss_of, near
 from triflash import UnsupportedError, attention_varlen
 from triflash.bound.signature import CALLS
+from triflash.kernels.hopper import listed as listed_kernels
+from triflash.kernels.hopper.extent import PADDING
 from triflash.plan import select
 from triflash.plan.kernels import listed
 from triflash.plan.kernels.dkdv import DkdvConfig
 from triflash.plan.kernels.dq import DqConfig
 from triflash.plan.kernels.forward import ForwardConfig
+from triflash.plan.kernels.shared import STATS_MULTIPLE
 from triflash.plan.override import override_configs
 from triflash.untried import UNTRIED
 
@@ -146,6 +149,10 @@ def check(batch: Batch, seed: int, deterministic: bool = False, share: float = 1
 def test_random_problems(seed: int) -> None:
     ran = check(drawn(seed), seed, seed % 2 == 1, 0.8, apart=seed % 3 == 0)
     assert ran[:3] == APART if seed % 3 == 0 or not UNTRIED else ran[0] == "prepared"
+
+
+def test_plan_and_kernel_agree_on_how_much_one_program_lists() -> None:
+    assert listed_kernels.AT_ONCE.value == listed.LISTED_AT_ONCE and PADDING.value == STATS_MULTIPLE
 
 
 def test_offsets_of_any_strides() -> None:
