@@ -15,7 +15,6 @@ import triflash
 from here import triton_only
 from triflash import UnsupportedError, attention, attention_varlen, explain
 from triflash.plan.device import KNOWN_DEVICES
-from triflash.untried import UNTRIED
 from unlaunched import check_bytes, unlaunched
 
 CU = [0, 5, 5, 17, 40]
@@ -194,7 +193,7 @@ def test_what_runs_on_hopper(length: int, backend: str) -> None:
     assert found.forward.backend == backend
     if backend == "hopper":
         kernels = [step.step.kernel for step in found.forward.steps]
-        assert kernels == (["prepared", "forward"] if UNTRIED else ["extents", "listed", "ordered", "forward", "unowned"])
+        assert kernels == ["prepared", "forward"]
         assert "the longest first" in str(found) and any("listed on the device" in note for note in found.notes)
     else:
         assert "leave most empty" in str(found)
@@ -209,5 +208,5 @@ def test_where_configurations_come_from_on_hopper() -> None:
     assert told.backward is not None
     sources = {each.step.kernel: each.source for each in (*told.forward.steps, *told.backward.steps)}
     assert "row of plan/tables.py" in sources["packed_dbias"]
-    for kernel in ("prepared" if UNTRIED else "listed", "extents", "delta", "preprocess", "cleared"):
+    for kernel in ("prepared", "extents", "delta", "preprocess", "cleared"):
         assert sources[kernel] == "fixed: it has no tiles of scores", kernel

@@ -24,7 +24,6 @@ from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.kernels.shared import row_by_mma
 from triflash.plan.override import Config
 from triflash.spec import AttentionSpec, BiasSpec
-from triflash.untried import UNTRIED
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(
@@ -130,7 +129,6 @@ def test_the_plan() -> None:
         assert max(size for _, size in explained.memory) < 384 * 4 * 384 * 384 * 2
 
 
-@pytest.mark.skipif(not UNTRIED, reason="TRIFLASH_UNTRIED=1 turns this on")
 def test_rows_by_tensor_cores() -> None:
     """Not where no scale can be divided by, or a soft cap comes between; sums not where bfloat16 would lose what the bias or ds can hold."""
     tile, row = BiasSpec("bf16", (False, False, True, True, True)), BiasSpec("bf16", (True, True, False, False, True))

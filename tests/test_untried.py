@@ -13,9 +13,7 @@ from here import stand_in_only
 from triflash.untried import UNTRIED
 
 HERE = Path(__file__).parent
-TESTS = (  # and which of them: packed sequences prepared by one launch; rows by tensor cores; padded heads with operands in registers
-    ("test_varlen_hopper.py", "test_random_problems or strides or test_forward_tiles"),
-    ("test_two_biases_hopper.py", "not test_parts_fill_whole_waves"),
+TESTS = (  # and which of them: padded heads with operands in registers
     ("test_hopper_twin.py", "padded or swap or wide_heads"),
 )
 

@@ -18,7 +18,6 @@ from triflash.launch.room import meta
 from triflash.ops_varlen import VarlenOptions, VarlenTensors, bind_varlen
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.kernels.shared import HopperConfig
-from triflash.untried import UNTRIED
 
 H, D, T, B = 4, 64, 4096, 16
 MOST_SPILLS = 32  # words a thread; 26 is the most seen (dkdv with a bias, sm80)
@@ -122,5 +121,5 @@ def test_hopper_kernels(name: str) -> None:
             if each.kernel.__name__ != "forward":  # statistics are read by plain loads
                 assert unfenced_releases(code) == 0, key
     kernels = {kernel for kernel, _ in seen}
-    assert {"forward", "preprocess"} <= kernels and ({"prepared"} if UNTRIED else {"extents", "listed", "ordered", "unowned"}) <= kernels
+    assert {"forward", "preprocess", "prepared"} <= kernels
     assert kernels & {"dkdv", "dkdv_d256"} and kernels & {"dq", "postprocess"}

@@ -152,7 +152,7 @@ def sums_by_mma(spec: AttentionSpec) -> bool:
     range. A soft cap's is of another ds.
     """
     row = row_of_keys(spec)
-    return UNTRIED and spec.second is not None and not spec.softcap and row is not None and spec.dtype == row[1].dtype == "bf16"
+    return spec.second is not None and not spec.softcap and row is not None and spec.dtype == row[1].dtype == "bf16"
 
 
 def _sums_keys(gives: tuple[str, ...]) -> bool:

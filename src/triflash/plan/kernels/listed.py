@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...spec import AttentionSpec
-from ...untried import UNTRIED
 from ..configs import TileConfig
 from ..steps import Step, ceil_div
 from .packed import ROWS_A_PROGRAM, most_tiles, packed_of
@@ -40,10 +39,8 @@ def table_steps(spec: AttentionSpec, block_m: int | None, block_n: int | None) -
 
 def prepared_step(spec: AttentionSpec, block_m: int | None, block_n: int | None, gives: tuple[str, ...]) -> Step | None:
     """One kernel instead of ``table_steps`` and, where rows belong to no sequence, for the zeros in what it ``gives``; None: tiles are too
-    many for one program, or it is not asked for (``UNTRIED``).
+    many for one program.
     """
-    if not UNTRIED:
-        return None
     config = TableConfig(block_m or 16, block_n or 16, 8, 1)
     names = tuple(name for name, block in (("queries", block_m), ("keys", block_n)) if block is not None)
     if packed_of(spec).sequences > LISTED_AT_ONCE or any(rows_of(config, spec, name)[1] > LISTED_AT_ONCE for name in names):

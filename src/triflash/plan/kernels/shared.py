@@ -13,7 +13,6 @@ from typing import ClassVar, NamedTuple
 
 from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec
-from ...untried import UNTRIED
 from ..configs import padded
 
 __all__ = [
@@ -182,7 +181,7 @@ def second_buffer(spec: AttentionSpec, config: QueryConfig, count: int = 1) -> B
 def row_by_mma(spec: AttentionSpec) -> bool:
     """Whether the backward kernels add a bias over keys alone, beside one of tiles, as a step of q k (``kernels/hopper/key_rows.py``)."""
     in_range = 1 / LARGEST_SCALE <= abs(spec.scale) <= LARGEST_SCALE
-    return UNTRIED and spec.second is not None and spec.keeps_rest and not spec.softcap and in_range
+    return spec.second is not None and spec.keeps_rest and not spec.softcap and in_range
 
 
 def row_buffers(spec: AttentionSpec, count: int, keys: int) -> tuple[Buffer, Buffer]:
