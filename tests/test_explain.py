@@ -39,9 +39,9 @@ B, M, N, H, D = 3, 33, 40, 2, 16
 def no_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TRIFLASH_TUNED", raising=False)
     monkeypatch.delenv("TRIFLASH_BACKEND", raising=False)
-    overlay._from_environment.cache_clear()
+    overlay.of_environment.cache_clear()
     yield
-    overlay._from_environment.cache_clear()
+    overlay.of_environment.cache_clear()
 
 
 def tensors(bias: str | None, device: torch.device | str, dtype: torch.dtype = torch.float16, grads: tuple[str, ...] = NAMES) -> list[Any]:

@@ -31,9 +31,9 @@ CONFIG = TileConfig(16, 256, 8, 2)  # nobody's default
 @pytest.fixture(autouse=True)
 def no_file_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TRIFLASH_TUNED", raising=False)
-    overlay._from_environment.cache_clear()
+    overlay.of_environment.cache_clear()
     yield
-    overlay._from_environment.cache_clear()
+    overlay.of_environment.cache_clear()
 
 
 def entry(kernel: str = "forward", config: TileConfig = CONFIG, bias: str | None = None, **changes: Any) -> Entry:
@@ -212,7 +212,7 @@ def test_the_environment_points_to_a_file_too(tmp_path: Path, monkeypatch: pytes
     with tuned(None):
         assert plan_forward(spec(), HERE, "triton").step("forward").config != CONFIG  # type: ignore[union-attr]
     monkeypatch.setenv("TRIFLASH_TUNED", "")
-    overlay._from_environment.cache_clear()
+    overlay.of_environment.cache_clear()
     assert overlay.active() is None
 
 

@@ -227,12 +227,12 @@ def test_a_tuned_file(tmp_path: Path) -> None:
     overlay.write(tmp_path / "tuned.json", [])
     given = tensors()
     check_change((given, OPTIONS), (given, OPTIONS), within=lambda: triflash.tuned(tmp_path / "tuned.json"))
-    overlay._from_environment.cache_clear()
+    overlay.of_environment.cache_clear()
     try:
         with mock.patch.dict(os.environ, TRIFLASH_TUNED=str(tmp_path / "tuned.json")):
             check_change((given, OPTIONS), (given, OPTIONS), within=lambda: triflash.tuned(None))
     finally:
-        overlay._from_environment.cache_clear()
+        overlay.of_environment.cache_clear()
 
 
 def test_what_is_no_member() -> None:

@@ -23,6 +23,8 @@ NO_CHOICES = Choices((), None)
 
 
 def current_choices() -> Choices:
-    """The choices in force where a pass starts."""
-    by_hand, tuned = override.active(), overlay.active()
-    return Choices(by_hand, tuned) if by_hand or tuned is not None else NO_CHOICES
+    """The choices in force where a pass starts. Every eager call asks, twice."""
+    tuned = overlay.of_environment() if overlay.chosen is overlay.NOBODY else overlay.chosen
+    if tuned is None and not override.by_hand:
+        return NO_CHOICES
+    return Choices(override.active(), tuned)  # type: ignore[arg-type]

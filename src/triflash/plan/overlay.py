@@ -162,12 +162,14 @@ def write(path: str | os.PathLike[str], entries: Iterable[Entry]) -> Overlay:
     return load(path)
 
 
-class _Unset:
+class _Nobody:
     """Nobody entered ``tuned``: the environment decides."""
 
 
+NOBODY = _Nobody()
+
 # Process-wide like override_configs: autograd runs the backward pass of GPU tensors on threads of its own.
-_chosen: Overlay | _Unset | None = _Unset()
+chosen: Overlay | _Nobody | None = NOBODY
 
 
 @contextmanager
@@ -184,22 +186,23 @@ def tuned(path: str | os.PathLike[str] | None) -> Iterator[None]:
     Raises:
         ValueError: the file does not exist or is not one that ``triflash tune`` wrote.
     """
-    global _chosen
+    global chosen
     overlay = None if path is None else load(path)
-    before = _chosen
-    _chosen = overlay
+    before = chosen
+    chosen = overlay
     try:
         yield
     finally:
-        _chosen = before
+        chosen = before
 
 
 def active() -> Overlay | None:
     """The tuned configurations in force, or None: part of the key of plan caches."""
-    return _from_environment() if isinstance(_chosen, _Unset) else _chosen
+    return of_environment() if isinstance(chosen, _Nobody) else chosen
 
 
 @functools.cache
-def _from_environment() -> Overlay | None:
+def of_environment() -> Overlay | None:
+    """Those of the file that the environment names, or None."""
     path = os.environ.get(_ENVIRONMENT)
     return load(path, _ENVIRONMENT) if path else None

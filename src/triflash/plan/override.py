@@ -27,7 +27,7 @@ Config = TileConfig | HopperConfig
 __all__ = ["active", "override_configs"]
 
 # Process-wide on purpose: autograd runs the backward pass of GPU tensors on threads of its own.
-_active: dict[str, Config] = {}
+by_hand: dict[str, Config] = {}
 
 
 @contextmanager
@@ -47,20 +47,20 @@ def override_configs(**configs: Config) -> Iterator[None]:
         ValueError: no kernel has that name.
         TypeError: a kernel gets the configuration of another.
     """
-    global _active
+    global by_hand
     for name, config in configs.items():
         if name not in KERNELS:
             raise bad_value(name, f"one of {', '.join(KERNELS)}", "a configuration for an unknown kernel")
         if type(config) not in TAKES[name]:
             raise bad_type(name, " or ".join(each.__name__ for each in TAKES[name]), type(config).__name__)
-    before = _active
-    _active = {**before, **configs}
+    before = by_hand
+    by_hand = {**before, **configs}
     try:
         yield
     finally:
-        _active = before
+        by_hand = before
 
 
 def active() -> tuple[tuple[str, Config], ...]:
     """The configurations chosen by hand, as a hashable key for plan caches."""
-    return tuple(_active.items()) if _active else ()
+    return tuple(by_hand.items()) if by_hand else ()
