@@ -71,6 +71,8 @@ class BoundPass:
         allocation.
 
         ``like``, in the spec's dtype, is one of them, where all memory is allocated. addresses: theirs, if that is known.
+
+        Of a pass that is bound and has nothing to do but launches, an attribute takes this method's place: :meth:`_Native.at_once`.
         """
         native = self._steps
         if native is None and not self._tried:
@@ -106,8 +108,10 @@ class BoundPass:
             return None  # for now
         with self._lock, launch.on(self._device):
             if not self._tried:
-                self._steps = self._bound(given)
+                self._steps = native = self._bound(given)
                 self._tried = True
+                if native is not None and (at_once := native.at_once(functools.partial(BoundPass.run, self))) is not None:
+                    self.run = at_once  # type: ignore[method-assign]
         return self._steps
 
     def _bound(self, given: Given) -> _Native | None:
@@ -185,6 +189,26 @@ class _Native:
             for s in room.sinks
         ]
         self._plain = not (self._before or self._after or self._zeros or self._sinks)
+
+    def at_once(self, otherwise: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]] | None:
+        """:meth:`BoundPass.run` of this pass in one function, which every eager call waits for; where it does not apply it asks
+        ``otherwise``. None: it never applies.
+        """
+        new, changed, launches, stream_of = self._allocate, self.changed, self._launches, self._stream
+        if new is None or not self._plain:
+            return None
+        index, device, recorders, address_of = self.index, self._device, launch.recorders, address
+        shapes, count = self._made, None if self._all else self._count
+
+        def run(there: Sequence[Tensor], like: Tensor, addresses: Sequence[int] | None = None) -> list[Tensor]:
+            if changed() or recorders or _deterministic() or (index is not None and index != _current_device()):
+                return otherwise(there, like, addresses)
+            made = [*itertools.starmap(new, shapes)]
+            known = map(address_of, there) if addresses is None else addresses
+            launches.start(stream_of(device), (*known, *map(address_of, made)))
+            return made if count is None else made[:count]
+
+        return run
 
     def run(self, there: Sequence[Tensor], like: Tensor, known: Sequence[int] | None) -> list[Tensor]:
         """The results, on the current device. known: the addresses of what is given."""

@@ -417,11 +417,10 @@ def watch(launches: Sequence[Launch]) -> Callable[[], bool]:
     """What tells, before each run of bound launches, whether they have to go Triton's own way now: hooks want to see them, the environment
     says so, knobs are others than at binding time, a kernel was replaced or somebody watches it. Every eager call waits for the answer.
     """
-    runtime, compilation = _knobs().runtime, _knobs().compilation
-    of_runtime = operator.attrgetter(*map(_calls_of, ("launch_enter_hook", "launch_exit_hook")), *_deciding("runtime"))
-    of_compilation = operator.attrgetter("__class__", *_deciding("compilation"))  # one name at least
-    as_bound = (*([] if isinstance(each, list) else None for each in of_runtime(runtime)[:2]), *of_runtime(runtime)[2:])
-    instrumented = of_compilation(compilation)
+    knobs = _knobs()
+    deciding = [f"{group}.{name}" for group in _DECIDING for name in _deciding(group)]
+    in_force = operator.attrgetter(*(f"runtime.{_calls_of(hook)}" for hook in ("launch_enter_hook", "launch_exit_hook")), *deciding)
+    as_bound = (*([] if isinstance(each, list) else None for each in in_force(knobs)[:2]), *in_force(knobs)[2:])
     modules, names, kernels, hooks = map(list, zip(*(each.watched for each in launches), strict=True)) if launches else ([], [], [], [])
     unwatched = [type(each)() for each in hooks]
     switch, off = (lambda _: os.environ.get("TRIFLASH_BIND"), "0") if _environment is None else (_environment.get, b"0")
@@ -430,8 +429,7 @@ def watch(launches: Sequence[Launch]) -> Callable[[], bool]:
         # C compares each of these in one go: what is the same object is equal.
         try:
             return (
-                of_runtime(runtime) != as_bound
-                or of_compilation(compilation) != instrumented
+                in_force(knobs) != as_bound
                 or [*map(dict.get, modules, names)] != kernels
                 or hooks != unwatched
                 or switch(b"TRIFLASH_BIND") == off
