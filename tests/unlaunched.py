@@ -77,5 +77,5 @@ def check_bytes(explained: Explanation, seen: Seen) -> None:
 
 def scratch(explained: Explanation) -> list[int]:
     """The bytes of each part of what passes take for themselves, but for copies and what PyTorch's own arithmetic takes."""
-    results = ("lse", "rest of lse") if any(name == "lse" for name, _ in explained.forward.results) else ()
+    results = ("lse", "rest of lse") if any(name.startswith("lse") for name, _ in explained.forward.results) else ()
     return [size for what, size in explained.memory if not what.startswith((*results, "probabilities")) or "TMA" in what]

@@ -183,7 +183,7 @@ def _bound_passes(
         call, given = _bound(of, q, k, v, named, facts)
     needs = _needs(grads, (given.q, given.k, given.v, given.bias, given.sink, given.second_bias))
     wants_gradients = any(vars(needs).values())
-    bound = [call.forward if wants_gradients or named.get("return_lse") else call.alone]
+    bound = [call.forward if named.get("return_lse") else call.kept if wants_gradients else call.alone]
     if wants_gradients:
         bound.append(call.describe_backward(needs))
     return call, needs, bound, facts, here
@@ -323,7 +323,7 @@ def _memory(bound: Sequence[BoundPass]) -> Iterable[tuple[str, int]]:
     """(what, bytes) beyond inputs, outputs, gradients and copies."""
     for each in bound[0].room.allocations:
         if each.use == "result" and each.name != "out":
-            until = " (until the backward pass)" if each.name == "lse" and len(bound) > 1 else ""
+            until = " (until the backward pass)" if each.name.startswith("lse") and len(bound) > 1 else ""
             yield each.name + until, each.nbytes
     for each_pass in bound:
         for each in each_pass.room.allocations:

@@ -371,7 +371,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: BoundCall, return_lse: bool, *given: Tensor | None) -> Any:
-        results = call.run_forward(given)
+        results = call.run_forward(given) if return_lse else call.run_kept(given)
         ctx.call = call
         ctx.to_save = (*given, *results)  # what save_for_backward and set_materialize_grads do
         ctx.materialize_grads = False

@@ -190,7 +190,8 @@ def backward_of(
         None if spec.lo is None else -spec.lo, spec.hi, packed.bottom_right, spec.scale, spec.precision, *layouts, spec.softcap,
         spec.dropout, spec.deterministic, packed.longest_q, packed.longest_k, call.backend,
     )  # fmt: skip
-    out, lse, *rest = outputs
+    out, lse, *rest = call.separate(outputs)
+    assert out is not None
     lost = rest[0] if rest else out.new_empty(0, dtype=torch.float32)
     grads = varlen_backward(dout, dlse, out, lse, lost, list(needs), *given[:5], *given[6:], *options)
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]

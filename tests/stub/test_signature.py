@@ -368,7 +368,7 @@ def test_a_call_that_is_told_by_few_questions_is_the_one_that_many_tell() -> Non
         return [*ran]
 
     calls = {name: make() for name, make in PLAIN.items()}
-    with nothing_compiled(), recorded("run_forward"), recorded("run_alone"):
+    with nothing_compiled(), recorded("run_forward"), recorded("run_kept"), recorded("run_alone"):
         wanted = {}
         for name, call in calls.items():
             call()

@@ -25,6 +25,8 @@ from .passes import BoundPass
 __all__ = ["GRADIENTS", "BoundCall"]
 
 _BACKWARD_PASSES = 16  # kept for one call's signature: by the gradients asked for and the strides of what comes back
+_RESULT, _TOGETHER, _SCRATCH = "results", "one result with rest", "scratch"  # what lse is to a forward pass
+_ALIGNED = 64  # numbers: 256 bytes
 _KNOWN = 4  # kinds of backward passes that one C function each tells, of the same gradients
 GRADIENTS = (0, 1, 2, 3, 7, 13)  # the operands that have one: q, k, v, bias, sink, second bias
 
@@ -63,14 +65,20 @@ class BoundCall:
     @functools.cached_property
     def forward(self) -> BoundPass:
         """The forward pass, whose results are out, lse and, if the spec keeps it, rest."""
-        return self._bind_forward(self._plan, alone=False)
+        return self._bind_forward(self._plan, _RESULT)
+
+    @functools.cached_property
+    def kept(self) -> BoundPass:
+        """The forward pass where the backward pass alone wants lse and rest, if the spec keeps it: they are one result, of one dim."""
+        fits = self.spec.keeps_rest and self._plan.backend not in IN_PYTORCH
+        return self._bind_forward(self._plan, _TOGETHER) if fits else self.forward
 
     @functools.cached_property
     def alone(self) -> BoundPass:
         """The forward pass where nobody wants lse and rest: they are scratch, which takes one allocation less and ends with the pass."""
-        return self.forward if self._plan.backend in IN_PYTORCH else self._bind_forward(self._plan, alone=True)
+        return self.forward if self._plan.backend in IN_PYTORCH else self._bind_forward(self._plan, _SCRATCH)
 
-    def _bind_forward(self, plan: Plan, alone: bool) -> BoundPass:
+    def _bind_forward(self, plan: Plan, lse_is: str) -> BoundPass:
         spec, form = self.spec, self.form
         room = Described(self._gpu)
         for x in self.given:
@@ -81,9 +89,13 @@ class BoundCall:
         out = torch.empty((spec.batch, spec.queries, spec.heads, spec.value_dim), dtype=q.dtype, device="meta")
         rows = (spec.batch, spec.heads, spec.queries)
         room.result("out", form.out_of(out))
-        if alone:
+        rest: Tensor | None
+        if lse_is == _SCRATCH:
             lse = room.new("lse", rows, sum_dtype)
             rest = room.new("rest of lse", rows, torch.float32) if spec.keeps_rest else None
+        elif lse_is == _TOGETHER:
+            both = torch.empty(2 * self._room_of_lse, dtype=torch.float32, device="meta")
+            lse, rest = self._apart(room.result("lse and rest of lse", both))
         else:
             lse = torch.empty(rows, dtype=sum_dtype, device="meta")
             rest = torch.empty(rows, dtype=torch.float32, device="meta") if spec.keeps_rest else None
@@ -100,7 +112,7 @@ class BoundCall:
         def aside(tensors: Given) -> None:
             count = len(self.given)
             results = tensors[count:]
-            if alone:
+            if lse_is == _SCRATCH:
                 (out,) = results
                 assert out is not None
                 lost = out.new_empty(rows, dtype=torch.float32) if spec.keeps_rest else None
@@ -109,16 +121,37 @@ class BoundCall:
                 saved = self.saved(results)
             launch.run_forward(plan, spec, form.operands(tensors[:count]), saved)
 
-        return BoundPass(plan, spec, room, calls, aside, self.device, None if alone else self._calls_of_backward)
+        return BoundPass(plan, spec, room, calls, aside, self.device, None if lse_is == _SCRATCH else self._calls_of_backward)
 
     def _calls_of_backward(self, given: Given) -> list[Call]:
         """The launches of the backward pass that will be asked for: where these tensors require gradients."""
         needs = [at < len(given) and (x := given[at]) is not None and x.requires_grad for at in GRADIENTS]
         return (self._usual_backward(needs).calls or []) if any(needs) else []
 
+    @property
+    def _room_of_lse(self) -> int:
+        """The numbers from where lse begins to where rest does, where both are one tensor: each as well aligned as memory of its own."""
+        spec = self.spec
+        return -(-spec.batch * spec.heads * spec.queries // _ALIGNED) * _ALIGNED
+
+    def _apart(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """lse and rest ``(B, H, M)`` of what :attr:`kept` gives; views."""
+        spec, apart = self.spec, self._room_of_lse
+        rows, begin = (spec.batch, spec.heads, spec.queries), int(both.storage_offset())
+        strides = (spec.heads * spec.queries, spec.queries, 1)
+        return both.as_strided(rows, strides, begin), both.as_strided(rows, strides, begin + apart)
+
+    def separate(self, results: Given) -> Given:
+        """out, lse and, where it was kept, rest, as :attr:`forward` gives them, of what it or :attr:`kept` gave."""
+        out, both = results[:2]
+        if both is None or both.dim() > 1:
+            return results
+        lse, rest = self._apart(both)
+        return out, self.form.lse_of(lse), rest
+
     def saved(self, results: Given) -> Saved:
-        """out, lse and, where it was kept, rest, in canonical form."""
-        out, lse, *rest = results
+        """The same in canonical form."""
+        out, lse, *rest = self.separate(results)
         assert out is not None and lse is not None
         return Saved(self.form.rows("out", out), self.form.lse("lse", lse), rest[0] if rest else None)
 
@@ -126,6 +159,11 @@ class BoundCall:
         """out and lse in the caller's layout and, if the spec keeps it, rest ``(B, H, M)``. Missing tensors may be left out."""
         there: Sequence[Any] = given if len(given) == self._count else [x for x in given if x is not None]
         return self.forward.run(there, there[0])
+
+    def run_kept(self, given: Given) -> list[Tensor]:
+        """out in the caller's layout, and what the backward pass wants of lse: as :attr:`kept` gives it."""
+        there: Sequence[Any] = given if len(given) == self._count else [x for x in given if x is not None]
+        return self.kept.run(there, there[0])
 
     def run_alone(self, given: Given) -> Tensor:
         """out alone."""
@@ -139,7 +177,8 @@ class BoundCall:
 
         Args:
             given: as the forward pass had them; their strides may have changed (hooks that offload what is saved).
-            saved: out, lse and, where there is one, rest. dout, dlse: in the layouts of out and lse.
+            saved: what the forward pass gave: out, lse and, where there is one, rest, or out and both in one. dout, dlse: in the layouts
+                of out and lse.
             needs: of each gradient whether it is needed. into: tensors to fill, in the form given; None: new ones.
         """
         tensors = (*given, *saved, dout, dlse, *(() if into is None else into))
@@ -238,7 +277,7 @@ class BoundCall:
         return self._usual_backward((needs.dq, needs.dk, needs.dv, needs.dbias, needs.dsink, needs.dsecond))
 
     def _usual_backward(self, needs: Sequence[bool]) -> BoundPass:
-        results = [meta(each.shape, each.strides, each.dtype) for each in self.forward.room.allocations if each.use == "result"]
+        results = [meta(each.shape, each.strides, each.dtype) for each in self.kept.room.allocations if each.use == "result"]
         return self.bind_backward((*self.given, *results, twin(results[0]), None), len(results), needs, into=False)
 
     def needs(self, needs: Sequence[bool]) -> Needs:
