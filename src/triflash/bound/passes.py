@@ -194,7 +194,7 @@ class _Native:
         """:meth:`BoundPass.run` of this pass in one function, which every eager call waits for; where it does not apply it asks
         ``otherwise``. None: it never applies.
         """
-        new, changed, launches, stream_of = self._allocate, self.changed, self._launches, self._stream
+        new, changed, launches, current_stream = self._allocate, self.changed, self._launches, self._stream
         if new is None or not self._plain:
             return None
         index, device, recorders, address_of = self.index, self._device, launch.recorders, address
@@ -205,7 +205,7 @@ class _Native:
                 return otherwise(there, like, addresses)
             made = [*itertools.starmap(new, shapes)]
             known = map(address_of, there) if addresses is None else addresses
-            launches.start(stream_of(device), (*known, *map(address_of, made)))
+            launches.start(current_stream(device), (*known, *map(address_of, made)))
             return made if count is None else made[:count]
 
         return run
