@@ -14,6 +14,7 @@ from unittest import mock
 import gpu
 import pytest
 import torch
+import triton
 from test_compiled_ahead import forgotten
 from torch import Tensor
 from triton import knobs
@@ -173,6 +174,20 @@ def test_nothing_is_begun_for_kernels_that_are_there(
         with mock.patch.object(compiling, "compiled_kernels", side_effect=refused):
             step()  # bound: nobody asks
     assert names(compiled) == BOTH
+
+
+def test_a_kernel_in_memory_is_found_without_asking_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Triton's 3.6. Unless a constant of its module is another than it was: Triton says so."""
+    forward()
+    CALLS.clear()
+    if triton.__version__.startswith("3.6"):
+        with mock.patch.object(compiling, "_asked", side_effect=AssertionError("nobody needs to")):
+            forward()
+    noted = next(each for each in compiling._noted.values() if each.kernel.__name__ == "short_forward" and each.names)
+    monkeypatch.setitem(noted.where[0], noted.names[0], triton.language.constexpr(object()))
+    CALLS.clear()
+    with pytest.raises(RuntimeError, match=f"{noted.names[0]} has changed"):
+        forward()
 
 
 def alone_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:
