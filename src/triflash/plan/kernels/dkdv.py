@@ -181,20 +181,24 @@ def has_bias_tiles(spec: AttentionSpec) -> bool:
 
 def _candidates(spec: AttentionSpec, gives: tuple[str, ...]) -> tuple[DkdvConfig, ...]:
     """From the fastest measured to the smallest (docs/tuning.md)."""
-    widest, bias_tiles = max(dims(spec)), has_bias_tiles(spec)
-    adding, dbias = "dq" in gives, _sums_keys(gives)
+    bare = spec.bias is None and spec.mask is None
+    return _listed(max(dims(spec)), has_bias_tiles(spec), bare, is_light(spec), is_banded(spec), "dq" in gives, _sums_keys(gives))
+
+
+@functools.cache
+def _listed(widest: int, bias_tiles: bool, bare: bool, light: bool, banded: bool, adding: bool, dbias: bool) -> tuple[DkdvConfig, ...]:
     if widest > NARROW:
         return (DkdvConfig(2, 2, d256=True),)
     if widest <= DQ_WARPGROUP_DIM:
         bias = 2 if bias_tiles else 1
         of_its_own: tuple[DkdvConfig, ...] = ()
-        if adding and (is_light(spec) or not dbias):
-            short = is_light(spec) and not (is_banded(spec) and bias_tiles)  # what is not light takes registers
+        if adding and (light or not dbias):
+            short = light and not (banded and bias_tiles)  # what is not light takes registers
             unroll = 2 if short and not dbias else 1
             of_its_own = tuple(DkdvConfig(2, 2, bias, kv_stages=kv, dq_warpgroup=True, unroll=unroll) for kv in (2, 1))
         kept = 1 if adding else bias  # dS is announced at the named barriers that a second buffer would want
         return (*of_its_own, DkdvConfig(2, 2, kept, kv_stages=2), DkdvConfig(2, 2, kept), DkdvConfig(2, 2), DkdvConfig(1, 1))
-    plain = adding and is_light(spec) and spec.bias is None and spec.mask is None  # red.global takes registers
+    plain = adding and light and bare  # red.global takes registers
     red_dq = (DkdvConfig(2, 2, red_dq=True),) if plain else ()
     return (*red_dq, DkdvConfig(2, 2, kv_stages=2), DkdvConfig(2, 2), DkdvConfig(2, 1), DkdvConfig(1, 1))
 

@@ -82,6 +82,7 @@ def owns_dbias(spec: AttentionSpec) -> bool:
     return spec.bias is not None and all(spec.bias.varies)
 
 
+@functools.cache
 def _candidates(head: int, bias: bool, light: bool) -> tuple[DqConfig, ...]:
     """From the fastest to the smallest as reckoned, measured only up to d 32; the first that fits is taken.
 

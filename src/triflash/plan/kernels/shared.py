@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
 from typing import ClassVar, NamedTuple
 
@@ -273,13 +273,20 @@ def _key_blocks(spec: AttentionSpec, config: QueryConfig, tile: int) -> int:
 
 
 def best_order(
-    lengths: list[int], pairs: int, programs: int, sizes: Iterable[int], preferred: int = 0, tolerance: float = 0.0
+    lengths: Sequence[int], pairs: int, programs: int, sizes: Iterable[int], preferred: int = 0, tolerance: float = 0.0
 ) -> tuple[int, int]:
     """``(l2_group, serpentine)`` with the least load imbalance, the smallest group of several, for groups of about these sizes.
 
     lengths: of a pair's tiles, in the order in which a kernel deals them out. A group of at most ``preferred`` pairs is taken unless a
     larger one is better by more than ``tolerance``.
     """
+    return _best_order(tuple(lengths), pairs, programs, tuple(sizes), preferred, tolerance)
+
+
+@functools.lru_cache(maxsize=1024)  # problems of as many tiles share it: lengths that differ by less than a block
+def _best_order(
+    lengths: tuple[int, ...], pairs: int, programs: int, sizes: tuple[int, ...], preferred: int, tolerance: float
+) -> tuple[int, int]:
     ways = [(group, serpentine) for group in sorted({equal_groups(pairs, size) for size in sizes}) for serpentine in (1, 0)]
     imbalance = {way: round(load_imbalance(lengths, pairs, programs, *way), 2) for way in ways}
     best = min(ways, key=imbalance.__getitem__)
@@ -292,7 +299,7 @@ def equal_groups(pairs: int, most: int) -> int:
     return -(-pairs // -(-pairs // most))
 
 
-def load_imbalance(lengths: list[int], pairs: int, programs: int, l2_group: int, serpentine: int) -> float:
+def load_imbalance(lengths: Sequence[int], pairs: int, programs: int, l2_group: int, serpentine: int) -> float:
     """The blocks of the busiest program over the mean."""
     even, odd = _dealt(tuple(lengths), pairs, programs, l2_group)
     load = [*map(operator.add, even, odd[::-1] if serpentine else odd)]
