@@ -418,9 +418,9 @@ def watch(launches: Sequence[Launch]) -> Callable[[], bool]:
     says so, knobs are others than at binding time, a kernel was replaced or somebody watches it. Every eager call waits for the answer.
     """
     knobs = _knobs()
-    deciding = [f"{group}.{name}" for group in _DECIDING for name in _deciding(group)]
-    in_force = operator.attrgetter(*(f"runtime.{_calls_of(hook)}" for hook in ("launch_enter_hook", "launch_exit_hook")), *deciding)
-    as_bound = (*([] if isinstance(each, list) else None for each in in_force(knobs)[:2]), *in_force(knobs)[2:])
+    in_force = _knobs_in_force(_calls_of("launch_enter_hook"), _calls_of("launch_exit_hook"))
+    enter, leave, *deciding = in_force(knobs)
+    as_bound = (*([] if isinstance(each, list) else None for each in (enter, leave)), *deciding)
     modules, names, kernels, hooks = map(list, zip(*(each.watched for each in launches), strict=True)) if launches else ([], [], [], [])
     unwatched = [type(each)() for each in hooks]
     switch, off = (lambda _: os.environ.get("TRIFLASH_BIND"), "0") if _environment is None else (_environment.get, b"0")
@@ -438,6 +438,13 @@ def watch(launches: Sequence[Launch]) -> Callable[[], bool]:
             return True
 
     return changed
+
+
+@functools.cache
+def _knobs_in_force(*hooks: str) -> Callable[[Any], tuple[Any, ...]]:
+    """What reads, in one go, Triton's launch hooks and the knobs that decide which kernel it compiles."""
+    deciding = [f"{group}.{name}" for group in _DECIDING for name in _deciding(group)]
+    return operator.attrgetter(*(f"runtime.{hook}" for hook in hooks), *deciding)
 
 
 def _calls_of(hook: str) -> str:
