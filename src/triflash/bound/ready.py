@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import Any
@@ -31,13 +32,17 @@ class Ready:
 
 
 READY: Recent[Ready] = Recent(CALLS.capacity)
-_sorts: dict[tuple[Any, ...], tuple[Callable[..., Any], Callable[..., Any]]] = {}  # by operator and types: what picks tensors, and the rest
+_Sort = tuple[Callable[..., Any], Callable[..., Any], int]
+_sorts: dict[tuple[Any, ...], _Sort] = {}  # by operator and types
+_numbers = itertools.count()
 
 
-def _sort(types: tuple[Any, ...], args: tuple[Any, ...]) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What picks, of arguments of such types, the tensors, and all that is none; of both there are several."""
+def _sort(types: tuple[Any, ...], args: tuple[Any, ...]) -> _Sort:
+    """What picks, of arguments of such types, the tensors, and all that is none; of both there are several. And a number for the types,
+    which has its hash sooner than they have.
+    """
     tensors = [at for at, x in enumerate(args) if isinstance(x, Tensor)]
-    found = itemgetter(*tensors), itemgetter(*[at for at in range(len(args)) if at not in tensors])
+    found = itemgetter(*tensors), itemgetter(*[at for at in range(len(args)) if at not in tensors]), next(_numbers)
     if len(_sorts) >= _SORTS:
         _sorts.clear()
     _sorts[types] = found
@@ -50,9 +55,9 @@ def ready(name: str, args: tuple[Any, ...], q: Tensor, make: Callable[[tuple[Any
     Tensors are asked less than :func:`~triflash.bound.signature.describe` asks: what gets here is what its memory holds.
     """
     types = (name, *map(type, args))
-    tensors, rest = _sorts.get(types) or _sort(types, args)
+    tensors, rest, number = _sorts.get(types) or _sort(types, args)
     given = tensors(args)
-    near = (types, rest(args), q.shape, current_choices())
+    near = (number, rest(args), q.shape, current_choices())
     known = near_of(READY, near, given)
     if known is not None:
         found: Ready = known.entry
