@@ -101,6 +101,15 @@ def _note(kernel: Any) -> None:
         _noted[id(kernel)] = _Noted(kernel, kernel.hash, where, names, [*map(dict.get, where, names)])
 
 
+@functools.cache
+def _triton() -> tuple[Any, Any, Any]:
+    """Its knobs, driver and ``jit``: an import of what is there takes a microsecond, too."""
+    from triton import knobs
+    from triton.runtime import driver, jit
+
+    return knobs, driver, jit
+
+
 def _known(call: Call) -> Any:
     """What Triton would answer where it has the kernel in memory, sooner: its global constants are compared as objects, all in one go, not
     by the operators of each. None: ask Triton.
@@ -109,9 +118,7 @@ def _known(call: Call) -> Any:
     noted = _noted.get(id(kernel))
     if noted is None or noted.key != kernel.hash or [*map(dict.get, noted.where, noted.names)] != noted.values:
         return None
-    from triton import knobs
-    from triton.runtime import driver, jit
-
+    knobs, driver, jit = _triton()
     if getattr(knobs.runtime, "add_stages_inspection_hook", None) or getattr(knobs.compilation, "fpsan_homomorphic_casts", None):
         return None  # parts of the key in later releases
     try:

@@ -249,10 +249,10 @@ def l2_order(spec: AttentionSpec, config: QueryConfig, programs: int) -> tuple[i
     pair_bytes = max(1, spec.keys * (spec.head_dim + spec.value_dim) * 2)
     fitting = max(1, L2_GROUP_BYTES // pair_bytes)
     least = equal_groups(pairs, min(fitting, spec.batch)) if _shares_bias(spec) else 1
-    tiles_m, tiles = query_tiles(spec, config)
+    _, tiles = query_tiles(spec, config)
     if spec.hi is None or tiles <= programs or tiles > MAX_SIMULATED_TILES:
         return least, 0
-    lengths = [_key_blocks(spec, config, tile) + TILE_COST for tile in reversed(range(tiles_m))]
+    lengths = [blocks + TILE_COST for blocks in reversed(_key_blocks(spec, config))]
     sizes = [least * 2**n for n in range(5)] + [size * fitting for size in (1, 2, 4)]
     return best_order(lengths, pairs, programs, sizes, max(least, PREFERRED_GROUP_BYTES // pair_bytes), MAX_LOAD_IMBALANCE)
 
@@ -264,12 +264,14 @@ def _shares_bias(spec: AttentionSpec) -> bool:
     return spec.keys * (spec.queries if spec.bias.varies[3] else 1) * bias_itemsize(spec.bias) > RESIDENT_BIAS
 
 
-def _key_blocks(spec: AttentionSpec, config: QueryConfig, tile: int) -> int:
-    """Key blocks that a query tile visits."""
-    first, last = tile * config.block_m, min((tile + 1) * config.block_m, spec.queries) - 1
-    end = spec.keys if spec.hi is None else max(0, min(last + spec.hi + 1, spec.keys))
-    begin = 0 if spec.lo is None else max(0, first + spec.lo)
-    return max(1, -(-end // config.block_n) - begin // config.block_n)
+def _key_blocks(spec: AttentionSpec, config: QueryConfig) -> list[int]:
+    """Key blocks that each query tile visits."""
+    rows, columns, queries, keys, lo, hi = config.block_m, config.block_n, spec.queries, spec.keys, spec.lo, spec.hi
+    return [
+        max(1, -(-(keys if hi is None else max(0, min(min(first + rows, queries) + hi, keys))) // columns)
+            - (0 if lo is None else max(0, first + lo) // columns))
+        for first in range(0, queries, rows)
+    ]  # fmt: skip
 
 
 def best_order(
