@@ -466,6 +466,21 @@ def test_a_backward_pass_that_is_told_by_one_question_is_the_one_that_many_tell(
             assert which(BACKWARD[name])[1], name
 
 
+@pytest.mark.parametrize("backend", ["triton", "hopper"])
+def test_backward_passes_with_and_without_lse_do_not_meet(backend: str) -> None:
+    """Of one signature: what is saved differs, in whatever order they come."""
+    given = [torch.zeros(2, 72, 1, 32, dtype=BF16, requires_grad=True) for _ in range(3)]
+    with nothing_compiled():
+        for number in range(6):
+            out, *_ = found = attention(*given, return_lse=True, backend=backend)
+            assert len(found) == 2
+            alone = attention(*given, backend=backend)
+            for each in (out, alone) if number % 2 else (alone, out):
+                grads = torch.autograd.grad(each, given, torch.zeros_like(each))
+                assert [grad.shape for grad in grads] == [x.shape for x in given]
+        assert out.grad_fn.call is alone.grad_fn.call
+
+
 class Unreadable(dict):  # type: ignore[type-arg]
     """An environment that nobody may read."""
 

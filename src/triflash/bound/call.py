@@ -192,7 +192,7 @@ class BoundCall:
         """The gradients where ``wants``, of two that are no tensors and the operands, says so, None elsewhere, by the pass that
         :meth:`remember_backward` was told of for tensors like these. None: nothing is known of such.
         """
-        for check, bound in self._backward.near.get(wants, ()):
+        for check, bound in self._backward.near.get((wants, len(there)), ()):
             if check(*there):
                 addresses = [*map(address, there)]
                 if functools.reduce(operator.or_, addresses) & 15 or current_choices() is not NO_CHOICES:
@@ -211,7 +211,8 @@ class BoundCall:
         wants: stands for needs. Nothing is remembered of calls with a tensor missing between others, of addresses that are no multiples of
         16, where configurations are chosen, or of more kinds than few.
         """
-        known = self._backward.near.get(wants, ())
+        key = wants, len(there)  # which differs by whether lse and rest are one
+        known = self._backward.near.get(key, ())
         if len(known) >= _KNOWN or len(there) != self._count + saved_count + 1 or current_choices() is not NO_CHOICES:
             return
         addresses = [*map(address, there)]
@@ -219,7 +220,7 @@ class BoundCall:
         if check is not None:
             missing = (None,) * (len(self.given) - self._count)
             tensors = (*there[: self._count], *missing, *there[self._count :], None)
-            self._backward.near[wants] = (*known, (check, self._backward_of(tensors, addresses, saved_count, needs, False)))
+            self._backward.near[key] = (*known, (check, self._backward_of(tensors, addresses, saved_count, needs, False)))
 
     def bound_backward(self, tensors: Given, saved_count: int, needs: tuple[bool, ...]) -> BoundPass:
         """The backward pass for such tensors: the operands, what was saved, dout and dlse."""
