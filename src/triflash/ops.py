@@ -396,8 +396,9 @@ class Attention(torch.autograd.Function):
         if _transforms() or _dispatch_modes() or _opaque(dout) or (dlse is not None and _opaque(dlse)):
             grads = _backward_by_operator(call, given, outputs, dout, dlse, needs)
         elif plain:
+            bound = call.backward_passes
             grads = call.run_backward(given, outputs, dout, dlse, needs)
-            if few and dlse is None:
+            if few and dlse is None and call.backward_passes == bound:  # what comes twice
                 call.remember_backward(wants, (*saved, dout), len(outputs), needs)
         else:
             with torch.no_grad():

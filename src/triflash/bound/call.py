@@ -205,6 +205,11 @@ class BoundCall:
                 return tuple([next(made) if want else None for want in wants])
         return None
 
+    @property
+    def backward_passes(self) -> int:
+        """How many are bound."""
+        return len(self._backward)
+
     def remember_backward(self, wants: tuple[bool, ...], there: tuple[Tensor, ...], saved_count: int, needs: tuple[bool, ...]) -> None:
         """Let backward passes for such tensors, the operands, what was saved and dout, be told by one C function.
 
