@@ -16,12 +16,12 @@ different or stuck.
 """
 
 import argparse
+import functools
 import math
 import multiprocessing
 import os
 import random
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -29,10 +29,12 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from races import sanitizer
 from triflash import launch, oracle
 from triflash.plan.configs import padded
 from triflash.plan.device import KNOWN_DEVICES, facts_of
@@ -97,6 +99,7 @@ class Problem:
 
 
 Results = tuple[Tensor | None, ...]  # out, lse, rest; and dq, dk, dv, dbias
+Judged = Callable[[Any, torch.device], tuple[float, str]]  # a problem, where -> largest error as a part of what is allowed, at what
 
 
 def results_of(problem: Problem, q: Tensor, v: Tensor, bias: Tensor | None) -> Results:
@@ -251,18 +254,17 @@ def drawn(seed: int, worker: int, count: int, backward: bool = False) -> Iterato
 
 
 def work(
-    worker: int, first: int, count: int, seed: int, backward: bool, device: str, solve: Callable[..., Results], report: Connection
+    worker: int, first: int, count: int, draw: Callable[[int, int], Iterator[Any]], judged: Judged, device: str, report: Connection
 ) -> None:
     """One process: problems ``first … count`` of its own, saying what it does before it does it."""
     where = torch.device(device)
     torch.set_num_threads(1)
-    for index, problem in enumerate(drawn(seed, worker, count, backward)):
+    for index, problem in enumerate(draw(worker, count)):
         if index < first:
             continue
         report.send(("start", index, str(problem)))
         try:
-            tensors = problem.tensors(where)
-            worst, at = judge(problem, tensors, solve(problem, tensors))
+            worst, at = judged(problem, where)
         except Exception as error:  # a CUDA error leaves nothing to go on with: the next problem gets a process of its own
             report.send(("error", index, f"{type(error).__name__}: {str(error)[:400]}"))
             return
@@ -289,6 +291,12 @@ def silent(patience: float) -> Callable[[Worker], bool]:
     return lambda worker: time.monotonic() - worker.heard > (patience if worker.problem else max(patience, STARTING))
 
 
+def solved(solver: Callable[..., Results], problem: Problem, device: torch.device) -> tuple[float, str]:
+    """The judgement of what a solver makes of a problem."""
+    tensors = problem.tensors(device)
+    return judge(problem, tensors, solver(problem, tensors))
+
+
 def run_random(
     total: int,
     processes: int,
@@ -299,12 +307,25 @@ def run_random(
     backward: bool = False,
 ) -> int:
     """Draw and judge ``total`` problems; returns how many went wrong."""
+    draw = functools.partial(drawn, seed, backward=backward)
+    return watch(total, processes, draw, functools.partial(solved, solver), stuck, device)
+
+
+def watch(
+    total: int,
+    processes: int,
+    draw: Callable[[int, int], Iterator[Any]],
+    judged: Judged,
+    stuck: Callable[[Worker], bool],
+    device: str = "cuda",
+) -> int:
+    """Judge ``total`` problems, which ``draw(process, how many)`` draws, in processes; returns how many went wrong."""
     context = multiprocessing.get_context("spawn")
     began = time.monotonic()
 
     def start(number: int, first: int, count: int, replaced: int) -> Worker:
         mine, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(number, first, count, seed, backward, device, solver, theirs), daemon=True)
+        process = context.Process(target=work, args=(number, first, count, draw, judged, device, theirs), daemon=True)
         process.start()
         theirs.close()
         return Worker(number, process, mine, time.monotonic(), count, replaced=replaced)
@@ -428,10 +449,9 @@ def run_tiny(device: str = "cuda", backward: bool = False) -> int:
     return bad
 
 
-def sanitize(tool: str, backward: bool = False) -> int:
-    """Run the tiny problems under compute-sanitizer; if it is not there, say what would have been run."""
-    usual = "/usr/local/cuda/bin/compute-sanitizer"
-    program = shutil.which("compute-sanitizer") or (usual if os.access(usual, os.X_OK) else None)
+def sanitize(tool: str, backward: bool = False, script: str = __file__) -> int:
+    """Run a script's tiny problems under compute-sanitizer; if it is not there, say what would have been run."""
+    program = sanitizer()
     command = [
         program or "compute-sanitizer",
         "--tool",
@@ -439,7 +459,7 @@ def sanitize(tool: str, backward: bool = False) -> int:
         "--error-exitcode",
         "1",
         sys.executable,
-        os.path.abspath(__file__),
+        os.path.abspath(script),
         "--tiny",
         *["--backward"] * backward,
     ]

@@ -163,8 +163,7 @@ def test_without_a_gpu_or_a_tool_it_says_so(capsys: pytest.CaptureFixture[str], 
         with pytest.raises(SystemExit) as stopped:
             stress.main()
         assert stopped.value.code == 2 and "needs an sm90 GPU" in capsys.readouterr().err
-    monkeypatch.setattr(stress.shutil, "which", lambda _: None)
-    monkeypatch.setattr(stress.os, "access", lambda *_: False)
+    monkeypatch.setattr(stress, "sanitizer", lambda: None)
     assert stress.sanitize("racecheck") == 2
     printed = capsys.readouterr()
     assert "compute-sanitizer --tool racecheck" in printed.out and "--tiny" in printed.out and "not installed" in printed.err
