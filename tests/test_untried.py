@@ -13,7 +13,8 @@ from here import stand_in_only
 from triflash.untried import UNTRIED
 
 HERE = Path(__file__).parent
-TESTS = (  # and which of them: padded heads with operands in registers
+TESTS = (  # and which of them: whole blocks of packed sequences first; padded heads with operands in registers
+    ("test_varlen_hopper.py", "test_keys_that_add_dq and full"),
     ("test_hopper_twin.py", "padded or swap or wide_heads"),
 )
 
