@@ -27,9 +27,10 @@ from torch import Tensor
 from stress_hopper import DTYPES, TOGETHER, sanitize, silent, watch
 from triflash import attention_varlen
 from triflash.plan.device import facts_of
+from triflash.untried import UNTRIED
 
 PER_FAMILY = 84  # problems that share what a kernel is compiled for
-NAMES = ("out", "lse", "dq", "dk", "dv", "dbias")
+LEAVES = ("q", "k", "v", "bias", "sink")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Packed:
     wrong: str = ""
     spare: int = 0
     aligned: bool = True
+    sink: bool = False
+    short: int = 0  # so many rows of the longest sequences are behind a padded bias's last
     seed: int = 0
 
     def offsets(self, lengths: tuple[int, ...]) -> list[int]:
@@ -87,13 +90,15 @@ class Packed:
 
         heads = self.H if self.own else 1
         shape = {
-            "padded": (len(self.queries) if self.own else 1, self.H, longest_q, longest_k),
+            "padded": (len(self.queries) if self.own else 1, self.H, max(longest_q - self.short, 1), longest_k),
             "rows": (heads, rows, longest_k),
             "keys": (heads, columns),
         }.get(self.bias)  # fmt: skip
         x = {"q": normal(rows, self.H, self.D), "k": normal(columns, self.Hk, self.D), "v": normal(columns, self.Hk, self.D)}
         if shape:
             x["bias"] = normal(*shape)
+        if self.sink:
+            x["sink"] = normal(self.H)
         x["dout"], x["dlse"] = normal(rows, self.H, self.D), normal(self.H, rows).float()
         if not self.wrong:
             for side, names in zip(_sides(self, device), (("q",), ("k", "v")), strict=True):
@@ -121,7 +126,7 @@ def _sides(problem: Packed, device: torch.device) -> list[tuple[Tensor, Tensor]]
 
 def step(problem: Packed, x: dict[str, Tensor], backend: str = "hopper") -> list[Tensor]:
     """out, lse, and the gradients of q, k, v and the bias."""
-    leaves = {name: x[name].detach().requires_grad_() for name in ("q", "k", "v", "bias") if name in x}
+    leaves = {name: x[name].detach().requires_grad_() for name in LEAVES if name in x}
     more = {name: x[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k") if name in x}
     window = None if problem.window is None else (problem.window, None)
     out, lse = attention_varlen(
@@ -134,7 +139,7 @@ def step(problem: Packed, x: dict[str, Tensor], backend: str = "hopper") -> list
 def exact(problem: Packed, x: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
     """The same as a padded batch in float64, and the sum of p |v|, by which out is judged."""
     (rows, is_row), (columns, is_key) = _sides(problem, x["q"].device)
-    leaves = {name: x[name].double().nan_to_num().requires_grad_() for name in ("q", "k", "v", "bias") if name in x}
+    leaves = {name: x[name].double().nan_to_num().requires_grad_() for name in LEAVES if name in x}
     q, k, v = (leaves[name][at] * there[:, :, None, None] for name, at, there in (
         ("q", rows, is_row), ("k", columns, is_key), ("v", columns, is_key)
     ))  # fmt: skip
@@ -148,7 +153,9 @@ def exact(problem: Packed, x: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
             bias = bias[:, rows].transpose(0, 1)
         elif problem.bias == "keys":
             bias = bias[:, columns].transpose(0, 1)[:, :, None]
-        scores = scores + bias[..., : k.shape[1]]
+        if bias.shape[2] > 1:  # behind its last row it hides all keys
+            bias = torch.nn.functional.pad(bias, (0, 0, 0, max(q.shape[1] - bias.shape[2], 0)), value=-torch.inf)
+        scores = scores + bias[:, :, : q.shape[1], : k.shape[1]]
     i, j = (torch.arange(at.shape[1], device=at.device) for at in (rows, columns))
     shift = j - i[:, None] - (is_key.sum(1) - is_row.sum(1))[:, None, None]  # 0 on each sequence's diagonal
     shown = is_row[:, :, None] & is_key[:, None]
@@ -158,8 +165,10 @@ def exact(problem: Packed, x: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
         shown = shown & (shift >= -problem.window)
     shown = shown[:, None]
     scores = scores.masked_fill(~shown, -torch.inf)
-    sees = shown.any(-1).expand(scores.shape[:-1])
-    lse = torch.logsumexp(scores.masked_fill(~sees[..., None], 0.0), -1).masked_fill(~sees, -torch.inf)
+    sinks = leaves["sink"] if problem.sink else scores.new_full((problem.H,), -torch.inf)
+    every = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:-1], 1)], -1)  # a sink is one more key, without a value
+    sees = (every > -torch.inf).any(-1) & is_row[:, None]
+    lse = torch.logsumexp(every.masked_fill(~sees[..., None], 0.0), -1).masked_fill(~sees, -torch.inf)
     p = torch.exp(scores - lse.masked_fill(~sees, 0.0)[..., None])
 
     def packed(y: Tensor, fill: float) -> Tensor:
@@ -174,6 +183,11 @@ def exact(problem: Packed, x: dict[str, Tensor]) -> tuple[list[Tensor], Tensor]:
     return [out.detach(), flat.detach(), *grads], weight
 
 
+def names_of(x: dict[str, Tensor]) -> list[str]:
+    """Of the results of a problem with these tensors."""
+    return ["out", "lse", *(f"d{name}" for name in LEAVES if name in x)]
+
+
 def judge(problem: Packed, x: dict[str, Tensor], results: list[Tensor]) -> tuple[float, str]:
     """The largest error as a part of what is allowed (up to 1 is right), and where. Of wrong offsets only that a call ends counts."""
     if problem.wrong:
@@ -184,7 +198,7 @@ def judge(problem: Packed, x: dict[str, Tensor], results: list[Tensor]) -> tuple
     roundoff = torch.finfo(x["q"].dtype).eps / 2
     slack = 1e-6 + max(problem.keys) * 2.0**-25 * 8
     worst, where = 0.0, ""
-    for name, got, wanted in zip(NAMES, results, right, strict=False):
+    for name, got, wanted in zip(names_of(x), results, right, strict=True):
         if name in ("out", "lse"):
             limit = 2.5 * roundoff * weight + slack if name == "out" else 1e-4 * (1 + wanted.abs())
             parts = torch.where(got == wanted, 0.0, (got.double() - wanted).abs() / limit).nan_to_num(torch.inf, torch.inf)
@@ -231,13 +245,14 @@ def drawn(seed: int, worker: int, count: int) -> Iterator[Packed]:
                 bias=chooser.choice(["", "", "", "padded", "rows", "keys"]), own=chooser.random() < 0.5,
                 causal=band == "causal", window=chooser.randint(1, 100) if band == "window" else None,
                 softcap=chooser.choice([0.0, 0.0, 0.0, 2.0]), deterministic=chooser.random() < 0.5,
-                used=chooser.random() < 0.2, aligned=chooser.random() < 0.5,
+                used=chooser.random() < 0.2, aligned=chooser.random() < 0.5, short=chooser.choice([0, 0, 30]),
             )  # fmt: skip
+            family["sink"] = chooser.random() < 0.3 and (UNTRIED or not family["bias"])  # beside a bias of few rows that is off
         B = 2 * chooser.randint(1, 10) + 1  # odd, as are rows in all: of multiples of 16 Triton makes other kernels
         spread = chooser.choice(["equal", "even", "skewed", "mostly empty"])
 
         queries = lengths(chooser, spread, B, mean)
-        keys = queries if chooser.random() < 0.6 else lengths(chooser, spread, B, mean)
+        keys = queries if spread == "mostly empty" or chooser.random() < 0.5 else lengths(chooser, spread, B, mean)
         if (sum(queries) - sum(keys)) % 2:
             keys = (*keys[:-1], keys[-1] + 1)
         wrong = chooser.choice(["decreasing", "negative", "beyond", "huge"]) if number % 8 == 7 else ""
@@ -250,6 +265,7 @@ SMALL = [
     Packed((34,) * 40, (34,) * 40, causal=True, deterministic=True),
     Packed((200, 90, 333), (200, 90, 333), D=128, bias="rows", own=True, deterministic=True, spare=1),
     Packed((100, 260), (300, 64), D=128, bias="keys", window=70, used=True, deterministic=True),
+    Packed((70, 0, 130), (70, 0, 130), bias="padded" if UNTRIED else "", short=20, sink=True, deterministic=True, spare=3),
 ]
 
 

@@ -13,8 +13,8 @@ from here import stand_in_only
 from triflash.untried import UNTRIED
 
 HERE = Path(__file__).parent
-TESTS = (  # and which of them: whole blocks of packed sequences first; padded heads with operands in registers
-    ("test_varlen_hopper.py", "test_keys_that_add_dq and full"),
+TESTS = (  # and which of them: packed sequences, whole blocks first, and sinks beside any bias; padded heads with operands in registers
+    ("test_varlen_hopper.py", "a_sink_beside or (keys_that_add and full)"),
     ("test_hopper_twin.py", "padded or swap or wide_heads"),
 )
 

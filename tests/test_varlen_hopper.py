@@ -31,6 +31,7 @@ from triflash.plan.kernels.dq import DqConfig
 from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.kernels.shared import STATS_MULTIPLE
 from triflash.plan.override import override_configs
+from triflash.untried import UNTRIED
 
 DEVICE = "cuda" if ON_HOPPER else "cpu"
 pytestmark = [] if ON_HOPPER else stand_in_only
@@ -109,7 +110,7 @@ def drawn(seed: int, dtype: torch.dtype = HALF, dims: tuple[int, ...] = (16, 64)
         (0.2, "scale", 0.2),
     )
     options |= {name: value for chance, name, value in some if rng.random() < chance}
-    if rng.random() < 0.3 and "bias" not in leaves and "mask" not in options:
+    if rng.random() < 0.3 and (UNTRIED or ("bias" not in leaves and "mask" not in options)):
         leaves["sink"] = rand(H)
     if rng.random() < 0.25:
         options |= {"dropout_p": 0.3, "dropout_seed": 77}
@@ -352,8 +353,21 @@ def test_what_it_cannot_do_is_said() -> None:
     cu = torch.tensor([0, 40, 100], device=DEVICE)
     with hopper(), pytest.raises(UnsupportedError, match="hopper"):
         attention_varlen(q, k, v, cu, bias=(bias, bias))
-    with hopper(), pytest.raises(UnsupportedError, match="a sink beside"):
+    with hopper(), contextlib.nullcontext() if UNTRIED else pytest.raises(UnsupportedError, match="a sink beside"):
         attention_varlen(q, k, v, cu, bias=bias, sink=torch.zeros(2, device=DEVICE))
+
+
+@pytest.mark.skipif(not UNTRIED, reason="TRIFLASH_UNTRIED=1 turns this on")
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_sink_beside_a_bias_that_ends_early(seed: int, apart: bool) -> None:
+    """Queries behind its last row see no key: their lse is the sink, whose gradient it passes on. A sink may have any strides."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = several([70, 0, 64, 1, 40], causal=seed % 2 == 0)
+    batch.leaves["bias"] = torch.randn(1, 2, [50, 64, 1, 50][seed], [60, 70, 70, 10][seed], generator=generator).to(HALF)
+    batch.leaves["sink"] = torch.randn(4, generator=generator)[::2]
+    batch.used = ([69, 0, 30, 1, 40], [70, 0, 64, 0, 0])
+    assert "forward" in check(batch, seed, apart=apart)
 
 
 def test_deterministic_results_have_the_same_bits() -> None:

@@ -19,7 +19,7 @@ from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, Operands, Saved
 from .calls import Call
 from .common import config_of
-from .packed import extents_call, row_and_head, unowned_call
+from .packed import extents_call, row_and_head, sink_of, unowned_call
 from .room import Room
 
 __all__ = ["AROUND", "Tables", "around_call", "tables", "tiles_of"]
@@ -155,9 +155,10 @@ def _prepared_call(
     count = packed.sequences
     args = (
         *(x.offsets_q, x.offsets_k, x.used_q, x.used_k, t.extents, t.diagonals, t.counters, *of),
-        *(packed.most_queries, packed.most_keys, spec.lo, spec.hi),
+        *((packed.most_queries, packed.most_keys), spec.lo, spec.hi),
         (count, count.bit_length(), int(packed.bottom_right), spec.queries, spec.keys, spec.heads, spec.kv_heads),
-        *(of_queries, lse, rest, dk, dv, strides[0], None if lse is None else lse.stride(1), *strides[1:]),
+        *(sink_of(x, packed.most_queries, lse), of_queries, lse, rest, dk, dv),
+        *(strides[0], None if lse is None else lse.stride(1), *strides[1:]),
     )
     sizes = {name: 0 if each is None else each.shape[3] for name, each in zip(("DX", "DK", "DV"), (of_queries, dk, dv), strict=True)}
     constants = {

@@ -22,7 +22,7 @@ from .room import Room
 
 __all__ = [
     "OF_BIAS", "PackedTables", "backward_calls", "dbias_call", "extents_call", "forward_calls", "in_line", "packed_features",
-    "row_and_head", "table_call", "tables", "unowned_call",
+    "row_and_head", "sink_of", "table_call", "tables", "unowned_call",
 ]  # fmt: skip
 
 OF_BIAS = ("cleared", "packed_dbias", "dbias_sum")  # kernels for the gradient of a bias alone
@@ -112,7 +112,7 @@ def unowned_call(
     most: tuple[int | None, int | None] = (None, None),
 ) -> Call:  # fmt: skip
     """Zeros in the rows of one or two tensors, and in ``saved``, that belong to no sequence. most: so many queries and keys of a sequence
-    count as its own; None: all.
+    count as its own, and the others have a sink alone, if there is one; None: all.
     """
     tensors = [given[name] for name in step.gives if name != "lse"]
     first, second = [*tensors, None][:2]
@@ -121,13 +121,19 @@ def unowned_call(
     of_keys = step.gives[0] in ("dk", "dv")
     owned = (x.offsets_k, x.used_k, most[1]) if of_keys else (x.offsets_q, x.used_q, most[0])
     lse, rest = (None, None) if saved is None else (saved.lse, saved.rest)
+    sink = sink_of(x, owned[2], lse)
     args = (
-        *(*owned, first, second, lse, rest, row_and_head(first), None if second is None else row_and_head(second)),
+        *(*owned, sink, first, second, lse, rest, row_and_head(first), None if second is None else row_and_head(second)),
         *(None if lse is None else lse.stride(1), count, first.shape[1], first.shape[2], count.bit_length(), 0),
     )
     widest = max(first.shape[3], 0 if second is None else second.shape[3])
     constants = {"DX": first.shape[3], "DY": 0 if second is None else second.shape[3], "BLOCK": ROWS_A_PROGRAM, "BLOCK_DIM": padded(widest)}
     return Call(packed_kernels.unowned, args, constants, config_of(step), step.programs)
+
+
+def sink_of(x: Operands, most: int | None, lse: Tensor | None) -> tuple[Tensor, int] | None:
+    """The sink and its stride, where it is the lse of some rows that are no tile's: of a sequence's queries from ``most`` on."""
+    return None if x.sink is None or most is None or lse is None else (x.sink, x.sink.stride(0))
 
 
 def row_and_head(x: Tensor) -> tuple[int, int]:

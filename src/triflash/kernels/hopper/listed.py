@@ -125,7 +125,7 @@ def spread(extents, x, target, x_head, x_key, target_head, sequences, T, blocks,
 
 @triton.jit
 def prepared(
-    offsets_q, offsets_k, used_q, used_k, extents, diagonals, counters, queries, keys, most_q, most_k, lo, hi, sizes, x, lse, rest, dk, dv,
+    offsets_q, offsets_k, used_q, used_k, extents, diagonals, counters, queries, keys, most, lo, hi, sizes, sink, x, lse, rest, dk, dv,
     x_strides, lse_stride, dk_strides, dv_strides,
     BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, DX: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -133,9 +133,11 @@ def prepared(
     barriers between; the others clear what no sequence has (``packed.unowned``), of x, lse and rest, and behind that of dk and dv.
 
     queries, keys: of a table ``(first, entries, places, table, count, bound, chunk)``, bound AT_ONCE at most. x: out or dq. sizes:
-    ``(sequences, their bits, bottom_right, T_q, T_k, heads, key heads)``, AT_ONCE sequences at most. None: not wanted.
+    ``(sequences, their bits, bottom_right, T_q, T_k, heads, key heads)``, AT_ONCE sequences at most. most: most_q and most_k
+    of ``extents``. None: not wanted.
     """
     sequences, rounds, bottom_right, T_q, T_k, heads, kv_heads = sizes
+    most_q, most_k = most
     programs_q = 0
     if x is not None:
         programs_q = tl.cdiv(T_q, BLOCK)
@@ -169,11 +171,11 @@ def prepared(
             ordered(entries_k, places_k, counters_k, table_k, bound_k, AT_ONCE)
     elif tl.program_id(0) <= programs_q:
         unowned(
-            offsets_q, used_q, most_q, x, None, lse, rest, x_strides, None, lse_stride, sequences, T_q, heads, rounds, 1,
+            offsets_q, used_q, most_q, sink, x, None, lse, rest, x_strides, None, lse_stride, sequences, T_q, heads, rounds, 1,
             DX, 0, BLOCK, BLOCK_DIM,
         )  # fmt: skip
     else:
         unowned(
-            offsets_k, used_k, most_k, dk, dv, None, None, dk_strides, dv_strides, None, sequences, T_k, kv_heads, rounds, 1 + programs_q,
-            DK, DV, BLOCK, BLOCK_DIM,
+            offsets_k, used_k, most_k, None, dk, dv, None, None, dk_strides, dv_strides, None, sequences, T_k, kv_heads, rounds,
+            1 + programs_q, DK, DV, BLOCK, BLOCK_DIM,
         )  # fmt: skip

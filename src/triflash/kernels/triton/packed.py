@@ -87,15 +87,17 @@ def tiles(first, table, sequences, bound, rounds, BLOCK: tl.constexpr):
 
 @triton.jit
 def unowned(
-    offsets, used, most, x, y, lse, rest, x_strides, y_strides, lse_stride, sequences, T, heads, rounds, first,
+    offsets, used, most, sink, x, y, lse, rest, x_strides, y_strides, lse_stride, sequences, T, heads, rounds, first,
     DX: tl.constexpr, DY: tl.constexpr, BLOCK: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK rows of packed tensors x and y (strides by row and head) and of lse and rest, by (head, row), and writes 0,
-    and -inf to lse, where no sequence is: by what ``extents`` reads. first: the program that owns the first rows. None: not there.
+    and -inf to lse, where no sequence is: by what ``extents`` reads. Rows of a sequence from ``most`` on, which see no key, are such, too,
+    but their lse is the head's sink, ``(sinks, stride)``. first: the program that owns the first rows. None: not there.
     """
     rows = (tl.program_id(0) - first) * BLOCK + tl.arange(0, BLOCK)
     b = last_at_most(offsets, 1, rows, sequences, rounds)
     start, length = _lengths(offsets, used, b, b < sequences, T)
+    blind = (rows >= start) & (rows < start + length)
     if most is not None:
         length = tl.minimum(length, most)
     lost = (rows < T) & ((rows < start) | (rows >= start + length))
@@ -107,7 +109,10 @@ def unowned(
             if y is not None:
                 _zero(y + offset(head, y_strides[1]), y_strides[0], rows, lost, d, DY, BLOCK, BLOCK_DIM)
             if lse is not None:
-                tl.store(lse + offset(head, lse_stride) + rows, float("-inf"), mask=lost)
+                nothing = tl.zeros([BLOCK], tl.float32) + float("-inf")
+                if sink is not None:
+                    nothing = tl.where(blind, tl.load(sink[0] + offset(head, sink[1])).to(tl.float32), nothing)
+                tl.store(lse + offset(head, lse_stride) + rows, nothing, mask=lost)
             if rest is not None:
                 tl.store(rest + offset(head, T) + rows, 0.0, mask=lost)
 
