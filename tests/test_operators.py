@@ -15,7 +15,7 @@ from torch import Tensor
 import triflash
 from expected import kernels
 from here import BACKENDS, HAVE_TRITON
-from triflash import attention, flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, ops
+from triflash import attention, attention_varlen, flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, ops
 
 pytestmark = pytest.mark.unpoisoned
 COMPILERS = ["aot_eager"]
@@ -228,8 +228,88 @@ def test_compiled_errors_are_those_of_eager_calls(name: str, fullgraph: bool, de
         assert caught.type is kind
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_a_compiled_call_compares_little(with_bias: bool, device: torch.device) -> None:
+def packed(q: Tensor, k: Tensor | None = None, **options: Any) -> Any:
+    """A call on one packed tensor, two sequences of it; q: (2, 12, 3, 8)."""
+    cu = torch.tensor([0, 5, 24], dtype=torch.int32, device=q.device)
+    rows = q.flatten(0, 1)
+    return attention_varlen(rows, rows if k is None else k, rows, options.pop("cu_seqlens_q", cu), **options)
+
+
+BAD_PACKED: dict[str, tuple[type[Exception], str, Callable[[Tensor], Any]]] = {
+    "shape": (ValueError, r"k: wanted shape \(Tk=24, Hk=3, D=8\), got \(24, 3, 4\)", lambda q: packed(q, q[..., :4].flatten(0, 1))),
+    "dtype": (TypeError, "k: wanted q's dtype torch.float32, got torch.float64", lambda q: packed(q, q.double().flatten(0, 1))),
+    "offsets": (TypeError, "cu_seqlens_q: wanted", lambda q: packed(q, cu_seqlens_q=q[0, :, 0, 0])),
+    "bias": (ValueError, "bias: wanted", lambda q: packed(q, bias=q[0])),
+    "layout": (ValueError, "bias_layout: wanted one of padded, rows, keys, got 'x'", lambda q: packed(q, bias_layout="x")),
+    "window": (ValueError, r"window: wanted integers from 0 up.*, got \(1, -7\)", lambda q: packed(q, window=(1, -7))),
+    "number": (ValueError, "dropout_p: wanted a number from 0 .*, got 1.5", lambda q: packed(q, dropout_p=1.5)),
+    "hint": (TypeError, "max_seqlen_q: wanted an integer from 0 up, or None, got -1", lambda q: packed(q, max_seqlen_q=-1)),
+    "no tensor": (TypeError, "q: wanted a tensor, got list", lambda q: attention_varlen([q], q, q, q)),  # type: ignore[call-overload]
+    "no bool": (TypeError, "causal: wanted True, False or 'top_left', got 1", lambda q: packed(q, causal=1)),
+    "name": (TypeError, "cu_seq_q: wanted an argument of attention_varlen", lambda q: packed(q, cu_seq_q=q)),
+    "backend": (triflash.UnsupportedError, "not supported by backend 'hopper'", lambda q: packed(q, backend="hopper")),
+}
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("name", BAD_PACKED)
+def test_compiled_errors_of_packed_sequences_are_those_of_eager_calls(name: str, fullgraph: bool, device: torch.device) -> None:
+    kind, words, call = BAD_PACKED[name]
+    if name == "backend" and device.type == "cuda":
+        pytest.skip("there may be such a GPU")
+    q = torch.randn(2, 12, 3, 8, device=device)
+    with pytest.raises(kind, match=words):
+        call(q)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=words) as caught:
+        torch.compile(call, backend="aot_eager", fullgraph=fullgraph, dynamic=True)(q)
+    if not fullgraph:
+        assert caught.type is kind
+
+
+FEATURES: dict[str, Callable[[Tensor], dict[str, Any]]] = {
+    "plain": lambda bias: {},
+    "hints, lse": lambda bias: {"max_seqlen_q": 19, "max_seqlen_k": 19, "return_lse": True, "causal": "top_left"},
+    "bias, window, soft cap": lambda bias: {"bias": bias, "window": (4, None), "softcap": 5, "scale": 0.3},
+    "two biases, mask": lambda bias: {"bias": (bias, bias[:1, :1]), "mask": bias > -1, "mask_layout": "padded"},
+    "a bias of keys, a sink, slopes": lambda bias: {"bias": bias[0, :, 0].repeat(1, 2)[:, :24], "bias_layout": "keys", "sink": bias[0, :, 0, 0],
+                                                    "alibi_slopes": bias[0, :, 1, 1].detach().exp(), "causal": True},
+    "used rows, dropout": lambda bias: {"seqused_q": torch.tensor([3, 19], device=bias.device), "dropout_p": 0.2,
+                                        "dropout_seed": torch.tensor([3, 0], device=bias.device), "deterministic": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("features", FEATURES)
+def test_compiled_packed_sequences_equal_eager_ones(features: str, dynamic: bool, device: torch.device) -> None:
+    """As one operator: the graph that Dynamo makes has no other of ours, and its gradients are the eager call's."""
+    torch._dynamo.reset()
+    targets: list[str] = []
+
+    def seen(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes if "triflash" in str(node.target))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    def call(q: Tensor, bias: Tensor) -> Any:
+        found = packed(q, **FEATURES[features](bias))
+        return found[0].sum() + found[1].sum() if isinstance(found, tuple) else found.square().sum()
+
+    generator = torch.Generator(device).manual_seed(1)
+    q = torch.randn(2, 12, 3, 8, device=device, generator=generator, requires_grad=True)
+    bias = torch.randn(1, 3, 19, 19, device=device, generator=generator, requires_grad=True)
+    results = []
+    for function in (call, torch.compile(call, backend=seen, fullgraph=True, dynamic=dynamic)):
+        out = function(q, bias)
+        results.append([out, *torch.autograd.grad(out, (q, bias), allow_unused=True)])
+    for x, y in zip(*results, strict=True):
+        assert (x is None) == (y is None)
+        if x is not None:
+            torch.testing.assert_close(y, x)
+    assert targets == ["triflash.attention_varlen.default"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "packed", "packed bias"])
+def test_a_compiled_call_compares_little(kind: str, device: torch.device) -> None:
     """What Dynamo reads while it traces our Python it compares in every call: 152 such guards took a fifth of a compiled forward pass."""
     torch._dynamo.reset()
     found: list[Any] = []
@@ -238,14 +318,18 @@ def test_a_compiled_call_compares_little(with_bias: bool, device: torch.device) 
         found.extend(guards)
         return [True] * len(guards)
 
-    compiled = torch.compile(
-        lambda q, k, v, bias: attention(q, k, v, bias=bias, causal=True),
-        backend="eager",
-        fullgraph=True,
-        options={"guard_filter_fn": all_of},
-    )
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu: Tensor) -> Tensor:
+        if kind.startswith("packed"):
+            return attention_varlen(q, k, v, cu, bias=bias, causal=True)
+        return attention(q, k, v, bias=bias, causal=True)
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True, options={"guard_filter_fn": all_of})
     q, k, v, bias = tensors(device)
-    compiled(q, k, v, bias if with_bias else None)
+    if kind.startswith("packed"):
+        q, k, v = (x.detach().flatten(0, 1).requires_grad_() for x in (q, k, v))
+        bias = torch.zeros(1, 1, 30, 30, device=device, requires_grad=True)
+    cu = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
+    compiled(q, k, v, bias if kind.endswith("bias") else None, cu)
     assert 0 < len(found) <= 36, [(each.guard_type, each.name) for each in found]
 
 

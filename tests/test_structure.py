@@ -112,7 +112,7 @@ RULES: dict[str, list[str]] = {
     "triflash.ops": [
         "torch", "triflash.bound", "triflash.errors", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.saved", "triflash.spec",
     ],
-    "triflash.ops_checked": ["torch", "triflash.arguments", "triflash.checks", "triflash.errors", "triflash.ops"],
+    "triflash.ops_checked": ["torch", "triflash.arguments", "triflash.checks", "triflash.errors", "triflash.ops", "triflash.ops_varlen"],
     "triflash.ops_varlen": [
         "torch", "triflash.bound", "triflash.flops", "triflash.form", "triflash.launch.room", "triflash.ops", "triflash.plan.device",
         "triflash.saved", "triflash.spec",
@@ -162,9 +162,11 @@ RULES: dict[str, list[str]] = {
     "triflash.compat.flash_attn": [
         "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.flash_attn_cache", "triflash.compat.words",
         "triflash.door", "triflash.errors",
-        "triflash.ops", "triflash.ops_varlen", "triflash.varlen",
+        "triflash.ops", "triflash.ops_checked", "triflash.ops_varlen", "triflash.varlen",
     ],
-    "triflash.varlen": ["torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints"],
+    "triflash.varlen": [
+        "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.hints", "triflash.ops_checked", "triflash.plan.select",
+    ],
     "triflash.triton_flash_attention": [
         "torch", "triflash.arguments", "triflash.checks", "triflash.door", "triflash.errors", "triflash.ops", "triflash.plan.select",
         "triflash.spec",

@@ -36,9 +36,8 @@ from .errors import UnsupportedError
 from .launch.room import meta, twin
 from .nested import attend_nested, is_nested
 from .ops import Attention
-from .ops_checked import casting, compute, is_casting, refuse_tangents
-from .ops_varlen import VarlenOptions as Varlen
-from .ops_varlen import VarlenTensors, bind_varlen, varlen_forward
+from .ops_checked import casting, compute, compute_varlen, is_casting, refuse_tangents, varlen_options
+from .ops_varlen import VarlenTensors, bind_varlen
 from .plan.device import DeviceFacts
 from .plan.select import NO_CHOICES, current_choices, requested_backend_soon
 from .spec import resolve_precision, spec_of
@@ -51,7 +50,6 @@ __all__ = [
     "bind",
     "bind_sequences",
     "is_dtensor",
-    "varlen_options",
 ]
 
 PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they look like
@@ -244,15 +242,6 @@ def _bound_sequences(settled: CheckedVarlen, given: VarlenGiven, facts: DeviceFa
     return bind_varlen(VarlenTensors(*given[:7], drawn, *given[8:]), varlen_options(settled), facts, given.q.device)
 
 
-def varlen_options(settled: CheckedVarlen) -> Varlen:
-    """What the operators of packed sequences take beside the tensors."""
-    band = settled.band
-    return Varlen(
-        band.left, band.right, band.anchor == "bottom_right", settled.scale, settled.precision, settled.bias_layout, settled.mask_layout,
-        settled.softcap, settled.dropout_p, settled.deterministic, settled.longest_q, settled.longest_k, settled.backend,
-    )  # fmt: skip
-
-
 def _varlen_by_operators(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:
     q = given[0]
     if is_casting(q):
@@ -260,9 +249,7 @@ def _varlen_by_operators(given: tuple[Any, ...], options: tuple[Any, ...], retur
     named = VarlenGiven(*given)
     if any(isinstance(x, Tensor) and is_dtensor(x) for x in given):
         raise UnsupportedError("packed sequences as DTensors: call attention_varlen on what each process has, x.to_local()")
-    settled = checked_varlen(named, VarlenOptions(*options))
-    seed = seed_tensor(named.dropout_seed, q.device) if settled.dropout_p else None
-    out, lse, _ = varlen_forward(*named[:7], seed, *named[8:], *varlen_options(settled))
+    out, lse = compute_varlen(named, VarlenOptions(*options))
     return (out, lse) if return_lse else out
 
 

@@ -16,6 +16,8 @@ from .checks import check_bool
 from .door import attend_varlen
 from .errors import bad_value
 from .hints import not_ours
+from .ops_checked import checked_attention_varlen
+from .plan.select import _of_environment, _requested
 
 __all__ = ["attention_varlen", "near"]
 
@@ -78,35 +80,7 @@ def attention_varlen(
     precision: str | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
-def attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor = None,  # type: ignore[assignment]
-    cu_seqlens_k: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    *more: Any,
-    seqused_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    bias: Tensor | tuple[Tensor | None, ...] | None = None,
-    bias_layout: str = "padded",
-    mask: Tensor | None = None,
-    mask_layout: str | None = None,
-    causal: bool | str = False,
-    window: tuple[int | None, int | None] | None = None,
-    scale: float | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    sink: Tensor | None = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | Tensor | None = None,
-    return_lse: bool = False,
-    deterministic: bool | None = None,
-    precision: str | None = None,
-    backend: str | None = None,
-    **others: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention within each of many sequences packed one behind the other, with gradients for q, k, v, the bias and the sink.
 
     What ``triflash.attention`` computes, of each sequence on its own: no sequence sees another's values, NaN included.
@@ -143,6 +117,40 @@ def attention_varlen(
 
     >>> out = attention_varlen(q, k, v, torch.tensor([0, 5, 12], device=q.device), causal=True)
     """
+    if _compiling():
+        return _in_graph(q, k, v, *more, **options)
+    return _attention_varlen(q, k, v, *more, **options)
+
+
+def _attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor = None,  # type: ignore[assignment]
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *more: Any,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    bias: Tensor | tuple[Tensor | None, ...] | None = None,
+    bias_layout: str = "padded",
+    mask: Tensor | None = None,
+    mask_layout: str | None = None,
+    causal: bool | str = False,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    precision: str | None = None,
+    backend: str | None = None,
+    **others: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
     if more or others:
         raise not_ours("attention_varlen", [*inspect.signature(attention_varlen).parameters][3:], more, others)
     check_bool("return_lse", return_lse)
@@ -159,13 +167,63 @@ def attention_varlen(
     return attend_varlen(given, options, return_lse)
 
 
+def _in_graph(q: Any, k: Any, v: Any, *more: Any, **options: Any) -> Any:
+    """What ``torch.compile`` traces: one operator, if arguments are of the usual types, else all that an eager call does.
+
+    A compiled program compares in each call whatever was read here from outside, functions and their defaults too: hence those within.
+    """
+
+    def are(kinds: tuple[str, ...], *values: Any) -> bool:
+        for value in values:  # noqa: SIM110 (one thing less to compare)
+            if type(value).__name__ not in kinds:
+                return False
+        return True
+
+    def by_operator(
+        cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, max_seqlen_q: Any = None, max_seqlen_k: Any = None, *others: Any,
+        seqused_q: Any = None, seqused_k: Any = None, bias: Any = None, bias_layout: Any = "padded", mask: Any = None,
+        mask_layout: Any = None, causal: Any = False, window: Any = None, scale: Any = None, softcap: Any = None,
+        alibi_slopes: Any = None, sink: Any = None, dropout_p: Any = 0.0, dropout_seed: Any = None, return_lse: Any = False,
+        deterministic: Any = None, precision: Any = None, backend: Any = None, **unknown: Any,
+    ) -> Any:  # fmt: skip
+        cu_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        second = None
+        if are(("tuple",), bias) and len(bias) == 2:
+            bias, second = bias
+        left, right = window if are(("tuple",), window) and len(window) == 2 else (None, None)
+        if (
+            others or unknown or not are(("Tensor", "Parameter"), q, k, v, cu_seqlens_q, cu_k)
+            or (q.device.type in ("cpu", "cuda", "xpu") and _autocast(q.device.type))  # casts are seen: PyTorch 2.10 caches graphs by these
+            or cu_seqlens_q.device != q.device or cu_k.device != q.device
+            or not are(("NoneType", "Tensor", "Parameter"), bias, second, mask, alibi_slopes, sink, dropout_seed, seqused_q, seqused_k)
+            or not (are(("bool",), causal) or (are(("str",), causal) and causal == "top_left"))
+            or not (window is None or (are(("tuple",), window) and len(window) == 2))
+            or not are(("NoneType", "int"), left, right, max_seqlen_q, max_seqlen_k)
+            or not are(("NoneType", "int", "float"), scale, softcap) or not are(("float",), dropout_p)
+            or not are(("NoneType", "bool"), deterministic) or not are(("bool",), return_lse) or not are(("str",), bias_layout)
+            or not are(("NoneType", "str"), mask_layout, precision, backend)
+        ):  # fmt: skip
+            return None
+        out, lse = checked_attention_varlen(
+            q, k, v, bias, mask, alibi_slopes, sink, dropout_seed, cu_seqlens_q, cu_k, seqused_q, seqused_k, second, bias_layout,
+            mask_layout, "top_left" if causal == "top_left" else "True" if causal else "False", window is not None, left, right, scale,
+            softcap, dropout_p, deterministic, precision, backend or _requested.name or _of_environment(), max_seqlen_q, max_seqlen_k,
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+
+    found = by_operator(*more, **options)
+    return _attention_varlen(q, k, v, *more, **options) if found is None else found
+
+
+_compiling, _autocast = torch.compiler.is_compiling, torch.is_autocast_enabled
+
 # more and others are for errors alone, and offsets there must be: help() shows the rest.
 _parameters = [
     each.replace(default=inspect.Parameter.empty) if each.name == "cu_seqlens_q" else each
-    for each in inspect.signature(attention_varlen).parameters.values()
+    for each in inspect.signature(_attention_varlen).parameters.values()
     if each.name not in ("more", "others")
 ]
-attention_varlen.__signature__ = inspect.signature(attention_varlen).replace(parameters=_parameters)  # type: ignore[attr-defined]
+attention_varlen.__signature__ = inspect.signature(_attention_varlen).replace(parameters=_parameters)  # type: ignore[attr-defined]
 
 
 def near(q: Tensor, name: str, offsets: Tensor) -> Tensor:

@@ -17,9 +17,9 @@ from torch import Tensor
 from ..arguments import ATTENTION, Given, Options, VarlenGiven, VarlenOptions, checked, checked_varlen
 from ..attention import attention
 from ..checks import check_bool, check_tensors, same_device_and_dtype, seed_tensor
-from ..door import varlen_options
 from ..errors import UnsupportedError, bad_type, bad_value
 from ..ops import attention_backward_
+from ..ops_checked import varlen_options
 from ..ops_varlen import VarlenTensors, varlen_backward_
 from ..varlen import attention_varlen, near
 from .flash_attn_cache import flash_attn_with_kvcache
