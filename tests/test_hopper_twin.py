@@ -25,6 +25,7 @@ from triflash.launch.room import Real
 from triflash.plan.kernels.dbias import DbiasConfig
 from triflash.plan.kernels.dkdv import DkdvConfig
 from triflash.plan.kernels.forward import ForwardConfig
+from triflash.plan.kernels.shared import widths
 from triflash.plan.override import Config, override_configs
 from triflash.spec import spec_of
 from triflash.untried import UNTRIED
@@ -159,6 +160,33 @@ def test_heads_that_are_padded(dims: tuple[int, int]) -> None:
         assert "dqdkdv" in check(Case("padded, a bias", **both, bias="1hqk", grads="qkv", hi=40), dqdkdv=DkdvConfig(2, 2))
         grouped = Case("padded, in parts", **both | {"B": 1, "H": 4}, Hk=1, grads="qkv")
         assert "dkdv_sum" in check(grouped, dqdkdv=DkdvConfig(2, 2, head_splits=2))
+
+
+OWN_WIDTHS = [  # with a buffer for O and without, q from registers and not, one and two buffers for q, one to three consumers
+    ForwardConfig(2, 64, 2, separate_o=False, own_widths=True),
+    ForwardConfig(1, 128, 2, q_stages=2, own_widths=True, hold_q=True),
+    ForwardConfig(3, 32, 3, ping_pong=True, own_widths=True),
+    ForwardConfig(2, 64, 1, own_widths=True, hold_q=True),
+]
+IN_PIECES = [
+    Case("causal", B=2, M=200, N=200, H=2, D=160, causal=True),
+    Case("lengths, sink, narrower values", B=3, M=140, N=200, H=4, Hk=2, D=192, Dv=128, lengths=(70, 0, 200), sink=True),
+    Case("a bias, window", B=2, M=150, N=300, D=72, bias="1hqk", lo=-40, hi=120),
+    Case("dropout, slopes, wider values", B=2, M=130, N=140, D=80, Dv=96, dropout=0.2, alibi="h"),
+    Case("three pieces of values", B=1, M=70, N=140, D=144, Dv=208, hi=20),
+    Case("one piece of keys", B=2, M=130, N=140, D=64, Dv=66, bias="b11k", bias_dtype=BOOL),
+]
+
+
+@pytest.mark.parametrize("case", IN_PIECES, ids=str)
+@pytest.mark.parametrize("config", OWN_WIDTHS, ids=lambda c: str(c).replace(" ", "-"))
+def test_blocks_of_a_heads_own_width(config: ForwardConfig, case: Case) -> None:
+    """Columns lie in two buffers, each with a TMA descriptor of its own, and O leaves by two stores."""
+    if widths(case.D, True)[: len(widths(case.Dv or case.D, True))] != widths(case.Dv or case.D, True):
+        config = replace(config, separate_o=True)
+    if case.Dv == 208:  # for whose whole accumulator three consumers have no registers
+        config = replace(config, consumers=min(2, config.consumers))
+    check(replace(case, grads=""), 1 + IN_PIECES.index(case) % 3, forward=config)
 
 
 TILES = [

@@ -84,6 +84,7 @@ class Target:
 
 
 FULL, CAUSAL, WINDOW = (None, None), (None, 0), (-500, 100)
+OF_OWN_WIDTHS = ForwardConfig(2, 128, 2, separate_o=False, own_widths=True)
 MIXED = ((64, CAUSAL), (128, FULL), (256, CAUSAL))  # for what changes little about the loops: of head dims by bands, some
 TARGETS = [
     # The sizes that matter most, causal and not, at lengths with and without a rest.
@@ -99,6 +100,13 @@ TARGETS = [
     Target((72, 208), band=CAUSAL),  # … and of its output, which is one
     Target((192, 192), band=CAUSAL),
     Target((160, 160), bias="1hqk", band=CAUSAL),
+    # … which may lie in buffers of a head's own width, that leave room for larger tiles.
+    *(Target((d, d), band=band, config=OF_OWN_WIDTHS) for d, band in ((160, CAUSAL), (160, FULL))),
+    Target((192, 128), band=CAUSAL, config=OF_OWN_WIDTHS),
+    Target((192, 192), F16, length=EVEN, config=ForwardConfig(2, 64, 2, own_widths=True)),
+    Target((160, 160), band=CAUSAL, config=ForwardConfig(2, 64, 3, own_widths=True, hold_q=True)),
+    Target((80, 96), band=CAUSAL, config=ForwardConfig(2, 128, 2, q_stages=2, own_widths=True)),
+    Target((72, 72), length=EVEN, lengths=True, config=ForwardConfig(2, 128, 2, q_stages=2, own_widths=True)),
     # A tile of bias a block.
     *(Target((d, d), bias="1hqk", band=band) for d, band in ((64, CAUSAL), (128, CAUSAL), (256, FULL))),
     Target((128, 128), bias="1hqk", spills=24),

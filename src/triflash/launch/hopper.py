@@ -20,7 +20,17 @@ from ..plan import layout
 from ..plan.configs import padded
 from ..plan.hopper import tile_first
 from ..plan.kernels.forward import ForwardConfig, fuses_bias
-from ..plan.kernels.shared import ROWS, QueryConfig, bias_buffer, l2_order, mask_buffer, query_tiles, second_buffer
+from ..plan.kernels.shared import (
+    ROWS,
+    QueryConfig,
+    bias_buffer,
+    l2_order,
+    mask_buffer,
+    multiplied_columns,
+    query_tiles,
+    second_buffer,
+    widths,
+)
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
 from . import hopper_packed
@@ -37,7 +47,6 @@ __all__ = [
     "forward",
     "forward_calls",
     "in_order",
-    "multiplied_columns",
     "ready",
     "ready_operands",
     "register_limit",
@@ -81,16 +90,16 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t:
             continue
         head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
         bias_desc, bias_on, pointer, pointer_strides = bias_by_queries(spec, bias, config)
+        of_heads, of_values = widths(spec.head_dim, config.own_widths), widths(spec.value_dim, config.own_widths)
+        blocks = ((q, ROWS, of_heads), (k, block_n, of_heads), (v, block_n, of_values), (out, ROWS, of_values))
         args = (
-            of_rows(spec, q, ROWS, head),
-            of_rows(spec, k, block_n, head),
-            of_rows(spec, v, block_n, value),
-            of_rows(spec, out, ROWS, value),
+            *(of_rows(spec, each, rows, columns[0]) for each, rows, columns in blocks),
             *(bias_desc, pointer, lengths_of(lengths), hopper_packed.tiles_of(t, spec, "queries"), slopes, sink, lse, rest),
             *(pointer_strides, bias_on),
             *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), dropout_of(spec, seed)),
             *blocks_of(x.second_bias, second_buffer(spec, config).shape),
             *blocks_of(mask, mask_buffer(spec, config).shape),
+            *(of_rows(spec, each, rows, columns[1]) if len(columns) > 1 else None for each, rows, columns in blocks),
             *(batch_of(spec), spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
             *schedule_of_queries(spec, config, step.programs),
         )
@@ -108,14 +117,6 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t:
         }
         calls.append(Call(forward_kernels.forward, args, constants | register_limit(config), config, step.programs))
     return calls
-
-
-def multiplied_columns(dim: int, width: int) -> int:
-    """Of a head that lies in blocks of ``width`` columns, how many are multiplied: whole panels of 64, as shared memory is swizzled, and
-    16, 32 or 64 of the last one; all of a block of one panel.
-    """
-    whole, rest = divmod(dim, 64)
-    return 64 * whole + (padded(rest) if rest else 0) if width > 64 else width
 
 
 def register_limit(config: QueryConfig) -> dict[str, int]:

@@ -21,13 +21,13 @@ from ..plan.kernels import rowwise
 from ..plan.kernels.dbias import DbiasConfig
 from ..plan.kernels.dkdv import DkdvConfig, dims, key_tiles, l2_order, sums_by_mma
 from ..plan.kernels.dq import DqConfig
-from ..plan.kernels.shared import row_by_mma, stats_kinds, stats_length
+from ..plan.kernels.shared import multiplied_columns, row_by_mma, stats_kinds, stats_length
 from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from . import hopper_packed
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
 from .common import is_wide
-from .hopper import batch_of, blocks_of, descriptor, in_order, is_even, multiplied_columns, of_rows, ready, ready_operands, written
+from .hopper import batch_of, blocks_of, descriptor, in_order, is_even, of_rows, ready, ready_operands, written
 from .hopper_dbias import dbias_call as hopper_dbias_call
 from .hopper_dq import dq_call
 from .hopper_packed import Tables

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..kernels.hopper import dbias as dbias_kernels
 from ..plan.kernels.dbias import DbiasConfig, bias_tiles, places, shuffle, slots_needed
-from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, row_by_mma, second_buffer
+from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, multiplied_columns, row_by_mma, second_buffer
 from ..plan.steps import broadcast_rows
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper import blocks_of, descriptor, multiplied_columns, register_limit, writable
+from .hopper import blocks_of, descriptor, register_limit, writable
 
 __all__ = ["dbias_call"]
 

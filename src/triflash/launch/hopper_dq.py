@@ -13,7 +13,7 @@ from torch import Tensor
 from ..kernels.hopper import dq as dq_kernels
 from ..plan.configs import padded
 from ..plan.kernels.dq import DqConfig
-from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, batch_fastest, mask_buffer, second_buffer
+from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, batch_fastest, mask_buffer, multiplied_columns, second_buffer
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, cap_of, dropout_of, lengths_of, slope_strides
 from .hopper import (
@@ -22,7 +22,6 @@ from .hopper import (
     blocks_of,
     descriptor,
     is_even,
-    multiplied_columns,
     of_rows,
     register_limit,
     schedule_of_queries,

@@ -63,18 +63,18 @@ def place_of(x, first, length, row):
 
 
 @gluon.jit
-def rows(p, place, head):
-    """A place's coordinates for TMA, of a head."""
+def rows(p, place, head, column=0):
+    """A place's coordinates for TMA, of a head, from a column on."""
     if p.packed is not None:
-        return [BILLION, place[0], place[1], head, 0]
+        return [BILLION, place[0], place[1], head, column]
     else:
-        return [place[0], place[1], head, 0]
+        return [place[0], place[1], head, column]
 
 
 @gluon.jit
-def query_rows(p, x, row, head):
+def query_rows(p, x, row, head, column=0):
     """Coordinates of a block of queries."""
-    return rows(p, place_of(x, x.first_query, x.queries, row), head)
+    return rows(p, place_of(x, x.first_query, x.queries, row), head, column)
 
 
 @gluon.jit

@@ -20,16 +20,16 @@ from .features import clear_masked, opaque, slope_of
 from .forward_loads import Feed, produce
 from .layouts import accumulator, stacked
 from .products import (
-    HOLDS,
     Pieces,
-    held,
-    holds,
-    into_columns,
+    block_at,
+    buffers_of,
+    held_block,
+    into_blocks,
     left_operand,
-    over_columns,
-    over_held,
+    over_blocks,
+    over_held_block,
     pieces,
-    store_columns,
+    store_block,
     times_rows,
     waited,
     zeros_of,
@@ -43,7 +43,7 @@ from .softmax import by_row, rescaled, rescaled_accumulator, softmax
 class Program:
     """What all partitions of a CTA share. C: the configuration (``plan/kernels/forward.ForwardConfig``); the rest as of ``forward``."""
 
-    out_desc: object
+    out: object
     bias: object
     lengths: object
     packed: object
@@ -152,9 +152,8 @@ def _release_bias(p, at, WG: gl.constexpr):
 
 
 @gluon.jit
-def _finish(p, o, l, m, target, x, m0, head):
-    """Divide O by the row sums, and write O (through the shared buffer ``target``), lse and rest of 64 queries."""
-    BDV: gl.constexpr = p.v_s.shape[-1]
+def _finish(p, o, l, m, buffers, at, x, m0, head):
+    """Divide O by the row sums, and write O (through the block ``at`` of the buffers), lse and rest of 64 queries."""
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(p.C.block_n))
     l, m = by_row(l, m, ROWS)
     weight = gl.full([BM], 1.0, gl.float32, ROWS)
@@ -170,9 +169,14 @@ def _finish(p, o, l, m, target, x, m0, head):
     l = gl.where(unseen, 1.0, l)
     o = times_rows(o, weight / l)
     tma_store_wait(0)  # what this buffer held before must have left it
-    store_columns(target.reshape([BM, BDV]), o)
+    if p.out.second is not None:
+        store_block(block_at(buffers, at, BM), o)
+    else:  # where O leaves through Q's buffers, it may take the first of two
+        store_block(block_at(Pieces(buffers.first, None), at, BM), o)
     fence_async_shared()
-    tma_store(p.out_desc, query_rows(p, x, m0, head), target)
+    tma_store(p.out.first, query_rows(p, x, m0, head), buffers.first.index(at))
+    if p.out.second is not None:
+        tma_store(p.out.second, query_rows(p, x, m0, head, buffers.first.shape[-1]), buffers.second.index(at))
     i = m0 + gl.arange(0, BM, ROWS)
     row_lse = gl.where(unseen, float("-inf"), (m + gl.log2(l)) * LN2)
     at_row = lse_row(p, x, head) + i
@@ -180,6 +184,14 @@ def _finish(p, o, l, m, target, x, m0, head):
     if p.rest is not None:  # see lse_rest of the portable kernels
         again = gl.where(unseen, 0.0, row_lse * LOG2E)
         gl.store(p.rest + at_row, gl.where(unseen, 0.0, (m - again) + gl.log2(l)), mask=i < x.queries)
+
+
+@gluon.jit
+def _clear_masked(block, visible):
+    """``clear_masked`` of both pieces of a block."""
+    clear_masked(block.first, visible)
+    if block.second is not None:
+        clear_masked(block.second, visible)
 
 
 @gluon.jit
@@ -197,8 +209,7 @@ def _walk(p, t, w, held_q, o, l, m, weights, first, last, WG: gl.constexpr, MASK
     held_q: q in registers, or None.
     """
     BN: gl.constexpr = p.C.block_n
-    BD: gl.constexpr = p.k_s.shape[-1]
-    BDV: gl.constexpr = p.v_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.first.shape[-1]
     P: gl.constexpr = left_operand(p.OV, BDV)
     EARLY: gl.constexpr = p.bias_s is not None and p.mask_s is None and not p.IS_MASK  # mask bytes take many instructions
     nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
@@ -206,7 +217,7 @@ def _walk(p, t, w, held_q, o, l, m, weights, first, last, WG: gl.constexpr, MASK
     if p.C.q_stages > 1:
         # ptxas 12.8 shares the Q descriptors of two such loops and computes them in the first, which may have no steps.
         q_slot = opaque(q_slot)
-    q = p.q_s.index(q_slot).reshape([BM, BD])
+    q = block_at(p.q_s, q_slot, BM)
     for step in range(first, last):
         at = w.done + step
         n0 = (w.end - 1 - step) * BN
@@ -220,14 +231,14 @@ def _walk(p, t, w, held_q, o, l, m, weights, first, last, WG: gl.constexpr, MASK
         p.kv.wait(at, 0)
         if p.C.ping_pong:
             mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
-        k = p.k_s.index(stage).reshape([BN, BD])
+        k = block_at(p.k_s, stage, BN)
         if held_q is not None:
-            s_pending = over_held(held_q, k, nothing)
+            s_pending = over_held_block(held_q, k, nothing)
         else:
-            s_pending = over_columns(q, k, nothing, 0, p.QK, False)
+            s_pending = over_blocks(q, k, nothing, p.QK)
         if EARLY:
             _release_bias(p, at, WG)
-        o_pending = into_columns(weights, p.v_s.index(stage).reshape([BN, BDV]), o)
+        o_pending = into_blocks(weights, block_at(p.v_s, stage, BN), o)
         if p.C.ping_pong:
             mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
         s = warpgroup_mma_wait(pieces(p.OV, BDV), [s_pending])
@@ -262,13 +273,10 @@ def _consume(p, WG: gl.constexpr):
     With a buffer for the output, the first step of a tile also issues the last p v of the tile before, which is finished under it.
     """
     BN: gl.constexpr = p.C.block_n
-    BD: gl.constexpr = p.q_s.shape[-1]
-    BDV: gl.constexpr = p.v_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.first.shape[-1]
     P: gl.constexpr = left_operand(p.OV, BDV)
     MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
     OVERLAP: gl.constexpr = p.C.separate_o
-    # For padded heads alone, because others have not been looked at. 48: what else a thread has, beside which nothing is spilled.
-    HOLD_Q: gl.constexpr = HOLDS and (p.QK < BD or p.OV < BDV) and holds(p.C.registers - 48, 2 * BN, p.OV, BDV, p.QK)
     CUT: gl.constexpr = p.lengths is not None
     nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
     grid = grid_of(p, 1)
@@ -284,8 +292,8 @@ def _consume(p, WG: gl.constexpr):
     p.kv.wait(0, 0)
     if p.C.ping_pong:
         mbarrier.wait(p.ping_pong[WG].index(0), 0)
-    q = p.q_s.index(WG).reshape([BM, BD])
-    s_pending = over_columns(q, p.k_s.index(0).reshape([BN, BD]), nothing, 0, p.QK, False)
+    q = block_at(p.q_s, WG, BM)
+    s_pending = over_blocks(q, block_at(p.k_s, 0, BN), nothing, p.QK)
     if p.C.ping_pong:
         mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
     s = warpgroup_mma_wait(0, [s_pending])
@@ -312,8 +320,8 @@ def _consume(p, WG: gl.constexpr):
     for wave in range(waves):
         q_slot = p.queries.slot(wave, WG)
         held_q = None
-        if HOLD_Q:
-            held_q = held(p.q_s.index(q_slot).reshape([BM, BD]), p.QK, BN)
+        if p.C.hold_q:
+            held_q = held_block(block_at(p.q_s, q_slot, BM), p.QK, BN)
             fence_async_shared()  # as in ``_release_bias``
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
         x = extent_of(p, b)
@@ -326,7 +334,7 @@ def _consume(p, WG: gl.constexpr):
         if p.lengths is not None:
             if (end * BN > x.keys) & (x.keys < p.N):  # no other block of a tile is cut by a length
                 p.kv.wait(done + 1, 0)
-                clear_masked(p.v_s.index(p.kv.slot(done + 1, 0)).reshape([BN, BDV]), x.keys - (end - 1) * BN)
+                _clear_masked(block_at(p.v_s, p.kv.slot(done + 1, 0), BN), x.keys - (end - 1) * BN)
         if OVERLAP:
             if steps == 1:
                 mbarrier.arrive(p.queries.empty.index(q_slot))
@@ -343,8 +351,8 @@ def _consume(p, WG: gl.constexpr):
         stage = p.kv.slot(done, 0)
         if not OVERLAP:  # O leaves through Q's buffer, so the next tile begins when it has left
             p.kv.wait(done, 0)
-            o = waited(0, into_columns(weights, p.v_s.index(stage).reshape([BN, BDV]), o))
-            _finish(p, o, l, m, p.q_s.index(WG), x, m0, head)
+            o = waited(0, into_blocks(weights, block_at(p.v_s, stage, BN), o))
+            _finish(p, o, l, m, p.q_s, WG, x, m0, head)
             tma_store_wait(0)
             mbarrier.arrive(p.queries.empty.index(WG))
         if wave + 1 < waves:  # the first block of the next tile, and under it the last MMA of this one
@@ -354,11 +362,11 @@ def _consume(p, WG: gl.constexpr):
             p.kv.wait(done, 0)
             if p.C.ping_pong:
                 mbarrier.wait(p.ping_pong[WG].index(0), done & 1)
-            next_q = p.q_s.index(p.queries.slot(wave + 1, WG)).reshape([BM, BD])
-            k = p.k_s.index(stage).reshape([BN, BD])
-            next_pending = over_columns(next_q, k, nothing, 0, p.QK, False)
+            next_q = block_at(p.q_s, p.queries.slot(wave + 1, WG), BM)
+            k = block_at(p.k_s, stage, BN)
+            next_pending = over_blocks(next_q, k, nothing, p.QK)
             if OVERLAP:
-                o_pending = into_columns(weights, p.v_s.index(stage).reshape([BN, BDV]), o)
+                o_pending = into_blocks(weights, block_at(p.v_s, stage, BN), o)
             if p.C.ping_pong:
                 mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
             # Where the next tile lies takes some divisions, which run under its first MMA.
@@ -394,15 +402,15 @@ def _consume(p, WG: gl.constexpr):
                 next_p16 = drop(next_p16, keep_bits(philox_of(p.dropout, next_x.b, head, p.heads), m0, next_n0, BM, BN, False))
             weights = gl.convert_layout(next_p16, P)
             if OVERLAP:
-                _finish(p, o, l, m, p.out_s.index(WG), x, old_m0, old_head)
+                _finish(p, o, l, m, p.out_s, WG, x, old_m0, old_head)
             m = new_m
             l = new_l
             o = zeros_of(BM, p.OV, BDV)
     if OVERLAP:
         p.kv.wait(done, 0)
-        v = p.v_s.index(p.kv.slot(done, 0)).reshape([BN, BDV])
-        o = waited(0, into_columns(weights, v, o))
-        _finish(p, o, l, m, p.out_s.index(WG), extent_of(p, b), m0, head)
+        v = block_at(p.v_s, p.kv.slot(done, 0), BN)
+        o = waited(0, into_blocks(weights, v, o))
+        _finish(p, o, l, m, p.out_s, WG, extent_of(p, b), m0, head)
         tma_store_wait(0)
 
 
@@ -413,32 +421,33 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
     q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, packed, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides,
-    sink_stride, cap, dropout, second_desc, second_on, mask_desc, mask_on,
+    sink_stride, cap, dropout, second_desc, second_on, mask_desc, mask_on, q_tail, k_tail, v_tail, out_tail,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
     EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
-    Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims]; that of the bias over its five dims,
-    whose broadcast ones have size 1 and are switched off by a 0 in ``bias_on``. A bias without a dim of keys comes as a pointer and strides
-    (outer batch, inner batch, head, query) instead. A second bias, which varies over keys alone, comes as the first does, a row with every
-    tile of it. lse and rest are contiguous (batch, head, query). ``group`` query heads share a key head. lengths: visible keys by batch;
-    slopes: of ALiBi, by strides (batch, head); sink: by head; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside the
-    bias, a tile or a row with every tile of it. None: absent.
+    Descriptors of q, k, v, out are over (batch, length, head, dim) with blocks [1, rows, 1, dims], or of the first of these dims, and the
+    tails of those behind them (``Pieces``); that of the bias over its five dims, whose broadcast ones have size 1 and are switched off by a
+    0 in ``bias_on``. A bias without a dim of keys comes as a pointer and strides (outer batch, inner batch, head, query) instead. A second
+    bias, which varies over keys alone, comes as the first does, a row with every tile of it. lse and rest are contiguous (batch, head,
+    query). ``group`` query heads share a key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by
+    head; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside the bias, a tile or a row with every tile of it. None:
+    absent.
 
     C: the configuration. Without its ``separate_o``, O leaves through Q's buffer, and the next tile begins when it has left. FUSING: see
     ``softmax``. QK, OV: columns of q and k, of v and O that are multiplied.
     """
-    DT: gl.constexpr = q_desc.dtype
     WGS: gl.constexpr = C.consumers
     STAGES: gl.constexpr = C.kv_stages
     BIASES: gl.constexpr = C.bias_stages * WGS
-    q_s = gl.allocate_shared_memory(DT, stacked(C.q_stages * WGS, q_desc.block_shape), q_desc.layout)
-    k_s = gl.allocate_shared_memory(DT, stacked(STAGES, k_desc.block_shape), k_desc.layout)
-    v_s = gl.allocate_shared_memory(DT, stacked(STAGES, v_desc.block_shape), v_desc.layout)
+    q, k, v, out = Pieces(q_desc, q_tail), Pieces(k_desc, k_tail), Pieces(v_desc, v_tail), Pieces(out_desc, out_tail)
+    q_s = buffers_of(C.q_stages * WGS, q)
+    k_s = buffers_of(STAGES, k)
+    v_s = buffers_of(STAGES, v)
     if C.separate_o:
-        out_s = gl.allocate_shared_memory(DT, stacked(WGS, out_desc.block_shape), out_desc.layout)
+        out_s = buffers_of(WGS, out)
     else:
         out_s = None
     if bias_desc is not None:
@@ -462,12 +471,12 @@ def forward(
         mbarrier.arrive(ping_pong[0].index(0))
 
     p = Program(
-        out_desc, bias, lengths, packed, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, kv, biases,
+        out, bias, lengths, packed, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, kv, biases,
         ping_pong,
         bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale * LOG2E, tiles_m,
         tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING, QK, OV,
     )  # fmt: skip
-    f = Feed(q_desc, k_desc, v_desc, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group)
+    f = Feed(q, k, v, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group)
     if WGS == 1:
         gl.warp_specialize([(_consume, (p, 0)), (produce, (p, f))], [1], [24])
     elif WGS == 2:

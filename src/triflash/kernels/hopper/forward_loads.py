@@ -1,7 +1,7 @@
 """The producer of the forward kernel for Hopper: every TMA load of a CTA. Called by ``forward.py``."""
 
 from .compat import gl, gluon, mbarrier, record, tma_load
-from .extent import extent_of, outer_at, place_in_bias, place_of, query_rows, rows
+from .extent import extent_of, outer_at, place_in_bias, place_of, rows
 from .scores_qk import BM, grid_of, visible_blocks
 
 
@@ -11,9 +11,9 @@ class Feed:
     query heads share a key head.
     """
 
-    q_desc: object
-    k_desc: object
-    v_desc: object
+    q: object
+    k: object
+    v: object
     bias_desc: object
     bias_on: object
     second_desc: object
@@ -53,13 +53,23 @@ def _fetch_bias(p, f, at, x, head, m0, n0):
 
 
 @gluon.jit
+def _fetch_block(p, descs, place, head, full, buffers, at):
+    """A block of a head's rows, from a ``place`` on."""
+    tma_load(descs.first, rows(p, place, head), full, buffers.first.index(at))
+    if descs.second is not None:
+        tma_load(descs.second, rows(p, place, head, buffers.first.shape[-1]), full, buffers.second.index(at))
+
+
+@gluon.jit
 def _fetch_queries(p, f, wave, x, m0, head):
     """The queries of a tile, for every consumer its own."""
+    Q_BYTES: gl.constexpr = f.q.first.block_type.nbytes + (f.q.second.block_type.nbytes if f.q.second is not None else 0)
     WGS: gl.constexpr = p.C.consumers
     for w in gl.static_range(WGS):
         full = p.queries.acquire(wave, w)
-        mbarrier.expect(full, f.q_desc.block_type.nbytes)
-        tma_load(f.q_desc, query_rows(p, x, m0 + w * BM, head), full, p.q_s.index(p.queries.slot(wave, w)))
+        mbarrier.expect(full, Q_BYTES)
+        place = place_of(x, x.first_query, x.queries, m0 + w * BM)
+        _fetch_block(p, f.q, place, head, full, p.q_s, p.queries.slot(wave, w))
 
 
 @gluon.jit
@@ -69,8 +79,8 @@ def produce(p, f):
     Keys of a block come with the values of the block before, also of another tile: that is what consumers multiply by in one step.
     """
     BN: gl.constexpr = p.C.block_n
-    K_BYTES: gl.constexpr = f.k_desc.block_type.nbytes
-    V_BYTES: gl.constexpr = f.v_desc.block_type.nbytes
+    K_BYTES: gl.constexpr = f.k.first.block_type.nbytes + (f.k.second.block_type.nbytes if f.k.second is not None else 0)
+    V_BYTES: gl.constexpr = f.v.first.block_type.nbytes + (f.v.second.block_type.nbytes if f.v.second is not None else 0)
     grid = grid_of(p, 1)
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
     n_before = 0  # where the values of the block before lie: ``place_of``, and their head
@@ -92,9 +102,9 @@ def produce(p, f):
             mbarrier.expect(full, K_BYTES + V_BYTES, pred=at > 0)
             mbarrier.expect(full, K_BYTES, pred=at == 0)
             place = place_of(x, x.first_key, x.keys, n0)
-            tma_load(f.k_desc, rows(p, place, head // f.group), full, p.k_s.index(stage))
+            _fetch_block(p, f.k, place, head // f.group, full, p.k_s, stage)
             if at > 0:
-                tma_load(f.v_desc, rows(p, (b_before, n_before), head_before), full, p.v_s.index(stage))
+                _fetch_block(p, f.v, (b_before, n_before), head_before, full, p.v_s, stage)
             n_before = place[1]
             head_before = head // f.group
             b_before = place[0]
@@ -106,4 +116,4 @@ def produce(p, f):
         done += end - begin
     full = p.kv.acquire(done, 0)
     mbarrier.expect(full, V_BYTES)
-    tma_load(f.v_desc, rows(p, (b_before, n_before), head_before), full, p.v_s.index(p.kv.slot(done, 0)))
+    _fetch_block(p, f.v, (b_before, n_before), head_before, full, p.v_s, p.kv.slot(done, 0))

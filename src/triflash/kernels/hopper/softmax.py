@@ -426,7 +426,7 @@ def softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED: gl.constexpr, CUT: 
         weights = gl.exp2(s * _factor(p.cap, p.scale_log2) + _spread(less, COLUMNS))
     else:
         weights = gl.exp2(s + _spread(less, COLUMNS))
-    return s, _joined(weights).to(p.q_s.dtype), gl.sum(gl.sum(weights, 3), 1), m
+    return s, _joined(weights).to(p.q_s.first.dtype), gl.sum(gl.sum(weights, 3), 1), m
 
 
 @gluon.jit

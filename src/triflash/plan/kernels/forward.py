@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 
 from ...errors import bad_value
 from ...spec import AttentionSpec
+from ...untried import UNTRIED
 from ..configs import chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step
 from .shared import (
+    ROWS,
     Buffer,
     QueryConfig,
     barriers,
@@ -23,15 +25,19 @@ from .shared import (
     is_light,
     mask_buffer,
     mma_fits,
+    multiplied_columns,
     order_of,
     query_tiles,
     second_buffer,
+    widths,
 )
 
 __all__ = ["ForwardConfig", "by_hand_of", "choose", "config_of", "fuses_bias", "step", "step_of", "why_not"]
 
 SHORT = 1088  # keys that a query sees at most under a band, where rows are short: 1,024 and a block
 SHORT_FULL = 256  # and without one
+OTHER_REGISTERS = 48  # of a thread that has q in registers
+MOST_PIECES = 2  # that q is held in
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class ForwardConfig(QueryConfig):
     bias_stages: buffers for bias tiles, per consumer. ping_pong: consumers issue their MMAs in turn. separate_o: O has a buffer of its own,
     else it leaves through that of Q. persistent: a grid of as many CTAs as run at a time. q_stages: buffers for Q, per consumer; 2 only
     with separate_o. ctas_per_sm: CTAs that share an SM's registers and shared memory, so that one begins and ends tiles while another
-    computes.
+    computes. own_widths: blocks of a head that is padded lie in two buffers, which together have the columns that are multiplied alone.
+    hold_q: from a tile's second block on, q is read from registers.
     """
 
     consumers: int
@@ -54,6 +61,8 @@ class ForwardConfig(QueryConfig):
     persistent: bool = True
     q_stages: int = 1
     ctas_per_sm: int = 1
+    own_widths: bool = False
+    hold_q: bool = False
 
     SOURCE = "a rule of plan/kernels/forward.py, drawn from measurements on an H200"
 
@@ -70,21 +79,30 @@ class ForwardConfig(QueryConfig):
 
     def __str__(self) -> str:
         flags = " ping-pong" * self.ping_pong + " separate-o" * self.separate_o + " persistent" * self.persistent
-        flags += f" {self.ctas_per_sm} CTAs/SM" * (self.ctas_per_sm > 1)
+        flags += f" {self.ctas_per_sm} CTAs/SM" * (self.ctas_per_sm > 1) + " own-widths" * self.own_widths + " hold-q" * self.hold_q
         return f"{self.block_m}x{self.block_n} s{self.kv_stages} q{self.q_stages} b{self.bias_stages}{flags}"
 
+    def widths(self, dim: int) -> tuple[int, ...]:
+        """Columns of the buffers that blocks of a head lie in."""
+        return widths(dim, self.own_widths)
+
     def buffers(self, spec: AttentionSpec, gives: tuple[str, ...] = ()) -> tuple[Buffer, ...]:
-        head, value, biases = padded(spec.head_dim), padded(spec.value_dim), self.bias_stages * self.consumers
+        head, value, biases = self.widths(spec.head_dim), self.widths(spec.value_dim), self.bias_stages * self.consumers
         return (
-            Buffer("q", self.q_stages * self.consumers, (64, head), 2),
-            Buffer("k", self.kv_stages, (self.block_n, head), 2),
-            Buffer("v", self.kv_stages, (self.block_n, value), 2),
-            Buffer("o", self.consumers * self.separate_o, (64, value), 2),
+            *_blocks("q", self.q_stages * self.consumers, ROWS, head),
+            *_blocks("k", self.kv_stages, self.block_n, head),
+            *_blocks("v", self.kv_stages, self.block_n, value),
+            *_blocks("o", self.consumers * self.separate_o, ROWS, value),
             bias_buffer(spec, self, biases),
             second_buffer(spec, self, biases),
             mask_buffer(spec, self, biases),
             barriers(2 * self.q_stages * self.consumers, 2 * self.kv_stages, 2 * biases, 3),
         )
+
+
+def _blocks(name: str, count: int, rows: int, columns: tuple[int, ...]) -> tuple[Buffer, ...]:
+    """The one or two buffers of ``count`` blocks."""
+    return tuple(Buffer(name, count, (rows, each), 2) for each in columns)
 
 
 def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
@@ -100,16 +118,37 @@ def choose(spec: AttentionSpec, limit: int, sms: int = 0) -> ForwardConfig | Non
 
     Where its tiles are too few for the SMs, tiles of 64 queries take their place.
     """
-    for config in _candidates(spec):
+    for config in _candidates_of_widths(spec):
         if config.fits(spec, limit) and mma_fits(config, spec.value_dim) and _has_room_for_o(spec, config):
             if 2 * query_tiles(spec, config)[1] <= sms:
-                return replace(config, consumers=1, ping_pong=False, ctas_per_sm=1)
-            return config
+                config = replace(config, consumers=1, ping_pong=False, ctas_per_sm=1)
+            return replace(config, hold_q=UNTRIED and _is_padded(spec) and _holds_q(spec, config))
     return None
 
 
+def _is_padded(spec: AttentionSpec) -> bool:
+    """Whether blocks have columns that are not multiplied."""
+    return any(multiplied_columns(dim, padded(dim)) < padded(dim) for dim in (spec.head_dim, spec.value_dim))
+
+
+def _holds_q(spec: AttentionSpec, config: ForwardConfig) -> bool:
+    """Whether a consumer has registers for q, beside which nothing is spilled: besides O, scores, p of two blocks and q it has 48."""
+    columns = multiplied_columns(spec.head_dim, padded(spec.head_dim))
+    used = sum(widths(spec.value_dim, True)) // 2 + config.block_n + columns // 4
+    return columns.bit_count() <= MOST_PIECES and used + OTHER_REGISTERS <= config.registers
+
+
 def _has_room_for_o(spec: AttentionSpec, config: ForwardConfig) -> bool:
-    return config.separate_o or padded(spec.head_dim) == padded(spec.value_dim)
+    value = config.widths(spec.value_dim)
+    return config.separate_o or config.widths(spec.head_dim)[: len(value)] == value
+
+
+def _candidates_of_widths(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
+    """Candidates with blocks of a padded head's own width, if those are tried: they have room for larger tiles."""
+    if not UNTRIED or all(len(widths(dim, True)) == 1 for dim in (spec.head_dim, spec.value_dim)):
+        return _candidates(spec)
+    large = () if padded(max(spec.head_dim, spec.value_dim)) <= 128 else (ForwardConfig(2, 128, 2, separate_o=False),)
+    return tuple(replace(config, own_widths=True) for config in (*large, *_candidates(spec)))
 
 
 def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
@@ -203,6 +242,8 @@ def config_of(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, ob
         if not _has_room_for_o(spec, own):
             wanted = f"True for head dims {spec.head_dim} and {spec.value_dim}"
             raise bad_value("separate_o", wanted, False, "a tile of O does not fit in Q's buffer")
+        if own.hold_q and multiplied_columns(spec.head_dim, padded(spec.head_dim)).bit_count() > MOST_PIECES:
+            raise bad_value("hold_q", f"False for head dim {spec.head_dim}", True, "q would have three pieces")
         own.check(spec, spec.value_dim, device.shared_memory)
         return own
     config = choose(spec, device.shared_memory, device.sms)

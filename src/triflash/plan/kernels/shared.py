@@ -18,8 +18,8 @@ from ..configs import padded
 __all__ = [
     "L2_GROUP_BYTES", "MAX_SIMULATED_TILES", "ROWS", "SMALLEST_BLOCK", "STATS_MULTIPLE", "TILE_COST", "Buffer", "HopperConfig",
     "QueryConfig", "barriers", "batch_fastest", "best_order", "bias_buffer", "equal_groups", "is_banded", "is_light", "l2_order",
-    "load_imbalance", "mask_buffer", "mma_fits", "order_of", "query_tiles", "row_buffers", "row_by_mma", "second_buffer", "shared_limit",
-    "stats_kinds", "stats_length",
+    "load_imbalance", "mask_buffer", "mma_fits", "multiplied_columns", "order_of", "query_tiles", "row_buffers", "row_by_mma",
+    "second_buffer", "shared_limit", "stats_kinds", "stats_length", "widths",
 ]  # fmt: skip
 
 ROWS = 64  # queries of a consumer warpgroup: M of a WGMMA
@@ -146,7 +146,29 @@ def mma_fits(config: QueryConfig, dim: int) -> bool:
     """Whether the registers of a launch hold the accumulator of each MMA, of ``block_n`` or ``dim`` columns, and its other operand. ptxas
     insists on that even where a consumer has more by then.
     """
-    return max(padded(dim), config.block_n) // 2 + MMA_REGISTERS <= config.launch_registers
+    return max(widths(dim, True)[0], config.block_n) // 2 + MMA_REGISTERS <= config.launch_registers
+
+
+# Columns of a head.
+
+
+def multiplied_columns(dim: int, width: int) -> int:
+    """Of a head that lies in blocks of ``width`` columns, how many are multiplied: whole panels of 64, as shared memory is swizzled, and
+    16, 32 or 64 of the last one; all of a block of one panel.
+    """
+    whole, rest = divmod(dim, 64)
+    return 64 * whole + (padded(rest) if rest else 0) if width > 64 else width
+
+
+def widths(dim: int, own: bool) -> tuple[int, ...]:
+    """Columns of the buffers that a head's blocks lie in: one of a power of 2, or (own) two that have the multiplied columns alone, where
+    that many are two powers of 2.
+    """
+    width = padded(dim)
+    columns = multiplied_columns(dim, width)
+    first = 1 << (columns.bit_length() - 1)
+    second = columns - first
+    return (first, second) if own and second and not second & (second - 1) else (width,)
 
 
 # The table of statistics that the backward kernels read.
