@@ -33,7 +33,7 @@ CASES: list[tuple[Case, dict[str, Any]]] = [
     (Case("plain", **SMALL), {}),
     (Case("two dims", **SMALL, D=80, Dv=48), {}),
     (Case("O in Q's buffer", **SMALL), {"forward": ForwardConfig(2, 64, 2, separate_o=False), "dq": DqConfig(1, 32, 2, 1, separate_dq=False)}),
-    (Case("own widths", **SMALL, D=160, Dv=80), {"forward": ForwardConfig(2, 64, 2, own_widths=True)}),
+    (Case("own widths", **SMALL, D=160, Dv=80), {"forward": ForwardConfig(2, 64, 2, own_widths=True), "dq": DqConfig(2, 32, 2, 2, own_widths=True)}),
     (Case("own widths, O in Q's buffer", **SMALL, D=192, Dv=128), {"forward": ForwardConfig(2, 128, 2, separate_o=False, own_widths=True)}),
     (Case("deep", **SMALL), {"forward": ForwardConfig(3, 32, 4, q_stages=2, ping_pong=True), "dqdkdv": DkdvConfig(2, 1, kv_stages=2)}),
     (Case("dq by a warpgroup", **SMALL), {"dqdkdv": DkdvConfig(2, 2, dq_warpgroup=True, unroll=2)}),

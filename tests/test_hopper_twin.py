@@ -24,6 +24,7 @@ from triflash.launch.hopper_backward import new_stats, preprocess_call
 from triflash.launch.room import Real
 from triflash.plan.kernels.dbias import DbiasConfig
 from triflash.plan.kernels.dkdv import DkdvConfig
+from triflash.plan.kernels.dq import DqConfig
 from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.kernels.shared import widths
 from triflash.plan.override import Config, override_configs
@@ -187,6 +188,20 @@ def test_blocks_of_a_heads_own_width(config: ForwardConfig, case: Case) -> None:
     if case.Dv == 208:  # for whose whole accumulator three consumers have no registers
         config = replace(config, consumers=min(2, config.consumers))
     check(replace(case, grads=""), 1 + IN_PIECES.index(case) % 3, forward=config)
+
+
+DQ_OF_OWN_WIDTHS = [
+    DqConfig(2, 32, 3, 2, own_widths=True, hold_q=True, hold_dout=True),
+    DqConfig(1, 64, 2, 2, own_widths=True, separate_dq=False),
+    DqConfig(2, 32, 2, 1, own_widths=True, deferred=False, hold_q=True, ping_pong=True),
+]
+
+
+@pytest.mark.parametrize("case", IN_PIECES[:4], ids=str)
+@pytest.mark.parametrize("config", DQ_OF_OWN_WIDTHS, ids=lambda c: str(c).replace(" ", "-"))
+def test_dq_by_blocks_of_a_heads_own_width(config: DqConfig, case: Case) -> None:
+    ran = check(replace(case, grads="q"), 1 + IN_PIECES.index(case) % 3, dq=config)
+    assert "dq" in ran
 
 
 TILES = [

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..kernels.hopper import dq as dq_kernels
 from ..plan.configs import padded
 from ..plan.kernels.dq import DqConfig
-from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, batch_fastest, mask_buffer, multiplied_columns, second_buffer
+from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, batch_fastest, mask_buffer, multiplied_columns, second_buffer, widths
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, cap_of, dropout_of, lengths_of, slope_strides
 from .hopper import (
@@ -43,12 +43,10 @@ def dq_call(
     if dbias is not None:
         assert spec.bias is not None and all(spec.bias.varies) and not spec.bias.is_mask
         dbias_desc = descriptor(dbias, (1, 1, 1, ROWS, block_n))
+    heads, values = widths(spec.head_dim, config.own_widths), widths(spec.value_dim, config.own_widths)
+    blocks = ((q, ROWS, heads), (dout, ROWS, values), (k, block_n, heads), (v, block_n, values), (dq, ROWS, heads))
     args = (
-        of_rows(spec, q, ROWS, head),
-        of_rows(spec, dout, ROWS, value),
-        of_rows(spec, k, block_n, head),
-        of_rows(spec, v, block_n, value),
-        of_rows(spec, dq, ROWS, head),
+        *(of_rows(spec, x, rows, columns[0]) for x, rows, columns in blocks),
         *(bias_desc, dbias_desc, pointer, lengths_of(lengths), packed, slopes, stats, small_lse),
         *(
             pointer_strides,
@@ -58,6 +56,7 @@ def dq_call(
             dropout_of(spec, seed),
             *blocks_of(second, second_buffer(spec, config).shape),
             *blocks_of(mask, mask_buffer(spec, config).shape),
+            *(of_rows(spec, x, rows, columns[1]) if len(columns) > 1 else None for x, rows, columns in blocks),
         ),
         *(batch_of(spec), spec.heads, q.shape[2] // k.shape[2], spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
         *schedule_of_queries(spec, config, programs),

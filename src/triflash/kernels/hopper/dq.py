@@ -13,6 +13,18 @@ sees with zeros, from a block of zeros in shared memory.
 """
 
 from ..triton.prims import LOG2E
+from .blocks import (
+    block_at,
+    buffers_of,
+    clear_masked_block,
+    held_block,
+    into_blocks,
+    leave_block,
+    load_block,
+    over_blocks,
+    over_held_block,
+    store_block,
+)
 from .compat import (
     fence_async_shared,
     gl,
@@ -25,11 +37,10 @@ from .compat import (
     warpgroup_mma_wait,
 )
 from .dropout import ds_of, keep_bits, philox_of, sign_dropped
-from .extent import Extent, extent_of, padded_length, padded_row, pair_of, place_in_bias, place_of, query_rows, rows
+from .extent import Extent, extent_of, padded_length, padded_row, pair_of, place_in_bias, place_of, query_place
 from .features import (
     add_alibi,
     all_lse_small,
-    clear_masked,
     line,
     line_of_keys,
     mask_by_tile,
@@ -43,21 +54,7 @@ from .features import (
     tanh_slope,
 )
 from .layouts import accumulator, stacked
-from .products import (
-    HOLDS,
-    groups,
-    held,
-    holds,
-    into_columns,
-    left_operand,
-    over_columns,
-    over_held,
-    pieces,
-    store_columns,
-    times,
-    waited,
-    zeros_of,
-)
+from .products import Pieces, groups, left_operand, pieces, times, waited, zeros_of
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, add_bias, column_of, exponents, grid_of, mask_band, row_in, statistics, visible_blocks
 
@@ -67,7 +64,7 @@ class Program:
     """What all partitions of a CTA share. C: the configuration (``plan/kernels/dq.DqConfig``); the rest as of ``dq``."""
 
     small_lse: object
-    dq_desc: object
+    dq: object
     dbias_desc: object
     bias: object
     lengths: object
@@ -120,10 +117,10 @@ class Feed:
     heads share a key head, and a block of zeros for what nobody sees of dbias.
     """
 
-    q_desc: object
-    dout_desc: object
-    k_desc: object
-    v_desc: object
+    q: object
+    dout: object
+    k: object
+    v: object
     bias_desc: object
     bias_on: object
     second_desc: object
@@ -168,6 +165,10 @@ def _produce(p, f):
     """The producer: every load of the program, in the order in which the consumers need them."""
     BN: gl.constexpr = p.C.block_n
     WGS: gl.constexpr = p.C.consumers
+    Q_BYTES: gl.constexpr = f.q.first.block_type.nbytes + (f.q.second.block_type.nbytes if f.q.second is not None else 0)
+    DOUT_BYTES: gl.constexpr = f.dout.first.block_type.nbytes + (f.dout.second.block_type.nbytes if f.dout.second is not None else 0)
+    K_BYTES: gl.constexpr = f.k.first.block_type.nbytes + (f.k.second.block_type.nbytes if f.k.second is not None else 0)
+    V_BYTES: gl.constexpr = f.v.first.block_type.nbytes + (f.v.second.block_type.nbytes if f.v.second is not None else 0)
     BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes if f.bias_desc is not None else 0
     SECOND_BYTES: gl.constexpr = f.second_desc.block_type.nbytes if f.second_desc is not None else 0
     MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
@@ -185,17 +186,18 @@ def _produce(p, f):
             at = done + j
             place = place_of(x, x.first_key, x.keys, n0)
             k_full = p.keys.acquire(at, 0)
-            mbarrier.expect(k_full, f.k_desc.block_type.nbytes)
-            tma_load(f.k_desc, rows(p, place, key_head), k_full, p.k_s.index(p.keys.slot(at, 0)))
+            mbarrier.expect(k_full, K_BYTES)
+            load_block(p, f.k, place, key_head, k_full, p.k_s, p.keys.slot(at, 0))
             if j == 0:
                 for w in gl.static_range(WGS):
                     q_full = p.queries.acquire(wave, w)
-                    mbarrier.expect(q_full, f.q_desc.block_type.nbytes + f.dout_desc.block_type.nbytes)
-                    tma_load(f.q_desc, query_rows(p, x, m0 + w * BM, head), q_full, p.q_s.index(w))
-                    tma_load(f.dout_desc, query_rows(p, x, m0 + w * BM, head), q_full, p.dout_s.index(w))
+                    mbarrier.expect(q_full, Q_BYTES + DOUT_BYTES)
+                    of_queries = query_place(x, m0 + w * BM)
+                    load_block(p, f.q, of_queries, head, q_full, p.q_s, w)
+                    load_block(p, f.dout, of_queries, head, q_full, p.dout_s, w)
             v_full = p.values.acquire(at, 0)
-            mbarrier.expect(v_full, f.v_desc.block_type.nbytes)
-            tma_load(f.v_desc, rows(p, place, key_head), v_full, p.v_s.index(p.values.slot(at, 0)))
+            mbarrier.expect(v_full, V_BYTES)
+            load_block(p, f.v, place, key_head, v_full, p.v_s, p.values.slot(at, 0))
             if f.bias_desc is not None:
                 for w in gl.static_range(WGS):
                     slot = p.biases.slot(at, w)
@@ -228,21 +230,6 @@ def _produce(p, f):
         tma_store_wait(0)
 
 
-HELD = gl.constexpr(192)  # registers of dq, scores and left operands; with 208 ptxas serialises MMAs
-
-
-@gluon.constexpr_function
-def _holds_q(head, width, value, value_width, keys):
-    """Whether q is in registers: where a head is padded, for others have not been looked at."""
-    return (head < width or value < value_width) and holds(HELD, 2 * keys, head, width, head)
-
-
-@gluon.constexpr_function
-def _holds_dout(head, width, value, value_width, keys):
-    """Whether dout is, too."""
-    return _holds_q(head, width, value, value_width, keys) and holds(HELD, 2 * keys, head, width, head, value)
-
-
 @gluon.jit
 def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, CUT: gl.constexpr):
     """One key block: ``(dq, ds)`` with the block before in dq (``p.C.deferred``), or the block itself.
@@ -250,13 +237,10 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     SMALL_LSE: see ``preprocess.py``. CUT: a length may end in the block.
     """
     BN: gl.constexpr = p.C.block_n
-    BD: gl.constexpr = p.k_s.shape[-1]
-    BDV: gl.constexpr = p.v_s.shape[-1]
+    BD: gl.constexpr = p.k_s.first.shape[-1]
     S: gl.constexpr = accumulator(BN)
     DS: gl.constexpr = left_operand(p.QK, BD)
     DQ: gl.constexpr = pieces(p.QK, BD)  # MMAs of dq
-    HOLD_Q: gl.constexpr = HOLDS and _holds_q(p.QK, BD, p.OV, BDV, BN)
-    HOLD_DOUT: gl.constexpr = HOLDS and _holds_dout(p.QK, BD, p.OV, BDV, BN)
     BIASED: gl.constexpr = (p.bias_s is not None or p.bias is not None) and not p.IS_MASK
     LINE: gl.constexpr = one_sided(p.ALIBI) and p.cap is None and not SMALL_LSE  # as the forward kernel rounds it
     LAGGING: gl.constexpr = p.C.deferred and not FIRST  # the block before is folded into dq here
@@ -265,22 +249,22 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     v_slot = p.values.slot(at, 0)
     before = (at + p.C.k_stages - 1) % p.C.k_stages
     v_phase = p.values.phase(at)
-    k = p.k_s.index(k_slot).reshape([BN, BD])
+    k = block_at(p.k_s, k_slot, BN)
     p.keys.wait(at, 0)
     if p.C.ping_pong:
         mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
-    if HOLD_Q:
-        s_pending = over_held(t.q, k, nothing)
+    if p.C.hold_q:
+        s_pending = over_held_block(t.q, k, nothing)
     else:
-        s_pending = over_columns(t.q, k, nothing, 0, p.QK, False)
+        s_pending = over_blocks(t.q, k, nothing, p.QK)
     mbarrier.wait(p.values.full.index(v_slot), v_phase)
-    v = p.v_s.index(v_slot).reshape([BN, BDV])
-    if HOLD_DOUT:
-        dp_pending = over_held(t.dout, v, nothing)
+    v = block_at(p.v_s, v_slot, BN)
+    if p.C.hold_dout:
+        dp_pending = over_held_block(t.dout, v, nothing)
     else:
-        dp_pending = over_columns(t.dout, v, nothing, 0, p.OV, False)
+        dp_pending = over_blocks(t.dout, v, nothing, p.OV)
     if LAGGING:
-        dq_pending = into_columns(ds, p.k_s.index(before).reshape([BN, BD]), dq)
+        dq_pending = into_blocks(ds, block_at(p.k_s, before, BN), dq)
     if p.C.ping_pong:
         mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
     if t.philox is not None:  # under the MMAs
@@ -329,7 +313,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
         s = mask_band(s, t.m0, n0, t.x.keys, t.x.lo, t.x.hi, BM, BN, "0fFF800000")
     x = exponents(s, lse, t.rest, p.HAS_REST and not SMALL_LSE, BIASED)
     if p.cap is not None and p.dbias_desc is None:
-        _, weight = p_and_ds_factor(x, u, p.q_s.dtype)
+        _, weight = p_and_ds_factor(x, u, p.q_s.first.dtype)
     else:
         weight = gl.exp2(x)
     if t.philox is not None:
@@ -364,9 +348,9 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
                 p.biases.release(at - 1, WG)
         if p.cap is not None:  # the bias is added behind it
             ds32 = ds32 * tanh_slope(u)
-    ds16 = gl.convert_layout(ds32.to(p.q_s.dtype), DS)
+    ds16 = gl.convert_layout(ds32.to(p.q_s.first.dtype), DS)
     if not p.C.deferred:
-        dq = waited(0, into_columns(ds16, k, dq))
+        dq = waited(0, into_blocks(ds16, k, dq))
         p.keys.release(at, 0)
     return dq, ds16
 
@@ -386,16 +370,13 @@ def _walk(p, t, w, dq, ds, first, last, WG: gl.constexpr, SMALL_LSE: gl.constexp
 def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     """One consumer: 64 queries of every tile of the program."""
     BN: gl.constexpr = p.C.block_n
-    BD: gl.constexpr = p.q_s.shape[-1]
-    BDV: gl.constexpr = p.v_s.shape[-1]
+    BD: gl.constexpr = p.q_s.first.shape[-1]
     MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
-    HOLD_Q: gl.constexpr = HOLDS and _holds_q(p.QK, BD, p.OV, BDV, BN)
-    HOLD_DOUT: gl.constexpr = HOLDS and _holds_dout(p.QK, BD, p.OV, BDV, BN)
     scale_log2 = p.scale * LOG2E
     if p.C.separate_dq:
-        target = p.out_s.index(WG)
+        target = p.out_s
     else:
-        target = p.q_s.index(WG)
+        target = p.q_s
     grid = grid_of(p, 0)
     done = 0  # blocks of earlier tiles
     for wave in range(grid.waves()):
@@ -414,18 +395,18 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         column = column_of(p, x, m0, head, BM, BN)
         dq = zeros_of(BM, p.QK, BD)
         p.queries.wait(wave, WG)
-        q = p.q_s.index(WG).reshape([BM, BD])
-        dout = p.dout_s.index(WG).reshape([BM, BDV])
-        if HOLD_Q:
-            q = held(q, p.QK, BN)
-        if HOLD_DOUT:
-            dout = held(dout, p.OV, BN)
-        if HOLD_Q:
+        q = block_at(p.q_s, WG, BM)
+        dout = block_at(p.dout_s, WG, BM)
+        if p.C.hold_q:
+            q = held_block(q, p.QK, BN)
+        if p.C.hold_dout:
+            dout = held_block(dout, p.OV, BN)
+        if p.C.hold_q or p.C.hold_dout:
             fence_async_shared()  # a load may wait behind WGMMA operands, and TMA overtake it: see the forward kernel
         if p.lengths is not None:
             if (end * BN > x.keys) & (x.keys < p.N):  # no other block of a tile is cut by a length
                 p.keys.wait(done, 0)
-                clear_masked(p.k_s.index(p.keys.slot(done, 0)).reshape([BN, BD]), x.keys - (end - 1) * BN)
+                clear_masked_block(block_at(p.k_s, p.keys.slot(done, 0), BN), x.keys - (end - 1) * BN)
         t = Rows(x, m0, head, outer, inner, q, dout, lse, delta, rest, column, slope, philox, scale_log2)
         w = Walk(done, steps, end)
         dq, ds = _step(p, t, dq, dq, done, (end - 1) * BN, WG, SMALL_LSE, True, MASKED, p.lengths is not None)
@@ -442,15 +423,14 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             dq, ds = _walk(p, t, w, dq, ds, left, steps, WG, SMALL_LSE, True)
         done += steps
         if p.C.deferred:
-            k = p.k_s.index(p.keys.slot(done - 1, 0)).reshape([BN, BD])
-            dq = waited(0, into_columns(ds, k, dq))
+            dq = waited(0, into_blocks(ds, block_at(p.k_s, p.keys.slot(done - 1, 0), BN), dq))
             p.keys.release(done - 1, 0)
         tma_store_wait(0)  # what the target held before must have left it
         if p.dropout is not None:
             dq = times(dq, p.dropout[2])
-        store_columns(target.reshape([BM, BD]), times(dq, p.scale))
+        store_block(block_at(target, WG, BM), times(dq, p.scale))
         fence_async_shared()
-        tma_store(p.dq_desc, query_rows(p, x, m0, head), target)
+        leave_block(p, p.dq, query_place(x, m0), head, target, WG)
         if not p.C.separate_dq:
             tma_store_wait(0)
             mbarrier.arrive(p.queries.empty.index(WG))
@@ -473,7 +453,7 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
     q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, packed, slopes, stats, small_lse, bias_strides,
-    slope_strides, bias_on, cap, dropout, second_desc, second_on, mask_desc, mask_on,
+    slope_strides, bias_on, cap, dropout, second_desc, second_on, mask_desc, mask_on, q_tail, dout_tail, k_tail, v_tail, dq_tail,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN_N: gl.constexpr, ALIBI: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
@@ -486,16 +466,17 @@ def dq(
 
     C: the configuration. Without its ``separate_dq``, dq leaves through Q's buffer, and the next tile begins when it has left.
     """
-    DT: gl.constexpr = q_desc.dtype
     WGS: gl.constexpr = C.consumers
     BN: gl.constexpr = C.block_n
     BIASES: gl.constexpr = C.bias_stages * WGS
-    q_s = gl.allocate_shared_memory(DT, stacked(WGS, q_desc.block_shape), q_desc.layout)
-    dout_s = gl.allocate_shared_memory(DT, stacked(WGS, dout_desc.block_shape), dout_desc.layout)
-    k_s = gl.allocate_shared_memory(DT, stacked(C.k_stages, k_desc.block_shape), k_desc.layout)
-    v_s = gl.allocate_shared_memory(DT, stacked(C.v_stages, v_desc.block_shape), v_desc.layout)
+    q, dout, grad = Pieces(q_desc, q_tail), Pieces(dout_desc, dout_tail), Pieces(dq_desc, dq_tail)
+    k, v = Pieces(k_desc, k_tail), Pieces(v_desc, v_tail)
+    q_s = buffers_of(WGS, q)
+    dout_s = buffers_of(WGS, dout)
+    k_s = buffers_of(C.k_stages, k)
+    v_s = buffers_of(C.v_stages, v)
     if C.separate_dq:
-        out_s = gl.allocate_shared_memory(DT, stacked(WGS, dq_desc.block_shape), dq_desc.layout)
+        out_s = buffers_of(WGS, grad)
     else:
         out_s = None
     if bias_desc is not None:
@@ -525,11 +506,11 @@ def dq(
         mbarrier.arrive(ping_pong[0].index(0))
 
     p = Program(
-        small_lse, dq_desc, dbias_desc, bias, lengths, packed, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, second_s, mask_s,
+        small_lse, grad, dbias_desc, bias, lengths, packed, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, second_s, mask_s,
         queries, keys, values, biases, ping_pong, bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi,
         scale, tiles_m, tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, QK, OV,
     )  # fmt: skip
-    f = Feed(q_desc, dout_desc, k_desc, v_desc, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group, zeros_s)
+    f = Feed(q, dout, k, v, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group, zeros_s)
     # Two programs in one, as in ``dkdv``.
     if (small_lse is not None) and (all_lse_small(small_lse) != 0):
         _run(p, f, True)

@@ -63,6 +63,12 @@ def place_of(x, first, length, row):
 
 
 @gluon.jit
+def query_place(x, row):
+    """Where a block of queries lies."""
+    return place_of(x, x.first_query, x.queries, row)
+
+
+@gluon.jit
 def rows(p, place, head, column=0):
     """A place's coordinates for TMA, of a head, from a column on."""
     if p.packed is not None:
@@ -72,9 +78,9 @@ def rows(p, place, head, column=0):
 
 
 @gluon.jit
-def query_rows(p, x, row, head, column=0):
+def query_rows(p, x, row, head):
     """Coordinates of a block of queries."""
-    return rows(p, place_of(x, x.first_query, x.queries, row), head, column)
+    return rows(p, query_place(x, row), head)
 
 
 @gluon.jit

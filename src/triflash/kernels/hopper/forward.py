@@ -13,27 +13,24 @@ recomputed from loop-carried scalars where that is cheap: Triton 3.6 failed to c
 """
 
 from ..triton.prims import LN2, LOG2E, offset
-from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store, tma_store_wait, warpgroup_mma_wait
-from .dropout import drop, keep_bits, philox_of
-from .extent import Extent, extent_of, lse_row, query_rows
-from .features import clear_masked, opaque, slope_of
-from .forward_loads import Feed, produce
-from .layouts import accumulator, stacked
-from .products import (
-    Pieces,
+from .blocks import (
     block_at,
     buffers_of,
+    clear_masked_block,
     held_block,
     into_blocks,
-    left_operand,
+    leave_block,
     over_blocks,
     over_held_block,
-    pieces,
     store_block,
-    times_rows,
-    waited,
-    zeros_of,
 )
+from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store_wait, warpgroup_mma_wait
+from .dropout import drop, keep_bits, philox_of
+from .extent import Extent, extent_of, lse_row, query_place
+from .features import opaque, slope_of
+from .forward_loads import Feed, produce
+from .layouts import accumulator, stacked
+from .products import Pieces, left_operand, pieces, times_rows, waited, zeros_of
 from .rings import Ring, barriers, ring
 from .scores_qk import BM, column_of, grid_of, row_in, visible_blocks
 from .softmax import by_row, rescaled, rescaled_accumulator, softmax
@@ -174,9 +171,7 @@ def _finish(p, o, l, m, buffers, at, x, m0, head):
     else:  # where O leaves through Q's buffers, it may take the first of two
         store_block(block_at(Pieces(buffers.first, None), at, BM), o)
     fence_async_shared()
-    tma_store(p.out.first, query_rows(p, x, m0, head), buffers.first.index(at))
-    if p.out.second is not None:
-        tma_store(p.out.second, query_rows(p, x, m0, head, buffers.first.shape[-1]), buffers.second.index(at))
+    leave_block(p, p.out, query_place(x, m0), head, buffers, at)
     i = m0 + gl.arange(0, BM, ROWS)
     row_lse = gl.where(unseen, float("-inf"), (m + gl.log2(l)) * LN2)
     at_row = lse_row(p, x, head) + i
@@ -184,14 +179,6 @@ def _finish(p, o, l, m, buffers, at, x, m0, head):
     if p.rest is not None:  # see lse_rest of the portable kernels
         again = gl.where(unseen, 0.0, row_lse * LOG2E)
         gl.store(p.rest + at_row, gl.where(unseen, 0.0, (m - again) + gl.log2(l)), mask=i < x.queries)
-
-
-@gluon.jit
-def _clear_masked(block, visible):
-    """``clear_masked`` of both pieces of a block."""
-    clear_masked(block.first, visible)
-    if block.second is not None:
-        clear_masked(block.second, visible)
 
 
 @gluon.jit
@@ -334,7 +321,7 @@ def _consume(p, WG: gl.constexpr):
         if p.lengths is not None:
             if (end * BN > x.keys) & (x.keys < p.N):  # no other block of a tile is cut by a length
                 p.kv.wait(done + 1, 0)
-                _clear_masked(block_at(p.v_s, p.kv.slot(done + 1, 0), BN), x.keys - (end - 1) * BN)
+                clear_masked_block(block_at(p.v_s, p.kv.slot(done + 1, 0), BN), x.keys - (end - 1) * BN)
         if OVERLAP:
             if steps == 1:
                 mbarrier.arrive(p.queries.empty.index(q_slot))

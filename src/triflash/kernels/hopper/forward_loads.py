@@ -1,7 +1,8 @@
 """The producer of the forward kernel for Hopper: every TMA load of a CTA. Called by ``forward.py``."""
 
+from .blocks import load_block
 from .compat import gl, gluon, mbarrier, record, tma_load
-from .extent import extent_of, outer_at, place_in_bias, place_of, rows
+from .extent import extent_of, outer_at, place_in_bias, place_of, query_place
 from .scores_qk import BM, grid_of, visible_blocks
 
 
@@ -53,14 +54,6 @@ def _fetch_bias(p, f, at, x, head, m0, n0):
 
 
 @gluon.jit
-def _fetch_block(p, descs, place, head, full, buffers, at):
-    """A block of a head's rows, from a ``place`` on."""
-    tma_load(descs.first, rows(p, place, head), full, buffers.first.index(at))
-    if descs.second is not None:
-        tma_load(descs.second, rows(p, place, head, buffers.first.shape[-1]), full, buffers.second.index(at))
-
-
-@gluon.jit
 def _fetch_queries(p, f, wave, x, m0, head):
     """The queries of a tile, for every consumer its own."""
     Q_BYTES: gl.constexpr = f.q.first.block_type.nbytes + (f.q.second.block_type.nbytes if f.q.second is not None else 0)
@@ -68,8 +61,7 @@ def _fetch_queries(p, f, wave, x, m0, head):
     for w in gl.static_range(WGS):
         full = p.queries.acquire(wave, w)
         mbarrier.expect(full, Q_BYTES)
-        place = place_of(x, x.first_query, x.queries, m0 + w * BM)
-        _fetch_block(p, f.q, place, head, full, p.q_s, p.queries.slot(wave, w))
+        load_block(p, f.q, query_place(x, m0 + w * BM), head, full, p.q_s, p.queries.slot(wave, w))
 
 
 @gluon.jit
@@ -102,9 +94,9 @@ def produce(p, f):
             mbarrier.expect(full, K_BYTES + V_BYTES, pred=at > 0)
             mbarrier.expect(full, K_BYTES, pred=at == 0)
             place = place_of(x, x.first_key, x.keys, n0)
-            _fetch_block(p, f.k, place, head // f.group, full, p.k_s, stage)
+            load_block(p, f.k, place, head // f.group, full, p.k_s, stage)
             if at > 0:
-                _fetch_block(p, f.v, (b_before, n_before), head_before, full, p.v_s, stage)
+                load_block(p, f.v, (b_before, n_before), head_before, full, p.v_s, stage)
             n_before = place[1]
             head_before = head // f.group
             b_before = place[0]
@@ -116,4 +108,4 @@ def produce(p, f):
         done += end - begin
     full = p.kv.acquire(done, 0)
     mbarrier.expect(full, V_BYTES)
-    _fetch_block(p, f.v, (b_before, n_before), head_before, full, p.v_s, p.kv.slot(done, 0))
+    load_block(p, f.v, (b_before, n_before), head_before, full, p.v_s, p.kv.slot(done, 0))

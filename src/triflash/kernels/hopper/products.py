@@ -1,13 +1,12 @@
 """Products of heads that are padded to a power of 2, without the columns that only pad. Called by every Hopper kernel that has scores.
 
 Where a product sums over them, it is issued in pieces (``over_columns``). Where they are the columns of its result, the accumulator is a
-record of one or two pieces (``Pieces``), each a power of 2 of columns. The forward kernel may keep blocks in shared memory in such pieces,
-too, each in a buffer of its own: then columns that pad are neither kept nor written by TMA.
+record of one or two pieces (``Pieces``), each a power of 2 of columns. Blocks in shared memory may lie in such pieces, too (``blocks.py``).
 """
 
 from ...untried import UNTRIED
 from .compat import gl, gluon, record, warpgroup_mma, warpgroup_mma_wait
-from .layouts import accumulator, stacked
+from .layouts import accumulator
 
 HOLDS = gl.constexpr(UNTRIED)  # left operands in registers (``holds``)
 
@@ -95,11 +94,11 @@ def into_columns(a, b, acc):
         return Pieces(warpgroup_mma(a, b.slice(0, FIRST, 1), acc.first, is_async=True), None)
     else:
         SECOND: gl.constexpr = acc.second.shape[1]
-        return _into_both(a, b.slice(0, FIRST, 1), b.slice(FIRST, SECOND, 1), acc)
+        return into_both(a, b.slice(0, FIRST, 1), b.slice(FIRST, SECOND, 1), acc)
 
 
 @gluon.jit
-def _into_both(a, first, second, acc):
+def into_both(a, first, second, acc):
     """acc + a b of both pieces of b's columns, issued."""
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator(acc.second.shape[1]), 2)
     done = warpgroup_mma(a, first, acc.first, is_async=True)
@@ -183,78 +182,3 @@ def over_held(a, b, acc):
     if a.second is not None:
         acc = warpgroup_mma(a.second, b.slice(FIRST, a.second.shape[1], 1).permute((1, 0)), acc, is_async=True)
     return acc
-
-
-# Blocks in shared memory whose columns lie in one buffer, of a power of 2 of columns, or in two of the head's own width.
-
-
-@gluon.jit
-def buffers_of(COUNT: gl.constexpr, descs):
-    """Buffers for so many blocks, of which ``descs`` are the TMA descriptors."""
-    first = gl.allocate_shared_memory(descs.first.dtype, stacked(COUNT, descs.first.block_shape), descs.first.layout)
-    if descs.second is not None:
-        shape: gl.constexpr = stacked(COUNT, descs.second.block_shape)
-        return Pieces(first, gl.allocate_shared_memory(descs.second.dtype, shape, descs.second.layout))
-    else:
-        return Pieces(first, None)
-
-
-@gluon.jit
-def block_at(buffers, at, ROWS: gl.constexpr):
-    """Block ``at``, as rows and columns."""
-    FIRST: gl.constexpr = buffers.first.shape[-1]
-    first = buffers.first.index(at).reshape([ROWS, FIRST])
-    if buffers.second is not None:
-        SECOND: gl.constexpr = buffers.second.shape[-1]
-        return Pieces(first, buffers.second.index(at).reshape([ROWS, SECOND]))
-    else:
-        return Pieces(first, None)
-
-
-@gluon.jit
-def over_blocks(a, b, acc, COLUMNS: gl.constexpr):
-    """``over_columns`` of blocks, up to COLUMNS; acc is what the MMA is told instead of zeros."""
-    if b.second is not None:
-        acc = warpgroup_mma(a.first, b.first.permute((1, 0)), acc, use_acc=False, is_async=True)
-        return warpgroup_mma(a.second, b.second.permute((1, 0)), acc, is_async=True)
-    else:
-        return over_columns(a.first, b.first, acc, 0, COLUMNS, False)
-
-
-@gluon.jit
-def into_blocks(a, b, acc):
-    """``into_columns`` of a block."""
-    if b.second is not None:
-        return _into_both(a, b.first, b.second, acc)
-    else:
-        return into_columns(a, b.first, acc)
-
-
-@gluon.jit
-def held_block(block, COLUMNS: gl.constexpr, RESULT: gl.constexpr):
-    """``held`` of a block."""
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, accumulator(RESULT), 2)
-    if block.second is not None:
-        return Pieces(block.first.load(OPERAND), block.second.load(OPERAND))
-    else:
-        return held(block.first, COLUMNS, RESULT)
-
-
-@gluon.jit
-def over_held_block(a, b, acc):
-    """``over_held`` of a block b."""
-    if b.second is not None:
-        acc = warpgroup_mma(a.first, b.first.permute((1, 0)), acc, use_acc=False, is_async=True)
-        return warpgroup_mma(a.second, b.second.permute((1, 0)), acc, is_async=True)
-    else:
-        return over_held(a, b.first, acc)
-
-
-@gluon.jit
-def store_block(target, acc):
-    """``store_columns`` to a block."""
-    if target.second is not None:
-        target.first.store(acc.first.to(target.first.dtype))
-        target.second.store(acc.second.to(target.second.dtype))
-    else:
-        store_columns(target.first, acc)

@@ -11,12 +11,34 @@ from dataclasses import dataclass, replace
 
 from ...errors import bad_value
 from ...spec import AttentionSpec
+from ...untried import UNTRIED
 from ..configs import chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step
-from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, is_light, mask_buffer, order_of, query_tiles, second_buffer
+from .shared import (
+    MOST_PIECES,
+    ROWS,
+    Buffer,
+    QueryConfig,
+    barriers,
+    bias_buffer,
+    blocks_of_heads,
+    check_held,
+    is_banded,
+    is_in_pieces,
+    is_light,
+    is_padded,
+    mask_buffer,
+    multiplied_columns,
+    order_of,
+    query_tiles,
+    second_buffer,
+    widths,
+)
 
 __all__ = ["DqConfig", "by_hand_of", "choose", "owns_dbias", "programs", "step"]
+
+HELD = 192  # registers of dq, scores and left operands
 
 
 @dataclass(frozen=True)
@@ -25,7 +47,8 @@ class DqConfig(QueryConfig):
 
     consumers, block_n, bias_stages, ping_pong, persistent, ctas_per_sm: as of the forward kernel. k_stages, v_stages: buffers for K blocks
     and for V blocks. deferred: the MMA dS·K of a block is issued behind S and dP of the next; it takes registers and a second K buffer.
-    separate_dq: dQ has a buffer of its own, else it leaves through that of Q.
+    separate_dq: dQ has a buffer of its own, else it leaves through that of Q. own_widths: as of the forward kernel. hold_q, hold_dout: a
+    tile's q or dout is read from registers.
     """
 
     consumers: int
@@ -38,6 +61,9 @@ class DqConfig(QueryConfig):
     separate_dq: bool = True
     persistent: bool = True
     ctas_per_sm: int = 1
+    own_widths: bool = False
+    hold_q: bool = False
+    hold_dout: bool = False
 
     SOURCE = "the first candidate that fits, of plan/kernels/dq.py"
 
@@ -55,17 +81,19 @@ class DqConfig(QueryConfig):
     def __str__(self) -> str:
         flags = " ping-pong" * self.ping_pong + " deferred" * self.deferred + " separate-dq" * self.separate_dq
         flags += " persistent" * self.persistent + f" {self.ctas_per_sm} CTAs/SM" * (self.ctas_per_sm > 1)
+        flags += " own-widths" * self.own_widths + " hold-q" * self.hold_q + " hold-dout" * self.hold_dout
         return f"{self.block_m}x{self.block_n} s{self.k_stages}/{self.v_stages} b{self.bias_stages}{flags}"
 
     def buffers(self, spec: AttentionSpec, gives: tuple[str, ...] = ()) -> tuple[Buffer, ...]:
-        head, value, biases = padded(spec.head_dim), padded(spec.value_dim), self.bias_stages * self.consumers
+        head, value = widths(spec.head_dim, self.own_widths), widths(spec.value_dim, self.own_widths)
+        biases = self.bias_stages * self.consumers
         unseen = "dbias" in gives and (is_banded(spec) or spec.key_lengths)
         return (
-            Buffer("q", self.consumers, (64, head), 2),
-            Buffer("dout", self.consumers, (64, value), 2),
-            Buffer("k", self.k_stages, (self.block_n, head), 2),
-            Buffer("v", self.v_stages, (self.block_n, value), 2),
-            Buffer("dq", self.consumers * self.separate_dq, (64, head), 2),
+            *blocks_of_heads("q", self.consumers, ROWS, head),
+            *blocks_of_heads("dout", self.consumers, ROWS, value),
+            *blocks_of_heads("k", self.k_stages, self.block_n, head),
+            *blocks_of_heads("v", self.v_stages, self.block_n, value),
+            *blocks_of_heads("dq", self.consumers * self.separate_dq, ROWS, head),
             bias_buffer(spec, self, biases),
             second_buffer(spec, self, biases),
             mask_buffer(spec, self, biases),
@@ -115,10 +143,22 @@ def _candidates(head: int, bias: bool, light: bool) -> tuple[DqConfig, ...]:
 @functools.lru_cache(maxsize=4096)
 def choose(spec: AttentionSpec, limit: int, gives: tuple[str, ...] = ("dq",), sms: int = 0) -> DqConfig | None:
     """The configuration within ``limit`` bytes of shared memory, None if no candidate fits; few tiles are made of 64 queries."""
-    for config in _candidates(padded(max(spec.head_dim, spec.value_dim)), spec.bias is not None, is_light(spec)):
+    widest, in_pieces = padded(max(spec.head_dim, spec.value_dim)), UNTRIED and is_in_pieces(spec)
+    larger = (DqConfig(2, 64, 2, 2, separate_dq=False),) if in_pieces and widest > 128 else ()
+    for candidate in (*larger, *_candidates(widest, spec.bias is not None, is_light(spec))):
+        config = replace(candidate, own_widths=in_pieces)
         if config.fits(spec, limit, gives):
-            return replace(config, consumers=1, ctas_per_sm=1) if 2 * query_tiles(spec, config)[1] <= sms else config
+            config = replace(config, consumers=1, ctas_per_sm=1) if 2 * query_tiles(spec, config)[1] <= sms else config
+            return _holding(spec, config) if UNTRIED and is_padded(spec) else config
     return None
+
+
+def _holding(spec: AttentionSpec, config: DqConfig) -> DqConfig:
+    """The configuration with q, and dout too, in registers where they are left: with 208 ptxas serialises MMAs."""
+    head, value = (multiplied_columns(dim, padded(dim)) for dim in (spec.head_dim, spec.value_dim))
+    used = sum(widths(spec.head_dim, True)) // 2 + config.block_n + head // 4
+    hold_q = head.bit_count() <= MOST_PIECES and used <= HELD
+    return replace(config, hold_q=hold_q, hold_dout=hold_q and value.bit_count() <= MOST_PIECES and used + value // 4 <= HELD)
 
 
 def programs(spec: AttentionSpec, config: DqConfig, sms: int) -> int:
@@ -136,6 +176,8 @@ def step(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]
     """The kernel, with its grid, for what a plan of ``plan/hopper.py`` asks of it."""
     config = by_hand_of(by_hand)
     if config is not None:
+        for name, held, dim in (("hold_q", config.hold_q, spec.head_dim), ("hold_dout", config.hold_dout, spec.value_dim)):
+            check_held(name, held, dim)
         config.check(spec, spec.head_dim, device.shared_memory, gives)
     else:
         config = choose(spec, device.shared_memory, gives, device.sms)

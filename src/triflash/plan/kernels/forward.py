@@ -16,13 +16,18 @@ from ..configs import chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step
 from .shared import (
+    MOST_PIECES,
     ROWS,
     Buffer,
     QueryConfig,
     barriers,
     bias_buffer,
+    blocks_of_heads,
+    check_held,
     is_banded,
+    is_in_pieces,
     is_light,
+    is_padded,
     mask_buffer,
     mma_fits,
     multiplied_columns,
@@ -37,7 +42,6 @@ __all__ = ["ForwardConfig", "by_hand_of", "choose", "config_of", "fuses_bias", "
 SHORT = 1088  # keys that a query sees at most under a band, where rows are short: 1,024 and a block
 SHORT_FULL = 256  # and without one
 OTHER_REGISTERS = 48  # of a thread that has q in registers
-MOST_PIECES = 2  # that q is held in
 
 
 @dataclass(frozen=True)
@@ -89,20 +93,15 @@ class ForwardConfig(QueryConfig):
     def buffers(self, spec: AttentionSpec, gives: tuple[str, ...] = ()) -> tuple[Buffer, ...]:
         head, value, biases = self.widths(spec.head_dim), self.widths(spec.value_dim), self.bias_stages * self.consumers
         return (
-            *_blocks("q", self.q_stages * self.consumers, ROWS, head),
-            *_blocks("k", self.kv_stages, self.block_n, head),
-            *_blocks("v", self.kv_stages, self.block_n, value),
-            *_blocks("o", self.consumers * self.separate_o, ROWS, value),
+            *blocks_of_heads("q", self.q_stages * self.consumers, ROWS, head),
+            *blocks_of_heads("k", self.kv_stages, self.block_n, head),
+            *blocks_of_heads("v", self.kv_stages, self.block_n, value),
+            *blocks_of_heads("o", self.consumers * self.separate_o, ROWS, value),
             bias_buffer(spec, self, biases),
             second_buffer(spec, self, biases),
             mask_buffer(spec, self, biases),
             barriers(2 * self.q_stages * self.consumers, 2 * self.kv_stages, 2 * biases, 3),
         )
-
-
-def _blocks(name: str, count: int, rows: int, columns: tuple[int, ...]) -> tuple[Buffer, ...]:
-    """The one or two buffers of ``count`` blocks."""
-    return tuple(Buffer(name, count, (rows, each), 2) for each in columns)
 
 
 def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
@@ -122,13 +121,8 @@ def choose(spec: AttentionSpec, limit: int, sms: int = 0) -> ForwardConfig | Non
         if config.fits(spec, limit) and mma_fits(config, spec.value_dim) and _has_room_for_o(spec, config):
             if 2 * query_tiles(spec, config)[1] <= sms:
                 config = replace(config, consumers=1, ping_pong=False, ctas_per_sm=1)
-            return replace(config, hold_q=UNTRIED and _is_padded(spec) and _holds_q(spec, config))
+            return replace(config, hold_q=UNTRIED and is_padded(spec) and _holds_q(spec, config))
     return None
-
-
-def _is_padded(spec: AttentionSpec) -> bool:
-    """Whether blocks have columns that are not multiplied."""
-    return any(multiplied_columns(dim, padded(dim)) < padded(dim) for dim in (spec.head_dim, spec.value_dim))
 
 
 def _holds_q(spec: AttentionSpec, config: ForwardConfig) -> bool:
@@ -145,7 +139,7 @@ def _has_room_for_o(spec: AttentionSpec, config: ForwardConfig) -> bool:
 
 def _candidates_of_widths(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
     """Candidates with blocks of a padded head's own width, if those are tried: they have room for larger tiles."""
-    if not UNTRIED or all(len(widths(dim, True)) == 1 for dim in (spec.head_dim, spec.value_dim)):
+    if not UNTRIED or not is_in_pieces(spec):
         return _candidates(spec)
     large = () if padded(max(spec.head_dim, spec.value_dim)) <= 128 else (ForwardConfig(2, 128, 2, separate_o=False),)
     return tuple(replace(config, own_widths=True) for config in (*large, *_candidates(spec)))
@@ -242,8 +236,7 @@ def config_of(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, ob
         if not _has_room_for_o(spec, own):
             wanted = f"True for head dims {spec.head_dim} and {spec.value_dim}"
             raise bad_value("separate_o", wanted, False, "a tile of O does not fit in Q's buffer")
-        if own.hold_q and multiplied_columns(spec.head_dim, padded(spec.head_dim)).bit_count() > MOST_PIECES:
-            raise bad_value("hold_q", f"False for head dim {spec.head_dim}", True, "q would have three pieces")
+        check_held("hold_q", own.hold_q, spec.head_dim)
         own.check(spec, spec.value_dim, device.shared_memory)
         return own
     config = choose(spec, device.shared_memory, device.sms)

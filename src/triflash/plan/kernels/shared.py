@@ -16,10 +16,11 @@ from ...spec import AttentionSpec, BiasSpec
 from ..configs import padded
 
 __all__ = [
-    "L2_GROUP_BYTES", "MAX_SIMULATED_TILES", "ROWS", "SMALLEST_BLOCK", "STATS_MULTIPLE", "TILE_COST", "Buffer", "HopperConfig",
-    "QueryConfig", "barriers", "batch_fastest", "best_order", "bias_buffer", "equal_groups", "is_banded", "is_light", "l2_order",
-    "load_imbalance", "mask_buffer", "mma_fits", "multiplied_columns", "order_of", "query_tiles", "row_buffers", "row_by_mma",
-    "second_buffer", "shared_limit", "stats_kinds", "stats_length", "widths",
+    "L2_GROUP_BYTES", "MAX_SIMULATED_TILES", "MOST_PIECES", "ROWS", "SMALLEST_BLOCK", "STATS_MULTIPLE", "TILE_COST", "Buffer",
+    "HopperConfig", "QueryConfig", "barriers", "batch_fastest", "best_order", "bias_buffer", "blocks_of_heads", "check_held",
+    "equal_groups", "is_banded", "is_in_pieces", "is_light", "is_padded", "l2_order", "load_imbalance", "mask_buffer", "mma_fits",
+    "multiplied_columns", "order_of", "query_tiles", "row_buffers", "row_by_mma", "second_buffer", "shared_limit", "stats_kinds",
+    "stats_length", "widths",
 ]  # fmt: skip
 
 ROWS = 64  # queries of a consumer warpgroup: M of a WGMMA
@@ -33,6 +34,7 @@ RESERVED = 1024  # bytes of shared memory that the system takes for each CTA
 ALIGNMENT = 1024  # bytes that aligning the buffers may cost a CTA
 MMA_STEP = 16  # columns of a WGMMA of 16-bit numbers
 LARGEST_SCALE = 2.0**64  # or its inverse, of scores of which a bias is a step of the product: both are far from what overflows
+MOST_PIECES = 2  # buffers or operands that a head's columns are in, each a power of 2 of columns
 TMA_ROW = 128  # bytes: the alignment that TMA asks of a buffer, and so the least size of a row of one
 
 L2_GROUP_BYTES = 24 * 2**20  # keys and values that tiles running at a time may share: half of an H100's L2 cache
@@ -167,8 +169,28 @@ def widths(dim: int, own: bool) -> tuple[int, ...]:
     width = padded(dim)
     columns = multiplied_columns(dim, width)
     first = 1 << (columns.bit_length() - 1)
-    second = columns - first
-    return (first, second) if own and second and not second & (second - 1) else (width,)
+    return (first, columns - first) if own and columns.bit_count() == MOST_PIECES else (width,)
+
+
+def blocks_of_heads(name: str, count: int, rows: int, columns: tuple[int, ...]) -> tuple[Buffer, ...]:
+    """The buffers of ``count`` blocks, of so many columns each (``widths``)."""
+    return tuple(Buffer(name, count, (rows, each), 2) for each in columns)
+
+
+def is_padded(spec: AttentionSpec) -> bool:
+    """Whether blocks in one buffer have columns that are not multiplied."""
+    return any(multiplied_columns(dim, padded(dim)) < padded(dim) for dim in (spec.head_dim, spec.value_dim))
+
+
+def is_in_pieces(spec: AttentionSpec) -> bool:
+    """Whether some blocks lie in two buffers where a configuration has ``own_widths``."""
+    return any(len(widths(dim, True)) > 1 for dim in (spec.head_dim, spec.value_dim))
+
+
+def check_held(name: str, held: bool, dim: int) -> None:
+    """Raise ValueError where a configuration chosen by hand holds an operand that would have too many pieces."""
+    if held and multiplied_columns(dim, padded(dim)).bit_count() > MOST_PIECES:
+        raise bad_value(name, f"False for head dim {dim}", True, "an operand in registers has one or two pieces")
 
 
 # The table of statistics that the backward kernels read.
