@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -284,8 +285,12 @@ def dkdv_call(
     config = step.config
     assert isinstance(config, DkdvConfig)
     splits = config.head_splits
-    head, value = dims(spec)
+    head, value = dims(spec, config.own_widths)
+    heads, values = config.widths(spec.head_dim, head), config.widths(spec.value_dim, value)
     half, rows = 64, config.block_m  # keys of a buffer, queries of a block
+    blocks = ((q, rows, heads), (k, half, heads), (v, half, values), (dout, rows, values))
+    given = tuple(None if x is None or splits > 1 else x for x in (dk, dv))
+    gradients = ((given[0], half, heads), (given[1], half, values))
     bias_desc, bias_on, key_bias = _bias_by_keys(spec.bias, bias, (rows, half))
     mask_desc, mask_on, key_mask = _bias_by_keys(spec.mask, mask, (rows, half))
     pointer = x.second_bias if key_bias is None else key_bias
@@ -296,15 +301,11 @@ def dkdv_call(
     packed = hopper_packed.tiles_of(t, spec, "keys")
     schedule = (0, 0, 0, 0) if packed is not None else (*key_tiles(spec, config), *l2_order(spec, config, step.programs))
     args: tuple[Any, ...] = (
-        of_rows(spec, q, rows, head),
-        of_rows(spec, k, half, head),
-        of_rows(spec, v, half, value),
-        of_rows(spec, dout, rows, value),
+        *(of_rows(spec, x, rows, columns[0]) for x, rows, columns in blocks),
         descriptor(stats, (1, 1, rows)),
         small_lse if reads_small_lse(spec, step) else None,
         bias_desc,
-        None if dk is None or splits > 1 else of_rows(spec, dk, half, head),
-        None if dv is None or splits > 1 else of_rows(spec, dv, half, value),
+        *(None if x is None else of_rows(spec, x, rows, columns[0]) for x, rows, columns in gradients),
         *(() if config.d256 else head_parts),
         *sums,
         *(
@@ -324,6 +325,7 @@ def dkdv_call(
             bias_strides(key_mask),
             mask_on,
         ),
+        *(_tails(spec, (*blocks, *gradients)) if config.d256 else ()),
         *(batch_of(spec), spec.heads, spec.groups),
         *(() if config.d256 else (splits if splits > 1 else None,)),
         *(spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
@@ -345,6 +347,11 @@ def dkdv_call(
     constants |= {"ROW_BY_MMA": row_by_mma(spec), "SUM_BY_MMA": sums_by_mma(spec) and dbias is not None}
     constants["ROW"] = dq_sum.shape[3] if dq_sum is not None and config.red_dq else 0
     return Call(dkdv_kernels.dkdv, args, constants, config, step.programs)
+
+
+def _tails(spec: AttentionSpec, blocks: Sequence[tuple[Tensor | None, int, tuple[int, ...]]]) -> tuple[TensorDescriptor | None, ...]:
+    """Of blocks in two buffers, descriptors of what is in the second."""
+    return tuple(None if x is None or len(columns) == 1 else of_rows(spec, x, rows, columns[1]) for x, rows, columns in blocks)
 
 
 def _bias_by_keys(

@@ -8,6 +8,18 @@ same width (``SWAPPED``), through those of v and k, once the consumers have met.
 """
 
 from ..triton.prims import LOG2E
+from .blocks import (
+    block_at,
+    buffers_of,
+    clear_masked_block,
+    held_block,
+    into_blocks,
+    leave_block,
+    load_block,
+    over_blocks,
+    over_held_block,
+    store_block,
+)
 from .compat import (
     fence_async_shared,
     gl,
@@ -15,32 +27,17 @@ from .compat import (
     mbarrier,
     record,
     tma_load,
-    tma_store,
     tma_store_wait,
     warpgroup_mma_wait,
 )
 from .dropout import drop, ds_of, keep_bits, philox_of, sign_dropped
-from .extent import Extent, extent_of, key_rows, outer_at, padded_row, pair_of, place_in_bias, query_rows
-from .features import all_lse_small, clear_masked, slope_of
+from .extent import Extent, extent_of, key_place, outer_at, padded_row, pair_of, place_in_bias, query_place
+from .features import all_lse_small, slope_of
 from .layouts import accumulator, stacked
-from .products import (
-    HOLDS,
-    held,
-    holds,
-    into_columns,
-    left_operand,
-    over_columns,
-    over_held,
-    pieces,
-    store_columns,
-    times,
-    waited,
-    zeros_of,
-)
+from .products import Pieces, left_operand, pieces, times, waited, zeros_of
 from .rings import Ring, bar_sync, ring
-from .scores_kq import DELTA, LSE, REST, Feed, grid_of, in_turn, of_keys, probabilities, store_dbias, turned, visible_blocks
+from .scores_kq import DELTA, LSE, REST, grid_of, in_turn, of_keys, probabilities, store_dbias, turned, visible_blocks
 
-HELD = gl.constexpr(192)  # registers of sums, scores and a left operand, beside which nothing is spilled
 TILE_DONE = gl.constexpr(5)  # the named barrier at which both consumers meet, once neither reads a tile's keys and values any more
 
 
@@ -49,8 +46,8 @@ class Program:
     """What all partitions of a CTA share. C: the configuration (``plan/kernels/dkdv.DkdvConfig``); the rest as of ``dkdv.dkdv``."""
 
     small_lse: object
-    dk_desc: object
-    dv_desc: object
+    dk: object
+    dv: object
     dbias: object
     bias: object
     lengths: object
@@ -104,6 +101,21 @@ class Program:
 
 
 @record
+class Feed:
+    """As of ``scores_kq``, of blocks in pieces."""
+
+    q: object
+    k: object
+    v: object
+    o: object
+    stats_desc: object
+    bias_desc: object
+    bias_on: object
+    mask_desc: object
+    mask_on: object
+
+
+@record
 class Keys:
     """The 64 keys of a tile, from n0 on, and what they have for one query head. Numbers of blocks as in ``dkdv.Keys``."""
 
@@ -120,10 +132,23 @@ class Keys:
 
 
 @gluon.jit
+def _weights(p, at):
+    """``(slot, phase)`` of the buffer of pᵀ of block ``at``."""
+    if p.C.p_stages == 2:
+        return at & 1, (at >> 1) & 1
+    else:
+        return 0, at & 1
+
+
+@gluon.jit
 def _produce(p, f, SMALL_LSE: gl.constexpr):
     """The producer: every load of the program, in the order in which the consumers need them; of rest none if every lse is small."""
     BM: gl.constexpr = p.C.block_m
     STATS: gl.constexpr = BM * 4
+    Q_BYTES: gl.constexpr = f.q.first.block_type.nbytes + (f.q.second.block_type.nbytes if f.q.second is not None else 0)
+    K_BYTES: gl.constexpr = f.k.first.block_type.nbytes + (f.k.second.block_type.nbytes if f.k.second is not None else 0)
+    V_BYTES: gl.constexpr = f.v.first.block_type.nbytes + (f.v.second.block_type.nbytes if f.v.second is not None else 0)
+    O_BYTES: gl.constexpr = f.o.first.block_type.nbytes + (f.o.second.block_type.nbytes if f.o.second is not None else 0)
     BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes if f.bias_desc is not None else 0
     MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
     grid = grid_of(p)
@@ -133,9 +158,9 @@ def _produce(p, f, SMALL_LSE: gl.constexpr):
         x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0)
         kv_full = p.kv.acquire(wave, 0)
-        mbarrier.expect(kv_full, f.k_desc.block_type.nbytes + f.v_desc.block_type.nbytes)
-        tma_load(f.k_desc, key_rows(p, x, n0, kv_head), kv_full, p.k_s)
-        tma_load(f.v_desc, key_rows(p, x, n0, kv_head), kv_full, p.v_s)
+        mbarrier.expect(kv_full, K_BYTES + V_BYTES)
+        load_block(p, f.k, key_place(x, n0), kv_head, kv_full, p.k_s, 0)
+        load_block(p, f.v, key_place(x, n0), kv_head, kv_full, p.v_s, 0)
         steps = end - begin
         for step in range(steps * p.group):
             head = kv_head * p.group + step // steps
@@ -148,12 +173,12 @@ def _produce(p, f, SMALL_LSE: gl.constexpr):
             mbarrier.wait(p.queries.empty.index(stage), phase)
             q_full = p.queries.full.index(stage)
             if p.rest_s is not None and not SMALL_LSE:
-                mbarrier.expect(q_full, f.q_desc.block_type.nbytes + 2 * STATS)
+                mbarrier.expect(q_full, Q_BYTES + 2 * STATS)
                 tma_load(f.stats_desc, [row, REST, padded], q_full, p.rest_s.index(stage))
             else:
-                mbarrier.expect(q_full, f.q_desc.block_type.nbytes + STATS)
+                mbarrier.expect(q_full, Q_BYTES + STATS)
             tma_load(f.stats_desc, [row, LSE, padded], q_full, p.lse_s.index(stage))
-            tma_load(f.q_desc, query_rows(p, x, m0, head), q_full, p.q_s.index(stage))
+            load_block(p, f.q, query_place(x, m0), head, q_full, p.q_s, stage)
             if f.bias_desc is not None or f.mask_desc is not None:
                 bias_full = p.biases.acquire(at, 0)
                 mbarrier.expect(bias_full, BIAS_BYTES + MASK_BYTES)
@@ -167,9 +192,9 @@ def _produce(p, f, SMALL_LSE: gl.constexpr):
                     tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, mask_row, mask_column], bias_full, p.mask_s)
             mbarrier.wait(p.douts.empty.index(stage), phase)
             o_full = p.douts.full.index(stage)
-            mbarrier.expect(o_full, f.o_desc.block_type.nbytes + STATS)
+            mbarrier.expect(o_full, O_BYTES + STATS)
             tma_load(f.stats_desc, [row, DELTA, padded], o_full, p.delta_s.index(stage))
-            tma_load(f.o_desc, query_rows(p, x, m0, head), o_full, p.o_s.index(stage))
+            load_block(p, f.o, query_place(x, m0), head, o_full, p.o_s, stage)
         done += steps * p.group
 
 
@@ -178,15 +203,14 @@ def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
     """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next, from ``operand``."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    BD: gl.constexpr = p.k_s.shape[-1]
-    BDV: gl.constexpr = p.v_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.first.shape[-1]
     S: gl.constexpr = accumulator(BM)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
     P: gl.constexpr = left_operand(p.OV, BDV)
-    NEED_DV: gl.constexpr = p.dv_desc is not None
+    NEED_DV: gl.constexpr = p.dv.first is not None
     DROPPED: gl.constexpr = t.philox is not None
     ASKS: gl.constexpr = p.packed is not None and p.bias_s is not None
-    UNDROPPED: gl.constexpr = p.p_s.shape[0] == 4  # the other consumer asks for these too
+    UNDROPPED: gl.constexpr = p.p_s.shape[0] == 2 * p.C.p_stages  # the other consumer asks for these too
     nothing = gl.zeros([BN, BM], gl.float32, S)
     for block in range(first, last):
         at = t.base + block
@@ -194,11 +218,11 @@ def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
         phase = p.queries.phase(at)
         go = at > t.done
         mbarrier.wait(p.queries.full.index(stage), phase)
-        q = p.q_s.index(stage).reshape([BM, BD])
-        if HOLDS and holds(HELD, 2 * BM, p.OV, BDV, p.QK):
-            s_pending = over_held(k, q, nothing)
+        q = block_at(p.q_s, stage, BM)
+        if p.C.hold_k:
+            s_pending = over_held_block(k, q, nothing)
         else:
-            s_pending = over_columns(k, q, nothing, 0, p.QK, False)
+            s_pending = over_blocks(k, q, nothing, p.QK)
         lse = gl.expand_dims(p.lse_s.index(stage).reshape([BM]).load(COLS), 0)
         m0 = block * BM
         if (p.ALIBI or DROPPED or ASKS) and not MASKED:
@@ -206,7 +230,7 @@ def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
         before = at - go.to(gl.int32)  # a tile's first step has p = 0 for the block before, and takes dout of its own
         if NEED_DV:
             p.douts.wait(before, 0)
-            dv_pending = into_columns(operand, p.o_s.index(p.douts.slot(before, 0)).reshape([BM, BDV]), dv)
+            dv_pending = into_blocks(operand, block_at(p.o_s, p.douts.slot(before, 0), BM), dv)
         if DROPPED:  # under the MMAs
             bits = keep_bits(t.philox, m0, t.n0, BN, BM, True)
         if NEED_DV:
@@ -224,26 +248,28 @@ def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
         rest = None
         if p.rest_s is not None and not t.SMALL_LSE:
             rest = gl.expand_dims(p.rest_s.index(stage).reshape([BM]).load(COLS), 0)
-        p16, weight = probabilities(p, t, s, bias, mask, lse, rest, m0, t.n0, MASKED)
+        p16, weight = probabilities(p, t, s, bias, mask, lse, rest, m0, t.n0, MASKED, p.q_s.first.dtype)
         undropped = p16
         if DROPPED:
             if p.NEED_DS and UNDROPPED:
-                undropped = sign_dropped(p16.to(gl.float32), bits).to(p.k_s.dtype)
+                undropped = sign_dropped(p16.to(gl.float32), bits).to(p.k_s.first.dtype)
             if p.NEED_DS:
                 weight = sign_dropped(weight, bits)
             if NEED_DV:
                 p16 = drop(p16, bits)
         if p.NEED_DS:
-            mbarrier.wait(p.weights.empty.index(at & 1), ((at >> 1) & 1) ^ 1)
-            p.p_s.index(at & 1).permute((1, 0)).store(weight.to(p.k_s.dtype))
+            slot, filled = _weights(p, at)
+            mbarrier.wait(p.weights.empty.index(slot), filled ^ 1)
+            p.p_s.index(slot).permute((1, 0)).store(weight.to(p.k_s.first.dtype))
             if UNDROPPED:
-                p.p_s.index(2 + (at & 1)).permute((1, 0)).store(undropped)
+                p.p_s.index(p.C.p_stages + slot).permute((1, 0)).store(undropped)
         fence_async_shared()  # before buffers that were read by plain loads go back to TMA
         p.queries.release(at, 0)
         if p.bias_s is not None or p.mask_s is not None:
             p.biases.release(at, 0)
         if p.NEED_DS:
-            mbarrier.arrive(p.weights.full.index(at & 1))
+            slot, _filled = _weights(p, at)
+            mbarrier.arrive(p.weights.full.index(slot))
         if NEED_DV:
             dv = waited(0, dv_pending)
             if go:
@@ -257,12 +283,11 @@ def _values(p, SMALL_LSE: gl.constexpr):
     """The consumer of scores: pᵀ for itself and for the other one, and dv."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    BD: gl.constexpr = p.k_s.shape[-1]
-    BDV: gl.constexpr = p.v_s.shape[-1]
+    BDV: gl.constexpr = p.v_s.first.shape[-1]
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
     P: gl.constexpr = left_operand(p.OV, BDV)
-    DT: gl.constexpr = p.k_s.dtype
-    SWAPPED: gl.constexpr = BD != BDV
+    DT: gl.constexpr = p.k_s.first.dtype
+    SWAPPED: gl.constexpr = p.C.own_widths and p.QK != p.OV
     if SWAPPED:
         target = p.v_s
     else:
@@ -280,10 +305,10 @@ def _values(p, SMALL_LSE: gl.constexpr):
         p.kv.wait(wave, 0)
         if p.lengths is not None:
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
-                clear_masked(p.k_s.reshape([BN, BD]), x.keys - n0)
-        k = p.k_s.reshape([BN, BD])
-        if HOLDS and holds(HELD, 2 * BM, p.OV, BDV, p.QK):
-            k = held(k, p.QK, BM)
+                clear_masked_block(block_at(p.k_s, 0, BN), x.keys - n0)
+        k = block_at(p.k_s, 0, BN)
+        if p.C.hold_k:
+            k = held_block(k, p.QK, BM)
         for member in range(p.group):
             slope = slope_of(p.slopes, p.slope_strides, x.b, kv_head * p.group + member)
             philox = None
@@ -305,20 +330,19 @@ def _values(p, SMALL_LSE: gl.constexpr):
             if (p.lo is not None) or (p.hi is not None):
                 dv, operand = _walk_values(p, t, k, dv, operand, part, end, True)
         done += steps * p.group
-        if p.dv_desc is not None:
+        if p.dv.first is not None:
             if steps > 0:
                 p.douts.wait(done - 1, 0)
-                last = p.o_s.index(p.douts.slot(done - 1, 0)).reshape([BM, BDV])
-                dv = waited(0, into_columns(operand, last, dv))
+                dv = waited(0, into_blocks(operand, block_at(p.o_s, p.douts.slot(done - 1, 0), BM), dv))
                 p.douts.release(done - 1, 0)
             if p.dropout is not None:
                 dv = times(dv, p.dropout[2])
         if SWAPPED and p.NEED_DS:
             bar_sync(TILE_DONE, 256)
-        if p.dv_desc is not None:
-            store_columns(target.reshape([BN, BDV]), dv)
+        if p.dv.first is not None:
+            store_block(block_at(target, 0, BN), dv)
             fence_async_shared()
-            tma_store(p.dv_desc, key_rows(p, x, n0, kv_head), target)
+            leave_block(p, p.dv, key_place(x, n0), kv_head, target, 0)
             tma_store_wait(0)
         p.kv.release(wave, 0)
 
@@ -328,12 +352,11 @@ def _walk_keys(p, t, v, dk, db, ds16, first, last):
     """dsᵀ of the query blocks ``first … last``; ``dk += dsᵀ q`` of each one is started in the step of the next, from ``ds16``."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    BD: gl.constexpr = p.k_s.shape[-1]
-    BDV: gl.constexpr = p.v_s.shape[-1]
+    BD: gl.constexpr = p.k_s.first.shape[-1]
     S: gl.constexpr = accumulator(BM)
     COLS: gl.constexpr = gl.SliceLayout(0, S)
     P: gl.constexpr = left_operand(p.QK, BD)
-    NEED_DK: gl.constexpr = p.dk_desc is not None
+    NEED_DK: gl.constexpr = p.dk.first is not None
     DROPPED: gl.constexpr = p.dropout is not None
     nothing = gl.zeros([BN, BM], gl.float32, S)
     for block in range(first, last):
@@ -341,33 +364,34 @@ def _walk_keys(p, t, v, dk, db, ds16, first, last):
         stage = p.douts.slot(at, 0)
         go = at > t.done
         p.douts.wait(at, 0)
-        o = p.o_s.index(stage).reshape([BM, BDV])
-        if HOLDS and holds(HELD, 2 * BM, p.QK, BD, p.OV):
-            dp_pending = over_held(v, o, nothing)
+        o = block_at(p.o_s, stage, BM)
+        if p.C.hold_v:
+            dp_pending = over_held_block(v, o, nothing)
         else:
-            dp_pending = over_columns(v, o, nothing, 0, p.OV, False)
+            dp_pending = over_blocks(v, o, nothing, p.OV)
         before = at - go.to(gl.int32)  # a tile's first step has ds = 0 for the block before, and takes q of its own
         if NEED_DK:
             p.queries.wait(before, 0)
-            dk_pending = into_columns(ds16, p.q_s.index(p.queries.slot(before, 0)).reshape([BM, BD]), dk)
+            dk_pending = into_blocks(ds16, block_at(p.q_s, p.queries.slot(before, 0), BM), dk)
         delta = gl.expand_dims(p.delta_s.index(stage).reshape([BM]).load(COLS), 0)
-        mbarrier.wait(p.weights.full.index(at & 1), (at >> 1) & 1)
-        weight = p.p_s.index(at & 1).permute((1, 0)).load(S)
+        slot, filled = _weights(p, at)
+        mbarrier.wait(p.weights.full.index(slot), filled)
+        weight = p.p_s.index(slot).permute((1, 0)).load(S)
         dp = warpgroup_mma_wait(pieces(p.QK, BD) if NEED_DK else 0, [dp_pending])
         ds = ds_of(weight.to(gl.float32), dp, delta, DROPPED)
-        if p.dbias is not None and p.p_s.shape[0] == 4:
-            own = p.p_s.index(2 + (at & 1)).permute((1, 0)).load(S).to(gl.float32)
+        if p.dbias is not None and p.p_s.shape[0] == 2 * p.C.p_stages:
+            own = p.p_s.index(p.C.p_stages + slot).permute((1, 0)).load(S).to(gl.float32)
             db += gl.sum(ds_of(own, dp, delta, DROPPED), 1)
         elif p.dbias is not None:
             db += gl.sum(ds, 1)
         fence_async_shared()  # before buffers that were read by plain loads go back
         p.douts.release(at, 0)
-        mbarrier.arrive(p.weights.empty.index(at & 1))
+        mbarrier.arrive(p.weights.empty.index(slot))
         if NEED_DK:
             dk = waited(0, dk_pending)
             if go:
                 p.queries.release(before, 0)
-            ds16 = gl.convert_layout(ds.to(p.v_s.dtype), P)
+            ds16 = gl.convert_layout(ds.to(p.v_s.first.dtype), P)
         else:
             p.queries.wait(at, 0)
             p.queries.release(at, 0)
@@ -379,12 +403,11 @@ def _keys(p):
     """The consumer of dout: dsᵀ, dk, and the gradient of a bias that varies over keys alone."""
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
-    BD: gl.constexpr = p.k_s.shape[-1]
-    BDV: gl.constexpr = p.v_s.shape[-1]
+    BD: gl.constexpr = p.k_s.first.shape[-1]
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
     P: gl.constexpr = left_operand(p.QK, BD)
-    DT: gl.constexpr = p.v_s.dtype
-    SWAPPED: gl.constexpr = BD != BDV
+    DT: gl.constexpr = p.v_s.first.dtype
+    SWAPPED: gl.constexpr = p.C.own_widths and p.QK != p.OV
     if SWAPPED:
         target = p.k_s
     else:
@@ -401,10 +424,10 @@ def _keys(p):
         p.kv.wait(wave, 0)
         if p.lengths is not None:
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
-                clear_masked(p.v_s.reshape([BN, BDV]), x.keys - n0)
-        v = p.v_s.reshape([BN, BDV])
-        if HOLDS and holds(HELD, 2 * BM, p.QK, BD, p.OV):
-            v = held(v, p.OV, BM)
+                clear_masked_block(block_at(p.v_s, 0, BN), x.keys - n0)
+        v = block_at(p.v_s, 0, BN)
+        if p.C.hold_v:
+            v = held_block(v, p.OV, BM)
         for member in range(p.group):
             db = gl.zeros([BN], gl.float32, ROWS)
             t = Keys(x, n0, None, None, None, None, None, done, done + member * steps - begin, False)
@@ -413,20 +436,19 @@ def _keys(p):
                 j = n0 + gl.arange(0, BN, ROWS)
                 store_dbias(p, db, b, kv_head * p.group + member, j)
         done += steps * p.group
-        if p.dk_desc is not None:
+        if p.dk.first is not None:
             if steps > 0:
                 p.queries.wait(done - 1, 0)
-                last = p.q_s.index(p.queries.slot(done - 1, 0)).reshape([BM, BD])
-                dk = waited(0, into_columns(ds16, last, dk))
+                dk = waited(0, into_blocks(ds16, block_at(p.q_s, p.queries.slot(done - 1, 0), BM), dk))
                 p.queries.release(done - 1, 0)
             if p.dropout is not None:
                 dk = times(dk, p.dropout[2])
         if SWAPPED:
             bar_sync(TILE_DONE, 256)
-        if p.dk_desc is not None:
-            store_columns(target.reshape([BN, BD]), times(dk, p.scale))
+        if p.dk.first is not None:
+            store_block(block_at(target, 0, BN), times(dk, p.scale))
             fence_async_shared()
-            tma_store(p.dk_desc, key_rows(p, x, n0, kv_head), target)
+            leave_block(p, p.dk, key_place(x, n0), kv_head, target, 0)
             tma_store_wait(0)
         p.kv.release(wave, 0)
 
@@ -446,20 +468,23 @@ COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles
 @gluon.jit(do_not_specialize=COUNTS)
 def dkdv_d256(
     q_desc, k_desc, v_desc, o_desc, stats_desc, small_lse, bias_desc, dk_desc, dv_desc, bias, lengths, packed, slopes, dbias, bias_strides,
-    dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
+    dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on, q_tail, k_tail, v_tail, o_tail, dk_tail,
+    dv_tail,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
 ):  # fmt: skip
-    """Tiles of 64 keys of a key head. Arguments as of ``dkdv.dkdv``."""
+    """Tiles of 64 keys of a key head. Arguments as of ``dkdv.dkdv``; tails: descriptors of columns behind the first ones."""
     DT: gl.constexpr = q_desc.dtype
     STAGES: gl.constexpr = C.q_stages
     NEED_DS: gl.constexpr = (dk_desc is not None) or (dbias is not None)
     NEED_DV: gl.constexpr = dv_desc is not None
-    q_s = gl.allocate_shared_memory(DT, stacked(STAGES, q_desc.block_shape), q_desc.layout)
-    o_s = gl.allocate_shared_memory(DT, stacked(STAGES, o_desc.block_shape), o_desc.layout)
-    k_s = gl.allocate_shared_memory(DT, k_desc.block_shape, k_desc.layout)
-    v_s = gl.allocate_shared_memory(DT, v_desc.block_shape, v_desc.layout)
+    q, k, v, o = Pieces(q_desc, q_tail), Pieces(k_desc, k_tail), Pieces(v_desc, v_tail), Pieces(o_desc, o_tail)
+    dk, dv = Pieces(dk_desc, dk_tail), Pieces(dv_desc, dv_tail)
+    q_s = buffers_of(STAGES, q)
+    o_s = buffers_of(STAGES, o)
+    k_s = buffers_of(1, k)
+    v_s = buffers_of(1, v)
     lse_s = gl.allocate_shared_memory(gl.float32, stacked(STAGES, stats_desc.block_shape), stats_desc.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, stacked(STAGES, stats_desc.block_shape), stats_desc.layout)
     if HAS_REST:
@@ -476,24 +501,24 @@ def dkdv_d256(
         mask_s = None
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C.block_m, C.block_n], DT)
     # Under a soft cap it is pᵀ times the derivative of the scores; the gradient of a bias, which is added behind it, asks for pᵀ itself.
-    P_TILES: gl.constexpr = 4 if cap is not None and dbias is not None else 2
+    P_TILES: gl.constexpr = C.p_stages * (2 if cap is not None and dbias is not None else 1)
     p_s = gl.allocate_shared_memory(DT, [P_TILES, C.block_m, C.block_n], SWIZZLED)
     # Both consumers read keys and queries, if both are there, and dout.
     SHARED: gl.constexpr = 2 if NEED_DS else 1
     kv = ring(1, 1, SHARED, True)
     queries = ring(STAGES, 1, SHARED, True)
     douts = ring(STAGES, 1, 2 if NEED_DS and NEED_DV else 1, True)
-    weights = ring(2, 1, 1, True)
+    weights = ring(C.p_stages, 1, 1, True)
     biases = ring(1, 1, 1, True)
     fence_async_shared()
 
     p = Program(
-        small_lse, dk_desc, dv_desc, dbias, bias, lengths, packed, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s,
+        small_lse, dk, dv, dbias, bias, lengths, packed, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s,
         kv, queries, douts, weights, biases, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
         group, None, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DS, IS_MASK, EVEN_N, ALIBI,
         BATCH_FASTEST, LONGEST, QK, OV,
     )  # fmt: skip
-    f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
+    f = Feed(q, k, v, o, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
     # Two programs in one, as in ``dkdv``.
     if (small_lse is not None) and (all_lse_small(small_lse) != 0):
         _run(p, f, True)

@@ -269,7 +269,7 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
     rest = None
     if p.rest_s is not None and not t.SMALL_LSE:
         rest = gl.expand_dims(p.rest_s.index(q_stage).reshape([BM]).load(COLS), 0)
-    p16, weight = probabilities(p, t, s, bias, mask, lse, rest, m0, t.n0 + WG * HALF, span.MASKED)
+    p16, weight = probabilities(p, t, s, bias, mask, lse, rest, m0, t.n0 + WG * HALF, span.MASKED, p.q_s.dtype)
     undropped = p16
     if DROPPED:
         if p.NEED_DB and p.cap is not None:

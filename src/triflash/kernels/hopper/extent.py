@@ -69,6 +69,12 @@ def query_place(x, row):
 
 
 @gluon.jit
+def key_place(x, row):
+    """Where a block of keys lies."""
+    return place_of(x, x.first_key, x.keys, row)
+
+
+@gluon.jit
 def rows(p, place, head, column=0):
     """A place's coordinates for TMA, of a head, from a column on."""
     if p.packed is not None:
@@ -86,7 +92,7 @@ def query_rows(p, x, row, head):
 @gluon.jit
 def key_rows(p, x, row, head):
     """Coordinates of a block of keys."""
-    return rows(p, place_of(x, x.first_key, x.keys, row), head)
+    return rows(p, key_place(x, row), head)
 
 
 @gluon.jit

@@ -184,8 +184,8 @@ def _exponents(p, t, s, bias, mask, lse, rest, m0, n0):
 
 
 @gluon.jit
-def probabilities(p, t, s, bias, mask, lse, rest, m0, n0, MASKED: gl.constexpr):
-    """``(pᵀ, weight)`` of the keys from ``n0`` on and the queries from ``m0`` on: pᵀ in q's dtype, and in float32 times the derivative of
+def probabilities(p, t, s, bias, mask, lse, rest, m0, n0, MASKED: gl.constexpr, DT: gl.constexpr):
+    """``(pᵀ, weight)`` of the keys from ``n0`` on and the queries from ``m0`` on: pᵀ in DT, and in float32 times the derivative of
     the scores by ``scale * s``, which is 1 without a soft cap.
 
     s: q k. bias, mask: a tile. lse, rest: a number a query, as a row. p: the program. t: the tile, with a number a key of what varies over
@@ -214,6 +214,6 @@ def probabilities(p, t, s, bias, mask, lse, rest, m0, n0, MASKED: gl.constexpr):
     if p.packed is not None and bias is not None:  # past a sequence's end it may be anything
         weight = select_le(weight, i, j * 0 + (t.x.queries - 1), "0f00000000" if p.cap is None else "0fFF800000")
     if p.cap is not None:
-        return p_and_ds_factor(weight, u, p.q_s.dtype)
+        return p_and_ds_factor(weight, u, DT)
     else:
-        return weight.to(p.q_s.dtype), weight
+        return weight.to(DT), weight

@@ -18,17 +18,23 @@ from ..steps import Step, broadcast_rows
 from .shared import (
     L2_GROUP_BYTES,
     MAX_SIMULATED_TILES,
+    MOST_PIECES,
     TILE_COST,
     Buffer,
     HopperConfig,
     barriers,
     best_order,
+    blocks_of_heads,
+    check_held,
     is_banded,
     is_light,
+    is_padded,
     load_imbalance,
+    multiplied_columns,
     order_of,
     row_buffers,
     stats_kinds,
+    widths,
 )
 
 __all__ = [
@@ -44,6 +50,7 @@ LAUNCH_COST = 2  # blocks, of one kernel more
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MANY_HEADS = 4  # query heads in a row; with more, programs that read the same heads drift of_its_own under a band, out of L2's reach:
 DRIFT = 1.1  # at d 128, eight were 7 to 14 % slower than two times four
+HELD = 192  # registers of sums, scores and a left operand, beside which nothing is spilled
 WORTH_SPLITTING = 1.03  # load imbalance, or gain over no split, from which a split pays
 
 
@@ -56,7 +63,8 @@ class DkdvConfig(HopperConfig):
     two, those of the next tile are fetched meanwhile. dq_warpgroup: where dq is summed, a third warpgroup computes it; head dims up to
     DQ_WARPGROUP_DIM. unroll: blocks a step of the loop, of which each starts before the one before is done. red_dq: dq is summed by
     red.global from registers, else by TMA. head_splits: parts that the query heads of a key head are dealt out in, for more tiles; each
-    gives partial sums of dk and dv.
+    gives partial sums of dk and dv. Of d256 alone: p_stages, buffers for p on its way from one consumer to the other; own_widths, as of the
+    forward kernel; hold_k, hold_v: a tile's k or v is read from registers. Its block_m may be 128.
     """
 
     q_stages: int
@@ -69,6 +77,10 @@ class DkdvConfig(HopperConfig):
     unroll: int = 1
     red_dq: bool = False
     head_splits: int = 1
+    p_stages: int = 2
+    own_widths: bool = False
+    hold_k: bool = False
+    hold_v: bool = False
 
     SOURCE = "the first candidate that fits, of plan/kernels/dkdv.py"
 
@@ -82,8 +94,12 @@ class DkdvConfig(HopperConfig):
             raise bad_value("unroll", "1, or with two q_stages, and dq_warpgroup two o_stages, 2 or 4", self.unroll)
         if self.dq_warpgroup and self.red_dq:
             raise bad_value("red_dq", "False with dq_warpgroup", True, "a warpgroup of its own has time for TMA")
-        if self.block_m != 64:
-            raise bad_value("block_m", "64, which is what the layouts of the kernels are made for", self.block_m)
+        if self.block_m not in ((64, 128) if self.d256 else (64,)):
+            raise bad_value("block_m", "64, or with d256 128, which is what the layouts of the kernels are made for", self.block_m)
+        if self.p_stages not in (1, 2):
+            raise bad_value("p_stages", "1 or 2", self.p_stages)
+        if not self.d256 and (self.p_stages, self.own_widths, self.hold_k, self.hold_v) != (2, False, False, False):
+            raise bad_value("d256", "True for p_stages, own_widths, hold_k and hold_v", False)
         if self.head_splits < 1:
             raise bad_value("head_splits", "at least 1", self.head_splits)
         extras = (self.bias_stages, self.kv_stages, self.dq_warpgroup, self.red_dq, self.unroll, self.head_splits)
@@ -104,33 +120,41 @@ class DkdvConfig(HopperConfig):
     def __str__(self) -> str:
         flags = " d256" * self.d256 + f" kv{self.kv_stages}" * (self.kv_stages > 1)
         flags += " dq-warpgroup" * self.dq_warpgroup + " red-dq" * self.red_dq + f" u{self.unroll}" * (self.unroll > 1)
-        flags += f" h{self.head_splits}" * (self.head_splits > 1)
+        flags += f" h{self.head_splits}" * (self.head_splits > 1) + f" p{self.p_stages}" * (self.p_stages != 2)
+        flags += " own-widths" * self.own_widths + " hold-k" * self.hold_k + " hold-v" * self.hold_v
         return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{flags}"
 
+    def widths(self, dim: int, padding: int) -> tuple[int, ...]:
+        """Columns of the buffers of a head's blocks, which without ``own_widths`` has ``padding`` of them."""
+        return widths(max(SMALLEST_DIM, dim), True) if self.own_widths else (padding,)
+
     def buffers(self, spec: AttentionSpec, gives: tuple[str, ...] = ()) -> tuple[Buffer, ...]:
-        head, value = dims(spec)
+        head, value = (
+            self.widths(dim, padding) for dim, padding in zip((spec.head_dim, spec.value_dim), dims(spec, self.own_widths), strict=True)
+        )
+        rows = self.block_m
         consumers = 1 if self.d256 else 2  # that score, and so have bias tiles
         rest = self.q_stages * (stats_kinds(spec) == 3)
         loaded = (
-            Buffer("q", self.q_stages, (64, head), 2),
-            Buffer("dout", self.o_stages, (64, value), 2),
-            Buffer("k", self.kv_stages, (self.block_n, head), 2),
-            Buffer("v", self.kv_stages, (self.block_n, value), 2),
-            Buffer("lse", self.q_stages, (64,), 4),
-            Buffer("delta", self.o_stages, (64,), 4),
-            Buffer("rest", rest, (64,), 4),
-            *(Buffer(name, consumers * self.bias_stages, (64, 64), itemsize) for name, itemsize in _tiled(spec)),
+            *blocks_of_heads("q", self.q_stages, rows, head),
+            *blocks_of_heads("dout", self.o_stages, rows, value),
+            *blocks_of_heads("k", self.kv_stages, self.block_n, head),
+            *blocks_of_heads("v", self.kv_stages, self.block_n, value),
+            Buffer("lse", self.q_stages, (rows,), 4),
+            Buffer("delta", self.o_stages, (rows,), 4),
+            Buffer("rest", rest, (rows,), 4),
+            *(Buffer(name, consumers * self.bias_stages, (rows, 64), itemsize) for name, itemsize in _tiled(spec)),
         )
         stages = 2 * self.kv_stages, self.q_stages, self.o_stages
         if self.d256:  # p, and p times the derivative of the scores if the gradient of a bias wants it without
-            tiles = 4 if _sums_keys(gives) and spec.softcap else 2
-            return (*loaded, Buffer("p", tiles, (64, 64), 2), barriers(*stages, self.q_stages, self.o_stages, 4, 2))
+            tiles = self.p_stages * (2 if _sums_keys(gives) and spec.softcap else 1)
+            return (*loaded, Buffer("p", tiles, (rows, 64), 2), barriers(*stages, self.q_stages, self.o_stages, 2 * self.p_stages, 2))
         adding = "dq" in gives
         tma = 0 if self.red_dq or not adding else 4 if self.dq_warpgroup else 2
         return (
             *loaded,
             Buffer("ds", 4 * adding, (64, 64), 2),
-            Buffer("dq", tma, (64, head // 2), 4),
+            Buffer("dq", tma, (64, head[0] // 2), 4),
             *row_buffers(spec, 2, 64),
             barriers(*stages, 2 * self.bias_stages, 2, 2, 1),
         )
@@ -159,11 +183,11 @@ def _sums_keys(gives: tuple[str, ...]) -> bool:
     return "dbias" in gives or "dsecond" in gives
 
 
-def dims(spec: AttentionSpec) -> tuple[int, int]:
-    """Head dims of q and k, and of v, as the kernel pads them: above 128 alike, though it takes blocks of their own widths, too."""
+def dims(spec: AttentionSpec, own_widths: bool = False) -> tuple[int, int]:
+    """Head dims of q and k, and of v, as the kernel pads them: above 128 alike, but where blocks have their own widths."""
     head, value = max(SMALLEST_DIM, padded(spec.head_dim)), max(SMALLEST_DIM, padded(spec.value_dim))
     widest = max(head, value)
-    return (widest, widest) if widest > NARROW and not UNTRIED else (head, value)
+    return (widest, widest) if widest > NARROW and not own_widths else (head, value)
 
 
 def _tiled(spec: AttentionSpec) -> list[tuple[str, int]]:
@@ -188,7 +212,8 @@ def _candidates(spec: AttentionSpec, gives: tuple[str, ...]) -> tuple[DkdvConfig
 @functools.cache
 def _listed(widest: int, bias_tiles: bool, bare: bool, light: bool, banded: bool, adding: bool, dbias: bool) -> tuple[DkdvConfig, ...]:
     if widest > NARROW:
-        return (DkdvConfig(2, 2, d256=True),)
+        whole = DkdvConfig(2, 2, d256=True)
+        return (whole,) if not UNTRIED or not is_padded(spec) else (_holding(spec, replace(whole, own_widths=True)), whole)
     if widest <= DQ_WARPGROUP_DIM:
         bias = 2 if bias_tiles else 1
         of_its_own: tuple[DkdvConfig, ...] = ()
@@ -201,6 +226,17 @@ def _listed(widest: int, bias_tiles: bool, bare: bool, light: bool, banded: bool
     plain = adding and light and bare  # red.global takes registers
     red_dq = (DkdvConfig(2, 2, red_dq=True),) if plain else ()
     return (*red_dq, DkdvConfig(2, 2, kv_stages=2), DkdvConfig(2, 2), DkdvConfig(2, 1), DkdvConfig(1, 1))
+
+
+def _holding(spec: AttentionSpec, config: DkdvConfig) -> DkdvConfig:
+    """The configuration of d256 with k and v in registers where they are left, so that nothing is spilled."""
+    head, value = (multiplied_columns(dim, padding) for dim, padding in zip((spec.head_dim, spec.value_dim), dims(spec), strict=True))
+
+    def fits(accumulated: int, dim: int, held: int) -> bool:
+        return held.bit_count() <= MOST_PIECES and sum(widths(dim, True)) // 2 + accumulated + held // 4 <= HELD
+
+    hold_k, hold_v = fits(config.block_m, spec.value_dim, head), fits(config.block_m, spec.head_dim, value)
+    return replace(config, hold_k=hold_k, hold_v=hold_v)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -286,6 +322,8 @@ def _check(spec: AttentionSpec, config: DkdvConfig, adding: bool) -> None:
     widest, sizes = max(dims(spec)), f"head dims {spec.head_dim} and {spec.value_dim}"
     if config.d256 != (widest > NARROW):
         raise bad_value("d256", f"{not config.d256} for {sizes}", config.d256)
+    check_held("hold_k", config.hold_k, spec.head_dim)
+    check_held("hold_v", config.hold_v, spec.value_dim)
     if config.dq_warpgroup and widest > DQ_WARPGROUP_DIM:
         raise bad_value("dq_warpgroup", f"False for {sizes}", True, "there are no registers for it")
     if adding and not config.dq_warpgroup and config.bias_stages > 1:
