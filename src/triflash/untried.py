@@ -1,9 +1,9 @@
 """Faster ways, and one that takes more, that no GPU has compared with a reference yet: off, but where ``TRIFLASH_UNTRIED=1`` was set when
 triflash was imported.
 
-Called by the rooms of kernels in ``plan/kernels/``, by ``plan/hopper_packed.py``, and by ``kernels/hopper/products.py`` and ``dkdv.py``.
-The stand-in for the GPU has run all of them (``tests/test_untried.py``); ``docs/tuning.md`` says what each is worth. One that a GPU has
-compared is asked for here no more.
+Called by the rooms of kernels in ``plan/kernels/``, by ``plan/hopper_packed.py`` and by ``kernels/hopper/dkdv.py``. The stand-in for the
+GPU has run all of them (``tests/test_untried.py``); ``docs/tuning.md`` says what each is worth. One that a GPU has compared is asked for
+here no more.
 """
 
 from __future__ import annotations

@@ -24,15 +24,40 @@ def buffers_of(COUNT: gl.constexpr, descs):
 
 
 @gluon.jit
-def block_at(buffers, at, ROWS: gl.constexpr):
-    """Block ``at``, as rows and columns."""
-    FIRST: gl.constexpr = buffers.first.shape[-1]
-    first = buffers.first.index(at).reshape([ROWS, FIRST])
-    if buffers.second is not None:
-        SECOND: gl.constexpr = buffers.second.shape[-1]
-        return Pieces(first, buffers.second.index(at).reshape([ROWS, SECOND]))
+def buffer_of(descs):
+    """Buffers for one block."""
+    first = gl.allocate_shared_memory(descs.first.dtype, descs.first.block_shape, descs.first.layout)
+    if descs.second is not None:
+        return Pieces(first, gl.allocate_shared_memory(descs.second.dtype, descs.second.block_shape, descs.second.layout))
     else:
         return Pieces(first, None)
+
+
+@gluon.jit
+def one_of(buffers, at):
+    """Block ``at``, as TMA has it."""
+    if buffers.second is not None:
+        return Pieces(buffers.first.index(at), buffers.second.index(at))
+    else:
+        return Pieces(buffers.first.index(at), None)
+
+
+@gluon.jit
+def as_rows(block, ROWS: gl.constexpr):
+    """A block as rows and columns."""
+    FIRST: gl.constexpr = block.first.shape[-1]
+    first = block.first.reshape([ROWS, FIRST])
+    if block.second is not None:
+        SECOND: gl.constexpr = block.second.shape[-1]
+        return Pieces(first, block.second.reshape([ROWS, SECOND]))
+    else:
+        return Pieces(first, None)
+
+
+@gluon.jit
+def block_at(buffers, at, ROWS: gl.constexpr):
+    """Block ``at``, as rows and columns."""
+    return as_rows(one_of(buffers, at), ROWS)
 
 
 @gluon.jit
@@ -85,19 +110,19 @@ def store_block(target, acc):
 
 
 @gluon.jit
-def load_block(p, descs, place, head, full, buffers, at):
+def load_block(p, descs, place, head, full, block):
     """Fetch a block of a head's rows, from a ``place`` on (``extent.place_of``), and tell the barrier ``full``."""
-    tma_load(descs.first, rows(p, place, head), full, buffers.first.index(at))
+    tma_load(descs.first, rows(p, place, head), full, block.first)
     if descs.second is not None:
-        tma_load(descs.second, rows(p, place, head, buffers.first.shape[-1]), full, buffers.second.index(at))
+        tma_load(descs.second, rows(p, place, head, block.first.shape[-1]), full, block.second)
 
 
 @gluon.jit
-def leave_block(p, descs, place, head, buffers, at):
+def leave_block(p, descs, place, head, block):
     """Send a block of rows that has been stored and fenced to where it belongs. It may lie in the first of two buffers."""
-    tma_store(descs.first, rows(p, place, head), buffers.first.index(at))
+    tma_store(descs.first, rows(p, place, head), block.first)
     if descs.second is not None:
-        tma_store(descs.second, rows(p, place, head, buffers.first.shape[-1]), buffers.second.index(at))
+        tma_store(descs.second, rows(p, place, head, block.first.shape[-1]), block.second)
 
 
 @gluon.jit

@@ -9,13 +9,16 @@ same width (``SWAPPED``), through those of v and k, once the consumers have met.
 
 from ..triton.prims import LOG2E
 from .blocks import (
+    as_rows,
     block_at,
+    buffer_of,
     buffers_of,
     clear_masked_block,
     held_block,
     into_blocks,
     leave_block,
     load_block,
+    one_of,
     over_blocks,
     over_held_block,
     store_block,
@@ -159,8 +162,8 @@ def _produce(p, f, SMALL_LSE: gl.constexpr):
         begin, whole, part, end = visible_blocks(p, x, n0)
         kv_full = p.kv.acquire(wave, 0)
         mbarrier.expect(kv_full, K_BYTES + V_BYTES)
-        load_block(p, f.k, key_place(x, n0), kv_head, kv_full, p.k_s, 0)
-        load_block(p, f.v, key_place(x, n0), kv_head, kv_full, p.v_s, 0)
+        load_block(p, f.k, key_place(x, n0), kv_head, kv_full, p.k_s)
+        load_block(p, f.v, key_place(x, n0), kv_head, kv_full, p.v_s)
         steps = end - begin
         for step in range(steps * p.group):
             head = kv_head * p.group + step // steps
@@ -178,7 +181,7 @@ def _produce(p, f, SMALL_LSE: gl.constexpr):
             else:
                 mbarrier.expect(q_full, Q_BYTES + STATS)
             tma_load(f.stats_desc, [row, LSE, padded], q_full, p.lse_s.index(stage))
-            load_block(p, f.q, query_place(x, m0), head, q_full, p.q_s, stage)
+            load_block(p, f.q, query_place(x, m0), head, q_full, one_of(p.q_s, stage))
             if f.bias_desc is not None or f.mask_desc is not None:
                 bias_full = p.biases.acquire(at, 0)
                 mbarrier.expect(bias_full, BIAS_BYTES + MASK_BYTES)
@@ -194,7 +197,7 @@ def _produce(p, f, SMALL_LSE: gl.constexpr):
             o_full = p.douts.full.index(stage)
             mbarrier.expect(o_full, O_BYTES + STATS)
             tma_load(f.stats_desc, [row, DELTA, padded], o_full, p.delta_s.index(stage))
-            load_block(p, f.o, query_place(x, m0), head, o_full, p.o_s, stage)
+            load_block(p, f.o, query_place(x, m0), head, o_full, one_of(p.o_s, stage))
         done += steps * p.group
 
 
@@ -305,8 +308,8 @@ def _values(p, SMALL_LSE: gl.constexpr):
         p.kv.wait(wave, 0)
         if p.lengths is not None:
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
-                clear_masked_block(block_at(p.k_s, 0, BN), x.keys - n0)
-        k = block_at(p.k_s, 0, BN)
+                clear_masked_block(as_rows(p.k_s, BN), x.keys - n0)
+        k = as_rows(p.k_s, BN)
         if p.C.hold_k:
             k = held_block(k, p.QK, BM)
         for member in range(p.group):
@@ -340,9 +343,9 @@ def _values(p, SMALL_LSE: gl.constexpr):
         if SWAPPED and p.NEED_DS:
             bar_sync(TILE_DONE, 256)
         if p.dv.first is not None:
-            store_block(block_at(target, 0, BN), dv)
+            store_block(as_rows(target, BN), dv)
             fence_async_shared()
-            leave_block(p, p.dv, key_place(x, n0), kv_head, target, 0)
+            leave_block(p, p.dv, key_place(x, n0), kv_head, target)
             tma_store_wait(0)
         p.kv.release(wave, 0)
 
@@ -424,8 +427,8 @@ def _keys(p):
         p.kv.wait(wave, 0)
         if p.lengths is not None:
             if (steps > 0) & (x.keys < min(n0 + BN, p.N)):
-                clear_masked_block(block_at(p.v_s, 0, BN), x.keys - n0)
-        v = block_at(p.v_s, 0, BN)
+                clear_masked_block(as_rows(p.v_s, BN), x.keys - n0)
+        v = as_rows(p.v_s, BN)
         if p.C.hold_v:
             v = held_block(v, p.OV, BM)
         for member in range(p.group):
@@ -446,9 +449,9 @@ def _keys(p):
         if SWAPPED:
             bar_sync(TILE_DONE, 256)
         if p.dk.first is not None:
-            store_block(block_at(target, 0, BN), times(dk, p.scale))
+            store_block(as_rows(target, BN), times(dk, p.scale))
             fence_async_shared()
-            leave_block(p, p.dk, key_place(x, n0), kv_head, target, 0)
+            leave_block(p, p.dk, key_place(x, n0), kv_head, target)
             tma_store_wait(0)
         p.kv.release(wave, 0)
 
@@ -483,8 +486,8 @@ def dkdv_d256(
     dk, dv = Pieces(dk_desc, dk_tail), Pieces(dv_desc, dv_tail)
     q_s = buffers_of(STAGES, q)
     o_s = buffers_of(STAGES, o)
-    k_s = buffers_of(1, k)
-    v_s = buffers_of(1, v)
+    k_s = buffer_of(k)
+    v_s = buffer_of(v)
     lse_s = gl.allocate_shared_memory(gl.float32, stacked(STAGES, stats_desc.block_shape), stats_desc.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, stacked(STAGES, stats_desc.block_shape), stats_desc.layout)
     if HAS_REST:

@@ -14,6 +14,7 @@ sees with zeros, from a block of zeros in shared memory.
 
 from ..triton.prims import LOG2E
 from .blocks import (
+    as_rows,
     block_at,
     buffers_of,
     clear_masked_block,
@@ -21,6 +22,7 @@ from .blocks import (
     into_blocks,
     leave_block,
     load_block,
+    one_of,
     over_blocks,
     over_held_block,
     store_block,
@@ -187,17 +189,17 @@ def _produce(p, f):
             place = place_of(x, x.first_key, x.keys, n0)
             k_full = p.keys.acquire(at, 0)
             mbarrier.expect(k_full, K_BYTES)
-            load_block(p, f.k, place, key_head, k_full, p.k_s, p.keys.slot(at, 0))
+            load_block(p, f.k, place, key_head, k_full, one_of(p.k_s, p.keys.slot(at, 0)))
             if j == 0:
                 for w in gl.static_range(WGS):
                     q_full = p.queries.acquire(wave, w)
                     mbarrier.expect(q_full, Q_BYTES + DOUT_BYTES)
                     of_queries = query_place(x, m0 + w * BM)
-                    load_block(p, f.q, of_queries, head, q_full, p.q_s, w)
-                    load_block(p, f.dout, of_queries, head, q_full, p.dout_s, w)
+                    load_block(p, f.q, of_queries, head, q_full, one_of(p.q_s, w))
+                    load_block(p, f.dout, of_queries, head, q_full, one_of(p.dout_s, w))
             v_full = p.values.acquire(at, 0)
             mbarrier.expect(v_full, V_BYTES)
-            load_block(p, f.v, place, key_head, v_full, p.v_s, p.values.slot(at, 0))
+            load_block(p, f.v, place, key_head, v_full, one_of(p.v_s, p.values.slot(at, 0)))
             if f.bias_desc is not None:
                 for w in gl.static_range(WGS):
                     slot = p.biases.slot(at, w)
@@ -374,9 +376,9 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     MASKED: gl.constexpr = (p.lo is not None) or (p.hi is not None) or (not p.EVEN_N)
     scale_log2 = p.scale * LOG2E
     if p.C.separate_dq:
-        target = p.out_s
+        target = one_of(p.out_s, WG)
     else:
-        target = p.q_s
+        target = one_of(p.q_s, WG)
     grid = grid_of(p, 0)
     done = 0  # blocks of earlier tiles
     for wave in range(grid.waves()):
@@ -428,9 +430,9 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         tma_store_wait(0)  # what the target held before must have left it
         if p.dropout is not None:
             dq = times(dq, p.dropout[2])
-        store_block(block_at(target, WG, BM), times(dq, p.scale))
+        store_block(as_rows(target, BM), times(dq, p.scale))
         fence_async_shared()
-        leave_block(p, p.dq, query_place(x, m0), head, target, WG)
+        leave_block(p, p.dq, query_place(x, m0), head, target)
         if not p.C.separate_dq:
             tma_store_wait(0)
             mbarrier.arrive(p.queries.empty.index(WG))

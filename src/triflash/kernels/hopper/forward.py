@@ -14,12 +14,14 @@ recomputed from loop-carried scalars where that is cheap: Triton 3.6 failed to c
 
 from ..triton.prims import LN2, LOG2E, offset
 from .blocks import (
+    as_rows,
     block_at,
     buffers_of,
     clear_masked_block,
     held_block,
     into_blocks,
     leave_block,
+    one_of,
     over_blocks,
     over_held_block,
     store_block,
@@ -149,8 +151,8 @@ def _release_bias(p, at, WG: gl.constexpr):
 
 
 @gluon.jit
-def _finish(p, o, l, m, buffers, at, x, m0, head):
-    """Divide O by the row sums, and write O (through the block ``at`` of the buffers), lse and rest of 64 queries."""
+def _finish(p, o, l, m, target, x, m0, head):
+    """Divide O by the row sums, and write O (through the shared block ``target``), lse and rest of 64 queries."""
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(p.C.block_n))
     l, m = by_row(l, m, ROWS)
     weight = gl.full([BM], 1.0, gl.float32, ROWS)
@@ -167,11 +169,11 @@ def _finish(p, o, l, m, buffers, at, x, m0, head):
     o = times_rows(o, weight / l)
     tma_store_wait(0)  # what this buffer held before must have left it
     if p.out.second is not None:
-        store_block(block_at(buffers, at, BM), o)
+        store_block(as_rows(target, BM), o)
     else:  # where O leaves through Q's buffers, it may take the first of two
-        store_block(block_at(Pieces(buffers.first, None), at, BM), o)
+        store_block(as_rows(Pieces(target.first, None), BM), o)
     fence_async_shared()
-    leave_block(p, p.out, query_place(x, m0), head, buffers, at)
+    leave_block(p, p.out, query_place(x, m0), head, target)
     i = m0 + gl.arange(0, BM, ROWS)
     row_lse = gl.where(unseen, float("-inf"), (m + gl.log2(l)) * LN2)
     at_row = lse_row(p, x, head) + i
@@ -339,7 +341,7 @@ def _consume(p, WG: gl.constexpr):
         if not OVERLAP:  # O leaves through Q's buffer, so the next tile begins when it has left
             p.kv.wait(done, 0)
             o = waited(0, into_blocks(weights, block_at(p.v_s, stage, BN), o))
-            _finish(p, o, l, m, p.q_s, WG, x, m0, head)
+            _finish(p, o, l, m, one_of(p.q_s, WG), x, m0, head)
             tma_store_wait(0)
             mbarrier.arrive(p.queries.empty.index(WG))
         if wave + 1 < waves:  # the first block of the next tile, and under it the last MMA of this one
@@ -389,7 +391,7 @@ def _consume(p, WG: gl.constexpr):
                 next_p16 = drop(next_p16, keep_bits(philox_of(p.dropout, next_x.b, head, p.heads), m0, next_n0, BM, BN, False))
             weights = gl.convert_layout(next_p16, P)
             if OVERLAP:
-                _finish(p, o, l, m, p.out_s, WG, x, old_m0, old_head)
+                _finish(p, o, l, m, one_of(p.out_s, WG), x, old_m0, old_head)
             m = new_m
             l = new_l
             o = zeros_of(BM, p.OV, BDV)
@@ -397,7 +399,7 @@ def _consume(p, WG: gl.constexpr):
         p.kv.wait(done, 0)
         v = block_at(p.v_s, p.kv.slot(done, 0), BN)
         o = waited(0, into_blocks(weights, v, o))
-        _finish(p, o, l, m, p.out_s, WG, extent_of(p, b), m0, head)
+        _finish(p, o, l, m, one_of(p.out_s, WG), extent_of(p, b), m0, head)
         tma_store_wait(0)
 
 

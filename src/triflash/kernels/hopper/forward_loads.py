@@ -1,6 +1,6 @@
 """The producer of the forward kernel for Hopper: every TMA load of a CTA. Called by ``forward.py``."""
 
-from .blocks import load_block
+from .blocks import load_block, one_of
 from .compat import gl, gluon, mbarrier, record, tma_load
 from .extent import extent_of, outer_at, place_in_bias, place_of, query_place
 from .scores_qk import BM, grid_of, visible_blocks
@@ -61,7 +61,7 @@ def _fetch_queries(p, f, wave, x, m0, head):
     for w in gl.static_range(WGS):
         full = p.queries.acquire(wave, w)
         mbarrier.expect(full, Q_BYTES)
-        load_block(p, f.q, query_place(x, m0 + w * BM), head, full, p.q_s, p.queries.slot(wave, w))
+        load_block(p, f.q, query_place(x, m0 + w * BM), head, full, one_of(p.q_s, p.queries.slot(wave, w)))
 
 
 @gluon.jit
@@ -94,9 +94,9 @@ def produce(p, f):
             mbarrier.expect(full, K_BYTES + V_BYTES, pred=at > 0)
             mbarrier.expect(full, K_BYTES, pred=at == 0)
             place = place_of(x, x.first_key, x.keys, n0)
-            load_block(p, f.k, place, head // f.group, full, p.k_s, stage)
+            load_block(p, f.k, place, head // f.group, full, one_of(p.k_s, stage))
             if at > 0:
-                load_block(p, f.v, (b_before, n_before), head_before, full, p.v_s, stage)
+                load_block(p, f.v, (b_before, n_before), head_before, full, one_of(p.v_s, stage))
             n_before = place[1]
             head_before = head // f.group
             b_before = place[0]
@@ -108,4 +108,4 @@ def produce(p, f):
         done += end - begin
     full = p.kv.acquire(done, 0)
     mbarrier.expect(full, V_BYTES)
-    load_block(p, f.v, (b_before, n_before), head_before, full, p.v_s, p.kv.slot(done, 0))
+    load_block(p, f.v, (b_before, n_before), head_before, full, one_of(p.v_s, p.kv.slot(done, 0)))

@@ -4,11 +4,8 @@ Where a product sums over them, it is issued in pieces (``over_columns``). Where
 record of one or two pieces (``Pieces``), each a power of 2 of columns. Blocks in shared memory may lie in such pieces, too (``blocks.py``).
 """
 
-from ...untried import UNTRIED
 from .compat import gl, gluon, record, warpgroup_mma, warpgroup_mma_wait
 from .layouts import accumulator
-
-HOLDS = gl.constexpr(UNTRIED)  # left operands in registers (``holds``)
 
 
 @gluon.constexpr_function
@@ -149,16 +146,6 @@ def store_columns(target, acc):
         target.slice(0, FIRST, 1).store(acc.first.to(target.dtype))
         if acc.second is not None:
             target.slice(FIRST, acc.second.shape[1], 1).store(acc.second.to(target.dtype))
-
-
-@gluon.constexpr_function
-def holds(limit, scores, columns, width, *summed):
-    """Whether a thread's ``limit`` of registers holds the left operands of products over ``summed`` columns, each in one or two pieces,
-    beside an accumulator of ``columns`` in blocks of ``width`` and tiles of ``scores`` columns in all. Held, an operand is read from shared
-    memory once a tile, not once a block.
-    """
-    accumulated = piece(columns, width, 0) + piece(columns, width, 1)
-    return all(piece(each, 0, 0) > 0 for each in summed) and (accumulated + scores) // 2 + sum(summed) // 4 <= limit
 
 
 @gluon.jit
