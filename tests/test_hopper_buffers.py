@@ -35,6 +35,7 @@ CASES: list[tuple[Case, dict[str, Any]]] = [
     (Case("O in Q's buffer", **SMALL), {"forward": ForwardConfig(2, 64, 2, separate_o=False), "dq": DqConfig(1, 32, 2, 1, separate_dq=False)}),
     (Case("own widths", **SMALL, D=160, Dv=80), {"forward": ForwardConfig(2, 64, 2, own_widths=True), "dq": DqConfig(2, 32, 2, 2, own_widths=True)}),
     (Case("own widths, O in Q's buffer", **SMALL, D=192, Dv=128), {"forward": ForwardConfig(2, 128, 2, separate_o=False, own_widths=True)}),
+    (Case("own widths, d256", **SMALL, D=192, Dv=128), {"dkdv": DkdvConfig(2, 2, d256=True, own_widths=True, block_m=128, p_stages=1)}),
     (Case("deep", **SMALL), {"forward": ForwardConfig(3, 32, 4, q_stages=2, ping_pong=True), "dqdkdv": DkdvConfig(2, 1, kv_stages=2)}),
     (Case("dq by a warpgroup", **SMALL), {"dqdkdv": DkdvConfig(2, 2, dq_warpgroup=True, unroll=2)}),
     (Case("dq by red.global", **SMALL), {"dqdkdv": DkdvConfig(2, 2, red_dq=True)}),

@@ -117,14 +117,15 @@ def test_gradients_of_a_bias_by_a_kernel_of_their_own(config: DbiasConfig | None
 
 
 @pytest.mark.parametrize("kernel, old", [
-    ("forward", "clear_masked(_, _)"),
+    ("forward", "clear_masked_block(_, _)"),
     ("softmax", "s = mask_band(_, _, _, _, None, None, _, _, _)"),
     ("features", "fence_async_shared()"),
     ("dkdv", "clear_masked(p.k_s.index(_).reshape(_), _)"),
     ("dkdv", "clear_masked(p.v_s.index(_).reshape(_), _)"),
-    ("dkdv_d256", "clear_masked(p.k_s.reshape(_), _)"),
-    ("dkdv_d256", "clear_masked(p.v_s.reshape(_), _)"),
-    ("dq", "clear_masked(_, _)"),
+    ("dkdv_d256", "clear_masked_block(as_rows(p.k_s, _), _)"),
+    ("dkdv_d256", "clear_masked_block(as_rows(p.v_s, _), _)"),
+    ("dq", "clear_masked_block(_, _)"),
+    ("blocks", "clear_masked(block.second, visible)"),
     ("dq", "dp = mask_band(_, _, _, _, None, None, _, _, _)"),
     ("dbias", "s = mask_band(_, _, _, _, None, None, _, _, _)"),
     ("dbias", "dp = mask_band(_, _, _, _, None, None, _, _, _)"),
@@ -137,10 +138,13 @@ def test_each_of_these_is_needed(kernel: str, old: str, monkeypatch: pytest.Monk
 def run_breakable(kernel: str, seed: int) -> None:
     bias = "1hqk" if kernel == "dbias" else None
     case = problem("broken", B=2, N=130, lengths=(129, 65), D=136 if kernel == "dkdv_d256" else 16, softcap=1.5, bias=bias)
-    case = replace(case, grads="") if kernel in ("forward", "softmax") else case
+    case = replace(case, grads="") if kernel in ("forward", "softmax", "blocks") else case
+    if kernel == "blocks":
+        check(replace(case, D=72), seed, forward=ForwardConfig(2, 64, 2, own_widths=True))
+        return
     check(case, seed, dqdkdv=DkdvConfig(2, 2) if kernel == "dkdv" else None)
 
 
-@pytest.mark.parametrize("kernel", ["forward", "features", "dkdv", "dkdv_d256", "dbias"])
+@pytest.mark.parametrize("kernel", ["forward", "features", "dkdv", "dkdv_d256", "dbias", "blocks"])
 def test_unbroken_ones_are_right(kernel: str) -> None:
     run_breakable(kernel, 0)

@@ -197,6 +197,27 @@ DQ_OF_OWN_WIDTHS = [
 ]
 
 
+KEYS_OF_OWN_WIDTHS = [
+    DkdvConfig(2, 2, d256=True, own_widths=True, hold_k=True, hold_v=True),
+    DkdvConfig(2, 2, d256=True, own_widths=True, block_m=128, p_stages=1, hold_v=True),
+    DkdvConfig(3, 3, d256=True, own_widths=True, p_stages=1),
+]
+WIDE_IN_PIECES = [
+    Case("causal, grouped", B=2, M=200, N=150, H=4, Hk=2, D=160, causal=True),
+    Case("lengths, sink, narrower values", B=3, M=260, N=200, H=2, D=192, Dv=128, lengths=(70, 0, 200), sink=True),
+    Case("a bias of keys, soft cap", B=2, M=130, N=140, H=1, D=144, Dv=136, bias="1h1k", softcap=2.0, grads="kvb"),
+    Case("dropout, slopes, much narrower values", B=1, M=300, N=140, H=2, D=184, Dv=24, dropout=0.2, alibi="h"),
+]
+
+
+@pytest.mark.parametrize("case", WIDE_IN_PIECES, ids=str)
+@pytest.mark.parametrize("config", KEYS_OF_OWN_WIDTHS, ids=lambda c: str(c).replace(" ", "-"))
+def test_dk_and_dv_by_blocks_of_a_heads_own_width(config: DkdvConfig, case: Case) -> None:
+    """Blocks of 128 queries are shared, and pᵀ may travel through one buffer."""
+    ran = check(replace(case, grads=case.grads.replace("q", "")), 1 + WIDE_IN_PIECES.index(case) % 3, dkdv=config)
+    assert "dkdv" in ran
+
+
 @pytest.mark.parametrize("case", IN_PIECES[:4], ids=str)
 @pytest.mark.parametrize("config", DQ_OF_OWN_WIDTHS, ids=lambda c: str(c).replace(" ", "-"))
 def test_dq_by_blocks_of_a_heads_own_width(config: DqConfig, case: Case) -> None:
@@ -242,9 +263,41 @@ def test_gradients_of_a_bias_by_a_kernel_of_their_own(config: DbiasConfig | None
 )
 def test_a_wrong_piece_is_noticed(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
     mutate(monkeypatch, "products", old, new)
+    whole: dict[str, Config] = {
+        "forward": ForwardConfig(2, 64, 2),
+        "dkdv": DkdvConfig(2, 2, d256=True),
+        "dq": DqConfig(2, 32, 3, 2, separate_dq=False),
+    }
     case = Case("padded", B=1, H=1, M=70, N=140, D=160, Dv=96, causal=True)
-    for grads in ("", "k", "q"):  # the forward pass, dk, dq
-        assert noticed(lambda seed, grads=grads: check(replace(case, grads=grads), seed=seed), 1)
+    for grads, kernel in (("", "forward"), ("k", "dkdv"), ("q", "dq")):
+        own = {kernel: whole[kernel], "forward": whole["forward"]}
+        assert noticed(lambda seed, grads=grads, own=own: check(replace(case, grads=grads), seed=seed, **own), 1)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (
+            "tma_load(descs.second, rows(p, place, head, _1), full, block.second)",
+            "tma_load(descs.second, rows(p, place, head, 0), full, block.second)",
+        ),
+        (
+            "tma_store(descs.second, rows(p, place, head, _1), block.second)",
+            "tma_store(descs.second, rows(p, place, head, 0), block.second)",
+        ),
+    ],
+)
+def test_a_wrong_block_in_two_buffers_is_noticed(monkeypatch: pytest.MonkeyPatch, old: str, new: str) -> None:
+    mutate(monkeypatch, "blocks", old, new)
+    case = Case("in pieces", B=1, H=1, M=70, N=140, D=160, causal=True)
+    own: dict[str, Config] = {
+        "forward": ForwardConfig(1, 64, 2, own_widths=True),
+        "dkdv": DkdvConfig(2, 2, d256=True, own_widths=True),
+        "dq": DqConfig(1, 32, 2, 2, own_widths=True),
+    }
+    for grads, kernel in (("", "forward"), ("k", "dkdv"), ("q", "dq")):
+        given = {kernel: own[kernel]}
+        assert noticed(lambda seed, grads=grads, given=given: check(replace(case, grads=grads), seed=seed, **given), 3)
 
 
 @pytest.mark.skipif(not UNTRIED, reason="TRIFLASH_UNTRIED=1 turns this on")
@@ -252,6 +305,12 @@ def test_consumers_that_swap_buffers_meet(monkeypatch: pytest.MonkeyPatch) -> No
     """dk leaves through k's buffer, and dv through v's, where the other consumer may still be at work."""
     mutate(monkeypatch, "dkdv_d256", "bar_sync(TILE_DONE, 256)", "None")
     assert noticed(lambda seed: check(Case("swapped", B=1, H=2, M=150, N=140, D=200, Dv=32), seed=seed), 12)
+
+
+def test_one_buffer_of_p_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    mutate(monkeypatch, "dkdv_d256", "mbarrier.wait(p.weights.empty.index(_), _)", "pass")
+    config = DkdvConfig(2, 2, d256=True, p_stages=1)
+    assert noticed(lambda seed: check(Case("one", B=1, H=2, M=300, N=140, D=136, grads="k"), seed=seed, dkdv=config), 12)
 
 
 def test_wide_heads_want_two_buffers() -> None:
@@ -457,7 +516,7 @@ def test_features_together(number: int) -> None:
     ("forward_loads", "p.kv.acquire(at, _)", "pass"),
     ("forward_loads", "p.kv.acquire(done, _)", "p.kv.full.index(p.kv.slot(done, 0))"),
     ("forward_loads", "p.queries.acquire(_1, _2)", "p.queries.full.index(p.queries.slot(_1, _2))"),
-    ("forward_loads", "tma_load(f.v_desc, rows(p, (_, _), _1), full, _2)", "tma_load(f.v_desc, rows(p, (b, n0), _1), full, _2)"),
+    ("forward_loads", "load_block(p, f.v, (_, _), _1, full, _2)", "load_block(p, f.v, (b, n0), _1, full, _2)"),
     ("forward", "p.kv.wait(at, _)", "pass"),
     ("forward", "warpgroup_mma_wait(pieces(_1, _2), [s_pending])", "warpgroup_mma_wait(pieces(_1, _2) + 1, [s_pending])"),
     ("rings", "mbarrier.wait(self.full.index(_), _)", "pass"),
