@@ -205,6 +205,7 @@ def random_config(chooser: random.Random, head: int, biased: bool, one_width: bo
             separate_o=separate_o,
             persistent=chooser.random() < 0.8,
             q_stages=chooser.choice((1, 2)) if separate_o else 1,
+            own_widths=chooser.random() < 0.5,
         )
         widest = spec_of(*(torch.empty(1, 128, 1, head, device="meta", dtype=torch.bfloat16),) * 3, None, 1, None, None, 1.0, "")
         bias = config.bias_stages * config.block_m * config.block_n * 4 if biased else 0
@@ -222,7 +223,7 @@ def drawn(seed: int, worker: int, count: int, backward: bool = False) -> Iterato
     for number in range(count):
         if number % PER_FAMILY == 0:
             D, Dv = chooser.choice(
-                [(16, 16), (32, 32), (64, 64), (128, 128), (40, 40), (80, 80), (96, 96), (192, 128), (256, 256), (64, 24)]
+                [(16, 16), (32, 32), (64, 64), (128, 128), (40, 40), (80, 80), (96, 96), (160, 160), (192, 128), (256, 256), (64, 24)]
             )
             outer, inner, H = chooser.choice([(1, 1, 1), (2, 1, 3), (2, 2, 2), (3, 1, 5), (1, 3, 4), (1, 1, 16)])
             dtype = chooser.choice(["bf16", "fp16"])
