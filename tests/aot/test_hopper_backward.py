@@ -141,6 +141,9 @@ TARGETS = [
     Target((64, 64), bias="1h1k", grads="qkvb", softcap=50.0, lengths=True, dropout=0.1, spills=96),
     # Candidates that the plan does not choose here.
     Target((128, 128), config=DkdvConfig(1, 1), spills=108),
+    Target((192, 128), band=CAUSAL, length=EVEN, config=DkdvConfig(2, 2, d256=True, own_widths=True, hold_k=True, hold_v=True)),
+    Target((160, 160), config=DkdvConfig(2, 2, d256=True, own_widths=True, hold_k=True, hold_v=True)),
+    Target((192, 128), band=CAUSAL, length=EVEN, config=DkdvConfig(2, 2, d256=True, own_widths=True, block_m=128, p_stages=1), spills=48),
     Target((128, 128), band=CAUSAL, config=DkdvConfig(2, 2), spills=LOOP),
 ]  # fmt: skip
 

@@ -164,6 +164,9 @@ TARGETS = [
     dq(128, band=CAUSAL, config=DqConfig(2, 128, 2, 2, separate_dq=False, deferred=False)),
     dq(64, "bhqk", CAUSAL, True, config=DqConfig(2, 128, 2, 2, 2, deferred=False)),
     dq(128, "bhqk", WINDOW, True, config=DqConfig(1, 32, 2, 2, separate_dq=False)),
+    # … padded heads in buffers of their own width, q in registers or not.
+    dq(160, band=CAUSAL, config=DqConfig(2, 64, 2, 2, separate_dq=False, own_widths=True)),
+    dq(160, band=CAUSAL, config=DqConfig(2, 32, 3, 2, own_widths=True, hold_q=True, hold_dout=True)),
     dbias(128, "1hqk", config=DbiasConfig(2, 128, 6, 6, ping_pong=True)),
     dbias(64, "11qk", CAUSAL, splits=2, length=ODD, config=DbiasConfig(2, 64, 7, 6, 2)),
     dq(64, "1hqk", CAUSAL, config=DqConfig(2, 64, 3, 2, 2, ping_pong=True)),
