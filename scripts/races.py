@@ -39,8 +39,10 @@ PATIENCE = {"racecheck": 200.0, "synccheck": 200.0, "consan-forward": 300.0, "co
 
 @dataclass(frozen=True)
 class Case:
-    """A problem, and the configurations of its kernels, as Python writes them. bias, second: letters over (batch, head, query, key). small:
-    for consan, which keeps books on every buffer in code of its own: with twice as many, ptxas takes four times as long, soon many minutes.
+    """A problem, and the configurations of its kernels, as Python writes them. bias, second: letters over (batch, head, query, key). small,
+    small_options: for consan, which keeps books on every buffer and barrier in code of its own, in tables of a power of two: with twice as
+    many, ptxas takes four times as long. At most 16 of each kernel's are taken, and 8 where that is possible; a soft cap saves one, since
+    bounded scores have no rest of lse.
     """
 
     kernels: str  # that must run, beside the forward kernel
@@ -53,16 +55,19 @@ class Case:
     second: str = ""
     mask: str = ""
     options: dict[str, Any] = field(default_factory=dict)
+    small_options: dict[str, Any] = field(default_factory=dict)
 
 
+SMALL_DBIAS = "DbiasConfig(1, 64, 2, 2)"
+CAPPED: dict[str, Any] = {"softcap": 5.0}
 CASES = {
     "apart": Case(
         "preprocess dqdkdv postprocess", {"dqdkdv": "DkdvConfig(2, 2, dq_warpgroup=True, unroll=2)"},
-        {"dqdkdv": "DkdvConfig(1, 1, dq_warpgroup=True)"},
+        {"dqdkdv": "DkdvConfig(1, 1, dq_warpgroup=True)"}, small_options=CAPPED,
     ),
     "apart, bias, mask, dropout": Case(
-        "dqdkdv dbias", {"dqdkdv": "DkdvConfig(2, 2, 2, dq_warpgroup=True)"}, {"dqdkdv": "DkdvConfig(1, 1, dq_warpgroup=True)"},
-        bias="1hqk", mask="b11k", options={"dropout_p": 0.2},
+        "dqdkdv dbias", {"dqdkdv": "DkdvConfig(2, 2, 2, dq_warpgroup=True)"},
+        {"dqdkdv": "DkdvConfig(1, 1, red_dq=True)", "dbias": SMALL_DBIAS}, bias="1hqk", mask="b11k", options={"dropout_p": 0.2},
     ),
     "direct": Case(
         "dqdkdv postprocess", {"dqdkdv": "DkdvConfig(2, 2, red_dq=True)"}, {"dqdkdv": "DkdvConfig(1, 1, red_dq=True)"},
@@ -70,7 +75,8 @@ CASES = {
     ),
     "direct, bias, heads in parts": Case(
         "dqdkdv dkdv_sum", {"dqdkdv": "DkdvConfig(2, 2, red_dq=True, head_splits=2)"},
-        {"dqdkdv": "DkdvConfig(1, 1, red_dq=True, head_splits=2)"}, H=4, Hk=1, bias="1hqk", options={"window": (60, 0)},
+        {"dqdkdv": "DkdvConfig(1, 1, red_dq=True, head_splits=2)", "dbias": SMALL_DBIAS}, H=4, Hk=1, bias="1hqk",
+        options={"window": (60, 0)},
     ),
     "by TMA": Case(
         "dqdkdv postprocess", {"dqdkdv": "DkdvConfig(2, 1)", "forward": "ForwardConfig(2, 64, 2, ping_pong=True)"},
@@ -80,31 +86,38 @@ CASES = {
         "dqdkdv", {"dqdkdv": "DkdvConfig(2, 2)"}, {"dqdkdv": "DkdvConfig(1, 1)"},
         bias="1h1k", options={"causal": True, "lengths": True, "dropout_p": 0.1},
     ),
-    "fixed order": Case("dkdv dq", {}, {"dkdv": "DkdvConfig(2, 1)"}, options={"deterministic": True, "dropout_p": 0.1}),
+    "fixed order": Case(
+        "dkdv dq", {}, {"dkdv": "DkdvConfig(1, 1)"}, options={"deterministic": True, "dropout_p": 0.1}, small_options=CAPPED
+    ),
     "fixed order, bias of full shape, mask": Case(
         "dkdv dq", {"dq": "DqConfig(2, 64, 2, 2, 2)"}, {"dkdv": "DkdvConfig(1, 1)", "dq": "DqConfig(1, 64, 2, 2)"},
         bias="bhqk", mask="b1qk", options={"deterministic": True, "causal": True},
     ),
     "fixed order, one consumer": Case(
         "dkdv dq", {"dq": "DqConfig(1, 32, 2, 2, separate_dq=False)", "forward": "ForwardConfig(1, 64, 2, separate_o=False)"},
-        {"dkdv": "DkdvConfig(2, 1)"}, bias="1hqk", options={"deterministic": True, "lengths": True},
+        {"dkdv": "DkdvConfig(1, 1)", "dbias": SMALL_DBIAS}, bias="1hqk", options={"deterministic": True, "lengths": True},
     ),
-    "wide": Case("dkdv dq", {}, D=136, options={"causal": True, "dropout_p": 0.1}),
-    "wide, bias, mask": Case("dkdv dq dbias", {}, D=256, bias="1hqk", mask="b11k"),
+    "wide": Case("dkdv dq", {}, D=136, options={"causal": True, "dropout_p": 0.1}, small_options=CAPPED),
+    "wide, bias, mask": Case(
+        "dkdv dq dbias", {}, {"dq": "DqConfig(1, 32, 2, 1)", "dbias": "DbiasConfig(1, 32, 3, 3, chunk=128)"},
+        D=256, bias="1hqk", mask="b11k",
+    ),
     "two biases": Case(
         "dqdkdv dbias",
         {"dqdkdv": "DkdvConfig(2, 2, 2, dq_warpgroup=True)", "dbias": "DbiasConfig(1, 128, 4, 4, chunk=32, ctas_per_sm=2)"},
-        {"dqdkdv": "DkdvConfig(1, 1)"}, bias="1hqk", second="b11k", D=32,
+        {"dqdkdv": "DkdvConfig(1, 1, red_dq=True)", "dbias": "DbiasConfig(1, 64, 2, 2, chunk=32)"}, bias="1hqk", second="b11k", D=32,
+        small_options=CAPPED,
     ),
     "two biases, fixed order, slopes": Case(
         "dkdv dq", {"dkdv": "DkdvConfig(2, 2)"}, {"dkdv": "DkdvConfig(1, 1)", "dq": "DqConfig(1, 64, 2, 2)"},
         bias="bhqk", second="111k", options={"deterministic": True, "causal": True, "slopes": True},
     ),
     "fixed order, slopes": Case(
-        "dkdv dq", {}, {"dkdv": "DkdvConfig(2, 1)"}, options={"deterministic": True, "causal": True, "slopes": True}
+        "dkdv dq", {}, {"dkdv": "DkdvConfig(1, 1)"}, options={"deterministic": True, "causal": True, "slopes": True}
     ),
     "gradient of a bias, soft cap": Case(
-        "dbias", {"dbias": "DbiasConfig(2, 64, 5, 4)"}, {"dqdkdv": "DkdvConfig(1, 1)"}, bias="11qk", options={"softcap": 5.0}
+        "dbias", {"dbias": "DbiasConfig(2, 64, 5, 4)"}, {"dqdkdv": "DkdvConfig(1, 1, red_dq=True)", "dbias": "DbiasConfig(2, 64, 2, 2)"},
+        bias="11qk", options={"softcap": 5.0},
     ),
 }  # fmt: skip
 
@@ -135,7 +148,7 @@ def run_case(name: str, consan: str = "", small: bool = False) -> int:
         return torch.randn(shape, device="cuda").to(torch.bfloat16)
 
     q, k, v = (normal(B, n, heads, case.D).requires_grad_() for n, heads in ((M, case.H), (N, case.Hk), (N, case.Hk)))
-    options = dict(case.options)
+    options = case.options | (case.small_options if small else {})
     options.setdefault("deterministic", False)
     if options.pop("lengths", False):
         options["key_lengths"] = torch.tensor([70, N], device="cuda")
@@ -154,7 +167,7 @@ def run_case(name: str, consan: str = "", small: bool = False) -> int:
         options["dropout_seed"] = 3
     grads: tuple[torch.Tensor, ...] = ()
     with override_configs(**configs), record_launches() as ran:
-        with sanitized(consan == "forward"):
+        with one_by_one(bool(consan)), sanitized(consan == "forward"):
             out = attention(q, k, v, **options, backend="hopper")
         if consan != "forward":
             with sanitized(consan == "backward"):
@@ -173,6 +186,24 @@ def run_case(name: str, consan: str = "", small: bool = False) -> int:
             print(f"WRONG: {what} is {off:.2g} off", flush=True)
             return 4
     return 0
+
+
+@contextmanager
+def one_by_one(on: bool) -> Iterator[None]:
+    """Within it kernels are compiled as they are launched, and none of a backward pass ahead, which consan would take its minutes for or be
+    asked about too late.
+    """
+    name = "TRIFLASH_COMPILE_THREADS"
+    before = os.environ.get(name)
+    if on:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if on and before is None:
+            del os.environ[name]
+        elif on:
+            os.environ[name] = str(before)
 
 
 @contextmanager
