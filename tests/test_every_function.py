@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils._pytree import tree_map_only
 
 import triflash
 from public import CACHES, DENSE, EVERY, FUNCTIONS, OFFSETS, PARALLEL, B, D, Function, H, N, numbers
@@ -125,11 +128,12 @@ def test_gradients_of_caches_are_refused(name: str, device: torch.device) -> Non
         torch.func.grad(lambda q: own.function.call(q, *own.x[1:]).sum())(own.x[0])
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", [*FUNCTIONS, *CACHES, "allgather in parallel"])
-def test_compiled(name: str, device: torch.device) -> None:
+def test_compiled(name: str, dynamic: bool | None, device: torch.device) -> None:
     own, leaves = Called(name, device), Called(name, device).leaves()
     torch.compiler.reset()
-    out = torch.compile(own.function.call, backend="aot_eager", fullgraph=True)(*leaves)
+    out = torch.compile(own.function.call, backend="aot_eager", fullgraph=True, dynamic=dynamic)(*leaves)
     near(out, own.out)
     if own.grads:
         for got, wanted in zip(torch.autograd.grad(out, leaves, own.dout), own.grads, strict=True):
@@ -149,6 +153,94 @@ def test_autocast(name: str, device: torch.device) -> None:
         for got, wanted in zip(torch.autograd.grad(out.float(), leaves, own.dout), own.grads, strict=True):
             assert got.dtype == torch.float32
             near(got, wanted, 1e-1)
+
+
+@pytest.mark.parametrize("name", [*WITH_GRADIENTS, *CACHES])
+def test_autocast_of_mixed_inputs(name: str, device: torch.device) -> None:
+    """Whichever of the inputs is in half precision already: what comes out is what the call on float32 inputs gives."""
+    own = Called(name, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        for at in range(len(own.x)) if name not in CACHES else (0,):
+            leaves = own.leaves()
+            halves = [x.to(torch.bfloat16) if n == at else x for n, x in enumerate(leaves)]
+            out = own.function.call(*halves)
+            near(out, own.out, 5e-2)
+            if own.grads:
+                for got, wanted in zip(torch.autograd.grad(out.float(), leaves, own.dout), own.grads, strict=True):
+                    near(got, wanted, 1e-1)
+
+
+class Subclass(Tensor):
+    """One that leaves everything to Tensor."""
+
+
+class Wrapper(Tensor):
+    """One that holds another tensor and sees every operator."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Wrapper:
+        return Tensor._make_wrapper_subclass(cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device)  # type: ignore[attr-defined,no-any-return]
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), options: Any = None) -> Any:
+        found = function(*tree_map_only(cls, cls.unwrapped, args), **tree_map_only(cls, cls.unwrapped, options or {}))
+        return tree_map_only(Tensor, cls, found)
+
+    def unwrapped(self) -> Tensor:
+        return self.inner
+
+
+@pytest.mark.parametrize("name", [*WITH_GRADIENTS, *CACHES])
+def test_subclasses(name: str, device: torch.device) -> None:
+    """In the place of any input."""
+    own = Called(name, device)
+    for kind in (Subclass, Wrapper):
+        for at in range(len(own.x)):
+            given = [x.clone() for x in own.x]
+            given[at] = given[at].as_subclass(Subclass) if kind is Subclass else Wrapper(given[at])
+            out = own.function.call(*given)
+            near(out.inner if isinstance(out, Wrapper) else out, own.out)
+
+
+FOREIGN: dict[str, Callable[[Tensor], Any]] = {
+    "nested": lambda x: torch.nested.nested_tensor(list(x)),
+    "jagged": lambda x: torch.nested.nested_tensor(list(x.unsqueeze(-1) if x.dim() == 1 else x), layout=torch.jagged),
+    "sparse": lambda x: x.to_sparse(),
+    "sparse rows": lambda x: x.flatten(0, -2).to_sparse_csr() if x.dim() > 1 else x.to_sparse(),
+    "complex": lambda x: x.to(torch.complex64),
+    "integers": lambda x: x.to(torch.int32),
+    "8 bits": lambda x: x.to(torch.float8_e5m2),
+    "a causal bias": lambda x: causal_lower_right(*(x.shape * 2)[-2:]),
+}
+# Where such an input means something: CausalBias is a mask to SDPA.
+MEANT = {("sdpa", "a causal bias", 3)}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested tensors is in prototype|Sparse CSR tensor support|Lower right causal bias)")
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("name", [name for name in EVERY if not name.startswith("nn")])
+def test_what_is_no_tensor_of_floats_in_memory_of_its_own(name: str, kind: str, device: torch.device) -> None:
+    """It is refused in words, in the place of any input, after a call of the same shapes as well."""
+    own = Called(name, device)
+    for at, x in enumerate(own.x):
+        if (name, kind, at) in MEANT:
+            continue
+        given = [*own.x[:at], FOREIGN[kind](x), *own.x[at + 1 :]]
+        with pytest.raises((TypeError, ValueError), match=r"^[\w\[\], ]+: wanted .*, got "):
+            own.function.call(*given)
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in PARALLEL])
+def test_threads(name: str, device: torch.device) -> None:
+    """Calls on several threads at once, each of numbers of its own."""
+    every = [Function(EVERY[name].shapes, EVERY[name].call).inputs(device, seed) for seed in range(4)]
+    wanted = [EVERY[name].call(*(x.clone() for x in inputs)) for inputs in every]
+    with ThreadPoolExecutor(4) as pool:
+        for got, right in zip(pool.map(lambda inputs: EVERY[name].call(*inputs), every), wanted, strict=True):
+            near(got, right)
 
 
 @pytest.mark.parametrize("name", [*WITH_GRADIENTS, *CACHES])

@@ -156,6 +156,9 @@ RULES: dict[str, list[str]] = {
         "torch", "triflash.attention", "triflash.checks", "triflash.compat", "triflash.errors", "triflash.kvcache", "triflash.varlen",
     ],
     "triflash.compat.words": [],
+    "triflash.compat.evoformer": [
+        "torch", "triflash.attention", "triflash.checks", "triflash.compat.words", "triflash.errors", "triflash.ops_checked",
+    ],
     "triflash.compat.flash_attn_cache": [
         "torch", "triflash.arguments", "triflash.checks", "triflash.compat.words", "triflash.errors", "triflash.kvcache",
     ],

@@ -28,6 +28,7 @@ __all__ = [
     "check_slopes",
     "check_tensors",
     "refuse_foreign",
+    "refuse_layout",
     "same_device_and_dtype",
     "seed_tensor",
 ]
@@ -49,8 +50,7 @@ def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, str]) -> dict
         tensor, dims = tensors[name], line.split()
         if not isinstance(tensor, Tensor):
             raise bad_type(name, "a tensor", type(tensor).__name__)
-        if tensor.layout != torch.strided:
-            raise bad_type(name, "a dense (strided) tensor", tensor.layout)
+        refuse_layout(name, tensor)
         if tensor.dim() != len(dims):
             raise bad_value(name, f"{len(dims)} dims ({', '.join(dims)})", f"{tensor.dim()} dims {tuple(tensor.shape)}")
         for dim, size in zip(dims, tensor.shape, strict=True):
@@ -84,15 +84,21 @@ def _shape_hint(name: str, dim: str, shapes: Mapping[str, str]) -> str:
 
 
 def refuse_foreign(name: str, x: Any) -> None:
-    """Refuse tensors that are not what their memory holds, and that nobody here can read: nested ones and PyTorch's CausalBias."""
-    if type(x) in (Tensor, torch.nn.Parameter) and not x.is_nested:
-        return
-    if isinstance(x, Tensor) and x.is_nested:
-        hint = "attention takes jagged q, k and v; or pad it (x.to_padded_tensor(0.0)) and pass key_lengths="
-        raise bad_type(name, "a dense (strided) tensor", "a NestedTensor", hint)
-    if type(x).__name__ == "CausalBias":
+    """Refuse tensors that nobody here can read, since they are not what their memory holds: nested, sparse, and PyTorch's CausalBias."""
+    refuse_layout(name, x)
+    if type(x) not in (Tensor, torch.nn.Parameter) and type(x).__name__ == "CausalBias":
         hint = "causal=True is lower right, causal='top_left' is upper left"
         raise bad_type(name, "a tensor of numbers or a mask", "a CausalBias", hint)
+
+
+def refuse_layout(name: str, x: Any) -> None:
+    """Refuse a tensor without strides: a nested or a sparse one, of which PyTorch cannot even tell a shape or an address."""
+    if not isinstance(x, Tensor) or (x.layout == torch.strided and not x.is_nested):
+        return
+    if x.is_nested:
+        hint = "attention takes jagged q, k and v; or pad it (x.to_padded_tensor(0.0)) and pass key_lengths="
+        raise bad_type(name, "a dense (strided) tensor", "a NestedTensor", hint)
+    raise bad_type(name, "a dense (strided) tensor", x.layout)
 
 
 def same_device_and_dtype(tensors: Mapping[str, Tensor]) -> None:
@@ -213,6 +219,7 @@ def check_bias(bias: Any, q: Tensor, full: tuple[int, ...], name: str = "bias") 
         return
     if not isinstance(bias, Tensor):
         raise bad_type(name, "a tensor or None", type(bias).__name__)
+    refuse_layout(name, bias)
     if not 2 <= bias.dim() <= len(full):
         raise bad_value(name, _bias_wanted(full), f"{bias.dim()} dims {tuple(bias.shape)}")
     for own, size in zip(reversed(bias.shape), reversed(full), strict=False):
@@ -223,12 +230,11 @@ def check_bias(bias: Any, q: Tensor, full: tuple[int, ...], name: str = "bias") 
 
 def check_dtype_and_place(name: str, bias: Tensor, q: Tensor) -> None:
     """Check that a bias (or mask) is of numbers or bools, dense and where q is."""
+    refuse_layout(name, bias)
     if bias.dtype not in BIAS_DTYPES and not (bias.dtype == q.dtype == torch.float64):
         raise bad_type(name, "float16, bfloat16, float32 or bool (True = visible)", bias.dtype)
     if bias.device != q.device:
         raise bad_value(name, f"q's device {q.device}", bias.device)
-    if bias.layout != torch.strided:
-        raise bad_type(name, "a dense (strided) tensor", bias.layout)
 
 
 def _bias_wanted(full: tuple[int, ...]) -> str:

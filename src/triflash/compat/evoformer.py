@@ -1,6 +1,6 @@
 """Attention calls of protein-folding models: DeepSpeed4Science's Evoformer attention and cuEquivariance's triangle attention.
 
-Called by programs; imports the public front door, the checks and the errors alone.
+Called by programs; imports the public front door, the checks, the errors and the question whether autocast is on alone.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..attention import attention
-from ..checks import check_bool, check_scale, check_tensors, same_device_and_dtype
+from ..checks import check_bool, check_scale, check_tensors, refuse_layout, same_device_and_dtype
 from ..errors import bad_type, bad_value
+from ..ops_checked import is_casting
 from .words import renamed
 
 __all__ = ["DS4Sci_EvoformerAttention", "triangle_attention"]
@@ -45,7 +46,8 @@ def DS4Sci_EvoformerAttention(Q: Tensor, K: Tensor, V: Tensor, biases: Sequence[
     """
     tensors = {"Q": Q, "K": K, "V": V}
     sizes = check_tensors(tensors, dict.fromkeys(tensors, "B N L H D"))
-    same_device_and_dtype(tensors)
+    if not is_casting(Q):
+        same_device_and_dtype(tensors)
     if not isinstance(biases, (list, tuple)):
         raise bad_type("biases", "a list of up to two tensors or None", type(biases).__name__)
     if len(biases) > 2:
@@ -133,6 +135,8 @@ def triangle_attention(
     some 16 MiB at a time, and time as a forward pass without fusion.
     """
     check_bool("return_aux", return_aux)
+    for name, x in (("q", q), ("bias", bias), ("mask", mask), ("kv_lengths", kv_lengths)):
+        refuse_layout(name, x)
     if mask is not None and kv_lengths is not None:
         raise bad_value("mask, kv_lengths", "one of them", "both")
     five = isinstance(q, Tensor) and q.dim() == 5
@@ -142,7 +146,8 @@ def triangle_attention(
     if isinstance(q, Tensor) and q.dim() not in (4, 5):
         raise bad_value("q", "5 dims (B, N, H, Q, D), or 4 (N, H, Q, D)", f"{q.dim()} dims {tuple(q.shape)}")
     sizes = check_tensors(tensors, shapes)
-    same_device_and_dtype(tensors)
+    if not is_casting(q):
+        same_device_and_dtype(tensors)
     if not isinstance(bias, Tensor):
         raise bad_type("bias", "a tensor", type(bias).__name__)
     B, N, H, M, K = sizes.get("B", 1), sizes["N"], sizes["H"], sizes["Q"], sizes["K"]
@@ -187,6 +192,7 @@ def _check_bias(name: str, bias: Any, q: Tensor, full: tuple[int, ...], words: s
         return
     if not isinstance(bias, Tensor):
         raise bad_type(name, "a tensor or None", type(bias).__name__)
+    refuse_layout(name, bias)
     if bias.dim() != len(full) or any(own not in (1, size) for own, size in zip(bias.shape, full, strict=True)):
         raise bad_value(name, f"shape {words} = {full}, of which any dim may be 1", tuple(bias.shape))
     if bias.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.bool, q.dtype):

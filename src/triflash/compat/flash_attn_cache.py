@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import band_of
-from ..checks import check_bool, check_key_lengths
+from ..checks import check_bool, check_key_lengths, refuse_layout
 from ..errors import bad_type, bad_value
 from ..kvcache import attention_with_kvcache
 from .words import renamed
@@ -68,6 +68,7 @@ def flash_attn_with_kvcache(
         ValueError, TypeError: a wrong shape, dtype, device or option. UnsupportedError: a gradient is wanted; there is none.
     """
     check_bool("causal", causal), check_bool("return_softmax_lse", return_softmax_lse)
+    refuse_layout("q", q)
     if not isinstance(q, Tensor) or q.dim() != 4:
         got = f"{q.dim()} dims {tuple(q.shape)}" if isinstance(q, Tensor) else type(q).__name__
         raise (bad_value if isinstance(q, Tensor) else bad_type)("q", "4 dims (batch, seqlen_q, nheads, headdim)", got)

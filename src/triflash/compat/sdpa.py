@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..attention import attention
-from ..checks import check_bias, check_bool
+from ..checks import check_bias, check_bool, refuse_layout
 from ..errors import bad_type, bad_value
 from .words import renamed
 
@@ -57,8 +57,9 @@ def scaled_dot_product_attention(
     check_bool("is_causal", is_causal)
     check_bool("enable_gqa", enable_gqa)
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor) or x.is_nested:
-            raise bad_type(name, "a dense tensor", "a NestedTensor" if isinstance(x, Tensor) else type(x).__name__)
+        if not isinstance(x, Tensor):
+            raise bad_type(name, "a dense tensor", type(x).__name__)
+        refuse_layout(name, x)
         if x.dim() < 2:
             raise bad_value(name, "2 dims or more (..., heads, length, dim)", f"{x.dim()} dims {tuple(x.shape)}")
     if key.shape[-1] != query.shape[-1]:

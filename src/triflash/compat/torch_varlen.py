@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import check_bool
+from ..checks import check_bool, refuse_layout
 from ..errors import UnsupportedError, bad_type, bad_value
 from ..varlen import attention_varlen
 from .words import renamed
@@ -70,6 +70,8 @@ def varlen_attn(
         raise UnsupportedError(f"num_splits={num_splits}: triflash does not split the keys of a sequence; leave it out, or pass 1")
     if cu_seq_k is None:
         raise bad_value("cu_seq_k", "offsets of the keys", None, "PyTorch has None for pages alone")
+    for name, x in (("query", query), ("key", key)):
+        refuse_layout(name, x)
     heads = [x.shape[1] if isinstance(x, Tensor) and x.dim() == 3 else None for x in (query, key)]
     if not check_bool("enable_gqa", enable_gqa) and None not in heads and heads[0] != heads[1]:
         raise bad_value("key", f"query's {heads[0]} heads", heads[1], "enable_gqa=True allows fewer")

@@ -18,14 +18,14 @@ from ..errors import bad_type, bad_value
 from ..form import Form
 from ..hints import not_ours
 from ..ops import differentiable_once
-from ..ops_checked import casting
+from ..ops_checked import casting, is_casting
 from ..plan.select import requested_backend_soon
 from ..spec import resolve_precision
 from .agree import agree, rows_apart
 from .all_gather import AllGather
 from .call import Call, Saved
 from .chunks import check_order, shares
-from .group import Group, all_gather, exchange_numbers, process_group, refuse_transforms, resolve, wait
+from .group import Group, all_gather, exchange_numbers, process_group, refuse_transforms, refuse_unlike, resolve, wait
 from .merging import Result
 from .ring import Ring
 from .shares import check_length, check_shares
@@ -184,6 +184,10 @@ def context_parallel_attention(
     first, second = two_biases(bias)
     refuse_transforms("context_parallel_attention", q=q, k=k, v=v, bias=first, sink=sink, **{"bias[1]": second})
     ranks = resolve(group)
+    refuse_unlike(
+        q=q, k=k, v=v, bias=first, mask=mask, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sink=sink, dropout_seed=dropout_seed,
+        query_starts=query_starts, query_lengths=query_lengths, key_starts=key_starts, diagonal=diagonal, **{"bias[1]": second},
+    )  # fmt: skip
     number, diagonals = (None, diagonal) if isinstance(diagonal, Tensor) else (diagonal, None)
     options = Options(causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, number)
     if isinstance(q, Tensor) and not torch.compiler.is_compiling():
@@ -236,7 +240,7 @@ def attend_part(
     """This rank's part of a call. entry: the number of the first batch entry, to dropout. own_rows: of bias, second bias and mask, whether
     a single row is a rank's own, and not one that all share; None: to be found out.
     """
-    if isinstance(given.q, Tensor) and torch.is_autocast_enabled(given.q.device.type):
+    if is_casting(given.q):
         with casting(given) as cast:
             whole = Given._make((*cast, *given[3:]))
             return attend_part(whole, options, return_lse, group, method, order, lengths, head_chunks, programs, entry, own_rows)
@@ -306,7 +310,6 @@ def _settled(
     check_order(order)
     for name, count in (("head_chunks", head_chunks), ("programs", programs)):
         check_count(name, count)
-    _refuse(given)
     at = _rows_at(given, options)
     M, N, one_row, told = _lengths(given, group, order, lengths, at, own_rows)
     long = given._replace(k=_long(given.k, at, N), v=_long(given.v, at, N))  # type: ignore[arg-type]
@@ -326,13 +329,6 @@ def _seed(given: Given, group: Group, heads: int, entry: int) -> Tensor:
     """The seed, and the place of a part."""
     seed = given.dropout_seed
     return placed(seed_of_all(seed_tensor(seed, given.q.device), seed is None, group), heads, entry * heads)
-
-
-def _refuse(given: Given) -> None:
-    for name, x in zip((*Given._fields[:-1], "diagonal"), given, strict=True):
-        if isinstance(x, Tensor) and (x.is_nested or type(x).__name__ == "DTensor"):
-            hint = "attention_varlen's rows of jagged tensors: context_parallel_attention_varlen" if x.is_nested else f"{name}.to_local()"
-            raise bad_type(name, "this rank's rows in a plain tensor", "a NestedTensor" if x.is_nested else "a DTensor", hint)
 
 
 def _rows_at(given: Given, options: Options) -> int:

@@ -28,6 +28,7 @@ __all__ = [
     "process_group",
     "reduce_scatter",
     "refuse_transforms",
+    "refuse_unlike",
     "resolve",
     "shift",
     "wait",
@@ -58,6 +59,22 @@ def refuse_transforms(call: str, **given: Any) -> None:
             f"torch.func transforms (grad, vjp, jacrev, vmap, …) of {call}: collectives have no rule for them; use torch.autograd, or make "
             "a loop of calls of what vmap would run over"
         )
+
+
+def refuse_unlike(**given: Any) -> None:
+    """Raise where a tensor is not one of this rank's rows in memory of its own: nested, sparse, or spread over ranks by PyTorch. Before any
+    collective, as :func:`refuse_transforms`.
+    """
+    for name, x in given.items():
+        if not isinstance(x, Tensor) or (type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and not x.is_nested):
+            continue
+        if x.is_nested:
+            hint = "attention_varlen's rows of jagged tensors: context_parallel_attention_varlen"
+            raise bad_type(name, "this rank's rows in a plain tensor", "a NestedTensor", hint)
+        if x.layout != torch.strided:
+            raise bad_type(name, "this rank's rows in a plain tensor", x.layout)
+        if type(x).__name__ == "DTensor":
+            raise bad_type(name, "this rank's rows in a plain tensor", "a DTensor", f"{name}.to_local()")
 
 
 def process_group(group: Any) -> Any:

@@ -12,12 +12,13 @@ from torch import Tensor
 from ..arguments import Given, Options, VarlenGiven, VarlenOptions, two_biases
 from ..checks import check_bool, seed_tensor
 from ..errors import bad_type, bad_value, unsupported
+from ..ops_checked import casting, is_casting
 from ..plan.device import limited
 from ..spec import LAYOUTS
 from .agree import agree, rows_apart
 from .attention import attend_part, check_count, check_method, seed_of_all
 from .chunks import check_order, share
-from .group import Group, exchange_numbers, process_group, refuse_transforms, resolve
+from .group import Group, exchange_numbers, process_group, refuse_transforms, refuse_unlike, resolve
 from .merging import wide
 from .packed import Packed, at_once
 
@@ -154,6 +155,20 @@ def context_parallel_attention_varlen(
             raise bad_type(name, "an integer from 0 up, or None", repr(longest))
     first, second = two_biases(bias)
     refuse_transforms("context_parallel_attention_varlen", q=q, k=k, v=v, bias=first, sink=sink, **{"bias[1]": second})
+    refuse_unlike(
+        q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, bias=first, mask=mask, alibi_slopes=alibi_slopes, sink=sink,
+        dropout_seed=dropout_seed, **{"bias[1]": second},
+    )  # fmt: skip
+    if is_casting(q):
+        rest: dict[str, Any] = dict(
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, group=group,
+            method=method, order=order, bias=bias, bias_layout=bias_layout, mask=mask, mask_layout=mask_layout, causal=causal,
+            window=window, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes, sink=sink, dropout_p=dropout_p,
+            dropout_seed=dropout_seed, return_lse=return_lse, deterministic=deterministic, precision=precision, backend=backend,
+            head_chunks=head_chunks, programs=programs,
+        )  # fmt: skip
+        with casting((q, k, v)) as cast:
+            return context_parallel_attention_varlen(*cast, **rest)
     ranks = resolve(group, "context_parallel_attention_varlen")
     if torch.compiler.is_compiling():
         raise unsupported("context_parallel_attention_varlen under torch.compile, whose host reads where documents begin", "auto",
