@@ -205,15 +205,15 @@ def has_bias_tiles(spec: AttentionSpec) -> bool:
 
 def _candidates(spec: AttentionSpec, gives: tuple[str, ...]) -> tuple[DkdvConfig, ...]:
     """From the fastest measured to the smallest (docs/tuning.md)."""
+    if max(dims(spec)) > NARROW:
+        whole = DkdvConfig(2, 2, d256=True)
+        return (whole,) if not UNTRIED or not is_padded(spec) else (_holding(spec, replace(whole, own_widths=True)), whole)
     bare = spec.bias is None and spec.mask is None
     return _listed(max(dims(spec)), has_bias_tiles(spec), bare, is_light(spec), is_banded(spec), "dq" in gives, _sums_keys(gives))
 
 
 @functools.cache
 def _listed(widest: int, bias_tiles: bool, bare: bool, light: bool, banded: bool, adding: bool, dbias: bool) -> tuple[DkdvConfig, ...]:
-    if widest > NARROW:
-        whole = DkdvConfig(2, 2, d256=True)
-        return (whole,) if not UNTRIED or not is_padded(spec) else (_holding(spec, replace(whole, own_widths=True)), whole)
     if widest <= DQ_WARPGROUP_DIM:
         bias = 2 if bias_tiles else 1
         of_its_own: tuple[DkdvConfig, ...] = ()
