@@ -154,8 +154,8 @@ class Span:
 
 
 @gluon.jit
-def _produce(p, f, SMALL_LSE: gl.constexpr):
-    """The producer: every load of the program, in the order in which the consumers need them; of rest none if every lse is small."""
+def _produce(p, f):
+    """The producer: every load of the program, in the order in which the consumers need them."""
     BM: gl.constexpr = p.C.block_m
     HALF: gl.constexpr = p.C.block_n // 2
     STATS: gl.constexpr = BM * 4
@@ -189,7 +189,7 @@ def _produce(p, f, SMALL_LSE: gl.constexpr):
             if at >= Q_STAGES:
                 bar_sync(Q_FREE + stage, 288)
             q_full = p.q_full.index(stage)
-            if p.rest_s is not None and not SMALL_LSE:
+            if p.rest_s is not None:
                 mbarrier.expect(q_full, f.q_desc.block_type.nbytes + 2 * STATS)
                 tma_load(f.stats_desc, [row, REST, padded], q_full, p.rest_s.index(stage))
             else:
@@ -385,21 +385,12 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
 
 
 @gluon.jit
-def _run(p, f, dq_desc, SMALL_LSE: gl.constexpr):
-    """All warps of a program. SMALL_LSE: every lse is small (``preprocess.py``), for which there is a faster loop."""
-    if p.DQ_WARPGROUP:
-        gl.warp_specialize(
-            [(_consume, (p, 0, SMALL_LSE)), (_consume, (p, 1, SMALL_LSE)), (run_dq_warpgroup, (p, dq_desc)), (_produce, (p, f, SMALL_LSE))],
-            [4, 4, 1], [208, 72, 24],
-        )  # fmt: skip
-    elif dq_desc is not None:
-        gl.warp_specialize(
-            [(_consume, (p, 0, SMALL_LSE)), (_consume, (p, 1, SMALL_LSE)), (_produce, (p, f, SMALL_LSE)), (add_dq_by_tma, (p, dq_desc))],
-            [4, 1, 1],
-            [240, 24, 24],
-        )
+def _consume_either(p, WG: gl.constexpr):
+    """One consumer: ``_consume`` with the faster loop if every lse is small (``preprocess.py``)."""
+    if (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
+        _consume(p, WG, True)
     else:
-        gl.warp_specialize([(_consume, (p, 0, SMALL_LSE)), (_consume, (p, 1, SMALL_LSE)), (_produce, (p, f, SMALL_LSE))], [4, 1], [240, 24])
+        _consume(p, WG, False)
 
 
 COUNTS = ["batch", "heads", "group", "splits", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "l2_group", "serpentine"]
@@ -484,9 +475,16 @@ def dkdv(
         BATCH_FASTEST, LONGEST, SUM_BY_MMA, QK, OV,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
-    # Two programs in one, each with partitions of its own: with both loops in one partition ptxas spills for the slower what the faster has
-    # in registers.
-    if (small_lse is not None) and (all_lse_small(small_lse) != 0):
-        _run(p, f, dq_desc, True)
+    if DQ_WARPGROUP:
+        gl.warp_specialize(
+            [(_consume_either, (p, 0)), (_consume_either, (p, 1)), (run_dq_warpgroup, (p, dq_desc)), (_produce, (p, f))],
+            [4, 4, 1], [208, 72, 24],
+        )  # fmt: skip
+    elif dq_desc is not None:
+        gl.warp_specialize(
+            [(_consume_either, (p, 0)), (_consume_either, (p, 1)), (_produce, (p, f)), (add_dq_by_tma, (p, dq_desc))],
+            [4, 1, 1],
+            [240, 24, 24],
+        )
     else:
-        _run(p, f, dq_desc, False)
+        gl.warp_specialize([(_consume_either, (p, 0)), (_consume_either, (p, 1)), (_produce, (p, f))], [4, 1], [240, 24])

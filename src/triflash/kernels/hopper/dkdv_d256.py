@@ -144,8 +144,8 @@ def _weights(p, at):
 
 
 @gluon.jit
-def _produce(p, f, SMALL_LSE: gl.constexpr):
-    """The producer: every load of the program, in the order in which the consumers need them; of rest none if every lse is small."""
+def _produce(p, f):
+    """The producer: every load of the program, in the order in which the consumers need them."""
     BM: gl.constexpr = p.C.block_m
     STATS: gl.constexpr = BM * 4
     Q_BYTES: gl.constexpr = f.q.first.block_type.nbytes + (f.q.second.block_type.nbytes if f.q.second is not None else 0)
@@ -175,7 +175,7 @@ def _produce(p, f, SMALL_LSE: gl.constexpr):
             phase = p.queries.phase(at) ^ 1
             mbarrier.wait(p.queries.empty.index(stage), phase)
             q_full = p.queries.full.index(stage)
-            if p.rest_s is not None and not SMALL_LSE:
+            if p.rest_s is not None:
                 mbarrier.expect(q_full, Q_BYTES + 2 * STATS)
                 tma_load(f.stats_desc, [row, REST, padded], q_full, p.rest_s.index(stage))
             else:
@@ -249,7 +249,7 @@ def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
         if p.bias_s is not None:
             bias = p.bias_s.reshape([BM, BN]).permute((1, 0)).load(S)
         rest = None
-        if p.rest_s is not None and not t.SMALL_LSE:
+        if p.rest_s is not None:
             rest = gl.expand_dims(p.rest_s.index(stage).reshape([BM]).load(COLS), 0)
         p16, weight = probabilities(p, t, s, bias, mask, lse, rest, m0, t.n0, MASKED, p.q_s.first.dtype)
         undropped = p16
@@ -348,6 +348,15 @@ def _values(p, SMALL_LSE: gl.constexpr):
             leave_block(p, p.dv, key_place(x, n0), kv_head, target)
             tma_store_wait(0)
         p.kv.release(wave, 0)
+
+
+@gluon.jit
+def _values_either(p):
+    """``_values`` with the faster loop if every lse is small (``preprocess.py``)."""
+    if (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
+        _values(p, True)
+    else:
+        _values(p, False)
 
 
 @gluon.jit
@@ -456,15 +465,6 @@ def _keys(p):
         p.kv.release(wave, 0)
 
 
-@gluon.jit
-def _run(p, f, SMALL_LSE: gl.constexpr):
-    """All warps of a program. SMALL_LSE: every lse is small (``preprocess.py``), for which there is a faster loop."""
-    if p.NEED_DS:
-        gl.warp_specialize([(_values, (p, SMALL_LSE)), (_keys, (p,)), (_produce, (p, f, SMALL_LSE))], [4, 1], [240, 24])
-    else:
-        gl.warp_specialize([(_values, (p, SMALL_LSE)), (_produce, (p, f, SMALL_LSE))], [1], [24])
-
-
 COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "l2_group", "serpentine"]
 
 
@@ -522,8 +522,7 @@ def dkdv_d256(
         BATCH_FASTEST, LONGEST, QK, OV,
     )  # fmt: skip
     f = Feed(q, k, v, o, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
-    # Two programs in one, as in ``dkdv``.
-    if (small_lse is not None) and (all_lse_small(small_lse) != 0):
-        _run(p, f, True)
+    if NEED_DS:
+        gl.warp_specialize([(_values_either, (p,)), (_keys, (p,)), (_produce, (p, f))], [4, 1], [240, 24])
     else:
-        _run(p, f, False)
+        gl.warp_specialize([(_values_either, (p,)), (_produce, (p, f))], [1], [24])

@@ -267,7 +267,7 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
     if p.bias_s is not None:
         bias = p.bias_s.index(bias_slot).reshape([BM, HALF]).permute((1, 0)).load(S)
     rest = None
-    if p.rest_s is not None and not t.SMALL_LSE:
+    if p.rest_s is not None:
         rest = gl.expand_dims(p.rest_s.index(q_stage).reshape([BM]).load(COLS), 0)
     p16, weight = probabilities(p, t, s, bias, mask, lse, rest, m0, t.n0 + WG * HALF, span.MASKED, p.q_s.dtype)
     undropped = p16

@@ -440,12 +440,12 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
 
 
 @gluon.jit
-def _run(p, f, SMALL_LSE: gl.constexpr):
-    """All warps of a program. SMALL_LSE: every lse is small (``preprocess.py``), for which there is a faster loop."""
-    if p.C.consumers == 1:
-        gl.warp_specialize([(_consume, (p, 0, SMALL_LSE)), (_produce, (p, f))], [1], [24])
+def _consume_either(p, WG: gl.constexpr):
+    """One consumer: ``_consume`` with the faster loop if every lse is small (``preprocess.py``)."""
+    if (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
+        _consume(p, WG, True)
     else:
-        gl.warp_specialize([(_consume, (p, 0, SMALL_LSE)), (_consume, (p, 1, SMALL_LSE)), (_produce, (p, f))], [4, 1], [p.C.registers, 24])
+        _consume(p, WG, False)
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
@@ -513,8 +513,7 @@ def dq(
         scale, tiles_m, tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, QK, OV,
     )  # fmt: skip
     f = Feed(q, dout, k, v, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group, zeros_s)
-    # Two programs in one, as in ``dkdv``.
-    if (small_lse is not None) and (all_lse_small(small_lse) != 0):
-        _run(p, f, True)
+    if WGS == 1:
+        gl.warp_specialize([(_consume_either, (p, 0)), (_produce, (p, f))], [1], [24])
     else:
-        _run(p, f, False)
+        gl.warp_specialize([(_consume_either, (p, 0)), (_consume_either, (p, 1)), (_produce, (p, f))], [4, 1], [C.registers, 24])
