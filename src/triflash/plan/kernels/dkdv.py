@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec
-from ...untried import UNTRIED
 from ..configs import chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step, broadcast_rows
@@ -28,12 +27,12 @@ from .shared import (
     check_held,
     is_banded,
     is_light,
-    is_padded,
     load_imbalance,
     multiplied_columns,
     order_of,
     row_buffers,
     stats_kinds,
+    takes_own_widths,
     widths,
 )
 
@@ -207,7 +206,10 @@ def _candidates(spec: AttentionSpec, gives: tuple[str, ...]) -> tuple[DkdvConfig
     """From the fastest measured to the smallest (docs/tuning.md)."""
     if max(dims(spec)) > NARROW:
         whole = DkdvConfig(2, 2, d256=True)
-        return (whole,) if not UNTRIED or not is_padded(spec) else (_holding(spec, replace(whole, own_widths=True)), whole)
+        if not takes_own_widths(spec):
+            return (whole,)
+        own = _holding(spec, replace(whole, own_widths=True))
+        return (*((replace(own, q_stages=3, o_stages=3),) if own.hold_k and own.hold_v else ()), own, whole)
     bare = spec.bias is None and spec.mask is None
     return _listed(max(dims(spec)), has_bias_tiles(spec), bare, is_light(spec), is_banded(spec), "dq" in gives, _sums_keys(gives))
 

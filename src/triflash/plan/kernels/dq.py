@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 
 from ...errors import bad_value
 from ...spec import AttentionSpec
-from ...untried import UNTRIED
 from ..configs import chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step
@@ -25,14 +24,13 @@ from .shared import (
     blocks_of_heads,
     check_held,
     is_banded,
-    is_in_pieces,
     is_light,
-    is_padded,
     mask_buffer,
     multiplied_columns,
     order_of,
     query_tiles,
     second_buffer,
+    takes_own_widths,
     widths,
 )
 
@@ -143,14 +141,18 @@ def _candidates(head: int, bias: bool, light: bool) -> tuple[DqConfig, ...]:
 @functools.lru_cache(maxsize=4096)
 def choose(spec: AttentionSpec, limit: int, gives: tuple[str, ...] = ("dq",), sms: int = 0) -> DqConfig | None:
     """The configuration within ``limit`` bytes of shared memory, None if no candidate fits; few tiles are made of 64 queries."""
-    widest, in_pieces = padded(max(spec.head_dim, spec.value_dim)), UNTRIED and is_in_pieces(spec)
-    larger = (DqConfig(2, 64, 2, 2, separate_dq=False),) if in_pieces and widest > 128 else ()
-    for candidate in (*larger, *_candidates(widest, spec.bias is not None, is_light(spec))):
-        config = replace(candidate, own_widths=in_pieces)
+    widest = padded(max(spec.head_dim, spec.value_dim))
+    own = (_with_own_widths(spec),) if widest > 128 and takes_own_widths(spec) else ()
+    for config in (*own, *_candidates(widest, spec.bias is not None, is_light(spec))):
         if config.fits(spec, limit, gives):
-            config = replace(config, consumers=1, ctas_per_sm=1) if 2 * query_tiles(spec, config)[1] <= sms else config
-            return _holding(spec, config) if UNTRIED and is_padded(spec) else config
+            return replace(config, consumers=1, ctas_per_sm=1) if 2 * query_tiles(spec, config)[1] <= sms else config
     return None
+
+
+def _with_own_widths(spec: AttentionSpec) -> DqConfig:
+    """Of wide heads in two buffers: q and dout in registers where both are left, else blocks of 64 keys where values are narrow."""
+    held = _holding(spec, DqConfig(2, 32, 3, 2, own_widths=True))
+    return held if held.hold_dout else DqConfig(2, 64 if padded(spec.value_dim) <= 128 else 32, 3, 2, separate_dq=False, own_widths=True)
 
 
 def _holding(spec: AttentionSpec, config: DqConfig) -> DqConfig:

@@ -11,12 +11,10 @@ from dataclasses import dataclass, replace
 
 from ...errors import bad_value
 from ...spec import AttentionSpec
-from ...untried import UNTRIED
 from ..configs import chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step
 from .shared import (
-    MOST_PIECES,
     ROWS,
     Buffer,
     QueryConfig,
@@ -25,15 +23,13 @@ from .shared import (
     blocks_of_heads,
     check_held,
     is_banded,
-    is_in_pieces,
     is_light,
-    is_padded,
     mask_buffer,
     mma_fits,
-    multiplied_columns,
     order_of,
     query_tiles,
     second_buffer,
+    takes_own_widths,
     widths,
 )
 
@@ -41,7 +37,6 @@ __all__ = ["ForwardConfig", "by_hand_of", "choose", "config_of", "fuses_bias", "
 
 SHORT = 1088  # keys that a query sees at most under a band, where rows are short: 1,024 and a block
 SHORT_FULL = 256  # and without one
-OTHER_REGISTERS = 48  # of a thread that has q in registers
 
 
 @dataclass(frozen=True)
@@ -121,15 +116,8 @@ def choose(spec: AttentionSpec, limit: int, sms: int = 0) -> ForwardConfig | Non
         if config.fits(spec, limit) and mma_fits(config, spec.value_dim) and _has_room_for_o(spec, config):
             if 2 * query_tiles(spec, config)[1] <= sms:
                 config = replace(config, consumers=1, ping_pong=False, ctas_per_sm=1)
-            return replace(config, hold_q=UNTRIED and is_padded(spec) and _holds_q(spec, config))
+            return config
     return None
-
-
-def _holds_q(spec: AttentionSpec, config: ForwardConfig) -> bool:
-    """Whether a consumer has registers for q, beside which nothing is spilled: besides O, scores, p of two blocks and q it has 48."""
-    columns = multiplied_columns(spec.head_dim, padded(spec.head_dim))
-    used = sum(widths(spec.value_dim, True)) // 2 + config.block_n + columns // 4
-    return columns.bit_count() <= MOST_PIECES and used + OTHER_REGISTERS <= config.registers
 
 
 def _has_room_for_o(spec: AttentionSpec, config: ForwardConfig) -> bool:
@@ -138,10 +126,13 @@ def _has_room_for_o(spec: AttentionSpec, config: ForwardConfig) -> bool:
 
 
 def _candidates_of_widths(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
-    """Candidates with blocks of a padded head's own width, if those are tried: they have room for larger tiles."""
-    if not UNTRIED or not is_in_pieces(spec):
+    """Candidates with blocks of a padded head's own width, where there are such: they have room for larger tiles."""
+    if not takes_own_widths(spec):
         return _candidates(spec)
-    large = () if padded(max(spec.head_dim, spec.value_dim)) <= 128 else (ForwardConfig(2, 128, 2, separate_o=False),)
+    large: tuple[ForwardConfig, ...] = ()
+    if padded(max(spec.head_dim, spec.value_dim)) > 128 and (not is_banded(spec) or _span(spec) > 512):
+        ping_pong = is_light(spec) and spec.bias is None
+        large = (ForwardConfig(2, 128, 2, ping_pong=ping_pong, separate_o=False), ForwardConfig(2, 64, 2, ping_pong=ping_pong))
     return tuple(replace(config, own_widths=True) for config in (*large, *_candidates(spec)))
 
 

@@ -13,14 +13,15 @@ from typing import ClassVar, NamedTuple
 
 from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec
+from ...untried import UNTRIED
 from ..configs import padded
 
 __all__ = [
     "L2_GROUP_BYTES", "MAX_SIMULATED_TILES", "MOST_PIECES", "ROWS", "SMALLEST_BLOCK", "STATS_MULTIPLE", "TILE_COST", "Buffer",
     "HopperConfig", "QueryConfig", "barriers", "batch_fastest", "best_order", "bias_buffer", "blocks_of_heads", "check_held",
-    "equal_groups", "is_banded", "is_in_pieces", "is_light", "is_padded", "l2_order", "load_imbalance", "mask_buffer", "mma_fits",
+    "equal_groups", "is_banded", "is_light", "l2_order", "load_imbalance", "mask_buffer", "mma_fits",
     "multiplied_columns", "order_of", "query_tiles", "row_buffers", "row_by_mma", "second_buffer", "shared_limit", "stats_kinds",
-    "stats_length", "widths",
+    "stats_length", "takes_own_widths", "widths",
 ]  # fmt: skip
 
 ROWS = 64  # queries of a consumer warpgroup: M of a WGMMA
@@ -177,14 +178,15 @@ def blocks_of_heads(name: str, count: int, rows: int, columns: tuple[int, ...]) 
     return tuple(Buffer(name, count, (rows, each), 2) for each in columns)
 
 
-def is_padded(spec: AttentionSpec) -> bool:
-    """Whether blocks in one buffer have columns that are not multiplied."""
-    return any(multiplied_columns(dim, padded(dim)) < padded(dim) for dim in (spec.head_dim, spec.value_dim))
-
-
-def is_in_pieces(spec: AttentionSpec) -> bool:
+def _is_in_pieces(spec: AttentionSpec) -> bool:
     """Whether some blocks lie in two buffers where a configuration has ``own_widths``."""
     return any(len(widths(dim, True)) > 1 for dim in (spec.head_dim, spec.value_dim))
+
+
+def takes_own_widths(spec: AttentionSpec) -> bool:
+    """Whether blocks of a head lie in two buffers: beside what a GPU has compared with a reference there, or (``UNTRIED``) beside all."""
+    plain = spec.bias is None and spec.mask is None and is_light(spec) and not (spec.packed or spec.key_lengths or spec.sink)
+    return _is_in_pieces(spec) and (UNTRIED or plain)
 
 
 def check_held(name: str, held: bool, dim: int) -> None:
