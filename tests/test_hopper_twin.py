@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 import gluon_twin
+import triflash
 from cases import Case, Inputs, build
 from here import stand_in_only
 from mutations import mutate, noticed
@@ -311,6 +312,42 @@ def test_one_buffer_of_p_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, "dkdv_d256", "mbarrier.wait(p.weights.empty.index(_), _)", "pass")
     config = DkdvConfig(2, 2, d256=True, p_stages=1)
     assert noticed(lambda seed: check(Case("one", B=1, H=2, M=300, N=140, D=136, grads="k"), seed=seed, dkdv=config), 12)
+
+
+CHOSEN: list[tuple[tuple[int, int], dict[str, Config]]] = [  # by the plan for long rows of heads that lie in two buffers
+    ((160, 160), {
+        "forward": ForwardConfig(2, 128, 2, ping_pong=True, separate_o=False, own_widths=True),
+        "dkdv": DkdvConfig(3, 3, d256=True, own_widths=True, hold_k=True, hold_v=True),
+        "dq": DqConfig(2, 32, 3, 2, own_widths=True, hold_q=True, hold_dout=True),
+    }),
+    ((192, 128), {
+        "forward": ForwardConfig(2, 128, 2, ping_pong=True, separate_o=False, own_widths=True),
+        "dkdv": DkdvConfig(3, 3, d256=True, own_widths=True, hold_k=True, hold_v=True),
+        "dq": DqConfig(2, 64, 3, 2, separate_dq=False, own_widths=True),
+    }),
+    ((192, 192), {
+        "forward": ForwardConfig(2, 64, 2, ping_pong=True, own_widths=True),
+        "dkdv": DkdvConfig(2, 2, d256=True, own_widths=True),
+        "dq": DqConfig(2, 32, 3, 2, separate_dq=False, own_widths=True),
+    }),
+    ((96, 72), {"forward": ForwardConfig(2, 128, 2, q_stages=2, own_widths=True)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dims", "configs"), CHOSEN, ids=[f"{a}x{b}" for (a, b), _ in CHOSEN])
+def test_what_is_chosen_for_heads_in_two_buffers(dims: tuple[int, int], configs: dict[str, Config]) -> None:
+    """It is right for several tiles a program, and for tiles that keys and queries do not fill. Beside a bias, buffers are whole."""
+    both: dict[str, Any] = {"D": dims[0], "Dv": dims[1]}
+    check(Case("causal, grouped", **both, M=330, N=430, H=2, Hk=1, hi=100), 2, 1, **configs)
+    check(Case("full", **both, M=290, N=290, H=1), 1, 2, **configs)
+    check(Case("window", **both, B=2, M=200, N=300, H=2, lo=-30, hi=60, grads="kv"), 3, 3, **configs)
+    q, k, v = (torch.empty(4, 2048, 8, dim, dtype=torch.bfloat16, device="meta", requires_grad=True) for dim in (dims[0], *dims))
+    told = triflash.explain(q, k, v, causal=True, deterministic=True, device="h200")
+    assert told.backward is not None
+    steps = {step.step.kernel: step.step.config for step in (*told.forward.steps, *told.backward.steps)}
+    assert {name: steps[name] for name in configs} == configs
+    bias = torch.empty(1, 8, 2048, 2048, dtype=torch.bfloat16, device="meta")
+    assert UNTRIED or "own-widths" not in str(triflash.explain(q, k, v, bias=bias, device="h200"))
 
 
 def test_wide_heads_want_two_buffers() -> None:
