@@ -459,6 +459,7 @@ def sanitize(tool: str, backward: bool = False, script: str = __file__) -> int:
         tool,
         "--error-exitcode",
         "1",
+        *["--report-api-errors", "no"] * (tool == "memcheck"),  # binding a launch asks the driver for parameters until there is none
         sys.executable,
         os.path.abspath(script),
         "--tiny",
