@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..plan.configs import TileConfig, padded
 from ..plan.steps import Step
-from ..spec import AttentionSpec
+from ..spec import AttentionSpec, Gradients
 
-__all__ = ["config_of", "constants_of", "is_wide", "tile_constants"]
+__all__ = ["bias_given", "config_of", "constants_of", "is_wide", "tile_constants"]
 
 _WIDE_STRIDE = 2**22  # from this stride on, an offset inside a tile of up to 256 rows and columns might not fit 31 bits
 
@@ -21,6 +21,14 @@ def config_of(step: Step) -> TileConfig:
     """The configuration of a kernel of this family."""
     assert isinstance(step.config, TileConfig), f"{step.kernel} was planned with {step.config} for a tile configuration"
     return step.config
+
+
+def bias_given(step: Step, grads: Gradients) -> tuple[str, Tensor | None]:
+    """The gradient of a bias that a step gives: its name and where it is wanted; ``""`` and None where the step gives none."""
+    for name in step.gives:
+        if name in ("dbias", "dsecond"):
+            return name, getattr(grads, name)
+    return "", None
 
 
 def is_wide(tensors: Iterable[Tensor | None]) -> bool:

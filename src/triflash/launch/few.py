@@ -13,14 +13,14 @@ from ..kernels.triton.features import Features
 from ..plan import layout
 from ..plan.configs import TileConfig, padded
 from ..plan.kernels.few import FewConfig, least_blocks, least_cache_blocks
-from ..plan.steps import Plan, broadcast_rows, dbias_source
+from ..plan.steps import Plan, Step, broadcast_rows, dbias_source
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from ..spec_cache import CacheOperands, CacheSpec
 from .calls import Call, bias_strides, slope_strides
 from .common import is_wide, tile_constants
 from .room import Room
 
-__all__ = ["backward_calls", "cache_calls", "combine_call", "forward_calls", "partial_sums", "row_strides"]
+__all__ = ["backward_call", "cache_calls", "combine_call", "forward_calls", "partial_sums", "row_strides", "sum_rows_call"]
 
 _NO_CACHE = few_kernels.Cache()
 
@@ -66,14 +66,13 @@ def new_parts(room: Room, splits: int, batch: int, queries: int, heads: int, val
     return Saved(out, lse, rest)
 
 
-def backward_calls(
-    room: Room, plan: Plan, spec: AttentionSpec, x: Operands, inputs: tuple[Any, ...], grads: Gradients, sums: dict[str, Tensor | None]
-) -> list[Call]:
-    """The launches that fill dq, dk, dv and such gradients of a bias as fall out of the same pass: full ones, and of keys alone, whose
-    parts go to ``sums``. inputs: q, k, v, features, dout, lse, rest and delta.
+def backward_call(
+    room: Room, step: Step, spec: AttentionSpec, x: Operands, inputs: tuple[Any, ...], grads: Gradients, sums: dict[str, Tensor | None]
+) -> Call:
+    """The launch that fills dq, dk, dv and such gradients of a bias as fall out of the same pass: full ones, and of keys alone. Parts of
+    these and of dq go to ``sums``. inputs: q, k, v, features, dout, lse, rest and delta.
     """
-    step, last = plan.step("few_backward"), plan.step("sum_rows")
-    assert step is not None and isinstance(step.config, FewConfig)
+    assert isinstance(step.config, FewConfig)
     q, k, v, _, dout, lse, *_ = inputs
     dq, dk, dv = (grad if name in step.gives else None for name, grad in zip(("dq", "dk", "dv"), grads, strict=False))
     full: Tensor | None = None
@@ -91,8 +90,9 @@ def backward_calls(
     parts = dq
     if dq is not None:
         dq_strides = (0, *dq.stride()[:3])
-        if last is not None:
+        if step.splits > 1:
             parts, (*others, split) = dq_parts(room, step.splits, dq)
+            sums["dq"] = parts
             dq_strides = (split, *others)
     strides = [each.stride()[:3] for each in (q, k, v, dout)]
     args = (
@@ -102,11 +102,8 @@ def backward_calls(
         *(spec.lo, spec.hi, spec.scale, step.splits),
     )
     constants = few_constants(spec, step.config, is_wide((q, k, v, dout, x.bias, x.mask, x.second_bias)), step.precision)
-    calls = [Call(few_kernels.few_backward, args, constants | {"EVEN_N": spec.keys % step.config.block_n == 0}, step.config, step.programs)]
-    if last is not None:
-        assert dq is not None and parts is not None
-        calls.append(sum_call(plan, spec, parts, dq))
-    return calls
+    constants = constants | {"EVEN_N": spec.keys % step.config.block_n == 0}
+    return Call(few_kernels.few_backward, args, constants, step.config, step.programs)
 
 
 def dq_parts(room: Room, splits: int, dq: Tensor) -> tuple[Tensor, tuple[int, ...]]:
@@ -116,10 +113,9 @@ def dq_parts(room: Room, splits: int, dq: Tensor) -> tuple[Tensor, tuple[int, ..
     return parts, (batch, row, head, part)
 
 
-def sum_call(plan: Plan, spec: AttentionSpec, parts: Tensor, dq: Tensor) -> Call:
+def sum_rows_call(step: Step, spec: AttentionSpec, parts: Tensor | None, dq: Tensor | None) -> Call:
     """Parts of dq, added up."""
-    step = plan.step("sum_rows")
-    assert step is not None and isinstance(step.config, TileConfig)
+    assert dq is not None and isinstance(step.config, TileConfig)
     args = (parts, dq, dq.stride()[:3], spec.heads, spec.queries, step.splits)
     return Call(combine_kernels.sum_rows, args, {"D": spec.head_dim, "BD": padded(spec.head_dim)}, step.config, step.programs)
 

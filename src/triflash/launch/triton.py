@@ -6,7 +6,8 @@ The ahead-of-time tests compile the very same calls for GPUs that are not here.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +19,9 @@ from ..plan import layout
 from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from .calls import Call, bias_strides, lengths_stride, slope_strides
-from .common import config_of, constants_of, is_wide
-from .few import backward_calls as few_backward_calls
-from .few import dq_parts, row_strides, sum_call
+from .common import bias_given, config_of, constants_of, is_wide
+from .few import backward_call as few_backward_call
+from .few import dq_parts, row_strides, sum_rows_call
 from .few import forward_calls as few_forward_calls
 from .few import partial_sums as sums_of
 from .packed import backward_calls as packed_backward_calls
@@ -117,52 +118,88 @@ def backward_calls(
     if spec.packed is not None:
         return packed_backward_calls(room, plan, spec, x, features_of(spec, x), saved, dout, dlse, delta, grads)
     q, k, v, bias, mask, *_ = x
-    out, lse, rest = saved
     dq, dk, dv, *_ = grads
-    inputs = (q, k, v, features_of(spec, x), dout, lse, rest, delta)
-    here = _rows_of(spec)
-    wide = is_wide((q, k, v, out, dout, bias, mask, dq, dk, dv, x.second_bias))
-    biases = {"dbias": (grads.dbias, spec.bias), "dsecond": (grads.dsecond, spec.second)}
-    sums: dict[str, Tensor | None] = {}  # where a gradient of a bias comes in parts
-    calls = []
-    for step in plan.steps:
-        config = config_of(step)
-        name = next((each for each in step.gives if each in biases), "")
-        target, bias_spec = biases.get(name, (None, None))
-        if step.kernel == "delta":
-            f = _NO_FEATURES
-            if spec.query_starts or spec.query_lengths:
-                f = f._replace(**{name: own for name, own in _places(spec, x).items() if name == "placed" or name.startswith("query_")})
-            calls.append(delta_call(step, spec, out, dout, dlse, delta, f, wide))
-        elif step.kernel == "short_backward":
-            calls.append(short_backward_call(room, step, spec, x, inputs, out, dlse, grads, sums))
-        elif step.kernel == "few_backward":
-            calls += few_backward_calls(room, plan, spec, x, inputs, grads, sums)
-        elif step.kernel == "dkdv":
-            parts = sums[name] = partial_sums(room, step, target)
-            target_strides = row_strides(spec, parts) if parts is not None else None
-            calls.append(dkdv_call(step, spec, inputs, here, (dk, dv, parts), target_strides, wide))
-        elif step.kernel == "dq":
-            parts = dq
-            dq_strides: tuple[int, ...] | None = _strides(dq)
-            if step.splits > 1 and dq is not None:
-                parts, dq_strides = dq_parts(room, step.splits, dq)
-            calls.append(dq_call(step, spec, inputs, here, (parts, target), dq_strides, wide))
-            if step.splits > 1 and dq is not None:
-                assert parts is not None
-                calls.append(sum_call(plan, spec, parts, dq))
-        elif step.kernel == "dbias":
-            parts = sums[name] = partial_sums(room, step, target)
-            assert parts is not None and bias_spec is not None
-            sizes = (spec.heads, spec.groups, spec.batch_outer, spec.batch_inner, spec.queries, spec.keys)
-            parts_strides = (parts.stride(0), *bias_strides(parts[0]))  # type: ignore[misc]
-            args = (*inputs, parts, *input_strides(inputs, here), parts_strides, *sizes, spec.lo, spec.hi, spec.scale, step.splits)
-            varies = dict(zip(("VARIES_B0", "VARIES_B1", "VARIES_H", "VARIES_M", "VARIES_N"), bias_spec.varies, strict=True))
-            calls.append(Call(dbias_kernels.dbias, args, constants_of(spec, config, wide, step.precision) | varies, config, step.programs))
-        elif step.kernel == "dbias_sum":
-            assert target is not None
-            calls.append(dbias_sum_call(step, sums[name], target))
-    return calls
+    wide = is_wide((q, k, v, saved.out, dout, bias, mask, dq, dk, dv, x.second_bias))
+    p = _Pass(room, spec, x, features_of(spec, x), saved, dout, dlse, delta, grads, _rows_of(spec), wide, {})
+    return [_BACKWARD[step.kernel](step, p) for step in plan.steps]
+
+
+class _Pass(NamedTuple):
+    """What the launches of a backward pass on a dense batch share. sums: by name, where a gradient comes in parts."""
+
+    room: Room
+    spec: AttentionSpec
+    x: Operands
+    f: Features
+    saved: Saved
+    dout: Tensor
+    dlse: Tensor | None
+    delta: Tensor | None
+    grads: Gradients
+    rows: Rows
+    wide: bool
+    sums: dict[str, Tensor | None]
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What kernels begin with."""
+        return (*self.x[:3], self.f, self.dout, self.saved.lse, self.saved.rest, self.delta)
+
+
+def _delta(step: Step, p: _Pass) -> Call:
+    f = _NO_FEATURES
+    if p.spec.query_starts or p.spec.query_lengths:
+        f = f._replace(**{name: own for name, own in _places(p.spec, p.x).items() if name == "placed" or name.startswith("query_")})
+    return delta_call(step, p.spec, p.saved.out, p.dout, p.dlse, p.delta, f, p.wide)
+
+
+def _dkdv(step: Step, p: _Pass) -> Call:
+    name, target = bias_given(step, p.grads)
+    parts = p.sums[name] = partial_sums(p.room, step, target)
+    strides = row_strides(p.spec, parts) if parts is not None else None
+    return dkdv_call(step, p.spec, p.inputs, p.rows, (p.grads.dk, p.grads.dv, parts), strides, p.wide)
+
+
+def _dq(step: Step, p: _Pass) -> Call:
+    _, target = bias_given(step, p.grads)
+    dq = p.grads.dq
+    strides: tuple[int, ...] | None = _strides(dq)
+    if step.splits > 1 and dq is not None:
+        dq, strides = dq_parts(p.room, step.splits, dq)
+        p.sums["dq"] = dq
+    return dq_call(step, p.spec, p.inputs, p.rows, (dq, target), strides, p.wide)
+
+
+def _dbias(step: Step, p: _Pass) -> Call:
+    spec, config = p.spec, config_of(step)
+    name, target = bias_given(step, p.grads)
+    bias = spec.second if name == "dsecond" else spec.bias
+    parts = p.sums[name] = partial_sums(p.room, step, target)
+    assert parts is not None and bias is not None
+    sizes = (spec.heads, spec.groups, spec.batch_outer, spec.batch_inner, spec.queries, spec.keys)
+    parts_strides = (parts.stride(0), *bias_strides(parts[0]))  # type: ignore[misc]
+    args = (*p.inputs, parts, *input_strides(p.inputs, p.rows), parts_strides, *sizes, spec.lo, spec.hi, spec.scale, step.splits)
+    varies = dict(zip(("VARIES_B0", "VARIES_B1", "VARIES_H", "VARIES_M", "VARIES_N"), bias.varies, strict=True))
+    return Call(dbias_kernels.dbias, args, constants_of(spec, config, p.wide, step.precision) | varies, config, step.programs)
+
+
+def _dbias_sum(step: Step, p: _Pass) -> Call:
+    name, target = bias_given(step, p.grads)
+    assert target is not None
+    return dbias_sum_call(step, p.sums[name], target)
+
+
+# How a backward pass launches each kernel of its plan.
+_BACKWARD: dict[str, Callable[[Step, _Pass], Call]] = {
+    "delta": _delta,
+    "short_backward": lambda step, p: short_backward_call(p.room, step, p.spec, p.x, p.inputs, p.saved.out, p.dlse, p.grads, p.sums),
+    "few_backward": lambda step, p: few_backward_call(p.room, step, p.spec, p.x, p.inputs, p.grads, p.sums),
+    "dkdv": _dkdv,
+    "dq": _dq,
+    "sum_rows": lambda step, p: sum_rows_call(step, p.spec, p.sums["dq"], p.grads.dq),
+    "dbias": _dbias,
+    "dbias_sum": _dbias_sum,
+}
 
 
 def features_of(spec: AttentionSpec, x: Operands) -> Features:
