@@ -32,7 +32,8 @@ from .hopper import batch_of, blocks_of, descriptor, in_order, is_even, of_rows,
 from .hopper_dbias import dbias_call as hopper_dbias_call
 from .hopper_dq import dq_call
 from .hopper_packed import Tables
-from .packed import OF_BIAS, PackedTables, dbias_call, table_call
+from .packed import PackedTables, cleared_call, extents_call, tiles_call
+from .packed import dbias_call as packed_dbias_call
 from .packed import tables as packed_tables
 from .portable import dbias_sum_call, delta_call
 from .room import Room
@@ -122,12 +123,17 @@ def backward_calls(
         if step.kernel == "tiles" or (step.kernel == "extents" and step.gives == ("dbias",)):
             if whole is None:
                 whole = packed_tables(room, plan.steps[plan.steps.index(step) :], spec)
-            calls.append(table_call(step, spec, given, whole))
-        elif spec.packed is not None and step.kernel in OF_BIAS:
-            assert target is not None and whole is not None
+            table = (
+                extents_call(step, spec, given, whole.extents, whole.first) if step.kernel == "extents" else tiles_call(step, spec, whole)
+            )
+            calls.append(table)
+        elif step.kernel == "cleared":
+            calls.append(cleared_call(step, grads))
+        elif step.kernel == "packed_dbias":
+            assert whole is not None
             inputs = (q, k, v, features_of(spec, given), dout, lse, rest, delta)
             offsets_of_64_bits = is_wide((q, k, v, dout, given.bias, given.mask))
-            calls.append(dbias_call(room, step, spec, whole, inputs, target, sums, offsets_of_64_bits))
+            calls.append(packed_dbias_call(room, step, spec, whole, inputs, grads, sums, offsets_of_64_bits))
         elif step.kernel in hopper_packed.AROUND:
             assert t is not None
             calls.append(hopper_packed.around_call(step, spec, given, t, {"dq": dq, "dk": dk, "dv": dv}))
@@ -162,8 +168,7 @@ def backward_calls(
             operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, small_lse, x.second_bias)
             calls.append(hopper_dbias_call(spec, step.config, step.programs, step.splits, *operands))
         elif step.kernel == "dbias_sum":
-            assert target is not None
-            calls.append(dbias_sum_call(step, sums[name], target))
+            calls.append(dbias_sum_call(step, grads, sums))
     return calls
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +16,15 @@ from ..plan.kernels.parts import SUM_BLOCK
 from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from .calls import Call, bias_strides
-from .common import config_of, constants_of, is_wide
+from .common import bias_given, config_of, constants_of, is_wide
 from .portable import Rows, dbias_sum_call, delta_call, dkdv_call, dq_call, forward_call, input_strides
 from .room import Room
 
 __all__ = [
-    "OF_BIAS", "PackedTables", "backward_calls", "dbias_call", "extents_call", "forward_calls", "in_line", "packed_features",
-    "row_and_head", "sink_of", "table_call", "tables", "unowned_call",
+    "PackedTables", "backward_calls", "cleared_call", "dbias_call", "extents_call", "forward_calls", "in_line", "packed_features",
+    "row_and_head", "sink_of", "tables", "tiles_call", "unowned_call",
 ]  # fmt: skip
 
-OF_BIAS = ("cleared", "packed_dbias", "dbias_sum")  # kernels for the gradient of a bias alone
 SEQUENCES = 1024  # of one step of the kernel that tells their extents
 
 
@@ -41,6 +40,11 @@ class PackedTables(NamedTuple):
     tiles_k: Tensor | None
     bound_q: int
     bound_k: int
+
+    @property
+    def first(self) -> tuple[Tensor | None, Tensor | None]:
+        """The first tiles of queries and of keys."""
+        return self.first_q, self.first_k
 
 
 def _sequences(spec: AttentionSpec) -> int:
@@ -79,15 +83,13 @@ def in_line(room: Room, x: Operands) -> Operands:
     return x._replace(**copies) if copies else x
 
 
-def table_call(step: Step, spec: AttentionSpec, x: Operands, t: PackedTables) -> Call:
-    """A launch that fills one of them: of ``extents`` or ``tiles``."""
-    config, count = config_of(step), _sequences(spec)
-    if step.kernel == "extents":
-        return extents_call(step, spec, x, t.extents, (t.first_q, t.first_k))
+def tiles_call(step: Step, spec: AttentionSpec, t: PackedTables) -> Call:
+    """A launch that fills the table of tiles of queries or of keys."""
+    count = _sequences(spec)
     of_queries = step.gives == ("tiles of queries",)
     first, tiles, bound = (t.first_q, t.tiles_q, t.bound_q) if of_queries else (t.first_k, t.tiles_k, t.bound_k)
     args = (first, tiles, count, bound, count.bit_length())
-    return Call(packed_kernels.tiles, args, {"BLOCK": ROWS_A_PROGRAM}, config, step.programs)
+    return Call(packed_kernels.tiles, args, {"BLOCK": ROWS_A_PROGRAM}, config_of(step), step.programs)
 
 
 def extents_call(
@@ -187,17 +189,29 @@ def rows_of(spec: AttentionSpec, t: PackedTables, of_keys: bool) -> Rows:
 
 def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: Features, saved: Saved) -> list[Call]:
     """The launches of a forward pass."""
-    calls = []
-    t = tables(room, plan.steps, spec) if plan.steps else None
-    for step in plan.steps:
-        assert t is not None
-        if step.kernel == "forward":
-            calls.append(forward_call(step, spec, x, f, saved, rows_of(spec, t, of_keys=False)))
-        elif step.kernel == "unowned":
-            calls.append(unowned_call(step, spec, x, {"out": saved.out}, saved))
-        else:
-            calls.append(table_call(step, spec, x, t))
-    return calls
+    if not plan.steps:
+        return []
+    p = _Forward(spec, x, f, saved, tables(room, plan.steps, spec))
+    return [_FORWARD[step.kernel](step, p) for step in plan.steps]
+
+
+class _Forward(NamedTuple):
+    """What the launches of a forward pass share."""
+
+    spec: AttentionSpec
+    x: Operands
+    f: Features
+    saved: Saved
+    t: PackedTables
+
+
+# How a forward pass launches each kernel of its plan.
+_FORWARD: dict[str, Callable[[Step, _Forward], Call]] = {
+    "extents": lambda step, p: extents_call(step, p.spec, p.x, p.t.extents, p.t.first),
+    "tiles": lambda step, p: tiles_call(step, p.spec, p.t),
+    "forward": lambda step, p: forward_call(step, p.spec, p.x, p.f, p.saved, rows_of(p.spec, p.t, of_keys=False)),
+    "unowned": lambda step, p: unowned_call(step, p.spec, p.x, {"out": p.saved.out}, p.saved),
+}
 
 
 def backward_calls(
@@ -213,32 +227,58 @@ def backward_calls(
     grads: Gradients,
 ) -> list[Call]:
     """The launches of a backward pass."""
-    out, lse, rest = saved
     dq, dk, dv, *_ = grads
-    t = tables(room, plan.steps, spec)
-    inputs = (x.q, x.k, x.v, f, dout, lse, rest, delta)
-    wide = is_wide((x.q, x.k, x.v, out, dout, x.bias, x.mask, dq, dk, dv, x.second_bias))
-    given = {"dq": dq, "dk": dk, "dv": dv}
-    biases = {"dbias": grads.dbias, "dsecond": grads.dsecond}
-    sums: dict[str, Tensor | None] = {}
-    calls = []
-    for step in plan.steps:
-        name = next((each for each in step.gives if each in biases), "")
-        target = biases.get(name)
-        if step.kernel == "delta":
-            calls.append(delta_call(step, spec, out, dout, dlse, delta, Features(), wide))
-        elif step.kernel == "dkdv":
-            calls.append(dkdv_call(step, spec, inputs, rows_of(spec, t, of_keys=True), (dk, dv, target), _key_strides(target), wide))
-        elif step.kernel == "dq":
-            calls.append(dq_call(step, spec, inputs, rows_of(spec, t, of_keys=False), (dq, target), row_strides(dq), wide))
-        elif step.kernel == "unowned":
-            calls.append(unowned_call(step, spec, x, given))
-        elif step.kernel in OF_BIAS:
-            assert target is not None
-            calls.append(dbias_call(room, step, spec, t, inputs, target, sums, wide))
-        else:
-            calls.append(table_call(step, spec, x, t))
-    return calls
+    wide = is_wide((x.q, x.k, x.v, saved.out, dout, x.bias, x.mask, dq, dk, dv, x.second_bias))
+    p = _Backward(room, spec, x, f, saved, dout, dlse, delta, grads, tables(room, plan.steps, spec), wide, {})
+    return [_BACKWARD[step.kernel](step, p) for step in plan.steps]
+
+
+class _Backward(NamedTuple):
+    """What the launches of a backward pass share. sums: by name, where a gradient comes in parts."""
+
+    room: Room
+    spec: AttentionSpec
+    x: Operands
+    f: Features
+    saved: Saved
+    dout: Tensor
+    dlse: Tensor | None
+    delta: Tensor | None
+    grads: Gradients
+    t: PackedTables
+    wide: bool
+    sums: dict[str, Tensor | None]
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What kernels begin with."""
+        return (*self.x[:3], self.f, self.dout, self.saved.lse, self.saved.rest, self.delta)
+
+
+def _dkdv(step: Step, p: _Backward) -> Call:
+    _, target = bias_given(step, p.grads)
+    results = (p.grads.dk, p.grads.dv, target)
+    return dkdv_call(step, p.spec, p.inputs, rows_of(p.spec, p.t, of_keys=True), results, _key_strides(target), p.wide)
+
+
+def _dq(step: Step, p: _Backward) -> Call:
+    _, target = bias_given(step, p.grads)
+    dq = p.grads.dq
+    return dq_call(step, p.spec, p.inputs, rows_of(p.spec, p.t, of_keys=False), (dq, target), row_strides(dq), p.wide)
+
+
+# How a backward pass launches each kernel of its plan.
+_BACKWARD: dict[str, Callable[[Step, _Backward], Call]] = {
+    "extents": lambda step, p: extents_call(step, p.spec, p.x, p.t.extents, p.t.first),
+    "tiles": lambda step, p: tiles_call(step, p.spec, p.t),
+    "delta": lambda step, p: delta_call(step, p.spec, p.saved.out, p.dout, p.dlse, p.delta, Features(), p.wide),
+    "dkdv": _dkdv,
+    "dq": _dq,
+    "unowned": lambda step, p: unowned_call(step, p.spec, p.x, p.grads._asdict()),
+    "cleared": lambda step, p: cleared_call(step, p.grads),
+    "packed_dbias": lambda step, p: dbias_call(p.room, step, p.spec, p.t, p.inputs, p.grads, p.sums, p.wide),
+    "dbias_sum": lambda step, p: dbias_sum_call(step, p.grads, p.sums),
+}
 
 
 def _key_strides(dbias: Tensor | None) -> tuple[int, int, int, int] | None:
@@ -249,25 +289,29 @@ def _key_strides(dbias: Tensor | None) -> tuple[int, int, int, int] | None:
     return sequence, 0, head, key
 
 
+def cleared_call(step: Step, grads: Gradients) -> Call:
+    """Zeros in the gradient of a bias, which is contiguous."""
+    _, target = bias_given(step, grads)
+    assert target is not None
+    return Call(packed_kernels.cleared, (target, target.numel()), {"BLOCK": SUM_BLOCK}, config_of(step), step.programs)
+
+
 def dbias_call(
     room: Room,
     step: Step,
     spec: AttentionSpec,
     t: PackedTables,
     inputs: tuple[Any, ...],
-    target: Tensor,
+    grads: Gradients,
     sums: dict[str, Tensor | None],
     wide: bool,
 ) -> Call:
-    """A launch of :data:`OF_BIAS`, for the gradient of a bias that no other kernel gives, into ``target``, which is contiguous. inputs: q,
-    k, v, features, dout, lse, rest, delta. sums: by name, where the gradient comes in parts.
+    """The gradient of a bias that no other kernel gives, which is contiguous. inputs: q, k, v, features, dout, lse, rest, delta. sums: by
+    name, where a gradient comes in parts.
     """
     config = config_of(step)
-    (name,) = step.gives
-    if step.kernel == "cleared":
-        return Call(packed_kernels.cleared, (target, target.numel()), {"BLOCK": SUM_BLOCK}, config, step.programs)
-    if step.kernel == "dbias_sum":
-        return dbias_sum_call(step, sums[name], target)
+    name, target = bias_given(step, grads)
+    assert target is not None
     constants = constants_of(spec, config, wide, step.precision)
     parts = target.unsqueeze(0)
     if step.splits > 1:
@@ -286,4 +330,4 @@ def dbias_call(
         *(spec.lo, spec.hi, spec.scale, step.splits),
     )
     constants = constants | varies | {"LISTED": listed}
-    return Call(packed_kernels.packed_dbias, args, constants, step.config, step.programs)  # type: ignore[arg-type]
+    return Call(packed_kernels.packed_dbias, args, constants, config, step.programs)

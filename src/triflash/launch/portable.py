@@ -17,9 +17,9 @@ from ..kernels.triton.features import Features
 from ..plan.configs import TileConfig, padded
 from ..plan.kernels.parts import SUM_BLOCK
 from ..plan.steps import Step
-from ..spec import AttentionSpec, Operands, Saved
+from ..spec import AttentionSpec, Gradients, Operands, Saved
 from .calls import SMALLEST_SCALE, Call, bias_strides
-from .common import config_of, constants_of, is_wide
+from .common import bias_given, config_of, constants_of, is_wide
 
 __all__ = ["Rows", "dbias_sum_call", "delta_call", "dkdv_call", "dq_call", "forward_call", "input_strides"]
 
@@ -99,6 +99,9 @@ def delta_call(
     return Call(backward_kernels.delta, (*args, spec.heads, spec.queries, f), constants, config, step.programs)
 
 
-def dbias_sum_call(step: Step, parts: Tensor | None, target: Tensor) -> Call:
-    """The gradient of a bias from its parts, added up in their order."""
-    return Call(dbias_kernels.dbias_sum, (parts, target, target.numel(), step.splits), {"BLOCK": SUM_BLOCK}, config_of(step), step.programs)
+def dbias_sum_call(step: Step, grads: Gradients, sums: dict[str, Tensor | None]) -> Call:
+    """The gradient of a bias from its parts, added up in their order. sums: by name, where a gradient comes in parts."""
+    name, target = bias_given(step, grads)
+    assert target is not None
+    args = (sums[name], target, target.numel(), step.splits)
+    return Call(dbias_kernels.dbias_sum, args, {"BLOCK": SUM_BLOCK}, config_of(step), step.programs)

@@ -183,12 +183,6 @@ def _dbias(step: Step, p: _Pass) -> Call:
     return Call(dbias_kernels.dbias, args, constants_of(spec, config, p.wide, step.precision) | varies, config, step.programs)
 
 
-def _dbias_sum(step: Step, p: _Pass) -> Call:
-    name, target = bias_given(step, p.grads)
-    assert target is not None
-    return dbias_sum_call(step, p.sums[name], target)
-
-
 # How a backward pass launches each kernel of its plan.
 _BACKWARD: dict[str, Callable[[Step, _Pass], Call]] = {
     "delta": _delta,
@@ -198,7 +192,7 @@ _BACKWARD: dict[str, Callable[[Step, _Pass], Call]] = {
     "dq": _dq,
     "sum_rows": lambda step, p: sum_rows_call(step, p.spec, p.sums["dq"], p.grads.dq),
     "dbias": _dbias,
-    "dbias_sum": _dbias_sum,
+    "dbias_sum": lambda step, p: dbias_sum_call(step, p.grads, p.sums),
 }
 
 
