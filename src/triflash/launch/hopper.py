@@ -35,7 +35,7 @@ from ..plan.steps import Plan
 from ..spec import AttentionSpec, Operands, Saved
 from . import hopper_packed
 from .calls import SMALLEST_SCALE, Call, address_of, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper_packed import Tables
+from .hopper_packed import AROUND, Around, Tables
 from .packed import in_line
 from .room import Room
 
@@ -81,13 +81,15 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t:
     x = hopper_packed.as_spread(t, given)
     q, k, v, bias, mask, lengths, slopes, sink, seed, *_ = x
     out, lse, rest = saved
+    around = None if t is None else Around(spec, given, t, {"out": out}, saved)
     calls = []
     for step in plan.steps:
         config = step.config
-        if not isinstance(config, ForwardConfig):
-            assert t is not None
-            calls.append(hopper_packed.around_call(step, spec, given, t, {"out": out}, saved))
+        if step.kernel in AROUND:
+            assert around is not None
+            calls.append(AROUND[step.kernel](step, around))
             continue
+        assert isinstance(config, ForwardConfig)
         head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
         bias_desc, bias_on, pointer, pointer_strides = bias_by_queries(spec, bias, config)
         of_heads, of_values = widths(spec.head_dim, config.own_widths), widths(spec.value_dim, config.own_widths)

@@ -31,7 +31,7 @@ from .common import is_wide
 from .hopper import batch_of, blocks_of, descriptor, in_order, is_even, of_rows, ready, ready_operands, written
 from .hopper_dbias import dbias_call as hopper_dbias_call
 from .hopper_dq import dq_call
-from .hopper_packed import Tables
+from .hopper_packed import AROUND, Around, Tables
 from .packed import PackedTables, cleared_call, extents_call, tiles_call
 from .packed import dbias_call as packed_dbias_call
 from .packed import tables as packed_tables
@@ -116,6 +116,7 @@ def backward_calls(
     small_lse = room.new("whether lse is small", (preprocess.FLAGS.value,), torch.int32) if looking else None
     head_parts: HeadParts = (None, None)
     whole: PackedTables | None = None  # of the gradient of a bias of packed sequences
+    around = None if t is None else Around(spec, given, t, grads._asdict())
     calls = []
     for step in plan.steps:
         name = next((each for each in step.gives if each in biases), "")
@@ -134,9 +135,9 @@ def backward_calls(
             inputs = (q, k, v, features_of(spec, given), dout, lse, rest, delta)
             offsets_of_64_bits = is_wide((q, k, v, dout, given.bias, given.mask))
             calls.append(packed_dbias_call(room, step, spec, whole, inputs, grads, sums, offsets_of_64_bits))
-        elif step.kernel in hopper_packed.AROUND:
-            assert t is not None
-            calls.append(hopper_packed.around_call(step, spec, given, t, {"dq": dq, "dk": dk, "dv": dv}))
+        elif step.kernel in AROUND:
+            assert around is not None
+            calls.append(AROUND[step.kernel](step, around))
         elif step.kernel == "delta":
             calls.append(delta_call(step, spec, out, dout, dlse, delta, Features(), True))
         elif step.kernel == "preprocess":

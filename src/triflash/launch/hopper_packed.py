@@ -5,6 +5,7 @@ Called by ``launch/hopper.py`` and ``launch/hopper_backward.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -22,9 +23,8 @@ from .common import config_of
 from .packed import extents_call, row_and_head, sink_of, unowned_call
 from .room import Room
 
-__all__ = ["AROUND", "Tables", "around_call", "tables", "tiles_of"]
+__all__ = ["AROUND", "Around", "Tables", "as_spread", "spreads", "tables", "tiles_of"]
 
-AROUND = ("prepared", "extents", "listed", "ordered", "spread", "unowned")  # kernels
 _GROUPS = listed_kernels.BUCKETS.value * listed_kernels.CHUNKS.value
 
 
@@ -104,46 +104,60 @@ def tiles_of(t: Tables | None, spec: AttentionSpec, name: str) -> tuple[Any, ...
     return (t.of[name].table, t.of[name].total, int(packed.bottom_right), *along)
 
 
-def around_call(
-    step: Step, spec: AttentionSpec, x: Operands, t: Tables, given: dict[str, Tensor | None], saved: Saved | None = None
-) -> Call:
-    """A launch before or after the kernels that all batches have: of :data:`AROUND`."""
-    packed, config = packed_of(spec), config_of(step)
-    if step.kernel == "prepared":
-        return _prepared_call(step, spec, x, t, given, saved)
-    if step.kernel == "unowned":
-        return unowned_call(step, spec, x, given, saved, (packed.most_queries, packed.most_keys))
-    if step.kernel == "extents":
-        first = [t.of[name].first if name in t.of else None for name in ("queries", "keys")]
-        return extents_call(step, spec, x, t.extents, (first[0], first[1]), t.diagonals, t.counters)
+class Around(NamedTuple):
+    """What launches before and after the kernels that all batches have share. results: by name, those whose rows of nobody are cleared."""
+
+    spec: AttentionSpec
+    x: Operands
+    t: Tables
+    results: dict[str, Tensor | None]
+    saved: Saved | None = None
+
+
+def _extents(step: Step, a: Around) -> Call:
+    first = [a.t.of[name].first if name in a.t.of else None for name in ("queries", "keys")]
+    return extents_call(step, a.spec, a.x, a.t.extents, (first[0], first[1]), a.t.diagonals, a.t.counters)
+
+
+def _listed(step: Step, a: Around) -> Call:
     (name,) = step.gives
-    if step.kernel == "spread":
-        source, target = (own.view(torch.uint8) if own.dtype == torch.bool else own for own in (getattr(x, name), t.spread[name]))
-        blocks = step.programs // source.shape[2]
-        args: tuple[Any, ...] = (
-            *(t.extents.view(-1)[2:], source, target, source.stride(2), source.stride(4), target.stride(2)),
-            *(packed.sequences, spec.keys, blocks, packed.sequences.bit_length()),
-        )
-        return Call(listed_kernels.spread, args, {"BLOCK": ROWS_A_PROGRAM}, config, step.programs)
-    own = t.of[name]
-    bound = own.table.shape[0]
-    if step.kernel == "ordered":
-        args = (own.entries, own.places, own.counters, own.table, bound)
-        return Call(listed_kernels.ordered, args, {"BLOCK": ROWS_A_PROGRAM}, config, step.programs)
+    spec, t, own, packed = a.spec, a.t, a.t.of[name], packed_of(a.spec)
     args = (
-        *(t.extents, own.first, t.diagonals, own.entries, own.places, own.counters, own.total, packed.sequences, bound),
+        *(t.extents, own.first, t.diagonals, own.entries, own.places, own.counters, own.total, packed.sequences, own.table.shape[0]),
         *(packed.sequences.bit_length(), int(packed.bottom_right), spec.lo, spec.hi, cached_rows(spec, name)),
     )
     constants = {"BLOCK": ROWS_A_PROGRAM, "TILE": own.rows, "OF_KEYS": name == "keys"}
-    return Call(listed_kernels.listed, args, constants, config, step.programs)
+    return Call(listed_kernels.listed, args, constants, config_of(step), step.programs)
 
 
-def _prepared_call(
-    step: Step, spec: AttentionSpec, x: Operands, t: Tables, given: dict[str, Tensor | None], saved: Saved | None = None
-) -> Call:
-    """The launch that makes all tables and clears what no sequence has of the tensors that the step gives."""
+def _ordered(step: Step, a: Around) -> Call:
+    (name,) = step.gives
+    own = a.t.of[name]
+    args = (own.entries, own.places, own.counters, own.table, own.table.shape[0])
+    return Call(listed_kernels.ordered, args, {"BLOCK": ROWS_A_PROGRAM}, config_of(step), step.programs)
+
+
+def _spread(step: Step, a: Around) -> Call:
+    (name,) = step.gives
+    source, target = (own.view(torch.uint8) if own.dtype == torch.bool else own for own in (getattr(a.x, name), a.t.spread[name]))
+    sequences, blocks = packed_of(a.spec).sequences, step.programs // source.shape[2]
+    args = (
+        *(a.t.extents.view(-1)[2:], source, target, source.stride(2), source.stride(4), target.stride(2)),
+        *(sequences, a.spec.keys, blocks, sequences.bit_length()),
+    )
+    return Call(listed_kernels.spread, args, {"BLOCK": ROWS_A_PROGRAM}, config_of(step), step.programs)
+
+
+def _unowned(step: Step, a: Around) -> Call:
+    packed = packed_of(a.spec)
+    return unowned_call(step, a.spec, a.x, a.results, a.saved, (packed.most_queries, packed.most_keys))
+
+
+def _prepared(step: Step, a: Around) -> Call:
+    """All tables, and zeros in what no sequence has of the tensors that the step gives."""
+    spec, x, t, results, saved = a
     packed, config = packed_of(spec), config_of(step)
-    cleared = {name: given[name] for name in ("out", "dq", "dk", "dv") if name in step.gives}
+    cleared = {name: results[name] for name in ("out", "dq", "dk", "dv") if name in step.gives}
     of_queries, dk, dv = cleared.get("out", cleared.get("dq")), cleared.get("dk"), cleared.get("dv")
     lse, rest = (None, None) if saved is None else (saved.lse, saved.rest)
     of = [
@@ -169,3 +183,14 @@ def _prepared_call(
         "BLOCK_DIM": padded(max(sizes.values())),
     }
     return Call(listed_kernels.prepared, args, constants, config, step.programs)
+
+
+# How passes launch each of these kernels.
+AROUND: dict[str, Callable[[Step, Around], Call]] = {
+    "prepared": _prepared,
+    "extents": _extents,
+    "listed": _listed,
+    "ordered": _ordered,
+    "spread": _spread,
+    "unowned": _unowned,
+}
