@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from . import hopper_packed
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .common import is_wide
+from .common import bias_given, is_wide
 from .hopper import batch_of, blocks_of, descriptor, in_order, is_even, of_rows, ready, ready_operands, written
 from .hopper_dbias import dbias_call as hopper_dbias_call
 from .hopper_dq import dq_call
@@ -105,72 +105,130 @@ def backward_calls(
     """
     spec, given = in_order(spec, x)
     t = hopper_packed.tables(room, plan, spec, given)
-    x = hopper_packed.as_spread(t, given)
-    q, k, v, bias, *_ = x
-    out, lse, rest = saved
-    dq, dk, dv, *_ = grads
-    biases = {"dbias": grads.dbias, "dsecond": grads.dsecond}
-    sums: dict[str, Tensor | None] = {}  # where a gradient of a bias comes in parts
     dq_sum = new_dq_sum(room, spec) if plan.step("postprocess") else None
     looking = stats.shape[1] == 3 and flags_small_lse(spec, plan.steps)
     small_lse = room.new("whether lse is small", (preprocess.FLAGS.value,), torch.int32) if looking else None
+    as_read = hopper_packed.as_spread(t, given)
+    p = _Pass(room, plan, spec, given, as_read, saved, dout, dlse, delta, grads, stats, small_lse, dq_sum, t)
+    return [_BACKWARD[step.kernel](step, p) for step in plan.steps]
+
+
+@dataclass
+class _Pass:
+    """What the launches of a backward pass share.
+
+    given, x: the operands as they come and as the kernels for Hopper read them. t: the tables of packed sequences; whole: those of the
+    kernel for the gradient of their bias, once it is its turn. head_parts, sums: where gradients come in parts, those of biases by name.
+    """
+
+    room: Room
+    plan: Plan
+    spec: AttentionSpec
+    given: Operands
+    x: Operands
+    saved: Saved
+    dout: Tensor
+    dlse: Tensor | None
+    delta: Tensor | None
+    grads: Gradients
+    stats: Tensor
+    small_lse: Tensor | None
+    dq_sum: Tensor | None
+    t: Tables | None
+    whole: PackedTables | None = None
     head_parts: HeadParts = (None, None)
-    whole: PackedTables | None = None  # of the gradient of a bias of packed sequences
-    around = None if t is None else Around(spec, given, t, grads._asdict())
-    calls = []
-    for step in plan.steps:
-        name = next((each for each in step.gives if each in biases), "")
-        target = biases.get(name)
-        if step.kernel == "tiles" or (step.kernel == "extents" and step.gives == ("dbias",)):
-            if whole is None:
-                whole = packed_tables(room, plan.steps[plan.steps.index(step) :], spec)
-            table = (
-                extents_call(step, spec, given, whole.extents, whole.first) if step.kernel == "extents" else tiles_call(step, spec, whole)
-            )
-            calls.append(table)
-        elif step.kernel == "cleared":
-            calls.append(cleared_call(step, grads))
-        elif step.kernel == "packed_dbias":
-            assert whole is not None
-            inputs = (q, k, v, features_of(spec, given), dout, lse, rest, delta)
-            offsets_of_64_bits = is_wide((q, k, v, dout, given.bias, given.mask))
-            calls.append(packed_dbias_call(room, step, spec, whole, inputs, grads, sums, offsets_of_64_bits))
-        elif step.kernel in AROUND:
-            assert around is not None
-            calls.append(AROUND[step.kernel](step, around))
-        elif step.kernel == "delta":
-            calls.append(delta_call(step, spec, out, dout, dlse, delta, Features(), True))
-        elif step.kernel == "preprocess":
-            calls.append(preprocess_call(spec, out, dout, dlse, lse, rest, stats, small_lse, dq_sum, t))
-        elif step.kernel in ("dkdv", "dqdkdv"):
-            parts = sums[name] = partial_sums(room, step, target)
-            strides = row_strides(spec, parts) if parts is not None else None
-            wanted = (dk if "dk" in step.gives else None, dv if "dv" in step.gives else None)
-            head_parts = new_head_parts(room, spec, step)
-            calls.append(dkdv_call(spec, step, x, dout, stats, small_lse, *wanted, head_parts, dq_sum, parts, strides, t))
-        elif step.kernel == "dkdv_sum":
-            calls.append(dkdv_sum_call(spec, step, head_parts, dk if "dk" in step.gives else None, dv if "dv" in step.gives else None))
-        elif step.kernel == "dq":
-            assert isinstance(step.config, DqConfig)
-            own = dq
-            if own is None:  # it is the kernel's own result, and dbias beside it what was asked for
-                shape = layout.tma_padded(q.shape, q.element_size())
-                own = room.new("dq, which nobody asked for", shape, q.dtype)[..., : q.shape[-1]]
-            small = small_lse if reads_small_lse(spec, step) else None
-            features = (x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, small, x.second_bias)
-            how = (step.forward_keys, hopper_packed.tiles_of(t, spec, "queries"))
-            calls.append(dq_call(spec, step.config, step.programs, q, k, v, bias, dout, stats, own, target, *features, *how))
-        elif step.kernel == "postprocess":
-            assert dq_sum is not None and dq is not None
-            calls.append(postprocess_call(spec, dq_sum, dq, adds_by_red(plan), t))
-        elif step.kernel == "dbias":
-            parts = sums[name] = partial_sums(room, step, target)
-            assert isinstance(step.config, DbiasConfig) and bias is not None and parts is not None
-            operands = (q, k, v, bias, dout, stats, parts, x.key_lengths, x.alibi_slopes, x.mask, x.dropout_seed, small_lse, x.second_bias)
-            calls.append(hopper_dbias_call(spec, step.config, step.programs, step.splits, *operands))
-        elif step.kernel == "dbias_sum":
-            calls.append(dbias_sum_call(step, grads, sums))
-    return calls
+    sums: dict[str, Tensor | None] = field(default_factory=dict)
+
+
+def _around(step: Step, p: _Pass) -> Call:
+    assert p.t is not None
+    return AROUND[step.kernel](step, Around(p.spec, p.given, p.t, p.grads._asdict()))
+
+
+def _extents(step: Step, p: _Pass) -> Call:
+    if step.gives != ("dbias",):
+        return _around(step, p)
+    p.whole = packed_tables(p.room, p.plan.steps[p.plan.steps.index(step) :], p.spec)
+    return extents_call(step, p.spec, p.given, p.whole.extents, p.whole.first)
+
+
+def _tiles(step: Step, p: _Pass) -> Call:
+    assert p.whole is not None
+    return tiles_call(step, p.spec, p.whole)
+
+
+def _packed_dbias(step: Step, p: _Pass) -> Call:
+    assert p.whole is not None
+    q, k, v, *_ = p.x
+    inputs = (q, k, v, features_of(p.spec, p.given), p.dout, p.saved.lse, p.saved.rest, p.delta)
+    offsets_of_64_bits = is_wide((q, k, v, p.dout, p.given.bias, p.given.mask))
+    return packed_dbias_call(p.room, step, p.spec, p.whole, inputs, p.grads, p.sums, offsets_of_64_bits)
+
+
+def _preprocess(_: Step, p: _Pass) -> Call:
+    out, lse, rest = p.saved
+    return preprocess_call(p.spec, out, p.dout, p.dlse, lse, rest, p.stats, p.small_lse, p.dq_sum, p.t)
+
+
+def _dkdv(step: Step, p: _Pass) -> Call:
+    name, target = bias_given(step, p.grads)
+    parts = p.sums[name] = partial_sums(p.room, step, target)
+    strides = row_strides(p.spec, parts) if parts is not None else None
+    p.head_parts = new_head_parts(p.room, p.spec, step)
+    results = (*_dk_and_dv(step, p), p.head_parts, p.dq_sum, parts, strides)
+    return dkdv_call(p.spec, step, p.x, p.dout, p.stats, p.small_lse, *results, p.t)
+
+
+def _dk_and_dv(step: Step, p: _Pass) -> tuple[Tensor | None, Tensor | None]:
+    """Those that the step gives."""
+    return p.grads.dk if "dk" in step.gives else None, p.grads.dv if "dv" in step.gives else None
+
+
+def _dq(step: Step, p: _Pass) -> Call:
+    assert isinstance(step.config, DqConfig)
+    q, k, v, bias, *_ = p.x
+    dq = p.grads.dq
+    if dq is None:  # it is the kernel's own result, and dbias beside it what was asked for
+        shape = layout.tma_padded(q.shape, q.element_size())
+        dq = p.room.new("dq, which nobody asked for", shape, q.dtype)[..., : q.shape[-1]]
+    _, dbias = bias_given(step, p.grads)
+    small_lse = p.small_lse if reads_small_lse(p.spec, step) else None
+    features = (p.x.key_lengths, p.x.alibi_slopes, p.x.mask, p.x.dropout_seed, small_lse, p.x.second_bias)
+    how = (step.forward_keys, hopper_packed.tiles_of(p.t, p.spec, "queries"))
+    return dq_call(p.spec, step.config, step.programs, q, k, v, bias, p.dout, p.stats, dq, dbias, *features, *how)
+
+
+def _postprocess(_: Step, p: _Pass) -> Call:
+    assert p.dq_sum is not None and p.grads.dq is not None
+    return postprocess_call(p.spec, p.dq_sum, p.grads.dq, adds_by_red(p.plan), p.t)
+
+
+def _dbias(step: Step, p: _Pass) -> Call:
+    name, target = bias_given(step, p.grads)
+    parts = p.sums[name] = partial_sums(p.room, step, target)
+    q, k, v, bias, *_ = p.x
+    assert isinstance(step.config, DbiasConfig) and bias is not None and parts is not None
+    features = (p.x.key_lengths, p.x.alibi_slopes, p.x.mask, p.x.dropout_seed, p.small_lse, p.x.second_bias)
+    return hopper_dbias_call(p.spec, step.config, step.programs, step.splits, q, k, v, bias, p.dout, p.stats, parts, *features)
+
+
+# How a backward pass launches each kernel of its plan.
+_BACKWARD: dict[str, Callable[[Step, _Pass], Call]] = {
+    **dict.fromkeys(AROUND, _around),
+    "extents": _extents,
+    "tiles": _tiles,
+    "delta": lambda step, p: delta_call(step, p.spec, p.saved.out, p.dout, p.dlse, p.delta, Features(), True),
+    "preprocess": _preprocess,
+    "dqdkdv": _dkdv,
+    "dkdv": _dkdv,
+    "dkdv_sum": lambda step, p: dkdv_sum_call(p.spec, step, p.head_parts, *_dk_and_dv(step, p)),
+    "dq": _dq,
+    "postprocess": _postprocess,
+    "cleared": lambda step, p: cleared_call(step, p.grads),
+    "packed_dbias": _packed_dbias,
+    "dbias": _dbias,
+    "dbias_sum": lambda step, p: dbias_sum_call(step, p.grads, p.sums),
+}
 
 
 def new_stats(room: Room, spec: AttentionSpec, rest: bool) -> Tensor:
