@@ -11,7 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
@@ -115,6 +118,28 @@ def test_compiled_providers_compute_it(name: str, workload: Workload) -> None:
     compiling.forget()
     assert provider(name).is_ours == (name == "triflash-compiled")
     assert provider(name).why_not(workload, CPU) == "needs a GPU"
+
+
+def test_compiled_backward_passes_get_the_output_gradient_as_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDPA's lies heads first in memory of another order. PyTorch 2.11 would make it contiguous."""
+    seen: list[tuple[int, ...]] = []
+
+    def noted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        def run(*args: Tensor) -> Any:
+            (at,) = [i for i, node in enumerate(graph.graph.find_nodes(op="placeholder")) if node.name.startswith("tangents")]
+            seen.append(args[at].stride())
+            return graph(*args)
+
+        return make_boxed_func(run)
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=noted)
+    monkeypatch.setattr(functorch_config, "guess_tangent_strides_as_outputs", False)
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    compiling.forget()
+    side = Side(Contest(PLAIN, STEP), provider("sdpa-compiled"))
+    side.step()
+    compiling.forget()
+    assert seen == [side.dout.stride()] and not side.dout.is_contiguous()
 
 
 def test_without_its_bias_a_problem_is_judged_as_what_it_is() -> None:
