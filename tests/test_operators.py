@@ -15,7 +15,7 @@ from torch import Tensor
 import triflash
 from expected import kernels
 from here import BACKENDS, HAVE_TRITON
-from triflash import attention, attention_varlen, flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, ops
+from triflash import attention, attention_varlen, flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, ops, ops_varlen
 
 pytestmark = pytest.mark.unpoisoned
 COMPILERS = ["aot_eager"]
@@ -70,6 +70,31 @@ def test_opcheck_backward(needs: list[bool], device: torch.device) -> None:
     arguments, _ = saved(device)
     torch.library.opcheck(ops.attention_backward, (*arguments, *OPTIONS, needs))
     torch.library.opcheck(ops.attention_backward, (arguments[0], None, *arguments[2:], *OPTIONS, needs))
+
+
+# (T, H, D) and a bias (H, T, T), each from one contiguous tensor.
+PACKED_LAYOUTS: dict[str, tuple[Callable[[], Tensor], Callable[[], Tensor]]] = {
+    "as operands lie": (lambda: torch.randn(12, 2, 8), lambda: torch.randn(2, 7, 7)),
+    "heads first": (lambda: torch.randn(2, 12, 8).transpose(0, 1), lambda: torch.randn(2, 7, 7).mT),
+    "part of more, heads first": (lambda: torch.randn(2, 12, 24).transpose(0, 1)[..., :8], lambda: torch.randn(2, 7, 9).mT[:, :7]),
+    "last dim strided": (lambda: torch.randn(12, 8, 2).mT, lambda: torch.randn(7, 7, 2).permute(2, 0, 1)),  # as a table of biases gives it
+}
+
+
+@pytest.mark.parametrize("layout", PACKED_LAYOUTS)
+def test_opcheck_packed_sequences_however_they_lie(layout: str, device: torch.device) -> None:
+    """Inductor refuses a gradient that lies otherwise than the fake kernel said."""
+    of_rows, of_bias = PACKED_LAYOUTS[layout]
+    q, k, v = (of_rows().to(device).requires_grad_() for _ in range(3))
+    bias = of_bias()[None].to(device).requires_grad_()
+    cu = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
+    options = (None, 0, True, 8**-0.5, "ieee", "padded", "padded", 0.0, 0.0, False, None, None, "tiled")
+    rest = (q, k, v, bias, *[None] * 4, cu, cu, *[None] * 3, *options)
+    torch.library.opcheck(ops_varlen.varlen_forward, rest)
+    rest = tuple(x.detach() if isinstance(x, Tensor) else x for x in rest)
+    out, lse, lost = ops_varlen.varlen_forward(*rest)
+    for needs in ([True] * 4 + [False] * 2, [False, True, False, True, False, False]):
+        torch.library.opcheck(ops_varlen.varlen_backward, (torch.randn_like(out), None, out, lse, lost, needs, *rest))
 
 
 @pytest.mark.parametrize("needs", [[True] * 4, [False, True, False, True]], ids=str)

@@ -93,9 +93,11 @@ _library.define(
 )
 
 
-def bind_varlen(tensors: VarlenTensors, options: VarlenOptions, facts: DeviceFacts, device: torch.device) -> BoundCall:
-    """What a call would run on a device; no tensor's memory is read."""
-    form = Form((), 0, layouts=(options.bias_layout, options.mask_layout))
+def bind_varlen(
+    tensors: VarlenTensors, options: VarlenOptions, facts: DeviceFacts, device: torch.device, contiguous: bool = False
+) -> BoundCall:
+    """What a call would run on a device; no tensor's memory is read. contiguous: so are the gradients of q, k and v."""
+    form = Form((), 0, contiguous=contiguous, layouts=(options.bias_layout, options.mask_layout))
     twins = [None if x is None else twin(x) for x in tensors.given]
     if tensors.bias is None:  # a mask alone is a bias, and its layout that of one
         options = options._replace(bias_layout=options.mask_layout)
@@ -108,7 +110,7 @@ def _bound(tensors: VarlenTensors, options: VarlenOptions) -> BoundCall:
     key = ("varlen operator", tuple([describe(x) for x in tensors]), options, tuple(map(type, options)), around)
     call = CALLS.get(key)
     if call is None:
-        call = bind_varlen(tensors, options, facts, tensors.q.device)
+        call = bind_varlen(tensors, options, facts, tensors.q.device, contiguous=True)  # as the fake kernel says
         CALLS.add(key, call)
     return call
 
@@ -155,7 +157,7 @@ def _fake_backward(
     dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, rest: Tensor | None, needs: Sequence[bool], *args: Any
 ) -> tuple[Tensor, ...]:
     wanted = [args[at] if need else None for at, need in zip(_WANTED, needs, strict=True)]
-    return tuple(dout.new_empty(0) if x is None else torch.empty_like(x) for x in wanted)
+    return tuple(dout.new_empty(0) if x is None else x.new_empty(x.shape) for x in wanted)
 
 
 def _keep(ctx: Any, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
