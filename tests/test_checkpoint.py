@@ -1,4 +1,5 @@
-"""Activation checkpointing, whole and selective, and threads: which backend runs a call again, and whether one runs again at all."""
+"""Activation checkpointing, whole and selective, and threads: which backend runs a call again, and whether one runs again at all. And hooks
+that keep what is saved in their own way."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import triflash
+from here import BACKENDS
 
 pytestmark = pytest.mark.unpoisoned
 PAGE = Path(__file__).parent.parent / "docs" / "pytorch.md"
@@ -33,6 +35,34 @@ def gradients(out: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         x.grad = None
     out.square().sum().backward()
     return [x.grad.clone() for x in leaves]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_saved_may_come_back_in_other_strides(backend: str, packed: bool, device: torch.device) -> None:
+    """As columns of what a hook keeps, say; of lse and its rest, too, which nobody else sees."""
+    leaves = inputs(device)
+    bias = torch.randn(1, 2, 5, 5, device=device, requires_grad=True)
+    cu = torch.tensor([0, 5, 10], device=device)
+
+    def call() -> Tensor:
+        if packed:
+            q, k, v = (x.flatten(0, 1) for x in leaves)
+            return triflash.attention_varlen(q, k, v, cu, bias=bias, backend=backend)
+        return triflash.attention(*leaves, bias=bias, backend=backend)
+
+    wanted = gradients(call(), [*leaves, bias])
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(torch.stack([x, torch.zeros_like(x)], -1))
+        return kept[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda wide: wide[..., 0]):
+        out = call()
+    assert kept
+    for a, b in zip(gradients(out, [*leaves, bias]), wanted, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -135,10 +135,10 @@ class BoundCall:
         return -(-spec.batch * spec.heads * spec.queries // _ALIGNED) * _ALIGNED
 
     def _apart(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        """lse and rest ``(B, H, M)`` of what :attr:`kept` gives; views."""
-        spec, apart = self.spec, self._room_of_lse
-        rows, begin = (spec.batch, spec.heads, spec.queries), int(both.storage_offset())
-        strides = (spec.heads * spec.queries, spec.queries, 1)
+        """lse and rest ``(B, H, M)`` of what :attr:`kept` gives; views. Hooks on saved tensors may hand it back with another stride."""
+        spec, (each,) = self.spec, both.stride()
+        rows, begin, apart = (spec.batch, spec.heads, spec.queries), int(both.storage_offset()), each * self._room_of_lse
+        strides = (each * spec.heads * spec.queries, each * spec.queries, each)
         return both.as_strided(rows, strides, begin), both.as_strided(rows, strides, begin + apart)
 
     def separate(self, results: Given) -> Given:
