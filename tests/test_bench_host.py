@@ -133,11 +133,11 @@ def test_compiled_backward_passes_get_the_output_gradient_as_it_lies(monkeypatch
         return make_boxed_func(run)
 
     backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph.forward), bw_compiler=noted)
-    monkeypatch.setattr(functorch_config, "guess_tangent_strides_as_outputs", False)
     monkeypatch.setattr(compiling, "BACKEND", backend)
     compiling.forget()
-    side = Side(Contest(PLAIN, STEP), provider("sdpa-compiled"))
-    side.step()
+    with functorch_config.patch(guess_tangent_strides_as_outputs=False):
+        side = Side(Contest(PLAIN, STEP), provider("sdpa-compiled"))
+        side.step()
     compiling.forget()
     assert seen == [side.dout.stride()] and not side.dout.is_contiguous()
 
