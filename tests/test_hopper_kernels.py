@@ -40,7 +40,7 @@ CONFIGS = [
     ForwardConfig(2, 64, 2, q_stages=2),
     ForwardConfig(2, 128, 2, ping_pong=True, q_stages=2),
     ForwardConfig(3, 64, 3, ping_pong=True, q_stages=2),
-    ForwardConfig(2, 64, 2, own_widths=True, hold_q=True),
+    ForwardConfig(2, 64, 2, own_widths=True),
 ]
 NARROWER = Case("values narrower than keys", B=3, M=200, N=200, H=2, D=64, Dv=32, bias="b11k", lo=-70, hi=20)
 PROBLEMS = [

@@ -70,7 +70,7 @@ RULES: dict[str, list[str]] = {
         "triflash.plan", "triflash.spec", "triflash.errors",
     ],
     "triflash.launch.portable": [
-        "torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common", "triflash.plan", "triflash.spec",
+        "torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.room", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.short": [
         "torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.few", "triflash.launch.room",

@@ -104,7 +104,7 @@ TARGETS = [
     *(Target((d, d), band=band, config=OF_OWN_WIDTHS) for d, band in ((160, CAUSAL), (160, FULL))),
     Target((192, 128), band=CAUSAL, config=OF_OWN_WIDTHS),
     Target((192, 192), F16, length=EVEN, config=ForwardConfig(2, 64, 2, own_widths=True)),
-    Target((160, 160), band=CAUSAL, config=ForwardConfig(2, 64, 3, own_widths=True, hold_q=True)),
+    Target((160, 160), band=CAUSAL, config=ForwardConfig(2, 64, 3, own_widths=True)),
     Target((80, 96), band=CAUSAL, config=ForwardConfig(2, 128, 2, q_stages=2, own_widths=True)),
     Target((72, 72), length=EVEN, lengths=True, config=ForwardConfig(2, 128, 2, q_stages=2, own_widths=True)),
     # A tile of bias a block.

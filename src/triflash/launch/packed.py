@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from .calls import Call, bias_strides
 from .common import bias_given, config_of, constants_of, is_wide
-from .portable import Rows, dbias_sum_call, delta_call, dkdv_call, dq_call, forward_call, input_strides
+from .portable import BackwardPass, Rows, dbias_sum_call, delta_call, dkdv_call, dq_call, forward_call, input_strides
 from .room import Room
 
 __all__ = [
@@ -229,30 +230,15 @@ def backward_calls(
     """The launches of a backward pass."""
     dq, dk, dv, *_ = grads
     wide = is_wide((x.q, x.k, x.v, saved.out, dout, x.bias, x.mask, dq, dk, dv, x.second_bias))
-    p = _Backward(room, spec, x, f, saved, dout, dlse, delta, grads, tables(room, plan.steps, spec), wide, {})
+    p = _Backward(room, spec, x, f, saved, dout, dlse, delta, grads, wide, {}, tables(room, plan.steps, spec))
     return [_BACKWARD[step.kernel](step, p) for step in plan.steps]
 
 
-class _Backward(NamedTuple):
-    """What the launches of a backward pass share. sums: by name, where a gradient comes in parts."""
+@dataclass(frozen=True)
+class _Backward(BackwardPass):
+    """Of packed sequences, with their tables."""
 
-    room: Room
-    spec: AttentionSpec
-    x: Operands
-    f: Features
-    saved: Saved
-    dout: Tensor
-    dlse: Tensor | None
-    delta: Tensor | None
-    grads: Gradients
     t: PackedTables
-    wide: bool
-    sums: dict[str, Tensor | None]
-
-    @property
-    def inputs(self) -> tuple[Any, ...]:
-        """What kernels begin with."""
-        return (*self.x[:3], self.f, self.dout, self.saved.lse, self.saved.rest, self.delta)
 
 
 def _dkdv(step: Step, p: _Backward) -> Call:

@@ -6,6 +6,7 @@ Called by ``launch/triton.py``, ``launch/packed.py`` and ``launch/hopper_backwar
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -20,8 +21,9 @@ from ..plan.steps import Step
 from ..spec import AttentionSpec, Gradients, Operands, Saved
 from .calls import SMALLEST_SCALE, Call, bias_strides
 from .common import bias_given, config_of, constants_of, is_wide
+from .room import Room
 
-__all__ = ["Rows", "dbias_sum_call", "delta_call", "dkdv_call", "dq_call", "forward_call", "input_strides"]
+__all__ = ["BackwardPass", "Rows", "dbias_sum_call", "delta_call", "dkdv_call", "dq_call", "forward_call", "input_strides"]
 
 Strides = tuple[int, int, int]
 
@@ -42,6 +44,28 @@ class Rows(NamedTuple):
         """The numbers that the three kernels end with."""
         sizes = (self.batch, spec.heads, spec.groups, self.batch_inner, spec.queries, spec.keys)
         return (*sizes, spec.lo, spec.hi, spec.scale, self.packed)
+
+
+@dataclass(frozen=True)
+class BackwardPass:
+    """What the launches of a backward pass share. sums: by name, where a gradient comes in parts."""
+
+    room: Room
+    spec: AttentionSpec
+    x: Operands
+    f: Features
+    saved: Saved
+    dout: Tensor
+    dlse: Tensor | None
+    delta: Tensor | None
+    grads: Gradients
+    wide: bool
+    sums: dict[str, Tensor | None]
+
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What kernels begin with."""
+        return (*self.x[:3], self.f, self.dout, self.saved.lse, self.saved.rest, self.delta)
 
 
 def forward_call(step: Step, spec: AttentionSpec, x: Operands, f: Features, saved: Saved, rows: Rows) -> Call:

@@ -7,7 +7,8 @@ The ahead-of-time tests compile the very same calls for GPUs that are not here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from .few import partial_sums as sums_of
 from .packed import backward_calls as packed_backward_calls
 from .packed import forward_calls as packed_forward_calls
 from .packed import in_line, packed_features
-from .portable import Rows, dbias_sum_call, delta_call, dkdv_call, dq_call, forward_call, input_strides
+from .portable import BackwardPass, Rows, dbias_sum_call, delta_call, dkdv_call, dq_call, forward_call, input_strides
 from .room import Room
 from .short import backward_call as short_backward_call
 from .short import forward_calls as short_forward_calls
@@ -120,30 +121,15 @@ def backward_calls(
     q, k, v, bias, mask, *_ = x
     dq, dk, dv, *_ = grads
     wide = is_wide((q, k, v, saved.out, dout, bias, mask, dq, dk, dv, x.second_bias))
-    p = _Pass(room, spec, x, features_of(spec, x), saved, dout, dlse, delta, grads, _rows_of(spec), wide, {})
+    p = _Pass(room, spec, x, features_of(spec, x), saved, dout, dlse, delta, grads, wide, {}, _rows_of(spec))
     return [_BACKWARD[step.kernel](step, p) for step in plan.steps]
 
 
-class _Pass(NamedTuple):
-    """What the launches of a backward pass on a dense batch share. sums: by name, where a gradient comes in parts."""
+@dataclass(frozen=True)
+class _Pass(BackwardPass):
+    """Of a dense batch, with where its rows are."""
 
-    room: Room
-    spec: AttentionSpec
-    x: Operands
-    f: Features
-    saved: Saved
-    dout: Tensor
-    dlse: Tensor | None
-    delta: Tensor | None
-    grads: Gradients
     rows: Rows
-    wide: bool
-    sums: dict[str, Tensor | None]
-
-    @property
-    def inputs(self) -> tuple[Any, ...]:
-        """What kernels begin with."""
-        return (*self.x[:3], self.f, self.dout, self.saved.lse, self.saved.rest, self.delta)
 
 
 def _delta(step: Step, p: _Pass) -> Call:

@@ -18,12 +18,10 @@ from .blocks import (
     block_at,
     buffers_of,
     clear_masked_block,
-    held_block,
     into_blocks,
     leave_block,
     one_of,
     over_blocks,
-    over_held_block,
     store_block,
 )
 from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_store_wait, warpgroup_mma_wait
@@ -193,10 +191,8 @@ def _rescaled(o, factor):
 
 
 @gluon.jit
-def _walk(p, t, w, held_q, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr):
-    """Steps ``first … last`` of a tile: q kᵀ of a block, and p v of the block before, of which ``weights`` are p, under its softmax.
-    held_q: q in registers, or None.
-    """
+def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr):
+    """Steps ``first … last`` of a tile: q kᵀ of a block, and p v of the block before, of which ``weights`` are p, under its softmax."""
     BN: gl.constexpr = p.C.block_n
     BDV: gl.constexpr = p.v_s.first.shape[-1]
     P: gl.constexpr = left_operand(p.OV, BDV)
@@ -221,10 +217,7 @@ def _walk(p, t, w, held_q, o, l, m, weights, first, last, WG: gl.constexpr, MASK
         if p.C.ping_pong:
             mbarrier.wait(p.ping_pong[WG].index(0), at & 1)
         k = block_at(p.k_s, stage, BN)
-        if held_q is not None:
-            s_pending = over_held_block(held_q, k, nothing)
-        else:
-            s_pending = over_blocks(q, k, nothing, p.QK)
+        s_pending = over_blocks(q, k, nothing, p.QK)
         if EARLY:
             _release_bias(p, at, WG)
         o_pending = into_blocks(weights, block_at(p.v_s, stage, BN), o)
@@ -308,10 +301,6 @@ def _consume(p, WG: gl.constexpr):
     o = zeros_of(BM, p.OV, BDV)
     for wave in range(waves):
         q_slot = p.queries.slot(wave, WG)
-        held_q = None
-        if p.C.hold_q:
-            held_q = held_block(block_at(p.q_s, q_slot, BM), p.QK, BN)
-            fence_async_shared()  # as in ``_release_bias``
         # The first block of this tile has been scored. What is left: partly visible on the right, whole, partly visible on the left.
         x = extent_of(p, b)
         slope = slope_of(p.slopes, p.slope_strides, x.b, head)
@@ -330,12 +319,12 @@ def _consume(p, WG: gl.constexpr):
         t = _rows(p, x, m0, row_bias, slope, philox)
         w = Walk(q_slot, done, steps, end)
         if (p.hi is not None) or (p.packed is not None):
-            o, l, m, weights = _walk(p, t, w, held_q, o, l, m, weights, 1, end - full_end, WG, True)
+            o, l, m, weights = _walk(p, t, w, o, l, m, weights, 1, end - full_end, WG, True)
         whole = max(1, end - full_end)
-        o, l, m, weights = _walk(p, t, w, held_q, o, l, m, weights, whole, end - full_begin, WG, False)
+        o, l, m, weights = _walk(p, t, w, o, l, m, weights, whole, end - full_begin, WG, False)
         if p.lo is not None:
             left = max(1, end - full_begin)
-            o, l, m, weights = _walk(p, t, w, held_q, o, l, m, weights, left, steps, WG, True)
+            o, l, m, weights = _walk(p, t, w, o, l, m, weights, left, steps, WG, True)
         done += steps
         stage = p.kv.slot(done, 0)
         if not OVERLAP:  # O leaves through Q's buffer, so the next tile begins when it has left

@@ -21,7 +21,6 @@ from .shared import (
     barriers,
     bias_buffer,
     blocks_of_heads,
-    check_held,
     is_banded,
     is_light,
     mask_buffer,
@@ -48,7 +47,6 @@ class ForwardConfig(QueryConfig):
     else it leaves through that of Q. persistent: a grid of as many CTAs as run at a time. q_stages: buffers for Q, per consumer; 2 only
     with separate_o. ctas_per_sm: CTAs that share an SM's registers and shared memory, so that one begins and ends tiles while another
     computes. own_widths: blocks of a head that is padded lie in two buffers, which together have the columns that are multiplied alone.
-    hold_q: from a tile's second block on, q is read from registers.
     """
 
     consumers: int
@@ -61,7 +59,6 @@ class ForwardConfig(QueryConfig):
     q_stages: int = 1
     ctas_per_sm: int = 1
     own_widths: bool = False
-    hold_q: bool = False
 
     SOURCE = "a rule of plan/kernels/forward.py, drawn from measurements on an H200"
 
@@ -78,7 +75,7 @@ class ForwardConfig(QueryConfig):
 
     def __str__(self) -> str:
         flags = " ping-pong" * self.ping_pong + " separate-o" * self.separate_o + " persistent" * self.persistent
-        flags += f" {self.ctas_per_sm} CTAs/SM" * (self.ctas_per_sm > 1) + " own-widths" * self.own_widths + " hold-q" * self.hold_q
+        flags += f" {self.ctas_per_sm} CTAs/SM" * (self.ctas_per_sm > 1) + " own-widths" * self.own_widths
         return f"{self.block_m}x{self.block_n} s{self.kv_stages} q{self.q_stages} b{self.bias_stages}{flags}"
 
     def widths(self, dim: int) -> tuple[int, ...]:
@@ -227,7 +224,6 @@ def config_of(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, ob
         if not _has_room_for_o(spec, own):
             wanted = f"True for head dims {spec.head_dim} and {spec.value_dim}"
             raise bad_value("separate_o", wanted, False, "a tile of O does not fit in Q's buffer")
-        check_held("hold_q", own.hold_q, spec.head_dim)
         own.check(spec, spec.value_dim, device.shared_memory)
         return own
     config = choose(spec, device.shared_memory, device.sms)
