@@ -15,7 +15,7 @@ from triflash.untried import UNTRIED
 HERE = Path(__file__).parent
 TESTS = (  # and which of them: packed sequences, whole blocks first, and sinks beside any bias; heads in two buffers beside anything
     ("test_varlen_hopper.py", "a_sink_beside or (keys_that_add and full)"),
-    ("test_hopper_twin.py", "padded or wide_heads"),
+    ("test_hopper_heads.py", "padded or wide_heads"),
 )
 
 
