@@ -27,7 +27,6 @@ from torch import Tensor
 from stress_hopper import DTYPES, TOGETHER, sanitize, silent, watch
 from triflash import attention_varlen
 from triflash.plan.device import facts_of
-from triflash.untried import UNTRIED
 
 PER_FAMILY = 84  # problems that share what a kernel is compiled for
 LEAVES = ("q", "k", "v", "bias", "sink")
@@ -247,7 +246,7 @@ def drawn(seed: int, worker: int, count: int) -> Iterator[Packed]:
                 softcap=chooser.choice([0.0, 0.0, 0.0, 2.0]), deterministic=chooser.random() < 0.5,
                 used=chooser.random() < 0.2, aligned=chooser.random() < 0.5, short=chooser.choice([0, 0, 30]),
             )  # fmt: skip
-            family["sink"] = chooser.random() < 0.3 and (UNTRIED or not family["bias"])  # beside a bias of few rows that is off
+            family["sink"] = chooser.random() < 0.3
         B = 2 * chooser.randint(1, 10) + 1  # odd, as are rows in all: of multiples of 16 Triton makes other kernels
         spread = chooser.choice(["equal", "even", "skewed", "mostly empty"])
 
@@ -265,7 +264,7 @@ SMALL = [
     Packed((34,) * 40, (34,) * 40, causal=True, deterministic=True),
     Packed((200, 90, 333), (200, 90, 333), D=128, bias="rows", own=True, deterministic=True, spare=1),
     Packed((100, 260), (300, 64), D=128, bias="keys", window=70, used=True, deterministic=True),
-    Packed((70, 0, 130), (70, 0, 130), bias="padded" if UNTRIED else "", short=20, sink=True, deterministic=True, spare=3),
+    Packed((70, 0, 130), (70, 0, 130), bias="padded", short=20, sink=True, deterministic=True, spare=3),
 ]
 
 

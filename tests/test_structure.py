@@ -26,8 +26,7 @@ RULES: dict[str, list[str]] = {
     "triflash.kernels": [],
     "triflash.kernels.keys": ["triton"],
     "triflash.kernels.triton": ["triton", "triflash.kernels.triton"],
-    "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.packed", "triflash.kernels.triton.prims", "triflash.kernels.triton.records", "triflash.untried"],
-    "triflash.untried": [],
+    "triflash.kernels.hopper": ["triton", "triflash.kernels.hopper", "triflash.kernels.triton.packed", "triflash.kernels.triton.prims", "triflash.kernels.triton.records"],
     "triflash.dropout": ["torch"],
     "triflash.lengths": ["torch"],
     "triflash.combine": ["torch"],
@@ -49,7 +48,7 @@ RULES: dict[str, list[str]] = {
         "triflash.door_cache", "triflash.errors", "triflash.explanation", "triflash.hints", "triflash.kvcache", "triflash.launch.ahead",
         "triflash.nested", "triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.varlen",
     ],
-    "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.errors", "triflash.untried"],
+    "triflash.plan": ["triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.errors"],
     "triflash.plan.device": ["torch"],
     "triflash.launch": [
         "torch", "triflash.launch", "triflash.lengths", "triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.tiled",

@@ -31,7 +31,6 @@ from triflash.plan.kernels.dq import DqConfig
 from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.kernels.shared import STATS_MULTIPLE
 from triflash.plan.override import override_configs
-from triflash.untried import UNTRIED
 
 DEVICE = "cuda" if ON_HOPPER else "cpu"
 pytestmark = [] if ON_HOPPER else stand_in_only
@@ -110,7 +109,7 @@ def drawn(seed: int, dtype: torch.dtype = HALF, dims: tuple[int, ...] = (16, 64)
         (0.2, "scale", 0.2),
     )
     options |= {name: value for chance, name, value in some if rng.random() < chance}
-    if rng.random() < 0.3 and (UNTRIED or ("bias" not in leaves and "mask" not in options)):
+    if rng.random() < 0.3:
         leaves["sink"] = rand(H)
     if rng.random() < 0.25:
         options |= {"dropout_p": 0.3, "dropout_seed": 77}
@@ -353,11 +352,8 @@ def test_what_it_cannot_do_is_said() -> None:
     cu = torch.tensor([0, 40, 100], device=DEVICE)
     with hopper(), pytest.raises(UnsupportedError, match="hopper"):
         attention_varlen(q, k, v, cu, bias=(bias, bias))
-    with hopper(), contextlib.nullcontext() if UNTRIED else pytest.raises(UnsupportedError, match="a sink beside"):
-        attention_varlen(q, k, v, cu, bias=bias, sink=torch.zeros(2, device=DEVICE))
 
 
-@pytest.mark.skipif(not UNTRIED, reason="TRIFLASH_UNTRIED=1 turns this on")
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_sink_beside_a_bias_that_ends_early(seed: int, apart: bool) -> None:

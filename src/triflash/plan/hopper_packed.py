@@ -11,7 +11,6 @@ from dataclasses import replace
 from math import ceil
 
 from ..spec import AttentionSpec, Needs
-from ..untried import UNTRIED
 from .configs import padded
 from .device import DeviceFacts
 from .kernels import dkdv, dq, forward, rowwise
@@ -45,8 +44,6 @@ def why_not(spec: AttentionSpec) -> tuple[str, str] | None:
     packed = packed_of(spec)
     if spec.second is not None:
         return "packed sequences with two biases", "use backend('triton')"
-    if spec.sink and packed.most_queries is not None and not UNTRIED:
-        return "packed sequences with a sink beside a bias of fewer rows than there are queries in all", "use backend('triton')"
     if max(spec.queries, spec.keys) > MOST_ROWS:
         return f"packed tensors of more than {MOST_ROWS} rows", "use backend('triton')"
     if spec.heads * most_tiles(max(spec.queries, spec.keys), packed.sequences, 64) >= 2**31:

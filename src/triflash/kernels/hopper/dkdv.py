@@ -13,7 +13,6 @@ order, by TMA or by red.global. Where results must be the same bits on every run
 announced at named barriers (``rings.bar_arrive``).
 """
 
-from ...untried import UNTRIED
 from ..triton.prims import LOG2E, offset
 from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_load, tma_store, tma_store_wait, warpgroup_mma_wait
 from .dkdv_step import (
@@ -39,8 +38,6 @@ from .layouts import accumulator, stacked
 from .products import store_columns, times, zeros_of
 from .rings import Ring, bar_sync, barriers, ring
 from .scores_kq import DELTA, LSE, REST, Feed, grid_of, of_keys, query_heads, store_dbias, turned, visible_blocks
-
-WALKS_SWAP = gl.constexpr(UNTRIED)  # whole blocks of packed sequences without a band come first
 
 
 @record
@@ -286,8 +283,6 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     BD: gl.constexpr = p.k_s.shape[-1]
     BDV: gl.constexpr = p.v_s.shape[-1]
     ROWS: gl.constexpr = gl.SliceLayout(1, accumulator(BM))
-    # Of packed sequences without a band one of two walks has no blocks. At d 128 ptxas makes 4 to 16 instructions a block fewer.
-    WHOLE_FIRST: gl.constexpr = WALKS_SWAP and p.packed is not None and p.lo is None and p.hi is None
     grid = grid_of(p)
     scale_log2 = p.scale * LOG2E
     done = 0
@@ -334,11 +329,9 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
                 db = gl.zeros([HALF], gl.float32, ROWS)
             base = done + member * steps - begin
             t = Keys(x, n0, kv, key_bias, key_mask, slope, philox, scale_log2, done, base, sum_base, WG, SMALL_LSE)
-            if ((p.hi is not None) or (not p.EVEN_N)) and not WHOLE_FIRST:
+            if (p.hi is not None) or (not p.EVEN_N):
                 dk, dv, db, place = _walk_all(p, t, begin, whole, dk, dv, db, place, True, 1)
             dk, dv, db, place = _walk_all(p, t, whole, part, dk, dv, db, place, False, UNROLL)
-            if WHOLE_FIRST:
-                dk, dv, db, place = _walk_all(p, t, begin, whole, dk, dv, db, place, True, 1)
             if p.lo is not None:
                 dk, dv, db, place = _walk_all(p, t, part, end, dk, dv, db, place, True, 1)
             if p.NEED_DB:

@@ -123,12 +123,15 @@ def _has_room_for_o(spec: AttentionSpec, config: ForwardConfig) -> bool:
 
 
 def _candidates_of_widths(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
-    """Candidates with blocks of a padded head's own width, where there are such: they have room for larger tiles."""
-    if not takes_own_widths(spec):
+    """Candidates with blocks of a padded head's own width, where there are such: they have room for larger tiles.
+
+    Not beside soft caps and what else takes registers, where they were slower by a tenth (H200; docs/tuning.md).
+    """
+    if not (takes_own_widths(spec) and is_light(spec)):
         return _candidates(spec)
     large: tuple[ForwardConfig, ...] = ()
     if padded(max(spec.head_dim, spec.value_dim)) > 128 and (not is_banded(spec) or _span(spec) > 512):
-        ping_pong = is_light(spec) and spec.bias is None
+        ping_pong = spec.bias is None
         large = (ForwardConfig(2, 128, 2, ping_pong=ping_pong, separate_o=False), ForwardConfig(2, 64, 2, ping_pong=ping_pong))
     return tuple(replace(config, own_widths=True) for config in (*large, *_candidates(spec)))
 

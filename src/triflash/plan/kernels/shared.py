@@ -13,7 +13,6 @@ from typing import ClassVar, NamedTuple
 
 from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec
-from ...untried import UNTRIED
 from ..configs import padded
 
 __all__ = [
@@ -178,15 +177,9 @@ def blocks_of_heads(name: str, count: int, rows: int, columns: tuple[int, ...]) 
     return tuple(Buffer(name, count, (rows, each), 2) for each in columns)
 
 
-def _is_in_pieces(spec: AttentionSpec) -> bool:
+def takes_own_widths(spec: AttentionSpec) -> bool:
     """Whether some blocks lie in two buffers where a configuration has ``own_widths``."""
     return any(len(widths(dim, True)) > 1 for dim in (spec.head_dim, spec.value_dim))
-
-
-def takes_own_widths(spec: AttentionSpec) -> bool:
-    """Whether blocks of a head lie in two buffers: beside what a GPU has compared with a reference there, or (``UNTRIED``) beside all."""
-    plain = spec.bias is None and spec.mask is None and is_light(spec) and not (spec.packed or spec.key_lengths or spec.sink)
-    return _is_in_pieces(spec) and (UNTRIED or plain)
 
 
 def check_held(name: str, held: bool, dim: int) -> None:
