@@ -12,7 +12,7 @@ from .configs import MAX_HEAD_DIM
 from .device import DeviceFacts
 from .kernels import dbias, dkdv, dq, few, forward, rowwise, short
 from .kernels.parts import dbias_sum_steps
-from .kernels.shared import HopperConfig, is_banded
+from .kernels.shared import ROWS, HopperConfig, is_banded
 from .packed import dbias_steps
 from .steps import Step, broadcast_rows
 
@@ -22,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 SHORTEST = 64  # queries of a tile, most of which fewer leave empty; up to so many keys nobody measured them (H200, tuning.md)
-SPLIT_QUERIES = 256  # below, on few.MIN_KEYS keys and more, backend triton's kernels split keys over SMs
+SPLIT_QUERIES = few.MAX_QUERIES  # up to so many, on few.MIN_KEYS keys and more, backend triton's kernels split keys over SMs
 SPARSE = 16  # queries of a packed sequence, in the mean; those of 34 were worth it
 LARGEST_SOFTCAP = 500.0  # a score's rounding error is up to 8e-7 of the cap; 16-bit results would show that of a larger one
 
@@ -37,11 +37,20 @@ def reservation(spec: AttentionSpec, device: DeviceFacts, backward: bool = False
         return None
     if short.takes_backward(spec, device) if backward else short.takes(spec, device):
         return "the kernels of backend triton for short rows are faster here"
-    if spec.queries < SHORTEST or spec.keys <= SHORTEST:
+    if backward and few.takes_backward(spec, device):
+        return "the kernel of backend triton for few queries is faster here"
+    many_keys = spec.keys >= few.MIN_KEYS
+    if many_keys and spec.queries <= SPLIT_QUERIES and not (backward and _fills_sms(spec, device)):
+        return f"has no kernel that splits {few.MIN_KEYS} keys and more over SMs for up to {SPLIT_QUERIES} queries"
+    if (spec.queries < SHORTEST and not (many_keys and backward and spec.groups == 1)) or spec.keys <= SHORTEST:
         return f"is known to be faster only from {SHORTEST} queries and with more than {SHORTEST} keys"
-    if spec.queries < SPLIT_QUERIES and spec.keys >= few.MIN_KEYS:
-        return f"has no kernel that splits {few.MIN_KEYS} keys and more over SMs for fewer than {SPLIT_QUERIES} queries"
     return None
+
+
+def _fills_sms(spec: AttentionSpec, device: DeviceFacts) -> bool:
+    """Whether the backward pass has work for all SMs where queries are few: keys are dealt out, but to the kernel that gives dq, if any."""
+    alone = spec.deterministic or max(dkdv.dims(spec)) > dkdv.NARROW or dq.owns_dbias(spec)
+    return not alone or spec.batch * spec.heads * -(-spec.queries // (2 * ROWS)) >= device.sms
 
 
 def tile_first(spec: AttentionSpec) -> AttentionSpec:

@@ -27,6 +27,7 @@ KERNELS = ("few_forward", "few_backward")
 MAX_QUERIES = 128  # of one request, from which on tiles of queries are many enough
 MEASURED = ("sm90",)  # H200, docs/tuning.md, 2026-11-29
 MIN_KEYS = 512  # below, a second launch costs more than idle SMs
+ONE_TILE, ROWS_OF_A_TILE = 16, 64  # rows of the smallest product of tensor cores, and of WGMMA's
 LEAST_KEYS = 256  # of a part: fewer keys take less time than putting parts together
 MAX_SPLITS = 256  # that the plan takes by itself
 MOST_KEYS = 4096  # of a part where requests may differ in length: SMs that are done with short ones share a long one
@@ -218,8 +219,13 @@ def runs_backward(spec: AttentionSpec) -> bool:
 
 
 def takes_backward(spec: AttentionSpec, device: DeviceFacts) -> bool:
-    """Whether ``attention`` takes the backward kernel by itself: nowhere, until it is proven on a GPU (docs/tuning.md, 2026-11-29)."""
-    return False
+    """Whether ``attention`` takes the backward kernel by itself: up to 16 rows on many keys, where it was measured to be the fastest; and
+    up to 64 of grouped heads, which ``hopper``'s kernels walk one by one.
+    """
+    if device.arch != "sm90" or spec.dtype not in ("fp16", "bf16") or spec.keys < MIN_KEYS or not runs_backward(spec):
+        return False
+    most = ROWS_OF_A_TILE if spec.groups > 1 else ONE_TILE
+    return padded(max(spec.head_dim, spec.value_dim)) <= 128 and spec.queries * spec.groups <= most
 
 
 def choose_backward(shape: Shape, device: DeviceFacts) -> FewConfig:
@@ -232,6 +238,8 @@ def choose_backward(shape: Shape, device: DeviceFacts) -> FewConfig:
         return FewConfig(rows, 16, 4 if head <= 64 else 8, 1)
     if device.arch.startswith("gfx"):
         return FewConfig(rows, 64 if head <= 64 else 32 if head <= 128 else 16, 4, 1)
+    if device.arch.startswith("sm9") and head <= 128:  # H200, d 128, docs/tuning.md, 2026-11-30; of 32 rows WGMMA gives a wrong dq there
+        return FewConfig(16, 64, 4, 3) if rows == ONE_TILE else FewConfig(max(rows, 64), 32, 4 if rows <= 64 else 8, 2)
     return FewConfig(rows, 64 if head <= 128 else 32, 4 if rows * head <= 64 * 64 else 8, 2)
 
 
