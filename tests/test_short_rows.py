@@ -279,8 +279,30 @@ def test_who_takes_longer_rows() -> None:
     assert kernels_of(spec(197, 197)) == kernels_of(spec(2048, 77, B=8, D=128)) == hopper
     assert kernels_of(spec(2048, 77, B=8)) == short and plan_forward(spec(2048, 77, B=8), device).steps[0].programs == 8 * 16 * 8
     assert kernels_of(spec(2048, 77, B=9)) == (short[0], hopper[1])  # pairs for two rounds, of which the second is nearly empty
-    assert kernels_of(spec(50, 197)) == ("triton forward", "triton delta") and kernels_of(spec(50, 600))[0] == "triton few_forward"
-    assert kernels_of(spec(200, 600))[0] == "triton forward" and kernels_of(spec(200, 300)) == hopper
+    assert kernels_of(spec(50, 197)) == ("triton forward", "triton delta")
+    assert kernels_of(spec(50, 600)) == ("triton few_forward", hopper[1])
+    assert names(plan_backward(spec(50, 600, groups=2), ALL, device))[:3] == ["delta", "dkdv", "dq"]
+    for few in (spec(16, 600), spec(20, 600, groups=2)):
+        assert names(plan_backward(few, ALL, device))[:2] == ["delta", "few_backward"]
+    assert kernels_of(spec(200, 600)) == kernels_of(spec(200, 300)) == hopper
+
+
+def test_who_takes_the_shortest_rows() -> None:
+    """A warp or two a program, of a bias that pairs share as many programs as keep its sums busy."""
+    device, full = KNOWN_DEVICES["sm90"], BiasSpec("bf16", (True, True, True, True, True))
+
+    def configs(problem: AttentionSpec) -> tuple[str, str]:
+        plans = plan_forward(problem, device), plan_backward(problem, replace(ALL, dbias=problem.bias is not None), device)
+        return str(plans[0].steps[0].config), str(plans[1].steps[0].config)
+
+    assert configs(spec(16, 16)) == configs(spec(7, 12, bias=full)) == ("16x16 w1 s1", "16x16 w1 s1")
+    assert configs(spec(16, 20)) == ("32x32 w1 s1", "32x32 w2 s1") and configs(spec(32, 5, D=32)) == ("32x32 w1 s1", "32x32 w1 s1")
+    assert configs(spec(16, 16, D=128)) == ("16x16 w1 s1", "16x16 w2 s1") and configs(spec(20, 20, D=128))[0] == "32x32 w2 s1"
+    assert (
+        configs(spec(16, 16, bias=SHARED))[1] == "16x16 w1 s1 8 CTAs/SM"
+        and configs(spec(32, 32, bias=SHARED))[1] == "32x32 w2 s1 4 CTAs/SM"
+    )
+    assert configs(spec(52, 52, bias=full)) == ("64x64 w4 s1", "64x64 w4 s1 3 CTAs/SM")
 
 
 def test_what_the_backward_kernel_leaves_to_others() -> None:

@@ -26,6 +26,7 @@ MAX_FORWARD_KEYS = 384  # of the forward kernel's three
 MEASURED = ("sm90",)  # H200, docs/tuning.md, 2026-11-30
 PIECES = 80  # keys of two tiles, 64 and 16, with which the forward kernel is faster than Hopper's up to head dim 64
 ROUNDS = 4  # tiles of queries of a program where a head has many
+TINY = 32  # queries and keys that a warp or two compute, of which an SM holds many more than of programs of four
 MAX_LOAD_IMBALANCE = 1.15  # of pairs to SMs where a pair has so many queries that a program takes long
 
 
@@ -95,8 +96,8 @@ def _measured(spec: AttentionSpec, device: DeviceFacts, backward: bool) -> bool:
     if device.arch not in MEASURED or spec.dtype not in ("fp16", "bf16") or _width(spec) > 128 or not runs(spec, backward):
         return False
     bias = spec.bias
-    shared = bias is None or (bias.dtype == spec.dtype and bias.varies[3] and bias.varies[4] and not all(bias.varies))
-    return shared and spec.groups == 1 and spec.lo is None and not (_is_heavy(spec) or spec.key_lengths or spec.sink)
+    tiled = bias is None or (bias.dtype == spec.dtype and bias.varies[3] and bias.varies[4])
+    return tiled and spec.groups == 1 and spec.lo is None and not (_is_heavy(spec) or spec.key_lengths or spec.sink)
 
 
 def _width(spec: AttentionSpec) -> int:
@@ -111,8 +112,11 @@ def _is_heavy(spec: AttentionSpec) -> bool:
 def _best(spec: AttentionSpec, sms: int) -> ShortConfig | None:
     """What was measured to be the fastest of the forward kernel, where that is faster than other kernels; else None."""
     width = _width(spec)
-    if spec.keys > (PIECES if width <= 64 else 64):
+    if spec.keys > (PIECES if width <= 64 and not _is_full(spec.bias) else 64):
         return None
+    if (longest := max(spec.queries, spec.keys)) <= TINY:
+        size = padded(longest)
+        return ShortConfig(size, size, 1 if size == 16 or width <= 64 else 2, 1)
     tiles = ceil_div(spec.queries, 64)
     if tiles >= 4 * ROUNDS and tiles // ROUNDS * spec.batch * spec.heads >= 4 * sms:
         return ShortConfig(64, 64, 4, 1, rounds=ROUNDS)  # reads keys and values a quarter as often
@@ -124,7 +128,13 @@ def _best_backward(spec: AttentionSpec, sms: int) -> ShortConfig | None:
     width, pairs = _width(spec), spec.batch * spec.kv_heads
     if spec.queries > 256 and ceil_div(pairs, sms) * sms > MAX_LOAD_IMBALANCE * pairs:
         return None
+    if (longest := max(spec.queries, spec.keys)) <= TINY:
+        size = padded(longest)
+        warps = 1 if width <= (64 if size == 16 else 32) else 2
+        return ShortConfig(size, size, warps, 1, ctas_per_sm=8 // warps if _is_shared(spec.bias) else 0)
     if spec.keys <= 64:
+        if _is_full(spec.bias):
+            return ShortConfig(64, 64, 4, 1, ctas_per_sm=3) if width <= 64 else ShortConfig(64, 64, 4, 2)
         if spec.bias is not None:  # more to keep in registers
             return ShortConfig(64, 64, 4 if width <= 64 else 8, 2)
         return ShortConfig(64, 64, 4, 1, ctas_per_sm={64: 4, 128: 2}.get(width, 0))
@@ -133,6 +143,16 @@ def _best_backward(spec: AttentionSpec, sms: int) -> ShortConfig | None:
     if spec.queries > 128:
         return ShortConfig(64, 128, 8, 2) if width <= 64 else None
     return ShortConfig(64 if spec.queries <= 64 else 128, 128, 8, 1)
+
+
+def _is_full(bias: BiasSpec | None) -> bool:
+    """Whether a bias has as many elements as there are scores."""
+    return bias is not None and all(bias.varies)
+
+
+def _is_shared(bias: BiasSpec | None) -> bool:
+    """Whether pairs share a bias, whose gradient a program then sums up."""
+    return bias is not None and not all(bias.varies)
 
 
 def choose(spec: AttentionSpec, device: DeviceFacts) -> ShortConfig:
@@ -182,9 +202,9 @@ def _check_backward(spec: AttentionSpec, device: DeviceFacts, config: ShortConfi
     """Raise ValueError where a configuration is none for the spec."""
     if config.block_n < spec.keys:
         raise bad_value("short_backward", f"block_n of {spec.keys} keys at least", config.block_n)
-    if device.arch == "sm90" and spec.dtype != "fp32" and config.block_m < 64:
-        why = "Triton 3.6 reads ds of 32 queries wrongly there, as an operand of WGMMA: dq was wrong on an H200"
-        raise bad_value("short_backward", "block_m of 64 queries at least on sm90", config.block_m, why)
+    if device.arch == "sm90" and spec.dtype != "fp32" and config.block_m < 64 and config.num_warps >= 4:
+        why = "Triton 3.6 reads ds of 32 queries wrongly there, as an operand of WGMMA, which four warps take: dq was wrong on an H200"
+        raise bad_value("short_backward", "block_m of 64 queries at least, or fewer than 4 warps, on sm90", config.block_m, why)
 
 
 def bias_form(spec: AttentionSpec, bias: BiasSpec, config: ShortConfig) -> str:
