@@ -174,7 +174,11 @@ def test_short_rows_and_biases_are_given_to_several_programs_a_processor() -> No
     assert ctas(spec(head_dim=128, value_dim=128, heads=64, **short)) == (2, 2 * 132)
     assert ctas(spec(head_dim=64, value_dim=64, lo=-255, hi=0, **long)) == (3, 3 * 132)
     assert ctas(spec("11hqk", head_dim=64, value_dim=64, **long)) == (2, 2 * 132)
-    assert ctas(spec("11hqk", head_dim=32, value_dim=32, **long)) == (2, 256)
+    assert ctas(spec("11hqk", head_dim=32, value_dim=32, **long)) == (4, 512)
+    assert ctas(spec(head_dim=128, value_dim=128, heads=64, queries=257, keys=257)) == (2, 2 * 132)
+    assert ctas(spec(head_dim=96, value_dim=96, heads=64, queries=257, keys=257)) == (3, 3 * 132)
+    assert ctas(spec(head_dim=72, value_dim=72, heads=64, queries=256, keys=256)) == (1, 132)  # rows of 144 bytes
+    assert ctas(spec(head_dim=160, value_dim=160, heads=64, queries=512, keys=512)) == (2, 2 * 132)
     assert ctas(spec(head_dim=64, value_dim=64, heads=1, batch_outer=1, **short)) == (1, 8)
 
 

@@ -22,7 +22,7 @@ from .steps import Step
 __all__ = ["backward_steps", "forward_steps", "like", "why_not"]
 
 TALL = 2 * ROWS  # queries of a tile in the table, where no kernel that owns them says otherwise
-NARROW_STRETCH, WIDE_STRETCH = 0.8, 4.5  # of mean lengths: see _forward_config
+NARROW_STRETCH, FULL_STRETCH, WIDE_STRETCH = 0.8, 3.0, 4.5  # of mean lengths: see _forward_config
 MOST_ROWS = 2**29  # of a tensor: what the coordinates of ragged descriptors leave
 
 
@@ -64,15 +64,15 @@ def _forward_config(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[s
     """By hand, else by the rule for dense batches (H200, 2026-11-30; docs/tuning.md).
 
     Where lengths differ most of the work is that of the longest: at head dims above 64, where large tiles gain most, the rule is asked
-    about several times the mean. Below, under a band, small tiles gain what the ends of sequences waste of large ones. Sequences that do
-    not fill a tile of 64 take the smallest.
+    about several times the mean; below without a band, too, but not under one, where small tiles gain what the ends of sequences waste of
+    large ones. Sequences that do not fill a tile of 64 take the smallest.
     """
     narrow = _widest(spec) <= 64
     if forward.by_hand_of(by_hand) is None and _is_tiny(spec):
         config = forward.ForwardConfig(1, 64, 2, q_stages=2, ctas_per_sm=3) if narrow else forward.ForwardConfig(1, 64, 2, ctas_per_sm=2)
         if config.fits(spec, device.shared_memory):
             return config
-    stretch = WIDE_STRETCH if not narrow else NARROW_STRETCH if is_banded(spec) else 1.0
+    stretch = WIDE_STRETCH if not narrow else NARROW_STRETCH if is_banded(spec) else FULL_STRETCH
     return forward.config_of(like(spec, stretch), device, by_hand)
 
 

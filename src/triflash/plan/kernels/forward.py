@@ -36,6 +36,7 @@ __all__ = ["ForwardConfig", "by_hand_of", "choose", "config_of", "fuses_bias", "
 
 SHORT = 1088  # keys that a query sees at most under a band, where rows are short: 1,024 and a block
 SHORT_FULL = 256  # and without one
+FEW_BLOCKS = 320  # keys, of which blocks of 128 would leave much empty
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,35 @@ def _candidates_of_widths(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
     """
     if not (takes_own_widths(spec) and is_light(spec)):
         return _candidates(spec)
-    large: tuple[ForwardConfig, ...] = ()
-    if padded(max(spec.head_dim, spec.value_dim)) > 128 and (not is_banded(spec) or _span(spec) > 512):
+    first: tuple[ForwardConfig, ...] = ()
+    wide = padded(max(spec.head_dim, spec.value_dim)) > 128
+    if wide and (not is_banded(spec) or _span(spec) > 512):
         ping_pong = spec.bias is None
-        large = (ForwardConfig(2, 128, 2, ping_pong=ping_pong, separate_o=False), ForwardConfig(2, 64, 2, ping_pong=ping_pong))
-    return tuple(replace(config, own_widths=True) for config in (*large, *_candidates(spec)))
+        first = (ForwardConfig(2, 128, 2, ping_pong=ping_pong, separate_o=False), ForwardConfig(2, 64, 2, ping_pong=ping_pong))
+    if _fills_sectors(spec):
+        first = (*_small_of_own_widths(spec, wide), *first)
+    return tuple(replace(config, own_widths=True) for config in (*first, *_candidates(spec)))
+
+
+def _fills_sectors(spec: AttentionSpec) -> bool:
+    """Whether rows are multiples of L2's sectors of 32 bytes; where not (d 72), what reads keys oftener reads more beside them."""
+    return spec.head_dim % 16 == spec.value_dim % 16 == 0
+
+
+def _small_of_own_widths(spec: AttentionSpec, wide: bool) -> tuple[ForwardConfig, ...]:
+    """Two or three CTAs an SM, which buffers of 80 and 96 columns have room for, and of 160 where O leaves through Q's."""
+    seen, banded, bias = _span(spec), is_banded(spec), spec.bias
+    if wide:
+        return (ForwardConfig(1, 64, 2, separate_o=False, ctas_per_sm=2),) if seen <= 512 and bias is None and not banded else ()
+    three = ForwardConfig(1, 64, 2, separate_o=False, ctas_per_sm=3)
+    if bias is None:
+        if seen > 2048 and (banded or max(spec.head_dim, spec.value_dim) <= 80):
+            return ()
+        return (ForwardConfig(1, 128, 2, ctas_per_sm=2), three) if FEW_BLOCKS < seen <= 1024 and not banded else (three,)
+    if banded or bias.is_mask or not bias.varies[4] or seen > SHORT:
+        return ()
+    ahead = (ForwardConfig(1, 64, 3, 2, q_stages=2, ctas_per_sm=2),) if seen <= SHORT_FULL else ()
+    return (*ahead, replace(three, bias_stages=2), three)
 
 
 def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
@@ -157,6 +182,8 @@ def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
                 narrow = (ForwardConfig(2, 64, 3, 2, q_stages=2, ctas_per_sm=2), ForwardConfig(2, 64, 2, ctas_per_sm=2))
                 if spec.bias is not None and spec.bias.is_mask:
                     narrow = (ForwardConfig(1, 64, 3, q_stages=2, ctas_per_sm=4), *narrow)
+                else:
+                    narrow = (ForwardConfig(1, 64, 2, 2, ctas_per_sm=4), *narrow)
             if short:
                 small = (ForwardConfig(1, 64, 2, 2, ctas_per_sm=3), ForwardConfig(1, 64, 2, ctas_per_sm=3))
             large = (
@@ -180,7 +207,8 @@ def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
         return (ForwardConfig(2, 128, 3, q_stages=2), ForwardConfig(2, 64, 2, ping_pong=True))
     if head <= 128:
         ping_pong = bias_tiles or spec.alibi or (softcapped and banded)
-        if short and (bias_tiles or spec.bias is None):
+        few_blocks = not banded and light and seen <= FEW_BLOCKS and (_fills_sectors(spec) or 0 < seen % 128 <= 64)
+        if (short or few_blocks) and (bias_tiles or spec.bias is None):
             small = (ForwardConfig(1, 64, 2, ctas_per_sm=2),)
         return (
             *small,
