@@ -219,9 +219,9 @@ def test_what_is_chosen_for_heads_in_two_buffers(dims: tuple[int, int], configs:
     assert told.backward is not None
     steps = {step.step.kernel: step.step.config for step in (*told.forward.steps, *told.backward.steps)}
     assert {name: steps[name] for name in configs} == configs
-    capped = triflash.explain(q, k, v, softcap=30.0, device="h200")  # where whole blocks were faster forward
-    assert capped.backward is not None
-    forward, backward = ([str(step.step.config) for step in which.steps] for which in (capped.forward, capped.backward))
+    soft = triflash.explain(q, k, v, softcap=30.0, device="h200")  # where whole blocks were faster forward
+    assert soft.backward is not None
+    forward, backward = ([str(step.step.config) for step in which.steps] for which in (soft.forward, soft.backward))
     assert not any("own-widths" in each for each in forward) and any("own-widths" in each for each in backward) == (max(dims) > 128)
 
 

@@ -131,12 +131,12 @@ def _candidates_of_widths(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
     if not (takes_own_widths(spec) and is_light(spec)):
         return _candidates(spec)
     first: tuple[ForwardConfig, ...] = ()
-    wide = padded(max(spec.head_dim, spec.value_dim)) > 128
-    if wide and (not is_banded(spec) or _span(spec) > 512):
+    over_128 = padded(max(spec.head_dim, spec.value_dim)) > 128
+    if over_128 and (not is_banded(spec) or _span(spec) > 512):
         ping_pong = spec.bias is None
         first = (ForwardConfig(2, 128, 2, ping_pong=ping_pong, separate_o=False), ForwardConfig(2, 64, 2, ping_pong=ping_pong))
     if _fills_sectors(spec):
-        first = (*_small_of_own_widths(spec, wide), *first)
+        first = (*_small_of_own_widths(spec, over_128), *first)
     return tuple(replace(config, own_widths=True) for config in (*first, *_candidates(spec)))
 
 
@@ -145,10 +145,10 @@ def _fills_sectors(spec: AttentionSpec) -> bool:
     return spec.head_dim % 16 == spec.value_dim % 16 == 0
 
 
-def _small_of_own_widths(spec: AttentionSpec, wide: bool) -> tuple[ForwardConfig, ...]:
+def _small_of_own_widths(spec: AttentionSpec, over_128: bool) -> tuple[ForwardConfig, ...]:
     """Two or three CTAs an SM, which buffers of 80 and 96 columns have room for, and of 160 where O leaves through Q's."""
     seen, banded, bias = _span(spec), is_banded(spec), spec.bias
-    if wide:
+    if over_128:
         return (ForwardConfig(1, 64, 2, separate_o=False, ctas_per_sm=2),) if seen <= 512 and bias is None and not banded else ()
     three = ForwardConfig(1, 64, 2, separate_o=False, ctas_per_sm=3)
     if bias is None:
@@ -157,8 +157,8 @@ def _small_of_own_widths(spec: AttentionSpec, wide: bool) -> tuple[ForwardConfig
         return (ForwardConfig(1, 128, 2, ctas_per_sm=2), three) if FEW_BLOCKS < seen <= 1024 and not banded else (three,)
     if banded or bias.is_mask or not bias.varies[4] or seen > SHORT:
         return ()
-    ahead = (ForwardConfig(1, 64, 3, 2, q_stages=2, ctas_per_sm=2),) if seen <= SHORT_FULL else ()
-    return (*ahead, replace(three, bias_stages=2), three)
+    next_come = (ForwardConfig(1, 64, 3, 2, q_stages=2, ctas_per_sm=2),) if seen <= SHORT_FULL else ()
+    return (*next_come, replace(three, bias_stages=2), three)
 
 
 def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
