@@ -36,6 +36,7 @@ __all__ = ["ForwardConfig", "by_hand_of", "choose", "config_of", "fuses_bias", "
 
 SHORT = 1088  # keys that a query sees at most under a band, where rows are short: 1,024 and a block
 SHORT_FULL = 256  # and without one
+MOST_WASTED = 1.15  # by large tiles of few queries
 FEW_BLOCKS = 320  # keys, of which blocks of 128 would leave much empty
 
 
@@ -202,7 +203,8 @@ def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
             return (ForwardConfig(1, 128, 2, q_stages=2, ctas_per_sm=2), ForwardConfig(2, 64, 2, ping_pong=True))
         if light and spec.bias is None and not banded and seen <= 5 * 64:  # a block of 128 more would be half empty
             return (ForwardConfig(2, 64, 2, ctas_per_sm=2), ForwardConfig(2, 64, 2, ping_pong=True))
-        if light and spec.bias is None and seen >= (4096 if banded else 2048):  # a third consumer leaves no registers for more
+        wasted = -(-spec.queries // 192) * 192 / (-(-spec.queries // 128) * 128)  # of tiles of 192 queries, over those of 128
+        if light and spec.bias is None and seen >= (4096 if banded else 2048) and wasted <= MOST_WASTED:  # more wants registers
             return (ForwardConfig(3, 128, 2, ping_pong=True), ForwardConfig(2, 64, 2, ping_pong=True))
         return (ForwardConfig(2, 128, 3, q_stages=2), ForwardConfig(2, 64, 2, ping_pong=True))
     if head <= 128:
