@@ -52,11 +52,11 @@ def test_attention_compiles_within_limits(arch: str, name: str) -> None:
         for call in bound.calls or ():
             kernel = call.kernel.__name__
             seen.add(kernel)
-            if kernel in ("few_forward", "combine", "sum_rows") or (kernel == "dq" and arch == "sm90"):
+            if kernel in ("few_forward", "few_backward", "combine", "sum_rows") or (kernel == "dq" and arch == "sm90"):
                 found = resources(compile_for(call, arch))
                 assert found.shared_memory <= KNOWN_DEVICES[arch].shared_memory, (kernel, found)
                 assert found.spills <= MOST_SPILLS, (kernel, found)
-    assert {"few_forward", "combine", "dq", "sum_rows"} <= seen
+    assert {"few_forward", "combine", "sum_rows"} <= seen and ("few_backward" in seen) != ("dq" in seen)
 
 
 @pytest.mark.parametrize("M, D", [(1, 64), (1, 128), (64, 64), (64, 128)])
