@@ -336,13 +336,13 @@ def _parts(compiled: Any, maps: int) -> tuple[tuple[int, int | None, str], ...] 
 
 
 class _Libcuda:
-    """The driver's own functions. launch: ``cuLaunchKernelEx`` of addresses of configuration, function, parameters and of nothing; gives
-    an error's number, or 0. Without the interpreter's lock, which whatever the driver waits for may need.
+    """The driver's own functions. launch: ``cuLaunchKernelEx`` of addresses of configuration, function, parameters and of nothing, each
+    made ready by :data:`_argument`; gives an error's number, or 0. Without the interpreter's lock, which whatever the driver waits for
+    may need.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.launch = library.cuLaunchKernelEx
-        self.launch.argtypes, self.launch.restype = [ctypes.c_void_p] * 4, ctypes.c_int
+        self.launch = library["cuLaunchKernelEx"]  # of no types: ctypes would convert the arguments in each call, which takes most of it
         self._told = library.cuFuncGetParamInfo
         number = ctypes.POINTER(ctypes.c_size_t)
         self._told.argtypes, self._told.restype = [ctypes.c_void_p, ctypes.c_size_t, number, number], ctypes.c_int
@@ -398,7 +398,7 @@ class Launches:
 
     def _prepare(self, stream: int, addresses: tuple[int, ...]) -> _Prepared:
         made = [each.ready(stream, addresses) for each in self.launches]
-        prepared = tuple([ready for ready, _ in made]), [kept for _, kept in made]
+        prepared = tuple([tuple(map(_argument, ready)) for ready, _ in made]), [kept for _, kept in made]
         with _preparing:
             if len(_prepared) >= _PREPARED:
                 for oldest in list(itertools.islice(_prepared, _PREPARED // 8)):
@@ -407,7 +407,8 @@ class Launches:
         return prepared
 
 
-_Prepared = tuple[tuple[tuple[int, int, int, None], ...], list[Any]]  # of each launch what the driver takes; and what keeps that alive
+_Prepared = tuple[tuple[tuple[Any, ...], ...], list[Any]]  # of each launch what the driver takes; and what keeps that alive
+_argument = ctypes.c_void_p.from_param  # what ctypes makes of a pointer for a call, and takes as it is
 _numbers = itertools.count()
 _prepared: dict[tuple[int, int, tuple[int, ...]], _Prepared] = {}
 _preparing = threading.Lock()
