@@ -58,6 +58,15 @@ _TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32:
 _ALIGNMENT = 16  # bytes
 
 
+_FIELDS = {
+    "base",
+    "shape",
+    "strides",
+    "block_shape",
+    "layout",
+    "padding",
+    "round_f32_to_tf32",
+}  # of a descriptor, in the releases known here
 _READ_REASON = "TMA reads rows that are contiguous and start at multiples of 16 bytes"
 _WRITE_REASON = "its rows are not a multiple of 16 bytes, so it is written with padding and copied from there"
 
@@ -174,16 +183,30 @@ def ragged(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
     unit = _ALIGNMENT // x.element_size()
     row = unit if rows == 1 else x.stride(1)
     strides = [2**34 - row, row, row, unit if heads == 1 else x.stride(2), 1]
-    return TensorDescriptor(
-        x, [0x7FFF0000, 0x7FFF0000, 2**30, heads, x.shape[3]], strides, list(block), _shared_layout(tuple(block), x.dtype)
-    )
+    return _descriptor(x, [0x7FFF0000, 0x7FFF0000, 2**30, heads, x.shape[3]], strides, tuple(block))
 
 
 def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A TMA descriptor of an addressable tensor, in blocks of that shape."""
-    unit = _ALIGNMENT // x.element_size()
-    strides = [unit if size == 1 else stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], list(block), _shared_layout(tuple(block), x.dtype))
+    unit, shape = _ALIGNMENT // x.element_size(), [*x.shape]
+    strides = [unit if size == 1 else stride for size, stride in zip(shape, x.stride(), strict=True)]
+    strides[-1] = 1
+    return _descriptor(x, shape, strides, tuple(block))
+
+
+_alike: dict[tuple[Any, ...], dict[str, Any] | None] = {}  # by block and dtype, the fields of a descriptor; None: there are others
+
+
+def _descriptor(x: Tensor, shape: list[int], strides: list[int], block: tuple[int, ...]) -> TensorDescriptor:
+    """One that Triton has checked, or of a meta tensor, whose launchers asked if TMA can address it, one like another that it has."""
+    fields = _alike.get((block, x.dtype)) if x.is_meta else None
+    if fields is None:
+        made = TensorDescriptor(x, shape, strides, list(block), _shared_layout(block, x.dtype))
+        _alike[block, x.dtype] = {**vars(made), "base": None} if vars(made).keys() <= _FIELDS else None
+        return made
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(fields, base=x, shape=shape, strides=strides)
+    return made
 
 
 @functools.lru_cache(maxsize=1024)
