@@ -124,9 +124,10 @@ class BoundPass:
         follows = self.follows
         later = None if follows is None else functools.partial(follows, given)
         compiled = compiling.compiled_kernels(self.calls, later)
-        launches = [_native.bind(call, kernel, self.room.place) for call, kernel in zip(self.calls, compiled, strict=True)]
+        memory = _Memory(self.room, self._results, self.spec.tensor_dtype)
+        launches = [_native.bind(call, kernel, memory.place) for call, kernel in zip(self.calls, compiled, strict=True)]
         known = [each for each in launches if each is not None]
-        return _Native(self.room, self._results, known, self._device, self.spec.tensor_dtype) if len(known) == len(launches) else None
+        return _Native(memory, known, self._device) if len(known) == len(launches) else None
 
 
 def _shape_of(each: Allocation) -> _Allocated:
@@ -146,41 +147,60 @@ def nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
     return like.new_empty(0, dtype=dtype) if new is None else new((0,), (1,), dtype)
 
 
+class _Memory:
+    """Where the memory of a pass is: among the given tensors that are there, results, copies, then all scratch in one. made: what of it is
+    allocated in each call, results first; count: how many these are.
+    """
+
+    def __init__(self, room: Described, results: list[_Allocated], like: torch.dtype) -> None:
+        self.room, self.count = room, len(results)
+        self.made, size = results.copy(), 0
+        places = {slot: (at, 0) for at, slot in enumerate(room.there)}
+        kept, first = iter(range(len(places), len(places) + len(results))), len(places) + len(results)
+        scratch = []
+        for slot, each in enumerate(room.allocations, room.given):
+            if each.use == "result":
+                places[slot] = next(kept), 0
+            elif each.use == "copy":
+                places[slot] = first, 0
+                first += 1
+                self.made.append(_shape_of(each))
+            elif each.use == "scratch":
+                scratch.append((slot, size))
+                size += -(-each.nbytes // _ALIGNMENT) * _ALIGNMENT
+        if size:
+            self.made.append(((size // like.itemsize,), (1,), like))
+        self._places = places | {slot: (first, begin) for slot, begin in scratch}
+
+    def place(self, x: Tensor) -> tuple[int, int]:
+        """(which of them, bytes from where it begins) of a meta tensor."""
+        slot, offset = self.room.place(x)
+        at, begin = self._places[slot]
+        return at, begin + offset
+
+    def moved(self, view: View) -> View:
+        """A view of a slot as one of these."""
+        at, begin = self._places[view.slot]
+        return view._replace(slot=at, offset=view.offset + begin // view.dtype.itemsize)
+
+
 class _Native:
     """The launches of a pass, bound, with the memory that they share. changed: whether they have to go Triton's own way now. index: of the
     device that must be the current one; None: any.
     """
 
-    def __init__(self, room: Described, results: list[_Allocated], launches: list[Launch], device: torch.device, like: torch.dtype) -> None:
+    def __init__(self, memory: _Memory, launches: list[Launch], device: torch.device) -> None:
         from ..launch import native
 
+        room, moved = memory.room, memory.moved
         self._launches = native.Launches(launches)
         self.changed = native.watch(launches)
         self.index = device.index if device.type == "cuda" else None
         self._device = self.index or 0
         self._stream: Callable[[int], int] = native.streams() if launches else int
         self._allocate = _ALLOCATORS.get(device.type)
-        self._count = len(results)
-        # Tensors come as those of the given slots that are there, results, copies, then all scratch in one.
-        at_of = {slot: at for at, slot in enumerate(room.there)}
-        first = len(at_of)
-        copies = [(room.given + at, each) for at, each in enumerate(room.allocations) if each.use == "copy"]
-        self._made = [*results, *(_shape_of(each) for _, each in copies)]
-        places = {slot: (at, 0) for slot, at in at_of.items()}
-        kept = [room.given + at for at, each in enumerate(room.allocations) if each.use == "result"]
-        places |= {slot: (first + at, 0) for at, slot in enumerate(kept)}
-        places |= {slot: (first + self._count + at, 0) for at, (slot, _) in enumerate(copies)}
-        shared, size = first + self._count + len(copies), 0
-        for at, each in enumerate(room.allocations):
-            if each.use == "scratch":
-                places[room.given + at] = (shared, size)
-                size += -(-each.nbytes // _ALIGNMENT) * _ALIGNMENT
-        if size:
-            self._made.append(((size // like.itemsize,), (1,), like))
-        for one in launches:
-            one.move(places)
+        self._made, self._count = memory.made, memory.count
         self._all = len(self._made) == self._count
-        moved = lambda view: _moved(view, places)  # noqa: E731
         self._before = [(moved(each.target), moved(each.source)) for each in room.copies if not each.after]
         self._after = [(moved(each.target), moved(each.source)) for each in room.copies if each.after]
         self._zeros = [moved(view) for view in room.zeros]
@@ -233,11 +253,6 @@ class _Native:
             saved = Saved(_seen(lse, tensors), _seen(lse, tensors), None if rest is None else _seen(rest, tensors))
             _seen(dsink, tensors).copy_(sink_gradient(_seen(sink, tensors), saved, _seen(delta, tensors), factor))
         return made[: self._count]
-
-
-def _moved(view: View, places: dict[int, tuple[int, int]]) -> View:
-    slot, offset = places[view.slot]
-    return view._replace(slot=slot, offset=view.offset + offset // view.dtype.itemsize)
 
 
 def _seen(view: View, tensors: list[Tensor]) -> Tensor:

@@ -25,7 +25,7 @@ import sys
 import threading
 import weakref
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -103,14 +103,14 @@ class Launch:
     the kernel, and its hooks.
     """
 
-    __slots__ = ("_arguments", "_call", "_moves", "_place", "_where", "form", "grid", "maps", "numbers", "pointers", "watched")
+    __slots__ = ("_arguments", "_call", "_place", "_where", "form", "grid", "maps", "numbers", "pointers", "watched")
 
     def __init__(self, call: Call, compiled: Any, place: Callable[[Tensor], tuple[int, int]]) -> None:
         kernel = call.kernel
         # What changes if somebody replaces the kernel, or wants to see its launches.
         self.watched = (sys.modules[kernel.__module__].__dict__, kernel.__name__, kernel, getattr(kernel, "pre_run_hooks", ()))
         self.form = form = _form_of(compiled)
-        self._call, self._place, self._moves = call, place, []  # type: tuple[Call, Any, list[Mapping[int, tuple[int, int]]]]
+        self._call, self._place = call, place
         self._arguments: _Arguments | None = None
         self.numbers: array[int] | None = None
         self.pointers: list[tuple[int, int, int]] = []
@@ -119,23 +119,24 @@ class Launch:
             self._arguments = _Arguments(call, form, place)
             return
         self.grid = (call.programs | 1 << 32, 1 | form.threads << 32, 1 | 1 << 32, form.shared_memory)
-        numbers, given = [], call.args
-        recipes = iter(form.recipes)
-        for at, inside, kind in form.parts:
-            value = given[at] if inside is None else given[at][inside]
-            if kind == _INTEGER:
-                numbers.append(value & _WHOLE)
-            elif kind == _POINTER:
-                self.pointers.append((len(numbers), *place(value)))
-                numbers.append(0)
-            elif kind == _MAP:
-                self.maps.append((len(numbers), *place(value.base), _recipe(value, next(recipes)), {}))
-                numbers.append(0)
-                numbers += value.shape
-                numbers += value.strides
-            else:
-                numbers.append(_FLOATS[kind](value))
-        self.numbers = array("Q", [*numbers, 0, 0])  # and the addresses of scratch that nobody uses
+        parts, given = form.parts, call.args
+        every: list[Any] = [0, *given, *parts.constants[len(given) :]]
+        for at in parts.tuples:
+            every += given[at]
+        for (to, at), own in zip(parts.maps, form.recipes, strict=True):
+            value = given[at]
+            every += value.shape
+            every += value.strides
+            self.maps.append((to, *place(value.base), _recipe(value, own), {}))
+        for to, at in parts.pointers:
+            self.pointers.append((to, *place(every[at])))
+        numbers = [*parts.order(every)]
+        for to, kind in parts.floats:
+            numbers[to] = _FLOATS[kind](numbers[to])
+        try:
+            self.numbers = array("q", numbers)
+        except OverflowError:  # of 64 bits without a sign
+            self.numbers = array("q", [(value + _SIGN & _WHOLE) - _SIGN for value in numbers])
         begin, count = self.numbers.buffer_info()
         self._where = array("Q", range(begin, begin + 8 * count, 8))
 
@@ -145,14 +146,6 @@ class Launch:
         if self.numbers is None and self._arguments is not None:
             return self._arguments.slots
         return {each[1] for each in self.pointers} | {each[1] for each in self.maps}
-
-    def move(self, places: Mapping[int, tuple[int, int]]) -> None:
-        """Take slots for others: each is found at an offset, in bytes, of another."""
-        self._moves.append(places)
-        self.pointers = [_moved(places, *each) for each in self.pointers]
-        self.maps = [(*_moved(places, *each[:3]), *each[3:]) for each in self.maps]
-        if self._arguments is not None:
-            self._arguments.move(places)
 
     def ready(self, stream: int, addresses: Sequence[int]) -> tuple[tuple[int, int, int, None], Any]:
         """Configuration, function, parameters and nothing more, as ``cuLaunchKernelEx`` takes them, where the slots' tensors begin at
@@ -175,10 +168,7 @@ class Launch:
     def __call__(self, stream: int, addresses: Sequence[int]) -> None:
         """Launch it by Triton's C launcher."""
         if self._arguments is None:
-            arguments = _Arguments(self._call, self.form, self._place)
-            for places in self._moves:
-                arguments.move(places)
-            self._arguments = arguments
+            self._arguments = _Arguments(self._call, self.form, self._place)
         self._arguments.launch(stream, addresses)
 
 
@@ -217,11 +207,6 @@ class _Arguments:
         nested = {slot for _, _, inside in self._nested for _, slot, _ in inside}
         return {each[1] for each in self._pointers} | {each[1] for each in self._maps} | nested
 
-    def move(self, places: Mapping[int, tuple[int, int]]) -> None:
-        self._pointers = [_moved(places, *each) for each in self._pointers]
-        self._maps = [(*_moved(places, *each[:3]), *each[3:]) for each in self._maps]
-        self._nested = [(at, values, tuple(_moved(places, *each) for each in inside)) for at, values, inside in self._nested]
-
     def launch(self, stream: int, addresses: Sequence[int]) -> None:
         form, arguments = self._form, self._template.copy()
         for at, slot, offset in self._pointers:
@@ -239,11 +224,6 @@ class _Arguments:
             form.raw(*self._grid, stream, *form.after, *form.last, tuple(arguments))
 
 
-def _moved(places: Mapping[int, tuple[int, int]], at: int, slot: int, offset: int) -> tuple[int, int, int]:
-    other, begin = places[slot]
-    return at, other, begin + offset
-
-
 def _map_at(address: int, recipe: tuple[Any, ...], known: dict[int, Any], encode: Callable[..., Any]) -> Any:
     """A tensor map, made or known."""
     made = known.get(address)
@@ -259,8 +239,8 @@ class _Form(NamedTuple):
 
     raw, after, last: the C function behind its launcher, its arguments between the stream and the kernel's own, and before a tuple of
     those (None: they come one by one). encode: makes a tensor map. recipes: of each descriptor among the arguments, what its tensor map is
-    made of beside address, shape and strides. parts: where the kernel's parameters come from, in order: the argument, the place in that if
-    it is a tuple, and the kind; None: the driver does not say that it takes such. function, threads, shared_memory: of a launch.
+    made of beside address, shape and strides. parts: where the kernel's parameters come from; None: the driver does not say that it takes
+    such. function, threads, shared_memory: of a launch.
     """
 
     raw: Callable[..., Any]
@@ -268,7 +248,7 @@ class _Form(NamedTuple):
     last: Any
     encode: Callable[..., Any]
     recipes: tuple[tuple[Any, ...], ...]
-    parts: tuple[tuple[int, int | None, str], ...] | None
+    parts: _Parts | None
     function: int
     threads: int
     shared_memory: int
@@ -291,48 +271,78 @@ def _form_of(compiled: Any) -> _Form:
     return form
 
 
-_POINTER, _MAP, _INTEGER = "pointer", "map", "integer"
-_WHOLE = 0xFFFF_FFFF_FFFF_FFFF
+class _Parts(NamedTuple):
+    """Where a kernel's parameters come from. *Every* value is 0, then the arguments, then what is in those that are tuples, then shape and
+    strides of each descriptor.
+
+    constants: stand for the arguments that are given by name. tuples: the arguments that are such. order: picks, of every value, the
+    parameters as numbers, in order; 0 for an address, which is none. pointers: of each the place among the parameters, and that among
+    every value. maps: the place, and the argument. floats: the place, and the kind.
+    """
+
+    constants: tuple[int, ...]
+    tuples: tuple[int, ...]
+    order: Callable[[list[Any]], tuple[Any, ...]]
+    pointers: tuple[tuple[int, int], ...]
+    maps: tuple[tuple[int, int], ...]
+    floats: tuple[tuple[int, str], ...]
+
+
+_WHOLE, _SIGN = 0xFFFF_FFFF_FFFF_FFFF, 0x8000_0000_0000_0000
 _INSIDE = 128  # bytes from where an object of Triton's begins to the tensor map in it; both are multiples of that
 _INTEGERS = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u1": 1, "u8": 1, "u16": 2, "u32": 4, "u64": 8}
 # Numbers as they lie in 8 bytes of which a kernel reads the first; ctypes makes what is too large infinite, as C does.
 _FLOATS: dict[str, Callable[[float], int]] = {
     "fp32": lambda value: int.from_bytes(bytes(ctypes.c_float(value)), "little"),
-    "fp64": lambda value: int.from_bytes(bytes(ctypes.c_double(value)), "little"),
+    "fp64": lambda value: int.from_bytes(bytes(ctypes.c_double(value)), "little", signed=True),
 }
 
 
-def _parts(compiled: Any, maps: int) -> tuple[tuple[int, int | None, str], ...] | None:
+def _parts(compiled: Any, maps: int) -> _Parts | None:
     """:attr:`_Form.parts` of a kernel of which ``maps`` arguments are descriptors."""
     driver = _libcuda()
-    found: list[tuple[int, int | None, str]] = []
+    signature = [*compiled.src.signature.values()]
+    tuples = tuple([at for at, own in enumerate(signature) if isinstance(own, tuple)])
+    begins, end = {}, 1 + len(signature)  # of what is in tuples, among every value
+    for at in tuples:
+        begins[at], end = end, end + len(signature[at])
+    order: list[int] = []
     sizes: list[int] = []
-    signature = compiled.src.signature.values()
-    every: list[tuple[int, int | None, Any]] = []
+    pointers, descriptors, floats = [], [], []
+    every: list[tuple[int, int, Any]] = []
     for at, own in enumerate(signature):
-        every += [(at, i, kind) for i, kind in enumerate(own)] if isinstance(own, tuple) else [(at, None, own)]
-    for at, inside, kind in every:
+        every += [(at, begins[at] + i, kind) for i, kind in enumerate(own)] if at in begins else [(at, 1 + at, own)]
+    for at, where, kind in every:
         if not isinstance(kind, str):  # a tuple in a tuple
             return None
         if kind == "constexpr":
             continue
         if kind.startswith("tensordesc"):
+            if at in begins:
+                return None
             rank = kind[kind.index("[") : kind.index("]")].count(",") + 1
-            found.append((at, inside, _MAP))
+            descriptors.append((len(order), at))
+            order += [0, *range(end, end + 2 * rank)]
+            end += 2 * rank
             sizes += [128, *[4] * rank, *[8] * rank]
         elif kind.startswith("*"):
-            found.append((at, inside, _POINTER))
+            pointers.append((len(order), where))
+            order.append(0)
             sizes.append(8)
         elif kind in _INTEGERS:
-            found.append((at, inside, _INTEGER))
+            order.append(where)
             sizes.append(_INTEGERS[kind])
         elif kind in _FLOATS:
-            found.append((at, inside, kind))
+            floats.append((len(order), kind))
+            order.append(where)
             sizes.append(4 if kind == "fp32" else 8)
         else:
             return None
-    known = driver is not None and sum(kind == _MAP for _, _, kind in found) == maps and driver.takes(compiled.function, [*sizes, 8, 8])
-    return tuple(found) if known else None
+    if driver is None or len(descriptors) != maps or not driver.takes(compiled.function, [*sizes, 8, 8]):
+        return None
+    order += [0, 0]  # the addresses of scratch that nobody uses
+    constants = (0,) * len(signature)
+    return _Parts(constants, tuples, operator.itemgetter(*order), tuple(pointers), tuple(descriptors), tuple(floats))
 
 
 class _Libcuda:
@@ -497,7 +507,7 @@ def _recipe(descriptor: Any, own: tuple[Any, ...]) -> tuple[Any, ...]:
     """All of it."""
     if getattr(descriptor, "round_f32_to_tf32", False) or descriptor.padding != "zero" or descriptor.strides[-1] != 1:
         raise _Unknown
-    return (*own, list(descriptor.shape), list(descriptor.strides), 0)
+    return (*own, descriptor.shape, descriptor.strides, 0)
 
 
 def _c_launcher(launcher: Any, compiled: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
