@@ -396,7 +396,7 @@ def dkdv_call(
         *schedule,
     )
     constants: dict[str, Any] = {
-        "C": replace(config, head_splits=1),
+        "C": config if splits == 1 else replace(config, head_splits=1),
         "HAS_REST": stats.shape[1] == 3,
         "IS_MASK": spec.bias is not None and spec.bias.is_mask,
         "EVEN_N": is_even(spec, config.block_n),

@@ -82,10 +82,7 @@ def others_chosen(by_hand: Mapping[str, object], *kernels: str) -> bool:
 
 def padded(head_dim: int) -> int:
     """The power of two, at least 16, that a tile row of ``head_dim`` elements occupies."""
-    size = 16
-    while size < head_dim:
-        size *= 2
-    return size
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def shared_memory(problem: Problem, config: TileConfig, device: DeviceFacts) -> int:

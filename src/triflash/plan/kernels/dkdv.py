@@ -348,8 +348,9 @@ def step(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]
     else:
         found = choose(spec, device.shared_memory, tuple(name for name in gives if name in ("dq", "dbias", "dsecond")))
         assert found is not None, "why_not_backward refuses what fits no candidate"
-        config = replace(found, head_splits=head_splits(spec, found, device.sms))
+        splits = head_splits(spec, found, device.sms)
+        config = found if splits == found.head_splits else replace(found, head_splits=splits)
     programs = min(key_tiles(spec, config)[1], device.sms)
     row = row_of_keys(spec)
-    splits = broadcast_rows(spec, row[1]) if row is not None and row[0] in gives else 1
-    return Step(kernel, config, programs, order_of(spec), splits, gives)
+    rows = broadcast_rows(spec, row[1]) if row is not None and row[0] in gives else 1
+    return Step(kernel, config, programs, order_of(spec), rows, gives)

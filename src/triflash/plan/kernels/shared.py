@@ -9,7 +9,7 @@ import functools
 import operator
 from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec
@@ -66,6 +66,10 @@ def barriers(*counts: int) -> Buffer:
     return Buffer("barriers", sum(counts), (), 8)
 
 
+_MOST_COUNTED = 4096
+_counted: dict[tuple[Any, ...], int] = {}  # bytes of shared memory
+
+
 class HopperConfig:
     """What the configurations of Hopper's kernels have in common. Each is a frozen dataclass and reaches its kernel as one constant, C."""
 
@@ -87,8 +91,14 @@ class HopperConfig:
         raise NotImplementedError
 
     def shared_memory(self, spec: AttentionSpec, gives: tuple[str, ...] = ()) -> int:
-        """Bytes of shared memory of a CTA, at most."""
-        return sum(buffer.nbytes for buffer in self.buffers(spec, gives)) + ALIGNMENT
+        """Bytes of shared memory of a CTA, at most. Counted once for problems of a kind."""
+        key = self, gives, spec.kind
+        known = _counted.get(key)
+        if known is None:
+            if len(_counted) >= _MOST_COUNTED:
+                _counted.clear()
+            known = _counted[key] = sum(buffer.nbytes for buffer in self.buffers(spec, gives)) + ALIGNMENT
+        return known
 
     def reads_small_lse(self, spec: AttentionSpec) -> bool:
         """Whether the kernel has a faster loop for where every lse is small (``kernels/hopper/preprocess.py``)."""
