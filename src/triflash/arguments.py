@@ -148,7 +148,8 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
     causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, diagonal = options
     if not torch.compiler.is_compiling():
         for name, x in zip(Given._fields, given, strict=True):
-            refuse_foreign("diagonal" if name == "diagonals" else name, x)
+            if x is not None:
+                refuse_foreign("diagonal" if name == "diagonals" else name, x)
     q, k, v, bias, mask, lengths, slopes, sink, seed, second, query_starts, query_lengths, key_starts, diagonals = given
     if layout not in LAYOUTS:
         raise bad_value("layout", f"one of {', '.join(LAYOUTS)}", repr(layout))
@@ -172,7 +173,8 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
         ("key_lengths", lengths), ("query_starts", query_starts), ("query_lengths", query_lengths), ("key_starts", key_starts),
         ("diagonal", diagonals),
     ):  # fmt: skip
-        check_key_lengths(x, q, batch, name)
+        if x is not None:
+            check_key_lengths(x, q, batch, name)
     check_slopes(slopes, q, batch, H)
     check_sink(sink, q, H)
     chance = check_number("dropout_p", dropout_p, 0.0, 1.0, "a number from 0 up to but not including 1")

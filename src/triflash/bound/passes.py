@@ -12,6 +12,7 @@ import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,9 +103,7 @@ class BoundPass:
         return given
 
     def _bind(self, given: Given) -> _Native | None:
-        from ..launch import native as _native  # needs Triton
-
-        if _native.stands_aside():
+        if _binding()[0].stands_aside():
             return None  # for now
         with self._lock, launch.on(self._device):
             if not self._tried:
@@ -115,19 +114,25 @@ class BoundPass:
         return self._steps
 
     def _bound(self, given: Given) -> _Native | None:
-        from ..launch import compiling
-        from ..launch import native as _native
-
+        native, compiling = _binding()
         assert self.calls is not None
-        if not all(map(_native.can_bind, self.calls)):
+        if not all(map(native.can_bind, self.calls)):
             return None
         follows = self.follows
         later = None if follows is None else functools.partial(follows, given)
         compiled = compiling.compiled_kernels(self.calls, later)
-        memory = _Memory(self.room, self._results, self.spec.tensor_dtype)
-        launches = [_native.bind(call, kernel, memory.place) for call, kernel in zip(self.calls, compiled, strict=True)]
+        memory = _Memory(self.room, self._there, self._results, self.spec.tensor_dtype)
+        launches = [native.bind(call, kernel, memory.place) for call, kernel in zip(self.calls, compiled, strict=True)]
         known = [each for each in launches if each is not None]
         return _Native(memory, known, self._device) if len(known) == len(launches) else None
+
+
+@functools.cache
+def _binding() -> tuple[ModuleType, ModuleType]:
+    """What needs Triton: ``launch/native.py`` and ``launch/compiling.py``. An import of what is there takes a microsecond, too."""
+    from ..launch import compiling, native
+
+    return native, compiling
 
 
 def _shape_of(each: Allocation) -> _Allocated:
@@ -152,10 +157,10 @@ class _Memory:
     allocated in each call, results first; count: how many these are.
     """
 
-    def __init__(self, room: Described, results: list[_Allocated], like: torch.dtype) -> None:
+    def __init__(self, room: Described, there: Sequence[int], results: list[_Allocated], like: torch.dtype) -> None:
         self.room, self.count = room, len(results)
         self.made, size = results.copy(), 0
-        places = {slot: (at, 0) for at, slot in enumerate(room.there)}
+        places = {slot: (at, 0) for at, slot in enumerate(there)}
         kept, first = iter(range(len(places), len(places) + len(results))), len(places) + len(results)
         scratch = []
         for slot, each in enumerate(room.allocations, room.given):
@@ -190,8 +195,7 @@ class _Native:
     """
 
     def __init__(self, memory: _Memory, launches: list[Launch], device: torch.device) -> None:
-        from ..launch import native
-
+        native, _ = _binding()
         room, moved = memory.room, memory.moved
         self._launches = native.Launches(launches)
         self.changed = native.watch(launches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,22 +49,32 @@ def record(plan: Plan) -> None:
 
 def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved) -> list[Call]:
     """The launches of a forward pass by kernels, on real tensors or meta tensors."""
-    if plan.backend == "hopper":
-        from . import hopper as family
-    else:
-        from . import triton as family  # type: ignore[no-redef]
-    return family.forward(room, plan, spec, x, saved)
+    calls: list[Call] = _family(plan.backend == "hopper", False).forward(room, plan, spec, x, saved)
+    return calls
 
 
 def backward_calls(
     room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients
 ) -> list[Call]:
     """The launches of a backward pass by kernels, on real tensors or meta tensors."""
-    if plan.backend == "hopper":
-        from . import hopper_backward as family
-    else:
-        from . import triton as family  # type: ignore[no-redef]
-    return family.backward(room, plan, spec, x, saved, dout, dlse, grads)
+    calls: list[Call] = _family(plan.backend == "hopper", True).backward(room, plan, spec, x, saved, dout, dlse, grads)
+    return calls
+
+
+@functools.cache  # an import of what is there takes a microsecond, too
+def _family(is_hopper: bool, backward: bool) -> Any:
+    """The launchers of a pass, which import Triton."""
+    if not is_hopper:
+        from . import triton
+
+        return triton
+    if backward:
+        from . import hopper_backward
+
+        return hopper_backward
+    from . import hopper
+
+    return hopper
 
 
 def run_forward(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, first_entry: int = 0) -> None:

@@ -130,7 +130,7 @@ def dropout_of(spec: AttentionSpec, seed: Tensor | None) -> tuple[Any, ...] | No
 
 def address_of(x: Tensor) -> int:
     """Where a tensor starts; for a meta tensor, where it would, modulo what memory is aligned to."""
-    return int(x.storage_offset()) * x.element_size() if x.device.type == "meta" else x.data_ptr()
+    return int(x.storage_offset()) * x.element_size() if x.is_meta else x.data_ptr()
 
 
 def sink_gradient(sink: Tensor, saved: Saved, delta: Tensor, factor: float = 1.0) -> Tensor:

@@ -188,10 +188,15 @@ def ragged(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
 
 def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A TMA descriptor of an addressable tensor, in blocks of that shape."""
-    unit, shape = _ALIGNMENT // x.element_size(), [*x.shape]
-    strides = [unit if size == 1 else stride for size, stride in zip(shape, x.stride(), strict=True)]
-    strides[-1] = 1
-    return _descriptor(x, shape, strides, tuple(block))
+    return _descriptor(x, *_laid(x.shape, x.stride(), _ALIGNMENT // x.element_size()), tuple(block))
+
+
+@functools.lru_cache(maxsize=256)  # keys lie as values do, and gradients as what they are of
+def _laid(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> tuple[list[int], list[int]]:
+    """Shape and strides of a descriptor, to be read only. unit: numbers of 16 bytes, the stride of a dim of one."""
+    own = [unit if size == 1 else stride for size, stride in zip(shape, strides, strict=True)]
+    own[-1] = 1
+    return [*shape], own
 
 
 _alike: dict[tuple[Any, ...], dict[str, Any] | None] = {}  # by block and dtype, the fields of a descriptor; None: there are others
@@ -217,12 +222,12 @@ def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> Any:
 
 def addressable(x: Tensor) -> bool:
     """Whether TMA can address the tensor as it lies."""
-    return layout.tma_addressable(x.shape, x.stride(), x.element_size(), address_of(x))
+    return layout.tma_addressable(x.shape, x.stride(), x.element_size(), address_of(x) % _ALIGNMENT)
 
 
 def writable(x: Tensor) -> bool:
     """Whether TMA can write the tensor as it lies, and nothing beside it."""
-    return layout.tma_writable(x.shape, x.stride(), x.element_size(), address_of(x))
+    return layout.tma_writable(x.shape, x.stride(), x.element_size(), address_of(x) % _ALIGNMENT)
 
 
 def ready(room: Room, name: str, x: Tensor) -> Tensor:

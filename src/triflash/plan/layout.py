@@ -5,6 +5,7 @@ Called by the launchers, who ask what to copy, and by ``explain``, which tells w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 __all__ = [
@@ -46,7 +47,8 @@ def copied_bias_shape(shape: Sequence[int], strides: Sequence[int]) -> tuple[int
     return outer, inner, head, query, _padded(key, BIAS_STRIDE)
 
 
-def tma_addressable(shape: Sequence[int], strides: Sequence[int], itemsize: int, address: int) -> bool:
+@functools.lru_cache(maxsize=256)  # the tensors of a problem lie alike
+def tma_addressable(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, address: int) -> bool:
     """Whether TMA, by which the Hopper kernels load and store, can address a tensor of ``itemsize`` bytes an element as it lies.
 
     Its last dim is contiguous, its address and other strides are multiples of 16 bytes, and no other stride is 0.
@@ -59,7 +61,7 @@ def tma_addressable(shape: Sequence[int], strides: Sequence[int], itemsize: int,
     return True
 
 
-def tma_writable(shape: Sequence[int], strides: Sequence[int], itemsize: int, address: int) -> bool:
+def tma_writable(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, address: int) -> bool:
     """Whether TMA can store such a tensor and touches nothing else: it writes rows in whole 16 bytes, past an end between two of them.
 
     In padding of our own (:func:`tma_padded`) that is well. In a caller's tensor the rest of those 16 bytes may be anybody's.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 
 from ...errors import bad_value
 from ...spec import AttentionSpec
@@ -162,6 +163,9 @@ def _small_of_own_widths(spec: AttentionSpec, over_128: bool) -> tuple[ForwardCo
     return (*next_come, replace(three, bias_stages=2), three)
 
 
+_config = functools.cache(ForwardConfig)  # which checks what it is made of
+
+
 def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
     """From the fastest measured to the smallest; the first that fits is taken.
 
@@ -180,54 +184,56 @@ def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
     if head <= 64:
         if bias_tiles:
             if head <= 32 and light:
-                narrow = (ForwardConfig(2, 64, 3, 2, q_stages=2, ctas_per_sm=2), ForwardConfig(2, 64, 2, ctas_per_sm=2))
+                narrow = (_config(2, 64, 3, 2, q_stages=2, ctas_per_sm=2), _config(2, 64, 2, ctas_per_sm=2))
                 if spec.bias is not None and spec.bias.is_mask:
-                    narrow = (ForwardConfig(1, 64, 3, q_stages=2, ctas_per_sm=4), *narrow)
+                    narrow = (_config(1, 64, 3, q_stages=2, ctas_per_sm=4), *narrow)
                 else:
-                    narrow = (ForwardConfig(1, 64, 2, 2, ctas_per_sm=4), *narrow)
+                    narrow = (_config(1, 64, 2, 2, ctas_per_sm=4), *narrow)
             if short:
-                small = (ForwardConfig(1, 64, 2, 2, ctas_per_sm=3), ForwardConfig(1, 64, 2, ctas_per_sm=3))
+                small = (_config(1, 64, 2, 2, ctas_per_sm=3), _config(1, 64, 2, ctas_per_sm=3))
             large = (
-                ForwardConfig(2, 128, 2, 2, ping_pong=True),
-                ForwardConfig(2, 128, 2, 1, ping_pong=True),
-                ForwardConfig(2, 64, 2, ping_pong=True),
+                _config(2, 128, 2, 2, ping_pong=True),
+                _config(2, 128, 2, 1, ping_pong=True),
+                _config(2, 64, 2, ping_pong=True),
             )
-            return (*narrow, *small, ForwardConfig(1, 128, 2, ctas_per_sm=2), *large)
+            return (*narrow, *small, _config(1, 128, 2, ctas_per_sm=2), *large)
         if (short or short_full) and spec.bias is None:
             if head <= 32:
-                narrow = (ForwardConfig(1, 64, 3, q_stages=2, ctas_per_sm=4),)
+                narrow = (_config(1, 64, 3, q_stages=2, ctas_per_sm=4),)
             stages_of_queries = 2 if seen <= (SHORT_FULL if banded else 128) else 1  # the next tile's queries come ahead
-            short_rows = tuple(ForwardConfig(1, 64, 3, q_stages=stages, ctas_per_sm=3) for stages in range(stages_of_queries, 0, -1))
-            return (*narrow, *short_rows, ForwardConfig(2, 64, 2, ping_pong=True))
+            short_rows = tuple(_config(1, 64, 3, q_stages=stages, ctas_per_sm=3) for stages in range(stages_of_queries, 0, -1))
+            return (*narrow, *short_rows, _config(2, 64, 2, ping_pong=True))
         if spec.alibi and spec.hi is not None and not softcapped and spec.dropout == 0:
-            return (ForwardConfig(1, 128, 2, q_stages=2, ctas_per_sm=2), ForwardConfig(2, 64, 2, ping_pong=True))
+            return (_config(1, 128, 2, q_stages=2, ctas_per_sm=2), _config(2, 64, 2, ping_pong=True))
         if light and spec.bias is None and not banded and seen <= 5 * 64:  # a block of 128 more would be half empty
-            return (ForwardConfig(2, 64, 2, ctas_per_sm=2), ForwardConfig(2, 64, 2, ping_pong=True))
-        wasted = -(-spec.queries // 192) * 192 / (-(-spec.queries // 128) * 128)  # of tiles of 192 queries, over those of 128
-        if light and spec.bias is None and seen >= (4096 if banded else 2048) and wasted <= MOST_WASTED:  # more wants registers
-            return (ForwardConfig(3, 128, 2, ping_pong=True), ForwardConfig(2, 64, 2, ping_pong=True))
-        return (ForwardConfig(2, 128, 3, q_stages=2), ForwardConfig(2, 64, 2, ping_pong=True))
+            return (_config(2, 64, 2, ctas_per_sm=2), _config(2, 64, 2, ping_pong=True))
+        in_large, in_small = (max(1, ceil(spec.queries / rows)) * rows for rows in (192, 128))
+        if (
+            light and spec.bias is None and seen >= (4096 if banded else 2048) and in_large <= MOST_WASTED * in_small
+        ):  # more wants registers
+            return (_config(3, 128, 2, ping_pong=True), _config(2, 64, 2, ping_pong=True))
+        return (_config(2, 128, 3, q_stages=2), _config(2, 64, 2, ping_pong=True))
     if head <= 128:
         ping_pong = bias_tiles or spec.alibi or (softcapped and banded)
         few_blocks = not banded and light and seen <= FEW_BLOCKS and (_fills_sectors(spec) or 0 < seen % 128 <= 64)
         if (short or few_blocks) and (bias_tiles or spec.bias is None):
-            small = (ForwardConfig(1, 64, 2, ctas_per_sm=2),)
+            small = (_config(1, 64, 2, ctas_per_sm=2),)
         return (
             *small,
-            *(() if bias_tiles else (ForwardConfig(2, 128, 2, q_stages=2, ping_pong=ping_pong),)),
-            ForwardConfig(2, 128, 2, ping_pong=ping_pong),
-            ForwardConfig(2, 128, 2, ping_pong=ping_pong, separate_o=False),
-            ForwardConfig(2, 64, 2, ping_pong=ping_pong),
-            ForwardConfig(2, 64, 2, separate_o=False),
+            *(() if bias_tiles else (_config(2, 128, 2, q_stages=2, ping_pong=ping_pong),)),
+            _config(2, 128, 2, ping_pong=ping_pong),
+            _config(2, 128, 2, ping_pong=ping_pong, separate_o=False),
+            _config(2, 64, 2, ping_pong=ping_pong),
+            _config(2, 64, 2, separate_o=False),
         )
     if short and seen <= 512 and spec.bias is None:
-        small = (ForwardConfig(1, 64, 2, q_stages=2), ForwardConfig(1, 64, 2))  # with a separate O
+        small = (_config(1, 64, 2, q_stages=2), _config(1, 64, 2))  # with a separate O
     return (
         *small,
-        ForwardConfig(2, 64, 2, separate_o=False),
-        ForwardConfig(2, 64, 2),  # for head dims of q and v that differ: O does not fit in Q's buffer
-        ForwardConfig(2, 32, 2, separate_o=False),
-        ForwardConfig(1, 32, 2),
+        _config(2, 64, 2, separate_o=False),
+        _config(2, 64, 2),  # for head dims of q and v that differ: O does not fit in Q's buffer
+        _config(2, 32, 2, separate_o=False),
+        _config(1, 32, 2),
     )
 
 
