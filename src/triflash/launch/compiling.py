@@ -17,6 +17,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
+import operator
 import os
 import threading
 import time
@@ -82,13 +84,20 @@ def _asked(call: Call) -> Any:
 
 
 class _Noted(NamedTuple):
-    """Of a kernel whose global constants Triton has compared: its key then, and where they are, their names and what they were."""
+    """Of a kernel whose global constants Triton has compared: its key then, and where they are, their names and what they were.
+
+    tuples, sorts: by the types of arguments, which of them are tuples, and how to tell them apart. found: what tells a call -> Triton's key
+    for it, the compiled kernel, and the call, so that what its arguments are told by lives.
+    """
 
     kernel: Any
     key: str
     where: list[dict[str, Any]]
     names: list[str]
     values: list[Any]
+    tuples: dict[tuple[Any, ...], tuple[int, ...]]
+    sorts: dict[tuple[Any, ...], _Sort | None]
+    found: dict[tuple[Any, ...], tuple[str, Any, Call]]
 
 
 _noted: dict[int, _Noted] = {}  # by id: a function's own hash is that of its key
@@ -98,7 +107,7 @@ def _note(kernel: Any) -> None:
     used = getattr(kernel, "used_global_vals", None)
     if id(kernel) not in _noted and isinstance(used, dict) and getattr(kernel, "hash", None) is not None:
         where, names = [scope for _, scope in used.values()], [name for name, _ in used]
-        _noted[id(kernel)] = _Noted(kernel, kernel.hash, where, names, [*map(dict.get, where, names)])
+        _noted[id(kernel)] = _Noted(kernel, kernel.hash, where, names, [*map(dict.get, where, names)], {}, {}, {})
 
 
 @functools.cache
@@ -124,11 +133,108 @@ def _known(call: Call) -> Any:
     try:
         known, keys, _, _, binder = kernel.device_caches[driver.active.get_current_device()]
         more = {"debug": kernel.debug or knobs.runtime.debug, "instrumentation_mode": knobs.compilation.instrumentation_mode}
+        told = _told(noted, call, tuple(more.values()))
+        key, found, _ = noted.found.get(told, _NOTHING) if told is not None else _NOTHING
+        if found is not None and known.get(key) is found:
+            return found
         _, specialization, options = binder(*call.args, **call.options, **more)
-        found = known.get(jit.compute_cache_key(keys, specialization, options))
+        key = jit.compute_cache_key(keys, specialization, options)
+        found = known.get(key)
     except (AttributeError, TypeError, ValueError):  # another release
         return None
-    return None if hasattr(found, "result") else found
+    if hasattr(found, "result"):
+        return None
+    if told is not None and found is not None:
+        noted.found[told] = key, found, call
+    return found
+
+
+_NOTHING = (None, None, None)
+
+
+class _Sort(NamedTuple):
+    """What picks, of arguments of some types and what is in those that are tuples, such. specialised: the integers by whose values kernels
+    differ. others: what is told by itself.
+    """
+
+    integers: Callable[[Sequence[Any]], tuple[int, ...]]
+    specialised: Callable[[Sequence[Any]], tuple[int, ...]]
+    tensors: Callable[[Sequence[Any]], tuple[Any, ...]]
+    descriptors: Callable[[Sequence[Any]], tuple[Any, ...]]
+    others: Callable[[Sequence[Any]], tuple[Any, ...]]
+
+
+def _told(noted: _Noted, call: Call, more: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What tells a call from those that take another kernel, as Triton 3.6 does: by each integer if it is 1, and if it is a multiple of 16,
+    unless the kernel wants no such difference. Triton finds out argument by argument, which takes longer. None: leave it to Triton.
+    """
+    args = call.args
+    types: tuple[Any, ...] = tuple(map(type, args))
+    tuples = noted.tuples.get(types)
+    if tuples is None:
+        tuples = noted.tuples[types] = tuple([at for at, kind in enumerate(types) if kind is tuple])
+    for at in tuples:
+        args += args[at]
+    if tuples:
+        types = (types, *map(type, args[len(types) :]))
+    sort = noted.sorts.get(types, _NEW)
+    if sort is _NEW:
+        sort = noted.sorts[types] = _sort(noted.kernel, args, len(call.args))
+    if sort is None:
+        return None
+    integers, specialised = sort.integers(args), sort.specialised(args)
+    if integers and not (min(integers) >= -(2**31) and max(integers) < 2**31):
+        return None
+    options = call.options
+    values = tuple(options.values())
+    return (
+        types, tuple(map((1).__eq__, specialised)), tuple(map(operator.not_, map(operator.and_, specialised, itertools.repeat(15)))),
+        *[(x.dtype, x.data_ptr() % 16 == 0) for x in sort.tensors(args)],
+        *[(x.base.dtype, *x.block_shape, id(x.layout), x.padding) for x in sort.descriptors(args)],
+        sort.others(args), *options, values, tuple(map(type, values)), more,
+    )  # fmt: skip
+
+
+_NEW: Any = object()
+
+
+def _sort(kernel: Any, args: tuple[Any, ...], count: int) -> _Sort | None:
+    """For arguments of such types, of which the first ``count`` are parameters; None: they cannot be told here."""
+    if not _specialises_as_known():
+        return None
+    integers, specialised, tensors, descriptors, others = [], [], [], [], []
+    for at, x in enumerate(args):
+        kind, parameter = type(x), kernel.params[at] if at < count else None
+        if parameter is not None and parameter.is_constexpr:
+            others.append(at)
+        elif kind is int:
+            integers.append(at)
+            if parameter is None or not parameter.do_not_specialize:
+                specialised.append(at)
+        elif kind is torch.Tensor:
+            tensors.append(at)
+        elif kind.__name__ == "TensorDescriptor":
+            descriptors.append(at)
+        elif kind is bool:
+            others.append(at)
+        elif not (x is None or kind is float or (kind is tuple and at < count)):  # whose types tell all
+            return None
+    return _Sort(*map(_picking, (integers, specialised, tensors, descriptors, others)))
+
+
+def _picking(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What picks them of a sequence."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda args: tuple([args[at] for at in places])
+
+
+@functools.cache
+def _specialises_as_known() -> bool:
+    """Whether this Triton tells arguments apart as it is known here."""
+    import triton
+
+    return bool(triton.__version__.startswith("3.6."))
 
 
 def _result(compiled: Any) -> Any:
