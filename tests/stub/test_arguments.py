@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
+import triton
 from problems import Problem, many, step_of
-from ways import check_both_ways, nothing_compiled
+from triton.runtime.jit import compute_cache_key
+from ways import binding, check_both_ways, nothing_compiled
 
 import triflash
 from triflash.bound.cache import Recent
 from triflash.bound.call import BoundCall
 from triflash.bound.signature import CALLS
-from triflash.launch import native
+from triflash.launch import compiling, native
 
 PROBLEMS = [*many("hopper"), *many("triton")]
 
@@ -50,3 +54,33 @@ def test_the_table_reaches_every_kernel() -> None:
     assert reached == {f"hopper: {name}" for name in hopper} | {
         f"triton: {name}" for name in ("forward", "delta", "dkdv", "dq", "dbias", "dbias_sum", "short_forward", "short_backward")
     }
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="other releases of Triton are asked")
+def test_launches_that_are_told_alike_take_one_kernel() -> None:
+    """What is found by :func:`~triflash.launch.compiling._told` is what Triton's own key finds, at lengths that it specialises on."""
+    of_key: dict[tuple[int, Any], str] = {}
+    keys: dict[int, set[str]] = {}
+    for problem in PROBLEMS:
+        plain = problem.bias is None and problem.mask is None
+        for more, apart in ((0, False), (0, True), *[(more, problem.apart) for more in (24, 25, 120) if plain]):
+            longer = replace(problem, M=problem.M + more, N=problem.N + more, apart=apart)
+            step = step_of(longer)
+            if apart and "sink" in step.given:  # nothing but its address differs
+                sink = step.given["sink"]
+                step.given["sink"] = sink.new_zeros(sink.numel() + 1)[1:].requires_grad_(sink.requires_grad)
+            with nothing_compiled(), binding() as made:
+                step.run()
+            passes = [each for call in made for each in (call.kept, call.alone, *call._backward._entries.values())]
+            for launch in [launch for each in passes for launch in each.calls or ()]:
+                kernel = launch.kernel
+                noted = compiling._Noted(kernel, "", [], [], [], {}, {}, {})
+                told = compiling._told(noted, launch, ())
+                *_, binder = kernel.device_caches[0]
+                _, specialization, options = binder(*launch.args, **launch.options, debug=False, instrumentation_mode="")
+                key = compute_cache_key({}, specialization, options)
+                assert told is not None, f"{kernel.__name__} of {longer}"
+                assert of_key.setdefault((id(kernel), told), key) == key, f"{kernel.__name__} of {longer}: another kernel is told alike"
+                keys.setdefault(id(kernel), set()).add(key)
+    assert len(of_key) <= 2 * sum(map(len, keys.values())), "what is told apart is one kernel"
+    assert any(len(own) > 8 for own in keys.values()), "lengths make a difference"

@@ -168,15 +168,18 @@ def _told(noted: _Noted, call: Call, more: tuple[Any, ...]) -> tuple[Any, ...] |
     """What tells a call from those that take another kernel, as Triton 3.6 does: by each integer if it is 1, and if it is a multiple of 16,
     unless the kernel wants no such difference. Triton finds out argument by argument, which takes longer. None: leave it to Triton.
     """
-    args = call.args
-    types: tuple[Any, ...] = tuple(map(type, args))
-    tuples = noted.tuples.get(types)
-    if tuples is None:
-        tuples = noted.tuples[types] = tuple([at for at, kind in enumerate(types) if kind is tuple])
-    for at in tuples:
-        args += args[at]
-    if tuples:
-        types = (types, *map(type, args[len(types) :]))
+    args, begin, types = call.args, 0, ()  # type: tuple[Any, ...], int, tuple[Any, ...]
+    while begin < len(args):  # then what is in those that are tuples
+        own = tuple(map(type, args[begin:]))
+        tuples = noted.tuples.get(own)
+        if tuples is None:
+            tuples = noted.tuples[own] = tuple([at for at, kind in enumerate(own) if issubclass(kind, tuple)])
+        types += own
+        begin, before = len(args), begin
+        for at in tuples:
+            inside = args[before + at]
+            types = (*types, len(inside))
+            args += inside
     sort = noted.sorts.get(types, _NEW)
     if sort is _NEW:
         sort = noted.sorts[types] = _sort(noted.kernel, args, len(call.args))
@@ -217,7 +220,7 @@ def _sort(kernel: Any, args: tuple[Any, ...], count: int) -> _Sort | None:
             descriptors.append(at)
         elif kind is bool:
             others.append(at)
-        elif not (x is None or kind is float or (kind is tuple and at < count)):  # whose types tell all
+        elif not (x is None or kind is float or isinstance(x, tuple)):  # whose types tell all
             return None
     return _Sort(*map(_picking, (integers, specialised, tensors, descriptors, others)))
 
