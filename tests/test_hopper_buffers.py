@@ -61,11 +61,15 @@ def test_the_plan_adds_up_what_kernels_allocate(case: Case, configs: dict[str, A
     with override_configs(**configs):
         plans = [(plan_forward(spec, ONE_SM, "hopper"), nothing)]
         plans += [(plan_backward(spec, needs, ONE_SM, "hopper"), needs)] if case.grads else []
+    band = {name: 3 * (getattr(spec, name) or 0) for name in ("lo", "hi") if getattr(spec, name) is not None}
+    larger = replace(spec, batch_outer=5, queries=1000, keys=3001, heads=4 * spec.heads, **band)
+    assert larger.kind == spec.kind, "what shared memory is counted once for"
     seen = []
     for plan, wanted in plans:
         for step, call in zip(plan.steps, ahead.calls_of(plan, spec, wanted, *operands), strict=True):
             if isinstance(step.config, HopperConfig):
                 buffers = [each for each in step.config.buffers(spec, step.gives) if each.nbytes]
+                assert step.config.buffers(larger, step.gives) == step.config.buffers(spec, step.gives)
                 planned = Counter((each.nbytes, each.itemsize) for each in buffers if each.name != "barriers")
                 allocated, barriers = allocations(call, monkeypatch)
                 assert allocated == planned, (step, buffers)
