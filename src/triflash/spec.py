@@ -6,10 +6,8 @@ packed, that becomes ``lo <= j - i <= hi``, so kernels know two optional integer
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -235,13 +233,6 @@ class AttentionSpec:
     def kv_heads(self) -> int:
         return self.heads // self.groups
 
-    @functools.cached_property
-    def kind(self) -> tuple[Any, ...]:
-        """All of it but numbers of queries, keys, batch entries and heads: of a band which sides it has, of packed sequences if there are
-        such.
-        """
-        return self.lo is None, self.hi is None, self.packed is None, *_of_kind(self)
-
     @property
     def extras(self) -> tuple[str, ...]:
         """What there is beyond q, k, v, one bias or mask and a band, in words."""
@@ -277,10 +268,6 @@ class AttentionSpec:
     def keeps_rest(self) -> bool:
         """Whether a forward pass keeps what a float32 lse lost of a huge one."""
         return keeps_rest(None if self.bias is None else _DTYPES[self.bias.dtype], self.alibi, self.softcap)
-
-
-_NUMBERS = ("batch_outer", "batch_inner", "queries", "keys", "heads", "lo", "hi", "packed", "shift")
-_of_kind = operator.attrgetter(*(each.name for each in fields(AttentionSpec) if each.name not in _NUMBERS))
 
 
 def keeps_rest(bias: torch.dtype | None, alibi: bool = False, softcap: float = 0.0) -> bool:

@@ -200,6 +200,7 @@ def _laid(shape: tuple[int, ...], strides: tuple[int, ...], unit: int) -> tuple[
 
 
 _alike: dict[tuple[Any, ...], dict[str, Any] | None] = {}  # by block and dtype, the fields of a descriptor; None: there are others
+_new = object.__new__
 
 
 def _descriptor(x: Tensor, shape: list[int], strides: list[int], block: tuple[int, ...]) -> TensorDescriptor:
@@ -209,8 +210,8 @@ def _descriptor(x: Tensor, shape: list[int], strides: list[int], block: tuple[in
         made = TensorDescriptor(x, shape, strides, list(block), _shared_layout(block, x.dtype))
         _alike[block, x.dtype] = {**vars(made), "base": None} if vars(made).keys() <= _FIELDS else None
         return made
-    made = object.__new__(TensorDescriptor)
-    made.__dict__.update(fields, base=x, shape=shape, strides=strides)
+    made = _new(TensorDescriptor)
+    made.__dict__ = {**fields, "base": x, "shape": shape, "strides": strides}
     return made
 
 

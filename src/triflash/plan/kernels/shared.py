@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from itertools import chain, repeat
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +19,7 @@ from ..configs import padded
 __all__ = [
     "L2_GROUP_BYTES", "MAX_SIMULATED_TILES", "MOST_PIECES", "ROWS", "SMALLEST_BLOCK", "STATS_MULTIPLE", "TILE_COST", "Buffer",
     "HopperConfig", "QueryConfig", "barriers", "batch_fastest", "best_order", "bias_buffer", "blocks_of_heads", "check_held",
-    "equal_groups", "is_banded", "is_light", "l2_order", "load_imbalance", "mask_buffer", "mma_fits",
+    "equal_groups", "is_banded", "is_light", "kind_of", "l2_order", "load_imbalance", "mask_buffer", "mma_fits",
     "multiplied_columns", "order_of", "query_tiles", "row_buffers", "row_by_mma", "second_buffer", "shared_limit", "stats_kinds",
     "stats_length", "takes_own_widths", "widths",
 ]  # fmt: skip
@@ -68,6 +69,13 @@ def barriers(*counts: int) -> Buffer:
 
 _MOST_COUNTED = 4096
 _counted: dict[tuple[Any, ...], int] = {}  # bytes of shared memory
+_NUMBERS = ("batch_outer", "batch_inner", "queries", "keys", "heads", "lo", "hi", "packed", "shift")
+_others = operator.attrgetter(*(each.name for each in fields(AttentionSpec) if each.name not in _NUMBERS))
+
+
+def kind_of(spec: AttentionSpec) -> tuple[Any, ...]:
+    """All but numbers of queries, keys, batch entries and heads: which sides a band has, whether there are packed sequences."""
+    return spec.lo is None, spec.hi is None, spec.packed is None, *_others(spec)
 
 
 class HopperConfig:
@@ -92,7 +100,7 @@ class HopperConfig:
 
     def shared_memory(self, spec: AttentionSpec, gives: tuple[str, ...] = ()) -> int:
         """Bytes of shared memory of a CTA, at most. Counted once for problems of a kind."""
-        key = self, gives, spec.kind
+        key = self, gives, kind_of(spec)
         known = _counted.get(key)
         if known is None:
             if len(_counted) >= _MOST_COUNTED:
