@@ -207,10 +207,9 @@ def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
             return (_config(1, 128, 2, q_stages=2, ctas_per_sm=2), _config(2, 64, 2, ping_pong=True))
         if light and spec.bias is None and not banded and seen <= 5 * 64:  # a block of 128 more would be half empty
             return (_config(2, 64, 2, ctas_per_sm=2), _config(2, 64, 2, ping_pong=True))
-        in_large, in_small = (max(1, ceil(spec.queries / rows)) * rows for rows in (192, 128))
-        if (
-            light and spec.bias is None and seen >= (4096 if banded else 2048) and in_large <= MOST_WASTED * in_small
-        ):  # more wants registers
+        in_large, in_small = (ceil(spec.queries / rows) * rows for rows in (192, 128))
+        many = seen >= (4096 if banded else 2048) and in_large <= MOST_WASTED * in_small
+        if many and light and spec.bias is None:  # a third consumer leaves no registers for more
             return (_config(3, 128, 2, ping_pong=True), _config(2, 64, 2, ping_pong=True))
         return (_config(2, 128, 3, q_stages=2), _config(2, 64, 2, ping_pong=True))
     if head <= 128:
