@@ -35,7 +35,20 @@ from triflash.plan.select import plan_backward, plan_forward
 from triflash.spec import AttentionSpec, BiasSpec, Needs
 
 if HAVE_TRITON:
+    import triton
+    import triton.language as tl
+
     from triflash.kernels.triton import combine as combine_kernels
+    from triflash.kernels.triton.few import _as_float16
+
+    @triton.jit
+    def _half_rows(x, half, down, ROWS: tl.constexpr, COLS: tl.constexpr):
+        r = tl.arange(0, ROWS)[:, None]
+        at = r * COLS + tl.arange(0, COLS)[None, :]
+        halves, own = _as_float16(tl.load(x + at))
+        tl.store(half + at, halves)
+        tl.store(down + r, own)
+
 
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="Triton is not installed")
 F32, BOOL = torch.float32, torch.bool
@@ -287,6 +300,22 @@ def test_tiles_fit_the_device(arch: str) -> None:
             for bias in (False, True):
                 shape = few.Shape(rows, 8, 8192, D, D, itemsize, bias, False)
                 assert few.shared_memory(shape, few.choose(shape, device)) <= device.shared_memory
+
+
+def test_rows_of_bfloat16_as_float16(device: torch.device) -> None:
+    """Of any size: what 16 bits keep of them is within 2^-39 of the row's largest number, or next to nothing; infinities and NaN stay."""
+    x = torch.randn(16, 32, device=device).to(torch.bfloat16)
+    x[1], x[2], x[3] = x[1] * 2.0**120, x[2] * 2.0**-115, 0.0
+    x[4, 1:] *= 1e-6
+    x[5, 0], x[6, 0], x[7, 0] = torch.inf, -torch.inf, torch.nan
+    half, down = torch.empty_like(x, dtype=torch.float16), torch.empty(16, 1, device=device)
+    _half_rows[(1,)](x, half, down, 16, 32)
+    whole = [row for row in range(16) if row not in (5, 6, 7)]
+    found = (half.double() * down.double())[whole]
+    exact = x.double()[whole]
+    assert ((found - exact).abs() <= 2.0**-39 * exact.abs().amax(1, keepdim=True) + 2.0**-150).all() and torch.isfinite(down).all()
+    assert (half.double().abs() < 2.0**15)[whole].all()
+    assert half[5, 0] == torch.inf and half[6, 0] == -torch.inf and half[7, 0].isnan()
 
 
 def test_explained() -> None:

@@ -15,8 +15,8 @@ from ..plan.configs import TileConfig, padded
 from ..plan.kernels.few import FewConfig, least_blocks, least_cache_blocks
 from ..plan.steps import Plan, Step, broadcast_rows, dbias_source
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
-from ..spec_cache import CacheOperands, CacheSpec
-from .calls import Call, bias_strides, slope_strides
+from ..spec_cache import FP8, CacheOperands, CacheSpec
+from .calls import Call, address_of, bias_strides, slope_strides
 from .common import is_wide, tile_constants
 from .room import Room
 
@@ -47,7 +47,8 @@ def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: F
         *(step.splits, least_blocks(config)),
     )
     wide = is_wide((q, k, v, saved.out, x.bias, x.mask, x.second_bias))
-    constants = few_constants(spec, config, wide, step.precision) | {"EVEN_N": spec.keys % config.block_n == 0, "PAGE": 0}
+    constants = few_constants(spec, config, wide, step.precision) | {"EVEN_N": spec.keys % config.block_n == 0}
+    constants |= {"PAGE": 0, "ASSEMBLY": step.assembly}
     calls = [Call(few_kernels.few_forward, args, constants, config, step.programs)]
     if step.splits > 1:
         calls.append(combine_call(plan, parts, saved))
@@ -161,18 +162,29 @@ def cache_calls(room: Room, plan: Plan, spec: CacheSpec, x: CacheOperands, out: 
         out_strides: tuple[int, ...] = (0, *out.stride()[:3]) if combine is None else parts.out.stride()[:4]
         lse_strides = (0, *lse.stride()[:2]) if combine is None else parts.lse.stride()[:3]
         wide = is_wide((q, x.k_cache, x.v_cache, out)) or max(_last_strides(x.bias) + _last_strides(x.mask)) >= 2**22
+        k, v = x.k_cache, x.v_cache
+        if _comes_in_pairs(k) and _comes_in_pairs(v):
+            k, v = k.view(torch.int16), v.view(torch.int16)
         args = (
-            *(q, x.k_cache, x.v_cache, _cache_features(spec, x), _cache_of(spec, x), *parts),
-            *(q.stride()[:3], x.k_cache.stride()[:3], x.v_cache.stride()[:3], out_strides, lse_strides),
+            *(q, k, v, _cache_features(spec, x), _cache_of(spec, x), *parts),
+            *(q.stride()[:3], k.stride()[:3], v.stride()[:3], out_strides, lse_strides),
             lse_strides if combine is not None else (0, 0, 0),
             *(-(-spec.queries * spec.groups // config.block_m), spec.heads, spec.groups, 1, q.shape[1], spec.capacity),
             *(None if spec.left is None else -spec.left, spec.right, spec.scale, splits, least_cache_blocks(spec, config)),
         )
-        constants = few_constants(spec, config, wide, forward.precision) | {"EVEN_N": False, "PAGE": spec.page_size or 0}
+        constants = few_constants(spec, config, wide, forward.precision)
+        constants |= {"EVEN_N": False, "PAGE": spec.page_size or 0, "ASSEMBLY": forward.assembly}
         calls.append(Call(few_kernels.few_forward, args, constants, config, forward.programs))
     if combine is not None:
         calls.append(combine_call(plan, parts, result, x.offsets_q))
     return calls
+
+
+def _comes_in_pairs(cache: Tensor) -> bool:
+    """Whether a cache of 8 bits can be read as one of 16, and a product be made of half its columns."""
+    *strides, last = cache.stride()
+    even = not any(n % 2 for n in (*strides, cache.shape[-1], address_of(cache)))
+    return cache.dtype == FP8 and even and last == 1 and cache.shape[-1] > 16
 
 
 def _last_strides(x: Tensor | None) -> tuple[int, ...]:

@@ -15,6 +15,15 @@ from .features import Program, Span, at_head, bias_tile, drop_at, mask_tile, res
 from .prims import LN2, LOG2E, clamped, in_band, lse_rest, offset, probabilities, segments, stride_in_tile
 from .records import record
 
+# Beside 8-bit caches, weights are at most 2^7 (2^8, as scores may be rounded), so that float16 keeps what bfloat16 would of small ones.
+HEADROOM: tl.constexpr = tl.constexpr(7.0)
+_LOWER_OF_PAIRS: tl.constexpr = tl.constexpr(
+    "{ .reg .b32 t; .reg .b16 a, b; prmt.b32 t, $1, 0, 0x4420; mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a; }"
+)
+_UPPER_OF_PAIRS: tl.constexpr = tl.constexpr(
+    "{ .reg .b32 t; .reg .b16 a, b; prmt.b32 t, $1, 0, 0x4431; mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a; }"
+)
+
 
 class Cache(NamedTuple):
     """What a call on a KV cache knows beyond one on tensors; a field is None where the feature is absent.
@@ -67,13 +76,20 @@ class Part:
     pages: object
     v_scale: object
     PAGE: tl.constexpr
+    ASSEMBLY: tl.constexpr
 
 
 @record
 class Rows:
-    """BM rows, each a query of a head; those behind the last repeat it. query: [BM, 1], counted from m0. at: ``features.at_head``."""
+    """BM rows, each a query of a head; those behind the last repeat it. query: [BM, 1], counted from m0. at: ``features.at_head``.
+
+    odd: where keys are read in pairs of columns, the odd columns of q, which has the even ones; else None. down: what products are to be
+    multiplied by, [BM, 1], or None.
+    """
 
     q: object
+    odd: object
+    down: object
     query: object
     at: object
     m0: object
@@ -123,16 +139,53 @@ def _load_keys(base, strides, c, page, n0, BN: tl.constexpr, DIM: tl.constexpr, 
 
 
 @triton.jit
-def _walk(acc, l, m, p, t, f, c, kv, begin, end, MASKED: tl.constexpr):
-    """Fold the key blocks ``[begin, end)`` into the running (acc, l, m) of ``forward.py``; ``MASKED`` where some row does not see some key.
-    kv: where keys and values of the head lie, and their strides.
+def _half_of_pairs(x, UPPER: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Of pairs of e4m3 numbers, read as int16, the first (UPPER: the second) ones as float16."""
+    if not ASSEMBLY:
+        return ((x >> (8 if UPPER else 0)) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    elif UPPER:
+        return tl.inline_asm_elementwise(_UPPER_OF_PAIRS, "=r,r", [x], tl.float16, True, 2)
+    else:
+        return tl.inline_asm_elementwise(_LOWER_OF_PAIRS, "=r,r", [x], tl.float16, True, 2)
+
+
+@triton.jit
+def _halves(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The columns ``0, 2, …`` of a tile, and ``1, 3, …``."""
+    return tl.split(tl.reshape(x, [ROWS, COLS // 2, 2]))
+
+
+@triton.jit
+def _as_float16(x):
+    """Rows of bfloat16 numbers as float16, and by which powers of two ``[BM, 1]`` they are to be multiplied: a row's largest number is of
+    ``[2^14, 2^15)``, and 2^-39 of it is still there, less than what float32 sums of products lose. (Rows below 2^-112 are less exact.)
     """
+    largest = tl.max(tl.abs(x.to(tl.float32)), 1).to(tl.int32, bitcast=True)
+    exponent = tl.maximum(largest >> 23, 15)[:, None]  # biased by 127; of numbers that are none 255
+    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    return (x.to(tl.float32) * up).to(tl.float16), down
+
+
+@triton.jit
+def _walk(acc, odd, l, m, p, t, f, c, kv, begin, end, MASKED: tl.constexpr):
+    """Fold the key blocks ``[begin, end)`` into the running (acc, l, m) of ``forward.py``; ``MASKED`` where some row does not see some key.
+    kv: where keys and values of the head lie, and their strides. odd: of keys in pairs, the odd columns of acc, which has the even ones.
+    """
+    PAIRED: tl.constexpr = t.odd is not None
+    SHARE: tl.constexpr = 2 if PAIRED else 1
     j = tl.arange(0, p.BN)[None, :]
     for block in tl.range(begin, end):
         n0 = block * p.BN
         page = _page_of(c, n0, p.BN, MASKED)
-        k_tile = _load_keys(kv[0], kv[2], c, page, n0, p.BN, p.D, p.BD, MASKED, p.WIDE)
-        s = tl.dot(t.q, tl.trans(k_tile.to(t.q.dtype)), input_precision=p.PRECISION)  # [BM, BN]
+        k_tile = _load_keys(kv[0], kv[2], c, page, n0, p.BN, p.D // SHARE, p.BD // SHARE, MASKED, p.WIDE)
+        if PAIRED:
+            s = tl.dot(t.q, _half_of_pairs(tl.trans(k_tile), False, c.ASSEMBLY))  # [BM, BN]
+            s = tl.dot(t.odd, _half_of_pairs(tl.trans(k_tile), True, c.ASSEMBLY), s)
+            if t.down is not None:
+                s = s * t.down
+        else:
+            s = tl.dot(t.q, tl.trans(k_tile.to(t.q.dtype)), input_precision=p.PRECISION)
         seen = mask_tile(f, t.at, t.m0, n0, t.query, j, p.M, c.last, False, MASKED, p.WIDE)
         bias = bias_tile(f, t.at, t.m0, n0, t.query, j, Span(None, p.M), Span(None, c.last), False, MASKED, p.WIDE)
         s, _ = scored(p, f, t.at, s, bias, seen, t.m0, n0, t.query, j, True)
@@ -141,17 +194,25 @@ def _walk(acc, l, m, p, t, f, c, kv, begin, end, MASKED: tl.constexpr):
             if c.first is not None:
                 visible = visible & (n0 + j >= c.first)
             s = tl.where(visible, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
+        most = tl.max(s, 1)
+        if PAIRED:
+            most -= HEADROOM
+        m_new = tl.maximum(m, most)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: 2^(-inf - 0) = 0, never NaN
         weights = tl.exp2(s - m_safe[:, None])
         shrink = tl.exp2(m - m_safe)
         l = l * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
-        v_tile = _load_keys(kv[1], kv[3], c, page, n0, p.BN, p.DV, p.BDV, MASKED, p.WIDE).to(t.q.dtype)
-        weights = drop_at(f, t.at, weights, (t.m0 + t.query).to(tl.uint32), (n0 + j).to(tl.uint32))
-        acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision=p.PRECISION)
+        v_tile = _load_keys(kv[1], kv[3], c, page, n0, p.BN, p.DV // SHARE, p.BDV // SHARE, MASKED, p.WIDE)
+        weights = drop_at(f, t.at, weights, (t.m0 + t.query).to(tl.uint32), (n0 + j).to(tl.uint32)).to(t.q.dtype)
+        if PAIRED:
+            odd = odd * shrink[:, None]
+            acc = tl.dot(weights, _half_of_pairs(v_tile, False, c.ASSEMBLY), acc)
+            odd = tl.dot(weights, _half_of_pairs(v_tile, True, c.ASSEMBLY), odd)
+        else:
+            acc = tl.dot(weights, v_tile.to(t.q.dtype), acc, input_precision=p.PRECISION)
         m = m_new
-    return acc, l, m
+    return acc, odd, l, m
 
 
 @triton.jit
@@ -167,9 +228,16 @@ def _attend(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, HIDES: t
     rows = first_query + m0 + query
     pointers = q + (offset(rows, strides[0]) + offset(head, strides[1]))[:, None] + d
     q_tile = tl.load(pointers, mask=d < p.D, other=0.0)
+    PAIRED: tl.constexpr = kv[0].dtype.element_ty == tl.int16
+    odd_tile = None
+    down = None
+    if PAIRED:
+        if q_tile.dtype == tl.bfloat16:
+            q_tile, down = _as_float16(q_tile)
+        q_tile, odd_tile = _halves(q_tile, p.BM, p.BD)
     # Rows that repeat the last one read what it reads, so that no load of a row needs a mask.
     at = at_head(f, c.b, head[:, None], c.heads, c.batch_inner, 0, 0)
-    t = Rows(q_tile, query[:, None], at, m0)
+    t = Rows(q_tile, odd_tile, down, query[:, None], at, m0)
 
     begin, full_begin, full_end, end = segments(m0, m0 + tl.max(query, 0), c.last, p.lo, p.hi, p.BN)
     if c.first is not None:
@@ -187,13 +255,16 @@ def _attend(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, HIDES: t
         sink = tl.load(f.sink + offset(head, f.sink_stride)).to(tl.float32) * LOG2E
         m = tl.where(c.split == 0, sink, m)
         l = tl.where(c.split == 0, 1.0, l)
-    acc = tl.zeros([p.BM, p.BDV], tl.float32)
+    acc = tl.zeros([p.BM, p.BDV // 2 if PAIRED else p.BDV], tl.float32)
+    odd = acc  # which nothing reads unless keys come in pairs
     if p.lo is not None or c.first is not None:
-        acc, l, m = _walk(acc, l, m, p, t, f, c, kv, own_begin, tl.minimum(full_begin, own_end), True)
+        acc, odd, l, m = _walk(acc, odd, l, m, p, t, f, c, kv, own_begin, tl.minimum(full_begin, own_end), True)
     whole_begin = tl.maximum(full_begin, own_begin)
-    acc, l, m = _walk(acc, l, m, p, t, f, c, kv, whole_begin, tl.minimum(full_end, own_end), False)
+    acc, odd, l, m = _walk(acc, odd, l, m, p, t, f, c, kv, whole_begin, tl.minimum(full_end, own_end), False)
     if HIDES or p.hi is not None:
-        acc, l, m = _walk(acc, l, m, p, t, f, c, kv, tl.maximum(full_end, own_begin), own_end, True)
+        acc, odd, l, m = _walk(acc, odd, l, m, p, t, f, c, kv, tl.maximum(full_end, own_begin), own_end, True)
+    if PAIRED:
+        acc = tl.reshape(tl.join(acc, odd), [p.BM, p.BDV])
 
     unseen = l == 0.0
     l = tl.where(unseen, 1.0, l)
@@ -217,7 +288,7 @@ def few_forward(
     q, k, v, f, cache, out, lse, rest, q_strides, k_strides, v_strides, out_strides, lse_strides, rest_strides,
     tiles, heads, groups, batch_inner, M, N, lo, hi, scale, splits, least,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_N: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    EVEN_N: tl.constexpr, PAGE: tl.constexpr, ASSEMBLY: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program owns BM rows (queries times grouped heads) of one key head of one request, and one of ``splits`` parts of its keys.
 
@@ -227,7 +298,9 @@ def few_forward(
 
     cache: ``Cache``, without pages if there is none. If there is, a key's stride 0 counts pages, or entries of the cache, N is what a
     request can hold, and lo and hi count from the diagonal that ends at the last query and the last key of the request. Packed queries have
-    no stride 0; M is their sum. PAGE: keys of a page.
+    no stride 0; M is their sum. PAGE: keys of a page. Caches of e4m3 numbers come as int16, two columns in one, with strides to match:
+    products then read them from shared memory as they read 16-bit numbers, and take even columns and odd ones in turn. Byte by byte,
+    values, which products want along keys, took longer than all else. ASSEMBLY: the device takes PTX.
     """
     pid = tl.program_id(0)
     tile = pid % tiles
@@ -292,7 +365,7 @@ def few_forward(
     k += offset(entry, k_strides[0]) + offset(kv_head, k_strides[2])
     v += offset(entry, v_strides[0]) + offset(kv_head, v_strides[2])
     p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, True, EVEN_N, PRECISION, WIDE, None, None, None)
-    c = Part(b, kv_head, groups, heads, batch_inner, first, last, split, splits, least, table, table_step, pages, v_scale, PAGE)
+    c = Part(b, kv_head, groups, heads, batch_inner, first, last, split, splits, least, table, table_step, pages, v_scale, PAGE, ASSEMBLY)
     kv = (k, v, k_strides, v_strides)
     strides = (q_strides[1], q_strides[2], out_strides[2], out_strides[3], lse_strides[2], 0 if rest is None else rest_strides[2])
     HIDES: tl.constexpr = not EVEN_N or f.lengths is not None or CACHED
@@ -492,7 +565,7 @@ def few_backward(
 
     last = visible_keys(f, b, N)
     p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, True, EVEN_N, PRECISION, WIDE, None, None, None)
-    c = Part(b, kv_head, groups, heads, batch_inner, None, last, split, splits, 1, None, 0, 0, None, 0)
+    c = Part(b, kv_head, groups, heads, batch_inner, None, last, split, splits, 1, None, 0, 0, None, 0, False)
     begin, full_begin, full_end, end = segments(0, M - 1, last, lo, hi, BN)
     blocks = tl.cdiv(N, BN)
     chunk = tl.cdiv(blocks, splits)
