@@ -302,6 +302,15 @@ def test_tiles_fit_the_device(arch: str) -> None:
                 assert few.shared_memory(shape, few.choose(shape, device)) <= device.shared_memory
 
 
+def test_pages_have_as_many_blocks_in_flight() -> None:
+    """Stages are shared with the table."""
+    shape = few.Shape(4, 128, 8192, 128, 128, 2, False, False)
+    device, paged = KNOWN_DEVICES["sm90"], replace(shape, paged=True)
+    own, of_pages = few.choose(shape, device), few.choose(paged, device)
+    assert of_pages == replace(own, num_stages=2 * own.num_stages - 1) and own.num_stages > 1
+    assert few.splits_of(shape, own, device.sms) == few.splits_of(paged, of_pages, device.sms)
+
+
 def test_rows_of_bfloat16_as_float16(device: torch.device) -> None:
     """Of any size: what 16 bits keep of them is within 2^-39 of the row's largest number, or next to nothing; infinities and NaN stay."""
     x = torch.randn(16, 32, device=device).to(torch.bfloat16)

@@ -104,10 +104,17 @@ def _page_of(c, n0, BN: tl.constexpr, MASKED: tl.constexpr):
         return tl.minimum(tl.maximum(tl.load(c.table + offset(n0 // c.PAGE, c.table_step)), 0), c.pages - 1)
     else:
         n = n0 + tl.arange(0, BN)
-        seen = n < c.last
-        if c.first is not None:
-            seen = seen & (n >= c.first)
-        page = tl.load(c.table + offset(n // c.PAGE, c.table_step), mask=seen, other=0)
+        if BN % c.PAGE == 0:  # blocks begin with a page: what is the same in all of them stays out of the loop
+            pointers = c.table + (offset(n0 // c.PAGE, c.table_step) + tl.arange(0, BN) // c.PAGE * c.table_step)
+        else:
+            pointers = c.table + offset(n // c.PAGE, c.table_step)
+        if MASKED:
+            seen = n < c.last
+            if c.first is not None:
+                seen = seen & (n >= c.first)
+            page = tl.load(pointers, mask=seen, other=0)
+        else:
+            page = tl.load(pointers)
         return tl.minimum(tl.maximum(page, 0), c.pages - 1)
 
 
@@ -121,7 +128,7 @@ def _load_keys(base, strides, c, page, n0, BN: tl.constexpr, DIM: tl.constexpr, 
     elif c.PAGE % BN == 0:
         pointers = base + (offset(page, strides[0]) + offset(n0 % c.PAGE, strides[1])) + (r * stride_in_tile(strides[1], WIDE) + d)
     else:
-        slot = (n0 + tl.arange(0, BN)) % c.PAGE
+        slot = tl.arange(0, BN) % c.PAGE if BN % c.PAGE == 0 else (n0 + tl.arange(0, BN)) % c.PAGE
         pointers = base + (offset(page, strides[0]) + offset(slot, strides[1]))[:, None] + d
     if MASKED:
         seen = n0 + r < c.last

@@ -63,6 +63,7 @@ class Shape:
     itemsize: int  # bytes of an element of the keys
     bias: bool
     heavy: bool  # more happens to a score than a bias or a band
+    paged: bool = False
 
 
 def shape_of(spec: AttentionSpec) -> Shape:
@@ -119,7 +120,10 @@ def takes(spec: AttentionSpec, device: DeviceFacts, tile: TileConfig) -> bool:
 
 
 def choose(shape: Shape, device: DeviceFacts) -> FewConfig:
-    """The configuration for a shape: with fewer stages, then fewer keys, where the device has less shared memory than the best takes."""
+    """The configuration for a shape: with fewer stages, then fewer keys, where the device has less shared memory than the best takes.
+
+    Triton deals stages out evenly to loads of which one waits for another, pages for their table: half of them are the keys'.
+    """
     config = _best(shape, device)
     while shared_memory(shape, config) > device.shared_memory:
         if config.num_stages > 2:
@@ -128,7 +132,7 @@ def choose(shape: Shape, device: DeviceFacts) -> FewConfig:
             config = replace(config, block_n=config.block_n // 2)
         else:
             break
-    return config
+    return replace(config, num_stages=2 * config.num_stages - 1) if shape.paged else config
 
 
 def shared_memory(shape: Shape, config: FewConfig) -> int:
@@ -180,7 +184,8 @@ def splits_of(shape: Shape, config: FewConfig, sms: int) -> int:
 def per_sm(shape: Shape, config: FewConfig) -> int:
     """How many programs an SM runs at a time: by shared memory, of which an SM has some 200 KB."""
     row = (padded(shape.head_dim) + padded(shape.value_dim)) * shape.itemsize
-    return max(1, min(4, 200_000 // (config.block_n * row * config.num_stages)))
+    stages = (config.num_stages + 1) // 2 if shape.paged else config.num_stages
+    return max(1, min(4, 200_000 // (config.block_n * row * stages)))
 
 
 def least_blocks(config: FewConfig) -> int:
@@ -280,7 +285,7 @@ def cache_shape_of(spec: CacheSpec) -> Shape:
     heavy = spec.softcap > 0 or spec.alibi or spec.mask is not None
     itemsize = {"fp32": 4, "fp8": 1}.get(spec.cache_dtype, 2)
     sizes = (spec.queries * spec.groups, spec.requests * spec.kv_heads, spec.capacity, spec.head_dim, spec.value_dim)
-    return Shape(*sizes, itemsize, spec.bias is not None, heavy)
+    return Shape(*sizes, itemsize, spec.bias is not None, heavy, spec.page_size is not None)
 
 
 def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
