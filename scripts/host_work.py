@@ -24,7 +24,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-CELLS = ("forward", "step", "step, bias", "step, portable", "operator", "operator, backward", "bare", "cold step", "cold bare")
+CELLS = (
+    "forward",
+    "cache",
+    "cache, lengths",
+    "cache, new",
+    "step",
+    "step, bias",
+    "step, portable",
+    "operator",
+    "operator, backward",
+    "bare",
+    "cold step",
+    "cold bare",
+)
 _folder = tempfile.TemporaryDirectory()  # of the stub, which Triton's launchers are linked to
 QUIET = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "67108864"}  # the C library gives no memory back between steps
 
@@ -42,7 +55,7 @@ def calls(checkout: Path) -> dict[str, Callable[[], Any]]:
     if problem := gpu.build(Path(_folder.name)):
         raise SystemExit(problem)
     gpu.activate()
-    from triflash import attention, launch
+    from triflash import attention, attention_with_kvcache, launch
     from triflash.bound import signature
     from triflash.plan.device import KNOWN_DEVICES
 
@@ -53,6 +66,10 @@ def calls(checkout: Path) -> dict[str, Callable[[], Any]]:
     given = [torch.zeros(1, 136, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     plain, dout = [x.detach() for x in given], torch.zeros_like(given[0])
     bias = torch.zeros(1, 2, 136, 136, dtype=torch.bfloat16, requires_grad=True)
+
+    q, *new = (torch.zeros(2, 1, heads, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    caches = [torch.zeros(2, 2048, 2, 64, dtype=torch.bfloat16) for _ in range(2)]
+    lengths = torch.zeros(2, dtype=torch.int32)
 
     class Bare(torch.autograd.Function):
         @staticmethod
@@ -70,6 +87,11 @@ def calls(checkout: Path) -> dict[str, Callable[[], Any]]:
     warm = torch.zeros(4 << 20, dtype=torch.uint8), torch.zeros(4 << 20, dtype=torch.uint8)
     found: dict[str, Callable[[], Any]] = {
         "forward": lambda: attention(*plain, causal=True),
+        "cache": lambda: attention_with_kvcache(q, *caches, backend="triton"),
+        "cache, lengths": lambda: attention_with_kvcache(q, *caches, cache_lengths=lengths, backend="triton"),
+        "cache, new": lambda: attention_with_kvcache(
+            q, *caches, cache_lengths=lengths, k_new=new[0], v_new=new[1], causal=True, backend="triton"
+        ),
         "step": lambda: grad(attention(*given, causal=True), given, dout),
         "step, bias": lambda: grad(attention(*given, bias=bias), (*given, bias), dout),
         "step, portable": lambda: grad(attention(*given, causal=True, backend="triton"), given, dout),

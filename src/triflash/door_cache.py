@@ -21,13 +21,13 @@ from .arguments_cache import (
     refuse_gradients,
 )
 from .bound.cached import BoundCache
-from .bound.signature import CACHES, ambient, describe
+from .bound.signature import CACHES, ambient, describe, near_of, remember_near
 from .door import PLAIN, is_dtensor
 from .errors import UnsupportedError
 from .ops_cache import bind_cache, cache_append, cache_forward, cache_forward_out
 from .ops_checked import CASTS, is_casting, refuse_tangents
 from .plan.device import DeviceFacts
-from .plan.select import requested_backend_soon
+from .plan.select import NO_CHOICES, current_choices, requested_backend_soon
 from .spec import resolve_precision
 from .spec_cache import FP8
 
@@ -38,6 +38,7 @@ _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _compiling = torch.compiler.is_compiling
 _autocast = torch._C._is_any_autocast_enabled
+_HALF = (torch.float16, torch.bfloat16)  # whose products have one precision
 _environment = getattr(os.environ, "_data", None)  # a look-up by bytes takes a fraction of os.environ.get
 _constants: dict[tuple[float, torch.device], Tensor] = {}
 
@@ -48,10 +49,53 @@ def attend_cache(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: b
     ``given`` and ``options`` are the fields of :class:`~triflash.arguments_cache.CacheGiven` and
     :class:`~triflash.arguments_cache.CacheOptions`. Raises what :func:`~triflash.arguments_cache.checked_cache` does.
     """
-    if forward_ad._current_level >= 0:
-        refuse_tangents(given, CacheGiven._fields)
     if _compiling():
         return _by_operators(given, options, return_lse)
+    q, k, v, lengths, starts, table, index, cu_q, cu_new, bias, mask, slopes, sink, k_scale, v_scale, k_new, v_new, out = given
+    most_queries, causal, window, scale, softcap, num_splits, split_size, precision, backend = options
+    near: tuple[Any, ...] | None = None
+    few: tuple[Tensor, ...] = ()
+    if (
+        starts is index is cu_q is cu_new is bias is mask is slopes is sink is out is None
+        and most_queries is num_splits is split_size is precision is None and (softcap is None or type(softcap) is float)
+        and (causal is True or causal is False) and (scale is None or type(scale) is float) and (return_lse is False or return_lse is True)
+        and (k_scale is None or type(k_scale) is float) and (v_scale is None or type(v_scale) is float)
+        and not (_dispatch_modes() or _transforms() or _autocast() or forward_ad._current_level >= 0)
+        and _tracing() is None and current_choices() is NO_CHOICES
+    ):  # fmt: skip
+        try:
+            if table is k_new is v_new is None:
+                few = (q, k, v) if lengths is None else (q, k, v, lengths)
+            else:
+                few = tuple([x for x in (q, k, v, lengths, table, k_new, v_new) if x is not None])
+            near = (
+                "cache", causal, None if window is None else (*window, *map(type, window)), scale, softcap, return_lse, lengths is None,
+                table is None, k_new is None, v_new is None, k_scale, v_scale, backend or requested_backend_soon(), q.shape, k.shape,
+            )  # fmt: skip
+            found = near_of(CACHES, near, few)
+        except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+            near = found = None  # as in _attend
+        if found is not None and not (found.wants and torch.is_grad_enabled()) and not _checks():
+            if not (k_scale is v_scale is None):
+                k_scale, v_scale = _constant(k_scale, q.device), _constant(v_scale, q.device)
+                few = tuple([x for x in (q, k, v, lengths, table, k_scale, v_scale, k_new, v_new) if x is not None])
+            if profiler._is_profiler_enabled:
+                with profiler.record_function("triflash::attention_with_kvcache"):
+                    results = found.entry.bound.run(few, q)
+            else:
+                results = found.entry.bound.run(few, q)
+            if k_new is not None:
+                _count_writes((k, v))
+            return (results[0], results[1]) if return_lse else results[0]
+    return _attend(given, options, return_lse, near, few)
+
+
+def _attend(
+    given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool, near: tuple[Any, ...] | None, few: tuple[Tensor, ...]
+) -> Any:
+    """:func:`attend_cache` of anything. near: what finds the call sooner the next time, by the tensors few."""
+    if forward_ad._current_level >= 0:
+        refuse_tangents(given, CacheGiven._fields)
     if _transforms():
         raise UnsupportedError(
             "torch.func transforms (vmap, grad, …) of attention_with_kvcache: requests are its batch already, and it has no gradients; "
@@ -73,11 +117,13 @@ def attend_cache(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: b
             resolve_precision("") if options[7] is None and q.dtype is torch.float32 else "", around,
         )  # fmt: skip
         call = CACHES.get(key)
+        if call is not None and near is not None and q.dtype in _HALF:
+            remember_near(CACHES, near, few, call)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         key = None  # a tensor that is none, or has no memory, or an option that cannot be hashed: the checks have words for it
     if cast:
         return _autocasted(given, options, return_lse)
-    if (os.environ.get("TRIFLASH_CHECK") == "1") if _environment is None else (_environment.get(b"TRIFLASH_CHECK") == b"1"):
+    if _checks():
         check_requests(CacheGiven(*given), CacheOptions(*options))
     if call is None:
         named = CacheGiven(*given)
@@ -96,6 +142,13 @@ def attend_cache(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: b
         with profiler.record_function("triflash::attention_with_kvcache"):
             return _run(call, given, return_lse)
     return _run(call, given, return_lse)
+
+
+def _checks() -> bool:
+    """Whether the caller wants lengths and tables to be read."""
+    if _environment is None:
+        return os.environ.get("TRIFLASH_CHECK") == "1"
+    return bool(_environment.get(b"TRIFLASH_CHECK") == b"1")
 
 
 def bind_call(given: CacheGiven, options: tuple[Any, ...], facts: DeviceFacts, alone: bool = False) -> BoundCache:

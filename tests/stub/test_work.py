@@ -12,11 +12,13 @@ import pytest
 import torch
 
 import triflash
-from triflash import attention
-from triflash.bound.signature import CALLS
+from triflash import attention, attention_with_kvcache
+from triflash.bound.signature import CACHES, CALLS
 
 OURS = str(Path(triflash.__file__).parent)
 Q, K, V, DOUT = (torch.zeros(2, 136, 2, 64, dtype=torch.bfloat16) for _ in range(4))
+CACHE, OTHER, NEW, NEW_VALUES = (torch.zeros(2, n, 2, 64, dtype=torch.bfloat16) for n in (2048, 2048, 1, 1))
+LENGTHS = torch.zeros(2, dtype=torch.int32)
 LEARNT = [x.clone().requires_grad_() for x in (Q, K, V, torch.zeros(1, 2, 136, 136, dtype=torch.bfloat16))]
 
 
@@ -30,6 +32,14 @@ def step(**options: Any) -> None:
 
 def step_with_bias(**options: Any) -> None:
     torch.autograd.grad(attention(*LEARNT[:3], bias=LEARNT[3], **options), LEARNT, DOUT)
+
+
+def decode(**options: Any) -> None:
+    attention_with_kvcache(Q[:, :1], CACHE, OTHER, cache_lengths=LENGTHS, **options)
+
+
+def decode_new(**options: Any) -> None:
+    attention_with_kvcache(Q[:, :1], CACHE, OTHER, cache_lengths=LENGTHS, k_new=NEW, v_new=NEW_VALUES, causal=True, **options)
 
 
 def functions_run(call: Callable[[], object]) -> list[str]:
@@ -58,9 +68,13 @@ def functions_run(call: Callable[[], object]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("call", "backend", "most"),
-    [(forward, "triton", 9), (forward, "hopper", 9), (step, "triton", 15), (step, "hopper", 15), (step_with_bias, "hopper", 15)],
-)
+    [
+        (forward, "triton", 9), (forward, "hopper", 9), (step, "triton", 15), (step, "hopper", 15), (step_with_bias, "hopper", 15),
+        (decode, "triton", 13), (decode_new, "triton", 15),
+    ],
+)  # fmt: skip
 def test_a_known_call_runs_few_functions(call: Callable[..., None], backend: str, most: int) -> None:
     CALLS.clear()
+    CACHES.clear()
     seen = functions_run(lambda: call(backend=backend))
     assert len(seen) <= most, " ".join(seen)

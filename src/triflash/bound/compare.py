@@ -20,7 +20,7 @@ def comparison_of(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
     """``check(*others)``, which compares classes, dispatch keys (negation among them), dtypes, devices, sizes, strides and who requires a
     gradient; None: this PyTorch does not have it in the form known here. It keeps no tensor.
     """
-    if _guards is None:
+    if _guards is None or len(set(map(id, tensors))) < len(tensors):  # one tensor twice, which they do not take
         return None
     try:
         sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
