@@ -99,11 +99,14 @@ def test_caches_compile_within_limits(arch: str, name: str) -> None:
     out, lse = room.new("out", (*x.q.shape[:-1], D), x.q.dtype), room.new("lse", (H, B * M) if packed else (B, H, M), torch.float32)
     calls = cache_calls(room, plan_cache(spec, KNOWN_DEVICES[arch], "triton"), spec, x, out, lse)
     assert [call.kernel.__name__ for call in calls] == ["few_forward", "combine"]
-    compiled = compile_for(calls[0], arch)
+    compiled, last = (compile_for(call, arch) for call in calls)
+    ptx, behind = (each.asm.get("ptx", "") for each in (compiled, last))
+    assert ("griddepcontrol.launch_dependents" in ptx) == ("griddepcontrol.wait" in behind) == calls[1].early == (arch in ("sm90", "sm100"))
+    if calls[1].early:
+        assert behind.index("griddepcontrol.wait") < behind.index("ld.global")
     found = resources(compiled)
     assert found.spills <= MOST_SPILLS and found.shared_memory <= KNOWN_DEVICES[arch].shared_memory, found
     if arch == "sm90":
-        ptx = compiled.asm["ptx"]
         assert "cp.async.cg" in ptx  # keys come ahead, also through a table
         if page or dtype == F8:
             assert found.shared_memory >= 2 * 64 * 2 * D * dtype.itemsize  # two blocks of keys and values, of 64 at least

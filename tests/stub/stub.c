@@ -76,6 +76,11 @@ void stub_refuse(unsigned count) { refused = count; }  // so many launches
 CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **arguments, void **extra) {
   if (refused) { --refused; return CUDA_ERROR_INVALID_CONTEXT; }
   const uint32_t shape[8] = {c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ, c->sharedMemBytes, c->numAttrs};
+  for (unsigned i = 0; i < c->numAttrs; ++i)
+    if (c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION && c->attrs[i].value.programmaticStreamSerializationAllowed != 1)
+      return CUDA_ERROR_INVALID_VALUE;
+    else if (c->attrs[i].id > CU_LAUNCH_ATTRIBUTE_LAUNCH_COMPLETION_EVENT)
+      return CUDA_ERROR_INVALID_VALUE;
   __atomic_add_fetch(&launches, 1, __ATOMIC_SEQ_CST);
   if (watching) watching((uint64_t)function, shape, (uint64_t)c->hStream, arguments);
   return CUDA_SUCCESS;

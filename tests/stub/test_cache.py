@@ -43,3 +43,13 @@ def test_every_launch_is_bound(paged: bool, packed: bool) -> None:
         count = gpu.launches() - before
         assert count == len(bound) and count >= 2, turn
     assert len(CACHES) == 1
+
+
+def test_parts_are_put_together_by_a_kernel_that_starts_early() -> None:
+    """It waits by itself for the one before, which waits for what came before as ever."""
+    CACHES.clear()
+    x = given(False, False)
+    for _ in range(2):
+        with gpu.watching() as seen:
+            attention_with_kvcache(**x)
+        assert [(each.kernel, each.shape[7]) for each in seen] == [("append", 0), ("few_forward", 0), ("combine", 1)]

@@ -39,13 +39,17 @@ SMALLEST_SCALE = 2.0**-126  # the least normal float32: what is smaller may reac
 
 @dataclass(frozen=True)
 class Call:
-    """One kernel launch: the kernel, its arguments in order, its compile-time constants, and its grid."""
+    """One kernel launch: the kernel, its arguments in order, its compile-time constants, and its grid.
+
+    early: it may start while the launch before it still runs, whose end the kernel waits for by itself. Triton's own way leaves that out.
+    """
 
     kernel: Any
     args: tuple[Any, ...]
     constants: dict[str, Any]
     config: TileConfig | HopperConfig
     programs: int
+    early: bool = False
 
     def start(self) -> None:
         """Launch it on the current device, by Triton's own way."""

@@ -48,7 +48,7 @@ def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: F
     )
     wide = is_wide((q, k, v, saved.out, x.bias, x.mask, x.second_bias))
     constants = few_constants(spec, config, wide, step.precision) | {"EVEN_N": spec.keys % config.block_n == 0}
-    constants |= {"PAGE": 0, "ASSEMBLY": step.assembly}
+    constants |= {"PAGE": 0, "ASSEMBLY": step.assembly, "FOLLOWED": _is_followed(plan)}
     calls = [Call(few_kernels.few_forward, args, constants, config, step.programs)]
     if step.splits > 1:
         calls.append(combine_call(plan, parts, saved))
@@ -173,7 +173,7 @@ def cache_calls(room: Room, plan: Plan, spec: CacheSpec, x: CacheOperands, out: 
             *(None if spec.left is None else -spec.left, spec.right, spec.scale, splits, least_cache_blocks(spec, config)),
         )
         constants = few_constants(spec, config, wide, forward.precision)
-        constants |= {"EVEN_N": False, "PAGE": spec.page_size or 0, "ASSEMBLY": forward.assembly}
+        constants |= {"EVEN_N": False, "PAGE": spec.page_size or 0, "ASSEMBLY": forward.assembly, "FOLLOWED": _is_followed(plan)}
         calls.append(Call(few_kernels.few_forward, args, constants, config, forward.programs))
     if combine is not None:
         calls.append(combine_call(plan, parts, result, x.offsets_q))
@@ -259,6 +259,12 @@ def combine_call(plan: Plan, parts: Saved, saved: Saved, offsets: Tensor | None 
         *((0, 0) if rest is None else rest.stride()[:2], out.shape[2], out.shape[1], step.splits),
         0 if offsets is None else offsets.shape[0] - 1,
     )
-    constants = {"DV": out.shape[3], "BDV": padded(out.shape[3])}
+    constants = {"DV": out.shape[3], "BDV": padded(out.shape[3]), "EARLY": step.early}
     assert isinstance(step.config, TileConfig)
-    return Call(combine_kernels.combine, args, constants, step.config, out.shape[0] * out.shape[1] * out.shape[2])
+    return Call(combine_kernels.combine, args, constants, step.config, out.shape[0] * out.shape[1] * out.shape[2], step.early)
+
+
+def _is_followed(plan: Plan) -> bool:
+    """Whether what puts parts together starts before they are all there."""
+    step = plan.step("combine")
+    return step is not None and step.early

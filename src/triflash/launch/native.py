@@ -93,6 +93,9 @@ def _driver() -> Any:
 
 _triton_driver: Any = None
 
+# CUlaunchAttribute, 72 bytes: programmatic stream serialisation, allowed.
+_EARLY = array("Q", [6, 1, *[0] * 7])
+
 
 class Launch:
     """One compiled kernel with its grid and every parameter but the addresses.
@@ -103,7 +106,9 @@ class Launch:
     the kernel, and its hooks.
     """
 
-    __slots__ = ("_arguments", "_call", "_place", "_where", "form", "grid", "maps", "numbers", "pointers", "watched")
+    __slots__ = (
+        "_arguments", "_attributes", "_call", "_place", "_where", "form", "grid", "maps", "numbers", "pointers", "watched",
+    )  # fmt: skip
 
     def __init__(self, call: Call, compiled: Any, place: Callable[[Tensor], tuple[int, int]]) -> None:
         kernel = call.kernel
@@ -112,6 +117,7 @@ class Launch:
         self.form = form = _form_of(compiled)
         self._call, self._place = call, place
         self._arguments: _Arguments | None = None
+        self._attributes = (_EARLY.buffer_info()[0], 1) if call.early else (0, 0)
         self.numbers: array[int] | None = None
         self.pointers: list[tuple[int, int, int]] = []
         self.maps: list[tuple[int, int, int, tuple[Any, ...], dict[int, Any]]] = []
@@ -162,7 +168,7 @@ class Launch:
             tensor_map = _map_at(addresses[slot] + offset, recipe, known, self.form.encode)
             where[at] = id(tensor_map) + _INSIDE
             made.append(tensor_map)
-        config = array("Q", (*self.grid, stream, 0, 0))
+        config = array("Q", (*self.grid, stream, *self._attributes))
         return (config.buffer_info()[0], self.form.function, where.buffer_info()[0], None), (config, where, self.numbers, cells, made)
 
     def __call__(self, stream: int, addresses: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .features import Program, Span, at_head, bias_tile, drop_at, mask_tile, rescaled, scored, through_cap, visible_keys
-from .prims import LN2, LOG2E, clamped, in_band, lse_rest, offset, probabilities, segments, stride_in_tile
+from .prims import LN2, LOG2E, clamped, in_band, let_next_start, lse_rest, offset, probabilities, segments, stride_in_tile
 from .records import record
 
 # Beside 8-bit caches, weights are at most 2^7 (2^8, as scores may be rounded), so that float16 keeps what bfloat16 would of small ones.
@@ -295,7 +295,8 @@ def few_forward(
     q, k, v, f, cache, out, lse, rest, q_strides, k_strides, v_strides, out_strides, lse_strides, rest_strides,
     tiles, heads, groups, batch_inner, M, N, lo, hi, scale, splits, least,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_N: tl.constexpr, PAGE: tl.constexpr, ASSEMBLY: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    EVEN_N: tl.constexpr, PAGE: tl.constexpr, ASSEMBLY: tl.constexpr, FOLLOWED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program owns BM rows (queries times grouped heads) of one key head of one request, and one of ``splits`` parts of its keys.
 
@@ -307,8 +308,11 @@ def few_forward(
     request can hold, and lo and hi count from the diagonal that ends at the last query and the last key of the request. Packed queries have
     no stride 0; M is their sum. PAGE: keys of a page. Caches of e4m3 numbers come as int16, two columns in one, with strides to match:
     products then read them from shared memory as they read 16-bit numbers, and take even columns and odd ones in turn. Byte by byte,
-    values, which products want along keys, took longer than all else. ASSEMBLY: the device takes PTX.
+    values, which products want along keys, took longer than all else. ASSEMBLY: the device takes PTX. FOLLOWED: what puts parts
+    together starts meanwhile.
     """
+    if FOLLOWED:
+        let_next_start()
     pid = tl.program_id(0)
     tile = pid % tiles
     kv_heads = heads // groups

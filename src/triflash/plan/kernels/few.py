@@ -209,7 +209,7 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str
     programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
     steps = [Step("few_forward", config, programs, splits=splits, precision=asked_products(spec))]
     if splits > 1:
-        steps.append(combine_step(spec.batch * spec.heads * spec.queries, splits))
+        steps.append(combine_step(spec.batch * spec.heads * spec.queries, splits, device))
     return tuple(steps)
 
 
@@ -312,7 +312,7 @@ def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, obje
     steps = [forward] if programs else []
     if splits > 1 or spec.packed_queries or spec.split_size is not None:
         programs = spec.requests * spec.heads * spec.queries  # of packed queries at most: the launch knows their sum
-        steps.append(combine_step(programs, splits))
+        steps.append(combine_step(programs, splits, device))
     return tuple(steps)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ...spec import AttentionSpec, BiasSpec
 from ..configs import TileConfig
+from ..device import DeviceFacts
 from ..steps import Step, ceil_div
 
 __all__ = ["SUM_BLOCK", "combine_step", "dbias_sum_steps", "sum_rows_steps"]
@@ -17,9 +18,10 @@ _OF_ROWS = TileConfig(16, 16, 4, 1)  # a program owns one row
 _OF_ELEMENTS = TileConfig(64, 16, 4, 1)
 
 
-def combine_step(rows: int, splits: int) -> Step:
+def combine_step(rows: int, splits: int, device: DeviceFacts) -> Step:
     """Results over parts of the keys, for so many rows of every head."""
-    return Step("combine", _OF_ROWS, rows, splits=splits, gives=("out", "lse"))
+    early = device.arch.startswith("sm") and int(device.arch[2:]) >= 90  # from where on kernels can wait for one another
+    return Step("combine", _OF_ROWS, rows, splits=splits, gives=("out", "lse"), early=early)
 
 
 def sum_rows_steps(spec: AttentionSpec, splits: int) -> tuple[Step, ...]:
