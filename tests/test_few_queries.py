@@ -39,13 +39,13 @@ if HAVE_TRITON:
     import triton.language as tl
 
     from triflash.kernels.triton import combine as combine_kernels
-    from triflash.kernels.triton.few import _as_float16
+    from triflash.kernels.triton.few_keys import scaled_to_fp16
 
     @triton.jit
     def _half_rows(x, half, down, ROWS: tl.constexpr, COLS: tl.constexpr):
         r = tl.arange(0, ROWS)[:, None]
         at = r * COLS + tl.arange(0, COLS)[None, :]
-        halves, own = _as_float16(tl.load(x + at))
+        halves, own = scaled_to_fp16(tl.load(x + at))
         tl.store(half + at, halves)
         tl.store(down + r, own)
 
@@ -225,7 +225,7 @@ def test_combine_is_one_formula(parts: int, with_rest: bool, device: torch.devic
     poisoned = outs.masked_fill((lses == -math.inf).transpose(-1, -2)[..., None], math.nan)  # which nobody reads
     strides = (out.stride()[:3], lse.stride()[:2], rest.stride()[:2])
     args = (poisoned, lses, rests, out, lse, rest, None, None, *strides, H, M, parts, 0)
-    combine_kernels.combine[(B * M * H,)](*args, DV=D, BDV=32, EARLY=False, num_warps=4)
+    combine_kernels.combine[(B * M * H,)](*args, DV=D, BDV=32, PDL=False, num_warps=4)
     wanted, wanted_lse = combine(outs.double(), lses.double(), None if rests is None else rests.double())
     assert (out - wanted).norm() <= 1e-5 * wanted.norm()
     seen = wanted_lse != -math.inf

@@ -101,8 +101,8 @@ def test_caches_compile_within_limits(arch: str, name: str) -> None:
     assert [call.kernel.__name__ for call in calls] == ["few_forward", "combine"]
     compiled, last = (compile_for(call, arch) for call in calls)
     ptx, behind = (each.asm.get("ptx", "") for each in (compiled, last))
-    assert ("griddepcontrol.launch_dependents" in ptx) == ("griddepcontrol.wait" in behind) == calls[1].early == (arch in ("sm90", "sm100"))
-    if calls[1].early:
+    assert ("griddepcontrol.launch_dependents" in ptx) == ("griddepcontrol.wait" in behind) == calls[1].pdl == (arch in ("sm90", "sm100"))
+    if calls[1].pdl:
         assert behind.index("griddepcontrol.wait") < behind.index("ld.global")
     found = resources(compiled)
     assert found.spills <= MOST_SPILLS and found.shared_memory <= KNOWN_DEVICES[arch].shared_memory, found

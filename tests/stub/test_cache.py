@@ -45,8 +45,8 @@ def test_every_launch_is_bound(paged: bool, packed: bool) -> None:
     assert len(CACHES) == 1
 
 
-def test_parts_are_put_together_by_a_kernel_that_starts_early() -> None:
-    """It waits by itself for the one before, which waits for what came before as ever."""
+def test_combine_is_a_programmatic_dependent_launch() -> None:
+    """And no other kernel is one."""
     CACHES.clear()
     x = given(False, False)
     for _ in range(2):

@@ -41,7 +41,8 @@ SMALLEST_SCALE = 2.0**-126  # the least normal float32: what is smaller may reac
 class Call:
     """One kernel launch: the kernel, its arguments in order, its compile-time constants, and its grid.
 
-    early: it may start while the launch before it still runs, whose end the kernel waits for by itself. Triton's own way leaves that out.
+    pdl: a programmatic dependent launch: the kernel may start while the one before it still runs, and waits for its end by itself
+    (griddepcontrol.wait). Triton's own way launches it after that end.
     """
 
     kernel: Any
@@ -49,7 +50,7 @@ class Call:
     constants: dict[str, Any]
     config: TileConfig | HopperConfig
     programs: int
-    early: bool = False
+    pdl: bool = False
 
     def start(self) -> None:
         """Launch it on the current device, by Triton's own way."""

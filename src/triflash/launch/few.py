@@ -10,6 +10,7 @@ from torch import Tensor
 from ..kernels.triton import combine as combine_kernels
 from ..kernels.triton import few as few_kernels
 from ..kernels.triton.features import Features
+from ..kernels.triton.few_keys import Cache
 from ..plan import layout
 from ..plan.configs import TileConfig, padded
 from ..plan.kernels.few import FewConfig, least_blocks, least_cache_blocks
@@ -22,7 +23,7 @@ from .room import Room
 
 __all__ = ["backward_call", "cache_calls", "combine_call", "forward_calls", "partial_sums", "row_strides", "sum_rows_call"]
 
-_NO_CACHE = few_kernels.Cache()
+_NO_CACHE = Cache()
 
 
 def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: Features, saved: Saved) -> list[Call]:
@@ -48,7 +49,7 @@ def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: F
     )
     wide = is_wide((q, k, v, saved.out, x.bias, x.mask, x.second_bias))
     constants = few_constants(spec, config, wide, step.precision) | {"EVEN_N": spec.keys % config.block_n == 0}
-    constants |= {"PAGE": 0, "ASSEMBLY": step.assembly, "FOLLOWED": _is_followed(plan)}
+    constants |= {"PAGE": 0, "PTX": step.ptx, "PDL": _combines_by_pdl(plan)}
     calls = [Call(few_kernels.few_forward, args, constants, config, step.programs)]
     if step.splits > 1:
         calls.append(combine_call(plan, parts, saved))
@@ -163,7 +164,7 @@ def cache_calls(room: Room, plan: Plan, spec: CacheSpec, x: CacheOperands, out: 
         lse_strides = (0, *lse.stride()[:2]) if combine is None else parts.lse.stride()[:3]
         wide = is_wide((q, x.k_cache, x.v_cache, out)) or max(_last_strides(x.bias) + _last_strides(x.mask)) >= 2**22
         k, v = x.k_cache, x.v_cache
-        if _comes_in_pairs(k) and _comes_in_pairs(v):
+        if _reads_as_int16(k) and _reads_as_int16(v):
             k, v = k.view(torch.int16), v.view(torch.int16)
         args = (
             *(q, k, v, _cache_features(spec, x), _cache_of(spec, x), *parts),
@@ -173,15 +174,15 @@ def cache_calls(room: Room, plan: Plan, spec: CacheSpec, x: CacheOperands, out: 
             *(None if spec.left is None else -spec.left, spec.right, spec.scale, splits, least_cache_blocks(spec, config)),
         )
         constants = few_constants(spec, config, wide, forward.precision)
-        constants |= {"EVEN_N": False, "PAGE": spec.page_size or 0, "ASSEMBLY": forward.assembly, "FOLLOWED": _is_followed(plan)}
+        constants |= {"EVEN_N": False, "PAGE": spec.page_size or 0, "PTX": forward.ptx, "PDL": _combines_by_pdl(plan)}
         calls.append(Call(few_kernels.few_forward, args, constants, config, forward.programs))
     if combine is not None:
         calls.append(combine_call(plan, parts, result, x.offsets_q))
     return calls
 
 
-def _comes_in_pairs(cache: Tensor) -> bool:
-    """Whether a cache of 8 bits can be read as one of 16, and a product be made of half its columns."""
+def _reads_as_int16(cache: Tensor) -> bool:
+    """Whether a cache is of e4m3 and its rows are whole int16 numbers, of which an MMA can take half the columns (16 at least)."""
     *strides, last = cache.stride()
     even = not any(n % 2 for n in (*strides, cache.shape[-1], address_of(cache)))
     return cache.dtype == FP8 and even and last == 1 and cache.shape[-1] > 16
@@ -196,9 +197,9 @@ def _number_stride(x: Tensor | None) -> int | None:
     return None if x is None else x.stride(0) if x.shape[0] > 1 else 1
 
 
-def _cache_of(spec: CacheSpec, x: CacheOperands) -> few_kernels.Cache:
+def _cache_of(spec: CacheSpec, x: CacheOperands) -> Cache:
     scales = [None if own is None else tuple(0 if n == 1 else s for n, s in zip(own.shape, own.stride(), strict=True)) for own in x[-2:]]
-    return few_kernels.Cache(
+    return Cache(
         lengths=x.cache_lengths,
         lengths_stride=_number_stride(x.cache_lengths),
         starts=x.key_starts,
@@ -259,12 +260,12 @@ def combine_call(plan: Plan, parts: Saved, saved: Saved, offsets: Tensor | None 
         *((0, 0) if rest is None else rest.stride()[:2], out.shape[2], out.shape[1], step.splits),
         0 if offsets is None else offsets.shape[0] - 1,
     )
-    constants = {"DV": out.shape[3], "BDV": padded(out.shape[3]), "EARLY": step.early}
+    constants = {"DV": out.shape[3], "BDV": padded(out.shape[3]), "PDL": step.pdl}
     assert isinstance(step.config, TileConfig)
-    return Call(combine_kernels.combine, args, constants, step.config, out.shape[0] * out.shape[1] * out.shape[2], step.early)
+    return Call(combine_kernels.combine, args, constants, step.config, out.shape[0] * out.shape[1] * out.shape[2], step.pdl)
 
 
-def _is_followed(plan: Plan) -> bool:
-    """Whether what puts parts together starts before they are all there."""
+def _combines_by_pdl(plan: Plan) -> bool:
+    """Whether ``combine`` follows, by a programmatic dependent launch."""
     step = plan.step("combine")
-    return step is not None and step.early
+    return step is not None and step.pdl

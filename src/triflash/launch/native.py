@@ -93,8 +93,8 @@ def _driver() -> Any:
 
 _triton_driver: Any = None
 
-# CUlaunchAttribute, 72 bytes: programmatic stream serialisation, allowed.
-_EARLY = array("Q", [6, 1, *[0] * 7])
+# CUlaunchAttribute, 72 bytes: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed.
+_PDL = array("Q", [6, 1, *[0] * 7])
 
 
 class Launch:
@@ -117,7 +117,7 @@ class Launch:
         self.form = form = _form_of(compiled)
         self._call, self._place = call, place
         self._arguments: _Arguments | None = None
-        self._attributes = (_EARLY.buffer_info()[0], 1) if call.early else (0, 0)
+        self._attributes = (_PDL.buffer_info()[0], 1) if call.pdl else (0, 0)
         self.numbers: array[int] | None = None
         self.pointers: list[tuple[int, int, int]] = []
         self.maps: list[tuple[int, int, int, tuple[Any, ...], dict[int, Any]]] = []

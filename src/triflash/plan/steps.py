@@ -21,8 +21,8 @@ class Step:
     kernel, config: its name and tile configuration (None: it has none). programs: how many it starts.
     order: which index of the grid varies fastest (see ``kernels/triton/prims.locate``). splits: parts that a reduction is cut into.
     gives: the gradients that it computes. precision: of its float32 products. forward_keys: of a block of the forward pass, where a
-    backward kernel repeats its rounding. assembly: its kernel is to hold PTX. early: it starts while the
-    kernel before it still runs, for which it waits itself.
+    backward kernel repeats its rounding. ptx: its kernel may hold PTX. pdl: a programmatic dependent launch,
+    which starts while the kernel before it still runs and waits for it by itself.
     """
 
     kernel: str
@@ -33,8 +33,8 @@ class Step:
     gives: tuple[str, ...] = ()
     precision: str = "ieee"
     forward_keys: int = SMALLEST_BLOCK
-    assembly: bool = False
-    early: bool = False
+    ptx: bool = False
+    pdl: bool = False
 
     def __str__(self) -> str:
         return self.kernel if self.config is None else f"{self.kernel} {self.config}"

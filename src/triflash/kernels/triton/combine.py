@@ -7,7 +7,7 @@ A part is (out, lse, rest): its own softmax's output, and the log of its sum as 
 import triton
 import triton.language as tl
 
-from .prims import LN2, LOG2E, clamped, offset, wait_for_last
+from .prims import LN2, LOG2E, clamped, gdc_wait, offset
 
 PARTS: tl.constexpr = tl.constexpr(32)  # looked at at a time; the order of a sum does not depend on how many there are
 
@@ -27,7 +27,7 @@ def _load_base_two(lse, rest, begin, step, parts, USED_REST: tl.constexpr):
 @triton.jit
 def combine(
     outs, lses, rests, out, lse, rest, offsets, offsets_stride, out_strides, lse_strides, rest_strides, heads, rows, parts, requests,
-    DV: tl.constexpr, BDV: tl.constexpr, EARLY: tl.constexpr,
+    DV: tl.constexpr, BDV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program owns one query of one head and adds its parts in their order, in float32:
 
@@ -36,10 +36,10 @@ def combine(
     outs (parts, batch, row, head, DV) and lses, rests (parts, batch, head, row) are contiguous float32; ``rows`` of each. Strides are
     (batch, row, head) of out, (batch, head) of lse and rest. What a part that saw no key has for out is not read. rests, rest None: not
     kept. offsets: of so many packed ``requests``; rows that they do not own get 0 and -inf. None: all rows are somebody's.
-    EARLY: what gives the parts may still run.
+    PDL: what gives the parts may still run.
     """
-    if EARLY:
-        wait_for_last()
+    if PDL:
+        gdc_wait()
     pid = tl.program_id(0)
     head = pid % heads
     row = pid // heads % rows

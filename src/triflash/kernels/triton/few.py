@@ -6,191 +6,49 @@ as long as the device's own lengths say: the host only says into how many parts 
 by ``combine.py``, in the order of the keys. Launched by ``launch/few.py``.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 from .features import Program, Span, at_head, bias_tile, drop_at, mask_tile, rescaled, scored, through_cap, visible_keys
-from .prims import LN2, LOG2E, clamped, in_band, let_next_start, lse_rest, offset, probabilities, segments, stride_in_tile
+from .few_keys import WEIGHT_SHIFT, Part, e4m3_columns, even_and_odd, load_keys, page_of, scaled_to_fp16
+from .prims import LN2, LOG2E, clamped, gdc_launch_dependents, in_band, lse_rest, offset, probabilities, segments
 from .records import record
-
-# Beside 8-bit caches, weights are at most 2^7 (2^8, as scores may be rounded), so that float16 keeps what bfloat16 would of small ones.
-HEADROOM: tl.constexpr = tl.constexpr(7.0)
-_LOWER_OF_PAIRS: tl.constexpr = tl.constexpr(
-    "{ .reg .b32 t; .reg .b16 a, b; prmt.b32 t, $1, 0, 0x4420; mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a; }"
-)
-_UPPER_OF_PAIRS: tl.constexpr = tl.constexpr(
-    "{ .reg .b32 t; .reg .b16 a, b; prmt.b32 t, $1, 0, 0x4431; mov.b32 {a, b}, t; cvt.rn.f16x2.e4m3x2 $0, a; }"
-)
-
-
-class Cache(NamedTuple):
-    """What a call on a KV cache knows beyond one on tensors; a field is None where the feature is absent.
-
-    lengths: keys in the cache before the call. starts: the first key that is shown. table: int32, pages of each request; ``pages`` of the
-    whole cache. index: a request's entry of a contiguous cache. offsets_q: where a request's rows of packed queries begin. new: keys that
-    the call appended to each request, or all that it appended if offsets_new says where those of a request begin. k_scale, v_scale: by
-    (request, key head), what an fp8 cache's numbers are multiplied by. pages: entries of the cache.
-    """
-
-    lengths: Any = None
-    lengths_stride: Any = None
-    starts: Any = None
-    starts_stride: Any = None
-    table: Any = None
-    table_strides: Any = None
-    index: Any = None
-    index_stride: Any = None
-    offsets_q: Any = None
-    offsets_q_stride: Any = None
-    new: Any = None
-    offsets_new: Any = None
-    offsets_new_stride: Any = None
-    k_scale: Any = None
-    k_scale_strides: Any = None
-    v_scale: Any = None
-    v_scale_strides: Any = None
-    pages: Any = None
-
-
-@record
-class Part:
-    """The chunk of keys, of one request and key head, that a program attends to. first: the first key that is shown (None: 0). last: behind
-    the last. split: its number, of ``splits``; a chunk is ``least`` blocks at least. Pointers lead to the request and the head; table: to
-    the request's pages.
-    """
-
-    b: object
-    kv_head: object
-    groups: object
-    heads: object
-    batch_inner: object
-    first: object
-    last: object
-    split: object
-    splits: object
-    least: object
-    table: object
-    table_step: object
-    pages: object
-    v_scale: object
-    PAGE: tl.constexpr
-    ASSEMBLY: tl.constexpr
 
 
 @record
 class Rows:
     """BM rows, each a query of a head; those behind the last repeat it. query: [BM, 1], counted from m0. at: ``features.at_head``.
 
-    odd: where keys are read in pairs of columns, the odd columns of q, which has the even ones; else None. down: what products are to be
-    multiplied by, [BM, 1], or None.
+    odd: of an e4m3 cache, the odd columns of q, which holds the even ones; else None. q_scale: what a row's products are to be multiplied
+    by, [BM, 1], or None.
     """
 
     q: object
     odd: object
-    down: object
+    q_scale: object
     query: object
     at: object
     m0: object
 
 
 @triton.jit
-def _page_of(c, n0, BN: tl.constexpr, MASKED: tl.constexpr):
-    """Which page holds the block of keys from n0 on, or each of its keys. Wrong entries are clamped; those of hidden keys are not read."""
-    if c.table is None:
-        return 0
-    elif c.PAGE % BN == 0:
-        return tl.minimum(tl.maximum(tl.load(c.table + offset(n0 // c.PAGE, c.table_step)), 0), c.pages - 1)
-    else:
-        n = n0 + tl.arange(0, BN)
-        if BN % c.PAGE == 0:  # blocks begin with a page: what is the same in all of them stays out of the loop
-            pointers = c.table + (offset(n0 // c.PAGE, c.table_step) + tl.arange(0, BN) // c.PAGE * c.table_step)
-        else:
-            pointers = c.table + offset(n // c.PAGE, c.table_step)
-        if MASKED:
-            seen = n < c.last
-            if c.first is not None:
-                seen = seen & (n >= c.first)
-            page = tl.load(pointers, mask=seen, other=0)
-        else:
-            page = tl.load(pointers)
-        return tl.minimum(tl.maximum(page, 0), c.pages - 1)
-
-
-@triton.jit
-def _load_keys(base, strides, c, page, n0, BN: tl.constexpr, DIM: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr):
-    """Rows of the keys from n0 on as ``[BN, BD]``, zero where they are hidden: what is there may be anything."""
-    r = tl.arange(0, BN)[:, None]
-    d = tl.arange(0, BD)[None, :]
-    if c.table is None:
-        pointers = base + offset(n0, strides[1]) + (r * stride_in_tile(strides[1], WIDE) + d)
-    elif c.PAGE % BN == 0:
-        pointers = base + (offset(page, strides[0]) + offset(n0 % c.PAGE, strides[1])) + (r * stride_in_tile(strides[1], WIDE) + d)
-    else:
-        slot = tl.arange(0, BN) % c.PAGE if BN % c.PAGE == 0 else (n0 + tl.arange(0, BN)) % c.PAGE
-        pointers = base + (offset(page, strides[0]) + offset(slot, strides[1]))[:, None] + d
-    if MASKED:
-        seen = n0 + r < c.last
-        if c.first is not None:
-            seen = seen & (n0 + r >= c.first)
-        if DIM == BD:
-            return tl.load(pointers, mask=seen, other=0.0)
-        else:
-            return tl.load(pointers, mask=seen & (d < DIM), other=0.0)
-    else:
-        if DIM == BD:
-            return tl.load(pointers)
-        else:
-            return tl.load(pointers, mask=d < DIM, other=0.0)
-
-
-@triton.jit
-def _half_of_pairs(x, UPPER: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """Of pairs of e4m3 numbers, read as int16, the first (UPPER: the second) ones as float16."""
-    if not ASSEMBLY:
-        return ((x >> (8 if UPPER else 0)) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    elif UPPER:
-        return tl.inline_asm_elementwise(_UPPER_OF_PAIRS, "=r,r", [x], tl.float16, True, 2)
-    else:
-        return tl.inline_asm_elementwise(_LOWER_OF_PAIRS, "=r,r", [x], tl.float16, True, 2)
-
-
-@triton.jit
-def _halves(x, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The columns ``0, 2, …`` of a tile, and ``1, 3, …``."""
-    return tl.split(tl.reshape(x, [ROWS, COLS // 2, 2]))
-
-
-@triton.jit
-def _as_float16(x):
-    """Rows of bfloat16 numbers as float16, and by which powers of two ``[BM, 1]`` they are to be multiplied: a row's largest number is of
-    ``[2^14, 2^15)``, and 2^-39 of it is still there, less than what float32 sums of products lose. (Rows below 2^-112 are less exact.)
-    """
-    largest = tl.max(tl.abs(x.to(tl.float32)), 1).to(tl.int32, bitcast=True)
-    exponent = tl.maximum(largest >> 23, 15)[:, None]  # biased by 127; of numbers that are none 255
-    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-    down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-    return (x.to(tl.float32) * up).to(tl.float16), down
-
-
-@triton.jit
 def _walk(acc, odd, l, m, p, t, f, c, kv, begin, end, MASKED: tl.constexpr):
     """Fold the key blocks ``[begin, end)`` into the running (acc, l, m) of ``forward.py``; ``MASKED`` where some row does not see some key.
-    kv: where keys and values of the head lie, and their strides. odd: of keys in pairs, the odd columns of acc, which has the even ones.
+    kv: where keys and values of the head lie, and their strides. odd: of an e4m3 cache, the odd columns of
+    acc, which holds the even ones.
     """
     PAIRED: tl.constexpr = t.odd is not None
     SHARE: tl.constexpr = 2 if PAIRED else 1
     j = tl.arange(0, p.BN)[None, :]
     for block in tl.range(begin, end):
         n0 = block * p.BN
-        page = _page_of(c, n0, p.BN, MASKED)
-        k_tile = _load_keys(kv[0], kv[2], c, page, n0, p.BN, p.D // SHARE, p.BD // SHARE, MASKED, p.WIDE)
+        page = page_of(c, n0, p.BN, MASKED)
+        k_tile = load_keys(kv[0], kv[2], c, page, n0, p.BN, p.D // SHARE, p.BD // SHARE, MASKED, p.WIDE)
         if PAIRED:
-            s = tl.dot(t.q, _half_of_pairs(tl.trans(k_tile), False, c.ASSEMBLY))  # [BM, BN]
-            s = tl.dot(t.odd, _half_of_pairs(tl.trans(k_tile), True, c.ASSEMBLY), s)
-            if t.down is not None:
-                s = s * t.down
+            s = tl.dot(t.q, e4m3_columns(tl.trans(k_tile), False, c.PTX))  # [BM, BN]
+            s = tl.dot(t.odd, e4m3_columns(tl.trans(k_tile), True, c.PTX), s)
+            if t.q_scale is not None:
+                s = s * t.q_scale
         else:
             s = tl.dot(t.q, tl.trans(k_tile.to(t.q.dtype)), input_precision=p.PRECISION)
         seen = mask_tile(f, t.at, t.m0, n0, t.query, j, p.M, c.last, False, MASKED, p.WIDE)
@@ -203,19 +61,19 @@ def _walk(acc, odd, l, m, p, t, f, c, kv, begin, end, MASKED: tl.constexpr):
             s = tl.where(visible, s, float("-inf"))
         most = tl.max(s, 1)
         if PAIRED:
-            most -= HEADROOM
+            most -= WEIGHT_SHIFT
         m_new = tl.maximum(m, most)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: 2^(-inf - 0) = 0, never NaN
         weights = tl.exp2(s - m_safe[:, None])
         shrink = tl.exp2(m - m_safe)
         l = l * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
-        v_tile = _load_keys(kv[1], kv[3], c, page, n0, p.BN, p.DV // SHARE, p.BDV // SHARE, MASKED, p.WIDE)
+        v_tile = load_keys(kv[1], kv[3], c, page, n0, p.BN, p.DV // SHARE, p.BDV // SHARE, MASKED, p.WIDE)
         weights = drop_at(f, t.at, weights, (t.m0 + t.query).to(tl.uint32), (n0 + j).to(tl.uint32)).to(t.q.dtype)
         if PAIRED:
             odd = odd * shrink[:, None]
-            acc = tl.dot(weights, _half_of_pairs(v_tile, False, c.ASSEMBLY), acc)
-            odd = tl.dot(weights, _half_of_pairs(v_tile, True, c.ASSEMBLY), odd)
+            acc = tl.dot(weights, e4m3_columns(v_tile, False, c.PTX), acc)
+            odd = tl.dot(weights, e4m3_columns(v_tile, True, c.PTX), odd)
         else:
             acc = tl.dot(weights, v_tile.to(t.q.dtype), acc, input_precision=p.PRECISION)
         m = m_new
@@ -237,14 +95,14 @@ def _attend(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, HIDES: t
     q_tile = tl.load(pointers, mask=d < p.D, other=0.0)
     PAIRED: tl.constexpr = kv[0].dtype.element_ty == tl.int16
     odd_tile = None
-    down = None
+    q_scale = None
     if PAIRED:
         if q_tile.dtype == tl.bfloat16:
-            q_tile, down = _as_float16(q_tile)
-        q_tile, odd_tile = _halves(q_tile, p.BM, p.BD)
+            q_tile, q_scale = scaled_to_fp16(q_tile)
+        q_tile, odd_tile = even_and_odd(q_tile, p.BM, p.BD)
     # Rows that repeat the last one read what it reads, so that no load of a row needs a mask.
     at = at_head(f, c.b, head[:, None], c.heads, c.batch_inner, 0, 0)
-    t = Rows(q_tile, odd_tile, down, query[:, None], at, m0)
+    t = Rows(q_tile, odd_tile, q_scale, query[:, None], at, m0)
 
     begin, full_begin, full_end, end = segments(m0, m0 + tl.max(query, 0), c.last, p.lo, p.hi, p.BN)
     if c.first is not None:
@@ -263,7 +121,7 @@ def _attend(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, HIDES: t
         m = tl.where(c.split == 0, sink, m)
         l = tl.where(c.split == 0, 1.0, l)
     acc = tl.zeros([p.BM, p.BDV // 2 if PAIRED else p.BDV], tl.float32)
-    odd = acc  # which nothing reads unless keys come in pairs
+    odd = acc  # read for e4m3 caches alone
     if p.lo is not None or c.first is not None:
         acc, odd, l, m = _walk(acc, odd, l, m, p, t, f, c, kv, own_begin, tl.minimum(full_begin, own_end), True)
     whole_begin = tl.maximum(full_begin, own_begin)
@@ -295,7 +153,7 @@ def few_forward(
     q, k, v, f, cache, out, lse, rest, q_strides, k_strides, v_strides, out_strides, lse_strides, rest_strides,
     tiles, heads, groups, batch_inner, M, N, lo, hi, scale, splits, least,
     BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN_N: tl.constexpr, PAGE: tl.constexpr, ASSEMBLY: tl.constexpr, FOLLOWED: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN_N: tl.constexpr, PAGE: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program owns BM rows (queries times grouped heads) of one key head of one request, and one of ``splits`` parts of its keys.
@@ -306,13 +164,11 @@ def few_forward(
 
     cache: ``Cache``, without pages if there is none. If there is, a key's stride 0 counts pages, or entries of the cache, N is what a
     request can hold, and lo and hi count from the diagonal that ends at the last query and the last key of the request. Packed queries have
-    no stride 0; M is their sum. PAGE: keys of a page. Caches of e4m3 numbers come as int16, two columns in one, with strides to match:
-    products then read them from shared memory as they read 16-bit numbers, and take even columns and odd ones in turn. Byte by byte,
-    values, which products want along keys, took longer than all else. ASSEMBLY: the device takes PTX. FOLLOWED: what puts parts
-    together starts meanwhile.
+    no stride 0; M is their sum. PAGE: keys of a page. e4m3 caches come as int16, with strides
+    to match (``few_keys.py``), and with ``PTX`` their tiles are converted by PTX. PDL: ``combine`` is launched while this kernel runs.
     """
-    if FOLLOWED:
-        let_next_start()
+    if PDL:
+        gdc_launch_dependents()
     pid = tl.program_id(0)
     tile = pid % tiles
     kv_heads = heads // groups
@@ -376,7 +232,7 @@ def few_forward(
     k += offset(entry, k_strides[0]) + offset(kv_head, k_strides[2])
     v += offset(entry, v_strides[0]) + offset(kv_head, v_strides[2])
     p = Program(M, N, lo, hi, scale, BM, BN, D, DV, BD, BDV, True, EVEN_N, PRECISION, WIDE, None, None, None)
-    c = Part(b, kv_head, groups, heads, batch_inner, first, last, split, splits, least, table, table_step, pages, v_scale, PAGE, ASSEMBLY)
+    c = Part(b, kv_head, groups, heads, batch_inner, first, last, split, splits, least, table, table_step, pages, v_scale, PAGE, PTX)
     kv = (k, v, k_strides, v_strides)
     strides = (q_strides[1], q_strides[2], out_strides[2], out_strides[3], lse_strides[2], 0 if rest is None else rest_strides[2])
     HIDES: tl.constexpr = not EVEN_N or f.lengths is not None or CACHED
@@ -455,7 +311,7 @@ def _walk_back(dqt, p, t, f, c, kv, s, begin, end, NEED_DQ: tl.constexpr, MASKED
     NEED_DS: tl.constexpr = NEED_DQ or s.dk is not None or s.dbias is not None or s.dbias_keys is not None
     for block in tl.range(begin, end):
         n0 = block * p.BN
-        k_tile = _load_keys(kv[0], kv[2], c, 0, n0, p.BN, p.D, p.BD, MASKED, p.WIDE)
+        k_tile = load_keys(kv[0], kv[2], c, 0, n0, p.BN, p.D, p.BD, MASKED, p.WIDE)
         st = tl.dot(k_tile, tl.trans(t.q), input_precision=p.PRECISION)  # [BN, BM]
         seen = mask_tile(f, t.at, 0, n0, t.query, j, p.M, c.last, False, MASKED, p.WIDE)
         bias = bias_tile(f, t.at, 0, n0, t.query, j, Span(None, p.M), Span(None, c.last), False, MASKED, p.WIDE)
@@ -475,7 +331,7 @@ def _walk_back(dqt, p, t, f, c, kv, s, begin, end, NEED_DQ: tl.constexpr, MASKED
             kept = drop_at(f, t.at, pt, queries, keys)
             dv = rescaled(f, tl.dot(kept.to(t.dout.dtype), t.dout, input_precision=p.PRECISION))
         if NEED_DS:
-            v_tile = _load_keys(kv[1], kv[3], c, 0, n0, p.BN, p.DV, p.BDV, MASKED, p.WIDE)
+            v_tile = load_keys(kv[1], kv[3], c, 0, n0, p.BN, p.DV, p.BDV, MASKED, p.WIDE)
             dpt = tl.dot(v_tile, tl.trans(t.dout), input_precision=p.PRECISION)
             dpt = rescaled(f, drop_at(f, t.at, dpt, queries, keys))
             dst = pt * (dpt - t.delta)

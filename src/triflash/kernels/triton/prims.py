@@ -76,14 +76,14 @@ def locate(tiles, heads, batch, ORDER: tl.constexpr, REVERSED: tl.constexpr):
 
 
 @triton.jit
-def let_next_start():
-    """From here on the next kernel may start, if it is launched to, as soon as all programs of this one got here (sm90 and later)."""
+def gdc_launch_dependents():
+    """The next kernel, if it is a programmatic dependent launch (PDL), may start once all programs of this one are here. sm90 and later."""
     tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], tl.int32, False, 1)
 
 
 @triton.jit
-def wait_for_last():
-    """Wait until the kernel before, for whose end this one was not to wait, has ended, and all that it wrote is there."""
+def gdc_wait():
+    """Wait for the end of the kernel before, and for its stores: of a programmatic dependent launch (PDL), else no wait. sm90 and later."""
     tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], tl.int32, False, 1)
 
 

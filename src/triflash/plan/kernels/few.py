@@ -307,8 +307,8 @@ def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, obje
         if spec.lengths and not config.splits:
             splits = max(splits, min(MAX_SPLITS, ceil_div(spec.capacity, MOST_KEYS)))
     programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
-    assembly = spec.cache_dtype == "fp8" and device.arch.startswith("sm")
-    forward = Step("few_forward", config, programs, splits=splits, precision=asked_products(spec), assembly=assembly)
+    ptx = spec.cache_dtype == "fp8" and device.arch.startswith("sm")
+    forward = Step("few_forward", config, programs, splits=splits, precision=asked_products(spec), ptx=ptx)
     steps = [forward] if programs else []
     if splits > 1 or spec.packed_queries or spec.split_size is not None:
         programs = spec.requests * spec.heads * spec.queries  # of packed queries at most: the launch knows their sum

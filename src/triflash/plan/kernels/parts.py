@@ -20,8 +20,8 @@ _OF_ELEMENTS = TileConfig(64, 16, 4, 1)
 
 def combine_step(rows: int, splits: int, device: DeviceFacts) -> Step:
     """Results over parts of the keys, for so many rows of every head."""
-    early = device.arch.startswith("sm") and int(device.arch[2:]) >= 90  # from where on kernels can wait for one another
-    return Step("combine", _OF_ROWS, rows, splits=splits, gives=("out", "lse"), early=early)
+    pdl = device.arch.startswith("sm") and int(device.arch[2:]) >= 90
+    return Step("combine", _OF_ROWS, rows, splits=splits, gives=("out", "lse"), pdl=pdl)
 
 
 def sum_rows_steps(spec: AttentionSpec, splits: int) -> tuple[Step, ...]:
