@@ -24,6 +24,7 @@ from .room import Room
 __all__ = ["backward_call", "cache_calls", "combine_call", "forward_calls", "partial_sums", "row_strides", "sum_rows_call"]
 
 _NO_CACHE = Cache()
+MOST_PARTS = 32  # that a program adds at a time
 
 
 def forward_calls(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, f: Features, saved: Saved) -> list[Call]:
@@ -119,7 +120,8 @@ def sum_rows_call(step: Step, spec: AttentionSpec, parts: Tensor | None, dq: Ten
     """Parts of dq, added up."""
     assert dq is not None and isinstance(step.config, TileConfig)
     args = (parts, dq, dq.stride()[:3], spec.heads, spec.queries, step.splits)
-    return Call(combine_kernels.sum_rows, args, {"D": spec.head_dim, "BD": padded(spec.head_dim)}, step.config, step.programs)
+    constants = {"D": spec.head_dim, "BD": padded(spec.head_dim), "PARTS": _parts_at_a_time(step.splits)}
+    return Call(combine_kernels.sum_rows, args, constants, step.config, step.programs)
 
 
 def partial_sums(room: Room, name: str, splits: int, dbias: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ def cache_calls(room: Room, plan: Plan, spec: CacheSpec, x: CacheOperands, out: 
         constants |= {"EVEN_N": False, "PAGE": spec.page_size or 0, "PTX": forward.ptx, "PDL": _combines_by_pdl(plan)}
         calls.append(Call(few_kernels.few_forward, args, constants, config, forward.programs))
     if combine is not None:
-        calls.append(combine_call(plan, parts, result, x.offsets_q))
+        calls.append(combine_call(plan, parts, result, x.offsets_q, spec.split_size is not None))
     return calls
 
 
@@ -250,8 +252,8 @@ def _request_strides(bias: Tensor | None, spec: BiasSpec | None) -> tuple[int | 
     return request, 0, head, query if spec.varies[3] else None, key if spec.varies[4] else None
 
 
-def combine_call(plan: Plan, parts: Saved, saved: Saved, offsets: Tensor | None = None) -> Call:
-    """Parts of every row, put together."""
+def combine_call(plan: Plan, parts: Saved, saved: Saved, offsets: Tensor | None = None, fixed: bool = False) -> Call:
+    """Parts of every row, put together. fixed: a row's bits do not depend on how many parts others have."""
     step = plan.step("combine")
     assert step is not None
     out, lse, rest = saved
@@ -260,9 +262,15 @@ def combine_call(plan: Plan, parts: Saved, saved: Saved, offsets: Tensor | None 
         *((0, 0) if rest is None else rest.stride()[:2], out.shape[2], out.shape[1], step.splits),
         0 if offsets is None else offsets.shape[0] - 1,
     )
-    constants = {"DV": out.shape[3], "BDV": padded(out.shape[3]), "PDL": step.pdl}
+    at_a_time = MOST_PARTS if fixed else _parts_at_a_time(step.splits)
+    constants = {"DV": out.shape[3], "BDV": padded(out.shape[3]), "PARTS": at_a_time, "PDL": step.pdl}
     assert isinstance(step.config, TileConfig)
     return Call(combine_kernels.combine, args, constants, step.config, out.shape[0] * out.shape[1] * out.shape[2], step.pdl)
+
+
+def _parts_at_a_time(splits: int) -> int:
+    """A power of two: a tile of 32 parts of which most are masked took up to a third of a call's time beside many rows."""
+    return min(MOST_PARTS, 1 << max(1, (splits - 1).bit_length()))
 
 
 def _combines_by_pdl(plan: Plan) -> bool:

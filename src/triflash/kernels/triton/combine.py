@@ -9,11 +9,9 @@ import triton.language as tl
 
 from .prims import LN2, LOG2E, clamped, gdc_wait, offset
 
-PARTS: tl.constexpr = tl.constexpr(32)  # looked at at a time; the order of a sum does not depend on how many there are
-
 
 @triton.jit
-def _load_base_two(lse, rest, begin, step, parts, USED_REST: tl.constexpr):
+def _load_base_two(lse, rest, begin, step, parts, PARTS: tl.constexpr, USED_REST: tl.constexpr):
     """lse in base 2 of PARTS parts, and what it lacks; -inf and 0 of those behind the last, and of parts that saw no key."""
     t = begin + tl.arange(0, PARTS)
     at = offset(t, step)
@@ -27,7 +25,7 @@ def _load_base_two(lse, rest, begin, step, parts, USED_REST: tl.constexpr):
 @triton.jit
 def combine(
     outs, lses, rests, out, lse, rest, offsets, offsets_stride, out_strides, lse_strides, rest_strides, heads, rows, parts, requests,
-    DV: tl.constexpr, BDV: tl.constexpr, PDL: tl.constexpr,
+    DV: tl.constexpr, BDV: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program owns one query of one head and adds its parts in their order, in float32:
 
@@ -36,7 +34,7 @@ def combine(
     outs (parts, batch, row, head, DV) and lses, rests (parts, batch, head, row) are contiguous float32; ``rows`` of each. Strides are
     (batch, row, head) of out, (batch, head) of lse and rest. What a part that saw no key has for out is not read. rests, rest None: not
     kept. offsets: of so many packed ``requests``; rows that they do not own get 0 and -inf. None: all rows are somebody's.
-    PDL: what gives the parts may still run.
+    PARTS: looked at at a time. PDL: what gives the parts may still run.
     """
     if PDL:
         gdc_wait()
@@ -59,14 +57,14 @@ def combine(
     # The largest lse, of two parts: beside a huge one what a float32 lost of it tells two parts apart.
     top = tl.full([PARTS], float("-inf"), tl.float32)
     for begin in range(0, last, PARTS):
-        _, high, _low = _load_base_two(lses, rests, begin, step, last, False)
+        _, high, _low = _load_base_two(lses, rests, begin, step, last, PARTS, False)
         top = tl.maximum(top, high)
     top = tl.max(top, 0)
     unseen = top == float("-inf")
     top = tl.where(unseen, 0.0, top)
     above = tl.full([PARTS], float("-inf"), tl.float32)
     for begin in range(0, last, PARTS):
-        _, high, low = _load_base_two(lses, rests, begin, step, last, USED_REST)
+        _, high, low = _load_base_two(lses, rests, begin, step, last, PARTS, USED_REST)
         above = tl.maximum(above, (high - top) + low)
     above = tl.max(above, 0)
     above = tl.where(unseen, 0.0, above)
@@ -75,7 +73,7 @@ def combine(
     acc = tl.zeros([BDV], tl.float32)
     totals = tl.zeros([PARTS], tl.float32)
     for begin in range(0, last, PARTS):
-        t, high, low = _load_base_two(lses, rests, begin, step, last, USED_REST)
+        t, high, low = _load_base_two(lses, rests, begin, step, last, PARTS, USED_REST)
         weights = tl.exp2(((high - top) + low) - above)
         totals += weights
         own = tl.load(
@@ -95,8 +93,8 @@ def combine(
 
 
 @triton.jit
-def sum_rows(parts, total, strides, heads, rows, count, D: tl.constexpr, BD: tl.constexpr):
-    """One program owns one row of one head and adds its ``count`` parts in their order. parts: (count, batch, row, head, D), contiguous
+def sum_rows(parts, total, strides, heads, rows, count, D: tl.constexpr, BD: tl.constexpr, PARTS: tl.constexpr):
+    """One program owns one row of one head and adds its ``count`` parts, PARTS at a time. parts: (count, batch, row, head, D), contiguous
     float32. strides: (batch, row, head) of the sum.
     """
     pid = tl.program_id(0)
