@@ -84,7 +84,33 @@ def _walk(acc, odd, l, m, p, t, f, c, kv, begin, end, MASKED: tl.constexpr):
 def _attend(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, HIDES: tl.constexpr):
     """Attend from BM rows to a part of the keys and store what comes of it. first_query: of the request, in rows of packed queries; else 0.
     strides: of q (row, head), out (row, head) and of lse and rest along heads. HIDES: the last key shown may be any.
+
+    Beside one long request, most parts of the others have no keys: these programs store lse and are done.
     """
+    m0 = tile * p.BM // c.groups
+    last_row = tl.minimum(tile * p.BM + p.BM, p.M * c.groups) - 1
+    begin, full_begin, full_end, end = segments(m0, last_row // c.groups, c.last, p.lo, p.hi, p.BN)
+    if c.first is not None:
+        least = tl.minimum(c.first // p.BN, end)
+        begin = tl.maximum(begin, least)
+        full_begin = tl.maximum(full_begin, tl.minimum(tl.cdiv(c.first, p.BN), end))
+        full_end = tl.maximum(full_end, full_begin)
+    chunk = tl.maximum(tl.cdiv(end - begin, c.splits), c.least)
+    own_begin = tl.minimum(begin + c.split * chunk, end)
+    own_end = tl.minimum(own_begin + chunk, end)
+    if (own_begin < own_end) | (c.split == 0):
+        blocks = (own_begin, full_begin, full_end, own_end)
+        _attend_to(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, blocks, HIDES)
+    else:
+        r = tile * p.BM + tl.arange(0, p.BM)
+        at = offset(c.kv_head * c.groups + r % c.groups, strides[4]) + first_query + r // c.groups
+        tl.store(lse + at, tl.full([p.BM], float("-inf"), tl.float32), mask=r < p.M * c.groups)
+
+
+@triton.jit
+def _attend_to(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, blocks, HIDES: tl.constexpr):
+    """:func:`_attend` to the blocks ``[own_begin, own_end)``, of which all rows see those of ``[full_begin, full_end)`` whole."""
+    own_begin, full_begin, full_end, own_end = blocks
     r = tl.minimum(tile * p.BM + tl.arange(0, p.BM), p.M * c.groups - 1)
     m0 = tile * p.BM // c.groups
     query = r // c.groups - m0
@@ -103,16 +129,6 @@ def _attend(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, HIDES: t
     # Rows that repeat the last one read what it reads, so that no load of a row needs a mask.
     at = at_head(f, c.b, head[:, None], c.heads, c.batch_inner, 0, 0)
     t = Rows(q_tile, odd_tile, q_scale, query[:, None], at, m0)
-
-    begin, full_begin, full_end, end = segments(m0, m0 + tl.max(query, 0), c.last, p.lo, p.hi, p.BN)
-    if c.first is not None:
-        least = tl.minimum(c.first // p.BN, end)
-        begin = tl.maximum(begin, least)
-        full_begin = tl.maximum(full_begin, tl.minimum(tl.cdiv(c.first, p.BN), end))
-        full_end = tl.maximum(full_end, full_begin)
-    chunk = tl.maximum(tl.cdiv(end - begin, c.splits), c.least)
-    own_begin = tl.minimum(begin + c.split * chunk, end)
-    own_end = tl.minimum(own_begin + chunk, end)
 
     m = tl.full([p.BM], float("-inf"), tl.float32)
     l = tl.zeros([p.BM], tl.float32)
@@ -136,13 +152,11 @@ def _attend(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, HIDES: t
     acc = rescaled(f, acc / l[:, None])
     if c.v_scale is not None:
         acc = acc * c.v_scale
-    # What a part without keys has for out is not read.
-    there = (tile * p.BM + tl.arange(0, p.BM) < p.M * c.groups) & ((own_begin < own_end) | (c.split == 0))
+    there = tile * p.BM + tl.arange(0, p.BM) < p.M * c.groups
     d = tl.arange(0, p.BDV)[None, :]
     pointers = out + (offset(rows, strides[2]) + offset(head, strides[3]))[:, None] + d
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=there[:, None] & (d < p.DV))
     row_lse = tl.where(unseen, float("-inf"), (m + tl.log2(l)) * LN2)
-    there = tile * p.BM + tl.arange(0, p.BM) < p.M * c.groups
     tl.store(lse + offset(head, strides[4]) + rows, row_lse, mask=there)
     if rest is not None:
         tl.store(rest + offset(head, strides[5]) + rows, lse_rest(m, l, row_lse), mask=there)
