@@ -304,8 +304,8 @@ def test_tiles_fit_the_device(arch: str) -> None:
 
 def test_pages_have_as_many_blocks_in_flight() -> None:
     """Stages are shared with the table."""
-    shape = few.Shape(4, 128, 8192, 128, 128, 2, False, False)
-    device, paged = KNOWN_DEVICES["sm90"], replace(shape, paged=True)
+    shape = few.Shape(4, 128, 8192, 128, 128, 2, False, False, True)
+    device, paged = KNOWN_DEVICES["sm90"], replace(shape, cached=True, paged=True)
     own, of_pages = few.choose(shape, device), few.choose(paged, device)
     assert of_pages == replace(own, num_stages=2 * own.num_stages - 1) and own.num_stages > 1
     assert few.splits_of(shape, own, device.sms) == few.splits_of(paged, of_pages, device.sms)

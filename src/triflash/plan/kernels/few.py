@@ -28,9 +28,9 @@ MAX_QUERIES = 128  # of one request, from which on tiles of queries are many eno
 MEASURED = ("sm90",)  # H200, docs/tuning.md, 2026-11-29
 MIN_KEYS = 512  # below, a second launch costs more than idle SMs
 ONE_TILE, ROWS_OF_A_TILE = 16, 64  # rows of the smallest product of tensor cores, and of WGMMA's
-LEAST_KEYS = 256  # of a part: fewer keys take less time than putting parts together
+LEAST_KEYS = 128  # of a part: fewer keys take less time than putting parts together
 MAX_SPLITS = 256  # that the plan takes by itself
-MOST_KEYS = 4096  # of a part where requests may differ in length: SMs that are done with short ones share a long one
+MOST_KEYS = 8192  # of a part where requests may differ in length: SMs that are done with short ones share a long one
 PROGRAM_COST = 512  # of a program besides its keys, in keys: beginning, end and what ``combine`` reads of it
 
 
@@ -63,6 +63,7 @@ class Shape:
     itemsize: int  # bytes of an element of the keys
     bias: bool
     heavy: bool  # more happens to a score than a bias or a band
+    cached: bool = False  # keys of a KV cache
     paged: bool = False
 
 
@@ -160,6 +161,8 @@ def _best(shape: Shape, device: DeviceFacts) -> FewConfig:
     if head <= 128:
         # H200, d 128: 9 configurations in each of 8 problems (docs/tuning.md, 2026-11-29)
         if block_m == 16 and shape.rows > 1 and not shape.heavy:
+            if shape.cached:  # 7 to 12 configurations, 2026-11-30
+                return FewConfig(16, 128 if shape.itemsize == 1 else 64, 4, 3)
             return FewConfig(16, 128, 8, 3)
         return FewConfig(block_m, 128, 4, 3) if block_m <= 32 and not shape.heavy else FewConfig(block_m, 64, 4, 4 if block_m == 64 else 3)
     return FewConfig(block_m, 32, 4, 2)
@@ -227,7 +230,7 @@ def takes_backward(spec: AttentionSpec, device: DeviceFacts) -> bool:
     """Whether ``attention`` takes the backward kernel by itself: up to 16 rows on many keys, where it was measured to be the fastest; and
     up to 64 of grouped heads, which ``hopper``'s kernels walk one by one.
     """
-    if device.arch != "sm90" or spec.dtype not in ("fp16", "bf16") or spec.keys < MIN_KEYS or not runs_backward(spec):
+    if device.arch not in MEASURED or spec.dtype not in ("fp16", "bf16") or spec.keys < MIN_KEYS or not runs_backward(spec):
         return False
     most = ROWS_OF_A_TILE if spec.groups > 1 else ONE_TILE
     return padded(max(spec.head_dim, spec.value_dim)) <= 128 and spec.queries * spec.groups <= most
@@ -285,7 +288,7 @@ def cache_shape_of(spec: CacheSpec) -> Shape:
     heavy = spec.softcap > 0 or spec.alibi or spec.mask is not None
     itemsize = {"fp32": 4, "fp8": 1}.get(spec.cache_dtype, 2)
     sizes = (spec.queries * spec.groups, spec.requests * spec.kv_heads, spec.capacity, spec.head_dim, spec.value_dim)
-    return Shape(*sizes, itemsize, spec.bias is not None, heavy, spec.page_size is not None)
+    return Shape(*sizes, itemsize, spec.bias is not None, heavy, True, spec.page_size is not None)
 
 
 def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
