@@ -227,13 +227,14 @@ def runs_backward(spec: AttentionSpec) -> bool:
 
 
 def takes_backward(spec: AttentionSpec, device: DeviceFacts) -> bool:
-    """Whether ``attention`` takes the backward kernel by itself: up to 16 rows on many keys, where it was measured to be the fastest; and
-    up to 64 of grouped heads, which ``hopper``'s kernels walk one by one.
+    """Whether ``attention`` takes the backward kernel by itself: where it was measured to be the fastest, up to 16 rows without a bias or
+    anything heavier, and up to 64 of grouped heads, which ``hopper``'s kernels walk one by one.
     """
     if device.arch not in MEASURED or spec.dtype not in ("fp16", "bf16") or spec.keys < MIN_KEYS or not runs_backward(spec):
         return False
+    shape = shape_of(spec)
     most = ROWS_OF_A_TILE if spec.groups > 1 else ONE_TILE
-    return padded(max(spec.head_dim, spec.value_dim)) <= 128 and spec.queries * spec.groups <= most
+    return padded(max(spec.head_dim, spec.value_dim)) == 128 and shape.rows <= most and not (shape.bias or shape.heavy)
 
 
 def choose_backward(shape: Shape, device: DeviceFacts) -> FewConfig:
