@@ -473,12 +473,12 @@ def test_dq_by_split_keys(case: Case, splits: int, device: torch.device) -> None
 
 def test_who_splits_dq() -> None:
     device, needs = KNOWN_DEVICES["sm90"], Needs(True, True, True, False)
-    few_tiles = plan_backward(spec(64, 8192, B=8), needs, device)
+    few_tiles = plan_backward(spec(100, 8192, B=8), needs, device)
     assert few_tiles.backend == "hopper"  # whose kernel that owns keys sums dq up
-    few_tiles = plan_backward(replace(spec(64, 8192, B=8), deterministic=True), needs, device)
+    few_tiles = plan_backward(replace(spec(100, 8192, B=8), deterministic=True), needs, device)
     step = few_tiles.step("dq")
     assert few_tiles.backend == "triton" and step is not None and step.splits > 1 and step.programs >= device.sms
     assert [each.kernel for each in few_tiles.steps] == ["delta", "dkdv", "dq", "sum_rows"]
-    for problem in (spec(64, 8192, B=64), spec(64, 300)):
+    for problem in (spec(100, 8192, B=64), spec(64, 300)):
         step = plan_backward(replace(problem, deterministic=True), needs, device).step("dq")
         assert step is not None and step.splits == 1

@@ -100,7 +100,7 @@ def _attend(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, HIDES: t
     own_end = tl.minimum(own_begin + chunk, end)
     if (own_begin < own_end) | (c.split == 0):
         blocks = (own_begin, full_begin, full_end, own_end)
-        _attend_to(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, blocks, HIDES)
+        _attend_to(p, f, c, kv, q, out, lse, rest, strides, (tile, first_query), blocks, HIDES)
     else:
         r = tile * p.BM + tl.arange(0, p.BM)
         at = offset(c.kv_head * c.groups + r % c.groups, strides[4]) + first_query + r // c.groups
@@ -108,8 +108,9 @@ def _attend(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, HIDES: t
 
 
 @triton.jit
-def _attend_to(p, f, c, kv, q, out, lse, rest, strides, tile, first_query, blocks, HIDES: tl.constexpr):
+def _attend_to(p, f, c, kv, q, out, lse, rest, strides, place, blocks, HIDES: tl.constexpr):
     """:func:`_attend` to the blocks ``[own_begin, own_end)``, of which all rows see those of ``[full_begin, full_end)`` whole."""
+    tile, first_query = place
     own_begin, full_begin, full_end, own_end = blocks
     r = tl.minimum(tile * p.BM + tl.arange(0, p.BM), p.M * c.groups - 1)
     m0 = tile * p.BM // c.groups

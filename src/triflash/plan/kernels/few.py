@@ -27,10 +27,10 @@ KERNELS = ("few_forward", "few_backward")
 MAX_QUERIES = 128  # of one request, from which on tiles of queries are many enough
 MEASURED = ("sm90",)  # H200, docs/tuning.md, 2026-11-29
 MIN_KEYS = 512  # below, a second launch costs more than idle SMs
-ONE_TILE, ROWS_OF_A_TILE = 16, 64  # rows of the smallest product of tensor cores, and of WGMMA's
 LEAST_KEYS = 128  # of a part: fewer keys take less time than putting parts together
 MAX_SPLITS = 256  # that the plan takes by itself
 MOST_KEYS = 8192  # of a part where requests may differ in length: SMs that are done with short ones share a long one
+PART_COST = 2  # of a part, in keys of a program, however many run at a time: what SMs share, and ``combine``
 PROGRAM_COST = 512  # of a program besides its keys, in keys: beginning, end and what ``combine`` reads of it
 
 
@@ -179,7 +179,7 @@ def splits_of(shape: Shape, config: FewConfig, sms: int) -> int:
 
     def cost(splits: int) -> int:
         blocks = ceil_div(ceil_div(shape.keys, config.block_n), splits) * config.block_n
-        return ceil_div(items * splits, slots) * (blocks + PROGRAM_COST * (splits > 1))
+        return ceil_div(items * splits, slots) * (blocks + PROGRAM_COST * (splits > 1)) + PART_COST * items * splits
 
     return min(range(1, most + 1), key=cost)
 
@@ -212,7 +212,7 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str
     programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
     steps = [Step("few_forward", config, programs, splits=splits, precision=asked_products(spec))]
     if splits > 1:
-        steps.append(combine_step(spec.batch * spec.heads * spec.queries, splits, device))
+        steps.append(combine_step(spec.batch * spec.heads * spec.queries, splits, programs, device))
     return tuple(steps)
 
 
@@ -227,14 +227,13 @@ def runs_backward(spec: AttentionSpec) -> bool:
 
 
 def takes_backward(spec: AttentionSpec, device: DeviceFacts) -> bool:
-    """Whether ``attention`` takes the backward kernel by itself: where it was measured to be the fastest, up to 16 rows without a bias or
-    anything heavier, and up to 64 of grouped heads, which ``hopper``'s kernels walk one by one.
+    """Whether ``attention`` takes the backward kernel by itself: where it was measured to be the fastest, up to 64 rows without a bias or
+    anything heavier.
     """
     if device.arch not in MEASURED or spec.dtype not in ("fp16", "bf16") or spec.keys < MIN_KEYS or not runs_backward(spec):
         return False
     shape = shape_of(spec)
-    most = ROWS_OF_A_TILE if spec.groups > 1 else ONE_TILE
-    return padded(max(spec.head_dim, spec.value_dim)) == 128 and shape.rows <= most and not (shape.bias or shape.heavy)
+    return padded(max(spec.head_dim, spec.value_dim)) == 128 and not (shape.bias or shape.heavy)
 
 
 def choose_backward(shape: Shape, device: DeviceFacts) -> FewConfig:
@@ -248,7 +247,7 @@ def choose_backward(shape: Shape, device: DeviceFacts) -> FewConfig:
     if device.arch.startswith("gfx"):
         return FewConfig(rows, 64 if head <= 64 else 32 if head <= 128 else 16, 4, 1)
     if device.arch.startswith("sm9") and head <= 128:  # H200, d 128, docs/tuning.md, 2026-11-30; of 32 rows WGMMA gives a wrong dq there
-        return FewConfig(16, 64, 4, 3) if rows == ONE_TILE else FewConfig(max(rows, 64), 32, 4 if rows <= 64 else 8, 2)
+        return FewConfig(16, 64, 4, 3) if rows == 16 else FewConfig(max(rows, 64), 32, 4, 3) if rows <= 64 else FewConfig(rows, 32, 8, 2)
     return FewConfig(rows, 64 if head <= 128 else 32, 4 if rows * head <= 64 * 64 else 8, 2)
 
 
@@ -309,14 +308,15 @@ def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, obje
     else:
         splits = splits_of(shape, config, device.sms)
         if spec.lengths and not config.splits:
-            splits = max(splits, min(MAX_SPLITS, ceil_div(spec.capacity, MOST_KEYS)))
+            least = ceil_div(spec.capacity, MOST_KEYS) if spec.capacity > MOST_KEYS else ceil_div(2 * spec.capacity, MOST_KEYS)
+            splits = max(splits, min(MAX_SPLITS, least))
     programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
     ptx = spec.cache_dtype == "fp8" and device.arch.startswith("sm")
     forward = Step("few_forward", config, programs, splits=splits, precision=asked_products(spec), ptx=ptx)
     steps = [forward] if programs else []
     if splits > 1 or spec.packed_queries or spec.split_size is not None:
-        programs = spec.requests * spec.heads * spec.queries  # of packed queries at most: the launch knows their sum
-        steps.append(combine_step(programs, splits, device))
+        rows = spec.requests * spec.heads * spec.queries  # of packed queries at most: the launch knows their sum
+        steps.append(combine_step(rows, splits, programs, device))
     return tuple(steps)
 
 

@@ -18,9 +18,13 @@ _OF_ROWS = TileConfig(16, 16, 4, 1)  # a program owns one row
 _OF_ELEMENTS = TileConfig(64, 16, 4, 1)
 
 
-def combine_step(rows: int, splits: int, device: DeviceFacts) -> Step:
-    """Results over parts of the keys, for so many rows of every head."""
-    pdl = device.arch.startswith("sm") and int(device.arch[2:]) >= 90
+def combine_step(rows: int, splits: int, programs: int, device: DeviceFacts) -> Step:
+    """Results over parts of the keys, for so many rows of every head; programs: that give the parts.
+
+    It starts meanwhile (PDL) where these leave half of the SMs to it: a call of some 7 us is half a microsecond shorter then, and one of
+    more programs up to two longer (H200; docs/tuning.md).
+    """
+    pdl = device.arch.startswith("sm") and int(device.arch[2:]) >= 90 and 2 * programs <= device.sms
     return Step("combine", _OF_ROWS, rows, splits=splits, gives=("out", "lse"), pdl=pdl)
 
 
