@@ -1,4 +1,4 @@
-"""How many floating-point operations a problem cannot do without, and PyTorch's counter told of it. Used by ``ops.py`` and ``bench``.
+"""How many FLOPs a problem cannot do without, and PyTorch's counter told of it. Used by ``ops.py``, plans and ``bench``.
 
 FLOPs count what visible pairs of query and key cost: a product of two numbers and its addition are 2. The forward pass has two products of
 length D and Dv a pair (q kᵀ, p v), the backward pass five (q kᵀ again, dout vᵀ, and those of dq, dk and dv): 2.5 times as many where
@@ -24,14 +24,18 @@ _COUNTER = "torch.utils.flop_counter"
 @functools.lru_cache(maxsize=1024)
 def visible_pairs(queries: int, keys: int, lo: int | None = None, hi: int | None = None) -> int:
     """How many pairs of query i and key j have ``lo <= j - i <= hi``; None leaves a side open."""
-    if lo is None and hi is None:
-        return queries * keys
-    pairs = 0
-    for i in range(queries):
-        first = 0 if lo is None else max(i + lo, 0)
-        last = keys - 1 if hi is None else min(i + hi, keys - 1)
-        pairs += max(last - first + 1, 0)
-    return pairs
+
+    def up_to(count: int) -> int:
+        """Pairs of which j - i is less than ``count``: query i has ``i + count`` keys, from 0 to all of them."""
+        return _triangle(queries + count, keys) - _triangle(count, keys)
+
+    return max((queries * keys if hi is None else up_to(hi + 1)) - (0 if lo is None else up_to(lo)), 0)
+
+
+def _triangle(rows: int, most: int) -> int:
+    """The sum of ``0 … rows - 1``, each at most ``most``."""
+    growing = max(min(rows, most + 1), 0)
+    return growing * (growing - 1) // 2 + max(rows - growing, 0) * most if rows > 0 else 0
 
 
 def attention_flops(pairs: int, head_dim: int, value_dim: int, which: str) -> int:
