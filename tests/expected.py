@@ -22,8 +22,17 @@ Configs = Mapping[str, Config]  # of kernels, by their names
 
 
 def kernels(ran: list[str]) -> list[str]:
-    """The kernels' names of a record of launches."""
-    return [line.split()[1] for line in ran]
+    """The kernels' names of a record of launches, as ``once``."""
+    return [line.split()[1] for line in once(ran)]
+
+
+def once(ran: list[str]) -> list[str]:
+    """A record of launches in which a kernel that is launched for each of its loops, first for small lse, is one."""
+    small, other = " for small lse", " for any lse"
+    at = [number for number, line in enumerate(ran) if line.endswith(small)]
+    assert [ran[number].removesuffix(small) + other for number in at] == [line for line in ran if line.endswith(other)]
+    assert all(ran[number + 1].endswith(other) for number in at)
+    return [line.removesuffix(small) for line in ran if not line.endswith(other)]
 
 
 def dbias_kernel(case: Case, shape: tuple[int, ...]) -> str:

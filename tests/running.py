@@ -21,14 +21,17 @@ from torch import Tensor
 
 import triflash
 from cases import Case, Inputs, build, fill_hidden, hidden_of
-from expected import Configs, expected_launches, is_to_add_dq, is_unsupported, kernels, lse_may_be_large, what_hopper_gives
+from expected import Configs, expected_launches, is_to_add_dq, is_unsupported, kernels, lse_may_be_large, once, what_hopper_gives
 from here import ON_HOPPER
 from judging import HOPPER, judge
 from triflash import tiled
 from triflash.bound import signature
+from triflash.bound.signature import CALLS
 from triflash.cli.bench.tolerance import assert_close
+from triflash.plan import select
 from triflash.plan.configs import TileConfig
 from triflash.plan.device import facts_of
+from triflash.plan.kernels import loops
 from triflash.plan.kernels.dkdv import DkdvConfig
 from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import override_configs
@@ -72,6 +75,20 @@ def few_sms(count: int = FEW_SMS) -> Iterator[None]:
     facts = functools.cache(lambda device: replace(facts_of(device), sms=count))
     with mock.patch.object(signature, "facts_of", facts):
         yield
+
+
+@contextlib.contextmanager
+def loops_apart() -> Iterator[None]:
+    """Within it Hopper's kernels of two loops are launched for each of them, however short they are."""
+
+    def forget() -> None:
+        CALLS.clear()
+        select._plan_backward.cache_clear()
+
+    forget()
+    with mock.patch.object(loops, "LONG", 0.0):
+        yield
+    forget()
 
 
 @contextlib.contextmanager
@@ -138,10 +155,11 @@ def assert_right(case: Case, inputs: Inputs, *results: dict[str, Tensor], backen
 def assert_launched(case: Case, inputs: Inputs, backend: str, configs: Configs, ran: list[str]) -> None:
     """The kernels that must run did, and no other, with the configurations given."""
     adds = backend in (*HOPPER, "auto") and is_to_add_dq(case, inputs, is_raw_on(backend, configs), configs)
-    launched = [" ".join(line.split()[:2]) for line in ran]
+    lines = once(ran)
+    launched = [" ".join(line.split()[:2]) for line in lines]
     assert [line for line in launched if not line.split()[1].endswith("_sum")] == expected_launches(case, backend, inputs, adds)
     for kernel, config in configs.items():
-        assert kernel not in kernels(ran) or f"hopper: {kernel} {config}" in ran
+        assert kernel not in kernels(ran) or f"hopper: {kernel} {config}" in lines
 
 
 def run_case(

@@ -466,7 +466,7 @@ def test_in_how_many_parts_heads_are_dealt_out(
     problem = spec(**sizes, head_dim=dim, value_dim=dim, hi=hi)
     for deterministic in (False, True):
         plan = plan_backward(replace(problem, deterministic=deterministic), Needs(True, True, True, False), SM90, "hopper")
-        (keys,) = (step.config for step in plan.steps if isinstance(step.config, DkdvConfig))
+        (keys,) = {step.config for step in plan.steps if isinstance(step.config, DkdvConfig)}  # of one launch, or of both
         assert keys.head_splits == splits or deterministic
         assert (plan.step("dkdv_sum") is not None) == (keys.head_splits > 1)
 

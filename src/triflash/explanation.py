@@ -21,6 +21,10 @@ _HOPPER_ORDERS = {
     "tile": "tiles of one head, the longest first, among those whose keys and values fit in the L2 cache, then the next head's",
 }
 _KEYS_ORDERS = {order: text.replace("keys and values", "queries and their gradients") for order, text in _HOPPER_ORDERS.items()}
+_LOOPS = {
+    "small": "for where every lse is small, as it is of ordinary scores; else it leaves at once, and the next launch works",
+    "any": "for where some lse is large; else it leaves at once, and the launch before has worked",
+}
 _ORDERS = {
     "tile": "tiles of one head back to back",
     "batch": "batch entries that share a bias block back to back",
@@ -231,6 +235,8 @@ def _step(explained: ExplainedStep, backend: str, device: DeviceFacts) -> list[s
     maps = f", {explained.tensor_maps} tensor maps" if explained.tensor_maps else ""
     lines = [f"{step}: {step.programs} programs{maps}{order}{splits}{gives}"]
     lines.append(f"  configuration  {explained.source}")
+    if step.loops != "both":
+        lines.append(f"  launched       {_LOOPS[step.loops]}")
     if step.precision != "ieee":
         times = "three products for one" if step.precision == "tf32x3" else "one product, of 10-bit mantissas"
         lines.append(f"  float32        by tensor cores: {step.precision}, {times}")

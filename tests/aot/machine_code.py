@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
+from triflash.plan.steps import Plan
 
 
 def compiled_with_log(call: Call) -> tuple[Any, str]:
@@ -26,6 +28,11 @@ def compiled_with_log(call: Call) -> tuple[Any, str]:
     log = printed.getvalue() or assembled(compiled.asm["ptx"])
     assert "Compiling entry function" in log, "not what ptxas says with -v, in which nothing would be found"
     return compiled, log
+
+
+def with_both_loops(plan: Plan) -> Plan:
+    """A plan whose kernels with two loops are launched once, as of short problems."""
+    return Plan(plan.backend, tuple(replace(step, loops="both") for step in plan.steps if step.loops != "any"))
 
 
 def assembled(ptx: str, *options: str) -> str:

@@ -13,7 +13,15 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from machine_code import ambiguous_descriptors, compiled_with_log, disassembled, serialised, unfenced_products, unfenced_releases
+from machine_code import (
+    ambiguous_descriptors,
+    compiled_with_log,
+    disassembled,
+    serialised,
+    unfenced_products,
+    unfenced_releases,
+    with_both_loops,
+)
 from test_hopper import CAUSAL, FULL, MIXED, WINDOW, features_of, lengths_of, mask_of, second_of, seed_of, slopes_of
 
 from triflash.launch import ahead
@@ -148,8 +156,8 @@ TARGETS = [
 ]  # fmt: skip
 
 
-def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[AttentionSpec, Step, Call]:
-    """The launch of a target on meta tensors."""
+def the_call(target: Target, batch: int = 2, heads: int = 16, loops: str = "both") -> tuple[AttentionSpec, Step, Call]:
+    """The launch of a target on meta tensors. loops: of the kernel, which long problems launch for each of them."""
 
     def make(*shape: int, dtype: torch.dtype = target.dtype) -> torch.Tensor:
         return torch.empty(shape, device="meta", dtype=dtype)
@@ -169,10 +177,12 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
     spec = spec_of(q, k, v, bias, 1, *target.band, 0.125, "ieee", mask, lengths, slopes, None, seed, *numbers, second)
     needs = Needs(*(letter in target.grads for letter in "qkvb"), dsecond="t" in target.grads)
     with override_configs(**{target.kernel: target.config}) if target.config else nullcontext():
-        plan = plan_backward(spec, needs, SM90, "hopper")
+        planned = plan_backward(spec, needs, SM90, "hopper")
+    plan = with_both_loops(planned) if loops == "both" else planned
     calls = ahead.calls_of(plan, spec, needs, q, k, v, bias, mask, lengths, slopes, None, seed, *[None] * 4, second)
-    ((step, call),) = ((step, call) for step, call in zip(plan.steps, calls, strict=True) if step.kernel in ("dkdv", "dqdkdv"))
-    assert step.kernel == target.kernel
+    both = zip(plan.steps, calls, strict=True)
+    ((step, call),) = ((step, call) for step, call in both if step.kernel in ("dkdv", "dqdkdv") and step.loops == loops)
+    assert step.kernel == target.kernel and call.constants["LOOPS"] == loops
     return spec, step, call
 
 
@@ -216,6 +226,36 @@ def test_columns_that_pad_a_head_are_not_multiplied(dims: tuple[int, int], colum
         found = Counter(re.findall(r"m64n(\d+)k16", ahead.compile_for(call, "sm90").asm["ptx"]))
         assert set(found) == {"64", "128", "32"} and found["32"] > found["128"] > 0
         assert found["64"] > dp and (found["64"] - dp) % s == 0
+
+
+ALONE = [
+    Target((64, 64), length=EVEN),
+    Target((64, 64), length=EVEN, adds=False),
+    Target((64, 64), bias="1h1k", length=EVEN, grads="qkvb"),
+    Target((128, 128), length=EVEN, spills=LOOP),
+    Target((128, 128), length=EVEN, band=CAUSAL, adds=False, spills=LOOP),
+    Target((256, 256), length=EVEN),
+]
+
+
+@pytest.mark.parametrize("target", ALONE, ids=str)
+def test_a_kernel_of_one_loop_has_no_other(target: Target) -> None:
+    """And spills no more than one of both; that of small lse fetches no rest."""
+    both, small, other = (the_call(target, loops=loops) for loops in ("both", "small", "any"))
+    kernels = [compiled_with_log(call) for _, _, call in (both, small, other)]
+    code = [disassembled(compiled) for compiled, _ in kernels]
+    powers = [each.count("MUFU.EX2") for each in code]
+    assert powers[1] + powers[2] == powers[0] and min(powers) > 0
+    lines = [each.count(";") for each in code]
+    assert lines[1] < lines[2] < 0.8 * lines[0]  # dkdv_d256 has two loops in but one of two partitions
+    if not both[2].config.d256:
+        assert lines[1] < 0.65 * lines[0]
+    used = [ahead.resources(compiled) for compiled, _ in kernels]
+    assert used[1].shared_memory < used[2].shared_memory <= both[1].config.shared_memory(both[0], both[1].gives)
+    if triton.__version__.startswith("3.6"):
+        assert max(used[1].spills, used[2].spills) <= max(used[0].spills, target.spills)
+    for (_, log), each in zip(kernels, code, strict=True):
+        assert not serialised(log) and unfenced_releases(each) == 0 and not ambiguous_descriptors(each)
 
 
 def test_other_sizes_are_the_same_kernel() -> None:

@@ -14,6 +14,8 @@ from triton.runtime.jit import compute_cache_key
 from ways import binding, check_both_ways, nothing_compiled
 
 import triflash
+from expected import once
+from running import loops_apart
 from triflash.bound.cache import Recent
 from triflash.bound.call import BoundCall
 from triflash.bound.signature import CALLS
@@ -37,6 +39,15 @@ def test_tritons_c_launcher_gets_the_same(backend: str, name: str) -> None:
         check_both_ways(step_of(problem), backend)
         assert not any(each.numbers for each in launches_of(CALLS))
     CALLS.clear()
+
+
+@pytest.mark.parametrize("name", ["plain", "many features", "added up", "heads in parts", "wide", "bias 1hqk", "bias 1h1k", "dq alone"])
+def test_kernels_launched_for_each_loop(name: str) -> None:
+    """They get the same, and what is added up or comes in parts is in the same memory."""
+    (problem,) = [each for each in many("hopper") if each.name == name]
+    with loops_apart():
+        ran = check_both_ways(step_of(problem), "hopper")
+    assert any(line.endswith(" for any lse") for line in ran) and len(once(ran)) < len(ran)
 
 
 def launches_of(calls: Recent[BoundCall]) -> list[native.Launch]:

@@ -17,11 +17,12 @@ from ..kernels.hopper.compat import TensorDescriptor
 from ..kernels.triton.features import Features
 from ..plan import layout
 from ..plan.configs import padded
-from ..plan.hopper import flags_small_lse, reads_small_lse
+from ..plan.hopper import flags_small_lse
 from ..plan.kernels import rowwise
 from ..plan.kernels.dbias import DbiasConfig
 from ..plan.kernels.dkdv import DkdvConfig, dims, key_tiles, l2_order, sums_by_mma
 from ..plan.kernels.dq import DqConfig
+from ..plan.kernels.loops import reads_small_lse
 from ..plan.kernels.shared import multiplied_columns, row_by_mma, stats_kinds, stats_length
 from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
@@ -106,7 +107,8 @@ def backward_calls(
     spec, given = in_order(spec, x)
     t = hopper_packed.tables(room, plan, spec, given)
     dq_sum = new_dq_sum(room, spec) if plan.step("postprocess") else None
-    looking = stats.shape[1] == 3 and flags_small_lse(spec, plan.steps)
+    kept = stats.shape[1] == 3 or any(step.loops != "both" for step in plan.steps)
+    looking = kept and flags_small_lse(spec, plan.steps)
     small_lse = room.new("whether lse is small", (preprocess.FLAGS.value,), torch.int32) if looking else None
     as_read = hopper_packed.as_spread(t, given)
     p = _Pass(room, plan, spec, given, as_read, saved, dout, dlse, delta, grads, stats, small_lse, dq_sum, t)
@@ -118,7 +120,8 @@ class _Pass:
     """What the launches of a backward pass share.
 
     given, x: the operands as they come and as the kernels for Hopper read them. t: the tables of packed sequences; whole: those of the
-    kernel for the gradient of their bias, once it is its turn. head_parts, sums: where gradients come in parts, those of biases by name.
+    kernel for the gradient of their bias, once it is its turn. head_parts, sums, unasked_dq: where gradients come in parts, those of biases
+    by name, and dq where nobody asked for it; a kernel that is launched twice has them from its first launch.
     """
 
     room: Room
@@ -136,6 +139,7 @@ class _Pass:
     dq_sum: Tensor | None
     t: Tables | None
     whole: PackedTables | None = None
+    unasked_dq: Tensor | None = None
     head_parts: HeadParts = (None, None)
     sums: dict[str, Tensor | None] = field(default_factory=dict)
 
@@ -171,12 +175,25 @@ def _preprocess(_: Step, p: _Pass) -> Call:
 
 
 def _dkdv(step: Step, p: _Pass) -> Call:
-    name, target = bias_given(step, p.grads)
-    parts = p.sums[name] = partial_sums(p.room, step, target)
+    parts = _sums(step, p)
     strides = row_strides(p.spec, parts) if parts is not None else None
-    p.head_parts = new_head_parts(p.room, p.spec, step)
+    if _is_first(step):
+        p.head_parts = new_head_parts(p.room, p.spec, step)
     results = (*_dk_and_dv(step, p), p.head_parts, p.dq_sum, parts, strides)
     return dkdv_call(p.spec, step, p.x, p.dout, p.stats, p.small_lse, *results, p.t)
+
+
+def _is_first(step: Step) -> bool:
+    """Whether it is the first or the only launch of its kernel."""
+    return step.loops != "any"
+
+
+def _sums(step: Step, p: _Pass) -> Tensor | None:
+    """Room for the partial sums of the gradient of a bias that the step gives."""
+    name, target = bias_given(step, p.grads)
+    if _is_first(step):
+        p.sums[name] = partial_sums(p.room, step, target)
+    return p.sums[name]
 
 
 def _dk_and_dv(step: Step, p: _Pass) -> tuple[Tensor | None, Tensor | None]:
@@ -189,12 +206,15 @@ def _dq(step: Step, p: _Pass) -> Call:
     q, k, v, bias, *_ = p.x
     dq = p.grads.dq
     if dq is None:  # it is the kernel's own result, and dbias beside it what was asked for
-        shape = layout.tma_padded(q.shape, q.element_size())
-        dq = p.room.new("dq, which nobody asked for", shape, q.dtype)[..., : q.shape[-1]]
+        if _is_first(step):
+            shape = layout.tma_padded(q.shape, q.element_size())
+            p.unasked_dq = p.room.new("dq, which nobody asked for", shape, q.dtype)[..., : q.shape[-1]]
+        dq = p.unasked_dq
+    assert dq is not None
     _, dbias = bias_given(step, p.grads)
     small_lse = p.small_lse if reads_small_lse(p.spec, step) else None
     features = (p.x.key_lengths, p.x.alibi_slopes, p.x.mask, p.x.dropout_seed, small_lse, p.x.second_bias)
-    how = (step.forward_keys, hopper_packed.tiles_of(p.t, p.spec, "queries"))
+    how = (step.forward_keys, hopper_packed.tiles_of(p.t, p.spec, "queries"), step.loops)
     return dq_call(p.spec, step.config, step.programs, q, k, v, bias, p.dout, p.stats, dq, dbias, *features, *how)
 
 
@@ -204,12 +224,12 @@ def _postprocess(_: Step, p: _Pass) -> Call:
 
 
 def _dbias(step: Step, p: _Pass) -> Call:
-    name, target = bias_given(step, p.grads)
-    parts = p.sums[name] = partial_sums(p.room, step, target)
+    parts = _sums(step, p)
     q, k, v, bias, *_ = p.x
     assert isinstance(step.config, DbiasConfig) and bias is not None and parts is not None
     features = (p.x.key_lengths, p.x.alibi_slopes, p.x.mask, p.x.dropout_seed, p.small_lse, p.x.second_bias)
-    return hopper_dbias_call(p.spec, step.config, step.programs, step.splits, q, k, v, bias, p.dout, p.stats, parts, *features)
+    inputs = (q, k, v, bias, p.dout, p.stats, parts)
+    return hopper_dbias_call(p.spec, step.config, step.programs, step.splits, *inputs, *features, loops=step.loops)
 
 
 # How a backward pass launches each kernel of its plan.
@@ -397,12 +417,13 @@ def dkdv_call(
     )
     constants: dict[str, Any] = {
         "C": config if splits == 1 else replace(config, head_splits=1),
-        "HAS_REST": stats.shape[1] == 3,
+        "HAS_REST": stats.shape[1] == 3 and step.loops != "small",  # which does not read it
         "IS_MASK": spec.bias is not None and spec.bias.is_mask,
         "EVEN_N": is_even(spec, config.block_n),
         "ALIBI": alibi_of(spec, step.forward_keys),
         "BATCH_FASTEST": step.order == "batch",
         "LONGEST": "first" if spec.hi is not None else "none" if spec.lo is None else "last",
+        "LOOPS": step.loops,
         "QK": multiplied_columns(spec.head_dim, head),
         "OV": multiplied_columns(spec.value_dim, value),
     }

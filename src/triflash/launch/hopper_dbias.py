@@ -26,7 +26,7 @@ def dbias_call(
     spec: AttentionSpec, config: DbiasConfig, programs: int, splits: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dout: Tensor,
     stats: Tensor, parts: Tensor, lengths: Tensor | None = None, slopes: Tensor | None = None,
     mask: Tensor | None = None, seed: Tensor | None = None, small_lse: Tensor | None = None,
-    second: Tensor | None = None,
+    second: Tensor | None = None, loops: str = "both",
 ) -> Call:  # fmt: skip
     """dbias of a bias that ``plan.kernels.dbias.why_not`` allows, as ``splits`` parts: parts is (splits, the bias's own five dims).
 
@@ -74,5 +74,6 @@ def dbias_call(
         "EVEN": spec.queries % config.block_m == 0 and spec.keys % block_n == 0,
         "ALIBI": alibi_of(spec, SMALLEST_BLOCK),
         "ROW_BY_MMA": row_by_mma(spec),
+        "LOOPS": loops,
     }
     return Call(dbias_kernels.dbias, args, constants | register_limit(config), config, programs)

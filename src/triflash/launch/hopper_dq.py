@@ -35,6 +35,7 @@ def dq_call(
     stats: Tensor, dq: Tensor, dbias: Tensor | None = None, lengths: Tensor | None = None, slopes: Tensor | None = None,
     mask: Tensor | None = None, seed: Tensor | None = None, small_lse: Tensor | None = None,
     second: Tensor | None = None, forward_keys: int = SMALLEST_BLOCK, packed: tuple[Any, ...] | None = None,
+    loops: str = "both",
 ) -> Call:  # fmt: skip
     """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q."""
     head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
@@ -69,6 +70,7 @@ def dq_call(
         "HAS_REST": stats.shape[1] == 3,
         "EVEN_N": is_even(spec, block_n),
         "ALIBI": alibi_of(spec, forward_keys),
+        "LOOPS": loops,
         "QK": multiplied_columns(spec.head_dim, head),
         "OV": multiplied_columns(spec.value_dim, value),
     }

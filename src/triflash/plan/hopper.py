@@ -11,6 +11,7 @@ from .choices import Choices
 from .configs import MAX_HEAD_DIM
 from .device import DeviceFacts
 from .kernels import dbias, dkdv, dq, few, forward, rowwise, short
+from .kernels.loops import by_loops, reads_small_lse
 from .kernels.parts import dbias_sum_steps
 from .kernels.shared import ROWS, HopperConfig, is_banded
 from .packed import dbias_steps
@@ -151,16 +152,20 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, choic
         alike = hopper_packed.like(spec)
         given = replace(needs, dbias=False)
         adding = adds_dq(alike, given, device.shared_memory, dkdv.sums_dq_by_hand(by_hand))
-        packed_steps = hopper_packed.backward_steps(spec, needs, device, by_hand, adding)
+        packed_steps = _by_loops(alike, hopper_packed.backward_steps(spec, needs, device, by_hand, adding), device)
         return (*packed_steps, *dbias_steps(spec, device, choices)) if needs.dbias else packed_steps
     own, needed = _in_order(spec, needs)
-    steps = _backward_steps(own, needed, device, by_hand)
+    steps = _by_loops(own, _backward_steps(own, needed, device, by_hand), device)
     if spec.alibi:
         keys = forward.config_of(own, device, by_hand).block_n
         steps = tuple(replace(step, forward_keys=keys) if step.kernel in ("dkdv", "dqdkdv", "dq") else step for step in steps)
     if own is spec:
         return steps
     return tuple(replace(step, gives=_renamed(step.gives)) for step in steps)
+
+
+def _by_loops(spec: AttentionSpec, steps: Sequence[Step], device: DeviceFacts) -> tuple[Step, ...]:
+    return tuple(each for step in steps for each in by_loops(spec, step, device))
 
 
 def _renamed(gives: tuple[str, ...]) -> tuple[str, ...]:
@@ -228,11 +233,6 @@ def _worth_adding(spec: AttentionSpec) -> bool:
 def flags_small_lse(spec: AttentionSpec, steps: Sequence[Step]) -> bool:
     """Whether ``preprocess`` looks if every lse is small: where a kernel is the faster for it."""
     return any(reads_small_lse(spec, step) for step in steps)
-
-
-def reads_small_lse(spec: AttentionSpec, step: Step) -> bool:
-    """Whether that kernel is the faster for it."""
-    return spec.keeps_rest and isinstance(step.config, HopperConfig) and step.config.reads_small_lse(spec)
 
 
 def shared_memory(spec: AttentionSpec, step: Step) -> int:

@@ -22,7 +22,8 @@ class Step:
     order: which index of the grid varies fastest (see ``kernels/triton/prims.locate``). splits: parts that a reduction is cut into.
     gives: the gradients that it computes. precision: of its float32 products. forward_keys: of a block of the forward pass, where a
     backward kernel repeats its rounding. ptx: its kernel may hold PTX. pdl: a programmatic dependent launch,
-    which starts while the kernel before it still runs and waits for it by itself.
+    which starts while the kernel before it still runs and waits for it by itself. loops: ``"both"``, or of a kernel that is launched for
+    each of its loops (``kernels/loops.py``) ``"small"`` or ``"any"``, of which one works and the other leaves at once.
     """
 
     kernel: str
@@ -35,9 +36,11 @@ class Step:
     forward_keys: int = SMALLEST_BLOCK
     ptx: bool = False
     pdl: bool = False
+    loops: str = "both"
 
     def __str__(self) -> str:
-        return self.kernel if self.config is None else f"{self.kernel} {self.config}"
+        alone = "" if self.loops == "both" else f" for {self.loops} lse"
+        return self.kernel if self.config is None else f"{self.kernel} {self.config}{alone}"
 
 
 @dataclass(frozen=True)

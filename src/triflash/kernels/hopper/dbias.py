@@ -90,6 +90,7 @@ class Program:
     HAS_REST: gl.constexpr
     EVEN: gl.constexpr
     ALIBI: gl.constexpr
+    LOOPS: gl.constexpr
 
 
 @gluon.constexpr_function
@@ -419,8 +420,10 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
 
 @gluon.jit
 def _consume_either(p, WG: gl.constexpr):
-    """One consumer: ``_consume`` with the faster loop if every lse is small (``preprocess.py``)."""
-    if (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
+    """One consumer: ``_consume`` with the faster loop if every lse is small (``preprocess.py``), or with the only one of LOOPS."""
+    if p.LOOPS != "both":
+        _consume(p, WG, p.LOOPS == "small")
+    elif (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
         _consume(p, WG, True)
     else:
         _consume(p, WG, False)
@@ -439,7 +442,7 @@ def dbias(
     cap, dropout, second_desc, second_on, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m,
     tiles_n, tiles, places, fold, shuffle, C: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr, VARIES_B0: gl.constexpr,
     VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr, ALIBI: gl.constexpr,
-    ROW_BY_MMA: gl.constexpr,
+    ROW_BY_MMA: gl.constexpr, LOOPS: gl.constexpr,
 ):  # fmt: skip
     """``tiles_m`` by ``tiles_n`` tiles a head of the bias, which have ``places`` (``_tile``); ``tiles`` are the places of all heads of the
     bias, times ``splits``, the part slowest.
@@ -449,7 +452,11 @@ def dbias(
     (part, outer batch, inner batch, head, query, key). A second bias, over keys alone, comes as of the forward kernel, a row with the last
     chunk of keys of a round; mask as a pointer, with strides (outer batch, inner batch, head); its keys are neighbours. stats: see
     ``scores_qk.py``; cap: ``features.tanh``; dropout: ``dropout.philox_of``. Query head h reads key head ``h // group``.
+    LOOPS: as of ``dkdv.dkdv``.
     """
+    if LOOPS != "both":
+        if (all_lse_small(small_lse) != 0) != (LOOPS == "small"):
+            return
     BN: gl.constexpr = C.block_n
     WGS: gl.constexpr = C.consumers
     DT: gl.constexpr = q_desc.dtype
@@ -481,7 +488,7 @@ def dbias(
         small_lse, dbias_desc, dbias_out, lengths, slopes, stats, left_s, right_s, bias_s, left, right, biases, ping_pong, dbias_strides,
         slope_strides, cap, dropout, second_s, row_s, ones_s, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale,
         splits, tiles_m, tiles, places, fold, shuffle, zeros_s, tiles_n, C, chunks_of(QK, C.chunk), chunks_of(OV, C.chunk), QK, OV,
-        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI,
+        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, LOOPS,
     )  # fmt: skip
     if WGS == 1:
         gl.warp_specialize([

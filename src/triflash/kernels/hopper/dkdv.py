@@ -109,6 +109,7 @@ class Program:
     BATCH_FASTEST: gl.constexpr
     LONGEST: gl.constexpr
     SUM_BY_MMA: gl.constexpr
+    LOOPS: gl.constexpr
     QK: gl.constexpr
     OV: gl.constexpr
 
@@ -379,8 +380,10 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
 
 @gluon.jit
 def _consume_either(p, WG: gl.constexpr):
-    """One consumer: ``_consume`` with the faster loop if every lse is small (``preprocess.py``)."""
-    if (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
+    """One consumer: ``_consume`` with the faster loop if every lse is small (``preprocess.py``), or with the only one of LOOPS."""
+    if p.LOOPS != "both":
+        _consume(p, WG, p.LOOPS == "small")
+    elif (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
         _consume(p, WG, True)
     else:
         _consume(p, WG, False)
@@ -395,8 +398,8 @@ def dkdv(
     packed, slopes, dbias, bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
     batch, heads, group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, ROW: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, ROW_BY_MMA: gl.constexpr, SUM_BY_MMA: gl.constexpr, QK: gl.constexpr,
-    OV: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, ROW_BY_MMA: gl.constexpr, SUM_BY_MMA: gl.constexpr, LOOPS: gl.constexpr,
+    QK: gl.constexpr, OV: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 128 keys of a key head: ``tiles`` of them, ``tiles_n`` a (batch, key head) pair, dealt out by ``schedule.Uniform``.
 
@@ -409,7 +412,13 @@ def dkdv(
     part's sums of dk and dv go to dk_parts and dv_parts, float32 and contiguous (batch, part, whole tiles of keys, padded dim). cap: see
     ``features.tanh``; dropout: see ``philox_of``. None: absent, or not wanted. QK, OV: columns of q and k, of dout
     and v that are multiplied.
+
+    LOOPS: "both" for a kernel that chooses by ``small_lse``, the flags of ``preprocess``, or has no use for them. Long problems launch two
+    kernels instead, "small" and "any", each of which has one loop and leaves at once where the flags say that the other one works.
     """
+    if LOOPS != "both":
+        if (all_lse_small(small_lse) != 0) != (LOOPS == "small"):
+            return
     DT: gl.constexpr = q_desc.dtype
     BM: gl.constexpr = C.block_m
     KEYS: gl.constexpr = 2 * C.kv_stages
@@ -465,7 +474,7 @@ def dkdv(
         bias_s, mask_s, ds_s, dq_s, dq_sum, row_s, ones_s, kv, q_full, o_full, bias_full, ds_empty, dq_empty, consumers_done,
         bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits, batch_inner, M, N, lo,
         hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, DQ_WARPGROUP, ROW, IS_MASK, EVEN_N, ALIBI,
-        BATCH_FASTEST, LONGEST, SUM_BY_MMA, QK, OV,
+        BATCH_FASTEST, LONGEST, SUM_BY_MMA, LOOPS, QK, OV,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
     if DQ_WARPGROUP:

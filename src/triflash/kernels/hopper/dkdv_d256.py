@@ -99,6 +99,7 @@ class Program:
     ALIBI: gl.constexpr
     BATCH_FASTEST: gl.constexpr
     LONGEST: gl.constexpr
+    LOOPS: gl.constexpr
     QK: gl.constexpr
     OV: gl.constexpr
 
@@ -352,8 +353,10 @@ def _values(p, SMALL_LSE: gl.constexpr):
 
 @gluon.jit
 def _values_either(p):
-    """``_values`` with the faster loop if every lse is small (``preprocess.py``)."""
-    if (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
+    """``_values`` with the faster loop if every lse is small (``preprocess.py``), or with the only one of LOOPS."""
+    if p.LOOPS != "both":
+        _values(p, p.LOOPS == "small")
+    elif (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
         _values(p, True)
     else:
         _values(p, False)
@@ -475,9 +478,12 @@ def dkdv_d256(
     dv_tail,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, LOOPS: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 keys of a key head. Arguments as of ``dkdv.dkdv``; tails: descriptors of columns behind the first ones."""
+    if LOOPS != "both":
+        if (all_lse_small(small_lse) != 0) != (LOOPS == "small"):
+            return
     DT: gl.constexpr = q_desc.dtype
     STAGES: gl.constexpr = C.q_stages
     NEED_DS: gl.constexpr = (dk_desc is not None) or (dbias is not None)
@@ -519,7 +525,7 @@ def dkdv_d256(
         small_lse, dk, dv, dbias, bias, lengths, packed, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s,
         kv, queries, douts, weights, biases, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
         group, None, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DS, IS_MASK, EVEN_N, ALIBI,
-        BATCH_FASTEST, LONGEST, QK, OV,
+        BATCH_FASTEST, LONGEST, LOOPS, QK, OV,
     )  # fmt: skip
     f = Feed(q, k, v, o, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
     if NEED_DS:

@@ -109,6 +109,7 @@ class Program:
     HAS_REST: gl.constexpr
     EVEN_N: gl.constexpr
     ALIBI: gl.constexpr
+    LOOPS: gl.constexpr
     QK: gl.constexpr
     OV: gl.constexpr
 
@@ -441,8 +442,10 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
 
 @gluon.jit
 def _consume_either(p, WG: gl.constexpr):
-    """One consumer: ``_consume`` with the faster loop if every lse is small (``preprocess.py``)."""
-    if (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
+    """One consumer: ``_consume`` with the faster loop if every lse is small (``preprocess.py``), or with the only one of LOOPS."""
+    if p.LOOPS != "both":
+        _consume(p, WG, p.LOOPS == "small")
+    elif (p.small_lse is not None) and (all_lse_small(p.small_lse) != 0):
         _consume(p, WG, True)
     else:
         _consume(p, WG, False)
@@ -458,16 +461,20 @@ def dq(
     slope_strides, bias_on, cap, dropout, second_desc, second_on, mask_desc, mask_on, q_tail, dout_tail, k_tail, v_tail, dq_tail,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, LOOPS: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
     Descriptors, biases and strides as of the forward kernel; dbias_desc is over a full-shape bias, in blocks like the bias's. stats: see
     ``scores_qk.py``; small_lse: the flags of ``preprocess``, or None; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside
-    the bias, a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent. QK, OV: as of ``dkdv.dkdv``.
+    the bias, a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent. LOOPS, QK,
+    OV: as of ``dkdv.dkdv``.
 
     C: the configuration. Without its ``separate_dq``, dq leaves through Q's buffer, and the next tile begins when it has left.
     """
+    if LOOPS != "both":
+        if (all_lse_small(small_lse) != 0) != (LOOPS == "small"):
+            return
     WGS: gl.constexpr = C.consumers
     BN: gl.constexpr = C.block_n
     BIASES: gl.constexpr = C.bias_stages * WGS
@@ -510,7 +517,8 @@ def dq(
     p = Program(
         small_lse, grad, dbias_desc, bias, lengths, packed, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, second_s, mask_s,
         queries, keys, values, biases, ping_pong, bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi,
-        scale, tiles_m, tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, QK, OV,
+        scale, tiles_m, tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, LOOPS, QK,
+        OV,
     )  # fmt: skip
     f = Feed(q, dout, k, v, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group, zeros_s)
     if WGS == 1:
