@@ -300,7 +300,7 @@ _INTEGERS = {"i1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "u1": 1, "u8": 1, "
 # Numbers as they lie in 8 bytes of which a kernel reads the first; ctypes makes what is too large infinite, as C does.
 _FLOATS: dict[str, Callable[[float], int]] = {
     "fp32": lambda value: int.from_bytes(bytes(ctypes.c_float(value)), "little"),
-    "fp64": lambda value: int.from_bytes(bytes(ctypes.c_double(value)), "little", signed=True),
+    "fp64": lambda value: array("q", array("d", [value]).tobytes())[0],
 }
 
 
