@@ -24,6 +24,7 @@ class Case:
     second: the same for another bias beside it, of dtype second_dtype. mask: the same for a boolean mask beside them. Hk: key heads, if not H. lengths: keys shown to the batch entries, repeated as needed.
     starts, ends, key_starts: queries and keys that there are, likewise; diagonal: of the batch entries, from which lo and hi count.
     shift: the diagonal of ALiBi.
+    shown: what the mask, or a bias that is one, shows (``shown_by``), if not what chance has it.
     alibi: ``h`` or ``bh``, what the slopes vary over. sink: whether there is one. softcap, dropout: 0 for none.
     grads: any of the letters q, k, v, b, s (sink), t (second bias). dlse: the log-sum-exp gets a cotangent as well.
     tiles: queries and keys of a tile; None takes the default of the plan (and, on the tiled backend, its own choice).
@@ -69,6 +70,7 @@ class Case:
     magnitude: float = 1.0
     tiles: tuple[int, int] | None = (32, 32)
     seed: int = 0
+    shown: str = ""
 
     def __str__(self) -> str:
         return self.name.replace(" ", "-")
@@ -173,6 +175,33 @@ def bias_shape(case: Case, pattern: str | None = None) -> tuple[int, ...]:
     return tuple(1 if letter == "1" else full[letter] for letter in pattern)
 
 
+def shown_by(shape: tuple[int, ...], how: str, generator: torch.Generator) -> Tensor:
+    """A mask (…, queries, keys) that shows all but padding on the "left" or "right" of each entry's keys, "documents" of a row to themselves,
+    those with "holes", of which whole blocks are hidden, or but for a third of their "rows"; "one" pair of each entry; "nothing"; "everything".
+    """
+    *outer, M, N = shape
+    entries = math.prod(outer)
+    mask = torch.zeros(entries, M, N, dtype=torch.bool)
+    i, j = torch.arange(M)[:, None], torch.arange(N)[None, :]
+    for own in mask:
+        at = int(torch.randint(N + 1, (1,), generator=generator))
+        if how in ("left", "right"):
+            own |= (j >= at) if how == "left" else (j < at)
+        elif how == "one":
+            own[int(torch.randint(M, (1,), generator=generator)), min(at, N - 1)] = True
+        elif how == "everything":
+            own.fill_(True)
+        elif how != "nothing":
+            cuts_m, cuts_n = (torch.randint(size + 1, (3,), generator=generator).sort().values for size in (M, N))
+            own |= torch.bucketize(i, cuts_m, right=True) == torch.bucketize(j, cuts_n, right=True)
+            if how == "holes":
+                own &= torch.rand((M, N), generator=generator) < 0.8
+                own &= (j < N // 3) | (j >= N // 2)
+            if how == "rows":
+                own &= (i < M // 3) | (i >= M // 2 + 40)
+    return mask.view(shape)
+
+
 def build(case: Case, device: torch.device) -> Inputs:
     """The inputs of a case: seeded, laid out, marked for gradients."""
     generator = torch.Generator().manual_seed(case.seed)
@@ -193,6 +222,8 @@ def build(case: Case, device: torch.device) -> Inputs:
         bias_dtype = case.bias_dtype or dtype
 
         def values(shape: tuple[int, ...]) -> Tensor:
+            if bias_dtype == torch.bool and case.shown:
+                return shown_by(shape, case.shown, generator).to(device)
             if bias_dtype == torch.bool:
                 bias = torch.rand(shape, generator=generator) < {"normal": 0.6, "rows": 0.6, "all": -1.0}[case.bias_values]
                 hidden: Any = False
@@ -227,9 +258,13 @@ def build(case: Case, device: torch.device) -> Inputs:
         second = with_layout(bias_shape(case, case.second), case.bias_layout, lambda shape: normal(shape, case.second_dtype or dtype))
     mask = None
     if case.mask is not None:  # whole blocks of it show nothing
-        mask = with_layout(bias_shape(case, case.mask), case.mask_layout, lambda shape: torch.rand(shape, generator=generator) < 0.7)
+
+        def shown(shape: tuple[int, ...]) -> Tensor:
+            return shown_by(shape, case.shown, generator) if case.shown else torch.rand(shape, generator=generator) < 0.7
+
+        mask = with_layout(bias_shape(case, case.mask), case.mask_layout, shown)
         mask = mask.clone() if case.mask_layout == "plain" else mask
-        if mask.shape[-1] > 32 and mask.shape[-2] != 1:
+        if not case.shown and mask.shape[-1] > 32 and mask.shape[-2] != 1:
             mask[..., :16, 16:32] = False
         mask = mask.to(device)
     slopes = seed = None

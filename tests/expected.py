@@ -125,6 +125,20 @@ def expected_launches(case: Case, backend: str, inputs: Inputs, adds: bool = Fal
     return [f"{forward if name == 'forward' else backward}: {name}" for name in names]
 
 
+def with_mask_bounds(case: Case, inputs: Inputs, launches: list[str]) -> list[str]:
+    """With the kernel that looks where a mask shows anything, as it runs when it is chosen by hand: before each pass in which a kernel walks
+    what it finds. A dq that also gives the gradient of a bias does not.
+    """
+    mask = inputs.mask if inputs.bias is not None and inputs.bias.dtype != torch.bool else inputs.operands().bias
+    if mask is None or mask.dtype != torch.bool:
+        return launches
+    at = launches.index("hopper: preprocess") if "hopper: preprocess" in launches else len(launches)
+    names = [line.split()[1] for line in launches[at:]]
+    full = "b" in inputs.wanted() and inputs.bias is not None and dbias_kernel(replace(case, Hk=None), tuple(inputs.bias.shape)) == "dq"
+    walking = bool({"dkdv", "dqdkdv"} & {*names}) or ("dq" in names and not full)
+    return [*["hopper: mask_bounds"] * (at > 0), *launches[:at], *["hopper: mask_bounds"] * walking, *launches[at:]]
+
+
 def _by_short_rows(case: Case, inputs: Inputs, names: list[str], forward: bool, backward: bool) -> list[str]:
     """With the kernels for short rows where the plan takes them by itself, which test_short_rows.py is about."""
     if case.tiles is not None:  # chosen by hand, of the other kernels

@@ -21,7 +21,17 @@ from torch import Tensor
 
 import triflash
 from cases import Case, Inputs, build, fill_hidden, hidden_of
-from expected import Configs, expected_launches, is_to_add_dq, is_unsupported, kernels, lse_may_be_large, once, what_hopper_gives
+from expected import (
+    Configs,
+    expected_launches,
+    is_to_add_dq,
+    is_unsupported,
+    kernels,
+    lse_may_be_large,
+    once,
+    what_hopper_gives,
+    with_mask_bounds,
+)
 from here import ON_HOPPER
 from judging import HOPPER, judge
 from triflash import tiled
@@ -157,7 +167,10 @@ def assert_launched(case: Case, inputs: Inputs, backend: str, configs: Configs, 
     adds = backend in (*HOPPER, "auto") and is_to_add_dq(case, inputs, is_raw_on(backend, configs), configs)
     lines = once(ran)
     launched = [" ".join(line.split()[:2]) for line in lines]
-    assert [line for line in launched if not line.split()[1].endswith("_sum")] == expected_launches(case, backend, inputs, adds)
+    expected = expected_launches(case, backend, inputs, adds)
+    if "mask_bounds" in configs:
+        expected = with_mask_bounds(case, inputs, expected)
+    assert [line for line in launched if not line.split()[1].endswith("_sum")] == expected
     for kernel, config in configs.items():
         assert kernel not in kernels(ran) or f"hopper: {kernel} {config}" in lines
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,15 @@ def test_workloads(name: str, steps: dict[str, list[str]]) -> None:
     found = asked("--workload", name, "--device", "h100", "--deterministic")
     assert {each.which: [launch.step.split()[0] for launch in each.launches()[0]] for each in found} == steps
     assert all(each.launches()[1].arch == "sm90" for each in found)
+
+
+def test_a_mask_is_looked_at_first() -> None:
+    found = asked("--mask", "b1qk", "--s", "4k,128", "--device", "h100", "--deterministic")
+    names = {(each.name.split()[1], each.which): [launch.step.split()[0] for launch in each.launches()[0]] for each in found}
+    assert {key: [name for name, _ in itertools.groupby(each)] for key, each in names.items()} == {
+        ("4096", "fwd"): ["mask_bounds", "forward"], ("4096", "bwd"): ["mask_bounds", "forward", "mask_bounds", *HOPPER[1:]],
+        ("128", "fwd"): ["forward"], ("128", "bwd"): HOPPER,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*NAMED, *LAYERS, "decode-ragged"])

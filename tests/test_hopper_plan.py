@@ -408,7 +408,7 @@ def test_queries_that_see_nothing_get_a_block_to_hide() -> None:
         patched.setattr(scores_qk, "BM", 64)
         for m0, M, N, lo, hi in itertools.product((0, 128, 256), (257, 300), (1, 31, 32, 200), bounds, bounds):
             begin, full_begin, full_end, end = scores_qk.visible_blocks.fn(
-                SimpleNamespace(C=config), SimpleNamespace(queries=M, keys=N, lo=lo, hi=hi), m0
+                SimpleNamespace(C=config, bounds=None), SimpleNamespace(queries=M, keys=N, lo=lo, hi=hi), m0, 0
             )
             before = prims.segments.fn(m0, min(m0 + 128, M) - 1, N, lo, hi, 32)
             problem = (m0, M, N, lo, hi, (begin, full_begin, full_end, end))

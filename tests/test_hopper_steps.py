@@ -334,7 +334,7 @@ def test_blocks_in_turn_are_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             begin, whole, part, end = (
                 int(x)
                 for x in scores_kq.visible_blocks.fn(
-                    SimpleNamespace(C=DkdvConfig(2, 2)), SimpleNamespace(queries=M, keys=N, lo=lo, hi=hi), n0
+                    SimpleNamespace(C=DkdvConfig(2, 2), bounds=None), SimpleNamespace(queries=M, keys=N, lo=lo, hi=hi), n0, 0
                 )
             )
             blocks = blocks_that_see(spec(queries=M, keys=N, lo=lo, hi=hi), DkdvConfig(1, 1), n0 // 128)

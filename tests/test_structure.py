@@ -87,11 +87,14 @@ RULES: dict[str, list[str]] = {
     ],
     "triflash.launch.sequences": ["torch", "triflash.spec"],
     "triflash.launch.hopper": [
-        "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper_packed", "triflash.launch.packed",
+        "torch", "triton", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper_packed", "triflash.launch.mask_bounds", "triflash.launch.packed",
         "triflash.launch.room", "triflash.plan", "triflash.spec", "triflash.errors",
     ],
     "triflash.launch.hopper_packed": [
         "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.packed", "triflash.launch.room", "triflash.plan", "triflash.spec",
+    ],
+    "triflash.launch.mask_bounds": [
+        "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.room", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.hopper_dq": [
         "torch", "triflash.kernels.hopper", "triflash.launch.calls", "triflash.launch.hopper", "triflash.plan", "triflash.spec",
@@ -101,7 +104,7 @@ RULES: dict[str, list[str]] = {
     ],
     "triflash.launch.hopper_backward": [
         "torch", "triflash.dropout", "triflash.kernels.hopper", "triflash.kernels.triton.features", "triflash.launch.calls", "triflash.launch.common", "triflash.launch.hopper",
-        "triflash.launch.hopper_dbias", "triflash.launch.hopper_dq", "triflash.launch.hopper_packed", "triflash.launch.packed",
+        "triflash.launch.hopper_dbias", "triflash.launch.hopper_dq", "triflash.launch.hopper_packed", "triflash.launch.mask_bounds", "triflash.launch.packed",
         "triflash.launch.portable", "triflash.launch.room", "triflash.launch.triton", "triflash.plan", "triflash.spec",
     ],
     "triflash.launch.ahead": ["torch", "triton", "triflash.launch", "triflash.plan", "triflash.spec", "triflash.errors"],

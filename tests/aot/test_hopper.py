@@ -27,6 +27,8 @@ from machine_code import (
 from triflash.launch import ahead
 from triflash.launch.calls import Call
 from triflash.launch.hopper import forward_calls
+from triflash.launch.mask_bounds import new_bounds
+from triflash.launch.room import Real
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.kernels.forward import ForwardConfig
 from triflash.plan.override import override_configs
@@ -116,6 +118,9 @@ TARGETS = [
     Target((64, 64), bias="1h1k", band=CAUSAL),
     Target((128, 128), bias="1h1k", bias_dtype=F32, spills=28),
     Target((32, 32), bias="b11k", bias_dtype=BOOL),
+    # Masks, between whose first and last keys of a tile blocks are walked.
+    *(Target((d, d), bias="b1qk", bias_dtype=BOOL, band=band) for d, band in ((64, FULL), (128, CAUSAL))),
+    Target((256, 256), bias="b11k", bias_dtype=BOOL),
     # A number a query.
     Target((64, 64), bias="1hq1"),
     # Soft caps.
@@ -207,7 +212,7 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Attention
     with override_configs(forward=target.config) if target.config else nullcontext():
         plan = plan_forward(spec, SM90, "hopper")
     operands = Operands(q, k, v, bias, mask, lengths, slopes, dropout_seed=seed, second_bias=second)
-    (call,) = forward_calls(plan, spec, operands, Saved(out, lse, kept))
+    *_, call = forward_calls(plan, spec, operands, Saved(out, lse, kept), bounds=new_bounds(Real(q), plan, spec))
     return spec, call
 
 

@@ -119,6 +119,10 @@ TARGETS = [
     *(Target((d, d), band=band, adds=d == 64, softcap=50.0, spills=LOOP) for d, band in MIXED),
     Target((64, 64), F16, bias="1hqk", band=CAUSAL, softcap=30.0),
     Target((256, 256), band=WINDOW, softcap=50.0),
+    # Masks, between whose first and last queries of a tile blocks are walked.
+    *(Target((d, d), bias="b1qk", bias_dtype=BOOL, band=band, adds=d < 128, spills=LOOP) for d, band in ((64, FULL), (128, CAUSAL))),
+    Target((128, 128), bias="b11k", bias_dtype=BOOL, spills=LOOP),
+    Target((256, 256), bias="bhqk", bias_dtype=BOOL),
     # Masks beside biases.
     Target((128, 128), bias="1hqk", mask="b1qk", spills=64),
     Target((64, 64), F16, bias="1h1k", grads="qkvb", mask="b1qk", spills=28),

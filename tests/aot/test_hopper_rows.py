@@ -40,14 +40,17 @@ from triflash.launch import ahead
 from triflash.launch.calls import Call
 from triflash.launch.hopper_dbias import dbias_call
 from triflash.launch.hopper_dq import dq_call
+from triflash.launch.mask_bounds import bounds_of, new_bounds
+from triflash.launch.room import Real
 from triflash.plan.configs import padded
 from triflash.plan.hopper import reads_small_lse
 from triflash.plan.kernels import dbias as dbias_plan
 from triflash.plan.kernels import dq as dq_plan
+from triflash.plan.kernels import mask_bounds
 from triflash.plan.kernels.dbias import DbiasConfig
 from triflash.plan.kernels.dq import DqConfig
 from triflash.plan.kernels.rowwise import FLAGS
-from triflash.plan.steps import Step
+from triflash.plan.steps import Plan, Step
 from triflash.spec import spec_of
 
 SPILLS = {64: 8, 128: 8, 256: 20}  # 4-byte words of a thread, by padded head dim; in what a tile does once, not in what a block does
@@ -210,7 +213,12 @@ def the_call(target: Target, batch: int = 2, heads: int = 16) -> tuple[Call, int
     full = make(*bias.shape, dtype=bias.dtype) if bias is not None and target.gradient else None
     programs = dq_plan.programs(spec, config, SM90.sms)
     small_lse = torch.empty(FLAGS, device="meta", dtype=torch.int32) if reads_small_lse(spec, Step("dq", config, programs)) else None
-    call = dq_call(spec, config, programs, q, k, v, bias, dout, stats, grad, full, lengths, slopes, mask, seed, small_lse, second)
+    features = (lengths, slopes, mask, seed, small_lse, second)
+    bounds = None
+    if mask is not None and full is None:
+        plan = Plan("hopper", mask_bounds.steps(spec, {"mask_bounds": mask_bounds.CONFIG}, ("queries",)))
+        bounds = bounds_of(new_bounds(Real(q), plan, spec), "queries")
+    call = dq_call(spec, config, programs, q, k, v, bias, dout, stats, grad, full, *features, bounds=bounds)
     return call, config.shared_memory(spec, gives)
 
 

@@ -170,6 +170,7 @@ def many(backend: str) -> list[Problem]:
         problems += [
             P("added up", N=1100, M=72, options=fast),
             P("added up, copies", N=1100, M=72, D=20, apart=True, bias=(1, 2, 1, 1100), options={**fast, "causal": True}),
+            P("mask of many blocks", M=1032, N=1032, H=32, mask=(2, 1, 1032, 1032)),
             P("heads in parts", M=72, N=200, H=16, Hk=2, wants="kv", dtype=F16),
         ]
     else:

@@ -61,7 +61,7 @@ def test_the_table_reaches_every_kernel() -> None:
         with triflash.record_launches() as recorded, nothing_compiled():
             step_of(problem).run()
         reached |= {" ".join(line.split()[:2]) for line in recorded}
-    hopper = ("forward", "preprocess", "dkdv", "dqdkdv", "dq", "postprocess", "dbias", "dbias_sum", "dkdv_sum")
+    hopper = ("forward", "preprocess", "dkdv", "dqdkdv", "dq", "postprocess", "dbias", "dbias_sum", "dkdv_sum", "mask_bounds")
     assert reached == {f"hopper: {name}" for name in hopper} | {
         f"triton: {name}" for name in ("forward", "delta", "dkdv", "dq", "dbias", "dbias_sum", "short_forward", "short_backward")
     }

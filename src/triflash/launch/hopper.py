@@ -36,6 +36,7 @@ from ..spec import AttentionSpec, Operands, Saved
 from . import hopper_packed
 from .calls import SMALLEST_SCALE, Call, address_of, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
 from .hopper_packed import AROUND, Around, Tables
+from .mask_bounds import Bounds, bounds_call, bounds_of, new_bounds
 from .packed import in_line
 from .room import Room
 
@@ -75,7 +76,7 @@ def forward(room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Sav
     """The launches that fill out, lse and, if given, rest. Every tensor is canonical (``spec.spec_of``); lse and rest are contiguous."""
     saved = saved._replace(out=written(room, "out", saved.out))
     x = ready_operands(room, spec, x)
-    return forward_calls(plan, spec, x, saved, hopper_packed.tables(room, plan, spec, x))
+    return forward_calls(plan, spec, x, saved, hopper_packed.tables(room, plan, spec, x), new_bounds(room, plan, spec))
 
 
 def in_order(spec: AttentionSpec, x: Operands) -> tuple[AttentionSpec, Operands]:
@@ -84,8 +85,10 @@ def in_order(spec: AttentionSpec, x: Operands) -> tuple[AttentionSpec, Operands]
     return (own, x) if own is spec else (own, x._replace(bias=x.second_bias, second_bias=x.bias))
 
 
-def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t: Tables | None = None) -> list[Call]:
-    """The launches of a forward pass; all tensors are addressable. t: the tables of packed sequences."""
+def forward_calls(
+    plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t: Tables | None = None, bounds: Bounds | None = None
+) -> list[Call]:
+    """The launches of a forward pass; all tensors are addressable. t: the tables of packed sequences; bounds: of what a mask shows."""
     spec, given = in_order(spec, x)
     x = hopper_packed.as_spread(t, given)
     q, k, v, bias, mask, lengths, slopes, sink, seed, *_ = x
@@ -98,6 +101,10 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t:
             assert around is not None
             calls.append(AROUND[step.kernel](step, around))
             continue
+        if step.kernel == "mask_bounds":
+            assert bounds is not None
+            calls.append(bounds_call(step, spec, x, bounds))
+            continue
         assert isinstance(config, ForwardConfig)
         head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
         bias_desc, bias_on, pointer, pointer_strides = bias_by_queries(spec, bias, config)
@@ -105,7 +112,8 @@ def forward_calls(plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, t:
         blocks = ((q, ROWS, of_heads), (k, block_n, of_heads), (v, block_n, of_values), (out, ROWS, of_values))
         args = (
             *(of_rows(spec, each, rows, columns[0]) for each, rows, columns in blocks),
-            *(bias_desc, pointer, lengths_of(lengths), hopper_packed.tiles_of(t, spec, "queries"), slopes, sink, lse, rest),
+            *(bias_desc, pointer, lengths_of(lengths), hopper_packed.tiles_of(t, spec, "queries"), bounds_of(bounds, "queries")),
+            *(slopes, sink, lse, rest),
             *(pointer_strides, bias_on),
             *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), dropout_of(spec, seed)),
             *blocks_of(x.second_bias, second_buffer(spec, config).shape),

@@ -33,6 +33,7 @@ from .hopper import batch_of, blocks_of, descriptor, in_order, is_even, of_rows,
 from .hopper_dbias import dbias_call as hopper_dbias_call
 from .hopper_dq import dq_call
 from .hopper_packed import AROUND, Around, Tables
+from .mask_bounds import Bounds, bounds_call, bounds_of, new_bounds
 from .packed import PackedTables, cleared_call, extents_call, tiles_call
 from .packed import dbias_call as packed_dbias_call
 from .packed import tables as packed_tables
@@ -111,7 +112,7 @@ def backward_calls(
     looking = kept and flags_small_lse(spec, plan.steps)
     small_lse = room.new("whether lse is small", (preprocess.FLAGS.value,), torch.int32) if looking else None
     as_read = hopper_packed.as_spread(t, given)
-    p = _Pass(room, plan, spec, given, as_read, saved, dout, dlse, delta, grads, stats, small_lse, dq_sum, t)
+    p = _Pass(room, plan, spec, given, as_read, saved, dout, dlse, delta, grads, stats, small_lse, dq_sum, t, new_bounds(room, plan, spec))
     return [_BACKWARD[step.kernel](step, p) for step in plan.steps]
 
 
@@ -120,8 +121,9 @@ class _Pass:
     """What the launches of a backward pass share.
 
     given, x: the operands as they come and as the kernels for Hopper read them. t: the tables of packed sequences; whole: those of the
-    kernel for the gradient of their bias, once it is its turn. head_parts, sums, unasked_dq: where gradients come in parts, those of biases
-    by name, and dq where nobody asked for it; a kernel that is launched twice has them from its first launch.
+    kernel for the gradient of their bias, once it is its turn. bounds: the tables of what a mask shows. head_parts, sums, unasked_dq: where
+    gradients come in parts, those of biases by name, and dq where nobody asked for it; a kernel that is launched twice has them from its
+    first launch.
     """
 
     room: Room
@@ -138,6 +140,7 @@ class _Pass:
     small_lse: Tensor | None
     dq_sum: Tensor | None
     t: Tables | None
+    bounds: Bounds
     whole: PackedTables | None = None
     unasked_dq: Tensor | None = None
     head_parts: HeadParts = (None, None)
@@ -180,7 +183,7 @@ def _dkdv(step: Step, p: _Pass) -> Call:
     if _is_first(step):
         p.head_parts = new_head_parts(p.room, p.spec, step)
     results = (*_dk_and_dv(step, p), p.head_parts, p.dq_sum, parts, strides)
-    return dkdv_call(p.spec, step, p.x, p.dout, p.stats, p.small_lse, *results, p.t)
+    return dkdv_call(p.spec, step, p.x, p.dout, p.stats, p.small_lse, *results, p.t, bounds_of(p.bounds, "keys"))
 
 
 def _is_first(step: Step) -> bool:
@@ -214,7 +217,7 @@ def _dq(step: Step, p: _Pass) -> Call:
     _, dbias = bias_given(step, p.grads)
     small_lse = p.small_lse if reads_small_lse(p.spec, step) else None
     features = (p.x.key_lengths, p.x.alibi_slopes, p.x.mask, p.x.dropout_seed, small_lse, p.x.second_bias)
-    how = (step.forward_keys, hopper_packed.tiles_of(p.t, p.spec, "queries"), step.loops)
+    how = (step.forward_keys, hopper_packed.tiles_of(p.t, p.spec, "queries"), step.loops, bounds_of(p.bounds, "queries"))
     return dq_call(p.spec, step.config, step.programs, q, k, v, bias, p.dout, p.stats, dq, dbias, *features, *how)
 
 
@@ -238,6 +241,7 @@ _BACKWARD: dict[str, Callable[[Step, _Pass], Call]] = {
     "extents": _extents,
     "tiles": _tiles,
     "delta": lambda step, p: delta_call(step, p.spec, p.saved.out, p.dout, p.dlse, p.delta, Features(), True),
+    "mask_bounds": lambda step, p: bounds_call(step, p.spec, p.x, p.bounds),
     "preprocess": _preprocess,
     "dqdkdv": _dkdv,
     "dkdv": _dkdv,
@@ -361,9 +365,10 @@ def dkdv_call(
     dbias: Tensor | None,
     dbias_strides: tuple[int, int, int, int] | None,
     t: Tables | None = None,
+    bounds: tuple[Any, ...] | None = None,
 ) -> Call:
     """dk, dv (or if there are any, their partial sums), what dq sums up to, and the gradient of a bias that varies over keys alone: what is
-    None is not computed.
+    None is not computed. bounds: of what a mask shows (``mask_bounds.bounds_of``).
     """
     q, k, v, bias, mask, lengths, slopes, *_ = x
     config = step.config
@@ -396,6 +401,7 @@ def dkdv_call(
             pointer,
             lengths_of(lengths),
             packed,
+            bounds,
             slopes,
             dbias,
             bias_strides(pointer),

@@ -35,9 +35,11 @@ def dq_call(
     stats: Tensor, dq: Tensor, dbias: Tensor | None = None, lengths: Tensor | None = None, slopes: Tensor | None = None,
     mask: Tensor | None = None, seed: Tensor | None = None, small_lse: Tensor | None = None,
     second: Tensor | None = None, forward_keys: int = SMALLEST_BLOCK, packed: tuple[Any, ...] | None = None,
-    loops: str = "both",
+    loops: str = "both", bounds: tuple[Any, ...] | None = None,
 ) -> Call:  # fmt: skip
-    """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q."""
+    """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q. bounds: of
+    what a mask shows (``mask_bounds.bounds_of``), not with dbias.
+    """
     head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
     bias_desc, bias_on, pointer, pointer_strides = bias_by_queries(spec, bias, config)
     dbias_desc = None
@@ -48,7 +50,7 @@ def dq_call(
     blocks = ((q, ROWS, heads), (dout, ROWS, values), (k, block_n, heads), (v, block_n, values), (dq, ROWS, heads))
     args = (
         *(of_rows(spec, x, rows, columns[0]) for x, rows, columns in blocks),
-        *(bias_desc, dbias_desc, pointer, lengths_of(lengths), packed, slopes, stats, small_lse),
+        *(bias_desc, dbias_desc, pointer, lengths_of(lengths), packed, bounds, slopes, stats, small_lse),
         *(
             pointer_strides,
             slope_strides(slopes),

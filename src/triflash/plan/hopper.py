@@ -10,7 +10,7 @@ from . import hopper_packed
 from .choices import Choices
 from .configs import MAX_HEAD_DIM
 from .device import DeviceFacts
-from .kernels import dbias, dkdv, dq, few, forward, rowwise, short
+from .kernels import dbias, dkdv, dq, few, forward, mask_bounds, rowwise, short
 from .kernels.loops import by_loops, reads_small_lse
 from .kernels.parts import dbias_sum_steps
 from .kernels.shared import ROWS, HopperConfig, is_banded
@@ -130,7 +130,8 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str
     """The kernels of a forward pass. by_hand: configurations chosen for single kernels."""
     if spec.packed is not None:
         return hopper_packed.forward_steps(spec, device, by_hand)
-    return (forward.step(tile_first(spec), device, by_hand),)
+    own = tile_first(spec)
+    return (*mask_bounds.steps(own, by_hand, ("queries",)), forward.step(own, device, by_hand))
 
 
 def _in_order(spec: AttentionSpec, needs: Needs) -> tuple[AttentionSpec, Needs]:
@@ -186,7 +187,8 @@ def _backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_h
         summed = tuple(name for name in ("dk", "dv") if name in gives)
         if own.config.head_splits > 1 and summed:  # sums for a bias alone keep the heads apart anyway
             steps.append(rowwise.dkdv_sum_step(spec, own.config.head_splits, summed))
-    if (needs.dq and not adding) or by_queries:
+    alone = (needs.dq and not adding) or by_queries
+    if alone:
         steps.append(dq.step(spec, device, by_hand, ("dq",) * needs.dq + ("dbias",) * by_queries))
     if adding:
         steps.append(rowwise.postprocess_step(spec))
@@ -195,7 +197,9 @@ def _backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_h
     row = dkdv.row_of_keys(spec)
     if by_keys and row is not None:
         steps += dbias_sum_steps(spec, broadcast_rows(spec, row[1]), row[1], row[0])
-    return tuple(steps)
+    # A kernel that writes the gradient of every score's bias visits all blocks.
+    tables = ("queries",) * (alone and not by_queries) + ("keys",) * bool(gives)
+    return (*mask_bounds.steps(spec, by_hand, tables), *steps)
 
 
 def adds_dq(spec: AttentionSpec, needs: Needs, limit: int, always: bool = False) -> bool:

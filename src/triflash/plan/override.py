@@ -13,13 +13,14 @@ from .kernels.dkdv import DkdvConfig
 from .kernels.dq import DqConfig
 from .kernels.few import FewConfig
 from .kernels.forward import ForwardConfig
+from .kernels.mask_bounds import MaskBoundsConfig
 from .kernels.shared import HopperConfig
 from .kernels.short import ShortConfig
 
 TAKES: dict[str, tuple[type[TileConfig | HopperConfig], ...]] = {  # which configurations a kernel of that name takes
     "forward": (TileConfig, ForwardConfig), "delta": (TileConfig,), "dkdv": (TileConfig, DkdvConfig), "dqdkdv": (TileConfig, DkdvConfig),
     "dq": (TileConfig, DqConfig, FewConfig), "dbias": (TileConfig, DbiasConfig), **dict.fromkeys(few.KERNELS, (FewConfig,)),
-    **dict.fromkeys(short.KERNELS, (ShortConfig,)),
+    **dict.fromkeys(short.KERNELS, (ShortConfig,)), "mask_bounds": (MaskBoundsConfig,),
 }  # fmt: skip
 KERNELS = tuple(TAKES)
 Config = TileConfig | HopperConfig
@@ -37,7 +38,8 @@ def override_configs(**configs: Config) -> Iterator[None]:
     A :class:`FewConfig` for ``few_forward`` or ``few_backward`` has backend ``triton`` take that kernel wherever it can run; one for
     ``dq`` says into how many parts that kernel cuts the keys.
 
-    A :class:`ShortConfig` for ``short_forward`` or ``short_backward`` likewise.
+    A :class:`ShortConfig` for ``short_forward`` or ``short_backward`` likewise, and a :class:`MaskBoundsConfig` for ``mask_bounds`` has
+    backend ``hopper`` look where a mask shows anything however small the problem is.
 
     A :class:`ForwardConfig` for ``forward``, a :class:`DkdvConfig` for ``dkdv`` or ``dqdkdv``, a :class:`DqConfig` for ``dq`` and a
     :class:`DbiasConfig` for ``dbias`` are for backend ``hopper``; each backend passes over a configuration of the other's. One for

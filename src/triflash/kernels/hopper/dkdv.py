@@ -53,6 +53,7 @@ class Program:
     bias: object
     lengths: object
     packed: object
+    bounds: object
     slopes: object
     q_s: object
     k_s: object
@@ -167,7 +168,7 @@ def _produce(p, f):
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
-        begin, whole, part, end = visible_blocks(p, x, n0)
+        begin, whole, part, end = visible_blocks(p, x, n0, kv_head)
         own_head, first_head, members = query_heads(kv_head, p.group, p.splits)
         kv = p.kv.slot(wave, 0)
         kv_full = p.kv.full.index(kv)
@@ -290,7 +291,7 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
-        begin, whole, part, end = visible_blocks(p, x, n0)
+        begin, whole, part, end = visible_blocks(p, x, n0, kv_head)
         steps = end - begin
         dk = zeros_of(HALF, p.QK, BD)
         dv = zeros_of(HALF, p.OV, BDV)
@@ -389,13 +390,14 @@ def _consume_either(p, WG: gl.constexpr):
         _consume(p, WG, False)
 
 
-COUNTS = ["batch", "heads", "group", "splits", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "l2_group", "serpentine"]
+COUNTS = ["bounds", "batch", "heads", "group", "splits", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "l2_group", "serpentine"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dkdv(
     q_desc, k_desc, v_desc, o_desc, stats_desc, small_lse, bias_desc, dk_desc, dv_desc, dk_parts, dv_parts, dq_desc, dq_sum, bias, lengths,
-    packed, slopes, dbias, bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on,
+    packed, bounds, slopes, dbias, bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides,
+    mask_on,
     batch, heads, group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, ROW: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, ROW_BY_MMA: gl.constexpr, SUM_BY_MMA: gl.constexpr, LOOPS: gl.constexpr,
@@ -410,8 +412,8 @@ def dkdv(
     strides; its gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). A mask beside them comes in the same two
     ways. ``group`` query heads share a key head. With ``splits`` they are dealt out in so many parts, which count as key heads above; each
     part's sums of dk and dv go to dk_parts and dv_parts, float32 and contiguous (batch, part, whole tiles of keys, padded dim). cap: see
-    ``features.tanh``; dropout: see ``philox_of``. None: absent, or not wanted. QK, OV: columns of q and k, of dout
-    and v that are multiplied.
+    ``features.tanh``; dropout: see ``philox_of``; bounds: as of the forward kernel, between which queries. None: absent,
+    or not wanted. QK, OV: columns of q and k, of dout and v that are multiplied.
 
     LOOPS: "both" for a kernel that chooses by ``small_lse``, the flags of ``preprocess``, or has no use for them. Long problems launch two
     kernels instead, "small" and "any", each of which has one loop and leaves at once where the flags say that the other one works.
@@ -470,8 +472,8 @@ def dkdv(
     fence_async_shared()
 
     p = Program(
-        small_lse, dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, packed, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s,
-        bias_s, mask_s, ds_s, dq_s, dq_sum, row_s, ones_s, kv, q_full, o_full, bias_full, ds_empty, dq_empty, consumers_done,
+        small_lse, dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, packed, bounds, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s,
+        rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, row_s, ones_s, kv, q_full, o_full, bias_full, ds_empty, dq_empty, consumers_done,
         bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits, batch_inner, M, N, lo,
         hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, DQ_WARPGROUP, ROW, IS_MASK, EVEN_N, ALIBI,
         BATCH_FASTEST, LONGEST, SUM_BY_MMA, LOOPS, QK, OV,

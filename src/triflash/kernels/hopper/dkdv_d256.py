@@ -55,6 +55,7 @@ class Program:
     bias: object
     lengths: object
     packed: object
+    bounds: object
     slopes: object
     q_s: object
     k_s: object
@@ -160,7 +161,7 @@ def _produce(p, f):
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
-        begin, whole, part, end = visible_blocks(p, x, n0)
+        begin, whole, part, end = visible_blocks(p, x, n0, kv_head)
         kv_full = p.kv.acquire(wave, 0)
         mbarrier.expect(kv_full, K_BYTES + V_BYTES)
         load_block(p, f.k, key_place(x, n0), kv_head, kv_full, p.k_s)
@@ -302,7 +303,7 @@ def _values(p, SMALL_LSE: gl.constexpr):
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
-        begin, whole, part, end = visible_blocks(p, x, n0)
+        begin, whole, part, end = visible_blocks(p, x, n0, kv_head)
         steps = end - begin
         dv = zeros_of(BN, p.OV, BDV)
         operand = gl.zeros([BN, BM], DT, P)
@@ -432,7 +433,7 @@ def _keys(p):
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
-        begin, _whole, _part, end = visible_blocks(p, x, n0)
+        begin, _whole, _part, end = visible_blocks(p, x, n0, kv_head)
         steps = end - begin
         dk = zeros_of(BN, p.QK, BD)
         ds16 = gl.zeros([BN, BM], DT, P)
@@ -468,14 +469,14 @@ def _keys(p):
         p.kv.release(wave, 0)
 
 
-COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "l2_group", "serpentine"]
+COUNTS = ["bounds", "batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_n", "tiles", "l2_group", "serpentine"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dkdv_d256(
-    q_desc, k_desc, v_desc, o_desc, stats_desc, small_lse, bias_desc, dk_desc, dv_desc, bias, lengths, packed, slopes, dbias, bias_strides,
-    dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on, q_tail, k_tail, v_tail, o_tail, dk_tail,
-    dv_tail,
+    q_desc, k_desc, v_desc, o_desc, stats_desc, small_lse, bias_desc, dk_desc, dv_desc, bias, lengths, packed, bounds, slopes, dbias,
+    bias_strides, dbias_strides, slope_strides, bias_on, cap, dropout, mask_desc, mask, mask_strides, mask_on, q_tail, k_tail, v_tail,
+    o_tail, dk_tail, dv_tail,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, LOOPS: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
@@ -522,7 +523,7 @@ def dkdv_d256(
     fence_async_shared()
 
     p = Program(
-        small_lse, dk, dv, dbias, bias, lengths, packed, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s,
+        small_lse, dk, dv, dbias, bias, lengths, packed, bounds, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s,
         kv, queries, douts, weights, biases, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
         group, None, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DS, IS_MASK, EVEN_N, ALIBI,
         BATCH_FASTEST, LONGEST, LOOPS, QK, OV,

@@ -66,7 +66,7 @@ def add_dq_by_tma(p, dq_desc):
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
-        begin, whole, part, end = visible_blocks(p, x, n0)
+        begin, whole, part, end = visible_blocks(p, x, n0, kv_head)
         steps = end - begin
         _own, first_head, members = query_heads(kv_head, p.group, p.splits)
         for step in range(steps * members):
@@ -94,7 +94,7 @@ def run_dq_warpgroup(p, dq_desc):
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
-        begin, whole, part, end = visible_blocks(p, x, n0)
+        begin, whole, part, end = visible_blocks(p, x, n0, kv_head)
         steps = end - begin
         _own, first_head, members = query_heads(kv_head, p.group, p.splits)
         kv = p.kv.slot(wave, 0)

@@ -71,6 +71,7 @@ class Program:
     bias: object
     lengths: object
     packed: object
+    bounds: object
     slopes: object
     stats: object
     q_s: object
@@ -180,7 +181,7 @@ def _produce(p, f):
     for wave in range(grid.waves()):
         m0, head, b = grid.locate(wave)
         x = extent_of(p, b)
-        begin, _a, _b, end = visible_blocks(p, x, m0)
+        begin, _a, _b, end = visible_blocks(p, x, m0, head)
         outer = x.b // p.batch_inner
         inner = x.b % p.batch_inner
         key_head = head // f.group
@@ -389,7 +390,7 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         philox = None
         if p.dropout is not None:
             philox = philox_of(p.dropout, x.b, head, p.heads)
-        begin, full_begin, full_end, end = visible_blocks(p, x, m0)
+        begin, full_begin, full_end, end = visible_blocks(p, x, m0, head)
         steps = end - begin
         m0 += WG * BM
         outer = x.b // p.batch_inner
@@ -452,13 +453,14 @@ def _consume_either(p, WG: gl.constexpr):
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "l2_group", "serpentine"]
+COUNTS = ["bounds", "batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "l2_group", "serpentine"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def dq(
-    q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, packed, slopes, stats, small_lse, bias_strides,
-    slope_strides, bias_on, cap, dropout, second_desc, second_on, mask_desc, mask_on, q_tail, dout_tail, k_tail, v_tail, dq_tail,
+    q_desc, dout_desc, k_desc, v_desc, dq_desc, bias_desc, dbias_desc, bias, lengths, packed, bounds, slopes, stats, small_lse,
+    bias_strides, slope_strides, bias_on, cap, dropout, second_desc, second_on, mask_desc, mask_on, q_tail, dout_tail, k_tail, v_tail,
+    dq_tail,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
     EVEN_N: gl.constexpr, ALIBI: gl.constexpr, LOOPS: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
@@ -466,9 +468,9 @@ def dq(
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
     Descriptors, biases and strides as of the forward kernel; dbias_desc is over a full-shape bias, in blocks like the bias's. stats: see
-    ``scores_qk.py``; small_lse: the flags of ``preprocess``, or None; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside
-    the bias, a tile or a row with every tile of it. Query head h reads key head ``h // group``. None: absent. LOOPS, QK,
-    OV: as of ``dkdv.dkdv``.
+    ``scores_qk.py``; small_lse: the flags of ``preprocess``, or None; bounds: as of the forward kernel, not with dbias_desc, which gets
+    a number for every key; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside the bias, a tile or a row with every tile
+    of it. Query head h reads key head ``h // group``. None: absent. LOOPS, QK, OV: as of ``dkdv.dkdv``.
 
     C: the configuration. Without its ``separate_dq``, dq leaves through Q's buffer, and the next tile begins when it has left.
     """
@@ -515,7 +517,7 @@ def dq(
         mbarrier.arrive(ping_pong[0].index(0))
 
     p = Program(
-        small_lse, grad, dbias_desc, bias, lengths, packed, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, second_s, mask_s,
+        small_lse, grad, dbias_desc, bias, lengths, packed, bounds, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, second_s, mask_s,
         queries, keys, values, biases, ping_pong, bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi,
         scale, tiles_m, tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, LOOPS, QK,
         OV,

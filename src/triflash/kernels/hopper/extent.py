@@ -162,6 +162,20 @@ def place_in_bias(p, x, row, column, MASK: gl.constexpr):
 
 
 @gluon.jit
+def mask_range(p, x, head, row, TILES: gl.constexpr):
+    """Between which keys the mask shows anything to TILES times 64 queries from ``row`` on, or which queries to so many keys: the first one
+    and one more than the last, by the table of ``mask_bounds.py``. head: of the rows.
+    """
+    at = p.bounds[0] + (x.b // p.batch_inner * p.bounds[1] + x.b % p.batch_inner * p.bounds[2] + head * p.bounds[3])
+    first = gl.load(at + min(row // 64, p.bounds[4]) * 2)
+    end = gl.load(at + min(row // 64, p.bounds[4]) * 2 + 1)
+    for n in gl.static_range(1, TILES):
+        first = min(first, gl.load(at + min(row // 64 + n, p.bounds[4]) * 2))
+        end = max(end, gl.load(at + min(row // 64 + n, p.bounds[4]) * 2 + 1))
+    return first, end
+
+
+@gluon.jit
 def outer_at(b, batch_inner, head, on):
     """Where a bias or mask lies along (outer batch, inner batch, head); ``on`` is 0 for those that it broadcasts over."""
     return b // batch_inner * on[0], b % batch_inner * on[1], head * on[2]

@@ -44,6 +44,7 @@ class Program:
     bias: object
     lengths: object
     packed: object
+    bounds: object
     slopes: object
     sink: object
     lse: object
@@ -267,7 +268,7 @@ def _consume(p, WG: gl.constexpr):
 
     m0, head, b = grid.locate(0)
     first_x = extent_of(p, b)
-    _begin, _full_begin, _full_end, first_end = visible_blocks(p, first_x, m0)
+    _begin, _full_begin, _full_end, first_end = visible_blocks(p, first_x, m0, head)
     m0 += WG * BM
     row_bias = column_of(p, first_x, m0, head, BM, BN)
     p.queries.wait(0, WG)
@@ -307,7 +308,7 @@ def _consume(p, WG: gl.constexpr):
         philox = None
         if p.dropout is not None:
             philox = philox_of(p.dropout, x.b, head, p.heads)
-        begin, full_begin, full_end, end = visible_blocks(p, x, m0 - WG * BM)
+        begin, full_begin, full_end, end = visible_blocks(p, x, m0 - WG * BM, head)
         steps = end - begin
         if p.lengths is not None:
             if (end * BN > x.keys) & (x.keys < p.N):  # no other block of a tile is cut by a length
@@ -350,7 +351,7 @@ def _consume(p, WG: gl.constexpr):
             # Where the next tile lies takes some divisions, which run under its first MMA.
             m0, head, b = grid.locate(wave + 1)
             next_x = extent_of(p, b)
-            _begin, _full_begin, _full_end, next_end = visible_blocks(p, next_x, m0)
+            _begin, _full_begin, _full_end, next_end = visible_blocks(p, next_x, m0, head)
             m0 += WG * BM
             row_bias = column_of(p, next_x, m0, head, BM, BN)
             if OVERLAP:
@@ -393,13 +394,13 @@ def _consume(p, WG: gl.constexpr):
 
 
 # Not specialised: nothing is gained from knowing that a count is 1 or a multiple of 16, and every combination would be compiled anew.
-COUNTS = ["batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "l2_group", "serpentine"]
+COUNTS = ["bounds", "batch", "heads", "group", "batch_inner", "M", "N", "lo", "hi", "tiles_m", "tiles", "l2_group", "serpentine"]
 
 
 @gluon.jit(do_not_specialize=COUNTS)
 def forward(
-    q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, packed, slopes, sink, lse, rest, bias_strides, bias_on, slope_strides,
-    sink_stride, cap, dropout, second_desc, second_on, mask_desc, mask_on, q_tail, k_tail, v_tail, out_tail,
+    q_desc, k_desc, v_desc, out_desc, bias_desc, bias, lengths, packed, bounds, slopes, sink, lse, rest, bias_strides, bias_on,
+    slope_strides, sink_stride, cap, dropout, second_desc, second_on, mask_desc, mask_on, q_tail, k_tail, v_tail, out_tail,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
     EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
@@ -411,8 +412,8 @@ def forward(
     0 in ``bias_on``. A bias without a dim of keys comes as a pointer and strides (outer batch, inner batch, head, query) instead. A second
     bias, which varies over keys alone, comes as the first does, a row with every tile of it. lse and rest are contiguous (batch, head,
     query). ``group`` query heads share a key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by
-    head; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside the bias, a tile or a row with every tile of it. None:
-    absent.
+    head; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside the bias, a tile or a row with every tile of it; bounds:
+    between which keys a mask, beside a bias or not, shows anything (``extent.mask_range``). None: absent.
 
     C: the configuration. Without its ``separate_o``, O leaves through Q's buffer, and the next tile begins when it has left. FUSING: see
     ``softmax``. QK, OV: columns of q and k, of v and O that are multiplied.
@@ -449,7 +450,7 @@ def forward(
         mbarrier.arrive(ping_pong[0].index(0))
 
     p = Program(
-        out, bias, lengths, packed, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, kv, biases,
+        out, bias, lengths, packed, bounds, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, kv, biases,
         ping_pong,
         bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale * LOG2E, tiles_m,
         tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING, QK, OV,

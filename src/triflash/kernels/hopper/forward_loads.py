@@ -81,7 +81,7 @@ def produce(p, f):
     for wave in range(grid.waves()):
         m0, head, b = grid.locate(wave)
         x = extent_of(p, b)
-        begin, _a, _b, end = visible_blocks(p, x, m0)
+        begin, _a, _b, end = visible_blocks(p, x, m0, head)
         for j in range(end - begin):
             n0 = (end - 1 - j) * BN
             at = done + j

@@ -2,7 +2,7 @@
 
 from ..triton.prims import LOG2E, offset, segments
 from .compat import gl, gluon, record
-from .extent import place_in_bias, stored_keys
+from .extent import mask_range, place_in_bias, stored_keys
 from .features import (
     add_alibi,
     line,
@@ -51,9 +51,10 @@ def grid_of(p):
 
 
 @gluon.jit
-def visible_blocks(p, x, n0):
-    """``segments`` of query blocks that see a tile's keys, the first of which is n0. Queries past the end hide themselves (their lse is
-    +inf), keys past it do not: of a tile that reaches over the end, no block counts as whole.
+def visible_blocks(p, x, n0, kv_head):
+    """``segments`` of query blocks that see a tile's keys, the first of which is n0, less what the mask hides on either side. Queries past
+    the end hide themselves (their lse is +inf), keys past it do not: of a tile that reaches over the end, no block counts as whole.
+    kv_head: as of ``query_heads``.
     """
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
@@ -61,6 +62,13 @@ def visible_blocks(p, x, n0):
     high = -x.lo if x.lo is not None else None
     begin, a, b, end = segments(n0, min(n0 + BN, x.keys) - 1, (x.queries + BM - 1) // BM * BM, low, high, BM)
     end = gl.where(n0 < x.keys, end, begin)
+    if p.bounds is not None:
+        own_head, _first, _count = query_heads(kv_head, p.group, p.splits)
+        first_seen, end_seen = mask_range(p, x, own_head, n0, BN // 64)
+        begin = min(max(begin, first_seen // BM), end)
+        end = max(min(end, (end_seen + BM - 1) // BM), begin)
+        a = max(a, begin)
+        b = max(b, begin)
     over = n0 + BN > x.keys
     return begin, gl.where(over, end, min(a, end)), gl.where(over, end, min(b, end)), end
 

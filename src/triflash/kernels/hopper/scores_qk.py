@@ -8,7 +8,7 @@ query that sees no key or does not exist: p is 0 there, and no mask of queries i
 
 from ..triton.prims import LOG2E, offset, segments
 from .compat import gl, gluon
-from .extent import place_in_bias
+from .extent import mask_range, place_in_bias
 from .features import mask_scores, select_le, widened
 from .layouts import accumulator
 from .schedule import Listed, Uniform
@@ -28,13 +28,22 @@ def grid_of(p, LEAST: gl.constexpr):
 
 
 @gluon.jit
-def visible_blocks(p, x, m0):
-    """``segments`` of a tile's queries, of which m0 is the first, but never empty: queries that see no key get one block to hide
-    altogether.
+def visible_blocks(p, x, m0, head):
+    """``segments`` of a tile's queries, of which m0 is the first, less what the mask hides on either side, but never empty: queries that
+    see no key get one block to hide altogether.
     """
     last = min(m0 + BM * p.C.consumers, x.queries) - 1
     begin, full_begin, full_end, end = segments(m0, last, x.keys, x.lo, x.hi, p.C.block_n)
-    return begin, full_begin, full_end, max(end, begin + 1)
+    if p.bounds is not None:
+        first_seen, end_seen = mask_range(p, x, head, m0, p.C.consumers)
+        first_block = max(begin, first_seen // p.C.block_n)
+        end = max(min(end, (end_seen + p.C.block_n - 1) // p.C.block_n), begin + 1)
+        begin = gl.where(first_block < end, first_block, begin)
+        end = gl.where(first_block < end, end, begin + 1)
+        full_begin = min(max(full_begin, begin), end)
+        return begin, full_begin, min(max(full_end, full_begin), end), end
+    else:
+        return begin, full_begin, full_end, max(end, begin + 1)
 
 
 @gluon.jit
