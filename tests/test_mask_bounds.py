@@ -4,6 +4,7 @@ on the CPU's stand-in for it (``gluon_twin.py``), which also counts what is visi
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from triflash.launch.calls import start
 from triflash.launch.hopper import ready_operands
 from triflash.launch.mask_bounds import bounds_call, new_bounds
 from triflash.launch.room import Real
+from triflash.plan import select
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.kernels import mask_bounds
 from triflash.plan.kernels.dkdv import DkdvConfig
@@ -319,8 +321,19 @@ def plans(case: Case, letters: str = "qkv", size: int = 1, fixed: bool = True, *
     return tuple([f"{step.kernel} {'+'.join(step.gives)}" for step in plan.steps if step.kernel == "mask_bounds"] for plan in both)
 
 
+@pytest.fixture
+def allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is off until a GPU has compared it."""
+    monkeypatch.setattr(mask_bounds, "ALLOWED", True)
+    for plan in (select._plan_forward, select._plan_backward):
+        plan.cache_clear()
+    yield
+    for plan in (select._plan_forward, select._plan_backward):
+        plan.cache_clear()
+
+
 @triton_only
-def test_when_it_runs() -> None:
+def test_when_it_runs(allowed: None) -> None:
     queries, keys, both = ["mask_bounds queries"], ["mask_bounds keys"], ["mask_bounds queries+keys"]
     case = problem("large", M=256, N=256, H=2)
     assert plans(case) == ([], []) and plans(case, size=256) == (queries, both)  # of 2^18 and 2^26 scores
@@ -338,7 +351,7 @@ def test_when_it_runs() -> None:
 
 
 @triton_only
-def test_explain_says_it() -> None:
+def test_explain_says_it(allowed: None) -> None:
     q, mask = torch.empty(4, 4096, 16, 64, dtype=BF16, device="meta"), torch.empty(4, 1, 1, 4096, dtype=BOOL, device="meta")
     explained = triflash.explain(q, q, q, mask=mask, grads=("q", "k", "v"), device="h200")
     for of, rows in ((explained.forward, 4), (explained.backward, 4 + 4 * 64)):  # queries, and 64 tiles of keys

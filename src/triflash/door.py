@@ -98,7 +98,8 @@ def attend_plain(
         few = (q, k, v) if bias is None else (q, k, v, bias)
         try:
             key = (
-                face.name, causal, scale, layout, backend or requested_backend_soon(), _deterministic(), bias is None, q.shape, k.shape,
+                face.name, causal, scale, layout, requested_backend_soon() if backend is None else backend,
+                _deterministic(), bias is None, q.shape, k.shape,
             )  # fmt: skip
             found = near_of(CALLS, key, few)
         except (AttributeError, TypeError, RuntimeError, NotImplementedError):
@@ -140,7 +141,7 @@ def _attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return
         facts, around = ambient(q)
         key: Any = (
             face.name, describe(q), describe(k), describe(v), None if bias is None else describe(bias), more,
-            causal, window, scale, softcap, dropout_p, layout, precision, backend or requested_backend_soon(),
+            causal, window, scale, softcap, dropout_p, layout, precision, requested_backend_soon() if backend is None else backend,
             deterministic, _deterministic(), type(causal), type(scale), type(softcap), type(dropout_p), type(deterministic),
             None if window is None else tuple(map(type, window)), diagonal, type(diagonal),
             resolve_precision("") if precision is None and q.dtype is torch.float32 else "",
@@ -200,7 +201,7 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
             "varlen", tuple([None if x is None else describe(x) for x in tensors]),
             describe(seed) if isinstance(seed, Tensor) else type(seed), options, tuple(map(type, options)),
             None if options[3] is None else tuple(map(type, options[3])),
-            options[9] or requested_backend_soon(), _deterministic(),
+            requested_backend_soon() if options[9] is None else options[9], _deterministic(),
             resolve_precision("") if options[8] is None and q.dtype is torch.float32 else "", around,
         )  # fmt: skip
         if given[5] is None or not (given[5].requires_grad and torch.is_grad_enabled()):

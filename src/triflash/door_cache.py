@@ -70,7 +70,8 @@ def attend_cache(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: b
                 few = tuple([x for x in (q, k, v, lengths, table, k_new, v_new) if x is not None])
             near = (
                 "cache", causal, None if window is None else (*window, *map(type, window)), scale, softcap, return_lse, lengths is None,
-                table is None, k_new is None, v_new is None, k_scale, v_scale, backend or requested_backend_soon(), q.shape, k.shape,
+                table is None, k_new is None, v_new is None, k_scale, v_scale,
+                requested_backend_soon() if backend is None else backend, q.shape, k.shape,
             )  # fmt: skip
             found = near_of(CACHES, near, few)
         except (AttributeError, TypeError, RuntimeError, NotImplementedError):
@@ -113,7 +114,7 @@ def _attend(
         key = (
             "cache", tuple([x if x is None else describe(x) if isinstance(x, Tensor) else (type(x), x) for x in given]),
             options, tuple(map(type, options)), return_lse,
-            None if options[2] is None else tuple(map(type, options[2])), options[8] or requested_backend_soon(),
+            None if options[2] is None else tuple(map(type, options[2])), requested_backend_soon() if options[8] is None else options[8],
             resolve_precision("") if options[7] is None and q.dtype is torch.float32 else "", around,
         )  # fmt: skip
         call = CACHES.get(key)

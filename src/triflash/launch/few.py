@@ -186,7 +186,7 @@ def cache_calls(room: Room, plan: Plan, spec: CacheSpec, x: CacheOperands, out: 
 def _reads_as_int16(cache: Tensor) -> bool:
     """Whether a cache is of e4m3 and its rows are whole int16 numbers, of which an MMA can take half the columns (16 at least)."""
     *strides, last = cache.stride()
-    even = not any(n % 2 for n in (*strides, cache.shape[-1], address_of(cache)))
+    even = not any(n % 2 for n in (*strides, cache.shape[-1], address_of(cache), cache.storage_offset()))  # view() asks for the last
     return cache.dtype == FP8 and even and last == 1 and cache.shape[-1] > 16
 
 

@@ -133,10 +133,12 @@ def _attend_to(p, f, c, kv, q, out, lse, rest, strides, place, blocks, HIDES: tl
 
     m = tl.full([p.BM], float("-inf"), tl.float32)
     l = tl.zeros([p.BM], tl.float32)
+    sink = m
     if f.sink is not None:  # a key of the first part
-        sink = tl.load(f.sink + offset(head, f.sink_stride)).to(tl.float32) * LOG2E
-        m = tl.where(c.split == 0, sink, m)
-        l = tl.where(c.split == 0, 1.0, l)
+        sink = tl.where(c.split == 0, tl.load(f.sink + offset(head, f.sink_stride)).to(tl.float32) * LOG2E, m)
+        if not PAIRED:
+            m = sink
+            l = tl.where(c.split == 0, 1.0, l)
     acc = tl.zeros([p.BM, p.BDV // 2 if PAIRED else p.BDV], tl.float32)
     odd = acc  # read for e4m3 caches alone
     if p.lo is not None or c.first is not None:
@@ -147,6 +149,13 @@ def _attend_to(p, f, c, kv, q, out, lse, rest, strides, place, blocks, HIDES: tl
         acc, odd, l, m = _walk(acc, odd, l, m, p, t, f, c, kv, tl.maximum(full_end, own_begin), own_end, True)
     if PAIRED:
         acc = tl.reshape(tl.join(acc, odd), [p.BM, p.BDV])
+        if f.sink is not None:  # the last key: float16 would hold no weights far below it
+            top = tl.maximum(m, sink)
+            safe = tl.where(top == float("-inf"), 0.0, top)
+            shrink = tl.exp2(m - safe)
+            l = l * shrink + tl.exp2(sink - safe)
+            acc = acc * shrink[:, None]
+            m = top
 
     unseen = l == 0.0
     l = tl.where(unseen, 1.0, l)

@@ -24,7 +24,7 @@ def combine_step(rows: int, splits: int, programs: int, device: DeviceFacts) -> 
     It starts meanwhile (PDL) where these leave half of the SMs to it: a call of some 7 us is half a microsecond shorter then, and one of
     more programs up to two longer (H200; docs/tuning.md).
     """
-    pdl = device.arch.startswith("sm") and int(device.arch[2:]) >= 90 and 2 * programs <= device.sms
+    pdl = device.arch.startswith("sm") and int(device.arch[2:]) >= 90 and 0 < 2 * programs <= device.sms
     return Step("combine", _OF_ROWS, rows, splits=splits, gives=("out", "lse"), pdl=pdl)
 
 
