@@ -45,6 +45,7 @@ from triflash.plan.kernels.dkdv import DkdvConfig
 from triflash.plan.kernels.dq import DqConfig
 from triflash.plan.kernels.few import FewConfig
 from triflash.plan.kernels.forward import ForwardConfig
+from triflash.plan.kernels.mask_bounds import CONFIG as MASK_BOUNDS
 from triflash.plan.kernels.short import ShortConfig
 from triflash.plan.override import override_configs
 from triflash.plan.select import plan_backward, plan_forward
@@ -214,7 +215,7 @@ PROBLEMS = (
     P("d64 full bias", bias="bhqk", wants="qkvb", S=1024),
     P("d64 bias of keys", bias="b11k", wants="qkvb"),
     P("d64 bias of queries", bias="1hq1", wants=""),
-    P("d64 boolean bias", bias="11qk", bias_dtype=torch.bool, options=CAUSAL),
+    P("d64 boolean bias", bias="11qk", bias_dtype=torch.bool, options=CAUSAL, configs={"mask_bounds": MASK_BOUNDS}),
     P("d64 bias, mask, lengths", bias="1hqk", mask="b11k", features=("lengths",), wants="qkvb"),
     P("d64 bias, mask of queries", bias="1hqk", mask="b1qk", wants="qkv"),
     P("d64 all", bias="1hqk", mask="b11k", features=("lengths", "slopes", "sink"), wants="qkvb", options=EVERY),
