@@ -11,7 +11,9 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -88,17 +90,23 @@ def few_sms(count: int = FEW_SMS) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def loops_apart() -> Iterator[None]:
-    """Within it Hopper's kernels of two loops are launched for each of them, however short they are."""
+def planned_with(room: ModuleType, **constants: Any) -> Iterator[None]:
+    """Within it a module of ``plan/`` has other constants, and no call is known that was planned before; nor one of these behind it."""
 
     def forget() -> None:
         CALLS.clear()
+        select._plan_forward.cache_clear()
         select._plan_backward.cache_clear()
 
     forget()
-    with mock.patch.multiple(loops, LONG=0.0, ALLOWED=True):
+    with mock.patch.multiple(room, **constants):
         yield
     forget()
+
+
+def loops_apart() -> AbstractContextManager[None]:
+    """Within it Hopper's kernels of two loops are launched for each of them, however short they are."""
+    return planned_with(loops, LONG=0.0, ALLOWED=True)
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from rich.console import Console
 
+from running import planned_with
 from triflash.__main__ import main
 from triflash.cli.bench.models import LAYERS
 from triflash.cli.bench.workloads import DECODE, NAMED
@@ -61,10 +62,10 @@ def test_workloads(name: str, steps: dict[str, list[str]]) -> None:
     assert all(each.launches()[1].arch == "sm90" for each in found)
 
 
-def test_a_mask_is_looked_at_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mask_bounds, "ALLOWED", True)
-    found = asked("--mask", "b1qk", "--s", "4k,128", "--device", "h100", "--deterministic")
-    names = {(each.name.split()[1], each.which): [launch.step.split()[0] for launch in each.launches()[0]] for each in found}
+def test_a_mask_is_looked_at_first() -> None:
+    with planned_with(mask_bounds, ALLOWED=True):
+        found = asked("--mask", "b1qk", "--s", "4k,128", "--device", "h100", "--deterministic")
+        names = {(each.name.split()[1], each.which): [launch.step.split()[0] for launch in each.launches()[0]] for each in found}
     assert {key: [name for name, _ in itertools.groupby(each)] for key, each in names.items()} == {
         ("4096", "fwd"): ["mask_bounds", "forward"], ("4096", "bwd"): ["mask_bounds", "forward", "mask_bounds", *HOPPER[1:]],
         ("128", "fwd"): ["forward"], ("128", "bwd"): HOPPER,

@@ -361,7 +361,7 @@ def run_breakable(kernel: str, seed: int) -> None:
     grads = "" if kernel in ("forward", "forward_loads", "softmax") else "qkv"
     case = Case("broken", B=2, M=300, N=300, bias="1hqk", mask="b1qk", grads=grads)
     if kernel == "dkdv_d256":
-        check(replace(case, D=136, mask="b11k"), 1, seed, dkdv=DkdvConfig(2, 2, d256=True))  # with three buffers nobody meets in 30
+        check(replace(case, D=136, mask="b11k"), 1, seed, dkdv=DkdvConfig(2, 2, d256=True))  # with three buffers 30 orders show nothing
     elif not grads:
         check(case, 1, seed, forward=ForwardConfig(2, 128, 2, 2, ping_pong=True))
     else:

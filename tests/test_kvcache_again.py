@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from here import triton_only
 from kvcases import DEVICE, FP8
 from triflash import UnsupportedError, attention_with_kvcache, door_cache
 from triflash.bound import compare
@@ -117,3 +118,43 @@ def test_writes_are_counted() -> None:
         before = given["k_cache"]._version, given["v_cache"]._version
         attention_with_kvcache(**given)
         assert given["k_cache"]._version > before[0] and given["v_cache"]._version > before[1]
+
+
+@pytest.mark.parametrize("backend", ["", False])
+def test_a_backend_that_is_none_is_refused_the_second_time_too(backend: Any) -> None:
+    run(tensors())
+    run(tensors())
+    with pytest.raises((TypeError, ValueError), match="backend"):
+        run(without(backend=backend))
+
+
+def of_wide_heads(**others: Any) -> dict[str, Any]:
+    """Of 32 columns, which kernels read in pairs from caches of 8 bits."""
+    given = without("k_new", "v_new", **others)
+    return {**given, **{name: torch.cat((given[name], given[name].flip(1)), 3) for name in ("q", "k_cache", "v_cache")}}
+
+
+@triton_only
+def test_a_sink_far_above_the_scores_leaves_8_bit_caches_their_digits() -> None:
+    """Relative to such a sink weights are below what float16 holds."""
+    given = of_wide_heads(sink=torch.full((H,), 14.0, device=DEVICE))
+    given |= {"k_cache": given["k_cache"].to(FP8), "v_cache": (64 * given["v_cache"]).to(FP8)}  # results that float16 holds
+    found, right = (attention_with_kvcache(**given, backend=backend).double() for backend in ("triton", "oracle"))
+    assert (found - right).norm() < 1e-3 * right.norm()
+
+
+@triton_only
+@pytest.mark.skipif(DEVICE != "cpu", reason="GPUs' memory begins at multiples of 512 bytes")
+def test_an_8_bit_cache_at_an_even_address_of_an_odd_offset() -> None:
+    given = of_wide_heads()
+    given |= {name: given[name].to(FP8) for name in ("k_cache", "v_cache")}
+    right = attention_with_kvcache(**given, backend="triton")
+    kept = []
+    for name in ("k_cache", "v_cache"):
+        cache = given[name].view(torch.uint8)
+        kept.append(memory := bytearray(cache.numel() + 8))
+        odd = 1 - torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % 2
+        moved = torch.frombuffer(memory, dtype=torch.uint8, offset=odd)[1 : 1 + cache.numel()].view(cache.shape).copy_(cache)
+        given[name] = moved.view(FP8)
+        assert moved.storage_offset() % 2 == 1 and moved.data_ptr() % 2 == 0
+    torch.testing.assert_close(attention_with_kvcache(**given, backend="triton"), right, atol=2e-3, rtol=2e-3)

@@ -22,12 +22,10 @@ import test_varlen_hopper
 from cases import Case, build
 from expected import kernels
 from here import NEAREST, stand_in_only
-from running import loops_apart, results_of, run_case
+from running import loops_apart, planned_with, results_of, run_case
 from triflash import explain
-from triflash.bound.signature import CALLS
 from triflash.flops import visible_pairs
 from triflash.launch.calls import Call
-from triflash.plan import select
 from triflash.plan.device import NAMED_DEVICES, DeviceFacts
 from triflash.plan.kernels import loops
 from triflash.plan.kernels.dkdv import DkdvConfig
@@ -42,14 +40,10 @@ NEEDS = Needs(True, True, True, False)
 
 
 @pytest.fixture(autouse=True)
-def allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def allowed() -> Iterator[None]:
     """What is off until a GPU has compared it."""
-    monkeypatch.setattr(loops, "ALLOWED", True)
-    CALLS.clear()
-    select._plan_backward.cache_clear()
-    yield
-    CALLS.clear()
-    select._plan_backward.cache_clear()
+    with planned_with(loops, ALLOWED=True):
+        yield
 
 
 def spec(D: int, S: int, causal: bool = False, B: int | None = None, **more: Any) -> AttentionSpec:

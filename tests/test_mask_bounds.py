@@ -22,12 +22,11 @@ from cases import Case, build
 from expected import spec_of_case
 from here import HAVE_TRITON, ON_HOPPER, stand_in_only, triton_only
 from mutations import mutate, noticed
-from running import results_of, run_case
+from running import planned_with, results_of, run_case
 from triflash.launch.calls import start
 from triflash.launch.hopper import ready_operands
 from triflash.launch.mask_bounds import bounds_call, new_bounds
 from triflash.launch.room import Real
-from triflash.plan import select
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.kernels import mask_bounds
 from triflash.plan.kernels.dkdv import DkdvConfig
@@ -322,14 +321,10 @@ def plans(case: Case, letters: str = "qkv", size: int = 1, fixed: bool = True, *
 
 
 @pytest.fixture
-def allowed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def allowed() -> Iterator[None]:
     """What is off until a GPU has compared it."""
-    monkeypatch.setattr(mask_bounds, "ALLOWED", True)
-    for plan in (select._plan_forward, select._plan_backward):
-        plan.cache_clear()
-    yield
-    for plan in (select._plan_forward, select._plan_backward):
-        plan.cache_clear()
+    with planned_with(mask_bounds, ALLOWED=True):
+        yield
 
 
 @triton_only

@@ -8,7 +8,6 @@ import math
 import random
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -19,12 +18,11 @@ pytest.importorskip("triton")
 import gluon_twin
 import triflash
 from here import ON_HOPPER, stand_in_only
+from running import planned_with
 from test_varlen import Batch, loss_of, near
 from triflash import UnsupportedError, attention_varlen
-from triflash.bound.signature import CALLS
 from triflash.kernels.hopper import listed as listed_kernels
 from triflash.kernels.hopper.extent import PADDING
-from triflash.plan import select
 from triflash.plan.kernels import listed
 from triflash.plan.kernels.dkdv import DkdvConfig
 from triflash.plan.kernels.dq import DqConfig
@@ -42,19 +40,9 @@ SIZES = (0, 1, 15, 16, 63, 64, 65, 127, 128, 129, 150)
 APART = ["extents", "listed", "ordered"]  # the kernels that make the tables of many tiles
 
 
-@contextlib.contextmanager
-def many_tiles() -> Iterator[None]:
+def many_tiles() -> contextlib.AbstractContextManager[None]:
     """Within it all tiles are too many for one program."""
-
-    def forget() -> None:
-        CALLS.clear()
-        select._plan_forward.cache_clear()
-        select._plan_backward.cache_clear()
-
-    forget()
-    with mock.patch.object(listed, "LISTED_AT_ONCE", -1):
-        yield
-    forget()
+    return planned_with(listed, LISTED_AT_ONCE=-1)
 
 
 @contextlib.contextmanager

@@ -49,9 +49,11 @@ def reservation(spec: AttentionSpec, device: DeviceFacts, backward: bool = False
 
 
 def _fills_sms(spec: AttentionSpec, device: DeviceFacts) -> bool:
-    """Whether the backward pass has work for all SMs where queries are few: keys are dealt out, but to the kernel that gives dq, if any."""
-    alone = spec.deterministic or max(dkdv.dims(spec)) > dkdv.NARROW or dq.owns_dbias(spec)
-    return not alone or spec.batch * spec.heads * -(-spec.queries // (2 * ROWS)) >= device.sms
+    """Whether a backward pass for all gradients has work for all SMs where queries are few: keys are dealt out, but to a kernel that gives
+    dq alone, if there is one, queries.
+    """
+    adding = adds_dq(spec, Needs(True, True, True, spec.bias is not None), device.shared_memory)
+    return adding or spec.batch * spec.heads * -(-spec.queries // (2 * ROWS)) >= device.sms
 
 
 def tile_first(spec: AttentionSpec) -> AttentionSpec:

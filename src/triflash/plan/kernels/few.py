@@ -246,8 +246,10 @@ def choose_backward(shape: Shape, device: DeviceFacts) -> FewConfig:
         return FewConfig(rows, 16, 4 if head <= 64 else 8, 1)
     if device.arch.startswith("gfx"):
         return FewConfig(rows, 64 if head <= 64 else 32 if head <= 128 else 16, 4, 1)
-    if device.arch.startswith("sm9") and head <= 128:  # H200, d 128, docs/tuning.md, 2026-11-30; of 32 rows WGMMA gives a wrong dq there
-        return FewConfig(16, 64, 4, 3) if rows == 16 else FewConfig(max(rows, 64), 32, 4, 3) if rows <= 64 else FewConfig(rows, 32, 8, 2)
+    if device.arch.startswith("sm9") and head <= 128:  # H200, d 128, docs/tuning.md, 2026-11-30
+        if rows == 16:
+            return FewConfig(16, 64, 4, 3)
+        return FewConfig(64, 32, 4, 3) if rows <= 64 else FewConfig(rows, 32, 8, 2)  # of 32 rows WGMMA gives a wrong dq
     return FewConfig(rows, 64 if head <= 128 else 32, 4 if rows * head <= 64 * 64 else 8, 2)
 
 
@@ -308,7 +310,8 @@ def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, obje
     else:
         splits = splits_of(shape, config, device.sms)
         if spec.lengths and not config.splits:
-            least = ceil_div(spec.capacity, MOST_KEYS) if spec.capacity > MOST_KEYS else ceil_div(2 * spec.capacity, MOST_KEYS)
+            # Two of what is longer than half a part: a program more or less on an SM is then less of its time (b 64: 1.08).
+            least = max(ceil_div(spec.capacity, MOST_KEYS), 1 + (2 * spec.capacity > MOST_KEYS))
             splits = max(splits, min(MAX_SPLITS, least))
     programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
     ptx = spec.cache_dtype == "fp8" and device.arch.startswith("sm")

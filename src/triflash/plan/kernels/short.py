@@ -112,7 +112,7 @@ def _is_heavy(spec: AttentionSpec) -> bool:
 def _best(spec: AttentionSpec, sms: int) -> ShortConfig | None:
     """What was measured to be the fastest of the forward kernel, where that is faster than other kernels; else None."""
     width = _width(spec)
-    if spec.keys > (PIECES if width <= 64 and not _is_full(spec.bias) else 64):
+    if spec.keys > (PIECES if width <= 64 and not _is_full(spec.bias) else 64) or _is_long_beside_full_bias(spec):
         return None
     if (longest := max(spec.queries, spec.keys)) <= TINY:
         size = padded(longest)
@@ -126,7 +126,7 @@ def _best(spec: AttentionSpec, sms: int) -> ShortConfig | None:
 def _best_backward(spec: AttentionSpec, sms: int) -> ShortConfig | None:
     """The same of the backward kernel."""
     width, pairs = _width(spec), spec.batch * spec.kv_heads
-    if spec.queries > 256 and ceil_div(pairs, sms) * sms > MAX_LOAD_IMBALANCE * pairs:
+    if (spec.queries > 256 and ceil_div(pairs, sms) * sms > MAX_LOAD_IMBALANCE * pairs) or _is_long_beside_full_bias(spec):
         return None
     if (longest := max(spec.queries, spec.keys)) <= TINY:
         size = padded(longest)
@@ -148,6 +148,11 @@ def _best_backward(spec: AttentionSpec, sms: int) -> ShortConfig | None:
 def _is_full(bias: BiasSpec | None) -> bool:
     """Whether a bias has as many elements as there are scores."""
     return bias is not None and all(bias.varies)
+
+
+def _is_long_beside_full_bias(spec: AttentionSpec) -> bool:
+    """Whether queries are more than a tile, beside a bias of full shape: nobody measured those."""
+    return spec.queries > 64 and _is_full(spec.bias)
 
 
 def _is_shared(bias: BiasSpec | None) -> bool:
