@@ -9,6 +9,8 @@ import torch
 
 pytest.importorskip("triton")
 
+from machine_code import MEASURED
+
 import triflash
 from triflash import UnsupportedError, attention_with_kvcache
 from triflash.plan.device import KNOWN_DEVICES
@@ -64,7 +66,9 @@ def test_a_call_compiles(name: str, arch: str) -> None:
     kernels = [step.step.kernel for step in told.forward.steps]
     assert told.backend == "triton" and kernels[:2] == ["append", "few_forward"], kernels
     for step in told.forward.steps:
-        most = SPILLS.get(name, 0) if step.step.kernel == "few_forward" else 0
-        assert step.compiled is not None and step.compiled.spills <= most, (step.step.kernel, step.compiled)
+        assert step.compiled is not None
+        if MEASURED:
+            most = SPILLS.get(name, 0) if step.step.kernel == "few_forward" else 0
+            assert step.compiled.spills <= most, (step.step.kernel, step.compiled)
         assert step.compiled.shared_memory <= KNOWN_DEVICES[arch].shared_memory
     assert "keys are split into" in str(told) or "not split" in str(told)

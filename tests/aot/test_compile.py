@@ -10,7 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from machine_code import disassembled, halves_of_one_register
+from machine_code import MEASURED, disassembled, halves_of_one_register
 
 from triflash.launch import ahead
 from triflash.launch.calls import Call
@@ -170,7 +170,7 @@ def test_compiles_within_limits(target: Target) -> None:
     call = next(call for step, call in zip(plan.steps, made, strict=True) if step.kernel == target.kernel)
     used = ahead.resources(ahead.compile_for(call, target.arch))
     assert used.shared_memory <= KNOWN_DEVICES[target.arch].shared_memory, f"{call.config}: {used}"
-    if triton.__version__.startswith("3.6"):  # what the rows declare was read off this version's compiler
+    if MEASURED:  # what the rows declare was read off this version's compiler
         assert used.spills <= declared_spills(target), f"{call.config}: {used}"
     if target.arch == "sm90" and target.precision.startswith("tf32"):
         assert not halves_of_one_register(disassembled(ahead.compile_for(call, target.arch)))

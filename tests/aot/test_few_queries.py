@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine_code import MOST_SPILLS
 
 from triflash.arguments import ATTENTION, Given, Options
 from triflash.bound.passes import BoundPass
@@ -21,7 +22,6 @@ from triflash.plan.override import override_configs
 from triflash.spec import Needs
 from triflash.spec_cache import CacheOperands, cache_spec_of
 
-MOST_SPILLS = 32  # words a thread, as of other portable kernels; 20 is the most seen (few_backward, d 128, sm90)
 F8 = torch.float8_e4m3fn
 
 

@@ -15,6 +15,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from machine_code import (
+    MEASURED,
     ambiguous_descriptors,
     assembled,
     compiled_with_log,
@@ -264,7 +265,7 @@ def test_compiles_within_limits(target: Target) -> None:
     if target.lengths:  # what a length hides is cleared by plain stores
         assert re.search(r"\bSTS\b", code) and unfenced_products(code) == 0 and unfenced_releases(code) == 0
         assert unfenced_products(code.replace("FENCE", "NOP")) > 0  # the check can fail
-    if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
+    if MEASURED:  # what is declared was read off this version's compiler
         assert used.spills <= max(SPILLS, target.spills), f"{call.config}: {used}"
 
 

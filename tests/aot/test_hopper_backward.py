@@ -14,6 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from machine_code import (
+    MEASURED,
     ambiguous_descriptors,
     compiled_with_log,
     disassembled,
@@ -214,7 +215,7 @@ def test_compiles_within_limits(target: Target) -> None:
     if target.lengths and target.kernel == "dkdv":
         # Cleared by plain stores; where ds is stored too, products that do not read it come between.
         assert unfenced_products(code) == 0
-    if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
+    if MEASURED:  # what is declared was read off this version's compiler
         assert used.spills <= target.spills, f"{call.config}: {used}"
     assert not serialised(log)
 
@@ -259,7 +260,7 @@ def test_a_kernel_of_one_loop_has_no_other(target: Target) -> None:
         assert lines[1] < 0.65 * lines[0]
     used = [ahead.resources(compiled) for compiled, _ in kernels]
     assert used[1].shared_memory < used[2].shared_memory <= both[1].config.shared_memory(both[0], both[1].gives)
-    if triton.__version__.startswith("3.6"):
+    if MEASURED:
         assert max(used[1].spills, used[2].spills) <= max(used[0].spills, target.spills)
     for (_, log), each in zip(kernels, code, strict=True):
         assert not serialised(log) and unfenced_releases(each) == 0 and not ambiguous_descriptors(each)

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+from machine_code import MEASURED
 
 # All kernels and all that they call are keyed in the order of a seed, in a process of its own, where nothing has a key yet.
 KEYED = """
@@ -54,7 +56,7 @@ def test_keys_do_not_depend_on_the_order_of_uses(seeds: list[int]) -> None:
         assert first == other, (seeds[0], seed, sorted(first ^ other)[:6])
 
 
-@pytest.mark.skipif(not triton.__version__.startswith("3.6"), reason="later releases seem to have mended it")
+@pytest.mark.skipif(not MEASURED, reason="later releases seem to have mended it")
 def test_triton_keys_do(seeds: list[int]) -> None:
     """So that the test above can fail; once 3.6 is no longer served, ``kernels/keys.py`` can go."""
     first, *others = (keys(seed, plain=True) for seed in seeds)

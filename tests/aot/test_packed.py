@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-from machine_code import ambiguous_descriptors, compiled_with_log, disassembled, serialised, unfenced_releases
+from machine_code import MEASURED, MOST_SPILLS, ambiguous_descriptors, compiled_with_log, disassembled, serialised, unfenced_releases
 
 from triflash.arguments import ATTENTION, Given, Options
 from triflash.bound.call import BoundCall
@@ -20,7 +19,6 @@ from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.kernels.shared import HopperConfig
 
 H, D, T, B = 4, 64, 4096, 16
-MOST_SPILLS = 32  # words a thread; 26 is the most seen (dkdv with a bias, sm80)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -111,9 +109,9 @@ def test_hopper_kernels(name: str) -> None:
             seen[key] = found = resources(compiled)
             assert found.shared_memory <= KNOWN_DEVICES["sm90"].shared_memory, key
             if not isinstance(each.config, HopperConfig):
-                assert found.spills <= 2, (key, found)
+                assert found.spills <= 2 or not MEASURED, (key, found)
                 continue
-            if triton.__version__.startswith("3.6"):  # what is declared was read off this version's compiler
+            if MEASURED:  # what is declared was read off this version's compiler
                 assert found.spills <= spills, (key, found)
             assert found.shared_memory <= each.config.shared_memory(call.spec, ("dq",) if "postprocess" in str(bound.plan) else ()), key
             code = disassembled(compiled)
