@@ -92,8 +92,7 @@ def attend_plain(
     key = None
     if (
         (causal is True or causal is False) and (scale is None or type(scale) is float) and (return_lse is False or return_lse is True)
-        and not (_dispatch_modes() or _transforms() or _autocast() or forward_ad._current_level >= 0)
-        and _tracing() is None and current_choices() is NO_CHOICES
+        and not (_dispatch_modes() or forward_ad._current_level >= 0) and current_choices() is NO_CHOICES
     ):  # fmt: skip
         few = (q, k, v) if bias is None else (q, k, v, bias)
         try:
@@ -149,7 +148,7 @@ def _attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return
         )  # fmt: skip
         if slopes is None or not (slopes.requires_grad and torch.is_grad_enabled()):
             call = CALLS.get(key)
-            if call is not None and near is not None and q.dtype in _HALF:
+            if call is not None and near is not None and not cast and q.dtype in _HALF:
                 remember_near(CALLS, near, (q, k, v) if bias is None else (q, k, v, bias), call)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         key = None  # a tensor that is none, or has no memory, or an option that cannot be hashed: the checks have words for it

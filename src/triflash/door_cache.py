@@ -60,8 +60,7 @@ def attend_cache(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: b
         and most_queries is num_splits is split_size is precision is None and (softcap is None or type(softcap) is float)
         and (causal is True or causal is False) and (scale is None or type(scale) is float) and (return_lse is False or return_lse is True)
         and (k_scale is None or type(k_scale) is float) and (v_scale is None or type(v_scale) is float)
-        and not (_dispatch_modes() or _transforms() or _autocast() or forward_ad._current_level >= 0)
-        and _tracing() is None and current_choices() is NO_CHOICES
+        and not (_dispatch_modes() or forward_ad._current_level >= 0) and current_choices() is NO_CHOICES
     ):  # fmt: skip
         try:
             if table is k_new is v_new is None:
@@ -118,7 +117,7 @@ def _attend(
             resolve_precision("") if options[7] is None and q.dtype is torch.float32 else "", around,
         )  # fmt: skip
         call = CACHES.get(key)
-        if call is not None and near is not None and q.dtype in _HALF:
+        if call is not None and near is not None and not cast and q.dtype in _HALF:
             remember_near(CACHES, near, few, call)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         key = None  # a tensor that is none, or has no memory, or an option that cannot be hashed: the checks have words for it

@@ -380,8 +380,8 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         wants, call, saved = ctx.needs_input_grad, ctx.call, ctx.saved_tensors
-        plain = not (torch.is_grad_enabled() or _transforms() or _dispatch_modes())
-        if plain and dlse is None and dout is not None:
+        once = not torch.is_grad_enabled()
+        if once and dlse is None and dout is not None and not _dispatch_modes():
             known = call.run_known_backward(wants, (*saved, dout))
             if known is not None:
                 return known
@@ -395,7 +395,7 @@ class Attention(torch.autograd.Function):
         needs = wants[2:] + _UNWANTED[count:] if few else tuple([at < count and wants[2 + at] for at in GRADIENTS])
         if _transforms() or _dispatch_modes() or _opaque(dout) or (dlse is not None and _opaque(dlse)):
             grads = _backward_by_operator(call, given, outputs, dout, dlse, needs)
-        elif plain:
+        elif once:
             bound = call.backward_passes
             grads = call.run_backward(given, outputs, dout, dlse, needs)
             if few and dlse is None and call.backward_passes == bound:  # what comes twice

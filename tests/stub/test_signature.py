@@ -14,7 +14,10 @@ import pytest
 import torch
 from problems import Problem, step_of
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from ways import binding, check_both_ways, nothing_compiled
 
 import triflash
@@ -388,6 +391,74 @@ def test_a_call_that_is_told_by_few_questions_is_the_one_that_many_tell() -> Non
         assert not asked
     CALLS.clear()
     assert not CALLS.near
+
+
+def _transformed(call: Callable[[], Any]) -> None:
+    torch.func.vmap(lambda x: (call(), x)[1])(torch.zeros(2))
+
+
+def _traced_by_fx(call: Callable[[], Any]) -> None:
+    make_fx(lambda x: (call(), x + 1)[1])(torch.zeros(2))
+
+
+def _traced(call: Callable[[], Any]) -> None:
+    torch.jit.trace(lambda x: (call(), x + 1)[1], (torch.zeros(2),), check_trace=False)
+
+
+def _within(context: Callable[[], Any]) -> Callable[[Callable[[], Any]], None]:
+    def run(call: Callable[[], Any]) -> None:
+        with context():
+            call()
+
+    return run
+
+
+AROUND: dict[str, Callable[[Callable[[], Any]], None]] = {
+    "nothing": _within(nullcontext),
+    "a mode": _within(lambda: FlopCounterMode(display=False)),
+    "fake tensors": _within(lambda: FakeTensorMode(allow_non_fake_inputs=True)),
+    "make_fx": _traced_by_fx,
+    "a transform": _transformed,
+    "a trace": _traced,
+    "autocast": _within(lambda: torch.autocast("cpu", dtype=F16)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("way", AROUND)
+def test_what_is_around_a_known_call_is_seen(way: str) -> None:
+    """As around a call that is not known: PyTorch's comparison of tensors tells of each, or the stack of modes."""
+    around, seen = AROUND[way], []
+    given = [torch.zeros(B, n, H, D, dtype=BF16, requires_grad=True) for n in (M, N, N)]
+    plain, gradients = [x.detach() for x in given], [torch.zeros_like(x) for x in given]
+    newest, caches = torch.zeros(1, 1, H, D, dtype=BF16), [x[:1] for x in plain[1:]]
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: attention(*plain, backend="triton"),
+        "step": lambda: torch.autograd.grad(out, given, dout, retain_graph=True),
+        "cache": lambda: triflash.attention_with_kvcache(newest, *caches, backend="triton"),
+    }
+
+    def notes(what: str) -> Any:
+        return lambda *_: (seen.append(what), [*gradients, None, None, None])[1]
+
+    with nothing_compiled():
+        out = attention(*given, backend="triton")
+        dout = torch.zeros_like(out)
+        for _ in range(3):
+            for call in calls.values():
+                call()
+        with (
+            mock.patch("triflash.door._by_operators", notes("forward")), mock.patch("triflash.door._autocasted", notes("forward, cast")),
+            mock.patch("triflash.ops._backward_by_operator", notes("step")),
+            mock.patch("triflash.door_cache._by_operators", notes("cache")), mock.patch("triflash.door_cache._autocasted", notes("cache, cast")),
+        ):  # fmt: skip
+            for name, call in 2 * [*calls.items()]:
+                if name != "step" or way not in ("a transform", "a trace"):  # a backward pass would be theirs
+                    refused = name == "cache" and way == "a transform"
+                    with pytest.raises(triflash.UnsupportedError) if refused else nullcontext():
+                        around(call)
+    wanted = {"nothing": [], "a transform": ["forward"], "autocast": ["forward, cast", "cache, cast"]}
+    assert seen == 2 * wanted.get(way, [*calls] if way in ("a mode", "fake tensors", "make_fx") else ["forward", "cache"])
 
 
 def stored(pack: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:

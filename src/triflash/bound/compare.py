@@ -17,8 +17,11 @@ _guards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards"
 
 
 def comparison_of(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
-    """``check(*others)``, which compares classes, dispatch keys (negation among them), dtypes, devices, sizes, strides and who requires a
-    gradient; None: this PyTorch does not have it in the form known here. It keeps no tensor.
+    """``check(*others)``, which compares classes, dispatch keys, dtypes, devices, sizes, strides and who requires a gradient; None: this
+    PyTorch does not have it in the form known here. It keeps no tensor.
+
+    Keys are those in force: they tell negation, and of what is around a call autocast on that device, transforms of ``torch.func`` and
+    ``torch.jit.trace``. Of dispatch modes PyTorch's own are left out (fake tensors, say): the stack of modes has to be asked.
     """
     if _guards is None or len(set(map(id, tensors))) < len(tensors):  # one tensor twice, which they do not take
         return None
