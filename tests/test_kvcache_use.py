@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -129,6 +130,24 @@ def test_compiled(dynamic: bool | None) -> None:
             torch.testing.assert_close(got, wanted)
         assert torch.equal(mine[1], right[1]) and torch.equal(mine[2], right[2])
         assert not torch.equal(mine[1], step_inputs(N, B)[1])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("of", ["requests", "heads"])
+def test_one_graph_for_any_size(of: str, packed: bool) -> None:
+    """From the second size on a graph has none: of one for each, PyTorch would soon have too many."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attention_with_kvcache, backend=counter, fullgraph=True)
+    for size in (2, 3, 5, 6):
+        B, H = (size, 2) if of == "requests" else (2, size)
+        q, k, v = (torch.randn(B, n, H, 8, device=DEVICE) for n in (1, 9, 9))
+        lengths, bias = torch.full((B,), 7, device=DEVICE), torch.randn(B, H, 1, 9, device=DEVICE)
+        more = {"cu_seqlens_q": torch.arange(B + 1, device=DEVICE)} if packed else {}
+        q = q.flatten(0, 1) if packed else q
+        given: dict[str, Any] = dict(cache_lengths=lengths, bias=bias, mask=bias < 1.0, out=torch.empty_like(q), **more)
+        torch.testing.assert_close(compiled(q, k, v, **given).clone(), attention_with_kvcache(q, k, v, **given))
+    assert counter.frame_count <= 2
 
 
 def test_compiled_code_copies_no_cache() -> None:

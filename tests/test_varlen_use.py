@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import triflash
 from triflash import UnsupportedError, attention_varlen
@@ -43,6 +44,35 @@ def test_compiled(dynamic: bool | None) -> None:
     compiled = torch.compile(everything, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for got, right in zip(gradients(compiled(*leaves, cu), leaves), gradients(everything(*leaves, cu), leaves), strict=True):
         torch.testing.assert_close(got, right)
+
+
+@pytest.mark.parametrize("layout", ["padded", "rows", "keys"])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_one_graph_for_any_number_of_sequences(seed: int | None, layout: str) -> None:
+    """From the second number on a graph has none: of one for each, PyTorch would soon have too many. By the operator, and traced (a seed)."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def function(q: Tensor, cu: Tensor, bias: Tensor) -> Any:
+        return attention_varlen(
+            q,
+            q,
+            q,
+            cu,
+            seqused_k=cu[1:] - cu[:-1],
+            bias=bias,
+            bias_layout=layout,
+            dropout_p=0.0 if seed is None else 0.1,
+            dropout_seed=seed,
+        )
+
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for B in (2, 3, 5, 6):
+        T = 7 * B
+        bias = torch.randn({"padded": (B, 1, 7, 7), "rows": (2, T, 7), "keys": (2, T)}[layout], device=DEVICE)
+        q, cu = torch.randn(T, 2, 16, device=DEVICE), 7 * torch.arange(B + 1, device=DEVICE)
+        torch.testing.assert_close(compiled(q, cu, bias), function(q, cu, bias))
+    assert counter.frame_count <= 2
 
 
 def test_exported() -> None:

@@ -373,7 +373,7 @@ def check_offsets(name: str, offsets: Any, q: Tensor, count: int | None) -> int:
         raise bad_value(name, wanted, tuple(offsets.shape))
     if offsets.device != q.device:
         raise bad_value(name, f"q's device {q.device}, or the CPU", offsets.device)
-    return int(offsets.shape[0]) - 1
+    return offsets.shape[0] - 1
 
 
 def _check_packed(name: str, x: Any, q: Tensor, k: Tensor, count: int, layout: str) -> None:
@@ -383,13 +383,12 @@ def _check_packed(name: str, x: Any, q: Tensor, k: Tensor, count: int, layout: s
     if not isinstance(x, Tensor):
         raise bad_type(name, "a tensor or None", type(x).__name__)
     (Tq, H, _), Tk = q.shape, k.shape[0]
-    wanted = {
-        "padded": (f"(B={count}|1, H={H}|1, Mmax|1, Nmax|1)", ((1, count), (1, H), None, None)),
-        "rows": (f"(H={H}|1, Tq={Tq}, Nmax|1)", ((1, H), (Tq,), None)),
-        "keys": (f"(H={H}|1, Tk={Tk})", ((1, H), (Tk,))),
-    }[layout]
-    words, dims = wanted
-    if x.dim() != len(dims) or any(own is not None and size not in own for own, size in zip(dims, x.shape, strict=True)):
+    dims = {"padded": ((1, count), (1, H), None, None), "rows": ((1, H), (Tq,), None), "keys": ((1, H), (Tk,))}[layout]
+    # While Dynamo traces, "in" finds no constant among symbolic sizes, and words would make the graph one of these sizes alone.
+    if x.dim() != len(dims) or any(own is not None and all(size != each for each in own) for own, size in zip(dims, x.shape, strict=True)):
+        words = {
+            "padded": f"(B={count}|1, H={H}|1, Mmax|1, Nmax|1)", "rows": f"(H={H}|1, Tq={Tq}, Nmax|1)", "keys": f"(H={H}|1, Tk={Tk})"
+        }[layout]  # fmt: skip
         raise bad_value(name, f"{words}, the layout {layout!r}", tuple(x.shape), f"{name.removesuffix('[1]')}_layout= names another one")
     check_dtype_and_place(name, x, q)
 

@@ -24,6 +24,7 @@ from .checks import (
     check_slopes,
     check_tensors,
     refuse_foreign,
+    same,
     same_device_and_dtype,
 )
 from .errors import UnsupportedError, bad_type, bad_value
@@ -265,7 +266,7 @@ def _check_new(given: CacheGiven, q: Tensor, k: Tensor, v: Tensor, B: int, sizes
     for name, x, dim in (("k_new", k_new, k.shape[3]), ("v_new", v_new, v.shape[3])):
         _check_rows(name, x, packed, "cu_seqlens_new", "Tnew", "B", "Mnew")
         assert isinstance(x, Tensor)
-        if tuple(x.shape[-2:]) != (shape["Hk"], dim) or (not packed and x.shape[0] != B):
+        if not same(x.shape[-2:], (shape["Hk"], dim)) or (not packed and x.shape[0] != B):
             wanted = f"(Tnew, Hk={shape['Hk']}, {dim})" if packed else f"(B={B}, Mnew, Hk={shape['Hk']}, {dim})"
             raise bad_value(name, f"shape {wanted}", tuple(x.shape))
         if x.dtype != q.dtype:
@@ -290,12 +291,12 @@ def _check_extra(name: str, x: Any, q: Tensor, B: int, H: int, queries: int | No
         return
     if not isinstance(x, Tensor):
         raise bad_type(name, "a tensor or None", type(x).__name__)
-    rows = "Mq" if queries is None else f"Mq={queries}"
-    wanted = f"2 to 4 dims of (B={B}|1, Hq={H}|1, {rows}|1, N|1), by position in the cache"
-    if not 2 <= x.dim() <= 4:
-        raise bad_value(name, wanted, f"{x.dim()} dims {tuple(x.shape)}")
+    # While Dynamo traces, "in" finds no constant among symbolic sizes, and words would make the graph one of these sizes alone.
     own = (1,) * (4 - x.dim()) + tuple(x.shape)
-    if own[0] not in (1, B) or own[1] not in (1, H) or (queries is not None and own[2] not in (1, queries)):
+    full = (B, H) if queries is None else (B, H, queries)
+    if not 2 <= x.dim() <= 4 or any(size != 1 and size != whole for size, whole in zip(own, full, strict=False)):
+        rows = "Mq" if queries is None else f"Mq={queries}"
+        wanted = f"2 to 4 dims of (B={B}|1, Hq={H}|1, {rows}|1, N|1), by position in the cache"
         hint = f"for one row of keys per request pass {name}[:, None, None, :]" if x.dim() == 2 and x.shape[0] == B else ""
         raise bad_value(name, wanted, tuple(x.shape), hint)
     check_dtype_and_place(name, x, q)
@@ -309,7 +310,7 @@ def _check_scale_of_cache(name: str, scale: Any, q: Tensor, B: int, Hk: int, fp8
     if isinstance(scale, Tensor):
         if not scale.is_floating_point() or scale.dtype.itemsize < 2:
             raise bad_type(name, "a float, or a tensor of floats", scale.dtype)
-        if tuple(scale.shape) not in ((), (1,), (Hk,), (B, Hk)):
+        if not any(same(scale.shape, shape) for shape in ((), (1,), (Hk,), (B, Hk))):
             raise bad_value(name, f"a float, or shape (Hk={Hk},) or (B={B}, Hk={Hk})", tuple(scale.shape))
         if scale.device != q.device:
             raise bad_value(name, f"q's device {q.device}", scale.device)
@@ -326,7 +327,7 @@ def _check_out(given: CacheGiven, q: Tensor, Dv: int) -> None:
     if not isinstance(out, Tensor):
         raise bad_type("out", "a tensor or None", type(out).__name__)
     wanted = (*q.shape[:-1], Dv)
-    if tuple(out.shape) != tuple(wanted) or out.device != q.device:
+    if not same(out.shape, wanted) or out.device != q.device:
         raise bad_value("out", f"shape {tuple(wanted)} on {q.device}", f"{tuple(out.shape)} on {out.device}")
     if out.dtype != q.dtype:
         raise bad_type("out", f"q's dtype {q.dtype}", out.dtype)

@@ -29,6 +29,7 @@ __all__ = [
     "check_tensors",
     "refuse_foreign",
     "refuse_layout",
+    "same",
     "same_device_and_dtype",
     "seed_tensor",
 ]
@@ -147,7 +148,7 @@ def check_key_lengths(lengths: Any, q: Tensor, batch: tuple[int, ...], name: str
         return
     if not isinstance(lengths, Tensor) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise bad_type(name, "a tensor of integers", str(lengths.dtype) if isinstance(lengths, Tensor) else type(lengths).__name__)
-    if not _same(lengths.shape, batch) or lengths.device != q.device:
+    if not same(lengths.shape, batch) or lengths.device != q.device:
         got = f"{tuple(lengths.shape)} on {lengths.device}"
         raise bad_value(name, f"one for each batch entry, shape {batch} on {q.device}", got)
 
@@ -174,7 +175,7 @@ def check_seed(seed: Any, q: Tensor) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise bad_type("dropout_seed", "an int, or an int64 tensor (seed, offset)", seed.dtype)
-        if not _same(seed.shape, (2,)) or seed.device != q.device:
+        if not same(seed.shape, (2,)) or seed.device != q.device:
             raise bad_value("dropout_seed", f"(seed, offset), shape (2,) on {q.device}", f"{tuple(seed.shape)} on {seed.device}")
     elif seed is not None:
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -199,7 +200,7 @@ def seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return made
 
 
-def _same(shape: Sequence[Any], wanted: Sequence[Any]) -> bool:
+def same(shape: Sequence[Any], wanted: Sequence[Any]) -> bool:
     """Whether two shapes are the same; sizes may be symbolic, of which a tuple would compare identities first."""
     return len(shape) == len(wanted) and all(own == size for own, size in zip(shape, wanted, strict=True))
 
@@ -207,7 +208,7 @@ def _same(shape: Sequence[Any], wanted: Sequence[Any]) -> bool:
 def _check_floats(name: str, x: Any, q: Tensor, shapes: tuple[tuple[int, ...], ...], wanted: Callable[[], str]) -> None:
     if not isinstance(x, Tensor) or x.dtype not in INPUT_DTYPES:
         raise bad_type(name, "a tensor of floats, or None", str(x.dtype) if isinstance(x, Tensor) else type(x).__name__)
-    if not any(_same(x.shape, shape) for shape in shapes):
+    if not any(same(x.shape, shape) for shape in shapes):
         raise bad_value(name, wanted(), tuple(x.shape))
     if x.device != q.device:
         raise bad_value(name, f"q's device {q.device}", x.device)
