@@ -6,6 +6,7 @@ import inspect
 import itertools
 import sys
 import typing
+import warnings
 from typing import Any
 
 import pytest
@@ -171,6 +172,15 @@ def test_layouts_are_strides(backend: str, device: torch.device) -> None:
         assert torch.equal(got.transpose(1, 2), wanted) and torch.equal(lse, wanted_lse)
 
 
+def test_a_scale_of_numpy_is_a_number() -> None:
+    """Numpy's float32 took the bounds of a scale for float32 too, which overflowed with a warning."""
+    numpy = pytest.importorskip("numpy")
+    x = torch.randn(1, 4, 2, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(attention(x, x, x, scale=numpy.float32(0.5)), attention(x, x, x, scale=0.5))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_value_dims_and_scales(backend: str, device: torch.device) -> None:
     for Dv, scale in itertools.product((8, 32), (0.0, -0.3, None)):
@@ -227,6 +237,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("dtype of k", {"k": Q.half()}, TypeError, "k: wanted q's dtype"),
     ("three key heads", {"k": Q[:, :, :3], "v": Q[:, :, :3]}, ValueError, "k: wanted a number of heads that divides q's 4, got 3"),
     ("no key heads", {"k": Q[:, :, :0], "v": Q[:, :, :0]}, ValueError, "k: wanted a number of heads that divides q's 4, got 0"),
+    ("no query heads", {"q": Q[:, :, :0]}, ValueError, "k: wanted no heads, as q has none, got 4"),
     ("heads of v", {"k": Q[:, :, :2], "v": Q[:, :, :1]}, ValueError, "v: wanted shape.*k and v must share the number of heads"),
     ("causal as a word", {"causal": "yes"}, TypeError, "causal: wanted True, False or 'top_left', got 'yes'"),
     ("causal as a number", {"causal": 1}, TypeError, "causal: wanted"),

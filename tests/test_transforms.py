@@ -209,6 +209,16 @@ def test_forward_mode_is_refused(backend: str, argument: str, mode: str) -> None
         FORWARD_MODE[mode](lambda x: attention(**{**given, argument: x}, backend=backend), given[argument])
 
 
+def test_forward_mode_by_a_second_bias_is_called_that() -> None:
+    q, bias = draw(1, M, H, D), draw(1, H, M, M)
+    for f in (
+        lambda x: attention(q, q, q, bias=(bias, x)),
+        lambda x: triflash.attention_varlen(q[0], q[0], q[0], torch.tensor([0, M]), bias=(bias, x)),
+    ):
+        with pytest.raises(UnsupportedError, match=r"forward-mode derivatives by bias\[1\]"):
+            torch.func.jvp(f, (bias,), (bias,))
+
+
 def test_tangents_of_others_do_not_matter() -> None:
     """Within a dual level, attention of tensors without a tangent is what it is elsewhere."""
     q = draw(B, M, H, D)

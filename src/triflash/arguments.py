@@ -14,6 +14,7 @@ from .checks import (
     check_bias,
     check_bool,
     check_dtype_and_place,
+    check_heads,
     check_key_lengths,
     check_number,
     check_scale,
@@ -42,6 +43,7 @@ __all__ = [
     "Options",
     "VarlenGiven",
     "VarlenOptions",
+    "argument",
     "band_of",
     "check_offsets",
     "check_places",
@@ -86,6 +88,11 @@ class Given(NamedTuple):
     query_lengths: Tensor | None = None
     key_starts: Tensor | None = None
     diagonals: Tensor | None = None  # diagonal, where it is a tensor
+
+
+def argument(field: str) -> str:
+    """What a caller calls a field of :class:`Given` or :class:`VarlenGiven`."""
+    return {"second_bias": "bias[1]", "diagonals": "diagonal"}.get(field, field)
 
 
 def two_biases(bias: Any) -> tuple[Any, Any]:
@@ -149,7 +156,7 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
     if not torch.compiler.is_compiling():
         for name, x in zip(Given._fields, given, strict=True):
             if x is not None:
-                refuse_foreign("diagonal" if name == "diagonals" else name, x)
+                refuse_foreign(argument(name), x)
     q, k, v, bias, mask, lengths, slopes, sink, seed, second, query_starts, query_lengths, key_starts, diagonals = given
     if layout not in LAYOUTS:
         raise bad_value("layout", f"one of {', '.join(LAYOUTS)}", repr(layout))
@@ -222,7 +229,7 @@ def check_places(given: Given, spec: _Lengths) -> None:
         for entry, value in enumerate([] if x is None else x.flatten().tolist()):
             if not least <= value <= limit:
                 wanted = f"values from {least} to {limit}"
-                raise bad_value("diagonal" if name == "diagonals" else name, wanted, f"{value} of batch entry {entry}")
+                raise bad_value(argument(name), wanted, f"{value} of batch entry {entry}")
 
 
 class VarlenOptions(NamedTuple):
@@ -282,12 +289,11 @@ def checked_varlen(given: VarlenGiven, options: VarlenOptions) -> CheckedVarlen:
     bias_layout, mask_layout, causal, window, scale, softcap, dropout_p, deterministic, precision, backend, longest_q, longest_k = options
     if not torch.compiler.is_compiling():
         for name, x in zip(VarlenGiven._fields, given, strict=True):
-            refuse_foreign(name, x)
+            refuse_foreign(argument(name), x)
     q, k, v = given[:3]
     sizes = check_tensors({"q": q, "k": k, "v": v}, {"q": "Tq H D", "k": "Tk Hk D", "v": "Tk Hk Dv"})
     H, Hk = sizes["H"], sizes["Hk"]
-    if Hk != H and (Hk == 0 or H % Hk):
-        raise bad_value("k", f"a number of heads that divides q's {H}", Hk, "as many query heads read each key head")
+    check_heads("k", Hk, H)
     same_device_and_dtype({"q": q, "k": k, "v": v})
     count = check_offsets("cu_seqlens_q", given.cu_seqlens_q, q, None)
     check_offsets("cu_seqlens_k", given.cu_seqlens_k, q, count)
@@ -413,8 +419,7 @@ def _check_inputs(q: Any, k: Any, v: Any) -> tuple[tuple[int, ...], dict[str, in
     levels = " ".join(f"B{n}" if q.dim() > 4 else "B" for n in range(q.dim() - 3))
     sizes = check_tensors(given, {"q": f"{levels} M H D", "k": f"{levels} N Hk D", "v": f"{levels} N Hk Dv"})
     H, Hk = sizes["H"], sizes["Hk"]
-    if Hk != H and (Hk == 0 or H % Hk):
-        raise bad_value("k", f"a number of heads that divides q's {H}", Hk, "as many query heads read each key head")
+    check_heads("k", Hk, H)
     same_device_and_dtype(given)
     return tuple(q.shape[:-3]), sizes
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from .arguments import band_of, check_offsets
 from .checks import (
     check_dtype_and_place,
+    check_heads,
     check_key_lengths,
     check_number,
     check_scale,
@@ -121,8 +122,7 @@ def checked_cache(given: CacheGiven, options: CacheOptions) -> CheckedCache:
         {"q": "Tq H D" if packed else "B M H D", "k_cache": f"{at} Hk D", "v_cache": f"{at} Hk Dv"},
     )
     H, Hk = sizes["H"], sizes["Hk"]
-    if Hk != H and (Hk == 0 or H % Hk):
-        raise bad_value("k_cache", f"a number of heads that divides q's {H}", Hk, "as many query heads read each key head")
+    check_heads("k_cache", Hk, H)
     same_device_and_dtype({"q": q})
     for name, cache in (("k_cache", k), ("v_cache", v)):
         if cache.device != q.device:
@@ -280,8 +280,7 @@ def _check_new(given: CacheGiven, q: Tensor, k: Tensor, v: Tensor, B: int, sizes
     if packed:
         check_offsets("cu_seqlens_new", offsets, q, B)
     for name, cache in (("k_cache", k), ("v_cache", v)):
-        if any(stride == 0 and size > 1 for stride, size in zip(cache.stride(), cache.shape, strict=True)):
-            raise bad_value(name, "memory of its own for every element, as k_new is written to it", "an expanded tensor (a stride of 0)")
+        _check_written(name, cache, ", as k_new is written to it")
     return k_new.shape[at]
 
 
@@ -331,8 +330,15 @@ def _check_out(given: CacheGiven, q: Tensor, Dv: int) -> None:
         raise bad_value("out", f"shape {tuple(wanted)} on {q.device}", f"{tuple(out.shape)} on {out.device}")
     if out.dtype != q.dtype:
         raise bad_type("out", f"q's dtype {q.dtype}", out.dtype)
-    if any(stride == 0 and size > 1 for stride, size in zip(out.stride(), out.shape, strict=True)):
-        raise bad_value("out", "memory of its own for every element", "an expanded tensor (a stride of 0)")
+    _check_written("out", out, "")
+
+
+def _check_written(name: str, x: Tensor, why: str) -> None:
+    """Check that what is written to x is what is read there."""
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise bad_value(name, f"memory of its own for every element{why}", "an expanded tensor (a stride of 0)")
+    if not torch.compiler.is_compiling() and x.is_neg():
+        raise bad_value(name, f"memory that holds its elements{why}", "a negated view", f"{name}.resolve_neg() makes a copy that does")
 
 
 def check_own_memory(given: tuple[Any, ...]) -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "check_bias",
     "check_bool",
     "check_dtype_and_place",
+    "check_heads",
     "check_key_lengths",
     "check_number",
     "check_scale",
@@ -114,6 +115,13 @@ def same_device_and_dtype(tensors: Mapping[str, Tensor]) -> None:
             raise bad_value(name, f"{first_name}'s device {first.device}", tensor.device)
 
 
+def check_heads(name: str, key_heads: int, heads: int) -> None:
+    """Check that as many query heads read each key head; where there are none of one, there are none of the other."""
+    if key_heads != heads and (key_heads == 0 or heads == 0 or heads % key_heads):
+        wanted = f"a number of heads that divides q's {heads}" if heads else "no heads, as q has none"
+        raise bad_value(name, wanted, key_heads, "as many query heads read each key head")
+
+
 def check_bool(name: str, value: Any) -> bool:
     """Check a true-or-false option; strings and numbers are refused, so that ``causal="False"`` cannot mean True."""
     if not isinstance(value, bool):
@@ -125,12 +133,16 @@ def check_scale(name: str, value: Any, head_dim: int) -> float:
     """Check the softmax scale; None means ``1 / sqrt(head_dim)``, and 0.0 means 0.0."""
     if value is None:
         return float(head_dim) ** -0.5
+    number = value
     if isinstance(value, bool) or not isinstance(value, Real):
         raise bad_type(name, "a number or None", type(value).__name__, "pass float(scale)" if isinstance(value, Tensor) else "")
-    # Comparisons, because torch.compile traces them with a symbolic scale, but not math.isfinite; NaN fails them as well.
-    if not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
+    # Comparisons, because torch.compile traces them with a symbolic scale, but not math.isfinite; NaN fails them as well. NumPy's float32
+    # would take the bounds for its own kind, and a float may have no room for an integer.
+    if type(number) is not int:
+        number = float(number)
+    if not -_LARGEST <= number <= _LARGEST:
         raise bad_value(name, "a finite number", value)
-    return float(value)
+    return float(number)
 
 
 def check_number(name: str, value: Any, least: float, below: float, wanted: str) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import LAYOUTS, Given, Options, VarlenGiven, VarlenOptions
+from .arguments import LAYOUTS, Given, Options, VarlenGiven, VarlenOptions, argument
 from .errors import bad_type, bad_value
 
 __all__ = ["attend_nested", "is_nested", "packed"]
@@ -47,7 +47,7 @@ def packed(given: Given, options: Options) -> tuple[VarlenGiven, VarlenOptions]:
         raise bad_value("key_lengths", "None, as jagged tensors have lengths of their own", "a tensor")
     for name in ("query_starts", "query_lengths", "key_starts", "diagonals"):
         if getattr(given, name) is not None:
-            raise bad_value(name.replace("diagonals", "diagonal"), "None, as jagged tensors have lengths of their own", "a tensor")
+            raise bad_value(argument(name), "None, as jagged tensors have lengths of their own", "a tensor")
     if options.diagonal is not None:
         raise bad_value("diagonal", "None, as jagged tensors have one for each sequence", options.diagonal, "or causal='top_left'")
     heads = q.shape[3 - ragged]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .arguments import ATTENTION, CheckedVarlen, Face, Given, Options, VarlenGiven, VarlenOptions, checked, checked_varlen
+from .arguments import ATTENTION, CheckedVarlen, Face, Given, Options, VarlenGiven, VarlenOptions, argument, checked, checked_varlen
 from .checks import seed_tensor
 from .errors import UnsupportedError
 from .ops import attention_forward
@@ -85,8 +85,8 @@ def refuse_tangents(given: tuple[Any, ...], names: tuple[str, ...] = Given._fiel
     for name, x in zip(names, given, strict=True):
         if isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
             raise UnsupportedError(
-                f"forward-mode derivatives by {name} (torch.func.jvp, jacfwd, linearize, dual tensors): no backend has them; use reverse "
-                "mode (torch.func.vjp, jacrev, grad), or differentiate dense attention in PyTorch"
+                f"forward-mode derivatives by {argument(name)} (torch.func.jvp, jacfwd, linearize, dual tensors): no backend has them; "
+                "use reverse mode (torch.func.vjp, jacrev, grad), or differentiate dense attention in PyTorch"
             )
 
 
