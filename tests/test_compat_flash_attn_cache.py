@@ -96,6 +96,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "a length for all": ({}, {"cache_seqlens": 7, "causal": True}),
     "new keys": ({"new": True, "M": 3}, {"causal": True}),
+    "parts of no number": ({}, {"num_splits": -1}),
     "window": ({"new": True, "M": 3}, {"window_size": (4, 0), "softmax_scale": 0.3}),
     "soft cap and ALiBi": ({"new": True, "M": 3}, {"softcap": 1.5, "alibi_slopes": torch.rand(B, H), "causal": True}),
     "left padding": ({"new": True}, {"cache_leftpad": torch.tensor([2, 6], dtype=torch.int32), "causal": True, "num_splits": 2}),
@@ -154,7 +155,16 @@ def test_argument_order_by_position() -> None:
         ({"block_table": torch.zeros(B, 2)}, TypeError, "block_table: "),
         ({"window_size": 3}, TypeError, "window_size: "),
         ({"softmax_scale": torch.nan}, ValueError, "softmax_scale: "),
-        ({"k": torch.zeros(B, 1, HK, D).double(), "cache_seqlens": 3}, ValueError, "v: wanted a tensor beside k"),
+        ({"k": torch.zeros(B, 1, HK, D).double(), "cache_seqlens": 3}, ValueError, "v: wanted a tensor beside k, got None"),
+        ({"v": torch.zeros(1, HK, D), "cache_seqlens": 3}, ValueError, "v: wanted 4 dims .batch, seqlen_new, nheads_k, headdim., got 3"),
+        ({"k": 1, "cache_seqlens": 3}, TypeError, "k: wanted a tensor, got int"),
+        (
+            {"cache_batch_idx": torch.tensor([0, 1]), "block_table": torch.zeros(B, 2, dtype=torch.int32)},
+            ValueError,
+            r"cache_batch_idx: wanted None beside a block_table, got a tensor; reorder the table's rows: block_table\[cache_batch_idx\]",
+        ),
+        ({"block_table": torch.zeros(B, 2).long()}, TypeError, r"block_table: .*; block_table\.int\(\) makes one"),
+        ({"softmax_scale": torch.tensor(1.0)}, TypeError, r"softmax_scale: .*float\(softmax_scale\)"),
         ({"causal": 1}, TypeError, "causal: "),
     ],
 )
@@ -176,7 +186,8 @@ def test_gradients_are_refused() -> None:
 
 
 @pytest.mark.parametrize(("name", "wrong", "words"), [
-    ("k", torch.zeros(2, 3, 8), r"k: wanted \(batch=2, seqlen_new, nheads_k, headdim=16\)"),
+    ("k", torch.zeros(2, 3, 8), r"k: wanted 4 dims \(batch, seqlen_new, nheads_k, headdim\), got 3 dims"),
+    ("k", torch.zeros(3, 1, 2, 16), r"k: wanted \(batch=2, seqlen_new, nheads_k, headdim=16\)"),
     ("k", [1], "k: wanted a tensor, got list"),
     ("window_size", 3, "window_size: wanted a pair"),
     ("cache_seqlens", 2**70, "cache_seqlens: wanted a number of keys"),

@@ -252,6 +252,14 @@ def test_bad_input_of_the_others() -> None:
         flash_attn_varlen_kvpacked_func(x, torch.zeros(13, 3, 2, 8), cu, cu, 7, 7)
     with pytest.raises(ValueError, match=r"qkv: wanted shape \(T=13, 3, H, D\)"):
         flash_attn_varlen_qkvpacked_func(torch.zeros(13, 2, 2, 8), cu, 7)
+    with pytest.raises(ValueError, match="kv: wanted a number of heads that divides q's 2, got 0"):
+        flash_attn_varlen_kvpacked_func(x, torch.zeros(13, 2, 0, 8), cu, cu, 7, 7)
+    with pytest.raises(TypeError, match=r"kv: wanted q's dtype .*; cast with kv.to\(q.dtype\)"):
+        compat.flash_attn_kvpacked_func(x[None], torch.zeros(1, 13, 2, 2, 8).half())
+    with pytest.raises(TypeError, match="qkv: wanted float16"):
+        flash_attn_varlen_qkvpacked_func(torch.zeros(13, 3, 2, 8).int(), cu, 7)
+    with pytest.raises(TypeError, match="qkv: wanted float16"):
+        compat.flash_attn_qkvpacked_func(torch.zeros(1, 13, 3, 2, 8).int())
     with pytest.raises(TypeError, match="cu_seqlens: wanted an int32 or int64 tensor"):
         flash_attn_varlen_qkvpacked_func(torch.zeros(13, 3, 2, 8), [0, 13], 7)
     with pytest.raises(triflash.UnsupportedError, match="leftpad_k: "):

@@ -178,7 +178,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"attn_mask": torch.zeros(5, 6, dtype=torch.int32)}, TypeError, "attn_mask: wanted float16"),
     ({"query": torch.zeros(4)}, ValueError, "query: wanted 2 dims or more"),
     ({"query": None}, TypeError, "query: wanted a dense tensor, got NoneType"),
-    ({"key": torch.zeros(2, 3, 6, 4, dtype=torch.float64)}, TypeError, "key: wanted q's dtype torch.float32, got torch.float64"),
+    ({"key": torch.zeros(2, 3, 6, 4, dtype=torch.float64)}, TypeError, "key: wanted query's dtype torch.float32, got torch.float64"),
     ({"is_causal": 1}, TypeError, "is_causal: wanted True or False"),
 ]  # fmt: skip
 

@@ -37,6 +37,8 @@ __all__ = [
     "uninstall",
 ]
 
+_PACKED_KV = {"k": "kv", "v": "kv"}
+_PACKED = dict.fromkeys("qkv", "qkv")
 VERSION = "2.8.3+triflash"  # what the module that install() makes calls itself
 
 
@@ -104,9 +106,12 @@ def flash_attn_kvpacked_func(
     """
     check_tensors({"kv": kv}, {"kv": "B N 2 Hk D"})
     k, v = kv.unbind(2)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    )  # fmt: skip
+    try:
+        return flash_attn_func(
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise renamed(error, _PACKED_KV) from None
 
 
 def flash_attn_qkvpacked_func(
@@ -127,9 +132,12 @@ def flash_attn_qkvpacked_func(
     """
     check_tensors({"qkv": qkv}, {"qkv": "B M 3 H D"})
     q, k, v = qkv.unbind(2)
-    return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    )  # fmt: skip
+    try:
+        return flash_attn_func(
+            q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise renamed(error, _PACKED) from None
 
 
 def flash_attn_varlen_func(
@@ -201,10 +209,13 @@ def flash_attn_varlen_kvpacked_func(
     """
     check_tensors({"kv": kv}, {"kv": "Tk 2 Hk D"})
     k, v = kv.unbind(1)
-    return flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap,
-        alibi_slopes, deterministic, return_attn_probs,
-    )  # fmt: skip
+    try:
+        return flash_attn_varlen_func(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size, softcap,
+            alibi_slopes, deterministic, return_attn_probs,
+        )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise renamed(error, _PACKED_KV) from None
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -233,7 +244,7 @@ def flash_attn_varlen_qkvpacked_func(
             alibi_slopes, deterministic, return_attn_probs,
         )  # fmt: skip
     except (ValueError, TypeError) as error:
-        raise renamed(error, {"cu_seqlens_q": "cu_seqlens", "max_seqlen_q": "max_seqlen"}) from None
+        raise renamed(error, _PACKED | {"cu_seqlens_q": "cu_seqlens", "max_seqlen_q": "max_seqlen"}) from None
 
 
 def _flash_attn_forward(

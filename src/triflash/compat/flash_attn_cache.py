@@ -58,7 +58,7 @@ def flash_attn_with_kvcache(
         softmax_scale, causal, window_size, softcap, alibi_slopes: see ``flash_attn_func``; aligned to the last key, the new ones
             included.
         rotary_interleaved: True rotates dims 0 and 1, 2 and 3, … (GPT-J), False those half of rotary_dim apart (GPT-NeoX).
-        num_splits: into how many parts keys are split; 0: chosen here. return_softmax_lse: also return the log-sum-exp.
+        num_splits: into how many parts keys are split; below 1: chosen here. return_softmax_lse: also return the log-sum-exp.
 
     Returns:
         out ``(batch, seqlen_q, nheads, headdim)``, or ``(out, softmax_lse)`` with softmax_lse ``(batch, nheads, seqlen_q)``, float32. A
@@ -68,10 +68,12 @@ def flash_attn_with_kvcache(
         ValueError, TypeError: a wrong shape, dtype, device or option. UnsupportedError: a gradient is wanted; there is none.
     """
     check_bool("causal", causal), check_bool("return_softmax_lse", return_softmax_lse)
-    refuse_layout("q", q)
-    if not isinstance(q, Tensor) or q.dim() != 4:
-        got = f"{q.dim()} dims {tuple(q.shape)}" if isinstance(q, Tensor) else type(q).__name__
-        raise (bad_value if isinstance(q, Tensor) else bad_type)("q", "4 dims (batch, seqlen_q, nheads, headdim)", got)
+    for name, x, length, heads in (("q", q, "seqlen_q", "nheads"), ("k", k, "seqlen_new", "nheads_k"), ("v", v, "seqlen_new", "nheads_k")):
+        refuse_layout(name, x)
+        if not isinstance(x, Tensor) and (name == "q" or x is not None):
+            raise bad_type(name, "a tensor", type(x).__name__)
+        if x is not None and x.dim() != 4:
+            raise bad_value(name, f"4 dims (batch, {length}, {heads}, headdim)", f"{x.dim()} dims {tuple(x.shape)}")
     if k is not None and cache_seqlens is None:
         raise bad_value("cache_seqlens", "how many keys there are before k and v", None)
     lengths: Any = cache_seqlens
@@ -101,16 +103,14 @@ def flash_attn_with_kvcache(
             q, k_cache, v_cache, cache_lengths=lengths, key_starts=cache_leftpad, page_table=block_table, cache_index=cache_batch_idx,
             k_new=k, v_new=v, causal=causal, window=window_size, scale=softmax_scale,
             softcap=cap, alibi_slopes=alibi_slopes,
-            num_splits=None if num_splits == 0 else num_splits, return_lse=lse,
+            num_splits=None if type(num_splits) is int and num_splits < 1 else num_splits, return_lse=lse,
         )  # fmt: skip
     except (ValueError, TypeError) as error:
         raise renamed(error, _WORDS) from None
 
 
-def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor, k: Any) -> None:
-    if not isinstance(k, Tensor):
-        raise bad_type("k", "a tensor", type(k).__name__)
-    if k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
+def _check_rotary(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor) -> None:
+    if k.shape[0] != q.shape[0] or k.shape[-1] != q.shape[-1]:
         raise bad_value("k", f"(batch={q.shape[0]}, seqlen_new, nheads_k, headdim={q.shape[-1]})", tuple(k.shape))
     for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
         if not isinstance(x, Tensor) or not x.is_floating_point():
