@@ -175,10 +175,12 @@ def _decodes(tensors: tuple[Tensor | None, ...], seen: dict[str, Any]) -> bool:
     """Whether a call is one on a KV cache: it needs no gradient, and its queries stand at the end of its keys."""
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return False
-    query, mask = tensors[0], seen.get("mask")
-    assert query is not None
-    full = (*query.shape[:3], tensors[1].shape[2])  # type: ignore[union-attr]
-    for x in (tensors[3], mask):
+    query, key, value, bias, _ = tensors
+    assert query is not None and key is not None and value is not None
+    if key.dtype != value.dtype:  # as under autocast, whose rotary embeddings make keys wider: attention casts all to its dtype
+        return False
+    full = (*query.shape[:3], key.shape[2])
+    for x in (bias, seen.get("mask")):
         if x is not None and (x.dim() != 4 or any(own not in (1, size) for own, size in zip(x.shape, full, strict=True))):
             return False  # attention has words for it
     diagonal, lengths = seen.get("diagonal"), seen.get("key_lengths")
