@@ -354,8 +354,11 @@ def test_as_many_sequences_as_you_like(backend: str) -> None:
     halves = [attention(*(x[None, part] for x in (q, k, v)), causal=True, backend="oracle")[0] for part in
               (slice(0, rows // 2), slice(rows // 2, rows))]  # fmt: skip
     torch.testing.assert_close(attention_varlen(q, k, v, many, causal=True, backend=backend), torch.cat(halves))
-    none, lse = attention_varlen(q, k, v, torch.zeros(1, dtype=torch.int32, device=DEVICE), return_lse=True, backend=backend)
-    assert not none.any() and (lse == -math.inf).all()
+    for slopes in (None, torch.rand(0, 1, device=DEVICE)):  # of each sequence: no memory
+        nowhere = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        none, lse = attention_varlen(q, k, v, nowhere, alibi_slopes=slopes, return_lse=True, backend=backend)
+        assert not none.any() and (lse == -math.inf).all()
+        assert not any(grad.any() for grad in torch.autograd.grad(none.sum(), (q, k, v)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

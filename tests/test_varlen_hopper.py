@@ -320,7 +320,10 @@ def test_as_many_sequences_as_you_like() -> None:
     with hopper():
         out = attention_varlen(q, k, v, torch.arange(rows + 1, device=DEVICE))
         grads = torch.autograd.grad(out.sum(), (q, k, v))
-        none, lse = attention_varlen(q, k, v, torch.zeros(1, dtype=torch.int32, device=DEVICE), return_lse=True)
+        nowhere = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        none, lse = attention_varlen(q, k, v, nowhere, return_lse=True)
+        with pytest.raises(UnsupportedError, match="ALiBi slopes of no sequences"):  # which have no memory
+            attention_varlen(q, k, v, nowhere, alibi_slopes=torch.rand(0, 1, device=DEVICE))
     torch.testing.assert_close(out, v)
     for grad, right in zip(grads, (0.0, 0.0, 1.0), strict=True):
         torch.testing.assert_close(grad, torch.full_like(grad, right), atol=1e-3, rtol=0)

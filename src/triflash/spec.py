@@ -265,6 +265,11 @@ class AttentionSpec:
         return 0 in (self.batch, self.heads, self.queries, self.keys)
 
     @property
+    def no_sequences(self) -> bool:
+        """Packed rows that nobody owns: what has a number for each sequence, as ALiBi slopes may, has no memory at all."""
+        return self.packed is not None and self.packed.sequences == 0
+
+    @property
     def keeps_rest(self) -> bool:
         """Whether a forward pass keeps what a float32 lse lost of a huge one."""
         return keeps_rest(None if self.bias is None else _DTYPES[self.bias.dtype], self.alibi, self.softcap)

@@ -60,7 +60,7 @@ def backward(
     room: Room, plan: Plan, spec: AttentionSpec, x: Operands, saved: Saved, dout: Tensor, dlse: Tensor | None, grads: Gradients
 ) -> list[Call]:
     """The launches that fill those of dq, dk, dv, dbias, dsink, dsecond that are given, of any strides."""
-    if spec.is_empty:
+    if spec.is_empty or spec.no_sequences:
         for grad in (*grads[:4], grads.dsecond):
             if grad is not None:
                 room.fill_zero(grad)

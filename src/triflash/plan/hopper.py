@@ -99,6 +99,8 @@ def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
         return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
     if spec.is_empty:
         return "empty tensors", "use backend('triton')"
+    if spec.no_sequences and spec.alibi:
+        return "ALiBi slopes of no sequences", "use backend('triton')"
     return forward.why_not(spec if spec.packed is None else hopper_packed.like(spec), device)
 
 

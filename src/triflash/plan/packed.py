@@ -38,9 +38,12 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, choices: Choices) ->
     """The kernels of a forward pass."""
     if 0 in (spec.queries, spec.heads):
         return ()
+    unowned = unowned_step(spec.queries, ("out", "lse"))
+    if spec.no_sequences:
+        return (unowned,)
     own = _fitted(portable.config_of("forward", spec, device, choices)[0], spec, of_keys=False)
     step = portable.packed_step("forward", spec, device, own)
-    return (*table_steps(spec, own.block_m, None), step, unowned_step(spec.queries, ("out", "lse")))
+    return (*table_steps(spec, own.block_m, None), step, unowned)
 
 
 def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, choices: Choices) -> tuple[Step, ...]:

@@ -57,7 +57,7 @@ def forward_steps(spec: AttentionSpec, device: DeviceFacts, choices: Choices) ->
 
 def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, choices: Choices) -> tuple[Step, ...]:
     """The kernels of a backward pass: only those that the gradients asked for need."""
-    if spec.is_empty:
+    if spec.is_empty or spec.no_sequences:
         return ()
     if spec.packed is not None:
         return packed.backward_steps(spec, needs, device, choices)
