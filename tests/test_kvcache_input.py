@@ -130,6 +130,7 @@ def test_transforms_are_refused() -> None:
         lambda: torch.func.vmap(lambda x: attention_with_kvcache(x, k, v))(q[None]),
         lambda: torch.func.grad(lambda x: attention_with_kvcache(x, k, v).sum())(q),
         lambda: torch.func.jvp(lambda x: attention_with_kvcache(x, k, v), (q,), (q,)),
+        lambda: torch.compile(lambda q: torch.func.jvp(lambda x: attention_with_kvcache(x, k, v), (q,), (q,)), backend="eager")(q),
         lambda: torch.func.vmap(lambda x: torch.ops.triflash.cache_forward(
             x, k, v, *(None,) * 12, None, None, 1.0, "", 0.0, None, None, None, None, "auto"))(q[None]),
     ):  # fmt: skip

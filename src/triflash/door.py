@@ -23,6 +23,7 @@ from .arguments import (
     Options,
     VarlenGiven,
     VarlenOptions,
+    argument,
     check_places,
     check_sequences,
     checked,
@@ -32,11 +33,12 @@ from .arguments import (
 from .bound.call import BoundCall
 from .bound.signature import CALLS, ambient, describe, near_of, remember_near
 from .checks import check_bool, check_seed_range, seed_tensor
+from .derivatives import refuse_tangents
 from .errors import UnsupportedError
 from .launch.room import meta, twin
 from .nested import attend_nested, is_nested
 from .ops import Attention
-from .ops_checked import casting, compute, compute_varlen, is_casting, refuse_tangents, varlen_options
+from .ops_checked import casting, compute, compute_varlen, is_casting, varlen_options
 from .ops_varlen import VarlenTensors, bind_varlen
 from .plan.device import DeviceFacts
 from .plan.select import NO_CHOICES, current_choices, requested_backend_soon
@@ -121,7 +123,7 @@ def attend_plain(
 def _attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool, near: tuple[Any, ...] | None) -> Any:
     """:func:`attend` of anything. near: what finds the call sooner the next time."""
     if forward_ad._current_level >= 0:
-        refuse_tangents(given)
+        refuse_tangents(given, [*map(argument, Given._fields)])
     if _compiling():
         return _by_operators(face, given, options, return_lse)
     q, k, v, bias, mask, lengths, slopes, sink, seed, second, query_starts, query_lengths, key_starts, diagonals = given
@@ -186,7 +188,7 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
     ``given`` and ``options`` are the fields of :class:`~triflash.arguments.VarlenGiven` and :class:`~triflash.arguments.VarlenOptions`.
     """
     if forward_ad._current_level >= 0:
-        refuse_tangents(given, VarlenGiven._fields)
+        refuse_tangents(given, [*map(argument, VarlenGiven._fields)])
     q, seed = given[0], given[7]
     traced = _compiling() or _dispatch_modes() or _transforms() or _tracing() is not None
     if traced:

@@ -22,10 +22,11 @@ from .arguments_cache import (
 )
 from .bound.cached import BoundCache
 from .bound.signature import CACHES, ambient, describe, near_of, remember_near
+from .derivatives import refuse_tangents
 from .door import PLAIN, is_dtensor
 from .errors import UnsupportedError
 from .ops_cache import bind_cache, cache_append, cache_forward, cache_forward_out
-from .ops_checked import CASTS, is_casting, refuse_tangents
+from .ops_checked import CASTS, is_casting
 from .plan.device import DeviceFacts
 from .plan.select import NO_CHOICES, current_choices, requested_backend_soon
 from .spec import resolve_precision

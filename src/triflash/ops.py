@@ -14,19 +14,18 @@ an argument, so that the backward pass, which may run on another thread after th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function as _single_level
 
 from .bound.call import GRADIENTS, BoundCall
 from .bound.passes import nothing
 from .bound.ready import Ready, ready
 from .bound.signature import CALLS, ambient, describe
-from .errors import UnsupportedError, bad_value
+from .derivatives import differentiable, differentiable_once, keep_nothing, refuse_second, underivable
+from .errors import bad_value
 from .flops import register_formulas
 from .form import Form
 from .launch.room import twin
@@ -34,15 +33,12 @@ from .saved import check_gradients, check_saved
 from .spec import Gradients, Operands, Saved, keeps_rest, spec_of
 
 __all__ = [
-    "SECOND_DERIVATIVE",
     "Attention",
     "OperatorOptions",
     "attention_backward",
     "attention_backward_",
     "attention_backward_two",
     "attention_forward",
-    "differentiable",
-    "differentiable_once",
     "kept",
 ]
 
@@ -275,42 +271,6 @@ def _fake_backward_(*_: Any) -> None:
     return None
 
 
-SECOND_DERIVATIVE = (
-    "second derivative of attention (create_graph=True, torch.func.hessian): no backend has one; dense attention in PyTorch, such as "
-    "torch.nn.functional.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH), can be differentiated any number of times"
-)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Passes gradients through, tied to what they depend on, so that differentiating them again raises instead of counting as zero."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(count: int, *gradients_and_inputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if grad is None else grad.view_as(grad) for grad in gradients_and_inputs[:count])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(SECOND_DERIVATIVE)
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> Any:
-        raise UnsupportedError(SECOND_DERIVATIVE)
-
-
-def differentiable_once(grads: list[Tensor | None], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The gradients as a backward pass returns them. With ``create_graph=True`` (gradients on) they depend on ``inputs``, visibly."""
-    if not torch.is_grad_enabled():
-        return tuple(grads)
-    tied: tuple[Tensor | None, ...] = _NoSecondDerivative.apply(len(grads), *grads, *inputs)
-    return tied
-
-
 # Whether a transform of ``torch.func`` or a dispatch mode is to see what runs: they see operators alone.
 _transforms = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -414,57 +374,6 @@ if hasattr(Attention, "_backward_cls"):  # autograd calls ``apply`` of the conte
     Attention._backward_cls.apply = Attention.backward  # type: ignore[attr-defined]
 
 
-# What says of an operator how it is differentiated: keep, of a context, its arguments and its results, what the backward pass needs; and
-# give, of the context, which arguments want a gradient and the gradients of the results, those of all arguments.
-Keep = Callable[[Any, tuple[Any, ...], Any], None]
-Give = Callable[..., Sequence[Tensor | None]]
-
-_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
-_BELOW_VIEWS = torch._C._after_ADInplaceOrView_keyset
-_DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
-
-
-def differentiable(library: torch.library.Library, op: Any, body: Callable[..., Any], keep: Keep, give: Give) -> None:
-    """Make an operator differentiable, once. ``torch.library.register_autograd`` makes the like, which costs a call 6 µs more and which
-    transforms of ``torch.func`` that are compiled cannot take apart.
-    """
-
-    class Differentiable(torch.autograd.Function):
-        """The operator where a gradient is wanted: the dispatch keys below autograd, then its arguments in order."""
-
-        @staticmethod
-        def forward(ctx: Any, below: Any, *args: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = op.redispatch(below, *args)
-            ctx.set_materialize_grads(False)
-            keep(ctx, args, output)
-            return output
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            return None, *give(ctx, ctx.needs_input_grad[1:], *grads)
-
-        @staticmethod
-        def jvp(ctx: Any, *_: Any) -> Any:
-            raise UnsupportedError(
-                "forward-mode derivatives of attention: no backend has them; use reverse mode (torch.func.vjp, jacrev, grad)"
-            )
-
-    # Less what Function.apply asks of functorch: where an operator gets here, its levels have been told apart.
-    apply = super(torch.autograd.Function, Differentiable).apply
-
-    def kernel(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            with _single_level() if torch._C._are_functorch_transforms_active() else nullcontext():
-                return apply(keyset & _BELOW_AUTOGRAD, *args)
-        if (keyset & _BELOW_VIEWS).highestPriorityTypeId() in _DEVICES:  # nobody else wants to see it
-            return body(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keyset & _BELOW_AUTOGRAD, *args)
-
-    library.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
-
-
 _WANTED = (0, 1, 2, 3, *(4 + OperatorOptions._fields.index(name) for name in ("sink", "second_bias")))
 
 
@@ -513,3 +422,6 @@ attention_backward = torch.ops.triflash.backward.default
 attention_backward_ = torch.ops.triflash.backward_.default
 attention_backward_two = torch.ops.triflash.backward_two.default
 differentiable(_library, attention_forward, _forward, _keep, _give)
+differentiable(_library, attention_backward, _backward, keep_nothing, refuse_second)
+differentiable(_library, attention_backward_two, _backward_two, keep_nothing, refuse_second)
+underivable(_library, attention_backward_, _backward_)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .bound.cached import BoundCache, lse_shape
 from .bound.signature import CACHES, ambient, describe
+from .derivatives import underivable
 from .errors import UnsupportedError
 from .flops import register_cache_formulas
 from .launch.room import twin
@@ -126,7 +127,14 @@ for _name, _fn, _fake in (
     torch.library.register_fake(f"triflash::{_name}", _fake, lib=_library)
     torch.library.register_vmap(f"triflash::{_name}", _no_vmap, lib=_library)
 
+_NO_GRADIENTS = (
+    "gradients of attention_with_kvcache, which has none: call triflash.attention(q, k, v) with keys and values as tensors, or attend "
+    "under torch.no_grad()"
+)
 cache_append = torch.ops.triflash.cache_append.default
 cache_forward = torch.ops.triflash.cache_forward.default
 cache_forward_out = torch.ops.triflash.cache_forward_out.default
+underivable(_library, cache_append, _append, _NO_GRADIENTS)
+underivable(_library, cache_forward, _forward, _NO_GRADIENTS)
+underivable(_library, cache_forward_out, _forward_out, _NO_GRADIENTS)
 register_cache_formulas(torch.ops.triflash.cache_forward, torch.ops.triflash.cache_forward_out)

@@ -21,14 +21,14 @@ from torch.autograd import forward_ad
 
 from .arguments import ATTENTION, CheckedVarlen, Face, Given, Options, VarlenGiven, VarlenOptions, argument, checked, checked_varlen
 from .checks import seed_tensor
-from .errors import UnsupportedError
+from .derivatives import refuse_tangents
 from .ops import attention_forward
 from .ops_varlen import VarlenOptions as Varlen
 from .ops_varlen import varlen_forward
 
 __all__ = [
     "CASTING", "CASTS", "casting", "checked_attention", "checked_attention_varlen", "compute", "compute_varlen", "is_casting",
-    "refuse_tangents", "varlen_options",
+    "varlen_options",
 ]  # fmt: skip
 
 CASTS = (torch.float16, torch.bfloat16, torch.float32)  # what autocast changes
@@ -80,16 +80,6 @@ def casting(given: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
         yield cast
 
 
-def refuse_tangents(given: tuple[Any, ...], names: tuple[str, ...] = Given._fields) -> None:
-    """Forward-mode derivatives (``torch.func.jvp``, ``jacfwd``, ``linearize``, dual tensors) are refused: they would come out as zero."""
-    for name, x in zip(names, given, strict=True):
-        if isinstance(x, Tensor) and x.is_floating_point() and forward_ad.unpack_dual(x).tangent is not None:
-            raise UnsupportedError(
-                f"forward-mode derivatives by {argument(name)} (torch.func.jvp, jacfwd, linearize, dual tensors): no backend has them; "
-                "use reverse mode (torch.func.vjp, jacrev, grad), or differentiate dense attention in PyTorch"
-            )
-
-
 _library = torch.library.Library("triflash", "FRAGMENT")
 _library.define(
     "attention(Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? mask, Tensor? key_lengths, Tensor? alibi_slopes, Tensor? sink, "
@@ -112,7 +102,7 @@ def _attention(*args: Any) -> tuple[Tensor, Tensor]:
     window = (left, right) if windowed else None
     options = Options(_CAUSAL[causal], window, scale, softcap, dropout_p, deterministic, layout, precision, backend, diagonal)
     if forward_ad._current_level >= 0:
-        refuse_tangents(given)
+        refuse_tangents(given, [*map(argument, Given._fields)])
     try:
         return compute(ATTENTION, given, options)
     except (ValueError, TypeError) as error:
@@ -127,7 +117,7 @@ def _attention_varlen(*args: Any) -> tuple[Tensor, Tensor]:
     window = (left, right) if windowed else None
     options = VarlenOptions._make([bias_layout, mask_layout, _CAUSAL[causal], window, *others])
     if forward_ad._current_level >= 0:
-        refuse_tangents(given, VarlenGiven._fields)
+        refuse_tangents(given, [*map(argument, VarlenGiven._fields)])
     try:
         return compute_varlen(given, options)
     except (ValueError, TypeError) as error:

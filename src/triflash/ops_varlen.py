@@ -19,10 +19,11 @@ from torch import Tensor
 
 from .bound.call import BoundCall
 from .bound.signature import CALLS, ambient, describe
+from .derivatives import differentiable, differentiable_once, keep_nothing, refuse_second, underivable
 from .flops import register_varlen_formulas
 from .form import Form
 from .launch.room import twin
-from .ops import differentiable, differentiable_once, kept
+from .ops import kept
 from .plan.device import DeviceFacts
 from .saved import check_gradients, check_saved
 from .spec import Saved, keeps_rest, packed_spec_of
@@ -211,4 +212,6 @@ varlen_forward = torch.ops.triflash.varlen_forward.default
 varlen_backward = torch.ops.triflash.varlen_backward.default
 varlen_backward_ = torch.ops.triflash.varlen_backward_.default
 differentiable(_library, varlen_forward, _forward, _keep, _give)
+differentiable(_library, varlen_backward, _backward, keep_nothing, refuse_second)
+underivable(_library, varlen_backward_, _backward_)
 register_varlen_formulas(torch.ops.triflash.varlen_forward, torch.ops.triflash.varlen_backward, torch.ops.triflash.varlen_backward_)

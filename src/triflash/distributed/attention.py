@@ -14,10 +14,10 @@ from torch import Tensor
 from ..arguments import ATTENTION, Checked, Given, Options, band_of, check_places, checked, two_biases
 from ..bound.cache import Recent
 from ..checks import check_bool, check_seed_range, seed_tensor
+from ..derivatives import differentiable_once
 from ..errors import bad_type, bad_value
 from ..form import Form
 from ..hints import not_ours
-from ..ops import differentiable_once
 from ..ops_checked import casting, is_casting
 from ..plan.select import requested_backend_soon
 from ..spec import resolve_precision

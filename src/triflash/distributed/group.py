@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..derivatives import refuse_tangents
 from ..errors import UnsupportedError, bad_type, bad_value
-from ..ops_checked import refuse_tangents
 
 __all__ = [
     "Group",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import VarlenGiven, VarlenOptions, band_of, checked_varlen
-from ..ops import differentiable_once
+from ..derivatives import differentiable_once
 from ..varlen import attention_varlen
 from .call import apart, joined
 from .group import Group, added, all_gather, all_reduce, all_to_all, reduce_scatter, wait
