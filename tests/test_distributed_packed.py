@@ -146,11 +146,16 @@ def check_packed_agreement(rank: int) -> None:
     other = dist.new_group([0, 1])
     for name, words, cu, options in (
         ("cu_seqlens_q", r"offsets \[0, 16\] as on rank 0, got offsets \[0, 8, 16\] on rank 1", [[0, 16], [0, 8, 16]][rank], {}),
+        ("cu_seqlens_q", r"offsets \[0, 16\] as on rank 0, got offsets \[0, 17\] on rank 1", [0, 16 + rank], {}),  # of which x is no share
+        ("cu_seqlens_k", r"None as on rank 0, got offsets \[1, 16\] on rank 1", [0, 16], {"cu_seqlens_k": torch.tensor([1, 16]) if rank else None}),
+        ("method", "allgather as on rank 0, got none on rank 1", [0, 16], {"method": ("allgather", "none")[rank]}),
         ("causal", "False as on rank 0, got True on rank 1", [0, 16], {"causal": rank == 1}),
         ("bias", r"a float32 tensor of shape \(2, rows, 16\) as on rank 0, got .*\(1, rows, 16\) on rank 1", [0, 16], {"bias": torch.zeros(2 - rank, 8, 16), "bias_layout": "rows"}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{name}: wanted the same on every rank, {words}"):
             context_parallel_attention_varlen(x, x, x, torch.tensor(cu), group=other, **options)
+    with pytest.raises(ValueError, match=r"^q: wanted 3 dims and 8 rows on rank 1 of 2, .* got \(7, 2, 4\)"):
+        context_parallel_attention_varlen(x[: 8 - rank], x, x, torch.tensor([0, 16]), group=other)
     assert context_parallel_attention_varlen(x, x, x, torch.tensor([0, 16]), group=other).shape == x.shape
     del os.environ["TRIFLASH_CHECK"]
 

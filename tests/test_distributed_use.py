@@ -150,6 +150,14 @@ def check_agreement(rank: int) -> None:
             context_parallel_attention(q, q, q, group=group, **options)
     with pytest.raises(ValueError, match=r"^q: wanted the same on every rank, .*rows, 2, 4\) as on rank 0, got .*rows, 2, 3\) on rank 1"):
         context_parallel_attention(*[q[..., : 4 - rank]] * 3, group=group)
+    for error, words, given, options in (  # what one rank alone refuses
+        (ValueError, "q: wanted 4 rows on rank 1 of 2, its zigzag share of length=8, got 3", q[:, : 4 - rank], {"length": 8, "key_length": 8}),
+        (TypeError, r"q: wanted this rank's rows in a plain tensor, got torch.sparse_coo \(on rank 1\)", q.to_sparse() if rank else q, {}),
+    ):  # fmt: skip
+        with pytest.raises(error, match=f"^{words}"):
+            context_parallel_attention(given, q, q, group=group, **options)
+    with pytest.raises(ValueError, match="^method: wanted one of"):  # what all do
+        context_parallel_attention(q, q, q, group=group, method="none")
     os.environ["TRIFLASH_CHECK"] = "1"  # values are looked at as in attention
     for name, words in (("key_lengths", "values from 0 to 8, got 9"), ("query_starts", "values from 0 to 8, got -1")):
         with pytest.raises(ValueError, match=f"^{name}: wanted {words} of batch entry 0"):

@@ -8,49 +8,68 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..errors import bad_value
+from ..errors import UnsupportedError, bad_value
 from .group import Group, all_gather, exchange_numbers, wait
 
 __all__ = ["agree", "rows_apart"]
 
+_T = TypeVar("_T")
 _EITHER = "1 or rows"
+_REFUSED = "refused"
+_KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, UnsupportedError)}
 _checks: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by process group: whether its ranks check, as all of them know
 
 
-def agree(handle: Any, group: Group, device: torch.device, told: Callable[[], Mapping[str, Any]]) -> None:
-    """Raise the same ValueError on every rank, naming the first argument that ranks do not agree about, and a rank. told: gives
-    the arguments, by name.
+def agree(handle: Any, group: Group, given: tuple[Any, ...], told: Callable[[], Mapping[str, Any]], check: Callable[[], _T]) -> _T:
+    """What check returns, which raises what is wrong with this rank's arguments. Where ranks are to agree they tell each other first: each
+    raises the same ValueError, naming the first argument that they do not agree about, and a rank, or what check raised on the first rank
+    that it did so on, so that none waits for one that has left. given: tensors of the call. told: gives its arguments, by name.
 
     Whether to is read from the environment when a group is first used, by every rank, and agreed by one collective: if one checks, all do.
     Never while PyTorch traces or a CUDA graph is captured.
     """
-    if group.size == 1 or torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return
+    device = next((x.device for x in given if isinstance(x, Tensor)), None)
+    if group.size == 1 or device is None:
+        return check()
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return check()
     if handle not in _checks:
         own = os.environ.get("TRIFLASH_CHECK") == "1"
         _checks[handle] = any(each[0] for each in exchange_numbers([own], group, device))
     if not _checks[handle]:
-        return
-    given = told()
-    text = json.dumps({name: _described(x) for name, x in given.items()}).encode()
+        return check()
+    refused, words = None, ["", ""]
+    try:
+        found = check()
+    except tuple(_KINDS.values()) as error:
+        refused, words = error, [next(name for name, kind in _KINDS.items() if isinstance(error, kind)), str(error)]
+    arguments = told()
+    text = json.dumps({name: _described(x) for name, x in arguments.items()} | {_REFUSED: words}).encode()
     most = max(each[0] for each in exchange_numbers([len(text)], group, device))
     padded = torch.tensor([[*text, *b" " * (most - len(text))]], dtype=torch.uint8, device=device)
     said = [json.loads(bytes(row)) for row in wait(all_gather(padded, group), group).tolist()]
-    for name in given:
+    for name in arguments:
         for rank, each in enumerate(said):
             if not _same(each[name], said[0][name]):
                 raise bad_value(name, f"the same on every rank, {said[0][name]} as on rank 0", f"{each[name]} on rank {rank}")
+    if refused is not None and all(each[_REFUSED] == words for each in said):
+        raise refused
+    for rank, each in enumerate(said):
+        kind, message = each[_REFUSED]
+        if kind:
+            raise _KINDS[kind](message if f"on rank {rank}" in message else f"{message} (on rank {rank})")
+    return found
 
 
 def rows_apart(x: Any, dim: int, rows: int) -> Any:
     """A tensor for :func:`agree` whose dim of rows may differ between ranks: described, with its own rows called so."""
-    if not isinstance(x, Tensor) or not -x.dim() <= dim < x.dim():
+    if not isinstance(x, Tensor) or x.is_nested or not -x.dim() <= dim < x.dim():
         return x
     shape: list[Any] = list(x.shape)
     if shape[dim] == rows:
@@ -69,4 +88,6 @@ def _of(x: Tensor) -> str:
 
 
 def _described(x: Any) -> str:
-    return f"{_of(x)} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else x if isinstance(x, str) else repr(x)
+    if isinstance(x, Tensor):
+        return "a NestedTensor" if x.is_nested else f"{_of(x)} of shape {tuple(x.shape)}"
+    return x if isinstance(x, str) else repr(x)

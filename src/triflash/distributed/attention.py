@@ -180,27 +180,43 @@ def context_parallel_attention(
     """
     if more or others:
         raise not_ours("context_parallel_attention", [*inspect.signature(context_parallel_attention).parameters][3:], more, others)
-    check_bool("return_lse", return_lse)
-    first, second = two_biases(bias)
-    refuse_transforms("context_parallel_attention", q=q, k=k, v=v, bias=first, sink=sink, **{"bias[1]": second})
     ranks = resolve(group)
-    refuse_unlike(
-        q=q, k=k, v=v, bias=first, mask=mask, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sink=sink, dropout_seed=dropout_seed,
-        query_starts=query_starts, query_lengths=query_lengths, key_starts=key_starts, diagonal=diagonal, **{"bias[1]": second},
-    )  # fmt: skip
     number, diagonals = (None, diagonal) if isinstance(diagonal, Tensor) else (diagonal, None)
     options = Options(causal, window, scale, softcap, dropout_p, deterministic, layout, precision, backend, number)
-    if isinstance(q, Tensor) and not torch.compiler.is_compiling():
-        at = 2 if layout == "bhsd" else 3
-        m, n = [x.shape[-at] if isinstance(x, Tensor) and x.dim() >= at else -1 for x in (q, k)]
-        agree(process_group(group), ranks, q.device, lambda: {
+    at = 2 if layout == "bhsd" else 3
+    m, n = [x.shape[-at] if isinstance(x, Tensor) and not x.is_nested and x.dim() >= at else -1 for x in (q, k)]
+
+    def told() -> dict[str, Any]:
+        added = bias if isinstance(bias, (tuple, list)) else (bias,)
+        biases = {f"bias[{n}]" if n else "bias": rows_apart(x, -2, m) for n, x in enumerate([x for x in added if x is not None])}
+        return {
             "method": method, "order": order, "length": length, "key_length": key_length, "head_chunks": head_chunks,
             "programs": programs, "return_lse": return_lse, **options._asdict(), "diagonal": diagonal,
-            "q": rows_apart(q, -at, m), "k": rows_apart(k, -at, n), "v": rows_apart(v, -at, n), "bias": rows_apart(first, -2, m),
-            "bias[1]": rows_apart(second, -2, m), "mask": rows_apart(mask, -2, m), "key_lengths": key_lengths,
-            "query_starts": query_starts, "query_lengths": query_lengths, "key_starts": key_starts,
-            "alibi_slopes": alibi_slopes, "sink": sink, "dropout_seed": dropout_seed,
-        })  # fmt: skip
+            "q": rows_apart(q, -at, m), "k": rows_apart(k, -at, n), "v": rows_apart(v, -at, n), "bias": None, "bias[1]": None, **biases,
+            "mask": rows_apart(mask, -2, m), "key_lengths": key_lengths, "query_starts": query_starts, "query_lengths": query_lengths,
+            "key_starts": key_starts, "alibi_slopes": alibi_slopes, "sink": sink, "dropout_seed": dropout_seed,
+        }  # fmt: skip
+
+    def check() -> tuple[Any, Any]:
+        check_bool("return_lse", return_lse)
+        first, second = two_biases(bias)
+        refuse_transforms("context_parallel_attention", q=q, k=k, v=v, bias=first, sink=sink, **{"bias[1]": second})
+        refuse_unlike(
+            q=q, k=k, v=v, bias=first, mask=mask, key_lengths=key_lengths, alibi_slopes=alibi_slopes, sink=sink, dropout_seed=dropout_seed,
+            query_starts=query_starts, query_lengths=query_lengths, key_starts=key_starts, diagonal=diagonal, **{"bias[1]": second},
+        )  # fmt: skip
+        check_order(order)
+        for name, over_all, of, x, own in (("length", length, "q", q, m), ("key_length", key_length, "k", k, n)):
+            if not isinstance(x, Tensor):
+                raise bad_type(of, "a tensor", type(x).__name__)
+            if over_all is not None and own >= 0:
+                check_length(name, over_all, of, own, ranks, order)
+        return first, second
+
+    if torch.compiler.is_compiling():
+        first, second = check()
+    else:
+        first, second = agree(process_group(group), ranks, (q, k, v), told, check)
     given = Given(
         q, k, v, first, mask, key_lengths, alibi_slopes, sink, dropout_seed, second, query_starts, query_lengths, key_starts, diagonals
     )  # fmt: skip

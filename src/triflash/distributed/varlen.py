@@ -145,20 +145,7 @@ def context_parallel_attention_varlen(
     Raises:
         ValueError, TypeError: a wrong argument, named. UnsupportedError: under torch.compile, or what no backend can do.
     """
-    check_bool("return_lse", return_lse)
-    check_method(method)
-    check_order(order)
-    for name, count in (("head_chunks", head_chunks), ("programs", programs)):
-        check_count(name, count)
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 0):
-            raise bad_type(name, "an integer from 0 up, or None", repr(longest))
-    first, second = two_biases(bias)
-    refuse_transforms("context_parallel_attention_varlen", q=q, k=k, v=v, bias=first, sink=sink, **{"bias[1]": second})
-    refuse_unlike(
-        q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, bias=first, mask=mask, alibi_slopes=alibi_slopes, sink=sink,
-        dropout_seed=dropout_seed, **{"bias[1]": second},
-    )  # fmt: skip
+    ranks = resolve(group, "context_parallel_attention_varlen")
     if is_casting(q):
         rest: dict[str, Any] = dict(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, group=group,
@@ -169,36 +156,63 @@ def context_parallel_attention_varlen(
         )  # fmt: skip
         with casting((q, k, v)) as cast:
             return context_parallel_attention_varlen(*cast, **rest)
-    ranks = resolve(group, "context_parallel_attention_varlen")
-    if torch.compiler.is_compiling():
-        raise unsupported("context_parallel_attention_varlen under torch.compile, whose host reads where documents begin", "auto",
-                          "call it outside, or compile context_parallel_attention of one document")  # fmt: skip
-    starts_q = _starts("cu_seqlens_q", cu_seqlens_q, None)
-    starts_k = starts_q if cu_seqlens_k is None else _starts("cu_seqlens_k", cu_seqlens_k, len(starts_q))
     mask_layout = bias_layout if mask_layout is None else mask_layout
-    for name, layout in (("bias_layout", bias_layout), ("mask_layout", mask_layout)):
-        if layout not in LAYOUTS:
-            raise bad_value(name, f"one of {', '.join(LAYOUTS)}", repr(layout))
-    spans: list[tuple[int, int, int, int, int, int]] = []  # of each document: lengths in all, my first query and key, and behind my last
-    at_q = at_k = 0
-    for (a, b), (c, d) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
-        m, n = (share(length, ranks.size, ranks.rank, order) for length in (b - a, d - c))
-        spans.append((b - a, d - c, at_q, at_k, at_q + m, at_k + n))
-        at_q, at_k = at_q + m, at_k + n
-    for name, x, rows in (("q", q, at_q), ("k", k, at_k), ("v", v, at_k)):
-        if not isinstance(x, Tensor):
-            raise bad_type(name, "a tensor", type(x).__name__)
-        if x.dim() != 3 or x.shape[0] != rows:
-            wanted = f"3 dims and {rows} rows on rank {ranks.rank} of {ranks.size}, its {order} shares of the documents"
-            raise bad_value(name, wanted, tuple(x.shape))
-    agree(process_group(group), ranks, q.device, lambda: {
-        "method": method, "order": order, "cu_seqlens_q": _summary(starts_q), "cu_seqlens_k": _summary(starts_k), "causal": causal,
-        "window": window, "scale": scale, "softcap": softcap, "dropout_p": dropout_p, "deterministic": deterministic,
-        "precision": precision, "backend": backend, "head_chunks": head_chunks, "programs": programs, "return_lse": return_lse,
-        "bias_layout": bias_layout, "mask_layout": mask_layout, "q": rows_apart(q, 0, at_q), "k": rows_apart(k, 0, at_k),
-        "v": rows_apart(v, 0, at_k), "bias": _apart(first, bias_layout), "bias[1]": _apart(second, bias_layout),
-        "mask": _apart(mask, mask_layout), "alibi_slopes": alibi_slopes, "sink": sink, "dropout_seed": dropout_seed,
-    })  # fmt: skip
+
+    def told() -> dict[str, Any]:
+        added = bias if isinstance(bias, (tuple, list)) else (bias,)
+        given = [x for x in added if x is not None]
+        biases = {f"bias[{n}]" if n else "bias": _apart(x, bias_layout) for n, x in enumerate(given)}
+        return {
+            "method": method, "order": order, "cu_seqlens_q": _summary(cu_seqlens_q), "cu_seqlens_k": _summary(cu_seqlens_k),
+            "causal": causal, "window": window, "scale": scale,
+            "softcap": softcap, "dropout_p": dropout_p, "deterministic": deterministic, "precision": precision, "backend": backend,
+            "head_chunks": head_chunks, "programs": programs, "return_lse": return_lse, "bias_layout": bias_layout,
+            "mask_layout": mask_layout, **{name: _apart(x, "q") for name, x in (("q", q), ("k", k), ("v", v))}, "bias": None,
+            "bias[1]": None, **biases, "mask": _apart(mask, mask_layout), "alibi_slopes": alibi_slopes, "sink": sink,
+            "dropout_seed": dropout_seed,
+        }  # fmt: skip
+
+    def check() -> tuple[Any, Any, list[int], list[int], list[tuple[int, int, int, int, int, int]]]:
+        check_bool("return_lse", return_lse)
+        check_method(method)
+        check_order(order)
+        for name, count in (("head_chunks", head_chunks), ("programs", programs)):
+            check_count(name, count)
+        for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+            if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int) or longest < 0):
+                raise bad_type(name, "an integer from 0 up, or None", repr(longest))
+        first, second = two_biases(bias)
+        refuse_transforms("context_parallel_attention_varlen", q=q, k=k, v=v, bias=first, sink=sink, **{"bias[1]": second})
+        refuse_unlike(
+            q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, bias=first, mask=mask, alibi_slopes=alibi_slopes,
+            sink=sink, dropout_seed=dropout_seed, **{"bias[1]": second},
+        )  # fmt: skip
+        if torch.compiler.is_compiling():
+            raise unsupported("context_parallel_attention_varlen under torch.compile, whose host reads where documents begin", "auto",
+                              "call it outside, or compile context_parallel_attention of one document")  # fmt: skip
+        starts_q = _starts("cu_seqlens_q", cu_seqlens_q, None)
+        starts_k = starts_q if cu_seqlens_k is None else _starts("cu_seqlens_k", cu_seqlens_k, len(starts_q))
+        for name, layout in (("bias_layout", bias_layout), ("mask_layout", mask_layout)):
+            if layout not in LAYOUTS:
+                raise bad_value(name, f"one of {', '.join(LAYOUTS)}", repr(layout))
+        spans = []  # of each document: lengths in all, my first query and key, and behind my last
+        at_q = at_k = 0
+        for (a, b), (c, d) in zip(pairwise(starts_q), pairwise(starts_k), strict=True):
+            m, n = (share(length, ranks.size, ranks.rank, order) for length in (b - a, d - c))
+            spans.append((b - a, d - c, at_q, at_k, at_q + m, at_k + n))
+            at_q, at_k = at_q + m, at_k + n
+        for name, x, rows in (("q", q, at_q), ("k", k, at_k), ("v", v, at_k)):
+            if not isinstance(x, Tensor):
+                raise bad_type(name, "a tensor", type(x).__name__)
+            if x.dim() != 3 or x.shape[0] != rows:
+                wanted = f"3 dims and {rows} rows on rank {ranks.rank} of {ranks.size}, its {order} shares of the documents"
+                raise bad_value(name, wanted, tuple(x.shape))
+        return first, second, starts_q, starts_k, spans
+
+    if torch.compiler.is_compiling():
+        first, second, starts_q, starts_k, spans = check()
+    else:
+        first, second, starts_q, starts_k, spans = agree(process_group(group), ranks, (q, k, v), told, check)
     own_rows = _own_rows(((first, bias_layout), (second, bias_layout), (mask, mask_layout)), starts_q, ranks, order)
     cu = torch.tensor(starts_q)
     packed = VarlenGiven(q, k, v, first, mask, alibi_slopes, sink, dropout_seed, cu, cu, None, None, second)
@@ -231,17 +245,20 @@ def context_parallel_attention_varlen(
     return (out, lse) if return_lse else out
 
 
-def _summary(starts: list[int]) -> str:
+def _summary(offsets: Any) -> Any:
     """Documents, for :func:`~.agree.agree`: in full where they are few."""
+    if not isinstance(offsets, Tensor) or offsets.dim() != 1 or not len(offsets):
+        return offsets
+    starts: list[int] = offsets.tolist()
     if len(starts) <= 9:
         return f"offsets {starts}"
     return f"offsets of {len(starts) - 1} documents and {starts[-1]} rows (CRC {zlib.crc32(repr(starts).encode()):08x})"
 
 
 def _apart(x: Any, layout: str) -> Any:
-    """A bias or mask for :func:`~.agree.agree`, whose rows may differ in number."""
-    at = {"rows": 1, "padded": 2}.get(layout)
-    return x if at is None or not isinstance(x, Tensor) or x.dim() <= at else rows_apart(x, at, x.shape[at])
+    """A bias, a mask or, layout ``"q"``, rows of q, k or v for :func:`~.agree.agree`, which may differ in number."""
+    at = {"q": 0, "rows": 1, "padded": 2}.get(layout)
+    return x if at is None or not isinstance(x, Tensor) or x.is_nested or x.dim() <= at else rows_apart(x, at, x.shape[at])
 
 
 def _own_rows(extras: tuple[tuple[Any, str], ...], starts: list[int], ranks: Group, order: str) -> tuple[bool, bool, bool]:
