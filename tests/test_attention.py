@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 import sys
 import typing
 import warnings
@@ -149,11 +150,20 @@ def test_leading_batch_dims(rest: str, batch: tuple[int, ...], varies: str, back
     agree(inputs(*batch, device=device), backend, bias)
 
 
-def test_batch_dims_that_no_two_levels_express(device: torch.device) -> None:
-    tensors = inputs(2, 3, 2, device=device)
-    bias = torch.randn(2, 1, 2, 2, 20, 27, device=device)
-    with pytest.raises(triflash.UnsupportedError, match=r"bias that varies over batch dims \[0, 2\] of 3 and not over those between"):
+@pytest.mark.parametrize("own", [(0, 2), (1,), (1, 2)])
+def test_batch_dims_that_no_two_levels_express(own: tuple[int, ...], device: torch.device) -> None:
+    """The error, and what it says to do."""
+    batch = (2, 3, 2) if own != (1, 2) else (2, 3, 2, 2)
+    tensors = inputs(*batch, device=device)
+    bias = torch.randn(*[size if n in own else 1 for n, size in enumerate(batch)], 2, 20, 27, device=device)
+    words = rf"bias that varies over batch dims {re.escape(str(list(own)))} of {len(batch)}, neither .*; permute .* come first or last, or expand it"
+    with pytest.raises(triflash.UnsupportedError, match=words):
         attention(*tensors, bias=bias)
+    expected = attention(*tensors, bias=bias.expand(*batch, -1, -1, -1))
+    for order in ([*own, *others], [*others, *own]) if (others := [n for n in range(len(batch)) if n not in own]) else ():
+        rest = range(len(batch), len(batch) + 3)
+        q, k, v, permuted = (x.permute(*order, *rest) for x in (*tensors, bias))
+        torch.testing.assert_close(attention(q, k, v, bias=permuted), expected.permute(*order, *rest))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -246,6 +256,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("window of bools", {"window": (True, 2)}, TypeError, "window: wanted two integers"),
     ("window below -1", {"window": (-2, 2)}, ValueError, "window: wanted integers from 0 up"),
     ("layout", {"layout": "sbhd"}, ValueError, "layout: wanted one of bshd, bhsd, got 'sbhd'"),
+    ("mask of integers", {"mask": torch.ones(6, 6, dtype=torch.uint8)}, TypeError, "mask: wanted a bool tensor, True = visible, got torch.uint8; mask.bool"),
     ("mask of floats", {"mask": torch.zeros(6, 6)}, TypeError, "mask: wanted a bool tensor.*a float one is a bias"),
     ("mask too long", {"mask": torch.ones(6, 7, dtype=torch.bool)}, ValueError, "mask: wanted 2 to 4 dims that broadcast"),
     ("bias of 1 dim", {"bias": torch.zeros(6)}, ValueError, "bias: wanted 2 to 4 dims"),

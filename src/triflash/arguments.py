@@ -449,8 +449,6 @@ def _check_bias_and_mask(q: Tensor, bias: Tensor | None, mask: Tensor | None, sc
 
 
 def _check_kinds(bias: Tensor | None, mask: Tensor | None) -> None:
-    if mask is not None and mask.dtype != torch.bool:
-        raise bad_type("mask", "a bool tensor, True = visible", mask.dtype, "a float one is a bias")
     if mask is not None and bias is not None and bias.dtype == torch.bool:
         raise unsupported("two masks, one of them as the bias", "auto", "pass one: mask=bias & mask")
 
@@ -477,8 +475,8 @@ def _too_many_levels(varies: dict[str, list[int]], dims: int) -> tuple[str, str,
     """The words of an UnsupportedError for biases and a mask whose batch dims do not fall into two levels."""
     if len(varies) == 1:
         ((name, own),) = varies.items()
-        hint = f"permute the batch dims so that those of the {name} are neighbours, or expand it over the ones between"
-        return f"a {name} that varies over batch dims {own} of {dims} and not over those between", "auto", hint
+        hint = f"permute the batch dims so that those of the {name} come first or last, or expand it over more of them"
+        return f"a {name} that varies over batch dims {own} of {dims}, neither the first ones nor the last ones", "auto", hint
     words = " beside ".join(f"a {name} that varies over batch dims {own}" for name, own in varies.items())
     return (
         f"{words} of {dims}",

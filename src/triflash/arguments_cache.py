@@ -147,8 +147,6 @@ def checked_cache(given: CacheGiven, options: CacheOptions) -> CheckedCache:
     queries = None if packed else sizes["M"]
     for name, extra in (("bias", given.bias), ("mask", given.mask)):
         _check_extra(name, extra, q, B, H, queries)
-    if given.mask is not None and given.mask.dtype != torch.bool:
-        raise bad_type("mask", "a bool tensor, True = visible", given.mask.dtype, "a float one is a bias")
     if given.bias is not None and given.bias.dtype == torch.bool and given.mask is not None:
         raise bad_type("bias", "numbers beside a mask", given.bias.dtype, "pass one mask: mask=bias & mask")
     check_slopes(given.alibi_slopes, q, (B,), H)

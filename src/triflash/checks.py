@@ -244,6 +244,9 @@ def check_bias(bias: Any, q: Tensor, full: tuple[int, ...], name: str = "bias") 
 def check_dtype_and_place(name: str, bias: Tensor, q: Tensor) -> None:
     """Check that a bias (or mask) is of numbers or bools, dense and where q is."""
     refuse_layout(name, bias)
+    if name == "mask" and bias.dtype != torch.bool:
+        hint = "a float one is a bias" if bias.is_floating_point() else "mask.bool() is True where it is not 0"
+        raise bad_type("mask", "a bool tensor, True = visible", bias.dtype, hint)
     if bias.dtype not in BIAS_DTYPES and not (bias.dtype == q.dtype == torch.float64):
         raise bad_type(name, "float16, bfloat16, float32 or bool (True = visible)", bias.dtype)
     if bias.device != q.device:
