@@ -166,6 +166,24 @@ def test_batch_dims_that_no_two_levels_express(own: tuple[int, ...], device: tor
         torch.testing.assert_close(attention(q, k, v, bias=permuted), expected.permute(*order, *rest))
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "oracle"])
+@pytest.mark.parametrize("bias", [None, (20, 27), (0, 20, 27)], ids=str)
+def test_no_query_heads_beside_some_key_heads(bias: tuple[int, ...] | None, backend: str, device: torch.device) -> None:
+    """What a shard has where there are fewer heads than shards and one key head for all: nothing, and gradients of 0."""
+    q, k, v = (torch.randn(2, length, heads, 8, device=device, requires_grad=True) for length, heads in ((20, 0), (27, 1), (27, 1)))
+    added = None if bias is None else torch.randn(bias, device=device, requires_grad=True)
+    out, lse = attention(q, k, v, bias=added, causal=True, return_lse=True, backend=backend)
+    assert out.shape == (2, 20, 0, 8) and lse.shape == (2, 0, 20)
+    leaves = [x for x in (q, k, v, added) if x is not None]
+    for x, grad in zip(leaves, torch.autograd.grad([out, lse], leaves, [out, lse]), strict=True):
+        assert torch.equal(grad, torch.zeros_like(x))
+    assert "0 heads" in str(triflash.explain(q, k, v, bias=added, backend=backend))
+    with torch.no_grad():
+        assert triflash.attention_with_kvcache(q, k, v, backend=backend).shape == out.shape
+        cu = torch.tensor([0, 5, 20], dtype=torch.int32, device=device)
+        assert triflash.attention_varlen(q[0], k[0], v[0], cu, cu, backend=backend).shape == out.shape[1:]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_key_lengths(backend: str, device: torch.device) -> None:
     lengths = torch.tensor([[0, 5, 27], [26, 1, 99]], device=device)

@@ -391,7 +391,7 @@ def spec_of(
         hi=hi,
         scale=float(scale),
         precision=resolve_precision(precision) if q.dtype == torch.float32 else "ieee",
-        groups=H // kv_heads if kv_heads else 1,
+        groups=H // kv_heads if H and kv_heads else 1,
         mask=_bias_spec("mask", mask, full),
         key_lengths=key_lengths is not None,
         alibi=alibi_slopes is not None,

@@ -221,7 +221,7 @@ def cache_spec_of(
         capacity=capacity,
         page_size=None if x.page_table is None else size,
         heads=H,
-        groups=H // kv_heads if kv_heads else 1,
+        groups=H // kv_heads if H and kv_heads else 1,
         head_dim=D,
         value_dim=Dv,
         bias=_bias_spec("bias", x.bias, B, H, None if packed else rows),

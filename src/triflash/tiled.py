@@ -166,7 +166,7 @@ def forward(
         acc = m.new_zeros(*m.shape[:3], v.shape[3])
         for cols in _visible_slices(rows, N, *scores.band, tile):
             k_tile, v_tile = (scores.shown(_heads_first(x, cols, math), cols) for x in (k, v))
-            products = by_query_head(q_tile @ k_tile.transpose(2, 3), H)
+            products = by_query_head(q_tile @ k_tile.transpose(2, 3), H, rows)
             s, _ = scores.tile(products, rows, cols, M, N)  # [B, H, BM, BN]
             m_new = torch.maximum(m, s.amax(-1, keepdim=True))
             m_safe = m_new.masked_fill(m_new == -torch.inf, 0.0)  # a row that has seen nothing yet: 2^(-inf - 0) = 0, never NaN
@@ -174,7 +174,7 @@ def forward(
             shrink = torch.exp2(m - m_safe)
             l = l * shrink + p.sum(-1, keepdim=True)
             p = by_key_head(scores.dropped(p, rows, cols), kv_heads)
-            acc = acc * shrink + by_query_head(p @ v_tile, H)
+            acc = acc * shrink + by_query_head(p @ v_tile, H, rows)
             m = m_new
         unseen = l == 0
         l = l.masked_fill(unseen, 1.0)
@@ -227,7 +227,7 @@ def backward(
         for rows in _visible_slices(cols, M, _negated(scores.band[1]), _negated(scores.band[0]), tile):
             own = (scores.there(_heads_first(x, rows, math), rows) for x in (q, dout))
             q_tile, do_tile = (by_key_head(x, kv_heads) for x in own)  # [B, Hk, G * BM, D]
-            s, slope = scores.tile(by_query_head(q_tile @ k_tile.transpose(2, 3), H), rows, cols, M, N)
+            s, slope = scores.tile(by_query_head(q_tile @ k_tile.transpose(2, 3), H, rows), rows, cols, M, N)
             s.sub_(lse_log2[:, :, rows, None])
             if rest is not None:
                 s.sub_(rest[:, :, rows, None])
@@ -236,7 +236,7 @@ def backward(
                 dv_tile += by_key_head(scores.dropped(p, rows, cols), kv_heads).transpose(2, 3) @ do_tile
             if not need_ds:
                 continue
-            dp = scores.dropped(by_query_head(do_tile @ v_tile.transpose(2, 3), H), rows, cols)
+            dp = scores.dropped(by_query_head(do_tile @ v_tile.transpose(2, 3), H, rows), rows, cols)
             ds = dp.mul_(scores.rescale).sub_(delta[:, :, rows, None]).mul_(p)
             for total in biases:
                 if total is not None:
@@ -246,7 +246,7 @@ def backward(
             if dk is not None:
                 dk_tile += ds.transpose(2, 3) @ q_tile
             if dq_sum is not None:
-                dq_sum[:, rows] += by_query_head(ds @ k_tile, H).transpose(1, 2)
+                dq_sum[:, rows] += by_query_head(ds @ k_tile, H, rows).transpose(1, 2)
         if dk is not None:
             dk[:, cols] = (dk_tile * scores.scale).transpose(1, 2)
         if dv is not None:
@@ -285,10 +285,9 @@ def by_key_head(x: Tensor, kv_heads: int) -> Tensor:
     return x if heads == kv_heads else x.reshape(batch, kv_heads, heads // kv_heads * rows, cols)
 
 
-def by_query_head(x: Tensor, heads: int) -> Tensor:
-    """The inverse of :func:`by_key_head`."""
-    batch, kv_heads, rows, cols = x.shape
-    return x if heads == kv_heads else x.reshape(batch, heads, rows * kv_heads // heads, cols)
+def by_query_head(x: Tensor, heads: int, rows: slice) -> Tensor:
+    """The inverse of :func:`by_key_head`. rows: of the queries, which x does not tell where there are no heads."""
+    return x if heads == x.shape[1] else x.reshape(x.shape[0], heads, rows.stop - rows.start, x.shape[3])
 
 
 def slices(start: int, stop: int, size: int) -> Iterator[slice]:

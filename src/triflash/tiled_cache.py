@@ -56,7 +56,7 @@ def forward(
         at = (keys.used[:, None] - M + torch.arange(rows.start, rows.stop, device=q.device))[:, None, :, None]
         for cols in slices(0, capacity, tile):
             k, v = keys.block(cols, math)
-            s = by_query_head(q_tile @ k.transpose(2, 3), H)
+            s = by_query_head(q_tile @ k.transpose(2, 3), H, rows)
             s = torch.tanh(s * (scale / softcap)).mul_(softcap * _LOG2E) if softcap else s.mul_(scale * _LOG2E)
             if bias is not None:
                 own = part(bias, request, rows, cols).to(math)
@@ -77,7 +77,7 @@ def forward(
             p = torch.exp2(s.sub_(m_safe))
             shrink = torch.exp2(m - m_safe)
             l = l * shrink + p.sum(-1, keepdim=True)
-            acc = acc * shrink + by_query_head(by_key_head(p, kv_heads) @ v, H)
+            acc = acc * shrink + by_query_head(by_key_head(p, kv_heads) @ v, H, rows)
             m = m_new
         unseen = l == 0
         l = l.masked_fill(unseen, 1.0)
