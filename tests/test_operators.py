@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import triflash
 from expected import kernels
@@ -206,6 +207,57 @@ def test_backward_operators_refuse_derivatives(name: str, device: torch.device) 
         dq.sum().backward()
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "oracle"])
+def test_backward_operators_of_what_wants_gradients(backend: str, device: torch.device) -> None:
+    """Whether or not inputs require gradients, an operator gives the same, and so it does within a dispatch mode."""
+    _, inputs = saved(device)
+    options = (*OPTIONS[:-1], backend)
+
+    def gradients(q: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            out, lse, rest = ops.attention_forward(q, *inputs[1:], *options)
+        return [
+            x.detach() for x in ops.attention_backward(torch.ones_like(out), None, q, *inputs[1:], out, lse, rest, *options, [True] * 4)
+        ]
+
+    wanted = gradients(inputs[0])
+    assert all(x.abs().sum() > 0 for x in wanted[:4])
+    torch.testing.assert_close(gradients(inputs[0].clone().requires_grad_()), wanted, rtol=0, atol=0)
+    with Watching():
+        torch.testing.assert_close(gradients(inputs[0]), wanted, rtol=0, atol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(gradients(inputs[0]), wanted, rtol=0, atol=0)
+        torch.testing.assert_close(gradients(inputs[0].clone()), wanted, rtol=0, atol=0)
+
+
+class Watching(TorchDispatchMode):
+    """A dispatch mode as FlopCounterMode is one."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "oracle"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gradients_within_a_dispatch_mode(packed: bool, backend: str, device: torch.device) -> None:
+    """``FlopCounterMode`` is such a mode: the results are those of a call outside."""
+    q, k, v, bias = tensors(device)
+    cu = torch.tensor([0, 5, 12], dtype=torch.int32, device=device)
+
+    def step() -> tuple[Tensor, ...]:
+        if packed:
+            out = attention_varlen(q[0], k[0], v[0], cu, bias=bias, causal=True, backend=backend)
+        else:
+            out = attention(q, k, v, bias=bias, causal=True, backend=backend)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v, bias))
+
+    wanted = step()
+    assert all(x.abs().sum() > 0 for x in wanted)
+    with Watching():
+        got = step()
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["cache_append", "cache_forward", "cache_forward_out"])
 def test_operators_of_caches_refuse_gradients(name: str, device: torch.device) -> None:
     op, arguments = operator_calls(device)[name]
@@ -216,7 +268,7 @@ def test_operators_of_caches_refuse_gradients(name: str, device: torch.device) -
         op(*arguments)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "oracle"])
 def test_in_place_backward_equals_the_other_and_writes_any_strides(backend: str, device: torch.device) -> None:
     """dbias included, also where its reduction is split into parts."""
     torch.manual_seed(1)

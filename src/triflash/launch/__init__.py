@@ -161,10 +161,16 @@ def _without_autocast(q: Tensor) -> torch.autocast:
     return torch.autocast(q.device.type, enabled=False)
 
 
+_AUTOGRAD = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCUDA)
+
+
 def _oracle_backward(dout: Tensor, dlse: Tensor | None, x: Operands, given: Gradients, options: dict[str, Any]) -> None:
     """The gradients of the dense reference by autograd, of which only those asked for are computed."""
     names = ("q", "k", "v", "bias", "sink", "second_bias")
-    with torch.enable_grad():
+    # Autograd is left out of what a dispatch mode calls, such as FlopCounterMode's, and in inference mode: gradients would be 0.
+    put_in, left_out = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch.inference_mode(False), torch.enable_grad(), torch._C._ForceDispatchKeyGuard(put_in, left_out - _AUTOGRAD):
+        x = Operands._make([each.clone() if each is not None and each.is_inference() else each for each in x])
         # One leaf per argument, by position: q, k and v may be the very same tensor.
         leaves = {name: getattr(x, name).detach().requires_grad_() for name, grad in zip(names, given, strict=True) if grad is not None}
         outputs = oracle.attention(**x._replace(**leaves).dense, **options)
