@@ -314,3 +314,23 @@ def test_the_page_runs() -> None:
     assert len(snippets) == 3
     for snippet in snippets:
         exec(compile(snippet, "docs/folding.md", "exec"), {"print": lambda *_: None})
+
+
+@pytest.mark.parametrize("layer", ["triangle", "pair bias"])
+def test_exported_for_any_number_of_tokens(layer: str, device: torch.device) -> None:
+    """Multiples of what rows are padded to, too."""
+    triangle = layer == "triangle"
+    module = filled(TriangleAttention(C, D, H) if triangle else PairBiasAttention(C, C, D, H), device)
+
+    def tokens(B: int, N: int) -> tuple[Tensor, ...]:
+        pairs = torch.randn(B, N, N, C, device=device, dtype=torch.float64)
+        return (pairs,) if triangle else (torch.randn(B, N, C, device=device, dtype=torch.float64), pairs)
+
+    any_size = torch.export.Dim.AUTO
+    given = tokens(2, 6)
+    program = torch.export.export(
+        module, given, dynamic_shapes=tuple([dict.fromkeys(range(x.dim() - 1), any_size) for x in given])
+    ).module()
+    for N in (9, 16, 32):
+        given = tokens(3, N)
+        torch.testing.assert_close(program(*given), module(*given))

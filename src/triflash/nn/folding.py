@@ -276,6 +276,8 @@ def _heads_first(bias: Tensor) -> Tensor:
     # Contiguous first: padding keeps the order of dims, channels last, that a permuted tensor has.
     bias = bias.movedim(-1, -3).contiguous()
     N = bias.shape[-1]
+    if torch.compiler.is_exporting() and type(N) is not int:
+        return bias  # one program for all lengths asks nothing of them; kernels copy such rows
     return nn.functional.pad(bias, (0, -N % _ROW_MULTIPLE))[..., :N] if N % _ROW_MULTIPLE else bias
 
 
