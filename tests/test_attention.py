@@ -265,7 +265,6 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("dtype of k", {"k": Q.half()}, TypeError, "k: wanted q's dtype"),
     ("three key heads", {"k": Q[:, :, :3], "v": Q[:, :, :3]}, ValueError, "k: wanted a number of heads that divides q's 4, got 3"),
     ("no key heads", {"k": Q[:, :, :0], "v": Q[:, :, :0]}, ValueError, "k: wanted a number of heads that divides q's 4, got 0"),
-    ("no query heads", {"q": Q[:, :, :0]}, ValueError, "k: wanted no heads, as q has none, got 4"),
     ("heads of v", {"k": Q[:, :, :2], "v": Q[:, :, :1]}, ValueError, "v: wanted shape.*k and v must share the number of heads"),
     ("causal as a word", {"causal": "yes"}, TypeError, "causal: wanted True, False or 'top_left', got 'yes'"),
     ("causal as a number", {"causal": 1}, TypeError, "causal: wanted"),

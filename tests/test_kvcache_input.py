@@ -19,7 +19,6 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "k_cache": ({"k_cache": torch.zeros(2, 12, 2, 9)}, ValueError, "k_cache: wanted shape .*share the head dim"),
     "heads": ({"k_cache": torch.zeros(2, 12, 3, 8), "v_cache": torch.zeros(2, 12, 3, 8)}, ValueError, "k_cache: wanted a number of heads that"),
     "v_cache": ({"v_cache": torch.zeros(2, 11, 2, 8)}, ValueError, "v_cache: wanted shape"),
-    "no heads of q": ({"q": torch.zeros(2, 2, 0, 8)}, ValueError, "k_cache: wanted no heads, as q has none, got 2"),
     "requests": ({"q": torch.zeros(3, 2, 4, 8)}, ValueError, "k_cache: wanted one entry for each of the 3 requests, got 2; .*cache_index= or"),
     "dtype": ({"q": torch.zeros(2, 2, 4, 8).half()}, TypeError, "k_cache: wanted q's dtype torch.float16"),
     "dtype of v": ({"v_cache": torch.zeros(2, 12, 2, 8).half()}, TypeError, "v_cache: wanted k_cache's dtype torch.float32"),

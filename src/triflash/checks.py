@@ -116,10 +116,9 @@ def same_device_and_dtype(tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_heads(name: str, key_heads: int, heads: int) -> None:
-    """Check that as many query heads read each key head; where there are none of one, there are none of the other."""
-    if key_heads != heads and (key_heads == 0 or heads == 0 or heads % key_heads):
-        wanted = f"a number of heads that divides q's {heads}" if heads else "no heads, as q has none"
-        raise bad_value(name, wanted, key_heads, "as many query heads read each key head")
+    """Check that as many query heads, or none, read each key head."""
+    if key_heads != heads and (key_heads == 0 or heads % key_heads):
+        raise bad_value(name, f"a number of heads that divides q's {heads}", key_heads, "as many query heads read each key head")
 
 
 def check_bool(name: str, value: Any) -> bool:

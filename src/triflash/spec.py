@@ -342,7 +342,7 @@ def spec_of(
     if k.shape != (B, N, kv_heads, D) or v.shape != (B, N, kv_heads, Dv):
         wanted = f"shapes ({B}, N, {kv_heads}, {D}) and ({B}, N, {kv_heads}, Dv)"
         raise bad_value("k, v", wanted, f"{tuple(k.shape)} and {tuple(v.shape)}")
-    if kv_heads != H and (kv_heads == 0 or H == 0 or H % kv_heads):
+    if kv_heads != H and (kv_heads == 0 or H % kv_heads):
         raise bad_value("k, v", f"a number of heads that divides q's {H}", kv_heads)
     if batch_inner < 0 or (B if batch_inner == 0 else B % batch_inner):
         raise bad_value("batch_inner", f"a positive divisor of the batch {B}, or 0 for none", batch_inner)

@@ -164,7 +164,7 @@ def cache_spec_of(
     if k.shape[3] != D or v.shape[:3] != k.shape[:3]:
         wanted = f"shapes ({slots}, {size}, {kv_heads}, {D}) and ({slots}, {size}, {kv_heads}, Dv)"
         raise bad_value("k_cache, v_cache", wanted, f"{tuple(k.shape)} and {tuple(v.shape)}")
-    if kv_heads != H and (kv_heads == 0 or H == 0 or H % kv_heads):
+    if kv_heads != H and (kv_heads == 0 or H % kv_heads):
         raise bad_value("k_cache, v_cache", f"a number of heads that divides q's {H}", kv_heads)
     B = x.offsets_q.shape[0] - 1 if x.offsets_q is not None else q.shape[0]
     if x.page_table is not None:

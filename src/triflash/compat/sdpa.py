@@ -102,7 +102,7 @@ def _with_heads(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> tuple[Tensor,
         return q, k, v
     if grouped:
         for name, H in (("key", Hk), ("value", Hv)):
-            if Hq != H and (H == 0 or Hq == 0 or Hq % H):
+            if Hq != H and (H == 0 or Hq % H):
                 raise bad_value(name, f"a number of heads that divides query's {Hq}", H)
         common = Hk if Hk == Hv else Hq  # not their least common multiple, of which Dynamo knows nothing
         k = k if common == Hk else k.repeat_interleave(common // Hk, -3)
