@@ -7,7 +7,7 @@ from typing import Any
 import gpu
 import pytest
 import torch
-from ways import bound_launches
+from ways import OURS, bound_launches
 
 from triflash import attention_with_kvcache
 from triflash.bound.signature import CACHES
@@ -46,10 +46,10 @@ def test_every_launch_is_bound(paged: bool, packed: bool) -> None:
 
 
 def test_combine_is_a_programmatic_dependent_launch() -> None:
-    """And no other kernel is one."""
+    """And no other kernel is one. Triton's launchers, by which later releases launch, are not told."""
     CACHES.clear()
     x = given(False, False)
     for _ in range(2):
         with gpu.watching() as seen:
             attention_with_kvcache(**x)
-        assert [(each.kernel, each.shape[7]) for each in seen] == [("append", 0), ("few_forward", 0), ("combine", 1)]
+        assert [(each.kernel, each.shape[7]) for each in seen] == [("append", 0), ("few_forward", 0), ("combine", int(OURS))]

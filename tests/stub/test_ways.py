@@ -12,10 +12,9 @@ from unittest import mock
 import gpu
 import pytest
 import torch
-import triton
 from torch import Tensor
 from triton import knobs
-from ways import bound_launches
+from ways import OURS, bound_launches
 
 from triflash import attention, launch
 from triflash.bound.signature import CALLS
@@ -180,9 +179,6 @@ def unknown_kernels() -> Iterator[None]:
     """As if no kernel had been bound before."""
     with mock.patch.object(native, "_forms", weakref.WeakKeyDictionary()):
         yield
-
-
-OURS = triton.__version__.startswith("3.6")  # whose launchers take a kernel's parameters as they are; later ones are called by Triton's
 
 
 def launched_by_c() -> AbstractContextManager[Any]:

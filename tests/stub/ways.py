@@ -10,6 +10,7 @@ from unittest import mock
 import gpu
 import numpy as np
 import torch
+import triton
 from gpu import Argument, Launch
 from problems import Step
 from torch import Tensor
@@ -19,6 +20,8 @@ from triflash import launch
 from triflash.bound.call import BoundCall
 from triflash.launch import native
 
+# Of Triton 3.6 kernels are launched by the driver's own function, with a kernel's parameters as they are; of later ones by Triton's.
+OURS = triton.__version__.startswith("3.6")
 # What poisoned memory begins with, by the dtype that it was allocated in.
 FILLED = {bytes.fromhex(text) for text in ("ffffffff", "c07fc07f", "007e007e", "0000c07f", "ffffff7f")}
 
