@@ -62,6 +62,7 @@ Give = Callable[..., Sequence[Tensor | None]]
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 _BELOW_VIEWS = torch._C._after_ADInplaceOrView_keyset
 _DEVICES = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+_plain: dict[int, bool] = {}  # by the keys of a call, of which there are few sets
 
 
 def refuse_tangents(given: Sequence[Any], names: Sequence[str]) -> None:
@@ -84,10 +85,13 @@ def underivable(library: torch.library.Library, op: Any, body: Callable[..., Any
     def kernel(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             refuse_tangents(args, names)
-        if gradients is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            raise UnsupportedError(gradients)
-        with torch.no_grad():
+        if not torch.is_grad_enabled():
             output = _below(op, body, keyset, args)
+        elif gradients is not None and torch._C._any_requires_grad(*args):
+            raise UnsupportedError(gradients)
+        else:
+            with torch.no_grad():
+                output = _below(op, body, keyset, args)
         if written and _is_plain(keyset):
             for x in [args[at] for at in written if at < len(args)]:
                 if x is not None and not x.is_inference():
@@ -99,7 +103,11 @@ def underivable(library: torch.library.Library, op: Any, body: Callable[..., Any
 
 def _is_plain(keyset: Any) -> bool:
     """Whether nobody but a device wants to see a call that autograd has seen."""
-    return (keyset & _BELOW_VIEWS).highestPriorityTypeId() in _DEVICES
+    keys = keyset.raw_repr()  # a number: Python compares keys and intersects sets of them in a microsecond
+    known = _plain.get(keys)
+    if known is None:
+        known = _plain[keys] = (keyset & _BELOW_VIEWS).highestPriorityTypeId() in _DEVICES
+    return known
 
 
 def _below(op: Any, body: Callable[..., Any], keyset: Any, args: tuple[Any, ...]) -> Any:
