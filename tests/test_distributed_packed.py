@@ -156,6 +156,10 @@ def check_packed_agreement(rank: int) -> None:
             context_parallel_attention_varlen(x, x, x, torch.tensor(cu), group=other, **options)
     with pytest.raises(ValueError, match=r"^q: wanted 3 dims and 8 rows on rank 1 of 2, .* got \(7, 2, 4\)"):
         context_parallel_attention_varlen(x[: 8 - rank], x, x, torch.tensor([0, 16]), group=other)
+    with pytest.raises(
+        ValueError, match=r"^cu_seqlens_q: wanted the same on every rank, offsets .* got a int64 tensor of shape \(2,\) on rank 1"
+    ):
+        context_parallel_attention_varlen(x, x, x, torch.tensor([0, 16], device=("cpu", "meta")[rank]), group=other)
     assert context_parallel_attention_varlen(x, x, x, torch.tensor([0, 16]), group=other).shape == x.shape
     del os.environ["TRIFLASH_CHECK"]
 

@@ -145,11 +145,24 @@ def check_agreement(rank: int) -> None:
         ("bias", r"None as on rank 0, got a float32 tensor of shape \(8,\) on rank 1", {"bias": torch.zeros(8) if rank else None}),
         ("sink", "a float32 tensor as on|a float32 tensor of shape .* as on rank 0, got a float32 tensor that requires", {"sink": torch.zeros(2).requires_grad_(rank == 1)}),
         ("length", "8 as on rank 0, got None on rank 1", {"length": 8 if rank == 0 else None}),
+        (r"bias\[2\]", r"None as on rank 0, got a float32 tensor of shape \(rows, 8\)", {"bias": [torch.zeros(4, 8)] * (2 + rank)}),
+        ("key_lengths", r"a int64 tensor of values \[8\] as on rank 0, got a int64 tensor of values \[9\]", {"key_lengths": torch.tensor([8 + rank])}),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"^{name}: wanted the same on every rank, {words}"):
             context_parallel_attention(q, q, q, group=group, **options)
     with pytest.raises(ValueError, match=r"^q: wanted the same on every rank, .*rows, 2, 4\) as on rank 0, got .*rows, 2, 3\) on rank 1"):
         context_parallel_attention(*[q[..., : 4 - rank]] * 3, group=group)
+    with (
+        pytest.raises(ValueError, match="^q: wanted the same .* a float32 tensor .* on rank 0, got a bfloat16 tensor"),
+        torch.autocast("cpu", enabled=rank == 1),
+    ):
+        context_parallel_attention(q, q, q, group=group)
+    torch.use_deterministic_algorithms(rank == 1)
+    with pytest.raises(ValueError, match="^torch.use_deterministic_algorithms: .* False as on rank 0, got True on rank 1"):
+        context_parallel_attention(q, q, q, group=group)
+    torch.use_deterministic_algorithms(False)
+    with pytest.raises(ValueError, match=r"^mask: wanted q's device cpu, got meta \(on rank 1\)"):
+        context_parallel_attention(q, q, q, mask=torch.ones(4, 8, dtype=torch.bool, device=("cpu", "meta")[rank]), group=group)
     for error, words, given, options in (  # what one rank alone refuses
         (ValueError, "q: wanted 4 rows on rank 1 of 2, its zigzag share of length=8, got 3", q[:, : 4 - rank], {"length": 8, "key_length": 8}),
         (TypeError, r"q: wanted this rank's rows in a plain tensor, got torch.sparse_coo \(on rank 1\)", q.to_sparse() if rank else q, {}),

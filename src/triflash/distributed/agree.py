@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -17,12 +18,12 @@ from torch import Tensor
 from ..errors import UnsupportedError, bad_value
 from .group import Group, all_gather, exchange_numbers, wait
 
-__all__ = ["agree", "rows_apart"]
+__all__ = ["agree", "rows_apart", "values_of"]
 
 _T = TypeVar("_T")
 _EITHER = "1 or rows"
 _REFUSED = "refused"
-_KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, UnsupportedError)}
+_KINDS: dict[str, type[Exception]] = {kind.__name__: kind for kind in (ValueError, TypeError, UnsupportedError, RuntimeError)}
 _checks: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # by process group: whether its ranks check, as all of them know
 
 
@@ -47,23 +48,23 @@ def agree(handle: Any, group: Group, given: tuple[Any, ...], told: Callable[[], 
     refused, words = None, ["", ""]
     try:
         found = check()
-    except tuple(_KINDS.values()) as error:
-        refused, words = error, [next(name for name, kind in _KINDS.items() if isinstance(error, kind)), str(error)]
-    arguments = told()
-    text = json.dumps({name: _described(x) for name, x in arguments.items()} | {_REFUSED: words}).encode()
+    except Exception as error:  # noqa: BLE001 (whatever it is, the others wait)
+        refused, words = error, [next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "RuntimeError"), str(error)]
+    text = json.dumps({name: _described(x) for name, x in told().items()} | {_REFUSED: words}).encode()
     most = max(each[0] for each in exchange_numbers([len(text)], group, device))
     padded = torch.tensor([[*text, *b" " * (most - len(text))]], dtype=torch.uint8, device=device)
     said = [json.loads(bytes(row)) for row in wait(all_gather(padded, group), group).tolist()]
-    for name in arguments:
-        for rank, each in enumerate(said):
-            if not _same(each[name], said[0][name]):
-                raise bad_value(name, f"the same on every rank, {said[0][name]} as on rank 0", f"{each[name]} on rank {rank}")
+    for name in dict.fromkeys(name for each in said for name in each if name != _REFUSED):
+        first = said[0].get(name, "None")
+        for rank, own in enumerate([each.get(name, "None") for each in said]):
+            if not _same(own, first):
+                raise bad_value(name, f"the same on every rank, {first} as on rank 0", f"{own} on rank {rank}")
     if refused is not None and all(each[_REFUSED] == words for each in said):
         raise refused
     for rank, each in enumerate(said):
         kind, message = each[_REFUSED]
         if kind:
-            raise _KINDS[kind](message if f"on rank {rank}" in message else f"{message} (on rank {rank})")
+            raise _KINDS[kind](message if f"on rank {rank}" in message else f"{message} (on rank {rank})") from refused
     return found
 
 
@@ -75,6 +76,18 @@ def rows_apart(x: Any, dim: int, rows: int) -> Any:
     if shape[dim] == rows:
         shape[dim] = _EITHER if rows == 1 else "rows"
     return f"{_of(x)} of shape ({', '.join(map(str, shape))})"
+
+
+def values_of(x: Any) -> Any:
+    """A tensor of few numbers for :func:`agree`, which are to be the same as well: in full, if very few. Waits for the device."""
+    if not isinstance(x, Tensor) or x.is_nested:
+        return x
+    try:
+        values = x.tolist()
+    except RuntimeError:  # meta tensors, those of a transform
+        return x
+    text = repr(values)
+    return f"{_of(x)} of values {text if x.numel() <= 8 else f'whose CRC is {zlib.crc32(text.encode()):08x}, shape {tuple(x.shape)}'}"
 
 
 def _same(one: str, other: str) -> bool:

@@ -21,7 +21,7 @@ from ..hints import not_ours
 from ..ops_checked import casting, is_casting
 from ..plan.select import requested_backend_soon
 from ..spec import resolve_precision
-from .agree import agree, rows_apart
+from .agree import agree, rows_apart, values_of
 from .all_gather import AllGather
 from .call import Call, Saved
 from .chunks import check_order, shares
@@ -187,14 +187,19 @@ def context_parallel_attention(
     m, n = [x.shape[-at] if isinstance(x, Tensor) and not x.is_nested and x.dim() >= at else -1 for x in (q, k)]
 
     def told() -> dict[str, Any]:
+        cast: tuple[Any, ...] = (q, k, v)
+        if is_casting(q):
+            with casting(cast) as cast:
+                pass
         added = bias if isinstance(bias, (tuple, list)) else (bias,)
         biases = {f"bias[{n}]" if n else "bias": rows_apart(x, -2, m) for n, x in enumerate([x for x in added if x is not None])}
         return {
             "method": method, "order": order, "length": length, "key_length": key_length, "head_chunks": head_chunks,
-            "programs": programs, "return_lse": return_lse, **options._asdict(), "diagonal": diagonal,
-            "q": rows_apart(q, -at, m), "k": rows_apart(k, -at, n), "v": rows_apart(v, -at, n), "bias": None, "bias[1]": None, **biases,
-            "mask": rows_apart(mask, -2, m), "key_lengths": key_lengths, "query_starts": query_starts, "query_lengths": query_lengths,
-            "key_starts": key_starts, "alibi_slopes": alibi_slopes, "sink": sink, "dropout_seed": dropout_seed,
+            "programs": programs, "return_lse": return_lse, **options._asdict(), DETERMINISTIC: is_deterministic(deterministic),
+            **{name: rows_apart(x, -at, rows) for name, x, rows in zip("qkv", cast, (m, n, n), strict=True)}, "bias": None,
+            "bias[1]": None, **biases, "mask": rows_apart(mask, -2, m), "alibi_slopes": alibi_slopes, "sink": sink,
+            "dropout_seed": values_of(dropout_seed), "diagonal": values_of(diagonal), "key_lengths": values_of(key_lengths),
+            "query_starts": values_of(query_starts), "query_lengths": values_of(query_lengths), "key_starts": values_of(key_starts),
         }  # fmt: skip
 
     def check() -> tuple[Any, Any]:
@@ -231,6 +236,14 @@ _parameters = [
 context_parallel_attention.__signature__ = inspect.signature(context_parallel_attention).replace(  # type: ignore[attr-defined]
     parameters=_parameters
 )
+
+
+DETERMINISTIC = "torch.use_deterministic_algorithms"
+
+
+def is_deterministic(asked: bool | None) -> bool:
+    """Whether a call is deterministic because PyTorch is asked to be, by which ranks add gradients up otherwise."""
+    return asked is None and torch.are_deterministic_algorithms_enabled()
 
 
 def check_method(method: object) -> None:

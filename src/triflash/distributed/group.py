@@ -62,10 +62,13 @@ def refuse_transforms(call: str, **given: Any) -> None:
 
 
 def refuse_unlike(**given: Any) -> None:
-    """Raise where a tensor is not one of this rank's rows in memory of its own: nested, sparse, or spread over ranks by PyTorch. Before any
-    collective, as :func:`refuse_transforms`.
+    """Raise where a tensor is not one of this rank's rows in memory of its own beside q: nested, sparse, spread over ranks by PyTorch, or
+    elsewhere, as offsets may be. Before any collective, as :func:`refuse_transforms`.
     """
+    q = given["q"]
     for name, x in given.items():
+        if isinstance(x, Tensor) and isinstance(q, Tensor) and x.device != q.device and not name.startswith("cu_seqlens"):
+            raise bad_value(name, f"q's device {q.device}", x.device)
         if not isinstance(x, Tensor) or (type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and not x.is_nested):
             continue
         if x.is_nested:

@@ -15,8 +15,8 @@ from ..errors import bad_type, bad_value, unsupported
 from ..ops_checked import casting, is_casting
 from ..plan.device import limited
 from ..spec import LAYOUTS
-from .agree import agree, rows_apart
-from .attention import attend_part, check_count, check_method, seed_of_all
+from .agree import agree, rows_apart, values_of
+from .attention import DETERMINISTIC, attend_part, check_count, check_method, is_deterministic, seed_of_all
 from .chunks import check_order, share
 from .group import Group, exchange_numbers, process_group, refuse_transforms, refuse_unlike, resolve
 from .merging import wide
@@ -164,12 +164,12 @@ def context_parallel_attention_varlen(
         biases = {f"bias[{n}]" if n else "bias": _apart(x, bias_layout) for n, x in enumerate(given)}
         return {
             "method": method, "order": order, "cu_seqlens_q": _summary(cu_seqlens_q), "cu_seqlens_k": _summary(cu_seqlens_k),
-            "causal": causal, "window": window, "scale": scale,
-            "softcap": softcap, "dropout_p": dropout_p, "deterministic": deterministic, "precision": precision, "backend": backend,
+            "causal": causal, "window": window, "scale": scale, "softcap": softcap, "dropout_p": dropout_p,
+            "deterministic": deterministic, DETERMINISTIC: is_deterministic(deterministic), "precision": precision, "backend": backend,
             "head_chunks": head_chunks, "programs": programs, "return_lse": return_lse, "bias_layout": bias_layout,
             "mask_layout": mask_layout, **{name: _apart(x, "q") for name, x in (("q", q), ("k", k), ("v", v))}, "bias": None,
             "bias[1]": None, **biases, "mask": _apart(mask, mask_layout), "alibi_slopes": alibi_slopes, "sink": sink,
-            "dropout_seed": dropout_seed,
+            "dropout_seed": values_of(dropout_seed),
         }  # fmt: skip
 
     def check() -> tuple[Any, Any, list[int], list[int], list[tuple[int, int, int, int, int, int]]]:
@@ -249,7 +249,10 @@ def _summary(offsets: Any) -> Any:
     """Documents, for :func:`~.agree.agree`: in full where they are few."""
     if not isinstance(offsets, Tensor) or offsets.dim() != 1 or not len(offsets):
         return offsets
-    starts: list[int] = offsets.tolist()
+    try:
+        starts: list[int] = offsets.tolist()
+    except RuntimeError:  # meta tensors, those of a transform
+        return offsets
     if len(starts) <= 9:
         return f"offsets {starts}"
     return f"offsets of {len(starts) - 1} documents and {starts[-1]} rows (CRC {zlib.crc32(repr(starts).encode()):08x})"
