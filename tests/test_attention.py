@@ -8,6 +8,7 @@ import re
 import sys
 import typing
 import warnings
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -299,6 +300,7 @@ WRONG: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("seed of a fraction", {"dropout_seed": 1.5}, TypeError, "dropout_seed: wanted an int"),
     ("seed too large", {"dropout_seed": 2**63}, ValueError, "dropout_seed: wanted a number of 64 bits"),
     ("deterministic as a word", {"deterministic": "yes"}, TypeError, "deterministic: wanted True or False"),
+    ("scale, a fraction beyond float64", {"scale": Fraction(10**400)}, ValueError, "scale: wanted a finite number"),
     ("scale NaN", {"scale": float("nan")}, ValueError, "scale: wanted a finite number"),
     ("return_lse", {"return_lse": 1}, TypeError, "return_lse: wanted True or False"),
     ("precision", {"precision": "fp8"}, ValueError, "precision: wanted one of"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from numbers import Rational, Real
 from typing import Any
 
 import torch
@@ -136,8 +136,8 @@ def check_scale(name: str, value: Any, head_dim: int) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise bad_type(name, "a number or None", type(value).__name__, "pass float(scale)" if isinstance(value, Tensor) else "")
     # Comparisons, because torch.compile traces them with a symbolic scale, but not math.isfinite; NaN fails them as well. NumPy's float32
-    # would take the bounds for its own kind, and a float may have no room for an integer.
-    if type(number) is not int:
+    # would take the bounds for its own kind, and a float may have no room for an integer or a fraction.
+    if not isinstance(number, Rational):
         number = float(number)
     if not -_LARGEST <= number <= _LARGEST:
         raise bad_value(name, "a finite number", value)
