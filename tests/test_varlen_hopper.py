@@ -20,7 +20,7 @@ import triflash
 from here import ON_HOPPER, stand_in_only
 from running import planned_with
 from test_varlen import Batch, loss_of, near
-from triflash import UnsupportedError, attention_varlen
+from triflash import UnsupportedError, attention_varlen, explain
 from triflash.kernels.hopper import listed as listed_kernels
 from triflash.kernels.hopper.extent import PADDING
 from triflash.plan.kernels import listed
@@ -324,6 +324,14 @@ def test_as_many_sequences_as_you_like() -> None:
         none, lse = attention_varlen(q, k, v, nowhere, return_lse=True)
         with pytest.raises(UnsupportedError, match="ALiBi slopes of no sequences"):  # which have no memory
             attention_varlen(q, k, v, nowhere, alibi_slopes=torch.rand(0, 1, device=DEVICE))
+        for shape, words in (((0, 1, 8, 8), "sequences"), ((0, 1, 1, 8), "sequences"), ((1, 1, 1, 0), "queries or no keys")):
+            with pytest.raises(UnsupportedError, match=f"a bias or mask of no {words}"):
+                attention_varlen(
+                    q, k, v, nowhere if shape[0] == 0 else torch.zeros_like(nowhere).expand(2), bias=torch.zeros(shape).to(DEVICE, HALF)
+                )
+    given = q.detach().to("meta"), k.detach().to("meta"), v.detach().to("meta"), nowhere.cpu()
+    found = explain(*given, of=attention_varlen, mask=torch.ones(0, 1, 8, 8, dtype=torch.bool, device="meta"), device="sm90")
+    assert found.backend == "triton"
     torch.testing.assert_close(out, v)
     for grad, right in zip(grads, (0.0, 0.0, 1.0), strict=True):
         torch.testing.assert_close(grad, torch.full_like(grad, right), atol=1e-3, rtol=0)

@@ -99,8 +99,11 @@ def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
         return f"head dim {max(spec.head_dim, spec.value_dim)}", f"its limit is {MAX_HEAD_DIM}; backend('tiled') takes any"
     if spec.is_empty:
         return "empty tensors", "use backend('triton')"
-    if spec.no_sequences and spec.alibi:
-        return "ALiBi slopes of no sequences", "use backend('triton')"
+    # What has no element has no memory, and no descriptor.
+    if spec.no_sequences and (spec.alibi or spec.bias is not None):
+        return f"{'ALiBi slopes' if spec.alibi else 'a bias or mask'} of no sequences", "use backend('triton')"
+    if spec.packed is not None and 0 in spec.packed.bias_sizes:
+        return "a bias or mask of no queries or no keys", "use backend('triton')"
     return forward.why_not(spec if spec.packed is None else hopper_packed.like(spec), device)
 
 
