@@ -92,9 +92,11 @@ def underivable(library: torch.library.Library, op: Any, body: Callable[..., Any
         else:
             with torch.no_grad():
                 output = _below(op, body, keyset, args)
-        if written and _is_plain(keyset):
+        if written and not torch._C._are_functorch_transforms_active():
+            plain = _is_plain(keyset)
             for x in [args[at] for at in written if at < len(args)]:
-                if x is not None and not x.is_inference():
+                # A dispatch mode calls below autograd what it saw. Tensors of what traces count for themselves.
+                if x is not None and (plain or type(x) is Tensor) and not x.is_inference():
                     torch.autograd.graph.increment_version(x)
         return output
 
