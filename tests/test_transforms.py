@@ -219,6 +219,20 @@ def test_forward_mode_by_a_second_bias_is_called_that() -> None:
             torch.func.jvp(f, (bias,), (bias,))
 
 
+def test_forward_mode_by_an_outputs_gradient_is_refused() -> None:
+    """In a backward pass that begins outside, known or not: gradients depend on it, and kernels would leave that out."""
+    q = draw(1, M, H, D).requires_grad_()
+    out, lse = attention(q, q, q, return_lse=True)
+    for y, name in ((out, "dout"), (lse, "dlse")):
+        dy = torch.ones_like(y)
+        for _ in range(3):
+            torch.autograd.grad(y, q, dy, retain_graph=True)
+        with forward_ad.dual_level():
+            with pytest.raises(UnsupportedError, match=f"forward-mode derivatives by {name} "):
+                torch.autograd.grad(y, q, forward_ad.make_dual(dy, dy), retain_graph=True)
+            torch.autograd.grad(y, q, dy, retain_graph=True)
+
+
 def test_tangents_of_others_do_not_matter() -> None:
     """Within a dual level, attention of tensors without a tangent is what it is elsewhere."""
     q = draw(B, M, H, D)

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .bound.call import GRADIENTS, BoundCall
 from .bound.passes import nothing
 from .bound.ready import Ready, ready
 from .bound.signature import CALLS, ambient, describe
-from .derivatives import differentiable, differentiable_once, keep_nothing, refuse_second, underivable
+from .derivatives import differentiable, differentiable_once, keep_nothing, refuse_second, refuse_tangents, underivable
 from .errors import bad_value
 from .flops import register_formulas
 from .form import Form
@@ -341,6 +342,8 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         wants, call, saved = ctx.needs_input_grad, ctx.call, ctx.saved_tensors
         once = not torch.is_grad_enabled()
+        if forward_ad._current_level >= 0:
+            refuse_tangents((dout, dlse, *saved), ("dout", "dlse", *("what attention saved",) * len(saved)))
         if once and dlse is None and dout is not None and not _dispatch_modes():
             known = call.run_known_backward(wants, (*saved, dout))
             if known is not None:
