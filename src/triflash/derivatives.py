@@ -85,19 +85,18 @@ def underivable(library: torch.library.Library, op: Any, body: Callable[..., Any
     def kernel(keyset: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             refuse_tangents(args, names)
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             output = _below(op, body, keyset, args)
-        elif gradients is not None and torch._C._any_requires_grad(*args):
+        elif gradients is not None:
             raise UnsupportedError(gradients)
         else:
             with torch.no_grad():
                 output = _below(op, body, keyset, args)
         if written and not torch._C._are_functorch_transforms_active():
-            plain = _is_plain(keyset)
-            for x in [args[at] for at in written if at < len(args)]:
-                # A dispatch mode calls below autograd what it saw. Tensors of what traces count for themselves.
-                if x is not None and (plain or type(x) is Tensor) and not x.is_inference():
-                    torch.autograd.graph.increment_version(x)
+            plain, there = _is_plain(keyset), [args[at] for at in written if at < len(args)]
+            # A dispatch mode calls below autograd what it saw. Tensors of what traces count for themselves.
+            counted = [x for x in there if x is not None and (plain or type(x) is Tensor) and not x.is_inference()]
+            torch.autograd.graph.increment_version(counted)
         return output
 
     library.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
