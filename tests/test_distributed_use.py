@@ -171,6 +171,8 @@ def check_agreement(rank: int) -> None:
             context_parallel_attention(given, q, q, group=group, **options)
     with pytest.raises(ValueError, match="^method: wanted one of"):  # what all do
         context_parallel_attention(q, q, q, group=group, method="none")
+    with pytest.raises(ValueError, match="^key_lengths: wanted values from 0 to 8, got 9 of batch entry 0"):  # as one rank looks, all do
+        context_parallel_attention(q, q, q, group=group, key_lengths=torch.tensor([9]))
     os.environ["TRIFLASH_CHECK"] = "1"  # values are looked at as in attention
     for name, words in (("key_lengths", "values from 0 to 8, got 9"), ("query_starts", "values from 0 to 8, got -1")):
         with pytest.raises(ValueError, match=f"^{name}: wanted {words} of batch entry 0"):

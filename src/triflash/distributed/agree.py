@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import UnsupportedError, bad_value
 from .group import Group, all_gather, exchange_numbers, wait
 
-__all__ = ["agree", "rows_apart", "values_of"]
+__all__ = ["agree", "is_checking", "rows_apart", "values_of"]
 
 _T = TypeVar("_T")
 _EITHER = "1 or rows"
@@ -36,9 +36,7 @@ def agree(handle: Any, group: Group, given: tuple[Any, ...], told: Callable[[], 
     Never while PyTorch traces or a CUDA graph is captured.
     """
     device = next((x.device for x in given if isinstance(x, Tensor)), None)
-    if group.size == 1 or device is None:
-        return check()
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if group.size == 1 or device is None or _is_capturing(device):
         return check()
     if handle not in _checks:
         own = os.environ.get("TRIFLASH_CHECK") == "1"
@@ -66,6 +64,15 @@ def agree(handle: Any, group: Group, given: tuple[Any, ...], told: Callable[[], 
         if kind:
             raise _KINDS[kind](message if f"on rank {rank}" in message else f"{message} (on rank {rank})") from refused
     return found
+
+
+def is_checking(handle: Any, device: torch.device) -> bool:
+    """Whether the ranks of a group tell each other their arguments, as all of them know; or this one was asked to look at values since."""
+    return (_checks.get(handle, False) or os.environ.get("TRIFLASH_CHECK") == "1") and not _is_capturing(device)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def rows_apart(x: Any, dim: int, rows: int) -> Any:

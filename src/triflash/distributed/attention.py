@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from typing import Any, Literal, overload
 
 import torch
@@ -21,7 +20,7 @@ from ..hints import not_ours
 from ..ops_checked import casting, is_casting
 from ..plan.select import requested_backend_soon
 from ..spec import resolve_precision
-from .agree import agree, rows_apart, values_of
+from .agree import agree, is_checking, rows_apart, values_of
 from .all_gather import AllGather
 from .call import Call, Saved
 from .chunks import check_order, shares
@@ -218,14 +217,17 @@ def context_parallel_attention(
                 check_length(name, over_all, of, own, ranks, order)
         return first, second
 
+    looks = False
     if torch.compiler.is_compiling():
         first, second = check()
     else:
-        first, second = agree(process_group(group), ranks, (q, k, v), told, check)
+        handle = process_group(group)
+        first, second = agree(handle, ranks, (q, k, v), told, check)
+        looks = is_checking(handle, q.device)
     given = Given(
         q, k, v, first, mask, key_lengths, alibi_slopes, sink, dropout_seed, second, query_starts, query_lengths, key_starts, diagonals
     )  # fmt: skip
-    return attend_part(given, options, return_lse, ranks, method, order, (length, key_length), head_chunks, programs)
+    return attend_part(given, options, return_lse, ranks, method, order, (length, key_length), head_chunks, programs, looks=looks)
 
 
 _parameters = [
@@ -265,14 +267,15 @@ def check_count(name: str, count: Any) -> None:
 def attend_part(
     given: Given, options: Options, return_lse: bool, group: Group, method: str, order: str, lengths: tuple[int | None, int | None],
     head_chunks: int | None, programs: int | None, entry: int = 0, own_rows: tuple[bool, bool, bool] | None = None,
+    looks: bool = False,
 ) -> Any:  # fmt: skip
     """This rank's part of a call. entry: the number of the first batch entry, to dropout. own_rows: of bias, second bias and mask, whether
-    a single row is a rank's own, and not one that all share; None: to be found out.
+    a single row is a rank's own, and not one that all share; None: to be found out. looks: whether values of lengths and places are read.
     """
     if is_casting(given.q):
         with casting(given) as cast:
             whole = Given._make((*cast, *given[3:]))
-            return attend_part(whole, options, return_lse, group, method, order, lengths, head_chunks, programs, entry, own_rows)
+            return attend_part(whole, options, return_lse, group, method, order, lengths, head_chunks, programs, entry, own_rows, looks)
     key = _signature(given, options, lengths, group, method, order, head_chunks, programs, own_rows)
     known = None if key is None else _CALLS.get(key)
     if known is None:
@@ -283,7 +286,7 @@ def attend_part(
         check_seed_range(given.dropout_seed)
     form, call = known.form, known.call
     numbered = not (given.key_lengths is given.query_starts is given.query_lengths is given.key_starts is given.diagonals is None)
-    if numbered and not torch.compiler.is_compiling() and os.environ.get("TRIFLASH_CHECK") == "1":
+    if looks and numbered:
         check_places(given, call.problem)
     x = form.operands((*given[:8], None, None, None, None, None, given.second_bias, *given[10:]))
     seed = _seed(given, group, call.heads, entry) if call.problem.dropout_p else None
