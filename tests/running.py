@@ -106,7 +106,7 @@ def planned_with(room: ModuleType, **constants: Any) -> Iterator[None]:
 
 def loops_apart() -> AbstractContextManager[None]:
     """Within it Hopper's kernels of two loops are launched for each of them, however short they are."""
-    return planned_with(loops, LONG=0.0, ALLOWED=True)
+    return planned_with(loops, LONG=0.0)
 
 
 @contextlib.contextmanager

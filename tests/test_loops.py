@@ -22,7 +22,7 @@ import test_varlen_hopper
 from cases import Case, build
 from expected import kernels
 from here import NEAREST, stand_in_only
-from running import loops_apart, planned_with, results_of, run_case
+from running import loops_apart, results_of, run_case
 from triflash import explain
 from triflash.flops import visible_pairs
 from triflash.launch.calls import Call
@@ -37,13 +37,6 @@ from triflash.spec import AttentionSpec, BiasSpec, Needs
 BF16, F16, BOOL = torch.bfloat16, torch.float16, torch.bool
 H200 = NAMED_DEVICES["h200"]
 NEEDS = Needs(True, True, True, False)
-
-
-@pytest.fixture(autouse=True)
-def allowed() -> Iterator[None]:
-    """What is off until a GPU has compared it."""
-    with planned_with(loops, ALLOWED=True):
-        yield
 
 
 def spec(D: int, S: int, causal: bool = False, B: int | None = None, **more: Any) -> AttentionSpec:

@@ -4,7 +4,6 @@ on the CPU's stand-in for it (``gluon_twin.py``), which also counts what is visi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,7 @@ from cases import Case, build
 from expected import spec_of_case
 from here import HAVE_TRITON, ON_HOPPER, stand_in_only, triton_only
 from mutations import mutate, noticed
-from running import planned_with, results_of, run_case
+from running import results_of, run_case
 from triflash.launch.calls import start
 from triflash.launch.hopper import ready_operands
 from triflash.launch.mask_bounds import bounds_call, new_bounds
@@ -320,15 +319,8 @@ def plans(case: Case, letters: str = "qkv", size: int = 1, fixed: bool = True, *
     return tuple([f"{step.kernel} {'+'.join(step.gives)}" for step in plan.steps if step.kernel == "mask_bounds"] for plan in both)
 
 
-@pytest.fixture
-def allowed() -> Iterator[None]:
-    """What is off until a GPU has compared it."""
-    with planned_with(mask_bounds, ALLOWED=True):
-        yield
-
-
 @triton_only
-def test_when_it_runs(allowed: None) -> None:
+def test_when_it_runs() -> None:
     queries, keys, both = ["mask_bounds queries"], ["mask_bounds keys"], ["mask_bounds queries+keys"]
     case = problem("large", M=256, N=256, H=2)
     assert plans(case) == ([], []) and plans(case, size=256) == (queries, both)  # of 2^18 and 2^26 scores
@@ -346,7 +338,7 @@ def test_when_it_runs(allowed: None) -> None:
 
 
 @triton_only
-def test_explain_says_it(allowed: None) -> None:
+def test_explain_says_it() -> None:
     q, mask = torch.empty(4, 4096, 16, 64, dtype=BF16, device="meta"), torch.empty(4, 1, 1, 4096, dtype=BOOL, device="meta")
     explained = triflash.explain(q, q, q, mask=mask, grads=("q", "k", "v"), device="h200")
     for of, rows in ((explained.forward, 4), (explained.backward, 4 + 4 * 64)):  # queries, and 64 tiles of keys

@@ -48,8 +48,7 @@ RULES: dict[str, list[str]] = {
         "triflash.door_cache", "triflash.errors", "triflash.explanation", "triflash.hints", "triflash.kvcache", "triflash.launch.ahead",
         "triflash.nested", "triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.varlen",
     ],
-    "triflash.plan": ["triflash.plan", "triflash.flops", "triflash.spec", "triflash.spec_cache", "triflash.errors", "triflash.untried"],
-    "triflash.untried": [],
+    "triflash.plan": ["triflash.plan", "triflash.flops", "triflash.spec", "triflash.spec_cache", "triflash.errors"],
     "triflash.plan.device": ["torch"],
     "triflash.launch": [
         "torch", "triflash.launch", "triflash.lengths", "triflash.plan", "triflash.spec", "triflash.spec_cache", "triflash.tiled",

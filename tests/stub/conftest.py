@@ -38,12 +38,10 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     from triflash import launch
     from triflash.bound import signature
     from triflash.plan.device import KNOWN_DEVICES
-    from triflash.plan.kernels import mask_bounds
     from unlaunched import OnGPU
 
     facts = replace(KNOWN_DEVICES["sm90"], name=NAME)
     with (
-        mock.patch.object(mask_bounds, "ALLOWED", True),
         mock.patch.object(signature, "facts_of", lambda _: facts),
         mock.patch.object(launch, "Real", OnGPU),
     ):

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 from ...flops import visible_pairs
 from ...spec import AttentionSpec
-from ...untried import UNTRIED
 from ..device import DeviceFacts
 from ..steps import Step
 from .shared import HopperConfig
@@ -20,7 +19,6 @@ from .shared import HopperConfig
 __all__ = ["LONG", "by_loops", "microseconds", "reads_small_lse"]
 
 LONG = 370.0  # µs of a kernel, of which 2.6 are 0.7 %; shorter ones are those of models whose steps wait for the host
-ALLOWED = UNTRIED  # a prototype's kernels were timed and right (H200, 2026-11-30); these have not run on a GPU
 FLOPS = 5e6  # a µs and an SM, of dkdv and dq; 500 to 700 TFLOP/s an H200, the least where time goes to softmax
 
 
@@ -55,6 +53,6 @@ def by_loops(spec: AttentionSpec, step: Step, device: DeviceFacts) -> tuple[Step
     """The step, or if it has two loops and takes long, one for each: ``loops`` is then ``"small"``, and ``"any"``. spec: of a dense batch,
     of which packed sequences have those of the mean length, with no more pairs than their own.
     """
-    if not ALLOWED or not reads_small_lse(spec, step) or microseconds(spec, step, device) < LONG:
+    if not reads_small_lse(spec, step) or microseconds(spec, step, device) < LONG:
         return (step,)
     return replace(step, loops="small"), replace(step, loops="any")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec
-from ...untried import UNTRIED
 from ..configs import TileConfig, chosen
 from ..steps import Step, ceil_div
 from .shared import ROWS
@@ -21,7 +20,6 @@ __all__ = ["CONFIG", "MaskBoundsConfig", "entries", "mask_of", "members", "steps
 
 LEAST_SCORES = 2**26  # of a pass, some 40 us on an H200, beside which one launch more is little
 LEAST_KEYS = 256  # of two blocks that kernels walk
-ALLOWED = UNTRIED  # nothing of it has run on a GPU
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def steps(spec: AttentionSpec, by_hand: Mapping[str, object], gives: tuple[str, 
     config = chosen(by_hand, "mask_bounds", MaskBoundsConfig)
     if not gives or spec.packed is not None or mask_of(spec) is None:
         return ()
-    enough = ALLOWED and spec.keys >= LEAST_KEYS and spec.batch * spec.heads * spec.queries * spec.keys >= LEAST_SCORES
+    enough = spec.keys >= LEAST_KEYS and spec.batch * spec.heads * spec.queries * spec.keys >= LEAST_SCORES
     if config is None and not enough:
         return ()
     programs = sum(2 * math.prod(entries(spec, name)) for name in gives)
