@@ -85,9 +85,13 @@ def test_every_measured_row_is_valid() -> None:
     for row in tables.ROWS:
         assert row.arch in KNOWN_DEVICES and row.problem.kernel in KERNELS and row.spills >= 0
         assert row.problem.head_dim == padded(row.problem.head_dim) <= MAX_HEAD_DIM
-        assert (row.arch, row.problem) not in seen, f"two rows for {row.problem}"
-        seen.add((row.arch, row.problem))
-        assert tables.lookup(row.arch, row.problem) == row
+        short = row.most_keys is not None
+        assert (row.arch, row.problem, short) not in seen, f"two rows for {row.problem}"
+        seen.add((row.arch, row.problem, short))
+        assert tables.lookup(row.arch, row.problem, row.most_keys) == row
+        if row.most_keys is not None:
+            longer = tables.lookup(row.arch, row.problem, row.most_keys + 1)
+            assert longer == tables.lookup(row.arch, row.problem) != row
         assert tables.lookup("sm00", row.problem) is None
 
 

@@ -16,31 +16,41 @@ MEASURED_ON = {"sm90": "H200"}  # the GPU that stood for an architecture
 
 @dataclass(frozen=True)
 class Row:
-    """``config`` is the best measured for ``problem`` on ``arch``; ``spills`` is the most registers the compiler may spill for it."""
+    """``config`` is the best measured for ``problem`` on ``arch``; ``spills`` is the most registers the compiler may spill for it.
+
+    most_keys: up to how many keys it is the best; None: where no row of short problems is.
+    """
 
     arch: str
     problem: Problem
     config: TileConfig
     spills: int = 0
+    most_keys: int | None = None
 
 
 def _measured(
     arch: str, kernel: str, head_dim: int, bias: bool, full: str, banded: str, spills: tuple[int, int] = (0, 0), products: str = ""
 ) -> tuple[Row, Row]:
-    """Two rows, for full and for causal attention, of configurations written as ``BMxBN wWARPS sSTAGES``. products: those of float32
+    """Two rows, for full and for causal attention, of configurations written as ``_config`` reads them. products: those of float32
     elements; without it elements have 16 bits.
     """
     itemsize = 4 if products else 2
-
-    def config(text: str) -> TileConfig:
-        tile, warps, stages = text.split()
-        block_m, block_n = map(int, tile.split("x"))
-        return TileConfig(block_m, block_n, int(warps[1:]), int(stages[1:]))
-
     return (
-        Row(arch, Problem(kernel, head_dim, itemsize, bias, False, products), config(full), spills[0]),
-        Row(arch, Problem(kernel, head_dim, itemsize, bias, True, products), config(banded), spills[1]),
+        Row(arch, Problem(kernel, head_dim, itemsize, bias, False, products), _config(full), spills[0]),
+        Row(arch, Problem(kernel, head_dim, itemsize, bias, True, products), _config(banded), spills[1]),
     )
+
+
+def _config(text: str) -> TileConfig:
+    """``BMxBN wWARPS sSTAGES``."""
+    tile, warps, stages = text.split()
+    block_m, block_n = map(int, tile.split("x"))
+    return TileConfig(block_m, block_n, int(warps[1:]), int(stages[1:]))
+
+
+def _short(most_keys: int, kernel: str, head_dim: int, banded: bool, config: str, spills: int = 0) -> Row:
+    """A row of 16-bit elements without a bias, for so many keys and fewer."""
+    return Row("sm90", Problem(kernel, head_dim, 2, False, banded), _config(config), spills, most_keys)
 
 
 def _three_tf32(kernel: str, head_dim: int, config: str, spills: tuple[int, int, int, int] = (0, 0, 0, 0)) -> tuple[Row, ...]:
@@ -93,6 +103,9 @@ ROWS: tuple[Row, ...] = (
     *_three_tf32("dq", 128, "32x32 w4 s1", (34, 32, 26, 42)),  # 1.42; 32x16 w4 s1 2.34, 32x32 w8 s1 2.52
     *_three_tf32("dbias", 64, "64x64 w4 s1", (0, 0, 46, 40))[2:],  # 0.37; 64x32 w4 s1 0.51, 64x64 w8 s1 0.70
     *_three_tf32("dbias", 128, "64x64 w8 s1", (0, 0, 140, 162))[2:],  # 1.38; 32x64 w8 s1 1.76, 64x32 w8 s1 1.92
+    # Short sequences, bf16, 16,384 tokens, h*d = 2048, 2026-12-01. Microseconds at s 512 / 1024 of the row for any, and of this.
+    _short(512, "forward", 128, False, "128x32 w8 s3"),  # 206 / 334; 191 / 327
+    _short(1024, "forward", 128, True, "128x32 w4 s3", 6),  # 190 / 259; 163 / 238
 )
 
 # Kernels and padded head dims whose float32 results were within the tolerance rule when each product is three TF32 products, on an H200
@@ -100,9 +113,13 @@ ROWS: tuple[Row, ...] = (
 # seen with hard ones is no default.
 THREE_TF32 = frozenset((kernel, head_dim) for kernel in ("forward", "dkdv", "dq", "dbias") for head_dim in (16, 32, 64, 128))
 
-_BY_KEY = {(row.arch, row.problem): row for row in ROWS}
+_BY_KEY = {(row.arch, row.problem): row for row in ROWS if row.most_keys is None}
+_SHORT = {(row.arch, row.problem): row for row in ROWS if row.most_keys is not None}
 
 
-def lookup(arch: str, problem: Problem) -> Row | None:
-    """The measured row for this architecture and problem, or None."""
+def lookup(arch: str, problem: Problem, keys: int | None = None) -> Row | None:
+    """The measured row for this architecture, problem and number of keys (None: not known), or None."""
+    short = _SHORT.get((arch, problem))
+    if short is not None and keys is not None and short.most_keys is not None and keys <= short.most_keys:
+        return short
     return _BY_KEY.get((arch, problem))

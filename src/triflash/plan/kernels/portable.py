@@ -71,7 +71,7 @@ def _measured_or_default(
 ) -> tuple[TileConfig, str]:
     if choices.tuned is not None and (config := choices.tuned.lookup(problem, device)) and not misread(problem, config):
         source = f"tuned, {choices.tuned.path}"
-    elif row := tables.lookup(device.arch, problem):
+    elif row := tables.lookup(device.arch, problem, spec.keys if spec.packed is None else None):
         config, source = row.config, f"measured on {tables.MEASURED_ON.get(device.arch, device.arch)} (row of plan/tables.py)"
     elif kernel == "delta":
         return default_config(problem, device), "fixed: it has no tiles of scores"
