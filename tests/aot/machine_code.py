@@ -55,6 +55,18 @@ def serialised(log: str) -> list[str]:
     return [line for line in log.splitlines() if re.search(r"C75\d\d|serializ", line)]
 
 
+def parameters_of(compiled: Any) -> list[tuple[int, int]]:
+    """Offset and size of each of a kernel's parameters, in order, as its cubin has them."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-elf", file.name], capture_output=True, text=True, check=True).stdout
+    pattern = r"Ordinal\s*:\s*0x(\w+)\s+Offset\s*:\s*0x(\w+)\s+Size\s*:\s*0x(\w+)"
+    found = sorted(tuple(int(number, 16) for number in each) for each in re.findall(pattern, text))
+    return [(offset, size) for _, offset, size in found]
+
+
 def disassembled(compiled: Any) -> str:
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "nvdisasm")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

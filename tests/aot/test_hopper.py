@@ -20,11 +20,13 @@ from machine_code import (
     assembled,
     compiled_with_log,
     disassembled,
+    parameters_of,
     serialised,
     unfenced_products,
     unfenced_releases,
 )
 
+from parameters import parameter_offsets
 from triflash.launch import ahead
 from triflash.launch.calls import Call
 from triflash.launch.hopper import forward_calls
@@ -310,3 +312,11 @@ def test_key_lengths_of_any_integers(dtype: torch.dtype) -> None:
     )
     used = ahead.resources(ahead.compile_for(replace(call, args=args), "sm90"))
     assert used.spills <= plain.spills and used.registers <= plain.registers + 8
+
+
+@pytest.mark.parametrize("target", [Target((64, 64)), Target((128, 128), bias="1hqk")], ids=str)
+def test_parameters_lie_where_the_stub_of_a_driver_has_them(target: Target) -> None:
+    """The first tensor map at an address that is a multiple of 64, and not at such a distance from the first parameter."""
+    found = parameters_of(compiled_with_log(the_call(target)[-1])[0])
+    offsets, sizes = zip(*found, strict=True)
+    assert [*offsets] == parameter_offsets(sizes) and sizes[0] == 128 and offsets[0] == 48

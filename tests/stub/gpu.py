@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from parameters import parameter_offsets
+
 SHARED = 232_448  # bytes a program may use on sm90
 _POINTER, _MAP, _NUMBER = "pointer", "map", "number"
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.[a-z]+(\d+)\s*(\.ptr[^,)]*?)?\s+\S+_param_\d+(?:\[(\d+)\])?")
@@ -117,15 +119,11 @@ def activate() -> None:
 
 @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint64, ctypes.c_size_t, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t))
 def _tell(function: int, index: int, offset: Any, size: Any) -> int:
-    """cuFuncGetParamInfo: parameters lie one behind the other, each at a multiple of its size, a tensor map of 64 bytes."""
-    _, parameters = _compiled[function]
-    if index >= len(parameters):
+    """cuFuncGetParamInfo."""
+    sizes = [own for _, own in _compiled[function][1]]
+    if index >= len(sizes):
         return 1
-    end = 0
-    for _, own in parameters[: index + 1]:
-        begin = -(-end // min(own, 64)) * min(own, 64)
-        end = begin + own
-    offset[0], size[0] = begin, own
+    offset[0], size[0] = parameter_offsets(sizes)[index], sizes[index]
     return 0
 
 

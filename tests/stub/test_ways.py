@@ -187,7 +187,7 @@ def launched_by_c() -> AbstractContextManager[Any]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_driver_that_lays_parameters_out_otherwise(backend: str) -> None:
+def test_a_driver_that_takes_other_parameters(backend: str) -> None:
     """Or tells nothing of them, as before CUDA 12.4: Triton's C launcher gets the arguments."""
     for taking in ({"return_value": False}, None):
         CALLS.clear()

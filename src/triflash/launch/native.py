@@ -364,17 +364,14 @@ class _Libcuda:
         self._told.argtypes, self._told.restype = [ctypes.c_void_p, ctypes.c_size_t, number, number], ctypes.c_int
 
     def takes(self, function: int, sizes: Sequence[int]) -> bool:
-        """Whether a function's parameters are of those sizes: as many, and so that the last is where they have it."""
-        end = begin = 0
-        for size in sizes:
-            unit = min(size, 64)
-            begin = -(-end // unit) * unit
-            end = begin + size
-        offset, last = ctypes.c_size_t(), ctypes.c_size_t()
-        if self._told(function, len(sizes) - 1, offset, last) != 0 or self._told(function, len(sizes), offset, last) == 0:
-            return False
-        self._told(function, len(sizes) - 1, offset, last)
-        return (offset.value, last.value) == (begin, sizes[-1])
+        """Whether a function's parameters are as many, and of those sizes: where they lie, which the driver works out, is not looked at. A
+        tensor map lies where its address is a multiple of 64, and so not at one from the first parameter on.
+        """
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        for at, wanted in enumerate(sizes):
+            if self._told(function, at, offset, size) != 0 or size.value != wanted:
+                return False
+        return bool(self._told(function, len(sizes), offset, size) != 0)
 
 
 @functools.cache
