@@ -69,6 +69,10 @@ CASES = {
         "dqdkdv dbias", {"dqdkdv": "DkdvConfig(2, 2, 2, dq_warpgroup=True)"},
         {"dqdkdv": "DkdvConfig(1, 1, red_dq=True)", "dbias": SMALL_DBIAS}, bias="1hqk", mask="b11k", options={"dropout_p": 0.2},
     ),
+    "dq of pairs": Case(
+        "preprocess dqdkdv", {"dqdkdv": "DkdvConfig(2, 2, kv_stages=2, dq_warpgroup=True, unroll=2, dq_blocks=8)"},
+        {"dqdkdv": "DkdvConfig(1, 1, dq_warpgroup=True, dq_blocks=4)"}, options={"causal": True}, small_options=CAPPED,
+    ),
     "direct": Case(
         "dqdkdv postprocess", {"dqdkdv": "DkdvConfig(2, 2, red_dq=True)"}, {"dqdkdv": "DkdvConfig(1, 1, red_dq=True)"},
         D=128, options={"causal": True},

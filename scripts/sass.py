@@ -193,6 +193,7 @@ PROBLEMS = (
     P("d64 by TMA", options=CAUSAL, configs={"dqdkdv": DkdvConfig(2, 1), "forward": PING_PONG}),
     P("d64 dq warpgroup",
       configs={"dqdkdv": DkdvConfig(2, 2, dq_warpgroup=True, unroll=2), "forward": ForwardConfig(2, 128, 2, q_stages=2)}),
+    P("d64 dq of pairs", S=384, configs={"dqdkdv": DkdvConfig(2, 2, kv_stages=2, dq_warpgroup=True, unroll=2, dq_blocks=6)}),
     P("d64 red dq", options=CAUSAL, configs={"dqdkdv": DkdvConfig(2, 2, red_dq=True, unroll=2), "forward": ForwardConfig(1, 64, 2)}),
     P("d64 three consumers", configs={"forward": ForwardConfig(3, 128, 2, ping_pong=True)}, wants=""),
     P("d128 full", D=128),

@@ -73,7 +73,7 @@ class Problem:
     config: ForwardConfig | None = None
     seed: int = 0
     softcap: float = 0.0
-    gradients: str = ""  # "added": dq added up in memory where that can be; "own": never; "": the forward pass alone
+    gradients: str = ""  # dq "added" up in memory, or in shared memory, of "pairs", where that can be; "own": never; "": forward alone
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """q, k, v and bias."""
@@ -120,6 +120,17 @@ def cotangent(problem: Problem, q: Tensor, v: Tensor) -> Tensor:
     return torch.randn((*q.shape[:3], v.shape[3]), generator=generator, device=q.device).to(q.dtype)
 
 
+def _adding(problem: Problem, spec: AttentionSpec, limit: int) -> dkdv.DkdvConfig | None:
+    """The configuration of the kernel that adds dq up, in memory or in shared memory."""
+    widest, blocks = max(problem.D, problem.Dv), -(-problem.M // 64)
+    if problem.gradients == "added":
+        return dkdv.choose(spec, limit, ("dq",)) if widest <= dkdv.NARROW else None
+    if widest > dkdv.DQ_WARPGROUP_DIM or blocks > dkdv.MOST_DQ_BLOCKS:
+        return None
+    by_pairs = dkdv.DkdvConfig(2, 2, dq_warpgroup=True, dq_blocks=blocks)
+    return by_pairs if by_pairs.shared_memory(spec, ("dq",)) <= limit else None
+
+
 def starter(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], results: Results) -> Callable[[], None]:
     """What launches the kernel of a problem."""
     spec = problem.spec(*tensors)
@@ -129,10 +140,10 @@ def starter(problem: Problem, tensors: tuple[Tensor, Tensor, Tensor, Tensor | No
     if not problem.gradients:
         return lambda: launch.run_forward(plan, spec, x, saved)
     facts = replace(facts_of(tensors[0].device), sms=problem.sms)
-    adding = dkdv.choose(spec, facts.shared_memory, ("dq",)) if problem.gradients == "added" and max(problem.D, problem.Dv) <= 128 else None
+    adding = None if problem.gradients == "own" else _adding(problem, spec, facts.shared_memory)
     with override_configs(dqdkdv=adding) if adding else nullcontext():
         grads = Gradients(*results[3:])
-        fixed = replace(spec, deterministic=problem.gradients == "own")
+        fixed = replace(spec, deterministic=problem.gradients != "added")
         back = plan_backward(fixed, grads.needs, facts, "hopper")
     dout = cotangent(problem, tensors[0], tensors[2])
 
@@ -250,7 +261,7 @@ def drawn(seed: int, worker: int, count: int, backward: bool = False) -> Iterato
         )
         problem = Problem(**family, M=M, N=N, lo=lo, hi=hi, sms=chooser.choice((2, 5, 132)), seed=chooser.randint(0, 2**31))
         if backward and (problem.bias is None or problem.bias[4] == "k"):  # a bias without a dim of keys has no Hopper backward pass
-            problem = replace(problem, gradients="added" if (number // PER_FAMILY) % 2 else "own")
+            problem = replace(problem, gradients=("own", "added", "pairs")[number // PER_FAMILY % 3])
         yield problem
 
 
@@ -401,8 +412,8 @@ TOGETHER = 500  # launches between two looks at the result
 
 
 def ours(backward: bool) -> list[Problem]:
-    """The small problems, forward alone or with gradients: dq added up in memory, and of a kernel of its own."""
-    return [replace(problem, gradients=kind) for problem in SMALL for kind in (("added", "own") if backward else ("",))]
+    """The small problems, forward alone or with gradients: dq added up in memory, or in shared memory, and of a kernel of its own."""
+    return [replace(problem, gradients=kind) for problem in SMALL for kind in (("added", "pairs", "own") if backward else ("",))]
 
 
 def run_repeats(count: int, device: str = "cuda", backward: bool = False) -> int:

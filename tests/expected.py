@@ -14,6 +14,7 @@ from triflash.plan.configs import MAX_HEAD_DIM
 from triflash.plan.device import KNOWN_DEVICES, facts_of
 from triflash.plan.hopper import adds_dq
 from triflash.plan.kernels import short
+from triflash.plan.kernels.dkdv import DkdvConfig, of_pairs
 from triflash.plan.override import Config
 from triflash.plan.select import plan_backward, plan_forward
 from triflash.spec import AttentionSpec, Needs, spec_of
@@ -101,6 +102,14 @@ def is_to_add_dq(case: Case, inputs: Inputs, raw: bool, configs: Configs) -> boo
     if "dqdkdv" in configs or (case.tiles is not None and not configs):
         return True
     return adds_dq(spec_of_case(case, inputs), Needs(True, True, True, False), KNOWN_DEVICES["sm90"].shared_memory)
+
+
+def sums_dq_by_pairs(case: Case, inputs: Inputs, configs: Configs) -> bool:
+    """Whether Hopper sums dq up in shared memory, if it gives dq with dk or dv: by the configuration, else by the plan's rule."""
+    own = configs.get("dqdkdv")
+    if own is not None or (case.tiles is not None and not configs):
+        return isinstance(own, DkdvConfig) and own.dq_blocks > 0
+    return of_pairs(spec_of_case(case, inputs), facts_of(inputs.q.device), {}, ("dk", "dv", "dq")) is not None
 
 
 def spec_of_case(case: Case, inputs: Inputs) -> AttentionSpec:

@@ -57,6 +57,9 @@ class Shared:
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
         return Shared(self.x.narrow(dim, start, length))
 
+    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
+        return Shared(self.x.view(-1).view(dtype)[: math.prod(shape)].view(tuple(shape)))
+
     def load(self, layout: object) -> Tensor:
         step()
         return self.x.clone()

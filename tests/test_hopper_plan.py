@@ -428,7 +428,7 @@ def test_a_configuration_says_all_of_itself(config: Any) -> None:
         "consumers": 1, "block_n": 32, "bias_stages": 2, "ping_pong": True, "separate_o": False, "separate_dq": False, "persistent": False,
         "q_stages": 2, "ctas_per_sm": 2, "deferred": False, "chunk": 32, "k_stages": 3, "v_stages": 1, "o_stages": 1, "kv_stages": 3,
         "key_slots": 3, "query_slots": 3, "dq_warpgroup": True, "unroll": 2, "red_dq": True, "head_splits": 2, "d256": True, "block_m": None,
-        "own_widths": True, "hold_q": True, "hold_dout": True, "p_stages": 1, "hold_k": True, "hold_v": True,
+        "own_widths": True, "hold_q": True, "hold_dout": True, "p_stages": 1, "hold_k": True, "hold_v": True, "dq_blocks": 4,
     }  # fmt: skip
     for field in dataclasses.fields(config):
         other = {"q_stages": 1, "kv_stages": 2}.get(field.name) if isinstance(config, DkdvConfig) else None
@@ -436,4 +436,5 @@ def test_a_configuration_says_all_of_itself(config: Any) -> None:
         if other is not None:
             wide = isinstance(config, DkdvConfig) and field.name in ("p_stages", "own_widths", "hold_k", "hold_v")
             whole = dataclasses.replace(config, d256=True) if wide else config
+            whole = dataclasses.replace(config, dq_warpgroup=True) if field.name == "dq_blocks" else whole
             assert str(dataclasses.replace(whole, **{field.name: other})) != str(whole), field.name

@@ -140,6 +140,11 @@ TARGETS = [
     Target((32, 32), bias="1hqk", band=CAUSAL),
     Target((24, 64), F16, bias="1h1k", grads="qkvb", softcap=50.0, lengths=True),
     Target((16, 32), bias="1hqk", bias_dtype=F32, band=WINDOW, slopes=True, config=DkdvConfig(2, 2)),
+    # dq summed in shared memory, as much of it as there is room for.
+    Target((64, 64), length=384, config=DkdvConfig(2, 2, kv_stages=2, dq_warpgroup=True, unroll=2, dq_blocks=6)),
+    Target((64, 64), F16, band=CAUSAL, length=500, config=DkdvConfig(2, 2, dq_warpgroup=True, unroll=2, dq_blocks=8)),
+    Target((32, 32), bias="1hqk", length=384, config=DkdvConfig(2, 2, 2, kv_stages=2, dq_warpgroup=True, unroll=2, dq_blocks=6)),
+    Target((40, 24), length=200, lengths=True, dropout=0.1, config=DkdvConfig(2, 2, dq_warpgroup=True, dq_blocks=4), spills=96),
     # The query heads of a key head in parts, whose sums leave straight from registers.
     Target((64, 64), band=CAUSAL, groups=4, config=DkdvConfig(2, 2, dq_warpgroup=True, unroll=2, head_splits=2)),
     Target((128, 128), F16, groups=8, config=DkdvConfig(2, 2, red_dq=True, head_splits=3), spills=LOOP),

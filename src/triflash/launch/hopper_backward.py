@@ -182,7 +182,9 @@ def _dkdv(step: Step, p: _Pass) -> Call:
     strides = row_strides(p.spec, parts) if parts is not None else None
     if _is_first(step):
         p.head_parts = new_head_parts(p.room, p.spec, step)
-    results = (*_dk_and_dv(step, p), p.head_parts, p.dq_sum, parts, strides)
+    assert isinstance(step.config, DkdvConfig)
+    dq = p.grads.dq if step.config.dq_blocks else p.dq_sum
+    results = (*_dk_and_dv(step, p), p.head_parts, dq, parts, strides)
     return dkdv_call(p.spec, step, p.x, p.dout, p.stats, p.small_lse, *results, p.t, bounds_of(p.bounds, "keys"))
 
 
@@ -361,14 +363,14 @@ def dkdv_call(
     dk: Tensor | None,
     dv: Tensor | None,
     head_parts: HeadParts,
-    dq_sum: Tensor | None,
+    dq: Tensor | None,
     dbias: Tensor | None,
     dbias_strides: tuple[int, int, int, int] | None,
     t: Tables | None = None,
     bounds: tuple[Any, ...] | None = None,
 ) -> Call:
-    """dk, dv (or if there are any, their partial sums), what dq sums up to, and the gradient of a bias that varies over keys alone: what is
-    None is not computed. bounds: of what a mask shows (``mask_bounds.bounds_of``).
+    """dk, dv (or if there are any, their partial sums), dq or its float32 sum, and the gradient of a bias that varies over keys alone: what
+    is None is not computed. bounds: of what a mask shows (``mask_bounds.bounds_of``).
     """
     q, k, v, bias, mask, lengths, slopes, *_ = x
     config = step.config
@@ -384,9 +386,12 @@ def dkdv_call(
     mask_desc, mask_on, key_mask = _bias_by_keys(spec.mask, mask, (rows, half))
     pointer = x.second_bias if key_bias is None else key_bias
     sums: tuple[Any, ...] = () if config.d256 else (None, None)
-    if dq_sum is not None:
+    if dq is not None:
         assert not config.d256
-        sums = (None, dq_sum) if config.red_dq else (descriptor(dq_sum, (1, 1, rows, head // 2)), None)
+        if config.dq_blocks:
+            sums = (of_rows(spec, dq, rows, heads[0]), None)
+        else:
+            sums = (None, dq) if config.red_dq else (descriptor(dq, (1, 1, rows, head // 2)), None)
     packed = hopper_packed.tiles_of(t, spec, "keys")
     schedule = (0, 0, 0, 0) if packed is not None else (*key_tiles(spec, config), *l2_order(spec, config, step.programs))
     args: tuple[Any, ...] = (
@@ -436,7 +441,7 @@ def dkdv_call(
     if config.d256:
         return Call(d256_kernels.dkdv_d256, args, constants, config, step.programs)
     constants |= {"ROW_BY_MMA": row_by_mma(spec), "SUM_BY_MMA": sums_by_mma(spec) and dbias is not None}
-    constants["ROW"] = dq_sum.shape[3] if dq_sum is not None and config.red_dq else 0
+    constants["ROW"] = dq.shape[3] if dq is not None and config.red_dq else 0
     return Call(dkdv_kernels.dkdv, args, constants, config, step.programs)
 
 

@@ -184,11 +184,13 @@ def _renamed(gives: tuple[str, ...]) -> tuple[str, ...]:
 
 def _backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
     by_keys, by_queries = _sum_of_keys(spec, needs), needs.dbias and dq.owns_dbias(spec)
-    adding = adds_dq(spec, needs, device.shared_memory, dkdv.sums_dq_by_hand(by_hand))
+    both = ("dk",) * needs.dk + ("dv",) * needs.dv + ("dq",)
+    pairs = dkdv.of_pairs(spec, device, by_hand, (*both, *by_keys)) if _may_give_dq(spec, needs) else None
+    adding = pairs is not None or adds_dq(spec, needs, device.shared_memory, dkdv.sums_dq_by_hand(by_hand))
     steps = [rowwise.preprocess_step(spec)]
     wanted = (("dk", needs.dk), ("dv", needs.dv), ("dq", adding))
     if gives := (*(name for name, need in wanted if need), *by_keys):
-        own = dkdv.step(spec, device, by_hand, gives)
+        own = dkdv.step(spec, device, by_hand, gives, pairs)
         steps.append(own)
         assert isinstance(own.config, dkdv.DkdvConfig)
         summed = tuple(name for name in ("dk", "dv") if name in gives)
@@ -197,7 +199,7 @@ def _backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_h
     alone = (needs.dq and not adding) or by_queries
     if alone:
         steps.append(dq.step(spec, device, by_hand, ("dq",) * needs.dq + ("dbias",) * by_queries))
-    if adding:
+    if adding and pairs is None:
         steps.append(rowwise.postprocess_step(spec))
     if needs.dbias and dbias.owns_dbias(spec):
         steps += dbias.steps(spec, device, by_hand)
@@ -212,14 +214,17 @@ def _backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_h
 def adds_dq(spec: AttentionSpec, needs: Needs, limit: int, always: bool = False) -> bool:
     """Whether dq is summed in global memory, in no fixed order, by the kernel that gives dk and dv.
 
-    Not where the same bits are asked for on every run, where a kernel that owns queries runs anyway, and, unless ``always``, where that is
-    faster.
+    Not where the same bits are asked for on every run, and, unless ``always``, where a kernel that owns queries is faster.
     """
-    if spec.deterministic or not (needs.dq and (needs.dk or needs.dv)) or max(dkdv.dims(spec)) > dkdv.NARROW:
-        return False
-    if needs.dbias and dq.owns_dbias(spec):
+    if spec.deterministic or not _may_give_dq(spec, needs):
         return False
     return (always or _worth_adding(spec)) and dkdv.choose(spec, limit, ("dq",)) is not None
+
+
+def _may_give_dq(spec: AttentionSpec, needs: Needs) -> bool:
+    """Whether the kernel for dk and dv could give dq too: not where a kernel that owns queries runs anyway."""
+    both = needs.dq and (needs.dk or needs.dv) and max(dkdv.dims(spec)) <= dkdv.NARROW
+    return both and not (needs.dbias and dq.owns_dbias(spec))
 
 
 def _worth_adding(spec: AttentionSpec) -> bool:

@@ -30,6 +30,7 @@ from .dkdv_step import (
     score,
     weigh,
 )
+from .dq_of_pairs import run_dq_of_pairs
 from .dropout import philox_of
 from .extent import Extent, extent_of, key_rows, outer_at, padded_row, pair_of, place_in_bias, query_rows
 from .features import all_lse_small, clear_masked, slope_of
@@ -453,7 +454,10 @@ def dkdv(
         ds_s = gl.allocate_shared_memory(DT, [4, BM, C.block_n // 2], SWIZZLED)
     else:
         ds_s = None
-    if dq_desc is not None:
+    if C.dq_blocks > 0 and dq_desc is not None:
+        SUMS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, q_desc.block_shape[3]], gl.float32)
+        dq_s = gl.allocate_shared_memory(gl.float32, [C.dq_blocks, BM, q_desc.block_shape[3]], SUMS)
+    elif dq_desc is not None:
         dq_s = gl.allocate_shared_memory(gl.float32, stacked(4 if DQ_WARPGROUP else 2, dq_desc.block_shape), dq_desc.layout)
     else:
         dq_s = None
@@ -473,13 +477,18 @@ def dkdv(
 
     p = Program(
         small_lse, dk_desc, dv_desc, dk_parts, dv_parts, dbias, bias, lengths, packed, bounds, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s,
-        rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, row_s, ones_s, kv, q_full, o_full, bias_full, ds_empty, dq_empty, consumers_done,
-        bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits, batch_inner, M, N, lo,
-        hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, DQ_WARPGROUP, ROW, IS_MASK, EVEN_N, ALIBI,
-        BATCH_FASTEST, LONGEST, SUM_BY_MMA, LOOPS, QK, OV,
+        rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, row_s, ones_s, kv, q_full, o_full, bias_full, ds_empty, dq_empty,
+        consumers_done, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits,
+        batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, DQ_WARPGROUP, ROW,
+        IS_MASK, EVEN_N, ALIBI, BATCH_FASTEST, LONGEST, SUM_BY_MMA, LOOPS, QK, OV,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
-    if DQ_WARPGROUP:
+    if DQ_WARPGROUP and C.dq_blocks > 0:
+        gl.warp_specialize(
+            [(_consume_either, (p, 0)), (_consume_either, (p, 1)), (run_dq_of_pairs, (p, dq_desc)), (_produce, (p, f))],
+            [4, 4, 1], [208, 72, 24],
+        )  # fmt: skip
+    elif DQ_WARPGROUP:
         gl.warp_specialize(
             [(_consume_either, (p, 0)), (_consume_either, (p, 1)), (run_dq_warpgroup, (p, dq_desc)), (_produce, (p, f))],
             [4, 4, 1], [208, 72, 24],

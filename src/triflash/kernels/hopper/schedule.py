@@ -57,6 +57,46 @@ class Uniform:
 
 
 @record
+class Pairs:
+    """A persistent grid that deals out (batch, head) pairs: a program has all ``tiles_each`` tiles of TILE rows of a pair in a row."""
+
+    tiles_each: object
+    batch: object
+    heads: object
+    TILE: gl.constexpr
+    BATCH_FASTEST: gl.constexpr
+
+    @gluon.jit
+    def waves(self):
+        """How many tiles this program works through."""
+        pairs = self.batch * self.heads
+        programs = gl.num_programs(0)
+        return (pairs // programs + (gl.program_id(0) < pairs % programs).to(gl.int32)) * self.tiles_each
+
+    @gluon.jit
+    def locate(self, wave):
+        """(first row, head, batch) of this program's tile of a wave."""
+        pair = wave // self.tiles_each * gl.num_programs(0) + gl.program_id(0)
+        if self.BATCH_FASTEST:
+            head = pair // self.batch
+            b = pair % self.batch
+        else:
+            head = pair % self.heads
+            b = pair // self.heads
+        return wave % self.tiles_each * self.TILE, head, b
+
+    @gluon.jit
+    def begins_pair(self, wave):
+        """Whether that tile is its pair's first."""
+        return wave % self.tiles_each == 0
+
+    @gluon.jit
+    def ends_pair(self, wave):
+        """Whether that tile is its pair's last."""
+        return wave % self.tiles_each == self.tiles_each - 1
+
+
+@record
 class Listed:
     """A persistent grid that deals out the tiles of a table (``listed.py``): ``entries`` have ENTRY numbers each, there are ``count`` for
     each of ``heads``. A head's tiles are dealt out before the next head's, in turn from the shortest to the longest and back, the last

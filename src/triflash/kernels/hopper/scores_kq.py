@@ -18,7 +18,7 @@ from .features import (
     widened,
 )
 from .layouts import accumulator
-from .schedule import Listed, Uniform
+from .schedule import Listed, Pairs, Uniform
 
 LSE = gl.constexpr(0)  # rows of the table of statistics
 DELTA = gl.constexpr(1)
@@ -46,6 +46,8 @@ def grid_of(p):
     heads = key_heads(p.heads, p.group, p.splits)
     if p.packed is not None:
         return Listed(p.packed[0], gl.load(p.packed[1]), heads, 0)
+    elif p.C.dq_blocks > 0:
+        return Pairs(p.tiles_n, p.batch, heads, p.C.block_n, p.BATCH_FASTEST)
     else:
         return Uniform(p.tiles_n, p.tiles, p.batch, heads, p.l2_group, p.serpentine, p.C.block_n, p.LONGEST, p.BATCH_FASTEST)
 

@@ -13,11 +13,12 @@ from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec
 from ..configs import chosen, padded
 from ..device import DeviceFacts
-from ..steps import Step, broadcast_rows
+from ..steps import Step, broadcast_rows, ceil_div
 from .shared import (
     L2_GROUP_BYTES,
     MAX_SIMULATED_TILES,
     MOST_PIECES,
+    ROWS,
     TILE_COST,
     Buffer,
     HopperConfig,
@@ -37,8 +38,8 @@ from .shared import (
 )
 
 __all__ = [
-    "DQ_WARPGROUP_DIM", "NARROW", "DkdvConfig", "choose", "dims", "has_bias_tiles", "head_splits", "key_tiles", "l2_order", "row_of_keys",
-    "step", "sums_by_mma", "sums_dq_by_hand",
+    "DQ_WARPGROUP_DIM", "MOST_DQ_BLOCKS", "NARROW", "DkdvConfig", "choose", "dims", "has_bias_tiles", "head_splits", "key_tiles",
+    "l2_order", "of_pairs", "row_of_keys", "step", "sums_by_mma", "sums_dq_by_hand",
 ]  # fmt: skip
 
 NARROW = 128  # head dims up to which one kernel gives dk, dv and dq; above, dkdv_d256 gives dk and dv, of half as many keys
@@ -46,6 +47,11 @@ SMALLEST_DIM = 32  # narrower heads are padded, which costs no memory traffic
 DQ_WARPGROUP_DIM = 64  # head dims up to which there are registers for a warpgroup that computes dq
 PART_COST = 4  # blocks, to write and read partial sums of a tile's dk and dv: 2 KB a key at d 128, at an H100's bandwidth
 LAUNCH_COST = 2  # blocks, of one kernel more
+MOST_DQ_BLOCKS = 16
+LEAST_SCORES = 2**22  # of all heads, below which a step waits for the host
+IMBALANCE = 1.05  # of programs that have whole pairs, over those that have tiles: what no sum of dq in global memory is worth
+SHORT_IMBALANCE = 1.15  # where else a kernel of its own would give dq: of up to SHORT_KEYS keys at head dims above 32, without bias tiles
+SHORT_KEYS = 511
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MANY_HEADS = 4  # query heads in a row; with more, programs that read the same heads drift of_its_own under a band, out of L2's reach:
 DRIFT = 1.1  # at d 128, eight were 7 to 14 % slower than two times four
@@ -61,9 +67,10 @@ class DkdvConfig(HopperConfig):
     kernel for head dims above 128, whose consumers share tiles of 64 keys; else each owns 64. kv_stages: buffers for a tile's K and V; with
     two, those of the next tile are fetched meanwhile. dq_warpgroup: where dq is summed, a third warpgroup computes it; head dims up to
     DQ_WARPGROUP_DIM. unroll: blocks a step of the loop, of which each starts before the one before is done. red_dq: dq is summed by
-    red.global from registers, else by TMA. head_splits: parts that the query heads of a key head are dealt out in, for more tiles; each
-    gives partial sums of dk and dv. Of d256 alone: p_stages, buffers for p on its way from one consumer to the other; own_widths, as of the
-    forward kernel; hold_k, hold_v: a tile's k or v is read from registers. Its block_m may be 128.
+    red.global from registers, else by TMA. dq_blocks: with dq_warpgroup, blocks of queries whose dq is summed in shared memory by a program
+    that has all key tiles of a (batch, head) pair; 0: in global memory. head_splits: parts that the query heads of a key head are dealt out
+    in, for more tiles; each gives partial sums of dk and dv. Of d256 alone: p_stages, buffers for p on its way from one consumer to the
+    other; own_widths, as of the forward kernel; hold_k, hold_v: a tile's k or v is read from registers. Its block_m may be 128.
     """
 
     q_stages: int
@@ -77,6 +84,7 @@ class DkdvConfig(HopperConfig):
     red_dq: bool = False
     head_splits: int = 1
     p_stages: int = 2
+    dq_blocks: int = 0
     own_widths: bool = False
     hold_k: bool = False
     hold_v: bool = False
@@ -93,6 +101,8 @@ class DkdvConfig(HopperConfig):
             raise bad_value("unroll", "1, or with two q_stages, and dq_warpgroup two o_stages, 2 or 4", self.unroll)
         if self.dq_warpgroup and self.red_dq:
             raise bad_value("red_dq", "False with dq_warpgroup", True, "a warpgroup of its own has time for TMA")
+        if not 0 <= self.dq_blocks <= MOST_DQ_BLOCKS or (self.dq_blocks and not (self.dq_warpgroup and self.head_splits == 1)):
+            raise bad_value("dq_blocks", f"0, or with dq_warpgroup and without head_splits up to {MOST_DQ_BLOCKS}", self.dq_blocks)
         if self.block_m not in ((64, 128) if self.d256 else (64,)):
             raise bad_value("block_m", "64, or with d256 128, which is what the layouts of the kernels are made for", self.block_m)
         if self.p_stages not in (1, 2):
@@ -119,7 +129,11 @@ class DkdvConfig(HopperConfig):
     def __str__(self) -> str:
         flags = " d256" * self.d256 + f" kv{self.kv_stages}" * (self.kv_stages > 1)
         flags += " dq-warpgroup" * self.dq_warpgroup + " red-dq" * self.red_dq + f" u{self.unroll}" * (self.unroll > 1)
-        flags += f" h{self.head_splits}" * (self.head_splits > 1) + f" p{self.p_stages}" * (self.p_stages != 2)
+        flags += (
+            f" smem-dq{self.dq_blocks}" * (self.dq_blocks > 0)
+            + f" h{self.head_splits}" * (self.head_splits > 1)
+            + f" p{self.p_stages}" * (self.p_stages != 2)
+        )
         flags += " own-widths" * self.own_widths + " hold-k" * self.hold_k + " hold-v" * self.hold_v
         return f"{self.block_m}x{self.block_n} s{self.q_stages}/{self.o_stages} b{self.bias_stages}{flags}"
 
@@ -153,7 +167,7 @@ class DkdvConfig(HopperConfig):
         return (
             *loaded,
             Buffer("ds", 4 * adding, (64, 64), 2),
-            Buffer("dq", tma, (64, head[0] // 2), 4),
+            Buffer("dq", 2 * self.dq_blocks or tma, (64, head[0] // 2), 4),
             *row_buffers(spec, 2, 64),
             barriers(*stages, 2 * self.bias_stages, 2, 2, 1),
         )
@@ -250,6 +264,29 @@ def choose(spec: AttentionSpec, limit: int, gives: tuple[str, ...]) -> DkdvConfi
     return None
 
 
+def of_pairs(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object], gives: tuple[str, ...]) -> DkdvConfig | None:
+    """The configuration that sums dq up in shared memory, as ``kernels/hopper/dq_of_pairs.py``: what is chosen by hand, else the first that
+    fits, where whole (batch, head) pairs keep SMs about as busy as their tiles do. None: another way is taken.
+    """
+    config = chosen(by_hand, "dqdkdv", DkdvConfig)
+    if config is not None:
+        return config if config.dq_blocks else None
+    blocks = ceil_div(spec.queries, ROWS)
+    if spec.groups > 1 or spec.is_empty or max(dims(spec)) > DQ_WARPGROUP_DIM or blocks > MOST_DQ_BLOCKS:
+        return None
+    pairs, tiles = spec.batch * spec.heads, ceil_div(spec.keys, 128)
+    short = max(dims(spec)) > SMALLEST_DIM and spec.keys <= SHORT_KEYS and not has_bias_tiles(spec)
+    waves, waves_of_tiles = ceil_div(pairs, device.sms), ceil_div(pairs * tiles, device.sms)
+    if waves * tiles > (SHORT_IMBALANCE if short else IMBALANCE) * waves_of_tiles or pairs * spec.queries * spec.keys < LEAST_SCORES:
+        return None
+    own = tuple(name for name in gives if name in ("dq", "dbias", "dsecond"))
+    for config in _candidates(spec, own):
+        for some in (min(blocks + blocks % 2, MOST_DQ_BLOCKS), blocks):  # an even number: fewer kernels
+            if config.dq_warpgroup and (way := replace(config, dq_blocks=some)).shared_memory(spec, own) <= device.shared_memory:
+                return way
+    return None
+
+
 def key_tiles(spec: AttentionSpec, config: DkdvConfig) -> tuple[int, int]:
     """(key tiles of a (batch, key head) pair, tiles of the whole problem, whose ``head_splits`` count)."""
     tiles = -(-spec.keys // config.block_n)
@@ -330,6 +367,8 @@ def _check(spec: AttentionSpec, config: DkdvConfig, adding: bool) -> None:
         raise bad_value("dq_warpgroup", f"False for {sizes}", True, "there are no registers for it")
     if adding and not config.dq_warpgroup and config.bias_stages > 1:
         raise bad_value("bias_stages", "1, or 2 with dq_warpgroup", config.bias_stages, "there are no named barriers for more")
+    if config.dq_blocks and (not adding or spec.groups > 1 or spec.queries > ROWS * config.dq_blocks):
+        raise bad_value("dq_blocks", f"0, or for dq of up to {ROWS} queries each, without grouped heads", config.dq_blocks)
     if config.head_splits > spec.groups:
         raise bad_value("head_splits", f"at most {spec.groups}, the query heads of a key head", config.head_splits)
 
@@ -339,18 +378,27 @@ def sums_dq_by_hand(by_hand: Mapping[str, object]) -> bool:
     return chosen(by_hand, "dqdkdv", DkdvConfig) is not None
 
 
-def step(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object], gives: tuple[str, ...]) -> Step:
-    """The kernel, with its grid, for what a plan of ``plan/hopper.py`` asks of it: called "dqdkdv" where it sums dq too."""
+def step(
+    spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object], gives: tuple[str, ...], pairs: DkdvConfig | None = None
+) -> Step:
+    """The kernel, with its grid, for what a plan of ``plan/hopper.py`` asks of it: called "dqdkdv" where it gives dq too. pairs: see
+    :func:`of_pairs`.
+    """
     kernel = "dqdkdv" if "dq" in gives else "dkdv"
     config = chosen(by_hand, kernel, DkdvConfig)
     if config is not None:
         _check(spec, config, "dq" in gives)
+        if config.dq_blocks and pairs is None:
+            raise bad_value("dq_blocks", "0 for packed sequences", config.dq_blocks)
+    elif pairs is not None:
+        config = pairs
     else:
         found = choose(spec, device.shared_memory, tuple(name for name in gives if name in ("dq", "dbias", "dsecond")))
         assert found is not None, "why_not_backward refuses what fits no candidate"
         splits = head_splits(spec, found, device.sms)
         config = found if splits == found.head_splits else replace(found, head_splits=splits)
-    programs = min(key_tiles(spec, config)[1], device.sms)
+    tiles_n, tiles = key_tiles(spec, config)
+    programs = min(tiles // tiles_n if config.dq_blocks else tiles, device.sms)
     row = row_of_keys(spec)
     rows = broadcast_rows(spec, row[1]) if row is not None and row[0] in gives else 1
     return Step(kernel, config, programs, order_of(spec), rows, gives)
