@@ -177,7 +177,8 @@ def bias_shape(case: Case, pattern: str | None = None) -> tuple[int, ...]:
 
 def shown_by(shape: tuple[int, ...], how: str, generator: torch.Generator) -> Tensor:
     """A mask (…, queries, keys) that shows all but padding on the "left" or "right" of each entry's keys, "documents" of a row to themselves,
-    those with "holes", of which whole blocks are hidden, or but for a third of their "rows"; "one" pair of each entry; "nothing"; "everything".
+    those with "holes", of which whole blocks are hidden, or but for a third of their "rows"; "one" pair of each entry; "nothing";
+    "everything", or that "but one" pair or "but a key".
     """
     *outer, M, N = shape
     entries = math.prod(outer)
@@ -191,6 +192,10 @@ def shown_by(shape: tuple[int, ...], how: str, generator: torch.Generator) -> Te
             own[int(torch.randint(M, (1,), generator=generator)), min(at, N - 1)] = True
         elif how == "everything":
             own.fill_(True)
+        elif how == "but one":
+            own.fill_(True)[int(torch.randint(M, (1,), generator=generator)), min(at, N - 1)] = False
+        elif how == "but a key":
+            own.fill_(True)[:, min(at, N - 1)] = False
         elif how != "nothing":
             cuts_m, cuts_n = (torch.randint(size + 1, (3,), generator=generator).sort().values for size in (M, N))
             own |= torch.bucketize(i, cuts_m, right=True) == torch.bucketize(j, cuts_n, right=True)

@@ -117,7 +117,7 @@ def test_the_same_bits_in_every_run(device: torch.device) -> None:
     ("dq_of_pairs", "bar_sync(DS_HERE + slot, 384)", "pass"),
     ("dq_of_pairs", "own.load(S) * factor", "own.load(S)"),
     ("dq_of_pairs", "tma_store_wait(0)", "pass"),
-    ("dq_of_pairs", "turned(step, steps, begin, whole, part, n0, BM)", "begin + step"),
+    ("dq_of_pairs", "turned(p, step, steps, begin, whole, part, bare, n0, BM)", "begin + step"),
     ("schedule", "wave % self.tiles_each == _", "wave % self.tiles_each == 0"),
 ])  # fmt: skip
 def test_each_of_these_is_needed(kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:

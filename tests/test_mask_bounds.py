@@ -3,6 +3,7 @@ on the CPU's stand-in for it (``gluon_twin.py``), which also counts what is visi
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -43,8 +44,9 @@ somewhere = pytest.mark.skipif(
 )
 CPU, SM90 = torch.device("cpu"), KNOWN_DEVICES["sm90"]
 BF16, F32, BOOL = torch.bfloat16, torch.float32, torch.bool
-SHOWN = ["left", "right", "documents", "holes", "rows", "one", "nothing", "everything"]
+SHOWN = ["left", "right", "documents", "holes", "rows", "one", "nothing", "everything", "but one", "but a key"]
 SHORT_STEPS = MaskBoundsConfig(64, 64, 4, 1)  # so that a search has several
+BOTH_ENDS = replace(CONFIG, whole=False)  # every block that is visited loads its tile of the mask
 
 
 def problem(name: str, **options: Any) -> Case:
@@ -61,7 +63,7 @@ def check(case: Case, device: torch.device, seed: int = 0, **configs: Config | N
 # ---- the tables
 
 
-def between(mask: Tensor, rows: int, walked: int) -> Tensor:
+def between(mask: Tensor) -> Tensor:
     """By definition: of a mask (entries, rows or 1, walked or 1) the first that each 64 rows see, and one more than the last."""
     tiles = [mask[:, at : at + 64].any(1) for at in range(0, mask.shape[1], 64)]
     found = []
@@ -70,6 +72,19 @@ def between(mask: Tensor, rows: int, walked: int) -> Tensor:
             seen = entry.nonzero()
             everything = mask.shape[2] == 1 and len(seen) == 1
             found.append((0, 2**30) if everything else (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (2**30, 0))
+    return torch.tensor(found, dtype=torch.int32).view(len(tiles), mask.shape[0], 2).transpose(0, 1)
+
+
+def all_shown(mask: Tensor) -> Tensor:
+    """Likewise where the longest of the stretches of whole 64 begins, the first of them, that each 64 rows see altogether, and where it ends."""
+    tiles = [mask[:, at : at + 64].all(1) for at in range(0, mask.shape[1], 64)]
+    found = []
+    for tile in tiles:
+        for entry in tile:
+            units = [bool(entry[at : at + 64].all()) for at in range(0, len(entry), 64)]
+            stretches = [(b - a, -a) for a in range(len(units)) for b in range(a, len(units) + 1) if all(units[a:b])]
+            length, start = max(stretches)
+            found.append((-start * 64, (length - start) * 64) if length else (0, 0))
     return torch.tensor(found, dtype=torch.int32).view(len(tiles), mask.shape[0], 2).transpose(0, 1)
 
 
@@ -89,7 +104,7 @@ TABLES = [
 
 
 @somewhere
-@pytest.mark.parametrize("config", [CONFIG, SHORT_STEPS], ids=str)
+@pytest.mark.parametrize("config", [CONFIG, SHORT_STEPS, replace(SHORT_STEPS, whole=False)], ids=str)
 @pytest.mark.parametrize("case", TABLES, ids=str)
 def test_the_tables(case: Case, config: MaskBoundsConfig, device: torch.device) -> None:
     for shown in SHOWN[TABLES.index(case) % 3 :: 3]:
@@ -101,19 +116,23 @@ def test_the_tables(case: Case, config: MaskBoundsConfig, device: torch.device) 
             (step,) = mask_bounds.steps(spec, {"mask_bounds": config}, gives)
             bounds = new_bounds(Real(x.q), Plan("hopper", (step,)), spec)
             for table in bounds.values():
-                table.fill_(-7)
+                table.numbers.fill_(-7)
             with nullcontext() if GPU else every_address():
                 start(device, [bounds_call(step, spec, x, bounds)])
             given = inputs.operands()
             mask = given.mask if given.mask is not None else given.bias
             assert mask is not None
             for name, table in bounds.items():
-                five = mask.detach().cpu()
+                five, four = mask.detach().cpu(), table.numbers.cpu()
+                shown_to_any = shown_to_all = five
                 if name == "keys":
-                    of_group = five.unflatten(2, (-1, case.H // case.key_heads)).any(3) if five.shape[2] > 1 else five
-                    five = of_group.transpose(3, 4)
-                wanted = between(five.reshape(-1, *five.shape[3:]), 64, 64)
-                assert torch.equal(table.view(-1, table.shape[3], 2).cpu(), wanted), (shown, name)
+                    of_group = five.unflatten(2, (-1, case.H // case.key_heads)) if five.shape[2] > 1 else five[:, :, :, None]
+                    shown_to_any, shown_to_all = of_group.any(3).transpose(3, 4), of_group.all(3).transpose(3, 4)
+                first, last = four.view(-1, four.shape[3], 4).split(2, -1)
+                assert torch.equal(first, between(shown_to_any.flatten(0, 2))), (shown, name)
+                varies = mask_bounds.mask_of(spec).varies  # type: ignore[union-attr]
+                assert table.whole == (config.whole and mask is given.bias and varies[4] and (name == "queries" or varies[3]))
+                assert torch.equal(last, all_shown(shown_to_all.flatten(0, 2)) if table.whole else torch.full_like(last, -7)), (shown, name)
 
 
 # ---- results
@@ -193,7 +212,7 @@ def test_what_is_not_visited_added_nothing() -> None:
     softmax where a first block was hidden.
     """
     for n, shown in enumerate(SHOWN):
-        case = problem("bits", grads="qkv", shown=shown, seed=n, dtype=(torch.float16, BF16)[n % 2])
+        case = problem("bits", M=192, grads="qkv", shown=shown, seed=n, dtype=(torch.float16, BF16)[n % 2])
         (plain,), (bounded,) = (
             results_of(case, build(case, CPU), "stand-in", {"dq": DqConfig(2, 64, 2, 2), **more}, sms=2)[0]
             for more in ({}, {"mask_bounds": SHORT_STEPS})
@@ -240,14 +259,14 @@ def test_hidden_blocks_are_not_visited(monkeypatch: pytest.MonkeyPatch) -> None:
     all_of_them = entries * heads * tiles * 2 * 8  # two consumers' tiles of each block
     before = visited(monkeypatch, case, forward=forward, dqdkdv=keys)
     assert before == {"forward": all_of_them, "dkdv": all_of_them}
-    after = visited(monkeypatch, case, forward=forward, dqdkdv=keys, mask_bounds=CONFIG)
+    after = visited(monkeypatch, case, forward=forward, dqdkdv=keys, mask_bounds=BOTH_ENDS)
     assert after == {"forward": all_of_them // 4, "dkdv": all_of_them // 4}
-    alone = visited(monkeypatch, replace(case, grads="q"), forward=forward, dq=rows, mask_bounds=CONFIG)
+    alone = visited(monkeypatch, replace(case, grads="q"), forward=forward, dq=rows, mask_bounds=BOTH_ENDS)
     assert alone == {"forward": all_of_them // 4, "dq": all_of_them // 4}
-    wide = visited(monkeypatch, replace(case, D=136), forward=forward, mask_bounds=CONFIG)
+    wide = visited(monkeypatch, replace(case, D=136), forward=forward, mask_bounds=BOTH_ENDS)
     assert wide["dkdv_d256"] == entries * heads * 8 * 2  # tiles of 64 keys
     mask = torch.zeros_like(mask)  # a block for each tile of queries, for form's sake
-    nothing = visited(monkeypatch, case, forward=forward, dqdkdv=keys, mask_bounds=CONFIG)
+    nothing = visited(monkeypatch, case, forward=forward, dqdkdv=keys, mask_bounds=BOTH_ENDS)
     assert nothing == {"forward": all_of_them // 8, "dkdv": 0}
 
 
@@ -259,7 +278,7 @@ def test_no_more_than_between_the_outermost(shown: str, monkeypatch: pytest.Monk
     assert mask is not None
     sums = []
     for own, side in ((mask, 32), (mask.transpose(3, 4), 64)):
-        table = between(own.reshape(-1, *own.shape[3:]), 64, 64).long()
+        table = between(own.reshape(-1, *own.shape[3:])).long()
         first, end = (table[..., n].view(2, -1) for n in (0, 1))
         at = [range(n, min(n + 2, first.shape[1])) for n in range(0, first.shape[1], 2)]  # two of these are a tile of 128
         blocks = [
@@ -267,8 +286,55 @@ def test_no_more_than_between_the_outermost(shown: str, monkeypatch: pytest.Monk
             for b in range(2) for tile in at
         ]  # fmt: skip
         sums.append(sum(2 * max(n, side == 32) for n in blocks))
-    found = visited(monkeypatch, case, forward=ForwardConfig(2, 32, 2), dqdkdv=DkdvConfig(2, 2), mask_bounds=CONFIG)
+    found = visited(monkeypatch, case, forward=ForwardConfig(2, 32, 2), dqdkdv=DkdvConfig(2, 2), mask_bounds=BOTH_ENDS)
     assert [found["forward"], found["dkdv"]] == sums
+
+
+def loads_of_queries(case: Case, mask: Tensor, keys: int) -> int:
+    """Tiles of a mask that kernels load for 128 queries and blocks of so many keys, one for each 64 queries."""
+    (first, end), (whole, stop) = (table.long().unbind(-1) for table in (between(mask), all_shown(mask)))
+    loads, hi = 0, case.band[1]
+    for b, m0 in itertools.product(range(case.B), range(0, case.M, 128)):
+        tiles = [*range(m0 // 64, min(m0 // 64 + 2, first.shape[1]))]
+        last = case.N if hi is None else min(m0 + 128, case.M) + hi
+        begin, over = int(first[b, tiles].min()) // keys, min(-(-last // keys), -(-int(end[b, tiles].max()) // keys))
+        uncut = over - 1 if hi is None else min(over - 1, (m0 + hi + 1) // keys)  # a tile's last block is visited with the mask
+        bare = min(uncut, int(stop[b, tiles].min()) // keys) - max(begin, -(-int(whole[b, tiles].max()) // keys))
+        loads += 2 * (max(over - begin, 1) - max(bare, 0))
+    return loads
+
+
+def loads_of_keys(case: Case, mask: Tensor) -> int:
+    """Likewise for 128 keys and blocks of 64 queries, without a band."""
+    (first, end), (whole, stop) = (table.long().unbind(-1) for table in (between(mask), all_shown(mask)))
+    loads = 0
+    for b, n0 in itertools.product(range(case.B), range(0, case.N, 128)):
+        tiles = [*range(n0 // 64, min(n0 // 64 + 2, first.shape[1]))]
+        begin, over = int(first[b, tiles].min()) // 64, -(-int(end[b, tiles].max()) // 64)
+        bare = min(over, int(stop[b, tiles].min()) // 64) - max(begin, int(whole[b, tiles].max()) // 64) if n0 + 128 <= case.N else 0
+        loads += 2 * (max(over - begin, 0) - max(bare, 0))
+    return loads
+
+
+@stand_in_only
+@pytest.mark.parametrize("shown", SHOWN)
+def test_no_tiles_are_loaded_of_a_mask_that_hides_nothing_there(shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, rows = ForwardConfig(2, 32, 2), DqConfig(2, 64, 2, 2)
+    banded = problem("banded", shown=shown, M=260, N=700, seed=4, grads="", hi=200)
+    plain = problem("plain", shown=shown, M=400, N=260, seed=5)
+    for case, wanted in (
+        (banded, lambda mask: {"forward": loads_of_queries(banded, mask, 32)}),
+        (plain, lambda mask: {"forward": loads_of_queries(plain, mask, 32), "dkdv": loads_of_keys(plain, mask.transpose(1, 2))}),
+        (
+            replace(plain, grads="q"),
+            lambda mask: {name: loads_of_queries(plain, mask, keys) for name, keys in (("forward", 32), ("dq", 64))},
+        ),
+    ):
+        mask = build(case, CPU).operands().bias
+        assert mask is not None
+        given = {"dq": rows} if case.grads == "q" else {"dqdkdv": DkdvConfig(2, 2)}
+        found = visited(monkeypatch, case, forward=forward, mask_bounds=CONFIG, **given)
+        assert {**found} == wanted(mask.reshape(-1, *mask.shape[3:]))
 
 
 # ---- that tests would see it
@@ -286,18 +352,54 @@ def test_no_more_than_between_the_outermost(shown: str, monkeypatch: pytest.Monk
     ("scores_kq", "min(max(begin, first_seen // BM), end)", "min(begin + 1, end)"),
     ("scores_kq", "(end_seen + BM - 1) // BM", "end_seen // BM"),
     ("scores_kq", "a = max(a, begin)", "pass"),
+    ("extent", "max(first, _)", "first"),
+    ("extent", "min(end, _)", "end"),
+    ("scores_qk", "(first_whole + p.C.block_n - 1) // p.C.block_n", "first_whole // p.C.block_n"),
+    ("scores_qk", "min(end_whole // p.C.block_n, last)", "min((end_whole + p.C.block_n - 1) // p.C.block_n, last)"),
+    ("scores_qk", "last = min(full_end, end - 1)", "last = end - 1"),
+    ("scores_qk", "first = min(full_begin, last)", "first = 0"),
+    ("scores_qk", "moved >= whole.end", "moved > whole.end"),
+    ("scores_qk", "block -= gl.where(block < w.whole.end, _, 0)", "pass"),
+    ("scores_qk", "at = w.masks + step", "pass"),
+    ("scores_qk", "at -= _", "pass"),
+    ("forward", "masks += _", "masks += steps"),
+    ("forward_loads", "bias_at -= _", "pass"),
+    ("forward_loads", "masks += _", "masks += end - begin"),
+    ("forward_loads", "block = in_order(bare, block)", "pass"),
+    ("dq", "masks += steps - _", "masks += steps"),
+    ("dq", "bias_at -= _", "pass"),
+    ("dq", "block = in_order(bare, block)", "pass"),
+    ("scores_kq", "(first_whole + p.C.block_m - 1) // p.C.block_m", "first_whole // p.C.block_m - 1"),
+    ("scores_kq", "min(end_whole // p.C.block_m, part)", "min(end_whole // p.C.block_m + 1, part)"),
+    ("scores_kq", "place + (bare.begin - first)", "place"),
+    ("scores_kq", "place + gl.where(place >= begin, count, 0)", "place"),
+    ("dkdv", "bias_at -= _", "pass"),
+    ("dkdv", "masks += _", "masks += steps * members"),
+    ("dkdv", "masks - done - member * count", "masks - done"),
+    ("dkdv", "before - count", "before"),
+    ("scores_kq", "block = moved_over(block, _, _)", "pass"),
+    ("dkdv_d256", "bias_at -= _", "pass"),
+    ("dkdv_d256", "masks += _", "masks += steps * p.group"),
+    ("dkdv_d256", "masks - done - member * count", "masks - done"),
+    ("dkdv_d256", "before - count", "before"),
 ])  # fmt: skip
 def test_each_of_these_is_needed(kernel: str, old: str, new: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mutate(monkeypatch, kernel, old, new)
-    assert noticed(run_breakable, 12)
+    assert noticed(run_breakable, 24)
 
 
 def run_breakable(seed: int) -> None:
     bias = ("b1qk", "bhqk", "b11k")[seed % 3]
-    case = problem(
-        "broken", B=4, batch_inner=2, H=2, M=330, N=300, bias="bi" + bias[1:], shown=("documents", "right", "left")[seed // 3 % 3]
-    )
-    check(replace(case, hi=(None, 150)[seed % 2]), CPU, seed, dqdkdv=DkdvConfig(2, 2))
+    shown = ("documents", "right", "left", "but a key", "left", "but one")[(seed // 3 + seed) % 6]
+    case = problem("broken", B=4, batch_inner=2, H=2, M=330, N=300, bias="bi" + bias[1:], shown=shown, alibi=(None, "h")[seed % 2])
+    forward = ForwardConfig(2, (64, 128)[seed // 4 % 2], 2)
+    case = replace(case, hi=(None, 150, 250)[seed % 5 % 3], lo=(None, -120)[seed // 5 % 2], Hk=(None, 1)[seed // 3 % 2])
+    if seed % 4 == 3:
+        check(replace(case, grads="q"), CPU, seed, forward=forward, dq=DqConfig(2, 64, 2, 2))
+    elif seed % 4 == 2:
+        check(replace(case, grads="kv", D=136), CPU, seed)
+    else:
+        check(case, CPU, seed, forward=forward, dqdkdv=DkdvConfig(2, 2))
 
 
 @stand_in_only
@@ -341,11 +443,14 @@ def test_when_it_runs() -> None:
 def test_explain_says_it() -> None:
     q, mask = torch.empty(4, 4096, 16, 64, dtype=BF16, device="meta"), torch.empty(4, 1, 1, 4096, dtype=BOOL, device="meta")
     explained = triflash.explain(q, q, q, mask=mask, grads=("q", "k", "v"), device="h200")
-    for of, rows in ((explained.forward, 4), (explained.backward, 4 + 4 * 64)):  # queries, and 64 tiles of keys
+    for of, programs in (
+        (explained.forward, 4),
+        (explained.backward, 4 + 2 * 4 * 64),
+    ):  # of queries, and from both ends for 64 tiles of keys
         assert of is not None and of.steps[0].step.kernel == "mask_bounds"
-        assert of.steps[0].step.programs == 2 * rows
+        assert of.steps[0].step.programs == programs
     text = str(explained)
-    assert "mask_bounds 64x512 w8 s1: 8 programs, gives queries" in text and "what a mask shows to queries" in text
+    assert "mask_bounds 64x512 w8 s1 whole: 4 programs, gives queries" in text and "what a mask shows to queries" in text
     assert "mask_bounds" not in str(triflash.explain(q, q, q, device="h200"))
 
 

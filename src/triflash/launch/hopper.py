@@ -36,7 +36,7 @@ from ..spec import AttentionSpec, Operands, Saved
 from . import hopper_packed
 from .calls import SMALLEST_SCALE, Call, address_of, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
 from .hopper_packed import AROUND, Around, Tables
-from .mask_bounds import Bounds, bounds_call, bounds_of, new_bounds
+from .mask_bounds import Bounds, bounds_call, bounds_of, new_bounds, skips
 from .packed import in_line
 from .room import Room
 
@@ -133,6 +133,7 @@ def forward_calls(
             "FUSING": fuses_bias(spec, config),
             "QK": multiplied_columns(spec.head_dim, head),
             "OV": multiplied_columns(spec.value_dim, value),
+            "SKIPS": skips(bounds, "queries"),
         }
         calls.append(Call(forward_kernels.forward, args, constants | register_limit(config), config, step.programs))
     return calls

@@ -33,7 +33,7 @@ from .hopper import batch_of, blocks_of, descriptor, in_order, is_even, of_rows,
 from .hopper_dbias import dbias_call as hopper_dbias_call
 from .hopper_dq import dq_call
 from .hopper_packed import AROUND, Around, Tables
-from .mask_bounds import Bounds, bounds_call, bounds_of, new_bounds
+from .mask_bounds import Bounds, bounds_call, bounds_of, new_bounds, skips
 from .packed import PackedTables, cleared_call, extents_call, tiles_call
 from .packed import dbias_call as packed_dbias_call
 from .packed import tables as packed_tables
@@ -185,7 +185,7 @@ def _dkdv(step: Step, p: _Pass) -> Call:
     assert isinstance(step.config, DkdvConfig)
     dq = p.grads.dq if step.config.dq_blocks else p.dq_sum
     results = (*_dk_and_dv(step, p), p.head_parts, dq, parts, strides)
-    return dkdv_call(p.spec, step, p.x, p.dout, p.stats, p.small_lse, *results, p.t, bounds_of(p.bounds, "keys"))
+    return dkdv_call(p.spec, step, p.x, p.dout, p.stats, p.small_lse, *results, p.t, p.bounds)
 
 
 def _is_first(step: Step) -> bool:
@@ -219,7 +219,8 @@ def _dq(step: Step, p: _Pass) -> Call:
     _, dbias = bias_given(step, p.grads)
     small_lse = p.small_lse if reads_small_lse(p.spec, step) else None
     features = (p.x.key_lengths, p.x.alibi_slopes, p.x.mask, p.x.dropout_seed, small_lse, p.x.second_bias)
-    how = (step.forward_keys, hopper_packed.tiles_of(p.t, p.spec, "queries"), step.loops, bounds_of(p.bounds, "queries"))
+    shown = (bounds_of(p.bounds, "queries"), skips(p.bounds, "queries"))
+    how = (step.forward_keys, hopper_packed.tiles_of(p.t, p.spec, "queries"), step.loops, *shown)
     return dq_call(p.spec, step.config, step.programs, q, k, v, bias, p.dout, p.stats, dq, dbias, *features, *how)
 
 
@@ -367,10 +368,10 @@ def dkdv_call(
     dbias: Tensor | None,
     dbias_strides: tuple[int, int, int, int] | None,
     t: Tables | None = None,
-    bounds: tuple[Any, ...] | None = None,
+    bounds: Bounds | None = None,
 ) -> Call:
     """dk, dv (or if there are any, their partial sums), dq or its float32 sum, and the gradient of a bias that varies over keys alone: what
-    is None is not computed. bounds: of what a mask shows (``mask_bounds.bounds_of``).
+    is None is not computed. bounds: of what a mask shows.
     """
     q, k, v, bias, mask, lengths, slopes, *_ = x
     config = step.config
@@ -406,7 +407,7 @@ def dkdv_call(
             pointer,
             lengths_of(lengths),
             packed,
-            bounds,
+            bounds_of(bounds, "keys"),
             slopes,
             dbias,
             bias_strides(pointer),
@@ -437,6 +438,7 @@ def dkdv_call(
         "LOOPS": step.loops,
         "QK": multiplied_columns(spec.head_dim, head),
         "OV": multiplied_columns(spec.value_dim, value),
+        "SKIPS": skips(bounds, "keys"),
     }
     if config.d256:
         return Call(d256_kernels.dkdv_d256, args, constants, config, step.programs)

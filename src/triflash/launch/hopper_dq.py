@@ -36,9 +36,10 @@ def dq_call(
     mask: Tensor | None = None, seed: Tensor | None = None, small_lse: Tensor | None = None,
     second: Tensor | None = None, forward_keys: int = SMALLEST_BLOCK, packed: tuple[Any, ...] | None = None,
     loops: str = "both", bounds: tuple[Any, ...] | None = None,
+    skips: bool = False,
 ) -> Call:  # fmt: skip
     """dq (B, M, H, D) like q, and if given dbias, of a bias of full shape and in its dtype. k and v may have fewer heads than q. bounds: of
-    what a mask shows (``mask_bounds.bounds_of``), not with dbias.
+    what a mask shows (``mask_bounds.bounds_of`` and ``skips``), not with dbias.
     """
     head, value, block_n = padded(spec.head_dim), padded(spec.value_dim), config.block_n
     bias_desc, bias_on, pointer, pointer_strides = bias_by_queries(spec, bias, config)
@@ -75,5 +76,6 @@ def dq_call(
         "LOOPS": loops,
         "QK": multiplied_columns(spec.head_dim, head),
         "OV": multiplied_columns(spec.value_dim, value),
+        "SKIPS": skips,
     }
     return Call(dq_kernels.dq, args, constants | register_limit(config), config, programs)

@@ -38,7 +38,21 @@ from .key_rows import PIECES, no_sums, operand, store_row, total
 from .layouts import accumulator, stacked
 from .products import store_columns, times, zeros_of
 from .rings import Ring, bar_sync, barriers, ring
-from .scores_kq import DELTA, LSE, REST, Feed, grid_of, of_keys, query_heads, store_dbias, turned, visible_blocks
+from .scores_kq import (
+    DELTA,
+    LSE,
+    REST,
+    Blocks,
+    Feed,
+    bare_blocks,
+    grid_of,
+    hiding_and_bare,
+    of_keys,
+    query_heads,
+    store_dbias,
+    turned,
+    visible_blocks,
+)
 
 
 @record
@@ -114,6 +128,7 @@ class Program:
     LOOPS: gl.constexpr
     QK: gl.constexpr
     OV: gl.constexpr
+    SKIPS: gl.constexpr
 
 
 @record
@@ -141,16 +156,39 @@ class Keys:
 
 @record
 class Span:
-    """The query blocks ``start … stop`` of a tile, MASKED or not, in the order of ``turned``, and as operands its keys and values and the
+    """Query blocks of a tile, MASKED or not, or BARE of the mask that others have tiles of, and as operands its keys and values and the
     keys' row of a bias (``key_rows.py``; None: added otherwise).
     """
 
-    start: object
-    stop: object
+    blocks: Blocks
     k: object
     v: object
     row: object
     MASKED: gl.constexpr
+    BARE: gl.constexpr
+
+
+@gluon.jit
+def _fetch_bias(p, f, at, x, head, m0, n0):
+    """For each consumer its tiles of the bias and of the mask beside it, tiles number ``at`` of the program."""
+    HALF: gl.constexpr = p.C.block_n // 2
+    BIAS_STAGES: gl.constexpr = p.C.bias_stages
+    BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes if f.bias_desc is not None else 0
+    MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
+    for w in gl.static_range(2):
+        slot = at % BIAS_STAGES * 2 + w
+        if at >= BIAS_STAGES:
+            bar_sync(BIAS_FREE + slot, 160)
+        full = p.bias_full.index(slot)
+        mbarrier.expect(full, BIAS_BYTES + MASK_BYTES)
+        if f.bias_desc is not None:
+            outer, inner, bias_head = outer_at(x.b, p.batch_inner, head, f.bias_on)
+            row, column = place_in_bias(p, x, m0, n0 + w * HALF, 0)
+            tma_load(f.bias_desc, [outer, inner, bias_head, row, column], full, p.bias_s.index(slot))
+        if f.mask_desc is not None:
+            mask_outer, mask_inner, mask_head = outer_at(x.b, p.batch_inner, head, f.mask_on)
+            mask_row, mask_column = place_in_bias(p, x, m0, n0 + w * HALF, 1)
+            tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, mask_row, mask_column], full, p.mask_s.index(slot))
 
 
 @gluon.jit
@@ -161,15 +199,14 @@ def _produce(p, f):
     STATS: gl.constexpr = BM * 4
     Q_STAGES: gl.constexpr = p.C.q_stages
     O_STAGES: gl.constexpr = p.C.o_stages
-    BIAS_STAGES: gl.constexpr = p.C.bias_stages
-    BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes if f.bias_desc is not None else 0
-    MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
     grid = grid_of(p)
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
+    masks = 0  # likewise their tiles of a mask, where some blocks have none
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0, kv_head)
+        bare = bare_blocks(p, x, n0, kv_head, whole, part)
         own_head, first_head, members = query_heads(kv_head, p.group, p.splits)
         kv = p.kv.slot(wave, 0)
         kv_full = p.kv.full.index(kv)
@@ -181,7 +218,8 @@ def _produce(p, f):
         steps = end - begin
         for step in range(steps * members):
             head = first_head + step // steps
-            m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
+            block = turned(p, step, steps, begin, whole, part, bare, n0, BM)
+            m0 = block * BM
             row = pair_of(p, x, head)
             padded = padded_row(x, m0)
             at = done + step
@@ -196,21 +234,14 @@ def _produce(p, f):
                 mbarrier.expect(q_full, f.q_desc.block_type.nbytes + STATS)
             tma_load(f.stats_desc, [row, LSE, padded], q_full, p.lse_s.index(stage))
             tma_load(f.q_desc, query_rows(p, x, m0, head), q_full, p.q_s.index(stage))
-            if f.bias_desc is not None or f.mask_desc is not None:
-                for w in gl.static_range(2):
-                    slot = at % BIAS_STAGES * 2 + w
-                    if at >= BIAS_STAGES:
-                        bar_sync(BIAS_FREE + slot, 160)
-                    bias_full = p.bias_full.index(slot)
-                    mbarrier.expect(bias_full, BIAS_BYTES + MASK_BYTES)
-                    if f.bias_desc is not None:
-                        outer, inner, bias_head = outer_at(x.b, p.batch_inner, head, f.bias_on)
-                        row_at, column_at = place_in_bias(p, x, m0, n0 + w * HALF, 0)
-                        tma_load(f.bias_desc, [outer, inner, bias_head, row_at, column_at], bias_full, p.bias_s.index(slot))
-                    if f.mask_desc is not None:
-                        mask_outer, mask_inner, mask_head = outer_at(x.b, p.batch_inner, head, f.mask_on)
-                        mask_row, mask_column = place_in_bias(p, x, m0, n0 + w * HALF, 1)
-                        tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, mask_row, mask_column], bias_full, p.mask_s.index(slot))
+            if p.SKIPS:
+                if (block < bare.begin) | (block >= bare.end):
+                    bias_at = masks + step - step // steps * (bare.end - bare.begin)
+                    if p.lo is not None:
+                        bias_at -= gl.where(block >= part, bare.end - bare.begin, 0)
+                    _fetch_bias(p, f, bias_at, x, head, m0, n0)
+            elif f.bias_desc is not None or f.mask_desc is not None:
+                _fetch_bias(p, f, at, x, head, m0, n0)
             o_stage = at % O_STAGES
             if at >= O_STAGES:
                 bar_sync(O_FREE + o_stage, 288)
@@ -219,11 +250,13 @@ def _produce(p, f):
             tma_load(f.stats_desc, [row, DELTA, padded], o_full, p.delta_s.index(o_stage))
             tma_load(f.o_desc, query_rows(p, x, m0, head), o_full, p.o_s.index(o_stage))
         done += steps * members
+        if p.SKIPS:
+            masks += (steps - (bare.end - bare.begin)) * members
 
 
 @gluon.jit
-def _walk(p, t, start, stop, dk, dv, db, place, first, last, MASKED: gl.constexpr, UNROLL: gl.constexpr):
-    """Fold the query blocks ``first … last`` of ``start … stop``, a multiple of UNROLL, into (dk, dv, db).
+def _walk(p, t, blocks, dk, dv, db, place, first, last, MASKED: gl.constexpr, BARE: gl.constexpr, UNROLL: gl.constexpr):
+    """Fold the query blocks ``first … last`` of ``blocks``, a multiple of UNROLL, into (dk, dv, db).
 
     Without DQ_WARPGROUP, dq of a block is computed in the step of the next, so that consumers do not wait for each other's ds. In the first
     step of a tile there is none: what is computed then is not read. The last block is left to the caller.
@@ -239,7 +272,7 @@ def _walk(p, t, start, stop, dk, dv, db, place, first, last, MASKED: gl.constexp
     row = None
     if p.row_s is not None and t.SMALL_LSE:
         row = p.row_s.index(t.WG)
-    span = Span(start, stop, k, v, row, MASKED)
+    span = Span(blocks, k, v, row, MASKED, BARE)
     for number in range(first, last, UNROLL):
         s, lse = score(p, span, t.base + number)
         dp = weigh(p, t, span, t.base + number, s)
@@ -249,13 +282,15 @@ def _walk(p, t, start, stop, dk, dv, db, place, first, last, MASKED: gl.constexp
 
 
 @gluon.jit
-def _walk_all(p, t, start, stop, dk, dv, db, place, MASKED: gl.constexpr, UNROLL: gl.constexpr):
-    """``_walk`` through all blocks ``start … stop``, UNROLL a step as long as there are so many, and then one by one."""
+def _walk_all(p, t, blocks, dk, dv, db, place, MASKED: gl.constexpr, BARE: gl.constexpr, UNROLL: gl.constexpr):
+    """``_walk`` through all of ``blocks``, UNROLL a step as long as there are so many, and then one by one."""
+    start = blocks.start
+    stop = blocks.stop
     alone = start
     if UNROLL > 1:
         alone = start + max(stop - start, 0) // UNROLL * UNROLL
-        dk, dv, db, place = _walk(p, t, start, stop, dk, dv, db, place, start, alone, MASKED, UNROLL)
-    return _walk(p, t, start, stop, dk, dv, db, place, alone, stop, MASKED, 1)
+        dk, dv, db, place = _walk(p, t, blocks, dk, dv, db, place, start, alone, MASKED, BARE, UNROLL)
+    return _walk(p, t, blocks, dk, dv, db, place, alone, stop, MASKED, BARE, 1)
 
 
 @gluon.jit
@@ -289,10 +324,12 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     grid = grid_of(p)
     scale_log2 = p.scale * LOG2E
     done = 0
+    masks = 0  # tiles of a mask that earlier tiles of the program had, where some blocks have none
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0, kv_head)
+        bare = bare_blocks(p, x, n0, kv_head, whole, part)
         steps = end - begin
         dk = zeros_of(HALF, p.QK, BD)
         dv = zeros_of(HALF, p.OV, BDV)
@@ -332,17 +369,29 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
                 db = gl.zeros([HALF], gl.float32, ROWS)
             base = done + member * steps - begin
             t = Keys(x, n0, kv, key_bias, key_mask, slope, philox, scale_log2, done, base, sum_base, WG, SMALL_LSE)
+            count = 0
+            before = 0
+            if p.SKIPS:
+                count = bare.end - bare.begin
+                before = masks - done - member * count
             if (p.hi is not None) or (not p.EVEN_N):
-                dk, dv, db, place = _walk_all(p, t, begin, whole, dk, dv, db, place, True, 1)
-            dk, dv, db, place = _walk_all(p, t, whole, part, dk, dv, db, place, False, UNROLL)
+                dk, dv, db, place = _walk_all(p, t, Blocks(begin, whole, 0, 0, before), dk, dv, db, place, True, False, 1)
+            if p.SKIPS:  # first those of which the mask hides something
+                hiding, others = hiding_and_bare(whole, part, bare, before)
+                dk, dv, db, place = _walk_all(p, t, hiding, dk, dv, db, place, False, False, UNROLL)
+                dk, dv, db, place = _walk_all(p, t, others, dk, dv, db, place, False, True, UNROLL)
+            else:
+                dk, dv, db, place = _walk_all(p, t, Blocks(whole, part, 0, 0, 0), dk, dv, db, place, False, False, UNROLL)
             if p.lo is not None:
-                dk, dv, db, place = _walk_all(p, t, part, end, dk, dv, db, place, True, 1)
+                dk, dv, db, place = _walk_all(p, t, Blocks(part, end, 0, 0, before - count), dk, dv, db, place, True, False, 1)
             if p.NEED_DB:
                 if p.SUM_BY_MMA:
                     store_dbias(p, total(db, ROWS), b, head, j)
                 else:
                     store_dbias(p, db, b, head, j)
         done += steps * members
+        if p.SKIPS:
+            masks += (steps - (bare.end - bare.begin)) * members
         if p.DQ_WARPGROUP:
             if steps > 0:  # these keys are still read for dq
                 mbarrier.wait(p.ds_empty.index((done - 1) & 1), ((done - 1) >> 1) & 1)
@@ -402,7 +451,7 @@ def dkdv(
     batch, heads, group, splits, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr, ROW: gl.constexpr,
     BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, ROW_BY_MMA: gl.constexpr, SUM_BY_MMA: gl.constexpr, LOOPS: gl.constexpr,
-    QK: gl.constexpr, OV: gl.constexpr,
+    QK: gl.constexpr, OV: gl.constexpr, SKIPS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 128 keys of a key head: ``tiles`` of them, ``tiles_n`` a (batch, key head) pair, dealt out by ``schedule.Uniform``.
 
@@ -480,7 +529,7 @@ def dkdv(
         rest_s, bias_s, mask_s, ds_s, dq_s, dq_sum, row_s, ones_s, kv, q_full, o_full, bias_full, ds_empty, dq_empty,
         consumers_done, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads, group, splits,
         batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DK, NEED_DV, NEED_DB, NEED_DS, DQ_WARPGROUP, ROW,
-        IS_MASK, EVEN_N, ALIBI, BATCH_FASTEST, LONGEST, SUM_BY_MMA, LOOPS, QK, OV,
+        IS_MASK, EVEN_N, ALIBI, BATCH_FASTEST, LONGEST, SUM_BY_MMA, LOOPS, QK, OV, SKIPS,
     )  # fmt: skip
     f = Feed(q_desc, k_desc, v_desc, o_desc, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
     if DQ_WARPGROUP and C.dq_blocks > 0:

@@ -39,7 +39,21 @@ from .features import all_lse_small, slope_of
 from .layouts import accumulator, stacked
 from .products import Pieces, left_operand, pieces, times, waited, zeros_of
 from .rings import Ring, bar_sync, ring
-from .scores_kq import DELTA, LSE, REST, grid_of, in_turn, of_keys, probabilities, store_dbias, turned, visible_blocks
+from .scores_kq import (
+    DELTA,
+    LSE,
+    REST,
+    Blocks,
+    bare_blocks,
+    block_in,
+    grid_of,
+    hiding_and_bare,
+    of_keys,
+    probabilities,
+    store_dbias,
+    turned,
+    visible_blocks,
+)
 
 TILE_DONE = gl.constexpr(5)  # the named barrier at which both consumers meet, once neither reads a tile's keys and values any more
 
@@ -103,6 +117,7 @@ class Program:
     LOOPS: gl.constexpr
     QK: gl.constexpr
     OV: gl.constexpr
+    SKIPS: gl.constexpr
 
 
 @record
@@ -146,6 +161,23 @@ def _weights(p, at):
 
 
 @gluon.jit
+def _fetch_bias(p, f, at, x, head, m0, n0):
+    """The tiles of the bias and of the mask beside it, number ``at`` of the program."""
+    BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes if f.bias_desc is not None else 0
+    MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
+    full = p.biases.acquire(at, 0)
+    mbarrier.expect(full, BIAS_BYTES + MASK_BYTES)
+    if f.bias_desc is not None:
+        outer, inner, bias_head = outer_at(x.b, p.batch_inner, head, f.bias_on)
+        row, column = place_in_bias(p, x, m0, n0, 0)
+        tma_load(f.bias_desc, [outer, inner, bias_head, row, column], full, p.bias_s)
+    if f.mask_desc is not None:
+        mask_outer, mask_inner, mask_head = outer_at(x.b, p.batch_inner, head, f.mask_on)
+        mask_row, mask_column = place_in_bias(p, x, m0, n0, 1)
+        tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, mask_row, mask_column], full, p.mask_s)
+
+
+@gluon.jit
 def _produce(p, f):
     """The producer: every load of the program, in the order in which the consumers need them."""
     BM: gl.constexpr = p.C.block_m
@@ -154,14 +186,14 @@ def _produce(p, f):
     K_BYTES: gl.constexpr = f.k.first.block_type.nbytes + (f.k.second.block_type.nbytes if f.k.second is not None else 0)
     V_BYTES: gl.constexpr = f.v.first.block_type.nbytes + (f.v.second.block_type.nbytes if f.v.second is not None else 0)
     O_BYTES: gl.constexpr = f.o.first.block_type.nbytes + (f.o.second.block_type.nbytes if f.o.second is not None else 0)
-    BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes if f.bias_desc is not None else 0
-    MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
     grid = grid_of(p)
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
+    masks = 0  # likewise their tiles of a mask, where some blocks have none
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0, kv_head)
+        bare = bare_blocks(p, x, n0, kv_head, whole, part)
         kv_full = p.kv.acquire(wave, 0)
         mbarrier.expect(kv_full, K_BYTES + V_BYTES)
         load_block(p, f.k, key_place(x, n0), kv_head, kv_full, p.k_s)
@@ -169,7 +201,8 @@ def _produce(p, f):
         steps = end - begin
         for step in range(steps * p.group):
             head = kv_head * p.group + step // steps
-            m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
+            block = turned(p, step, steps, begin, whole, part, bare, n0, BM)
+            m0 = block * BM
             row = pair_of(p, x, head)
             padded = padded_row(x, m0)
             at = done + step
@@ -184,28 +217,29 @@ def _produce(p, f):
                 mbarrier.expect(q_full, Q_BYTES + STATS)
             tma_load(f.stats_desc, [row, LSE, padded], q_full, p.lse_s.index(stage))
             load_block(p, f.q, query_place(x, m0), head, q_full, one_of(p.q_s, stage))
-            if f.bias_desc is not None or f.mask_desc is not None:
-                bias_full = p.biases.acquire(at, 0)
-                mbarrier.expect(bias_full, BIAS_BYTES + MASK_BYTES)
-                if f.bias_desc is not None:
-                    outer, inner, bias_head = outer_at(x.b, p.batch_inner, head, f.bias_on)
-                    row_at, column_at = place_in_bias(p, x, m0, n0, 0)
-                    tma_load(f.bias_desc, [outer, inner, bias_head, row_at, column_at], bias_full, p.bias_s)
-                if f.mask_desc is not None:
-                    mask_outer, mask_inner, mask_head = outer_at(x.b, p.batch_inner, head, f.mask_on)
-                    mask_row, mask_column = place_in_bias(p, x, m0, n0, 1)
-                    tma_load(f.mask_desc, [mask_outer, mask_inner, mask_head, mask_row, mask_column], bias_full, p.mask_s)
+            if p.SKIPS:
+                if (block < bare.begin) | (block >= bare.end):
+                    bias_at = masks + step - step // steps * (bare.end - bare.begin)
+                    if p.lo is not None:
+                        bias_at -= gl.where(block >= part, bare.end - bare.begin, 0)
+                    _fetch_bias(p, f, bias_at, x, head, m0, n0)
+            elif f.bias_desc is not None or f.mask_desc is not None:
+                _fetch_bias(p, f, at, x, head, m0, n0)
             mbarrier.wait(p.douts.empty.index(stage), phase)
             o_full = p.douts.full.index(stage)
             mbarrier.expect(o_full, O_BYTES + STATS)
             tma_load(f.stats_desc, [row, DELTA, padded], o_full, p.delta_s.index(stage))
             load_block(p, f.o, query_place(x, m0), head, o_full, one_of(p.o_s, stage))
         done += steps * p.group
+        if p.SKIPS:
+            masks += (steps - (bare.end - bare.begin)) * p.group
 
 
 @gluon.jit
-def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
-    """Score the query blocks ``first … last``; ``dv += pᵀ dout`` of each one is started in the step of the next, from ``operand``."""
+def _walk_values(p, t, k, dv, operand, blocks, MASKED: gl.constexpr, BARE: gl.constexpr):
+    """Score the query blocks ``blocks``, MASKED by a band or not, or BARE of the mask that others have tiles of; ``dv += pᵀ dout`` of each
+    one is started in the step of the next, from ``operand``.
+    """
     BM: gl.constexpr = p.C.block_m
     BN: gl.constexpr = p.C.block_n
     BDV: gl.constexpr = p.v_s.first.shape[-1]
@@ -216,8 +250,9 @@ def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
     DROPPED: gl.constexpr = t.philox is not None
     ASKS: gl.constexpr = p.packed is not None and p.bias_s is not None
     UNDROPPED: gl.constexpr = p.p_s.shape[0] == 2 * p.C.p_stages  # the other consumer asks for these too
+    BIASED: gl.constexpr = p.bias_s is not None and not BARE
     nothing = gl.zeros([BN, BM], gl.float32, S)
-    for block in range(first, last):
+    for block in range(blocks.start, blocks.stop):
         at = t.base + block
         stage = p.queries.slot(at, 0)
         phase = p.queries.phase(at)
@@ -231,7 +266,7 @@ def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
         lse = gl.expand_dims(p.lse_s.index(stage).reshape([BM]).load(COLS), 0)
         m0 = block * BM
         if (p.ALIBI or DROPPED or ASKS) and not MASKED:
-            m0 = in_turn(block, first, last, t.n0, BM) * BM
+            m0 = block_in(p, blocks, block, t.n0, BM) * BM
         before = at - go.to(gl.int32)  # a tile's first step has p = 0 for the block before, and takes dout of its own
         if NEED_DV:
             p.douts.wait(before, 0)
@@ -244,11 +279,14 @@ def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
             s = warpgroup_mma_wait(0, [s_pending])
         bias = None
         mask = None
-        if p.bias_s is not None or p.mask_s is not None:
-            p.biases.wait(at, 0)
+        bias_at = at
+        if p.SKIPS:
+            bias_at += blocks.masks
+        if BIASED or p.mask_s is not None:
+            p.biases.wait(bias_at, 0)
         if p.mask_s is not None:
             mask = p.mask_s.reshape([BM, BN]).permute((1, 0)).load(S)
-        if p.bias_s is not None:
+        if BIASED:
             bias = p.bias_s.reshape([BM, BN]).permute((1, 0)).load(S)
         rest = None
         if p.rest_s is not None:
@@ -270,8 +308,8 @@ def _walk_values(p, t, k, dv, operand, first, last, MASKED: gl.constexpr):
                 p.p_s.index(p.C.p_stages + slot).permute((1, 0)).store(undropped)
         fence_async_shared()  # before buffers that were read by plain loads go back to TMA
         p.queries.release(at, 0)
-        if p.bias_s is not None or p.mask_s is not None:
-            p.biases.release(at, 0)
+        if BIASED or p.mask_s is not None:
+            p.biases.release(bias_at, 0)
         if p.NEED_DS:
             slot, _filled = _weights(p, at)
             mbarrier.arrive(p.weights.full.index(slot))
@@ -300,10 +338,12 @@ def _values(p, SMALL_LSE: gl.constexpr):
     grid = grid_of(p)
     scale_log2 = p.scale * LOG2E
     done = 0
+    masks = 0  # tiles of a mask that earlier tiles of the program had, where some blocks have none
     for wave in range(grid.waves()):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0, kv_head)
+        bare = bare_blocks(p, x, n0, kv_head, whole, part)
         steps = end - begin
         dv = zeros_of(BN, p.OV, BDV)
         operand = gl.zeros([BN, BM], DT, P)
@@ -329,12 +369,24 @@ def _values(p, SMALL_LSE: gl.constexpr):
             t = Keys(x, n0, key_bias, key_mask, slope, philox, scale_log2, done, done + member * steps - begin, SMALL_LSE)
             # Both masked walks are there whenever there is any bound, one of them perhaps without a block: with one of them missing, the
             # assembler of Triton 3.6 (12.8) serialises the MMAs (C7513).
+            count = 0
+            before = 0
+            if p.SKIPS:
+                count = bare.end - bare.begin
+                before = masks - done - member * count
             if (p.hi is not None) or (p.lo is not None) or (not p.EVEN_N):
-                dv, operand = _walk_values(p, t, k, dv, operand, begin, whole, True)
-            dv, operand = _walk_values(p, t, k, dv, operand, whole, part, False)
+                dv, operand = _walk_values(p, t, k, dv, operand, Blocks(begin, whole, 0, 0, before), True, False)
+            if p.SKIPS:  # first those of which the mask hides something
+                hiding, others = hiding_and_bare(whole, part, bare, before)
+                dv, operand = _walk_values(p, t, k, dv, operand, hiding, False, False)
+                dv, operand = _walk_values(p, t, k, dv, operand, others, False, True)
+            else:
+                dv, operand = _walk_values(p, t, k, dv, operand, Blocks(whole, part, 0, 0, 0), False, False)
             if (p.lo is not None) or (p.hi is not None):
-                dv, operand = _walk_values(p, t, k, dv, operand, part, end, True)
+                dv, operand = _walk_values(p, t, k, dv, operand, Blocks(part, end, 0, 0, before - count), True, False)
         done += steps * p.group
+        if p.SKIPS:
+            masks += (steps - (bare.end - bare.begin)) * p.group
         if p.dv.first is not None:
             if steps > 0:
                 p.douts.wait(done - 1, 0)
@@ -479,7 +531,7 @@ def dkdv_d256(
     o_tail, dk_tail, dv_tail,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine,
     C: gl.constexpr, HAS_REST: gl.constexpr, IS_MASK: gl.constexpr, EVEN_N: gl.constexpr, ALIBI: gl.constexpr,
-    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, LOOPS: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
+    BATCH_FASTEST: gl.constexpr, LONGEST: gl.constexpr, LOOPS: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr, SKIPS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 keys of a key head. Arguments as of ``dkdv.dkdv``; tails: descriptors of columns behind the first ones."""
     if LOOPS != "both":
@@ -526,7 +578,7 @@ def dkdv_d256(
         small_lse, dk, dv, dbias, bias, lengths, packed, bounds, slopes, q_s, k_s, v_s, o_s, lse_s, delta_s, rest_s, bias_s, mask_s, p_s,
         kv, queries, douts, weights, biases, bias_strides, dbias_strides, slope_strides, cap, dropout, mask, mask_strides, batch, heads,
         group, None, batch_inner, M, N, lo, hi, scale, tiles_n, tiles, l2_group, serpentine, C, NEED_DS, IS_MASK, EVEN_N, ALIBI,
-        BATCH_FASTEST, LONGEST, LOOPS, QK, OV,
+        BATCH_FASTEST, LONGEST, LOOPS, QK, OV, SKIPS,
     )  # fmt: skip
     f = Feed(q, k, v, o, stats_desc, bias_desc, bias_on, mask_desc, mask_on)
     if NEED_DS:

@@ -14,7 +14,7 @@ from .key_rows import add_columns
 from .layouts import accumulator
 from .products import groups, into_columns, left_operand, over_columns, pieces, waited
 from .rings import bar_arrive, bar_sync
-from .scores_kq import grid_of, in_turn, probabilities, query_heads, turned, visible_blocks
+from .scores_kq import bare_blocks, block_in, grid_of, probabilities, query_heads, turned, visible_blocks
 
 # Named barriers, two a name, one a buffer; BIAS_FREE two a buffer; DQ_HERE one, when both halves of dq are there. DS_HERE: a buffer of ds
 # is full; without DQ_WARPGROUP, the other consumer says so to consumer WG at DS_HERE + 8 WG.
@@ -67,11 +67,12 @@ def add_dq_by_tma(p, dq_desc):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0, kv_head)
+        bare = bare_blocks(p, x, n0, kv_head, whole, part)
         steps = end - begin
         _own, first_head, members = query_heads(kv_head, p.group, p.splits)
         for step in range(steps * members):
             head = first_head + step // steps
-            m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
+            m0 = turned(p, step, steps, begin, whole, part, bare, n0, BM) * BM
             bar_sync(DQ_HERE, 288)
             for w in gl.static_range(2):
                 tma_add(dq_desc, rows_of_sum(p, x, m0, head, w * COLUMNS), p.dq_s.index(w))
@@ -95,6 +96,7 @@ def run_dq_warpgroup(p, dq_desc):
         n0, kv_head, b = grid.locate(wave)
         x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0, kv_head)
+        bare = bare_blocks(p, x, n0, kv_head, whole, part)
         steps = end - begin
         _own, first_head, members = query_heads(kv_head, p.group, p.splits)
         kv = p.kv.slot(wave, 0)
@@ -104,7 +106,7 @@ def run_dq_warpgroup(p, dq_desc):
             p.kv.wait(wave, 0)
         for step in range(steps * members):
             head = first_head + step // steps
-            m0 = turned(step, steps, begin, whole, part, n0, BM) * BM
+            m0 = turned(p, step, steps, begin, whole, part, bare, n0, BM) * BM
             at = done + step
             slot = at & 1
             bar_sync(DS_HERE + slot, 384)
@@ -237,34 +239,38 @@ def fold(p, t, span, block, s_pending, dp_pending, lse, dk, dv, db, place, MORE:
     DQ_WARPGROUP: gl.constexpr = p.DQ_WARPGROUP
     NEED_DQ: gl.constexpr = p.ds_s is not None and not DQ_WARPGROUP
     RED_DQ: gl.constexpr = p.dq_sum is not None
-    TILES: gl.constexpr = p.bias_s is not None or p.mask_s is not None
+    BIASED: gl.constexpr = p.bias_s is not None and not span.BARE
+    TILES: gl.constexpr = BIASED or p.mask_s is not None
     DROPPED: gl.constexpr = t.philox is not None
     ASKS: gl.constexpr = p.packed is not None and p.bias_s is not None
     ALONE: gl.constexpr = p.NEED_DV and not p.NEED_DK and p.ds_s is None  # no other MMA follows
     AFTER: gl.constexpr = pieces(p.QK, BD) if p.NEED_DK else 0  # MMAs of dk issued after those of dv and dq
     DP: gl.constexpr = groups(p.OV) if p.NEED_DS else 0  # MMAs of dp
     NEXT: gl.constexpr = 0 if not MORE else groups(p.QK) + (DP if DQ_WARPGROUP else 0)  # MMAs of the next block
-    SOON: gl.constexpr = DQ_WARPGROUP and p.NEED_DV and p.bias_s is None  # dv's MMA before ds is there
+    SOON: gl.constexpr = DQ_WARPGROUP and p.NEED_DV and not BIASED  # dv's MMA before ds is there
     LESS_DELTA: gl.constexpr = less_delta(DROPPED, DQ_WARPGROUP)
     FENCED: gl.constexpr = SOON or BIAS_STAGES == 1  # before the next block, which is not loaded whole while a single bias buffer is in use
     at = t.base + block
     q_stage = at % Q_STAGES
     o_stage = at % O_STAGES
-    bias_slot = at % BIAS_STAGES * 2 + WG
+    bias_at = at
+    if p.SKIPS:
+        bias_at += span.blocks.masks
+    bias_slot = bias_at % BIAS_STAGES * 2 + WG
     go = at > t.done
     m0 = block * BM
     if (p.ALIBI or DROPPED or RED_DQ or ASKS) and not span.MASKED:  # nothing else asks where a whole block lies
-        m0 = in_turn(block, span.start, span.stop, t.n0, BM) * BM
+        m0 = block_in(p, span.blocks, block, t.n0, BM) * BM
     if DROPPED:  # under the MMAs
         bits = keep_bits(t.philox, m0, t.n0 + WG * HALF, HALF, BM, True)
     s = warpgroup_mma_wait(DP, [s_pending])
     bias = None
     mask = None
     if TILES:
-        mbarrier.wait(p.bias_full.index(bias_slot), (at // BIAS_STAGES) & 1)
+        mbarrier.wait(p.bias_full.index(bias_slot), (bias_at // BIAS_STAGES) & 1)
     if p.mask_s is not None:
         mask = p.mask_s.index(bias_slot).reshape([BM, HALF]).permute((1, 0)).load(S)
-    if p.bias_s is not None:
+    if BIASED:
         bias = p.bias_s.index(bias_slot).reshape([BM, HALF]).permute((1, 0)).load(S)
     rest = None
     if p.rest_s is not None:

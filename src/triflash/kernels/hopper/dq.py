@@ -33,13 +33,12 @@ from .compat import (
     gluon,
     mbarrier,
     record,
-    tma_load,
     tma_store,
     tma_store_wait,
     warpgroup_mma_wait,
 )
 from .dropout import ds_of, keep_bits, philox_of, sign_dropped
-from .extent import Extent, extent_of, padded_length, padded_row, pair_of, place_in_bias, place_of, query_place
+from .extent import Extent, extent_of, padded_length, padded_row, pair_of, place_of, query_place
 from .features import (
     add_alibi,
     all_lse_small,
@@ -55,10 +54,24 @@ from .features import (
     tanh,
     tanh_slope,
 )
+from .forward_loads import fetch_bias
 from .layouts import accumulator, stacked
 from .products import Pieces, groups, left_operand, pieces, times, waited, zeros_of
 from .rings import Ring, barriers, ring
-from .scores_qk import BM, add_bias, column_of, exponents, grid_of, mask_band, row_in, statistics, visible_blocks
+from .scores_qk import (
+    BM,
+    add_bias,
+    block_of,
+    column_of,
+    exponents,
+    grid_of,
+    in_order,
+    mask_band,
+    row_in,
+    statistics,
+    visible_blocks,
+    whole_blocks,
+)
 
 
 @record
@@ -113,6 +126,7 @@ class Program:
     LOOPS: gl.constexpr
     QK: gl.constexpr
     OV: gl.constexpr
+    SKIPS: gl.constexpr
 
 
 @record
@@ -157,11 +171,13 @@ class Rows:
 
 @record
 class Walk:
-    """A tile's ``steps`` blocks of keys, the last of which ends at block ``end``; done: blocks of the program's earlier tiles."""
+    """As of the forward kernel."""
 
     done: object
     steps: object
     end: object
+    whole: object
+    masks: object
 
 
 @gluon.jit
@@ -173,20 +189,23 @@ def _produce(p, f):
     DOUT_BYTES: gl.constexpr = f.dout.first.block_type.nbytes + (f.dout.second.block_type.nbytes if f.dout.second is not None else 0)
     K_BYTES: gl.constexpr = f.k.first.block_type.nbytes + (f.k.second.block_type.nbytes if f.k.second is not None else 0)
     V_BYTES: gl.constexpr = f.v.first.block_type.nbytes + (f.v.second.block_type.nbytes if f.v.second is not None else 0)
-    BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes if f.bias_desc is not None else 0
-    SECOND_BYTES: gl.constexpr = f.second_desc.block_type.nbytes if f.second_desc is not None else 0
-    MASK_BYTES: gl.constexpr = f.mask_desc.block_type.nbytes if f.mask_desc is not None else 0
     grid = grid_of(p, 0)
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
+    masks = 0  # likewise their tiles of a mask, where some blocks have none
     for wave in range(grid.waves()):
         m0, head, b = grid.locate(wave)
         x = extent_of(p, b)
-        begin, _a, _b, end = visible_blocks(p, x, m0, head)
+        begin, full_begin, full_end, end = visible_blocks(p, x, m0, head)
+        if p.SKIPS:
+            bare = whole_blocks(p, x, m0, head, full_begin, full_end, end)
         outer = x.b // p.batch_inner
         inner = x.b % p.batch_inner
         key_head = head // f.group
         for j in range(end - begin):
-            n0 = (end - 1 - j) * BN
+            block = end - 1 - j
+            if p.SKIPS:
+                block = in_order(bare, block)
+            n0 = block * BN
             at = done + j
             place = place_of(x, x.first_key, x.keys, n0)
             k_full = p.keys.acquire(at, 0)
@@ -202,28 +221,17 @@ def _produce(p, f):
             v_full = p.values.acquire(at, 0)
             mbarrier.expect(v_full, V_BYTES)
             load_block(p, f.v, place, key_head, v_full, one_of(p.v_s, p.values.slot(at, 0)))
-            if f.bias_desc is not None:
-                for w in gl.static_range(WGS):
-                    slot = p.biases.slot(at, w)
-                    bias_full = p.biases.acquire(at, w)
-                    mbarrier.expect(bias_full, BIAS_BYTES + SECOND_BYTES + MASK_BYTES)
-                    row = 0
-                    if p.VARIES_M:
-                        row = m0 + w * BM
-                    row, column = place_in_bias(p, x, row, n0, 0)
-                    at_bias = [outer * f.bias_on[0], inner * f.bias_on[1], head * f.bias_on[2], row, column]
-                    tma_load(f.bias_desc, at_bias, bias_full, p.bias_s.index(slot))
-                    if f.second_desc is not None:
-                        at_second = [outer * f.second_on[0], inner * f.second_on[1], head * f.second_on[2], 0, n0]
-                        tma_load(f.second_desc, at_second, bias_full, p.second_s.index(slot))
-                    if f.mask_desc is not None:
-                        mask_row = 0
-                        if p.mask_s.shape[4] > 1:
-                            mask_row = m0 + w * BM
-                        mask_row, mask_column = place_in_bias(p, x, mask_row, n0, 1)
-                        at_mask = [outer * f.mask_on[0], inner * f.mask_on[1], head * f.mask_on[2], mask_row, mask_column]
-                        tma_load(f.mask_desc, at_mask, bias_full, p.mask_s.index(slot))
+            if p.SKIPS:
+                if (block < bare.begin) | (block >= bare.end):
+                    bias_at = masks + j
+                    if p.lo is not None:
+                        bias_at -= gl.where(block < bare.first, bare.end - bare.begin, 0)
+                    fetch_bias(p, f, bias_at, x, head, m0, n0)
+            elif f.bias_desc is not None:
+                fetch_bias(p, f, at, x, head, m0, n0)
         done += end - begin
+        if p.SKIPS:
+            masks += end - begin - (bare.end - bare.begin)
         if f.zeros_s is not None:
             for w in gl.static_range(WGS):
                 for block in range(begin):
@@ -235,10 +243,11 @@ def _produce(p, f):
 
 
 @gluon.jit
-def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, CUT: gl.constexpr):
+def _step(p, t, dq, ds, at, bias_at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, PLACE: gl.constexpr, MASKED: gl.constexpr):
     """One key block: ``(dq, ds)`` with the block before in dq (``p.C.deferred``), or the block itself.
 
-    SMALL_LSE: see ``preprocess.py``. CUT: a length may end in the block.
+    SMALL_LSE: see ``preprocess.py``. bias_at: the number of its tile of a bias or mask. PLACE: "first", where a length may end in the
+    block, "whole", where a mask hides nothing of it, or "".
     """
     BN: gl.constexpr = p.C.block_n
     BD: gl.constexpr = p.k_s.first.shape[-1]
@@ -247,6 +256,8 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
     DQ: gl.constexpr = pieces(p.QK, BD)  # MMAs of dq
     BIASED: gl.constexpr = (p.bias_s is not None or p.bias is not None) and not p.IS_MASK
     LINE: gl.constexpr = one_sided(p.ALIBI) and p.cap is None and not SMALL_LSE  # as the forward kernel rounds it
+    FIRST: gl.constexpr = PLACE == "first"
+    CUT: gl.constexpr = FIRST and p.lengths is not None
     LAGGING: gl.constexpr = p.C.deferred and not FIRST  # the block before is folded into dq here
     nothing = gl.zeros([BM, BN], gl.float32, S)
     k_slot = p.keys.slot(at, 0)
@@ -288,9 +299,9 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
         s = s * t.scale_log2
     else:
         s = rounded(s, t.scale_log2)
-    if p.bias_s is not None:
-        slot = p.biases.slot(at, WG)
-        p.biases.wait(at, WG)
+    if p.bias_s is not None and PLACE != "whole":
+        slot = p.biases.slot(bias_at, WG)
+        p.biases.wait(bias_at, WG)
         if p.VARIES_M:
             bias = p.bias_s.index(slot).reshape([BM, BN]).load(S)
         else:
@@ -303,7 +314,7 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
             s = mask_by_tile(s, p.mask_s.index(slot), BM, BN)
         if p.dbias_desc is None:
             fence_async_shared()  # a load may wait behind WGMMA operands, and TMA overtake it: see the forward kernel
-            p.biases.release(at, WG)
+            p.biases.release(bias_at, WG)
     if p.bias is not None:
         s = add_bias(s, gl.expand_dims(t.column, 1), p.IS_MASK)
     if LINE:
@@ -360,10 +371,12 @@ def _step(p, t, dq, ds, at, n0, WG: gl.constexpr, SMALL_LSE: gl.constexpr, FIRST
 
 
 @gluon.jit
-def _walk(p, t, w, dq, ds, first, last, WG: gl.constexpr, SMALL_LSE: gl.constexpr, MASKED: gl.constexpr):
+def _walk(p, t, w, dq, ds, first, last, WG: gl.constexpr, SMALL_LSE: gl.constexpr, MASKED: gl.constexpr, WHOLE: gl.constexpr):
     """Steps ``first … last`` of a tile."""
     for step in range(first, last):
-        dq, ds = _step(p, t, dq, ds, w.done + step, (w.end - 1 - step) * p.C.block_n, WG, SMALL_LSE, False, MASKED, False)
+        block, bias_at = block_of(p, w, step, MASKED, WHOLE)
+        PLACE: gl.constexpr = "whole" if WHOLE else ""
+        dq, ds = _step(p, t, dq, ds, w.done + step, bias_at, block * p.C.block_n, WG, SMALL_LSE, PLACE, MASKED)
         if p.C.separate_dq:
             if step == w.steps - 1:  # no more MMAs with this q and dout: the next can be fetched
                 mbarrier.arrive(p.queries.empty.index(WG))
@@ -383,6 +396,7 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         target = one_of(p.q_s, WG)
     grid = grid_of(p, 0)
     done = 0  # blocks of earlier tiles
+    masks = 0  # and tiles of the mask
     for wave in range(grid.waves()):
         m0, head, b = grid.locate(wave)
         x = extent_of(p, b)
@@ -412,19 +426,31 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
                 p.keys.wait(done, 0)
                 clear_masked_block(block_at(p.k_s, p.keys.slot(done, 0), BN), x.keys - (end - 1) * BN)
         t = Rows(x, m0, head, outer, inner, q, dout, lse, delta, rest, column, slope, philox, scale_log2)
-        w = Walk(done, steps, end)
-        dq, ds = _step(p, t, dq, dq, done, (end - 1) * BN, WG, SMALL_LSE, True, MASKED, p.lengths is not None)
+        bias_at = done
+        if p.SKIPS:
+            bare = whole_blocks(p, x, m0 - WG * BM, head, full_begin, full_end, end)
+            w = Walk(done, steps, end, bare, masks)
+            bias_at = masks
+        else:
+            w = Walk(done, steps, end, None, None)
+        dq, ds = _step(p, t, dq, dq, done, bias_at, (end - 1) * BN, WG, SMALL_LSE, "first", MASKED)
         if p.C.separate_dq:
             if steps == 1:
                 mbarrier.arrive(p.queries.empty.index(WG))
         # What is left: partly visible on the right, whole, partly visible on the left.
         if p.hi is not None:
-            dq, ds = _walk(p, t, w, dq, ds, 1, end - full_end, WG, SMALL_LSE, True)
+            dq, ds = _walk(p, t, w, dq, ds, 1, end - full_end, WG, SMALL_LSE, True, False)
         whole = max(1, end - full_end)
-        dq, ds = _walk(p, t, w, dq, ds, whole, end - full_begin, WG, SMALL_LSE, False)
+        if p.SKIPS:  # first those of which the mask hides something
+            first_bare = end - full_begin - (bare.end - bare.begin)
+            dq, ds = _walk(p, t, w, dq, ds, whole, first_bare, WG, SMALL_LSE, False, False)
+            dq, ds = _walk(p, t, w, dq, ds, first_bare, end - full_begin, WG, SMALL_LSE, False, True)
+            masks += steps - (bare.end - bare.begin)
+        else:
+            dq, ds = _walk(p, t, w, dq, ds, whole, end - full_begin, WG, SMALL_LSE, False, False)
         if p.lo is not None:
             left = max(1, end - full_begin)
-            dq, ds = _walk(p, t, w, dq, ds, left, steps, WG, SMALL_LSE, True)
+            dq, ds = _walk(p, t, w, dq, ds, left, steps, WG, SMALL_LSE, True, False)
         done += steps
         if p.C.deferred:
             dq = waited(0, into_blocks(ds, block_at(p.k_s, p.keys.slot(done - 1, 0), BN), dq))
@@ -463,7 +489,7 @@ def dq(
     dq_tail,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, HAS_REST: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, LOOPS: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, LOOPS: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr, SKIPS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
@@ -520,7 +546,7 @@ def dq(
         small_lse, grad, dbias_desc, bias, lengths, packed, bounds, slopes, stats, q_s, dout_s, k_s, v_s, out_s, bias_s, second_s, mask_s,
         queries, keys, values, biases, ping_pong, bias_strides, slope_strides, cap, dropout, batch, heads, batch_inner, M, N, lo, hi,
         scale, tiles_m, tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, HAS_REST, EVEN_N, ALIBI, LOOPS, QK,
-        OV,
+        OV, SKIPS,
     )  # fmt: skip
     f = Feed(q, dout, k, v, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group, zeros_s)
     if WGS == 1:

@@ -10,7 +10,7 @@ from .dkdv_step import DS_HERE
 from .extent import extent_of, query_rows
 from .layouts import accumulator
 from .rings import bar_sync
-from .scores_kq import grid_of, turned, visible_blocks
+from .scores_kq import bare_blocks, grid_of, turned, visible_blocks
 
 
 @gluon.jit
@@ -28,6 +28,7 @@ def run_dq_of_pairs(p, dq_desc):
         n0, head, b = grid.locate(wave)
         x = extent_of(p, b)
         begin, whole, part, end = visible_blocks(p, x, n0, head)
+        bare = bare_blocks(p, x, n0, head, whole, part)
         steps = end - begin
         if grid.begins_pair(wave):  # while consumers compute the first ds
             tma_store_wait(0)  # dq of the pair before
@@ -40,7 +41,7 @@ def run_dq_of_pairs(p, dq_desc):
         if steps > 0:  # else nobody waits for this partition, and it might find them full of another tile
             p.kv.wait(wave, 0)
         for step in range(steps):
-            own = p.dq_s.index(turned(step, steps, begin, whole, part, n0, BM))
+            own = p.dq_s.index(turned(p, step, steps, begin, whole, part, bare, n0, BM))
             slot = (done + step) & 1
             dq = own.load(S)
             bar_sync(DS_HERE + slot, 384)

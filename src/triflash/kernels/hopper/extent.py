@@ -166,13 +166,33 @@ def mask_range(p, x, head, row, TILES: gl.constexpr):
     """Between which keys the mask shows anything to TILES times 64 queries from ``row`` on, or which queries to so many keys: the first one
     and one more than the last, by the table of ``mask_bounds.py``. head: of the rows.
     """
-    at = p.bounds[0] + (x.b // p.batch_inner * p.bounds[1] + x.b % p.batch_inner * p.bounds[2] + head * p.bounds[3])
-    first = gl.load(at + min(row // 64, p.bounds[4]) * 2)
-    end = gl.load(at + min(row // 64, p.bounds[4]) * 2 + 1)
+    at = _entries(p, x, head)
+    first = gl.load(at + min(row // 64, p.bounds[4]) * 4)
+    end = gl.load(at + min(row // 64, p.bounds[4]) * 4 + 1)
     for n in gl.static_range(1, TILES):
-        first = min(first, gl.load(at + min(row // 64 + n, p.bounds[4]) * 2))
-        end = max(end, gl.load(at + min(row // 64 + n, p.bounds[4]) * 2 + 1))
+        first = min(first, gl.load(at + min(row // 64 + n, p.bounds[4]) * 4))
+        end = max(end, gl.load(at + min(row // 64 + n, p.bounds[4]) * 4 + 1))
     return first, end
+
+
+@gluon.jit
+def whole_range(p, x, head, row, TILES: gl.constexpr):
+    """Between which keys, or queries, the mask shows everything to those of ``mask_range``: the first one and one more than the last, which
+    may be less.
+    """
+    at = _entries(p, x, head)
+    first = gl.load(at + min(row // 64, p.bounds[4]) * 4 + 2)
+    end = gl.load(at + min(row // 64, p.bounds[4]) * 4 + 3)
+    for n in gl.static_range(1, TILES):
+        first = max(first, gl.load(at + min(row // 64 + n, p.bounds[4]) * 4 + 2))
+        end = min(end, gl.load(at + min(row // 64 + n, p.bounds[4]) * 4 + 3))
+    return first, end
+
+
+@gluon.jit
+def _entries(p, x, head):
+    """Where the table of a batch entry and a head begins."""
+    return p.bounds[0] + (x.b // p.batch_inner * p.bounds[1] + x.b % p.batch_inner * p.bounds[2] + head * p.bounds[3])
 
 
 @gluon.jit

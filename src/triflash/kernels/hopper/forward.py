@@ -32,7 +32,7 @@ from .forward_loads import Feed, produce
 from .layouts import accumulator, stacked
 from .products import Pieces, left_operand, pieces, times_rows, waited, zeros_of
 from .rings import Ring, barriers, ring
-from .scores_qk import BM, column_of, grid_of, row_in, visible_blocks
+from .scores_qk import BM, block_of, column_of, grid_of, row_in, visible_blocks, whole_blocks
 from .softmax import by_row, rescaled, rescaled_accumulator, softmax
 
 
@@ -87,6 +87,7 @@ class Program:
     FUSING: gl.constexpr
     QK: gl.constexpr
     OV: gl.constexpr
+    SKIPS: gl.constexpr
 
 
 @record
@@ -102,12 +103,16 @@ class Rows:
 
 @record
 class Walk:
-    """A tile's ``steps`` blocks of keys, the last of which ends at block ``end``; done: blocks of the program's earlier tiles."""
+    """A tile's ``steps`` blocks of keys, the last of which ends at block ``end``; done: blocks of the program's earlier tiles. whole: those
+    without tiles of the mask, of which the earlier tiles had ``masks``; None, None: all have.
+    """
 
     q_slot: object
     done: object
     steps: object
     end: object
+    whole: object
+    masks: object
 
 
 @gluon.jit
@@ -192,12 +197,15 @@ def _rescaled(o, factor):
 
 
 @gluon.jit
-def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr):
-    """Steps ``first … last`` of a tile: q kᵀ of a block, and p v of the block before, of which ``weights`` are p, under its softmax."""
+def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr, WHOLE: gl.constexpr):
+    """Steps ``first … last`` of a tile: q kᵀ of a block, and p v of the block before, of which ``weights`` are p, under its softmax.
+    MASKED: a band may hide some of it. WHOLE: a mask hides nothing of it.
+    """
     BN: gl.constexpr = p.C.block_n
     BDV: gl.constexpr = p.v_s.first.shape[-1]
     P: gl.constexpr = left_operand(p.OV, BDV)
     EARLY: gl.constexpr = p.bias_s is not None and p.mask_s is None and not p.IS_MASK  # mask bytes take many instructions
+    TILES: gl.constexpr = p.bias_s is not None and not WHOLE
     nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
     q_slot = w.q_slot
     if p.C.q_stages > 1:
@@ -206,7 +214,8 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
     q = block_at(p.q_s, q_slot, BM)
     for step in range(first, last):
         at = w.done + step
-        n0 = (w.end - 1 - step) * BN
+        block, bias_at = block_of(p, w, step, MASKED, WHOLE)
+        n0 = block * BN
         stage = p.kv.slot(at, 0)
         bias = None
         second = None
@@ -231,13 +240,13 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
         mask_tile = None
         if p.mask_s is not None:
             mask_tile = p.mask_s.index(p.biases.slot(at, WG))
-        if p.bias_s is not None and not EARLY:
-            bias = _bias_of(p, at, WG)
+        if TILES and not EARLY:
+            bias = _bias_of(p, bias_at, WG)
             if p.second_s is not None:
                 second = _second_of(p, at, WG)
         s, p16, more, m = softmax(p, t, s, bias, second, mask_tile, m, n0, MASKED, False)
-        if p.bias_s is not None and not EARLY:
-            _release_bias(p, at, WG)
+        if TILES and not EARLY:
+            _release_bias(p, bias_at, WG)
         o = waited(0, o_pending)
         p.kv.release(at, 0)
         p16, more, m, factor = rescaled(p, t, s, p16, more, m, bias)
@@ -265,6 +274,7 @@ def _consume(p, WG: gl.constexpr):
     grid = grid_of(p, 1)
     waves = grid.waves()
     done = 0  # blocks of earlier tiles
+    masks = 0  # and tiles of the mask
 
     m0, head, b = grid.locate(0)
     first_x = extent_of(p, b)
@@ -318,14 +328,24 @@ def _consume(p, WG: gl.constexpr):
             if steps == 1:
                 mbarrier.arrive(p.queries.empty.index(q_slot))
         t = _rows(p, x, m0, row_bias, slope, philox)
-        w = Walk(q_slot, done, steps, end)
+        if p.SKIPS:
+            bare = whole_blocks(p, x, m0 - WG * BM, head, full_begin, full_end, end)
+            w = Walk(q_slot, done, steps, end, bare, masks)
+        else:
+            w = Walk(q_slot, done, steps, end, None, None)
         if (p.hi is not None) or (p.packed is not None):
-            o, l, m, weights = _walk(p, t, w, o, l, m, weights, 1, end - full_end, WG, True)
+            o, l, m, weights = _walk(p, t, w, o, l, m, weights, 1, end - full_end, WG, True, False)
         whole = max(1, end - full_end)
-        o, l, m, weights = _walk(p, t, w, o, l, m, weights, whole, end - full_begin, WG, False)
+        if p.SKIPS:  # first those of which the mask hides something
+            first_bare = end - full_begin - (bare.end - bare.begin)
+            o, l, m, weights = _walk(p, t, w, o, l, m, weights, whole, first_bare, WG, False, False)
+            o, l, m, weights = _walk(p, t, w, o, l, m, weights, first_bare, end - full_begin, WG, False, True)
+            masks += steps - (bare.end - bare.begin)
+        else:
+            o, l, m, weights = _walk(p, t, w, o, l, m, weights, whole, end - full_begin, WG, False, False)
         if p.lo is not None:
             left = max(1, end - full_begin)
-            o, l, m, weights = _walk(p, t, w, o, l, m, weights, left, steps, WG, True)
+            o, l, m, weights = _walk(p, t, w, o, l, m, weights, left, steps, WG, True, False)
         done += steps
         stage = p.kv.slot(done, 0)
         if not OVERLAP:  # O leaves through Q's buffer, so the next tile begins when it has left
@@ -362,8 +382,11 @@ def _consume(p, WG: gl.constexpr):
             next_bias = None
             next_second = None
             next_mask = None
+            bias_at = done
+            if p.SKIPS:
+                bias_at = masks
             if p.bias_s is not None:
-                next_bias = _bias_of(p, done, WG)
+                next_bias = _bias_of(p, bias_at, WG)
             if p.second_s is not None:
                 next_second = _second_of(p, done, WG)
             if p.mask_s is not None:
@@ -373,7 +396,7 @@ def _consume(p, WG: gl.constexpr):
             next_t = _rows(p, next_x, m0, row_bias, next_slope, None)
             _scores, next_p16, new_l, new_m = softmax(p, next_t, next_s, next_bias, next_second, next_mask, None, next_n0, MASKED, CUT)
             if p.bias_s is not None:
-                _release_bias(p, done, WG)
+                _release_bias(p, bias_at, WG)
             if OVERLAP:
                 o = waited(0, o_pending)
                 p.kv.release(done, 0)
@@ -403,7 +426,7 @@ def forward(
     slope_strides, sink_stride, cap, dropout, second_desc, second_on, mask_desc, mask_on, q_tail, k_tail, v_tail, out_tail,
     batch, heads, group, batch_inner, M, N, lo, hi, scale, tiles_m, tiles, l2_group, serpentine,
     C: gl.constexpr, BATCH_FASTEST: gl.constexpr, IS_MASK: gl.constexpr, VARIES_M: gl.constexpr, POSITIVE_SCALE: gl.constexpr,
-    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr,
+    EVEN_N: gl.constexpr, ALIBI: gl.constexpr, FUSING: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr, SKIPS: gl.constexpr,
 ):  # fmt: skip
     """Tiles of 64 queries a consumer: ``tiles`` of them, ``tiles_m`` a (batch, head) pair, dealt out by ``schedule.Uniform``.
 
@@ -413,7 +436,8 @@ def forward(
     bias, which varies over keys alone, comes as the first does, a row with every tile of it. lse and rest are contiguous (batch, head,
     query). ``group`` query heads share a key head. lengths: visible keys by batch; slopes: of ALiBi, by strides (batch, head); sink: by
     head; cap: see ``features.tanh``; dropout: see ``philox_of``; mask: beside the bias, a tile or a row with every tile of it; bounds:
-    between which keys a mask, beside a bias or not, shows anything (``extent.mask_range``). None: absent.
+    between which keys a mask, beside a bias or not, shows anything (``extent.mask_range``), and perhaps everything, whose blocks are then
+    visited without it. None: absent.
 
     C: the configuration. Without its ``separate_o``, O leaves through Q's buffer, and the next tile begins when it has left. FUSING: see
     ``softmax``. QK, OV: columns of q and k, of v and O that are multiplied.
@@ -453,7 +477,7 @@ def forward(
         out, bias, lengths, packed, bounds, slopes, sink, lse, rest, q_s, k_s, v_s, out_s, bias_s, second_s, mask_s, queries, kv, biases,
         ping_pong,
         bias_strides, slope_strides, sink_stride, cap, dropout, batch, heads, batch_inner, M, N, lo, hi, scale * LOG2E, tiles_m,
-        tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING, QK, OV,
+        tiles, l2_group, serpentine, C, BATCH_FASTEST, IS_MASK, VARIES_M, POSITIVE_SCALE, EVEN_N, ALIBI, FUSING, QK, OV, SKIPS,
     )  # fmt: skip
     f = Feed(q, k, v, bias_desc, bias_on, second_desc, second_on, mask_desc, mask_on, group)
     if WGS == 1:

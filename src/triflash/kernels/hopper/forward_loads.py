@@ -1,9 +1,9 @@
-"""The producer of the forward kernel for Hopper: every TMA load of a CTA. Called by ``forward.py``."""
+"""The producer of the forward kernel for Hopper: every TMA load of a CTA. Called by ``forward.py``, and ``fetch_bias`` by ``dq.py``."""
 
 from .blocks import load_block, one_of
 from .compat import gl, gluon, mbarrier, record, tma_load
 from .extent import extent_of, outer_at, place_in_bias, place_of, query_place
-from .scores_qk import BM, grid_of, visible_blocks
+from .scores_qk import BM, grid_of, in_order, visible_blocks, whole_blocks
 
 
 @record
@@ -25,7 +25,7 @@ class Feed:
 
 
 @gluon.jit
-def _fetch_bias(p, f, at, x, head, m0, n0):
+def fetch_bias(p, f, at, x, head, m0, n0):
     """For every consumer its tile of the bias, and of the second bias and the mask beside it, of block ``at``."""
     BIAS_BYTES: gl.constexpr = f.bias_desc.block_type.nbytes
     SECOND_BYTES: gl.constexpr = f.second_desc.block_type.nbytes if f.second_desc is not None else 0
@@ -75,15 +75,21 @@ def produce(p, f):
     V_BYTES: gl.constexpr = f.v.first.block_type.nbytes + (f.v.second.block_type.nbytes if f.v.second is not None else 0)
     grid = grid_of(p, 1)
     done = 0  # blocks of earlier tiles: buffers and phases go on counting across tiles
+    masks = 0  # likewise their tiles of a mask, where some blocks have none
     n_before = 0  # where the values of the block before lie: ``place_of``, and their head
     head_before = 0
     b_before = 0
     for wave in range(grid.waves()):
         m0, head, b = grid.locate(wave)
         x = extent_of(p, b)
-        begin, _a, _b, end = visible_blocks(p, x, m0, head)
+        begin, full_begin, full_end, end = visible_blocks(p, x, m0, head)
+        if p.SKIPS:
+            bare = whole_blocks(p, x, m0, head, full_begin, full_end, end)
         for j in range(end - begin):
-            n0 = (end - 1 - j) * BN
+            block = end - 1 - j
+            if p.SKIPS:
+                block = in_order(bare, block)
+            n0 = block * BN
             at = done + j
             if p.C.q_stages == 2:  # before the first keys, whose buffer may not be free for long yet
                 if j == 0:
@@ -103,9 +109,17 @@ def produce(p, f):
             if p.C.q_stages == 1:
                 if j == 0:
                     _fetch_queries(p, f, wave, x, m0, head)
-            if f.bias_desc is not None:
-                _fetch_bias(p, f, at, x, head, m0, n0)
+            if p.SKIPS:
+                if (block < bare.begin) | (block >= bare.end):
+                    bias_at = masks + j
+                    if p.lo is not None:
+                        bias_at -= gl.where(block < bare.first, bare.end - bare.begin, 0)
+                    fetch_bias(p, f, bias_at, x, head, m0, n0)
+            elif f.bias_desc is not None:
+                fetch_bias(p, f, at, x, head, m0, n0)
         done += end - begin
+        if p.SKIPS:
+            masks += end - begin - (bare.end - bare.begin)
     full = p.kv.acquire(done, 0)
     mbarrier.expect(full, V_BYTES)
     load_block(p, f.v, (b_before, n_before), head_before, full, one_of(p.v_s, p.kv.slot(done, 0)))

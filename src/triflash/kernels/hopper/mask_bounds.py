@@ -1,5 +1,5 @@
-"""Between which keys, or queries, a mask shows anything to each 64 rows: plain Triton, before the kernels that walk these. Launched by
-``launch/mask_bounds.py``; ``extent.mask_range`` reads what it leaves.
+"""Between which keys, or queries, a mask shows anything to each 64 rows, and between which everything: plain Triton, before the kernels
+that walk these. Launched by ``launch/mask_bounds.py``; ``extent.mask_range`` and ``extent.whole_range`` read what it leaves.
 """
 
 import triton
@@ -8,6 +8,7 @@ import triton.language as tl
 from ..triton.prims import offset
 
 NOWHERE = tl.constexpr(2**30)  # the first that is seen where none is, and the end where there is no bound
+UNIT = tl.constexpr(64)  # keys or queries: what shows everything is made up of so many
 
 
 @triton.jit
@@ -73,18 +74,23 @@ def _nearest(mask, row_stride, first, M, N, last, best, OF_KEYS: tl.constexpr, T
 
 
 @triton.jit
-def _bound(number, mask, strides, inner, of, M, N, OF_KEYS: tl.constexpr, COLUMN: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):
-    """One of the two numbers of an entry of the table ``of``."""
-    table, tiles, heads, members = of
-    entry = number // 2
-    last = number % 2
-    first = entry % tiles * TILE
-    head = entry // tiles % heads
+def _place(entry, strides, inner, of):
+    """``(first row of the entry's tile / TILE, head, where its batch entry's mask begins)`` of an entry of the table ``of``."""
+    _table, tiles, heads, _members = of
     batch = entry // tiles // heads
-    mask += offset(batch // inner, strides[0]) + offset(batch % inner, strides[1])
+    return entry % tiles, entry // tiles % heads, offset(batch // inner, strides[0]) + offset(batch % inner, strides[1])
+
+
+@triton.jit
+def _bound(number, mask, strides, inner, of, M, N, OF_KEYS: tl.constexpr, COLUMN: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):
+    """One of the first two numbers of an entry of the table ``of``."""
+    table, _tiles, _heads, members = of
+    last = number % 2
+    tile, head, start = _place(number // 2, strides, inner, of)
+    first = tile * TILE
     best = NOWHERE + last * 0
     for member in range(members):
-        of_head = mask + offset(head * members + member, strides[2])
+        of_head = mask + start + offset(head * members + member, strides[2])
         if COLUMN:
             rows = first + tl.arange(0, TILE)
             seen = tl.load(of_head + rows.to(tl.int64) * strides[3], mask=rows < M, other=0)
@@ -94,27 +100,95 @@ def _bound(number, mask, strides, inner, of, M, N, OF_KEYS: tl.constexpr, COLUMN
     unbounded = M == 1 if OF_KEYS else COLUMN
     if last == 1:
         best = tl.where(best == NOWHERE, 0, tl.where(unbounded, NOWHERE, 1 - best))
-    tl.store(table + number, best)
+    tl.store(table + number // 2 * 4 + last, best)
+
+
+@triton.jit
+def _counts(mask, row_stride, first, number, M, N, OF_KEYS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):
+    """To how many of the TILE queries from ``first`` on a mask shows each key of block ``number``, of STEP keys; OF_KEYS: how many of TILE
+    keys it shows to each query.
+    """
+    whole = (first + TILE <= (N if OF_KEYS else M)) & ((number + 1) * STEP <= (M if OF_KEYS else N))
+    if OF_KEYS:
+        rows = number * STEP + tl.arange(0, STEP)
+        x = tl.sum(_words(mask, rows, first // 4 + tl.arange(0, TILE // 4), row_stride, M, N, whole), 1)  # no byte of it runs over
+        return (x & 255) + ((x >> 8) & 255) + ((x >> 16) & 255) + (x >> 24)
+    else:
+        words = number * (STEP // 4) + tl.arange(0, STEP // 4)
+        x = tl.sum(_words(mask, first + tl.arange(0, TILE), words, row_stride, M, N, whole), 0)
+        return tl.reshape((x[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255, (STEP,))
+
+
+@triton.jit
+def _ranges(entry, mask, strides, inner, of, M, N, OF_KEYS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr):
+    """All four numbers of an entry of the table ``of``: the whole of its rows is read."""
+    table, _tiles, _heads, members = of
+    tile, head, start = _place(entry, strides, inner, of)
+    first = tile * TILE
+    walked = M if OF_KEYS else N
+    most = tl.minimum(TILE, (N if OF_KEYS else M) - first) * members  # what shows everything is shown to so many
+    seen_first = NOWHERE + entry * 0
+    seen_end = entry * 0
+    run = entry * 0  # where the units that show everything begin, up to the one that was looked at
+    best_first = entry * 0
+    best_end = entry * 0
+    for block in range(tl.cdiv(walked, STEP)):
+        count = _counts(mask + start + offset(head * members, strides[2]), strides[3], first, block, M, N, OF_KEYS, TILE, STEP)
+        for member in range(1, members):
+            of_head = mask + start + offset(head * members + member, strides[2])
+            count += _counts(of_head, strides[3], first, block, M, N, OF_KEYS, TILE, STEP)
+        at = block * STEP + tl.arange(0, STEP)
+        seen_first = tl.minimum(seen_first, tl.min(tl.where(count > 0, at, NOWHERE), 0))
+        seen_end = tl.maximum(seen_end, tl.max(tl.where(count > 0, at + 1, 0), 0))
+        hiding = tl.max(tl.reshape(((count < most) & (at < walked)).to(tl.int64), (STEP // UNIT, UNIT)), 1)
+        bits = tl.sum(hiding << tl.arange(0, STEP // UNIT), 0)  # of each unit, if it hides anything
+        for unit in range(tl.cdiv(tl.minimum(walked - block * STEP, STEP), UNIT)):
+            end = block * STEP + (unit + 1) * UNIT
+            run = tl.where(((bits >> unit) & 1) != 0, end, run)
+            longer = end - run > best_end - best_first
+            best_first = tl.where(longer, run, best_first)
+            best_end = tl.where(longer, end, best_end)
+    to = table + entry * 4
+    tl.store(to, seen_first)
+    tl.store(to + 1, seen_end)
+    tl.store(to + 2, best_first)
+    tl.store(to + 3, best_end)
+
+
+@triton.jit
+def _entry(
+    number, mask, strides, inner, of, M, N, OF_KEYS: tl.constexpr, WHOLE: tl.constexpr, COLUMN: tl.constexpr, TILE: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """What program ``number`` of the table ``of`` fills in."""
+    if WHOLE:
+        _ranges(number, mask, strides, inner, of, M, N, OF_KEYS, TILE, STEP)
+    else:
+        _bound(number, mask, strides, inner, of, M, N, OF_KEYS, COLUMN, TILE, STEP)
 
 
 @triton.jit(do_not_specialize=["inner", "programs", "of_queries", "of_keys", "M", "N"])
 def mask_bounds(
-    mask, strides, inner, programs, of_queries, of_keys, M, N, ROW: tl.constexpr, COLUMN: tl.constexpr, TILE: tl.constexpr,
-    STEP: tl.constexpr,
+    mask, strides, inner, programs, of_queries, of_keys, M, N, ROW: tl.constexpr, COLUMN: tl.constexpr, WHOLE_QUERIES: tl.constexpr,
+    WHOLE_KEYS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Fills tables with two numbers an entry: the first key (of_keys: query) that the mask shows to one of TILE queries (keys), and one
-    more than the last; NOWHERE and 0 where there is none. Of an axis that the mask does not vary over all are seen: 0 and NOWHERE.
+    """Fills tables with numbers of keys (of_keys: queries), four an entry: the first one that the mask shows to one of TILE queries (keys),
+    and one more than the last; NOWHERE and 0 where there is none. Of an axis that the mask does not vary over all are seen: 0 and NOWHERE.
+    Then the first of the most in a row that it shows to all of those that exist, and one more than their last: multiples of UNIT, the
+    latter perhaps past the end; the same number twice where there are none. These two are not written without WHOLE_QUERIES (WHOLE_KEYS),
+    where no more is looked at than what is not seen.
 
     mask: bytes of M rows and N columns, 1 where it does not vary, with strides (outer batch, inner batch, head, row), which but of a
     COLUMN, one number a query, are those of what TMA reads. Tables are ``(numbers, tiles, heads, members)``, by (outer, inner, head,
-    tile), where the mask's ``members`` heads in a row share an entry: query heads of a key head. None: not wanted. Two programs an entry,
-    one for each number; ``programs``: of the first table. A ROW, one number a key, is looked at in fewer and longer steps.
+    tile), where the mask's ``members`` heads in a row share an entry: query heads of a key head. None: no table. A program an entry where
+    all four numbers are wanted, which asks for a mask that varies over what is walked; else two, one for each number; ``programs``: of the
+    first table. A ROW, one number a key, is looked at in fewer and longer steps.
     """
     ROWS: tl.constexpr = 1 if ROW else TILE
-    COLUMNS: tl.constexpr = 8 * STEP if ROW else STEP
+    COLUMNS: tl.constexpr = min(8 * STEP, 64 * UNIT) if ROW else STEP  # a bit for each unit
     if of_queries is not None:
         if tl.program_id(0) < programs:
-            _bound(tl.program_id(0), mask, strides, inner, of_queries, M, N, False, COLUMN, ROWS, COLUMNS)
+            _entry(tl.program_id(0), mask, strides, inner, of_queries, M, N, False, WHOLE_QUERIES, COLUMN, ROWS, COLUMNS)
     if of_keys is not None:
         if tl.program_id(0) >= programs:
-            _bound(tl.program_id(0) - programs, mask, strides, inner, of_keys, M, N, True, COLUMN, TILE, STEP)
+            _entry(tl.program_id(0) - programs, mask, strides, inner, of_keys, M, N, True, WHOLE_KEYS, COLUMN, TILE, STEP)

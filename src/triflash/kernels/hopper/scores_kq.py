@@ -2,7 +2,7 @@
 
 from ..triton.prims import LOG2E, offset, segments
 from .compat import gl, gluon, record
-from .extent import mask_range, place_in_bias, stored_keys
+from .extent import mask_range, place_in_bias, stored_keys, whole_range
 from .features import (
     add_alibi,
     line,
@@ -75,6 +75,46 @@ def visible_blocks(p, x, n0, kv_head):
     return begin, gl.where(over, end, min(a, end)), gl.where(over, end, min(b, end)), end
 
 
+@record
+class Bare:
+    """Blocks ``begin … end`` of a tile, of which a mask hides nothing: they are visited without it, behind the others that are whole."""
+
+    begin: object
+    end: object
+
+
+@gluon.jit
+def bare_blocks(p, x, n0, kv_head, whole, part):
+    """``Bare`` of a tile, of whose blocks ``whole … part`` no band hides anything; none, at the end, if all are visited with the mask."""
+    if p.SKIPS:
+        own_head, _first, _count = query_heads(kv_head, p.group, p.splits)
+        first_whole, end_whole = whole_range(p, x, own_head, n0, p.C.block_n // 64)
+        begin = min(max((first_whole + p.C.block_m - 1) // p.C.block_m, whole), part)
+        return Bare(begin, max(min(end_whole // p.C.block_m, part), begin))
+    else:
+        return Bare(part, part)
+
+
+@record
+class Blocks:
+    """The places ``start … stop`` of a tile's query blocks, in the order of ``turned``. Where a mask has tiles for some blocks alone: a
+    block from ``gap`` on lies ``gap_size`` further on than its place says, and its tile has a number ``masks`` larger than its own. Else 0.
+    """
+
+    start: object
+    stop: object
+    gap: object
+    gap_size: object
+    masks: object
+
+
+@gluon.jit
+def hiding_and_bare(whole, part, bare, before):
+    """``Blocks`` of a tile that no band cuts, in the places ``whole … part``: those of which a mask hides something, and the others."""
+    count = bare.end - bare.begin
+    return Blocks(whole, part - count, bare.begin, count, before), Blocks(part - count, part, part - count, bare.begin - (part - count), 0)
+
+
 @gluon.jit
 def in_turn(block, whole, part, n0, BM: gl.constexpr):
     """The block that is visited in the place of ``block``. Whole blocks are visited in turn from a start that differs from tile to tile;
@@ -87,9 +127,30 @@ def in_turn(block, whole, part, n0, BM: gl.constexpr):
 
 
 @gluon.jit
-def turned(step, steps, begin, whole, part, n0, BM: gl.constexpr):
+def turned(p, step, steps, begin, whole, part, bare, n0, BM: gl.constexpr):
     """The query block of a tile's step."""
-    return in_turn(begin + step % steps, whole, part, n0, BM)
+    if not p.SKIPS:
+        return in_turn(begin + step % steps, whole, part, n0, BM)
+    else:
+        first = part - (bare.end - bare.begin)  # the place of the first bare one: each kind is visited in turn
+        place = in_turn(in_turn(begin + step % steps, whole, first, n0, BM), first, part, n0, BM)
+        moved = gl.where(place >= first, place + (bare.begin - first), moved_over(place, bare.begin, bare.end - bare.begin))
+        return gl.where((place >= whole) & (place < part), moved, place)
+
+
+@gluon.jit
+def block_in(p, blocks, place, n0, BM: gl.constexpr):
+    """The query block in a place of ``blocks``, which no band cuts."""
+    block = in_turn(place, blocks.start, blocks.stop, n0, BM)
+    if p.SKIPS:
+        block = moved_over(block, blocks.gap, blocks.gap_size)
+    return block
+
+
+@gluon.jit
+def moved_over(place, begin, count):
+    """The block in a place, of those in a row but for ``count`` from ``begin`` on."""
+    return place + gl.where(place >= begin, count, 0)
 
 
 @gluon.jit

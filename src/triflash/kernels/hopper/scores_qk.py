@@ -7,8 +7,8 @@ query that sees no key or does not exist: p is 0 there, and no mask of queries i
 """
 
 from ..triton.prims import LOG2E, offset, segments
-from .compat import gl, gluon
-from .extent import mask_range, place_in_bias
+from .compat import gl, gluon, record
+from .extent import mask_range, place_in_bias, whole_range
 from .features import mask_scores, select_le, widened
 from .layouts import accumulator
 from .schedule import Listed, Uniform
@@ -44,6 +44,54 @@ def visible_blocks(p, x, m0, head):
         return begin, full_begin, min(max(full_end, full_begin), end), end
     else:
         return begin, full_begin, full_end, max(end, begin + 1)
+
+
+@record
+class Whole:
+    """Where a mask hides nothing of a tile's blocks: in ``begin … end``, without the tile's last one, which is visited first. They come
+    behind the others of ``first … last``, which no band cuts, so that these need one loop (``in_order``).
+    """
+
+    first: object
+    last: object
+    begin: object
+    end: object
+
+
+@gluon.jit
+def whole_blocks(p, x, m0, head, full_begin, full_end, end):
+    """``Whole`` of a tile, of which ``visible_blocks`` gives the rest."""
+    first_whole, end_whole = whole_range(p, x, head, m0, p.C.consumers)
+    last = min(full_end, end - 1)
+    first = min(full_begin, last)
+    begin = min(max((first_whole + p.C.block_n - 1) // p.C.block_n, first), last)
+    return Whole(first, last, begin, max(min(end_whole // p.C.block_n, last), begin))
+
+
+@gluon.jit
+def in_order(whole, block):
+    """The block that is visited in the place of ``block``, where blocks are visited from the last to the first."""
+    moved = block + (whole.begin - whole.first)
+    moved = gl.where(moved >= whole.end, moved - (whole.end - whole.first), moved)
+    return gl.where((block >= whole.first) & (block < whole.end), moved, block)
+
+
+@gluon.jit
+def block_of(p, w, step, MASKED: gl.constexpr, WHOLE: gl.constexpr):
+    """The block that a consumer visits in a step behind the first of its walk w, and the number of the block's tile of a bias or mask, for
+    those that have one. MASKED: a band may cut it; WHOLE: the mask hides nothing of it.
+    """
+    block = w.end - 1 - step
+    at = w.done + step
+    if w.whole is not None:
+        if WHOLE:
+            block += w.whole.begin - w.whole.first
+        elif not MASKED:
+            block -= gl.where(block < w.whole.end, w.whole.end - w.whole.begin, 0)
+        at = w.masks + step
+        if MASKED and p.lo is not None:
+            at -= gl.where(block < w.whole.first, w.whole.end - w.whole.begin, 0)
+    return block, at
 
 
 @gluon.jit
