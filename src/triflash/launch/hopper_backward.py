@@ -219,8 +219,8 @@ def _dq(step: Step, p: _Pass) -> Call:
     _, dbias = bias_given(step, p.grads)
     small_lse = p.small_lse if reads_small_lse(p.spec, step) else None
     features = (p.x.key_lengths, p.x.alibi_slopes, p.x.mask, p.x.dropout_seed, small_lse, p.x.second_bias)
-    shown = (bounds_of(p.bounds, "queries"), skips(p.bounds, "queries"))
-    how = (step.forward_keys, hopper_packed.tiles_of(p.t, p.spec, "queries"), step.loops, *shown)
+    tables = (bounds_of(p.bounds, "queries"), skips(p.bounds, "queries"))
+    how = (step.forward_keys, hopper_packed.tiles_of(p.t, p.spec, "queries"), step.loops, *tables)
     return dq_call(p.spec, step.config, step.programs, q, k, v, bias, p.dout, p.stats, dq, dbias, *features, *how)
 
 

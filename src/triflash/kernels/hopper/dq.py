@@ -196,15 +196,12 @@ def _produce(p, f):
         m0, head, b = grid.locate(wave)
         x = extent_of(p, b)
         begin, full_begin, full_end, end = visible_blocks(p, x, m0, head)
-        if p.SKIPS:
-            bare = whole_blocks(p, x, m0, head, full_begin, full_end, end)
+        bare = whole_blocks(p, x, m0, head, full_begin, full_end, end)
         outer = x.b // p.batch_inner
         inner = x.b % p.batch_inner
         key_head = head // f.group
         for j in range(end - begin):
-            block = end - 1 - j
-            if p.SKIPS:
-                block = in_order(bare, block)
+            block = in_order(p, bare, end - 1 - j)
             n0 = block * BN
             at = done + j
             place = place_of(x, x.first_key, x.keys, n0)
@@ -427,12 +424,10 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
                 clear_masked_block(block_at(p.k_s, p.keys.slot(done, 0), BN), x.keys - (end - 1) * BN)
         t = Rows(x, m0, head, outer, inner, q, dout, lse, delta, rest, column, slope, philox, scale_log2)
         bias_at = done
+        bare = whole_blocks(p, x, m0 - WG * BM, head, full_begin, full_end, end)
+        w = Walk(done, steps, end, bare, masks)
         if p.SKIPS:
-            bare = whole_blocks(p, x, m0 - WG * BM, head, full_begin, full_end, end)
-            w = Walk(done, steps, end, bare, masks)
             bias_at = masks
-        else:
-            w = Walk(done, steps, end, None, None)
         dq, ds = _step(p, t, dq, dq, done, bias_at, (end - 1) * BN, WG, SMALL_LSE, "first", MASKED)
         if p.C.separate_dq:
             if steps == 1:

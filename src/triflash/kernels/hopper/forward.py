@@ -104,7 +104,7 @@ class Rows:
 @record
 class Walk:
     """A tile's ``steps`` blocks of keys, the last of which ends at block ``end``; done: blocks of the program's earlier tiles. whole: those
-    without tiles of the mask, of which the earlier tiles had ``masks``; None, None: all have.
+    without tiles of the mask, of which the earlier tiles had ``masks``.
     """
 
     q_slot: object
@@ -328,11 +328,8 @@ def _consume(p, WG: gl.constexpr):
             if steps == 1:
                 mbarrier.arrive(p.queries.empty.index(q_slot))
         t = _rows(p, x, m0, row_bias, slope, philox)
-        if p.SKIPS:
-            bare = whole_blocks(p, x, m0 - WG * BM, head, full_begin, full_end, end)
-            w = Walk(q_slot, done, steps, end, bare, masks)
-        else:
-            w = Walk(q_slot, done, steps, end, None, None)
+        bare = whole_blocks(p, x, m0 - WG * BM, head, full_begin, full_end, end)
+        w = Walk(q_slot, done, steps, end, bare, masks)
         if (p.hi is not None) or (p.packed is not None):
             o, l, m, weights = _walk(p, t, w, o, l, m, weights, 1, end - full_end, WG, True, False)
         whole = max(1, end - full_end)

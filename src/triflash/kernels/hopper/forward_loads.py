@@ -83,12 +83,9 @@ def produce(p, f):
         m0, head, b = grid.locate(wave)
         x = extent_of(p, b)
         begin, full_begin, full_end, end = visible_blocks(p, x, m0, head)
-        if p.SKIPS:
-            bare = whole_blocks(p, x, m0, head, full_begin, full_end, end)
+        bare = whole_blocks(p, x, m0, head, full_begin, full_end, end)
         for j in range(end - begin):
-            block = end - 1 - j
-            if p.SKIPS:
-                block = in_order(bare, block)
+            block = in_order(p, bare, end - 1 - j)
             n0 = block * BN
             at = done + j
             if p.C.q_stages == 2:  # before the first keys, whose buffer may not be free for long yet

@@ -60,20 +60,26 @@ class Whole:
 
 @gluon.jit
 def whole_blocks(p, x, m0, head, full_begin, full_end, end):
-    """``Whole`` of a tile, of which ``visible_blocks`` gives the rest."""
-    first_whole, end_whole = whole_range(p, x, head, m0, p.C.consumers)
+    """``Whole`` of a tile, of which ``visible_blocks`` gives the rest; without ``p.SKIPS`` nobody asks for it."""
     last = min(full_end, end - 1)
     first = min(full_begin, last)
-    begin = min(max((first_whole + p.C.block_n - 1) // p.C.block_n, first), last)
-    return Whole(first, last, begin, max(min(end_whole // p.C.block_n, last), begin))
+    if p.SKIPS:
+        first_whole, end_whole = whole_range(p, x, head, m0, p.C.consumers)
+        begin = min(max((first_whole + p.C.block_n - 1) // p.C.block_n, first), last)
+        return Whole(first, last, begin, max(min(end_whole // p.C.block_n, last), begin))
+    else:
+        return Whole(first, last, last, last)
 
 
 @gluon.jit
-def in_order(whole, block):
+def in_order(p, whole, block):
     """The block that is visited in the place of ``block``, where blocks are visited from the last to the first."""
-    moved = block + (whole.begin - whole.first)
-    moved = gl.where(moved >= whole.end, moved - (whole.end - whole.first), moved)
-    return gl.where((block >= whole.first) & (block < whole.end), moved, block)
+    if p.SKIPS:
+        moved = block + (whole.begin - whole.first)
+        moved = gl.where(moved >= whole.end, moved - (whole.end - whole.first), moved)
+        return gl.where((block >= whole.first) & (block < whole.end), moved, block)
+    else:
+        return block
 
 
 @gluon.jit
@@ -83,7 +89,7 @@ def block_of(p, w, step, MASKED: gl.constexpr, WHOLE: gl.constexpr):
     """
     block = w.end - 1 - step
     at = w.done + step
-    if w.whole is not None:
+    if p.SKIPS:
         if WHOLE:
             block += w.whole.begin - w.whole.first
         elif not MASKED:
