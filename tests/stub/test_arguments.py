@@ -11,7 +11,7 @@ import pytest
 import triton
 from problems import Problem, many, step_of
 from triton.runtime.jit import compute_cache_key
-from ways import binding, check_both_ways, nothing_compiled
+from ways import OURS, binding, check_both_ways, nothing_compiled
 
 import triflash
 from expected import once
@@ -26,7 +26,10 @@ PROBLEMS = [*many("hopper"), *many("triton")]
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_both_ways_hand_over_the_same(problem: Problem) -> None:
+    """And every kernel is one whose parameters the driver takes as they lie."""
+    CALLS.clear()
     check_both_ways(step_of(problem), problem.backend)
+    assert all((each.numbers is not None) is OURS for each in launches_of(CALLS))
 
 
 @pytest.mark.parametrize("name", ["plain", "copies", "many features", "bias 1hqk", "dropout, seed a tensor", "odd keys"])

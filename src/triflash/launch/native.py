@@ -128,7 +128,7 @@ class Launch:
         parts, given = form.parts, call.args
         every: list[Any] = [0, *given, *parts.constants[len(given) :]]
         for at in parts.tuples:
-            every += given[at]
+            every += _leaves(given[at])
         for (to, at), own in zip(parts.maps, form.recipes, strict=True):
             value = given[at]
             every += value.shape
@@ -304,6 +304,14 @@ _FLOATS: dict[str, Callable[[float], int]] = {
 }
 
 
+def _leaves(nested: tuple[Any, ...]) -> list[Any]:
+    """What is in a tuple and in the tuples in it, in order."""
+    found: list[Any] = []
+    for x in nested:
+        found += _leaves(x) if isinstance(x, tuple) else [x]
+    return found
+
+
 def _parts(compiled: Any, maps: int) -> _Parts | None:
     """:attr:`_Form.parts` of a kernel of which ``maps`` arguments are descriptors."""
     driver = _libcuda()
@@ -311,16 +319,14 @@ def _parts(compiled: Any, maps: int) -> _Parts | None:
     tuples = tuple([at for at, own in enumerate(signature) if isinstance(own, tuple)])
     begins, end = {}, 1 + len(signature)  # of what is in tuples, among every value
     for at in tuples:
-        begins[at], end = end, end + len(signature[at])
+        begins[at], end = end, end + len(_leaves(signature[at]))
     order: list[int] = []
     sizes: list[int] = []
     pointers, descriptors, floats = [], [], []
     every: list[tuple[int, int, Any]] = []
     for at, own in enumerate(signature):
-        every += [(at, begins[at] + i, kind) for i, kind in enumerate(own)] if at in begins else [(at, 1 + at, own)]
+        every += [(at, begins[at] + i, kind) for i, kind in enumerate(_leaves(own))] if at in begins else [(at, 1 + at, own)]
     for at, where, kind in every:
-        if not isinstance(kind, str):  # a tuple in a tuple
-            return None
         if kind == "constexpr":
             continue
         if kind.startswith("tensordesc"):
