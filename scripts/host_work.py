@@ -5,21 +5,24 @@
 
 Launches go their real way to a driver that does nothing (tests/stub); tensors are the CPU's, small, and taken for those of an H200.
 Checkouts take turns, a process each, and of each cell the quietest batch counts, in processor time of the thread: other programs still
-disturb caches, so compare within a table alone. ``bare`` is a step of an ``autograd.Function`` that allocates out, lse and gradients;
-``cold`` steps run after 4 MB were copied. Bytecodes are counted, which nothing disturbs, but differ between releases of Python.
+disturb caches, so compare within a table alone. A ``first`` step has a new length, after steps at lengths round it; ``bare`` is a step of
+an ``autograd.Function`` that allocates out, lse and gradients; ``cold`` steps run after 4 MB were copied. Bytecodes are counted, which
+nothing disturbs, but differ between releases of Python.
 """
 
 import argparse
 import collections
 import contextlib
+import functools
 import gc
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,14 +35,19 @@ CELLS = (
     "step",
     "step, bias",
     "step, portable",
+    "first step",
+    "first step, d 128",
+    "first step, bias",
     "operator",
     "operator, backward",
     "bare",
     "cold step",
     "cold bare",
 )
+LENGTHS = 41  # of first steps, 16 apart, which all kernels take alike; of every second one steps come before
 _folder = tempfile.TemporaryDirectory()  # of the stub, which Triton's launchers are linked to
-QUIET = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "67108864"}  # the C library gives no memory back between steps
+# The C library gives no memory back between steps, as PyTorch's allocator of GPUs does not.
+QUIET = {"MALLOC_TRIM_THRESHOLD_": "1000000000", "MALLOC_TOP_PAD_": "67108864", "MALLOC_MMAP_THRESHOLD_": "1000000000"}
 
 
 def calls(checkout: Path) -> dict[str, Callable[[], Any]]:
@@ -99,20 +107,54 @@ def calls(checkout: Path) -> dict[str, Callable[[], Any]]:
         "operator, backward": lambda: backward(dout, None, *plain, None, *saved, *options, [True, True, True, False, False]),
         "bare": lambda: grad(Bare.apply(*given), given, dout),
     }
+    for name, length, dim, biased in (
+        ("first step", 1001, 64, False),
+        ("first step, d 128", 1040, 128, False),
+        ("first step, bias", 1040, 64, True),
+    ):
+        found[name] = functools.partial(new_lengths, length, dim, biased)
     return found | {f"cold {name}": found[name] for name in ("step", "bare")} | {"copy": lambda: warm[0].copy_(warm[1])}
 
 
+def new_lengths(length: int, dim: int, biased: bool) -> Iterator[Callable[[], Any]]:
+    """Steps, each at a length for the first time, causal or with a bias and its gradient: 16 heads, as ``triflash bench --sweep host``."""
+    import torch
+
+    from triflash import attention
+
+    def step(length: int) -> Callable[[], Any]:
+        leaves = [torch.empty(1, length, 16, dim, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
+        dout = torch.empty_like(leaves[0], requires_grad=False)
+        if not biased:
+            return lambda: torch.autograd.grad(attention(*leaves, causal=True), leaves, dout)
+        leaves.append(torch.empty(1, 16, length, length, dtype=torch.bfloat16).requires_grad_())
+        return lambda: torch.autograd.grad(attention(*leaves[:3], bias=leaves[3]), leaves, dout)
+
+    for number in range(0, LENGTHS, 2):
+        step(length + 16 * number)()
+    for number in range(1, LENGTHS, 2):
+        yield step(length + 16 * number)
+
+
 def measured(checkout: Path, names: list[str]) -> dict[str, float]:
-    """Name -> µs a call: of batches of 100 the quietest; of cold calls the mean of the quietest quarter."""
+    """Name -> µs a call: of batches of 100 the quietest; of cold calls, and first ones, the mean of the quietest quarter."""
     found = calls(checkout)
     cool, clock = found["copy"], time.thread_time
     gc.disable()
     result = {}
     for name in names:
         call = found[name]
+        times = []
+        if name.startswith("first"):
+            for step in call():
+                begin = clock()
+                step()
+                times.append((clock() - begin) * 1e6)
+            times.sort()
+            result[name] = sum(times[: len(times) // 4]) / (len(times) // 4)
+            continue
         for _ in range(50):
             call()
-        times = []
         for _ in range(400 if name.startswith("cold") else 25):
             if name.startswith("cold"):
                 cool()
@@ -129,8 +171,12 @@ def measured(checkout: Path, names: list[str]) -> dict[str, float]:
 def count(name: str) -> None:
     """Print the functions that a call runs, with their bytecodes."""
     call = calls(Path(__file__).resolve().parent.parent)[name]
-    for _ in range(400):
-        call()
+    steps: Iterator[Callable[[], Any]] = itertools.repeat(call)
+    if name.startswith("first"):
+        steps = call()
+    else:
+        for _ in range(400):
+            call()
     codes: collections.Counter[str] = collections.Counter()
 
     def trace(frame: Any, event: str, _: Any) -> Any:
@@ -139,10 +185,10 @@ def count(name: str) -> None:
             codes[f"{Path(frame.f_code.co_filename).name}: {getattr(frame.f_code, 'co_qualname', frame.f_code.co_name)}"] += 1
         return trace
 
-    for _ in range(6):  # tracing moves memory, and launches are prepared for new addresses
+    for step in itertools.islice(steps, 6):  # tracing moves memory, and launches are prepared for new addresses
         codes.clear()
         sys.settrace(trace)
-        call()
+        step()
         sys.settrace(None)
     print(f"{sum(codes.values())} bytecodes")
     for function, many in codes.most_common():
