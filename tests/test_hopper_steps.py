@@ -288,7 +288,7 @@ def test_work_of_a_tile_is_counted_right(lo: int | None, hi: int | None, wide: b
     for queries, keys in itertools.product((1, 64, 300, 513), (1, 128, 300, 700)):
         problem = spec(queries=queries, keys=keys, lo=lo, hi=hi)
         for tile in range(key_tiles(problem, config)[0]):
-            assert _query_blocks(problem, config, tile) == blocks_that_see(problem, config, tile), (problem, tile)
+            assert _query_blocks(problem, config)[tile] == blocks_that_see(problem, config, tile), (problem, tile)
 
 
 @pytest.mark.parametrize("groups", [1, 5])

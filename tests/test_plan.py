@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -177,6 +178,13 @@ def test_automatic_choice() -> None:
     assert plan_forward(spec(head_dim=513), GPU).backend == "tiled"
     assert plan_forward(spec(head_dim=300), GPU).backend == "triton"
     assert plan_backward(spec(head_dim=300), NO_BIAS, GPU).backend == "tiled"
+
+
+def test_a_spec_is_hashed_once_and_takes_no_hash_to_another_process() -> None:
+    one = spec("bhqk")
+    before = pickle.dumps(one)
+    assert hash(one) == hash(spec("bhqk")) and hash(one) != hash(spec())
+    assert pickle.loads(pickle.dumps(one)) == one and pickle.dumps(one) == before
 
 
 @pytest.mark.parametrize("problem, arch, feature", [

@@ -6,8 +6,10 @@ packed, that becomes ``lo <= j - i <= hi``, so kernels know two optional integer
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass, replace
+import operator
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -225,7 +227,7 @@ class AttentionSpec:
         """PyTorch's name of the dtype of q, k and v."""
         return _DTYPES[self.dtype]
 
-    @property
+    @functools.cached_property
     def batch(self) -> int:
         return self.batch_outer * self.batch_inner
 
@@ -254,6 +256,17 @@ class AttentionSpec:
         }
         return tuple(name for name, there in named.items() if there)
 
+    def __hash__(self) -> int:
+        """Worked out once: making one plan asks for it a dozen times."""
+        known: int | None = self.__dict__.get("_hash")
+        if known is None:
+            known = self.__dict__["_hash"] = hash(_numbers_of(self))
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its hash, which is another in another process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     @property
     def placed(self) -> bool:
         """Whether some queries may be no rows, or some first keys hidden."""
@@ -269,10 +282,13 @@ class AttentionSpec:
         """Packed rows that nobody owns: what has a number for each sequence, as ALiBi slopes may, has no memory at all."""
         return self.packed is not None and self.packed.sequences == 0
 
-    @property
+    @functools.cached_property
     def keeps_rest(self) -> bool:
         """Whether a forward pass keeps what a float32 lse lost of a huge one."""
         return keeps_rest(None if self.bias is None else _DTYPES[self.bias.dtype], self.alibi, self.softcap)
+
+
+_numbers_of = operator.attrgetter(*(each.name for each in fields(AttentionSpec)))
 
 
 def keeps_rest(bias: torch.dtype | None, alibi: bool = False, softcap: float = 0.0) -> bool:
@@ -410,20 +426,10 @@ def spec_of(
 
 
 def packed_spec_of(
-    x: Operands,
-    left: int | None,
-    right: int | None,
-    bottom_right: bool,
-    scale: float,
-    precision: str,
-    bias_layout: str,
-    mask_layout: str,
-    softcap: float = 0.0,
-    dropout_p: float = 0.0,
-    deterministic: bool = False,
-    longest_q: int | None = None,
-    longest_k: int | None = None,
-) -> AttentionSpec:
+    x: Operands, left: int | None, right: int | None, bottom_right: bool, scale: float, precision: str, bias_layout: str,
+    mask_layout: str, softcap: float = 0.0, dropout_p: float = 0.0, deterministic: bool = False,
+    longest_q: int | None = None, longest_k: int | None = None,
+) -> AttentionSpec:  # fmt: skip
     """The spec of packed sequences.
 
     q (1, Tq, Hq, D), k (1, Tk, Hk, D), v (1, Tk, Hk, Dv); offsets_q, offsets_k (B + 1,) int32 or int64; used_q, used_k (B,) integers.
@@ -509,15 +515,9 @@ def _bias_spec(name: str, bias: Tensor | None, full: tuple[int, ...]) -> BiasSpe
 
 
 def _check_extras(
-    batch: int,
-    heads: int,
-    key_lengths: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sink: Tensor | None,
-    dropout_seed: Tensor | None,
-    softcap: float,
-    dropout_p: float,
-) -> None:
+    batch: int, heads: int, key_lengths: Tensor | None, alibi_slopes: Tensor | None, sink: Tensor | None,
+    dropout_seed: Tensor | None, softcap: float, dropout_p: float,
+) -> None:  # fmt: skip
     floats = tuple(dtype for dtype in DTYPE_NAMES if dtype.is_floating_point)
     for name, x, dtypes, shapes in (
         ("key_lengths", key_lengths, INTEGERS, ((batch,),)),

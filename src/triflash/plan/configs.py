@@ -5,6 +5,7 @@ Called by the rooms of kernels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
@@ -80,6 +81,7 @@ def others_chosen(by_hand: Mapping[str, object], *kernels: str) -> bool:
     return any(chosen(by_hand, kernel, TileConfig) is not None for kernel in kernels)
 
 
+@functools.cache  # a plan asks for the same few dims dozens of times
 def padded(head_dim: int) -> int:
     """The power of two, at least 16, that a tile row of ``head_dim`` elements occupies."""
     return max(16, 1 << (head_dim - 1).bit_length())

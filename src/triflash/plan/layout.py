@@ -61,6 +61,7 @@ def tma_addressable(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: 
     return True
 
 
+@functools.lru_cache(maxsize=256)
 def tma_writable(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, address: int) -> bool:
     """Whether TMA can store such a tensor and touches nothing else: it writes rows in whole 16 bytes, past an end between two of them.
 

@@ -344,16 +344,18 @@ def _lengths(spec: AttentionSpec, config: DkdvConfig) -> list[int]:
     """What the key tiles of a pair cost, in blocks, from what should be the longest to the shortest."""
     cost = TILE_COST + PART_COST * (config.head_splits > 1)
     heads = -(-spec.groups // config.head_splits)
-    lengths = [heads * _query_blocks(spec, config, tile) + cost for tile in range(key_tiles(spec, config)[0])]
+    lengths = [heads * blocks + cost for blocks in _query_blocks(spec, config)]
     return lengths if spec.hi is not None else lengths[::-1]
 
 
-def _query_blocks(spec: AttentionSpec, config: DkdvConfig, tile: int) -> int:
-    """Query blocks that a key tile visits."""
-    first, last = tile * config.block_n, min((tile + 1) * config.block_n, spec.keys) - 1
-    begin = 0 if spec.hi is None else max(0, first - spec.hi)
-    end = spec.queries if spec.lo is None else max(0, min(last - spec.lo + 1, spec.queries))
-    return max(0, -(-end // config.block_m) - begin // config.block_m)
+def _query_blocks(spec: AttentionSpec, config: DkdvConfig) -> list[int]:
+    """Query blocks that each key tile visits."""
+    rows, columns, queries, keys, lo, hi = config.block_m, config.block_n, spec.queries, spec.keys, spec.lo, spec.hi
+    return [
+        max(0, -(-(queries if lo is None else max(0, min(min(first + columns, keys) - lo, queries))) // rows)
+            - (0 if hi is None else max(0, first - hi) // rows))
+        for first in range(0, keys, columns)
+    ]  # fmt: skip
 
 
 def _check(spec: AttentionSpec, config: DkdvConfig, adding: bool) -> None:

@@ -138,14 +138,21 @@ def _candidates(head: int, bias: bool, light: bool) -> tuple[DqConfig, ...]:
     )
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(spec: AttentionSpec, limit: int, gives: tuple[str, ...] = ("dq",), sms: int = 0) -> DqConfig | None:
     """The configuration within ``limit`` bytes of shared memory, None if no candidate fits; few tiles are made of 64 queries."""
+    config = _first_that_fits(spec, limit, gives)
+    if config is not None and 2 * query_tiles(spec, config)[1] <= sms:
+        return replace(config, consumers=1, ctas_per_sm=1)
+    return config
+
+
+@functools.lru_cache(maxsize=4096)
+def _first_that_fits(spec: AttentionSpec, limit: int, gives: tuple[str, ...]) -> DqConfig | None:
     widest = padded(max(spec.head_dim, spec.value_dim))
     own = (_with_own_widths(spec),) if widest > 128 and takes_own_widths(spec) else ()
     for config in (*own, *_candidates(widest, spec.bias is not None, is_light(spec))):
         if config.fits(spec, limit, gives):
-            return replace(config, consumers=1, ctas_per_sm=1) if 2 * query_tiles(spec, config)[1] <= sms else config
+            return config
     return None
 
 

@@ -106,16 +106,21 @@ def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     return None
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(spec: AttentionSpec, limit: int, sms: int = 0) -> ForwardConfig | None:
     """The configuration for a spec within ``limit`` bytes of shared memory; None if no candidate fits.
 
     Where its tiles are too few for the SMs, tiles of 64 queries take their place.
     """
+    config = _first_that_fits(spec, limit)
+    if config is not None and 2 * query_tiles(spec, config)[1] <= sms:
+        return replace(config, consumers=1, ping_pong=False, ctas_per_sm=1)
+    return config
+
+
+@functools.lru_cache(maxsize=4096)
+def _first_that_fits(spec: AttentionSpec, limit: int) -> ForwardConfig | None:
     for config in _candidates_of_widths(spec):
         if config.fits(spec, limit) and mma_fits(config, spec.value_dim) and _has_room_for_o(spec, config):
-            if 2 * query_tiles(spec, config)[1] <= sms:
-                config = replace(config, consumers=1, ping_pong=False, ctas_per_sm=1)
             return config
     return None
 

@@ -172,6 +172,7 @@ def mma_fits(config: QueryConfig, dim: int) -> bool:
 # Columns of a head.
 
 
+@functools.cache
 def multiplied_columns(dim: int, width: int) -> int:
     """Of a head that lies in blocks of ``width`` columns, how many are multiplied: whole panels of 64, as shared memory is swizzled, and
     16, 32 or 64 of the last one; all of a block of one panel.
@@ -180,6 +181,7 @@ def multiplied_columns(dim: int, width: int) -> int:
     return 64 * whole + (padded(rest) if rest else 0) if width > 64 else width
 
 
+@functools.cache
 def widths(dim: int, own: bool) -> tuple[int, ...]:
     """Columns of the buffers that a head's blocks lie in: one of a power of 2, or (own) two that have the multiplied columns alone, where
     that many are two powers of 2.
@@ -197,7 +199,7 @@ def blocks_of_heads(name: str, count: int, rows: int, columns: tuple[int, ...]) 
 
 def takes_own_widths(spec: AttentionSpec) -> bool:
     """Whether some blocks lie in two buffers where a configuration has ``own_widths``."""
-    return any(len(widths(dim, True)) > 1 for dim in (spec.head_dim, spec.value_dim))
+    return len(widths(spec.head_dim, True)) > 1 or len(widths(spec.value_dim, True)) > 1
 
 
 def check_held(name: str, held: bool, dim: int) -> None:
@@ -339,14 +341,15 @@ def best_order(
     lengths: of a pair's tiles, in the order in which a kernel deals them out. A group of at most ``preferred`` pairs is taken unless a
     larger one is better by more than ``tolerance``.
     """
-    return _best_order(tuple(lengths), pairs, programs, tuple(sizes), preferred, tolerance)
+    groups = tuple(sorted({equal_groups(pairs, size) for size in sizes}))
+    return _best_order(tuple(lengths), pairs, programs, groups, min(preferred, pairs), tolerance)
 
 
 @functools.lru_cache(maxsize=1024)  # problems of as many tiles share it: lengths that differ by less than a block
 def _best_order(
-    lengths: tuple[int, ...], pairs: int, programs: int, sizes: tuple[int, ...], preferred: int, tolerance: float
+    lengths: tuple[int, ...], pairs: int, programs: int, groups: tuple[int, ...], preferred: int, tolerance: float
 ) -> tuple[int, int]:
-    ways = [(group, serpentine) for group in sorted({equal_groups(pairs, size) for size in sizes}) for serpentine in (1, 0)]
+    ways = [(group, serpentine) for group in groups for serpentine in (1, 0)]
     imbalance = {way: round(load_imbalance(lengths, pairs, programs, *way), 2) for way in ways}
     best = min(ways, key=imbalance.__getitem__)
     small = min((way for way in ways if way[0] <= preferred), key=imbalance.__getitem__, default=best)
