@@ -25,6 +25,7 @@ from triflash.launch.room import Real
 from triflash.plan.kernels.dbias import DbiasConfig
 from triflash.plan.kernels.dkdv import DkdvConfig
 from triflash.plan.kernels.forward import ForwardConfig
+from triflash.plan.kernels.rowwise import preprocess_step
 from triflash.plan.override import Config, override_configs
 from triflash.spec import spec_of
 
@@ -108,7 +109,7 @@ def test_whether_every_lse_is_small(outer: int, M: int) -> None:
             lse[at] = value
             stats, flags = new_stats(Real(lse), spec, True), torch.full((512,), 7, dtype=torch.int32)
             zeros = torch.zeros_like(like)
-            gluon_twin.run(preprocess_call(spec, zeros, zeros, None, lse, torch.zeros_like(lse), stats, flags, None))
+            gluon_twin.run(preprocess_call(spec, preprocess_step(spec), zeros, zeros, None, lse, torch.zeros_like(lse), stats, flags, None))
             assert set(flags.tolist()) <= {0, 1} and flags.min() == small_lse and (flags == 0).sum() == 1 - small_lse
 
 

@@ -56,12 +56,10 @@ def check_tensors(tensors: Mapping[str, Any], shapes: Mapping[str, str]) -> dict
         if tensor.dim() != len(dims):
             raise bad_value(name, f"{len(dims)} dims ({', '.join(dims)})", f"{tensor.dim()} dims {tuple(tensor.shape)}")
         for dim, size in zip(dims, tensor.shape, strict=True):
-            wanted = int(dim) if dim.isdigit() else sizes.get(dim, size)
+            wanted = int(dim) if dim.isdigit() else size if dim == "_" else sizes.setdefault(dim, size)
             if size != wanted:
                 named = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dims)
                 raise bad_value(name, f"shape ({named})", tuple(tensor.shape), _shape_hint(name, dim, shapes))
-            if dim != "_" and not dim.isdigit():
-                sizes[dim] = size
     if sizes.get("D") == 0:
         raise bad_value(next(iter(shapes)), "a head dim of at least 1", 0)
     return sizes

@@ -67,9 +67,9 @@ class Form:
             self.rows("q", q, copy),
             self.rows("k", k, copy),
             self.rows("v", v, copy),
-            bias=self._five("bias", bias, copy, first),
-            mask=self._five("mask", mask, copy, second),
-            key_lengths=_entries("key_lengths", lengths, copy),
+            bias=None if bias is None else self._five("bias", bias, copy, first),
+            mask=None if mask is None else self._five("mask", mask, copy, second),
+            key_lengths=None if lengths is None else _entries("key_lengths", lengths, copy),
             alibi_slopes=None if slopes is None else self._heads(slopes, copy),
             sink=sink,
             dropout_seed=seed,
@@ -77,11 +77,11 @@ class Form:
             offsets_k=offsets_k,
             used_q=used_q,
             used_k=used_k,
-            second_bias=self._five("second_bias", other, copy, first),
-            query_starts=_entries("query_starts", starts, copy),
-            query_lengths=_entries("query_lengths", counts, copy),
-            key_starts=_entries("key_starts", key_starts, copy),
-            diagonal=_entries("diagonal", diagonal, copy),
+            second_bias=None if other is None else self._five("second_bias", other, copy, first),
+            query_starts=None if starts is None else _entries("query_starts", starts, copy),
+            query_lengths=None if counts is None else _entries("query_lengths", counts, copy),
+            key_starts=None if key_starts is None else _entries("key_starts", key_starts, copy),
+            diagonal=None if diagonal is None else _entries("diagonal", diagonal, copy),
         )
 
     def unpacked(self, q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,11 +128,9 @@ class Form:
 
     def bias(self, bias: Tensor) -> Tensor:
         """The gradient of a bias, contiguous and of its shape, with five dims; a view."""
-        return bias if self.canonical else self._five("dbias", bias, None, (self.layouts or ("",))[0])  # type: ignore[return-value]
+        return bias if self.canonical else self._five("dbias", bias, None, (self.layouts or ("",))[0])
 
-    def _five(self, name: str, bias: Tensor | None, copy: Copy | None, layout: str) -> Tensor | None:
-        if bias is None:
-            return None
+    def _five(self, name: str, bias: Tensor, copy: Copy | None, layout: str) -> Tensor:
         if layout:
             return {"padded": lambda x: x[:, None], "rows": lambda x: x[None, None], "keys": lambda x: x[None, None, :, None]}[layout](bias)
         wide = bias[(None,) * (len(self.batch) + 3 - bias.dim())]
@@ -147,9 +145,9 @@ class Form:
         return slopes if slopes.dim() == 2 else _fold("alibi_slopes", slopes, (math.prod(self.batch), slopes.shape[-1]), copy)
 
 
-def _entries(name: str, x: Tensor | None, copy: Copy | None) -> Tensor | None:
+def _entries(name: str, x: Tensor, copy: Copy | None) -> Tensor:
     """One number for each batch entry."""
-    return None if x is None else _fold(name, x, (math.prod(x.shape),), copy)
+    return _fold(name, x, (math.prod(x.shape),), copy)
 
 
 def _fold(name: str, x: Tensor, shape: tuple[int, ...], copy: Copy | None) -> Tensor:

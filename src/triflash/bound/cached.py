@@ -52,8 +52,7 @@ class BoundCache:
         self.has_out = given[_OPERANDS + 2] is not None
         self._alone, self._attends = alone, attends
         room = Described(facts.arch not in ("cpu", "interpreter"))
-        for each in given:
-            room.give(each)
+        room.give(*given)
         q = given[_Q]
         assert q is not None
         x = CacheOperands._make(given[:_OPERANDS])

@@ -81,8 +81,7 @@ class BoundCall:
     def _bind_forward(self, plan: Plan, lse_is: str) -> BoundPass:
         spec, form = self.spec, self.form
         room = Described(self._gpu)
-        for x in self.given:
-            room.give(x)
+        room.give(*self.given)
         q = self.given[0]
         assert q is not None
         sum_dtype = torch.float64 if spec.dtype == "fp64" else torch.float32
@@ -247,8 +246,7 @@ class BoundCall:
         spec, form = self.spec, self.form
         twins = [None if x is None else twin(x) for x in tensors]
         room = Described(self._gpu)
-        for x in twins:
-            room.give(x)
+        room.give(*twins)
         count = len(self.given)
         behind = count + saved_count + 2
         given, saved = twins[:count], self.saved(twins[count : count + saved_count])

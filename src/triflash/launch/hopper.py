@@ -197,7 +197,8 @@ def ragged(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
 
 def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A TMA descriptor of an addressable tensor, in blocks of that shape."""
-    return _descriptor(x, *_laid(x.shape, x.stride(), _ALIGNMENT // x.element_size()), tuple(block))
+    shape, strides = _laid(x.shape, x.stride(), _ALIGNMENT // x.element_size())
+    return _descriptor(x, shape, strides, tuple(block))
 
 
 @functools.lru_cache(maxsize=256)  # keys lie as values do, and gradients as what they are of

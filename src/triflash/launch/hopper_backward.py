@@ -172,9 +172,9 @@ def _packed_dbias(step: Step, p: _Pass) -> Call:
     return packed_dbias_call(p.room, step, p.spec, p.whole, inputs, p.grads, p.sums, offsets_of_64_bits)
 
 
-def _preprocess(_: Step, p: _Pass) -> Call:
+def _preprocess(step: Step, p: _Pass) -> Call:
     out, lse, rest = p.saved
-    return preprocess_call(p.spec, out, p.dout, p.dlse, lse, rest, p.stats, p.small_lse, p.dq_sum, p.t)
+    return preprocess_call(p.spec, step, out, p.dout, p.dlse, lse, rest, p.stats, p.small_lse, p.dq_sum, p.t)
 
 
 def _dkdv(step: Step, p: _Pass) -> Call:
@@ -224,9 +224,9 @@ def _dq(step: Step, p: _Pass) -> Call:
     return dq_call(p.spec, step.config, step.programs, q, k, v, bias, p.dout, p.stats, dq, dbias, *features, *how)
 
 
-def _postprocess(_: Step, p: _Pass) -> Call:
+def _postprocess(step: Step, p: _Pass) -> Call:
     assert p.dq_sum is not None and p.grads.dq is not None
-    return postprocess_call(p.spec, p.dq_sum, p.grads.dq, adds_by_red(p.plan), p.t)
+    return postprocess_call(p.spec, step, p.dq_sum, p.grads.dq, adds_by_red(p.plan), p.t)
 
 
 def _dbias(step: Step, p: _Pass) -> Call:
@@ -272,6 +272,7 @@ def new_dq_sum(room: Room, spec: AttentionSpec) -> Tensor:
 
 def preprocess_call(
     spec: AttentionSpec,
+    step: Step,
     out: Tensor,
     dout: Tensor,
     dlse: Tensor | None,
@@ -300,7 +301,7 @@ def preprocess_call(
         "WIDE": True,
         "PARTS": parts,
     }
-    return Call(preprocess.preprocess, args, constants, rowwise.CONFIG, rowwise.preprocess_step(spec, _queries_of_a_tile(t)).programs)
+    return Call(preprocess.preprocess, args, constants, rowwise.CONFIG, step.programs)
 
 
 def _parts_of(t: Tables | None) -> tuple[Tensor | None, int]:
@@ -345,13 +346,13 @@ def adds_by_red(plan: Plan) -> bool:
     return step is not None and isinstance(step.config, DkdvConfig) and step.config.red_dq
 
 
-def postprocess_call(spec: AttentionSpec, dq_sum: Tensor, dq: Tensor, red_dq: bool, t: Tables | None = None) -> Call:
+def postprocess_call(spec: AttentionSpec, step: Step, dq_sum: Tensor, dq: Tensor, red_dq: bool, t: Tables | None = None) -> Call:
     """dq from its float32 sum; red_dq: as :func:`adds_by_red` says."""
     entries, parts = _parts_of(t)
     args = (dq_sum, dq, entries, dq.stride()[:3], spec.heads, spec.queries, spec.scale * rescale(spec.dropout), dq_sum.shape[2])
     dims = {"D": spec.head_dim, "BD": padded(spec.head_dim), "ROW": dq_sum.shape[3]}
     constants = {"BM": rowwise.CONFIG.block_m, **dims, "RED_DQ": red_dq, "WIDE": True, "PARTS": parts}
-    return Call(postprocess.postprocess, args, constants, rowwise.CONFIG, rowwise.postprocess_step(spec, _queries_of_a_tile(t)).programs)
+    return Call(postprocess.postprocess, args, constants, rowwise.CONFIG, step.programs)
 
 
 def dkdv_call(

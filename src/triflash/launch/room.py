@@ -16,6 +16,8 @@ from torch import Tensor
 from ..spec import Saved
 from .calls import address_of, sink_gradient
 
+_META = torch.device("meta")  # by its name it is looked up at every call
+
 __all__ = ["Allocation", "Copied", "Described", "Real", "Room", "SinkSum", "View", "twin"]
 
 
@@ -122,51 +124,54 @@ class SinkSum(NamedTuple):
 
 def twin(x: Tensor) -> Tensor:
     """A meta tensor of x's shape, strides, dtype and address modulo 16 bytes."""
-    return meta(x.shape, x.stride(), x.dtype, address_of(x) % 16)
+    address = address_of(x) % 16
+    if address:
+        return meta(x.shape, x.stride(), x.dtype, address)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=_META)
 
 
 def meta(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, address: int = 0) -> Tensor:
     """A meta tensor that starts ``address`` bytes after a multiple of 16."""
     offset = address // dtype.itemsize
     if not offset:
-        return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device="meta")
+        return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=_META)
     span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if math.prod(shape) else 0
-    return torch.empty(offset + span, dtype=dtype, device="meta").as_strided(tuple(shape), tuple(strides), offset)
+    return torch.empty(offset + span, dtype=dtype, device=_META).as_strided(tuple(shape), tuple(strides), offset)
 
 
 class Described:
     """Keeps, for meta tensors, what it is asked for. Every meta tensor of a pass is a view of a *slot*: the memory of one tensor that the
     pass is given (slots come in the order of :meth:`give`) or allocates (:attr:`allocations`, after those). Its storage tells which.
+
+    there: the slots of given tensors, but for those where none is handed in.
     """
 
     def __init__(self, gpu: bool = True) -> None:
         self.gpu = gpu
-        self.given = 0
+        self.given, self.there = 0, list[int]()
         self.allocations: list[Allocation] = []
         self.copies: list[Copied] = []
         self.sinks: list[SinkSum] = []
         self.zeros: list[View] = []
-        self._slots: dict[int, tuple[int, int]] = {}  # storage -> slot, and where in the storage the slot's tensor begins, in bytes
-        self._kept: list[Tensor] = []  # while a storage lives, nothing else gets its number
+        self.slots: dict[int, tuple[int, int]] = {}  # storage -> slot, and where in the storage the slot's tensor begins, in bytes
+        self.tensors: dict[int, int] = {}  # of those that slots are of, by id
+        self._kept: list[Tensor] = []  # while one lives, nothing else gets its number
 
-    @property
-    def there(self) -> list[int]:
-        """The slots of given tensors, but for those where none is handed in."""
-        return sorted({slot for slot, _ in self._slots.values() if slot < self.given})
-
-    def give(self, x: Tensor | None) -> None:
-        """The next tensor that a call hands in; None: it hands in none."""
+    def give(self, *tensors: Tensor | None) -> None:
+        """The next tensors that a call hands in; None: it hands in none."""
         assert not self.allocations, "slots of given tensors come first"
-        if x is not None:
-            self._remember(x, self.given)
-        self.given += 1
+        for slot, x in enumerate(tensors, self.given):
+            if x is not None:
+                self._remember(x, slot)
+                self.there.append(slot)
+        self.given += len(tensors)
 
     def result(self, name: str, x: Tensor) -> Tensor:
         """x, whose memory every call allocates anew and hands out."""
         return self._allocate(name, x, "result")
 
     def new(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return self._allocate(name, torch.empty(tuple(shape), dtype=dtype, device="meta"), "scratch")
+        return self._allocate(name, torch.empty(tuple(shape), dtype=dtype, device=_META), "scratch")
 
     def copied(self, name: str, x: Tensor, target: Tensor, reason: str) -> Tensor:
         nbytes = self._becomes_copy(target)
@@ -196,7 +201,7 @@ class Described:
 
     def place(self, x: Tensor) -> tuple[int, int]:
         """(slot, bytes from where the slot's tensor begins) of a meta tensor."""
-        slot, begin = self._slots[x.untyped_storage()._cdata]
+        slot, begin = self.slots[x.untyped_storage()._cdata]
         return slot, int(x.storage_offset()) * x.element_size() - begin
 
     def view(self, x: Tensor) -> View:
@@ -216,5 +221,6 @@ class Described:
         return self.allocations[at].nbytes
 
     def _remember(self, x: Tensor, slot: int) -> None:
-        self._slots[x.untyped_storage()._cdata] = (slot, int(x.storage_offset()) * x.element_size())
+        self.slots[x.untyped_storage()._cdata] = (slot, int(x.storage_offset()) * x.element_size())
+        self.tensors[id(x)] = slot
         self._kept.append(x)
