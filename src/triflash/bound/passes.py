@@ -116,7 +116,7 @@ class BoundPass:
     def _bound(self, given: Given) -> _Native | None:
         native, compiling = _binding()
         assert self.calls is not None
-        if not all(map(native.can_bind, self.calls)):
+        if not native.can_bind(self.calls):
             return None
         follows = self.follows
         later = None if follows is None else functools.partial(follows, given)
@@ -158,7 +158,7 @@ class _Memory:
     """
 
     def __init__(self, room: Described, there: Sequence[int], results: list[_Allocated], like: torch.dtype) -> None:
-        self.room, self.count = room, len(results)
+        self.room, self.count, self._slots, self._tensors = room, len(results), room.slots, room.tensors
         self.made, size = results.copy(), 0
         places = {slot: (at, 0) for at, slot in enumerate(there)}
         kept, first = iter(range(len(places), len(places) + len(results))), len(places) + len(results)
@@ -179,9 +179,12 @@ class _Memory:
 
     def place(self, x: Tensor) -> tuple[int, int]:
         """(which of them, bytes from where it begins) of a meta tensor."""
-        slot, offset = self.room.place(x)
+        slot = self._tensors.get(id(x))
+        if slot is not None:
+            return self._places[slot]
+        slot, before = self._slots[x.untyped_storage()._cdata]
         at, begin = self._places[slot]
-        return at, begin + offset
+        return at, begin - before + x.storage_offset() * x.element_size()  # type: ignore[return-value]
 
     def moved(self, view: View) -> View:
         """A view of a slot as one of these."""

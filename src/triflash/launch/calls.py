@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +24,12 @@ __all__ = [
     "alibi_of",
     "bias_strides",
     "cap_of",
+    "cells",
     "dropout_of",
     "lengths_of",
     "lengths_stride",
     "on",
+    "picking",
     "sink_gradient",
     "slope_strides",
     "start",
@@ -37,7 +41,7 @@ LARGEST_FACTOR = 2.0**126  # times 0 it is still 0
 SMALLEST_SCALE = 2.0**-126  # the least normal float32: what is smaller may reach a kernel as 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)  # not frozen: that takes three times as long to make
 class Call:
     """One kernel launch: the kernel, its arguments in order, its compile-time constants, and its grid.
 
@@ -80,6 +84,28 @@ def start(device: torch.device, calls: Iterable[Call]) -> None:
     with on(device):
         for call in calls:
             call.start()
+
+
+def picking(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What picks them of a sequence."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    if not places:
+        return lambda _: ()
+    (at,) = places
+    return lambda args: (args[at],)
+
+
+def cells(begin: int, count: int) -> bytes:
+    """The addresses of so many numbers of 8 bytes from ``begin`` on, one behind the other, as they lie in memory."""
+    ones, steps = _ones_and_steps(count)
+    return (begin * ones + steps).to_bytes(8 * count, "little")
+
+
+@functools.cache
+def _ones_and_steps(count: int) -> tuple[int, int]:
+    """1 in each of so many numbers of 64 bits, and 0, 8, 16 and so on: a loop in Python over addresses takes ten times as long."""
+    return sum(1 << 64 * at for at in range(count)), sum(8 * at << 64 * at for at in range(count))
 
 
 def bias_strides(bias: Tensor | None) -> tuple[int, ...] | None:

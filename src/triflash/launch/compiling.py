@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import bad_value
-from .calls import Call
+from .calls import Call, picking
 
 __all__ = ["compiled_kernels"]
 
@@ -51,7 +51,8 @@ def compiled_kernels(calls: Sequence[Call], later: Callable[[], Sequence[Call]] 
 
     Raises what Triton raises for a kernel that does not compile.
     """
-    found = [_known(call) for call in calls]
+    settings = _settings()
+    found = [None if settings is None else _known(call, settings) for call in calls]
     if None not in found:
         return found
     limit = _limit()
@@ -119,7 +120,23 @@ def _triton() -> tuple[Any, Any, Any]:
     return knobs, driver, jit
 
 
-def _known(call: Call) -> Any:
+_Settings = tuple[int, Any, Any]
+
+
+def _settings() -> _Settings | None:
+    """The current device, and what Triton compiles by beside arguments, which takes some microseconds to ask; None: in a way that is not
+    known here.
+    """
+    knobs, driver, _ = _triton()
+    if getattr(knobs.runtime, "add_stages_inspection_hook", None) or getattr(knobs.compilation, "fpsan_homomorphic_casts", None):
+        return None  # parts of the key in later releases
+    try:
+        return driver.active.get_current_device(), knobs.runtime.debug, knobs.compilation.instrumentation_mode
+    except AttributeError:  # another release
+        return None
+
+
+def _known(call: Call, settings: _Settings) -> Any:
     """What Triton would answer where it has the kernel in memory, sooner: its global constants are compared as objects, all in one go, not
     by the operators of each. None: ask Triton.
     """
@@ -127,18 +144,16 @@ def _known(call: Call) -> Any:
     noted = _noted.get(id(kernel))
     if noted is None or noted.key != kernel.hash or [*map(dict.get, noted.where, noted.names)] != noted.values:
         return None
-    knobs, driver, jit = _triton()
-    if getattr(knobs.runtime, "add_stages_inspection_hook", None) or getattr(knobs.compilation, "fpsan_homomorphic_casts", None):
-        return None  # parts of the key in later releases
+    device, debug, mode = settings
     try:
-        known, keys, _, _, binder = kernel.device_caches[driver.active.get_current_device()]
-        more = {"debug": kernel.debug or knobs.runtime.debug, "instrumentation_mode": knobs.compilation.instrumentation_mode}
-        told = _told(noted, call, tuple(more.values()))
+        known, keys, _, _, binder = kernel.device_caches[device]
+        debug = kernel.debug or debug
+        told = _told(noted, call, (debug, mode))
         key, found, _ = noted.found.get(told, _NOTHING) if told is not None else _NOTHING
         if found is not None and known.get(key) is found:
             return found
-        _, specialization, options = binder(*call.args, **call.options, **more)
-        key = jit.compute_cache_key(keys, specialization, options)
+        _, specialization, options = binder(*call.args, **call.options, debug=debug, instrumentation_mode=mode)
+        key = _triton()[2].compute_cache_key(keys, specialization, options)
         found = known.get(key)
     except (AttributeError, TypeError, ValueError):  # another release
         return None
@@ -174,12 +189,12 @@ def _told(noted: _Noted, call: Call, more: tuple[Any, ...]) -> tuple[Any, ...] |
         tuples = noted.tuples.get(own)
         if tuples is None:
             tuples = noted.tuples[own] = tuple([at for at, kind in enumerate(own) if issubclass(kind, tuple)])
-        types += own
-        begin, before = len(args), begin
-        for at in tuples:
-            inside = args[before + at]
-            types = (*types, len(inside))
-            args += inside
+        if not tuples:
+            types += own
+            break
+        inside = [args[begin + at] for at in tuples]
+        types = (*types, *own, *map(len, inside))
+        begin, args = len(args), (*args, *itertools.chain.from_iterable(inside))
     sort = noted.sorts.get(types, _NEW)
     if sort is _NEW:
         sort = noted.sorts[types] = _sort(noted.kernel, args, len(call.args))
@@ -222,14 +237,7 @@ def _sort(kernel: Any, args: tuple[Any, ...], count: int) -> _Sort | None:
             others.append(at)
         elif not (x is None or kind is float or isinstance(x, tuple)):  # whose types tell all
             return None
-    return _Sort(*map(_picking, (integers, specialised, tensors, descriptors, others)))
-
-
-def _picking(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """What picks them of a sequence."""
-    if len(places) > 1:
-        return operator.itemgetter(*places)
-    return lambda args: tuple([args[at] for at in places])
+    return _Sort(*map(picking, (integers, specialised, tensors, descriptors, others)))
 
 
 @functools.cache

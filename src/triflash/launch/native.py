@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .calls import Call
+from .calls import Call, cells, picking
 
 __all__ = ["Launch", "Launches", "bind", "can_bind", "stands_aside", "streams", "watch"]
 
@@ -125,17 +125,14 @@ class Launch:
             self._arguments = _Arguments(call, form, place)
             return
         self.grid = (call.programs | 1 << 32, 1 | form.threads << 32, 1 | 1 << 32, form.shared_memory)
-        parts, given = form.parts, call.args
-        every: list[Any] = [0, *given, *parts.constants[len(given) :]]
-        for at in parts.tuples:
-            every += _leaves(given[at])
-        for (to, at), own in zip(parts.maps, form.recipes, strict=True):
-            value = given[at]
-            every += value.shape
-            every += value.strides
-            self.maps.append((to, *place(value.base), _recipe(value, own), {}))
-        for to, at in parts.pointers:
-            self.pointers.append((to, *place(every[at])))
+        parts, given, maps = form.parts, call.args, self.maps
+        every: list[Any] = [0, *given, *parts.constants[len(given) :], *_leaves(parts.tuples(given))]
+        for to, own, descriptor in zip(parts.maps, form.recipes, parts.descriptors(given), strict=True):
+            recipe = _recipe(descriptor, own)
+            every += recipe[-3]
+            every += recipe[-2]
+            maps.append((to, *place(descriptor.base), recipe, {}))
+        self.pointers = [(to, *place(every[at])) for to, at in parts.pointers]
         numbers = [*parts.order(every)]
         for to, kind in parts.floats:
             numbers[to] = _FLOATS[kind](numbers[to])
@@ -143,8 +140,7 @@ class Launch:
             self.numbers = array("q", numbers)
         except OverflowError:  # of 64 bits without a sign
             self.numbers = array("q", [(value + _SIGN & _WHOLE) - _SIGN for value in numbers])
-        begin, count = self.numbers.buffer_info()
-        self._where = array("Q", range(begin, begin + 8 * count, 8))
+        self._where = array("Q", cells(*self.numbers.buffer_info()))
 
     @property
     def slots(self) -> set[int]:
@@ -164,8 +160,9 @@ class Launch:
             where[at] = begin
             begin += 8
         made = []
+        encode = self.form.encode
         for at, slot, offset, recipe, known in self.maps:
-            tensor_map = _map_at(addresses[slot] + offset, recipe, known, self.form.encode)
+            tensor_map = _map_at(addresses[slot] + offset, recipe, known, encode)
             where[at] = id(tensor_map) + _INSIDE
             made.append(tensor_map)
         config = array("Q", (*self.grid, stream, *self._attributes))
@@ -281,16 +278,17 @@ class _Parts(NamedTuple):
     """Where a kernel's parameters come from. *Every* value is 0, then the arguments, then what is in those that are tuples, then shape and
     strides of each descriptor.
 
-    constants: stand for the arguments that are given by name. tuples: the arguments that are such. order: picks, of every value, the
-    parameters as numbers, in order; 0 for an address, which is none. pointers: of each the place among the parameters, and that among
-    every value. maps: the place, and the argument. floats: the place, and the kind.
+    constants: stand for the arguments that are given by name. tuples, descriptors: pick the arguments that are such. order: picks, of every
+    value, the parameters as numbers, in order; 0 for an address, which is none. pointers: of each the place among the parameters, and that
+    among every value. maps: the places of the descriptors' tensor maps. floats: the place, and the kind.
     """
 
     constants: tuple[int, ...]
-    tuples: tuple[int, ...]
+    tuples: Callable[[Sequence[Any]], tuple[Any, ...]]
+    descriptors: Callable[[Sequence[Any]], tuple[Any, ...]]
     order: Callable[[list[Any]], tuple[Any, ...]]
     pointers: tuple[tuple[int, int], ...]
-    maps: tuple[tuple[int, int], ...]
+    maps: tuple[int, ...]
     floats: tuple[tuple[int, str], ...]
 
 
@@ -354,7 +352,8 @@ def _parts(compiled: Any, maps: int) -> _Parts | None:
         return None
     order += [0, 0]  # the addresses of scratch that nobody uses
     constants = (0,) * len(signature)
-    return _Parts(constants, tuples, operator.itemgetter(*order), tuple(pointers), tuple(descriptors), tuple(floats))
+    given, places = picking([at for _, at in descriptors]), tuple([to for to, _ in descriptors])
+    return _Parts(constants, picking(tuples), given, operator.itemgetter(*order), tuple(pointers), places, tuple(floats))
 
 
 class _Libcuda:
@@ -437,11 +436,16 @@ def watch(launches: Sequence[Launch]) -> Callable[[], bool]:
     """What tells, before each run of bound launches, whether they have to go Triton's own way now: hooks want to see them, the environment
     says so, knobs are others than at binding time, a kernel was replaced or somebody watches it. Every eager call waits for the answer.
     """
+    watched = [each.watched for each in launches]
+    key = tuple(map(id, itertools.chain.from_iterable(watched)))
+    known = _watching.get(key)  # one for all passes of the same kernels, which it keeps alive
+    if known is not None and not known():
+        return known
     knobs = _knobs()
     in_force = _knobs_in_force(_calls_of("launch_enter_hook"), _calls_of("launch_exit_hook"))
     enter, leave, *deciding = in_force(knobs)
     as_bound = (*([] if isinstance(each, list) else None for each in (enter, leave)), *deciding)
-    modules, names, kernels, hooks = map(list, zip(*(each.watched for each in launches), strict=True)) if launches else ([], [], [], [])
+    modules, names, kernels, hooks = map(list, zip(*watched, strict=True)) if launches else ([], [], [], [])
     unwatched = [type(each)() for each in hooks]
     switch, off = (lambda _: os.environ.get("TRIFLASH_BIND"), "0") if _environment is None else (_environment.get, b"0")
 
@@ -457,7 +461,13 @@ def watch(launches: Sequence[Launch]) -> Callable[[], bool]:
         except AttributeError:  # hooks of another kind than there were
             return True
 
+    if len(_watching) >= 256:
+        _watching.clear()
+    _watching[key] = changed
     return changed
+
+
+_watching: dict[tuple[int, ...], Callable[[], bool]] = {}
 
 
 @functools.cache
@@ -476,11 +486,12 @@ class _Unknown(Exception):
     """Something of Triton's has another form than those that are known here."""
 
 
-def can_bind(call: Call) -> bool:
-    """Whether a launch need not go Triton's own way for what is known before its kernel is compiled."""
+def can_bind(calls: Sequence[Call]) -> bool:
+    """Whether launches need not go Triton's own way for what is known before their kernels are compiled."""
     if getattr(_knobs().runtime, "interpret", False):
         return False
-    return hasattr(call.kernel, "warmup") and not getattr(call.kernel, "pre_run_hooks", None)  # else somebody watches it
+    # Of one with hooks somebody watches the launches.
+    return all(hasattr(call.kernel, "warmup") and not getattr(call.kernel, "pre_run_hooks", None) for call in calls)
 
 
 def bind(call: Call, compiled: Any, place: Callable[[Tensor], tuple[int, int]]) -> Launch | None:
@@ -513,10 +524,14 @@ def _recipe_of(metadata: Any) -> tuple[Any, ...]:
 
 
 def _recipe(descriptor: Any, own: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All of it."""
-    if getattr(descriptor, "round_f32_to_tf32", False) or descriptor.padding != "zero" or descriptor.strides[-1] != 1:
+    """All of it: what it is of the kernel, shape, strides, and no padding with NaN."""
+    shape, strides, padding = _laid(descriptor)
+    if padding != "zero" or strides[-1] != 1 or getattr(descriptor, "round_f32_to_tf32", False):
         raise _Unknown
-    return (*own, descriptor.shape, descriptor.strides, 0)
+    return (*own, shape, strides, 0)
+
+
+_laid = operator.attrgetter("shape", "strides", "padding")
 
 
 def _c_launcher(launcher: Any, compiled: Any) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
