@@ -281,8 +281,9 @@ def of_pairs(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, obj
         return None
     own = tuple(name for name in gives if name in ("dq", "dbias", "dsecond"))
     for config in _candidates(spec, own):
-        for some in (min(blocks + blocks % 2, MOST_DQ_BLOCKS), blocks):  # an even number: fewer kernels
-            if config.dq_warpgroup and (way := replace(config, dq_blocks=some)).shared_memory(spec, own) <= device.shared_memory:
+        for unit in (4, 2, 1):  # room for more than there are where it fits: lengths near each other share a kernel
+            way = replace(config, dq_blocks=ceil_div(blocks, unit) * unit) if config.dq_warpgroup else config
+            if way.dq_blocks and way.shared_memory(spec, own) <= device.shared_memory:
                 return way
     return None
 
