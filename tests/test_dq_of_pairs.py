@@ -16,7 +16,7 @@ from here import HAVE_TRITON, ON_HOPPER, stand_in_only
 from mutations import mutate, noticed
 from running import results_of, run_case
 from triflash.plan.device import NAMED_DEVICES
-from triflash.plan.kernels.dkdv import DkdvConfig, of_pairs
+from triflash.plan.kernels.dkdv import DkdvConfig, l2_order, of_pairs
 from triflash.plan.kernels.mask_bounds import CONFIG as MASK_BOUNDS
 from triflash.plan.override import Config, override_configs
 from triflash.plan.select import plan_backward
@@ -144,6 +144,10 @@ def test_the_plan() -> None:
     step = plan_backward(triangle, Needs(True, True, True, True), H200, "hopper").step("dqdkdv")
     assert step is not None and isinstance(step.config, DkdvConfig)
     assert step.config.dq_blocks == 8 and step.programs == 132 and step.config.shared_memory(triangle, step.gives) <= H200.shared_memory
+    causal = spec(B=384, H=4, M=384, N=384, D=64, hi=0)
+    causal_step = plan_backward(causal, Needs(True, True, True, False), H200, "hopper").step("dqdkdv")
+    assert causal_step is not None and isinstance(causal_step.config, DkdvConfig) and causal_step.config.dq_blocks
+    assert l2_order(causal, causal_step.config, causal_step.programs) == (1, 0)  # nothing is simulated for what has none
     assert names(spec(M=2048, N=2048)) == ["preprocess", "dqdkdv", "postprocess"]  # more queries than there is room for
     assert names(spec(H=8, groups=4)) == ["preprocess", "dqdkdv", "postprocess"]
     assert names(spec(B=1, H=140)) == ["preprocess", "dqdkdv", "postprocess"]  # 8 of 132 programs would have two pairs

@@ -73,6 +73,19 @@ def test_what_adding_up_dq_costs(bias: str | None, deterministic: bool) -> None:
         assert keys.shared_memory == keys.step.config.shared_memory(explained.spec, ("dk", "dv", "dq"))
 
 
+def test_dq_summed_in_shared_memory() -> None:
+    """The same bits without asking, no float32 sum, and an order of its own."""
+    q, bias = empty(132, 256, 1, 64), empty(1, 1, 256, 256)
+    for given, order in ((None, ""), (bias, ", batch entries that share a bias block side by side")):
+        explained = explain(q, q, q, given, causal=True, grads=("q", "k", "v"), device="h200")
+        assert explained.backward is not None and explained.deterministic and "float32 sum of dq" not in dict(explained.memory)
+        (keys,) = (step for step in explained.backward.steps if step.step.kernel == "dqdkdv")
+        assert isinstance(keys.step.config, DkdvConfig) and keys.step.config.dq_blocks == 4
+        text = str(explained)
+        assert f"dqdkdv {keys.step.config}: 132 programs" in text and "same bits  yes" in text
+        assert f", all tiles of a batch entry and head by one program{order}, gives dk, dv, dq" in text
+
+
 def test_a_gradient_nobody_asked_for() -> None:
     """The kernel that gives the gradient of a bias of full shape writes dq, wanted or not."""
     q, bias = empty(2, 1000, 4, 64), empty(2, 4, 1000, 1000)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .plan.device import KNOWN_DEVICES, DeviceFacts
+from .plan.kernels.dkdv import DkdvConfig
 from .plan.select import Step
 from .spec import UNSET, AttentionSpec, BiasSpec, Needs
 from .spec_cache import CacheSpec
@@ -21,6 +22,10 @@ _HOPPER_ORDERS = {
     "tile": "tiles of one head, the longest first, among those whose keys and values fit in the L2 cache, then the next head's",
 }
 _KEYS_ORDERS = {order: text.replace("keys and values", "queries and their gradients") for order, text in _HOPPER_ORDERS.items()}
+_PAIRS_ORDERS = {
+    "head": "all tiles of a batch entry and head by one program",
+    "batch": "all tiles of a batch entry and head by one program, batch entries that share a bias block side by side",
+}
 _LOOPS = {
     "small": "for where every lse is small, as it is of ordinary scores; else it leaves at once, and the next launch works",
     "any": "for where some lse is large; else it leaves at once, and the launch before has worked",
@@ -254,4 +259,6 @@ def _order(step: Step, backend: str) -> str:
     """In which order a kernel's programs, or the tiles that they work through, go by."""
     if backend != "hopper":
         return _ORDERS[step.order]
+    if isinstance(step.config, DkdvConfig) and step.config.dq_blocks:
+        return _PAIRS_ORDERS[step.order]
     return (_KEYS_ORDERS if step.kernel in ("dkdv", "dqdkdv") else _HOPPER_ORDERS)[step.order]

@@ -314,9 +314,11 @@ def head_splits(spec: AttentionSpec, config: DkdvConfig, sms: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def l2_order(spec: AttentionSpec, config: DkdvConfig, programs: int) -> tuple[int, int]:
-    """``(l2_group, serpentine)`` as of the forward kernel; what tiles share here is the queries and their gradients."""
+    """``(l2_group, serpentine)`` as of the forward kernel; what tiles share here is the queries and their gradients. Programs that have
+    whole pairs do not ask for it (``schedule.Pairs``).
+    """
     tiles_n, tiles = key_tiles(spec, config)
-    if not is_banded(spec) or tiles <= programs or tiles > MAX_SIMULATED_TILES:
+    if config.dq_blocks or not is_banded(spec) or tiles <= programs or tiles > MAX_SIMULATED_TILES:
         return 1, 0
     return best_order(_lengths(spec, config), tiles // tiles_n, programs, [_fitting(spec, config) * n for n in (1, 2, 4)])
 
