@@ -26,6 +26,7 @@ __all__ = [
     "cap_of",
     "cells",
     "dropout_of",
+    "leaves",
     "lengths_of",
     "lengths_stride",
     "on",
@@ -94,6 +95,14 @@ def picking(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
         return lambda _: ()
     (at,) = places
     return lambda args: (args[at],)
+
+
+def leaves(nested: tuple[Any, ...]) -> list[Any]:
+    """What is in a tuple and in the tuples in it, in order."""
+    found: list[Any] = []
+    for x in nested:
+        found += leaves(x) if isinstance(x, tuple) else [x]
+    return found
 
 
 def cells(begin: int, count: int) -> bytes:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .calls import Call, cells, picking
+from .calls import Call, cells, leaves, picking
 
 __all__ = ["Launch", "Launches", "bind", "can_bind", "stands_aside", "streams", "watch"]
 
@@ -126,7 +126,7 @@ class Launch:
             return
         self.grid = (call.programs | 1 << 32, 1 | form.threads << 32, 1 | 1 << 32, form.shared_memory)
         parts, given, maps = form.parts, call.args, self.maps
-        every: list[Any] = [0, *given, *parts.constants[len(given) :], *_leaves(parts.tuples(given))]
+        every: list[Any] = [0, *given, *parts.constants[len(given) :], *leaves(parts.tuples(given))]
         for to, own, descriptor in zip(parts.maps, form.recipes, parts.descriptors(given), strict=True):
             recipe = _recipe(descriptor, own)
             every += recipe[-3]
@@ -302,14 +302,6 @@ _FLOATS: dict[str, Callable[[float], int]] = {
 }
 
 
-def _leaves(nested: tuple[Any, ...]) -> list[Any]:
-    """What is in a tuple and in the tuples in it, in order."""
-    found: list[Any] = []
-    for x in nested:
-        found += _leaves(x) if isinstance(x, tuple) else [x]
-    return found
-
-
 def _parts(compiled: Any, maps: int) -> _Parts | None:
     """:attr:`_Form.parts` of a kernel of which ``maps`` arguments are descriptors."""
     driver = _libcuda()
@@ -317,13 +309,13 @@ def _parts(compiled: Any, maps: int) -> _Parts | None:
     tuples = tuple([at for at, own in enumerate(signature) if isinstance(own, tuple)])
     begins, end = {}, 1 + len(signature)  # of what is in tuples, among every value
     for at in tuples:
-        begins[at], end = end, end + len(_leaves(signature[at]))
+        begins[at], end = end, end + len(leaves(signature[at]))
     order: list[int] = []
     sizes: list[int] = []
     pointers, descriptors, floats = [], [], []
     every: list[tuple[int, int, Any]] = []
     for at, own in enumerate(signature):
-        every += [(at, begins[at] + i, kind) for i, kind in enumerate(_leaves(own))] if at in begins else [(at, 1 + at, own)]
+        every += [(at, begins[at] + i, kind) for i, kind in enumerate(leaves(own))] if at in begins else [(at, 1 + at, own)]
     for at, where, kind in every:
         if kind == "constexpr":
             continue

@@ -13,7 +13,7 @@ order, by TMA or by red.global. Where results must be the same bits on every run
 announced at named barriers (``rings.bar_arrive``).
 """
 
-from ..triton.prims import LOG2E, offset
+from ..triton.prims import LOG2E
 from .compat import fence_async_shared, gl, gluon, mbarrier, record, tma_load, tma_store, tma_store_wait, warpgroup_mma_wait
 from .dkdv_step import (
     BIAS_FREE,
@@ -36,7 +36,7 @@ from .extent import Extent, extent_of, key_rows, outer_at, padded_row, pair_of, 
 from .features import all_lse_small, clear_masked, slope_of
 from .key_rows import PIECES, no_sums, operand, store_row, total
 from .layouts import accumulator, stacked
-from .products import store_columns, times, zeros_of
+from .products import keep, store_columns, times, zeros_of
 from .rings import Ring, bar_sync, barriers, ring
 from .scores_kq import (
     DELTA,
@@ -294,24 +294,6 @@ def _walk_all(p, t, blocks, dk, dv, db, place, MASKED: gl.constexpr, BARE: gl.co
 
 
 @gluon.jit
-def _keep(parts, row, acc, WIDTH: gl.constexpr):
-    """Store an accumulator to rows of a contiguous float32 array (…, WIDTH), from ``row`` on; the array has whole tiles."""
-    _keep_piece(parts, row, acc.first, 0, WIDTH)
-    if acc.second is not None:
-        _keep_piece(parts, row, acc.second, acc.first.shape[1], WIDTH)
-
-
-@gluon.jit
-def _keep_piece(parts, row, x, FIRST: gl.constexpr, WIDTH: gl.constexpr):
-    """x, columns from FIRST on."""
-    L: gl.constexpr = x.type.layout
-    i = gl.expand_dims(gl.arange(0, x.shape[0], gl.SliceLayout(1, L)), 1)
-    c = gl.expand_dims(FIRST + gl.arange(0, x.shape[1], gl.SliceLayout(0, L)), 0)
-    i, c = gl.broadcast(i, c)
-    gl.store(parts + (offset(row, WIDTH) + (i * WIDTH + c)), x)
-
-
-@gluon.jit
 def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     """One consumer: 64 keys of every tile of the program."""
     BM: gl.constexpr = p.C.block_m
@@ -413,11 +395,11 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
             dv = times(dv, p.dropout[2])
         row_of_parts = (b * grid.heads + kv_head) * p.tiles_n * BN + n0 + WG * HALF
         if p.dk_parts is not None:
-            _keep(p.dk_parts, row_of_parts, times(dk, p.scale), BD)
+            keep(p.dk_parts, row_of_parts, times(dk, p.scale), BD)
         elif p.NEED_DK:
             store_columns(p.k_s.index(kv * 2 + WG).reshape([HALF, BD]), times(dk, p.scale))
         if p.dv_parts is not None:
-            _keep(p.dv_parts, row_of_parts, dv, BDV)
+            keep(p.dv_parts, row_of_parts, dv, BDV)
         elif p.NEED_DV:
             store_columns(p.v_s.index(kv * 2 + WG).reshape([HALF, BDV]), dv)
         fence_async_shared()

@@ -4,6 +4,7 @@ Where a product sums over them, it is issued in pieces (``over_columns``). Where
 record of one or two pieces (``Pieces``), each a power of 2 of columns. Blocks in shared memory may lie in such pieces, too (``blocks.py``).
 """
 
+from ..triton.prims import offset
 from .compat import gl, gluon, record, warpgroup_mma, warpgroup_mma_wait
 from .layouts import accumulator
 
@@ -146,6 +147,24 @@ def store_columns(target, acc):
         target.slice(0, FIRST, 1).store(acc.first.to(target.dtype))
         if acc.second is not None:
             target.slice(FIRST, acc.second.shape[1], 1).store(acc.second.to(target.dtype))
+
+
+@gluon.jit
+def keep(parts, row, acc, WIDTH: gl.constexpr):
+    """Store an accumulator to rows of a contiguous float32 array (…, WIDTH), from ``row`` on; the array has whole tiles."""
+    _keep_piece(parts, row, acc.first, 0, WIDTH)
+    if acc.second is not None:
+        _keep_piece(parts, row, acc.second, acc.first.shape[1], WIDTH)
+
+
+@gluon.jit
+def _keep_piece(parts, row, x, FIRST: gl.constexpr, WIDTH: gl.constexpr):
+    """x, columns from FIRST on."""
+    L: gl.constexpr = x.type.layout
+    i = gl.expand_dims(gl.arange(0, x.shape[0], gl.SliceLayout(1, L)), 1)
+    c = gl.expand_dims(FIRST + gl.arange(0, x.shape[1], gl.SliceLayout(0, L)), 0)
+    i, c = gl.broadcast(i, c)
+    gl.store(parts + (offset(row, WIDTH) + (i * WIDTH + c)), x)
 
 
 @gluon.jit
