@@ -153,9 +153,9 @@ class Launch:
         """Configuration, function, parameters and nothing more, as ``cuLaunchKernelEx`` takes them, where the slots' tensors begin at
         ``addresses``; and what has to live as long as they are used.
         """
-        cells = array("Q", [addresses[slot] + offset for _, slot, offset in self.pointers])
+        pointers = array("Q", [addresses[slot] + offset for _, slot, offset in self.pointers])
         where = self._where[:]
-        begin, _ = cells.buffer_info()
+        begin, _ = pointers.buffer_info()
         for at, _, _ in self.pointers:
             where[at] = begin
             begin += 8
@@ -166,7 +166,7 @@ class Launch:
             where[at] = id(tensor_map) + _INSIDE
             made.append(tensor_map)
         config = array("Q", (*self.grid, stream, *self._attributes))
-        return (config.buffer_info()[0], self.form.function, where.buffer_info()[0], None), (config, where, self.numbers, cells, made)
+        return (config.buffer_info()[0], self.form.function, where.buffer_info()[0], None), (config, where, self.numbers, pointers, made)
 
     def __call__(self, stream: int, addresses: Sequence[int]) -> None:
         """Launch it by Triton's C launcher."""

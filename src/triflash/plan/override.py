@@ -43,7 +43,7 @@ def override_configs(**configs: Config) -> Iterator[None]:
 
     A :class:`ForwardConfig` for ``forward``, a :class:`DkdvConfig` for ``dkdv`` or ``dqdkdv``, a :class:`DqConfig` for ``dq`` and a
     :class:`DbiasConfig` for ``dbias`` are for backend ``hopper``; each backend passes over a configuration of the other's. One for
-    ``dqdkdv`` also has dq summed in memory wherever that is possible.
+    ``dqdkdv`` also has dq summed in memory, or with ``dq_blocks`` in shared memory, wherever that is possible.
 
     Raises:
         ValueError: no kernel has that name.

@@ -1,4 +1,4 @@
-"""The backward kernel for Hopper that owns keys: dk, dv and, summed in global memory, dq. Launched by ``launch/hopper_backward.py``.
+"""The backward kernel for Hopper that owns keys: dk, dv and, summed up, dq. Launched by ``launch/hopper_backward.py``.
 
 A CTA owns tiles of 128 keys of one key head, 64 for each of its two consumer warpgroups, and walks the queries that see them. With p and
 delta as in ``kernels/triton/backward.py``, a consumer computes its part of sᵀ and dpᵀ and keeps pᵀ and dsᵀ in registers as operands of
@@ -7,7 +7,8 @@ delta as in ``kernels/triton/backward.py``, a consumer computes its part of sᵀ
 
 dsᵀ also goes to shared memory, as the operand of ``dq += ds k``. Each consumer computes half of dq's columns (FlashAttention-3, Shah et al.
 2024), or a third warpgroup computes all (``dq_warpgroup``). The sum over key tiles is formed in global memory, in float32 and in no fixed
-order, by TMA or by red.global. Where results must be the same bits on every run, ``dq.py`` computes dq and this kernel does not.
+order, by TMA or by red.global. Where results must be the same bits on every run, ``dq.py`` computes dq and this kernel does not. With few
+queries a CTA has all key tiles of a (batch, head) pair instead, and sums dq up in shared memory, in order (``dq_of_pairs.py``).
 
 ``dkdv_step.py`` has one block of queries and the sum of dq. mbarriers as in ``forward.py``, but buffers that consumers give back are
 announced at named barriers (``rings.bar_arrive``).
@@ -439,13 +440,13 @@ def dkdv(
 
     Descriptors of q, k, v, dout (``o_desc``), dk and dv are over (batch, length, head, dim); that of the table ``stats`` over (batch and
     head, LSE | DELTA | REST, query), which ``preprocess`` fills. The float32 sum of dq is a descriptor over (batch, head, query, dim) or,
-    for red.global, a pointer dq_sum with rows of ROW columns (``dkdv_step.py``). A bias tile comes by a descriptor over its five dims,
-    switched off by ``bias_on`` where it broadcasts. A bias over keys alone, which may stand beside one of tiles, comes as a pointer and
-    strides; its gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key). A mask beside them comes in the same two
-    ways. ``group`` query heads share a key head. With ``splits`` they are dealt out in so many parts, which count as key heads above; each
-    part's sums of dk and dv go to dk_parts and dv_parts, float32 and contiguous (batch, part, whole tiles of keys, padded dim). cap: see
-    ``features.tanh``; dropout: see ``philox_of``; bounds: as of the forward kernel, between which queries. None: absent,
-    or not wanted. QK, OV: columns of q and k, of dout and v that are multiplied.
+    for red.global, a pointer dq_sum with rows of ROW columns (``dkdv_step.py``); with ``dq_blocks`` of C, dq_desc is dq's, like q's. A bias
+    tile comes by a descriptor over its five dims, switched off by ``bias_on`` where it broadcasts. A bias over keys alone, which may stand
+    beside one of tiles, comes as a pointer and strides; its gradient goes to ``dbias`` with strides (outer batch, inner batch, head, key).
+    A mask beside them comes in the same two ways. ``group`` query heads share a key head. With ``splits`` they are dealt out in so many
+    parts, which count as key heads above; each part's sums of dk and dv go to dk_parts and dv_parts, float32 and contiguous (batch, part,
+    whole tiles of keys, padded dim). cap: see ``features.tanh``; dropout: see ``philox_of``; bounds: as of the forward kernel, between
+    which queries. None: absent, or not wanted. QK, OV: columns of q and k, of dout and v that are multiplied.
 
     LOOPS: "both" for a kernel that chooses by ``small_lse``, the flags of ``preprocess``, or has no use for them. Long problems launch two
     kernels instead, "small" and "any", each of which has one loop and leaves at once where the flags say that the other one works.
