@@ -325,6 +325,7 @@ def test_blocks_in_turn_are_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             return Scalar(int(self) < int(other))
 
     language = SimpleNamespace(where=lambda c, a, b: Comparable(a if c else b))
+    every = SimpleNamespace(SKIPS=False)  # block with its mask, if there is one
     monkeypatch.setattr(scores_kq, "gl", language)
     monkeypatch.setattr(scores_kq, "segments", prims.segments.fn)
     monkeypatch.setattr(scores_kq, "in_turn", scores_kq.in_turn.fn)
@@ -341,7 +342,7 @@ def test_blocks_in_turn_are_all_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
             assert begin <= whole <= part <= end and end - begin == blocks, (M, N, lo, hi, n0)
             for member in range(2):  # of a group of heads
                 steps = [
-                    int(scores_kq.turned.fn(Comparable(member * blocks + step), max(blocks, 1), begin, whole, part, n0, 64))
+                    int(scores_kq.turned.fn(every, Comparable(member * blocks + step), max(blocks, 1), begin, whole, part, None, n0, 64))
                     for step in range(blocks)
                 ]
                 assert sorted(steps) == list(range(begin, end)), (M, N, lo, hi, n0)

@@ -425,14 +425,16 @@ def plans(case: Case, letters: str = "qkv", size: int = 1, fixed: bool = True, *
 def test_when_it_runs() -> None:
     queries, keys, both = ["mask_bounds queries"], ["mask_bounds keys"], ["mask_bounds queries+keys"]
     case = problem("large", M=256, N=256, H=2)
-    assert plans(case) == ([], []) and plans(case, size=256) == (queries, both)  # of 2^18 and 2^26 scores
+    wide = replace(case, D=128)
+    assert plans(wide) == ([], []) and plans(wide, size=256) == (queries, both)  # of 2^18 and 2^26 scores
+    assert plans(case, size=256) == (queries, keys)  # dq is summed in shared memory by the kernel that owns keys
     assert plans(case, size=255) == ([], [])
     assert plans(case, mask_bounds=CONFIG) == (queries, both)
-    assert plans(case, size=256, fixed=False) == (queries, keys)  # dq is added up by the kernel that owns keys
+    assert plans(case, size=256, fixed=False) == (queries, keys)  # or added up in memory by it
     assert plans(case, "kv", 256) == (queries, keys) and plans(case, "q", 256) == (queries, queries)
     assert plans(replace(case, N=255), size=1024) == ([], [])
     assert plans(replace(case, bias_dtype=None), size=1024) == ([], [])
-    beside = replace(case, bias="bhqk", bias_dtype=None, mask="b11k")
+    beside = replace(wide, bias="bhqk", bias_dtype=None, mask="b11k")
     assert plans(beside, size=256) == (queries, both)
     assert plans(beside, "qkvb", 256) == (queries, keys)  # dq writes a gradient to every element of the bias
     assert plans(beside, "b", 256) == (queries, [])
