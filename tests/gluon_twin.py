@@ -57,9 +57,6 @@ class Shared:
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
         return Shared(self.x.narrow(dim, start, length))
 
-    def _reinterpret(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
-        return Shared(self.x.view(-1).view(dtype)[: math.prod(shape)].view(tuple(shape)))
-
     def load(self, layout: object) -> Tensor:
         step()
         return self.x.clone()
@@ -157,6 +154,10 @@ def tma_store(descriptor: Descriptor, at: Sequence[Any], source: Shared, adds: b
             tensor[target] = x[inside]
 
     here.stores.append(leave)
+
+
+def reinterpret(buffer: Shared, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
+    return Shared(buffer.x.view(-1).view(dtype)[: math.prod(shape)].view(tuple(shape)))
 
 
 def tma_add(descriptor: Descriptor, at: Sequence[Any], source: Shared) -> None:
@@ -376,7 +377,7 @@ def _stand_ins() -> dict[str, Any]:
     )  # fmt: skip
     return {
         "gl": gl, "tl": gl, "gluon": SimpleNamespace(jit=jit, constexpr_function=jit), "triton": SimpleNamespace(jit=jit), "mbarrier": mbarrier,
-        "tma_load": tma_load, "tma_store": tma_store, "tma_add": tma_add, "tma_store_wait": tma_store_wait, "warpgroup_mma": warpgroup_mma,
+        "tma_load": tma_load, "tma_store": tma_store, "tma_add": tma_add, "reinterpret": reinterpret, "tma_store_wait": tma_store_wait, "warpgroup_mma": warpgroup_mma,
         "warpgroup_mma_wait": warpgroup_mma_wait, "mma_v2": lambda a, b, acc: a.float() @ b.float() + acc, "fence_async_shared": fence, "thread_barrier": lambda: None, "record": record,
         "range": lambda *bounds: scalars(range(*bounds)), "min": lambda *x: Scalar(min(x)), "max": lambda *x: Scalar(max(x)),
     }  # fmt: skip

@@ -18,6 +18,7 @@ __all__ = [
     "mbarrier",
     "mma_v2",
     "record",
+    "reinterpret",
     "thread_barrier",
     "tma_add",
     "tma_load",
@@ -38,6 +39,13 @@ def _tma_add(tensor_desc, coord, src, _semantic=None):
     """Add a tile in shared memory to global memory. Triton 3.6 and 3.7 have the operation, but no name for it."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+@builtin
+def reinterpret(buffer, dtype, shape, layout, _semantic=None):
+    """A buffer's memory, from its first byte on, as another one. Triton 3.6 and 3.7 have it as a method with an underscore."""
+    method = getattr(buffer, "reinterpret", None) or buffer._reinterpret
+    return method(dtype, shape, layout, _semantic=_semantic)
 
 
 tma_add = tma.async_atomic_add if hasattr(tma, "async_atomic_add") else _tma_add

@@ -5,7 +5,7 @@ pair's last tile is done. There is no float32 sum in global memory to clear, add
 has room for, 128 bytes each and 32 columns of a head.
 """
 
-from .compat import fence_async_shared, gl, gluon, mbarrier, tma_store, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
+from .compat import fence_async_shared, gl, gluon, mbarrier, reinterpret, tma_store, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from .dkdv_step import DS_HERE
 from .extent import extent_of, query_rows
 from .layouts import accumulator
@@ -59,7 +59,7 @@ def run_dq_of_pairs(p, dq_desc):
             for block in range(blocks):  # in 16 bits, in the first half of the room that they had
                 own = p.dq_s.index(block)
                 dq = (own.load(S) * factor).to(dq_desc.dtype)
-                half = own._reinterpret(dq_desc.dtype, dq_desc.block_shape, dq_desc.layout)
+                half = reinterpret(own, dq_desc.dtype, dq_desc.block_shape, dq_desc.layout)
                 half.reshape([BM, BD]).store(dq)
                 fence_async_shared()
                 tma_store(dq_desc, query_rows(p, x, block * BM, head), half)
