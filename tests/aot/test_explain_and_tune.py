@@ -122,7 +122,7 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "compiled" in text and "registers a thread" in text and "estimated" not in text
     assert main(["explain", "--d", "64", "--s", "4k", "--device", "sm90", "--backend", "hopper", "--compile"]) == 0
     text = capsys.readouterr().out
-    assert text.count("  compiled  ") == 4 and "estimated" not in text  # forward, prepare, dqdkdv, finish
+    assert text.count("  compiled  ") == 6 and "estimated" not in text  # forward, preprocess, dkdv and dq, each of these for either loop
     assert main(["explain", "--d", "520", "--s", "1k", "--device", "sm90", "--compile"]) == 0
     assert "nothing was compiled" in capsys.readouterr().out
 
