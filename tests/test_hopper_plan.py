@@ -273,7 +273,8 @@ def visits(monkeypatch: pytest.MonkeyPatch, programs: int, tiles: int, *problem:
         )
         with monkeypatch.context() as patched:
             patched.setattr(schedule, "gl", language)
-            patched.setattr(schedule, "_place", schedule._place.fn)
+            for helper in ("_place", "_head_and_batch"):
+                patched.setattr(schedule, helper, getattr(schedule, helper).fn)
             return [schedule.Uniform.locate.fn(grid, wave) for wave in range(schedule.Uniform.waves.fn(grid))]
 
     return [tiles_of(pid) for pid in range(programs)]

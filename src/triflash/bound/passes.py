@@ -158,7 +158,7 @@ class _Memory:
     """
 
     def __init__(self, room: Described, there: Sequence[int], results: list[_Allocated], like: torch.dtype) -> None:
-        self.room, self.count, self._slots, self._tensors = room, len(results), room.slots, room.tensors
+        self.room, self.count, self._tensors = room, len(results), room.tensors
         self.made, size = results.copy(), 0
         places = {slot: (at, 0) for at, slot in enumerate(there)}
         kept, first = iter(range(len(places), len(places) + len(results))), len(places) + len(results)
@@ -182,9 +182,9 @@ class _Memory:
         slot = self._tensors.get(id(x))
         if slot is not None:
             return self._places[slot]
-        slot, before = self._slots[x.untyped_storage()._cdata]
+        slot, offset = self.room.place(x)
         at, begin = self._places[slot]
-        return at, begin - before + x.storage_offset() * x.element_size()  # type: ignore[return-value]
+        return at, begin + offset
 
     def moved(self, view: View) -> View:
         """A view of a slot as one of these."""

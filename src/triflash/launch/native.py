@@ -361,8 +361,8 @@ class _Libcuda:
         self._told.argtypes, self._told.restype = [ctypes.c_void_p, ctypes.c_size_t, number, number], ctypes.c_int
 
     def takes(self, function: int, sizes: Sequence[int]) -> bool:
-        """Whether a function's parameters are as many, and of those sizes: where they lie, which the driver works out, is not looked at. A
-        tensor map lies where its address is a multiple of 64, and so not at one from the first parameter on.
+        """Whether a function's parameters are as many, and of those sizes: where they lie is the driver's business (ptxas aligns tensor
+        maps by their address, not by the distance from the first parameter).
         """
         offset, size = ctypes.c_size_t(), ctypes.c_size_t()
         for at, wanted in enumerate(sizes):

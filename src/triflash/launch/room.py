@@ -153,7 +153,7 @@ class Described:
         self.copies: list[Copied] = []
         self.sinks: list[SinkSum] = []
         self.zeros: list[View] = []
-        self.slots: dict[int, tuple[int, int]] = {}  # storage -> slot, and where in the storage the slot's tensor begins, in bytes
+        self._slots: dict[int, tuple[int, int]] = {}  # storage -> slot, and where in the storage the slot's tensor begins, in bytes
         self.tensors: dict[int, int] = {}  # of those that slots are of, by id
         self._kept: list[Tensor] = []  # while one lives, nothing else gets its number
 
@@ -201,7 +201,7 @@ class Described:
 
     def place(self, x: Tensor) -> tuple[int, int]:
         """(slot, bytes from where the slot's tensor begins) of a meta tensor."""
-        slot, begin = self.slots[x.untyped_storage()._cdata]
+        slot, begin = self._slots[x.untyped_storage()._cdata]
         return slot, int(x.storage_offset()) * x.element_size() - begin
 
     def view(self, x: Tensor) -> View:
@@ -221,6 +221,6 @@ class Described:
         return self.allocations[at].nbytes
 
     def _remember(self, x: Tensor, slot: int) -> None:
-        self.slots[x.untyped_storage()._cdata] = (slot, int(x.storage_offset()) * x.element_size())
+        self._slots[x.untyped_storage()._cdata] = (slot, int(x.storage_offset()) * x.element_size())
         self.tensors[id(x)] = slot
         self._kept.append(x)

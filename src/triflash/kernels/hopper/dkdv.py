@@ -51,6 +51,7 @@ from .scores_kq import (
     of_keys,
     query_heads,
     store_dbias,
+    tile_of_mask,
     turned,
     visible_blocks,
 )
@@ -237,10 +238,7 @@ def _produce(p, f):
             tma_load(f.q_desc, query_rows(p, x, m0, head), q_full, p.q_s.index(stage))
             if p.SKIPS:
                 if (block < bare.begin) | (block >= bare.end):
-                    bias_at = masks + step - step // steps * (bare.end - bare.begin)
-                    if p.lo is not None:
-                        bias_at -= gl.where(block >= part, bare.end - bare.begin, 0)
-                    _fetch_bias(p, f, bias_at, x, head, m0, n0)
+                    _fetch_bias(p, f, tile_of_mask(p, masks, step, steps, bare, block, part), x, head, m0, n0)
             elif f.bias_desc is not None or f.mask_desc is not None:
                 _fetch_bias(p, f, at, x, head, m0, n0)
             o_stage = at % O_STAGES

@@ -3,7 +3,7 @@
 from .blocks import load_block, one_of
 from .compat import gl, gluon, mbarrier, record, tma_load
 from .extent import extent_of, key_place, outer_at, padded_row, pair_of, place_in_bias, query_place
-from .scores_kq import DELTA, LSE, REST, bare_blocks, grid_of, turned, visible_blocks
+from .scores_kq import DELTA, LSE, REST, bare_blocks, grid_of, tile_of_mask, turned, visible_blocks
 
 
 @record
@@ -80,10 +80,7 @@ def produce(p, f):
             load_block(p, f.q, query_place(x, m0), head, q_full, one_of(p.q_s, stage))
             if p.SKIPS:
                 if (block < bare.begin) | (block >= bare.end):
-                    bias_at = masks + step - step // steps * (bare.end - bare.begin)
-                    if p.lo is not None:
-                        bias_at -= gl.where(block >= part, bare.end - bare.begin, 0)
-                    _fetch_bias(p, f, bias_at, x, head, m0, n0)
+                    _fetch_bias(p, f, tile_of_mask(p, masks, step, steps, bare, block, part), x, head, m0, n0)
             elif f.bias_desc is not None or f.mask_desc is not None:
                 _fetch_bias(p, f, at, x, head, m0, n0)
             mbarrier.wait(p.douts.empty.index(stage), phase)

@@ -61,6 +61,7 @@ from .rings import Ring, barriers, ring
 from .scores_qk import (
     BM,
     add_bias,
+    bare_blocks,
     block_of,
     column_of,
     exponents,
@@ -69,8 +70,8 @@ from .scores_qk import (
     mask_band,
     row_in,
     statistics,
+    tile_of_mask,
     visible_blocks,
-    whole_blocks,
 )
 
 
@@ -176,7 +177,7 @@ class Walk:
     done: object
     steps: object
     end: object
-    whole: object
+    bare: object
     masks: object
 
 
@@ -196,7 +197,7 @@ def _produce(p, f):
         m0, head, b = grid.locate(wave)
         x = extent_of(p, b)
         begin, full_begin, full_end, end = visible_blocks(p, x, m0, head)
-        bare = whole_blocks(p, x, m0, head, full_begin, full_end, end)
+        bare = bare_blocks(p, x, m0, head, full_begin, full_end, end)
         outer = x.b // p.batch_inner
         inner = x.b % p.batch_inner
         key_head = head // f.group
@@ -220,10 +221,7 @@ def _produce(p, f):
             load_block(p, f.v, place, key_head, v_full, one_of(p.v_s, p.values.slot(at, 0)))
             if p.SKIPS:
                 if (block < bare.begin) | (block >= bare.end):
-                    bias_at = masks + j
-                    if p.lo is not None:
-                        bias_at -= gl.where(block < bare.first, bare.end - bare.begin, 0)
-                    fetch_bias(p, f, bias_at, x, head, m0, n0)
+                    fetch_bias(p, f, tile_of_mask(p, masks, j, bare, block), x, head, m0, n0)
             elif f.bias_desc is not None:
                 fetch_bias(p, f, at, x, head, m0, n0)
         done += end - begin
@@ -244,7 +242,7 @@ def _step(p, t, dq, ds, at, bias_at, n0, WG: gl.constexpr, SMALL_LSE: gl.constex
     """One key block: ``(dq, ds)`` with the block before in dq (``p.C.deferred``), or the block itself.
 
     SMALL_LSE: see ``preprocess.py``. bias_at: the number of its tile of a bias or mask. PLACE: "first", where a length may end in the
-    block, "whole", where a mask hides nothing of it, or "".
+    block, "bare", where a mask hides nothing of it, or "".
     """
     BN: gl.constexpr = p.C.block_n
     BD: gl.constexpr = p.k_s.first.shape[-1]
@@ -296,7 +294,7 @@ def _step(p, t, dq, ds, at, bias_at, n0, WG: gl.constexpr, SMALL_LSE: gl.constex
         s = s * t.scale_log2
     else:
         s = rounded(s, t.scale_log2)
-    if p.bias_s is not None and PLACE != "whole":
+    if p.bias_s is not None and PLACE != "bare":
         slot = p.biases.slot(bias_at, WG)
         p.biases.wait(bias_at, WG)
         if p.VARIES_M:
@@ -368,11 +366,11 @@ def _step(p, t, dq, ds, at, bias_at, n0, WG: gl.constexpr, SMALL_LSE: gl.constex
 
 
 @gluon.jit
-def _walk(p, t, w, dq, ds, first, last, WG: gl.constexpr, SMALL_LSE: gl.constexpr, MASKED: gl.constexpr, WHOLE: gl.constexpr):
+def _walk(p, t, w, dq, ds, first, last, WG: gl.constexpr, SMALL_LSE: gl.constexpr, MASKED: gl.constexpr, BARE: gl.constexpr):
     """Steps ``first … last`` of a tile."""
     for step in range(first, last):
-        block, bias_at = block_of(p, w, step, MASKED, WHOLE)
-        PLACE: gl.constexpr = "whole" if WHOLE else ""
+        block, bias_at = block_of(p, w, step, MASKED, BARE)
+        PLACE: gl.constexpr = "bare" if BARE else ""
         dq, ds = _step(p, t, dq, ds, w.done + step, bias_at, block * p.C.block_n, WG, SMALL_LSE, PLACE, MASKED)
         if p.C.separate_dq:
             if step == w.steps - 1:  # no more MMAs with this q and dout: the next can be fetched
@@ -424,7 +422,7 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
                 clear_masked_block(block_at(p.k_s, p.keys.slot(done, 0), BN), x.keys - (end - 1) * BN)
         t = Rows(x, m0, head, outer, inner, q, dout, lse, delta, rest, column, slope, philox, scale_log2)
         bias_at = done
-        bare = whole_blocks(p, x, m0 - WG * BM, head, full_begin, full_end, end)
+        bare = bare_blocks(p, x, m0 - WG * BM, head, full_begin, full_end, end)
         w = Walk(done, steps, end, bare, masks)
         if p.SKIPS:
             bias_at = masks

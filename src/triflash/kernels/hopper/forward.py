@@ -32,7 +32,7 @@ from .forward_loads import Feed, produce
 from .layouts import accumulator, stacked
 from .products import Pieces, left_operand, pieces, times_rows, waited, zeros_of
 from .rings import Ring, barriers, ring
-from .scores_qk import BM, block_of, column_of, grid_of, row_in, visible_blocks, whole_blocks
+from .scores_qk import BM, bare_blocks, block_of, column_of, grid_of, row_in, visible_blocks
 from .softmax import by_row, rescaled, rescaled_accumulator, softmax
 
 
@@ -103,7 +103,7 @@ class Rows:
 
 @record
 class Walk:
-    """A tile's ``steps`` blocks of keys, the last of which ends at block ``end``; done: blocks of the program's earlier tiles. whole: those
+    """A tile's ``steps`` blocks of keys, the last of which ends at block ``end``; done: blocks of the program's earlier tiles. bare: those
     without tiles of the mask, of which the earlier tiles had ``masks``.
     """
 
@@ -111,7 +111,7 @@ class Walk:
     done: object
     steps: object
     end: object
-    whole: object
+    bare: object
     masks: object
 
 
@@ -197,15 +197,15 @@ def _rescaled(o, factor):
 
 
 @gluon.jit
-def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr, WHOLE: gl.constexpr):
+def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.constexpr, BARE: gl.constexpr):
     """Steps ``first … last`` of a tile: q kᵀ of a block, and p v of the block before, of which ``weights`` are p, under its softmax.
-    MASKED: a band may hide some of it. WHOLE: a mask hides nothing of it.
+    MASKED: a band may hide some of it. BARE: a mask hides nothing of it.
     """
     BN: gl.constexpr = p.C.block_n
     BDV: gl.constexpr = p.v_s.first.shape[-1]
     P: gl.constexpr = left_operand(p.OV, BDV)
     EARLY: gl.constexpr = p.bias_s is not None and p.mask_s is None and not p.IS_MASK  # mask bytes take many instructions
-    TILES: gl.constexpr = p.bias_s is not None and not WHOLE
+    TILES: gl.constexpr = p.bias_s is not None and not BARE
     nothing = gl.zeros([BM, BN], gl.float32, accumulator(BN))
     q_slot = w.q_slot
     if p.C.q_stages > 1:
@@ -214,7 +214,7 @@ def _walk(p, t, w, o, l, m, weights, first, last, WG: gl.constexpr, MASKED: gl.c
     q = block_at(p.q_s, q_slot, BM)
     for step in range(first, last):
         at = w.done + step
-        block, bias_at = block_of(p, w, step, MASKED, WHOLE)
+        block, bias_at = block_of(p, w, step, MASKED, BARE)
         n0 = block * BN
         stage = p.kv.slot(at, 0)
         bias = None
@@ -328,7 +328,7 @@ def _consume(p, WG: gl.constexpr):
             if steps == 1:
                 mbarrier.arrive(p.queries.empty.index(q_slot))
         t = _rows(p, x, m0, row_bias, slope, philox)
-        bare = whole_blocks(p, x, m0 - WG * BM, head, full_begin, full_end, end)
+        bare = bare_blocks(p, x, m0 - WG * BM, head, full_begin, full_end, end)
         w = Walk(q_slot, done, steps, end, bare, masks)
         if (p.hi is not None) or (p.packed is not None):
             o, l, m, weights = _walk(p, t, w, o, l, m, weights, 1, end - full_end, WG, True, False)

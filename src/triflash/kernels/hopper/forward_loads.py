@@ -3,7 +3,7 @@
 from .blocks import load_block, one_of
 from .compat import gl, gluon, mbarrier, record, tma_load
 from .extent import extent_of, outer_at, place_in_bias, place_of, query_place
-from .scores_qk import BM, grid_of, in_order, visible_blocks, whole_blocks
+from .scores_qk import BM, bare_blocks, grid_of, in_order, tile_of_mask, visible_blocks
 
 
 @record
@@ -83,7 +83,7 @@ def produce(p, f):
         m0, head, b = grid.locate(wave)
         x = extent_of(p, b)
         begin, full_begin, full_end, end = visible_blocks(p, x, m0, head)
-        bare = whole_blocks(p, x, m0, head, full_begin, full_end, end)
+        bare = bare_blocks(p, x, m0, head, full_begin, full_end, end)
         for j in range(end - begin):
             block = in_order(p, bare, end - 1 - j)
             n0 = block * BN
@@ -108,10 +108,7 @@ def produce(p, f):
                     _fetch_queries(p, f, wave, x, m0, head)
             if p.SKIPS:
                 if (block < bare.begin) | (block >= bare.end):
-                    bias_at = masks + j
-                    if p.lo is not None:
-                        bias_at -= gl.where(block < bare.first, bare.end - bare.begin, 0)
-                    fetch_bias(p, f, bias_at, x, head, m0, n0)
+                    fetch_bias(p, f, tile_of_mask(p, masks, j, bare, block), x, head, m0, n0)
             elif f.bias_desc is not None:
                 fetch_bias(p, f, at, x, head, m0, n0)
         done += end - begin

@@ -47,12 +47,7 @@ class Uniform:
                 tile = gl.where((remaining & 1) == 0, self.tiles_each - 1 - tile, tile)
             else:
                 tile = gl.where((remaining & 1) == 0, tile, self.tiles_each - 1 - tile)
-        if self.BATCH_FASTEST:
-            head = pair // self.batch
-            b = pair % self.batch
-        else:
-            head = pair % self.heads
-            b = pair // self.heads
+        head, b = _head_and_batch(self, pair)
         return tile * self.TILE, head, b
 
 
@@ -77,12 +72,7 @@ class Pairs:
     def locate(self, wave):
         """(first row, head, batch) of this program's tile of a wave."""
         pair = wave // self.tiles_each * gl.num_programs(0) + gl.program_id(0)
-        if self.BATCH_FASTEST:
-            head = pair // self.batch
-            b = pair % self.batch
-        else:
-            head = pair % self.heads
-            b = pair // self.heads
+        head, b = _head_and_batch(self, pair)
         return wave % self.tiles_each * self.TILE, head, b
 
     @gluon.jit
@@ -132,3 +122,12 @@ class Listed:
 @gluon.jit
 def _place(wave, serpentine):
     return gl.where((wave & serpentine) == 0, gl.program_id(0), gl.num_programs(0) - 1 - gl.program_id(0))
+
+
+@gluon.jit
+def _head_and_batch(grid, pair):
+    """Of the number of a (batch, head) pair."""
+    if grid.BATCH_FASTEST:
+        return pair // grid.batch, pair % grid.batch
+    else:
+        return pair % grid.heads, pair // grid.heads

@@ -139,6 +139,18 @@ def turned(p, step, steps, begin, whole, part, bare, n0, BM: gl.constexpr):
 
 
 @gluon.jit
+def tile_of_mask(p, masks, step, steps, bare, block, part):
+    """The number of a block's tile of the mask, of a program whose earlier tiles had ``masks``; bare blocks of each member before, and in
+    this one of those that a band cuts behind them, have none. Consumers have it of ``Blocks.masks``.
+    """
+    count = bare.end - bare.begin
+    at = masks + step - step // steps * count
+    if p.lo is not None:
+        at -= gl.where(block >= part, count, 0)
+    return at
+
+
+@gluon.jit
 def block_in(p, blocks, place, n0, BM: gl.constexpr):
     """The query block in a place of ``blocks``, which no band cuts."""
     block = in_turn(place, blocks.start, blocks.stop, n0, BM)

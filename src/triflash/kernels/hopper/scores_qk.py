@@ -47,7 +47,7 @@ def visible_blocks(p, x, m0, head):
 
 
 @record
-class Whole:
+class Bare:
     """Where a mask hides nothing of a tile's blocks: in ``begin … end``, without the tile's last one, which is visited first. They come
     behind the others of ``first … last``, which no band cuts, so that these need one loop (``in_order``).
     """
@@ -59,45 +59,56 @@ class Whole:
 
 
 @gluon.jit
-def whole_blocks(p, x, m0, head, full_begin, full_end, end):
-    """``Whole`` of a tile, of which ``visible_blocks`` gives the rest; without ``p.SKIPS`` nobody asks for it."""
+def bare_blocks(p, x, m0, head, full_begin, full_end, end):
+    """``Bare`` of a tile, of which ``visible_blocks`` gives the rest; without ``p.SKIPS`` nobody asks for it."""
     last = min(full_end, end - 1)
     first = min(full_begin, last)
     if p.SKIPS:
         first_whole, end_whole = whole_range(p, x, head, m0, p.C.consumers)
         begin = min(max((first_whole + p.C.block_n - 1) // p.C.block_n, first), last)
-        return Whole(first, last, begin, max(min(end_whole // p.C.block_n, last), begin))
+        return Bare(first, last, begin, max(min(end_whole // p.C.block_n, last), begin))
     else:
-        return Whole(first, last, last, last)
+        return Bare(first, last, last, last)
 
 
 @gluon.jit
-def in_order(p, whole, block):
+def in_order(p, bare, block):
     """The block that is visited in the place of ``block``, where blocks are visited from the last to the first."""
     if p.SKIPS:
-        moved = block + (whole.begin - whole.first)
-        moved = gl.where(moved >= whole.end, moved - (whole.end - whole.first), moved)
-        return gl.where((block >= whole.first) & (block < whole.end), moved, block)
+        moved = block + (bare.begin - bare.first)
+        moved = gl.where(moved >= bare.end, moved - (bare.end - bare.first), moved)
+        return gl.where((block >= bare.first) & (block < bare.end), moved, block)
     else:
         return block
 
 
 @gluon.jit
-def block_of(p, w, step, MASKED: gl.constexpr, WHOLE: gl.constexpr):
+def block_of(p, w, step, MASKED: gl.constexpr, BARE: gl.constexpr):
     """The block that a consumer visits in a step behind the first of its walk w, and the number of the block's tile of a bias or mask, for
-    those that have one. MASKED: a band may cut it; WHOLE: the mask hides nothing of it.
+    those that have one. MASKED: a band may cut it; BARE: the mask hides nothing of it.
     """
     block = w.end - 1 - step
     at = w.done + step
     if p.SKIPS:
-        if WHOLE:
-            block += w.whole.begin - w.whole.first
+        if BARE:
+            block += w.bare.begin - w.bare.first
         elif not MASKED:
-            block -= gl.where(block < w.whole.end, w.whole.end - w.whole.begin, 0)
+            block -= gl.where(block < w.bare.end, w.bare.end - w.bare.begin, 0)
         at = w.masks + step
-        if MASKED and p.lo is not None:
-            at -= gl.where(block < w.whole.first, w.whole.end - w.whole.begin, 0)
+        if MASKED:
+            at = tile_of_mask(p, w.masks, step, w.bare, block)
     return block, at
+
+
+@gluon.jit
+def tile_of_mask(p, masks, step, bare, block):
+    """The number of a block's tile of the mask, of a program whose earlier tiles had ``masks``: that of the step, but behind the bare
+    blocks, where a band cuts some on the left.
+    """
+    at = masks + step
+    if p.lo is not None:
+        at -= gl.where(block < bare.first, bare.end - bare.begin, 0)
+    return at
 
 
 @gluon.jit
