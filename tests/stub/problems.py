@@ -211,3 +211,14 @@ def many(backend: str) -> list[Problem]:
 
 def bytes_of(x: Tensor) -> int:
     return math.prod(x.shape) * x.element_size()
+
+
+def shifted(x: Tensor, elements: int = 1) -> Tensor:
+    """x so many elements behind an address that is a multiple of 64."""
+    whole = torch.zeros(x.numel() + elements, dtype=x.dtype)
+    return whole[elements:].view(x.shape).copy_(x)
+
+
+def spread(x: Tensor) -> Tensor:
+    """x with its outermost elements further apart."""
+    return torch.zeros(2 * x.shape[0], *x.shape[1:], dtype=x.dtype)[::2].copy_(x)

@@ -1,10 +1,12 @@
-"""Which way launches go, and what they hand over: shared by the tests of this folder."""
+"""Which way launches go, what they hand over, and settings of others around a call: shared by the tests of this folder."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 from unittest import mock
 
 import gpu
@@ -134,3 +136,29 @@ def _check_argument(one: Argument, other: Argument, names: list[Names]) -> None:
         assert np.array_equal(one.content, other.content), "what lies there"
     else:
         assert one.content == other.content or FILLED & {one.content, other.content}, "what lies there"
+
+
+@contextlib.contextmanager
+def precision() -> Iterator[None]:
+    before, own = torch.get_float32_matmul_precision(), getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        if own is not None:  # "none" is not what "highest" is: nobody set it
+            torch.backends.cuda.matmul.fp32_precision = own
+
+
+@contextlib.contextmanager
+def determinism() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(not before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def environment(**values: str) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: mock.patch.dict(os.environ, values)

@@ -1,0 +1,272 @@
+"""A known call, or backward pass, is told by few questions: they take none for another, and see what is around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from problems import shifted, spread
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
+from ways import determinism, environment, nothing_compiled, precision
+
+import triflash
+from triflash import attention
+from triflash.bound.call import BoundCall
+from triflash.bound.passes import BoundPass
+from triflash.bound.signature import CALLS
+from triflash.plan.configs import TileConfig
+from triflash.plan.override import override_configs
+
+B, M, N, H, D = 2, 40, 56, 2, 16
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def empty() -> None:
+    CALLS.clear()
+
+
+def _plain(**options: Any) -> Callable[[], Any]:
+    """A call that has q, k, v and at most a bias, of which C tells whether it came before; ``change`` makes other tensors of these."""
+    change, within = options.pop("change", lambda x: x), options.pop("within", nullcontext)
+    names, dtype = options.pop("names", "q"), options.pop("dtype", BF16)
+    given = {name: torch.zeros(B, n, H, D, dtype=dtype) for name, n in (("q", M), ("k", N), ("v", N))}
+    given |= options.pop("more", {})
+    given |= {name: change(given[name]) for name in given if name in names}
+    options = {"backend": "triton", **options}
+
+    def call() -> Any:
+        with within():
+            return attention(given["q"], given["k"], given["v"], bias=given.get("bias"), **options)
+
+    return call
+
+
+PLAIN: dict[str, Callable[[], Callable[[], Any]]] = {
+    "base": _plain,
+    **{f"{name} {change.__name__}": partial(_plain, names=name, change=change) for name in "qkv" for change in (spread, shifted)},
+    "a parameter": partial(_plain, change=lambda x: torch.nn.Parameter(x, requires_grad=False)),
+    "who wants a gradient": partial(_plain, change=lambda x: x.clone().requires_grad_()),
+    "another's gradient": partial(_plain, names="v", change=lambda x: x.clone().requires_grad_()),
+    "keys": partial(_plain, names="kv", change=lambda x: x[:, :50].contiguous()),
+    "queries": partial(_plain, change=lambda x: x[:, :39].contiguous()),
+    "dtype": partial(_plain, dtype=F16),
+    "float32": partial(_plain, dtype=F32),
+    "float32, precision": partial(_plain, dtype=F32, within=precision),
+    "bias": partial(_plain, more={"bias": torch.zeros(H, M, N, dtype=BF16)}),
+    "bias, float32": partial(_plain, more={"bias": torch.zeros(H, M, N)}),
+    "bias, shape": partial(_plain, more={"bias": torch.zeros(1, M, N, dtype=BF16)}),
+    "bias, strides": partial(_plain, more={"bias": torch.zeros(H, M, N, dtype=BF16)}, names="bias", change=spread),
+    "bias, alignment": partial(_plain, more={"bias": torch.zeros(H, M, N, dtype=BF16)}, names="bias", change=shifted),
+    "bias, learnt": partial(_plain, more={"bias": torch.zeros(H, M, N, dtype=BF16, requires_grad=True)}),
+    "causal": partial(_plain, causal=True),
+    "top left": partial(_plain, causal="top_left"),
+    "scale": partial(_plain, scale=0.5),
+    "scale, an int": partial(_plain, scale=1),
+    "scale, one": partial(_plain, scale=1.0),
+    "soft cap": partial(_plain, softcap=2.0),
+    "window": partial(_plain, window=(3, 3)),
+    "diagonal": partial(_plain, diagonal=1),
+    "dropout": partial(_plain, dropout_p=0.5, dropout_seed=1),
+    "deterministic": partial(_plain, deterministic=False),
+    "determinism": partial(_plain, within=determinism),
+    "backend": partial(_plain, backend="hopper"),
+    "auto": partial(_plain, backend=None),
+    "environment": partial(_plain, backend=None, within=environment(TRIFLASH_BACKEND="tiled")),
+    "block": partial(_plain, backend=None, within=lambda: triflash.backend("triton")),
+    "configs": partial(_plain, within=lambda: override_configs(forward=TileConfig(16, 16, 4, 1))),
+    "autocast": partial(_plain, within=lambda: torch.autocast("cpu", dtype=F16)),
+}
+
+
+def test_a_call_that_is_told_by_few_questions_is_the_one_that_many_tell() -> None:
+    """Whatever came before it, in any order: C's comparison takes no call for another."""
+    ran: list[tuple[BoundCall, bool]] = []
+
+    def recorded(name: str) -> Any:
+        whole = getattr(BoundCall, name)
+
+        def run(self: BoundCall, *args: Any) -> Any:
+            ran.append((self, bool(name == "run_alone")))
+            return whole(self, *args)
+
+        return mock.patch.object(BoundCall, name, run)
+
+    def which(call: Callable[[], Any]) -> list[tuple[BoundCall, bool]]:
+        ran.clear()
+        call()
+        return [*ran]
+
+    calls = {name: make() for name, make in PLAIN.items()}
+    with nothing_compiled(), recorded("run_forward"), recorded("run_kept"), recorded("run_alone"):
+        wanted = {}
+        for name, call in calls.items():
+            call()
+            CALLS.near.clear()
+            wanted[name] = which(call)
+        assert len({id(each[0][0]) for each in wanted.values()}) >= len(calls) - 10  # gradients and blocks are not told apart
+        for _ in range(3):
+            for name, call in calls.items():
+                assert which(call) == wanted[name], name
+        for name, call in reversed(calls.items()):
+            assert which(call) == wanted[name], name
+        remembered = {id(each.entry) for entries in CALLS.near.values() for each in entries}
+        assert {id(wanted[name][0][0]) for name in ("base", "causal", "bias", "scale", "backend")} <= remembered
+        asked: list[Any] = []
+        with mock.patch("triflash.door.describe", asked.append):
+            calls["bias"]()
+        assert not asked
+    CALLS.clear()
+    assert not CALLS.near
+
+
+def _transformed(call: Callable[[], Any]) -> None:
+    torch.func.vmap(lambda x: (call(), x)[1])(torch.zeros(2))
+
+
+def _traced_by_fx(call: Callable[[], Any]) -> None:
+    make_fx(lambda x: (call(), x + 1)[1])(torch.zeros(2))
+
+
+def _traced(call: Callable[[], Any]) -> None:
+    torch.jit.trace(lambda x: (call(), x + 1)[1], (torch.zeros(2),), check_trace=False)
+
+
+def _within(context: Callable[[], Any]) -> Callable[[Callable[[], Any]], None]:
+    def run(call: Callable[[], Any]) -> None:
+        with context():
+            call()
+
+    return run
+
+
+AROUND: dict[str, Callable[[Callable[[], Any]], None]] = {
+    "nothing": _within(nullcontext),
+    "a mode": _within(lambda: FlopCounterMode(display=False)),
+    "fake tensors": _within(lambda: FakeTensorMode(allow_non_fake_inputs=True)),
+    "make_fx": _traced_by_fx,
+    "a transform": _transformed,
+    "a trace": _traced,
+    "autocast": _within(lambda: torch.autocast("cpu", dtype=F16)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("way", AROUND)
+def test_what_is_around_a_known_call_is_seen(way: str) -> None:
+    """As around a call that is not known: PyTorch's comparison of tensors tells of each, or the stack of modes."""
+    around, seen = AROUND[way], []
+    given = [torch.zeros(B, n, H, D, dtype=BF16, requires_grad=True) for n in (M, N, N)]
+    plain, gradients = [x.detach() for x in given], [torch.zeros_like(x) for x in given]
+    newest, caches = torch.zeros(1, 1, H, D, dtype=BF16), [x[:1] for x in plain[1:]]
+    calls: dict[str, Callable[[], Any]] = {
+        "forward": lambda: attention(*plain, backend="triton"),
+        "step": lambda: torch.autograd.grad(out, given, dout, retain_graph=True),
+        "cache": lambda: triflash.attention_with_kvcache(newest, *caches, backend="triton"),
+    }
+
+    def notes(what: str) -> Any:
+        return lambda *_: (seen.append(what), [*gradients, None, None, None])[1]
+
+    with nothing_compiled():
+        out = attention(*given, backend="triton")
+        dout = torch.zeros_like(out)
+        for _ in range(3):
+            for call in calls.values():
+                call()
+        with (
+            mock.patch("triflash.door._by_operators", notes("forward")), mock.patch("triflash.door._autocasted", notes("forward, cast")),
+            mock.patch("triflash.ops._backward_by_operator", notes("step")),
+            mock.patch("triflash.door_cache._by_operators", notes("cache")), mock.patch("triflash.door_cache._autocasted", notes("cache, cast")),
+        ):  # fmt: skip
+            for name, call in 2 * [*calls.items()]:
+                if name != "step" or way not in ("a transform", "a trace"):  # a backward pass would be theirs
+                    refused = name == "cache" and way == "a transform"
+                    with pytest.raises(triflash.UnsupportedError) if refused else nullcontext():
+                        around(call)
+    wanted = {"nothing": [], "a transform": ["forward"], "autocast": ["forward, cast", "cache, cast"]}
+    assert seen == 2 * wanted.get(way, [*calls] if way in ("a mode", "fake tensors", "make_fx") else ["forward", "cache"])
+
+
+def stored(pack: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
+    """What is saved for a backward pass comes back otherwise than it went."""
+    return torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x)
+
+
+BACKWARD: dict[str, dict[str, Any]] = {
+    "base": {},
+    "q": {"wants": "q"},
+    "k, v": {"wants": "kv"},
+    "strides": {"dout": spread},
+    "alignment": {"dout": shifted},
+    "expanded": {"dout": lambda x: x[:, :1].expand(x.shape)},
+    "negated": {"dout": torch._neg_view},
+    "dlse": {"lse": True},
+    "configs": {"within": lambda: override_configs(delta=TileConfig(16, 16, 4, 1))},
+    "saved, strides": {"saved": spread},
+    "saved, alignment": {"saved": shifted},
+    "gradients of gradients": {"twice": True},
+}
+
+
+def test_a_backward_pass_that_is_told_by_one_question_is_the_one_that_many_tell() -> None:
+    """Whatever came before it, in any order: C's comparison takes no backward pass for another."""
+    ran: list[BoundPass] = []
+    described: list[Any] = []
+    run, backward_of = BoundPass.run, BoundCall._backward_of
+
+    def recorded(self: BoundPass, *args: Any) -> Any:
+        ran.append(self)
+        return run(self, *args)
+
+    def counted(self: BoundCall, *args: Any) -> Any:
+        described.append(args)
+        return backward_of(self, *args)
+
+    calls: list[BoundCall] = []
+
+    def which(kind: dict[str, Any], forget: bool = False) -> tuple[BoundPass, bool]:
+        """The backward pass of a step, and whether many questions were asked."""
+        wants = kind.get("wants", "qkv")
+        q, k, v = given = [
+            torch.zeros(B, n, H, D, dtype=BF16, requires_grad=name in wants) for name, n in zip("qkv", (M, N, N), strict=True)
+        ]
+        with stored(kind["saved"]) if "saved" in kind else nullcontext():
+            out, sums = attention(q, k, v, return_lse=True, backend="triton")
+        calls.append(out.grad_fn.call)
+        if forget:
+            calls[-1]._backward.near.clear()
+        ran.clear(), described.clear()
+        of, by = ((out, sums), (torch.zeros_like(out), torch.zeros_like(sums))) if kind.get("lse") else ((out,), (torch.zeros_like(out),))
+        with kind.get("within", nullcontext)():
+            torch.autograd.grad(
+                of,
+                [x for x in given if x.requires_grad],
+                [kind.get("dout", lambda x: x)(by[0]), *by[1:]],
+                create_graph=kind.get("twice", False),
+            )
+        (one,) = ran or (None,)
+        return one, bool(described)  # type: ignore[return-value]
+
+    with nothing_compiled(), mock.patch.object(BoundPass, "run", recorded), mock.patch.object(BoundCall, "_backward_of", counted):
+        wanted = {}
+        for name, kind in BACKWARD.items():
+            which(kind)
+            wanted[name] = which(kind, forget=True)[0]
+        for names in (list(BACKWARD), list(reversed(BACKWARD)), list(BACKWARD)):
+            for name in names:
+                assert which(BACKWARD[name])[0] is wanted[name], name
+        assert len({*map(id, calls)}) == 1
+        for name in ("base", "q", "k, v", "strides", "expanded", "saved, strides"):
+            which(BACKWARD[name])
+            assert not which(BACKWARD[name])[1], name
+        for name in ("alignment", "dlse", "configs", "saved, alignment", "gradients of gradients"):
+            assert which(BACKWARD[name])[1], name
