@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ways import OURS
 
 import triflash
 from triflash import attention, attention_with_kvcache
@@ -18,7 +19,7 @@ from triflash.bound.signature import CACHES, CALLS
 # Memory is allocated another way where PyTorch may be asked to fill it.
 pytestmark = pytest.mark.unpoisoned
 
-OURS = str(Path(triflash.__file__).parent)
+SOURCE = str(Path(triflash.__file__).parent)
 Q, K, V, DOUT = (torch.zeros(2, 136, 2, 64, dtype=torch.bfloat16) for _ in range(4))
 CACHE, OTHER, NEW, NEW_VALUES = (torch.zeros(2, n, 2, 64, dtype=torch.bfloat16) for n in (2048, 2048, 1, 1))
 LENGTHS = torch.zeros(2, dtype=torch.int32)
@@ -53,7 +54,7 @@ def functions_run(call: Callable[[], object], before: int = 5) -> list[str]:
     here = sys._getframe()  # whose own callers have a __call__, too
 
     def called(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(OURS):
+        if event == "call" and frame.f_code.co_filename.startswith(SOURCE):
             above: FrameType | None = frame
             while above is not None and above is not here and above.f_code.co_name not in ("_prepare", "__call__"):
                 above = above.f_back
@@ -89,7 +90,8 @@ def step_at(length: int, backend: str) -> None:
     torch.autograd.grad(attention(*leaves, causal=True, backend=backend), leaves, torch.zeros_like(leaves[0]))
 
 
-@pytest.mark.parametrize(("backend", "most"), [("triton", 740), ("hopper", 920)])
+# A later Triton than 3.6 is asked which kernel it has, argument by argument.
+@pytest.mark.parametrize(("backend", "most"), [("triton", 740 if OURS else 990), ("hopper", 920 if OURS else 990)])
 def test_a_step_at_a_new_length_runs_a_limited_number_of_functions(backend: str, most: int) -> None:
     """Its kernels are there, from lengths round it; all else is checked, planned and bound."""
     CALLS.clear()
