@@ -69,6 +69,11 @@ def test_bias() -> None:
             shorthand.bias_pattern(wrong)
 
 
+def test_a_wrong_mask_is_called_a_mask() -> None:
+    with pytest.raises(ValueError, match="^mask: wanted none, or dims"):
+        shorthand.mask_pattern("1")
+
+
 def test_lists_and_options() -> None:
     assert shorthand.items(shorthand.size)("2k,8k,2048") == [2048, 8192]
     assert shorthand.items(shorthand.bias_pattern)("none,1hqk") == [None, "1hqk"]

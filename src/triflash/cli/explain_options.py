@@ -50,7 +50,7 @@ def add_problem(parser: argparse.ArgumentParser, several: bool = False) -> None:
     )
     parser.add_argument("--bias-dtype", type=dtype, metavar="TYPE", help="(default that of q)")
     parser.add_argument("--hk", type=size, metavar="HK", help="key heads (default that of the queries)")
-    parser.add_argument("--mask", type=shorthand.option(shorthand.bias_pattern), metavar="b11k", help="shape of a boolean mask")
+    parser.add_argument("--mask", type=shorthand.option(shorthand.mask_pattern), metavar="b11k", help="shape of a boolean mask")
     parser.add_argument("--window", type=shorthand.option(_window), metavar="L,R", help="keys to the left and right of a query; -1 is open")
     parser.add_argument("--lengths", action="store_true", help="a number of keys for each batch entry")
     for name, what in (("query-starts", "the first query"), ("query-lengths", "a number of queries"), ("key-starts", "the first key")):

@@ -15,7 +15,7 @@ import torch
 from ..errors import bad_value
 from ..spec import DTYPE_NAMES
 
-__all__ = ["bias_pattern", "bias_shape", "causal", "dtype", "items", "option", "pair", "quotient", "size"]
+__all__ = ["bias_pattern", "bias_shape", "causal", "dtype", "items", "mask_pattern", "option", "pair", "quotient", "size"]
 
 T = TypeVar("T")
 
@@ -64,19 +64,24 @@ def causal(text: str) -> tuple[bool, ...]:
     return values[text.strip().lower()]
 
 
-def bias_pattern(text: str) -> str | None:
+def bias_pattern(text: str, name: str = "bias") -> str | None:
     """A bias by the dims along which it varies: a letter of ``bhqk`` where it does, 1 where it broadcasts, None for ``none``.
 
     ``1hqk`` is one value per head, query and key, shared by the batch. Leading dims may be left out (``qk``), as a tensor's may. Five
-    letters are over (outer batch, inner batch, head, query, key), ``bihqk``, for the operators underneath.
+    letters are over (outer batch, inner batch, head, query, key), ``bihqk``, for the operators underneath. name: what errors call it.
     """
     pattern = text.strip().lower()
     if pattern == "none":
         return None
     letters = _LETTERS if len(pattern) == 5 else "bhqk"[-len(pattern) :]
     if not 2 <= len(pattern) <= 5 or any(own not in ("1", letter) for own, letter in zip(pattern, letters, strict=True)):
-        raise bad_value("bias", "none, or dims such as 1hqk, b11k, qk (bhqk in order; 1 where it broadcasts)", repr(text))
+        raise bad_value(name, "none, or dims such as 1hqk, b11k, qk (bhqk in order; 1 where it broadcasts)", repr(text))
     return pattern
+
+
+def mask_pattern(text: str) -> str | None:
+    """As :func:`bias_pattern`, of a mask."""
+    return bias_pattern(text, "mask")
 
 
 def bias_shape(pattern: str, batch: int, heads: int, queries: int, keys: int, batch_inner: int = 1) -> tuple[int, ...]:
