@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .prims import offset, stride_in_tile
+from .prims import between, load_seen, offset, stride_in_tile
 from .records import record
 
 # Beside e4m3 values, exp2(s - m) is up to 2^7 instead of 1 (2^8 where s is rounded to multiples of 16), so that float16 weights keep 2^-31.
@@ -114,19 +114,10 @@ def load_keys(base, strides, c, page, n0, BN: tl.constexpr, DIM: tl.constexpr, B
     else:
         slot = tl.arange(0, BN) % c.PAGE if BN % c.PAGE == 0 else (n0 + tl.arange(0, BN)) % c.PAGE
         pointers = base + (offset(page, strides[0]) + offset(slot, strides[1]))[:, None] + d
+    seen = None
     if MASKED:
-        seen = n0 + r < c.last
-        if c.first is not None:
-            seen = seen & (n0 + r >= c.first)
-        if DIM == BD:
-            return tl.load(pointers, mask=seen, other=0.0)
-        else:
-            return tl.load(pointers, mask=seen & (d < DIM), other=0.0)
-    else:
-        if DIM == BD:
-            return tl.load(pointers)
-        else:
-            return tl.load(pointers, mask=d < DIM, other=0.0)
+        seen = between(n0 + r, c.last, c.first)
+    return load_seen(pointers, seen, d, DIM, BD)
 
 
 @triton.jit

@@ -134,6 +134,21 @@ def stride_in_tile(stride, WIDE: tl.constexpr):
 
 
 @triton.jit
+def load_seen(pointers, seen, d, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """A tile, zero in rows that are not ``seen`` (None: all are) and in columns d from ``DIM`` on."""
+    if seen is not None:
+        if DIM == BLOCK_DIM:
+            return tl.load(pointers, mask=seen, other=0.0)
+        else:
+            return tl.load(pointers, mask=seen & (d < DIM), other=0.0)
+    else:
+        if DIM == BLOCK_DIM:
+            return tl.load(pointers)
+        else:
+            return tl.load(pointers, mask=d < DIM, other=0.0)
+
+
+@triton.jit
 def load_rows(
     base,
     row_stride,
@@ -152,16 +167,10 @@ def load_rows(
     r = tl.arange(0, BLOCK)[:, None]
     d = tl.arange(0, BLOCK_DIM)[None, :]
     pointers = base + offset(start, row_stride) + (r * stride_in_tile(row_stride, WIDE) + d)
+    seen = None
     if MASKED:
-        if DIM == BLOCK_DIM:
-            return tl.load(pointers, mask=between(start + r, length, least), other=0.0)
-        else:
-            return tl.load(pointers, mask=between(start + r, length, least) & (d < DIM), other=0.0)
-    else:
-        if DIM == BLOCK_DIM:
-            return tl.load(pointers)
-        else:
-            return tl.load(pointers, mask=d < DIM, other=0.0)
+        seen = between(start + r, length, least)
+    return load_seen(pointers, seen, d, DIM, BLOCK_DIM)
 
 
 @triton.jit
