@@ -67,15 +67,23 @@ def _measure(
     rows: dict[tuple[str, str], Row],
 ) -> None:
     forget()
-    contest = Contest(workload, settings, judged=True)
-    without_bias: Contest | None = None
+    contests: dict[Workload, Contest] = {}
     sides: dict[str, Side] = {}
     for provider in providers:
         tell(f"{workload.name}: judging {provider.name}")
-        own = contest
-        if provider.drops_bias and workload.bias is not None:
-            own = without_bias = without_bias or Contest(workload.without_bias(), settings, judged=True)
-        side = _judge(own, workload, provider, [rows[provider.name, which] for which in settings.passes])
+        mine = [rows[provider.name, which] for which in settings.passes]
+        why = provider.why_not(workload, settings.device)
+        if why is not None:
+            for row in mine:
+                row.reason = why
+            continue
+        own = provider.own(workload)
+        if own not in contests:
+            contests[own] = Contest(own, settings, judged=True)
+        if own != workload:
+            for row in mine:
+                row.flops, row.bytes = own.flops(row.which), own.bytes(row.which)
+        side = _judge(contests[own], provider, mine)
         if side is not None:
             sides[provider.name] = side
     for which in settings.passes:
@@ -89,28 +97,22 @@ def _measure(
     for provider in providers if settings.breakdown else ():
         if provider.is_ours:
             tell(f"{workload.name}: where the time of {provider.name} goes")
-            row = rows.get((provider.name, "host-step"))
-            if row is not None and row.status == "ok":
-                _break_down(sides[provider.name], row, settings)
+            step = rows.get((provider.name, "host-step"))
+            if step is not None and step.status == "ok":
+                _break_down(sides[provider.name], step, settings)
 
 
 def compile_only(workload: Workload, provider: Provider, settings: Settings) -> None:
     """Run every pass of one provider once, so that compilers' caches on disk have what it needs. Raises what it raises."""
     forget()
-    side = Side(Contest(workload, settings), provider)
+    side = Side(Contest(provider.own(workload), settings), provider)
     for which in ("fwd", "step") if side.contest.backward else ("fwd",):
         with side.around(which):
             side.call(which)()
 
 
-def _judge(contest: Contest, workload: Workload, provider: Provider, rows: list[Row]) -> Side | None:
+def _judge(contest: Contest, provider: Provider, rows: list[Row]) -> Side | None:
     """Fill status and reason of a provider's rows; what to time unless nothing is to be timed."""
-    device = contest.settings.device
-    why = provider.why_not(workload, device)
-    if why is not None:
-        for row in rows:
-            row.reason = why
-        return None
     ran: list[str] = []
     wrong: str | None = None
     side: Side | None = None
@@ -131,7 +133,7 @@ def _judge(contest: Contest, workload: Workload, provider: Provider, rows: list[
                 for row in todo:
                     row.status = "ok"
         except Exception as error:  # noqa: BLE001
-            _check_alive(device, error)
+            _check_alive(contest.settings.device, error)
             for row in todo:
                 row.status, row.reason = "dash", one_line(error, warned)
     for row in rows:
@@ -184,8 +186,7 @@ def _time_first(workload: Workload, providers: Sequence[Provider], rows: dict[st
 
     def step_at(n: int, provider: Provider) -> float:
         longer = replace(workload, queries=workload.queries + 16 * n, keys=workload.keys + 16 * n)
-        longer = longer.without_bias() if provider.drops_bias else longer
-        side = Side(Contest(longer, settings), provider)
+        side = Side(Contest(provider.own(longer), settings), provider)
         with side.around("first"):
             _wait(settings.device)
             start = time.perf_counter()

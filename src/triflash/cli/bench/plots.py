@@ -231,7 +231,7 @@ def _decoding(run: Run, which: str, steps: dict[str, list[Cell]]) -> Figure:
     handles: dict[str, Any] = {}
     for (name, own), panel in zip(steps.items(), axes, strict=True):
         own = sorted(own, key=lambda cell: cell.workload["keys"])
-        handles |= _over_length(run, which, panel, own, lambda cell, row: cell.bytes[row.which] / row.median_ms / 1e6, everything)
+        handles |= _over_length(run, which, panel, own, lambda cell, row: cell.bytes_of(row) / row.median_ms / 1e6, everything)
         if copy := run.ceilings.get("copy"):
             handles["copy"] = panel.axhline(copy["bytes_per_second"] / 1e9, color="#888888", linestyle="--", zorder=0, label="copy")
         panel.set_title(name, fontsize=10)

@@ -23,6 +23,7 @@ from .compiling import compiled
 from .entry import Biases, Entry, heads_first
 from .gate import Problem
 from .packed import offsets, places
+from .simpler import SIMPLER
 from .workloads import Workload
 
 __all__ = ["PROVIDERS", "Asked", "Entry", "Provider", "asked_of_triflash", "one_line", "provider"]
@@ -34,12 +35,11 @@ class Provider(ABC):
     """One way to compute attention.
 
     name: as the command line and the tables have it. is_ours: triflash, not a peer. compiles: has something to compile first, which
-    ``--prepare`` does ahead; compiles_lengths: anew for every length. drops_bias: computes the workload without its bias.
+    ``--prepare`` does ahead; compiles_lengths: anew for every length.
     """
 
     is_ours = False
     compiles = compiles_lengths = False
-    drops_bias = False
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -47,6 +47,10 @@ class Provider(ABC):
     def why_not(self, workload: Workload, device: torch.device) -> str | None:
         """What of the workload it cannot do, in a few words; None if it is worth a try, which may still raise."""
         return None
+
+    def own(self, workload: Workload) -> Workload:
+        """What it computes of the workload: all of it, but for those that are there to tell what a part costs."""
+        return workload
 
     @abstractmethod
     def attend(self, workload: Workload, problem: Problem) -> Entry:
@@ -379,21 +383,25 @@ class Compiled(Provider):
         return replace(entry, call=compiled(entry.call, fullgraph=True))
 
 
-class WithoutBias(Provider):
-    """Another provider on the workload without its bias: no peer, but a measure of what the bias costs."""
+class OfSimpler(Provider):
+    """Another provider on a simpler workload (see :data:`.simpler.SIMPLER`): no peer, but a measure of what the difference costs."""
 
-    drops_bias = True
+    def __init__(self, inner: Provider, name: str) -> None:
+        super().__init__(f"{inner.name}-{name}")
+        self.inner, self.simpler = inner, SIMPLER[name]
+        self.is_ours, self.compiles, self.compiles_lengths = inner.is_ours, inner.compiles, inner.compiles_lengths
 
-    def __init__(self, inner: Provider) -> None:
-        super().__init__(f"{inner.name}-nobias")
-        self.inner = inner
+    def own(self, workload: Workload) -> Workload:
+        """The simpler one."""
+        return self.simpler.of(workload)
 
     def why_not(self, workload: Workload, device: torch.device) -> str | None:
-        """It is handed the workload with its bias still there."""
-        return "there is no bias to leave out" if workload.bias is None else self.inner.why_not(workload.without_bias(), device)
+        """It is handed the workload as it is."""
+        own = self.own(workload)
+        return self.simpler.absent if own == workload else self.inner.why_not(own, device)
 
     def attend(self, workload: Workload, problem: Problem) -> Entry:
-        """Of the workload that has no bias any more."""
+        """Of the simpler workload already."""
         return self.inner.attend(workload, problem)
 
 
@@ -413,7 +421,8 @@ PROVIDERS: dict[str, Provider] = {
         Chunked("chunked"),
         Compiled(Triflash("auto")),
         Compiled(Sdpa("sdpa", None)),
-        WithoutBias(Sdpa("sdpa", None)),
+        OfSimpler(Sdpa("sdpa", None), "nobias"),
+        *(OfSimpler(Triflash("auto"), name) for name in SIMPLER),
     )
 }
 

@@ -34,6 +34,14 @@ class Cell:
         flops, moved = ({which: count(which) for which in passes} for count in (workload.flops, workload.bytes))
         return cls(workload.key, workload.name, asdict(workload), workload.mask, flops, moved)
 
+    def flops_of(self, row: Row) -> int:
+        """Of a row of this cell."""
+        return self.flops[row.which] if row.flops is None else row.flops
+
+    def bytes_of(self, row: Row) -> int:
+        """Likewise."""
+        return self.bytes[row.which] if row.bytes is None else row.bytes
+
     @property
     def dtype(self) -> str:
         """bf16, fp16 or fp32."""
@@ -52,7 +60,8 @@ class Row:
 
     status: ``ok``, ``dash`` (cannot, see ``reason``) or ``WRONG`` (the gate's words in ``reason``). samples_ms: every sample, in order.
     peak_bytes: above inputs and outputs, of the passes that time the device. ran: which kernels triflash started, or nothing.
-    breakdown: of a ``host-step``, if it was asked for: see :mod:`triflash.cli.bench.breakdown`.
+    flops, bytes: of a provider that computes something simpler than the cell's workload; None: the cell's. breakdown: of a ``host-step``,
+    if it was asked for: see :mod:`triflash.cli.bench.breakdown`.
     """
 
     cell: str
@@ -63,6 +72,8 @@ class Row:
     samples_ms: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     ran: list[str] = field(default_factory=list)
+    flops: int | None = None
+    bytes: int | None = None
     breakdown: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,7 +114,7 @@ class Run:
 
     def rate(self, cell: Cell, row: Row) -> float | None:
         """FLOP/s at the median; None where there is no time."""
-        return 1e3 * cell.flops[row.which] / row.median_ms if row.status == "ok" else None
+        return 1e3 * cell.flops_of(row) / row.median_ms if row.status == "ok" else None
 
     def of_ceiling(self, cell: Cell, row: Row) -> dict[str, float]:
         """Shares of the two ceilings, ``matmul`` and ``copy``, and ``best``, that of the one which binds."""
@@ -113,9 +124,9 @@ class Run:
         seconds = row.median_ms / 1e3
         matmul, copy = self.ceilings.get(f"matmul {cell.dtype}"), self.ceilings.get("copy")
         if matmul:
-            shares["matmul"] = cell.flops[row.which] / seconds / matmul["flops_per_second"]
+            shares["matmul"] = cell.flops_of(row) / seconds / matmul["flops_per_second"]
         if copy:
-            shares["copy"] = cell.bytes[row.which] / seconds / copy["bytes_per_second"]
+            shares["copy"] = cell.bytes_of(row) / seconds / copy["bytes_per_second"]
         return {**shares, "best": max(shares.values())} if shares else {}
 
     def dump(self) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .record import Cell, Row, Run
+from .simpler import is_simpler
 
 __all__ = ["Versus", "beside_best_peer", "command", "compared", "geometric_mean"]
 
@@ -55,9 +56,9 @@ class Versus:
 def beside_best_peer(run: Run, cell: Cell, which: str) -> Versus | None:
     """triflash (its own choice, else its fastest backend) and the fastest peer; None where triflash was not asked.
 
-    Who leaves out the bias is no peer, and compiled code is held to compiled code only where there is nothing else.
+    Who computes something simpler is no peer, and compiled code is held to compiled code only where there is nothing else.
     """
-    rows = [row for name in run.providers if (row := run.row(cell, name, which)) is not None and not name.endswith("-nobias")]
+    rows = [row for name in run.providers if (row := run.row(cell, name, which)) is not None and not is_simpler(name)]
     eager = [row for row in rows if not row.provider.endswith("-compiled")]
     rows = eager if any(row.status == "ok" for row in eager) else rows
     ours = [row for row in rows if row.provider.startswith("triflash")]
