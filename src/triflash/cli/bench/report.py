@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .bars import Bar, Mean, means, verdicts, worst_first
 from .record import Cell, Row, Run, write_whole
-from .sweeps import SWEEPS, Sweep, verdicts
+from .sweeps import SWEEPS, Sweep
 from .timing import quantiles
 from .versus import Versus, beside_best_peer, command, compared, geometric_mean
 from .workloads import short
@@ -43,9 +45,13 @@ class _Sheet:
 
 
 def show(run: Run, console: Console) -> None:
-    """Print the tables; of a sweep for cliffs those alone, the other tables are in ``bench.md``."""
+    """Print the tables; of a sweep its own alone, the other tables are in ``bench.md``."""
     sweep = _sweep_of(run)
-    for sheet in _sheets(run) if sweep is None or not sweep.cliffs else [_cliffs(run, run.options.get("all", False))]:
+    sheets = list(_sheets(run))
+    if sweep is not None:
+        own = _cliffs(run, run.options.get("all", False)) if sweep.cliffs else _bars(run, sweep)
+        sheets = [own, *(sheet for row in run.rows if row.breakdown for sheet in _breakdown(run, row))]
+    for sheet in sheets:
         table = Table(title="\n" + escape(sheet.title), title_justify="left")
         for at, heading in enumerate(sheet.headings):
             style = "bold" if heading.startswith("triflash") else None
@@ -59,7 +65,7 @@ def show(run: Run, console: Console) -> None:
         for number, text in enumerate(sheet.notes, 1):
             console.print(f"  [{number}] {text}", markup=False, highlight=False)
         for text in sheet.closing:
-            console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"  {text}", markup=False, highlight=False, soft_wrap=True, style="red" if "MISSED" in text else None)
 
 
 def save(run: Run, folder: Path) -> list[Path]:
@@ -73,7 +79,9 @@ def save(run: Run, folder: Path) -> list[Path]:
     if sweep is not None and sweep.cliffs:
         files["cliffs.json"] = json.dumps([each.facts(run) for each in compared(run)], indent=1) + "\n"
     elif sweep is not None:
-        files["bars.json"] = json.dumps([verdict.facts for verdict in verdicts(run, sweep.bars)], indent=1) + "\n"
+        found = verdicts(run, sweep.bars)
+        facts = [each.facts for each in found] + [each.facts for each in means(found, sweep.bars)]
+        files["bars.json"] = json.dumps(facts, indent=1) + "\n"
     for name, text in files.items():
         write_whole(folder / name, text)
     return [folder / name for name in files]
@@ -122,22 +130,60 @@ def _sweep_of(run: Run) -> Sweep | None:
 
 
 def _bars(run: Run, sweep: Sweep) -> _Sheet:
-    """What the sweep's bars say."""
-    headings = ["bar", "case", "triflash, µs", "peer", "peer, µs", "to peer", "allowed", "of what is allowed"]
-    sheet = _Sheet(f"sweep {run.options['sweep']}: medians held to its bars", headings)
-    for found in verdicts(run, sweep.bars):
-        bar, peer_ms = found.bar, found.peer_ms
-        words = f"{100 * found.share:.1f}%" + ("" if found.share <= 1 else " MISSED")
-        if peer_ms is None:
-            peer = ["", "", "", f"{1e3 * bar.factor:.0f} µs"]
+    """Every bar in every cell, worst first, and below what each bar comes to."""
+    headings = ["bar", "case", "triflash, µs", "peer", "peer, µs", "measured", "wanted", "of what is allowed"]
+    sheet = _Sheet(f"sweep {run.options['sweep']}: medians held to its bars, worst first", headings)
+    several = len({cell.dtype for cell in run.cells}) > 1
+    found = verdicts(run, sweep.bars)
+    alike = Counter((each.bar.name, each.why) for each in found if each.value is None)
+    for each in worst_first(found):
+        bar, share = each.bar, each.share
+        name = each.cell.name + (f" {each.cell.dtype}" if several else "")
+        times = [_microseconds(each.ours_ms), each.peer, _microseconds(each.peer_ms)]
+        if each.value is None:
+            count = alike.pop((bar.name, each.why), 0)  # a line for all that lack the same
+            if count == 0:
+                continue
+            name, times = (name, times) if count == 1 else (f"{count} cases", [""] * 3)
+            words = f"not judged {sheet.note(each.why)}"
         else:
-            peer = [found.peer, f"{1e3 * peer_ms:.0f}", f"{found.ours_ms / peer_ms:.2f}x", f"{bar.factor:g}x"]
-        sheet.lines.append([bar.name, found.cell.name, f"{1e3 * found.ours_ms:.0f}", *peer, words])
-    for bar in sweep.bars:
-        mine = [line for line in sheet.lines if line[0] == bar.name]
-        missed = sum(line[-1].endswith("MISSED") for line in mine)
-        sheet.note(f"{bar.name}: " + (f"met in {len(mine) - missed} of {len(mine)}" if mine else "not measured"))
+            words = "" if share is None else f"{100 * share:.1f}%" + ("" if share <= 1 else " MISSED")
+        measured = "" if each.value is None else _measured(bar.kind, each.value)
+        sheet.lines.append([bar.name, name, *times, measured, "" if bar.bound is None else _wanted(bar, bar.bound), words])
+    sheet.closing += [_comes_to(each) for each in means(found, sweep.bars)]
     return sheet
+
+
+def _microseconds(ms: float | None) -> str:
+    return "" if ms is None else f"{1e3 * ms:.0f}" if ms >= 0.1 else f"{1e3 * ms:.1f}"
+
+
+def _measured(kind: str, value: float) -> str:
+    return f"{1e3 * value:.4g} µs" if kind == "ms" else f"{100 * value:.0f}% of a copy" if kind == "copy" else f"{value:.2f}x"
+
+
+def _wanted(bar: Bar, bound: float) -> str:
+    sign = "≥" if bar.more_is_better else "≤"
+    return f"{sign} " + (f"{1e3 * bound:g} µs" if bar.kind == "ms" else f"{100 * bound:.0f}%" if bar.kind == "copy" else f"{bound:g}x")
+
+
+def _comes_to(of: Mean) -> str:
+    """A line below the table."""
+    bar = of.bar
+    if not of.cells:
+        return f"{bar.name}: not measured"
+    if not of.judged:
+        return f"{bar.name}: not judged in any of {of.cells}"
+    words = [] if of.met is None else [f"met in {of.met} of {of.judged}"]
+    if of.judged < of.cells:
+        words.append(f"not judged in {of.cells - of.judged}")
+    if of.value is not None and of.worst is not None and of.worst.value is not None:
+        mean = f"geometric mean {_measured(bar.kind, of.value)}"
+        if bar.mean is not None:
+            verdict = {True: "met", False: "MISSED", None: "not judged, for want of cells"}[of.mean_met]
+            mean += f" (wanted {_wanted(bar, bar.mean)}: {verdict})"
+        words += [mean, f"worst {_measured(bar.kind, of.worst.value)} ({of.worst.cell.name})"]
+    return f"{bar.name}: " + ", ".join(words)
 
 
 def _cliffs(run: Run, everything: bool) -> _Sheet:
@@ -236,7 +282,7 @@ def _sheet(run: Run, which: str, title: str, text: Callable[[Run, Cell, Row], st
 def _rate_cell(run: Run, cell: Cell, row: Row, factor: float) -> str:
     rate, shares = (run.rate(cell, row) or 0.0) / factor, run.of_ceiling(cell, row)
     if cell.workload.get("cache"):  # nothing but memory traffic
-        moved = 1e3 * cell.bytes[row.which] / row.median_ms / 1e9
+        moved = 1e3 * cell.bytes_of(row) / row.median_ms / 1e9
         return f"{moved:.4g} GB/s" + (f" {100 * shares['copy']:.0f}%m" if "copy" in shares else "")
     text = f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}"
     if not shares:
@@ -292,9 +338,9 @@ def _summary(run: Run) -> str:
         cell = cells[row.cell]
         found = list(quantiles(row.samples_ms).values()) if row.samples_ms else [""] * 5
         rate, shares = run.rate(cell, row), run.of_ceiling(cell, row)
-        moved = 1e3 * cell.bytes[row.which] / row.median_ms / 1e9 if row.status == "ok" else ""
+        moved = 1e3 * cell.bytes_of(row) / row.median_ms / 1e9 if row.status == "ok" else ""
         line = [cell.name, *(cell.workload[name] for name in sizes), row.provider, row.which, row.status, row.reason, len(row.samples_ms)]
-        line += [*found, cell.flops[row.which], cell.bytes[row.which], "" if rate is None else rate / 1e12, moved]
+        line += [*found, cell.flops_of(row), cell.bytes_of(row), "" if rate is None else rate / 1e12, moved]
         lines.append([*line, shares.get("matmul", ""), shares.get("copy", ""), row.peak_bytes, "; ".join(row.ran)])
     return _csv(lines)
 
