@@ -6,13 +6,16 @@ returns its jobs and bars, and a line of :data:`SWEEPS`.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .bars import Bar
 from .flops import HOST_PASSES
 from .models import LAYERS, MODELS
 from .record import Cell
-from .workloads import Workload, short
+from .workloads import NAMED, Workload, short
 
 __all__ = ["SWEEPS", "Job", "Sweep"]
 
@@ -89,4 +92,74 @@ def _models() -> Sweep:
     return Sweep(about, tuple(Job(layer, (), ()) for layer in LAYERS.values()), cliffs=True)
 
 
-SWEEPS = {"host": _host(), "models": _models()}
+def _each(name: str, kind: str, bounds: Mapping[str, float | None], *peers: str, ours: str = "triflash", **more: Any) -> tuple[Bar, ...]:
+    """A bar for each pass: pass -> bound."""
+    words = {"fwd": "forward", "bwd": "backward"}
+    return tuple(Bar(f"{name}, {words[which]}", ours, which, kind, bound, peers, **more) for which, bound in bounds.items())
+
+
+def _grid(dims: tuple[int, ...], sizes: tuple[int, ...]) -> list[Workload]:
+    """16,384 tokens of heads that have 2,048 columns together, causal and not."""
+    found = (_workload(16384 // s, s, 2048 // d, d, causal) for d, causal, s in itertools.product(dims, (True, False), sizes))
+    return [replace(w, name=f"d{w.head_dim} s{short(w.queries)} {w.mask}") for w in found]
+
+
+def _folding() -> Sweep:
+    """The layers with a bias of pairs, which rows share, and its gradient."""
+    layers = [w for w in NAMED.values() if w.dbias and w.bias == "b1hqk" and w.name != "af3-diffusion"]
+    passes, both = ("fwd", "bwd"), {"fwd": 2.5, "bwd": 2.5}
+
+    def has_two(cell: Cell) -> bool:
+        return bool(cell.workload["second"])
+
+    return Sweep(
+        "triangle attention and MSA rows with one bias and two, with gradients, beside FlexAttention and memory-efficient SDPA",
+        tuple(Job(w, ("triflash", *(["triflash-onebias"] if w.second else []), "flex", "sdpa-efficient"), passes) for w in layers),
+        (
+            *_each("beside FlexAttention", "speed", {"fwd": 1.25, "bwd": 1.4}, "flex"),
+            *_each("beside memory-efficient SDPA", "speed", both, "sdpa-efficient"),
+            *_each("two biases, to one", "time", {"fwd": 1.15, "bwd": 1.15}, "triflash-onebias", of=has_two),
+        ),
+        budget=0.08,
+    )
+
+
+def _portable() -> Sweep:
+    """What GPUs other than an H100 or H200 run."""
+    grid = [*_grid((64, 128), (512, 1024, 2048, 4096, 8192)), *_grid((256,), (512, 2048, 8192))]
+    ours, peer = "triflash-triton", "sdpa-flash"
+
+    def is_wide(cell: Cell) -> bool:
+        return int(cell.workload["head_dim"]) > 128
+
+    def is_usual(cell: Cell) -> bool:
+        return not is_wide(cell)
+
+    return Sweep(
+        "the portable kernels (backend triton) beside FlashAttention-2 (SDPA), without a bias",
+        tuple(Job(w, (ours, peer), ("fwd", "bwd")) for w in grid),
+        (
+            *_each("d 64 and 128", "speed", {"fwd": 1.2, "bwd": 1.1}, peer, ours=ours, of=is_usual),
+            *_each("d 256", "speed", {"fwd": None, "bwd": 1.0}, peer, ours=ours, of=is_wide),
+        ),
+        budget=0.05,
+    )
+
+
+def _published() -> Sweep:
+    """The grid of docs/results/2026-11-26-h200."""
+    grid, both = _grid((64, 128, 256), (512, 2048, 8192, 16384)), ("sdpa-cudnn", "fa4")
+    return Sweep(
+        "the published table without a bias, beside cuDNN (SDPA) and FlashAttention-4",
+        tuple(Job(w, ("triflash", *both), ("fwd", "bwd")) for w in grid),
+        (
+            *_each("beside the faster of both", "speed", {"fwd": 1.0}, *both, every=True, mean=1.05),
+            *_each("beside the faster of both", "speed", {"bwd": 0.97}, *both, every=True, mean=1.03),
+            *_each("beside cuDNN", "speed", {"fwd": 1.0, "bwd": 0.97}, "sdpa-cudnn", mean=1.1),
+            *_each("beside FlashAttention-4", "speed", {"fwd": 1.0, "bwd": 0.97}, "fa4"),
+        ),
+        budget=0.08,
+    )
+
+
+SWEEPS = {"host": _host(), "models": _models(), "folding": _folding(), "portable": _portable(), "published": _published()}

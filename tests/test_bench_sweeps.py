@@ -1,0 +1,101 @@
+"""The sweeps that hold claims to bars: which problems they have, and that a command runs them. What bars say is in test_bench_bars.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+
+from triflash.__main__ import main
+from triflash.cli.bench.options import listing
+from triflash.cli.bench.providers import PROVIDERS
+from triflash.cli.bench.record import Run
+from triflash.cli.bench.sweeps import SWEEPS
+
+ROOT = Path(__file__).parents[1]
+QUICK = ["--tiny", "--device", "cpu", "--dtype", "fp32", "--budget", "0.002", "--min-samples", "2"]
+
+
+def bounds(name: str) -> dict[str, tuple[str, float | None, float | None]]:
+    """Bar -> kind, bound, bound on the mean."""
+    return {bar.name: (bar.kind, bar.bound, bar.mean) for bar in SWEEPS[name].bars}
+
+
+def swept(name: str, cases: tuple[str, ...], tmp_path: Path, *more: str, status: int = 0) -> dict[tuple[str, str], tuple[bool | None, str]]:
+    """Some cases of a sweep, shrunk: (bar, case) -> (met or not or neither, why not judged)."""
+    jobs = tuple(job for job in SWEEPS[name].jobs if job.workload.name in cases)
+    assert len(jobs) == len(cases)
+    with mock.patch.dict(SWEEPS, {name: replace(SWEEPS[name], jobs=jobs)}):
+        assert main(["bench", "--sweep", name, *QUICK, *more, "--out", str(tmp_path)]) == status
+    facts = json.loads((tmp_path / "bars.json").read_text())
+    assert [fact["bar"] for fact in facts if "case" not in fact] == [bar.name for bar in SWEEPS[name].bars]
+    return {(fact["bar"], fact["case"].removesuffix(" (tiny)")): (fact["met"], fact["reason"]) for fact in facts if "case" in fact}
+
+
+def test_listed_and_documented() -> None:
+    page = (ROOT / "docs" / "bench.md").read_text()
+    for name, sweep in SWEEPS.items():
+        assert f"{name}  {sweep.about}" in listing() and f": `--sweep {name}`\n" in page, name
+        assert all(provider in PROVIDERS for job in sweep.jobs for provider in job.providers)
+
+
+def test_folding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {name: (bound[:2]) for name, bound in bounds("folding").items()} == {
+        "beside FlexAttention, forward": ("speed", 1.25), "beside FlexAttention, backward": ("speed", 1.4),
+        "beside memory-efficient SDPA, forward": ("speed", 2.5), "beside memory-efficient SDPA, backward": ("speed", 2.5),
+        "two biases, to one, forward": ("time", 1.15), "two biases, to one, backward": ("time", 1.15),
+    }  # fmt: skip
+    layers = [job.workload for job in SWEEPS["folding"].jobs]
+    assert {w.name for w in layers if w.second} == {"evoformer-msa-row", "evoformer-triangle"} and len(layers) == 9
+    found = swept("folding", ("af3-triangle", "evoformer-triangle"), tmp_path)
+    assert found["beside FlexAttention, forward", "af3-triangle"] == (None, "flex: needs a GPU")
+    assert found["two biases, to one, backward", "evoformer-triangle"][0] in (True, False)
+    assert ("two biases, to one, backward", "af3-triangle") not in found and len(found) == 2 * 4 + 2
+    assert "beside FlexAttention, forward: not judged in any of 2" in capsys.readouterr().out
+
+
+def test_portable(tmp_path: Path) -> None:
+    assert {name: bound[1] for name, bound in bounds("portable").items()} == {
+        "d 64 and 128, forward": 1.2, "d 64 and 128, backward": 1.1, "d 256, forward": None, "d 256, backward": 1.0,
+    }  # fmt: skip
+    sizes = {(w.head_dim, w.queries, w.mask) for w in (job.workload for job in SWEEPS["portable"].jobs)}
+    assert {(d, s, mask) for d in (64, 128) for s in (512, 1024, 2048, 4096, 8192) for mask in ("causal", "full")} < sizes
+    found = swept("portable", ("d64 s512 causal", "d256 s2k full"), tmp_path)
+    assert set(found) == {
+        (f"d {d}, {p}", c) for d, c in (("64 and 128", "d64 s512 causal"), ("256", "d256 s2k full")) for p in ("forward", "backward")
+    }
+    judged = {key: (met, why) for key, (met, why) in found.items() if key[0] != "d 256, forward"}
+    assert all((met is None) == why.startswith("triflash-triton: ") for met, why in judged.values())  # it runs in the interpreter alone
+    assert found["d 256, forward", "d256 s2k full"][0] is None
+
+
+def test_the_published_grid(tmp_path: Path) -> None:
+    """Its cells are those of the published file, so that ``compare`` finds them."""
+    published = Run.load(ROOT / "docs" / "results" / "2026-11-26-h200" / "no-bias.json")
+    jobs = SWEEPS["published"].jobs
+    assert {job.workload.key for job in jobs} == {cell.key for cell in published.cells} and len(jobs) == len(published.cells)
+    found = swept("published", ("d64 s512 full",), tmp_path)
+    met, why = found["beside the faster of both, forward", "d64 s512 full"]
+    assert met is None and why.startswith("sdpa-cudnn: needs a GPU; fa4: ")
+
+
+def test_a_wrong_result_fails_and_is_not_judged(tmp_path: Path) -> None:
+    from triflash.cli.bench.providers import Triflash
+    from triflash.cli.bench.workloads import Workload
+
+    real = Triflash.attend
+
+    def off(self: Triflash, workload: Workload, problem: object) -> object:
+        entry = real(self, workload, problem)  # type: ignore[arg-type]
+        return replace(entry, call=lambda *x: entry.call(*x) * 1.5) if workload.second else entry
+
+    with mock.patch.object(Triflash, "attend", off):
+        found = swept("folding", ("evoformer-triangle",), tmp_path, "--providers", "triflash,triflash-onebias", status=1)
+    assert len(found) == 6 and all(met is None and why.startswith("triflash: WRONG: out") for met, why in found.values())
+    assert [cell.name for cell in Run.load(tmp_path / "bench.json").cells] == ["evoformer-triangle (tiny)"]
