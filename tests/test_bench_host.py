@@ -81,6 +81,17 @@ def test_two_batch_levels_are_two_batch_dims() -> None:
     assert called(dataclasses.replace(workload, batch_inner=1, bias="bhqk"))[1]["bias"].shape == (6, 2, 24, 24)
 
 
+def test_a_mask_is_a_mask() -> None:
+    more = called(dataclasses.replace(PLAIN, bias="b11k", bias_values="holes mask"))[1]
+    assert "bias" not in more and more["mask"].dtype == torch.bool and more["causal"] is True
+
+
+def test_what_else_triflash_is_told() -> None:
+    more = called(dataclasses.replace(PLAIN, slopes=True, dropout=0.25, deterministic=True))[1]
+    assert more["alibi_slopes"].tolist() == [2**-4, 2**-8] and (more["dropout_p"], more["deterministic"]) == (0.25, True)
+    assert isinstance(more["dropout_seed"], int)
+
+
 def test_padding_reaches_triflash_as_key_lengths() -> None:
     workload = dataclasses.replace(PLAIN, hi=None, bias="b11k", bias_values="padding")
     more = called(workload)[1]

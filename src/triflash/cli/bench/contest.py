@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,9 +36,9 @@ class Settings:
 
 
 class Contest:
-    """The tensors of a workload, and which results are judged."""
+    """The tensors of a workload, and which results are judged. provider: whose, where it draws dropout's marks by itself."""
 
-    def __init__(self, workload: Workload, settings: Settings, judged: bool = False) -> None:
+    def __init__(self, workload: Workload, settings: Settings, judged: bool = False, provider: Provider | None = None) -> None:
         self.workload, self.settings = workload, settings
         self.problem: Problem = workload.build(settings.device, settings.seed)
         self.backward = any(which not in FORWARD_ONLY for which in settings.passes)
@@ -46,7 +46,11 @@ class Contest:
         gradients = ("dq", "dk", "dv", *(self.problem.biases if self.wants_dbias else ()))
         self.names = ["out", *(gradients if self.backward else ())]
         right = packed_reference if self.problem.sequences else reference
+        if judged and workload.dropout:
+            assert provider is not None
+            self.problem = replace(self.problem, marks=provider.marks(workload, self.problem))
         self.parts: list[Part] = right(self.problem, self.names) if judged else []
+        self.problem = replace(self.problem, marks=None)  # they are as large as the scores
 
 
 class Side:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ... import oracle
 from . import formula
 from .formula import Options
+from .marks import Marks
 from .tolerance import closed_backward, rounding_backward
 
 __all__ = ["Box", "Problem", "as_slice"]
@@ -20,7 +21,8 @@ class Problem:
     """One attention problem: tensors as :class:`.formula.Options` names them, dout like the output, bias and a second one beside it
     five-dim or None.
 
-    sequences: lengths of those that are packed into the one batch entry; a bias is then by sequence and position.
+    sequences: lengths of those that are packed into the one batch entry; a bias is then by sequence and position. marks: of dropout, by
+    which results are judged.
     """
 
     q: Tensor
@@ -31,6 +33,7 @@ class Problem:
     options: Options
     sequences: tuple[int, ...] = ()
     second: Tensor | None = None
+    marks: Marks | None = None
 
     @property
     def biases(self) -> dict[str, Tensor]:
@@ -64,6 +67,9 @@ class Box:
             hi=None if options.hi is None else options.hi + moved,
             softcap=options.softcap,
             sinks=None if options.sinks is None else options.sinks[as_slice(heads)],
+            slopes=None if options.slopes is None else options.slopes[as_slice(heads)],
+            shift=options.shift + moved,
+            kept=None if problem.marks is None else problem.marks.kept(entries, heads, queries, self.keys) * problem.marks.factor,
         )
         batch, rows = as_slice(entries), as_slice(queries)
         kv_heads = torch.tensor([h // group for h in heads], device=problem.k.device)
@@ -92,15 +98,17 @@ class Box:
         q, k, v, dout = (x.double() for x in (self.q, self.k, self.v, self.dout))
         s, slope = formula.scores(q, k, tuple(self.biases.values()), self.options)
         p = formula.probabilities(s, self.options.sinks)
-        out = torch.einsum("bhmn,bnhd->bmhd", p, v)
+        kept = None if self.options.kept is None else self.options.kept.double()
+        given = p if kept is None else p * kept
+        out = torch.einsum("bhmn,bnhd->bmhd", given, v)
         size = s.masked_fill(s == -torch.inf, 0.0).abs()
         self.exact, self.shift = {"out": out}, {}
-        self.rounding = {"out": torch.einsum("bhmn,bnhd->bmhd", p * (1 + size), v.abs())}
+        self.rounding = {"out": torch.einsum("bhmn,bnhd->bmhd", given * (1 + size), v.abs())}
         if not backward:
             return
         stored = out.to(self.q.dtype).double()
-        exact, shifted = (closed_backward(q, k, v, p, o, dout, None, self.options.scale, slope) for o in (out, stored))
-        rounding = rounding_backward(q, k, v, s, p, out, dout, None, self.options.scale, slope)
+        exact, shifted = (closed_backward(q, k, v, p, o, dout, None, self.options.scale, slope, kept) for o in (out, stored))
+        rounding = rounding_backward(q, k, v, s, p, out, dout, None, self.options.scale, slope, kept)
         for name in ("dq", "dk", "dv", *self.biases):
             if name in self.biases:
                 a, b, c = (x.ds.sum_to_size(self.biases[name].shape) for x in (exact, shifted, rounding))
@@ -118,8 +126,10 @@ class Box:
             biases = {**self.biases, **leaves}
             bias, second = (biases.get(name) for name in ("dbias", "dsecond"))
             options = self.options
-            if options.softcap is None and options.sinks is None:
-                more = dict(lo=options.lo, hi=options.hi, scale=options.scale, dtype=q.dtype)
+            if options.softcap is None and options.sinks is None and options.kept is None:
+                more = dict(
+                    lo=options.lo, hi=options.hi, scale=options.scale, dtype=q.dtype, alibi_slopes=options.slopes, shift=options.shift
+                )
                 out, _ = oracle.attention(q, k, v, bias, second_bias=second, **more)  # type: ignore[arg-type]
             else:
                 out = formula.attention(q, k, v, tuple(x[:, None] for x in (bias, second) if x is not None), options)

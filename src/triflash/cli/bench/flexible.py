@@ -28,9 +28,14 @@ def attend(workload: Workload, problem: Problem, dense: bool = False) -> Entry:
     number = place = None
     if w.packed:
         number, place = places(problem.sequences, problem.q.device)
-    if w.is_banded or number is not None:
+    mask = problem.bias if w.is_mask else None
+    if w.is_banded or number is not None or mask is not None:
         shown = _band(w.lo, w.hi) if number is None else _documents(number, _band(w.lo, w.hi) if w.is_banded else None)
-        block_mask = create_block_mask(shown, None, None, w.queries, w.keys, device=problem.q.device)
+        entries = heads = None
+        if mask is not None:
+            shown = _masked(_read(mask, w.batch_inner), shown if w.is_banded else None)
+            entries, heads = w.batch if mask.shape[0] * mask.shape[1] > 1 else None, w.heads if mask.shape[2] > 1 else None
+        block_mask = create_block_mask(shown, entries, heads, w.queries, w.keys, device=problem.q.device)
     more: dict[str, Any] = {"block_mask": block_mask, "scale": w.softmax_scale}
     if w.kv_heads != w.heads:
         more["enable_gqa"] = True
@@ -42,7 +47,7 @@ def attend(workload: Workload, problem: Problem, dense: bool = False) -> Entry:
             assert not isinstance(bias, tuple), "packed sequences have one bias here"
             score_mod = _by_place(bias, number, place, w.softcap)
         else:
-            score_mod = _score_mod(formula.listed(bias), w.batch_inner, w.softcap)
+            score_mod = _score_mod(() if mask is not None else formula.listed(bias), w.batch_inner, w.softcap, problem.options.slopes)
         found = flex(q, k, v, score_mod=score_mod, **more)
         if sinks is None:
             return found
@@ -88,6 +93,11 @@ def _by_place(bias: Tensor | None, number: Tensor, place: Tensor, softcap: float
     return score_mod
 
 
+def _masked(seen: Callable[..., Tensor], shown: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
+    """What a boolean mask shows of what a band (None: everything) does."""
+    return seen if shown is None else lambda b, h, i, j: seen(b, h, i, j) & shown(b, h, i, j)
+
+
 def _band(lo: int | None, hi: int | None) -> Callable[..., Tensor]:
     if lo is None:
         return lambda b, h, i, j: j - i <= hi
@@ -96,9 +106,9 @@ def _band(lo: int | None, hi: int | None) -> Callable[..., Tensor]:
     return lambda b, h, i, j: (j - i >= lo) & (j - i <= hi)
 
 
-def _score_mod(biases: tuple[Tensor, ...], inner: int, softcap: float | None) -> Callable[..., Tensor] | None:
+def _score_mod(biases: tuple[Tensor, ...], inner: int, softcap: float | None, slopes: Tensor | None = None) -> Callable[..., Tensor] | None:
     """Biases are captured, and read where they vary; dims of size 1 are read at 0."""
-    if not biases and softcap is None:
+    if not biases and softcap is None and slopes is None:
         return None
     reads = [_read(bias, inner) for bias in biases]
 
@@ -107,7 +117,7 @@ def _score_mod(biases: tuple[Tensor, ...], inner: int, softcap: float | None) ->
             s = softcap * torch.tanh(s / softcap)
         for read in reads:
             s = s + read(b, h, i, j)
-        return s
+        return s if slopes is None else s - slopes[h] * (i - j).abs()
 
     return score_mod
 

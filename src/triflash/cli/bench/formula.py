@@ -27,6 +27,8 @@ class Options:
     lo, hi: key j is visible to query i when ``lo <= j - i <= hi``; None leaves a side open.
     softcap: ``s -> softcap * tanh(s / softcap)`` on the scaled products, before the bias; None is no cap.
     sinks: ``(Hq,)``: a score that takes part in each row's softmax and has no value; None is none.
+    slopes: ``(Hq,)``, ALiBi's: ``slope * |i + shift - j|`` is subtracted from scores; None is none.
+    kept: ``(B, Hq, M, N)``: what dropout multiplies probabilities by; None is no dropout.
     """
 
     scale: float
@@ -35,6 +37,9 @@ class Options:
     hi: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    slopes: Tensor | None = None
+    shift: int = 0
+    kept: Tensor | None = None
 
 
 def grouped(x: Tensor, heads: int) -> Tensor:
@@ -79,6 +84,9 @@ def scores(
             s = s.masked_fill(~each, -torch.inf)
         else:
             s = s + each.to(s.dtype).masked_fill(each.double() < oracle.LEAST_BIAS, -torch.inf)
+    if options.slopes is not None:
+        i, j = (torch.arange(size, device=s.device) for size in s.shape[2:])
+        s = s - options.slopes.to(s.dtype)[:, None, None] * (i[:, None] + options.shift - j).abs().to(s.dtype)
     if banned is None:
         banned = hidden(s.shape[2], s.shape[3], options, s.device)
     if banned is not None:
@@ -117,4 +125,6 @@ def attention(
     biases = [dense_bias(each, q.shape[0], options.batch_inner) for each in listed(bias)]
     s, _ = scores(q, grouped(k, heads), biases, options, banned)
     p = probabilities(s if softmax_dtype is None else s.to(softmax_dtype), options.sinks)
+    if options.kept is not None:
+        p = p * options.kept
     return torch.einsum("bhmn,bnhd->bmhd", p.to(q.dtype), grouped(v, heads))

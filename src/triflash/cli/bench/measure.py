@@ -67,7 +67,7 @@ def _measure(
     rows: dict[tuple[str, str], Row],
 ) -> None:
     forget()
-    contests: dict[Workload, Contest] = {}
+    contests: dict[tuple[Workload, str], Contest] = {}
     sides: dict[str, Side] = {}
     for provider in providers:
         tell(f"{workload.name}: judging {provider.name}")
@@ -78,12 +78,19 @@ def _measure(
                 row.reason = why
             continue
         own = provider.own(workload)
-        if own not in contests:
-            contests[own] = Contest(own, settings, judged=True)
         if own != workload:
             for row in mine:
                 row.flops, row.bytes = own.flops(row.which), own.bytes(row.which)
-        side = _judge(contests[own], provider, mine)
+        key = own, provider.name if own.dropout else ""  # whoever draws is judged by his own marks
+        try:
+            contests[key] = contest = contests.get(key) or Contest(own, settings, True, provider)
+        except Exception as error:
+            if not own.dropout:
+                raise
+            for row in mine:
+                _fail(row, error, settings.device)
+            continue
+        side = _judge(contest, provider, mine)
         if side is not None:
             sides[provider.name] = side
     for which in settings.passes:

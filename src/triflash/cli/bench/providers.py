@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 import triflash
 from triflash.plan.select import BACKENDS
 
-from . import flexible, formula
+from . import flexible, formula, marks
 from .compiling import compiled
 from .entry import Biases, Entry, heads_first
 from .gate import Problem
+from .marks import Marks
 from .packed import offsets, places
 from .simpler import SIMPLER
 from .workloads import Workload
@@ -52,6 +54,10 @@ class Provider(ABC):
         """What it computes of the workload: all of it, but for those that are there to tell what a part costs."""
         return workload
 
+    def marks(self, workload: Workload, problem: Problem) -> Marks:
+        """Which probabilities its dropout keeps. Called of a workload with dropout that :meth:`why_not` has nothing against."""
+        raise NotImplementedError(f"{self.name} has no dropout")
+
     @abstractmethod
     def attend(self, workload: Workload, problem: Problem) -> Entry:
         """The function to be timed, and its layout. Masks that ask for no gradient are prepared here, once."""
@@ -75,7 +81,15 @@ class Triflash(Provider):
             out: Tensor = asked.of(q, k, v, bias=bias, **more)
             return out
 
-        return Entry(call, lay=asked.lay, unlay=asked.unlay, lay_bias=asked.lay_bias)
+        def masked(q: Tensor, k: Tensor, v: Tensor, mask: Biases) -> Tensor:
+            out: Tensor = asked.of(q, k, v, mask=mask, **more)
+            return out
+
+        return Entry(masked if workload.is_mask else call, lay=asked.lay, unlay=asked.unlay, lay_bias=asked.lay_bias)
+
+    def marks(self, workload: Workload, problem: Problem) -> Marks:
+        """A function of the seed."""
+        return marks.drawn(workload.dropout, workload.heads, problem.q.device)
 
 
 @dataclass(frozen=True)
@@ -100,8 +114,12 @@ def asked_of_triflash(w: Workload, problem: Problem) -> Asked:
         more = {"cache_lengths": lengths_of, "causal": w.hi is not None, "scale": w.scale}
         return Asked(triflash.attention_with_kvcache, more, _same, _same, lambda bias: None if lengths_of is not None else bias.squeeze(1))
     more = _band(w)
-    options = {"scale": w.scale, "softcap": w.softcap, "sink": problem.options.sinks}
+    options = {"scale": w.scale, "softcap": w.softcap, "sink": problem.options.sinks, "alibi_slopes": problem.options.slopes}
     more |= {name: value for name, value in options.items() if value is not None}
+    if w.dropout:
+        more |= {"dropout_p": w.dropout, "dropout_seed": marks.SEED}
+    if w.deterministic:
+        more["deterministic"] = True
     levels = (w.batch // w.batch_inner, w.batch_inner)
     padded = lengths_of is not None and w.bias_values == "padding" and not w.dbias
     if lengths_of is not None and padded:
@@ -128,7 +146,7 @@ class TriflashDense(Provider):
         """Only equal lengths."""
         if not workload.packed:
             return "is for packed sequences"
-        return None if len(set(workload.sequences)) == 1 else "sequences differ in length"
+        return _lacks(workload) if len(set(workload.sequences)) == 1 else "sequences differ in length"
 
     def attend(self, workload: Workload, problem: Problem) -> Entry:
         """Views."""
@@ -156,7 +174,7 @@ class TorchVarlen(Provider):
             return "is for packed sequences"
         if device.type != "cuda":
             return "needs a GPU"
-        return "takes no bias" if workload.bias is not None else None
+        return "takes no bias" if workload.bias is not None else _lacks(workload)
 
     def attend(self, workload: Workload, problem: Problem) -> Entry:
         """Windows say what is visible."""
@@ -183,6 +201,18 @@ def _band(w: Workload) -> dict[str, Any]:
     return {"window": (None if w.lo is None else diagonal - w.lo, None if w.hi is None else w.hi - diagonal)}
 
 
+_BUT_DROPOUT = ("softcap", "sinks", "slopes", "deterministic")
+
+
+def _lacks(w: Workload, *has: str) -> str | None:
+    """The first feature of a workload that a provider lacks, in words; ``has`` are the fields of those that it has."""
+    words = {
+        "softcap": "no soft cap", "sinks": "no sinks", "slopes": "takes no ALiBi slopes", "dropout": "no dropout",
+        "deterministic": "no gradients of the same bits by request",
+    }  # fmt: skip
+    return next((said for name, said in words.items() if getattr(w, name) and name not in has), None)
+
+
 def _to_bottom_right(w: Workload) -> bool:
     """Whether the mask is causal and the last query stands at the last key, as of a chunk that is prefilled."""
     return w.lo is None and w.hi == w.keys - w.queries
@@ -199,8 +229,8 @@ class Sdpa(Provider):
         """A band other than causal, and causal beside a bias, go into the mask, which FlashAttention takes on CPUs only."""
         if workload.packed:
             return "takes no packed sequences"
-        if workload.softcap is not None or workload.sinks:
-            return "no soft cap" if workload.softcap is not None else "no sinks"
+        if (lacks := _lacks(workload, "dropout")) is not None:
+            return lacks
         needs_mask = workload.bias is not None or workload.mask == "window"
         if self.backend == SDPBackend.FLASH_ATTENTION and needs_mask and device.type == "cuda":
             return "takes no bias, mask or window"
@@ -221,7 +251,9 @@ class Sdpa(Provider):
                 bias = bias[0] + bias[1]
             if bias.dim() == 5:
                 bias = formula.dense_bias(bias, w.batch, options.batch_inner)
-            return bias if hidden is None else bias.masked_fill(hidden, -torch.inf)
+            if hidden is None:
+                return bias
+            return bias & ~hidden if bias.dtype == torch.bool else bias.masked_fill(hidden, -torch.inf)
 
         def lay_bias(bias: Tensor) -> Tensor:
             return bias.squeeze(1) if bias.shape[1] == 1 and (bias.shape[0] == 1 or w.batch_inner == 1) else bias
@@ -230,15 +262,31 @@ class Sdpa(Provider):
         more: dict[str, Any] = {"is_causal": causal, "scale": w.scale}
         if w.kv_heads != w.heads:
             more["enable_gqa"] = True
+        if w.dropout:
+            more["dropout_p"] = w.dropout
 
         def call(q: Tensor, k: Tensor, v: Tensor, bias: Biases) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_of(bias) if w.dbias else folded, **more)
 
-        entry = Entry(call, lay=heads_first, unlay=heads_first, lay_bias=lay_bias)
-        if self.backend is None:
-            return entry
-        backends = [self.backend]
-        return replace(entry, around=lambda: sdpa_kernel(backends))
+        device, backends = problem.q.device, [] if self.backend is None else [self.backend]
+
+        @contextlib.contextmanager
+        def around() -> Iterator[None]:
+            with contextlib.ExitStack() as stack:
+                if backends:
+                    stack.enter_context(sdpa_kernel(backends))
+                if w.dropout:  # every call draws the same
+                    stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+                    torch.manual_seed(marks.SEED)
+                yield
+
+        nothing = self.backend is None and not w.dropout
+        return Entry(call, heads_first, heads_first, lay_bias, contextlib.nullcontext if nothing else around)
+
+    def marks(self, workload: Workload, problem: Problem) -> Marks:
+        """Asked for."""
+        entry = self.attend(workload, problem)
+        return marks.asked(lambda q, k, v: entry(q, k, v, problem.given), workload.dropout, problem.q, problem.k, problem.v)
 
 
 class Flex(Provider):
@@ -248,7 +296,7 @@ class Flex(Provider):
 
     def why_not(self, workload: Workload, device: torch.device) -> str | None:
         """Its CPU code has no backward pass, and compiles C++."""
-        return "needs a GPU" if device.type != "cuda" else None
+        return "needs a GPU" if device.type != "cuda" else _lacks(workload, "softcap", "sinks", "slopes")
 
     def attend(self, workload: Workload, problem: Problem) -> Entry:
         """See :mod:`triflash.cli.bench.flexible`."""
@@ -272,6 +320,8 @@ class Fa4(Provider):
             return "needs a GPU"
         if workload.bias is not None:
             return "takes no bias tensor"
+        if (lacks := _lacks(workload, "softcap", "sinks")) is not None:
+            return lacks
         odd = workload.is_banded and workload.queries != workload.keys and not _to_bottom_right(workload)
         return "aligns causal to the bottom right" if odd else None
 
@@ -307,6 +357,10 @@ class Fa4(Provider):
 class Dense(Provider):
     """The formula in plain PyTorch: products in the inputs' dtype, softmax in float32, every score in memory."""
 
+    def why_not(self, workload: Workload, device: torch.device) -> str | None:
+        """It draws nothing."""
+        return _lacks(workload, "softcap", "sinks", "slopes")
+
     def attend(self, workload: Workload, problem: Problem) -> Entry:
         """See :mod:`triflash.cli.bench.formula`."""
         precise = torch.promote_types(problem.q.dtype, torch.float32)
@@ -336,7 +390,7 @@ class Chunked(Provider):
 
     def why_not(self, workload: Workload, device: torch.device) -> str | None:
         """Packed sequences have no batch entries."""
-        return "no packed sequences" if workload.packed else None
+        return "no packed sequences" if workload.packed else _lacks(workload, "softcap", "sinks", "slopes")
 
     def attend(self, workload: Workload, problem: Problem) -> Entry:
         """Chunks do not cross the outer batch, so that no bias is expanded."""
@@ -375,7 +429,7 @@ class Compiled(Provider):
 
     def why_not(self, workload: Workload, device: torch.device) -> str | None:
         """Compiled C++ is nobody's measure."""
-        return "needs a GPU" if device.type != "cuda" else self.inner.why_not(workload, device)
+        return "needs a GPU" if device.type != "cuda" else _lacks(workload, *_BUT_DROPOUT) or self.inner.why_not(workload, device)
 
     def attend(self, workload: Workload, problem: Problem) -> Entry:
         """The other's, compiled."""
@@ -399,6 +453,10 @@ class OfSimpler(Provider):
         """It is handed the workload as it is."""
         own = self.own(workload)
         return self.simpler.absent if own == workload else self.inner.why_not(own, device)
+
+    def marks(self, workload: Workload, problem: Problem) -> Marks:
+        """Where the simpler workload has dropout."""
+        return self.inner.marks(workload, problem)
 
     def attend(self, workload: Workload, problem: Problem) -> Entry:
         """Of the simpler workload already."""

@@ -27,6 +27,7 @@ def _without_second(w: Workload) -> Workload:
 
 SIMPLER = {
     "nobias": Simpler(Workload.without_bias, "there is no bias to leave out"),
+    "plain": Simpler(Workload.plain, "it is the plain call already"),
     "onebias": Simpler(_without_second, "there is no second bias to leave out"),
 }
 

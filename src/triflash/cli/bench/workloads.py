@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -26,10 +27,12 @@ class Workload:
     name: what the tables show. batch: of q, k and v; ``batch_inner`` divides it into (outer, inner). lo, hi: key j is visible to query i
     when ``lo <= j - i <= hi``. bias: a letter where it varies and 1 where it broadcasts, over ``bhqk`` or ``bihqk`` (i is the inner batch);
     None is no bias. bias_values: ``normal`` (random), ``alibi``, ``padding`` (keys beyond a batch entry's length are hidden),
-    ``alibi+padding``, ``one-long+padding`` (the first entry has all keys, the others a sixteenth) or ``windows``. second: where another
-    bias beside it varies; one over keys alone hides a seventh of them with -1e9, others are random. dbias: their gradients are asked for.
-    scale: default ``1 / sqrt(head_dim)``. softcap, sinks: see
-    :class:`triflash.cli.bench.formula.Options`. about: where the shape is from. packed: a kind of
+    ``alibi+padding``, ``one-long+padding`` (the first entry has all keys, the others a share: see :attr:`lengths`) or ``windows``; or
+    of a boolean mask ``all mask`` (hides nothing), ``holes mask`` (hides a tenth, drawn), ``padding mask`` and ``documents mask`` (as many
+    of one length as :attr:`documents`). second: where another bias beside it varies; one over keys alone hides a seventh of them with
+    -1e9, others are random. dbias: their gradients are asked for. scale: default ``1 / sqrt(head_dim)``. softcap, sinks, slopes (ALiBi's,
+    of as many queries as keys), dropout: see :class:`triflash.cli.bench.formula.Options`. deterministic: gradients have the same bits on
+    every run. about: where the shape is from. packed: a kind of
     :data:`triflash.cli.bench.packed.KINDS`: the one batch entry holds sequences of such lengths, drawn from packed_seed ("equal": of
     ``length``), within which the band holds; a bias is by sequence (``b``) and position. cache: k and v are a KV cache, of which the
     queries are the last tokens: a forward pass alone.
@@ -53,6 +56,9 @@ class Workload:
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False
+    slopes: bool = False
+    dropout: float = 0.0
+    deterministic: bool = False
     dtype: str = "bf16"
     about: str = ""
     packed: str = ""
@@ -73,12 +79,28 @@ class Workload:
         if self.cache:
             sizes += " cache"
         packed = f" | {self.packed} {self.length} {self.packed_seed}" if self.packed else ""
+        features = [self.bias_values] if self.is_mask else []
+        features += [word for word, there in (("slopes", self.slopes), ("deterministic", self.deterministic)) if there]
+        packed += "".join(f" | {word}" for word in (*features, *([f"dropout {self.dropout}"] if self.dropout else [])))
         return f"{self.name} | {sizes} | {self.lo}..{self.hi} | {self.biases}{'+db' if self.dbias else ''} | {self.dtype}{packed}"
 
     @property
     def sequences(self) -> tuple[int, ...]:
         """The lengths of packed sequences; empty where there are none."""
         return lengths(self.packed, self.queries, self.length, self.packed_seed) if self.packed else ()
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether the bias is boolean, True where a key is visible."""
+        return self.bias is not None and self.bias_values.endswith("mask")
+
+    @property
+    def documents(self) -> tuple[int, ...]:
+        """The lengths of what a mask of documents holds apart: eight, as equal as can be; empty where there is none."""
+        if self.bias_values != "documents mask":
+            return ()
+        ends = [self.keys * n // 8 for n in range(9)]
+        return tuple(end - start for start, end in itertools.pairwise(ends))
 
     @property
     def is_causal(self) -> bool:
@@ -136,10 +158,11 @@ class Workload:
 
     @property
     def pairs(self) -> int:
-        """Visible pairs of query and key, over all batch entries and query heads."""
-        if self.packed:
-            squares = {n: visible_pairs(n, n, self.lo, self.hi) for n in set(self.sequences)}
-            return self.heads * sum(squares[n] for n in self.sequences)
+        """Visible pairs of query and key, over all batch entries and query heads, of what a ``holes mask`` hides, too."""
+        if self.packed or self.documents:
+            lengths = self.sequences or self.batch * self.documents
+            squares = {n: visible_pairs(n, n, self.lo, self.hi) for n in set(lengths)}
+            return self.heads * sum(squares[n] for n in lengths)
         shown = self.lengths or [self.keys] * self.batch
         each = {n: visible_pairs(self.queries, n, self.lo, self.hi) for n in set(shown)}
         return self.heads * sum(each[n] for n in shown)
@@ -160,6 +183,8 @@ class Workload:
             held = replace(self.without_bias(), batch=1, keys=sum(self.lengths), queries=self.queries * self.batch)
             return held.bytes(which)
         biases = [math.prod(shape) for shape in (self.bias_shape, self.second_shape) if shape is not None]
+        if self.is_mask:  # a byte each
+            biases[0] = -(-biases[0] // DTYPES[self.dtype].itemsize)
         return attention_bytes(*self.shapes, (sum(biases),), DTYPES[self.dtype].itemsize, self.dbias, which)
 
     def build(self, device: torch.device, seed: int = 0) -> Problem:
@@ -176,7 +201,9 @@ class Workload:
         dout = normal(self.batch, self.queries, self.heads, self.value_dim)
         shape = self.bias_shape
         bias = None
-        if shape is not None:
+        if shape is not None and self.is_mask:
+            bias = self._mask(shape, generator)
+        elif shape is not None:
             bias = normal(*shape) if self.bias_values in ("normal", "windows") else torch.zeros(shape, device=device, dtype=torch.float32)
             if self.bias_values == "windows":
                 bias = bias + _shifted_windows(self.batch_inner, self.queries, device).to(dtype)
@@ -188,30 +215,54 @@ class Workload:
                 bias = bias.masked_fill(hidden[:, None, None, None, :], -torch.inf)
             bias = bias.to(dtype).contiguous()
         sinks = normal(self.heads).float() if self.sinks else None
-        options = Options(self.softmax_scale, self.batch_inner, self.lo, self.hi, self.softcap, sinks)
         second = None
         if (shape := self.second_shape) is not None:
             second = normal(*shape)
             if shape[3] == 1 != self.queries:  # as models write a mask of keys; the first is seen
                 second = torch.where(second < -1.07, -1e9, 0.0).to(dtype)
                 second[..., 0] = 0.0
-        return Problem(q, k, v, bias, dout, options, self.sequences, second)
+        return Problem(q, k, v, bias, dout, self._options(sinks, device), self.sequences, second)
+
+    def _options(self, sinks: Tensor | None, device: torch.device) -> Options:
+        slopes = 2.0 ** (-8.0 * torch.arange(1, self.heads + 1, device=device) / self.heads) if self.slopes else None
+        return Options(self.softmax_scale, self.batch_inner, self.lo, self.hi, self.softcap, sinks, slopes)
+
+    def _mask(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Of a boolean mask: five-dim, True where a key is visible."""
+        device = generator.device
+        if self.documents:
+            of = torch.repeat_interleave(torch.arange(8, device=device), torch.tensor(self.documents, device=device))
+            return (of[:, None] == of).expand(shape).contiguous()
+        if self.lengths is not None:
+            shown = torch.arange(self.keys, device=device) < torch.tensor(self.lengths, device=device)[:, None]
+            return shown.unflatten(0, (-1, self.batch_inner))[:, :, None, None].expand(shape).contiguous()
+        shown = torch.ones(shape, dtype=torch.bool, device=device)
+        if "holes" in self.bias_values:
+            shown = torch.rand(shape, generator=generator, device=device) > 0.1
+            shown[..., 0] = True
+        return shown
 
     def described(self) -> Problem:
         """The same without memory: meta tensors."""
         dtype, device = DTYPES[self.dtype], torch.device("meta")
         q, k, v = (torch.empty(shape, dtype=dtype, device=device) for shape in self.shapes)
         bias, second = (
-            None if shape is None else torch.empty(shape, dtype=dtype, device=device) for shape in (self.bias_shape, self.second_shape)
+            None if shape is None else torch.empty(shape, dtype=own, device=device)
+            for shape, own in ((self.bias_shape, torch.bool if self.is_mask else dtype), (self.second_shape, dtype))
         )
         dout = q.new_empty(self.batch, self.queries, self.heads, self.value_dim)
         sinks = q.new_empty(self.heads, dtype=torch.float32) if self.sinks else None
-        options = Options(self.softmax_scale, self.batch_inner, self.lo, self.hi, self.softcap, sinks)
-        return Problem(q, k, v, bias, dout, options, self.sequences, second)
+        return Problem(q, k, v, bias, dout, self._options(sinks, device), self.sequences, second)
 
     def without_bias(self) -> Workload:
         """The same, biases and padding left out. Its random q, k and v are the same."""
         return replace(self, bias=None, bias_values="normal", second=None, dbias=False)
+
+    def plain(self) -> Workload:
+        """The plain call of these sizes: every key head its own, nothing beside scores, and of a band only whether it is causal."""
+        features = dict(softcap=None, sinks=False, slopes=False, dropout=0.0, deterministic=False)
+        hi = 0 if self.hi == 0 else None
+        return replace(self.without_bias(), kv_heads=self.heads, lo=None, hi=hi, **features)  # type: ignore[arg-type]
 
     def shrunk(self, length: int = 48) -> Workload:
         """The same features at a size for trying out and testing: says nothing about the model's speed."""
