@@ -8,15 +8,18 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
+from triflash import oracle
 from triflash.__main__ import main
 from triflash.cli.bench.options import listing
 from triflash.cli.bench.providers import PROVIDERS
-from triflash.cli.bench.record import Run
-from triflash.cli.bench.sweeps import SWEEPS
+from triflash.cli.bench.record import Cell, Run
+from triflash.cli.bench.sweeps import SWEEPS, _visited
+from triflash.cli.bench.workloads import Workload
 
 ROOT = Path(__file__).parents[1]
 QUICK = ["--tiny", "--device", "cpu", "--dtype", "fp32", "--budget", "0.002", "--min-samples", "2"]
@@ -43,6 +46,51 @@ def test_listed_and_documented() -> None:
     for name, sweep in SWEEPS.items():
         assert f"{name}  {sweep.about}" in listing() and f": `--sweep {name}`\n" in page, name
         assert all(provider in PROVIDERS for job in sweep.jobs for provider in job.providers)
+
+
+def test_features(tmp_path: Path) -> None:
+    wanted = {"soft cap": 1.25, "dropout": 1.35, "ALiBi": 1.08, "mask of keys": 1.05, "windows, a visited block": 1.15}
+    wanted |= {"padding mask, a pair": 1.25, "documents mask, a pair": 1.25}
+    found = {name: bound for name, (kind, bound, _) in bounds("features").items() if kind == "time" and bound is not None}
+    assert found == {f"{name}, {which}": bound for name, bound in wanted.items() for which in ("forward", "backward")}
+    assert bounds("features")["dropout, beside cuDNN's, backward"][:2] == ("speed", 1.0)
+    sweep = SWEEPS["features"]
+    for job in sweep.jobs:
+        cell = Cell.of(job.workload, job.passes)
+        assert job.workload.plain() != job.workload and any(bar.of(cell) for bar in sweep.bars), cell.name
+    cases = (
+        "d64 soft cap 50",
+        "d64 dropout 0.1",
+        "d128 ALiBi",
+        "d64 documents mask",
+        "d128 window 512",
+        "d64 deterministic",
+        "d128 one key head",
+    )
+    told = swept("features", cases, tmp_path)
+    for bar, case in (("soft cap", 0), ("dropout", 1), ("ALiBi", 2), ("documents mask, a pair", 3), ("windows, a visited block", 4)):
+        assert told[f"{bar}, forward", cases[case]][0] is not None and told[f"{bar}, backward", cases[case]][0] is not None
+    assert told["dropout, beside cuDNN's, backward", cases[1]] == (None, "sdpa-cudnn: needs a GPU")
+    assert all(told["others, forward", case] == (None, "") for case in cases[5:]) and len(told) == 2 * 8
+
+
+@pytest.mark.parametrize(
+    "queries, lo, hi, blocks",
+    [
+        (512, None, 0, 10),
+        (512, None, None, 16),
+        (512, -127, 0, 7),
+        (512, -128, 0, 7),
+        (512, -129, 0, 9),
+        (500, -511, 0, 10),
+        (512, 0, 0, 4),
+    ],
+)
+def test_visited_blocks(queries: int, lo: int | None, hi: int | None, blocks: int) -> None:
+    """As counted over the scores themselves."""
+    w = Workload("x", 1, 1, queries, queries, 8, lo=lo, hi=hi)
+    seen = torch.nn.functional.pad(oracle.visible(queries, queries, lo, hi), (0, 512 - queries, 0, 512 - queries))
+    assert _visited(w) == blocks == seen.unflatten(0, (4, 128)).unflatten(2, (4, 128)).any(3).any(1).sum()
 
 
 def test_folding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +135,6 @@ def test_the_published_grid(tmp_path: Path) -> None:
 
 def test_a_wrong_result_fails_and_is_not_judged(tmp_path: Path) -> None:
     from triflash.cli.bench.providers import Triflash
-    from triflash.cli.bench.workloads import Workload
 
     real = Triflash.attend
 

@@ -7,7 +7,7 @@ returns its jobs and bars, and a line of :data:`SWEEPS`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -104,6 +104,91 @@ def _grid(dims: tuple[int, ...], sizes: tuple[int, ...]) -> list[Workload]:
     return [replace(w, name=f"d{w.head_dim} s{short(w.queries)} {w.mask}") for w in found]
 
 
+_BLOCK = 128  # queries and keys of a block, as most of Hopper's tiles have them
+_FEATURES: dict[str, dict[str, Any]] = {
+    "soft cap 50": {"softcap": 50.0},
+    "dropout 0.1": {"dropout": 0.1},
+    "ALiBi": {"slopes": True},
+    "mask of keys": {"bias": "b11k", "bias_values": "all mask"},
+    "mask of keys with holes": {"bias": "b11k", "bias_values": "holes mask"},
+    "window 512": {"lo": -511},
+    "window 1024": {"lo": -1023},
+    "window 2048": {"lo": -2047},
+    "padding mask": {"hi": None, "bias": "b11k", "bias_values": "padding mask"},
+    "documents mask": {"hi": None, "bias": "b1qk", "bias_values": "documents mask"},
+    "key lengths": {"hi": None, "bias": "b11k", "bias_values": "padding"},
+    "bias 1hqk": {"bias": "1hqk"},
+    "sinks": {"sinks": True},
+    "8 query heads a key head": {"group": 8},
+    "one key head": {"group": 0},
+    "deterministic": {"deterministic": True},
+}
+
+
+def _of_plain(count: Callable[[Workload], int]) -> Callable[[Cell], float]:
+    """How much of something a cell has, of what the plain call of its sizes has."""
+
+    def share(cell: Cell) -> float:
+        w = Workload(**cell.workload)
+        return count(w) / count(w.plain())
+
+    return share
+
+
+def _visited(w: Workload) -> int:
+    """Blocks of queries and keys in which a band shows anything."""
+    blocks = 0
+    for row in range(0, w.queries, _BLOCK):
+        first = 0 if w.lo is None else max(0, row + w.lo)
+        last = w.keys - 1 if w.hi is None else min(w.keys - 1, min(row + _BLOCK, w.queries) - 1 + w.hi)
+        blocks += max(0, last // _BLOCK - first // _BLOCK + 1)
+    return blocks
+
+
+def _features() -> Sweep:
+    """b 4, s 4096, as many heads as have 2,048 columns together."""
+    jobs = []
+    for d, (name, more) in itertools.product((64, 128), _FEATURES.items()):
+        heads, own = 2048 // d, dict(more)
+        group = own.pop("group", 1) or heads
+        w = Workload(f"d{d} {name}", 4, heads, 4096, 4096, d, kv_heads=heads // group, **{"hi": 0, **own})
+        jobs.append(Job(w, ("triflash", "triflash-plain", *(["sdpa-cudnn"] if w.dropout else [])), ("fwd", "bwd")))
+
+    def cost(name: str, bound: float | None, *features: str, per: Callable[[Workload], int] | None = None) -> tuple[Bar, ...]:
+        def of(cell: Cell) -> bool:
+            return cell.name.partition(" ")[2].removesuffix(" (tiny)") in (features or (name,))
+
+        more: dict[str, Any] = {} if per is None else {"per": _of_plain(per)}
+        return _each(name, "time", {"fwd": bound, "bwd": bound}, "triflash-plain", of=of, **more)
+
+    def drops(cell: Cell) -> bool:
+        return bool(cell.workload["dropout"])
+
+    def pairs(w: Workload) -> int:
+        return w.pairs
+
+    windows = [name for name in _FEATURES if name.startswith("window")]
+    return Sweep(
+        "what features cost beside the plain call of the same sizes, forward and backward",
+        tuple(jobs),
+        (
+            *cost("soft cap", 1.25, "soft cap 50"),
+            *cost("dropout", 1.35, "dropout 0.1"),
+            *_each("dropout, beside cuDNN's", "speed", {"fwd": None, "bwd": 1.0}, "sdpa-cudnn", of=drops),
+            *cost("ALiBi", 1.08),
+            *cost("mask of keys", 1.05),
+            *cost("windows, a visited block", 1.15, *windows, per=_visited),
+            *cost("padding mask, a pair", 1.25, "padding mask", per=pairs),
+            *cost("documents mask, a pair", 1.25, "documents mask", per=pairs),
+            *cost("key lengths, a pair", None, "key lengths", per=pairs),
+            *cost(
+                "others", None, "mask of keys with holes", "bias 1hqk", "sinks", "8 query heads a key head", "one key head", "deterministic"
+            ),
+        ),
+        budget=0.05,
+    )
+
+
 def _folding() -> Sweep:
     """The layers with a bias of pairs, which rows share, and its gradient."""
     layers = [w for w in NAMED.values() if w.dbias and w.bias == "b1hqk" and w.name != "af3-diffusion"]
@@ -162,4 +247,11 @@ def _published() -> Sweep:
     )
 
 
-SWEEPS = {"host": _host(), "models": _models(), "folding": _folding(), "portable": _portable(), "published": _published()}
+SWEEPS = {
+    "host": _host(),
+    "models": _models(),
+    "features": _features(),
+    "folding": _folding(),
+    "portable": _portable(),
+    "published": _published(),
+}
