@@ -11,8 +11,8 @@ from unittest import mock
 import pytest
 import torch
 
-from triflash.cli.bench import timing
-from triflash.cli.bench.timing import measure_interleaved, quantiles
+from triflash.cli.bench import machine, timing
+from triflash.cli.bench.timing import Samples, measure_interleaved, quantiles
 
 CPU = torch.device("cpu")
 
@@ -165,3 +165,15 @@ def test_on_a_gpu_events_go_around_the_call_after_sleep_and_flush(flush: bool) -
     assert sizes == ([100 * 2**20] if flush else [])
     once = ["sleep", "flush", "event", "call", "event"] if flush else ["sleep", "event", "call", "event"]
     assert log[4:] == once * 40
+
+
+@pytest.mark.parametrize("copy, kernel", [(2.0, 1.0), (1.0, 2.0)])
+def test_a_copys_bandwidth_is_that_of_the_faster_way(copy: float, kernel: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(calls: dict[str, Callable[[], object]], **_: object) -> dict[str, Samples]:
+        for call in calls.values():
+            call()
+        return {name: Samples([{"copy": copy, "by a kernel": kernel}[name]] * 3) for name in calls}
+
+    monkeypatch.setattr(machine, "measure_interleaved", measured)
+    found = machine.ceilings(torch.device("cpu"), ())
+    assert list(found) == ["copy"] and found["copy"]["bytes_per_second"] == pytest.approx(2 * 2**26 / 1e-3)
