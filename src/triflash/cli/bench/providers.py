@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import triflash
 from triflash.plan.select import BACKENDS
 
-from . import flexible, formula, marks
+from . import caches, flexible, formula, marks
 from .compiling import compiled
 from .entry import Biases, Entry, heads_first
 from .gate import Problem
@@ -76,6 +76,8 @@ class Triflash(Provider):
         """Two batch levels are two batch dims; padding without a gradient is passed as key lengths."""
         asked = asked_of_triflash(workload, problem)
         more = asked.more if self.backend == "auto" else {**asked.more, "backend": self.backend}
+        if workload.page or workload.fp8:
+            return self._stored(workload, problem, asked, more)
 
         def call(q: Tensor, k: Tensor, v: Tensor, bias: Biases) -> Tensor:
             out: Tensor = asked.of(q, k, v, bias=bias, **more)
@@ -86,6 +88,19 @@ class Triflash(Provider):
             return out
 
         return Entry(masked if workload.is_mask else call, lay=asked.lay, unlay=asked.unlay, lay_bias=asked.lay_bias)
+
+    def _stored(self, w: Workload, problem: Problem, asked: Asked, more: dict[str, Any]) -> Entry:
+        """On a cache of its own, which is filled here."""
+        k, v = (caches.stored(x, w.fp8) for x in (problem.k, problem.v))
+        if w.page:
+            k, v, table = caches.paged(k, v, w.page)
+            more = {**more, "page_table": table}
+
+        def call(q: Tensor, _k: Tensor, _v: Tensor, bias: Biases) -> Tensor:
+            out: Tensor = asked.of(q, k, v, bias=bias, **more)
+            return out
+
+        return Entry(call, lay=asked.lay, unlay=asked.unlay, lay_bias=asked.lay_bias)
 
     def marks(self, workload: Workload, problem: Problem) -> Marks:
         """A function of the seed."""
@@ -201,14 +216,14 @@ def _band(w: Workload) -> dict[str, Any]:
     return {"window": (None if w.lo is None else diagonal - w.lo, None if w.hi is None else w.hi - diagonal)}
 
 
-_BUT_DROPOUT = ("softcap", "sinks", "slopes", "deterministic")
+_BUT_DROPOUT = ("softcap", "sinks", "slopes", "deterministic", "page", "fp8")
 
 
 def _lacks(w: Workload, *has: str) -> str | None:
     """The first feature of a workload that a provider lacks, in words; ``has`` are the fields of those that it has."""
     words = {
         "softcap": "no soft cap", "sinks": "no sinks", "slopes": "takes no ALiBi slopes", "dropout": "no dropout",
-        "deterministic": "no gradients of the same bits by request",
+        "deterministic": "no gradients of the same bits by request", "page": "no pages", "fp8": "no cache in 8 bits",
     }  # fmt: skip
     return next((said for name, said in words.items() if getattr(w, name) and name not in has), None)
 

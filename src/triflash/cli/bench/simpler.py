@@ -28,6 +28,7 @@ def _without_second(w: Workload) -> Workload:
 SIMPLER = {
     "nobias": Simpler(Workload.without_bias, "there is no bias to leave out"),
     "plain": Simpler(Workload.plain, "it is the plain call already"),
+    "onequery": Simpler(Workload.one_query, "there is one query alone, or no cache"),
     "onebias": Simpler(_without_second, "there is no second bias to leave out"),
 }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..shorthand import bias_pattern, bias_shape
+from .caches import rounded
 from .flops import attention_bytes, attention_flops, visible_pairs
 from .formula import Options
 from .gate import Problem
@@ -27,7 +28,8 @@ class Workload:
     name: what the tables show. batch: of q, k and v; ``batch_inner`` divides it into (outer, inner). lo, hi: key j is visible to query i
     when ``lo <= j - i <= hi``. bias: a letter where it varies and 1 where it broadcasts, over ``bhqk`` or ``bihqk`` (i is the inner batch);
     None is no bias. bias_values: ``normal`` (random), ``alibi``, ``padding`` (keys beyond a batch entry's length are hidden),
-    ``alibi+padding``, ``one-long+padding`` (the first entry has all keys, the others a share: see :attr:`lengths`) or ``windows``; or
+    ``alibi+padding``, ``one-long+padding`` (the first entry has all keys, the others a sixteenth), ``one-longest+padding`` (a
+    128th) or ``windows``; or
     of a boolean mask ``all mask`` (hides nothing), ``holes mask`` (hides a tenth, drawn), ``padding mask`` and ``documents mask`` (as many
     of one length as :attr:`documents`). second: where another bias beside it varies; one over keys alone hides a seventh of them with
     -1e9, others are random. dbias: their gradients are asked for. scale: default ``1 / sqrt(head_dim)``. softcap, sinks, slopes (ALiBi's,
@@ -35,7 +37,8 @@ class Workload:
     every run. about: where the shape is from. packed: a kind of
     :data:`triflash.cli.bench.packed.KINDS`: the one batch entry holds sequences of such lengths, drawn from packed_seed ("equal": of
     ``length``), within which the band holds; a bias is by sequence (``b``) and position. cache: k and v are a KV cache, of which the
-    queries are the last tokens: a forward pass alone.
+    queries are the last tokens: a forward pass alone. page: keys of a page, which are anywhere, in an order drawn; 0: no pages. fp8: it
+    is stored in 8 bits (e4m3).
     """
 
     name: str
@@ -65,6 +68,8 @@ class Workload:
     packed_seed: int = 0
     length: int = 0
     cache: bool = False
+    page: int = 0
+    fp8: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)
@@ -77,7 +82,7 @@ class Workload:
             f"b{self.batch}/{self.batch_inner} h{self.heads}/{self.kv_heads} s{self.queries}x{self.keys} d{self.head_dim}x{self.value_dim}"
         )
         if self.cache:
-            sizes += " cache"
+            sizes += " cache" + (f" pages of {self.page}" if self.page else "") + (" e4m3" if self.fp8 else "")
         packed = f" | {self.packed} {self.length} {self.packed_seed}" if self.packed else ""
         features = [self.bias_values] if self.is_mask else []
         features += [word for word, there in (("slopes", self.slopes), ("deterministic", self.deterministic)) if there]
@@ -151,8 +156,8 @@ class Workload:
         """Visible keys of each batch entry, spread evenly from a quarter of the keys to all of them; None where nothing is padded."""
         if "padding" not in self.bias_values:
             return None
-        if "one-long" in self.bias_values:
-            return [self.keys, *[max(1, self.keys // 16)] * (self.batch - 1)]
+        if self.bias_values.startswith("one-long"):
+            return [self.keys, *[max(1, self.keys // (128 if "longest" in self.bias_values else 16))] * (self.batch - 1)]
         steps = max(1, self.batch - 1)
         return [self.keys - (3 * self.keys // 4) * (self.batch - 1 - i) // steps for i in range(self.batch)]
 
@@ -179,6 +184,10 @@ class Workload:
 
     def bytes(self, which: str) -> int:
         """Compulsory traffic of a pass. Of a cache, what requests do not hold is no traffic, nor is what tells how much they hold."""
+        if self.fp8:
+            wide = replace(self, fp8=False)
+            keys = self.batch * self.keys if self.lengths is None else sum(self.lengths)
+            return wide.bytes(which) - keys * self.kv_heads * (self.head_dim + self.value_dim) * (DTYPES[self.dtype].itemsize - 1)
         if self.cache and self.lengths is not None:
             held = replace(self.without_bias(), batch=1, keys=sum(self.lengths), queries=self.queries * self.batch)
             return held.bytes(which)
@@ -196,6 +205,8 @@ class Workload:
             return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
         q, k, v = (normal(*shape) for shape in self.shapes)
+        if self.fp8:
+            k, v = rounded(k), rounded(v)
         if self.scale is not None:  # a model without a scale has it in its weights: scores of the usual size
             q = q * (self.head_dim**-0.5 / self.scale)
         dout = normal(self.batch, self.queries, self.heads, self.value_dim)
@@ -264,6 +275,10 @@ class Workload:
         hi = 0 if self.hi == 0 else None
         return replace(self.without_bias(), kv_heads=self.heads, lo=None, hi=hi, **features)  # type: ignore[arg-type]
 
+    def one_query(self) -> Workload:
+        """A step of decoding with the last of its queries alone."""
+        return replace(self, queries=1, hi=None) if self.cache else self
+
     def shrunk(self, length: int = 48) -> Workload:
         """The same features at a size for trying out and testing: says nothing about the model's speed."""
         if self.bias_values == "windows":
@@ -281,6 +296,7 @@ class Workload:
             hi = max(1, hi * queries // self.queries)
         heads = kv_heads * min(4, self.heads // self.kv_heads)
         sizes = dict(batch=outer * inner, batch_inner=inner, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys)
+        sizes["page"] = min(self.page, 16)
         return replace(self, **sizes, lo=lo, hi=hi, name=f"{self.name} (tiny)")  # type: ignore[arg-type]
 
 
