@@ -97,6 +97,18 @@ def test_times_and_bandwidths_without_a_peer() -> None:
     assert next((v.value, v.why) for v in verdicts(run, bars[1:2])) == (None, "no copy was measured")
 
 
+def test_a_bar_of_one_device() -> None:
+    """Elsewhere its value is for information."""
+    bars = (Bar("ms", "triflash", "fwd", "ms", 1.5, mean=1.5, on="H100"),)
+    run = run_of({"x": {"triflash": 2.0}})
+    for name, met in (("NVIDIA H100 80GB HBM3", False), ("NVIDIA H200", None)):
+        run.machine["name"] = name
+        (found,) = verdicts(run, bars)
+        (mean,) = means([found], bars)
+        assert (found.value, found.met, found.facts["bound"]) == (2.0, met, None if met is None else 1.5)
+        assert (mean.met, mean.mean_met, mean.value) == (None if met is None else 0, met, pytest.approx(2.0))
+
+
 def test_a_share_of_the_peers_work() -> None:
     """Half the pairs in 0.6 of the time is 1.2 times as long for each."""
     (found,) = verdicts(run_of({"x": {"triflash": 0.6, "a": 1.0}}), (replace(TIME, per=lambda cell: 0.5),))
@@ -105,7 +117,8 @@ def test_a_share_of_the_peers_work() -> None:
 
 def test_geometric_means_and_the_worst() -> None:
     run = run_of({"x": {"triflash": 1.0, "a": 2.0}, "y": {"triflash": 4.0, "a": 2.0}})
-    bars = (replace(SPEED, mean=0.99), replace(SPEED, mean=1.01), replace(TIME, mean=1.01), replace(TIME, bound=None))
+    bars = (SPEED, replace(SPEED, name="more"), TIME, replace(TIME, name="told", bound=None))
+    bars = tuple(replace(bar, mean=mean) for bar, mean in zip(bars, (0.99, 1.01, 1.01, None), strict=True))
     found = means(verdicts(run, bars), bars)
     assert [m.value for m in found] == pytest.approx([1.0] * 4)
     assert [m.mean_met for m in found] == [True, False, True, None] and [m.met for m in found] == [1, 1, 1, None]
@@ -165,6 +178,7 @@ def test_every_sweep_can_be_judged() -> None:
     for name, sweep in SWEEPS.items():
         cells = [(job, Cell.of(job.workload, job.passes)) for job in sweep.jobs]
         assert len({job.workload.key for job in sweep.jobs}) == len(sweep.jobs), name
+        assert len({bar.name for bar in sweep.bars}) == len(sweep.bars), name
         for bar in sweep.bars:
             mine = [job for job, cell in cells if bar.of(cell) and bar.which in job.passes and bar.ours in job.providers]
             assert mine, (name, bar.name)

@@ -123,6 +123,38 @@ def test_portable(tmp_path: Path) -> None:
     assert found["d 256, forward", "d256 s2k full"][0] is None
 
 
+def test_decode(tmp_path: Path) -> None:
+    found = bounds("decode")
+    assert {name: bound[1:] for name, bound in found.items() if "b1 " not in name} == {
+        "caches from 256 MB on": (0.9, None), "caches of 64 MB": (0.8, None), "ragged": (0.85, None), "beside cuDNN": (1.0, 1.1),
+        "beside FlexDecoding": (1.0, 1.1), "bias bh1k, to none": (1.1, None), "8 queries, to one": (1.15, None),
+        "attention of few queries, beside cuDNN, forward": (1.0, None), "attention of few queries, beside cuDNN, backward": (1.0, None),
+        "host, to SDPA's": (1.3, None),
+    }  # fmt: skip
+    assert found["b1 64k beside FlashAttention-4"][1] == 3.0
+    assert [round(1e3 * (found[f"b1 {n}k, 4 key heads"][1] or 0), 1) for n in (1, 2, 4, 8, 16)] == [12.3, 14.2, 15.9, 18.8, 25.1]
+    sweep = SWEEPS["decode"]
+    (large, small) = ([job.workload for job in sweep.jobs if bar.of(Cell.of(job.workload, job.passes))] for bar in sweep.bars[:2])
+    sizes = [w.batch * w.keys * 8 * 128 * 2 * (1 if w.fp8 else 2) for w in large]
+    assert min(sizes) == 2**28 and len(large) == 10 and sum(w.page > 0 for w in large) == 4 and sum(w.fp8 for w in large) == 3
+    assert [w.batch * w.keys * 8 * 128 * 4 for w in small] == [2**26] * 2
+    assert all(job.passes == ("fwd", "bwd") or job.workload.cache for job in sweep.jobs)
+    cases = (
+        "decode-llama3-8b-b1-1k",
+        "b8 8k pages of 16",
+        "one of 128k, 63 of 1k",
+        "b8 8k, bias bh1k",
+        "decode-speculative-m8",
+        "attention 2 x 64 on 8k",
+    )
+    told = swept("decode", cases, tmp_path)
+    for bar, case in (("host, to SDPA's", 0), ("ragged", 2), ("bias bh1k, to none", 3), ("8 queries, to one", 4)):
+        assert told[bar, cases[case]][0] is not None
+    assert told["attention of few queries, beside cuDNN, backward", cases[5]] == (None, "sdpa-cudnn: needs a GPU")
+    run = Run.load(tmp_path / "bench.json")
+    assert all(row.status == "ok" for row in run.rows if row.provider.startswith("triflash")) and len(run.cells) == len(cases)
+
+
 def test_the_published_grid(tmp_path: Path) -> None:
     """Its cells are those of the published file, so that ``compare`` finds them."""
     published = Run.load(ROOT / "docs" / "results" / "2026-11-26-h200" / "no-bias.json")

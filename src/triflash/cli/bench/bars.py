@@ -6,7 +6,7 @@ Only what passed the gate has a time. Where triflash has none, or no peer has on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .record import Cell, Row, Run
@@ -37,7 +37,8 @@ class Bar:
 
     kind: one of :data:`KINDS`. bound: at least, or at most; None is for information. peers: of which the fastest counts; of the kinds
     ``time`` and ``speed``. every: a cell in which one of them has no time is not judged. mean: a bound on the geometric mean over all
-    cells, beside. per: what the measure is divided by, in a cell: a share of the work that a peer does.
+    cells, beside. on: a part of the device's name without which there is no bound. per: what the measure is divided by, in a cell: a
+    share of the work that a peer does.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Bar:
     peers: tuple[str, ...] = ()
     every: bool = False
     mean: float | None = None
+    on: str = ""
     of: Callable[[Cell], bool] = _any
     per: Callable[[Cell], float] = _one
 
@@ -121,6 +123,8 @@ def verdicts(run: Run, bars: Iterable[Bar]) -> list[Verdict]:
     """Every bar in every cell that its provider was asked for, bar by bar."""
     found = []
     for bar in bars:
+        if bar.on not in str(run.machine.get("name", "")):
+            bar = replace(bar, bound=None, mean=None)
         for cell in run.cells:
             row = run.row(cell, bar.ours, bar.which)
             if row is not None and bar.of(cell):
@@ -155,7 +159,8 @@ def means(found: Iterable[Verdict], bars: Iterable[Bar]) -> list[Mean]:
     """Of each bar what its verdicts come to."""
     all_of_them, made = list(found), []
     for bar in bars:
-        own = [each for each in all_of_them if each.bar is bar]
+        own = [each for each in all_of_them if each.bar.name == bar.name]
+        bar = own[0].bar if own else bar
         values = [each for each in own if each.value is not None]
         mean = geometric_mean(each.value for each in values if each.value is not None)
         met = None if bar.bound is None else sum(each.met is True for each in own)

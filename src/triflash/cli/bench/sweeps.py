@@ -15,7 +15,7 @@ from .bars import Bar
 from .flops import HOST_PASSES
 from .models import LAYERS, MODELS
 from .record import Cell
-from .workloads import NAMED, Workload, short
+from .workloads import DECODE, NAMED, Workload, short
 
 __all__ = ["SWEEPS", "Job", "Sweep"]
 
@@ -231,6 +231,79 @@ def _portable() -> Sweep:
     )
 
 
+_LATENCIES = {1: 12.3, 2: 14.2, 4: 15.9, 8: 18.8, 16: 25.1}  # thousands of keys -> µs: the best published for an H100
+
+
+def _step(name: str, batch: int, keys: int, queries: int = 1, **more: Any) -> Workload:
+    """A step of decoding on thousands of keys, with Llama 3 8B's heads unless it says others."""
+    sizes = {"heads": 32, "kv_heads": 8, "head_dim": 128, "hi": None if queries == 1 else 1024 * keys - queries, **more}
+    return Workload(name, batch, queries=queries, keys=1024 * keys, cache=True, **sizes)
+
+
+def _few(batch: int, queries: int, keys: int, heads: int, kv_heads: int) -> Workload:
+    return Workload(f"attention {batch} x {queries} on {short(keys)}", batch, heads, queries, keys, 128, kv_heads=kv_heads)
+
+
+def _decode() -> Sweep:
+    """Steps of decoding, and few queries with their gradients."""
+    peers = ("sdpa-cudnn", "flex")
+    jobs = []
+    for batch, keys in ((1, 1), (1, 8), (1, 64), (8, 1), (8, 8), (8, 32), (64, 1), (64, 8)):
+        more, host = ("fa4",) if keys == 64 else (), batch == 1 and keys < 64
+        who = ("triflash", *peers, *more, *(["sdpa"] if host else []))
+        jobs.append(Job(DECODE[f"decode-llama3-8b-b{batch}-{keys}k"], who, ("fwd", "host-nograd") if host else ("fwd",)))
+    alone = [DECODE[f"decode-llama3-8b-b{batch}-{keys}k"] for batch, keys in ((1, 16), (8, 2))]
+    for page, fp8, batch in ((16, False, 8), (64, False, 8), (0, True, 16), (16, True, 16), (64, True, 16)):
+        words = [f"b{batch} 8k", *(["e4m3"] if fp8 else []), *([f"pages of {page}"] if page else [])]
+        alone.append(_step(" ".join(words), batch, 8, page=page, fp8=fp8))
+    alone += [_step(f"b1 {keys}k, 4 key heads", 1, keys, kv_heads=4) for keys in _LATENCIES]
+    one_long: dict[str, Any] = {"bias": "b11k", "bias_values": "one-longest+padding"}
+    alone += [DECODE["decode-ragged"], DECODE["decode-ragged-one-long"], _step("one of 128k, 63 of 1k", 64, 128, **one_long)]
+    jobs += [Job(w, ("triflash",), ("fwd",)) for w in alone]
+    several = (DECODE["decode-speculative-m8"], _step("b16 1k, 8 queries", 16, 1, 8), _step("b16 8k e4m3, 8 queries", 16, 8, 8, fp8=True))
+    jobs += [Job(w, ("triflash", "triflash-onequery"), ("fwd",)) for w in several]
+    jobs += [Job(_step("b8 8k, bias bh1k", 8, 8, bias="bh1k"), ("triflash", "triflash-nobias"), ("fwd",))]
+    sizes = [(32, 1, 8192, 32, 8), (1, 1, 65536, 32, 8), *((b, m, n, 16, 16) for b, m, n in ((8, 1, 8192), (8, 64, 8192), (8, 16, 4096)))]
+    sizes += [(8, 4, 32768, 16, 16), (2, 64, 8192, 16, 16)]
+    jobs += [Job(_few(*each), ("triflash", "sdpa-cudnn"), ("fwd", "bwd")) for each in sizes]
+
+    def cache_of(cell: Cell) -> int:
+        w = Workload(**cell.workload)
+        return w.bytes("fwd") if w.cache and w.queries == 1 and w.bias is None and w.kv_heads == 8 else 0
+
+    def bar(name: str, kind: str, bound: float, *peers: str, of: Callable[[Cell], bool], which: str = "fwd", **more: Any) -> Bar:
+        return Bar(name, "triflash", which, kind, bound, peers, of=of, **more)
+
+    def is_few(cell: Cell) -> bool:
+        return not cell.workload["cache"]
+
+    def is_cache(cell: Cell) -> bool:
+        return not is_few(cell)
+
+    def named(*names: str) -> Callable[[Cell], bool]:
+        return lambda cell: cell.name.removesuffix(" (tiny)") in names
+
+    with_peers = [job.workload.name for job in jobs if "flex" in job.providers]
+    return Sweep(
+        "steps of decoding, in pages, in 8 bits, ragged, with biases, and attention of few queries: bandwidth, cuDNN, FlexDecoding",
+        tuple(jobs),
+        (
+            bar("caches from 256 MB on", "copy", 0.9, of=lambda cell: cache_of(cell) >= 2**28),
+            bar("caches of 64 MB", "copy", 0.8, of=lambda cell: 2**26 <= cache_of(cell) < 2**27),
+            bar("ragged", "copy", 0.85, of=lambda cell: is_cache(cell) and "padding" in cell.workload["bias_values"]),
+            *(bar(f"b1 {n}k, 4 key heads", "ms", us / 1e3, of=named(f"b1 {n}k, 4 key heads"), on="H100") for n, us in _LATENCIES.items()),
+            bar("beside cuDNN", "speed", 1.0, "sdpa-cudnn", of=named(*with_peers), mean=1.1),
+            bar("beside FlexDecoding", "speed", 1.0, "flex", of=named(*with_peers), mean=1.1),
+            bar("b1 64k beside FlashAttention-4", "speed", 3.0, "fa4", of=named("decode-llama3-8b-b1-64k")),
+            bar("bias bh1k, to none", "time", 1.1, "triflash-nobias", of=lambda cell: cell.workload["bias"] == "bh1k"),
+            bar("8 queries, to one", "time", 1.15, "triflash-onequery", of=lambda cell: is_cache(cell) and cell.workload["queries"] > 1),
+            *_each("attention of few queries, beside cuDNN", "speed", {"fwd": 1.0, "bwd": 1.0}, "sdpa-cudnn", of=is_few),
+            bar("host, to SDPA's", "time", 1.3, "sdpa", "sdpa-cudnn", of=is_cache, which="host-nograd"),
+        ),
+        budget=0.05,
+    )
+
+
 def _published() -> Sweep:
     """The grid of docs/results/2026-11-26-h200."""
     grid, both = _grid((64, 128, 256), (512, 2048, 8192, 16384)), ("sdpa-cudnn", "fa4")
@@ -253,5 +326,6 @@ SWEEPS = {
     "features": _features(),
     "folding": _folding(),
     "portable": _portable(),
+    "decode": _decode(),
     "published": _published(),
 }
