@@ -155,6 +155,33 @@ def test_decode(tmp_path: Path) -> None:
     assert all(row.status == "ok" for row in run.rows if row.provider.startswith("triflash")) and len(run.cells) == len(cases)
 
 
+def test_packed(tmp_path: Path) -> None:
+    found = bounds("packed")
+    assert {name: bound[1:] for name, bound in found.items()} == {
+        "nine, beside FlashAttention-4, forward": (0.97, 1.08), "nine, beside FlashAttention-4, backward": (0.93, 1.0),
+        "8,192 of 34, beside FlashAttention-4, forward": (1.2, None), "8,192 of 34, beside FlashAttention-4, backward": (1.2, None),
+        "beside PyTorch's varlen, forward": (1.6, None), "beside PyTorch's varlen, backward": (1.5, None),
+        "with a bias, beside FlexAttention, forward": (1.6, None), "with a bias, beside FlexAttention, backward": (1.7, None),
+        "equal lengths, beside our batch, forward": (0.96, None), "equal lengths, beside our batch, backward": (0.94, None),
+        "equal lengths with a bias, to our batch, forward": (1.05, None), "equal lengths with a bias, to our batch, backward": (1.05, None),
+        "host, a step, to our batch's": (1.3, None),
+    }  # fmt: skip
+    sweep = SWEEPS["packed"]
+    counts = [sum(bar.of(Cell.of(job.workload, job.passes)) for job in sweep.jobs) for bar in sweep.bars if bar.which == "fwd"]
+    assert counts == [9, 2, 16, 4, 4, 2] and all(
+        len(set(job.workload.sequences)) == 1 for job in sweep.jobs if "triflash-dense" in job.providers
+    )
+    cases = ("equal 2k d64 t32k causal", "equal 2k d64 t32k causal 1hqk+db", "uniform d64 t32k full", "tiny d128 t272k causal")
+    told = swept("packed", cases, tmp_path)
+    for bar, case in (("equal lengths, beside our batch", 0), ("equal lengths with a bias, to our batch", 1)):
+        assert told[f"{bar}, forward", cases[case]][0] is not None and told[f"{bar}, backward", cases[case]][0] is not None
+    assert told["host, a step, to our batch's", cases[0]][0] is not None
+    assert told["beside PyTorch's varlen, backward", cases[2]] == (None, "torch-varlen: needs a GPU")
+    assert told["nine, beside FlashAttention-4, forward", cases[2]][1].startswith("fa4: ")
+    run = Run.load(tmp_path / "bench.json")
+    assert all(row.status == "ok" for row in run.rows if row.provider.startswith("triflash")) and len(run.cells) == len(cases)
+
+
 def test_the_published_grid(tmp_path: Path) -> None:
     """Its cells are those of the published file, so that ``compare`` finds them."""
     published = Run.load(ROOT / "docs" / "results" / "2026-11-26-h200" / "no-bias.json")

@@ -7,13 +7,14 @@ returns its jobs and bars, and a line of :data:`SWEEPS`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from .bars import Bar
 from .flops import HOST_PASSES
 from .models import LAYERS, MODELS
+from .packed import KINDS, TOKENS
 from .record import Cell
 from .workloads import DECODE, NAMED, Workload, short
 
@@ -231,6 +232,52 @@ def _portable() -> Sweep:
     )
 
 
+def _sequences(kind: str, d: int, causal: bool = True, bias: bool = False) -> Workload:
+    """Packed sequences of 16 heads; equal ones are 16 of 2,048."""
+    tokens = 32768 if kind == "equal" else TOKENS[kind]
+    words = [f"{kind} 2k" if kind == "equal" else kind, f"d{d}", f"t{short(tokens)}", "causal" if causal else "full"]
+    more: dict[str, Any] = {"bias": "1hqk", "dbias": True} if bias else {}
+    name = " ".join([*words, *(["1hqk+db"] if bias else [])])
+    return Workload(name, 1, 16, tokens, tokens, d, hi=0 if causal else None, packed=kind, length=2048 if kind == "equal" else 0, **more)
+
+
+def _packed() -> Sweep:
+    """Nine problems beside FlashAttention-4; others beside those who can do them."""
+    nine = [_sequences("equal", 64), *(_sequences(*each) for each in itertools.product(("documents", "uniform"), (64, 128), (True, False)))]
+    equal = [_sequences("equal", 64, False), _sequences("equal", 128), _sequences("equal", 128, False)]
+    long, tiny = ([_sequences(kind, d) for d in (64, 128)] for kind in ("one-long", "tiny"))
+    biased = [_sequences(kind, d, bias=True) for kind in ("equal", "uniform") for d in (64, 128)]
+    jobs = []
+    for w in (*nine, *equal, *long, *tiny, *biased):
+        own = ["triflash", *(["triflash-dense"] if w.packed == "equal" else [])]
+        peers = ["flex"] if w.bias else ["torch-varlen", *(["fa4"] if w in (*nine, *tiny) else [])]
+        jobs.append(Job(w, (*own, *peers), ("fwd", "bwd", *(["host-step"] if w.packed == "equal" and w.head_dim == 64 else []))))
+    names = tuple(w.name for w in nine)
+
+    def is_nine(cell: Cell) -> bool:
+        return cell.name.removesuffix(" (tiny)") in names
+
+    def of(kinds: Iterable[str], bias: bool) -> Callable[[Cell], bool]:
+        return lambda cell: cell.workload["packed"] in kinds and bool(cell.workload["bias"]) == bias
+
+    any_, equal_ = tuple(KINDS), ("equal",)
+    return Sweep(
+        "packed sequences beside FlashAttention-4, PyTorch's varlen, with a bias beside FlexAttention, and beside our own batches",
+        tuple(jobs),
+        (
+            *_each("nine, beside FlashAttention-4", "speed", {"fwd": 0.97}, "fa4", of=is_nine, mean=1.08),
+            *_each("nine, beside FlashAttention-4", "speed", {"bwd": 0.93}, "fa4", of=is_nine, mean=1.0),
+            *_each("8,192 of 34, beside FlashAttention-4", "speed", {"fwd": 1.2, "bwd": 1.2}, "fa4", of=of(("tiny",), False)),
+            *_each("beside PyTorch's varlen", "speed", {"fwd": 1.6, "bwd": 1.5}, "torch-varlen", of=of(any_, False)),
+            *_each("with a bias, beside FlexAttention", "speed", {"fwd": 1.6, "bwd": 1.7}, "flex", of=of(any_, True)),
+            *_each("equal lengths, beside our batch", "speed", {"fwd": 0.96, "bwd": 0.94}, "triflash-dense", of=of(equal_, False)),
+            *_each("equal lengths with a bias, to our batch", "time", {"fwd": 1.05, "bwd": 1.05}, "triflash-dense", of=of(equal_, True)),
+            Bar("host, a step, to our batch's", "triflash", "host-step", "time", 1.3, ("triflash-dense",)),
+        ),
+        budget=0.05,
+    )
+
+
 _LATENCIES = {1: 12.3, 2: 14.2, 4: 15.9, 8: 18.8, 16: 25.1}  # thousands of keys -> µs: the best published for an H100
 
 
@@ -327,5 +374,6 @@ SWEEPS = {
     "folding": _folding(),
     "portable": _portable(),
     "decode": _decode(),
+    "packed": _packed(),
     "published": _published(),
 }

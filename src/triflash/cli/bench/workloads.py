@@ -296,7 +296,7 @@ class Workload:
             hi = max(1, hi * queries // self.queries)
         heads = kv_heads * min(4, self.heads // self.kv_heads)
         sizes = dict(batch=outer * inner, batch_inner=inner, heads=heads, kv_heads=kv_heads, queries=queries, keys=keys)
-        sizes["page"] = min(self.page, 16)
+        sizes |= dict(page=min(self.page, 16), length=min(self.length, length // 3))
         return replace(self, **sizes, lo=lo, hi=hi, name=f"{self.name} (tiny)")  # type: ignore[arg-type]
 
 
