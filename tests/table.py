@@ -13,7 +13,7 @@ from cases import Case
 from triflash.plan.kernels.dbias import DbiasConfig
 from triflash.plan.kernels.forward import ForwardConfig
 
-BF16, F32, BOOL = torch.bfloat16, torch.float32, torch.bool
+BF16, F16, F32, BOOL = torch.bfloat16, torch.float16, torch.float32, torch.bool
 
 FORWARD_CONFIGS = [
     None,
@@ -48,6 +48,8 @@ GROWING = [
     Case("growing, soft cap", B=1, M=70, N=300, H=2, bias="1hqk", bias_values="rising", softcap=5.0, causal=True),
     Case("growing, ALiBi, one-sided", B=1, M=130, N=300, H=2, alibi="h", causal=True, magnitude=6.0, scale=1.0),
     Case("growing, no bias", B=1, M=70, N=300, H=2, D=64, magnitude=6.0, scale=1.0),
+    Case("growing, another dtype's bias", B=1, M=130, N=300, H=2, bias="1hqk", bias_values="rising", dtype=BF16, bias_dtype=F16),
+    Case("growing, another dtype's bias of keys", B=1, M=70, N=300, H=2, bias="b11k", bias_values="huge", bias_dtype=BF16),
 ]
 
 # Every feature beside others, and beside every kind of bias.

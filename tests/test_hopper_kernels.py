@@ -44,7 +44,10 @@ CONFIGS = [
 ]
 NARROWER = Case("values narrower than keys", B=3, M=200, N=200, H=2, D=64, Dv=32, bias="b11k", lo=-70, hi=20)
 PROBLEMS = [
-    *(replace(case, D=dim) for case, dim in zip((*FORWARD[:2], FORWARD[3], *GROWING[:2]), (64, 40, 32, 64, 64), strict=True)),
+    *(
+        replace(case, D=dim)
+        for case, dim in zip((*FORWARD[:2], FORWARD[3], *GROWING[:2], GROWING[5]), (64, 40, 32, 64, 64, 64), strict=True)
+    ),
     NARROWER,
 ]
 

@@ -121,6 +121,7 @@ def _score(n, s, a, b, scaled, shifted, bias):
 def _rescale_ptx(count, scaled, shifted, bias, dtype):
     """PTX for ``_rescale``, of ``count`` scores of a thread: by fours, two in a row and two in the row 8 further down. Operands: p in twos,
     sums, references, factors; s, p, sums, references, a and b as of ``_score``. Of what there is one of a row the first two rows' are used.
+    bias, dtype: "f16" or "bf16", of a bias (None: there is none) and of p.
     """
     half = count // 2
     new_p, new_l, new_m, factor = 0, half, half + count, half + 2 * count
@@ -175,11 +176,11 @@ def _rescale(s, p, l, m, a, b, bias):
     """
     COLUMNS: gl.constexpr = s.shape[1] * 8
     COUNT: gl.constexpr = COLUMNS // 2
-    DT: gl.constexpr = _dtype_name(p.dtype)
+    BIAS: gl.constexpr = _dtype_name(bias.dtype) if bias is not None else None  # which need not be p's
     L: gl.constexpr = _by_lane(COLUMNS)
     SCALED: gl.constexpr = a is not None
     SHIFTED: gl.constexpr = b is not None
-    TEXT: gl.constexpr = _rescale_ptx(COUNT, SCALED, SHIFTED, DT if bias is not None else None, DT)
+    TEXT: gl.constexpr = _rescale_ptx(COUNT, SCALED, SHIFTED, BIAS, _dtype_name(p.dtype))
     OPERANDS: gl.constexpr = _rescale_operands(COUNT, SCALED, SHIFTED, bias is not None)
     p = _split(p)
     l, s = gl.broadcast(_spread(l, COLUMNS), s)
