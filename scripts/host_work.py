@@ -35,6 +35,10 @@ CELLS = (
     "step",
     "step, bias",
     "step, portable",
+    "packed",
+    "packed step",
+    "packed step, full",
+    "packed step, bias",
     "first step",
     "first step, d 128",
     "first step, bias",
@@ -63,7 +67,7 @@ def calls(checkout: Path) -> dict[str, Callable[[], Any]]:
     if problem := gpu.build(Path(_folder.name)):
         raise SystemExit(problem)
     gpu.activate()
-    from triflash import attention, attention_with_kvcache, launch
+    from triflash import attention, attention_varlen, attention_with_kvcache, launch
     from triflash.bound import signature
     from triflash.plan.device import KNOWN_DEVICES
 
@@ -78,6 +82,9 @@ def calls(checkout: Path) -> dict[str, Callable[[], Any]]:
     q, *new = (torch.zeros(2, 1, heads, 64, dtype=torch.bfloat16) for heads in (4, 2, 2))
     caches = [torch.zeros(2, 2048, 2, 64, dtype=torch.bfloat16) for _ in range(2)]
     lengths = torch.zeros(2, dtype=torch.int32)
+
+    rows = [torch.zeros(136, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    flat, drows, offsets = [x.detach() for x in rows], torch.zeros_like(rows[0]), torch.tensor([0, 64, 136], dtype=torch.int32)
 
     class Bare(torch.autograd.Function):
         @staticmethod
@@ -103,6 +110,10 @@ def calls(checkout: Path) -> dict[str, Callable[[], Any]]:
         "step": lambda: grad(attention(*given, causal=True), given, dout),
         "step, bias": lambda: grad(attention(*given, bias=bias), (*given, bias), dout),
         "step, portable": lambda: grad(attention(*given, causal=True, backend="triton"), given, dout),
+        "packed": lambda: attention_varlen(*flat, offsets, offsets, 72, 72, causal=True),
+        "packed step": lambda: grad(attention_varlen(*rows, offsets, offsets, 72, 72, causal=True), rows, drows),
+        "packed step, full": lambda: grad(attention_varlen(*rows, offsets, offsets, 72, 72), rows, drows),
+        "packed step, bias": lambda: grad(attention_varlen(*rows, offsets, offsets, 72, 72, bias=bias), (*rows, bias), drows),
         "operator": lambda: forward(*plain, None, *options),
         "operator, backward": lambda: backward(dout, None, *plain, None, *saved, *options, [True, True, True, False, False]),
         "bare": lambda: grad(Bare.apply(*given), given, dout),
