@@ -267,10 +267,7 @@ def _run(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) ->
         second = given[13] if len(given) >= 14 else None
         wanted = wanted or (second is not None and second.requires_grad)
         if wanted or (bias is not None and bias.requires_grad) or (sink is not None and sink.requires_grad):
-            count = len(given)
-            while given[count - 1] is None:  # autograd looks at each of them
-                count -= 1
-            return _apply(call, return_lse, *given[:count])
+            return _apply(call, return_lse, *[x for x in given if x is not None])
     return _without_gradients(call, given, return_lse)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .bound.call import GRADIENTS, BoundCall
+from .bound.call import BoundCall
 from .bound.passes import nothing
 from .bound.ready import Ready, ready
 from .bound.signature import CALLS, ambient, describe
@@ -31,7 +31,7 @@ from .flops import register_formulas
 from .form import Form
 from .launch.room import twin
 from .saved import check_gradients, check_saved
-from .spec import Gradients, Operands, Saved, keeps_rest, spec_of
+from .spec import Gradients, Saved, keeps_rest, spec_of
 
 __all__ = [
     "Attention",
@@ -320,21 +320,16 @@ def _gradients_by_operator(
     return six
 
 
-_MISSING = (None,) * len(Operands._fields)
-_UNWANTED = (False,) * len(GRADIENTS)
-_LEADING = next(at for at, place in enumerate(GRADIENTS) if at != place)  # of the operands that have a gradient: q, k, v, bias
-
-
 class Attention(torch.autograd.Function):
-    """Eager attention with gradients: ``Attention.apply(call, return_lse, *given)``, given being the tensors of a bound call in order, less
-    those that are missing at the end.
+    """Eager attention with gradients: ``Attention.apply(call, return_lse, *there)``, there being the tensors of a bound call in order, but
+    for those that are missing: autograd looks at each of them.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: BoundCall, return_lse: bool, *given: Tensor | None) -> Any:
-        results = call.run_forward(given) if return_lse else call.run_kept(given)
+    def forward(ctx: Any, call: BoundCall, return_lse: bool, *there: Tensor) -> Any:
+        results = call.run_forward(there) if return_lse else call.run_kept(there)
         ctx.call = call
-        ctx.to_save = (*given, *results)  # what save_for_backward and set_materialize_grads do
+        ctx.to_save = (*there, *results)  # what save_for_backward and set_materialize_grads do
         ctx.materialize_grads = False
         return (results[0], results[1]) if return_lse else results[0]
 
@@ -351,25 +346,22 @@ class Attention(torch.autograd.Function):
         if dout is None and dlse is None:
             return (None,) * len(wants)
         count = len(wants) - 2
-        given, outputs = saved[:count] + _MISSING[count : len(call.given)], saved[count:]
+        given, outputs = call.given_of(saved[:count]), saved[count:]
         if dout is None:
             dout = torch.zeros_like(outputs[0])
-        few = count <= _LEADING  # which autograd asks for in the order in which they come
-        needs = wants[2:] + _UNWANTED[count:] if few else tuple([at < count and wants[2 + at] for at in GRADIENTS])
+        needs = tuple([at is not None and wants[2 + at] for at in call.differentiated])
         if _transforms() or _dispatch_modes() or _opaque(dout) or (dlse is not None and _opaque(dlse)):
             grads = _backward_by_operator(call, given, outputs, dout, dlse, needs)
         elif once:
             bound = call.backward_passes
             grads = call.run_backward(given, outputs, dout, dlse, needs)
-            if few and dlse is None and call.backward_passes == bound:  # what comes twice
+            if dlse is None and call.backward_passes == bound:  # what comes twice
                 call.remember_backward(wants, (*saved, dout), len(outputs), needs)
         else:
             with torch.no_grad():
                 grads = call.run_backward(given, outputs, dout, dlse, needs)
             grads = list(differentiable_once(grads, (dout, dlse, *given)))
-        if few:
-            return (None, None, *grads[:count])
-        by_place = dict(zip(GRADIENTS, grads, strict=True))
+        by_place = dict(zip(call.differentiated, grads, strict=True))
         return None, None, *(by_place.get(at) for at in range(count))
 
 

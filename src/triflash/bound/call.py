@@ -22,7 +22,7 @@ from .cache import Recent
 from .compare import address, comparison_of
 from .passes import BoundPass
 
-__all__ = ["GRADIENTS", "BoundCall"]
+__all__ = ["BoundCall"]
 
 _BACKWARD_PASSES = 16  # kept for one call's signature: by the gradients asked for and the strides of what comes back
 _RESULT, _TOGETHER, _SCRATCH = "results", "one result with rest", "scratch"  # what lse is to a forward pass
@@ -59,7 +59,10 @@ class BoundCall:
         self.form, self.given, self.spec, self.facts, self.backend, self.device = form, tuple(given), spec, facts, backend, device
         self._gpu = facts.arch not in ("cpu", "interpreter")
         self._backward: Recent[BoundPass] = Recent(_BACKWARD_PASSES)
-        self._count = sum(x is not None for x in given)
+        self._places = [at for at, x in enumerate(given) if x is not None]
+        self._count = len(self._places)
+        # Of each gradient the place, among the tensors that are there, of what it belongs to.
+        self.differentiated = [self._places.index(at) if at in self._places else None for at in GRADIENTS]
         self._plan = plan_forward(spec, facts, backend)
 
     @functools.cached_property
@@ -191,18 +194,25 @@ class BoundCall:
         """The gradients where ``wants``, of two that are no tensors and the operands, says so, None elsewhere, by the pass that
         :meth:`remember_backward` was told of for tensors like these. None: nothing is known of such.
         """
-        for check, bound in self._backward.near.get((wants, len(there)), ()):
+        for check, bound, behind in self._backward.near.get((wants, len(there)), ()):
             if check(*there):
                 addresses = [*map(address, there)]
                 if functools.reduce(operator.or_, addresses) & 15 or current_choices() is not NO_CHOICES:
                     return None
                 bound.stamp = self._backward.now
                 grads = bound.run(there, there[-1], addresses)
-                if len(grads) == len(wants) - 2:
-                    return None, None, *grads
+                if behind is not None:
+                    return None, None, *grads, *behind
                 made = iter(grads)
                 return tuple([next(made) if want else None for want in wants])
         return None
+
+    def given_of(self, there: Sequence[Tensor]) -> Given:
+        """All operands, of those that are there."""
+        given: list[Tensor | None] = [None] * len(self.given)
+        for at, x in zip(self._places, there, strict=True):
+            given[at] = x
+        return given
 
     @property
     def backward_passes(self) -> int:
@@ -212,19 +222,20 @@ class BoundCall:
     def remember_backward(self, wants: tuple[bool, ...], there: tuple[Tensor, ...], saved_count: int, needs: tuple[bool, ...]) -> None:
         """Let backward passes for such tensors, the operands, what was saved and dout, be told by one C function.
 
-        wants: stands for needs. Nothing is remembered of calls with a tensor missing between others, of addresses that are no multiples of
-        16, where configurations are chosen, or of more kinds than few.
+        wants: stands for needs. Nothing is remembered of addresses that are no multiples of 16, where configurations are chosen, or of more
+        kinds than few.
         """
         key = wants, len(there)  # which differs by whether lse and rest are one
         known = self._backward.near.get(key, ())
-        if len(known) >= _KNOWN or len(there) != self._count + saved_count + 1 or current_choices() is not NO_CHOICES:
+        if len(known) >= _KNOWN or current_choices() is not NO_CHOICES:
             return
         addresses = [*map(address, there)]
         check = None if any(each & 15 for each in addresses) else comparison_of(there)
         if check is not None:
-            missing = (None,) * (len(self.given) - self._count)
-            tensors = (*there[: self._count], *missing, *there[self._count :], None)
-            self._backward.near[key] = (*known, (check, self._backward_of(tensors, addresses, saved_count, needs, False)))
+            tensors = (*self.given_of(there[: self._count]), *there[self._count :], None)
+            bound = self._backward_of(tensors, addresses, saved_count, needs, False)
+            first, behind = wants[2 : 2 + sum(wants)], (None,) * (len(wants) - 2 - sum(wants))
+            self._backward.near[key] = (*known, (check, bound, behind if all(first) else None))
 
     def bound_backward(self, tensors: Given, saved_count: int, needs: tuple[bool, ...]) -> BoundPass:
         """The backward pass for such tensors: the operands, what was saved, dout and dlse."""

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..launch.calls import picking
+
 __all__ = ["address", "comparison_of"]
 
 address: Callable[[Tensor], int] = torch._C.TensorBase.data_ptr  # for ``map``, which takes half the time of a comprehension
@@ -23,11 +25,32 @@ def comparison_of(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
     Keys are those in force: they tell negation, and of what is around a call autocast on that device, transforms of ``torch.func`` and
     ``torch.jit.trace``. Of dispatch modes PyTorch's own are left out (fake tensors, say): the stack of modes has to be asked.
     """
-    if _guards is None or len(set(map(id, tensors))) < len(tensors):  # one tensor twice, which they do not take
+    if _guards is None:
         return None
+    ids = [*map(id, tensors)]
+    if len(set(ids)) < len(ids):  # one tensor twice, which they do not take
+        return _comparison_of_twins(tensors, [ids.index(each) for each in ids])
     try:
         sizes, strides = [list(x.shape) for x in tensors], [list(x.stride()) for x in tensors]
         check: Callable[..., bool] = _guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
         return check if check(*tensors) is True else None
     except Exception:  # noqa: BLE001 (another form than that known here)
         return None
+
+
+def _comparison_of_twins(tensors: Sequence[Tensor], first: list[int]) -> Callable[..., bool] | None:
+    """The same where some are one tensor, as offsets of queries and keys are. first: of each the place where it comes first."""
+    places = sorted(set(first))
+    check = comparison_of([tensors[at] for at in places])
+    if check is None:
+        return None
+    twins = [(at, own) for at, own in enumerate(first) if at != own]
+
+    def check_twins(*others: Tensor) -> bool:
+        for at, own in twins:
+            if others[at] is not others[own]:
+                return False
+        return check(*pick(others))
+
+    pick = picking(places)
+    return check_twins
