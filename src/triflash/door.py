@@ -31,7 +31,7 @@ from .arguments import (
     two_biases,
 )
 from .bound.call import BoundCall
-from .bound.signature import CALLS, ambient, describe, near_of, remember_near
+from .bound.signature import CALLS, Near, ambient, describe, near_of, remember_near
 from .checks import check_bool, check_seed_range, seed_tensor
 from .derivatives import refuse_tangents
 from .errors import UnsupportedError
@@ -41,12 +41,13 @@ from .ops import Attention
 from .ops_checked import casting, compute, compute_varlen, is_casting, varlen_options
 from .ops_varlen import VarlenTensors, bind_varlen
 from .plan.device import DeviceFacts
-from .plan.select import NO_CHOICES, current_choices, requested_backend_soon
+from .plan.select import NO_CHOICES, _lookup, current_choices, requested_backend_soon
 from .spec import resolve_precision, spec_of
 
 __all__ = [
     "PLAIN",
     "attend",
+    "attend_known_varlen",
     "attend_plain",
     "attend_varlen",
     "bind",
@@ -55,7 +56,7 @@ __all__ = [
 ]
 
 PLAIN = frozenset({Tensor, Parameter})  # classes whose tensors are what they look like
-_ABSENT = (None,) * 5  # mask, key_lengths, alibi_slopes, sink and dropout_seed
+_LONGEST = frozenset({int, type(None)})  # types of max_seqlen_q and max_seqlen_k
 _HALF = (torch.float16, torch.bfloat16)  # whose products have one precision
 _SEED = meta((2,), (1,), torch.int64)
 
@@ -108,7 +109,7 @@ def attend_plain(
         if found is not None:
             if profiler._is_profiler_enabled:
                 with profiler.record_function("triflash::attention"):
-                    return _run(found.entry, (q, k, v, bias, *_ABSENT), return_lse)
+                    return _run_known(found, few, return_lse)
             if found.wants and torch.is_grad_enabled():
                 return _apply(found.entry, return_lse, *few)
             return _without_gradients(found.entry, few, return_lse)
@@ -198,15 +199,17 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
         cast = _autocast() and torch.is_autocast_enabled(q.device.type)
         facts, around = ambient(q)
         tensors = (*given[:7], *given[8:])
+        own = (*options[:9], requested_backend_soon() if options[9] is None else options[9], *options[10:])
         key = (
             "varlen", tuple([None if x is None else describe(x) for x in tensors]),
-            describe(seed) if isinstance(seed, Tensor) else type(seed), options, tuple(map(type, options)),
-            None if options[3] is None else tuple(map(type, options[3])),
-            requested_backend_soon() if options[9] is None else options[9], _deterministic(),
+            describe(seed) if isinstance(seed, Tensor) else type(seed), own, tuple(map(type, own)),
+            None if options[3] is None else tuple(map(type, options[3])), _deterministic(),
             resolve_precision("") if options[8] is None and q.dtype is torch.float32 else "", around,
         )  # fmt: skip
         if given[5] is None or not (given[5].requires_grad and torch.is_grad_enabled()):
             call = CALLS.get(key)
+            if call is not None and not cast and q.dtype in _HALF:
+                _remember_varlen(given, options, call)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         key = None
     if cast:
@@ -230,6 +233,54 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
         with profiler.record_function("triflash::attention_varlen"):
             return _run(call, all_given, return_lse)
     return _run(call, all_given, return_lse)
+
+
+def attend_known_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None, *, bias: Any = None, bias_layout: str = "padded", causal: bool | str = False,
+    scale: float | None = None, return_lse: bool = False, backend: str | None = None,
+) -> Any:  # fmt: skip
+    """:func:`attend_varlen` of nothing more than that, where Dynamo does not trace and a call like it has come twice; else None."""
+    if _dispatch_modes() or forward_ad._current_level >= 0 or not (return_lse is False or return_lse is True):
+        return None
+    offsets = (cu_seqlens_q, cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)
+    few = (q, k, v, *offsets) if bias is None else (q, k, v, bias, *offsets)
+    try:
+        key = _near_varlen(few, bias_layout, causal, scale, backend, max_seqlen_q, max_seqlen_k)
+        found = None if key is None else near_of(CALLS, key, few)
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError):
+        return None  # as in attend_varlen
+    if found is None:
+        return None
+    if profiler._is_profiler_enabled:
+        with profiler.record_function("triflash::attention_varlen"):
+            return _run_known(found, few, return_lse)
+    return _run_known(found, few, return_lse)
+
+
+def _near_varlen(few: tuple[Any, ...], bias_layout: Any, causal: Any, scale: Any, backend: Any, *longest: Any) -> tuple[Any, ...] | None:
+    """What finds calls of packed sequences sooner, together with their tensors; None: such calls are not found so."""
+    if (
+        not (causal is True or causal is False) or not (scale is None or type(scale) is float) or current_choices() is not NO_CHOICES
+        or not _LONGEST.issuperset(map(type, longest)) or _lookup is None or _lookup(b"TRIFLASH_CHECK")
+    ):  # fmt: skip
+        return None
+    backend = requested_backend_soon() if backend is None else backend
+    return ("varlen", bias_layout, causal, scale, backend, longest, _deterministic(), len(few), few[0].shape, few[1].shape)
+
+
+def _remember_varlen(given: tuple[Any, ...], options: tuple[Any, ...], call: BoundCall) -> None:
+    """Let :func:`attend_known_varlen` find such a call, if it takes no other arguments than that does."""
+    q, k, v, bias, mask, slopes, sink, seed, *offsets, used_q, used_k, second = given
+    bias_layout, mask_layout, causal, window, scale, softcap, dropout_p, deterministic, precision, backend, *longest = options
+    if (
+        mask is slopes is sink is seed is used_q is used_k is second is None
+        and mask_layout is window is softcap is deterministic is precision is None and type(dropout_p) is float and not dropout_p
+    ):  # fmt: skip
+        few = (q, k, v, *offsets) if bias is None else (q, k, v, bias, *offsets)
+        key = _near_varlen(few, bias_layout, causal, scale, backend, *longest)
+        if key is not None:
+            remember_near(CALLS, key, few, call)
 
 
 def bind_sequences(given: VarlenGiven, options: VarlenOptions, facts: DeviceFacts) -> BoundCall:
@@ -269,6 +320,13 @@ def _run(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) ->
         if wanted or (bias is not None and bias.requires_grad) or (sink is not None and sink.requires_grad):
             return _apply(call, return_lse, *[x for x in given if x is not None])
     return _without_gradients(call, given, return_lse)
+
+
+def _run_known(found: Near, there: tuple[Tensor, ...], return_lse: bool) -> Any:
+    """A call that was told sooner, of the tensors that are there."""
+    if found.wants and torch.is_grad_enabled():
+        return _apply(found.entry, return_lse, *there)
+    return _without_gradients(found.entry, there, return_lse)
 
 
 def _without_gradients(call: BoundCall, given: tuple[Tensor | None, ...], return_lse: bool) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .arguments import two_biases
 from .checks import check_bool
-from .door import attend_varlen
+from .door import attend_known_varlen, attend_varlen
 from .errors import bad_value
 from .hints import not_ours
 from .ops_checked import checked_attention_varlen
@@ -119,7 +119,8 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any
     """
     if _compiling():
         return _in_graph(q, k, v, *more, **options)
-    return _attention_varlen(q, k, v, *more, **options)
+    known = attend_known_varlen(q, k, v, *more, **options) if len(more) <= 4 and _PLAIN.issuperset(options) else None
+    return _attention_varlen(q, k, v, *more, **options) if known is None else known
 
 
 def _attention_varlen(
@@ -216,6 +217,9 @@ def _in_graph(q: Any, k: Any, v: Any, *more: Any, **options: Any) -> Any:
 
 
 _compiling, _autocast = torch.compiler.is_compiling, torch.is_autocast_enabled
+_PLAIN = frozenset({  # options of a call that is told soonest
+    "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "bias", "bias_layout", "causal", "scale", "return_lse", "backend"
+})  # fmt: skip
 
 # more and others are for errors alone, and offsets there must be: help() shows the rest.
 _parameters = [

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ways import determinism, environment, nothing_compiled, precision
 
 import triflash
-from triflash import attention
+from triflash import attention, attention_varlen
 from triflash.bound.call import BoundCall
 from triflash.bound.passes import BoundPass
 from triflash.bound.signature import CALLS
@@ -37,8 +37,11 @@ def empty() -> None:
 def _plain(**options: Any) -> Callable[[], Any]:
     """A call that has q, k, v and at most a bias, of which C tells whether it came before; ``change`` makes other tensors of these."""
     change, within = options.pop("change", lambda x: x), options.pop("within", nullcontext)
-    names, dtype = options.pop("names", "q"), options.pop("dtype", BF16)
-    given = {name: torch.zeros(B, n, H, D, dtype=dtype) for name, n in (("q", M), ("k", N), ("v", N))}
+    names, dtype, twins = options.pop("names", "q"), options.pop("dtype", BF16), options.pop("twins", "")
+    given = {
+        name: torch.zeros(B, n, H, D, dtype=dtype) for name, n in (("q", M), ("k", N if not twins else M), ("v", N if not twins else M))
+    }
+    given |= dict.fromkeys(twins, given["q"])
     given |= options.pop("more", {})
     given |= {name: change(given[name]) for name in given if name in names}
     options = {"backend": "triton", **options}
@@ -84,10 +87,73 @@ PLAIN: dict[str, Callable[[], Callable[[], Any]]] = {
     "block": partial(_plain, backend=None, within=lambda: triflash.backend("triton")),
     "configs": partial(_plain, within=lambda: override_configs(forward=TileConfig(16, 16, 4, 1))),
     "autocast": partial(_plain, within=lambda: torch.autocast("cpu", dtype=F16)),
+    "one tensor": partial(_plain, twins="kv"),
+    "two tensors": partial(_plain, twins="v"),
 }
 
 
-def test_a_call_that_is_told_by_few_questions_is_the_one_that_many_tell() -> None:
+def _packed(**options: Any) -> Callable[[], Any]:
+    """The same of packed sequences; ``offsets``: those of keys too, ``more``: by position behind them."""
+    change, within = options.pop("change", lambda x: x), options.pop("within", nullcontext)
+    names, dtype, offsets = options.pop("names", "q"), options.pop("dtype", BF16), options.pop("offsets", None)
+    given = {name: torch.zeros(B * M, H, D, dtype=dtype) for name in "qkv"} | options.pop("more", {})
+    cu = torch.tensor([0, M - 1, 2 * M], dtype=options.pop("of", torch.int32))
+    given |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu if offsets is None else cu.clone()}
+    given |= {name: change(given[name]) for name in given if name in names}
+    longest = options.pop("longest", (M + 1, M + 1))
+    options = {"backend": "triton", **options}
+
+    def call() -> Any:
+        with within():
+            return attention_varlen(*[given[name] for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")], *longest,
+                                    **{name: given[name] for name in ("bias", "mask", "sink") if name in given}, **options)  # fmt: skip
+
+    return call
+
+
+_PADDED = torch.zeros(1, H, M + 1, M + 1, dtype=BF16)
+PACKED: dict[str, Callable[[], Callable[[], Any]]] = {
+    "base": _packed,
+    **{f"{name} {change.__name__}": partial(_packed, names=[name], change=change)
+       for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k") for change in (spread, shifted)},
+    "two offsets": partial(_packed, offsets="two"),
+    "offsets, 64 bits": partial(_packed, of=torch.int64),
+    "three sequences": partial(_packed, names=["cu_seqlens_q", "cu_seqlens_k"], change=lambda _: torch.tensor([0, 7, 9, 80], dtype=torch.int32)),
+    "longest": partial(_packed, longest=(M + 1, 2 * M)),
+    "longest, one": partial(_packed, longest=(1, 1)),
+    "longest, not told": partial(_packed, longest=()),
+    "who wants a gradient": partial(_packed, change=lambda x: x.clone().requires_grad_()),
+    "dtype": partial(_packed, dtype=F16),
+    "float32": partial(_packed, dtype=F32),
+    "float32, precision": partial(_packed, dtype=F32, within=precision),
+    "bias": partial(_packed, more={"bias": _PADDED}),
+    "bias, float32": partial(_packed, more={"bias": _PADDED.float()}),
+    "bias, learnt": partial(_packed, more={"bias": _PADDED.clone().requires_grad_()}),
+    "bias by rows": partial(_packed, more={"bias": torch.zeros(H, B * M, B * M, dtype=BF16)}, bias_layout="rows"),
+    "bias by keys": partial(_packed, more={"bias": torch.zeros(H, B * M, dtype=BF16)}, bias_layout="keys"),
+    "mask": partial(_packed, more={"mask": torch.ones(1, 1, M + 1, M + 1, dtype=torch.bool)}),
+    "sink": partial(_packed, more={"sink": torch.zeros(H)}),
+    "causal": partial(_packed, causal=True),
+    "top left": partial(_packed, causal="top_left"),
+    "scale": partial(_packed, scale=0.5),
+    "scale, an int": partial(_packed, scale=1),
+    "scale, one": partial(_packed, scale=1.0),
+    "soft cap": partial(_packed, softcap=2.0),
+    "window": partial(_packed, window=(3, 3)),
+    "dropout": partial(_packed, dropout_p=0.5, dropout_seed=1),
+    "deterministic": partial(_packed, deterministic=False),
+    "determinism": partial(_packed, within=determinism),
+    "backend": partial(_packed, backend="hopper"),
+    "auto": partial(_packed, backend=None),
+    "environment": partial(_packed, backend=None, within=environment(TRIFLASH_BACKEND="tiled")),
+    "block": partial(_packed, backend=None, within=lambda: triflash.backend("triton")),
+    "configs": partial(_packed, within=lambda: override_configs(forward=TileConfig(16, 16, 4, 1))),
+    "autocast": partial(_packed, within=lambda: torch.autocast("cpu", dtype=F16)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kinds", [PLAIN, PACKED], ids=["plain", "packed"])
+def test_a_call_that_is_told_by_few_questions_is_the_one_that_many_tell(kinds: dict[str, Callable[[], Callable[[], Any]]]) -> None:
     """Whatever came before it, in any order: C's comparison takes no call for another."""
     ran: list[tuple[BoundCall, bool]] = []
 
@@ -105,7 +171,7 @@ def test_a_call_that_is_told_by_few_questions_is_the_one_that_many_tell() -> Non
         call()
         return [*ran]
 
-    calls = {name: make() for name, make in PLAIN.items()}
+    calls = {name: make() for name, make in kinds.items()}
     with nothing_compiled(), recorded("run_forward"), recorded("run_kept"), recorded("run_alone"):
         wanted = {}
         for name, call in calls.items():
@@ -119,7 +185,15 @@ def test_a_call_that_is_told_by_few_questions_is_the_one_that_many_tell() -> Non
         for name, call in reversed(calls.items()):
             assert which(call) == wanted[name], name
         remembered = {id(each.entry) for entries in CALLS.near.values() for each in entries}
-        assert {id(wanted[name][0][0]) for name in ("base", "causal", "bias", "scale", "backend")} <= remembered
+        sooner = (
+            "base",
+            "causal",
+            "bias",
+            "scale",
+            "backend",
+            *(("one tensor",) if kinds is PLAIN else ("two offsets", "longest", "bias by rows")),
+        )
+        assert {id(wanted[name][0][0]) for name in sooner} <= remembered
         asked: list[Any] = []
         with mock.patch("triflash.door.describe", asked.append):
             calls["bias"]()
@@ -167,10 +241,12 @@ def test_what_is_around_a_known_call_is_seen(way: str) -> None:
     given = [torch.zeros(B, n, H, D, dtype=BF16, requires_grad=True) for n in (M, N, N)]
     plain, gradients = [x.detach() for x in given], [torch.zeros_like(x) for x in given]
     newest, caches = torch.zeros(1, 1, H, D, dtype=BF16), [x[:1] for x in plain[1:]]
+    packed, offsets = [x.flatten(0, 1) for x in plain], torch.tensor([0, 9, 80], dtype=torch.int32)
     calls: dict[str, Callable[[], Any]] = {
         "forward": lambda: attention(*plain, backend="triton"),
         "step": lambda: torch.autograd.grad(out, given, dout, retain_graph=True),
         "cache": lambda: triflash.attention_with_kvcache(newest, *caches, backend="triton"),
+        "packed": lambda: attention_varlen(*packed, offsets, backend="triton"),
     }
 
     def notes(what: str) -> Any:
@@ -185,6 +261,7 @@ def test_what_is_around_a_known_call_is_seen(way: str) -> None:
         with (
             mock.patch("triflash.door._by_operators", notes("forward")), mock.patch("triflash.door._autocasted", notes("forward, cast")),
             mock.patch("triflash.ops._backward_by_operator", notes("step")),
+            mock.patch("triflash.door._varlen_by_operators", notes("packed")), mock.patch("triflash.door._autocasted_varlen", notes("packed, cast")),
             mock.patch("triflash.door_cache._by_operators", notes("cache")), mock.patch("triflash.door_cache._autocasted", notes("cache, cast")),
         ):  # fmt: skip
             for name, call in 2 * [*calls.items()]:
@@ -192,8 +269,9 @@ def test_what_is_around_a_known_call_is_seen(way: str) -> None:
                     refused = name == "cache" and way == "a transform"
                     with pytest.raises(triflash.UnsupportedError) if refused else nullcontext():
                         around(call)
-    wanted = {"nothing": [], "a transform": ["forward"], "autocast": ["forward, cast", "cache, cast"]}
-    assert seen == 2 * wanted.get(way, [*calls] if way in ("a mode", "fake tensors", "make_fx") else ["forward", "cache"])
+    wanted = {"nothing": [], "a transform": ["forward", "packed"], "autocast": ["forward, cast", "cache, cast", "packed, cast"]}
+    everything = [*calls] if way in ("a mode", "fake tensors", "make_fx") else ["forward", "cache", "packed"]
+    assert seen == 2 * wanted.get(way, everything)
 
 
 def stored(pack: Callable[[Tensor], Tensor]) -> AbstractContextManager[Any]:
@@ -217,7 +295,8 @@ BACKWARD: dict[str, dict[str, Any]] = {
 }
 
 
-def test_a_backward_pass_that_is_told_by_one_question_is_the_one_that_many_tell() -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_a_backward_pass_that_is_told_by_one_question_is_the_one_that_many_tell(packed: bool) -> None:
     """Whatever came before it, in any order: C's comparison takes no backward pass for another."""
     ran: list[BoundPass] = []
     described: list[Any] = []
@@ -232,15 +311,20 @@ def test_a_backward_pass_that_is_told_by_one_question_is_the_one_that_many_tell(
         return backward_of(self, *args)
 
     calls: list[BoundCall] = []
+    offsets = torch.tensor([0, 9, B * M], dtype=torch.int32)
+    attend: Any = partial(attention_varlen, cu_seqlens_q=offsets) if packed else attention
+
+    def shape(length: int) -> tuple[int, ...]:
+        return (B * length,) if packed else (B, length)
 
     def which(kind: dict[str, Any], forget: bool = False) -> tuple[BoundPass, bool]:
         """The backward pass of a step, and whether many questions were asked."""
         wants = kind.get("wants", "qkv")
         q, k, v = given = [
-            torch.zeros(B, n, H, D, dtype=BF16, requires_grad=name in wants) for name, n in zip("qkv", (M, N, N), strict=True)
+            torch.zeros(*shape(n), H, D, dtype=BF16, requires_grad=name in wants) for name, n in zip("qkv", (M, N, N), strict=True)
         ]
         with stored(kind["saved"]) if "saved" in kind else nullcontext():
-            out, sums = attention(q, k, v, return_lse=True, backend="triton")
+            out, sums = attend(q, k, v, return_lse=True, backend="triton")
         calls.append(out.grad_fn.call)
         if forget:
             calls[-1]._backward.near.clear()
@@ -270,3 +354,30 @@ def test_a_backward_pass_that_is_told_by_one_question_is_the_one_that_many_tell(
             assert not which(BACKWARD[name])[1], name
         for name in ("alignment", "dlse", "configs", "saved, alignment", "gradients of gradients"):
             assert which(BACKWARD[name])[1], name
+
+
+def test_a_known_call_of_packed_sequences_reads_offsets_where_it_is_asked_to() -> None:
+    """``TRIFLASH_CHECK=1`` in the environment, whatever came before."""
+    rows, offsets = torch.zeros(8, H, D, dtype=BF16), torch.tensor([0, 3, 8], dtype=torch.int32)
+    with nothing_compiled():
+        for _ in range(3):
+            attention_varlen(rows, rows, rows, offsets, backend="triton")
+        offsets[2] = 9
+        attention_varlen(rows, rows, rows, offsets, backend="triton")
+        with environment(TRIFLASH_CHECK="1")(), pytest.raises(ValueError, match="offsets up to the 8 rows"):
+            attention_varlen(rows, rows, rows, offsets, backend="triton")
+
+
+@pytest.mark.parametrize("name", ["attention", "attention_varlen"])
+def test_a_profiler_sees_the_name_of_a_known_call(name: str) -> None:
+    q, offsets = torch.zeros(8, 1, D, dtype=BF16, requires_grad=True), torch.tensor([0, 3, 8], dtype=torch.int32)
+    calls: dict[str, Callable[[], Any]] = {
+        "attention": lambda: attention(q[None], q[None], q[None], backend="triton"),
+        "attention_varlen": lambda: attention_varlen(q, q, q, offsets, backend="triton"),
+    }
+    with nothing_compiled():
+        for _ in range(3):
+            calls[name]()
+        with torch.profiler.profile() as seen:
+            (grad,) = torch.autograd.grad(calls[name]().sum(), q)
+    assert grad.shape == q.shape and f"triflash::{name}" in {each.name for each in seen.events()}

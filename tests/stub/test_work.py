@@ -13,7 +13,7 @@ import torch
 from ways import OURS
 
 import triflash
-from triflash import attention, attention_with_kvcache
+from triflash import attention, attention_varlen, attention_with_kvcache
 from triflash.bound.signature import CACHES, CALLS
 
 # Memory is allocated another way where PyTorch may be asked to fill it.
@@ -36,6 +36,23 @@ def step(**options: Any) -> None:
 
 def step_with_bias(**options: Any) -> None:
     torch.autograd.grad(attention(*LEARNT[:3], bias=LEARNT[3], **options), LEARNT, DOUT)
+
+
+PACKED = [torch.zeros(272, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+OFFSETS, DROWS = torch.tensor([0, 100, 272], dtype=torch.int32), torch.zeros(272, 2, 64, dtype=torch.bfloat16)
+
+
+def packed_forward(**options: Any) -> None:
+    with torch.no_grad():
+        attention_varlen(*PACKED, OFFSETS, OFFSETS, 172, 172, **options)
+
+
+def packed_step(**options: Any) -> None:
+    torch.autograd.grad(attention_varlen(*PACKED, OFFSETS, causal=True, **options), PACKED, DROWS)
+
+
+def packed_step_with_bias(**options: Any) -> None:
+    torch.autograd.grad(attention_varlen(*PACKED, OFFSETS, bias=LEARNT[3], **options), [*PACKED, LEARNT[3]], DROWS)
 
 
 def decode(**options: Any) -> None:
@@ -75,7 +92,9 @@ def functions_run(call: Callable[[], object], before: int = 5) -> list[str]:
     ("call", "backend", "most"),
     [
         (forward, "triton", 9), (forward, "hopper", 9), (step, "triton", 15), (step, "hopper", 15), (step_with_bias, "hopper", 15),
-        (decode, "triton", 13), (decode_new, "triton", 15),
+        (decode, "triton", 9), (decode_new, "triton", 11),
+        (packed_forward, "triton", 12), (packed_forward, "hopper", 12), (packed_step, "triton", 19), (packed_step, "hopper", 19),
+        (packed_step_with_bias, "hopper", 19),
     ],
 )  # fmt: skip
 def test_a_known_call_runs_few_functions(call: Callable[..., None], backend: str, most: int) -> None:
