@@ -132,8 +132,7 @@ SEED = {
 }
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(NamedTuple):
     """One call, checked: the layout of its tensors and its options, folded. lo, hi: of its band, see :class:`~triflash.spec.Band`; from
     the diagonal of a batch entry, if that is a tensor. shift: the diagonal to ALiBi, if one is given.
     """
@@ -267,8 +266,7 @@ class VarlenGiven(NamedTuple):
     second_bias: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class CheckedVarlen:
+class CheckedVarlen(NamedTuple):
     """One such call, checked: its options, folded."""
 
     band: Band

@@ -45,6 +45,8 @@ DTYPE_NAMES = {
     torch.bool: "bool",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_FLOATS = tuple(dtype for dtype in DTYPE_NAMES if dtype.is_floating_point)
+_EXTRAS = ("key_lengths", "alibi_slopes", "sink", "dropout_seed", "query_starts", "query_lengths", "key_starts", "diagonal")
 PLACES = {2: "", 6: "any", 7: "aligned"}  # of dropout, by the length of its seed
 SMALL_CAP = 500.0  # scores up to here leave a float32 lse its digits
 INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -366,9 +368,8 @@ def spec_of(
     outer = B // batch_inner if batch_inner else max([1, *(x.shape[0] for x in (bias, mask, second_bias) if x is not None)])
     if not (q.dtype == k.dtype == v.dtype):
         raise bad_type("k, v", f"q's dtype {q.dtype}", f"{k.dtype} and {v.dtype}")
-    places = {"query_starts": query_starts, "query_lengths": query_lengths, "key_starts": key_starts, "diagonal": diagonal}
-    given = Operands(q, k, v, bias, mask, key_lengths, alibi_slopes, sink, dropout_seed, second_bias=second_bias, **places)._asdict()
-    for name, x in given.items():
+    extras, places = (key_lengths, alibi_slopes, sink, dropout_seed), (query_starts, query_lengths, key_starts, diagonal)
+    for name, x in zip(("k", "v", "bias", "mask", "second_bias", *_EXTRAS), (k, v, bias, mask, second_bias, *extras, *places), strict=True):
         if x is not None and x.device != q.device:
             raise bad_value(name, f"q's device {q.device}", x.device)
     full = (outer, batch_inner, H, M, N)
@@ -376,8 +377,8 @@ def spec_of(
         raise bad_type("mask", "a bool tensor beside a bias of numbers", f"{mask.dtype} beside {'none' if bias is None else bias.dtype}")
     if second_bias is not None and (bias is None or torch.bool in (bias.dtype, second_bias.dtype)):
         raise bad_type("second_bias", "numbers beside a bias of numbers", second_bias.dtype)
-    _check_extras(B, H, key_lengths, alibi_slopes, sink, dropout_seed, softcap, dropout_p)
-    for name, x in places.items():
+    _check_extras(B, H, *extras, softcap, dropout_p)
+    for name, x in zip(_EXTRAS[4:], places, strict=True):
         if x is None:
             continue
         if x.dtype not in INTEGERS:
@@ -518,11 +519,10 @@ def _check_extras(
     batch: int, heads: int, key_lengths: Tensor | None, alibi_slopes: Tensor | None, sink: Tensor | None,
     dropout_seed: Tensor | None, softcap: float, dropout_p: float,
 ) -> None:  # fmt: skip
-    floats = tuple(dtype for dtype in DTYPE_NAMES if dtype.is_floating_point)
     for name, x, dtypes, shapes in (
         ("key_lengths", key_lengths, INTEGERS, ((batch,),)),
-        ("alibi_slopes", alibi_slopes, floats, ((1, heads), (batch, heads))),
-        ("sink", sink, floats, ((heads,),)),
+        ("alibi_slopes", alibi_slopes, _FLOATS, ((1, heads), (batch, heads))),
+        ("sink", sink, _FLOATS, ((heads,),)),
         ("dropout_seed", dropout_seed, (torch.int64,), ((2,), (6,), (7,))),
     ):
         if x is None:

@@ -207,13 +207,15 @@ def _told(noted: _Noted, call: Call, more: tuple[Any, ...]) -> tuple[Any, ...] |
     values = tuple(options.values())
     return (
         types, tuple(map((1).__eq__, specialised)), tuple(map(operator.not_, map(operator.and_, specialised, itertools.repeat(15)))),
-        *[(x.dtype, x.data_ptr() % 16 == 0) for x in sort.tensors(args)],
-        *[(x.base.dtype, *x.block_shape, id(x.layout), x.padding) for x in sort.descriptors(args)],
+        *[(x.dtype, x.data_ptr() % 16 == 0) for x in sort.tensors(args)], *map(_of_descriptor, descriptors := sort.descriptors(args)),
+        *map(id, map(_block, descriptors)), *map(id, map(_layout, descriptors)),
         sort.others(args), *options, values, tuple(map(type, values)), more,
     )  # fmt: skip
 
 
 _NEW: Any = object()
+# Blocks and layouts are one object each for all descriptors of a kind; others would be told apart from those, and Triton asked.
+_of_descriptor, _block, _layout = (operator.attrgetter(*names) for names in (("base.dtype", "padding"), ("block_shape",), ("layout",)))
 
 
 def _sort(kernel: Any, args: tuple[Any, ...], count: int) -> _Sort | None:

@@ -107,7 +107,7 @@ class Launch:
     """
 
     __slots__ = (
-        "_arguments", "_attributes", "_call", "_place", "_where", "form", "grid", "maps", "numbers", "pointers", "watched",
+        "_arguments", "_attributes", "_call", "_place", "form", "grid", "maps", "numbers", "pointers", "watched",
     )  # fmt: skip
 
     def __init__(self, call: Call, compiled: Any, place: Callable[[Tensor], tuple[int, int]]) -> None:
@@ -140,7 +140,6 @@ class Launch:
             self.numbers = array("q", numbers)
         except OverflowError:  # of 64 bits without a sign
             self.numbers = array("q", [(value + _SIGN & _WHOLE) - _SIGN for value in numbers])
-        self._where = array("Q", cells(*self.numbers.buffer_info()))
 
     @property
     def slots(self) -> set[int]:
@@ -153,12 +152,11 @@ class Launch:
         """Configuration, function, parameters and nothing more, as ``cuLaunchKernelEx`` takes them, where the slots' tensors begin at
         ``addresses``; and what has to live as long as they are used.
         """
-        pointers = array("Q", [addresses[slot] + offset for _, slot, offset in self.pointers])
-        where = self._where[:]
-        begin, _ = pointers.buffer_info()
-        for at, _, _ in self.pointers:
-            where[at] = begin
-            begin += 8
+        assert self.numbers is not None
+        numbers = self.numbers[:]
+        for at, slot, offset in self.pointers:
+            numbers[at] = addresses[slot] + offset
+        where = array("Q", cells(*numbers.buffer_info()))
         made = []
         encode = self.form.encode
         for at, slot, offset, recipe, known in self.maps:
@@ -166,7 +164,7 @@ class Launch:
             where[at] = id(tensor_map) + _INSIDE
             made.append(tensor_map)
         config = array("Q", (*self.grid, stream, *self._attributes))
-        return (config.buffer_info()[0], self.form.function, where.buffer_info()[0], None), (config, where, self.numbers, pointers, made)
+        return (config.buffer_info()[0], self.form.function, where.buffer_info()[0], None), (config, where, numbers, made)
 
     def __call__(self, stream: int, addresses: Sequence[int]) -> None:
         """Launch it by Triton's C launcher."""

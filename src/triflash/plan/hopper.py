@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -74,6 +75,7 @@ def _why_not_two(spec: AttentionSpec) -> tuple[str, str] | None:
     return ("a float64 bias", "cast the bias to float32, or use backend('tiled')") if row.dtype == "fp64" else None
 
 
+@functools.lru_cache(maxsize=1024)  # a backward pass asks again
 def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     """None if the forward kernel can run the spec, else (what it cannot do, the nearest thing that works)."""
     spec = tile_first(spec)
