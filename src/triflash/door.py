@@ -190,10 +190,20 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
     """
     if forward_ad._current_level >= 0:
         refuse_tangents(given, [*map(argument, VarlenGiven._fields)])
-    q, seed = given[0], given[7]
+    q, k, v, bias, *_ = given
+    seed, offsets = given[7], given[8:10]
     traced = _compiling() or _dispatch_modes() or _transforms() or _tracing() is not None
     if traced:
         return _varlen_by_operators(given, options, return_lse)
+    plain = _is_plain_varlen(given, options)
+    if plain:
+        bias_layout, _, causal, _, scale, *_, backend, longest_q, longest_k = options
+        known = attend_known_varlen(
+            q, k, v, offsets[0], offsets[1], longest_q, longest_k, bias=bias, bias_layout=bias_layout, causal=causal, scale=scale,
+            return_lse=return_lse, backend=backend,
+        )  # fmt: skip
+        if known is not None:
+            return known
     call, key, cast = None, None, False
     try:
         cast = _autocast() and torch.is_autocast_enabled(q.device.type)
@@ -208,8 +218,11 @@ def attend_varlen(given: tuple[Any, ...], options: tuple[Any, ...], return_lse: 
         )  # fmt: skip
         if given[5] is None or not (given[5].requires_grad and torch.is_grad_enabled()):
             call = CALLS.get(key)
-            if call is not None and not cast and q.dtype in _HALF:
-                _remember_varlen(given, options, call)
+            if plain and call is not None and not cast and q.dtype in _HALF:
+                few = (q, k, v, *offsets) if bias is None else (q, k, v, bias, *offsets)
+                near = _near_varlen(few, options[0], options[2], options[4], *options[9:])
+                if near is not None:
+                    remember_near(CALLS, near, few, call)
     except (AttributeError, TypeError, RuntimeError, NotImplementedError):
         key = None
     if cast:
@@ -269,18 +282,14 @@ def _near_varlen(few: tuple[Any, ...], bias_layout: Any, causal: Any, scale: Any
     return ("varlen", bias_layout, causal, scale, backend, longest, _deterministic(), len(few), few[0].shape, few[1].shape)
 
 
-def _remember_varlen(given: tuple[Any, ...], options: tuple[Any, ...], call: BoundCall) -> None:
-    """Let :func:`attend_known_varlen` find such a call, if it takes no other arguments than that does."""
-    q, k, v, bias, mask, slopes, sink, seed, *offsets, used_q, used_k, second = given
-    bias_layout, mask_layout, causal, window, scale, softcap, dropout_p, deterministic, precision, backend, *longest = options
-    if (
+def _is_plain_varlen(given: tuple[Any, ...], options: tuple[Any, ...]) -> bool:
+    """Whether a call has no other arguments than :func:`attend_known_varlen` takes."""
+    _, _, _, _, mask, slopes, sink, seed, _, _, used_q, used_k, second = given
+    _, mask_layout, _, window, _, softcap, dropout_p, deterministic, precision, *_ = options
+    return (
         mask is slopes is sink is seed is used_q is used_k is second is None
         and mask_layout is window is softcap is deterministic is precision is None and type(dropout_p) is float and not dropout_p
-    ):  # fmt: skip
-        few = (q, k, v, *offsets) if bias is None else (q, k, v, bias, *offsets)
-        key = _near_varlen(few, bias_layout, causal, scale, backend, *longest)
-        if key is not None:
-            remember_near(CALLS, key, few, call)
+    )  # fmt: skip
 
 
 def bind_sequences(given: VarlenGiven, options: VarlenOptions, facts: DeviceFacts) -> BoundCall:

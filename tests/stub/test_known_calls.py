@@ -133,6 +133,7 @@ PACKED: dict[str, Callable[[], Callable[[], Any]]] = {
     "bias by keys": partial(_packed, more={"bias": torch.zeros(H, B * M, dtype=BF16)}, bias_layout="keys"),
     "mask": partial(_packed, more={"mask": torch.ones(1, 1, M + 1, M + 1, dtype=torch.bool)}),
     "sink": partial(_packed, more={"sink": torch.zeros(H)}),
+    "defaults, named": partial(_packed, window=None, softcap=None, dropout_p=0.0, deterministic=None, precision=None),
     "causal": partial(_packed, causal=True),
     "top left": partial(_packed, causal="top_left"),
     "scale": partial(_packed, scale=0.5),
@@ -197,6 +198,7 @@ def test_a_call_that_is_told_by_few_questions_is_the_one_that_many_tell(kinds: d
         asked: list[Any] = []
         with mock.patch("triflash.door.describe", asked.append):
             calls["bias"]()
+            calls.get("defaults, named", calls["base"])()
         assert not asked
     CALLS.clear()
     assert not CALLS.near
