@@ -247,3 +247,10 @@ def test_what_runs_is_told() -> None:
     kernels = [line.split()[1] for line in ran]
     assert kernels[:4] == ["extents", "tiles", "forward", "unowned"]
     assert set(kernels[4:]) == {"extents", "tiles", "delta", "cleared", "dkdv", "dq", "unowned", "packed_dbias", "dbias_sum"}
+
+
+def test_an_argument_given_twice_is_told_of_the_function_that_was_called() -> None:
+    q, offsets = torch.randn(7, 2, 16), torch.tensor([0, 3, 7], dtype=torch.int32)
+    for more in ({}, {"window": (2, 0)}):
+        with pytest.raises(TypeError, match=r"^attention_varlen\(\) got multiple values for argument 'cu_seqlens_q'"):
+            attention_varlen(q, q, q, offsets, cu_seqlens_q=offsets, **more)

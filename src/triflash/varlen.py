@@ -216,6 +216,9 @@ def _in_graph(q: Any, k: Any, v: Any, *more: Any, **options: Any) -> Any:
     return _attention_varlen(q, k, v, *more, **options) if found is None else found
 
 
+for _own in (attend_known_varlen, _attention_varlen, _in_graph):  # as errors of Python itself call them
+    _own.__qualname__ = attention_varlen.__qualname__
+
 _compiling, _autocast = torch.compiler.is_compiling, torch.is_autocast_enabled
 _PLAIN = frozenset({  # options of a call that is told soonest
     "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "bias", "bias_layout", "causal", "scale", "return_lse", "backend"
