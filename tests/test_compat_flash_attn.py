@@ -299,3 +299,10 @@ print(is_flash_attn_2_available())
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.strip() == "False", run.stderr
+
+
+def test_a_window_that_is_open_by_no_integers_is_refused() -> None:
+    q = torch.randn(1, 5, 2, 16)
+    for window in ((-1.0, -1), (-1, "-1"), [-1.0, -1], torch.tensor([-1, -1]), (-1, -1, -1)):
+        with pytest.raises((TypeError, ValueError), match="^window_size: wanted"):
+            flash_attn_func(q, q, q, window_size=window)  # type: ignore[arg-type]

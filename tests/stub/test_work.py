@@ -15,6 +15,7 @@ from ways import OURS
 import triflash
 from triflash import attention, attention_varlen, attention_with_kvcache
 from triflash.bound.signature import CACHES, CALLS
+from triflash.compat.flash_attn import flash_attn_func, flash_attn_varlen_func
 
 # Memory is allocated another way where PyTorch may be asked to fill it.
 pytestmark = pytest.mark.unpoisoned
@@ -53,6 +54,16 @@ def packed_step(**options: Any) -> None:
 
 def packed_step_with_bias(**options: Any) -> None:
     torch.autograd.grad(attention_varlen(*PACKED, OFFSETS, bias=LEARNT[3], **options), [*PACKED, LEARNT[3]], DROWS)
+
+
+def as_flash_attn(backend: str) -> None:
+    with triflash.backend(backend):
+        torch.autograd.grad(flash_attn_func(*LEARNT[:3], causal=True), LEARNT[:3], DOUT)
+
+
+def as_flash_attn_varlen(backend: str) -> None:
+    with triflash.backend(backend):
+        torch.autograd.grad(flash_attn_varlen_func(*PACKED, OFFSETS, OFFSETS, 172, 172, causal=True), PACKED, DROWS)
 
 
 def decode(**options: Any) -> None:
@@ -94,7 +105,7 @@ def functions_run(call: Callable[[], object], before: int = 5) -> list[str]:
         (forward, "triton", 9), (forward, "hopper", 9), (step, "triton", 15), (step, "hopper", 15), (step_with_bias, "hopper", 15),
         (decode, "triton", 9), (decode_new, "triton", 11),
         (packed_forward, "triton", 12), (packed_forward, "hopper", 12), (packed_step, "triton", 19), (packed_step, "hopper", 19),
-        (packed_step_with_bias, "hopper", 19),
+        (packed_step_with_bias, "hopper", 19), (as_flash_attn, "hopper", 29), (as_flash_attn_varlen, "hopper", 38),
     ],
 )  # fmt: skip
 def test_a_known_call_runs_few_functions(call: Callable[..., None], backend: str, most: int) -> None:

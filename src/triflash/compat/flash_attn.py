@@ -23,7 +23,7 @@ from ..ops_checked import varlen_options
 from ..ops_varlen import VarlenTensors, varlen_backward_
 from ..varlen import attention_varlen, near
 from .flash_attn_cache import flash_attn_with_kvcache
-from .words import renamed
+from .words import renamed, unless_open
 
 __all__ = [
     "flash_attn_func",
@@ -79,7 +79,7 @@ def flash_attn_func(
     check_bool("return_attn_probs", return_attn_probs)
     try:
         result = attention(
-            q, k, v, causal=check_bool("causal", causal), window=window_size, scale=softmax_scale, softcap=_cap(softcap),
+            q, k, v, causal=check_bool("causal", causal), window=unless_open(window_size), scale=softmax_scale, softcap=_cap(softcap),
             alibi_slopes=alibi_slopes, dropout_p=dropout_p, deterministic=_same_bits(deterministic), return_lse=return_attn_probs,
         )  # fmt: skip
     except (ValueError, TypeError) as error:
@@ -177,8 +177,8 @@ def flash_attn_varlen_func(
     _no_pages(block_table)
     try:
         result = attention_varlen(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=check_bool("causal", causal), window=window_size,
-            scale=softmax_scale, softcap=_cap(softcap), alibi_slopes=alibi_slopes, dropout_p=dropout_p,
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=check_bool("causal", causal),
+            window=unless_open(window_size), scale=softmax_scale, softcap=_cap(softcap), alibi_slopes=alibi_slopes, dropout_p=dropout_p,
             deterministic=_same_bits(deterministic), return_lse=return_attn_probs,
         )  # fmt: skip
     except (ValueError, TypeError) as error:

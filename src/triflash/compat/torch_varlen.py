@@ -12,7 +12,7 @@ from torch import Tensor
 from ..checks import check_bool, refuse_layout
 from ..errors import UnsupportedError, bad_type, bad_value
 from ..varlen import attention_varlen
-from .words import renamed
+from .words import renamed, unless_open
 
 __all__ = ["varlen_attn"]
 
@@ -81,7 +81,7 @@ def varlen_attn(
     try:
         return attention_varlen(
             query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k=seqused_k, causal=check_bool("is_causal", is_causal),
-            window=window_size, scale=scale, return_lse=wants_lse,
+            window=unless_open(window_size), scale=scale, return_lse=wants_lse,
         )  # fmt: skip
     except (ValueError, TypeError) as error:
         raise renamed(error, _NAMES) from None

@@ -1,11 +1,12 @@
-"""Errors of the front door in another package's words: its arguments are called otherwise. Imports nothing of this package."""
+"""The front door in another package's words: errors whose arguments are called otherwise, and windows. Imports nothing of this package."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["renamed"]
+__all__ = ["renamed", "unless_open"]
 
 
 def renamed(error: Exception, names: Mapping[str, str]) -> Exception:
@@ -18,3 +19,8 @@ def renamed(error: Exception, names: Mapping[str, str]) -> Exception:
     code = [word if "_" in word or len(word) == 1 else rf"{word}(?==)|(?<=\(){word}(?=\))" for word in names]
     rest = re.sub(rf"(?<![\w'\"])(?:{'|'.join(code)})(?!\w)", lambda found: names[found[0]], rest)
     return type(error)(f"{names.get(name, name)}{wanted}{rest}")
+
+
+def unless_open(window: Any) -> Any:
+    """The window, or None where it is FlashAttention's (-1, -1): the same, but a call without one is told sooner when it comes again."""
+    return None if type(window) is tuple and window == (-1, -1) and type(window[0]) is type(window[1]) is int else window
