@@ -35,12 +35,13 @@ def empty() -> None:
 
 
 def _plain(**options: Any) -> Callable[[], Any]:
-    """A call that has q, k, v and at most a bias, of which C tells whether it came before; ``change`` makes other tensors of these."""
+    """A call that has q, k, v and at most a bias, of which C tells whether it came before; ``change`` makes other tensors of these,
+    and ``twins`` are q itself.
+    """
     change, within = options.pop("change", lambda x: x), options.pop("within", nullcontext)
     names, dtype, twins = options.pop("names", "q"), options.pop("dtype", BF16), options.pop("twins", "")
-    given = {
-        name: torch.zeros(B, n, H, D, dtype=dtype) for name, n in (("q", M), ("k", N if not twins else M), ("v", N if not twins else M))
-    }
+    keys = M if twins else N
+    given = {name: torch.zeros(B, n, H, D, dtype=dtype) for name, n in (("q", M), ("k", keys), ("v", keys))}
     given |= dict.fromkeys(twins, given["q"])
     given |= options.pop("more", {})
     given |= {name: change(given[name]) for name in given if name in names}
@@ -51,6 +52,28 @@ def _plain(**options: Any) -> Callable[[], Any]:
             return attention(given["q"], given["k"], given["v"], bias=given.get("bias"), **options)
 
     return call
+
+
+def _options(call: Callable[..., Callable[[], Any]]) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """Calls that differ in an option, or in what is around them."""
+    return {
+        "causal": partial(call, causal=True),
+        "top left": partial(call, causal="top_left"),
+        "scale": partial(call, scale=0.5),
+        "scale, an int": partial(call, scale=1),
+        "scale, one": partial(call, scale=1.0),
+        "soft cap": partial(call, softcap=2.0),
+        "window": partial(call, window=(3, 3)),
+        "dropout": partial(call, dropout_p=0.5, dropout_seed=1),
+        "deterministic": partial(call, deterministic=False),
+        "determinism": partial(call, within=determinism),
+        "backend": partial(call, backend="hopper"),
+        "auto": partial(call, backend=None),
+        "environment": partial(call, backend=None, within=environment(TRIFLASH_BACKEND="tiled")),
+        "block": partial(call, backend=None, within=lambda: triflash.backend("triton")),
+        "configs": partial(call, within=lambda: override_configs(forward=TileConfig(16, 16, 4, 1))),
+        "autocast": partial(call, within=lambda: torch.autocast("cpu", dtype=F16)),
+    }
 
 
 PLAIN: dict[str, Callable[[], Callable[[], Any]]] = {
@@ -70,30 +93,15 @@ PLAIN: dict[str, Callable[[], Callable[[], Any]]] = {
     "bias, strides": partial(_plain, more={"bias": torch.zeros(H, M, N, dtype=BF16)}, names="bias", change=spread),
     "bias, alignment": partial(_plain, more={"bias": torch.zeros(H, M, N, dtype=BF16)}, names="bias", change=shifted),
     "bias, learnt": partial(_plain, more={"bias": torch.zeros(H, M, N, dtype=BF16, requires_grad=True)}),
-    "causal": partial(_plain, causal=True),
-    "top left": partial(_plain, causal="top_left"),
-    "scale": partial(_plain, scale=0.5),
-    "scale, an int": partial(_plain, scale=1),
-    "scale, one": partial(_plain, scale=1.0),
-    "soft cap": partial(_plain, softcap=2.0),
-    "window": partial(_plain, window=(3, 3)),
+    **_options(_plain),
     "diagonal": partial(_plain, diagonal=1),
-    "dropout": partial(_plain, dropout_p=0.5, dropout_seed=1),
-    "deterministic": partial(_plain, deterministic=False),
-    "determinism": partial(_plain, within=determinism),
-    "backend": partial(_plain, backend="hopper"),
-    "auto": partial(_plain, backend=None),
-    "environment": partial(_plain, backend=None, within=environment(TRIFLASH_BACKEND="tiled")),
-    "block": partial(_plain, backend=None, within=lambda: triflash.backend("triton")),
-    "configs": partial(_plain, within=lambda: override_configs(forward=TileConfig(16, 16, 4, 1))),
-    "autocast": partial(_plain, within=lambda: torch.autocast("cpu", dtype=F16)),
     "one tensor": partial(_plain, twins="kv"),
     "two tensors": partial(_plain, twins="v"),
 }
 
 
 def _packed(**options: Any) -> Callable[[], Any]:
-    """The same of packed sequences; ``offsets``: those of keys too, ``more``: by position behind them."""
+    """The same of packed sequences; ``offsets``: keys have their own, ``longest``: by position behind them."""
     change, within = options.pop("change", lambda x: x), options.pop("within", nullcontext)
     names, dtype, offsets = options.pop("names", "q"), options.pop("dtype", BF16), options.pop("offsets", None)
     given = {name: torch.zeros(B * M, H, D, dtype=dtype) for name in "qkv"} | options.pop("more", {})
@@ -134,22 +142,7 @@ PACKED: dict[str, Callable[[], Callable[[], Any]]] = {
     "mask": partial(_packed, more={"mask": torch.ones(1, 1, M + 1, M + 1, dtype=torch.bool)}),
     "sink": partial(_packed, more={"sink": torch.zeros(H)}),
     "defaults, named": partial(_packed, window=None, softcap=None, dropout_p=0.0, deterministic=None, precision=None),
-    "causal": partial(_packed, causal=True),
-    "top left": partial(_packed, causal="top_left"),
-    "scale": partial(_packed, scale=0.5),
-    "scale, an int": partial(_packed, scale=1),
-    "scale, one": partial(_packed, scale=1.0),
-    "soft cap": partial(_packed, softcap=2.0),
-    "window": partial(_packed, window=(3, 3)),
-    "dropout": partial(_packed, dropout_p=0.5, dropout_seed=1),
-    "deterministic": partial(_packed, deterministic=False),
-    "determinism": partial(_packed, within=determinism),
-    "backend": partial(_packed, backend="hopper"),
-    "auto": partial(_packed, backend=None),
-    "environment": partial(_packed, backend=None, within=environment(TRIFLASH_BACKEND="tiled")),
-    "block": partial(_packed, backend=None, within=lambda: triflash.backend("triton")),
-    "configs": partial(_packed, within=lambda: override_configs(forward=TileConfig(16, 16, 4, 1))),
-    "autocast": partial(_packed, within=lambda: torch.autocast("cpu", dtype=F16)),
+    **_options(_packed),
 }  # fmt: skip
 
 
@@ -186,14 +179,8 @@ def test_a_call_that_is_told_by_few_questions_is_the_one_that_many_tell(kinds: d
         for name, call in reversed(calls.items()):
             assert which(call) == wanted[name], name
         remembered = {id(each.entry) for entries in CALLS.near.values() for each in entries}
-        sooner = (
-            "base",
-            "causal",
-            "bias",
-            "scale",
-            "backend",
-            *(("one tensor",) if kinds is PLAIN else ("two offsets", "longest", "bias by rows")),
-        )
+        others = ("one tensor",) if kinds is PLAIN else ("two offsets", "longest", "bias by rows")
+        sooner = ("base", "causal", "bias", "scale", "backend", *others)
         assert {id(wanted[name][0][0]) for name in sooner} <= remembered
         asked: list[Any] = []
         with mock.patch("triflash.door.describe", asked.append):

@@ -28,13 +28,12 @@ class Workload:
     name: what the tables show. batch: of q, k and v; ``batch_inner`` divides it into (outer, inner). lo, hi: key j is visible to query i
     when ``lo <= j - i <= hi``. bias: a letter where it varies and 1 where it broadcasts, over ``bhqk`` or ``bihqk`` (i is the inner batch);
     None is no bias. bias_values: ``normal`` (random), ``alibi``, ``padding`` (keys beyond a batch entry's length are hidden),
-    ``alibi+padding``, ``one-long+padding`` (the first entry has all keys, the others a sixteenth), ``one-longest+padding`` (a
-    128th) or ``windows``; or
-    of a boolean mask ``all mask`` (hides nothing), ``holes mask`` (hides a tenth, drawn), ``padding mask`` and ``documents mask`` (as many
-    of one length as :attr:`documents`). second: where another bias beside it varies; one over keys alone hides a seventh of them with
-    -1e9, others are random. dbias: their gradients are asked for. scale: default ``1 / sqrt(head_dim)``. softcap, sinks, slopes (ALiBi's,
-    of as many queries as keys), dropout: see :class:`triflash.cli.bench.formula.Options`. deterministic: gradients have the same bits on
-    every run. about: where the shape is from. packed: a kind of
+    ``alibi+padding``, ``one-long+padding`` (the first entry has all keys, the others a sixteenth), ``one-longest+padding`` (a 128th) or
+    ``windows``; or of a boolean mask ``all mask`` (hides nothing), ``holes mask`` (hides a tenth, drawn), ``padding mask`` and
+    ``documents mask`` (see :attr:`documents`). second: where another bias beside it varies; one over keys alone hides a seventh of them
+    with -1e9, others are random. dbias: their gradients are asked for. scale: default ``1 / sqrt(head_dim)``. softcap, sinks, slopes
+    (ALiBi's, of as many queries as keys), dropout: see :class:`triflash.cli.bench.formula.Options`. deterministic: gradients have the
+    same bits on every run. about: where the shape is from. packed: a kind of
     :data:`triflash.cli.bench.packed.KINDS`: the one batch entry holds sequences of such lengths, drawn from packed_seed ("equal": of
     ``length``), within which the band holds; a bias is by sequence (``b``) and position. cache: k and v are a KV cache, of which the
     queries are the last tokens: a forward pass alone. page: keys of a page, which are anywhere, in an order drawn; 0: no pages. fp8: it
@@ -242,7 +241,7 @@ class Workload:
         """Of a boolean mask: five-dim, True where a key is visible."""
         device = generator.device
         if self.documents:
-            of = torch.repeat_interleave(torch.arange(8, device=device), torch.tensor(self.documents, device=device))
+            of = torch.repeat_interleave(torch.arange(len(self.documents), device=device), torch.tensor(self.documents, device=device))
             return (of[:, None] == of).expand(shape).contiguous()
         if self.lengths is not None:
             shown = torch.arange(self.keys, device=device) < torch.tensor(self.lengths, device=device)[:, None]
