@@ -30,7 +30,7 @@ from torch import Tensor
 
 import ptx_twin
 from gluon_schedule import KERNELS, Barrier, NamedBarriers, Schedule, here, step
-from gluon_values import Pointer, Scalar, larger, load, scalars, smaller, store, where, wrapped
+from gluon_values import Pointer, Scalar, larger, load, reduced, scalars, smaller, store, where, wrapped
 from triflash.bound import signature
 from triflash.dropout import philox2x32
 from triflash.launch.calls import Call
@@ -365,7 +365,7 @@ def _stand_ins() -> dict[str, Any]:
         cdiv=lambda a, b: (a + b - 1) // b,
         full=lambda shape, x, dtype, _: torch.full(shape, wrapped(x) if dtype == torch.int32 else x, dtype=dtype), where=where, expand_dims=torch.unsqueeze,
         broadcast=torch.broadcast_tensors, fma=lambda a, b, c: a * b + c, exp2=torch.exp2, log2=torch.log2, abs=torch.abs,
-        sum=torch.sum, max=torch.amax, minimum=smaller, maximum=larger, min=torch.amin,
+        sum=torch.sum, max=reduced(torch.amax), minimum=smaller, maximum=larger, min=reduced(torch.amin),
         convert_layout=lambda x, *_, **__: x, permute=torch.permute, split=lambda x: (x[..., 0], x[..., 1]), load=load, store=store, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
         inline_asm_elementwise=inline_asm, program_id=lambda _: Scalar(here.program[0]), num_programs=lambda _: Scalar(here.program[1]),
         SliceLayout=_layout, BlockedLayout=_layout, DistributedLinearLayout=_layout, DotOperandLayout=_layout, NVMMADistributedLayout=_layout,

@@ -111,6 +111,16 @@ def store(pointer: Pointer, x: Any, mask: Any = None) -> None:
     pointer.memory()[at[mask]] = x[mask]
 
 
+def reduced(function: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Any]:
+    """A reduction along a dim, which makes one whole number of a row of them."""
+
+    def own(x: Tensor, dim: int) -> Any:
+        result = function(x, dim)
+        return result if result.dim() or result.is_floating_point() else Scalar(result.item())
+
+    return own
+
+
 def smaller(a: Any, b: Any) -> Any:
     return Scalar(min(a, b)) if isinstance(a, int) and isinstance(b, int) else torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
 

@@ -285,7 +285,7 @@ def test_the_stand_in_sees_broken_protocols(kernel: str, old: str, new: str, mon
 @pytest.mark.parametrize("band", [(None, None), (None, 0), (None, 300), (None, -300), (-200, 100), (-300, None)], ids=str)
 def test_every_tile_that_anybody_sees_has_one_place(sizes: tuple[int, int], band: tuple[int | None, int | None]) -> None:
     """By the kernel's own function; and the plan knows which places are empty. A window may leave a tile behind the last key one too many."""
-    tile = gluon_twin.namespace("dbias", {})["_tile"]
+    tile = gluon_twin.namespace("dbias_tiles", {})["tile_of"]
     q, k = (torch.empty(4, size, 16, 64, device="meta", dtype=BF16) for size in sizes)
     spec = spec_of(q, k, k, torch.empty(1, 1, 16, *sizes, device="meta", dtype=BF16), 1, *band, 0.125, "")
     i, j = torch.arange(sizes[0])[:, None], torch.arange(sizes[1])[None]
@@ -300,7 +300,7 @@ def test_every_tile_that_anybody_sees_has_one_place(sizes: tuple[int, int], band
         counts = dict(batch_outer=4, batch_inner=1, heads=16, tiles_m=tiles_m, places=len(full), fold=fold, shuffle=shuffle)
         counts = {name: gluon_twin.Scalar(count) for name, count in (counts | dict(M=sizes[0], N=sizes[1])).items()}
         varies = dict(VARIES_B0=False, VARIES_B1=False, VARIES_H=True)
-        program = SimpleNamespace(C=config, lo=spec.lo, hi=spec.hi, splits=1, **counts, **varies)
+        program = SimpleNamespace(C=config, packed=None, lo=spec.lo, hi=spec.hi, splits=1, **counts, **varies)
         found = []
         for place in range(len(full)):
             *_, head, m0, n0, first, last = tile(program, gluon_twin.Scalar(5 * len(full) + place))

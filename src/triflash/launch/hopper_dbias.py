@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.hopper import dbias as dbias_kernels
-from ..plan.kernels.dbias import DbiasConfig, bias_tiles, places, shuffle, slots_needed
+from ..plan.kernels.dbias import DbiasConfig, bias_tiles, of_packed, places, shuffle, slots_needed
+from ..plan.kernels.packed import packed_of
 from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, multiplied_columns, row_by_mma, second_buffer
 from ..plan.steps import broadcast_rows
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
-from .hopper import blocks_of, descriptor, register_limit, writable
+from .hopper import blocks_of, descriptor, of_rows, register_limit, writable
+from .hopper_packed import Tables
 
 __all__ = ["dbias_call"]
 
@@ -26,23 +28,24 @@ def dbias_call(
     spec: AttentionSpec, config: DbiasConfig, programs: int, splits: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dout: Tensor,
     stats: Tensor, parts: Tensor, lengths: Tensor | None = None, slopes: Tensor | None = None,
     mask: Tensor | None = None, seed: Tensor | None = None, small_lse: Tensor | None = None,
-    second: Tensor | None = None, loops: str = "both",
+    second: Tensor | None = None, loops: str = "both", t: Tables | None = None,
 ) -> Call:  # fmt: skip
     """dbias of a bias that ``plan.kernels.dbias.why_not`` allows, as ``splits`` parts: parts is (splits, the bias's own five dims).
 
     One part may have the bias's dtype and be the gradient itself; several are float32, and ``dbias_sum`` adds them. Of a tile that is seen
-    every part must have a round, for only those of unseen tiles are filled with zeros.
+    every part must have a round, for only those of unseen tiles are filled with zeros. spec may be one of packed sequences, of which t are
+    the tables; dims of the bias are then sequences, 1, heads, and its own queries and keys.
     """
+    given, spec = spec, spec if spec.packed is None else of_packed(spec)
     assert splits <= broadcast_rows(spec), "a part without rounds would not be written"
     block_n, chunk = config.block_n, config.chunk
     assert spec.bias is not None and config.slots >= slots_needed(spec, chunk), "fewer slots than a round needs: a deadlock"
-    rows, keys = (1, ROWS, 1, chunk), (1, block_n, 1, chunk)
     tiles_m, tiles_n, own = bias_tiles(spec, config)
     fold, full = places(spec, config)
     whole = splits == 1 and parts.dtype == bias.dtype and writable(parts[0])
     strides = None if whole else tuple(0 if size == 1 else stride for size, stride in zip(parts.shape, parts.stride(), strict=True))
     args = (
-        *(descriptor(q, rows), descriptor(dout, rows), descriptor(k, keys), descriptor(v, keys)),
+        *(of_rows(given, x, rows, chunk) for x, rows in ((q, ROWS), (dout, ROWS), (k, block_n), (v, block_n))),
         descriptor(bias, (1, 1, 1, ROWS, block_n)),
         *(
             descriptor(parts[0], (1, 1, 1, ROWS, block_n)) if whole else None,
@@ -56,10 +59,11 @@ def dbias_call(
             cap_of(spec),
             dropout_of(spec, seed),
             *blocks_of(second, second_buffer(spec, config).shape),
+            None if t is None else (t.extents, t.diagonals, int(packed_of(given).bottom_right), stats.shape[2]),
             None if mask is None else mask.view(torch.uint8),
             bias_strides(mask),
         ),
-        *(spec.batch_outer, spec.batch_inner, spec.heads, q.shape[2] // k.shape[2], spec.queries, spec.keys, spec.lo, spec.hi),
+        *(spec.batch_outer, spec.batch_inner, spec.heads, q.shape[2] // k.shape[2], spec.queries, spec.keys, given.lo, given.hi),
         *(spec.scale, splits, tiles_m, tiles_n, own // (tiles_m * tiles_n) * len(full) * splits, len(full), fold),
         shuffle(spec, config, splits, programs),
     )
@@ -72,7 +76,7 @@ def dbias_call(
         "VARIES_H": spec.bias.varies[2],
         "HAS_REST": stats.shape[1] == 3,
         "EVEN": spec.queries % config.block_m == 0 and spec.keys % block_n == 0,
-        "ALIBI": alibi_of(spec, SMALLEST_BLOCK),
+        "ALIBI": alibi_of(given, SMALLEST_BLOCK),
         "ROW_BY_MMA": row_by_mma(spec),
         "LOOPS": loops,
     }

@@ -163,7 +163,8 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, choic
         given = replace(needs, dbias=False)
         adding = adds_dq(alike, given, device.shared_memory, dkdv.sums_dq_by_hand(by_hand))
         packed_steps = _by_loops(alike, hopper_packed.backward_steps(spec, needs, device, by_hand, adding), device)
-        return (*packed_steps, *dbias_steps(spec, device, choices)) if needs.dbias else packed_steps
+        portable = needs.dbias and not dbias.takes_packed(spec, device)
+        return (*packed_steps, *dbias_steps(spec, device, choices)) if portable else packed_steps
     own, needed = _in_order(spec, needs)
     steps = _by_loops(own, _backward_steps(own, needed, device, by_hand), device)
     if spec.alibi:

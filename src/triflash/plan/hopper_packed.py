@@ -13,7 +13,7 @@ from math import ceil
 from ..spec import AttentionSpec, Needs
 from .configs import padded
 from .device import DeviceFacts
-from .kernels import dkdv, dq, forward, rowwise
+from .kernels import dbias, dkdv, dq, forward, rowwise
 from .kernels.listed import prepared_step, spread_steps, table_steps
 from .kernels.packed import most_tiles, packed_of, unowned_step
 from .kernels.shared import ROWS, is_banded, is_light
@@ -108,21 +108,22 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         tiles = max(most_tiles(spec.queries, sequences, chosen.block_m), 1) * spec.heads
         programs = min(tiles, device.sms * chosen.ctas_per_sm) if chosen.persistent else tiles
         queries = replace(own, config=chosen, programs=programs, order="tile")
+    own_bias = needs.dbias and dbias.takes_packed(spec, device)
     block_m = TALL if queries is None else queries.config.block_m  # type: ignore[union-attr]
     if spec.alibi:
         forward_keys = _forward_config(spec, device, by_hand).block_n
         keys, queries = (None if step is None else replace(step, forward_keys=forward_keys) for step in (keys, queries))
     steps = []
     prepared: Step | None = None
-    if keys is not None or queries is not None:
+    if keys is not None or queries is not None or own_bias:
         block_n = None if keys is None else keys.config.block_n  # type: ignore[union-attr]
         cleared = tuple(name for name, need in (("dq", needs.dq), ("dk", needs.dk), ("dv", needs.dv)) if need)
         prepared = prepared_step(spec, block_m, block_n, cleared)
         steps = table_steps(spec, block_m, block_n) if prepared is None else [prepared]
         steps += spread_steps(spec)
-    if needs.dsink or needs.dbias:  # by row, for those that read it so
+    if needs.dsink or (needs.dbias and not own_bias):  # by row, for those that read it so
         steps.append(rowwise.delta_step(spec, needs.dsink))
-    if keys is not None or queries is not None:
+    if keys is not None or queries is not None or own_bias:
         steps.append(rowwise.preprocess_step(spec, block_m))
     if keys is not None:
         steps.append(keys)
@@ -135,4 +136,6 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         steps.append(rowwise.postprocess_step(spec, block_m))
     if needs.dq and prepared is None:
         steps.append(unowned_step(spec.queries, ("dq",)))
+    if own_bias:
+        steps += dbias.steps(dbias.of_packed(spec), device, by_hand)
     return tuple(steps)

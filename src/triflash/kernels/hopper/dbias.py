@@ -12,9 +12,12 @@ The sum leaves through the buffer of its tile's bias. A producer of its own refi
 operand. Tiles that no query sees are no work for the consumers: a warp writes their zeros.
 
 The loop may be cut into ``splits`` parts, each written on its own, as in the portable kernel (``kernels/triton/dbias.py``).
+
+Packed sequences are outer batch entries to a bias. A round is taken if its sequence reaches the tile, and ds is 0 where the sequence has no
+such query or key or its band hides it: only the device knows the diagonal of each, so that a band cannot be cut off the sum.
 """
 
-from ..triton.prims import LOG2E, offset, segments
+from ..triton.prims import LOG2E, offset
 from .compat import (
     fence_async_shared,
     gl,
@@ -27,8 +30,9 @@ from .compat import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from .dbias_tiles import entry_of, is_whole, own_part, reach_of, reaches, round_of, seen, tile_of
 from .dropout import ds_of, keep_bits, philox_of, sign_dropped
-from .extent import outer_at
+from .extent import extent_of_sequence, key_place, outer_at, query_place, rows
 from .features import add_alibi, all_lse_small, opaque, slope_of, softcapped, tanh, visible_keys
 from .key_rows import PIECES, operand, store_row
 from .layouts import accumulator, stacked
@@ -61,6 +65,8 @@ class Program:
     second_s: object
     row_s: object
     ones_s: object
+    packed: object
+    reach: object
     mask: object
     mask_strides: object
     batch_outer: object
@@ -100,90 +106,14 @@ def chunks_of(dim, CHUNK):
 
 
 @gluon.jit
-def _entry(p, left):
-    """(part, outer batch, inner batch, head, rounds) of a copy of the tiles of a head, the part slowest."""
-    rounds = 1
-    head = 0
-    b1 = 0
-    b0 = 0
-    if p.VARIES_H:
-        head = left % p.heads
-        left = left // p.heads
-    else:
-        rounds = rounds * p.heads
-    if p.VARIES_B1:
-        b1 = left % p.batch_inner
-        left = left // p.batch_inner
-    else:
-        rounds = rounds * p.batch_inner
-    if p.VARIES_B0:
-        b0 = left % p.batch_outer
-        left = left // p.batch_outer
-    else:
-        rounds = rounds * p.batch_outer
-    return left, b0, b1, head, rounds
-
-
-@gluon.jit
-def _seen(p, tm):
-    """Which tiles of keys some query of a tile of queries sees: (first, end); none of a tile of queries before the first."""
-    ROWS: gl.constexpr = BM * p.C.consumers
-    begin, _a, _b, end = segments(tm * ROWS, min(tm * ROWS + ROWS, p.M) - 1, p.N, p.lo, p.hi, p.C.block_n)
-    return begin, gl.where(tm < 0, 0, end)
-
-
-@gluon.jit
-def _tile(p, index):
-    """(part, outer batch, inner batch, head, first query, first key, first round, last round) of a tile; no rounds where nobody sees it.
-
-    The tiles of a head have ``places``, in rows of ``fold``, taken in steps of ``shuffle``, which has no divisor in common with their
-    number. A triangle is folded: its last row of tiles lies turned round behind its first, and so on; of an odd number the last is alone.
-    """
-    left = index // p.places
-    place = (index - left * p.places) * p.shuffle % p.places
-    tm = place // p.fold
-    tn = place - tm * p.fold
-    if p.lo is None and p.hi is not None:
-        opposite = p.tiles_m - 1 - tm
-        tm -= p.tiles_m % 2
-        _begin, own = _seen(p, tm)
-        tm = gl.where(tn < own, tm, opposite)
-        tn = gl.where(tn < own, tn, p.fold - 1 - tn)
-    part, b0, b1, head, rounds = _entry(p, left)
-    if p.lo is not None or p.hi is not None:
-        begin, end = _seen(p, tm)
-        rounds = gl.where((tn >= begin) & (tn < end), rounds, 0)
-    first = 0
-    last = rounds
-    if p.splits > 1:  # two divisions of 64 bits
-        first = (offset(rounds, part) // p.splits).to(gl.int32)
-        last = (offset(rounds, part + 1) // p.splits).to(gl.int32)
-    return part, b0, b1, head, tm * (BM * p.C.consumers), tn * p.C.block_n, first, last
-
-
-@gluon.jit
-def _round(p, r, b0, b1, head):
-    """(batch, head) of a round of a tile."""
-    if not p.VARIES_B1:
-        b1 = r % p.batch_inner
-        r = r // p.batch_inner
-    if not p.VARIES_B0:
-        b0 = r % p.batch_outer
-        r = r // p.batch_outer
-    if not p.VARIES_H:
-        head = r
-    return b0 * p.batch_inner + b1, head
-
-
-@gluon.jit
-def _fetch(desc, buffers, slots, at, b, row, head, column, PARTS: gl.constexpr, MORE: gl.constexpr):
+def _fetch(p, desc, buffers, slots, at, place, head, column, PARTS: gl.constexpr, MORE: gl.constexpr):
     """One chunk of an operand into its slot, in PARTS buffers of rows that follow one another; the caller adds MORE bytes to them."""
     slot = slots.slot(at, 0)
     full = slots.full.index(slot)
     slots.acquire(at, 0)
     mbarrier.expect(full, PARTS * desc.block_type.nbytes + MORE)
     for w in gl.static_range(PARTS):
-        tma_load(desc, [b, row + w * buffers.shape[2], head, column], full, buffers.index(slot * PARTS + w))
+        tma_load(desc, rows(p, (place[0], place[1] + w * buffers.shape[-3]), head, column), full, buffers.index(slot * PARTS + w))
 
 
 @gluon.jit
@@ -192,27 +122,40 @@ def _produce(p, s_desc, dp_desc, buffers, slots, group, second_desc, second_on, 
 
     second_desc: of a bias over keys alone, a row of which comes with the last chunk of keys of a round; or None.
     """
-    CHUNK: gl.constexpr = buffers.shape[4]
-    PARTS: gl.constexpr = 1 if OF_KEYS else p.C.consumers
-    ROW: gl.constexpr = second_desc.block_type.nbytes if second_desc is not None else 0
+    CHUNKS: gl.constexpr = p.S_CHUNKS + p.DP_CHUNKS
     at = 0  # chunks so far
     for index in range(gl.program_id(0), p.tiles, gl.num_programs(0)):
-        _part, b0, b1, own_head, m0, n0, first, last = _tile(p, index)
-        row = n0 if OF_KEYS else m0
+        _part, b0, b1, own_head, m0, n0, first, last = tile_of(p, index)
         for r in range(first, last):
-            b, query_head = _round(p, r, b0, b1, own_head)
-            head = query_head
-            if OF_KEYS:
-                head = head // group
-            for c in gl.static_range(p.S_CHUNKS):
-                _fetch(s_desc, buffers, slots, at + c, b, row, head, c * CHUNK, PARTS, ROW if c == p.S_CHUNKS - 1 else 0)
-            if second_desc is not None:
-                outer, inner, bias_head = outer_at(b, p.batch_inner, query_head, second_on)
-                slot = slots.slot(at + p.S_CHUNKS - 1, 0)
-                tma_load(second_desc, [outer, inner, bias_head, 0, n0], slots.full.index(slot), p.second_s.index(slot))
-            for c in gl.static_range(p.DP_CHUNKS):
-                _fetch(dp_desc, buffers, slots, at + p.S_CHUNKS + c, b, row, head, c * CHUNK, PARTS, 0)
-            at += p.S_CHUNKS + p.DP_CHUNKS
+            b, head = round_of(p, r, b0, b1, own_head)
+            x = extent_of_sequence(p, b)
+            place = key_place(x, n0) if OF_KEYS else query_place(x, m0)
+            if p.packed is not None:
+                if reaches(p, x, m0, n0):
+                    _feed(p, s_desc, dp_desc, buffers, slots, at, place, b, head, n0, group, second_desc, second_on, OF_KEYS)
+                    at += CHUNKS
+            else:
+                _feed(p, s_desc, dp_desc, buffers, slots, at, place, b, head, n0, group, second_desc, second_on, OF_KEYS)
+                at += CHUNKS
+
+
+@gluon.jit
+def _feed(p, s_desc, dp_desc, buffers, slots, at, place, b, query_head, n0, group, second_desc, second_on, OF_KEYS: gl.constexpr):
+    """The loads of a round, of one operand of both MMAs; place: where its rows lie."""
+    CHUNK: gl.constexpr = buffers.shape[-1]
+    PARTS: gl.constexpr = 1 if OF_KEYS else p.C.consumers
+    ROW: gl.constexpr = second_desc.block_type.nbytes if second_desc is not None else 0
+    head = query_head
+    if OF_KEYS:
+        head = head // group
+    for c in gl.static_range(p.S_CHUNKS):
+        _fetch(p, s_desc, buffers, slots, at + c, place, head, c * CHUNK, PARTS, ROW if c == p.S_CHUNKS - 1 else 0)
+    if second_desc is not None:
+        outer, inner, bias_head = outer_at(b, p.batch_inner, query_head, second_on)
+        slot = slots.slot(at + p.S_CHUNKS - 1, 0)
+        tma_load(second_desc, [outer, inner, bias_head, 0, n0], slots.full.index(slot), p.second_s.index(slot))
+    for c in gl.static_range(p.DP_CHUNKS):
+        _fetch(p, dp_desc, buffers, slots, at + p.S_CHUNKS + c, place, head, c * CHUNK, PARTS, 0)
 
 
 @gluon.jit
@@ -221,7 +164,7 @@ def _supply(p, bias_desc):
     WGS: gl.constexpr = p.C.consumers
     wave = 0  # tiles so far
     for index in range(gl.program_id(0), p.tiles, gl.num_programs(0)):
-        _part, b0, b1, own_head, m0, n0, first, last = _tile(p, index)
+        _part, b0, b1, own_head, m0, n0, first, last = tile_of(p, index)
         if first < last:
             for w in gl.static_range(WGS):
                 buffer = p.biases.slot(wave, w)
@@ -238,7 +181,7 @@ def _clear(p):
     BN: gl.constexpr = p.C.block_n
     WGS: gl.constexpr = p.C.consumers
     LINE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    if p.lo is not None or p.hi is not None:
+    if p.packed is not None or p.lo is not None or p.hi is not None:
         own = p.tiles_m * p.tiles_n
         tiles = own * p.splits
         tiles *= p.heads if p.VARIES_H else 1
@@ -249,9 +192,9 @@ def _clear(p):
             tn = index % p.tiles_n
             m0 = tm * (BM * WGS)
             n0 = tn * BN
-            begin, end = _seen(p, tm)
+            begin, end = seen(p, tm)
             if (tn < begin) | (tn >= end):
-                part, b0, b1, head, _rounds = _entry(p, index // own)
+                part, b0, b1, head, _rounds = entry_of(p, index // own)
                 if p.dbias_desc is not None:
                     for w in gl.static_range(WGS):
                         tma_store(p.dbias_desc, [b0, b1, head, m0 + w * BM, n0], p.zeros_s)
@@ -279,9 +222,9 @@ def _multiply(p, acc, at, CHUNK: gl.constexpr, COLUMNS: gl.constexpr, WG: gl.con
     WGS: gl.constexpr = p.C.consumers
     p.left.wait(at, 0)
     p.right.wait(at, 0)
-    left = p.left_s.index(p.left.slot(at, 0) * WGS + WG).reshape([p.left_s.shape[2], p.left_s.shape[4]])
-    right = p.right_s.index(p.right.slot(at, 0)).reshape([p.right_s.shape[2], p.right_s.shape[4]])
-    WIDTH: gl.constexpr = p.right_s.shape[4]
+    left = p.left_s.index(p.left.slot(at, 0) * WGS + WG).reshape([p.left_s.shape[-3], p.left_s.shape[-1]])
+    right = p.right_s.index(p.right.slot(at, 0)).reshape([p.right_s.shape[-3], p.right_s.shape[-1]])
+    WIDTH: gl.constexpr = p.right_s.shape[-1]
     return over_columns(left, right, acc, 0, min(WIDTH, COLUMNS - CHUNK * WIDTH), CHUNK > 0)
 
 
@@ -294,8 +237,8 @@ def _release(p, at, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
-    """One consumer: 64 queries of every tile of the CTA that some query sees."""
+def _add_round(p, acc, at, x, b, head, m0, n0, buffer, wave, scale_log2, nothing, unscale, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
+    """The sum of a tile's ds and that of a round, of a consumer: ``at`` chunks came before."""
     BN: gl.constexpr = p.C.block_n
     S: gl.constexpr = accumulator(BN)
     S_CHUNKS: gl.constexpr = p.S_CHUNKS
@@ -306,96 +249,122 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     BY_MMA: gl.constexpr = p.row_s is not None and SMALL_LSE
     ADDED: gl.constexpr = p.second_s is not None and not BY_MMA
     ROW_FIRST: gl.constexpr = ADDED and SMALL_LSE  # in whichever order registers suffice for
+    if p.packed is not None:
+        whole = is_whole(p, x, m0, n0)
+        lse, delta, rest = statistics(p.stats, head, x.first_padded + m0, p.packed[3], p.HAS_REST, BM, BN)
+    else:
+        lse, delta, rest = statistics(p.stats, b * p.heads + head, m0, (p.M + 127) // 128 * 128, p.HAS_REST, BM, BN)
+    n_keys = visible_keys(p.lengths, b, p.N)
+    if p.mask is not None:
+        j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
+        row = p.mask + offset(b // p.batch_inner, p.mask_strides[0]) + offset(b % p.batch_inner, p.mask_strides[1])
+        row += offset(head, p.mask_strides[2])
+        # A row that TMA could address: keys are neighbours, and it begins at an even address. Read by two, a byte past an odd end.
+        if p.EVEN:
+            mask_row = gl.expand_dims(gl.load(row + j), 0)
+        else:
+            mask_row = gl.expand_dims(gl.load(row + j, mask=j < (p.N + 1) // 2 * 2, other=0), 0)
+    if p.C.ping_pong:
+        mbarrier.wait(p.ping_pong[WG].index(0), (at // CHUNKS) & 1)
+    s_pending = _multiply(p, nothing, at, 0, p.QK, WG)
+    for c in gl.static_range(1, S_CHUNKS):
+        s_pending = _multiply(p, s_pending, at + c, c, p.QK, WG)
+        if c <= EARLY:
+            s_pending = warpgroup_mma_wait(1, [s_pending])
+            _release(p, at + c - 1, 1)
+    if BY_MMA:
+        row_at = p.second_s.index(p.right.slot(at + S_CHUNKS - 1, 0))
+        row = row_at.reshape([row_at.shape[4]]).slice(0, BN).load(gl.SliceLayout(1, PIECES))
+        store_row(p.row_s.index(WG), row, unscale)
+        s_pending = warpgroup_mma(p.ones_s.index(0), p.row_s.index(WG).permute((1, 0)), s_pending, is_async=True)
+    dp_pending = _multiply(p, nothing, at + S_CHUNKS, 0, p.OV, WG)
+    for c in gl.static_range(1, DP_CHUNKS):
+        dp_pending = _multiply(p, dp_pending, at + S_CHUNKS + c, c, p.OV, WG)
+    if p.C.ping_pong:
+        mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
+    s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
+    if ADDED:
+        second = row_in(p.second_s.index(p.right.slot(at + S_CHUNKS - 1, 0)), BN)
+        fence_async_shared()  # a load may wait behind WGMMA operands, and TMA overtake it: see the forward kernel
+    _release(p, at + EARLY, S_CHUNKS - EARLY)
+
+    if not ROW_FIRST:
+        mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
+        bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
+    if p.cap is not None:
+        if p.lengths is not None:  # a hidden key may be NaN, and ``tanh`` spreads NaN to the three scores that share its reciprocal
+            s = mask_band(s, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
+        s = softcapped(tanh(s, p.cap), p.cap)
+    else:
+        s = s * scale_log2
+    if SMALL_LSE:
+        s = s - gl.expand_dims(lse, 1)
+    if ROW_FIRST:
+        s = add_bias(s, second, False)
+        mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
+        bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
+    s = add_bias(s, bias, False)
+    if ADDED and not ROW_FIRST:
+        s = add_bias(s, second, False)
+    if p.ALIBI:
+        slope = slope_of(p.slopes, p.slope_strides, b, head)
+        s = add_alibi(s, slope, n0 - m0 - x.diagonal, 1, p.ALIBI)
+    if p.mask is not None:
+        s = add_bias(s, mask_row, True)
+    if p.lengths is not None:
+        s = mask_band(s, m0, n0, n_keys, None, None, BM, BN, "0fFF800000")
+    if not SMALL_LSE:
+        s = exponents(s, lse, rest, p.HAS_REST, True)
+    weight = gl.exp2(s)
+    if p.dropout is not None:
+        weight = sign_dropped(weight, keep_bits(philox_of(p.dropout, b, head, p.heads), m0, n0, BM, BN, False))
+
+    p.right.wait(at + CHUNKS - 1, 0)  # long since full: waited for to keep ptxas from moving the wait for dp up
+    dp = warpgroup_mma_wait(0, [dp_pending])
+    _release(p, at + S_CHUNKS, DP_CHUNKS)
+    if p.lengths is not None:  # values that are hidden may be anything
+        dp = mask_band(dp, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
+    ds = ds_of(weight, dp, gl.expand_dims(delta, 1), p.dropout is not None)
+    if p.packed is not None:
+        if not whole:
+            ds = own_part(ds, extent_of_sequence(p, b), m0, n0, BN)  # asked for again, which takes fewer registers than to keep it
+    return acc + ds
+
+
+@gluon.jit
+def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
+    """One consumer: 64 queries of every tile of the CTA that some query sees."""
+    BN: gl.constexpr = p.C.block_n
+    S: gl.constexpr = accumulator(BN)
+    CHUNKS: gl.constexpr = p.S_CHUNKS + p.DP_CHUNKS
     scale_log2 = p.scale * LOG2E
     nothing = gl.zeros([BM, BN], gl.float32, S)
-    if BY_MMA:
+    unscale = None
+    if p.row_s is not None and SMALL_LSE:
         unscale = opaque(1.0 / p.scale)
     at = 0
     wave = 0
     for index in range(gl.program_id(0), p.tiles, gl.num_programs(0)):
-        part, b0, b1, own_head, m0, n0, first, last = _tile(p, index)
+        part, b0, b1, own_head, m0, n0, first, last = tile_of(p, index)
         m0 += WG * BM
         buffer = p.biases.slot(wave, WG)
         acc = gl.zeros([BM, BN], gl.float32, S)
         for r in range(first, last):
-            b, head = _round(p, r, b0, b1, own_head)
-            lse, delta, rest = statistics(p.stats, b * p.heads + head, m0, (p.M + 127) // 128 * 128, p.HAS_REST, BM, BN)
-            n_keys = visible_keys(p.lengths, b, p.N)
-            if p.mask is not None:
-                j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
-                row = p.mask + offset(b // p.batch_inner, p.mask_strides[0]) + offset(b % p.batch_inner, p.mask_strides[1])
-                row += offset(head, p.mask_strides[2])
-                # A row that TMA could address: keys are neighbours, and it begins at an even address. Read by two, a byte past an odd end.
-                if p.EVEN:
-                    mask_row = gl.expand_dims(gl.load(row + j), 0)
-                else:
-                    mask_row = gl.expand_dims(gl.load(row + j, mask=j < (p.N + 1) // 2 * 2, other=0), 0)
-            if p.C.ping_pong:
-                mbarrier.wait(p.ping_pong[WG].index(0), (at // CHUNKS) & 1)
-            s_pending = _multiply(p, nothing, at, 0, p.QK, WG)
-            for c in gl.static_range(1, S_CHUNKS):
-                s_pending = _multiply(p, s_pending, at + c, c, p.QK, WG)
-                if c <= EARLY:
-                    s_pending = warpgroup_mma_wait(1, [s_pending])
-                    _release(p, at + c - 1, 1)
-            if BY_MMA:
-                row_at = p.second_s.index(p.right.slot(at + S_CHUNKS - 1, 0))
-                row = row_at.reshape([row_at.shape[4]]).slice(0, BN).load(gl.SliceLayout(1, PIECES))
-                store_row(p.row_s.index(WG), row, unscale)
-                s_pending = warpgroup_mma(p.ones_s.index(0), p.row_s.index(WG).permute((1, 0)), s_pending, is_async=True)
-            dp_pending = _multiply(p, nothing, at + S_CHUNKS, 0, p.OV, WG)
-            for c in gl.static_range(1, DP_CHUNKS):
-                dp_pending = _multiply(p, dp_pending, at + S_CHUNKS + c, c, p.OV, WG)
-            if p.C.ping_pong:
-                mbarrier.arrive(p.ping_pong[(WG + 1) % p.C.consumers].index(0))
-            s = warpgroup_mma_wait(DP_CHUNKS, [s_pending])
-            if ADDED:
-                second = row_in(p.second_s.index(p.right.slot(at + S_CHUNKS - 1, 0)), BN)
-                fence_async_shared()  # a load may wait behind WGMMA operands, and TMA overtake it: see the forward kernel
-            _release(p, at + EARLY, S_CHUNKS - EARLY)
-
-            if not ROW_FIRST:
-                mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
-                bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
-            if p.cap is not None:
-                if p.lengths is not None:  # a hidden key may be NaN, and ``tanh`` spreads NaN to the three scores that share its reciprocal
-                    s = mask_band(s, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
-                s = softcapped(tanh(s, p.cap), p.cap)
+            b, head = round_of(p, r, b0, b1, own_head)
+            x = extent_of_sequence(p, b)
+            if p.packed is not None:
+                if reaches(p, x, m0 - WG * BM, n0):
+                    acc = _add_round(p, acc, at, x, b, head, m0, n0, buffer, wave, scale_log2, nothing, unscale, WG, SMALL_LSE)
+                    at += CHUNKS
             else:
-                s = s * scale_log2
-            if SMALL_LSE:
-                s = s - gl.expand_dims(lse, 1)
-            if ROW_FIRST:
-                s = add_bias(s, second, False)
-                mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
-                bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
-            s = add_bias(s, bias, False)
-            if ADDED and not ROW_FIRST:
-                s = add_bias(s, second, False)
-            if p.ALIBI:
-                slope = slope_of(p.slopes, p.slope_strides, b, head)
-                s = add_alibi(s, slope, n0 - m0 - (p.N - p.M), 1, p.ALIBI)
-            if p.mask is not None:
-                s = add_bias(s, mask_row, True)
-            if p.lengths is not None:
-                s = mask_band(s, m0, n0, n_keys, None, None, BM, BN, "0fFF800000")
-            if not SMALL_LSE:
-                s = exponents(s, lse, rest, p.HAS_REST, True)
-            weight = gl.exp2(s)
-            if p.dropout is not None:
-                weight = sign_dropped(weight, keep_bits(philox_of(p.dropout, b, head, p.heads), m0, n0, BM, BN, False))
-
-            p.right.wait(at + CHUNKS - 1, 0)  # long since full: waited for to keep ptxas from moving the wait for dp up
-            dp = warpgroup_mma_wait(0, [dp_pending])
-            _release(p, at + S_CHUNKS, DP_CHUNKS)
-            if p.lengths is not None:  # values that are hidden may be anything
-                dp = mask_band(dp, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
-            acc += ds_of(weight, dp, gl.expand_dims(delta, 1), p.dropout is not None)
-            at += CHUNKS
+                acc = _add_round(p, acc, at, x, b, head, m0, n0, buffer, wave, scale_log2, nothing, unscale, WG, SMALL_LSE)
+                at += CHUNKS
 
         if first < last:
+            if p.packed is not None:  # no round may have waited for it
+                mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
             # Masked scores were summed like the others and may have overflowed; queries past the end gave 0.
-            if p.lo is not None or p.hi is not None:
+            if p.packed is None and (p.lo is not None or p.hi is not None):
                 acc = mask_band(acc, m0, n0, p.N, p.lo, p.hi, BM, BN, "0f00000000")
             if p.dropout is not None:
                 acc = acc * p.dropout[2]
@@ -439,19 +408,21 @@ COUNTS = [
 @gluon.jit(do_not_specialize=COUNTS)
 def dbias(
     q_desc, dout_desc, k_desc, v_desc, bias_desc, dbias_desc, dbias_out, lengths, slopes, stats, small_lse, dbias_strides, slope_strides,
-    cap, dropout, second_desc, second_on, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits, tiles_m,
-    tiles_n, tiles, places, fold, shuffle, C: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr, VARIES_B0: gl.constexpr,
+    cap, dropout, second_desc, second_on, packed, mask, mask_strides, batch_outer, batch_inner, heads, group, M, N, lo, hi, scale, splits,
+    tiles_m, tiles_n, tiles, places, fold, shuffle, C: gl.constexpr, QK: gl.constexpr, OV: gl.constexpr, VARIES_B0: gl.constexpr,
     VARIES_B1: gl.constexpr, VARIES_H: gl.constexpr, HAS_REST: gl.constexpr, EVEN: gl.constexpr, ALIBI: gl.constexpr,
     ROW_BY_MMA: gl.constexpr, LOOPS: gl.constexpr,
 ):  # fmt: skip
-    """``tiles_m`` by ``tiles_n`` tiles a head of the bias, which have ``places`` (``_tile``); ``tiles`` are the places of all heads of the
-    bias, times ``splits``, the part slowest.
+    """``tiles_m`` by ``tiles_n`` tiles a head of the bias, which have ``places`` (``dbias_tiles.tile_of``); ``tiles`` are the places of all
+    heads of the bias, times ``splits``, the part slowest.
 
     Descriptors of q, dout, k, v are over (batch, length, head, dim) with blocks [1, rows, 1, chunk]; that of the bias over its five dims
     with blocks [1, 1, 1, 64, keys], and that of dbias, if it is one part in the bias's dtype. Else dbias_out is a pointer, with strides
     (part, outer batch, inner batch, head, query, key). A second bias, over keys alone, comes as of the forward kernel, a row with the last
     chunk of keys of a round; mask as a pointer, with strides (outer batch, inner batch, head); its keys are neighbours. stats: see
     ``scores_qk.py``; cap: ``features.tanh``; dropout: ``dropout.philox_of``. Query head h reads key head ``h // group``.
+    packed: None, or ``extent.extent_of_sequence``'s, and how long a head's row of statistics is; M and N are then the bias's own sizes, and
+    descriptors of q, dout, k, v are ragged.
     LOOPS: as of ``dkdv.dkdv``.
     """
     if LOOPS != "both":
@@ -473,9 +444,12 @@ def dbias(
         row_s = operand(WGS, BN, 0.0)
         ones_s = operand(1, BM, 1.0)
     zeros_s = None
-    if dbias_desc is not None and (lo is not None or hi is not None):
+    if dbias_desc is not None and (packed is not None or lo is not None or hi is not None):
         zeros_s = gl.allocate_shared_memory(dbias_desc.dtype, dbias_desc.block_shape, dbias_desc.layout)
         zeros_s.reshape([BM, BN]).store(gl.zeros([BM, BN], dbias_desc.dtype, accumulator(BN)))
+    reach = None
+    if packed is not None:
+        reach = reach_of(packed, batch_outer)
     left = ring(C.query_slots, 1, WGS, True)  # every consumer reads every chunk
     right = ring(C.key_slots, 1, WGS, True)
     biases = ring(C.bias_stages, WGS, 1, True)
@@ -486,9 +460,9 @@ def dbias(
 
     p = Program(
         small_lse, dbias_desc, dbias_out, lengths, slopes, stats, left_s, right_s, bias_s, left, right, biases, ping_pong, dbias_strides,
-        slope_strides, cap, dropout, second_s, row_s, ones_s, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo, hi, scale,
-        splits, tiles_m, tiles, places, fold, shuffle, zeros_s, tiles_n, C, chunks_of(QK, C.chunk), chunks_of(OV, C.chunk), QK, OV,
-        VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, LOOPS,
+        slope_strides, cap, dropout, second_s, row_s, ones_s, packed, reach, mask, mask_strides, batch_outer, batch_inner, heads, M, N, lo,
+        hi, scale, splits, tiles_m, tiles, places, fold, shuffle, zeros_s, tiles_n, C, chunks_of(QK, C.chunk), chunks_of(OV, C.chunk), QK,
+        OV, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, LOOPS,
     )  # fmt: skip
     if WGS == 1:
         gl.warp_specialize([

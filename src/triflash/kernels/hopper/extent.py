@@ -54,6 +54,27 @@ def extent_of(p, b):
 
 
 @gluon.jit
+def extent_of_sequence(p, b):
+    """The extent of batch entry b, of which ``keys`` are all, or of packed sequence b: ``p.packed`` begins with extents and diagonals, as
+    ``packed.extents`` makes them, and 1 or 0 whether bands meet the last query and key of a sequence.
+    """
+    if p.packed is not None:
+        at = p.packed[0] + b * 4
+        first_query = gl.load(at)
+        diagonal = gl.load(p.packed[1] + b) * p.packed[2]
+        lo = p.lo
+        hi = p.hi
+        if p.lo is not None:
+            lo = p.lo + diagonal
+        if p.hi is not None:
+            hi = p.hi + diagonal
+        first_padded = (first_query + b * PADDING) // PADDING * PADDING
+        return Extent(b, gl.load(at + 1), gl.load(at + 3), diagonal, lo, hi, first_query, gl.load(at + 2), first_padded)
+    else:
+        return Extent(b, p.M, p.N, p.N - p.M, p.lo, p.hi, None, None, None)
+
+
+@gluon.jit
 def place_of(x, first, length, row):
     """Where a block of the sequence's queries or keys lies, from ``row`` on: two numbers for ``rows``. first, length: of which."""
     if first is not None:

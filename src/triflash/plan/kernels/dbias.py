@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...errors import bad_value
 from ...spec import AttentionSpec
@@ -18,7 +18,10 @@ from ..steps import Step, broadcast_rows, ceil_div
 from .parts import dbias_sum_steps
 from .shared import Buffer, QueryConfig, barriers, bias_buffer, is_banded, order_of, row_buffers, second_buffer
 
-__all__ = ["DbiasConfig", "bias_tiles", "choose", "owns_dbias", "places", "programs", "shuffle", "slots_needed", "steps", "why_not"]
+__all__ = [
+    "DbiasConfig", "bias_tiles", "choose", "of_packed", "owns_dbias", "places", "programs", "shuffle", "slots_needed", "steps",
+    "takes_packed", "why_not",
+]  # fmt: skip
 
 EMPTY_PLACE_COST = 0.05  # of passing over a place without a tile, in rounds
 PART_COST = 4  # rounds, to write a tile's partial sum and to read it again
@@ -74,7 +77,7 @@ class DbiasConfig(QueryConfig):
             bias_buffer(spec, self, biases),
             second_buffer(spec, self, self.key_slots),
             *row_buffers(spec, self.consumers, self.block_n),
-            bias_buffer(spec, self, int(is_banded(spec)))._replace(name="zeros"),
+            bias_buffer(spec, self, int(is_banded(spec) or spec.packed is not None))._replace(name="zeros"),
             barriers(2 * self.query_slots, 2 * self.key_slots, 2 * biases, 2),
         )
 
@@ -100,6 +103,28 @@ def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     if spec.mask is not None and spec.mask.varies[3] and spec.queries > 1:
         return f"the gradient of a bias of shape {bias} beside a mask of shape {spec.mask}", "use backend('triton')"
     return None
+
+
+def takes_packed(spec: AttentionSpec, device: DeviceFacts) -> bool:
+    """Whether the kernel gives the gradient of the bias of packed sequences: a padded one over queries and keys, without a mask."""
+    packed, bias = spec.packed, spec.bias
+    assert packed is not None and bias is not None
+    if packed.bias_layout != "padded" or bias.is_mask or not (bias.varies[3] and bias.varies[4]) or spec.mask or spec.second:
+        return False
+    return choose(of_packed(spec), device.shared_memory) is not None
+
+
+def of_packed(spec: AttentionSpec) -> AttentionSpec:
+    """A dense batch of sequences as long as the bias of packed ones, whose tiles and rounds are those of the kernel.
+
+    Only the device knows which tiles are seen: none is left out, and the order of a triangle is not folded, which without a lower end of
+    the band it would be. That the diagonals are 0 is a guess, which balances the load of sequences that attend to themselves.
+    """
+    packed = spec.packed
+    assert packed is not None
+    queries, keys = packed.bias_sizes
+    lo = -queries if spec.lo is None else spec.lo
+    return replace(spec, packed=None, batch_outer=packed.sequences, queries=queries, keys=keys, lo=lo, shift=None)
 
 
 def slots_needed(spec: AttentionSpec, chunk: int) -> int:
@@ -144,7 +169,7 @@ def bias_tiles(spec: AttentionSpec, config: DbiasConfig) -> tuple[int, int, int]
 
 @functools.lru_cache(maxsize=4096)
 def places(spec: AttentionSpec, config: DbiasConfig) -> tuple[int, tuple[bool, ...]]:
-    """(places of a row, whether each place for the tiles of a head has one that some query sees): see ``_tile`` of the kernel."""
+    """(places of a row, whether each place for the tiles of a head has one that some query sees): see ``tile_of`` of the kernel."""
     tiles_m, tiles_n, _ = bias_tiles(spec, config)
     seen = [_seen(spec, config, tm) for tm in range(tiles_m)]
     if spec.lo is not None or spec.hi is None:
@@ -177,7 +202,7 @@ def programs(spec: AttentionSpec, config: DbiasConfig, splits: int, sms: int) ->
 
 
 def shuffle(spec: AttentionSpec, config: DbiasConfig, splits: int, programs: int) -> int:
-    """In which steps the places of a head are taken (``_tile`` of the kernel): the ones with the least load imbalance."""
+    """In which steps the places of a head are taken (``tile_of`` of the kernel): the ones with the least load imbalance."""
     tiles = bias_tiles(spec, config)[2] * splits
     if tiles <= programs or not is_banded(spec) or tiles > MAX_SIMULATED_TILES:
         return 1
