@@ -23,8 +23,9 @@ TIME = Bar("time", "triflash", "fwd", "time", 1.5, ("a", "b"))
 
 
 def run_of(times: dict[str, dict[str, float | str]], **more: object) -> Run:
-    """times: case -> provider -> milliseconds, or a status."""
-    run = Run({"device": "cuda"}, {"sweep": "made up", "words": ["bench"], "note": "", **more}, {"copy": {"bytes_per_second": 1e9}})
+    """A complete one. times: case -> provider -> milliseconds, or a status."""
+    options = {"sweep": "made up", "words": ["bench"], "note": "", **more}
+    run = Run({"device": "cuda"}, options, {"copy": {"bytes_per_second": 1e9}}, complete=True)
     for name, found in times.items():
         cell = Cell.of(replace(PLAIN, name=name), ("fwd",))
         run.cells.append(cell)
@@ -123,6 +124,13 @@ def test_geometric_means_and_the_worst() -> None:
     assert [m.value for m in found] == pytest.approx([1.0] * 4)
     assert [m.mean_met for m in found] == [True, False, True, None] and [m.met for m in found] == [1, 1, 1, None]
     assert all(m.worst is not None and m.worst.cell.name == "y" for m in found)
+
+
+def test_a_mean_of_an_interrupted_run_is_not_judged() -> None:
+    run, bars = run_of({"x": {"triflash": 1.0, "a": 2.0}}), (replace(SPEED, mean=1.1),)
+    whole, part = (means(verdicts(run, bars), bars, complete)[0].facts for complete in (True, False))
+    assert whole["met"] is True and part["met"] is None
+    assert {**whole, "met": None} == part and (part["geometric_mean"], part["worst"], part["worst_case"]) == (pytest.approx(2.0), 2.0, "x")
 
 
 def test_worst_first() -> None:

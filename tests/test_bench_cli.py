@@ -291,6 +291,35 @@ def test_what_was_measured_is_kept(error: BaseException, status: int, tmp_path: 
     assert "interrupted" in (tmp_path / "bench.md").read_text()
     said = capsys.readouterr()
     assert ("interrupted" in said.err) if status == 130 else ("the GPU cannot go on" in said.out)
+    assert "Not complete: interrupted." in said.out and said.out.count("GFLOP/s at the median") == 2
+
+
+def test_an_interrupted_sweep_shows_the_bars_of_what_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And says of no geometric mean that it met its bound, which is for all cells."""
+    first = measure.measure
+    calls = []
+
+    def stops(workload: Workload, *rest: Any) -> Any:
+        calls.append(workload)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return first(workload, *rest)
+
+    with mock.patch.object(run, "measure", stops):
+        words = ["--sweep", "published", "--tiny", "--device", "cpu", "--providers", "triflash,sdpa-cudnn", "--out", str(tmp_path)]
+        assert main(["bench", *words]) == 130
+    said = capsys.readouterr()
+    lines = [[part.strip() for part in line.split("│")[1:-1]] for line in said.out.splitlines() if "│" in line]
+    assert {line[1] for line in lines} == {calls[0].name} and "interrupted" in said.err
+    assert said.out.index("Not complete: interrupted.") < said.out.index("worst first") < said.out.index("Written: ")
+
+
+def test_interrupted_before_the_first_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch.object(run, "measure", side_effect=KeyboardInterrupt):
+        assert main(["bench", "--sweep", "features", "--tiny", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    assert "soft cap, forward: not measured" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "bars.json").read_text())
+    assert facts and all(fact["cells"] == 0 and fact["geometric_mean"] is fact["worst"] is fact["met"] is None for fact in facts)
 
 
 @pytest.mark.parametrize(

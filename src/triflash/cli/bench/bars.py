@@ -96,7 +96,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Mean:
-    """What a bar comes to over its cells. judged: how many have a value, of ``cells``; met: how many met the bound, None without one."""
+    """What a bar comes to over its cells. judged: how many have a value, of ``cells``; met: how many met the bound, None without one.
+    complete: False where the run was interrupted, so that cells may be missing.
+    """
 
     bar: Bar
     cells: int
@@ -104,19 +106,23 @@ class Mean:
     met: int | None
     value: float | None
     worst: Verdict | None
+    complete: bool = True
 
     @property
     def mean_met(self) -> bool | None:
-        """Whether the bound on the mean is: None without one, or where a cell is not judged."""
-        if self.bar.mean is None or self.value is None or self.judged < self.cells:
+        """Whether the bound on the mean is: None without one, where a cell is not judged, or where cells may be missing."""
+        if self.bar.mean is None or self.value is None or self.judged < self.cells or not self.complete:
             return None
         return self.bar.share(self.value, self.bar.mean) <= 1
 
     @property
     def facts(self) -> dict[str, Any]:
         """As data, beside those of :class:`Verdict`."""
+        bar, worst = self.bar, self.worst
         counts = {"cells": self.cells, "judged": self.judged, "cells_met": self.met}
-        return {"bar": self.bar.name, "geometric_mean": self.value, "bound": self.bar.mean, "met": self.mean_met, **counts}
+        least = {"worst": None if worst is None else worst.value, "worst_case": None if worst is None else worst.cell.name}
+        told = {"bar": bar.name, "kind": bar.kind, "geometric_mean": self.value, "bound": bar.mean, "met": self.mean_met}
+        return {**told, **counts, **least}
 
 
 def verdicts(run: Run, bars: Iterable[Bar]) -> list[Verdict]:
@@ -155,8 +161,8 @@ def _reason(row: Row | None) -> str:
     return "was not asked for" if row is None else f"WRONG: {row.reason}" if row.status == "WRONG" else row.reason
 
 
-def means(found: Iterable[Verdict], bars: Iterable[Bar]) -> list[Mean]:
-    """Of each bar what its verdicts come to."""
+def means(found: Iterable[Verdict], bars: Iterable[Bar], complete: bool = True) -> list[Mean]:
+    """Of each bar what its verdicts come to. complete: whether the run is."""
     all_of_them, made = list(found), []
     for bar in bars:
         own = [each for each in all_of_them if each.bar.name == bar.name]
@@ -164,7 +170,7 @@ def means(found: Iterable[Verdict], bars: Iterable[Bar]) -> list[Mean]:
         values = [each for each in own if each.value is not None]
         mean = geometric_mean(each.value for each in values if each.value is not None)
         met = None if bar.bound is None else sum(each.met is True for each in own)
-        made.append(Mean(bar, len(own), len(values), met, mean, min(values, key=_badness, default=None)))
+        made.append(Mean(bar, len(own), len(values), met, mean, min(values, key=_badness, default=None), complete))
     return made
 
 

@@ -25,6 +25,7 @@ from .workloads import short
 
 __all__ = ["best_peer_ratio", "save", "save_samples", "show"]
 
+_INCOMPLETE = "Not complete: interrupted."
 _WORDS = ("case", "pass", "peer", "sizes")  # headings of columns that hold no numbers, beside the first
 
 
@@ -51,6 +52,8 @@ def show(run: Run, console: Console) -> None:
     if sweep is not None:
         own = _cliffs(run, run.options.get("all", False)) if sweep.cliffs else _bars(run, sweep)
         sheets = [own, *(sheet for row in run.rows if row.breakdown for sheet in _breakdown(run, row))]
+    if not run.complete:
+        console.print(f"\n{_INCOMPLETE}", style="red")
     for sheet in sheets:
         table = Table(title="\n" + escape(sheet.title), title_justify="left")
         for at, heading in enumerate(sheet.headings):
@@ -80,7 +83,7 @@ def save(run: Run, folder: Path) -> list[Path]:
         files["cliffs.json"] = json.dumps([each.facts(run) for each in compared(run)], indent=1) + "\n"
     elif sweep is not None:
         found = verdicts(run, sweep.bars)
-        facts = [each.facts for each in found] + [each.facts for each in means(found, sweep.bars)]
+        facts = [each.facts for each in found] + [each.facts for each in means(found, sweep.bars, run.complete)]
         files["bars.json"] = json.dumps(facts, indent=1) + "\n"
     for name, text in files.items():
         write_whole(folder / name, text)
@@ -150,7 +153,7 @@ def _bars(run: Run, sweep: Sweep) -> _Sheet:
             words = "" if share is None else f"{100 * share:.1f}%" + ("" if share <= 1 else " MISSED")
         measured = "" if each.value is None else _measured(bar.kind, each.value)
         sheet.lines.append([bar.name, name, *times, measured, "" if bar.bound is None else _wanted(bar, bar.bound), words])
-    sheet.closing += [_comes_to(each) for each in means(found, sweep.bars)]
+    sheet.closing += [_comes_to(each) for each in means(found, sweep.bars, run.complete)]
     return sheet
 
 
@@ -312,7 +315,7 @@ def _markdown(run: Run) -> str:
     lines += ["Before the run: " + ", ".join(f"{k} {v}" for k, v in clocks.items()) + "."] if clocks else []
     lines += [f"`triflash {' '.join(run.options['words'])}`"]
     lines += [run.options["note"]] if run.options["note"] else []
-    lines += ["", *([] if run.complete else ["**Not complete: interrupted.**", ""])]
+    lines += ["", *([] if run.complete else [f"**{_INCOMPLETE}**", ""])]
     for name, ceiling in run.ceilings.items():
         rate = ceiling.get("flops_per_second")
         lines.append(f"- {name}: " + (f"{rate / 1e12:.3g} TFLOP/s" if rate else f"{ceiling['bytes_per_second'] / 1e9:.4g} GB/s"))

@@ -27,7 +27,10 @@ FINE, FAILED = 0, 1
 
 
 def run(options: Options) -> int:
-    """Measure, show and save. Returns 0, or 1 if triflash was wrong somewhere or the device was lost. Raises OSError if ``out`` fails."""
+    """Measure, show and save. Returns 0, or 1 if triflash was wrong somewhere or the device was lost.
+
+    Raises OSError if ``out`` fails, and KeyboardInterrupt once it has shown what there was.
+    """
     device = torch.device(options.device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
@@ -43,6 +46,7 @@ def run(options: Options) -> int:
     kept["words"] = _without_out(options.words)
     found = Run(machine.facts(device), kept)
     lost = ""
+    stopped: KeyboardInterrupt | None = None
     started = time.monotonic()
     try:
         crews = [[provider(name) for name in job.providers] for job in options.jobs]
@@ -58,6 +62,8 @@ def run(options: Options) -> int:
         found.complete = True
     except DeviceLostError as error:
         lost = str(error)
+    except KeyboardInterrupt as error:
+        stopped = error
     finally:  # an interrupted run leaves what it has
         found.machine["seconds"] = round(time.monotonic() - started, 1)
         with contextlib.suppress(RuntimeError):  # of a device that was lost
@@ -67,6 +73,8 @@ def run(options: Options) -> int:
     console.print("\nWritten: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True, markup=False)
     if lost:
         console.print(f"[red]Stopped:[/red] {lost}", highlight=False)
+    if stopped is not None:
+        raise stopped
     wrong = any(row.status == "WRONG" and row.provider.startswith("triflash") for row in found.rows)
     return FAILED if lost or wrong else FINE
 
