@@ -13,7 +13,7 @@ operand. Tiles that no query sees are no work for the consumers: a warp writes t
 
 The loop may be cut into ``splits`` parts, each written on its own, as in the portable kernel (``kernels/triton/dbias.py``).
 
-Packed sequences are outer batch entries to a bias. A round is taken if its sequence reaches the tile, and ds is 0 where the sequence has no
+Packed sequences are outer batch entries to a bias. A round is taken if its sequence reaches the tile, and p is 0 where the sequence has no
 such query or key or its band hides it: only the device knows the diagonal of each, so that a band cannot be cut off the sum.
 """
 
@@ -252,6 +252,7 @@ def _add_round(p, acc, at, x, b, head, m0, n0, buffer, wave, scale_log2, nothing
     if p.packed is not None:
         whole = is_whole(p, x, m0, n0)
         lse, delta, rest = statistics(p.stats, head, x.first_padded + m0, p.packed[3], p.HAS_REST, BM, BN)
+        delta = gl.where(m0 + gl.arange(0, BM, gl.SliceLayout(1, S)) < x.queries, delta, 0.0)  # where there is no query, it may be NaN
     else:
         lse, delta, rest = statistics(p.stats, b * p.heads + head, m0, (p.M + 127) // 128 * 128, p.HAS_REST, BM, BN)
     n_keys = visible_keys(p.lengths, b, p.N)
@@ -316,6 +317,9 @@ def _add_round(p, acc, at, x, b, head, m0, n0, buffer, wave, scale_log2, nothing
     if not SMALL_LSE:
         s = exponents(s, lse, rest, p.HAS_REST, True)
     weight = gl.exp2(s)
+    if p.packed is not None:
+        if not whole:
+            weight = own_part(weight, extent_of_sequence(p, b), m0, n0, BN)  # asked for again, which takes fewer registers than to keep it
     if p.dropout is not None:
         weight = sign_dropped(weight, keep_bits(philox_of(p.dropout, b, head, p.heads), m0, n0, BM, BN, False))
 
@@ -324,11 +328,7 @@ def _add_round(p, acc, at, x, b, head, m0, n0, buffer, wave, scale_log2, nothing
     _release(p, at + S_CHUNKS, DP_CHUNKS)
     if p.lengths is not None:  # values that are hidden may be anything
         dp = mask_band(dp, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
-    ds = ds_of(weight, dp, gl.expand_dims(delta, 1), p.dropout is not None)
-    if p.packed is not None:
-        if not whole:
-            ds = own_part(ds, extent_of_sequence(p, b), m0, n0, BN)  # asked for again, which takes fewer registers than to keep it
-    return acc + ds
+    return acc + ds_of(weight, dp, gl.expand_dims(delta, 1), p.dropout is not None)
 
 
 @gluon.jit

@@ -34,9 +34,9 @@ def entry_of(p, left):
 
 @gluon.jit
 def seen(p, tm):
-    """Which tiles of keys some query of a tile of queries sees: (first, end); none of a tile of queries before the first."""
-    ROWS: gl.constexpr = BM * p.C.consumers
+    """Which tiles of keys some query of a tile of queries sees, of packed sequences maybe: (first, end)."""
     if p.packed is not None:
+        ROWS: gl.constexpr = BM * p.C.consumers
         queries, keys, least, most = p.reach
         lo = p.lo
         hi = p.hi
@@ -47,8 +47,15 @@ def seen(p, tm):
         begin, _a, _b, end = segments(tm * ROWS, min(tm * ROWS + ROWS, queries) - 1, keys, lo, hi, p.C.block_n)
         return begin, gl.where(tm * ROWS < queries, end, 0)
     else:
-        begin, _a, _b, end = segments(tm * ROWS, min(tm * ROWS + ROWS, p.M) - 1, p.N, p.lo, p.hi, p.C.block_n)
-        return begin, gl.where(tm < 0, 0, end)
+        return in_band(p, tm)
+
+
+@gluon.jit
+def in_band(p, tm):
+    """``seen``, where the diagonal is that of a dense batch; none of a tile of queries before the first."""
+    ROWS: gl.constexpr = BM * p.C.consumers
+    begin, _a, _b, end = segments(tm * ROWS, min(tm * ROWS + ROWS, p.M) - 1, p.N, p.lo, p.hi, p.C.block_n)
+    return begin, gl.where(tm < 0, 0, end)
 
 
 @gluon.jit
@@ -57,21 +64,30 @@ def tile_of(p, index):
 
     The tiles of a head have ``places``, in rows of ``fold``, taken in steps of ``shuffle``, which has no divisor in common with their
     number. A triangle is folded: its last row of tiles lies turned round behind its first, and so on; of an odd number the last is alone.
+    Packed sequences whose diagonal is another may see tiles beside it: behind it all tiles have places, of which those of the triangle are
+    passed over.
     """
     left = index // p.places
     place = (index - left * p.places) * p.shuffle % p.places
     tm = place // p.fold
     tn = place - tm * p.fold
-    if p.packed is None and p.lo is None and p.hi is not None:
+    if p.lo is None and p.hi is not None:
         opposite = p.tiles_m - 1 - tm
         tm -= p.tiles_m % 2
-        _begin, own = seen(p, tm)
+        _begin, own = in_band(p, tm)
         tm = gl.where(tn < own, tm, opposite)
         tn = gl.where(tn < own, tn, p.fold - 1 - tn)
+        if p.packed is not None:
+            behind = place - (p.places - p.tiles_m * p.tiles_n)
+            tm = gl.where(behind < 0, tm, behind // p.tiles_n)
+            tn = gl.where(behind < 0, tn, behind % p.tiles_n)
     part, b0, b1, head, rounds = entry_of(p, left)
     if p.packed is not None or p.lo is not None or p.hi is not None:
         begin, end = seen(p, tm)
         rounds = gl.where((tn >= begin) & (tn < end), rounds, 0)
+        if p.packed is not None and p.lo is None and p.hi is not None:
+            _begin, own = in_band(p, tm)
+            rounds = gl.where((tn < own) == (behind < 0), rounds, 0)
     first = 0
     last = rounds
     if p.splits > 1:  # two divisions of 64 bits
@@ -140,15 +156,15 @@ def is_whole(p, x, m0, n0):
 
 
 @gluon.jit
-def own_part(ds, x, m0, n0, BN: gl.constexpr):
-    """ds where a packed sequence has a query that sees a key, else 0."""
+def own_part(weight, x, m0, n0, BN: gl.constexpr):
+    """p where a packed sequence has a query that sees a key, else 0."""
     S: gl.constexpr = accumulator(BN)
     j = gl.expand_dims(n0 + gl.arange(0, BN, gl.SliceLayout(0, S)), 0)
     i = m0 + gl.arange(0, BM, gl.SliceLayout(1, S))
     last = gl.where(i < x.queries, x.keys - 1, -1)
     if x.hi is not None:
         last = gl.minimum(last, i + x.hi)
-    ds = select_le(ds, j, gl.expand_dims(last, 1), "0f00000000")
+    weight = select_le(weight, j, gl.expand_dims(last, 1), "0f00000000")
     if x.lo is not None:
-        ds = select_le(ds, gl.expand_dims(i + x.lo, 1), j, "0f00000000")
-    return ds
+        weight = select_le(weight, gl.expand_dims(i + x.lo, 1), j, "0f00000000")
+    return weight

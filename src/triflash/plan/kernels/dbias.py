@@ -115,16 +115,14 @@ def takes_packed(spec: AttentionSpec, device: DeviceFacts) -> bool:
 
 
 def of_packed(spec: AttentionSpec) -> AttentionSpec:
-    """A dense batch of sequences as long as the bias of packed ones, whose tiles and rounds are those of the kernel.
+    """The spec with the sizes of a batch of sequences as long as their bias, which has the kernel's tiles and rounds.
 
-    Only the device knows which tiles are seen: none is left out, and the order of a triangle is not folded, which without a lower end of
-    the band it would be. That the diagonals are 0 is a guess, which balances the load of sequences that attend to themselves.
+    Only the device knows which tiles are seen. That diagonals are 0 is a guess, by which tiles are dealt out: sequences that attend to
+    themselves have such.
     """
     packed = spec.packed
     assert packed is not None
-    queries, keys = packed.bias_sizes
-    lo = -queries if spec.lo is None else spec.lo
-    return replace(spec, packed=None, batch_outer=packed.sequences, queries=queries, keys=keys, lo=lo, shift=None)
+    return replace(spec, batch_outer=packed.sequences, queries=packed.bias_sizes[0], keys=packed.bias_sizes[1])
 
 
 def slots_needed(spec: AttentionSpec, chunk: int) -> int:
@@ -169,7 +167,9 @@ def bias_tiles(spec: AttentionSpec, config: DbiasConfig) -> tuple[int, int, int]
 
 @functools.lru_cache(maxsize=4096)
 def places(spec: AttentionSpec, config: DbiasConfig) -> tuple[int, tuple[bool, ...]]:
-    """(places of a row, whether each place for the tiles of a head has one that some query sees): see ``tile_of`` of the kernel."""
+    """(places of a row, whether each place for the tiles of a head has one that some query sees): see ``tile_of`` of the kernel. Packed
+    sequences are taken to have the diagonal 0.
+    """
     tiles_m, tiles_n, _ = bias_tiles(spec, config)
     seen = [_seen(spec, config, tm) for tm in range(tiles_m)]
     if spec.lo is not None or spec.hi is None:
@@ -177,7 +177,8 @@ def places(spec: AttentionSpec, config: DbiasConfig) -> tuple[int, tuple[bool, .
     ends = [0] * (tiles_m % 2) + [end for _, end in seen]
     pairs = list(zip(ends, reversed(ends), strict=True))[: len(ends) // 2]
     fold = max(1, *(sum(pair) for pair in pairs))
-    return fold, tuple(column < own or column >= fold - opposite for own, opposite in pairs for column in range(fold))
+    folded = tuple(column < own or column >= fold - opposite for own, opposite in pairs for column in range(fold))
+    return fold, folded + (False,) * (tiles_m * tiles_n if spec.packed is not None else 0)
 
 
 def _seen(spec: AttentionSpec, config: DbiasConfig, tm: int) -> tuple[int, int]:
