@@ -138,8 +138,8 @@ class Event:
         return 2.0
 
 
-@pytest.mark.parametrize("flush", [True, False])
-def test_on_a_gpu_events_go_around_the_call_after_sleep_and_flush(flush: bool) -> None:
+@pytest.mark.parametrize("flush, clean", [(True, False), (True, True), (False, False), (False, True)])
+def test_on_a_gpu_events_go_around_the_call_after_sleep_and_flush(flush: bool, clean: bool) -> None:
     log: list[str] = []
     Event.log = log
     sizes = []
@@ -148,8 +148,11 @@ def test_on_a_gpu_events_go_around_the_call_after_sleep_and_flush(flush: bool) -
         def zero_(self) -> None:
             log.append("flush")
 
-    def empty(size: int, **_: Any) -> Scratch:
-        sizes.append(size)
+        def amax(self) -> None:
+            log.append("read")
+
+    def empty(size: int, dtype: torch.dtype, **_: Any) -> Scratch:
+        sizes.append(size * dtype.itemsize)
         return Scratch()
 
     properties = mock.Mock(L2_cache_size=50 * 2**20)
@@ -160,10 +163,12 @@ def test_on_a_gpu_events_go_around_the_call_after_sleep_and_flush(flush: bool) -
         mock.patch.object(torch.cuda, "_sleep", lambda cycles: log.append("sleep")),
         mock.patch.object(timing.torch, "empty", empty),
     ):
-        found = measure_interleaved({"a": lambda: log.append("call")}, device=torch.device("cuda"), max_samples=40, flush=flush)["a"]
+        found = measure_interleaved(
+            {"a": lambda: log.append("call")}, device=torch.device("cuda"), max_samples=40, flush=flush, clean=clean
+        )["a"]
     assert found.error is None and found.ms == [2.0] * 40
-    assert sizes == ([100 * 2**20] if flush else [])
-    once = ["sleep", "flush", "event", "call", "event"] if flush else ["sleep", "event", "call", "event"]
+    assert sizes == [100 * 2**20] * (flush + (flush and clean))
+    once = ["sleep", *["flush"] * flush, *["read"] * (flush and clean), "event", "call", "event"]
     assert log[4:] == once * 40
 
 

@@ -236,3 +236,11 @@ def test_no_more_splits_than_blocks() -> None:
     q, k = torch.empty(4, 1, 8, 64, device="meta", dtype=torch.float16), torch.empty(4, 1024, 8, 64, device="meta", dtype=torch.float16)
     found = triflash.explain(q, k, k, of=attention_with_kvcache, num_splits=10**6, device="h200")
     assert found.forward.steps[0].step.splits <= 1024 // 16
+
+
+@pytest.mark.parametrize("keys, parts", [(1024, 1), (4096, 2), (8192, 4), (32768, 4)])
+def test_many_full_requests_have_parts_too(keys: int, parts: int) -> None:
+    """Where each SM has several programs, shorter ones leave fewer of them idle at the end."""
+    q, k = (torch.empty(64, n, h, 128, device="meta", dtype=torch.bfloat16) for n, h in ((1, 32), (keys, 8)))
+    found = triflash.explain(q, k, k, of=attention_with_kvcache, device="h200")
+    assert found.forward.steps[0].step.splits == parts

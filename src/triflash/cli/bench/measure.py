@@ -100,7 +100,7 @@ def _measure(
         if which == "first":
             _time_first(workload, [p for p in providers if p.name in ready], own_rows, settings)
         else:
-            _time(ready, which, own_rows, settings)
+            _time(ready, which, own_rows, settings, workload.cache)
     for provider in providers if settings.breakdown else ():
         if provider.is_ours:
             tell(f"{workload.name}: where the time of {provider.name} goes")
@@ -153,8 +153,8 @@ def _judge(contest: Contest, provider: Provider, rows: list[Row]) -> Side | None
     return side if any(row.status == "ok" for row in rows) else None
 
 
-def _time(sides: dict[str, Side], which: str, rows: dict[str, Row], settings: Settings) -> None:
-    """Fill samples and peak memory of one pass."""
+def _time(sides: dict[str, Side], which: str, rows: dict[str, Row], settings: Settings, clean: bool) -> None:
+    """Fill samples and peak memory of one pass. clean: as of ``measure_interleaved``."""
     calls: dict[str, Call] = {}
     for name, side in sides.items():
         try:
@@ -167,6 +167,7 @@ def _time(sides: dict[str, Side], which: str, rows: dict[str, Row], settings: Se
         budget=settings.budget,
         min_samples=settings.min_samples,
         max_samples=max(MAX_SAMPLES, settings.min_samples),
+        clean=clean,
         clock="host" if which in HOST_PASSES else "eager" if which == "eager" else "device",
         around={name: functools.partial(sides[name].around, which) for name in calls},
     )

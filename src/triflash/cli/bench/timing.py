@@ -76,6 +76,7 @@ def measure_interleaved(
     max_samples: int = MAX_SAMPLES,
     warmup: int = WARMUP,
     flush: bool = True,
+    clean: bool = False,
     clock: str = "device",
     around: Mapping[str, Around] | None = None,
     after: Callable[[str], None] | None = None,
@@ -89,6 +90,7 @@ def measure_interleaved(
             ``min_samples`` nor more than ``max_samples``; the samples of a call that gets fewer are spread over the whole time.
         warmup: calls before the first sample.
         flush: overwrite the L2 cache before each sample (GPUs only).
+        clean: read as much behind that, so that the call need not wait while what was written leaves the cache.
         clock: ``device``, ``host`` or ``eager``: see the module.
         around: name -> what is entered around each sample of the call, outside the clock.
         after: called with the name after each sample, for a progress bar.
@@ -98,7 +100,7 @@ def measure_interleaved(
         Raises nothing on the calls' behalf, but a device whose context is lost raises from here as well.
     """
     found = {name: Samples() for name in calls}
-    taker = _Clock(device, flush, clock)
+    taker = _Clock(device, flush, clean, clock)
     enter: dict[str, Around] = dict.fromkeys(calls, nullcontext) | dict(around or {})
     wanted: dict[str, int] = {}
     for name, call in calls.items():
@@ -125,7 +127,7 @@ def measure_interleaved(
 class _Clock:
     """Takes samples on one device."""
 
-    def __init__(self, device: torch.device, flush: bool, clock: str) -> None:
+    def __init__(self, device: torch.device, flush: bool, clean: bool, clock: str) -> None:
         if clock not in CLOCKS:
             raise ValueError(f"clock: wanted one of {', '.join(CLOCKS)}, got {clock!r}")
         self.device, self.on_gpu, self.clock = device, device.type == "cuda", clock
@@ -133,9 +135,11 @@ class _Clock:
         self.calls: dict[str, int] = {}
         self.pending: list[tuple[Samples, Any, Any]] = []
         self.scratch: torch.Tensor | None = None
+        self.unwritten: torch.Tensor | None = None
         if self.on_gpu and flush and clock == "device":
-            l2 = torch.cuda.get_device_properties(device).L2_cache_size
-            self.scratch = torch.empty(max(FLUSH_AT_LEAST, 2 * l2), dtype=torch.int8, device=device)
+            size = max(FLUSH_AT_LEAST, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+            self.scratch = torch.empty(size, dtype=torch.int8, device=device)
+            self.unwritten = torch.empty(size // 4, dtype=torch.int32, device=device) if clean else None
 
     def wait(self) -> None:
         if self.on_gpu:
@@ -182,6 +186,8 @@ class _Clock:
         torch.cuda._sleep(self.head_start[name])
         if self.scratch is not None:
             self.scratch.zero_()
+        if self.unwritten is not None:
+            self.unwritten.amax()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         call()
