@@ -292,6 +292,14 @@ def test_splits_fill_the_chip() -> None:
         )
 
 
+def test_backward_parts_run_at_once() -> None:
+    """Two programs an SM: of 320, as before, 56 ran after the others, for 1.4 times as long (an H200, 2 x 64 queries)."""
+    device = KNOWN_DEVICES["sm90"]
+    for M, N, B in ((64, 8192, 2), (64, 8192, 8), (64, 8192, 4), (48, 4096, 4), (32, 8192, 2), (1, 8192, 8), (16, 4096, 8)):
+        step = plan_backward(spec(M, N, B, 16), Needs(True, True, True, False), device).step("few_backward")
+        assert step is not None and 0.9 * 2 * device.sms <= step.programs <= 2 * device.sms, (M, N, B, step)
+
+
 @pytest.mark.parametrize("arch", [arch for arch in KNOWN_DEVICES if arch not in ("cpu", "interpreter")])
 def test_tiles_fit_the_device(arch: str) -> None:
     device = KNOWN_DEVICES[arch]

@@ -17,6 +17,7 @@ from triflash.launch.few import cache_calls
 from triflash.launch.room import Described, meta
 from triflash.plan.cache import plan_cache
 from triflash.plan.device import KNOWN_DEVICES
+from triflash.plan.kernels import few
 from triflash.plan.kernels.few import FewConfig
 from triflash.plan.override import override_configs
 from triflash.spec import Needs
@@ -68,6 +69,17 @@ def test_backward_compiles_within_limits(M: int, D: int) -> None:
     (call,) = (each for each in bound.calls or () if each.kernel.__name__ == "few_backward")
     found = resources(compile_for(call, "sm90"))
     assert found.spills <= MOST_SPILLS and found.shared_memory <= KNOWN_DEVICES["sm90"].shared_memory, found
+
+
+@pytest.mark.parametrize("M", [1, 64])
+def test_backward_counts_on_as_many_programs_as_an_sm_holds(M: int) -> None:
+    _, bound = attention_passes("sm90", M, 8, 8, 128)
+    (call,) = (each for each in bound.calls or () if each.kernel.__name__ == "few_backward")
+    found = resources(compile_for(call, "sm90"))
+    config = call.config
+    assert isinstance(config, FewConfig)
+    by_registers, by_memory = 65_536 // (found.registers * 32 * config.num_warps), 233_472 // (found.shared_memory + 1024)
+    assert 1 <= few.per_sm(few.Shape(M, 8, 8192, 128, 128, 2, False, False), config, backward=True) <= min(by_registers, by_memory)
 
 
 CACHES: dict[str, dict[str, Any]] = {

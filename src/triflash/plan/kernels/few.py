@@ -32,6 +32,7 @@ MAX_SPLITS = 256  # that the plan takes by itself
 MOST_KEYS = 8192  # of a part where requests may differ in length: SMs that are done with short ones share a long one
 KEYS_OF_WAVES, MOST_PARTS_OF_WAVES = 2048, 4  # of a part, at least, and parts, where requests are enough for all SMs
 PART_COST = 2  # of a part, in keys of a program, however many run at a time: what SMs share, and ``combine``
+BACKWARD_WARPS = 8  # of few_backward that an SM runs at a time
 PROGRAM_COST = 512  # of a program besides its keys, in keys: beginning, end and what ``combine`` reads of it
 
 
@@ -170,12 +171,14 @@ def _best(shape: Shape, device: DeviceFacts) -> FewConfig:
 
 
 @functools.lru_cache(maxsize=4096)
-def splits_of(shape: Shape, config: FewConfig, sms: int) -> int:
-    """Into how many parts keys are cut: such that SMs are busy for the shortest time, whole waves of programs counted."""
+def splits_of(shape: Shape, config: FewConfig, sms: int, backward: bool = False) -> int:
+    """Into how many parts keys are cut: such that SMs are busy for the shortest time, whole waves of programs counted. backward: of
+    ``few_backward``.
+    """
     if config.splits:
         return config.splits
     items = ceil_div(shape.rows, config.block_m) * shape.pairs
-    slots = sms * per_sm(shape, config)
+    slots = sms * per_sm(shape, config, backward)
     most = max(1, min(MAX_SPLITS, shape.keys // LEAST_KEYS))
 
     def cost(splits: int) -> int:
@@ -185,11 +188,14 @@ def splits_of(shape: Shape, config: FewConfig, sms: int) -> int:
     return min(range(1, most + 1), key=cost)
 
 
-def per_sm(shape: Shape, config: FewConfig) -> int:
-    """How many programs an SM runs at a time: by shared memory, of which an SM has some 200 KB."""
+def per_sm(shape: Shape, config: FewConfig, backward: bool = False) -> int:
+    """How many programs an SM runs at a time: by shared memory, of which an SM has some 200 KB, and by registers, of which a program of
+    ``few_backward`` takes all that 4 warps may have and an SM holds twice as many.
+    """
     row = (padded(shape.head_dim) + padded(shape.value_dim)) * shape.itemsize
     stages = (config.num_stages + 1) // 2 if shape.paged else config.num_stages
-    return max(1, min(4, 200_000 // (config.block_n * row * stages)))
+    most = max(1, BACKWARD_WARPS // config.num_warps) if backward else 4
+    return max(1, min(most, 200_000 // (config.block_n * row * stages)))
 
 
 def least_blocks(config: FewConfig) -> int:
@@ -269,7 +275,7 @@ def backward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[st
         raise bad_value(
             "few_backward", "two stages, blocks of 32 keys, or tiles of 32 rows", config, "its products read beyond shared memory"
         )
-    splits = min(splits_of(shape, config, device.sms), ceil_div(spec.keys, config.block_n))
+    splits = min(splits_of(shape, config, device.sms, backward=True), ceil_div(spec.keys, config.block_n))
     step = Step("few_backward", config, shape.pairs * splits, splits=splits, gives=gives, precision=asked_products(spec))
     return (step, *sum_rows_steps(spec, splits)) if "dq" in gives else (step,)
 
