@@ -258,7 +258,7 @@ def _step(explained: ExplainedStep, backend: str, device: DeviceFacts) -> list[s
 def _order(step: Step, backend: str) -> str:
     """In which order a kernel's programs, or the tiles that they work through, go by."""
     if backend != "hopper":
-        return _ORDERS[step.order]
+        return _ORDERS[step.order] + (f" in sections of {step.l2_group} programs" if step.l2_group else "")
     if isinstance(step.config, DkdvConfig) and step.config.dq_blocks:
         return _PAIRS_ORDERS[step.order]
     return (_KEYS_ORDERS if step.kernel in ("dkdv", "dqdkdv") else _HOPPER_ORDERS)[step.order]

@@ -75,7 +75,7 @@ def forward_call(step: Step, spec: AttentionSpec, x: Operands, f: Features, save
     strides = (*map(rows.strides, (x.q, x.k, x.v, out)), rows.lse_strides(lse))
     args = (x.q, x.k, x.v, f, *saved, *strides, *rows.problem(spec))
     constants = constants_of(spec, config, is_wide((x.q, x.k, x.v, out, x.bias, x.mask, x.second_bias)), step.precision)
-    constants = constants | {"POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": step.order}
+    constants = constants | {"POSITIVE_SCALE": spec.scale >= SMALLEST_SCALE, "ORDER": step.l2_group or step.order}
     return Call(forward_kernels.forward, args, constants, config, step.programs)
 
 
@@ -95,7 +95,7 @@ def dkdv_call(
     config = config_of(step)
     dk, dv, _ = results
     args = (*inputs, *results, *input_strides(inputs, rows), rows.strides(dk), rows.strides(dv), dbias_strides, *rows.problem(spec))
-    constants = constants_of(spec, config, wide, step.precision) | {"GROUPED": spec.groups > 1, "ORDER": step.order}
+    constants = constants_of(spec, config, wide, step.precision) | {"GROUPED": spec.groups > 1, "ORDER": step.l2_group or step.order}
     return Call(backward_kernels.dkdv, args, constants, config, step.programs)
 
 
@@ -108,7 +108,7 @@ def dq_call(
     splits = step.splits if step.splits > 1 else None
     strides = (*input_strides(inputs, rows), dq_strides, bias_strides(results[1]))
     args = (*inputs, *results, *strides, *rows.problem(spec), splits)
-    constants = constants_of(spec, config, wide, step.precision) | {"ORDER": step.order}
+    constants = constants_of(spec, config, wide, step.precision) | {"ORDER": step.l2_group or step.order}
     return Call(backward_kernels.dq, args, constants, config, step.programs)
 
 

@@ -19,7 +19,8 @@ class Step:
     """One kernel of a plan.
 
     kernel, config: its name and tile configuration (None: it has none). programs: how many it starts.
-    order: which index of the grid varies fastest (see ``kernels/triton/prims.locate``). splits: parts that a reduction is cut into.
+    order: which index of the grid varies fastest (see ``kernels/triton/prims.locate``). l2_group: of order ``"heavy"``, programs that are
+    ordered so before the next ones are; 0: all. splits: parts that a reduction is cut into.
     gives: the gradients that it computes. precision: of its float32 products. forward_keys: of a block of the forward pass, where a
     backward kernel repeats its rounding. ptx: its kernel may hold PTX. pdl: a programmatic dependent launch,
     which starts while the kernel before it still runs and waits for it by itself. loops: ``"both"``, or of a kernel that is launched for
@@ -37,6 +38,7 @@ class Step:
     ptx: bool = False
     pdl: bool = False
     loops: str = "both"
+    l2_group: int = 0
 
     def __str__(self) -> str:
         alone = "" if self.loops == "both" else f" for {self.loops} lse"

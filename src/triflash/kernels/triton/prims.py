@@ -50,8 +50,9 @@ def locate(tiles, heads, batch, ORDER: tl.constexpr, REVERSED: tl.constexpr):
     """(tile, head, batch) of this program.
 
     ORDER names what varies fastest: "tile" keeps the keys of one head in cache, "batch" and "head" let tiles that share a broadcast
-    bias block run back to back, "heavy" makes the tile slowest, so that the longest rows of a triangle start first. REVERSED counts
-    tiles from the last.
+    bias block run back to back, "heavy" makes the tile slowest, so that the longest rows of a triangle start first. A number is "heavy" in
+    sections of so many programs, or one head's, one after the other: the longest rows of a few heads, which a cache holds, then their
+    others. REVERSED counts tiles from the last.
     """
     pid = tl.program_id(0)
     if ORDER == "tile":
@@ -66,10 +67,19 @@ def locate(tiles, heads, batch, ORDER: tl.constexpr, REVERSED: tl.constexpr):
         head = pid % heads
         tile = pid // heads % tiles
         b = pid // heads // tiles
-    else:
+    elif ORDER == "heavy":
         head = pid % heads
         b = pid // heads % batch
         tile = pid // heads // batch
+    else:
+        most = max(ORDER // tiles, 1)
+        first = pid // (most * tiles) * most
+        pairs = min(most, heads * batch - first)  # the last section may have fewer
+        within = pid - first * tiles
+        tile = within // pairs
+        pair = first + within % pairs
+        head = pair % heads
+        b = pair // heads
     if REVERSED:
         tile = tiles - 1 - tile
     return tile, head, b

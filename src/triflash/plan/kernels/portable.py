@@ -20,8 +20,10 @@ from .parts import dbias_sum_steps, sum_rows_steps
 
 __all__ = [
     "Sources", "bias_sources", "config_of", "dbias_steps", "delta_step", "dkdv_steps", "dq_steps", "forward_steps", "order_of",
-    "packed_step", "problem_of", "products_of",
+    "packed_step", "problem_of", "products_of", "l2_group_of",
 ]  # fmt: skip
+
+WARPS_AT_A_TIME = 8  # of an SM, where a thread takes all the registers that it may
 
 Sources = dict[str, tuple[str, BiasSpec]]  # by name of a gradient: which kernel gives it, and the bias
 
@@ -109,10 +111,19 @@ def order_of(spec: AttentionSpec) -> str:
     return "tile" if spec.hi is None and spec.lo is None else "heavy"
 
 
+def l2_group_of(order: str, config: TileConfig, device: DeviceFacts) -> int:
+    """How many programs are ordered by length before the next: two for each that runs at a time. Then a cache holds the rows that several
+    tiles of a head read, as with order ``"tile"``, and the last section's longest rows still begin while every SM has others to do.
+    """
+    return 2 * device.sms * max(1, WARPS_AT_A_TIME // config.num_warps) if order == "heavy" else 0
+
+
 def forward_steps(spec: AttentionSpec, device: DeviceFacts, config: TileConfig) -> tuple[Step, ...]:
     """The forward kernel; none of an empty output."""
     programs = ceil_div(spec.queries, config.block_m) * spec.heads * spec.batch
-    step = Step("forward", config, programs, order_of(spec), precision=products_of("forward", spec, device))
+    order = order_of(spec)
+    l2_group = l2_group_of(order, config, device)
+    step = Step("forward", config, programs, order, precision=products_of("forward", spec, device), l2_group=l2_group)
     return (step,) if programs else ()
 
 
@@ -129,10 +140,12 @@ def dkdv_steps(spec: AttentionSpec, device: DeviceFacts, choices: Choices, gives
     own = (*(name for name in ("dk", "dv") if name in gives), *biases)
     if not own:
         return ()
+    order, pairs = order_of(spec), spec.batch * spec.kv_heads
     config, _ = config_of("dkdv", spec, device, choices)
-    programs = ceil_div(spec.keys, config.block_n) * spec.batch * spec.kv_heads
+    programs = ceil_div(spec.keys, config.block_n) * pairs
     splits = broadcast_rows(spec, sources[biases[0]][1]) if biases else 1
-    return (Step("dkdv", config, programs, order_of(spec), splits, own, products_of("dkdv", spec, device)),)
+    products, l2_group = products_of("dkdv", spec, device), l2_group_of(order, config, device)
+    return (Step("dkdv", config, programs, order, splits, own, products, l2_group=l2_group),)
 
 
 def dq_steps(spec: AttentionSpec, device: DeviceFacts, choices: Choices, gives: tuple[str, ...], sources: Sources) -> tuple[Step, ...]:
@@ -144,7 +157,8 @@ def dq_steps(spec: AttentionSpec, device: DeviceFacts, choices: Choices, gives: 
     programs = ceil_div(spec.queries, config.block_m) * spec.batch * spec.heads
     splits = few.dq_splits(spec, device, config, programs)
     order = order_of(spec) if splits == 1 else "tile"
-    step = Step("dq", config, programs * splits, order, splits, own, products_of("dq", spec, device))
+    l2_group = l2_group_of(order, config, device)
+    step = Step("dq", config, programs * splits, order, splits, own, products_of("dq", spec, device), l2_group=l2_group)
     return (step, *sum_rows_steps(spec, splits)) if "dq" in own else (step,)
 
 
