@@ -182,7 +182,7 @@ def changed(**changes: Any) -> dict[str, Any]:
     (changed(problem=[]), r"entry 0 problem: wanted a JSON dict, got \[\]"),
     (changed(problem__bias=0), "entry 0 problem bias: wanted a JSON bool, got 0"),
     (changed(problem__head_dim="64"), "entry 0 problem head_dim: wanted a JSON int, got '64'"),
-    (changed(problem__kernel="delta"), "entry 0 problem kernel: wanted one of forward, dkdv, dq, dbias, got 'delta'"),
+    (changed(problem__kernel="delta"), "entry 0 problem kernel: wanted one of forward, dkdv, dk, dv, dq, dbias, got 'delta'"),
     (changed(config__num_warps=...), "entry 0 config num_warps: wanted a JSON int, got None"),
     (changed(config__num_warps=True), "entry 0 config num_warps: wanted a JSON int, got True"),
     (changed(config__block_m=17), r"block_m: wanted one of \(16, .*, got 17"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .plan.configs import OWNERS_OF_KEYS
 from .plan.device import KNOWN_DEVICES, DeviceFacts
 from .plan.kernels.dkdv import DkdvConfig
 from .plan.select import Step
@@ -236,7 +237,7 @@ def _step(explained: ExplainedStep, backend: str, device: DeviceFacts) -> list[s
         return [f"{step.kernel} in PyTorch"]
     gives = f", gives {', '.join(step.gives)}" if step.gives else ""
     splits = f", {step.splits} partial sums" if step.splits > 1 else ""
-    order = f", {_order(step, backend)}" if step.kernel in ("forward", "dkdv", "dqdkdv", "dq") else ""
+    order = f", {_order(step, backend)}" if step.kernel in ("forward", *OWNERS_OF_KEYS, "dqdkdv", "dq") else ""
     maps = f", {explained.tensor_maps} tensor maps" if explained.tensor_maps else ""
     lines = [f"{step}: {step.programs} programs{maps}{order}{splits}{gives}"]
     lines.append(f"  configuration  {explained.source}")

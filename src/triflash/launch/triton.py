@@ -17,6 +17,7 @@ from ..dropout import rescale, threshold
 from ..kernels.triton import dbias as dbias_kernels
 from ..kernels.triton.features import Features
 from ..plan import layout
+from ..plan.configs import OWNERS_OF_KEYS
 from ..plan.steps import Plan, Step
 from ..spec import AttentionSpec, BiasSpec, Gradients, Operands, Saved
 from .calls import Call, bias_strides, lengths_stride, slope_strides
@@ -143,7 +144,8 @@ def _dkdv(step: Step, p: _Pass) -> Call:
     name, target = bias_given(step, p.grads)
     parts = p.sums[name] = partial_sums(p.room, step, target)
     strides = row_strides(p.spec, parts) if parts is not None else None
-    return dkdv_call(step, p.spec, p.inputs, p.rows, (p.grads.dk, p.grads.dv, parts), strides, p.wide)
+    dk, dv = (grad if name in step.gives else None for name, grad in (("dk", p.grads.dk), ("dv", p.grads.dv)))
+    return dkdv_call(step, p.spec, p.inputs, p.rows, (dk, dv, parts), strides, p.wide)
 
 
 def _dq(step: Step, p: _Pass) -> Call:
@@ -174,7 +176,7 @@ _BACKWARD: dict[str, Callable[[Step, _Pass], Call]] = {
     "delta": _delta,
     "short_backward": lambda step, p: short_backward_call(p.room, step, p.spec, p.x, p.inputs, p.saved.out, p.dlse, p.grads, p.sums),
     "few_backward": lambda step, p: few_backward_call(p.room, step, p.spec, p.x, p.inputs, p.grads, p.sums),
-    "dkdv": _dkdv,
+    **dict.fromkeys(OWNERS_OF_KEYS, _dkdv),
     "dq": _dq,
     "sum_rows": lambda step, p: sum_rows_call(step, p.spec, p.sums["dq"], p.grads.dq),
     "dbias": _dbias,

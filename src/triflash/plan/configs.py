@@ -16,11 +16,13 @@ from .device import DeviceFacts
 __all__ = [
     "MAX_FORWARD_HEAD_DIM",
     "MAX_HEAD_DIM",
+    "OWNERS_OF_KEYS",
     "Problem",
     "TileConfig",
     "chosen",
     "default_config",
     "misread",
+    "of_both",
     "others_chosen",
     "padded",
     "shared_memory",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _ROW_KERNELS = ("delta", "dbias_sum")  # no tiles of scores, no shared memory
+OWNERS_OF_KEYS = ("dkdv", "dk", "dv")  # one kernel's launches for both gradients and for one
 MAX_HEAD_DIM = 256  # of the backward kernels: the widest tile row whose two accumulators fit the register file
 MAX_FORWARD_HEAD_DIM = 512  # of the portable forward kernel, which has one
 
@@ -101,6 +104,8 @@ def shared_memory(problem: Problem, config: TileConfig, device: DeviceFacts) -> 
     own, streamed, exchange = {
         "forward": (m * row, 2 * n * row, score_tile),
         "dkdv": (2 * n * row, 2 * m * row, score_tile),
+        "dk": (2 * n * row, 2 * m * row, score_tile),
+        "dv": (n * row, 2 * m * row, score_tile),
         "dq": (2 * m * row, 2 * n * row, score_tile),
         "dbias": (0, 2 * (m + n) * row, 0),
     }[problem.kernel]
@@ -113,6 +118,11 @@ def shared_memory(problem: Problem, config: TileConfig, device: DeviceFacts) -> 
         buffers, exchange = buffers + 2, 2 * exchange
     bias = m * n * 4 * (1 + buffers) if problem.bias else 0  # as wide as float32, once for its change of layout
     return int(own + streamed * buffers + max(exchange, score_tile if problem.bias else 0) + bias)
+
+
+def of_both(kernel: str) -> str:
+    """``"dkdv"`` for what it is called where it gives dk or dv alone, and then keeps less; every other name as it is."""
+    return "dkdv" if kernel in OWNERS_OF_KEYS else kernel
 
 
 def misread(problem: Problem, config: TileConfig) -> str | None:
@@ -128,7 +138,9 @@ def misread(problem: Problem, config: TileConfig) -> str | None:
 def with_wide_bias(problem: Problem, config: TileConfig, device: DeviceFacts) -> TileConfig:
     """A measured configuration, made to fit a float32 bias: rows were measured with a 16-bit one, whose buffers are half the size."""
     m, n, row = config.block_m, config.block_n, problem.head_dim * problem.itemsize
-    own, streamed = {"forward": (m, 2 * n), "dkdv": (2 * n, 2 * m), "dq": (2 * m, 2 * n), "dbias": (0, 2 * (m + n))}[problem.kernel]
+    own, streamed = {"forward": (m, 2 * n), "dkdv": (2 * n, 2 * m), "dq": (2 * m, 2 * n), "dbias": (0, 2 * (m + n))}[
+        of_both(problem.kernel)
+    ]
     stages = config.num_stages
     while stages > 1 and own * row + stages * (streamed * row + m * n * 4) > device.shared_memory:
         stages -= 1
@@ -150,9 +162,10 @@ def with_features(problem: Problem, config: TileConfig, weight: int) -> TileConf
             return config
         return TileConfig(min(config.block_m, 32), min(config.block_n, 32), 4 if problem.head_dim <= 64 else 8, 1)
     most = 32 if weight < 2 else 16 if weight < 4 else 8
-    least_m, most_warps = 32 if problem.kernel == "dkdv" else 64, 8
+    of_keys = problem.kernel in OWNERS_OF_KEYS
+    least_m, most_warps = 32 if of_keys else 64, 8
     while weight and config.block_m * config.block_n > most * 32 * config.num_warps:
-        if config.block_m > least_m and (problem.kernel == "dkdv" or config.num_warps >= most_warps):
+        if config.block_m > least_m and (of_keys or config.num_warps >= most_warps):
             config = replace(config, block_m=config.block_m // 2)
         elif config.num_warps < most_warps:
             config = replace(config, num_warps=config.num_warps * 2)
@@ -166,6 +179,7 @@ def _candidates(problem: Problem, amd: bool) -> list[TileConfig]:
 
     Chosen from what compiles with few or no spills for sm80, sm86, sm90, sm100 and gfx942 (``tests/aot``); not measured.
     """
+    kernel = of_both(problem.kernel)
     width = 64 if problem.head_dim <= 64 else problem.head_dim
     if width > MAX_HEAD_DIM:  # the forward kernel alone
         shapes = [(16, 16, 8, 1)] if problem.itemsize > 2 or amd else [(64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)]
@@ -177,7 +191,7 @@ def _candidates(problem: Problem, amd: bool) -> list[TileConfig]:
             "dkdv": {64: [(64, 64, 4, 1)], 128: [(64, 32, 4, 1)]},
             "dq": {64: [(64, 64, 4, 2), (64, 64, 4, 1)], 128: [(64, 32, 4, 1)]},
             "dbias": {64: [(64, 64, 4, 1)], 128: [(64, 32, 4, 1)]},
-        }[problem.kernel].get(width, small)
+        }[kernel].get(width, small)
         if problem.itemsize > 2:
             shapes = [(32, 32, 4, 1)] if width == 64 else []
         return [TileConfig(*shape) for shape in [*shapes, (16, 16, 4, 1)]]
@@ -187,7 +201,7 @@ def _candidates(problem: Problem, amd: bool) -> list[TileConfig]:
             "dkdv": {64: [(32, 32, 4, 1)], 128: [(32, 32, 8, 1), (16, 32, 8, 1)]},
             "dq": {64: [(64, 64, 4, 1), (64, 32, 4, 1)], 128: [(32, 32, 4, 1), (32, 16, 4, 1)]},
             "dbias": {64: [(32, 32, 4, 1)], 128: [(32, 64, 8, 1), (32, 32, 8, 1)]},
-        }[problem.kernel][width]
+        }[kernel][width]
         return [TileConfig(*shape) for shape in [*shapes, (16, 16, 8, 1)]]
     if problem.itemsize > 2:  # float32 products keep whole operand rows in registers, so tiles are small
         shapes = {
@@ -195,7 +209,7 @@ def _candidates(problem: Problem, amd: bool) -> list[TileConfig]:
             "dkdv": {64: [(16, 32, 4, 1)], 128: [(16, 32, 8, 1)], 256: [(16, 16, 8, 1)]},
             "dq": {64: [(32, 32, 4, 2)], 128: [(32, 16, 8, 1)], 256: [(16, 16, 8, 1)]},
             "dbias": {64: [(32, 32, 4, 2)], 128: [(32, 32, 8, 1)], 256: [(32, 16, 8, 1)]},
-        }[problem.kernel][width]
+        }[kernel][width]
         return [TileConfig(*shape) for shape in [*shapes, (16, 16, 8, 1)]]
     few_registers = [(64, 64, 8, 2)] if problem.bias else [(64, 128, 8, 2), (64, 64, 8, 2)]
     shapes = {
@@ -215,7 +229,7 @@ def _candidates(problem: Problem, amd: bool) -> list[TileConfig]:
             256: [(64, 64, 8, 2), (64, 32, 8, 2), (32, 32, 4, 1)],
         },
         "dbias": {64: [(128, 64, 8, 2), (64, 64, 4, 2)], 128: [(128, 64, 8, 2), (64, 64, 4, 2)], 256: [(32, 64, 4, 1), (32, 32, 4, 1)]},
-    }[problem.kernel][width]
+    }[kernel][width]
     return [TileConfig(*shape) for shape in [*shapes, (64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 4, 1)]]
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import bad_value
-from .configs import Problem, TileConfig
+from .configs import OWNERS_OF_KEYS, Problem, TileConfig
 from .device import DeviceFacts, triton_version
 
 __all__ = ["SCHEMA", "TUNABLE", "Entry", "Overlay", "active", "kernel_source", "load", "tuned", "write"]
 
 SCHEMA = 1
-TUNABLE = ("forward", "dkdv", "dq", "dbias")
+TUNABLE = ("forward", *OWNERS_OF_KEYS, "dq", "dbias")
 _ENVIRONMENT = "TRIFLASH_TUNED"
 _WANTED = "a file that triflash tune wrote"
 

@@ -19,6 +19,7 @@ from .kernels.short import ShortConfig
 
 TAKES: dict[str, tuple[type[TileConfig | HopperConfig], ...]] = {  # which configurations a kernel of that name takes
     "forward": (TileConfig, ForwardConfig), "delta": (TileConfig,), "dkdv": (TileConfig, DkdvConfig), "dqdkdv": (TileConfig, DkdvConfig),
+    "dk": (TileConfig,), "dv": (TileConfig,),
     "dq": (TileConfig, DqConfig, FewConfig), "dbias": (TileConfig, DbiasConfig), **dict.fromkeys(few.KERNELS, (FewConfig,)),
     **dict.fromkeys(short.KERNELS, (ShortConfig,)), "mask_bounds": (MaskBoundsConfig,),
 }  # fmt: skip
@@ -34,6 +35,9 @@ by_hand: dict[str, Config] = {}
 @contextmanager
 def override_configs(**configs: Config) -> Iterator[None]:
     """Within the block, kernels named as keywords (``forward=…, dkdv=…, dq=…, dbias=…``) run with the given :class:`TileConfig`.
+
+    With one for ``dk`` or ``dv`` backend ``triton`` launches the kernel for both once for each, unless it also gives the gradient of a
+    bias.
 
     A :class:`FewConfig` for ``few_forward`` or ``few_backward`` has backend ``triton`` take that kernel wherever it can run; one for
     ``dq`` says into how many parts that kernel cuts the keys.

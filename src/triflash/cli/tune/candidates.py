@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ...plan.configs import Problem, TileConfig, misread, with_wide_bias
+from ...plan.configs import Problem, TileConfig, misread, of_both, with_wide_bias
 from ...plan.device import DeviceFacts
 from ..pool import Compiler, in_a_line
 from .cases import Case, launches, meta, plan_of
@@ -76,11 +76,12 @@ def candidates(problem: Problem, device: DeviceFacts, default: TileConfig) -> li
     With float32 elements only those that a plan would take as they are: for a float32 bias it cuts stages of what does not fit.
     """
     large = problem.itemsize == 2 and device.arch.startswith("sm") and device.shared_memory >= _MUCH_SHARED_MEMORY
-    shapes: Iterable[tuple[int, int, int, int]] = _LARGE[problem.kernel]
+    kernel = of_both(problem.kernel)
+    shapes: Iterable[tuple[int, int, int, int]] = _LARGE[kernel]
     if not large:
         shapes = [*_SMALL, *(shape for shape in shapes if problem.itemsize == 2)]
     if problem.products:
-        shapes = [*_SMALL, *_BY_TENSOR_CORES[problem.kernel]]
+        shapes = [*_SMALL, *_BY_TENSOR_CORES[kernel]]
     found = [default, *(config for shape in shapes if not misread(problem, config := TileConfig(*shape)))]
     if problem.itemsize > 2 and problem.bias:
         found = [config for config in found if config == default or with_wide_bias(problem, config, device) == config]
@@ -97,7 +98,7 @@ def shares(job: Job) -> list[Job]:
     if case.bias is None:
         return []
     problem = case.problem(job.kernel, job.device)
-    patterns = {"dq": ("bhqk",), "dkdv": ("1h1k", "1hqk"), "forward": ("1hqk",), "dbias": ("1hqk",)}[job.kernel]
+    patterns = {"dq": ("bhqk",), "dkdv": ("1h1k", "1hqk"), "forward": ("1hqk",), "dbias": ("1hqk",)}[of_both(job.kernel)]
     for pattern, dtype in itertools.product(patterns, dict.fromkeys((case.dtype, torch.float32))):
         # two batch entries: a bias of one would count as one that varies over the batch
         other = replace(case, batch=max(2, case.batch), bias=pattern, dbias=True, bias_dtype=dtype)

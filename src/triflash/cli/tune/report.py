@@ -21,7 +21,7 @@ from .measure import Measured
 __all__ = ["Result", "Tried", "progress", "show", "show_built", "write_log"]
 
 # Tile products of a kernel, of 2 d operations a score each.
-_PRODUCTS = {"forward": 2, "dkdv": 4, "dq": 3, "dbias": 2}
+_PRODUCTS = {"forward": 2, "dkdv": 4, "dk": 3, "dv": 2, "dq": 3, "dbias": 2}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from ...errors import bad_value
 from ...spec import AttentionSpec
 from ...spec_cache import CacheSpec
-from ..configs import MAX_HEAD_DIM, TileConfig, chosen, others_chosen, padded
+from ..configs import MAX_HEAD_DIM, OWNERS_OF_KEYS, TileConfig, chosen, others_chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step, asked_products, ceil_div
 from .parts import combine_step, sum_rows_steps
@@ -263,7 +263,7 @@ def choose_backward(shape: Shape, device: DeviceFacts) -> FewConfig:
 def backward_steps(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object], gives: tuple[str, ...]) -> tuple[Step, ...]:
     """The kernels that give these gradients, where the statistics are there; none where others are to, as of the forward pass."""
     config = chosen(by_hand, "few_backward", FewConfig)
-    others = others_chosen(by_hand, "dkdv", "dq")
+    others = others_chosen(by_hand, *OWNERS_OF_KEYS, "dq")
     if not gives or not (takes_backward(spec, device) and not others if config is None else runs_backward(spec)):
         return ()
     shape = shape_of(spec)

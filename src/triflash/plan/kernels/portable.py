@@ -11,7 +11,7 @@ from ...errors import bad_value, unsupported
 from ...spec import UNSET, AttentionSpec, BiasSpec, Needs
 from .. import tables
 from ..choices import Choices
-from ..configs import Problem, TileConfig, chosen, default_config, misread, padded, with_features, with_wide_bias
+from ..configs import Problem, TileConfig, chosen, default_config, misread, of_both, others_chosen, padded, with_features, with_wide_bias
 from ..device import DeviceFacts
 from ..steps import Step, asked_products, broadcast_rows, ceil_div, dbias_source
 from . import few
@@ -39,7 +39,7 @@ def products_of(kernel: str, spec: AttentionSpec, device: DeviceFacts) -> str:
         return spec.precision
     if few.has_few_queries(spec):
         return asked_products(spec)  # a backward pass must find the scores of its forward pass
-    passed = (kernel, padded(max(spec.head_dim, spec.value_dim))) in tables.THREE_TF32
+    passed = (of_both(kernel), padded(max(spec.head_dim, spec.value_dim))) in tables.THREE_TF32
     return "tf32x3" if passed and device.arch.startswith("sm") else "ieee"
 
 
@@ -135,17 +135,45 @@ def delta_step(spec: AttentionSpec, device: DeviceFacts, choices: Choices, dsink
 
 
 def dkdv_steps(spec: AttentionSpec, device: DeviceFacts, choices: Choices, gives: tuple[str, ...], sources: Sources) -> tuple[Step, ...]:
-    """The kernel that owns keys, for such of the gradients ``gives`` as are its own."""
+    """The kernel that owns keys, for such of the gradients ``gives`` as are its own: one launch, or one each (:func:`_apart`)."""
     biases = _from("dkdv", sources)
     own = (*(name for name in ("dk", "dv") if name in gives), *biases)
     if not own:
         return ()
     order, pairs = order_of(spec), spec.batch * spec.kv_heads
+    if not biases and _apart(own, spec, device, choices):
+        products = products_of("dkdv", spec, device)
+        tiles = {name: config_of(name, spec, device, choices)[0] for name in own}
+        return tuple(
+            Step(
+                name,
+                config,
+                ceil_div(spec.keys, config.block_n) * pairs,
+                order,
+                gives=(name,),
+                precision=products,
+                l2_group=l2_group_of(order, config, device),
+            )
+            for name, config in tiles.items()
+        )
     config, _ = config_of("dkdv", spec, device, choices)
     programs = ceil_div(spec.keys, config.block_n) * pairs
     splits = broadcast_rows(spec, sources[biases[0]][1]) if biases else 1
     products, l2_group = products_of("dkdv", spec, device), l2_group_of(order, config, device)
     return (Step("dkdv", config, programs, order, splits, own, products, l2_group=l2_group),)
+
+
+def _apart(own: tuple[str, ...], spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> bool:
+    """Whether dk and dv come from a launch each of the kernel for both: q kᵀ is then multiplied twice, five products instead of four, but
+    each launch has the registers for itself, which at head dim 256 both accumulators do not fit.
+
+    So where there are measured rows for that, and where configurations for it are chosen by hand.
+    """
+    by_hand = dict(choices.by_hand)
+    if others_chosen(by_hand, "dkdv") or others_chosen(by_hand, *own):
+        return others_chosen(by_hand, *own)
+    rows = [tables.lookup(device.arch, problem_of(name, spec, device), spec.keys) for name in own]
+    return all(row is not None for row in rows) and not _weight(spec, "") and spec.second is None
 
 
 def dq_steps(spec: AttentionSpec, device: DeviceFacts, choices: Choices, gives: tuple[str, ...], sources: Sources) -> tuple[Step, ...]:

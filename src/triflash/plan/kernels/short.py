@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from ...errors import bad_value
 from ...spec import AttentionSpec, BiasSpec, Needs
-from ..configs import MAX_HEAD_DIM, TileConfig, chosen, others_chosen, padded
+from ..configs import MAX_HEAD_DIM, OWNERS_OF_KEYS, TileConfig, chosen, others_chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step, asked_products, broadcast_rows, ceil_div
 from .parts import dbias_sum_steps
@@ -252,7 +252,7 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
     others are to run, as of the forward pass, or where it has nothing to give. For dsink it writes delta, from which that follows.
     """
     config = chosen(by_hand, "short_backward", ShortConfig)
-    others = others_chosen(by_hand, "dkdv", "dq", "few_backward")
+    others = others_chosen(by_hand, *OWNERS_OF_KEYS, "dq", "few_backward")
     if not (takes_backward(spec, device) and not others if config is None else runs(spec, True)):
         return ()
     config = config or choose_backward(spec, device)
