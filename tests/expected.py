@@ -10,7 +10,7 @@ import torch
 from cases import Case, Inputs, bias_shape
 from here import ON_HOPPER
 from judging import HOPPER
-from triflash.plan.configs import MAX_HEAD_DIM
+from triflash.plan.configs import MAX_HEAD_DIM, OWNERS_OF_KEYS
 from triflash.plan.device import KNOWN_DEVICES, facts_of
 from triflash.plan.hopper import adds_dq
 from triflash.plan.kernels import short
@@ -67,9 +67,18 @@ def expected_kernels(case: Case, backend: str, inputs: Inputs, adds: bool = Fals
         return steps + _expected_on_hopper(case, wanted, inputs, adds) if wanted else steps
     steps += ["delta"] if set(wanted) & set("qkbst") else []
     sources = dbias_kernels(case, wanted, inputs)
-    steps += ["dkdv"] if set(wanted) & set("kv") or "dkdv" in sources else []
+    steps += _owners_of_keys(case, wanted, inputs) if set(wanted) & set("kv") or "dkdv" in sources else []
     steps += ["dq"] if "q" in wanted or "dq" in sources else []
     return steps + ["dbias"] * sources.count("dbias")
+
+
+def _owners_of_keys(case: Case, wanted: list[str], inputs: Inputs) -> list[str]:
+    """One launch for dk and dv, or one each where that was faster: by the plan's own rule, which test_owners_of_keys.py is about."""
+    if case.tiles is not None or not inputs.q.is_cuda or max(case.D, case.Dv or case.D) <= 128:
+        return ["dkdv"]
+    needs = Needs(*(letter in wanted for letter in "qkvbst"))
+    steps = plan_backward(spec_of_case(case, inputs), needs, facts_of(inputs.q.device), "triton").steps
+    return [step.kernel for step in steps if step.kernel in OWNERS_OF_KEYS]
 
 
 def dbias_kernels(case: Case, wanted: Iterable[str], inputs: Inputs) -> list[str]:

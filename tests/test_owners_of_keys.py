@@ -44,6 +44,22 @@ def test_a_launch_each_by_hand() -> None:
         assert names(dataclasses.replace(spec(64), bias=bias), Needs(True, True, True, True))[1] == "dkdv"
 
 
+def test_where_rows_say_so() -> None:
+    """Head dims above 128 on sm90, of 16 bits, without what takes registers; for what is wanted alone, too."""
+    apart, both, wide = ["delta", "dk", "dv", "dq"], ["delta", "dkdv", "dq"], spec(256)
+    assert names(wide) == names(spec(160, hi=None)) == names(dataclasses.replace(wide, dtype="fp16")) == apart
+    assert names(spec(256, 512)) == apart and names(spec(256, 511)) == both
+    assert names(wide, Needs(False, False, True, False)) == ["dv"] and names(wide, Needs(False, True, False, False)) == ["delta", "dk"]
+    bias = BiasSpec("bf16", (False, False, True, True, True))
+    heavier = ({"bias": bias}, {"second": bias}, {"mask": bias}, {"softcap": 20.0}, {"alibi": True}, {"dropout": 0.1}, {"dtype": "fp32"})
+    for more in ({}, *heavier):
+        assert names(dataclasses.replace(wide, **more))[1] == ("dkdv" if more else "dk"), more
+        assert names(dataclasses.replace(spec(128), **more)) == both
+    assert names(wide, arch="sm80") == names(wide, arch="gfx942") == both
+    with override_configs(dkdv=TileConfig(32, 64, 8, 3)):
+        assert names(wide) == both
+
+
 def test_one_keeps_less_than_both() -> None:
     config = TileConfig(32, 64, 4, 2)
     used = {kernel: shared_memory(Problem(kernel, 128, 2, False, True), config, SM90) for kernel in ("dkdv", "dk", "dv")}

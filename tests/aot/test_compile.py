@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from triflash.plan import tables
 from triflash.plan.configs import MAX_HEAD_DIM
 from triflash.plan.device import KNOWN_DEVICES
 from triflash.plan.kernels.portable import problem_of
+from triflash.plan.override import override_configs
 from triflash.plan.select import Plan, plan_backward, plan_forward
 from triflash.spec import AttentionSpec, Gradients, Needs, Operands, Saved, spec_of
 
@@ -70,6 +72,9 @@ def targets() -> Iterator[Target]:
                 for causal in (False, True) if arch == "sm90" else (True,):
                     for kernel in ("forward", "dkdv", "dq", *(["dbias"] if bias else [])):
                         yield Target(arch, kernel, head_dim, torch.bfloat16, bias, causal)
+                    if arch == "sm90" and head_dim == 256 and not bias:
+                        for kernel, features in itertools.product(("dk", "dv"), ((), ("groups",), ("lengths",))):
+                            yield Target(arch, kernel, head_dim, torch.bfloat16, bias, causal, None, features)
         for head_dim in (64, 256) if arch == "sm90" else () if close else (256,):
             for kernel in ("forward", "dkdv", "dq", "dbias"):
                 yield Target(arch, kernel, head_dim, torch.float32, "1hqk", True)
@@ -154,7 +159,12 @@ def calls(target: Target) -> tuple[Plan, list[Call]]:
     forward = plan_forward(spec, facts, "triton")
     if target.head_dim > MAX_HEAD_DIM:
         return forward, forward_calls(forward, spec, x, saved)
-    backward = plan_backward(spec, Needs(True, True, True, x.bias is not None), facts, "triton")
+    # Where dk and dv have a launch each, the kernel for both still has its row, for packed sequences and what scores go through.
+    row = tables.lookup(target.arch, problem_of("dkdv", spec, facts), target.length)
+    with override_configs(
+        **({"dkdv": row.config} if target.kernel == "dkdv" and row is not None and not target.bias_dtype and not target.features else {})
+    ):
+        backward = plan_backward(spec, Needs(True, True, True, x.bias is not None), facts, "triton")
     made = forward_calls(forward, spec, x, saved)
     room, grads = Real(x.q), Gradients(x.q, x.k, x.v, x.bias)
     made += backward_calls(room, backward, spec, x, saved, out, None, scratch(room, backward, saved), grads)

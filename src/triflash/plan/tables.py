@@ -76,6 +76,9 @@ ROWS: tuple[Row, ...] = (
     *_measured("sm90", "dkdv", 64, False, "64x64 w4 s3", "64x64 w4 s3", (0, 2)),  # 505 / 375
     *_measured("sm90", "dkdv", 128, False, "64x128 w8 s3", "32x64 w4 s3", (26, 4)),  # 542 / 454
     *_measured("sm90", "dkdv", 256, False, "64x64 w8 s2", "32x64 w8 s3", (126, 34)),  # 273 / 163
+    # The next two by count and what they spill: not measured, docs/tuning.md.
+    *_measured("sm90", "dk", 256, False, "32x128 w8 s3", "32x128 w8 s3"),
+    *_measured("sm90", "dv", 256, False, "64x128 w8 s2", "32x128 w8 s3", (16, 0)),
     *_measured("sm90", "dkdv", 32, True, "32x128 w4 s3", "32x128 w4 s3", (0, 8)),  # 208 / 180
     *_measured("sm90", "dkdv", 64, True, "32x64 w4 s3", "64x64 w4 s3", (0, 8)),  # 332 / 292
     *_measured("sm90", "dkdv", 128, True, "32x64 w4 s3", "32x64 w4 s3", (10, 18)),  # 395 / 369 (64x128 w8: 402, spills)

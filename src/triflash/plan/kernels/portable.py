@@ -23,6 +23,7 @@ __all__ = [
     "packed_step", "problem_of", "products_of", "l2_group_of",
 ]  # fmt: skip
 
+KEYS_APART = 512  # of the shortest sequences that two launches were judged on
 WARPS_AT_A_TIME = 8  # of an SM, where a thread takes all the registers that it may
 
 Sources = dict[str, tuple[str, BiasSpec]]  # by name of a gradient: which kernel gives it, and the bias
@@ -167,13 +168,13 @@ def _apart(own: tuple[str, ...], spec: AttentionSpec, device: DeviceFacts, choic
     """Whether dk and dv come from a launch each of the kernel for both: q kᵀ is then multiplied twice, five products instead of four, but
     each launch has the registers for itself, which at head dim 256 both accumulators do not fit.
 
-    So where there are measured rows for that, and where configurations for it are chosen by hand.
+    So where there are rows for that, on as many keys as those were judged on, and where configurations for it are chosen by hand.
     """
     by_hand = dict(choices.by_hand)
     if others_chosen(by_hand, "dkdv") or others_chosen(by_hand, *own):
         return others_chosen(by_hand, *own)
     rows = [tables.lookup(device.arch, problem_of(name, spec, device), spec.keys) for name in own]
-    return all(row is not None for row in rows) and not _weight(spec, "") and spec.second is None
+    return spec.keys >= KEYS_APART and all(row is not None for row in rows) and not _weight(spec, "") and spec.second is None
 
 
 def dq_steps(spec: AttentionSpec, device: DeviceFacts, choices: Choices, gives: tuple[str, ...], sources: Sources) -> tuple[Step, ...]:
