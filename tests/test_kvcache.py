@@ -238,9 +238,11 @@ def test_no_more_splits_than_blocks() -> None:
     assert found.forward.steps[0].step.splits <= 1024 // 16
 
 
-@pytest.mark.parametrize("keys, parts", [(1024, 1), (4096, 2), (8192, 4), (32768, 4)])
-def test_many_full_requests_have_parts_too(keys: int, parts: int) -> None:
-    """Where each SM has several programs, shorter ones leave fewer of them idle at the end."""
-    q, k = (torch.empty(64, n, h, 128, device="meta", dtype=torch.bfloat16) for n, h in ((1, 32), (keys, 8)))
+@pytest.mark.parametrize(
+    "requests, keys, parts", [(64, 1024, 1), (64, 4096, 3), (64, 8192, 3), (32, 16384, 1), (128, 4096, 3), (256, 2048, 1)]
+)
+def test_many_full_requests_have_parts_too(requests: int, keys: int, parts: int) -> None:
+    """Where SMs have programs for more than a wave, shorter ones leave fewer of them idle at the end."""
+    q, k = (torch.empty(requests, n, h, 128, device="meta", dtype=torch.bfloat16) for n, h in ((1, 32), (keys, 8)))
     found = triflash.explain(q, k, k, of=attention_with_kvcache, device="h200")
     assert found.forward.steps[0].step.splits == parts

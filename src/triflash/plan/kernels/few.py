@@ -30,7 +30,6 @@ MIN_KEYS = 512  # below, a second launch costs more than idle SMs
 LEAST_KEYS = 128  # of a part: fewer keys take less time than putting parts together
 MAX_SPLITS = 256  # that the plan takes by itself
 MOST_KEYS = 8192  # of a part where requests may differ in length: SMs that are done with short ones share a long one
-KEYS_OF_WAVES, MOST_PARTS_OF_WAVES = 2048, 4  # of a part, at least, and parts, where requests are enough for all SMs
 PART_COST = 2  # of a part, in keys of a program, however many run at a time: what SMs share, and ``combine``
 BACKWARD_WARPS = 8  # of few_backward that an SM runs at a time
 PROGRAM_COST = 512  # of a program besides its keys, in keys: beginning, end and what ``combine`` reads of it
@@ -300,6 +299,16 @@ def cache_shape_of(spec: CacheSpec) -> Shape:
     return Shape(*sizes, itemsize, spec.bias is not None, heavy, True, spec.page_size is not None)
 
 
+def _has_waves(shape: Shape, config: FewConfig, sms: int) -> bool:
+    """Whether so many long full requests take more than a wave that three parts of each are faster: the last wave leaves fewer SMs idle.
+
+    Three rather than two or four, whose programs are at the same place of parts of 2^n keys: on an H200 64 requests of 8,192 keys take 556
+    µs in one part, 535 in two, 497 in three, 507 in four; of 2,048 in 8 bits one is the best (docs/tuning.md).
+    """
+    items = ceil_div(shape.rows, config.block_m) * shape.pairs
+    return 2 * items >= 3 * sms * per_sm(shape, config) and shape.keys >= 4096 and shape.rows > 1 and shape.itemsize > 1
+
+
 def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
     """The kernels of a call on a KV cache.
 
@@ -320,9 +329,8 @@ def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, obje
             # Two of what is longer than half a part: a program more or less on an SM is then less of its time (b 64: 1.08).
             least = max(ceil_div(spec.capacity, MOST_KEYS), 1 + (2 * spec.capacity > MOST_KEYS))
             splits = max(splits, min(MAX_SPLITS, least))
-        elif splits == 1 and not config.splits:
-            # Of several waves the last leaves SMs idle, and the shorter its programs the less: 541 to 494 µs (H200, b 64 of 8,192 keys).
-            splits = max(1, min(MOST_PARTS_OF_WAVES, spec.capacity // KEYS_OF_WAVES))
+        elif splits == 1 and not config.splits and _has_waves(shape, config, device.sms):
+            splits = 3
     programs = ceil_div(shape.rows, config.block_m) * shape.pairs * splits
     ptx = spec.cache_dtype == "fp8" and device.arch.startswith("sm")
     forward = Step("few_forward", config, programs, splits=splits, precision=asked_products(spec), ptx=ptx)
