@@ -237,3 +237,26 @@ def test_each_of_these_is_needed(kernel: str, old: str, new: str, monkeypatch: p
         check(batch, seed, dbias=DbiasConfig(2, 64, 4, 4, 2, chunk=16))
 
     assert noticed(run, 8)
+
+
+def test_tiles_are_dealt_out_for_equal_and_for_any_lengths() -> None:
+    """As even as one more or less of equal ones allows, and with lengths from 1 to the longest not by neighbouring rows of tiles."""
+    q = torch.empty(1, 32768, 16, 64, dtype=torch.bfloat16, device="meta")
+    bias = torch.empty(1, 1, 16, 2048, 2048, dtype=torch.bfloat16, device="meta")
+    found = []
+    for count in (16, 33):
+        cu = torch.empty(count + 1, dtype=torch.int32, device="meta")
+        spec = packed_spec_of(Operands(q, q, q, bias, offsets_q=cu, offsets_k=cu), None, 0, True, 0.125, "", "padded", "padded")
+        shape = dbias_plan.of_packed(spec)
+        config = dbias_plan.choose(shape, 232448)
+        assert config is not None
+        programs = dbias_plan.programs(shape, config, 1, 132)
+        shuffle, tiles = dbias_plan.shuffle(shape, config, 1, programs), dbias_plan._tiles_of_places(shape, config)[1]
+        found.append((programs, shuffle))
+        for lengths, most in (([2048] * count, 1.04), ([*range(64, 2049, 64)], 1.12)):
+            load = [0] * programs
+            for place in range(16 * len(tiles)):
+                if (tile := tiles[place * shuffle % len(tiles)]) is not None:
+                    load[place % programs] += sum(n > 128 * max(tile) for n in lengths)
+            assert max(load) <= most * sum(load) / programs
+    assert found[0] == found[1]

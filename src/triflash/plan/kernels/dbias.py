@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ...errors import bad_value
-from ...spec import AttentionSpec
+from ...spec import AttentionSpec, Packed
 from ..configs import chosen, padded
 from ..device import DeviceFacts
 from ..steps import Step, broadcast_rows, ceil_div
@@ -28,6 +28,8 @@ PART_COST = 4  # rounds, to write a tile's partial sum and to read it again
 MOST_WAVES = 3  # of tiles that are cut into parts: more even out little, and each takes room
 MAX_SIMULATED_TILES = 65536  # with more tiles every order comes out even
 SHUFFLES = (1, 3, 5, 7, 11, 13, 17, 19)
+SHUFFLES_OF_PACKED = (1, 5, 11)  # fewer, as each takes some 0.3 ms
+SEQUENCES = 16
 
 
 @dataclass(frozen=True)
@@ -170,15 +172,27 @@ def places(spec: AttentionSpec, config: DbiasConfig) -> tuple[int, tuple[bool, .
     """(places of a row, whether each place for the tiles of a head has one that some query sees): see ``tile_of`` of the kernel. Packed
     sequences are taken to have the diagonal 0.
     """
+    fold, tiles = _tiles_of_places(spec, config)
+    return fold, tuple(tile is not None for tile in tiles)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tiles_of_places(spec: AttentionSpec, config: DbiasConfig) -> tuple[int, tuple[tuple[int, int] | None, ...]]:
+    """(places of a row, tile of queries and tile of keys in each place; None where nobody sees it)."""
     tiles_m, tiles_n, _ = bias_tiles(spec, config)
     seen = [_seen(spec, config, tm) for tm in range(tiles_m)]
     if spec.lo is not None or spec.hi is None:
-        return tiles_n, tuple(begin <= tn < end for begin, end in seen for tn in range(tiles_n))
-    ends = [0] * (tiles_m % 2) + [end for _, end in seen]
+        return tiles_n, tuple((tm, tn) if begin <= tn < end else None for tm, (begin, end) in enumerate(seen) for tn in range(tiles_n))
+    odd = tiles_m % 2
+    ends = [0] * odd + [end for _, end in seen]
     pairs = list(zip(ends, reversed(ends), strict=True))[: len(ends) // 2]
     fold = max(1, *(sum(pair) for pair in pairs))
-    folded = tuple(column < own or column >= fold - opposite for own, opposite in pairs for column in range(fold))
-    return fold, folded + (False,) * (tiles_m * tiles_n if spec.packed is not None else 0)
+    folded = tuple(
+        (row - odd, column) if column < own else (tiles_m - 1 - row, fold - 1 - column) if column >= fold - opposite else None
+        for row, (own, opposite) in enumerate(pairs)
+        for column in range(fold)
+    )
+    return fold, folded + (None,) * (tiles_m * tiles_n if spec.packed is not None else 0)
 
 
 def _seen(spec: AttentionSpec, config: DbiasConfig, tm: int) -> tuple[int, int]:
@@ -196,31 +210,55 @@ def programs(spec: AttentionSpec, config: DbiasConfig, splits: int, sms: int) ->
     Under a band some places are empty, and a grid whose size has a divisor in common with the places of a row gives some CTAs the same
     columns, all long or all short, in every wave.
     """
+    spec = _of_any_number(spec)
     tiles, most = bias_tiles(spec, config)[2] * splits, sms * config.ctas_per_sm
-    if tiles <= most or not is_banded(spec) or tiles > MAX_SIMULATED_TILES:
+    if not _differ(spec, tiles, most):
         return min(tiles, most)
-    return min(range(most, max(0, most - 4), -1), key=lambda count: _best_shuffle(spec, config, splits, count)[0])
+    fewer = 5 if spec.packed is not None else 4
+    return min(range(most, max(0, most - fewer), -1), key=lambda count: _best_shuffle(spec, config, splits, count)[0])
+
+
+def _of_any_number(spec: AttentionSpec) -> AttentionSpec:
+    """The spec, of packed sequences that share a bias with a number of them that always is the same: every batch may have another, and its
+    tiles are dealt out alike.
+    """
+    assert spec.bias is not None
+    if spec.packed is None or spec.bias.varies[0]:
+        return spec
+    return replace(spec, batch_outer=SEQUENCES, packed=Packed(SEQUENCES))
+
+
+def _differ(spec: AttentionSpec, tiles: int, programs: int) -> bool:
+    """Whether it matters which program has which tiles: some are more work than others, and there is more than one for each."""
+    return programs < tiles <= MAX_SIMULATED_TILES and (is_banded(spec) or spec.packed is not None)
 
 
 def shuffle(spec: AttentionSpec, config: DbiasConfig, splits: int, programs: int) -> int:
     """In which steps the places of a head are taken (``tile_of`` of the kernel): the ones with the least load imbalance."""
+    spec = _of_any_number(spec)
     tiles = bias_tiles(spec, config)[2] * splits
-    if tiles <= programs or not is_banded(spec) or tiles > MAX_SIMULATED_TILES:
-        return 1
-    return _best_shuffle(spec, config, splits, programs)[1]
+    return _best_shuffle(spec, config, splits, programs)[1] if _differ(spec, tiles, programs) else 1
 
 
 @functools.lru_cache(maxsize=4096)
 def _best_shuffle(spec: AttentionSpec, config: DbiasConfig, splits: int, programs: int) -> tuple[float, int]:
-    """(the most work of a program, shuffle)."""
+    """(the most work of a program, shuffle). Of packed sequences, whose lengths are not known, the sum of two shares of all work: where all
+    are as long as the bias, and where any length is as likely.
+    """
     tiles_m, tiles_n, own = bias_tiles(spec, config)
     rounds = broadcast_rows(spec) / splits
-    cost = [rounds if full else EMPTY_PLACE_COST for full in places(spec, config)[1]]
+    tiles = _tiles_of_places(spec, config)[1]
+    costs = [[EMPTY_PLACE_COST if tile is None else rounds for tile in tiles]]
+    if spec.packed is not None:
+        costs.append([EMPTY_PLACE_COST if tile is None else rounds * (1 - max(tile[0] / tiles_m, tile[1] / tiles_n)) for tile in tiles])
     found = []
-    for each in SHUFFLES:
-        if math.gcd(each, len(cost)) == 1:
-            work = [cost[place * each % len(cost)] for place in range(len(cost))] * (own * splits // (tiles_m * tiles_n))
-            found.append((round(max(sum(work[program::programs]) for program in range(programs)), 2), each))
+    for each in SHUFFLES if spec.packed is None else SHUFFLES_OF_PACKED:
+        if math.gcd(each, len(tiles)) == 1:
+            most = 0.0
+            for cost in costs:
+                work = [cost[place * each % len(cost)] for place in range(len(cost))] * (own * splits // (tiles_m * tiles_n))
+                most += max(sum(work[program::programs]) for program in range(programs)) / (1 if spec.packed is None else sum(work))
+            found.append((round(most, 2 if spec.packed is None else 5), each))
     return min(found)
 
 
