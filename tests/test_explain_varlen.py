@@ -201,10 +201,10 @@ def test_what_runs_on_hopper(length: int, backend: str) -> None:
 
 @triton_only
 def test_where_configurations_come_from_on_hopper() -> None:
-    """The gradient of a bias has a portable kernel's tiles there; what has no tiles of scores says so, delta too."""
+    """The gradient of a bias by rows has a portable kernel's tiles there; what has no tiles of scores says so, delta too."""
     q, cu = torch.empty(4096, H, 64, dtype=torch.bfloat16, device="meta"), torch.empty(17, dtype=torch.int32, device="meta")
-    bias = torch.empty(1, H, 256, 256, dtype=torch.bfloat16, device="meta")
-    told = explain(q, q, q, cu, bias=bias, of=attention_varlen, device="h200", grads=("q", "bias"))
+    bias = torch.empty(H, 4096, 256, dtype=torch.bfloat16, device="meta")
+    told = explain(q, q, q, cu, bias=bias, bias_layout="rows", of=attention_varlen, device="h200", grads=("q", "bias"))
     assert told.backward is not None
     sources = {each.step.kernel: each.source for each in (*told.forward.steps, *told.backward.steps)}
     assert "row of plan/tables.py" in sources["packed_dbias"]

@@ -235,7 +235,8 @@ def _dbias(step: Step, p: _Pass) -> Call:
     assert isinstance(step.config, DbiasConfig) and bias is not None and parts is not None
     features = (p.x.key_lengths, p.x.alibi_slopes, p.x.mask, p.x.dropout_seed, p.small_lse, p.x.second_bias)
     inputs = (q, k, v, bias, p.dout, p.stats, parts)
-    return hopper_dbias_call(p.spec, step.config, step.programs, step.splits, *inputs, *features, loops=step.loops, t=p.t)
+    packed = hopper_packed.sequences_of(p.t, p.spec, p.stats)
+    return hopper_dbias_call(p.spec, step.config, step.programs, step.splits, *inputs, *features, step.loops, packed)
 
 
 # How a backward pass launches each kernel of its plan.

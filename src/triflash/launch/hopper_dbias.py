@@ -13,13 +13,11 @@ from torch import Tensor
 
 from ..kernels.hopper import dbias as dbias_kernels
 from ..plan.kernels.dbias import DbiasConfig, bias_tiles, of_packed, places, shuffle, slots_needed
-from ..plan.kernels.packed import packed_of
 from ..plan.kernels.shared import ROWS, SMALLEST_BLOCK, multiplied_columns, row_by_mma, second_buffer
 from ..plan.steps import broadcast_rows
 from ..spec import AttentionSpec
 from .calls import Call, alibi_of, bias_strides, cap_of, dropout_of, lengths_of, slope_strides
 from .hopper import blocks_of, descriptor, of_rows, register_limit, writable
-from .hopper_packed import Tables
 
 __all__ = ["dbias_call"]
 
@@ -28,13 +26,13 @@ def dbias_call(
     spec: AttentionSpec, config: DbiasConfig, programs: int, splits: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dout: Tensor,
     stats: Tensor, parts: Tensor, lengths: Tensor | None = None, slopes: Tensor | None = None,
     mask: Tensor | None = None, seed: Tensor | None = None, small_lse: Tensor | None = None,
-    second: Tensor | None = None, loops: str = "both", t: Tables | None = None,
+    second: Tensor | None = None, loops: str = "both", packed: tuple[Any, ...] | None = None,
 ) -> Call:  # fmt: skip
     """dbias of a bias that ``plan.kernels.dbias.why_not`` allows, as ``splits`` parts: parts is (splits, the bias's own five dims).
 
     One part may have the bias's dtype and be the gradient itself; several are float32, and ``dbias_sum`` adds them. Of a tile that is seen
-    every part must have a round, for only those of unseen tiles are filled with zeros. spec may be one of packed sequences, of which t are
-    the tables; dims of the bias are then sequences, 1, heads, and its own queries and keys.
+    every part must have a round, for only those of unseen tiles are filled with zeros. spec may be one of packed sequences, which are then
+    ``hopper_packed.sequences_of``'s, and dims of the bias sequences, 1, heads, and its own queries and keys.
     """
     given, spec = spec, spec if spec.packed is None else of_packed(spec)
     assert splits <= broadcast_rows(spec), "a part without rounds would not be written"
@@ -59,7 +57,7 @@ def dbias_call(
             cap_of(spec),
             dropout_of(spec, seed),
             *blocks_of(second, second_buffer(spec, config).shape),
-            None if t is None else (t.extents, t.diagonals, int(packed_of(given).bottom_right), stats.shape[2]),
+            packed,
             None if mask is None else mask.view(torch.uint8),
             bias_strides(mask),
         ),

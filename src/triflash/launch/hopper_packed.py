@@ -23,7 +23,7 @@ from .common import config_of
 from .packed import extents_call, row_and_head, sink_of, unowned_call
 from .room import Room
 
-__all__ = ["AROUND", "Around", "Tables", "as_spread", "spreads", "tables", "tiles_of"]
+__all__ = ["AROUND", "Around", "Tables", "as_spread", "sequences_of", "spreads", "tables", "tiles_of"]
 
 _GROUPS = listed_kernels.BUCKETS.value * listed_kernels.CHUNKS.value
 
@@ -102,6 +102,13 @@ def tiles_of(t: Tables | None, spec: AttentionSpec, name: str) -> tuple[Any, ...
     packed = packed_of(spec)
     along = [int(layout == name) for layout in (packed.bias_layout, packed.mask_layout) for name in ("rows", "keys")]
     return (t.of[name].table, t.of[name].total, int(packed.bottom_right), *along)
+
+
+def sequences_of(t: Tables | None, spec: AttentionSpec, stats: Tensor) -> tuple[Any, ...] | None:
+    """What a kernel takes that finds sequences by their numbers: extents, diagonals, 1 or 0 as of ``tiles_of``, and how long the row of
+    statistics of a head is; None: nothing is packed.
+    """
+    return None if t is None else (t.extents, t.diagonals, int(packed_of(spec).bottom_right), stats.shape[2])
 
 
 class Around(NamedTuple):

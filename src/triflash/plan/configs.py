@@ -81,7 +81,7 @@ def chosen(by_hand: Mapping[str, object], kernel: str, kind: type[_Config]) -> _
 
 def others_chosen(by_hand: Mapping[str, object], *kernels: str) -> bool:
     """Whether the caller chose one of these portable kernels by hand, so that no other takes its place by itself."""
-    return any(chosen(by_hand, kernel, TileConfig) is not None for kernel in kernels)
+    return bool(by_hand) and any(chosen(by_hand, kernel, TileConfig) is not None for kernel in kernels)
 
 
 @functools.cache  # a plan asks for the same few dims dozens of times

@@ -99,6 +99,34 @@ class Program:
     LOOPS: gl.constexpr
 
 
+@record
+class Feed:
+    """What a producer needs besides: descriptors of its operands of s and dp, their buffers and slots, query heads a key head, and for keys
+    the descriptor of a second bias and along which outer dims that varies, or None.
+    """
+
+    s_desc: object
+    dp_desc: object
+    buffers: object
+    slots: Ring
+    group: object
+    second_desc: object
+    second_on: object
+
+
+@record
+class Round:
+    """A round of a tile, of a consumer: its extent, batch entry and head, first query and key, and the bias's buffer and wave."""
+
+    x: object
+    b: object
+    head: object
+    m0: object
+    n0: object
+    buffer: object
+    wave: object
+
+
 @gluon.constexpr_function
 def chunks_of(dim, CHUNK):
     """How many chunks a head dim has."""
@@ -117,11 +145,8 @@ def _fetch(p, desc, buffers, slots, at, place, head, column, PARTS: gl.constexpr
 
 
 @gluon.jit
-def _produce(p, s_desc, dp_desc, buffers, slots, group, second_desc, second_on, OF_KEYS: gl.constexpr):
-    """A producer: every load of one operand of both MMAs, in the order in which the consumers need them.
-
-    second_desc: of a bias over keys alone, a row of which comes with the last chunk of keys of a round; or None.
-    """
+def _produce(p, f, OF_KEYS: gl.constexpr):
+    """A producer: every load of one operand of both MMAs, in the order in which the consumers need them."""
     CHUNKS: gl.constexpr = p.S_CHUNKS + p.DP_CHUNKS
     at = 0  # chunks so far
     for index in range(gl.program_id(0), p.tiles, gl.num_programs(0)):
@@ -132,30 +157,30 @@ def _produce(p, s_desc, dp_desc, buffers, slots, group, second_desc, second_on, 
             place = key_place(x, n0) if OF_KEYS else query_place(x, m0)
             if p.packed is not None:
                 if reaches(p, x, m0, n0):
-                    _feed(p, s_desc, dp_desc, buffers, slots, at, place, b, head, n0, group, second_desc, second_on, OF_KEYS)
+                    _feed(p, f, at, place, b, head, n0, OF_KEYS)
                     at += CHUNKS
             else:
-                _feed(p, s_desc, dp_desc, buffers, slots, at, place, b, head, n0, group, second_desc, second_on, OF_KEYS)
+                _feed(p, f, at, place, b, head, n0, OF_KEYS)
                 at += CHUNKS
 
 
 @gluon.jit
-def _feed(p, s_desc, dp_desc, buffers, slots, at, place, b, query_head, n0, group, second_desc, second_on, OF_KEYS: gl.constexpr):
-    """The loads of a round, of one operand of both MMAs; place: where its rows lie."""
-    CHUNK: gl.constexpr = buffers.shape[-1]
+def _feed(p, f, at, place, b, query_head, n0, OF_KEYS: gl.constexpr):
+    """The loads of a round: of rows that lie at ``place``, and a second bias's with the last chunk of keys."""
+    CHUNK: gl.constexpr = f.buffers.shape[-1]
     PARTS: gl.constexpr = 1 if OF_KEYS else p.C.consumers
-    ROW: gl.constexpr = second_desc.block_type.nbytes if second_desc is not None else 0
+    ROW: gl.constexpr = f.second_desc.block_type.nbytes if f.second_desc is not None else 0
     head = query_head
     if OF_KEYS:
-        head = head // group
+        head = head // f.group
     for c in gl.static_range(p.S_CHUNKS):
-        _fetch(p, s_desc, buffers, slots, at + c, place, head, c * CHUNK, PARTS, ROW if c == p.S_CHUNKS - 1 else 0)
-    if second_desc is not None:
-        outer, inner, bias_head = outer_at(b, p.batch_inner, query_head, second_on)
-        slot = slots.slot(at + p.S_CHUNKS - 1, 0)
-        tma_load(second_desc, [outer, inner, bias_head, 0, n0], slots.full.index(slot), p.second_s.index(slot))
+        _fetch(p, f.s_desc, f.buffers, f.slots, at + c, place, head, c * CHUNK, PARTS, ROW if c == p.S_CHUNKS - 1 else 0)
+    if f.second_desc is not None:
+        outer, inner, bias_head = outer_at(b, p.batch_inner, query_head, f.second_on)
+        slot = f.slots.slot(at + p.S_CHUNKS - 1, 0)
+        tma_load(f.second_desc, [outer, inner, bias_head, 0, n0], f.slots.full.index(slot), p.second_s.index(slot))
     for c in gl.static_range(p.DP_CHUNKS):
-        _fetch(p, dp_desc, buffers, slots, at + p.S_CHUNKS + c, place, head, c * CHUNK, PARTS, 0)
+        _fetch(p, f.dp_desc, f.buffers, f.slots, at + p.S_CHUNKS + c, place, head, c * CHUNK, PARTS, 0)
 
 
 @gluon.jit
@@ -237,7 +262,7 @@ def _release(p, at, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _add_round(p, acc, at, x, b, head, m0, n0, buffer, wave, scale_log2, nothing, unscale, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
+def _add_round(p, acc, at, t, scale_log2, nothing, unscale, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
     """The sum of a tile's ds and that of a round, of a consumer: ``at`` chunks came before."""
     BN: gl.constexpr = p.C.block_n
     S: gl.constexpr = accumulator(BN)
@@ -250,16 +275,16 @@ def _add_round(p, acc, at, x, b, head, m0, n0, buffer, wave, scale_log2, nothing
     ADDED: gl.constexpr = p.second_s is not None and not BY_MMA
     ROW_FIRST: gl.constexpr = ADDED and SMALL_LSE  # in whichever order registers suffice for
     if p.packed is not None:
-        whole = is_whole(p, x, m0, n0)
-        lse, delta, rest = statistics(p.stats, head, x.first_padded + m0, p.packed[3], p.HAS_REST, BM, BN)
-        delta = gl.where(m0 + gl.arange(0, BM, gl.SliceLayout(1, S)) < x.queries, delta, 0.0)  # where there is no query, it may be NaN
+        whole = is_whole(p, t.x, t.m0, t.n0)
+        lse, delta, rest = statistics(p.stats, t.head, t.x.first_padded + t.m0, p.packed[3], p.HAS_REST, BM, BN)
+        delta = gl.where(t.m0 + gl.arange(0, BM, gl.SliceLayout(1, S)) < t.x.queries, delta, 0.0)  # where there is no query, it may be NaN
     else:
-        lse, delta, rest = statistics(p.stats, b * p.heads + head, m0, (p.M + 127) // 128 * 128, p.HAS_REST, BM, BN)
-    n_keys = visible_keys(p.lengths, b, p.N)
+        lse, delta, rest = statistics(p.stats, t.b * p.heads + t.head, t.m0, (p.M + 127) // 128 * 128, p.HAS_REST, BM, BN)
+    n_keys = visible_keys(p.lengths, t.b, p.N)
     if p.mask is not None:
-        j = n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
-        row = p.mask + offset(b // p.batch_inner, p.mask_strides[0]) + offset(b % p.batch_inner, p.mask_strides[1])
-        row += offset(head, p.mask_strides[2])
+        j = t.n0 + gl.arange(0, BN, gl.SliceLayout(0, S))
+        row = p.mask + offset(t.b // p.batch_inner, p.mask_strides[0]) + offset(t.b % p.batch_inner, p.mask_strides[1])
+        row += offset(t.head, p.mask_strides[2])
         # A row that TMA could address: keys are neighbours, and it begins at an even address. Read by two, a byte past an odd end.
         if p.EVEN:
             mask_row = gl.expand_dims(gl.load(row + j), 0)
@@ -290,11 +315,11 @@ def _add_round(p, acc, at, x, b, head, m0, n0, buffer, wave, scale_log2, nothing
     _release(p, at + EARLY, S_CHUNKS - EARLY)
 
     if not ROW_FIRST:
-        mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
-        bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
+        mbarrier.wait(p.biases.full.index(t.buffer), p.biases.phase(t.wave))
+        bias = p.bias_s.index(t.buffer).reshape([BM, BN]).load(S)
     if p.cap is not None:
         if p.lengths is not None:  # a hidden key may be NaN, and ``tanh`` spreads NaN to the three scores that share its reciprocal
-            s = mask_band(s, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
+            s = mask_band(s, t.m0, t.n0, n_keys, None, None, BM, BN, "0f00000000")
         s = softcapped(tanh(s, p.cap), p.cap)
     else:
         s = s * scale_log2
@@ -302,32 +327,33 @@ def _add_round(p, acc, at, x, b, head, m0, n0, buffer, wave, scale_log2, nothing
         s = s - gl.expand_dims(lse, 1)
     if ROW_FIRST:
         s = add_bias(s, second, False)
-        mbarrier.wait(p.biases.full.index(buffer), p.biases.phase(wave))
-        bias = p.bias_s.index(buffer).reshape([BM, BN]).load(S)
+        mbarrier.wait(p.biases.full.index(t.buffer), p.biases.phase(t.wave))
+        bias = p.bias_s.index(t.buffer).reshape([BM, BN]).load(S)
     s = add_bias(s, bias, False)
     if ADDED and not ROW_FIRST:
         s = add_bias(s, second, False)
     if p.ALIBI:
-        slope = slope_of(p.slopes, p.slope_strides, b, head)
-        s = add_alibi(s, slope, n0 - m0 - x.diagonal, 1, p.ALIBI)
+        slope = slope_of(p.slopes, p.slope_strides, t.b, t.head)
+        s = add_alibi(s, slope, t.n0 - t.m0 - t.x.diagonal, 1, p.ALIBI)
     if p.mask is not None:
         s = add_bias(s, mask_row, True)
     if p.lengths is not None:
-        s = mask_band(s, m0, n0, n_keys, None, None, BM, BN, "0fFF800000")
+        s = mask_band(s, t.m0, t.n0, n_keys, None, None, BM, BN, "0fFF800000")
     if not SMALL_LSE:
         s = exponents(s, lse, rest, p.HAS_REST, True)
     weight = gl.exp2(s)
     if p.packed is not None:
         if not whole:
-            weight = own_part(weight, extent_of_sequence(p, b), m0, n0, BN)  # asked for again, which takes fewer registers than to keep it
+            # Its extent once more: to keep all of it takes registers.
+            weight = own_part(weight, extent_of_sequence(p, t.b), t.m0, t.n0, BN)
     if p.dropout is not None:
-        weight = sign_dropped(weight, keep_bits(philox_of(p.dropout, b, head, p.heads), m0, n0, BM, BN, False))
+        weight = sign_dropped(weight, keep_bits(philox_of(p.dropout, t.b, t.head, p.heads), t.m0, t.n0, BM, BN, False))
 
     p.right.wait(at + CHUNKS - 1, 0)  # long since full: waited for to keep ptxas from moving the wait for dp up
     dp = warpgroup_mma_wait(0, [dp_pending])
     _release(p, at + S_CHUNKS, DP_CHUNKS)
     if p.lengths is not None:  # values that are hidden may be anything
-        dp = mask_band(dp, m0, n0, n_keys, None, None, BM, BN, "0f00000000")
+        dp = mask_band(dp, t.m0, t.n0, n_keys, None, None, BM, BN, "0f00000000")
     return acc + ds_of(weight, dp, gl.expand_dims(delta, 1), p.dropout is not None)
 
 
@@ -352,12 +378,13 @@ def _consume(p, WG: gl.constexpr, SMALL_LSE: gl.constexpr):
         for r in range(first, last):
             b, head = round_of(p, r, b0, b1, own_head)
             x = extent_of_sequence(p, b)
+            t = Round(x, b, head, m0, n0, buffer, wave)
             if p.packed is not None:
                 if reaches(p, x, m0 - WG * BM, n0):
-                    acc = _add_round(p, acc, at, x, b, head, m0, n0, buffer, wave, scale_log2, nothing, unscale, WG, SMALL_LSE)
+                    acc = _add_round(p, acc, at, t, scale_log2, nothing, unscale, WG, SMALL_LSE)
                     at += CHUNKS
             else:
-                acc = _add_round(p, acc, at, x, b, head, m0, n0, buffer, wave, scale_log2, nothing, unscale, WG, SMALL_LSE)
+                acc = _add_round(p, acc, at, t, scale_log2, nothing, unscale, WG, SMALL_LSE)
                 at += CHUNKS
 
         if first < last:
@@ -464,14 +491,16 @@ def dbias(
         hi, scale, splits, tiles_m, tiles, places, fold, shuffle, zeros_s, tiles_n, C, chunks_of(QK, C.chunk), chunks_of(OV, C.chunk), QK,
         OV, VARIES_B0, VARIES_B1, VARIES_H, HAS_REST, EVEN, ALIBI, LOOPS,
     )  # fmt: skip
+    of_queries = Feed(q_desc, dout_desc, left_s, left, group, None, None)
+    of_keys = Feed(k_desc, v_desc, right_s, right, group, second_desc, second_on)
     if WGS == 1:
         gl.warp_specialize([
-            (_consume_either, (p, 0)), (_produce, (p, q_desc, dout_desc, left_s, left, group, None, None, False)),
-            (_produce, (p, k_desc, v_desc, right_s, right, group, second_desc, second_on, True)), (_supply, (p, bias_desc)), (_clear, (p,)),
+            (_consume_either, (p, 0)), (_produce, (p, of_queries, False)),
+            (_produce, (p, of_keys, True)), (_supply, (p, bias_desc)), (_clear, (p,)),
         ], [1, 1, 1, 1], [32, 32, 32, 32])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume_either, (p, 0)), (_consume_either, (p, 1)),
-            (_produce, (p, q_desc, dout_desc, left_s, left, group, None, None, False)),
-            (_produce, (p, k_desc, v_desc, right_s, right, group, second_desc, second_on, True)), (_supply, (p, bias_desc)), (_clear, (p,)),
+            (_produce, (p, of_queries, False)),
+            (_produce, (p, of_keys, True)), (_supply, (p, bias_desc)), (_clear, (p,)),
         ], [4, 1, 1, 1, 1], [C.registers, 32, 32, 32, 32])  # fmt: skip

@@ -173,8 +173,9 @@ def _apart(own: tuple[str, ...], spec: AttentionSpec, device: DeviceFacts, choic
     by_hand = dict(choices.by_hand)
     if others_chosen(by_hand, "dkdv") or others_chosen(by_hand, *own):
         return others_chosen(by_hand, *own)
-    rows = [tables.lookup(device.arch, problem_of(name, spec, device), spec.keys) for name in own]
-    return spec.keys >= KEYS_APART and all(row is not None for row in rows) and not _weight(spec, "") and spec.second is None
+    if spec.keys < KEYS_APART or spec.second is not None:
+        return False
+    return all(tables.lookup(device.arch, problem_of(name, spec, device), spec.keys) for name in own) and not _weight(spec, "")
 
 
 def dq_steps(spec: AttentionSpec, device: DeviceFacts, choices: Choices, gives: tuple[str, ...], sources: Sources) -> tuple[Step, ...]:
