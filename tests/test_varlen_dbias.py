@@ -213,7 +213,7 @@ def test_every_tile_has_one_place(sizes: tuple[int, int], band: tuple[int | None
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of the CPU's stand-in")
 @pytest.mark.parametrize("kernel, old, new", [
-    ("dbias", "gl.where(_ < x.queries, delta, 0.0)", "delta"),
+    ("dbias", "gl.where(_ < t.x.queries, delta, 0.0)", "delta"),
     ("dbias", "weight = own_part(_1, _2, _3, _4, _5)", "pass"),
     ("dbias", "mbarrier.wait(p.biases.full.index(_), _)", "pass"),
     ("dbias_tiles", "gl.where(i < x.queries, x.keys - 1, -1)", "x.keys - 1 + 0 * i"),
