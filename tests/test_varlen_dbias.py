@@ -81,6 +81,23 @@ def test_configurations(config: DbiasConfig, band: dict[str, Any]) -> None:
     assert ran_dbias(check(batch, 0, dbias=config))
 
 
+@pytest.mark.parametrize("config, least", [(DbiasConfig(2, 64, 4, 4, chunk=16), 3), (DbiasConfig(2, 64, 4, 4, chunk=16, ping_pong=True), 4),
+                                           (DbiasConfig(1, 64, 4, 4, chunk=16, ping_pong=True), 3)], ids=str)  # fmt: skip
+def test_slots_that_a_round_needs(config: DbiasConfig, least: int) -> None:
+    """As many run, and fewer are refused before they wait for ever: in turns, a consumer frees nothing of a round while the other has it."""
+
+    def run(key_slots: int, query_slots: int) -> None:
+        batch = several([70, 0, 130], D=32, causal=True)
+        batch.leaves["bias"] = torch.randn(1, 2, 130, 136, generator=torch.Generator().manual_seed(1)).to(HALF)
+        assert ran_dbias(check(batch, 0, dbias=replace(config, key_slots=key_slots, query_slots=query_slots)))
+
+    for slots in ((least, least), (least, least + 2), (least + 2, least)):
+        run(*slots)
+    for slots in ((least - 1, least), (least, least - 1)):
+        with pytest.raises(ValueError, match=f"key_slots and query_slots: wanted at least {least} "):
+            run(*slots)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 64, 64), (1, 2, 150, 150), (6, 1, 150, 150)], ids=str)
 def test_few_tiles_are_split(shape: tuple[int, ...]) -> None:
     """The sequences of a tile in parts, which are added in their order."""

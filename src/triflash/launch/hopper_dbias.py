@@ -37,7 +37,8 @@ def dbias_call(
     given, spec = spec, spec if spec.packed is None else of_packed(spec)
     assert splits <= broadcast_rows(spec), "a part without rounds would not be written"
     block_n, chunk = config.block_n, config.chunk
-    assert spec.bias is not None and config.slots >= slots_needed(spec, chunk), "fewer slots than a round needs: a deadlock"
+    assert spec.bias is not None
+    assert config.slots >= slots_needed(spec, chunk, config.in_turn), "fewer slots than a round needs: a deadlock"
     tiles_m, tiles_n, own = bias_tiles(spec, config)
     fold, full = places(spec, config)
     whole = splits == 1 and parts.dtype == bias.dtype and writable(parts[0])

@@ -67,6 +67,11 @@ class DbiasConfig(QueryConfig):
         """Chunks that both rings hold."""
         return min(self.key_slots, self.query_slots)
 
+    @property
+    def in_turn(self) -> bool:
+        """Whether a consumer waits until another has issued its MMAs."""
+        return self.ping_pong and self.consumers > 1
+
     def __str__(self) -> str:
         flags = " ping-pong" * self.ping_pong + f" {self.ctas_per_sm} CTAs/SM" * (self.ctas_per_sm > 1)
         return f"{self.block_m}x{self.block_n} s{self.key_slots}/{self.query_slots} b{self.bias_stages} c{self.chunk}{flags}"
@@ -82,6 +87,14 @@ class DbiasConfig(QueryConfig):
             bias_buffer(spec, self, int(is_banded(spec) or spec.packed is not None))._replace(name="zeros"),
             barriers(2 * self.query_slots, 2 * self.key_slots, 2 * biases, 2),
         )
+
+    def check(self, spec: AttentionSpec, dim: int, limit: int, gives: tuple[str, ...] = ()) -> None:
+        super().check(spec, dim, limit, gives)
+        least = slots_needed(spec, self.chunk, self.in_turn)
+        if self.slots < least:
+            wanted = f"at least {least} for head dims {spec.head_dim} and {spec.value_dim} in chunks of {self.chunk}"
+            got = (self.key_slots, self.query_slots)
+            raise bad_value("key_slots and query_slots", wanted, got, "a round would wait for slots that it holds")
 
     def reads_small_lse(self, spec: AttentionSpec) -> bool:
         return True
@@ -127,9 +140,11 @@ def of_packed(spec: AttentionSpec) -> AttentionSpec:
     return replace(spec, batch_outer=packed.sequences, queries=packed.bias_sizes[0], keys=packed.bias_sizes[1])
 
 
-def slots_needed(spec: AttentionSpec, chunk: int) -> int:
-    """Chunks that must lie in either ring at the same time: the last of S and all of dP."""
-    return 1 + -(-spec.value_dim // chunk)
+def slots_needed(spec: AttentionSpec, chunk: int, in_turn: bool = False) -> int:
+    """Chunks that must lie in either ring at the same time: the last of S and all of dP. Where consumers issue their MMAs in turn all of S:
+    the one whose turn is next frees none before the other has issued those of a whole round.
+    """
+    return (ceil_div(spec.head_dim, chunk) if in_turn else 1) + ceil_div(spec.value_dim, chunk)
 
 
 @functools.lru_cache(maxsize=4096)
