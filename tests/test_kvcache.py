@@ -243,6 +243,15 @@ def test_no_more_splits_than_blocks() -> None:
 )
 def test_many_full_requests_have_parts_too(requests: int, keys: int, parts: int) -> None:
     """Where SMs have programs for more than a wave, shorter ones leave fewer of them idle at the end."""
-    q, k = (torch.empty(requests, n, h, 128, device="meta", dtype=torch.bfloat16) for n, h in ((1, 32), (keys, 8)))
-    found = triflash.explain(q, k, k, of=attention_with_kvcache, device="h200")
-    assert found.forward.steps[0].step.splits == parts
+    assert _parts_of(requests, 1, keys) == parts
+
+
+@pytest.mark.parametrize("requests, queries, keys", [(64, 512, 8192), (16, 128, 4096), (2, 4096, 8192)])
+def test_prompts_have_no_parts(requests: int, queries: int, keys: int) -> None:
+    """In float32 those of 64 x 512 queries would be 1.5 GiB, to be put together for a wave in thirty."""
+    assert _parts_of(requests, queries, keys) == 1
+
+
+def _parts_of(requests: int, queries: int, keys: int) -> int:
+    q, k = (torch.empty(requests, n, h, 128, device="meta", dtype=torch.bfloat16) for n, h in ((queries, 32), (keys, 8)))
+    return triflash.explain(q, k, k, of=attention_with_kvcache, device="h200").forward.steps[0].step.splits

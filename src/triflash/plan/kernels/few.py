@@ -303,10 +303,11 @@ def _has_waves(shape: Shape, config: FewConfig, sms: int) -> bool:
     """Whether so many long full requests take more than a wave that three parts of each are faster: the last wave leaves fewer SMs idle.
 
     Three rather than two or four, whose programs are at the same place of parts of 2^n keys: on an H200 64 requests of 8,192 keys take 556
-    µs in one part, 535 in two, 497 in three, 507 in four; of 2,048 in 8 bits one is the best (docs/tuning.md).
+    µs in one part, 535 in two, 497 in three, 507 in four; of 2,048 in 8 bits one is the best (docs/tuning.md). Only where rows fit a
+    tile: outputs of parts are float32, and of a prompt they would be more to move than its keys.
     """
-    items = ceil_div(shape.rows, config.block_m) * shape.pairs
-    return 2 * items >= 3 * sms * per_sm(shape, config) and shape.keys >= 4096 and shape.rows > 1 and shape.itemsize > 1
+    tiled, enough = 1 < shape.rows <= config.block_m, 2 * shape.pairs >= 3 * sms * per_sm(shape, config)
+    return tiled and enough and shape.keys >= 4096 and shape.itemsize > 1
 
 
 def cache_steps(spec: CacheSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> tuple[Step, ...]:
