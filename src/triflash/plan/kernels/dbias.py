@@ -29,7 +29,7 @@ MOST_WAVES = 3  # of tiles that are cut into parts: more even out little, and ea
 MAX_SIMULATED_TILES = 65536  # with more tiles every order comes out even
 SHUFFLES = (1, 3, 5, 7, 11, 13, 17, 19)
 SHUFFLES_OF_PACKED = (1, 5, 11)  # fewer, as each takes some 0.3 ms
-SEQUENCES = 16
+SEQUENCES, MOST_PLACES = 16, 8192  # that stand for any number of sequences, and for more places
 
 
 @dataclass(frozen=True)
@@ -225,22 +225,16 @@ def programs(spec: AttentionSpec, config: DbiasConfig, splits: int, sms: int) ->
     Under a band some places are empty, and a grid whose size has a divisor in common with the places of a row gives some CTAs the same
     columns, all long or all short, in every wave.
     """
-    spec = _of_any_number(spec)
     tiles, most = bias_tiles(spec, config)[2] * splits, sms * config.ctas_per_sm
     if not _differ(spec, tiles, most):
         return min(tiles, most)
     fewer = 5 if spec.packed is not None else 4
-    return min(range(most, max(0, most - fewer), -1), key=lambda count: _best_shuffle(spec, config, splits, count)[0])
+    return min(range(most, max(0, most - fewer), -1), key=lambda count: _best_shuffle(_of_any_number(spec), config, splits, count)[0])
 
 
 def _of_any_number(spec: AttentionSpec) -> AttentionSpec:
-    """The spec, of packed sequences that share a bias with a number of them that always is the same: every batch may have another, and its
-    tiles are dealt out alike.
-    """
-    assert spec.bias is not None
-    if spec.packed is None or spec.bias.varies[0]:
-        return spec
-    return replace(spec, batch_outer=SEQUENCES, packed=Packed(SEQUENCES))
+    """The spec, of packed sequences with one number of them for all batches, whose tiles are dealt out alike."""
+    return spec if spec.packed is None else replace(spec, batch_outer=SEQUENCES, packed=Packed(SEQUENCES))
 
 
 def _differ(spec: AttentionSpec, tiles: int, programs: int) -> bool:
@@ -250,9 +244,8 @@ def _differ(spec: AttentionSpec, tiles: int, programs: int) -> bool:
 
 def shuffle(spec: AttentionSpec, config: DbiasConfig, splits: int, programs: int) -> int:
     """In which steps the places of a head are taken (``tile_of`` of the kernel): the ones with the least load imbalance."""
-    spec = _of_any_number(spec)
     tiles = bias_tiles(spec, config)[2] * splits
-    return _best_shuffle(spec, config, splits, programs)[1] if _differ(spec, tiles, programs) else 1
+    return _best_shuffle(_of_any_number(spec), config, splits, programs)[1] if _differ(spec, tiles, programs) else 1
 
 
 @functools.lru_cache(maxsize=4096)
@@ -266,12 +259,15 @@ def _best_shuffle(spec: AttentionSpec, config: DbiasConfig, splits: int, program
     costs = [[EMPTY_PLACE_COST if tile is None else rounds for tile in tiles]]
     if spec.packed is not None:
         costs.append([EMPTY_PLACE_COST if tile is None else rounds * (1 - max(tile[0] / tiles_m, tile[1] / tiles_n)) for tile in tiles])
+    copies = own * splits // (tiles_m * tiles_n)
+    if spec.packed is not None:
+        copies = min(copies, max(1, MOST_PLACES // len(tiles)))
     found = []
     for each in SHUFFLES if spec.packed is None else SHUFFLES_OF_PACKED:
         if math.gcd(each, len(tiles)) == 1:
             most = 0.0
             for cost in costs:
-                work = [cost[place * each % len(cost)] for place in range(len(cost))] * (own * splits // (tiles_m * tiles_n))
+                work = [cost[place * each % len(cost)] for place in range(len(cost))] * copies
                 most += max(sum(work[program::programs]) for program in range(programs)) / (1 if spec.packed is None else sum(work))
             found.append((round(most, 2 if spec.packed is None else 5), each))
     return min(found)
