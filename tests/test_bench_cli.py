@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -273,10 +275,11 @@ def test_a_reference_that_does_not_fit_is_a_dash_for_all() -> None:
     assert [(row.status, row.reason) for row in found] == [("dash", "out of memory")]
 
 
-@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (DeviceLostError("the GPU cannot go on"), 1)])
-def test_what_was_measured_is_kept(error: BaseException, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@contextlib.contextmanager
+def stopped_at_the_second(error: BaseException) -> Iterator[list[Workload]]:
+    """Within it a run measures one workload, and ends with the error at the next; which it came to."""
     first = measure.measure
-    calls = []
+    calls: list[Workload] = []
 
     def stops(workload: Workload, *rest: Any) -> Any:
         calls.append(workload)
@@ -285,6 +288,12 @@ def test_what_was_measured_is_kept(error: BaseException, status: int, tmp_path: 
         return first(workload, *rest)
 
     with mock.patch.object(run, "measure", stops):
+        yield calls
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt(), 130), (DeviceLostError("the GPU cannot go on"), 1)])
+def test_what_was_measured_is_kept(error: BaseException, status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with stopped_at_the_second(error):
         assert main(["bench", *TINY, *GRID, "--providers", "dense", "--out", str(tmp_path)]) == status
     found = Run.load(tmp_path / "bench.json")
     assert not found.complete and len(found.cells) == 1 and len(found.rows) == 2
@@ -296,16 +305,7 @@ def test_what_was_measured_is_kept(error: BaseException, status: int, tmp_path: 
 
 def test_an_interrupted_sweep_shows_the_bars_of_what_is_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And says of no geometric mean that it met its bound, which is for all cells."""
-    first = measure.measure
-    calls = []
-
-    def stops(workload: Workload, *rest: Any) -> Any:
-        calls.append(workload)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return first(workload, *rest)
-
-    with mock.patch.object(run, "measure", stops):
+    with stopped_at_the_second(KeyboardInterrupt()) as calls:
         words = ["--sweep", "published", "--tiny", "--device", "cpu", "--providers", "triflash,sdpa-cudnn", "--out", str(tmp_path)]
         assert main(["bench", *words]) == 130
     said = capsys.readouterr()

@@ -31,8 +31,8 @@ def dbias_call(
     """dbias of a bias that ``plan.kernels.dbias.why_not`` allows, as ``splits`` parts: parts is (splits, the bias's own five dims).
 
     One part may have the bias's dtype and be the gradient itself; several are float32, and ``dbias_sum`` adds them. Of a tile that is seen
-    every part must have a round, for only those of unseen tiles are filled with zeros. spec may be one of packed sequences, which are then
-    ``hopper_packed.sequences_of``'s, and dims of the bias sequences, 1, heads, and its own queries and keys.
+    every part must have a round, for only those of unseen tiles are filled with zeros. spec may be one of packed sequences: dims of
+    the bias are then sequences, 1, heads, and its own queries and keys, and ``packed`` is what ``hopper_packed.sequences_of`` returns.
     """
     given, spec = spec, spec if spec.packed is None else of_packed(spec)
     assert splits <= broadcast_rows(spec), "a part without rounds would not be written"

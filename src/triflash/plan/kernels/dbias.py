@@ -124,7 +124,9 @@ def takes_packed(spec: AttentionSpec, device: DeviceFacts) -> bool:
     """Whether the kernel gives the gradient of the bias of packed sequences: a padded one over queries and keys, without a mask."""
     packed, bias = spec.packed, spec.bias
     assert packed is not None and bias is not None
-    if packed.bias_layout != "padded" or bias.is_mask or not (bias.varies[3] and bias.varies[4]) or spec.mask or spec.second:
+    if packed.bias_layout != "padded" or bias.is_mask or not (bias.varies[3] and bias.varies[4]):
+        return False
+    if spec.mask is not None or spec.second is not None:
         return False
     return choose(of_packed(spec), device.shared_memory) is not None
 
@@ -220,7 +222,7 @@ def _seen(spec: AttentionSpec, config: DbiasConfig, tm: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def programs(spec: AttentionSpec, config: DbiasConfig, splits: int, sms: int) -> int:
-    """How many CTAs the grid has: as many as run at a time, or up to three fewer where that balances the load better.
+    """How many CTAs the grid has: as many as run at a time, or up to three fewer (of packed sequences four) where that balances load.
 
     Under a band some places are empty, and a grid whose size has a divisor in common with the places of a row gives some CTAs the same
     columns, all long or all short, in every wave.

@@ -300,7 +300,8 @@ def cache_shape_of(spec: CacheSpec) -> Shape:
 
 
 def _has_waves(shape: Shape, config: FewConfig, sms: int) -> bool:
-    """Whether so many long full requests take more than a wave that three parts of each are faster: the last wave leaves fewer SMs idle.
+    """Whether full requests are so long and so many, for more than one wave of programs, that three parts of each are faster than one: the
+    last wave then leaves fewer SMs idle.
 
     Three rather than two or four, whose programs are at the same place of parts of 2^n keys: on an H200 64 requests of 8,192 keys take 556
     µs in one part, 535 in two, 497 in three, 507 in four; of 2,048 in 8 bits one is the best (docs/tuning.md). Only where rows fit a
