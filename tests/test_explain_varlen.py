@@ -210,3 +210,15 @@ def test_where_configurations_come_from_on_hopper() -> None:
     assert "row of plan/tables.py" in sources["packed_dbias"]
     for kernel in ("prepared", "extents", "delta", "preprocess", "cleared"):
         assert sources[kernel] == "fixed: it has no tiles of scores", kernel
+
+
+@triton_only
+@pytest.mark.parametrize("longest, causal, two", [(None, True, False), (4096, True, False), (1024, True, True), (4096, False, True)])
+def test_blocks_go_by_twos_under_a_band_only_where_lengths_are_alike(longest: int | None, causal: bool, two: bool) -> None:
+    """Of the kernel that gives dk, dv and dq on Hopper, as measured (docs/tuning.md)."""
+    q, k, v = (torch.empty(16384, 2, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    offsets = torch.arange(0, 16385, 1024, dtype=torch.int32)
+    more = {"cu_seqlens_q": offsets, "max_seqlen_q": longest, "causal": causal, "deterministic": False}
+    explained = explain(q, k, v, **more, of=attention_varlen, device="h200")
+    (line,) = [line for line in explained.launches if "dqdkdv" in line]
+    assert ("u2" in line.split()) == two

@@ -77,6 +77,15 @@ def test_dq_is_added_up_where_keys_are_many(letters: str, dim: int, keys: int, b
     assert hopper.adds_dq(problem, needs_of(letters), LIMIT) == adds
 
 
+@pytest.mark.parametrize("dim, lo, hi, adds", [
+    (128, -511, 0, False), (128, -1023, 0, False), (128, -1024, 0, True), (128, -256, 256, False), (128, None, 0, True), (64, -511, 0, True), (32, -511, 0, True),
+])  # fmt: skip
+def test_dq_of_wide_heads_is_not_added_up_within_narrow_windows(dim: int, lo: int | None, hi: int, adds: bool) -> None:
+    """However many keys there are: a key tile sees few queries, and begins and ends as often."""
+    problem = spec(head_dim=dim, value_dim=dim, queries=LONG, keys=LONG, lo=lo, hi=hi)
+    assert ("dqdkdv" in names(planned(problem, "qkv"))) == adds
+
+
 @pytest.mark.parametrize("letters", subsets("qkvb"))
 @pytest.mark.parametrize("bias", ["b1hqk", "11hqk", "b11qk", "11h1k", "b1h1k", "b111k", "1ihqk", "bih1k"])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)

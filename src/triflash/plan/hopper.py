@@ -14,7 +14,7 @@ from .device import DeviceFacts
 from .kernels import dbias, dkdv, dq, few, forward, mask_bounds, rowwise, short
 from .kernels.loops import by_loops, reads_small_lse
 from .kernels.parts import dbias_sum_steps
-from .kernels.shared import ROWS, HopperConfig, is_banded
+from .kernels.shared import ROWS, HopperConfig, is_banded, span
 from .packed import dbias_steps
 from .steps import Step, broadcast_rows
 
@@ -240,13 +240,17 @@ def _worth_adding(spec: AttentionSpec) -> bool:
     up to 64                        512 keys                256 keys
     up to 128                       769 keys (a band: 3 x)  512 keys
     ==============================  ======================  ===============
+
+    At head dims above 64, without bias tiles, nor where a window shows a query 1,024 keys at most.
     """
     widest, tiled = max(dkdv.dims(spec)), dkdv.has_bias_tiles(spec)
     if widest <= dkdv.DQ_WARPGROUP_DIM:
         return spec.keys >= (256 if widest <= 32 or tiled else 512)
     if tiled:
         return spec.keys >= 512
-    return (spec.keys // 3 if is_banded(spec) else spec.keys) > 768
+    if is_banded(spec):
+        return spec.keys // 3 > 768 and span(spec) > 1024
+    return spec.keys > 768
 
 
 def flags_small_lse(spec: AttentionSpec, steps: Sequence[Step]) -> bool:

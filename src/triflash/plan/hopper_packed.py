@@ -23,6 +23,7 @@ __all__ = ["backward_steps", "forward_steps", "like", "why_not"]
 
 TALL = 2 * ROWS  # queries of a tile in the table, where no kernel that owns them says otherwise
 NARROW_STRETCH, FULL_STRETCH, WIDE_STRETCH = 0.8, 3.0, 4.5  # of mean lengths: see _forward_config
+UNEVEN = 1.5  # times the mean, from which on the longest sequence says that lengths differ
 MOST_ROWS = 2**29  # of a tensor: what the coordinates of ragged descriptors leave
 
 
@@ -58,6 +59,13 @@ def _widest(spec: AttentionSpec) -> int:
 def _is_tiny(spec: AttentionSpec) -> bool:
     """Whether most sequences are no longer than the smallest tile, and nothing but a band comes with them."""
     return like(spec).queries <= ROWS and _widest(spec) <= 128 and is_light(spec) and spec.bias is None
+
+
+def _is_uneven(spec: AttentionSpec) -> bool:
+    """Whether lengths may differ much: what the caller says of the longest does not tell that they do not."""
+    packed = packed_of(spec)
+    known = [(longest, rows) for longest, rows in ((packed.longest_q, spec.queries), (packed.longest_k, spec.keys)) if longest is not None]
+    return not known or any(longest * packed.sequences > UNEVEN * rows for longest, rows in known)
 
 
 def _forward_config(spec: AttentionSpec, device: DeviceFacts, by_hand: Mapping[str, object]) -> forward.ForwardConfig:
@@ -96,6 +104,8 @@ def backward_steps(spec: AttentionSpec, needs: Needs, device: DeviceFacts, by_ha
         own = dkdv.step(alike, device, by_hand, gives)
         assert isinstance(own.config, dkdv.DkdvConfig)
         config = replace(own.config, head_splits=1)
+        if own.config.unroll == 2 and own.kernel not in by_hand and is_banded(spec) and spec.bias is None and _is_uneven(spec):
+            config = replace(config, unroll=1)  # odd numbers of blocks are as frequent as even ones, and most tiles short
         tiles = max(most_tiles(spec.keys, sequences, config.block_n), 1) * spec.kv_heads
         keys = replace(own, config=config, programs=min(tiles, device.sms), order="tile")
     if needs.dq and not adding:

@@ -29,6 +29,7 @@ from .shared import (
     order_of,
     query_tiles,
     second_buffer,
+    span,
     takes_own_widths,
     widths,
 )
@@ -139,7 +140,7 @@ def _candidates_of_widths(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
         return _candidates(spec)
     first: tuple[ForwardConfig, ...] = ()
     over_128 = padded(max(spec.head_dim, spec.value_dim)) > 128
-    if over_128 and (not is_banded(spec) or _span(spec) > 512):
+    if over_128 and (not is_banded(spec) or span(spec) > 512):
         ping_pong = spec.bias is None
         first = (ForwardConfig(2, 128, 2, ping_pong=ping_pong, separate_o=False), ForwardConfig(2, 64, 2, ping_pong=ping_pong))
     if _fills_sectors(spec):
@@ -154,7 +155,7 @@ def _fills_sectors(spec: AttentionSpec) -> bool:
 
 def _small_of_own_widths(spec: AttentionSpec, over_128: bool) -> tuple[ForwardConfig, ...]:
     """Two or three CTAs an SM, which buffers of 80 and 96 columns have room for, and of 160 where O leaves through Q's."""
-    seen, banded, bias = _span(spec), is_banded(spec), spec.bias
+    seen, banded, bias = span(spec), is_banded(spec), spec.bias
     if over_128:
         return (ForwardConfig(1, 64, 2, separate_o=False, ctas_per_sm=2),) if seen <= 512 and bias is None and not banded else ()
     three = ForwardConfig(1, 64, 2, separate_o=False, ctas_per_sm=3)
@@ -179,7 +180,7 @@ def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
     consumers hide more of the exponentials, but their tiles of 192 queries waste more of a short triangle, and end more seldom. Ping-pong
     pays where the softmax is long beside the MMAs: at d 128 with ALiBi slopes and, under a band, a soft cap (3 %), not with dropout.
     """
-    head, seen, banded, light = padded(max(spec.head_dim, spec.value_dim)), _span(spec), is_banded(spec), is_light(spec)
+    head, seen, banded, light = padded(max(spec.head_dim, spec.value_dim)), span(spec), is_banded(spec), is_light(spec)
     bias_tiles = spec.bias is not None and spec.bias.varies[4]
     softcapped = spec.softcap > 0
     short = banded and light and seen <= SHORT
@@ -239,11 +240,6 @@ def _candidates(spec: AttentionSpec) -> tuple[ForwardConfig, ...]:
         _config(2, 32, 2, separate_o=False),
         _config(1, 32, 2),
     )
-
-
-def _span(spec: AttentionSpec) -> int:
-    """Keys that a query sees, at most."""
-    return spec.keys if spec.lo is None or spec.hi is None else max(0, min(spec.keys, spec.hi - spec.lo + 1))
 
 
 def fuses_bias(spec: AttentionSpec, config: ForwardConfig) -> bool:

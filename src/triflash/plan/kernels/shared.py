@@ -20,8 +20,8 @@ __all__ = [
     "L2_GROUP_BYTES", "MAX_SIMULATED_TILES", "MOST_PIECES", "ROWS", "SMALLEST_BLOCK", "STATS_MULTIPLE", "TILE_COST", "Buffer",
     "HopperConfig", "QueryConfig", "barriers", "batch_fastest", "best_order", "bias_buffer", "blocks_of_heads", "check_held",
     "equal_groups", "is_banded", "is_light", "kind_of", "l2_order", "load_imbalance", "mask_buffer", "mma_fits",
-    "multiplied_columns", "order_of", "query_tiles", "row_buffers", "row_by_mma", "second_buffer", "shared_limit", "stats_kinds",
-    "stats_length", "takes_own_widths", "widths",
+    "multiplied_columns", "order_of", "query_tiles", "row_buffers", "row_by_mma", "second_buffer", "shared_limit", "span",
+    "stats_kinds", "stats_length", "takes_own_widths", "widths",
 ]  # fmt: skip
 
 ROWS = 64  # queries of a consumer warpgroup: M of a WGMMA
@@ -275,6 +275,11 @@ def is_light(spec: AttentionSpec) -> bool:
 def is_banded(spec: AttentionSpec) -> bool:
     """Whether a band hides keys: causal, or a window."""
     return spec.lo is not None or spec.hi is not None
+
+
+def span(spec: AttentionSpec) -> int:
+    """Keys that a query sees, at most."""
+    return spec.keys if spec.lo is None or spec.hi is None else max(0, min(spec.keys, spec.hi - spec.lo + 1))
 
 
 # Which tile comes when.
