@@ -29,17 +29,18 @@ _GROUPS = listed_kernels.BUCKETS.value * listed_kernels.CHUNKS.value
 
 
 class Table(NamedTuple):
-    """Of tiles. first: that of each sequence, (sequences + 1,). entries: (most tiles, ENTRY), as they come, with their places, (most tiles,
-    2), and in order. counters: of tiles of about the same length. total: how many there are, (1,). rows: of a tile.
+    """Of tiles. table: (most tiles, ENTRY), in order. counters: of tiles of about the same length. total: how many there are, (1,). rows:
+    of a tile. What several kernels hand on that make it, None if one does: first, the first tile of each sequence, (sequences + 1,);
+    entries, (most tiles, ENTRY), as they come, with their places, (most tiles, 2).
     """
 
-    first: Tensor
-    entries: Tensor
-    places: Tensor
     table: Tensor
     counters: Tensor
     total: Tensor
     rows: int
+    first: Tensor | None = None
+    entries: Tensor | None = None
+    places: Tensor | None = None
 
 
 class Tables(NamedTuple):
@@ -71,15 +72,19 @@ def tables(room: Room, plan: Plan, spec: AttentionSpec, x: Operands) -> Tables |
             if name not in step.gives:
                 continue
             rows, most = rows_of(config_of(step), spec, name)
-            t.of[name] = Table(
-                new(f"first tiles of {name}", count + 1), new(f"tiles of {name} as they come", most, ENTRY.value),
-                new(f"places of tiles of {name}", most, 2), new(f"tiles of {name}", most, ENTRY.value),
-                counters[int(name == "keys")], new(f"number of tiles of {name}", 1), rows,
-            )  # fmt: skip
+            own = Table(
+                new(f"tiles of {name}", most, ENTRY.value), counters[int(name == "keys")], new(f"number of tiles of {name}", 1), rows
+            )
+            if step.kernel == "listed":
+                own = own._replace(
+                    first=new(f"first tiles of {name}", count + 1), entries=new(f"tiles of {name} as they come", most, ENTRY.value),
+                    places=new(f"places of tiles of {name}", most, 2),
+                )  # fmt: skip
+            t.of[name] = own
         if step.kernel == "spread":
             (name,) = step.gives
-            own = getattr(x, name)
-            t.spread[name] = room.new(f"{name} of packed keys", (*own.shape[:-1], spread_length(spec)), own.dtype)
+            source = getattr(x, name)
+            t.spread[name] = room.new(f"{name} of packed keys", (*source.shape[:-1], spread_length(spec)), source.dtype)
     return t
 
 
@@ -168,10 +173,9 @@ def _prepared(step: Step, a: Around) -> Call:
     of_queries, dk, dv = cleared.get("out", cleared.get("dq")), cleared.get("dk"), cleared.get("dv")
     lse, rest = (None, None) if saved is None else (saved.lse, saved.rest)
     of = [
-        None if (own := t.of.get(name)) is None
-        else (own.first, own.entries, own.places, own.table, own.total, own.table.shape[0], cached_rows(spec, name))
+        None if (own := t.of.get(name)) is None else (own.table, own.total, own.table.shape[0], cached_rows(spec, name))
         for name in ("queries", "keys")
-    ]  # fmt: skip
+    ]
     strides = [None if each is None else row_and_head(each) for each in (of_queries, dk, dv)]
     count = packed.sequences
     args = (

@@ -3,7 +3,8 @@ Launched by ``launch/hopper_packed.py``: ``prepared`` alone, or where tiles are 
 
 Tiles differ in length, and each program of a persistent grid takes one of each wave: the longest come first, so that all get about the
 same. They are sorted by counting: ``listed`` numbers the tiles of about the same length, within CHUNKS of the packed rows whose operands
-stay in the L2 cache together, and ``ordered`` puts them where they belong. Which of two such tiles comes first is left to chance.
+stay in the L2 cache together, and ``ordered`` puts them where they belong. ``prepared`` does both in registers. Which of two such tiles
+comes first is left to chance.
 
 ``spread`` has to do with no tiles: it lays out a bias or mask over packed keys so that TMA can load it.
 """
@@ -11,8 +12,7 @@ stay in the L2 cache together, and ``ordered`` puts them where they belong. Whic
 import triton
 import triton.language as tl
 
-from ..triton.packed import extents as extents_of_sequences
-from ..triton.packed import unowned
+from ..triton.packed import extents_of, unowned
 from ..triton.prims import last_at_most
 
 BUCKETS = tl.constexpr(128)  # of tiles of about the same length: eight an octave of blocks
@@ -38,6 +38,84 @@ def _length(row, rows, others, lo, hi, diagonal, TILE: tl.constexpr, OF_KEYS: tl
         if lo is not None:
             begin = tl.minimum(end, tl.maximum(row + (lo + diagonal), 0))
     return (end - begin + 63) // 64
+
+
+@triton.jit
+def _group(row, first_query, queries, first_key, keys, lo, hi, diagonal, chunk, TILE: tl.constexpr, OF_KEYS: tl.constexpr):
+    """The number of a tile's group: first by chunks, then by lengths, the longest first."""
+    if OF_KEYS:
+        length = _length(row, keys, queries, lo, hi, diagonal, TILE, OF_KEYS)
+        number = tl.minimum(first_query // chunk, CHUNKS - 1)
+    else:
+        length = _length(row, queries, keys, lo, hi, diagonal, TILE, OF_KEYS)
+        number = tl.minimum(first_key // chunk, CHUNKS - 1)
+    # The exponent of a float32 and the first three bits behind it tell lengths apart that differ by an eighth.
+    octave = (length + 1).to(tl.float32).to(tl.int32, bitcast=True) // 2**20 - 127 * 8
+    return number * BUCKETS + (BUCKETS - 1) - tl.minimum(octave, BUCKETS - 1)
+
+
+@triton.jit
+def _write(table, entry, row, b, first_query, queries, first_key, keys, diagonal, exists, inside):
+    """Entries of a table, of which those of no tile are all zeros but for b."""
+    own = table + COLUMNS * entry
+    tl.store(own, row, mask=inside)
+    tl.store(own + 1, tl.where(exists, b, 0), mask=inside)
+    tl.store(own + 2, first_query, mask=inside)
+    tl.store(own + 3, queries, mask=inside)
+    tl.store(own + 4, first_key, mask=inside)
+    tl.store(own + 5, keys, mask=inside)
+    tl.store(own + 6, diagonal, mask=inside)
+    tl.store(own + 7, tl.where(exists, (first_query + b * 128) // 128 * 128, 0), mask=inside)  # extent.PADDING
+
+
+@triton.jit
+def _of(x, b, exists):
+    """What sequences b have of a tensor over all; 0 where there is none."""
+    return tl.where(exists, tl.gather(x, b, 0), 0)
+
+
+@triton.jit
+def _tiles(x, of, counters, sequences, rounds, lo, hi, bottom_right, TILE: tl.constexpr, OF_KEYS: tl.constexpr):
+    """AT_ONCE tiles, as ``_write`` takes them, with their groups and their numbers there. x: what ``extents_of`` gives of AT_ONCE
+    sequences; of: ``(table, count, bound, chunk)``.
+    """
+    _table, count, bound, chunk = of
+    q0, M, k0, N, diagonals = x
+    entry = tl.arange(0, AT_ONCE)
+    rows = M
+    if OF_KEYS:
+        rows = N
+    tiles = tl.where(entry < sequences, tl.minimum((rows + TILE - 1) // TILE, AT_ONCE), 0)
+    upto = tl.cumsum(tiles, 0)
+    first = upto - tiles
+    total = tl.minimum(tl.sum(tiles, 0), bound)
+    tl.store(count, total)
+    exists = entry < total
+    low = tl.zeros_like(entry)
+    high = low + tl.maximum(sequences - 1, 0)
+    for _ in range(rounds):  # as ``last_at_most``, of what lies in registers
+        middle = (low + high + 1) // 2
+        below = tl.gather(first, middle, 0) <= entry
+        low = tl.where(below, middle, low)
+        high = tl.maximum(tl.where(below, high, middle - 1), low)
+    row = tl.where(exists, (entry - tl.gather(first, low, 0)) * TILE, 0)
+    first_query, queries = _of(q0, low, exists), _of(M, low, exists)
+    first_key, keys = _of(k0, low, exists), _of(N, low, exists)
+    diagonal = _of(diagonals, low, exists)
+    group = _group(row, first_query, queries, first_key, keys, lo, hi, diagonal * bottom_right, chunk, TILE, OF_KEYS)
+    rank = tl.atomic_add(counters + group, 1, mask=exists, sem="relaxed")
+    return row, low, first_query, queries, first_key, keys, diagonal, exists, group, rank
+
+
+@triton.jit
+def _put(tiles, of, counters):
+    """The tiles into their table, those of a group behind all of the groups before it."""
+    row, b, first_query, queries, first_key, keys, diagonal, exists, group, rank = tiles
+    table, _count, bound, _chunk = of
+    entry = tl.arange(0, AT_ONCE)
+    sizes = tl.load(counters + tl.arange(0, CHUNKS * BUCKETS))
+    to = tl.where(exists, rank + tl.gather(tl.cumsum(sizes, 0) - sizes, tl.where(exists, group, 0), 0), entry)
+    _write(table, to, row, b, first_query, queries, first_key, keys, diagonal, exists, entry < bound)
 
 
 @triton.jit
@@ -67,27 +145,11 @@ def listed(
     keys = tl.load(at + 3, mask=exists, other=0)
     diagonal = tl.load(diagonals + b, mask=exists, other=0)
     band = diagonal * bottom_right
-    if OF_KEYS:
-        length = _length(row, keys, queries, lo, hi, band, TILE, OF_KEYS)
-        number = tl.minimum(first_query // chunk, CHUNKS - 1)
-    else:
-        length = _length(row, queries, keys, lo, hi, band, TILE, OF_KEYS)
-        number = tl.minimum(first_key // chunk, CHUNKS - 1)
-    # The exponent of a float32 and the first three bits behind it tell lengths apart that differ by an eighth.
-    octave = (length + 1).to(tl.float32).to(tl.int32, bitcast=True) // 2**20 - 127 * 8
-    group = number * BUCKETS + (BUCKETS - 1) - tl.minimum(octave, BUCKETS - 1)
+    group = _group(row, first_query, queries, first_key, keys, lo, hi, band, chunk, TILE, OF_KEYS)
     rank = tl.atomic_add(counters + group, 1, mask=exists, sem="relaxed")
     tl.store(places + 2 * entry, tl.where(exists, group, -1), mask=inside)
     tl.store(places + 2 * entry + 1, rank, mask=inside)
-    own = entries + COLUMNS * entry
-    tl.store(own, row, mask=inside)
-    tl.store(own + 1, tl.where(exists, b, 0), mask=inside)
-    tl.store(own + 2, first_query, mask=inside)
-    tl.store(own + 3, queries, mask=inside)
-    tl.store(own + 4, first_key, mask=inside)
-    tl.store(own + 5, keys, mask=inside)
-    tl.store(own + 6, diagonal, mask=inside)
-    tl.store(own + 7, tl.where(exists, (first_query + b * 128) // 128 * 128, 0), mask=inside)  # extent.PADDING
+    _write(entries, entry, row, b, first_query, queries, first_key, keys, diagonal, exists, inside)
 
 
 @triton.jit
@@ -129,12 +191,13 @@ def prepared(
     x_strides, lse_stride, dk_strides, dv_strides,
     BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, DX: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    """All kernels around those that multiply, in one launch. The first program does what ``extents``, ``listed`` and ``ordered`` do, with
-    barriers between; the others clear what no sequence has (``packed.unowned``), of x, lse and rest, and behind that of dk and dv.
+    """All kernels around those that multiply, in one launch. The first program does what ``extents``, ``listed`` and ``ordered`` do, and
+    keeps in registers what these hand on; the others clear what no sequence has (``packed.unowned``), of x, lse and rest, and behind that
+    of dk and dv.
 
-    queries, keys: of a table ``(first, entries, places, table, count, bound, chunk)``, bound AT_ONCE at most. x: out or dq. sizes:
-    ``(sequences, their bits, bottom_right, T_q, T_k, heads, key heads)``, AT_ONCE sequences at most. most: most_q and most_k
-    of ``extents``. None: not wanted.
+    counters: of both tables, BUCKETS times CHUNKS each. queries, keys: of a table ``(table, count, bound, chunk)``, bound AT_ONCE at most.
+    x: out or dq. sizes: ``(sequences, their bits, bottom_right, T_q, T_k, heads, key heads)``, AT_ONCE sequences at most. most: most_q and
+    most_k of ``extents``. None: not wanted.
     """
     sequences, rounds, bottom_right, T_q, T_k, heads, kv_heads = sizes
     most_q, most_k = most
@@ -142,33 +205,22 @@ def prepared(
     if x is not None:
         programs_q = tl.cdiv(T_q, BLOCK)
     if tl.program_id(0) == 0:
-        first_q = None
-        first_k = None
-        if queries is not None:
-            first_q, entries_q, places_q, table_q, count_q, bound_q, chunk_q = queries
-        if keys is not None:
-            first_k, entries_k, places_k, table_k, count_k, bound_k, chunk_k = keys
-        counters_k = counters + CHUNKS * BUCKETS
-        extents_of_sequences(
-            offsets_q, offsets_k, used_q, used_k, extents, first_q, first_k, diagonals, counters, sequences, T_q, T_k, most_q, most_k,
-            BM, BN, AT_ONCE, 2 * CHUNKS * BUCKETS,
+        tl.store(counters + tl.arange(0, 2 * CHUNKS * BUCKETS), tl.zeros([2 * CHUNKS * BUCKETS], tl.int32))
+        b = tl.arange(0, AT_ONCE)
+        own = extents_of(
+            offsets_q, offsets_k, used_q, used_k, extents, diagonals, b, b < sequences, T_q, T_k, most_q, most_k
         )  # fmt: skip
-        tl.debug_barrier()
+        tl.debug_barrier()  # before others add to counters
+        counters_k = counters + CHUNKS * BUCKETS
         if queries is not None:
-            listed(
-                extents, first_q, diagonals, entries_q, places_q, counters, count_q, sequences, bound_q, rounds, bottom_right, lo, hi,
-                chunk_q, AT_ONCE, BM, False,
-            )  # fmt: skip
+            tiles_q = _tiles(own, queries, counters, sequences, rounds, lo, hi, bottom_right, BM, False)
         if keys is not None:
-            listed(
-                extents, first_k, diagonals, entries_k, places_k, counters_k, count_k, sequences, bound_k, rounds, bottom_right, lo, hi,
-                chunk_k, AT_ONCE, BN, True,
-            )  # fmt: skip
-        tl.debug_barrier()
+            tiles_k = _tiles(own, keys, counters_k, sequences, rounds, lo, hi, bottom_right, BN, True)
+        tl.debug_barrier()  # behind all that add
         if queries is not None:
-            ordered(entries_q, places_q, counters, table_q, bound_q, AT_ONCE)
+            _put(tiles_q, queries, counters)
         if keys is not None:
-            ordered(entries_k, places_k, counters_k, table_k, bound_k, AT_ONCE)
+            _put(tiles_k, keys, counters_k)
     elif tl.program_id(0) <= programs_q:
         unowned(
             offsets_q, used_q, most_q, sink, x, None, lse, rest, x_strides, None, lse_stride, sequences, T_q, heads, rounds, 1,

@@ -27,6 +27,25 @@ def _lengths(offsets, used, b, inside, T):
 
 
 @triton.jit
+def extents_of(offsets_q, offsets_k, used_q, used_k, table, diagonals, b, inside, T_q, T_k, most_q, most_k):
+    """First query, queries, first key, keys and diagonal of sequences b, also written where ``extents`` writes them."""
+    q0, M = _lengths(offsets_q, used_q, b, inside, T_q)
+    k0, N = _lengths(offsets_k, used_k, b, inside, T_k)
+    diagonal = N - M
+    if diagonals is not None:
+        tl.store(diagonals + b, diagonal, mask=inside)
+    if most_q is not None:
+        M = tl.minimum(M, most_q)
+    if most_k is not None:
+        N = tl.minimum(N, most_k)
+    tl.store(table + 4 * b, q0, mask=inside)
+    tl.store(table + 4 * b + 1, M, mask=inside)
+    tl.store(table + 4 * b + 2, k0, mask=inside)
+    tl.store(table + 4 * b + 3, N, mask=inside)
+    return q0, M, k0, N, diagonal
+
+
+@triton.jit
 def _numbered(first, before, length, b, inside, BLOCK: tl.constexpr):
     """Number the tiles of sequences b from ``before`` on; how many there are then."""
     tiles = (length.to(tl.int64) + BLOCK - 1) // BLOCK
@@ -52,18 +71,9 @@ def extents(
     for begin in range(0, sequences, BLOCK):
         b = begin + tl.arange(0, BLOCK)
         inside = b < sequences
-        q0, M = _lengths(offsets_q, used_q, b, inside, T_q)
-        k0, N = _lengths(offsets_k, used_k, b, inside, T_k)
-        if diagonals is not None:
-            tl.store(diagonals + b, N - M, mask=inside)
-        if most_q is not None:
-            M = tl.minimum(M, most_q)
-        if most_k is not None:
-            N = tl.minimum(N, most_k)
-        tl.store(table + 4 * b, q0, mask=inside)
-        tl.store(table + 4 * b + 1, M, mask=inside)
-        tl.store(table + 4 * b + 2, k0, mask=inside)
-        tl.store(table + 4 * b + 3, N, mask=inside)
+        _q0, M, _k0, N, _diagonal = extents_of(
+            offsets_q, offsets_k, used_q, used_k, table, diagonals, b, inside, T_q, T_k, most_q, most_k
+        )  # fmt: skip
         if first_q is not None:
             before_q = _numbered(first_q, before_q, M, b, inside, BM)
         if first_k is not None:
