@@ -6,7 +6,8 @@
 
 Each case is a small problem, forward and backward, by configurations that between them launch all kernels, with biases, masks, lengths and
 dropout; each tool gets each case in a process of its own, several at a time. racecheck and synccheck are compute-sanitizer's; consan is
-Triton's own (Gluon kernels since Triton 3.5), which follows barriers and so knows of asynchronous copies and products.
+Triton's own (Gluon kernels since Triton 3.5), which follows mbarriers and so knows of asynchronous copies and products; ``consan.py`` has
+how. It reports places; those of all cases are listed behind the table.
 
 racecheck reports, of every kernel, the bytes by which Triton tells warps which partition to run. A report counts as explained if the
 kernel's machine code shows what orders its two accesses (``handed_over``); any other is a finding. The last lines are a table: what each
@@ -26,11 +27,16 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+from consan import PREFIX, watching
 
 TOOLS = ("racecheck", "synccheck", "consan-forward", "consan-backward")
 BUDGET = 540.0  # seconds for everything
@@ -40,9 +46,9 @@ PATIENCE = {"racecheck": 200.0, "synccheck": 200.0, "consan-forward": 300.0, "co
 @dataclass(frozen=True)
 class Case:
     """A problem, and the configurations of its kernels, as Python writes them. bias, second: letters over (batch, head, query, key). small,
-    small_options: for consan, which keeps books on every buffer and barrier in code of its own, in tables of a power of two: with twice as
-    many, ptxas takes four times as long. At most 16 of each kernel's are taken, and 8 where that is possible; a soft cap saves one, since
-    bounded scores have no rest of lse.
+    small_options: for consan, which keeps books on every buffer and barrier in code of its own, in tables of a power of two. At most 16 of
+    each kernel's are taken, and 8 where that is possible; a soft cap saves one, since bounded scores have no rest of lse. packed: two
+    sequences of other lengths, one behind the other.
     """
 
     kernels: str  # that must run, beside the forward kernel
@@ -54,6 +60,7 @@ class Case:
     bias: str = ""
     second: str = ""
     mask: str = ""
+    packed: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     small_options: dict[str, Any] = field(default_factory=dict)
 
@@ -123,6 +130,14 @@ CASES = {
         "dbias", {"dbias": "DbiasConfig(2, 64, 5, 4)"}, {"dqdkdv": "DkdvConfig(1, 1, red_dq=True)", "dbias": "DbiasConfig(2, 64, 2, 2)"},
         bias="11qk", options={"softcap": 5.0},
     ),
+    "packed": Case(
+        "preprocess dqdkdv postprocess", {"dqdkdv": "DkdvConfig(2, 2, red_dq=True)"}, {"dqdkdv": "DkdvConfig(1, 1, red_dq=True)"},
+        packed=True, options={"causal": True},
+    ),
+    "packed, fixed order, a shared bias": Case(
+        "dkdv dq dbias", {}, {"dkdv": "DkdvConfig(1, 1)", "dq": "DqConfig(1, 64, 2, 2)", "dbias": SMALL_DBIAS},
+        bias="1hqk", packed=True, options={"deterministic": True},
+    ),
 }  # fmt: skip
 
 
@@ -132,7 +147,7 @@ def run_case(name: str, consan: str = "", small: bool = False) -> int:
     """
     import torch
 
-    from triflash import attention, record_launches
+    from triflash import attention, attention_varlen, record_launches
     from triflash.plan.kernels.dbias import DbiasConfig
     from triflash.plan.kernels.dkdv import DkdvConfig
     from triflash.plan.kernels.dq import DqConfig
@@ -151,11 +166,23 @@ def run_case(name: str, consan: str = "", small: bool = False) -> int:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, device="cuda").to(torch.bfloat16)
 
-    q, k, v = (normal(B, n, heads, case.D).requires_grad_() for n, heads in ((M, case.H), (N, case.Hk), (N, case.Hk)))
+    def run(backend: str) -> torch.Tensor:
+        out = attend(q, k, v, **options, backend=backend)
+        assert isinstance(out, torch.Tensor)
+        return out
+
+    queries, keys = ((B * M,), (B * N,)) if case.packed else ((B, M), (B, N))
+    shapes = ((*queries, case.H), (*keys, case.Hk), (*keys, case.Hk))
+    q, k, v = (normal(*shape, case.D).requires_grad_() for shape in shapes)
+    attend: Any = attention_varlen if case.packed else attention
     options = case.options | (case.small_options if small else {})
     options.setdefault("deterministic", False)
     if options.pop("lengths", False):
         options["key_lengths"] = torch.tensor([70, N], device="cuda")
+    if case.packed:
+        options["cu_seqlens_q"] = torch.tensor([0, 90, B * M], device="cuda", dtype=torch.int32)
+        options["cu_seqlens_k"] = torch.tensor([0, 140, B * N], device="cuda", dtype=torch.int32)
+        sizes |= {"q": 2 * M - 90, "k": 2 * N - 140}
     leaves = [q, k, v]
     if case.bias:
         options["bias"] = normal(*(sizes.get(letter, 1) for letter in case.bias)).requires_grad_()
@@ -172,7 +199,7 @@ def run_case(name: str, consan: str = "", small: bool = False) -> int:
     grads: tuple[torch.Tensor, ...] = ()
     with override_configs(**configs), record_launches() as ran:
         with one_by_one(bool(consan)), sanitized(consan == "forward"):
-            out = attention(q, k, v, **options, backend="hopper")
+            out = run("hopper")
         if consan != "forward":
             with sanitized(consan == "backward"):
                 grads = torch.autograd.grad(out, leaves, torch.ones_like(out))
@@ -182,7 +209,7 @@ def run_case(name: str, consan: str = "", small: bool = False) -> int:
     if missing := {"forward", *(case.kernels.split() if consan != "forward" else ())} - seen:
         print("DID NOT RUN:", *sorted(missing), flush=True)
         return 3
-    wanted = attention(q, k, v, **options, backend="oracle")
+    wanted = run("oracle")
     references = [wanted.detach(), *torch.autograd.grad(wanted, leaves, torch.ones_like(wanted))]
     for what, a, b in zip(("out", "dq", "dk", "dv", "dbias", "dsecond"), (out.detach(), *grads), references, strict=False):
         off = float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-9))
@@ -212,7 +239,7 @@ def one_by_one(on: bool) -> Iterator[None]:
 
 @contextmanager
 def sanitized(on: bool) -> Iterator[None]:
-    """Within it Triton's concurrency sanitizer looks at what is launched; a failed assertion is told of when it ends."""
+    """Within it Triton's concurrency sanitizer looks at what is launched; what it found is told of when it ends."""
     if not on:
         yield
         return
@@ -220,16 +247,15 @@ def sanitized(on: bool) -> Iterator[None]:
     import triton
 
     def memory(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-        return torch.empty(size, dtype=torch.int8, device="cuda")
+        return torch.zeros(size, dtype=torch.int8, device="cuda")
 
     triton.set_allocator(memory)  # of this thread, in which therefore the backward pass has to run
-    triton.knobs.compilation.instrumentation_mode = "consan"
-    try:
-        with torch.autograd.set_multithreading_enabled(False):
-            yield
-        torch.cuda.synchronize()  # which prints what was asserted
-    finally:
-        triton.knobs.compilation.instrumentation_mode = ""
+    began = time.monotonic()
+    with watching(), torch.autograd.set_multithreading_enabled(False):
+        yield
+    print(f"compiled and launched in {time.monotonic() - began:.0f} s", flush=True)
+    torch.cuda.synchronize()  # which prints what was asserted
+    print(f"ran in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def tell_of_code() -> None:
@@ -318,6 +344,8 @@ def verdict(tool: str, status: int | None, text: str) -> str:
         return f"clean, {good} explained" if status == 9 else "clean" if status == 0 else f"status {status}"
     if tool == "synccheck" and (found := re.search(r"ERROR SUMMARY: (\d+) error", text)):
         return "clean" if found[1] == "0" and status == 0 else f"{found[1]} errors"
+    if places := reports(text):
+        return f"{len(places)} places" + (f", status {status}" if status else "")
     if status == 0:
         return "clean" if tool.startswith("consan") else "the tool said nothing"
     if found := re.search(r"\S+: .*Assertion `.*` failed.*", text):
@@ -327,10 +355,22 @@ def verdict(tool: str, status: int | None, text: str) -> str:
     return f"status {status}: {(told or lines or ['nothing said'])[-1].strip()[:160]}"
 
 
-def examine(tool: str, name: str, program: str | None, deadline: float, logs: str) -> str:
+def reports(text: str) -> list[str]:
+    """What Triton's sanitizer printed, in order, each once."""
+    return list(dict.fromkeys(re.findall(rf"{PREFIX}(\S+: .*)", text)))
+
+
+def log_of(logs: str, tool: str, name: str) -> str:
+    return os.path.join(logs, f"{tool} {name}.txt".replace(" ", "-").replace(",", ""))
+
+
+def examine(tool: str, name: str, program: str | None, deadline: float, logs: str, cache: str) -> str:
+    """cache: a folder for what Triton compiles for its sanitizer, which is not what its key says."""
+    environment = dict(os.environ)
     command = [sys.executable, os.path.abspath(__file__), "--case", name]
     if tool.startswith("consan"):
         command += ["--consan", tool.removeprefix("consan-")]
+        environment["TRITON_CACHE_DIR"] = cache
     elif program is None:
         return "compute-sanitizer is not installed here"
     else:
@@ -340,8 +380,8 @@ def examine(tool: str, name: str, program: str | None, deadline: float, logs: st
     if left < 5:
         return "no time left"
     status: int | None = None
-    with open(os.path.join(logs, f"{tool} {name}.txt".replace(" ", "-").replace(",", "")), "w+") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    with open(log_of(logs, tool, name), "w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
         try:
             status = process.wait(left)
         except subprocess.TimeoutExpired:
@@ -374,8 +414,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.makedirs(logs, exist_ok=True)
     program, began = sanitizer(), time.monotonic()
     jobs = [(tool, name) for tool in sorted(tools, key=TOOLS.index, reverse=True) for name in names]  # what takes longest comes first
-    with ThreadPoolExecutor(given.processes) as pool:
-        found = dict(zip(jobs, pool.map(lambda job: examine(*job, program, began + given.budget, logs), jobs), strict=True))
+    with ThreadPoolExecutor(given.processes) as pool, tempfile.TemporaryDirectory(prefix="triflash-consan-") as cache:
+        found = dict(zip(jobs, pool.map(lambda job: examine(*job, program, began + given.budget, logs, cache), jobs), strict=True))
+    told: dict[str, list[str]] = defaultdict(list)
+    for tool, name in jobs:
+        if tool.startswith("consan") and os.path.exists(log_of(logs, tool, name)):
+            with open(log_of(logs, tool, name)) as log:
+                for each in reports(log.read()):
+                    told[each].append(name)
     print(f"{len(jobs)} runs in {time.monotonic() - began:.0f} s; what the tools said is in {logs}")
     for tool in tools:
         clean = sum(found[tool, name].startswith("clean") for name in names)
@@ -383,6 +429,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in names:
             if found[tool, name] != "clean":
                 print(f"  {name}: {found[tool, name]}")
+    for each, cases in sorted(told.items()):
+        print(f"{each} ({len(cases)} cases: {'; '.join(cases)})")
     return int(not all(said.startswith("clean") for said in found.values()))
 
 

@@ -57,6 +57,9 @@ def test_between_them_cases_launch_every_kernel() -> None:
     ("synccheck", 9, "ran: dq\n========= ERROR SUMMARY: 3 errors", "3 errors"),
     ("racecheck", 0, "ran: forward", "the tool said nothing"),
     ("consan-forward", 0, "ran: forward", "clean"),
+    ("consan-forward", 0, "consan: dq: dq.py:3: two\nconsan: dq: dq.py:1: one\nconsan: dq: dq.py:3: two\nran: forward", "2 places"),
+    ("consan-backward", 4, "consan: dq: dq.py:3: two\nWRONG: dq is 0.3 off", "WRONG: dq is 0.3 off"),
+    ("consan-backward", 1, "consan: dq: dq.py:3: two\nRuntimeError", "1 places, status 1"),
     ("consan-backward", 1, "RuntimeError: device-side assert triggered", "status 1: RuntimeError: device-side assert triggered"),
     ("consan-backward", 1, "x\n/a/dq.py:7: dq: block: [0,0,0], thread: [3,0,0] Assertion `int32 overflow` failed.\nRuntimeError: device-side assert",
      "status 1: /a/dq.py:7: dq: block: [0,0,0], thread: [3,0,0] Assertion `int32 overflow` failed."),
@@ -128,6 +131,20 @@ KNOWN = """========= Error: Race reported between Read access at dq+0x20 in dq.p
 def test_only_known_reports_are_explained(reports: str, errors: int, wanted: str, code: list[tuple[int, str]]) -> None:
     text = f"code: /cache/x/dq.cubin\ncode: /cache/y/dq.cubin\n{reports}ran: dq\n========= RACECHECK SUMMARY: some ({errors} errors, 0 warnings)\n"
     assert RACES.verdict("racecheck", 9, text).startswith(wanted)
+
+
+def test_places_that_the_sanitizer_tells_of_are_listed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    case = tmp_path / "case.py"
+    case.write_text("import os, sys\nprint('consan: dq: dq.py:3: two')\nprint('ran: dq', os.environ['TRITON_CACHE_DIR'])")
+    monkeypatch.setattr(RACES, "__file__", str(case))
+    assert RACES.main(["--tools", "consan-forward", "--cases", "wide", "--logs", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "consan-forward: 0 of 2 cases clean" in said and "  wide, bias, mask: 1 places" in said
+    assert said.endswith("dq: dq.py:3: two (2 cases: wide; wide, bias, mask)\n")
+    caches = {path.read_text().split()[-1] for path in tmp_path.glob("*.txt")}
+    assert len(caches) == 1 and not Path(*caches).exists()
 
 
 def test_without_the_tool_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
