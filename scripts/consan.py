@@ -214,6 +214,11 @@ def going_on(lines: Sequence[str]) -> list[str]:
     sites: list[str] = []
     rewritten: list[str] = []
     behind = {fails: goes_on for goes_on, fails in _BRANCH.findall(text)}
+    at_label = {found[1]: at for at, line in enumerate(lines) if (found := re.match(r"(\$L__BB\d+_\d+):", line))}
+    chains: dict[str, list[tuple[int, str]]] = {}
+    for at, line in enumerate(lines):
+        if found := re.match(r"\s*\.loc\s.*?//\s*([\w.]+\.py(:\d+:\d+) @\[.*)", line):
+            chains.setdefault(found[2], []).append((at, found[1]))
     at = 0
     while at < len(lines):
         line = lines[at]
@@ -226,6 +231,9 @@ def going_on(lines: Sequence[str]) -> list[str]:
             message = re.search(r"assertMessage_\d+", block)
             if "__assertfail" in block and "trap;" in lines[end] and message and "Deadlock" not in messages[message[0]]:
                 where = (re.findall(r"\.loc\s.*?//\s*(.*)", block) or [where])[-1]
+                place = re.search(r":\d+:\d+", where)  # the sanitizer gives line and column, and the file of the kernel
+                near = [(abs(each - at_label[behind[label[1]]]), chain) for each, chain in chains.get(place[0] if place else "", ())]
+                where = min(near)[1] if near else where
                 told = f"{PREFIX}{kernel[1] if kernel else ''}: {_chain(where)}: {messages[message[0]]}\n"
                 rewritten += [lines[at], *_told(len(sites)), f"\tbra {behind[label[1]]};"]
                 sites.append(told)

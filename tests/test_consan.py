@@ -91,6 +91,14 @@ def test_a_failed_assertion_is_told_of_once_and_passed_over() -> None:
     assert f"consan_site_0[{len(text)}] = {{{', '.join(map(str, text))}}};" in said and "consan_told[1]" in said
 
 
+def test_a_place_is_told_of_with_what_calls_it() -> None:
+    """The sanitizer gives the right line and the kernel's own file; the compiler's note of what follows has both, and the calls."""
+    said = kernel("it").replace("rings.py:7:3 @[ dq.py:41:5 ]", "dq.py:7:3")
+    said = said.replace("ret;", "ret;\n.loc 1 7 3 // step.py:7:3 @[ dq.py:9:5 @[ dq.py:20 ] ]\n.loc 1 7 3 // far.py:7:3 @[ dq.py:1:1 ]")
+    text = b"consan: dq: step.py:7 < dq.py:9 < dq.py:20: it\n"
+    assert ", ".join(map(str, text)) in consan.quicker(said)
+
+
 @pytest.mark.parametrize("said", [kernel("Deadlock detected"), kernel("it").replace("bra.uni $L__BB1_9", "ret")])
 def test_a_deadlock_ends_the_kernel_and_so_does_what_is_not_known(said: str) -> None:
     rewritten = consan.quicker(said)

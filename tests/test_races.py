@@ -57,9 +57,9 @@ def test_between_them_cases_launch_every_kernel() -> None:
     ("synccheck", 9, "ran: dq\n========= ERROR SUMMARY: 3 errors", "3 errors"),
     ("racecheck", 0, "ran: forward", "the tool said nothing"),
     ("consan-forward", 0, "ran: forward", "clean"),
-    ("consan-forward", 0, "consan: dq: dq.py:3: two\nconsan: dq: dq.py:1: one\nconsan: dq: dq.py:3: two\nran: forward", "2 places"),
+    ("consan-forward", 0, "consan: dq: dq.py:3: two\nconsan: dq: dq.py:1: one\nconsan: dq: dq.py:3: two\nran: forward", "2 places, 0 explained"),
     ("consan-backward", 4, "consan: dq: dq.py:3: two\nWRONG: dq is 0.3 off", "WRONG: dq is 0.3 off"),
-    ("consan-backward", 1, "consan: dq: dq.py:3: two\nRuntimeError", "1 places, status 1"),
+    ("consan-backward", 1, "consan: dq: dq.py:3: two\nRuntimeError", "1 places, 0 explained, status 1"),
     ("consan-backward", 1, "RuntimeError: device-side assert triggered", "status 1: RuntimeError: device-side assert triggered"),
     ("consan-backward", 1, "x\n/a/dq.py:7: dq: block: [0,0,0], thread: [3,0,0] Assertion `int32 overflow` failed.\nRuntimeError: device-side assert",
      "status 1: /a/dq.py:7: dq: block: [0,0,0], thread: [3,0,0] Assertion `int32 overflow` failed."),
@@ -133,6 +133,39 @@ def test_only_known_reports_are_explained(reports: str, errors: int, wanted: str
     assert RACES.verdict("racecheck", 9, text).startswith(wanted)
 
 
+def line_of(file: str, statement: str) -> str:
+    lines = (SCRIPT.parent.parent / "src" / "triflash" / "kernels" / "hopper" / file).read_text().splitlines()
+    return f"{file}:{next(n for n, line in enumerate(lines, 1) if statement in line)}"
+
+
+@pytest.mark.parametrize(("file", "statement", "says", "by"), [
+    ("dkdv.py", "tma_load(f.q_desc", "Buffer being accessed has outstanding reads", "Q_FREE"),
+    ("dkdv.py", "tma_load(f.stats_desc, [row, LSE", "Buffer being accessed has outstanding reads", "Q_FREE"),
+    ("dkdv.py", "tma_load(f.o_desc", "Accessing buffer with pending access. Pending access type: warpgroup_mma operand read", "O_FREE"),
+    ("dkdv.py", "tma_load(f.mask_desc", "Buffer being accessed has outstanding reads", "BIAS_FREE"),
+    ("dkdv_step.py", ".store(ds16)", "Buffer being accessed has outstanding reads", "DS_HERE"),
+    ("dkdv_step.py", "warpgroup_mma(p.ds_s", "Buffer being accessed has outstanding writes. Operand: A", "DS_HERE"),
+    ("dkdv_step.py", "tma_add(dq_desc", "Buffer being accessed has outstanding writes.", "DQ_HERE"),
+    ("dkdv_step.py", "warpgroup_mma(p.ds_s", "Buffer being accessed has outstanding writes. Operand: B", ""),
+    ("dkdv.py", "tma_load(f.q_desc", "Buffer being accessed has outstanding writes.", ""),
+    ("dkdv.py", "tma_load(f.k_desc", "Buffer being accessed has outstanding reads", ""),
+    ("dkdv.py", "tma_load(f.q_desc", "Barrier arrive underflow", ""),
+])  # fmt: skip
+def test_what_named_barriers_order_is_known(file: str, statement: str, says: str, by: str) -> None:
+    report = f"dkdv: {line_of(file, statement)} < dkdv.py:428: {says}"
+    assert RACES.behind_named_barrier(report) == by
+    assert RACES.behind_named_barrier(report.replace("dkdv: ", "dq: ")) == ""
+    said = f"consan: {report.replace(' < dkdv.py:428', ' < dkdv.py:421 < dkdv.py:428')}\nran: forward"
+    assert RACES.verdict("consan-backward", 0, said) == ("clean, 1 explained" if by else "1 places, 0 explained")
+
+
+def test_reports_are_told_apart_by_the_line_and_the_call() -> None:
+    places = ["a.py:1 < b.py:2 < c.py:3", "a.py:1 < b.py:2 < c.py:4", "a.py:1 < b.py:3 < c.py:3", "a.py:1", "somewhere"]
+    text = "".join(f"consan: dq: {place}: it is wrong: so\n" for place in places)
+    wanted = ["a.py:1 < b.py:2", "a.py:1 < b.py:3", "a.py:1", "somewhere"]
+    assert RACES.reports(text) == [f"dq: {place}: it is wrong: so" for place in wanted]
+
+
 def test_places_that_the_sanitizer_tells_of_are_listed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -141,7 +174,7 @@ def test_places_that_the_sanitizer_tells_of_are_listed(
     monkeypatch.setattr(RACES, "__file__", str(case))
     assert RACES.main(["--tools", "consan-forward", "--cases", "wide", "--logs", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "consan-forward: 0 of 2 cases clean" in said and "  wide, bias, mask: 1 places" in said
+    assert "consan-forward: 0 of 2 cases clean" in said and "  wide, bias, mask: 1 places, 0 explained" in said
     assert said.endswith("dq: dq.py:3: two (2 cases: wide; wide, bias, mask)\n")
     caches = {path.read_text().split()[-1] for path in tmp_path.glob("*.txt")}
     assert len(caches) == 1 and not Path(*caches).exists()
