@@ -273,27 +273,28 @@ def test_what_no_sequence_owns_may_be_anything(backend: str) -> None:
         dead[start : start + n] = False
     dirty = [x.masked_fill(dead.to(DEVICE)[:, None, None], math.nan).requires_grad_() for x in (q, k, v)]
     bias = torch.randn(2, T, 9, device=DEVICE, requires_grad=True)
+    sink = torch.randn(2, device=DEVICE, requires_grad=True)
     cu, some = torch.tensor([*starts, 21], device=DEVICE), torch.tensor(used, device=DEVICE)
-    out, lse = attention_varlen(
-        *dirty, cu, seqused_q=some, seqused_k=some, bias=bias, bias_layout="rows", causal=True, return_lse=True, backend=backend
-    )
+    options: dict[str, Any] = {"seqused_q": some, "seqused_k": some, "causal": True, "backend": backend}
+    out, lse = attention_varlen(*dirty, cu, bias=bias, bias_layout="rows", sink=sink, return_lse=True, **options)
     assert not out[dead].any() and (lse[:, dead] == -math.inf).all()
     assert out[~dead].isfinite().all() and lse[:, ~dead].isfinite().all()
-    dout = torch.where(dead.to(DEVICE)[:, None, None], 0.0, torch.randn_like(out))
-    grads = torch.autograd.grad(out, [*dirty, bias], dout)
+    dout = torch.randn_like(out).masked_fill(dead.to(DEVICE)[:, None, None], math.nan)
+    dlse = torch.randn_like(lse).masked_fill(dead.to(DEVICE), math.nan)
+    grads = torch.autograd.grad((out, lse), [*dirty, bias, sink], (dout, dlse))
     for grad in grads[:3]:
         assert grad.isfinite().all() and not grad[dead].any()
     assert grads[3].isfinite().all() and not grads[3][:, dead].any()
-    whole = [torch.where(dead.to(DEVICE)[:, None, None], 0.0, x) for x in (q, k, v)]
-    same, _ = attention_varlen(
-        *whole, cu, seqused_q=some, seqused_k=some, bias=bias, bias_layout="rows", causal=True, return_lse=True, backend=backend
-    )
+    whole = [torch.where(dead.to(DEVICE)[:, None, None], 0.0, x).requires_grad_() for x in (q, k, v)]
+    same, lse = attention_varlen(*whole, cu, bias=bias, bias_layout="rows", sink=sink, return_lse=True, **options)
     assert torch.equal(out, same)
+    right = torch.autograd.grad((same, lse), [*whole, bias, sink], (dout.nan_to_num(), dlse.nan_to_num()))
+    assert all(map(torch.equal, grads, right))
     # A neighbour's NaN: only the second sequence is one.
     second = [x.detach().clone() for x in whole]
     for x in second:
         x[8:11] = math.nan
-    other = attention_varlen(*second, cu, seqused_q=some, seqused_k=some, causal=True, backend=backend)
+    other = attention_varlen(*second, cu, **options)
     assert other[8:11].isnan().all() and other[:8].isfinite().all() and other[11:].isfinite().all()
 
 

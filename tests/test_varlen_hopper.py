@@ -277,10 +277,11 @@ def test_what_no_sequence_owns_may_be_anything(deterministic: bool, apart: bool)
     dirty = [x.masked_fill(dead[:, None, None], math.nan).requires_grad_() for x in (q, k, v)]
     cu, some = torch.tensor([*starts, 210], device=DEVICE), torch.tensor(used, device=DEVICE)
     options: dict[str, Any] = {"seqused_q": some, "seqused_k": some, "causal": True, "deterministic": deterministic}
+    options["sink"] = torch.randn(2, device=DEVICE, requires_grad=True)
     with hopper(apart=apart):
         out, lse = attention_varlen(*dirty, cu, return_lse=True, **options)
         dout = torch.randn(out.shape).to(out).masked_fill(dead[:, None, None], math.nan)
-        grads = torch.autograd.grad(out, dirty, dout)
+        *grads, dsink = torch.autograd.grad(out, [*dirty, options["sink"]], dout)
         clean = [x.masked_fill(dead[:, None, None], 0.0) for x in (q, k, v)]
         same = attention_varlen(*clean, cu, **options)
         for x in clean:
@@ -290,6 +291,7 @@ def test_what_no_sequence_owns_may_be_anything(deterministic: bool, apart: bool)
     assert out[~dead].isfinite().all() and lse[:, ~dead].isfinite().all() and torch.equal(out, same)
     for grad in grads:
         assert grad.isfinite().all() and not grad[dead].any()
+    assert dsink.isfinite().all()
     assert other[80:110].isnan().all() and other[:80].isfinite().all() and other[110:].isfinite().all()
 
 

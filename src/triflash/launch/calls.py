@@ -181,5 +181,5 @@ def sink_gradient(sink: Tensor, saved: Saved, delta: Tensor, factor: float = 1.0
     lse = saved.lse
     s = sink.to(lse.dtype)[:, None] - lse
     p = torch.exp(s if saved.rest is None else s - saved.rest * LN2)
-    p = p.masked_fill_(lse == -torch.inf, 0.0)
-    return -p.mul_(delta if factor == 1.0 else delta * factor).sum((0, 2))
+    ds = p.mul_(delta if factor == 1.0 else delta * factor)
+    return -ds.masked_fill_(lse == -torch.inf, 0.0).sum((0, 2))  # what comes back for queries that are no rows may be anything
