@@ -67,6 +67,10 @@ def test_layers_by_name() -> None:
     assert named("phi2") == [LAYERS["phi2"]] and [w.name for w in named("sam-h")] == ["sam-h-global", "sam-h-window"]
     assert [w.name for w in named("vit-l")] == ["vit-l"] and [w.name for w in named("llama3-8b")] == ["llama3-8b"]
     assert len(named("all")) == len(NAMED)
+    assert [w.name for w in named("decode-t5*")] == ["decode-t5-xl-512", "decode-t5-xl-4096"] and named("decode-*") == named("decode")
+    assert [w.name for w in named("qwen*")] == ["qwen2.5-7b", "qwen2.5-7b-decode"]
+    with pytest.raises(ValueError, match="no name matches; triflash bench --list"):
+        named("gpt3*")
 
 
 CHOSEN = (
@@ -166,8 +170,8 @@ def test_only_cliffs_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_sweep_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A sample of layers, in all files; and the command that it ends with runs."""
-    words = ["bench", "--sweep", "models", *QUICK, "--count", "3", "--seed", "11", "--providers", "triflash,dense", "--out", str(tmp_path)]
+    """A sample of layers, in all files; and the command that it ends with runs. Without a name it is the sweep of models."""
+    words = ["bench", "--sweep", *QUICK, "--count", "3", "--seed", "11", "--providers", "triflash,dense", "--out", str(tmp_path)]
     assert main(words) == 0
     said = capsys.readouterr()
     names = [w.name for w in sample(3, 11)]

@@ -6,6 +6,7 @@ list covers head dims from 8 to 256, every kind of band and bias, cross attentio
 
 from __future__ import annotations
 
+import fnmatch
 import random
 from dataclasses import dataclass
 
@@ -164,15 +165,20 @@ def sample(count: int | None, seed: int) -> list[Workload]:
 
 
 def named(name: str) -> list[Workload]:
-    """The workloads of that name, or whose names start with it (``gemma2``, ``decode``), or ``all`` of :data:`.workloads.NAMED`. Raises
-    ValueError listing the names.
+    """The workloads of that name, or whose names start with it (``gemma2``, ``decode``) or match it (``decode-*``), or ``all`` of
+    :data:`.workloads.NAMED`. Raises ValueError listing the names.
     """
+    known = {**NAMED, **{n: w for n, w in LAYERS.items() if n not in DECODE}}
+    if "*" in name:
+        found = [w for n, w in (known | DECODE).items() if fnmatch.fnmatchcase(n, name)]
+        if not found:
+            raise ValueError(f"--workload {name}: no name matches; triflash bench --list shows them")
+        return found
     if name.startswith("decode"):
         steps = [w for n, w in DECODE.items() if n == name or n.startswith(name + "-")]
         if not steps:
             raise ValueError(f"--workload {name}: wanted decode or one of {', '.join(DECODE)}")
         return steps
-    known = {**NAMED, **{n: w for n, w in LAYERS.items() if n not in DECODE}}
     found = list(NAMED.values()) if name == "all" else [known[name]] if name in known else []
     found = found or [w for n, w in known.items() if n.startswith(name + "-")]
     if not found:

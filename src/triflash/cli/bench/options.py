@@ -323,8 +323,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return f"{text} (default {gpu[name]}" + (f"; CPU {cpu[name]})" if cpu[name] != gpu[name] else ")")
 
     add = parser.add_argument
-    add("--workload", metavar="NAMES", help="named workloads, comma-separated; a family such as gemma2, or all; --list shows them")
-    add("--sweep", choices=tuple(SWEEPS), help="a set of problems, providers and passes, and what to hold them to; --list shows them")
+    add(
+        "--workload",
+        metavar="NAMES",
+        help="named workloads, comma-separated: a family such as gemma2, 'decode-*', or all; see --list",
+    )
+    sweep = "a set of problems, providers and passes, and what to hold them to; --list shows them; without a name: models"
+    add("--sweep", choices=tuple(SWEEPS), nargs="?", const="models", help=sweep)
     add("--count", type=_size, metavar="N", help="of --sweep models: N layers, drawn by --seed, instead of all")
     add("--all", dest="all_cells", action="store_true", help="of --sweep models: show all cells, not only those in which a peer is faster")
     add(

@@ -92,7 +92,8 @@ def command(run: Run, of: Versus) -> str:
     while words:
         word, _, value = words.pop(0).partition("=")
         if word in _OF_THE_SWEEP:
-            del words[: 0 if value else _OF_THE_SWEEP[word]]
+            more = not value and _OF_THE_SWEEP[word] and words and not words[0].startswith("--")  # --sweep needs no name
+            del words[: 1 if more else 0]
         else:
             kept.append(f"{word}={value}" if value else word)
     providers = ",".join([of.ours.provider, *([] if of.peer is None else [of.peer.provider])])
