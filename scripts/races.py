@@ -374,6 +374,7 @@ NAMED = (
     (r"tma_load\(f\.(bias|mask)_desc, .*full, p\.(bias|mask)_s", _READS, "BIAS_FREE"),
     (r"p\.ds_s\.index\(.*\.store\(ds16\)", _READS, "DS_HERE"),
     (r"warpgroup_mma\(p\.ds_s\.index", f"{_WRITES}. Operand: A", "DS_HERE"),
+    (r"warpgroup_mma\(p\.ds_s\.index", f"{_WRITES}. Operand: B", "DS_HERE"),  # keys past a length, which their consumer cleared before ds
     (r"tma_add\(dq_desc, .*p\.dq_s", _WRITES, "DQ_HERE"),
 )
 

@@ -146,7 +146,7 @@ def line_of(file: str, statement: str) -> str:
     ("dkdv_step.py", ".store(ds16)", "Buffer being accessed has outstanding reads", "DS_HERE"),
     ("dkdv_step.py", "warpgroup_mma(p.ds_s", "Buffer being accessed has outstanding writes. Operand: A", "DS_HERE"),
     ("dkdv_step.py", "tma_add(dq_desc", "Buffer being accessed has outstanding writes.", "DQ_HERE"),
-    ("dkdv_step.py", "warpgroup_mma(p.ds_s", "Buffer being accessed has outstanding writes. Operand: B", ""),
+    ("dkdv_step.py", "warpgroup_mma(p.ds_s", "Buffer being accessed has outstanding writes. Operand: B", "DS_HERE"),
     ("dkdv.py", "tma_load(f.q_desc", "Buffer being accessed has outstanding writes.", ""),
     ("dkdv.py", "tma_load(f.k_desc", "Buffer being accessed has outstanding reads", ""),
     ("dkdv.py", "tma_load(f.q_desc", "Barrier arrive underflow", ""),
