@@ -86,6 +86,16 @@ def test_dq_of_wide_heads_is_not_added_up_within_narrow_windows(dim: int, lo: in
     assert ("dqdkdv" in names(planned(problem, "qkv"))) == adds
 
 
+@pytest.mark.parametrize("dim, keys, lo, hi, unroll", [
+    (32, 2048, None, 0, 1), (24, 2048, None, 0, 1), (32, 1056, None, 0, 1), (32, 2048, None, None, 2), (32, 2048, -511, 0, 2), (64, 2048, None, 0, 2),
+])  # fmt: skip
+def test_narrow_heads_take_one_block_a_step_in_long_triangles(dim: int, keys: int, lo: int | None, hi: int | None, unroll: int) -> None:
+    """As measured (docs/tuning.md); windows and wider heads two."""
+    problem = spec(head_dim=dim, value_dim=dim, queries=keys, keys=keys, lo=lo, hi=hi)
+    (step,) = [step for step in planned(problem, "qkv").steps if step.kernel == "dqdkdv" and step.loops in ("both", "small")]
+    assert isinstance(step.config, DkdvConfig) and step.config.unroll == unroll
+
+
 @pytest.mark.parametrize("letters", subsets("qkvb"))
 @pytest.mark.parametrize("bias", ["b1hqk", "11hqk", "b11qk", "11h1k", "b1h1k", "b111k", "1ihqk", "bih1k"])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)

@@ -32,6 +32,7 @@ from .shared import (
     multiplied_columns,
     order_of,
     row_buffers,
+    span,
     stats_kinds,
     takes_own_widths,
     widths,
@@ -52,6 +53,7 @@ LEAST_SCORES = 2**22  # of all heads, below which a step waits for the host
 IMBALANCE = 1.05  # of programs that have whole pairs, over those that have tiles: what no sum of dq in global memory is worth
 SHORT_IMBALANCE = 1.15  # where else a kernel of its own would give dq: of up to SHORT_KEYS keys at head dims above 32, without bias tiles
 SHORT_KEYS = 511
+LEAST_SPAN = 1024  # keys that a query sees at most, up to which two blocks a step were no slower under a band at head dims up to 32
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 MANY_HEADS = 4  # query heads in a row; with more, programs that read the same heads fall out of step under a band, out of L2's reach:
 DRIFT = 1.1  # at d 128, eight were 7 to 14 % slower than two times four
@@ -400,6 +402,8 @@ def step(
     else:
         found = choose(spec, device.shared_memory, tuple(name for name in gives if name in ("dq", "dbias", "dsecond")))
         assert found is not None, "why_not_backward refuses what fits no candidate"
+        if found.unroll == 2 and max(dims(spec)) <= SMALLEST_DIM and is_banded(spec) and span(spec) > LEAST_SPAN:
+            found = replace(found, unroll=1)  # narrow heads: their blocks are short, and every other tile of a triangle has an odd number
         splits = head_splits(spec, found, device.sms)
         config = found if splits == found.head_splits else replace(found, head_splits=splits)
     tiles_n, tiles = key_tiles(spec, config)
