@@ -88,7 +88,7 @@ def test_launches_that_are_told_alike_take_one_kernel() -> None:
             passes = [each for call in made for each in (call.kept, call.alone, *call._backward._entries.values())]
             for launch in [launch for each in passes for launch in each.calls or ()]:
                 kernel = launch.kernel
-                noted = compiling._Noted(kernel, "", [], [], [], {}, {}, {})
+                noted = compiling._Noted(kernel, "", [], [], [], {}, {})
                 told = compiling._told(noted, launch, ())
                 *_, binder = kernel.device_caches[0]
                 _, specialization, options = binder(*launch.args, **launch.options, debug=False, instrumentation_mode="")

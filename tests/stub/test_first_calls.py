@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -26,6 +28,8 @@ from triflash import attention
 from triflash.bound.signature import CALLS
 from triflash.kernels import triton as portable
 from triflash.launch import compiling
+from triflash.launch.calls import Call
+from triflash.plan.configs import TileConfig
 
 BF16 = torch.bfloat16
 GUARD = 300.0  # seconds after which a test fails that would otherwise hang
@@ -189,6 +193,24 @@ def test_a_kernel_in_memory_is_found_without_asking_triton(monkeypatch: pytest.M
     CALLS.clear()
     with pytest.raises(RuntimeError, match=f"{noted.names[0]} has changed"):
         forward()
+
+
+@pytest.mark.skipif(not OURS, reason="later releases are asked themselves")
+def test_numbers_are_told_apart_as_triton_does() -> None:
+    """By each if it is 1, and if it is a multiple of 16, also of numbers whose lowest byte is that of another."""
+    parameter = SimpleNamespace(is_constexpr=False, do_not_specialize=False)
+    noted = compiling._Noted(SimpleNamespace(params=[parameter, parameter]), "", [], [], [], {}, {})
+
+    def told(*numbers: int) -> Any:
+        return compiling._told(noted, Call(noted.kernel, numbers, {}, TileConfig(16, 16, 4, 1), 1), ())
+
+    kinds = {n: (n == 1, n % 16 == 0) for n in (1, 257, 2**30 + 1, -255, 0, 16, 272, -16, 2, 18, 2**31 - 1, -(2**31))}
+    pairs = [*itertools.product(kinds, repeat=2)]
+    for one, other in itertools.product(pairs, repeat=2):
+        if [kinds[n] for n in one] != [kinds[n] for n in other]:
+            assert told(*one) != told(*other), (one, other)
+    assert told(16, 2) is not None and told(16, 2) == told(272, 18) and told(1, 2) == told(1, 18)
+    assert told(2**31, 1) is None and told(1, -(2**31) - 1) is None
 
 
 def alone_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:

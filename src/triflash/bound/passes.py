@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .. import launch
 from ..launch.calls import Call, sink_gradient
-from ..launch.room import Allocation, Described, View
+from ..launch.room import Described, View
 from ..plan.steps import Plan
 from ..spec import AttentionSpec, Saved
 from ..spec_cache import CacheSpec
@@ -62,7 +62,6 @@ class BoundPass:
         self.plan, self.spec, self.room, self.calls, self._aside = plan, spec, room, calls, aside
         self._device = device
         self._there = room.there
-        self._results = [_shape_of(each) for each in room.allocations if each.use == "result"]
         self._steps: _Native | None = None
         self._tried = calls is None
         self._lock = threading.Lock()
@@ -77,7 +76,7 @@ class BoundPass:
         """
         native = self._steps
         if native is None and not self._tried:
-            native = self._bind(self._given(there))
+            native = self._bind(there)
         if native is None or native.changed():
             results = self._run_aside(there, like)
         elif native.index is None or native.index == _current_device():
@@ -91,7 +90,8 @@ class BoundPass:
 
     def _run_aside(self, there: Sequence[Tensor], like: Tensor) -> list[Tensor]:
         new = like.new_empty_strided
-        results = [new(shape, strides, dtype=dtype) for shape, strides, dtype in self._results]
+        shapes = [each[1:4] for each in self.room.allocations if each.use == "result"]
+        results = [new(shape, strides, dtype=dtype) for shape, strides, dtype in shapes]
         self._aside([*self._given(there), *results])
         return results
 
@@ -102,29 +102,30 @@ class BoundPass:
             given[slot] = x
         return given
 
-    def _bind(self, given: Given) -> _Native | None:
+    def _bind(self, there: Sequence[Tensor]) -> _Native | None:
         if _binding()[0].stands_aside():
             return None  # for now
         with self._lock, launch.on(self._device):
             if not self._tried:
-                self._steps = native = self._bound(given)
+                self._steps = native = self._bound(there)
                 self._tried = True
                 if native is not None and (at_once := native.at_once(functools.partial(BoundPass.run, self))) is not None:
                     self.run = at_once  # type: ignore[method-assign]
         return self._steps
 
-    def _bound(self, given: Given) -> _Native | None:
+    def _bound(self, there: Sequence[Tensor]) -> _Native | None:
         native, compiling = _binding()
         assert self.calls is not None
         if not native.can_bind(self.calls):
             return None
-        follows = self.follows
-        later = None if follows is None else functools.partial(follows, given)
-        compiled = compiling.compiled_kernels(self.calls, later)
-        memory = _Memory(self.room, self._there, self._results, self.spec.tensor_dtype)
-        launches = [native.bind(call, kernel, memory.place) for call, kernel in zip(self.calls, compiled, strict=True)]
-        known = [each for each in launches if each is not None]
-        return _Native(memory, known, self._device) if len(known) == len(launches) else None
+        compiled = compiling.compiled_kernels(self.calls, None if self.follows is None else functools.partial(self._following, there))
+        memory = _Memory(self.room, self._there, self.spec.tensor_dtype)
+        launches = native.bind(self.calls, compiled, memory.place, memory.known)
+        return None if launches is None else _Native(memory, launches, self._device)
+
+    def _following(self, there: Sequence[Tensor]) -> list[Call]:
+        assert self.follows is not None
+        return self.follows(self._given(there))
 
 
 @functools.cache
@@ -133,10 +134,6 @@ def _binding() -> tuple[ModuleType, ModuleType]:
     from ..launch import compiling, native
 
     return native, compiling
-
-
-def _shape_of(each: Allocation) -> _Allocated:
-    return each.shape, each.strides, each.dtype
 
 
 _current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)  # which is not there in builds for CPUs
@@ -154,37 +151,47 @@ def nothing(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _Memory:
     """Where the memory of a pass is: among the given tensors that are there, results, copies, then all scratch in one. made: what of it is
-    allocated in each call, results first; count: how many these are.
+    allocated in each call, results first; count: how many these are. known: of meta tensors, by id, what :meth:`place` tells.
     """
 
-    def __init__(self, room: Described, there: Sequence[int], results: list[_Allocated], like: torch.dtype) -> None:
-        self.room, self.count, self._tensors = room, len(results), room.tensors
-        self.made, size = results.copy(), 0
-        places = {slot: (at, 0) for at, slot in enumerate(there)}
-        kept, first = iter(range(len(places), len(places) + len(results))), len(places) + len(results)
-        scratch = []
+    def __init__(self, room: Described, there: Sequence[int], like: torch.dtype) -> None:
+        self.room = room
+        self._places = places = {slot: (at, 0) for at, slot in enumerate(there)}
+        results: list[_Allocated] = []
+        copies: list[_Allocated] = []
+        copied, scratch, size = [], [], 0
         for slot, each in enumerate(room.allocations, room.given):
-            if each.use == "result":
-                places[slot] = next(kept), 0
-            elif each.use == "copy":
-                places[slot] = first, 0
-                first += 1
-                self.made.append(_shape_of(each))
-            elif each.use == "scratch":
+            use = each.use
+            if use == "result":
+                places[slot] = len(places), 0
+                results.append(each[1:4])
+            elif use == "scratch":
                 scratch.append((slot, size))
                 size += -(-each.nbytes // _ALIGNMENT) * _ALIGNMENT
+            elif use == "copy":
+                copied.append(slot)
+                copies.append(each[1:4])
+        for slot in copied:
+            places[slot] = len(places), 0
+        self.count, self.made = len(results), results + copies
         if size:
             self.made.append(((size // like.itemsize,), (1,), like))
-        self._places = places | {slot: (first, begin) for slot, begin in scratch}
+            last = len(places)
+            for slot, begin in scratch:
+                places[slot] = last, begin
+        self.known = {}
+        for number, (slot, offset) in room.places.items():
+            at, begin = places[slot]
+            self.known[number] = at, begin + offset
 
     def place(self, x: Tensor) -> tuple[int, int]:
         """(which of them, bytes from where it begins) of a meta tensor."""
-        slot = self._tensors.get(id(x))
-        if slot is not None:
-            return self._places[slot]
-        slot, offset = self.room.place(x)
-        at, begin = self._places[slot]
-        return at, begin + offset
+        known = self.known.get(id(x))
+        if known is None:
+            slot, offset = self.room.place(x)
+            at, begin = self._places[slot]
+            known = at, begin + offset
+        return known
 
     def moved(self, view: View) -> View:
         """A view of a slot as one of these."""
@@ -208,6 +215,9 @@ class _Native:
         self._allocate = _ALLOCATORS.get(device.type)
         self._made, self._count = memory.made, memory.count
         self._all = len(self._made) == self._count
+        self._plain = not (room.copies or room.zeros or room.sinks)
+        if self._plain:
+            return
         self._before = [(moved(each.target), moved(each.source)) for each in room.copies if not each.after]
         self._after = [(moved(each.target), moved(each.source)) for each in room.copies if each.after]
         self._zeros = [moved(view) for view in room.zeros]
@@ -215,7 +225,6 @@ class _Native:
             (moved(s.dsink), moved(s.sink), moved(s.lse), None if s.rest is None else moved(s.rest), moved(s.delta), s.factor)
             for s in room.sinks
         ]
-        self._plain = not (self._before or self._after or self._zeros or self._sinks)
 
     def at_once(self, otherwise: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]] | None:
         """:meth:`BoundPass.run` of this pass in one function, which every eager call waits for; where it does not apply it asks

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ __all__ = [
     "cap_of",
     "cells",
     "dropout_of",
-    "leaves",
     "lengths_of",
     "lengths_stride",
     "on",
@@ -35,6 +35,10 @@ __all__ = [
     "slope_strides",
     "start",
 ]
+
+# Where a tensor starts; for a meta tensor, where it would, modulo what memory is aligned to. For ``map``, which takes half the time of a
+# comprehension.
+address_of: Callable[[Tensor], int] = torch._C.TensorBase.data_ptr
 
 LN2 = 0.6931471805599453
 LOG2E = 1.4426950408889634
@@ -56,6 +60,29 @@ class Call:
     config: TileConfig | HopperConfig
     programs: int
     pdl: bool = False
+    _spread: tuple[tuple[Any, ...], tuple[Any, ...]] | None = field(default=None, init=False)
+
+    @property
+    def spread(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The arguments, behind these what is in those that are tuples, behind that what is in such as are tuples there, and so on; and the
+        types of all of it, with the lengths of the tuples.
+        """
+        found = self._spread
+        if found is None:
+            level = values = self.args
+            types: tuple[Any, ...] = ()
+            while level:
+                own = tuple(map(type, level))
+                tuples = _tuples_among(own)
+                if tuples is None:
+                    types += own
+                    break
+                inside = tuples(level)
+                types = (*types, *own, *map(len, inside))
+                level = tuple(itertools.chain.from_iterable(inside))
+                values += level
+            found = self._spread = values, types
+        return found
 
     def start(self) -> None:
         """Launch it on the current device, by Triton's own way."""
@@ -97,12 +124,11 @@ def picking(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]
     return lambda args: (args[at],)
 
 
-def leaves(nested: tuple[Any, ...]) -> list[Any]:
-    """What is in a tuple and in the tuples in it, in order."""
-    found: list[Any] = []
-    for x in nested:
-        found += leaves(x) if isinstance(x, tuple) else [x]
-    return found
+@functools.lru_cache(maxsize=1024)
+def _tuples_among(types: tuple[type, ...]) -> Callable[[Sequence[Any]], tuple[Any, ...]] | None:
+    """What picks, of values of these types, the tuples; None: there are none."""
+    places = [at for at, kind in enumerate(types) if issubclass(kind, tuple)]
+    return picking(places) if places else None
 
 
 def cells(begin: int, count: int) -> bytes:
@@ -166,11 +192,6 @@ def dropout_of(spec: AttentionSpec, seed: Tensor | None) -> tuple[Any, ...] | No
         return None
     own = (seed, threshold(spec.dropout), rescale(spec.dropout))
     return (*own, 1) if spec.dropout_place else own
-
-
-def address_of(x: Tensor) -> int:
-    """Where a tensor starts; for a meta tensor, where it would, modulo what memory is aligned to."""
-    return int(x.storage_offset()) * x.element_size() if x.is_meta else x.data_ptr()
 
 
 def sink_gradient(sink: Tensor, saved: Saved, delta: Tensor, factor: float = 1.0) -> Tensor:

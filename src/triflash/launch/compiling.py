@@ -17,11 +17,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import operator
 import os
+import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -87,8 +88,8 @@ def _asked(call: Call) -> Any:
 class _Noted(NamedTuple):
     """Of a kernel whose global constants Triton has compared: its key then, and where they are, their names and what they were.
 
-    tuples, sorts: by the types of arguments, which of them are tuples, and how to tell them apart. found: what tells a call -> Triton's key
-    for it, the compiled kernel, and the call, so that what its arguments are told by lives.
+    sorts: by the types of arguments, how to tell them apart. found: what tells a call -> Triton's key for it, the compiled kernel, and the
+    call, so that what its arguments are told by lives.
     """
 
     kernel: Any
@@ -96,7 +97,6 @@ class _Noted(NamedTuple):
     where: list[dict[str, Any]]
     names: list[str]
     values: list[Any]
-    tuples: dict[tuple[Any, ...], tuple[int, ...]]
     sorts: dict[tuple[Any, ...], _Sort | None]
     found: dict[tuple[Any, ...], tuple[str, Any, Call]]
 
@@ -108,7 +108,7 @@ def _note(kernel: Any) -> None:
     used = getattr(kernel, "used_global_vals", None)
     if id(kernel) not in _noted and isinstance(used, dict) and getattr(kernel, "hash", None) is not None:
         where, names = [scope for _, scope in used.values()], [name for name, _ in used]
-        _noted[id(kernel)] = _Noted(kernel, kernel.hash, where, names, [*map(dict.get, where, names)], {}, {}, {})
+        _noted[id(kernel)] = _Noted(kernel, kernel.hash, where, names, [*map(dict.get, where, names)], {}, {})
 
 
 @functools.cache
@@ -183,30 +183,24 @@ def _told(noted: _Noted, call: Call, more: tuple[Any, ...]) -> tuple[Any, ...] |
     """What tells a call from those that take another kernel, as Triton 3.6 does: by each integer if it is 1, and if it is a multiple of 16,
     unless the kernel wants no such difference. Triton finds out argument by argument, which takes longer. None: leave it to Triton.
     """
-    args, begin, types = call.args, 0, ()  # type: tuple[Any, ...], int, tuple[Any, ...]
-    while begin < len(args):  # then what is in those that are tuples
-        own = tuple(map(type, args[begin:]))
-        tuples = noted.tuples.get(own)
-        if tuples is None:
-            tuples = noted.tuples[own] = tuple([at for at, kind in enumerate(own) if issubclass(kind, tuple)])
-        if not tuples:
-            types += own
-            break
-        inside = [args[begin + at] for at in tuples]
-        types = (*types, *own, *map(len, inside))
-        begin, args = len(args), (*args, *itertools.chain.from_iterable(inside))
+    args, types = call.spread
     sort = noted.sorts.get(types, _NEW)
     if sort is _NEW:
         sort = noted.sorts[types] = _sort(noted.kernel, args, len(call.args))
     if sort is None:
         return None
-    integers, specialised = sort.integers(args), sort.specialised(args)
-    if integers and not (min(integers) >= -(2**31) and max(integers) < 2**31):
+    specialised = sort.specialised(args)
+    try:
+        array("i", sort.integers(args))
+        low = array("i", specialised).tobytes()[_LOWEST]
+    except OverflowError:  # beyond 32 bits
         return None
+    # What is 1 if its lowest byte is, as most are, is told by that byte alone.
+    ones = None if low.count(1) == specialised.count(1) else tuple(map((1).__eq__, specialised))
     options = call.options
     values = tuple(options.values())
     return (
-        types, tuple(map((1).__eq__, specialised)), tuple(map(operator.not_, map(operator.and_, specialised, itertools.repeat(15)))),
+        types, low.translate(_DIVISIBLE), ones,
         *[(x.dtype, x.data_ptr() % 16 == 0) for x in sort.tensors(args)], *map(_of_descriptor, descriptors := sort.descriptors(args)),
         *map(id, map(_block, descriptors)), *map(id, map(_layout, descriptors)),
         sort.others(args), *options, values, tuple(map(type, values)), more,
@@ -214,6 +208,8 @@ def _told(noted: _Noted, call: Call, more: tuple[Any, ...]) -> tuple[Any, ...] |
 
 
 _NEW: Any = object()
+_LOWEST = slice(None, None, 4) if sys.byteorder == "little" else slice(3, None, 4)  # byte of each number of 32 bits
+_DIVISIBLE = bytes([16 if byte % 16 == 0 else 1 if byte == 1 else 0 for byte in range(256)])  # of that byte: 16, or 1, or neither
 # Blocks and layouts are one object each for all descriptors of a kind; others would be told apart from those, and Triton asked.
 _of_descriptor, _block, _layout = (operator.attrgetter(*names) for names in (("base.dtype", "padding"), ("block_shape",), ("layout",)))
 

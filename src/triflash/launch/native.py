@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .calls import Call, cells, leaves, picking
+from .calls import Call, cells, picking
 
 __all__ = ["Launch", "Launches", "bind", "can_bind", "stands_aside", "streams", "watch"]
 
@@ -55,16 +55,11 @@ def _hooked(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
+@functools.cache  # an import of what is there takes a microsecond, too
 def _knobs() -> Any:
-    global _triton_knobs
-    if _triton_knobs is None:
-        from triton import knobs
+    from triton import knobs
 
-        _triton_knobs = knobs
-    return _triton_knobs
-
-
-_triton_knobs: Any = None
+    return knobs
 
 
 # The knobs by which Triton compiles one or another kernel for the same arguments.
@@ -82,16 +77,12 @@ def streams() -> Callable[[int], int]:
     return current
 
 
+@functools.cache
 def _driver() -> Any:
-    global _triton_driver
-    if _triton_driver is None:
-        from triton.runtime.driver import driver
+    from triton.runtime.driver import driver
 
-        _triton_driver = driver
-    return _triton_driver
+    return driver
 
-
-_triton_driver: Any = None
 
 # CUlaunchAttribute, 72 bytes: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, allowed.
 _PDL = array("Q", [6, 1, *[0] * 7])
@@ -110,11 +101,11 @@ class Launch:
         "_arguments", "_attributes", "_call", "_place", "form", "grid", "maps", "numbers", "pointers", "watched",
     )  # fmt: skip
 
-    def __init__(self, call: Call, compiled: Any, place: Callable[[Tensor], tuple[int, int]]) -> None:
+    def __init__(self, call: Call, compiled: Any, place: Callable[[Tensor], tuple[int, int]], known: dict[int, tuple[int, int]]) -> None:
         kernel = call.kernel
         # What changes if somebody replaces the kernel, or wants to see its launches.
         self.watched = (sys.modules[kernel.__module__].__dict__, kernel.__name__, kernel, getattr(kernel, "pre_run_hooks", ()))
-        self.form = form = _form_of(compiled)
+        self.form = form = _form_of(compiled, len(call.args))
         self._call, self._place = call, place
         self._arguments: _Arguments | None = None
         self._attributes = (_PDL.buffer_info()[0], 1) if call.pdl else (0, 0)
@@ -125,14 +116,15 @@ class Launch:
             self._arguments = _Arguments(call, form, place)
             return
         self.grid = (call.programs | 1 << 32, 1 | form.threads << 32, 1 | 1 << 32, form.shared_memory)
-        parts, given, maps = form.parts, call.args, self.maps
-        every: list[Any] = [0, *given, *parts.constants[len(given) :], *leaves(parts.tuples(given))]
-        for to, own, descriptor in zip(parts.maps, form.recipes, parts.descriptors(given), strict=True):
+        parts, maps = form.parts, self.maps
+        every = [0, *call.spread[0]]
+        for to, own, descriptor in zip(parts.maps, form.recipes, parts.descriptors(every), strict=True):
             recipe = _recipe(descriptor, own)
             every += recipe[-3]
             every += recipe[-2]
-            maps.append((to, *place(descriptor.base), recipe, {}))
-        self.pointers = [(to, *place(every[at])) for to, at in parts.pointers]
+            base = descriptor.base
+            maps.append((to, *(known.get(id(base)) or place(base)), recipe, {}))
+        self.pointers = [(to, *(known.get(id(every[at])) or place(every[at]))) for to, at in parts.pointers]
         numbers = [*parts.order(every)]
         for to, kind in parts.floats:
             numbers[to] = _FLOATS[kind](numbers[to])
@@ -258,31 +250,30 @@ class _Form(NamedTuple):
 _forms: weakref.WeakKeyDictionary[Any, _Form] = weakref.WeakKeyDictionary()
 
 
-def _form_of(compiled: Any) -> _Form:
-    """Worked out once for a kernel; raises :class:`_Unknown`. Threads ask under :data:`_loading`."""
+def _form_of(compiled: Any, given: int) -> _Form:
+    """Worked out once for a kernel, with so many arguments by position; raises :class:`_Unknown`. Threads ask under :data:`_loading`."""
     form = _forms.get(compiled)
-    if form is None:
+    if form is None or (form.parts is not None and form.parts.given != given):
         raw, after, last = _c_launcher(compiled.run, compiled)
         recipes = tuple([_recipe_of(each) for each in getattr(compiled.metadata, "tensordesc_meta", None) or ()])
         num_warps, num_ctas, shared_memory, *_ = compiled.packed_metadata
         plain = last is None and num_ctas == 1 and not (compiled.run.launch_cooperative_grid or compiled.run.launch_pdl)
-        parts = _parts(compiled, len(recipes)) if plain else None
+        parts = _parts(compiled, len(recipes), given) if plain else None
         form = _Form(raw, after, last, _encoder(), recipes, parts, compiled.function, 32 * num_warps, shared_memory)
         _forms[compiled] = form
     return form
 
 
 class _Parts(NamedTuple):
-    """Where a kernel's parameters come from. *Every* value is 0, then the arguments, then what is in those that are tuples, then shape and
-    strides of each descriptor.
+    """Where a kernel's parameters come from. *Every* value is 0, then the arguments and what is in those that are tuples, as
+    :attr:`~triflash.launch.calls.Call.spread` has them, then shape and strides of each descriptor.
 
-    constants: stand for the arguments that are given by name. tuples, descriptors: pick the arguments that are such. order: picks, of every
-    value, the parameters as numbers, in order; 0 for an address, which is none. pointers: of each the place among the parameters, and that
-    among every value. maps: the places of the descriptors' tensor maps. floats: the place, and the kind.
+    given: how many arguments come by position. descriptors: picks them. order: picks, of every value, the parameters as numbers, in order;
+    0 for an address, which is none. pointers: of each the place among the parameters, and that among every value. maps: the places of the
+    descriptors' tensor maps. floats: the place, and the kind.
     """
 
-    constants: tuple[int, ...]
-    tuples: Callable[[Sequence[Any]], tuple[Any, ...]]
+    given: int
     descriptors: Callable[[Sequence[Any]], tuple[Any, ...]]
     order: Callable[[list[Any]], tuple[Any, ...]]
     pointers: tuple[tuple[int, int], ...]
@@ -300,28 +291,36 @@ _FLOATS: dict[str, Callable[[float], int]] = {
 }
 
 
-def _parts(compiled: Any, maps: int) -> _Parts | None:
-    """:attr:`_Form.parts` of a kernel of which ``maps`` arguments are descriptors."""
+def _parts(compiled: Any, maps: int, given: int) -> _Parts | None:
+    """:attr:`_Form.parts` of a kernel of which ``maps`` arguments are descriptors, and the first ``given`` come by position."""
     driver = _libcuda()
     signature = [*compiled.src.signature.values()]
-    tuples = tuple([at for at, own in enumerate(signature) if isinstance(own, tuple)])
-    begins, end = {}, 1 + len(signature)  # of what is in tuples, among every value
-    for at in tuples:
-        begins[at], end = end, end + len(leaves(signature[at]))
+    if any(own != "constexpr" for own in signature[given:]):
+        return None
+    begins, end, level = {}, 1 + given, [*enumerate(signature[:given], 1)]  # of what is in a tuple, among every value
+    while level:
+        inside: list[tuple[int, Any]] = []
+        for at, own in level:
+            if isinstance(own, tuple):
+                begins[at] = end
+                inside += enumerate(own, end)
+                end += len(own)
+        level = inside
     order: list[int] = []
     sizes: list[int] = []
     pointers, descriptors, floats = [], [], []
-    every: list[tuple[int, int, Any]] = []
-    for at, own in enumerate(signature):
-        every += [(at, begins[at] + i, kind) for i, kind in enumerate(leaves(own))] if at in begins else [(at, 1 + at, own)]
-    for at, where, kind in every:
-        if kind == "constexpr":
+    left = [*enumerate(signature[:given], 1)]  # in the order of the parameters
+    while left:
+        where, kind = left.pop(0)
+        if where in begins:
+            left[:0] = enumerate(kind, begins[where])
+        elif kind == "constexpr":
             continue
-        if kind.startswith("tensordesc"):
-            if at in begins:
+        elif kind.startswith("tensordesc"):
+            if where > given:  # in a tuple
                 return None
             rank = kind[kind.index("[") : kind.index("]")].count(",") + 1
-            descriptors.append((len(order), at))
+            descriptors.append((len(order), where))
             order += [0, *range(end, end + 2 * rank)]
             end += 2 * rank
             sizes += [128, *[4] * rank, *[8] * rank]
@@ -341,9 +340,8 @@ def _parts(compiled: Any, maps: int) -> _Parts | None:
     if driver is None or len(descriptors) != maps or not driver.takes(compiled.function, [*sizes, 8, 8]):
         return None
     order += [0, 0]  # the addresses of scratch that nobody uses
-    constants = (0,) * len(signature)
-    given, places = picking([at for _, at in descriptors]), tuple([to for to, _ in descriptors])
-    return _Parts(constants, picking(tuples), given, operator.itemgetter(*order), tuple(pointers), places, tuple(floats))
+    picked, places = picking([at for _, at in descriptors]), tuple([to for to, _ in descriptors])
+    return _Parts(given, picked, operator.itemgetter(*order), tuple(pointers), places, tuple(floats))
 
 
 class _Libcuda:
@@ -484,14 +482,17 @@ def can_bind(calls: Sequence[Call]) -> bool:
     return all(hasattr(call.kernel, "warmup") and not getattr(call.kernel, "pre_run_hooks", None) for call in calls)
 
 
-def bind(call: Call, compiled: Any, place: Callable[[Tensor], tuple[int, int]]) -> Launch | None:
-    """Bind a launch of a compiled kernel on the current device; None: it has to go Triton's own way.
+def bind(
+    calls: Sequence[Call], compiled: Sequence[Any], place: Callable[[Tensor], tuple[int, int]], known: dict[int, tuple[int, int]]
+) -> list[Launch] | None:
+    """Bind launches of compiled kernels on the current device; None: they have to go Triton's own way.
 
-    The call's tensors are meta tensors, whose addresses modulo 16 bytes are those of every call; ``place`` tells slot and offset in bytes.
+    The calls' tensors are meta tensors, whose addresses modulo 16 bytes are those of every call; ``place`` tells slot and offset in bytes,
+    and ``known`` the same of most of them, by id.
     """
     with _loading:
         try:
-            return Launch(call, compiled, place)
+            return [Launch(call, kernel, place, known) for call, kernel in zip(calls, compiled, strict=True)]
         except _Unknown:
             return None
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..spec import Saved
 from .calls import address_of, sink_gradient
 
-_META = torch.device("meta")  # by its name it is looked up at every call
+__all__ = ["META", "Allocation", "Copied", "Described", "Real", "Room", "SinkSum", "View", "meta", "twin"]
 
-__all__ = ["Allocation", "Copied", "Described", "Real", "Room", "SinkSum", "View", "twin"]
+META = torch.device("meta")  # by its name it is looked up at every call
 
 
 class Room(Protocol):
@@ -127,23 +127,24 @@ def twin(x: Tensor) -> Tensor:
     address = address_of(x) % 16
     if address:
         return meta(x.shape, x.stride(), x.dtype, address)
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=_META)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=META)
 
 
 def meta(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, address: int = 0) -> Tensor:
     """A meta tensor that starts ``address`` bytes after a multiple of 16."""
     offset = address // dtype.itemsize
     if not offset:
-        return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=_META)
+        return torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=META)
     span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) if math.prod(shape) else 0
-    return torch.empty(offset + span, dtype=dtype, device=_META).as_strided(tuple(shape), tuple(strides), offset)
+    return torch.empty(offset + span, dtype=dtype, device=META).as_strided(tuple(shape), tuple(strides), offset)
 
 
 class Described:
     """Keeps, for meta tensors, what it is asked for. Every meta tensor of a pass is a view of a *slot*: the memory of one tensor that the
     pass is given (slots come in the order of :meth:`give`) or allocates (:attr:`allocations`, after those). Its storage tells which.
 
-    there: the slots of given tensors, but for those where none is handed in.
+    there: the slots of given tensors, but for those where none is handed in. places: of the tensors that slots are of, and of views that
+    :meth:`part` was told of, by id, the slot and the bytes from where its tensor begins.
     """
 
     def __init__(self, gpu: bool = True) -> None:
@@ -153,17 +154,20 @@ class Described:
         self.copies: list[Copied] = []
         self.sinks: list[SinkSum] = []
         self.zeros: list[View] = []
-        self._slots: dict[int, tuple[int, int]] = {}  # storage -> slot, and where in the storage the slot's tensor begins, in bytes
-        self.tensors: dict[int, int] = {}  # of those that slots are of, by id
+        self.places: dict[int, tuple[int, int]] = {}
         self._kept: list[Tensor] = []  # while one lives, nothing else gets its number
+        self._slots: dict[int, tuple[int, int]] = {}  # storage -> slot, and where in the storage the slot's tensor begins, in bytes
+        self._asked = 0  # of those kept, how many _slots knows: storages are looked at once a view wants it
 
     def give(self, *tensors: Tensor | None) -> None:
         """The next tensors that a call hands in; None: it hands in none."""
         assert not self.allocations, "slots of given tensors come first"
+        places, there, kept = self.places, self.there, self._kept
         for slot, x in enumerate(tensors, self.given):
             if x is not None:
-                self._remember(x, slot)
-                self.there.append(slot)
+                places[id(x)] = slot, 0
+                there.append(slot)
+                kept.append(x)
         self.given += len(tensors)
 
     def result(self, name: str, x: Tensor) -> Tensor:
@@ -171,7 +175,7 @@ class Described:
         return self._allocate(name, x, "result")
 
     def new(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return self._allocate(name, torch.empty(tuple(shape), dtype=dtype, device=_META), "scratch")
+        return self._allocate(name, torch.empty(tuple(shape), dtype=dtype, device=META), "scratch")
 
     def copied(self, name: str, x: Tensor, target: Tensor, reason: str) -> Tensor:
         nbytes = self._becomes_copy(target)
@@ -199,9 +203,23 @@ class Described:
         """Memory that a backend in PyTorch takes by itself."""
         self.allocations.append(Allocation(name, (nbytes,), (1,), torch.uint8, "pytorch"))
 
+    def part(self, whole: Tensor, x: Tensor, begin: int) -> Tensor:
+        """x, a view of a slot's tensor that begins so many bytes behind it."""
+        self.places[id(x)] = self.places[id(whole)][0], begin
+        self._kept.append(x)
+        return x
+
     def place(self, x: Tensor) -> tuple[int, int]:
         """(slot, bytes from where the slot's tensor begins) of a meta tensor."""
-        slot, begin = self._slots[x.untyped_storage()._cdata]
+        known = self.places.get(id(x))
+        if known is not None:
+            return known
+        slots = self._slots
+        for each in self._kept[self._asked :]:
+            slot, begin = self.places[id(each)]
+            slots[each.untyped_storage()._cdata] = slot, int(each.storage_offset()) * each.element_size() - begin
+        self._asked = len(self._kept)
+        slot, begin = slots[x.untyped_storage()._cdata]
         return slot, int(x.storage_offset()) * x.element_size() - begin
 
     def view(self, x: Tensor) -> View:
@@ -210,7 +228,8 @@ class Described:
         return View(slot, tuple(x.shape), x.stride(), offset // x.element_size(), x.dtype)
 
     def _allocate(self, name: str, x: Tensor, use: str) -> Tensor:
-        self._remember(x, self.given + len(self.allocations))
+        self.places[id(x)] = self.given + len(self.allocations), 0
+        self._kept.append(x)
         self.allocations.append(Allocation(name, tuple(x.shape), x.stride(), x.dtype, use))
         return x
 
@@ -219,8 +238,3 @@ class Described:
         at = self.place(target)[0] - self.given
         self.allocations[at] = self.allocations[at]._replace(use="copy")
         return self.allocations[at].nbytes
-
-    def _remember(self, x: Tensor, slot: int) -> None:
-        self._slots[x.untyped_storage()._cdata] = (slot, int(x.storage_offset()) * x.element_size())
-        self.tensors[id(x)] = slot
-        self._kept.append(x)
