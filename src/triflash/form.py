@@ -41,6 +41,11 @@ class Form:
     layouts: tuple[str, str] | None = None
 
     @property
+    def folds(self) -> bool:
+        """Whether canonical tensors have fewer batch dims, so that some may be copies."""
+        return len(self.batch) > 1 and not self.canonical
+
+    @property
     def inner(self) -> int:
         """The batch entries of the inner level."""
         return math.prod(self.batch[self.split :])

@@ -13,11 +13,11 @@ from torch import Tensor
 from .. import launch
 from ..form import Form
 from ..launch.calls import Call
-from ..launch.room import Described, meta, twin
+from ..launch.room import META, Described, meta, twin
 from ..plan.device import DeviceFacts
 from ..plan.select import NO_CHOICES, Plan, current_choices, plan_backward, plan_forward
 from ..plan.steps import IN_PYTORCH
-from ..spec import AttentionSpec, Gradients, Needs, Saved
+from ..spec import AttentionSpec, Gradients, Needs, Operands, Saved
 from .cache import Recent
 from .compare import address, comparison_of
 from .passes import BoundPass
@@ -33,14 +33,24 @@ GRADIENTS = (0, 1, 2, 3, 7, 13)  # the operands that have one: q, k, v, bias, si
 Given = Sequence[Tensor | None]
 
 
+@functools.lru_cache(maxsize=256)
+def _places_of(there: tuple[bool, ...]) -> tuple[list[int], list[int | None]]:
+    """The places of the operands that are there, and of each gradient the place, among these, of what it belongs to. To be read only."""
+    places = [at for at, own in enumerate(there) if own]
+    return places, [places.index(at) if at in places else None for at in GRADIENTS]
+
+
 class BoundCall:
     """What calls of one signature do.
+
+    differentiated: of each gradient the place, among the tensors that are there, of what it belongs to.
 
     Args:
         form: the layout of the tensors given.
         given: these, as meta tensors, in the order of :class:`~triflash.spec.Operands`.
         spec: the problem. facts: of the device. backend: the one asked for. device: where the tensors are.
         by_operator: gives the gradients by an operator, where something wants to see one; None: ``triflash::backward`` does.
+        operands: the canonical ones of ``given``, if whoever calls has them.
     """
 
     stamp = 0
@@ -54,16 +64,18 @@ class BoundCall:
         backend: str,
         device: torch.device,
         by_operator: Callable[..., list[Tensor | None]] | None = None,
+        operands: Operands | None = None,
     ) -> None:
         self.by_operator = by_operator
+        self._operands = operands
         self.form, self.given, self.spec, self.facts, self.backend, self.device = form, tuple(given), spec, facts, backend, device
         self._gpu = facts.arch not in ("cpu", "interpreter")
         self._backward: Recent[BoundPass] = Recent(_BACKWARD_PASSES)
-        self._places = [at for at, x in enumerate(given) if x is not None]
+        self._places, self.differentiated = _places_of(tuple([x is not None for x in given]))
         self._count = len(self._places)
-        # Of each gradient the place, among the tensors that are there, of what it belongs to.
-        self.differentiated = [self._places.index(at) if at in self._places else None for at in GRADIENTS]
+        self._there = [x for x in given if x is not None]
         self._plan = plan_forward(spec, facts, backend)
+        self._kept_as: tuple[tuple[Tensor, Tensor], Saved] | None = None  # the meta tensors of :attr:`kept`, as given and canonical
 
     @functools.cached_property
     def forward(self) -> BoundPass:
@@ -85,29 +97,27 @@ class BoundCall:
         spec, form = self.spec, self.form
         room = Described(self._gpu)
         room.give(*self.given)
-        q = self.given[0]
-        assert q is not None
         sum_dtype = torch.float64 if spec.dtype == "fp64" else torch.float32
-        out = torch.empty((spec.batch, spec.queries, spec.heads, spec.value_dim), dtype=q.dtype, device="meta")
+        out = torch.empty((spec.batch, spec.queries, spec.heads, spec.value_dim), dtype=spec.tensor_dtype, device=META)
         rows = (spec.batch, spec.heads, spec.queries)
-        room.result("out", form.out_of(out))
+        given_out = room.result("out", form.out_of(out))
         rest: Tensor | None
         if lse_is == _SCRATCH:
             lse = room.new("lse", rows, sum_dtype)
             rest = room.new("rest of lse", rows, torch.float32) if spec.keeps_rest else None
         elif lse_is == _TOGETHER:
-            both = torch.empty(2 * self._room_of_lse, dtype=torch.float32, device="meta")
-            lse, rest = self._apart(room.result("lse and rest of lse", both))
+            both = torch.empty(2 * self._room_of_lse, dtype=torch.float32, device=META)
+            lse, rest = self._parts(room, room.result("lse and rest of lse", both), *self._apart(both))
+            self._kept_as = (given_out, both), Saved(out, lse, rest)
         else:
-            lse = torch.empty(rows, dtype=sum_dtype, device="meta")
-            rest = torch.empty(rows, dtype=torch.float32, device="meta") if spec.keeps_rest else None
+            lse = torch.empty(rows, dtype=sum_dtype, device=META)
+            rest = torch.empty(rows, dtype=torch.float32, device=META) if spec.keeps_rest else None
             room.result("lse", form.lse_of(lse))
             if rest is not None:
                 room.result("rest of lse", rest)
         calls = None
         if plan.backend not in IN_PYTORCH:
-            operands = form.operands(self.given, room.contiguous)
-            calls = launch.forward_calls(room, plan, spec, operands, Saved(out, lse, rest))
+            calls = launch.forward_calls(room, plan, spec, self._operands_of(self.given, room), Saved(out, lse, rest))
         elif plan.backend == "oracle":
             room.mention("every score in float64, several times", spec.batch * spec.heads * spec.queries * spec.keys * 8)
 
@@ -124,6 +134,18 @@ class BoundCall:
             launch.run_forward(plan, spec, form.operands(tensors[:count]), saved)
 
         return BoundPass(plan, spec, room, calls, aside, self.device, None if lse_is == _SCRATCH else self._calls_of_backward)
+
+    def _operands_of(self, given: Given, room: Described) -> Operands:
+        """The canonical operands of meta tensors, which are :attr:`given` or others like these."""
+        if given is not self.given or self.form.folds:
+            return self.form.operands(given, room.contiguous)
+        if self._operands is None:
+            self._operands = self.form.operands(given)
+        return self._operands
+
+    def _parts(self, room: Described, both: Tensor, lse: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """lse and rest of a result that is both."""
+        return room.part(both, lse, 0), room.part(both, rest, 4 * self._room_of_lse)
 
     def _calls_of_backward(self, given: Given) -> list[Call]:
         """The launches of the backward pass that will be asked for: where these tensors require gradients."""
@@ -186,7 +208,7 @@ class BoundCall:
         tensors = (*given, *saved, dout, dlse, *(() if into is None else into))
         there = [x for x in tensors if x is not None]
         addresses = [*map(address, there)]
-        bound = self._backward_of(tensors, addresses, len(saved), needs, into is not None)
+        bound = self._backward_of(tensors, there, addresses, len(saved), needs, into is not None)
         made = iter(bound.run(there, dout, addresses))
         return [] if into is not None else [next(made) if need else None for need in needs]
 
@@ -233,46 +255,66 @@ class BoundCall:
         check = None if any(each & 15 for each in addresses) else comparison_of(there)
         if check is not None:
             tensors = (*self.given_of(there[: self._count]), *there[self._count :], None)
-            bound = self._backward_of(tensors, addresses, saved_count, needs, False)
+            bound = self._backward_of(tensors, there, addresses, saved_count, needs, False)
             first, behind = wants[2 : 2 + sum(wants)], (None,) * (len(wants) - 2 - sum(wants))
             self._backward.near[key] = (*known, (check, bound, behind if all(first) else None))
 
     def bound_backward(self, tensors: Given, saved_count: int, needs: tuple[bool, ...]) -> BoundPass:
         """The backward pass for such tensors: the operands, what was saved, dout and dlse."""
-        return self._backward_of(tensors, [x.data_ptr() for x in tensors if x is not None], saved_count, needs, False)
+        there = [x for x in tensors if x is not None]
+        return self._backward_of(tensors, there, [*map(address, there)], saved_count, needs, False)
 
-    def _backward_of(self, tensors: Given, addresses: Sequence[int], saved_count: int, needs: tuple[bool, ...], into: bool) -> BoundPass:
-        low = functools.reduce(operator.or_, addresses)
-        strides = tuple([None if x is None else x.stride() for x in tensors])
-        aligned = tuple([each & 15 for each in addresses]) if low & 15 else None
-        key = (needs, into, current_choices(), strides, aligned)
+    def _backward_of(
+        self, tensors: Given, there: Sequence[Tensor], addresses: Sequence[int], saved_count: int, needs: tuple[bool, ...], into: bool
+    ) -> BoundPass:
+        """The backward pass for tensors, of which these are there, at these addresses."""
+        strides = tuple(map(_strides, there))
+        aligned = tuple([each & 15 for each in addresses]) if functools.reduce(operator.or_, addresses) & 15 else None
+        # Operands are always the same of them, and gradients those that are needed.
+        without_dlse = tensors[len(self.given) + saved_count + 1] is None
+        key = (needs, into, saved_count, without_dlse, current_choices(), strides, aligned)
         bound = self._backward.get(key)  # strides and alignment may change between a forward pass and its backward pass
         if bound is None:
-            bound = self.bind_backward(tensors, saved_count, needs, into)
+            bound = self.bind_backward(tensors, saved_count, needs, into, strides if aligned is None else None)
             self._backward.add(key, bound)
         return bound
 
-    def bind_backward(self, tensors: Given, saved_count: int, needs: Sequence[bool], into: bool) -> BoundPass:
-        """The backward pass for tensors of such layouts: the operands, what was saved, dout, dlse, and if ``into`` the gradients."""
+    def bind_backward(
+        self, tensors: Given, saved_count: int, needs: Sequence[bool], into: bool, strides: tuple[Any, ...] | None = None
+    ) -> BoundPass:
+        """The backward pass for tensors of such layouts: the operands, what was saved, dout, dlse, and if ``into`` the gradients.
+
+        strides: of those that are there, where all addresses are multiples of 16 bytes.
+        """
         spec, form = self.spec, self.form
-        twins = [None if x is None else twin(x) for x in tensors]
         room = Described(self._gpu)
-        room.give(*twins)
         count = len(self.given)
         behind = count + saved_count + 2
-        given, saved = twins[:count], self.saved(twins[count : count + saved_count])
-        dout, dlse = twins[behind - 2 : behind]
+        kept = self._kept_as
+        if strides is not None and kept is not None and saved_count == 2 and self._lie_as_forward(strides, kept[0]):
+            # Meta tensors are made in microseconds each: those of the forward pass will do.
+            given, (out, both), saved = self.given, *kept
+            twins = [None if x is None else twin(x) for x in tensors[behind - 2 :]]
+            room.give(*given, out, both, *twins)
+            assert saved.rest is not None
+            self._parts(room, both, saved.lse, saved.rest)
+        else:
+            all_twins = [None if x is None else twin(x) for x in tensors]
+            room.give(*all_twins)
+            given, twins = tuple(all_twins[:count]), all_twins[behind - 2 :]
+            saved = self.saved(all_twins[count : behind - 2])
+        dout, dlse, *grads = twins
         assert dout is not None
-        grads: list[Tensor | None] = list(twins[behind:]) if into else self._new_gradients(room, given, needs)
+        if not into:
+            grads = self._new_gradients(room, given, needs)
         written = self._gradients(grads)
         copy = room.contiguous
         plan = plan_backward(spec, self.needs(needs), self.facts, self.backend)
         calls = None
         if plan.backend not in IN_PYTORCH:
-            operands = form.operands(given, copy)
             rows = form.rows("dout", dout, copy)
             dlse = None if dlse is None else form.lse("dlse", dlse, copy)
-            calls = launch.backward_calls(room, plan, spec, operands, saved, rows, dlse, written)
+            calls = launch.backward_calls(room, plan, spec, self._operands_of(given, room), saved, rows, dlse, written)
         elif plan.backend == "tiled":
             _mention_tiled(room, spec, written)
 
@@ -286,6 +328,13 @@ class BoundCall:
             launch.run_backward(plan, spec, form.operands(tensors[:count]), saved, form.rows("dout", dout), dlse, written)
 
         return BoundPass(plan, spec, room, calls, aside, self.device)
+
+    def _lie_as_forward(self, strides: tuple[Any, ...], results: Sequence[Tensor]) -> bool:
+        """Whether tensors of which the first have such strides, at multiples of 16 bytes, lie as those that the forward pass was given and
+        gave.
+        """
+        own = tuple(map(_strides, (*self._there, *results)))
+        return strides[: len(own)] == own and not any(map(address, self._there))
 
     def describe_backward(self, needs: Needs) -> BoundPass:
         """The backward pass that gives such gradients, for an output gradient that lies as out does, and none of lse."""
@@ -312,7 +361,7 @@ class BoundCall:
             if not need or x is None:
                 made.append(None)
                 continue
-            like = torch.empty(x.shape, dtype=x.dtype, device="meta")
+            like = torch.empty(x.shape, dtype=x.dtype, device=META)
             if at < 3 and not self.form.contiguous and not x.is_contiguous() and _leaves_no_gaps(x):
                 dense = meta(x.shape, x.stride(), x.dtype)
                 like = dense if self._folds(name, dense) else like
@@ -335,6 +384,9 @@ class BoundCall:
         dq, dk, dv = (None if x is None else form.rows(name, x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
         dbias, dsecond = (None if x is None else form.bias(x) for x in (bias, second))
         return Gradients(dq, dk, dv, dbias, sink, dsecond)
+
+
+_strides: Callable[[Tensor], tuple[int, ...]] = torch._C.TensorBase.stride
 
 
 def _leaves_no_gaps(x: Tensor) -> bool:
