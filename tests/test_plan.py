@@ -230,6 +230,8 @@ def test_spec_of_tensors() -> None:
     )
     assert got.bias == BiasSpec("bool", (True, False, False, True, True)) and got.bias.is_mask and str(got.bias) == "b11qk"
     assert (got.lo, got.hi, got.scale, got.precision, got.dtype) == (-1, 4, 0.5, "tf32", "fp32")
+    made = AttentionSpec(**{each.name: getattr(got, each.name) for each in dataclasses.fields(AttentionSpec)})
+    assert vars(got).keys() - {"batch"} == vars(made).keys() and got == made and hash(got) == hash(made)
     assert spec_of(q.half(), k.half(), v.half(), None, 1, None, None, 1, "tf32").precision == "ieee"
     assert str(BiasSpec("fp32", (True, True, True, False, True))) == "bh1k"
 

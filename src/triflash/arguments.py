@@ -92,7 +92,10 @@ class Given(NamedTuple):
 
 def argument(field: str) -> str:
     """What a caller calls a field of :class:`Given` or :class:`VarlenGiven`."""
-    return {"second_bias": "bias[1]", "diagonals": "diagonal"}.get(field, field)
+    return _ARGUMENTS.get(field, field)
+
+
+_ARGUMENTS = {"second_bias": "bias[1]", "diagonals": "diagonal"}
 
 
 def two_biases(bias: Any) -> tuple[Any, Any]:
@@ -175,11 +178,11 @@ def checked(face: Face, given: Given, options: Options) -> Checked:
     _check_bias_and_mask(q, bias, mask, (*batch, H, M, N))
     check_bias(second, q, (*batch, H, M, N), "bias[1]")
     cap = 0.0 if softcap is None else check_number("softcap", softcap, 0.0, math.inf, "a positive number, or None (or 0) for none")
-    for name, x in (
-        ("key_lengths", lengths), ("query_starts", query_starts), ("query_lengths", query_lengths), ("key_starts", key_starts),
-        ("diagonal", diagonals),
-    ):  # fmt: skip
-        if x is not None:
+    if not (lengths is query_starts is query_lengths is key_starts is diagonals is None):
+        for name, x in (
+            ("key_lengths", lengths), ("query_starts", query_starts), ("query_lengths", query_lengths), ("key_starts", key_starts),
+            ("diagonal", diagonals),
+        ):  # fmt: skip
             check_key_lengths(x, q, batch, name)
     check_slopes(slopes, q, batch, H)
     check_sink(sink, q, H)
@@ -414,12 +417,21 @@ def _check_inputs(q: Any, k: Any, v: Any) -> tuple[tuple[int, ...], dict[str, in
             raise bad_type(name, "a tensor", type(x).__name__)
         if x.dim() < 4:
             raise bad_value(name, "4 dims or more (*batch, length, heads, dim)", f"{x.dim()} dims {tuple(x.shape)}")
-    levels = " ".join(f"B{n}" if q.dim() > 4 else "B" for n in range(q.dim() - 3))
-    sizes = check_tensors(given, {"q": f"{levels} M H D", "k": f"{levels} N Hk D", "v": f"{levels} N Hk Dv"})
+    if not torch.compiler.is_compiling() and q.dim() == 4 and q.shape[3] and _fit(q.shape, k.shape, v.shape):
+        B, M, heads, D = q.shape
+        sizes = {"B": B, "M": M, "H": heads, "D": D, "N": k.shape[1], "Hk": k.shape[2], "Dv": v.shape[3]}
+    else:
+        levels = " ".join(f"B{n}" if q.dim() > 4 else "B" for n in range(q.dim() - 3))
+        sizes = check_tensors(given, {"q": f"{levels} M H D", "k": f"{levels} N Hk D", "v": f"{levels} N Hk Dv"})
     H, Hk = sizes["H"], sizes["Hk"]
     check_heads("k", Hk, H)
     same_device_and_dtype(given)
     return tuple(q.shape[:-3]), sizes
+
+
+def _fit(q: torch.Size, k: torch.Size, v: torch.Size) -> bool:
+    """Whether tensors with one batch dim fit each other, told at once: most do, and of others :func:`check_tensors` says what is wrong."""
+    return len(k) == len(v) == 4 and q[0] == k[0] == v[0] and k[1:3] == v[1:3] and q[3] == k[3]
 
 
 def band_of(causal: Any, window: Any) -> Band:

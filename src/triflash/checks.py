@@ -86,7 +86,7 @@ def _shape_hint(name: str, dim: str, shapes: Mapping[str, str]) -> str:
 def refuse_foreign(name: str, x: Any) -> None:
     """Refuse tensors that nobody here can read, since they are not what their memory holds: nested, sparse, and PyTorch's CausalBias."""
     refuse_layout(name, x)
-    if type(x) not in (Tensor, torch.nn.Parameter) and type(x).__name__ == "CausalBias":
+    if type(x) is not Tensor and type(x).__name__ == "CausalBias":
         hint = "causal=True is lower right, causal='top_left' is upper left"
         raise bad_type(name, "a tensor of numbers or a mask", "a CausalBias", hint)
 

@@ -164,7 +164,8 @@ def _attend(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return
         settled = checked(face, named, Options(*options))
         if isinstance(window, list):  # which has no hash
             return attend(face, given, Options(*options)._replace(window=(window[0], window[1])), return_lse)
-        if key is None or q.device.type == "meta" or any(isinstance(x, Tensor) and (type(x) not in PLAIN or x.is_neg()) for x in given):
+        there = [x for x in given if x is not None and isinstance(x, Tensor)]
+        if key is None or q.device.type == "meta" or not PLAIN.issuperset(map(type, there)) or any(map(Tensor.is_neg, there)):
             return _by_operators(face, given, options, return_lse)
         call = _bound(settled, named, facts, q.device)
         CALLS.add(key, call)
@@ -355,17 +356,17 @@ def _bound(call: Checked, given: Given, facts: DeviceFacts, device: torch.device
     drawn = None
     if call.dropout_p:
         drawn = twin(seed) if isinstance(seed, Tensor) and seed.is_contiguous() else _SEED
-    twins = [*(None if x is None else twin(x) for x in given[:8]), drawn]
-    behind = (given.second_bias, *given[10:])
-    if any(x is not None for x in behind):
+    twins = [*[None if x is None else twin(x) for x in given[:8]], drawn]
+    behind = given[9:]
+    if [x for x in behind if x is not None]:
         last = 5 if any(x is not None for x in behind[1:]) else 1
         twins += [None, None, None, None, *(None if x is None else twin(x) for x in behind[:last])]
     x = call.form.operands(twins)
     spec = spec_of(
         *x[:4], call.form.inner, call.lo, call.hi, call.scale, call.precision, *x[4:9], call.softcap, call.dropout_p, call.deterministic,
-        *x[13:], call.shift,
+        *x[13:], call.shift, False,
     )  # fmt: skip
-    return BoundCall(call.form, twins, spec, facts, call.backend, device)
+    return BoundCall(call.form, twins, spec, facts, call.backend, device, None, x)
 
 
 def _by_operators(face: Face, given: tuple[Any, ...], options: tuple[Any, ...], return_lse: bool) -> Any:

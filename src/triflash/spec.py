@@ -340,6 +340,7 @@ def spec_of(
     key_starts: Tensor | None = None,
     diagonal: Tensor | None = None,
     shift: int | None = None,
+    guarded: bool = True,
 ) -> AttentionSpec:
     """The spec of canonical tensors.
 
@@ -349,7 +350,7 @@ def spec_of(
     diagonal, if there is one.
 
     The public faces have checked their arguments already, with better words; these few comparisons guard the kernels from whoever
-    calls the operators directly.
+    calls the operators directly. guarded: false, what is neither q, k, v nor a bias has been checked, and where all tensors are.
     """
     if not q.dim() == k.dim() == v.dim() == 4:
         raise bad_value("q, k, v", "4 dims each", f"{q.dim()}, {k.dim()} and {v.dim()}")
@@ -369,22 +370,22 @@ def spec_of(
     if not (q.dtype == k.dtype == v.dtype):
         raise bad_type("k, v", f"q's dtype {q.dtype}", f"{k.dtype} and {v.dtype}")
     extras, places = (key_lengths, alibi_slopes, sink, dropout_seed), (query_starts, query_lengths, key_starts, diagonal)
-    for name, x in zip(("k", "v", "bias", "mask", "second_bias", *_EXTRAS), (k, v, bias, mask, second_bias, *extras, *places), strict=True):
-        if x is not None and x.device != q.device:
-            raise bad_value(name, f"q's device {q.device}", x.device)
     full = (outer, batch_inner, H, M, N)
+    if guarded:
+        others = (k, v, bias, mask, second_bias, *extras, *places)
+        for name, x in zip(("k", "v", "bias", "mask", "second_bias", *_EXTRAS), others, strict=True):
+            if x is not None and x.device != q.device:
+                raise bad_value(name, f"q's device {q.device}", x.device)
+        _check_extras(B, H, *extras, softcap, dropout_p)
+        for name, x in zip(_EXTRAS[4:], places, strict=True):
+            if x is not None and x.dtype not in INTEGERS:
+                raise bad_type(name, "integers", x.dtype)
+            if x is not None and tuple(x.shape) != (B,):
+                raise bad_value(name, f"shape ({B},)", tuple(x.shape))
     if mask is not None and (mask.dtype != torch.bool or bias is None or bias.dtype == torch.bool):
         raise bad_type("mask", "a bool tensor beside a bias of numbers", f"{mask.dtype} beside {'none' if bias is None else bias.dtype}")
     if second_bias is not None and (bias is None or torch.bool in (bias.dtype, second_bias.dtype)):
         raise bad_type("second_bias", "numbers beside a bias of numbers", second_bias.dtype)
-    _check_extras(B, H, *extras, softcap, dropout_p)
-    for name, x in zip(_EXTRAS[4:], places, strict=True):
-        if x is None:
-            continue
-        if x.dtype not in INTEGERS:
-            raise bad_type(name, "integers", x.dtype)
-        if tuple(x.shape) != (B,):
-            raise bad_value(name, f"shape ({B},)", tuple(x.shape))
     if diagonal is None:
         # Bounds that hide nothing are open; kernels add the others to 32-bit positions, so those are kept near the sizes.
         lo = None if lo is None or lo <= 1 - M else min(lo, N)
@@ -394,7 +395,8 @@ def spec_of(
     else:
         lo, hi = (None if x is None else max(-FARTHEST, min(x, FARTHEST)) for x in (lo, hi))
     moved = diagonal is not None and (lo is not None or hi is not None or alibi_slopes is not None)
-    return AttentionSpec(
+    made = object.__new__(AttentionSpec)  # to set frozen fields one by one takes three times as long
+    made.__dict__.update(
         dtype=_dtype_name("q", q),
         batch_outer=outer,
         batch_inner=batch_inner,
@@ -417,6 +419,7 @@ def spec_of(
         dropout=float(dropout_p),
         dropout_place="" if dropout_seed is None else PLACES[dropout_seed.shape[0]],
         deterministic=deterministic,
+        packed=None,
         second=_bias_spec("second_bias", second_bias, full),
         query_starts=query_starts is not None,
         query_lengths=query_lengths is not None,
@@ -424,6 +427,7 @@ def spec_of(
         diagonal=moved,
         shift=None if diagonal is not None or alibi_slopes is None or shift == N - M else shift,
     )
+    return made
 
 
 def packed_spec_of(
