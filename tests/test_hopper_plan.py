@@ -365,6 +365,20 @@ def test_l2_groups_are_no_larger_than_they_need_to_be() -> None:
     assert shared.l2_order(spec("11hqk", **sizes | dict(queries=512, keys=512)), config, 132) == (1, 0)  # which L2 keeps
 
 
+@pytest.mark.parametrize("lo, hi", [(None, None), (None, 0), (0, None), (-100, 50), (None, -150), (200, None), (None, 290)], ids=str)
+def test_blocks_of_a_tile_of_queries_are_counted_right(lo: int | None, hi: int | None) -> None:
+    """From the first to the last with a key that a query of the tile sees, or where none is seen one: of what lies before the diagonal too."""
+    config = ForwardConfig(1, 64, 2)
+    for queries, keys in itertools.product((1, 64, 300, 513), (1, 128, 300, 700)):
+        counted = shared._key_blocks(spec(None, queries=queries, keys=keys, lo=lo, hi=hi), config)
+        for tile, blocks in enumerate(counted):
+            first, last = tile * 64, min(tile * 64 + 64, queries) - 1
+            end = keys if hi is None else max(0, min(last + hi + 1, keys))
+            begin = 0 if lo is None else max(0, first + lo)
+            assert blocks == max(1, (end - 1) // 64 - begin // 64 + 1), (queries, keys, tile)
+        assert len(counted) == -(-queries // 64)
+
+
 def test_a_larger_l2_group_must_be_worth_it() -> None:
     """Two tiles a pair, of 4 blocks and 1, on four programs: one pair after the other gives two programs all the long ones."""
     lengths, pairs, programs = [4, 1], 8, 4

@@ -70,6 +70,8 @@ class Problem:
     products: str = ""  # of float32 elements: "tf32" or "tf32x3" by tensor cores; "" by FMA units, and of 16-bit elements
 
 
+problem_like = functools.cache(Problem)  # plans, and the table's rows, ask for the same few: then they are told apart by identity
+
 _Config = TypeVar("_Config")
 
 

@@ -54,7 +54,10 @@ class Plan:
 
     def step(self, kernel: str) -> Step | None:
         """The step of that kernel, or None if the plan has none."""
-        return next((step for step in self.steps if step.kernel == kernel), None)
+        for step in self.steps:
+            if step.kernel == kernel:
+                return step
+        return None
 
 
 def ceil_div(a: int, b: int) -> int:

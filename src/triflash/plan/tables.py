@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .configs import Problem, TileConfig
+from .configs import Problem, TileConfig, problem_like
 
 __all__ = ["MEASURED_ON", "ROWS", "THREE_TF32", "Row", "lookup"]
 
@@ -36,8 +36,8 @@ def _measured(
     """
     itemsize = 4 if products else 2
     return (
-        Row(arch, Problem(kernel, head_dim, itemsize, bias, False, products), _config(full), spills[0]),
-        Row(arch, Problem(kernel, head_dim, itemsize, bias, True, products), _config(banded), spills[1]),
+        Row(arch, problem_like(kernel, head_dim, itemsize, bias, False, products), _config(full), spills[0]),
+        Row(arch, problem_like(kernel, head_dim, itemsize, bias, True, products), _config(banded), spills[1]),
     )
 
 
@@ -50,7 +50,7 @@ def _config(text: str) -> TileConfig:
 
 def _short(most_keys: int, kernel: str, head_dim: int, banded: bool, config: str, spills: int = 0) -> Row:
     """A row of 16-bit elements without a bias, for so many keys and fewer."""
-    return Row("sm90", Problem(kernel, head_dim, 2, False, banded), _config(config), spills, most_keys)
+    return Row("sm90", problem_like(kernel, head_dim, 2, False, banded, ""), _config(config), spills, most_keys)
 
 
 def _three_tf32(kernel: str, head_dim: int, config: str, spills: tuple[int, int, int, int] = (0, 0, 0, 0)) -> tuple[Row, ...]:

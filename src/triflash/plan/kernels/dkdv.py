@@ -26,6 +26,7 @@ from .shared import (
     best_order,
     blocks_of_heads,
     check_held,
+    ends_within,
     is_banded,
     is_light,
     load_imbalance,
@@ -180,9 +181,10 @@ class DkdvConfig(HopperConfig):
 
 def row_of_keys(spec: AttentionSpec) -> tuple[str, BiasSpec] | None:
     """The bias over keys alone, and the name of its gradient, which the kernel gives: a row of sums a (batch, head) pair."""
-    for name, bias in (("dbias", spec.bias), ("dsecond", spec.second)):
-        if bias is not None and bias.varies[4] and not bias.varies[3]:
-            return name, bias
+    if spec.bias is not None:  # without one there is no second
+        for name, bias in (("dbias", spec.bias), ("dsecond", spec.second)):
+            if bias is not None and bias.varies[4] and not bias.varies[3]:
+                return name, bias
     return None
 
 
@@ -200,7 +202,12 @@ def _sums_keys(gives: tuple[str, ...]) -> bool:
 
 def dims(spec: AttentionSpec, own_widths: bool = False) -> tuple[int, int]:
     """Head dims of q and k, and of v, as the kernel pads them: above 128 alike, but where blocks have their own widths."""
-    head, value = max(SMALLEST_DIM, padded(spec.head_dim)), max(SMALLEST_DIM, padded(spec.value_dim))
+    return _padded_alike(spec.head_dim, spec.value_dim, own_widths)
+
+
+@functools.cache  # a plan asks a dozen times
+def _padded_alike(head_dim: int, value_dim: int, own_widths: bool) -> tuple[int, int]:
+    head, value = max(SMALLEST_DIM, padded(head_dim)), max(SMALLEST_DIM, padded(value_dim))
     widest = max(head, value)
     return (widest, widest) if widest > NARROW and not own_widths else (head, value)
 
@@ -356,11 +363,11 @@ def _lengths(spec: AttentionSpec, config: DkdvConfig) -> list[int]:
 def _query_blocks(spec: AttentionSpec, config: DkdvConfig) -> list[int]:
     """Query blocks that each key tile visits."""
     rows, columns, queries, keys, lo, hi = config.block_m, config.block_n, spec.queries, spec.keys, spec.lo, spec.hi
-    return [
-        max(0, -(-(queries if lo is None else max(0, min(min(first + columns, keys) - lo, queries))) // rows)
-            - (0 if hi is None else max(0, first - hi) // rows))
-        for first in range(0, keys, columns)
-    ]  # fmt: skip
+    firsts = range(0, keys, columns)
+    ends = [queries] * len(firsts) if lo is None else ends_within(firsts, columns, keys, -lo, queries)
+    if hi is None:
+        return [-(-end // rows) for end in ends]
+    return [max(0, -(-end // rows) - max(0, first - hi) // rows) for first, end in zip(firsts, ends, strict=True)]
 
 
 def _check(spec: AttentionSpec, config: DkdvConfig, adding: bool) -> None:

@@ -11,7 +11,19 @@ from ...errors import bad_value, unsupported
 from ...spec import UNSET, AttentionSpec, BiasSpec, Needs
 from .. import tables
 from ..choices import Choices
-from ..configs import Problem, TileConfig, chosen, default_config, misread, of_both, others_chosen, padded, with_features, with_wide_bias
+from ..configs import (
+    Problem,
+    TileConfig,
+    chosen,
+    default_config,
+    misread,
+    of_both,
+    others_chosen,
+    padded,
+    problem_like,
+    with_features,
+    with_wide_bias,
+)
 from ..device import DeviceFacts
 from ..steps import Step, asked_products, broadcast_rows, ceil_div, dbias_source
 from . import few
@@ -51,7 +63,7 @@ def problem_of(kernel: str, spec: AttentionSpec, device: DeviceFacts | None = No
     products = "ieee" if spec.dtype != "fp32" else spec.precision if device is None else products_of(kernel, spec, device)
     amd = device is not None and device.arch.startswith("gfx")  # whose tiles for float32 are the same, whatever multiplies them
     by_tensor_cores = products if products in ("tf32", "tf32x3") and not amd else ""
-    return Problem(kernel, head_dim, 4 if spec.dtype == "fp32" else 2, spec.bias is not None, banded, by_tensor_cores)
+    return problem_like(kernel, head_dim, 4 if spec.dtype == "fp32" else 2, spec.bias is not None, banded, by_tensor_cores)
 
 
 def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Choices) -> tuple[TileConfig, str]:
@@ -64,7 +76,7 @@ def config_of(kernel: str, spec: AttentionSpec, device: DeviceFacts, choices: Ch
     config, source = _measured_or_default(kernel, problem, spec, device, choices)
     weight = _weight(spec, problem.products) if device.arch.startswith("sm") else 0  # AMD's registers suffice
     lighter = with_features(problem, config, weight)
-    if lighter != config and kernel != "delta" and not misread(problem, lighter):
+    if lighter is not config and lighter != config and kernel != "delta" and not misread(problem, lighter):
         return lighter, f"{source}, with fewer scores a thread than {config} for what they go through"
     return config, source
 

@@ -19,7 +19,7 @@ from ..configs import padded
 __all__ = [
     "L2_GROUP_BYTES", "MAX_SIMULATED_TILES", "MOST_PIECES", "ROWS", "SMALLEST_BLOCK", "STATS_MULTIPLE", "TILE_COST", "Buffer",
     "HopperConfig", "QueryConfig", "barriers", "batch_fastest", "best_order", "bias_buffer", "blocks_of_heads", "check_held",
-    "equal_groups", "is_banded", "is_light", "kind_of", "l2_order", "load_imbalance", "mask_buffer", "mma_fits",
+    "ends_within", "equal_groups", "is_banded", "is_light", "kind_of", "l2_order", "load_imbalance", "mask_buffer", "mma_fits",
     "multiplied_columns", "order_of", "query_tiles", "row_buffers", "row_by_mma", "second_buffer", "shared_limit", "span",
     "stats_kinds", "stats_length", "takes_own_widths", "widths",
 ]  # fmt: skip
@@ -331,11 +331,21 @@ def _shares_bias(spec: AttentionSpec) -> bool:
 def _key_blocks(spec: AttentionSpec, config: QueryConfig) -> list[int]:
     """Key blocks that each query tile visits."""
     rows, columns, queries, keys, lo, hi = config.block_m, config.block_n, spec.queries, spec.keys, spec.lo, spec.hi
-    return [
-        max(1, -(-(keys if hi is None else max(0, min(min(first + rows, queries) + hi, keys))) // columns)
-            - (0 if lo is None else max(0, first + lo) // columns))
-        for first in range(0, queries, rows)
-    ]  # fmt: skip
+    firsts = range(0, queries, rows)
+    ends = [keys] * len(firsts) if hi is None else ends_within(firsts, rows, queries, hi, keys)
+    if lo is None:
+        return [-(-end // columns) or 1 for end in ends]
+    return [max(1, -(-end // columns) - max(0, first + lo) // columns) for first, end in zip(firsts, ends, strict=True)]
+
+
+def ends_within(firsts: Sequence[int], size: int, total: int, shift: int, limit: int) -> list[int]:
+    """Where tiles of ``size`` end that begin at ``firsts``, the last of them at ``total``, moved by ``shift`` and kept from 0 to ``limit``.
+    Without ``min`` and ``max``: first calls wait for hundreds of tiles.
+    """
+    ends = [first + size + shift for first in firsts]
+    if ends:
+        ends[-1] = total + shift
+    return [0 if end < 0 else limit if end > limit else end for end in ends]
 
 
 def best_order(
