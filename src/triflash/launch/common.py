@@ -36,7 +36,7 @@ def is_wide(tensors: Iterable[Tensor | None]) -> bool:
     for x in tensors:
         if x is not None:
             strides = x.stride()
-            if max(strides[3:] if len(strides) == 5 else strides[1:2]) >= _WIDE_STRIDE:
+            if (strides[1] if len(strides) == 4 else max(strides[3:])) >= _WIDE_STRIDE:
                 return True
     return False
 

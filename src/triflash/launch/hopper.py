@@ -8,6 +8,7 @@ written to such a copy too.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,14 +112,14 @@ def forward_calls(
         of_heads, of_values = widths(spec.head_dim, config.own_widths), widths(spec.value_dim, config.own_widths)
         blocks = ((q, ROWS, of_heads), (k, block_n, of_heads), (v, block_n, of_values), (out, ROWS, of_values))
         args = (
-            *(of_rows(spec, each, rows, columns[0]) for each, rows, columns in blocks),
+            *[of_rows(spec, each, rows, columns[0]) for each, rows, columns in blocks],
             *(bias_desc, pointer, lengths_of(lengths), hopper_packed.tiles_of(t, spec, "queries"), bounds_of(bounds, "queries")),
             *(slopes, sink, lse, rest),
             *(pointer_strides, bias_on),
             *(slope_strides(slopes), None if sink is None else sink.stride(0), cap_of(spec), dropout_of(spec, seed)),
             *blocks_of(x.second_bias, second_buffer(spec, config).shape),
             *blocks_of(mask, mask_buffer(spec, config).shape),
-            *(of_rows(spec, each, rows, columns[1]) if len(columns) > 1 else None for each, rows, columns in blocks),
+            *[of_rows(spec, each, rows, columns[1]) if len(columns) > 1 else None for each, rows, columns in blocks],
             *(batch_of(spec), spec.heads, spec.groups, spec.batch_inner, spec.queries, spec.keys, spec.lo, spec.hi, spec.scale),
             *schedule_of_queries(spec, config, step.programs),
         )
@@ -197,8 +198,7 @@ def ragged(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
 
 def descriptor(x: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A TMA descriptor of an addressable tensor, in blocks of that shape."""
-    shape, strides = _laid(x.shape, x.stride(), _ALIGNMENT // x.element_size())
-    return _descriptor(x, shape, strides, tuple(block))
+    return _descriptor(x, *_laid(x.shape, x.stride(), _ALIGNMENT // x.element_size()), tuple(block))
 
 
 @functools.lru_cache(maxsize=256)  # keys lie as values do, and gradients as what they are of
@@ -215,8 +215,7 @@ _new = object.__new__
 
 def _descriptor(x: Tensor, shape: list[int], strides: list[int], block: tuple[int, ...]) -> TensorDescriptor:
     """One that Triton has checked, or of a meta tensor, whose launchers asked if TMA can address it, one like another that it has."""
-    fields = _alike.get((block, x.dtype)) if x.is_meta else None
-    if fields is None:
+    if not x.is_meta or (fields := _alike.get((block, x.dtype))) is None:
         made = TensorDescriptor(x, shape, strides, list(block), _shared_layout(block, x.dtype))
         _alike[block, x.dtype] = {**vars(made), "base": None} if vars(made).keys() <= _FIELDS else None
         return made
@@ -265,11 +264,15 @@ def ready_operands(room: Room, spec: AttentionSpec, x: Operands) -> Operands:
     if mask is not None:
         mask = once(mask) if hopper_packed.spreads(spec, "mask") else ready(room, "mask", once(mask))
     second = None if second is None else ready(room, "second bias", once(second))
-    return in_line(room, x._replace(q=q, k=k, v=v, bias=bias, second_bias=second, mask=mask))
+    found = (q, k, v, bias, mask, second)
+    if not all(map(operator.is_, found, (*x[:5], x.second_bias))):
+        x = x._replace(q=q, k=k, v=v, bias=bias, mask=mask, second_bias=second)
+    return in_line(room, x)
 
 
 def once(bias: Tensor) -> Tensor:
     """A bias or mask whose expanded outer dims are read at their only element. An expanded dim of queries or keys is what a tile is made
     of: whoever makes it ready writes it out.
     """
-    return bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in bias.stride()[:3])]
+    strides = bias.stride()[:3]
+    return bias[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)] if 0 in strides else bias

@@ -398,11 +398,11 @@ def dkdv_call(
     packed = hopper_packed.tiles_of(t, spec, "keys")
     schedule = (0, 0, 0, 0) if packed is not None else (*key_tiles(spec, config), *l2_order(spec, config, step.programs))
     args: tuple[Any, ...] = (
-        *(of_rows(spec, x, rows, columns[0]) for x, rows, columns in blocks),
+        *[of_rows(spec, x, rows, columns[0]) for x, rows, columns in blocks],
         descriptor(stats, (1, 1, rows)),
         small_lse if reads_small_lse(spec, step) else None,
         bias_desc,
-        *(None if x is None else of_rows(spec, x, rows, columns[0]) for x, rows, columns in gradients),
+        *[None if x is None else of_rows(spec, x, rows, columns[0]) for x, rows, columns in gradients],
         *(() if config.d256 else head_parts),
         *sums,
         *(

@@ -74,6 +74,8 @@ def tables(room: Room, steps: Sequence[Step], spec: AttentionSpec) -> PackedTabl
 
 def in_line(room: Room, x: Operands) -> Operands:
     """The operands with offsets and used lengths one behind the other, as ``extents`` reads them: copies of those that lie otherwise."""
+    if x.offsets_q is None:
+        return x
     given = {"offsets_q": "cu_seqlens_q", "offsets_k": "cu_seqlens_k", "used_q": "seqused_q", "used_k": "seqused_k"}
     copies = {}
     for field, name in given.items():

@@ -6,6 +6,7 @@ The ahead-of-time tests compile the very same calls for GPUs that are not here.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -250,7 +251,10 @@ def _ready(room: Room, x: Operands) -> Operands:
     bias, second, mask = (
         _vectorisable(room, name, each) for name, each in (("bias", x.bias), ("second bias", x.second_bias), ("mask", x.mask))
     )
-    return in_line(room, x._replace(q=q, k=k, v=v, bias=bias, second_bias=second, mask=mask))
+    found = (q, k, v, bias, mask, second)
+    if not all(map(operator.is_, found, (*x[:5], x.second_bias))):
+        x = x._replace(q=q, k=k, v=v, bias=bias, mask=mask, second_bias=second)
+    return in_line(room, x)
 
 
 def rows(room: Room, name: str, x: Tensor) -> Tensor:
