@@ -138,7 +138,8 @@ class Form:
     def _five(self, name: str, bias: Tensor, copy: Copy | None, layout: str) -> Tensor:
         if layout:
             return {"padded": lambda x: x[:, None], "rows": lambda x: x[None, None], "keys": lambda x: x[None, None, :, None]}[layout](bias)
-        wide = bias[(None,) * (len(self.batch) + 3 - bias.dim())]
+        missing = len(self.batch) + 3 - bias.dim()
+        wide = bias[(None,) * missing] if missing else bias
         if len(self.batch) == 1:
             return wide[:, None] if self.split == 1 else wide[None]
         outer, inner = wide.shape[: self.split], wide.shape[self.split : len(self.batch)]

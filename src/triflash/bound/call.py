@@ -141,6 +141,8 @@ class BoundCall:
             return self.form.operands(given, room.contiguous)
         if self._operands is None:
             self._operands = self.form.operands(given)
+        if self.form.tensors == 3:
+            _tell_of_views(room, given[:5], self._operands)
         return self._operands
 
     def _parts(self, room: Described, both: Tensor, lse: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,6 +310,8 @@ class BoundCall:
         if not into:
             grads = self._new_gradients(room, given, needs)
         written = self._gradients(grads)
+        if not (into or self.form.folds) and self.form.tensors == 3:
+            _tell_of_views(room, grads[:4], written)
         copy = room.contiguous
         plan = plan_backward(spec, self.needs(needs), self.facts, self.backend)
         calls = None
@@ -384,6 +388,13 @@ class BoundCall:
         dq, dk, dv = (None if x is None else form.rows(name, x) for name, x in (("dq", q), ("dk", k), ("dv", v)))
         dbias, dsecond = (None if x is None else form.bias(x) for x in (bias, second))
         return Gradients(dq, dk, dv, dbias, sink, dsecond)
+
+
+def _tell_of_views(room: Described, given: Given, views: Given) -> None:
+    """Which of these tensors the views are of, that begin where they do."""
+    for x, view in zip(given, views, strict=False):
+        if view is not x and x is not None and view is not None:
+            room.part(x, view, 0)
 
 
 _strides: Callable[[Tensor], tuple[int, ...]] = torch._C.TensorBase.stride

@@ -97,9 +97,7 @@ class Launch:
     the kernel, and its hooks.
     """
 
-    __slots__ = (
-        "_arguments", "_attributes", "_call", "_place", "form", "grid", "maps", "numbers", "pointers", "watched",
-    )  # fmt: skip
+    __slots__ = ("_arguments", "_attributes", "_call", "_place", "form", "grid", "maps", "numbers", "pointers", "watched")
 
     def __init__(self, call: Call, compiled: Any, place: Callable[[Tensor], tuple[int, int]], known: dict[int, tuple[int, int]]) -> None:
         kernel = call.kernel
@@ -152,7 +150,12 @@ class Launch:
         made = []
         encode = self.form.encode
         for at, slot, offset, recipe, known in self.maps:
-            tensor_map = _map_at(addresses[slot] + offset, recipe, known, encode)
+            address = addresses[slot] + offset
+            tensor_map = known.get(address)
+            if tensor_map is None:  # as _map_at, at once
+                if len(known) >= _MAPS:
+                    known.clear()
+                tensor_map = known[address] = encode(address, *recipe)
             where[at] = id(tensor_map) + _INSIDE
             made.append(tensor_map)
         config = array("Q", (*self.grid, stream, *self._attributes))

@@ -157,7 +157,7 @@ class Described:
         self.places: dict[int, tuple[int, int]] = {}
         self._kept: list[Tensor] = []  # while one lives, nothing else gets its number
         self._slots: dict[int, tuple[int, int]] = {}  # storage -> slot, and where in the storage the slot's tensor begins, in bytes
-        self._asked = 0  # of those kept, how many _slots knows: storages are looked at once a view wants it
+        self._asked = 0  # of those kept, how many _slots knows: as many as views have wanted
 
     def give(self, *tensors: Tensor | None) -> None:
         """The next tensors that a call hands in; None: it hands in none."""
@@ -214,12 +214,13 @@ class Described:
         known = self.places.get(id(x))
         if known is not None:
             return known
-        slots = self._slots
-        for each in self._kept[self._asked :]:
+        slots, storage = self._slots, x.untyped_storage()._cdata
+        while storage not in slots:
+            each = self._kept[self._asked]
             slot, begin = self.places[id(each)]
             slots[each.untyped_storage()._cdata] = slot, int(each.storage_offset()) * each.element_size() - begin
-        self._asked = len(self._kept)
-        slot, begin = slots[x.untyped_storage()._cdata]
+            self._asked += 1
+        slot, begin = slots[storage]
         return slot, int(x.storage_offset()) * x.element_size() - begin
 
     def view(self, x: Tensor) -> View:
