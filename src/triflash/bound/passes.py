@@ -75,8 +75,13 @@ class BoundPass:
         Of a pass that is bound and has nothing to do but launches, an attribute takes this method's place: :meth:`_Native.at_once`.
         """
         native = self._steps
-        if native is None and not self._tried:
-            native = self._bind(there)
+        if native is None:
+            if not self._tried:
+                native = self._bind(there)
+        elif native.repeats:  # this is not the first time, and may not be the last
+            self.run = at_once = native.at_once(functools.partial(BoundPass.run, self))  # type: ignore[method-assign]
+            native.repeats = False
+            return at_once(there, like, addresses)
         if native is None or native.changed():
             results = self._run_aside(there, like)
         elif native.index is None or native.index == _current_device():
@@ -107,10 +112,8 @@ class BoundPass:
             return None  # for now
         with self._lock, launch.on(self._device):
             if not self._tried:
-                self._steps = native = self._bound(there)
+                self._steps = self._bound(there)
                 self._tried = True
-                if native is not None and (at_once := native.at_once(functools.partial(BoundPass.run, self))) is not None:
-                    self.run = at_once  # type: ignore[method-assign]
         return self._steps
 
     def _bound(self, there: Sequence[Tensor]) -> _Native | None:
@@ -121,6 +124,7 @@ class BoundPass:
         compiled = compiling.compiled_kernels(self.calls, None if self.follows is None else functools.partial(self._following, there))
         memory = _Memory(self.room, self._there, self.spec.tensor_dtype)
         launches = native.bind(self.calls, compiled, memory.place, memory.known)
+        memory.known.clear()  # some forty objects that nobody asks for again
         return None if launches is None else _Native(memory, launches, self._device)
 
     def _following(self, there: Sequence[Tensor]) -> list[Call]:
@@ -201,7 +205,7 @@ class _Memory:
 
 class _Native:
     """The launches of a pass, bound, with the memory that they share. changed: whether they have to go Triton's own way now. index: of the
-    device that must be the current one; None: any.
+    device that must be the current one; None: any. repeats: whether :meth:`at_once` is to run them from the second time on.
     """
 
     def __init__(self, memory: _Memory, launches: list[Launch], device: torch.device) -> None:
@@ -216,6 +220,7 @@ class _Native:
         self._made, self._count = memory.made, memory.count
         self._all = len(self._made) == self._count
         self._plain = not (room.copies or room.zeros or room.sinks)
+        self.repeats = self._plain and self._allocate is not None
         if self._plain:
             return
         self._before = [(moved(each.target), moved(each.source)) for each in room.copies if not each.after]
@@ -226,13 +231,12 @@ class _Native:
             for s in room.sinks
         ]
 
-    def at_once(self, otherwise: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]] | None:
-        """:meth:`BoundPass.run` of this pass in one function, which every eager call waits for; where it does not apply it asks
-        ``otherwise``. None: it never applies.
+    def at_once(self, otherwise: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+        """:meth:`BoundPass.run` of a pass that repeats, in one function, which every eager call waits for; where it does not apply it asks
+        ``otherwise``.
         """
         new, changed, launches, current_stream = self._allocate, self.changed, self._launches, self._stream
-        if new is None or not self._plain:
-            return None
+        assert new is not None
         index, device, recorders, address_of = self.index, self._device, launch.recorders, address
         shapes, count = self._made, None if self._all else self._count
 

@@ -201,8 +201,7 @@ def _told(noted: _Noted, call: Call, more: tuple[Any, ...]) -> tuple[Any, ...] |
     values = tuple(options.values())
     return (
         types, low.translate(_DIVISIBLE), ones,
-        *[(x.dtype, x.data_ptr() % 16 == 0) for x in sort.tensors(args)], *map(_of_descriptor, descriptors := sort.descriptors(args)),
-        *map(id, map(_block, descriptors)), *map(id, map(_layout, descriptors)),
+        *[(x.dtype, x.data_ptr() % 16 == 0) for x in sort.tensors(args)], *map(id, map(_block, sort.descriptors(args))),
         sort.others(args), *options, values, tuple(map(type, values)), more,
     )  # fmt: skip
 
@@ -210,8 +209,9 @@ def _told(noted: _Noted, call: Call, more: tuple[Any, ...]) -> tuple[Any, ...] |
 _NEW: Any = object()
 _LOWEST = slice(None, None, 4) if sys.byteorder == "little" else slice(3, None, 4)  # byte of each number of 32 bits
 _DIVISIBLE = bytes([16 if byte % 16 == 0 else 1 if byte == 1 else 0 for byte in range(256)])  # of that byte: 16, or 1, or neither
-# Blocks and layouts are one object each for all descriptors of a kind; others would be told apart from those, and Triton asked.
-_of_descriptor, _block, _layout = (operator.attrgetter(*names) for names in (("base.dtype", "padding"), ("block_shape",), ("layout",)))
+# The list of a block is one object for all descriptors of a dtype, a block and a layout (``launch/hopper.py``); of a descriptor with a list
+# of its own Triton is asked.
+_block = operator.attrgetter("block_shape")
 
 
 def _sort(kernel: Any, args: tuple[Any, ...], count: int) -> _Sort | None:
