@@ -271,6 +271,19 @@ def test_compiled() -> None:
         torch.testing.assert_close(got, right)
 
 
+def test_compiled_with_symbolic_sizes_beside_known_ones() -> None:
+    """What a compiled program makes itself has sizes that are numbers."""
+
+    def both(q: Tensor) -> Tensor:
+        rows = DS4Sci_EvoformerAttention(q, q, q, [torch.ones(1, 3, 1, 1, 5, device=DEVICE), torch.ones(1, 1, 2, 5, 5, device=DEVICE)])
+        first = q.transpose(2, 3)
+        return rows + triangle_attention(first, first, first, torch.ones(1, 1, 2, 5, 5, device=DEVICE)).transpose(2, 3)
+
+    torch.compiler.reset()
+    q = torch.randn(1, 3, 5, 2, 8, device=DEVICE)
+    torch.testing.assert_close(torch.compile(both, backend="aot_eager", fullgraph=True, dynamic=True)(q), both(q))
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda x: x.update(q=x["q"][0, 0]), r"q: wanted 5 dims \(B, N, H, Q, D\), or 4 \(N, H, Q, D\), got 3 dims"),
     (lambda x: x.update(q=None), "q: wanted a tensor, got NoneType"),

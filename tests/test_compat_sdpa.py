@@ -388,3 +388,13 @@ def test_compiled_with_symbolic_sizes_and_grouped_heads() -> None:
         q, k = drawn((B, 4, M, 8), (B, 2, N, 8))
         out = compiled(q, k, k, is_causal=True, enable_gqa=True)
         compare(out, BUILTIN(q, k, k, is_causal=True, enable_gqa=True), [q, k], keep=False)
+
+
+@pytest.mark.unpoisoned
+def test_compiled_with_symbolic_sizes_beside_known_ones() -> None:
+    def attend(q: Tensor) -> Tensor:
+        k, v = torch.ones(3, 4, 5, 8, dtype=q.dtype), torch.ones(3, 1, 5, 8, dtype=q.dtype)
+        return sdpa.scaled_dot_product_attention(q, k, v)
+
+    (q,) = drawn((3, 4, 5, 8))
+    torch.testing.assert_close(torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)(q), attend(q))

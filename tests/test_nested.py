@@ -224,6 +224,18 @@ def test_compiled(device: torch.device) -> None:
             torch.testing.assert_close(*(y.values() if y.is_nested else y for y in (got, right)))
 
 
+def test_compiled_with_a_bias_of_known_sizes(device: torch.device) -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attention(q * 1.0, k, v, bias=torch.ones(len(M), H, max(M), max(N), device=device))
+        assert isinstance(out, Tensor)
+        return out
+
+    torch.compiler.reset()
+    x = inputs(device)
+    out = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)(*x.values())
+    torch.testing.assert_close(out.values(), run(*x.values()).values())
+
+
 def test_autocast(device: torch.device) -> None:
     x = inputs(device)
     with torch.autocast(device.type, dtype=torch.bfloat16):

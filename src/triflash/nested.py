@@ -91,7 +91,8 @@ def _wide(name: str, x: Any, count: int, heads: int) -> Any:
     if x.is_nested:
         raise bad_type(name, "a dense tensor, padded to the longest sequence", "a NestedTensor", f"{name}.to_padded_tensor(…)")
     wide = x[(None,) * (4 - x.dim())] if 2 <= x.dim() < 4 else x
-    if wide.dim() != 4 or wide.shape[0] not in (1, count) or wide.shape[1] not in (1, heads):
+    # By !=, not by "in": to Dynamo no tuple with a symbolic size in it holds a number.
+    if wide.dim() != 4 or any(own != 1 and own != size for own, size in zip(wide.shape[:2], (count, heads), strict=True)):
         wanted = f"2 to 4 dims that broadcast to ({count}, {heads}, longest of q, longest of k)"
         raise bad_value(name, wanted, tuple(x.shape))
     return wide

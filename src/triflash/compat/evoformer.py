@@ -193,7 +193,8 @@ def _check_bias(name: str, bias: Any, q: Tensor, full: tuple[int, ...], words: s
     if not isinstance(bias, Tensor):
         raise bad_type(name, "a tensor or None", type(bias).__name__)
     refuse_layout(name, bias)
-    if bias.dim() != len(full) or any(own not in (1, size) for own, size in zip(bias.shape, full, strict=True)):
+    # By !=, not by "in": to Dynamo no tuple with a symbolic size in it holds a number.
+    if bias.dim() != len(full) or any(own != 1 and own != size for own, size in zip(bias.shape, full, strict=True)):
         raise bad_value(name, f"shape {words} = {full}, of which any dim may be 1", tuple(bias.shape))
     if bias.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.bool, q.dtype):
         raise bad_type(name, "float16, bfloat16 or float32", bias.dtype)

@@ -110,7 +110,7 @@ def _with_heads(q: Tensor, k: Tensor, v: Tensor, grouped: bool) -> tuple[Tensor,
         return q, k, v
     H = next((size for size in (Hq, Hk, Hv) if size != 1), 1)
     for name, own in (("key", Hk), ("value", Hv)):
-        if own not in (1, H):
+        if own != 1 and own != H:  # not by "in": to Dynamo no tuple with a symbolic size in it holds a number
             raise bad_value(name, f"1 or {H} heads", own, "enable_gqa=True lets groups of query heads share a key head")
     q = q.expand(*q.shape[:-3], H, *q.shape[-2:])
     if Hk != Hv:
@@ -124,7 +124,7 @@ def _broadcast(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     for n, own in enumerate(zip(q.shape[:-3], k.shape[:-3], v.shape[:-3], strict=True)):
         size = next((size for size in own if size != 1), 1)
         for name, each in zip(("query", "key", "value"), own, strict=True):
-            if each not in (1, size):
+            if each != 1 and each != size:
                 raise bad_value(name, f"size 1 or {size} in batch dim {n}", each)
         sizes.append(size)
     return tuple(sizes)

@@ -181,7 +181,7 @@ def _decodes(tensors: tuple[Tensor | None, ...], seen: dict[str, Any]) -> bool:
         return False
     full = (*query.shape[:3], key.shape[2])
     for x in (bias, seen.get("mask")):
-        if x is not None and (x.dim() != 4 or any(own not in (1, size) for own, size in zip(x.shape, full, strict=True))):
+        if x is not None and (x.dim() != 4 or any(own != 1 and own != size for own, size in zip(x.shape, full, strict=True))):
             return False  # attention has words for it
     diagonal, lengths = seen.get("diagonal"), seen.get("key_lengths")
     if diagonal is not None:  # of a static cache: the last query stands at its last key, and sees none behind it
