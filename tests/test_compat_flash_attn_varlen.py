@@ -12,6 +12,7 @@ from torch import Tensor
 
 import triflash
 from test_compat_flash_attn import CASES, PARAMETERS, drawn, formula
+from test_compat_torch_varlen import paged
 from triflash import ops_varlen
 from triflash.compat import flash_attn as compat
 from triflash.compat.flash_attn import flash_attn_varlen_func, flash_attn_varlen_kvpacked_func, flash_attn_varlen_qkvpacked_func
@@ -224,6 +225,22 @@ def test_compiled() -> None:
     torch.testing.assert_close(got, right)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_pages(causal: bool) -> None:
+    """flash_attn 2.8's arguments by position; pages lie in no order."""
+    k, v, k_pages, v_pages, table = paged([n - j for j, n in pairwise(CU_K)])
+    q, slopes = torch.randn(13, 4, 8), torch.rand(4, 4)
+    given = (7, 9, 0.0, 0.3, causal, (6, 2), 5.0, slopes, False, True, table)
+    out, lse, nothing = flash_attn_varlen_func(q, k_pages, v_pages, *offsets(), *given)
+    x = [each.double() for each in (q, k, v)]
+    right, right_lse = (
+        each.float() for each in reference(*x, CU_Q, CU_K, slopes.double(), scale=0.3, causal=causal, window=(6, 2), softcap=5.0)
+    )
+    torch.testing.assert_close(out, right, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, right_lse, rtol=1e-4, atol=1e-5)
+    assert nothing is None and flash_attn_varlen_func(q, k_pages, v_pages, *offsets(), *given[:-2], False, table).equal(out)
+
+
 def call(**change: Any) -> Any:
     x = torch.zeros(13, 2, 8)
     cu, _ = offsets()
@@ -232,7 +249,9 @@ def call(**change: Any) -> Any:
 
 
 @pytest.mark.parametrize("change, kind, message", [
-    ({"block_table": torch.zeros(4, 1, dtype=torch.int32)}, triflash.UnsupportedError, "block_table: "),
+    ({"block_table": torch.zeros(4, 1, dtype=torch.int32)}, ValueError, r"k: wanted 4 dims \(pages, page_size, Hk, D\), got 3 dims"),
+    ({"block_table": torch.zeros(4, 1, dtype=torch.int32), "dropout_p": 0.1}, triflash.UnsupportedError, "dropout_p beside block_table"),
+    ({"block_table": torch.zeros(4, 1, dtype=torch.int32), "cu_seqlens_k": None}, TypeError, "cu_seqlens_k: wanted offsets of the keys"),
     ({"causal": "top_left"}, TypeError, "causal: wanted True or False"),
     ({"window_size": 3}, TypeError, "window_size: wanted a pair"),
     ({"softmax_scale": "1"}, TypeError, "softmax_scale: wanted a number or None"),

@@ -129,6 +129,38 @@ def test_beside_pytorchs_own(given: dict[str, Any], device: torch.device) -> Non
         torch.testing.assert_close(mine, right, rtol=4e-2, atol=4e-2)
 
 
+def paged(lengths: list[int], page: int = 4, Hk: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Packed keys and values, the same in pages that lie in no order, and their table."""
+    most = -(-max(lengths) // page)
+    table = torch.randperm(len(lengths) * most).to(torch.int32).view(len(lengths), most)
+    pages = [torch.randn(table.numel(), page, Hk, 8) for _ in range(2)]
+    rows = [torch.cat([x[own.long()].flatten(0, 1)[:n] for own, n in zip(table, lengths, strict=True)]) for x in pages]
+    return rows[0], rows[1], pages[0], pages[1], table
+
+
+def test_pages() -> None:
+    """seqused_k says how many keys there are, or else offsets; num_splits may be any number there."""
+    lengths = [n - j for j, n in pairwise(CU_K)]
+    k, v, k_pages, v_pages, table = paged(lengths)
+    q, (cu_q, cu_k) = torch.randn(13, 4, 8), offsets()
+    right, right_lse = loop(q, k, v, 0.3, (3, 0))
+    given: dict[str, Any] = {"scale": 0.3, "window_size": (3, 0), "enable_gqa": True, "return_aux": Aux(lse=True), "block_table": table}
+    for keys, used in ((None, torch.tensor(lengths)), (cu_k, None)):
+        out, lse = varlen_attn(q, k_pages, v_pages, cu_q, keys, 7, 9, seqused_k=used, num_splits=2, **given)
+        torch.testing.assert_close(out, right, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lse, right_lse, rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="seqused_k: wanted a tensor of integers"):
+        varlen_attn(q, k_pages, v_pages, cu_q, None, 7, 9, seqused_k=torch.ones(4), **given)
+    with pytest.raises(
+        ValueError, match="cu_seq_k: wanted offsets of the keys, got None; it may be None beside a block_table and seqused_k"
+    ):
+        varlen_attn(q, k_pages, v_pages, cu_q, None, 7, 9, **given)
+    with pytest.raises(ValueError, match="key: wanted query's 4 heads, got 2; enable_gqa=True"):
+        varlen_attn(q, k_pages, v_pages, cu_q, cu_k, 7, 9, block_table=table)
+    with pytest.raises(triflash.UnsupportedError, match="gradients by q"):
+        varlen_attn(q.clone().requires_grad_(), k_pages, v_pages, cu_q, cu_k, 7, 9, **given)
+
+
 def test_compiled() -> None:
     x = inputs(dtype=torch.float32)
 
@@ -140,7 +172,7 @@ def test_compiled() -> None:
 
 
 @pytest.mark.parametrize("change, kind, message", [
-    ({"block_table": torch.zeros(4, 1, dtype=torch.int32)}, triflash.UnsupportedError, "block_table: "),
+    ({"block_table": torch.zeros(4, 1, dtype=torch.int32)}, ValueError, r"key: wanted 4 dims \(pages, page_size, Hk, D\), got 3 dims"),
     ({"num_splits": 4}, triflash.UnsupportedError, "num_splits=4: "),
     ({"cu_seq_k": None}, ValueError, "cu_seq_k: wanted offsets of the keys"),
     ({"key": torch.zeros(22, 2, 8), "value": torch.zeros(22, 2, 8)}, ValueError, "key: wanted query's 4 heads, got 2; enable_gqa=True"),

@@ -167,7 +167,8 @@ RULES: dict[str, list[str]] = {
         "torch", "triflash.arguments", "triflash.checks", "triflash.compat.words", "triflash.errors", "triflash.kvcache",
     ],
     "triflash.compat.flash_attn": [
-        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.flash_attn_cache", "triflash.compat.words",
+        "torch", "triflash.arguments", "triflash.attention", "triflash.checks", "triflash.compat.flash_attn_cache", "triflash.compat.pages",
+        "triflash.compat.words",
         "triflash.door", "triflash.errors",
         "triflash.ops", "triflash.ops_checked", "triflash.ops_varlen", "triflash.varlen",
     ],

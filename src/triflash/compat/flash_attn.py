@@ -23,6 +23,7 @@ from ..ops_checked import varlen_options
 from ..ops_varlen import VarlenTensors, varlen_backward_
 from ..varlen import attention_varlen, near
 from .flash_attn_cache import flash_attn_with_kvcache
+from .pages import attend_pages
 from .words import renamed, unless_open
 
 __all__ = [
@@ -39,6 +40,10 @@ __all__ = [
 
 _PACKED_KV = {"k": "kv", "v": "kv"}
 _PACKED = dict.fromkeys("qkv", "qkv")
+_PAGED = {
+    "offsets": "cu_seqlens_k", "k_cache": "k", "v_cache": "v", "page_table": "block_table", "window": "window_size",
+    "scale": "softmax_scale",
+}  # fmt: skip
 VERSION = "2.8.3+triflash"  # what the module that install() makes calls itself
 
 
@@ -164,17 +169,27 @@ def flash_attn_varlen_func(
         q: ``(total_q, nheads, headdim)``. k, v: ``(total_k, nheads_k, headdim)``; v's head dim may be another.
         cu_seqlens_q, cu_seqlens_k: int32 or int64 ``(batch + 1,)``: sequence b is rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
         max_seqlen_q, max_seqlen_k: hints; results do not depend on them.
-        block_table: None; pages are an UnsupportedError. The rest as of ``flash_attn_func``, within each sequence.
+        block_table: int32 ``(batch, max_num_blocks_per_seq)``: k and v are pages ``(num_blocks, page_block_size, nheads_k, headdim)``
+            of any size, cu_seqlens_k says how many keys a sequence has, max_seqlen_q must be no less than the longest, and there are
+            neither gradients nor dropout. The rest as of ``flash_attn_func``, within each sequence.
 
     Returns:
         out ``(total_q, nheads, headdim)``, or ``(out, softmax_lse, None)`` with softmax_lse ``(nheads, total_q)``, float32, differentiable.
         Rows that no sequence owns get 0 and −inf.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device or option. UnsupportedError: ``block_table``.
+        ValueError, TypeError: a wrong shape, dtype, device or option. UnsupportedError: gradients or dropout beside ``block_table``.
     """
     check_bool("return_attn_probs", return_attn_probs)
-    _no_pages(block_table)
+    if block_table is not None:
+        if dropout_p:
+            raise UnsupportedError("dropout_p beside block_table: no cache has dropout; call it without a block_table")
+        check_bool("deterministic", deterministic)
+        paged = attend_pages(
+            q, k, v, cu_seqlens_k, None, _PAGED, max_seqlen_q, return_attn_probs, page_table=block_table, cu_seqlens_q=cu_seqlens_q,
+            causal=check_bool("causal", causal), window=window_size, scale=softmax_scale, softcap=_cap(softcap), alibi_slopes=alibi_slopes,
+        )  # fmt: skip
+        return (*paged, None) if return_attn_probs else paged
     try:
         result = attention_varlen(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=check_bool("causal", causal),

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..checks import check_bool, refuse_layout
 from ..errors import UnsupportedError, bad_type, bad_value
 from ..varlen import attention_varlen
+from .pages import attend_pages
 from .words import renamed, unless_open
 
 __all__ = ["varlen_attn"]
@@ -20,6 +21,7 @@ _NAMES = {
     "q": "query", "k": "key", "v": "value", "cu_seqlens_q": "cu_seq_q", "cu_seqlens_k": "cu_seq_k", "max_seqlen_q": "max_q",
     "max_seqlen_k": "max_k", "window": "window_size",
 }  # fmt: skip
+_PAGED = _NAMES | {"offsets": "cu_seq_k", "used": "seqused_k", "k_cache": "key", "v_cache": "value", "page_table": "block_table"}
 
 
 def varlen_attn(
@@ -53,34 +55,39 @@ def varlen_attn(
         window_size: ``(left, right)``, −1 leaves a side open, ``(-1, 0)`` is causal; aligned to the bottom right of each sequence.
         enable_gqa: Hk may be less than Hq, which it divides.
         seqused_k: integers ``(N,)``: how many of a sequence's keys count; has a backward pass here.
-        block_table: None; pages are an UnsupportedError.
-        num_splits: None or 1: keys are never split. Others are an UnsupportedError.
+        block_table: int32 ``(N, max_pages)``: key and value are pages ``(pages, page_size, Hk, D)`` of any size, seqused_k (or else
+            cu_seq_k, which may be None) says how many keys a sequence has, max_q must be no less than the longest, and there are no
+            gradients.
+        num_splits: None or 1: keys are never split; others are an UnsupportedError. Beside a block_table the number of parts.
 
     Returns:
         out ``(Tq, Hq, Dv)``, or ``(out, lse)`` with lse ``(Hq, Tq)``, float32, differentiable. A query that sees no key gets 0 and −inf.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device or option. UnsupportedError: ``block_table``, ``num_splits``.
+        ValueError, TypeError: a wrong shape, dtype, device or option. UnsupportedError: ``num_splits``, gradients beside ``block_table``.
     """
-    if block_table is not None:
-        raise UnsupportedError(
-            "block_table: varlen_attn of pages is not there; triflash.attention_with_kvcache takes them (page_table=) with cu_seqlens_q"
-        )
-    if num_splits not in (None, 1):
+    if num_splits not in (None, 1) and block_table is None:
         raise UnsupportedError(f"num_splits={num_splits}: triflash does not split the keys of a sequence; leave it out, or pass 1")
-    if cu_seq_k is None:
-        raise bad_value("cu_seq_k", "offsets of the keys", None, "PyTorch has None for pages alone")
+    if cu_seq_k is None and (block_table is None or seqused_k is None):
+        raise bad_value("cu_seq_k", "offsets of the keys", None, "it may be None beside a block_table and seqused_k alone")
     for name, x in (("query", query), ("key", key)):
         refuse_layout(name, x)
-    heads = [x.shape[1] if isinstance(x, Tensor) and x.dim() == 3 else None for x in (query, key)]
+    dims = ((query, 3), (key, 3 if block_table is None else 4))
+    heads = [x.shape[-2] if isinstance(x, Tensor) and x.dim() == dim else None for x, dim in dims]
     if not check_bool("enable_gqa", enable_gqa) and None not in heads and heads[0] != heads[1]:
         raise bad_value("key", f"query's {heads[0]} heads", heads[1], "enable_gqa=True allows fewer")
     wants_lse = False if return_aux is None else getattr(return_aux, "lse", None)
     if not isinstance(wants_lse, bool):
         raise bad_type("return_aux", "torch.nn.attention.varlen.AuxRequest or None", repr(return_aux))
+    check_bool("is_causal", is_causal)
+    if block_table is not None:
+        return attend_pages(
+            query, key, value, cu_seq_k, seqused_k, _PAGED, max_q, wants_lse, page_table=block_table, cu_seqlens_q=cu_seq_q,
+            causal=is_causal, window=window_size, scale=scale, num_splits=num_splits,
+        )  # fmt: skip
     try:
         return attention_varlen(
-            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k=seqused_k, causal=check_bool("is_causal", is_causal),
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k=seqused_k, causal=is_causal,
             window=unless_open(window_size), scale=scale, return_lse=wants_lse,
         )  # fmt: skip
     except (ValueError, TypeError) as error:
