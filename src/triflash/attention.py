@@ -119,7 +119,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *more: Any, **options: Any) -> Te
         bias: added to the scaled scores, unscaled; any shape of 2 dims or more that broadcasts to ``(*batch, Hq, M, N)``, any strides;
             fp16, bf16 or fp32 whatever q is. −inf hides a key from a query. Its gradient has its own shape and dtype, summed in float32
             over what it broadcasts, and is computed only if it is asked for. Or a tuple of two, each of its own shape and dtype and with
-            its own gradient, whose sum is never materialised (backends ``oracle``, ``tiled`` and ``triton``).
+            its own gradient, whose sum is never materialised (backend ``hopper``: one over queries and keys beside one over keys alone).
         mask: bool, of a shape as of a bias, and also beside one; True = visible. Blocks that it hides altogether cost no products.
         causal: True hides from query i the keys ``j > i + diagonal`` (by default aligned to the bottom right: the last query sees every
             key); ``"top_left"`` those with ``j > i``.

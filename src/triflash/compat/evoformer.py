@@ -41,8 +41,8 @@ def DS4Sci_EvoformerAttention(Q: Tensor, K: Tensor, V: Tensor, biases: Sequence[
     Raises:
         ValueError, TypeError: a wrong shape, dtype or device; the message names the argument.
 
-    Lengths and head dims are not restricted (DeepSpeed: more than 16, at most 64). The sum of the biases is never in memory. Two float
-    biases run on backend ``triton``; one alone, or bias2 beside a bool bias1, also on ``hopper``.
+    Lengths and head dims are not restricted (DeepSpeed: more than 16, at most 64). The sum of the biases is never in memory.
+    Both run on backend ``hopper``, too, as does one of them, or bias2 beside a bool bias1.
     """
     tensors = {"Q": Q, "K": K, "V": V}
     sizes = check_tensors(tensors, dict.fromkeys(tensors, "B N L H D"))
