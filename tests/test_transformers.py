@@ -287,6 +287,60 @@ def test_packed_rows(name: str, calls: list[Seen]) -> None:
     assert all(call.lean and call.packed for call in calls) and [said(call) for call in calls] == want_said
 
 
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Gemma-2", "gpt-oss", "Llama-4"])
+def test_offsets_of_packed_rows(name: str, calls: list[Seen]) -> None:
+    """With DataCollatorWithFlattening's keywords a model computes what it does of each sequence alone, also where transformers, for a cache
+    or for this model, makes a mask of one sequence.
+    """
+    family, lengths = BY_NAME[name], (4, 5, 3)
+    model, ids = made(family, family.reference), inputs("causal", "none")["input_ids"]
+    ends = torch.arange(0, B * L, L)[:, None] + torch.tensor(lengths).cumsum(0)
+    cu = torch.nn.functional.pad(ends.flatten(), (1, 0)).int()
+    packed: dict[str, Any] = {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": 5, "max_length_k": 5}
+    packed |= {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in lengths]).expand(B, L)}
+    if name == "Llama-4":
+        packed["use_cache"] = False  # with one its chunks begin with the row
+
+    def found(logits: Tensor, model: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        (logits * torch.linspace(-1, 1, logits.shape[-1])).square().sum().backward()
+        return {"logits": logits.detach(), **{name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}}
+
+    want = found(torch.cat([model(each).logits for each in ids.split(list(lengths), 1)], 1), model)
+    calls.clear()
+    mine = ours(family, model)
+    same(found(mine(**packed).logits, mine), want)
+    assert calls and all(call.lean and call.packed for call in calls)
+    if name == "Llama":
+        compiled = torch.compile(mine, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(**packed, use_cache=False).logits, want["logits"], rtol=1e-4, atol=1e-5)
+    adapter.register(lean=False)
+    same(found(mine(**packed).logits, mine), want)
+
+
+def test_offsets_beside_other_masks(calls: list[Seen]) -> None:
+    """Chunks, padding, a bias and a mask of one's own hide what they do, and sequences the rest."""
+    torch.manual_seed(0)
+    q, k, v, bias = (torch.randn(shape) for shape in ((2, 2, 6, 8), (2, 2, 6, 8), (2, 2, 6, 8), (1, 2, 6, 6)))
+    cu = torch.tensor([0, 2, 6, 9, 12], dtype=torch.int32)
+    block = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)), torch.block_diag(torch.ones(3, 3), torch.ones(3, 3))
+    same_one = torch.stack(block).bool()[:, None]
+    own = torch.rand(2, 1, 6, 6) < 0.7
+    chunks = Visible((2, 1, 6, 6), None, 0, offsets=torch.tensor([0, 4, 6, 10, 12]))
+    padded = Visible((2, 1, 6, 6), 2, 0, lengths=torch.tensor([6, 5]))
+    holes = Visible((2, 1, 6, 6), None, 0, offsets=torch.tensor([0, 4, 6, 12]), used=torch.tensor([3, 2, 5]))
+    whole = Visible((2, 1, 6, 6), None, 0)
+    for mask, shown, added, packed in (
+        (chunks, dense(chunks), None, True), (padded, dense(padded), None, False), (holes, dense(holes), None, False),
+        (own, own, None, False), (torch.zeros(()).masked_fill(~own, -torch.inf), own, None, False), (whole, dense(whole), bias, False),
+    ):  # fmt: skip
+        out, _ = adapter.attention_forward(nn.Module(), q, k, v, mask, position_bias=added, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+        right = (torch.zeros(1, 1, 6, 6) if added is None else added).expand(2, -1, -1, -1).masked_fill(~(shown & same_one), -torch.inf)
+        want = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=right).nan_to_num()
+        torch.testing.assert_close(out.transpose(1, 2), want)
+        assert calls.pop().packed is packed
+
+
 def test_blocks_beside_a_bias(calls: list[Seen]) -> None:
     """What is added to scores by the place in the row has a whole mask beside it."""
     torch.manual_seed(0)
@@ -350,7 +404,9 @@ def plain(module: Any = None, M: int = 4, N: int = 4, mask: Any = None, **option
         (dict(output_attentions=True), ValueError, "output_attentions: .*eager"),
         (dict(indices=torch.zeros(1)), TypeError, "indices: .*no such keyword"),
         (dict(head_mask=torch.ones(2)), TypeError, "head_mask: "),
-        (dict(cu_seq_lens_q=torch.tensor([0, 4])), TypeError, "cu_seq_lens_q: .*position_ids"),
+        (dict(cu_seq_lens_q=torch.tensor([0, 4])), TypeError, "cu_seq_lens_k: wanted offsets"),
+        (dict(cu_seq_lens_q=[0, 8], cu_seq_lens_k=[0, 8]), TypeError, "cu_seq_lens_q: wanted offsets"),
+        (dict(N=6, cu_seq_lens_q=torch.tensor([0, 4]), cu_seq_lens_k=torch.tensor([0, 6])), ValueError, "got 4 queries and 6 keys"),
         (dict(mask=torch.ones(2, 4)), ValueError, "attention_mask: wanted 4 dims"),
         (dict(mask=torch.ones(2, 1, 4, 4, dtype=torch.long)), TypeError, "attention_mask: wanted a bool tensor"),
         (dict(mask=torch.ones(2, 1, 4, 3, dtype=torch.bool)), ValueError, "mask: "),
@@ -516,6 +572,6 @@ def test_every_keyword_of_every_model_is_known() -> None:
     for path in (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py"):
         for call in re.findall(r"= attention_interface\(\n(.*?)\n +\)\n", path.read_text(encoding="utf-8"), re.DOTALL):
             calls += 1
-            unknown = set(re.findall(r"^ +(\w+)=", call, re.MULTILINE)) - names - adapter.HARMLESS - set(adapter.PACKED) - refused
+            unknown = set(re.findall(r"^ +(\w+)=", call, re.MULTILINE)) - names - adapter.HARMLESS - refused
             assert not unknown, f"{path.name}: {unknown}"
     assert calls > 100

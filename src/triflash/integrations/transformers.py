@@ -28,7 +28,6 @@ HARMLESS = frozenset({
     "cache", "cache_position", "labels", "logits_to_keep", "max_length_k", "max_length_q", "num_items_in_batch", "output_hidden_states",
     "output_router_logits", "past_key_value", "past_key_values", "position_ids", "return_dict", "seq_idx", "training", "use_cache",
 })  # fmt: skip
-PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")  # say what a 4-dim mask says too
 
 
 def register(*, lean: bool = True) -> None:
@@ -71,6 +70,8 @@ def attention_forward(
     position_bias: Tensor | None = None,
     deterministic: bool | None = None,
     output_attentions: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """An attention function as transformers' ``AttentionInterface`` holds them, computed by ``triflash.attention``; of rows that hold
@@ -90,6 +91,9 @@ def attention_forward(
         position_bias: floats that broadcast to ``(B, H, M, N)``, added to the scaled scores, with their gradient.
         deterministic: True asks for the same bits in every run; otherwise PyTorch's own setting counts.
         output_attentions: must not be True, nor, if it is not said here, be so in the module's config: probabilities are never in memory.
+        cu_seq_lens_q, cu_seq_lens_k: int32 or int64 ``(n + 1,)``, the same numbers in both: of the B·M rows, one behind the other, those
+            from number i to number i + 1 are a sequence, which sees itself alone, beside what masks say. Nothing waits for the numbers,
+            and a mask of (M, N) is made only beside padding, a position bias or such a mask.
         options: keywords that change nothing here are ignored; others raise.
 
     Returns:
@@ -102,19 +106,14 @@ def attention_forward(
         output_attentions = getattr(getattr(module, "config", None), "output_attentions", False)
     if output_attentions:
         raise bad_value("output_attentions", "False", True, "probabilities are never in memory; attn_implementation='eager' returns them")
-    whole = isinstance(attention_mask, Tensor)
     for name, x in options.items():
-        if x is None or x is False or name in HARMLESS or (whole and name in PACKED):
-            continue
-        hint = (
-            "pass position_ids and use_cache=False, from which a mask follows"
-            if name in PACKED
-            else "attn_implementation='eager' or 'sdpa' may know it"
-        )
-        raise bad_type(name, "no such keyword for attention", type(x).__name__, hint)
+        if not (x is None or x is False or name in HARMLESS):
+            hint = "attn_implementation='eager' or 'sdpa' may know it"
+            raise bad_type(name, "no such keyword for attention", type(x).__name__, hint)
     if query.shape[0] != key.shape[0] and query.shape[0] == 1:  # learned queries, the same for every entry
         query = query.expand(key.shape[0], -1, -1, -1)
     M, N = query.shape[2], key.shape[2]
+    cu = None if cu_seq_lens_q is None and cu_seq_lens_k is None else _checked_offsets(cu_seq_lens_q, cu_seq_lens_k, M, N)
     bias = None if position_bias is not None and _is_zero(module) else position_bias
     if attention_mask is None:
         seen = _unmasked(module, M, N, is_causal, sliding_window)
@@ -122,12 +121,22 @@ def attention_forward(
         if tuple(attention_mask.shape[2:]) != (M, N):
             raise bad_value("attention_mask", f"one of {M} queries and {N} keys", attention_mask)
         bias = _sum(bias, attention_mask.bias)
-        if attention_mask.offsets is not None and bias is None:
-            return _in_blocks(attention_mask, query, key, value, scaling, dropout, softcap, s_aux, deterministic), None
+        if attention_mask.offsets is not None and bias is None and (cu is None or attention_mask.used is None):
+            # Blocks of two kinds at once are what lies between two offsets of any kind; those of length 0 are free.
+            blocks = attention_mask.offsets if cu is None else torch.cat([attention_mask.offsets, cu.to(attention_mask.offsets)]).sort()[0]
+            window = None if attention_mask.left is None else (attention_mask.left, 0)
+            return _in_blocks(
+                blocks, attention_mask.used, "top_left", window, query, key, value, scaling, dropout, softcap, s_aux, deterministic
+            ), None  # fmt: skip
         seen = attention_mask.options() if attention_mask.offsets is None else {"mask": attention_mask.whole()}
     else:
         mask, bias = _added(attention_mask, bias, N)
         seen = {"mask": mask}
+    if cu is not None:
+        if bias is None and all(seen.get(name) is None for name in ("mask", "key_lengths", "key_starts", "diagonal")):
+            causal, window = seen["causal"], seen.get("window")
+            return _in_blocks(cu, None, causal, window, query, key, value, scaling, dropout, softcap, s_aux, deterministic), None
+        seen = seen | {"mask": _same_sequence(cu, key.shape[0], N, seen.get("mask"))}
     if M < N and not dropout and _decodes((query, key, value, bias, s_aux), seen):
         diagonal = seen.get("diagonal")
         return attention_with_kvcache(
@@ -150,8 +159,30 @@ def attention_forward(
     return out, None
 
 
+def _checked_offsets(cu_q: Any, cu_k: Any, M: int, N: int) -> Tensor:
+    for name, x in (("cu_seq_lens_q", cu_q), ("cu_seq_lens_k", cu_k)):
+        if not isinstance(x, Tensor) or x.dim() != 1:
+            got = f"{x.dim()} dims" if isinstance(x, Tensor) else type(x).__name__
+            raise bad_type(name, "offsets (n + 1,), as of the other", got)
+    if M != N or cu_q.shape != cu_k.shape:
+        wanted = "the offsets of as many queries as keys"
+        raise bad_value("cu_seq_lens_q", wanted, f"{M} queries and {N} keys", "a cache that holds keys has no packed sequences")
+    found: Tensor = cu_q
+    return found
+
+
+def _same_sequence(offsets: Tensor, B: int, N: int, mask: Tensor | None) -> Tensor:
+    """The bool mask ``(B, 1, N, N)`` of sequences, each of which sees itself alone, and of another mask."""
+    sequence = torch.searchsorted(offsets, torch.arange(B * N, device=offsets.device, dtype=offsets.dtype), right=True).view(B, N)
+    same = sequence[:, None, :, None] == sequence[:, None, None, :]
+    return same if mask is None else same & mask
+
+
 def _in_blocks(
-    seen: Visible,
+    offsets: Tensor,
+    used: Tensor | None,
+    causal: bool | str,
+    window: tuple[int | None, int | None] | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -163,10 +194,9 @@ def _in_blocks(
 ) -> Tensor:
     """Sequences that a row holds, or chunks, each by itself: the rows of all entries one behind the other."""
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    assert seen.offsets is not None
     out = attention_varlen(
-        q, k, v, seen.offsets, seqused_k=seen.used, causal="top_left", window=None if seen.left is None else (seen.left, 0), scale=scale,
-        softcap=softcap, sink=sink, dropout_p=dropout, deterministic=deterministic or None,
+        q, k, v, offsets, seqused_k=used, causal=causal, window=window, scale=scale, softcap=softcap, sink=sink, dropout_p=dropout,
+        deterministic=deterministic or None,
     )  # fmt: skip
     return out.unflatten(0, (query.shape[0], query.shape[2]))
 
