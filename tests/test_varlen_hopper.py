@@ -331,6 +331,9 @@ def test_as_many_sequences_as_you_like() -> None:
                 attention_varlen(
                     q, k, v, nowhere if shape[0] == 0 else torch.zeros_like(nowhere).expand(2), bias=torch.zeros(shape).to(DEVICE, HALF)
                 )
+        empty, bias = torch.ones(1, rows, 0, dtype=torch.bool, device=DEVICE), torch.zeros(1, rows).to(DEVICE, HALF)
+        with pytest.raises(UnsupportedError, match="a bias or mask of no queries or no keys"):
+            attention_varlen(q, k, v, torch.zeros_like(nowhere).expand(2), bias=bias, bias_layout="keys", mask=empty, mask_layout="rows")
     given = q.detach().to("meta"), k.detach().to("meta"), v.detach().to("meta"), nowhere.cpu()
     found = explain(*given, of=attention_varlen, mask=torch.ones(0, 1, 8, 8, dtype=torch.bool, device="meta"), device="sm90")
     assert found.backend == "triton"

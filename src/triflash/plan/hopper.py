@@ -104,7 +104,7 @@ def why_not(spec: AttentionSpec, device: DeviceFacts) -> tuple[str, str] | None:
     # What has no element has no memory, and no descriptor.
     if spec.no_sequences and (spec.alibi or spec.bias is not None):
         return f"{'ALiBi slopes' if spec.alibi else 'a bias or mask'} of no sequences", "use backend('triton')"
-    if spec.packed is not None and 0 in spec.packed.bias_sizes:
+    if spec.packed is not None and 0 in (spec.packed.most_queries, spec.packed.most_keys):
         return "a bias or mask of no queries or no keys", "use backend('triton')"
     return forward.why_not(spec if spec.packed is None else hopper_packed.like(spec), device)
 
