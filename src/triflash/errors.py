@@ -29,5 +29,5 @@ def bad_type(name: str, wanted: str, got: object, hint: str = "") -> TypeError:
 
 
 def unsupported(feature: str, backend: str, nearest: str) -> UnsupportedError:
-    """``UnsupportedError`` naming what was asked, of whom, and what to do instead."""
-    return UnsupportedError(f"{feature}: not supported by backend {backend!r}; {nearest}")
+    """``UnsupportedError`` naming what was asked, of whom (of ``"auto"``: whoever might), and what to do instead."""
+    return UnsupportedError(f"{feature}: not supported by {'any backend' if backend == 'auto' else f'backend {backend!r}'}; {nearest}")
