@@ -16,6 +16,7 @@ from here import EVERY_BACKEND
 from running import small_tiles
 from test_dtypes import on
 from triflash import attention
+from triflash.rest import join_rest, rest_of, split_rest
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 ON_GPU = torch.cuda.is_available()
@@ -59,6 +60,39 @@ def test_equal_keys_share_alike(size: float, dtype: torch.dtype, backend: str, d
             assert (dq.double().abs() <= off).all()
             ds = (dp - dp.mean(1, keepdim=True)) / N
             assert ((dk.double() - 3 * ds * size * (scale or D**-0.5)).abs() <= 3 * off).all()
+
+
+@pytest.mark.parametrize("exponent", range(-20, 126, 2))
+def test_what_lse_lost_is_found_again(exponent: int) -> None:
+    """``2^(m - lse - rest)`` is 1 / l at every maximum, the ends of its octave among them; from float64, too, where that holds the sum."""
+    generator = torch.Generator().manual_seed(exponent)
+    ends = torch.cat((1 + torch.arange(50) * 2.0**-23, 1 - torch.arange(1, 51) * 2.0**-24, 1 + torch.rand(4000, generator=generator)))
+    m = ends * 2.0**exponent * (2 * torch.randint(2, ends.shape, generator=generator) - 1)
+    log2_sum = 31 * torch.rand(ends.shape, generator=generator) * torch.randint(2, ends.shape, generator=generator)
+    again = (m + log2_sum) * math.log(2.0) * math.log2(math.e)
+    found = [join_rest(m - again, log2_sum)]
+    if exponent < 40:
+        found.append(rest_of(m.double() + log2_sum.double(), again))
+    for rest in found:
+        off, log2 = split_rest(rest)
+        torch.testing.assert_close((m - (again + off)) - log2, -log2_sum, rtol=0.0, atol=2.0**-14)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["products", "bias"])
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+@pytest.mark.parametrize("M, N", [(3, 40), (70, 50), (40, 150)])
+def test_equal_keys_at_any_maximum(M: int, N: int, backend: str, bias: bool, device: torch.device) -> None:
+    """Of one maximum in six, lse read again misses it by the distance of two float32s, beside which there is no room for log2 of a sum."""
+    dtype = BF16 if backend == "hopper" or (backend == "triton" and ON_GPU) else F32
+    magnitudes = (2.0 ** torch.arange(20, 120, 3)).repeat(M)[:M]
+    sizes = torch.randint(128, 256, (M,), generator=torch.Generator().manual_seed(M)) / 256 * magnitudes
+    q = torch.zeros(1, M, 1, 16, device=device, dtype=dtype)
+    q[..., 0] = sizes.to(device, dtype)[None, :, None]
+    k, v = full((1, N, 1, 16), 1.0, dtype, device), full((1, N, 1, 16), 1.0, dtype, device)
+    more = (0.37 * sizes.to(device))[:, None].expand(M, N).contiguous() if bias else None
+    _, _, dk, dv = run(backend, [q.requires_grad_(), k, v], torch.ones_like(q), bias=more, scale=0.7)
+    torch.testing.assert_close(dv.double(), torch.full_like(dv, M / N, dtype=F64), rtol=1e-2 if dtype == BF16 else 1e-4, atol=0.0)
+    assert dk.isfinite().all()
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

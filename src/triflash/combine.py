@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from .rest import split_rest
+
 __all__ = ["combine"]
 
 
@@ -25,7 +27,7 @@ def combine(outs: Tensor, lses: Tensor, rests: Tensor | None = None) -> tuple[Te
     """
     unseen = (lses == -math.inf).all(0)
     high = lses.masked_fill(unseen, 0.0)
-    low = torch.zeros_like(high) if rests is None else (rests * math.log(2.0)).masked_fill(lses == -math.inf, 0.0)
+    low = torch.zeros_like(high) if rests is None else (torch.add(*split_rest(rests)) * math.log(2.0)).masked_fill(lses == -math.inf, 0.0)
     # Two steps: beside a huge lse, what its rounding lost tells two parts apart. Neither maximum has a gradient.
     top = high.detach().amax(0)
     above = ((high - top) + low).detach().amax(0)

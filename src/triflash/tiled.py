@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .dropout import keep_mask, rescale
 from .lengths import Places, comparable
+from .rest import join_rest, split_rest
 
 _LOG2E, _LN2 = 1.4426950408889634, 0.6931471805599453
 _LEAST_BIAS = -torch.finfo(torch.float32).max / _LOG2E  # below it a bias counts as -inf: see oracle.py
@@ -182,7 +183,7 @@ def forward(
         row_lse = scores.there(((m + l.log2()) * _LN2).masked_fill(unseen, -torch.inf), rows, -torch.inf)
         lse[:, :, rows] = row_lse.squeeze(-1)
         if rest is not None:
-            lost = ((m - row_lse * _LOG2E) + l.log2()).masked_fill(row_lse == -torch.inf, 0.0)
+            lost = join_rest(m - row_lse * _LOG2E, l.log2()).masked_fill(row_lse == -torch.inf, 0.0)
             rest[:, :, rows] = lost.squeeze(-1)
 
 
@@ -220,6 +221,9 @@ def backward(
     )
     # p is 2^(s - lse): a row that saw no key gets +inf here, so that its p is 0 and its gradients vanish.
     lse_log2 = (lse * _LOG2E).masked_fill(lse == -torch.inf, torch.inf)
+    if rest is not None:
+        off, rest = split_rest(rest)
+        lse_log2 = lse_log2 + off
 
     for cols in slices(0, N, tile):
         k_tile, v_tile = (scores.shown(_heads_first(x, cols, math), cols) for x in (k, v))

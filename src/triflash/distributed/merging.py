@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..rest import rest_of, split_rest
+
 __all__ = ["LOG2E", "Merged", "Result", "in_base_2", "split", "wide"]
 
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
@@ -67,7 +69,7 @@ class Merged:
     def result(self, rest: bool) -> Result:
         unseen = self.lse == -math.inf
         lse = (self.lse * LN2).to(wide(self.dtype))
-        lost = (self.lse - (lse * LOG2E).double()).masked_fill(unseen, 0.0).float() if rest else None
+        lost = rest_of(self.lse.masked_fill(unseen, 0.0), (lse * LOG2E).masked_fill(unseen, 0.0)) if rest else None
         return Result(self.out.to(self.dtype), lse, lost)
 
 
@@ -84,11 +86,16 @@ def _weight(part: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
 def in_base_2(lse: Tensor, rest: Tensor | None) -> Tensor:
     """An operator's lse with what it lost, in float64."""
     x = (lse * LOG2E).double()
-    return x if rest is None or rest.dim() == 1 else x + rest.double()
+    if rest is None or rest.dim() == 1:
+        return x
+    off, log2_sum = split_rest(rest)
+    return (x + off.double()) + log2_sum.double()
 
 
 def split(lse: Tensor, dtype: torch.dtype, rest: bool) -> tuple[Tensor, Tensor]:
     """The inverse of :func:`in_base_2`."""
     short = (lse * LN2).to(dtype)
-    lost = (lse - (short * LOG2E).double()).masked_fill(lse == -math.inf, 0.0).float() if rest else lse.new_empty(0, dtype=torch.float32)
-    return short, lost
+    if not rest:
+        return short, lse.new_empty(0, dtype=torch.float32)
+    unseen = lse == -math.inf
+    return short, rest_of(lse.masked_fill(unseen, 0.0), (short * LOG2E).masked_fill(unseen, 0.0))

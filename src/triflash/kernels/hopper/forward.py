@@ -184,7 +184,11 @@ def _finish(p, o, l, m, target, x, m0, head):
     gl.store(p.lse + at_row, row_lse, mask=i < x.queries)
     if p.rest is not None:  # see lse_rest of the portable kernels
         again = gl.where(unseen, 0.0, row_lse * LOG2E)
-        gl.store(p.rest + at_row, gl.where(unseen, 0.0, (m - again) + gl.log2(l)), mask=i < x.queries)
+        off = m - again
+        log2_sum = gl.log2(l)
+        far = ((off > 256.0) | (off < -256.0)) & (log2_sum >= 0.0) & (log2_sum < 64.0)
+        lost = gl.where(far, off * (1.0 + log2_sum * (1 / 128)), off + log2_sum)
+        gl.store(p.rest + at_row, gl.where(unseen, 0.0, lost), mask=i < x.queries)
 
 
 @gluon.jit

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..triton.prims import LOG2E, load_rows, offset, store_rows
+from ..triton.prims import LOG2E, load_rows, offset, split_rest, store_rows
 
 # Beside a huge bias a float32 score has no digits left. Then the backward kernels round a score as the forward kernel did, and subtract
 # rest, what lse lost: p is right, at the price of instructions and registers. Where every lse of a problem is small, at most
@@ -99,10 +99,12 @@ def preprocess(
     own = lse_first + offset(b, lse_strides[0]) + offset(head, lse_strides[1])
     row_lse = tl.load(own + rows * lse_strides[2], mask=rows < queries, other=float("-inf"))
     table = stats + offset(pair, KINDS * padded_M) + (first_padded + rows)
-    tl.store(table, tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E), mask=there)
-    tl.store(table + padded_M, delta * keep, mask=there)
+    lse_log2 = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
     if rest is not None:
-        tl.store(table + 2 * padded_M, tl.load(rest + offset(pair, M) + rows, mask=rows < queries, other=0.0), mask=there)
+        lse_log2, log2_sum = split_rest(lse_log2, tl.load(rest + offset(pair, M) + rows, mask=rows < queries, other=0.0))
+        tl.store(table + 2 * padded_M, log2_sum, mask=there)
+    tl.store(table, lse_log2, mask=there)
+    tl.store(table + padded_M, delta * keep, mask=there)
     if small_lse is not None and dq_sum is not None:
         _flag_small_lse(small_lse, lse, lse_strides, heads, pair_count, M, SCANNED)
     if dq_sum is not None:

@@ -42,6 +42,7 @@ from .prims import (
     offset,
     probabilities,
     segments,
+    split_rest,
     store_rows,
     store_tile,
 )
@@ -130,7 +131,8 @@ def _fold_queries(sums, p, t, f, rows, seen, m0, i, j, EXACT: tl.constexpr, MASK
         st = tl.where(in_band(m0 + i, t.n0 + j, p.N, p.lo, p.hi), st, float("-inf"))
     ADDS: tl.constexpr = f.bias is not None or f.slopes is not None
     if EXACT and rows.rest is not None:
-        pt = probabilities(st, lse_log2[None, :], load_vector(rows.rest, m0, p.M, p.BM, MASKED)[None, :], True, not ADDS)
+        top, rest = split_rest(lse_log2, load_vector(rows.rest, m0, p.M, p.BM, MASKED))
+        pt = probabilities(st, top[None, :], rest[None, :], True, not ADDS)
     else:
         pt = probabilities(st, lse_log2[None, :], 0.0, False, ADDS)
     do_tile = load_rows(rows.dout, t.dout_strides[1], m0, p.M, p.BM, p.DV, p.BDV, MASKED, p.WIDE, p.first_query)  # [BM, BDV]
@@ -469,6 +471,7 @@ def dq(
     rest_row = lse_log2
     if rest is not None:
         rest_row = load_vector(statistics(rest, b, head, heads, all_queries, first_query, packed is not None), m0, M, BM, not EVEN_M)
+        lse_log2, rest_row = split_rest(lse_log2, rest_row)
     row = load_vector(delta_in, m0, M, BM, not EVEN_M)
     acc = tl.zeros([BM, BD], tl.float32)
     first_of_tile = m0

@@ -7,7 +7,7 @@ A part is (out, lse, rest): its own softmax's output, and the log of its sum as 
 import triton
 import triton.language as tl
 
-from .prims import LN2, LOG2E, clamped, gdc_wait, offset
+from .prims import LN2, LOG2E, clamped, gdc_wait, join_rest, offset, split_rest
 
 
 @triton.jit
@@ -19,6 +19,7 @@ def _load_base_two(lse, rest, begin, step, parts, PARTS: tl.constexpr, USED_REST
     low = tl.zeros([PARTS], tl.float32)
     if USED_REST:
         low = tl.where(high == float("-inf"), 0.0, tl.load(rest + at, mask=t < parts, other=0.0))
+        high, low = split_rest(high, low)
     return t, high, low
 
 
@@ -57,7 +58,7 @@ def combine(
     # The largest lse, of two parts: beside a huge one what a float32 lost of it tells two parts apart.
     top = tl.full([PARTS], float("-inf"), tl.float32)
     for begin in range(0, last, PARTS):
-        _, high, _low = _load_base_two(lses, rests, begin, step, last, PARTS, False)
+        _, high, _low = _load_base_two(lses, rests, begin, step, last, PARTS, USED_REST)
         top = tl.maximum(top, high)
     top = tl.max(top, 0)
     unseen = top == float("-inf")
@@ -88,7 +89,7 @@ def combine(
     tl.store(lse + offset(b, lse_strides[0]) + offset(head, lse_strides[1]) + row, row_lse)
     if rest is not None:
         again = tl.where(unseen, 0.0, row_lse * LOG2E)  # as prims.lse_rest
-        lost = tl.where(unseen, 0.0, (top - again) + (above + tl.log2(total)))
+        lost = tl.where(unseen, 0.0, join_rest(top - again, above + tl.log2(total)))
         tl.store(rest + offset(b, rest_strides[0]) + offset(head, rest_strides[1]) + row, lost)
 
 

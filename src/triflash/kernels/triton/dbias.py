@@ -19,7 +19,7 @@ from .features import (
     shows_anything,
     visible_keys,
 )
-from .prims import between, in_band, load_lse_log2, load_rows, load_vector, offset, probabilities, segments, store_tile
+from .prims import between, in_band, load_lse_log2, load_rows, load_vector, offset, probabilities, segments, split_rest, store_tile
 from .records import record
 
 
@@ -52,7 +52,8 @@ def _ds(p, t, f, bias, seen, m0, n0, i, j, FIXED: tl.constexpr):
     s, _ = scored(p, f, t.at, s, bias, seen, m0, n0, i, j, True)
     lse_log2 = load_lse_log2(t.lse, m0, p.M, p.BM, not p.EVEN_M)
     if t.rest is not None:
-        weights = probabilities(s, lse_log2[:, None], load_vector(t.rest, m0, p.M, p.BM, not p.EVEN_M)[:, None], True, False)
+        top, rest = split_rest(lse_log2, load_vector(t.rest, m0, p.M, p.BM, not p.EVEN_M))
+        weights = probabilities(s, top[:, None], rest[:, None], True, False)
     else:
         weights = probabilities(s, lse_log2[:, None], 0.0, False, True)
     do_tile = load_rows(t.dout, t.dout_row, m0, p.M, p.BM, p.DV, p.BDV, not p.EVEN_M, p.WIDE, p.first_query)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .features import Program, Span, at_head, bias_tile, drop_at, mask_tile, rescaled, scored, through_cap, visible_keys
 from .few_keys import WEIGHT_SHIFT, Part, e4m3_columns, even_and_odd, load_keys, page_of, scaled_to_fp16
-from .prims import LN2, LOG2E, clamped, gdc_launch_dependents, in_band, lse_rest, offset, probabilities, segments
+from .prims import LN2, LOG2E, clamped, gdc_launch_dependents, in_band, lse_rest, offset, probabilities, segments, split_rest
 from .records import record
 
 
@@ -421,7 +421,8 @@ def few_backward(
     statistic = offset(b * heads + head, M) + query
     rest_row = None
     if rest is not None:
-        rest_row = tl.load(rest + statistic)[None, :]
+        lse_row, rest_row = split_rest(lse_row, tl.load(rest + statistic))
+        rest_row = rest_row[None, :]
     delta_row = 0.0
     if delta is not None:
         delta_row = tl.load(delta + statistic)[None, :]

@@ -265,7 +265,27 @@ def lse_rest(m, l, lse):
     Nothing to speak of, unless the maximum m is so huge (a finite bias of -1e9 on all keys) that a float32 has no room for log2 l.
     """
     again = tl.where(lse == float("-inf"), 0.0, lse * LOG2E)  # the select keeps the product from melting into the difference below
-    return tl.where(lse == float("-inf"), 0.0, (m - again) + tl.log2(l))
+    return tl.where(lse == float("-inf"), 0.0, join_rest(m - again, tl.log2(l)))
+
+
+@triton.jit
+def join_rest(off, log2_sum):
+    """By how much lse misses m, and log2 l, in one float32. Where there is no room for their sum, off is the distance of two float32s, a
+    power of two, and is multiplied by ``1 + log2 l / 128``.
+    """
+    far = (tl.abs(off) > 256.0) & (log2_sum >= 0.0) & (log2_sum < 64.0)
+    return tl.where(far, off * (1.0 + log2_sum * (1 / 128)), off + log2_sum)
+
+
+@triton.jit
+def split_rest(lse_log2, rest):
+    """(m, log2 l) of lse in base 2 and its rest; where rest is a sum, which loses nothing to speak of, these two themselves."""
+    far = tl.abs(rest) >= 512.0
+    small = rest * 2.0**-30  # so that nothing overflows
+    beside = small * 2.0**23
+    off = ((small + beside) - beside) * 2.0**30  # rounded to one bit: the nearest power of two
+    log2_sum = (rest - off) * (128.0 / tl.where(far, off, 1.0))
+    return lse_log2 + tl.where(far, off, 0.0), tl.where(far, log2_sum, rest)
 
 
 @triton.jit

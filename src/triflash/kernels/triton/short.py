@@ -24,6 +24,7 @@ from .prims import (
     lse_rest,
     offset,
     probabilities,
+    split_rest,
     store_rows,
     store_tile,
     stride_in_tile,
@@ -356,6 +357,7 @@ def _fold(sums, p, t, w, f, b, head, m0, zero):
         st = tl.where(in_band(m0 + i, j, t.visible, p.lo, p.hi), st, float("-inf"))
     if w.rest is not None:
         rest = load_vector(w.rest + offset(b * w.heads + head, p.M), m0, p.M, p.BM, not p.EVEN_M)
+        lse_log2, rest = split_rest(lse_log2, rest)
         pt = probabilities(st, lse_log2[None, :], rest[None, :], True, not ADDS)
     else:
         pt = probabilities(st, lse_log2[None, :], 0.0, False, ADDS)
