@@ -229,6 +229,8 @@ def check_errors(mesh: DeviceMesh) -> None:
     other = distribute_tensor(torch.randn(2, 5, 4, 8), mesh, [Replicate()])
     with pytest.raises(triflash.UnsupportedError, match=r"dropout of sharded DTensors \(q \(Shard\(dim=0\),\).*Replicate\(\)"):
         triflash.attention(q, q, q, dropout_p=0.5, dropout_seed=1)
+    with pytest.raises(triflash.UnsupportedError, match="dropout of sharded DTensors"):  # which a seed would not help
+        triflash.attention(q, q, q, dropout_p=0.5)
     with pytest.raises(triflash.UnsupportedError, match="without dropout_seed"):
         triflash.attention(other, other, other, dropout_p=0.5)
     with pytest.raises(TypeError, match="^bias: wanted a DTensor, as others are, got a plain tensor; .*distribute_tensor"):

@@ -159,15 +159,15 @@ def _own(name: str, x: Any, axes: Axes, plan: Sequence[int | None], here: Sequen
 
 
 def _check_dropout(given: Given, plan: Sequence[int | None]) -> None:
-    if given.dropout_seed is None:
-        raise UnsupportedError(
-            "dropout of DTensors without dropout_seed: each process would draw a seed of its own; pass dropout_seed=, the same everywhere"
-        )
     if any(at is not None for at in plan):
         placed = ", ".join(f"{name} {x.placements}" for name, x in zip(("q", "k", "v"), given, strict=False) if isinstance(x, DTensor))
         raise UnsupportedError(
             f"dropout of sharded DTensors ({placed}): what is dropped follows the numbers of batch entry and head, which a shard does not "
             "know; use dropout_p=0, or redistribute all tensors to Replicate()"
+        )
+    if given.dropout_seed is None:
+        raise UnsupportedError(
+            "dropout of DTensors without dropout_seed: each process would draw a seed of its own; pass dropout_seed=, the same everywhere"
         )
 
 
