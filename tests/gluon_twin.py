@@ -359,7 +359,8 @@ def namespace(module: str, loaded: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _stand_ins() -> dict[str, Any]:
     gl = SimpleNamespace(
         constexpr=lambda x: x, static_range=range, float32=torch.float32, uint8=torch.uint8, float16=torch.float16,
-        bfloat16=torch.bfloat16, int16=torch.int16, int32=torch.int32, int64=torch.int64, uint32=32, uint64=64, cast=lambda x, _: x,
+        bfloat16=torch.bfloat16, int16=torch.int16, int32=torch.int32, int64=torch.int64, uint32=32, uint64=64,
+        cast=lambda x, dtype, bitcast=False: x.view(dtype) if bitcast else x,
         add=lambda a, b, sanitize_overflow: a + b,
         arange=lambda a, b, _=None: torch.arange(a, b), zeros=lambda shape, dtype, _=None: torch.zeros(shape, dtype=dtype),
         cdiv=lambda a, b: (a + b - 1) // b,

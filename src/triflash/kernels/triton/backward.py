@@ -354,7 +354,11 @@ def _fold_keys(dq, p, t, f, seen, n0, i, j, HAS_REST: tl.constexpr, MASKED: tl.c
     if MASKED:
         s = tl.where(in_band(t.m0 + i, n0 + j, t.visible, p.lo, p.hi, p.first_key), s, float("-inf"))
     ADDS: tl.constexpr = f.bias is not None or f.slopes is not None
-    weights = probabilities(s, t.lse_log2[:, None], t.rest[:, None], HAS_REST, HAS_REST != ADDS)
+    if HAS_REST:  # in each block anew, so that the loop for small lse has no more to keep
+        top, rest = split_rest(t.lse_log2, t.rest)
+    else:
+        top, rest = t.lse_log2, t.rest
+    weights = probabilities(s, top[:, None], rest[:, None], HAS_REST, HAS_REST != ADDS)
     v_tile = load_rows(t.v, t.v_row, n0, t.visible, p.BN, p.DV, p.BDV, MASKED, p.WIDE, p.first_key)  # [BN, BDV]
     dp = tl.dot(t.dout, tl.trans(v_tile), input_precision=p.PRECISION)  # [BM, BN]
     dp = rescaled(f, drop(f, t.at, dp, t.m0, n0, p.BM, p.BN, False))
@@ -471,7 +475,6 @@ def dq(
     rest_row = lse_log2
     if rest is not None:
         rest_row = load_vector(statistics(rest, b, head, heads, all_queries, first_query, packed is not None), m0, M, BM, not EVEN_M)
-        lse_log2, rest_row = split_rest(lse_log2, rest_row)
     row = load_vector(delta_in, m0, M, BM, not EVEN_M)
     acc = tl.zeros([BM, BD], tl.float32)
     first_of_tile = m0

@@ -14,6 +14,7 @@ LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 SMALL_MAXIMUM: tl.constexpr = tl.constexpr(1024.0)
 SMALL_LSE_LIMIT: tl.constexpr = tl.constexpr(700.0)  # the same for lse
 SCANNED: tl.constexpr = tl.constexpr(4096)  # of lse at a time
+MINUS_128: tl.constexpr = tl.constexpr(2**32 - (261 << 23))  # plus the bits of a power of two, as an int32: minus those of 128 over it
 
 
 @triton.jit
@@ -284,8 +285,8 @@ def split_rest(lse_log2, rest):
     small = rest * 2.0**-30  # so that nothing overflows
     beside = small * 2.0**23
     off = ((small + beside) - beside) * 2.0**30  # rounded to one bit: the nearest power of two
-    log2_sum = (rest - off) * (128.0 / tl.where(far, off, 1.0))
-    return lse_log2 + tl.where(far, off, 0.0), tl.where(far, log2_sum, rest)
+    inverse = tl.cast(-(tl.cast(off, tl.int32, bitcast=True) + MINUS_128), tl.float32, bitcast=True)  # 128 / off, by its exponent
+    return lse_log2 + tl.where(far, off, 0.0), tl.where(far, (rest - off) * inverse, rest)
 
 
 @triton.jit
