@@ -95,6 +95,24 @@ def test_equal_keys_at_any_maximum(M: int, N: int, backend: str, bias: bool, dev
     assert dk.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", EVERY_BACKEND)
+def test_a_sink_as_large_as_any_maximum(backend: str, device: torch.device) -> None:
+    """It is one more of N equal keys, and so is its gradient."""
+    dtype = BF16 if backend == "hopper" or (backend == "triton" and ON_GPU) else F32
+    H, M, N, D = 30, 9, 40, 16
+    sizes = (torch.randint(128, 256, (H,), generator=torch.Generator().manual_seed(7)) / 256 * 2.0 ** torch.arange(8, 98, 3)).to(device)
+    q = torch.zeros(1, M, H, D, device=device, dtype=dtype)
+    q[..., 0] = sizes.to(dtype)[None, None]
+    k, v = full((1, N, H, D), 1.0, dtype, device), full((1, N, H, D), 1.0, dtype, device)
+    sink = sizes.clone().requires_grad_()
+    with on(backend) if backend == "hopper" else small_tiles((64, 64)):
+        out = attention(q.requires_grad_(), k, v, sink=sink, scale=1.0, backend=backend)
+        (found,) = torch.autograd.grad(out, sink, torch.ones_like(out))
+    torch.testing.assert_close(
+        found.double(), torch.full_like(found, -M * D * N / (N + 1) ** 2, dtype=F64), rtol=2e-2 if dtype == BF16 else 1e-3, atol=0.0
+    )
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("backend", EVERY_BACKEND)
 @pytest.mark.parametrize("size, D", [(2.0**15, 16), (2.0**15, 64), (2.0**14, 136)])

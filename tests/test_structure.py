@@ -60,7 +60,7 @@ RULES: dict[str, list[str]] = {
         "triflash.plan", "triflash.slots", "triflash.spec_cache", "triflash.tiled_cache",
     ],
     "triflash.launch.append": ["torch", "triflash.kernels.triton", "triflash.launch.calls", "triflash.plan", "triflash.spec_cache"],
-    "triflash.launch.calls": ["torch", "triflash.kernels.keys", "triflash.dropout", "triflash.plan", "triflash.spec"],
+    "triflash.launch.calls": ["torch", "triflash.kernels.keys", "triflash.dropout", "triflash.plan", "triflash.rest", "triflash.spec"],
     "triflash.launch.room": ["torch", "triflash.launch.calls", "triflash.spec"],
     "triflash.launch.native": ["torch", "triton", "triflash.launch.calls"],
     "triflash.launch.compiling": ["torch", "triton", "triflash.errors", "triflash.launch.ahead", "triflash.launch.calls"],

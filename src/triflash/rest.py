@@ -1,5 +1,5 @@
-"""What a float32 lse lost of ``m + log2 l`` when it was stored, in one more float32. Torch only; called by ``tiled``, ``combine`` and
-``distributed``. Kernels have the same in kernels/triton/prims.py (``join_rest``, ``split_rest``).
+"""What a float32 lse lost of ``m + log2 l`` when it was stored, in one more float32. Torch only; called by ``tiled``, ``combine``,
+``launch`` and ``distributed``. Kernels have the same in kernels/triton/prims.py (``join_rest``, ``split_rest``).
 
 lse, read again in base 2, misses the maximum m by d: 0, or as much as two neighbouring float32s are apart, which beside scores of 10¹⁴ and
 more leaves no room for log2 l in ``d + log2 l``. There rest is ``d (1 + log2 l / 128)``: d is a power of two, and can be told apart again.
@@ -25,9 +25,8 @@ def join_rest(off: Tensor, log2_sum: Tensor) -> Tensor:
 def split_rest(rest: Tensor) -> tuple[Tensor, Tensor]:
     """``(d, log2 l)``, float32, of rest: first d is to be added to lse in base 2, which gives m exactly. (0, rest) where rest is a sum."""
     far = rest.abs() >= 2 * _FAR
-    mantissa, exponent = torch.frexp(rest)  # rest = mantissa · 2^exponent, 0.5 <= |mantissa| < 1
-    off = torch.where(far, torch.ldexp(torch.sign(rest) * 0.5, exponent), 0.0)
-    return off, torch.where(far, (2 * mantissa.abs() - 1) * _WHOLE, rest)
+    power = (rest.view(torch.int32) & -(2**23)).view(torch.float32)  # sign and exponent: d, since the factor is less than 2
+    return torch.where(far, power, 0.0), torch.where(far, (rest / power - 1) * _WHOLE, rest)
 
 
 def rest_of(whole: Tensor, lse_log2: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..dropout import rescale, threshold
 from ..plan.configs import TileConfig
 from ..plan.kernels.shared import HopperConfig
+from ..rest import split_rest
 from ..spec import AttentionSpec, Saved
 
 __all__ = [
@@ -40,7 +41,6 @@ __all__ = [
 # comprehension.
 address_of: Callable[[Tensor], int] = torch._C.TensorBase.data_ptr
 
-LN2 = 0.6931471805599453
 LOG2E = 1.4426950408889634
 LARGEST_FACTOR = 2.0**126  # times 0 it is still 0
 SMALLEST_SCALE = 2.0**-126  # the least normal float32: what is smaller may reach a kernel as 0
@@ -198,9 +198,14 @@ def sink_gradient(sink: Tensor, saved: Saved, delta: Tensor, factor: float = 1.0
     """``dsink (Hq,)``, summed in float32 in a fixed order, from ``factor * delta = rowsum(out * dout) - dlse`` ``(B, Hq, M)``.
 
     A sink is a key of probability ``p = exp(sink - lse)`` whose value is 0: its ds is ``p * (0 - delta)``, summed over queries and batch.
+    In base 2, as the forward pass has it, where it kept what lse lost.
     """
     lse = saved.lse
-    s = sink.to(lse.dtype)[:, None] - lse
-    p = torch.exp(s if saved.rest is None else s - saved.rest * LN2)
+    own = sink.to(lse.dtype)[:, None]
+    if saved.rest is None:
+        p = torch.exp(own - lse)
+    else:
+        off, log2_sum = split_rest(saved.rest)
+        p = torch.exp2((own * LOG2E - (lse * LOG2E + off)) - log2_sum)
     ds = p.mul_(delta if factor == 1.0 else delta * factor)
     return -ds.masked_fill_(lse == -torch.inf, 0.0).sum((0, 2))  # what comes back for queries that are no rows may be anything
