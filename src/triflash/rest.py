@@ -23,9 +23,9 @@ def join_rest(off: Tensor, log2_sum: Tensor) -> Tensor:
 
 
 def split_rest(rest: Tensor) -> tuple[Tensor, Tensor]:
-    """``(d, log2 l)``, float32, of rest: first d is to be added to lse in base 2, which gives m exactly. (0, rest) where rest is a sum."""
+    """``(d, log2 l)`` of rest: first d is to be added to lse in base 2, which gives m exactly. (0, rest) where rest is a sum."""
     far = rest.abs() >= 2 * _FAR
-    power = (rest.view(torch.int32) & -(2**23)).view(torch.float32)  # sign and exponent: d, since the factor is less than 2
+    power = (rest.float().view(torch.int32) & -(2**23)).view(torch.float32)  # sign and exponent: d, since the factor is less than 2
     return torch.where(far, power, 0.0), torch.where(far, (rest / power - 1) * _WHOLE, rest)
 
 
