@@ -119,7 +119,7 @@ TARGETS = [
     Target((96, 96), F16, bias="bhqk", bias_dtype=F32, band=WINDOW, length=ODD, spills=18),
     # A row of bias a block.
     Target((64, 64), bias="1h1k", band=CAUSAL),
-    Target((128, 128), bias="1h1k", bias_dtype=F32, spills=28),
+    Target((128, 128), bias="1h1k", bias_dtype=F32, spills=30),
     Target((32, 32), bias="b11k", bias_dtype=BOOL),
     # Masks, between whose first and last keys of a tile blocks are walked.
     *(Target((d, d), bias="b1qk", bias_dtype=BOOL, band=band) for d, band in ((64, FULL), (128, CAUSAL))),
