@@ -182,7 +182,7 @@ def _finish(p, o, l, m, target, x, m0, head):
     row_lse = gl.where(unseen, float("-inf"), (m + gl.log2(l)) * LN2)
     at_row = lse_row(p, x, head) + i
     gl.store(p.lse + at_row, row_lse, mask=i < x.queries)
-    if p.rest is not None:  # see lse_rest of the portable kernels
+    if p.rest is not None:  # as lse_rest and join_rest of the portable kernels have it
         again = gl.where(unseen, 0.0, row_lse * LOG2E)
         off = m - again
         log2_sum = gl.log2(l)

@@ -410,7 +410,7 @@ def step(
         found = choose(spec, device.shared_memory, tuple(name for name in gives if name in ("dq", "dbias", "dsecond")))
         assert found is not None, "why_not_backward refuses what fits no candidate"
         if found.unroll == 2 and max(dims(spec)) <= SMALLEST_DIM and is_banded(spec) and span(spec) > LEAST_SPAN:
-            found = replace(found, unroll=1)  # narrow heads: their blocks are short, and every other tile of a triangle has an odd number
+            found = replace(found, unroll=1)  # 0.92 to 0.97 of the time (H200; docs/tuning.md)
         splits = head_splits(spec, found, device.sms)
         config = found if splits == found.head_splits else replace(found, head_splits=splits)
     tiles_n, tiles = key_tiles(spec, config)
